@@ -1,0 +1,1 @@
+"""Everything that runs a frozen network: encoders, and the job that fills the latent cache."""

@@ -1,0 +1,85 @@
+"""Loads the frozen networks: the VAE and the two text encoders, with their tokenizers, from folder or single file."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdxl_trainer.cache.model_source import ModelSource, fetch_from_hub
+from sdxl_trainer.cache.single_file import load_component
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.tokens import CaptionTokenizer, load_tokenizer
+
+PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+
+
+def load_vae(source: ModelSource, config: ModelConfig) -> torch.nn.Module:
+    """The VAE in fp32, frozen: `model.vae` if set, else the model's own."""
+    from diffusers import AutoencoderKL
+
+    vae: Any  # diffusers' from_pretrained is typed as a union that is never returned
+    if config.vae:
+        folder = Path(config.vae) if Path(config.vae).is_dir() else fetch_from_hub("model.vae", config.vae)
+        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    elif source.file is None:
+        vae = AutoencoderKL.from_pretrained(source.folder, subfolder="vae", use_safetensors=True)
+    else:
+        settings = source.read_config("vae")
+        vae = AutoencoderKL.from_config(settings)
+        load_component(vae, source.file, "vae", settings)
+    return vae.float().eval().requires_grad_(False)
+
+
+def load_text_encoders(source: ModelSource, config: ModelConfig) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Text encoders 1 and 2 in fp32, frozen."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    encoders = []
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        if source.file is None:
+            encoder = kind.from_pretrained(source.folder / name, use_safetensors=True)
+        else:
+            settings = source.read_config(name)
+            encoder = kind(CLIPTextConfig(**settings))
+            load_component(encoder, source.file, name, settings, text_projection=config.text_projection)
+        encoders.append(encoder.float().eval().requires_grad_(False))
+    return encoders[0], encoders[1]
+
+
+def load_tokenizers(source: ModelSource, config: ModelConfig) -> tuple[CaptionTokenizer, CaptionTokenizer]:
+    """The tokenizers of text encoders 1 and 2.
+
+    Raises:
+        UserInputError: a single file carries no vocabulary, and none was given or is installed.
+    """
+    folders = [find_vocabulary(source, config, name) for name in PAD_TOKENS]
+    first, second = (load_tokenizer(folder, pad) for folder, pad in zip(folders, PAD_TOKENS.values(), strict=True))
+    return first, second
+
+
+def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path:
+    """Folder with `vocab.json` and `merges.txt` for a tokenizer (`tokenizer` or `tokenizer_2`)."""
+    for folder in (config.tokenizer, source.folder / name):
+        if folder is not None and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return folder
+    raise UserInputError(
+        [
+            Problem(
+                "model.tokenizer",
+                config.tokenizer,
+                "no CLIP vocabulary found (vocab.json and merges.txt)",
+                "set model.tokenizer to a folder that holds them, such as tokenizer/ of any SDXL model in diffusers layout",
+            )
+        ]
+    )
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """SHA-256 over a model's weights by name, in fp32: the same whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

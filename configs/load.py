@@ -1,0 +1,147 @@
+"""YAML file and `key.sub=value` words in, one checked `Config` out, with every problem named at once."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.schema import Config
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
+    """Read `path`, apply `overrides` and check the result against the schema.
+
+    Returns the config with each wrong value left at its default, and the problems found, so that the caller can look
+    for further ones (missing folders, a world size that does not fit) and report all of them together.
+
+    Raises:
+        UserInputError: the file cannot be read, or so much is wrong that no config can be made of the rest.
+    """
+    raw = _read_yaml(path)
+    problems = [problem for word in overrides for problem in _apply_override(raw, word)]
+    while True:
+        try:
+            return Config.model_validate(raw), problems
+        except ValidationError as error:
+            found, removable = _explain(error, raw)
+            problems += [problem for problem in found if problem not in problems]
+            if not removable:
+                raise UserInputError(problems) from None
+            for location in removable:
+                _remove(raw, location)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML, to be kept with the run."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def iterate_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of the schema, sections first."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from iterate_keys(field.annotation, f"{prefix}{name}.")
+
+
+def suggest_key(key: str) -> str:
+    """The known dotted key that looks most like `key`, or an empty string."""
+    known = list(iterate_keys())
+    last = key.rsplit(".", 1)[-1]
+    # A key in the wrong section is as common a slip as a mistyped one.
+    moved = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == last]
+    near = moved or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
+    return near[0] if near else ""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a later key silently win over an earlier one of the same name; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
+    except OSError as error:
+        raise UserInputError(
+            [Problem("--cfg", path, f"cannot be read: {error.strerror}", "give a YAML file")]
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserInputError([Problem("--cfg", path, f"is not valid YAML: {error}", "mend the line named")]) from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        rule = "must be a mapping of sections"
+        raise UserInputError([Problem("--cfg", path, rule, "start from one of configs/*.yaml")])
+    return raw
+
+
+def _apply_override(raw: dict, word: str) -> list[Problem]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        return [Problem(word, None, "is not a setting", "write key.sub=value")]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return [Problem(key, text, "is not valid YAML", "quote the value")]
+    node = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            return [Problem(key, text, f"'{parent}' is not a section", "check the dotted key")]
+    node[last] = value
+    return []
+
+
+def _explain(error: ValidationError, raw: dict) -> tuple[list[Problem], list[tuple]]:
+    """Problems for people, and the places whose removal lets the rest be checked."""
+    problems, removable = [], []
+    for item in error.errors(include_url=False):
+        location = _trim_to_raw(item["loc"], raw)
+        key = ".".join(str(part) for part in location) or "--cfg"
+        if item["type"] == "extra_forbidden":
+            near = suggest_key(key)
+            cure = f"did you mean {near}?" if near else "see docs/CONFIG.md for the known keys"
+            problems.append(Problem(key, item["input"], "is not a known key", cure))
+        else:
+            value = None if isinstance(item["input"], dict) else item["input"]
+            problems.append(Problem(key, value, item["msg"].removeprefix("Value error, "), "see docs/CONFIG.md"))
+        if location and location not in removable:
+            removable.append(location)
+    return problems, removable
+
+
+def _trim_to_raw(location: tuple, raw: Any) -> tuple:
+    """The part of a pydantic location that exists in the user's file (union members add parts that do not)."""
+    trimmed = []
+    for part in location:
+        if not isinstance(raw, dict) or part not in raw:
+            break
+        trimmed.append(part)
+        raw = raw[part]
+    return tuple(trimmed)
+
+
+def _remove(raw: dict, location: tuple) -> None:
+    node: Any = raw
+    for part in location[:-1]:
+        if not isinstance(node, dict) or part not in node:
+            return
+        node = node[part]
+    node.pop(location[-1], None)

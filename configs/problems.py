@@ -1,0 +1,42 @@
+"""What is wrong with the user's input, collected so that one message can name it all."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to put right: the dotted key, the value found there, the rule it breaks and the cure."""
+
+    key: str
+    value: Any
+    rule: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {_shorten(self.value)}"
+        cure = f"\n      cure: {self.cure}" if self.cure else ""
+        return f"  - {self.key}{shown}\n      {self.rule}{cure}"
+
+
+class UserInputError(ValueError):
+    """The user's input is wrong. Programs report it whole and exit with status 2."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        lines = "\n".join(str(problem) for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{count} problem{'s' if count != 1 else ''} in the settings:\n{lines}")
+
+
+def raise_if_any(problems: Iterable[Problem]) -> None:
+    """Raise one UserInputError that lists all problems, or return if there are none."""
+    problems = list(problems)
+    if problems:
+        raise UserInputError(problems)
+
+
+def _shorten(value: Any, limit: int = 100) -> str:
+    text = repr(str(value)) if not isinstance(value, (int, float, bool, list, dict)) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,1 @@
+"""Everything that touches an image, a caption, metadata or a latent file."""

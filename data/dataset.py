@@ -1,0 +1,122 @@
+"""Micro batches: the rows that the plan asks for, read from the latent cache and tokenised."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample, read_latents
+from sdxl_trainer.data.plan import Stream, mix_keys
+from sdxl_trainer.data.tokens import CaptionTokenizer
+
+
+@dataclass(frozen=True)
+class MicroSpec:
+    """What one rank is to read for one forward pass: rows of one bucket and where they stand in the global batch."""
+
+    bucket: tuple[int, int]  # (width, height) px
+    rows: np.ndarray  # [B] int64
+    epochs: np.ndarray  # [B] int64, the epoch each sample belongs to
+    positions: np.ndarray  # [B] int64, place in the global batch
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass of one rank."""
+
+    latents: torch.Tensor  # [B, 4, h, w] float32, as the VAE gave them
+    input_ids: torch.Tensor  # [B, windows, 77] int64, encoder 1
+    input_ids_2: torch.Tensor  # [B, windows, 77] int64, encoder 2
+    time_ids: torch.Tensor  # [B, 6] float32: original h, w; crop top, left; target h, w
+    weights: torch.Tensor  # [B] float32, 0 for a bad sample
+    positions: torch.Tensor  # [B] int64
+    rows: torch.Tensor  # [B] int64
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+
+    def pin_memory(self) -> "MicroBatch":
+        """For DataLoader: page-locked memory, so that copies to a GPU overlap with work."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.pin_memory())
+        return self
+
+
+class LatentDataset(torch.utils.data.Dataset):
+    """Reads micro batches from cached latents; the pictures themselves are not needed.
+
+    Args:
+        index: records joined with the cache (data/index.py).
+        cache_folder: what the index's file names are relative to.
+        tokenizers: of text encoder 1 and 2.
+        seed, caption_dropout_rate: of the captions; what is drawn is keyed to (seed, epoch, row).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        cache_folder: Path,
+        tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+        *,
+        seed: int,
+        max_tokens: int,
+        caption_dropout_rate: float,
+    ):
+        self.index = index
+        self.cache_folder = cache_folder
+        self.tokenizers = tokenizers
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self.caption_dropout_rate = caption_dropout_rate
+
+    def __getitem__(self, spec: MicroSpec) -> MicroBatch:
+        records = [self.index.row(int(row)) for row in spec.rows]
+        samples, bad = zip(*(self._read(record, spec.bucket) for record in records), strict=True)
+        captions = [
+            self._shape_caption(record["caption"] or "", int(epoch), int(row))
+            for record, epoch, row in zip(records, spec.epochs, spec.rows, strict=True)
+        ]
+        width, height = spec.bucket
+        time_ids = [
+            (
+                record["original_height"],
+                record["original_width"],
+                record["crop_top"],
+                record["crop_left"],
+                height,
+                width,
+            )
+            for record in records
+        ]
+        return MicroBatch(
+            latents=torch.stack([_as_tensor(sample, spec.bucket) for sample in samples]),
+            input_ids=self._tokenize(0, captions),
+            input_ids_2=self._tokenize(1, captions),
+            time_ids=torch.tensor(time_ids, dtype=torch.float32),
+            weights=torch.tensor([0.0 if sample is None else 1.0 for sample in samples]),
+            positions=torch.from_numpy(spec.positions),
+            rows=torch.from_numpy(spec.rows),
+            bad=[item for item in bad if item is not None],
+        )
+
+    def _read(self, record: dict, bucket: tuple[int, int]) -> tuple[LatentSample | None, tuple[str, str] | None]:
+        try:
+            return read_latents(self.cache_folder / record["file"], bucket), None
+        except BadLatentError as error:
+            return None, (record["key"], str(error))
+
+    def _shape_caption(self, caption: str, epoch: int, row: int) -> str:
+        rng = np.random.default_rng(mix_keys(self.seed, Stream.CAPTION, epoch, row))
+        return "" if rng.random() < self.caption_dropout_rate else caption
+
+    def _tokenize(self, encoder: int, captions: list[str]) -> torch.Tensor:
+        tokenizer = self.tokenizers[encoder]
+        return torch.from_numpy(np.stack([tokenizer.encode(caption, self.max_tokens) for caption in captions]))
+
+
+def _as_tensor(sample: LatentSample | None, bucket: tuple[int, int]) -> torch.Tensor:
+    """[4, h, w] float32. A bad sample keeps its place as zeros and weighs nothing, so shapes stay what they are."""
+    if sample is None:
+        return torch.zeros(4, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
+    return torch.from_numpy(sample.latents.astype(np.float32))

@@ -1,0 +1,72 @@
+"""The stream of one rank's micro batches, from any position on, read ahead by worker processes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec
+from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.plan import Plan
+
+PREFETCH_PER_WORKER = 4
+
+
+def build_plan(index: Index, global_batch_size: int, seed: int) -> Plan:
+    """The plan over an index of latents; the bucket number is `width << 16 | height`."""
+    buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
+    return Plan(buckets, global_batch_size, seed)
+
+
+def iterate_specs(
+    plan: Plan, position: tuple[int, int], rank: int, world_size: int, micro_batch_size: int
+) -> Iterator[MicroSpec]:
+    """What a rank reads, micro step by micro step, without end, from the global batch at `position` on.
+
+    Micro step m of a global batch is its samples [m, m + 1) x ranks x micro batch size, the ranks' shares in order of
+    rank; so all ranks work on one bucket at a time, and who reads what does not alter the global batch.
+    """
+    stride = micro_batch_size * world_size
+    assert plan.global_batch_size % stride == 0, "ranks x micro batch size must divide the global batch size"
+    position = plan.settle_position(*position)
+    while True:
+        batch = plan.batch(*position)
+        for start in range(rank * micro_batch_size, plan.global_batch_size, stride):
+            share = slice(start, start + micro_batch_size)
+            yield MicroSpec(
+                (batch.bucket >> 16, batch.bucket & 0xFFFF),
+                batch.rows[share],
+                batch.epochs[share],
+                np.arange(start, start + micro_batch_size),
+            )
+        position = plan.next_position(*position)
+
+
+def iterate_batches(
+    dataset: LatentDataset, specs: Iterator[MicroSpec], num_workers: int, pin_memory: bool = False
+) -> Iterator[MicroBatch]:
+    """Read micro batches in order. Workers are spawned, and start as soon as this is called."""
+    workers: dict[str, Any] = (
+        dict(multiprocessing_context="spawn", prefetch_factor=PREFETCH_PER_WORKER) if num_workers else {}
+    )
+    # batch_size None: each item of the sampler is a whole micro batch for one worker.
+    loader = DataLoader(
+        dataset,
+        sampler=_OneWay(specs),
+        batch_size=None,
+        num_workers=num_workers,  # pyright: ignore
+        pin_memory=pin_memory,
+        **workers,
+    )
+    return iter(loader)
+
+
+class _OneWay:
+    """A sampler over an iterator; DataLoader asks for nothing else when the batch size is None."""
+
+    def __init__(self, specs: Iterator[MicroSpec]):
+        self._specs = specs
+
+    def __iter__(self) -> Iterator[MicroSpec]:
+        return self._specs

@@ -1,0 +1,193 @@
+"""The order of batches, as a pure function of (seed, epoch, index, global batch size).
+
+Each bucket's samples form an endless stream: epoch 0 in one random order, then epoch 1 in another, and so on. The
+stream is cut into global batches, and a batch belongs to the epoch in which its last sample falls. So what does not
+fill a batch is carried into the next epoch, no sample is starved, and any batch can be computed from its two integers
+alone: resuming costs nothing and the number of ranks plays no part.
+
+Random orders are permutations computed point by point (a Feistel network on the index), so nothing of the size of the
+data set is ever shuffled or kept.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """What a keyed random draw is for: the second key, after the seed, so that no two uses share numbers."""
+
+    BATCH_ORDER = 0
+    SAMPLE_ORDER = 1
+    REPEATS = 2
+    CAPTION = 3
+    NOISE = 4
+    TIMESTEP = 5
+
+
+def mix_keys(*keys: int) -> int:
+    """Hash integers into one of 63 bits, the seed of what is keyed to them. Order matters; near keys are unrelated."""
+    state = 0x9E3779B97F4A7C15
+    for key in keys:
+        state = _splitmix((state ^ (key & _MASK)) & _MASK)
+    return state >> 1
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where each of `index` goes in a random permutation of range(size) that `key` names. int64 in, int64 out.
+
+    A Feistel network permutes the next power of four; indices that leave the range walk on until they are back in it
+    (four steps at most on average), which keeps it a permutation of the range.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    round_keys = [np.uint64(mix_keys(key, number)) for number in range(6)]
+    result = _feistel(index.astype(np.uint64), half, mask, round_keys)
+    outside = np.flatnonzero(result >= size)
+    while outside.size:
+        result[outside] = _feistel(result[outside], half, mask, round_keys)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch: `rows` of the data set, all of one `bucket`, and the epoch that each of them belongs to."""
+
+    bucket: int
+    rows: np.ndarray  # [global batch size] int64
+    epochs: np.ndarray  # [global batch size] int64
+
+
+class Plan:
+    """Which samples make up the global batch at (epoch, index).
+
+    Args:
+        bucket_of_row: [N] bucket number of each row; numbers need not be dense.
+        global_batch_size: samples per batch, over all ranks and accumulation steps.
+        seed: names the order.
+        repeats: [N] how often each row comes in an epoch; a fraction is kept on average, and exactly over the epochs
+            that make it whole. None means once.
+    """
+
+    def __init__(self, bucket_of_row: np.ndarray, global_batch_size: int, seed: int, repeats: np.ndarray | None = None):
+        assert global_batch_size >= 1, "a batch holds at least one sample"
+        assert len(bucket_of_row) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        # A stable sort, so that the order depends on the data alone.
+        self._members = np.argsort(bucket_of_row, kind="stable")
+        buckets, starts = np.unique(bucket_of_row[self._members], return_index=True)
+        self.buckets = [int(bucket) for bucket in buckets]
+        self._starts = np.append(starts, len(bucket_of_row))
+        self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[self._members].astype(np.float64)
+        # A phase per row spreads the extra turns of fractional repeats over the epochs. It lies within 0..1, clear of
+        # both by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
+        self._phases = (
+            (permute(self._members, len(self._members), mix_keys(seed, Stream.REPEATS)) + 0.5) / len(self._members)
+            if self._repeats is not None
+            else None
+        )
+        self._count_until = lru_cache(maxsize=4096)(self._compute_count_until)
+        self._ends = lru_cache(maxsize=64)(self._compute_ends)
+        self._batch_numbers = lru_cache(maxsize=4)(self._compute_batch_numbers)
+
+    def num_batches(self, epoch: int) -> int:
+        """Global batches in an epoch."""
+        first, last = self._batch_numbers(epoch)
+        return int((last - first).sum())
+
+    def num_samples(self, epoch: int) -> int:
+        """Samples that an epoch's own share of the stream holds (what its batches hold differs by what is carried)."""
+        return sum(self._count_until(b, epoch + 1) - self._count_until(b, epoch) for b in range(len(self.buckets)))
+
+    def num_carried(self, epoch: int) -> int:
+        """Samples that do not fill a batch by the end of an epoch and are carried into the next."""
+        return sum(self._count_until(b, epoch + 1) % self.global_batch_size for b in range(len(self.buckets)))
+
+    def next_position(self, epoch: int, index: int) -> tuple[int, int]:
+        """The (epoch, index) that follows."""
+        epoch, index = self.settle_position(epoch, index)
+        return self.settle_position(epoch, index + 1)
+
+    def settle_position(self, epoch: int, index: int) -> tuple[int, int]:
+        """The position itself, or the next one that holds a batch: a small set completes none in its first epochs."""
+        while index >= self.num_batches(epoch):
+            epoch, index = epoch + 1, 0
+        return epoch, index
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """The global batch at a position. Costs O(global batch size), wherever the position is."""
+        first, last = self._batch_numbers(epoch)
+        cumulative = np.cumsum(last - first)
+        assert 0 <= index < cumulative[-1], f"epoch {epoch} has {cumulative[-1]} batches, there is no batch {index}"
+        chosen = int(permute(np.array([index]), int(cumulative[-1]), mix_keys(self.seed, Stream.BATCH_ORDER, epoch))[0])
+        bucket = int(np.searchsorted(cumulative, chosen, side="right"))
+        number = int(last[bucket] - (cumulative[bucket] - chosen))
+        rows, epochs = self._read_stream(bucket, number * self.global_batch_size, self.global_batch_size, epoch)
+        return Batch(self.buckets[bucket], rows, epochs)
+
+    def _read_stream(self, bucket: int, start: int, length: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples [start, start + length) of a bucket's stream, whose last sample falls in `epoch`."""
+        rows, epochs, end = [], [], start + length
+        while end > start:
+            begin = self._count_until(bucket, epoch)
+            if begin < end:
+                size = self._count_until(bucket, epoch + 1) - begin
+                offsets = np.arange(max(start, begin) - begin, end - begin)
+                key = mix_keys(self.seed, Stream.SAMPLE_ORDER, epoch, self.buckets[bucket])
+                rows.insert(0, self._find_rows(bucket, epoch, permute(offsets, size, key)))
+                epochs.insert(0, np.full(len(offsets), epoch))
+                end = max(start, begin)
+            epoch -= 1
+        return np.concatenate(rows), np.concatenate(epochs)
+
+    def _find_rows(self, bucket: int, epoch: int, items: np.ndarray) -> np.ndarray:
+        """Rows of the items of a bucket's epoch, where a row with n turns makes n items."""
+        if self._repeats is not None:
+            items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
+        return self._members[self._starts[bucket] + items]
+
+    def _turns_until(self, bucket: int, epoch: int) -> np.ndarray:
+        """[rows of the bucket] turns that each row has had before `epoch` begins."""
+        assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
+        rows = slice(self._starts[bucket], self._starts[bucket + 1])
+        return np.floor(epoch * self._repeats[rows] + self._phases[rows]).astype(np.int64)
+
+    def _compute_count_until(self, bucket: int, epoch: int) -> int:
+        """Samples in a bucket's stream before `epoch` begins."""
+        if self._repeats is None:
+            return epoch * int(self._starts[bucket + 1] - self._starts[bucket])
+        return int(self._turns_until(bucket, epoch).sum())
+
+    def _compute_ends(self, bucket: int, epoch: int) -> np.ndarray:
+        """[rows of the bucket] where each row's items end within an epoch."""
+        return np.cumsum(self._turns_until(bucket, epoch + 1) - self._turns_until(bucket, epoch))
+
+    def _compute_batch_numbers(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Per bucket, the first batch number that an epoch completes and the one after its last."""
+        until = np.array([[self._count_until(b, e) for b in range(len(self.buckets))] for e in (epoch, epoch + 1)])
+        numbers = until // self.global_batch_size
+        return numbers[0], numbers[1]
+
+
+def _splitmix(value: int) -> int:
+    """The finaliser of splitmix64 (Steele et al., 2014): 64 well-mixed bits."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _feistel(values: np.ndarray, half: int, mask: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
+    """Permute `values` of 2·half bits: each round mixes one half into the other, which can always be undone."""
+    left, right = values >> np.uint64(half), values & mask
+    for key in round_keys:
+        mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+    return (left << np.uint64(half)) | right

@@ -1,0 +1,107 @@
+"""The only module that asks for a rank: process group, device, and the collectives the rest of the project needs.
+
+Every collective does nothing in a single process, so callers never ask whether they are distributed.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Rank 0 may spend minutes on metadata or a checkpoint before it meets the others.
+TIMEOUT = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is: global rank, rank on its node, number of processes, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the one that talks to people and writes shared files."""
+        return self.rank == 0
+
+
+def read_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from the launcher's environment; (0, 0, 1) without one.
+
+    torchrun and the deepspeed launcher both set RANK, LOCAL_RANK and WORLD_SIZE.
+    """
+    return (int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def init_ranks() -> Ranks:
+    """Join the process group (NCCL with GPUs, gloo without) and pick this rank's device.
+
+    A single process forms a group of its own, because DeepSpeed wants one; it takes a free port for it.
+    """
+    rank, local_rank, world_size = read_environment()
+    if world_size == 1 and "MASTER_PORT" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_find_free_port())
+        )
+    use_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=TIMEOUT, device_id=device if use_gpu else None
+        )
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def close_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if _is_distributed():
+        dist.barrier()
+
+
+def reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over all ranks, on every rank. Works in place."""
+    if _is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank (pickled; for small things)."""
+    if not _is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in order of rank, on every rank (pickled; for small things)."""
+    if not _is_distributed():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def _is_distributed() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

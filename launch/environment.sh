@@ -1,0 +1,28 @@
+# Sourced by quickstart.sh and test.sh: an environment with everything in it, made once and found again.
+
+prepare_environment() {  # $1: extras of the package, such as [test]
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; return 1; }
+        [ -x .venv/bin/python ] || python3 -m venv .venv || { echo "python3 -m venv failed: install your system's python3-venv" >&2; return 1; }
+        source .venv/bin/activate
+    fi
+    local stamp="$VIRTUAL_ENV/.sdxl-trainer-installed"
+    local wanted; wanted="$PWD $1 $(cat setup.py constraints.txt | cksum)"
+    if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then return 0; fi
+    echo "installing into $VIRTUAL_ENV (once; a few minutes)"
+    local pins; pins="$(mktemp)"
+    if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        cp constraints.txt "$pins"
+    else
+        grep '^torch==' constraints.txt > "$pins"  # the other pins need Python 3.11
+    fi
+    if python -c 'import torch' 2>/dev/null; then
+        sed -i '/^torch==/d' "$pins"  # a machine's own torch stays
+    else
+        # First and alone, so that a CPU machine gets the CPU build where one is offered.
+        python -m pip install --quiet "$(grep '^torch==' constraints.txt)"
+    fi
+    python -m pip install --quiet --constraint "$pins" --editable ".$1"
+    rm -f "$pins"
+    echo "$wanted" > "$stamp"
+}

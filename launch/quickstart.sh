@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The whole product on a bare machine: install, draw a demo set, cache its latents, train a tiny SDXL, show the results.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+prepare_environment ""
+
+export NPROC="${NPROC:-2}"
+[ -f runs/demo/data/metadata.json ] || python -m sdxl_trainer.data.demo --out runs/demo/data
+[ -f runs/demo/model/vae/config.json ] || python -m sdxl_trainer.train.tiny --out runs/demo/model
+bash launch/cache.sh --cfg configs/tiny.yaml
+bash launch/train.sh --cfg configs/tiny.yaml "$@"
+
+cat <<'TEXT'
+
+Done. What was made, under runs/tiny/:
+  samples/      pictures of the prompts in configs/tiny.yaml; open the newest step-*.png
+  models/       the model as one .safetensors file, for ComfyUI, diffusers and others
+  report/       loss.png
+  logs/         metrics.jsonl, tensorboard/, train.log
+  checkpoints/  run the same command again with a larger train.max_steps to go on from the newest
+
+For real SDXL copy configs/tiny.yaml and change the three lines marked in it:
+  (1) model.path           your sd_xl_base_1.0.safetensors, diffusers folder, or stabilityai/stable-diffusion-xl-base-1.0
+  (2) data.metadata        your metadata, or image_dirs: [your/folder] with a .txt caption beside each picture
+  (3) data.resolution_px   1024
+TEXT

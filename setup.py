@@ -1,0 +1,50 @@
+"""Packaging: each top-level folder is one sub-package of `sdxl_trainer`.
+
+The folders lie at the top of the checkout because users start them by path (`torchrun train/main.py`); the mapping
+below gives them one import name from anywhere. The documented install is `pip install -e .`.
+"""
+
+from setuptools import setup
+
+FOLDERS = ("configs", "launch", "data", "cache", "train")
+
+setup(
+    name="sdxl-trainer",
+    version="0.1.0",
+    description="Full fine-tuning of Stable Diffusion XL from 10 thousand to 100 million images",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[f"sdxl_trainer.{folder}" for folder in FOLDERS],
+    package_dir={f"sdxl_trainer.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "sdxl_trainer.configs": ["*.yaml", "**/*.json", "**/*.txt", "**/*.safetensors"],
+        "sdxl_trainer.launch": ["*.sh", "*.sbatch"],
+    },
+    install_requires=[
+        "torch>=2.4",
+        "deepspeed>=0.19",
+        "diffusers>=0.36",
+        "transformers>=4.57",
+        "safetensors>=0.5",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=10",
+        "loguru>=0.7",
+        "webdataset>=1.0",
+        "pydantic>=2.10",
+        "pyarrow>=15",
+        "orjson>=3.10",
+        "ijson>=3.3",
+        "rich>=13",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "fsspec>=2024.6",
+    ],
+    extras_require={
+        "bitsandbytes": ["bitsandbytes>=0.45"],
+        "wandb": ["wandb>=0.19"],
+        "xformers": ["xformers"],
+        "clip-vocabulary": ["open_clip_torch>=2.24"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
+    },
+)

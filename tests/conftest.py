@@ -1,0 +1,81 @@
+"""Shared by the tests: a small demo set, the tiny SDXL, its latents, and a way to start the real programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0) -> str:
+    """Start train/main.py or cache/main.py the way users do and return all it printed.
+
+    One rank runs without a launcher, more run under torchrun, so that both ways are tried.
+    """
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    )
+    command = [*start, str(ROOT / program), *(str(word) for word in words)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    done = subprocess.run(
+        command,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == expect, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 demo pictures (`data/`), the tiny SDXL (`model/`) and a config for both (`tiny.yaml`)."""
+    from sdxl_trainer.data.demo import draw_demo_set
+    from sdxl_trainer.train.tiny import build_tiny_sdxl
+
+    folder = tmp_path_factory.mktemp("tiny")
+    metadata = draw_demo_set(folder / "data", num_images=24)
+    build_tiny_sdxl(folder / "model")
+    config = {
+        "run": {"name": "tiny", "dir": str(folder / "runs")},
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "metadata": [str(metadata)],
+            "resolution_px": 128,
+            "min_bucket_px": 64,
+            "max_bucket_px": 256,
+            "bucket_step_px": 32,
+            "caption_dropout_rate": 0.1,
+            "num_workers": 0,
+        },
+        "cache": {"dir": str(folder / "latents"), "batch_size": 4},
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "engine": {"precision": "fp32"},
+        "train": {"max_steps": 20, "global_batch_size": 4, "micro_batch_size": 2},
+        "checkpoint": {"every_steps": 4, "keep_last": 9, "export_dtype": "fp32"},
+        "sample": {
+            "prompts": ["a red circle on a white background", "a blue star on a grey background"],
+            "num_inference_steps": 4,
+            "width_px": 128,
+            "height_px": 96,
+            "guidance_scale": 3.0,
+        },
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cached_folder(tiny_folder: Path) -> Path:
+    """`tiny_folder` after the cache job ran on two ranks, with the pictures removed: training must not need them."""
+    run_program("cache/main.py", "--cfg", tiny_folder / "tiny.yaml", ranks=2)
+    (tiny_folder / "data" / "images").rename(tiny_folder / "pictures-put-away")
+    return tiny_folder

@@ -1,0 +1,1 @@
+"""Everything that touches a gradient or the U-Net: model, objective, engine, checkpoints."""

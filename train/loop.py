@@ -1,0 +1,225 @@
+"""The training loop: fit, and the step that reads like the equation."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import torch
+from loguru import logger
+
+from sdxl_trainer.cache.model_source import ModelSource
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.dataset import MicroBatch
+from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.plan import Plan, Stream, mix_keys
+from sdxl_trainer.data.tokens import CaptionTokenizer
+from sdxl_trainer.launch.distributed import Ranks, reduce_sum
+from sdxl_trainer.train import diffusion
+from sdxl_trainer.train.checkpoint import save_checkpoint
+from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.engine import Engine
+from sdxl_trainer.train.export import export_single_file
+from sdxl_trainer.train.metrics import MetricsLog, plot_loss
+from sdxl_trainer.train.optim import compute_lr
+from sdxl_trainer.train.sample import draw_samples
+from sdxl_trainer.train.state import TrainState
+
+
+@dataclass
+class Run:
+    """Everything that a step, a sample or a checkpoint needs."""
+
+    config: Config
+    ranks: Ranks
+    source: ModelSource
+    index: Index
+    plan: Plan
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+    engine: Engine
+    conditioner: TextConditioner
+    alphas_cumprod: torch.Tensor  # [1000], on the device
+    latent_scale: float
+    state: TrainState
+    metrics: MetricsLog | None  # rank 0 only
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.run.folder
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro steps per optimizer step."""
+        train = self.config.train
+        return train.global_batch_size // (train.micro_batch_size * self.ranks.world_size)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one optimizer step, over all ranks."""
+
+    loss: float
+    data_wait_seconds: float
+    num_bad: int
+
+
+def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
+    """Train to `train.max_steps`, saving, sampling and logging on the way."""
+    config, state = run.config, run.state
+    while state.step < config.train.max_steps:
+        started = time.monotonic()
+        lr = compute_lr(state.step, config.optim, config.train.max_steps)
+        result = train_step(run, batches, lr)
+        advance(run, result)
+        report_step(run, result, lr, time.monotonic() - started)
+        last = state.step == config.train.max_steps
+        if last or _is_due(state.step, config.checkpoint.every_steps):
+            save_checkpoint(run.folder / "checkpoints", run.engine, state, run.ranks, config.checkpoint.keep_last)
+        if config.sample.prompts and (last or _is_due(state.step, config.sample.every_steps)):
+            draw(run)
+
+
+def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    """One optimizer step: accumulate the gradients of a global batch, then update.
+
+    Raises:
+        RuntimeError: the loss is not finite; the samples are named and the weights are left as they were.
+    """
+    run.engine.set_lr(lr)
+    total = torch.zeros(2, device=run.ranks.device)  # loss, bad samples
+    wait_seconds, seen = 0.0, []
+    for micro_step in range(run.accumulation_steps):
+        asked = time.monotonic()
+        batch = next(batches)
+        wait_seconds += time.monotonic() - asked
+        loss = compute_loss(run, batch)
+        run.engine.backward(loss)
+        total += torch.stack([loss.detach(), (batch.weights == 0).sum().to(loss)])
+        seen.append(batch)
+        if micro_step == run.accumulation_steps - 1:
+            check_finite(run, seen, reduce_sum(total)[0].item())
+        run.engine.step()
+    name_bad_samples(run, seen)
+    loss_sum, num_bad = total.tolist()
+    return StepResult(loss_sum / (run.accumulation_steps * run.ranks.world_size), wait_seconds, int(num_bad))
+
+
+def compute_loss(run: Run, batch: MicroBatch) -> torch.Tensor:
+    """The mean weighted loss of a micro batch: noise and timestep → x_t → prediction → target → weight."""
+    device, dtype, seed, step = run.ranks.device, run.engine.dtype, run.config.run.seed, run.state.step
+    positions = batch.positions.tolist()
+    x0 = batch.latents.to(device, non_blocking=True) * run.latent_scale  # [B, 4, h, w]
+    noise = diffusion.sample_noise(
+        tuple(x0.shape[1:]), [mix_keys(seed, Stream.NOISE, step, p) for p in positions], device
+    )
+    timesteps = diffusion.sample_timesteps([mix_keys(seed, Stream.TIMESTEP, step, p) for p in positions]).to(device)
+    x_t = diffusion.add_noise(x0, noise, run.alphas_cumprod, timesteps)
+    hidden, pooled = run.conditioner.encode(
+        batch.input_ids.to(device, non_blocking=True), batch.input_ids_2.to(device, non_blocking=True)
+    )
+    conditions = {"text_embeds": pooled.to(dtype), "time_ids": batch.time_ids.to(device, dtype)}
+    prediction = run.engine(x_t.to(dtype), timesteps, hidden.to(dtype), added_cond_kwargs=conditions).sample
+    losses = diffusion.compute_sample_loss(prediction, noise)  # [B]
+    return (losses * batch.weights.to(device)).mean()
+
+
+def advance(run: Run, result: StepResult) -> None:
+    """Move the state past a finished step.
+
+    Raises:
+        RuntimeError: more samples were bad than `data.max_bad_fraction` allows.
+    """
+    state, limit = run.state, run.config.data.max_bad_fraction
+    state.epoch, state.index = run.plan.next_position(state.epoch, state.index)
+    state.step += 1
+    state.samples_seen += run.plan.global_batch_size
+    state.num_bad += result.num_bad
+    if state.num_bad > max(limit * state.samples_seen, limit * len(run.index)):
+        raise RuntimeError(
+            f"{state.num_bad} of {state.samples_seen} samples were bad, more than data.max_bad_fraction "
+            f"= {limit:g}; they are named in {run.folder / 'logs'}/bad_samples*.jsonl"
+        )
+
+
+def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
+    """Write a step's numbers, and every so often a line on the console."""
+    if run.metrics is None:
+        return
+    step, values = (
+        run.state.step,
+        {
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": run.engine.grad_norm(),
+            "epoch": run.state.epoch,
+            "samples_per_second": run.plan.global_batch_size / seconds,
+            "step_seconds": seconds,
+            "data_wait_share": result.data_wait_seconds / seconds,
+            "num_bad": run.state.num_bad,
+        },
+    )
+    run.metrics.write(step, values)
+    if _is_due(step, run.config.log.every_steps) or step == run.config.train.max_steps:
+        logger.info(
+            "step {}/{} loss {:.4f} lr {:.2e} |g| {:.3f} {:.1f} samples/s, waits for data {:.0%}",
+            step,
+            run.config.train.max_steps,
+            result.loss,
+            lr,
+            values["grad_norm"],
+            values["samples_per_second"],
+            values["data_wait_share"],
+        )
+
+
+def draw(run: Run) -> Path:
+    """Draw the sample grid of the current step."""
+    return draw_samples(
+        run.folder / "samples",
+        run.engine,
+        run.conditioner,
+        run.tokenizers,
+        run.source,
+        run.config,
+        run.ranks,
+        run.state.step,
+    )
+
+
+def finish(run: Run) -> None:
+    """Export the model and plot the loss."""
+    path = run.folder / "models" / f"step-{run.state.step:08d}.safetensors"
+    export_single_file(path, run.engine, run.conditioner, run.source, run.config, run.ranks)
+    if run.metrics is not None:
+        plot_loss(run.metrics.file, run.folder / "report" / "loss.png")
+        run.metrics.close()
+
+
+def name_bad_samples(run: Run, batches: list[MicroBatch]) -> None:
+    """Append what was passed over to this rank's bad_samples file."""
+    bad = [item for batch in batches for item in batch.bad]
+    if not bad:
+        return
+    suffix = "" if run.ranks.is_main else f"-rank{run.ranks.rank}"
+    with open(run.folder / "logs" / f"bad_samples{suffix}.jsonl", "ab") as file:
+        for key, reason in bad:
+            logger.warning("bad sample skipped: {}", reason)
+            file.write(orjson.dumps({"step": run.state.step, "key": key, "reason": reason}) + b"\n")
+
+
+def check_finite(run: Run, batches: list[MicroBatch], loss: float) -> None:
+    """Never train through NaN: stop before the update, the same on all ranks, each naming its samples.
+
+    Raises:
+        RuntimeError: the loss, summed over all ranks, is not finite.
+    """
+    if not math.isfinite(loss):
+        keys = ", ".join(run.index.row(row)["key"] for batch in batches for row in batch.rows.tolist())
+        raise RuntimeError(f"the loss of step {run.state.step} is {loss}; this rank's samples were: {keys}")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
