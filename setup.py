@@ -33,6 +33,7 @@ setup(
         "webdataset>=1.0",
         "pydantic>=2.10",
         "pyarrow>=15",
+        "opencv-python-headless>=4.9",
         "orjson>=3.10",
         "ijson>=3.3",
         "rich>=13",

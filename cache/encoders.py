@@ -70,7 +70,7 @@ def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path
                 "model.tokenizer",
                 config.tokenizer,
                 "no CLIP vocabulary found (vocab.json and merges.txt)",
-                "set model.tokenizer to a folder that holds them, such as tokenizer/ of any SDXL model in diffusers layout",
+                "set model.tokenizer to a folder that holds them, such as tokenizer/ of an SDXL diffusers folder",
             )
         ]
     )

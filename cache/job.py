@@ -1,24 +1,35 @@
-"""The cache job on one rank: what is to do, the networks, the pipeline, the report."""
+"""The cache job: check, see what there is to do, encode it on all ranks, report."""
 
-import time
+import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import torch
 from loguru import logger
 
+from sdxl_trainer.cache.convert import tidy_shards
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
+from sdxl_trainer.cache.latent_encoder import VaeEncoder
+from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import check_model, resolve_model
-from sdxl_trainer.cache.pipeline import WorkItem, encode_items
+from sdxl_trainer.cache.pipeline import Pipeline, WorkItem
+from sdxl_trainer.cache.progress import ProgressReporter, RankProgress
+from sdxl_trainer.cache.report import write_report
+from sdxl_trainer.cache.sinks import NpzSink, ShardSink, Sink, recover_shards
+from sdxl_trainer.cache.verify import verify_entries
+from sdxl_trainer.cache.work import STATES, WorkList, list_work
 from sdxl_trainer.cache.writer import LatentWriter
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.check import check_records, get_bucket_rule, get_cache_folder
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index import Index
-from sdxl_trainer.data.manifest import Entry, Identity, ManifestWriter, read_entries, read_identity, write_identity
+from sdxl_trainer.data.latents import VAE_FACTOR
+from sdxl_trainer.data.manifest import Entry, Identity, ManifestWriter, drop_damaged_lines, read_latest, write_identity
 from sdxl_trainer.launch.distributed import (
     Ranks,
     barrier,
@@ -29,184 +40,207 @@ from sdxl_trainer.launch.distributed import (
     read_environment,
 )
 from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.program import FailedError
+from sdxl_trainer.launch.signals import Interrupted, StopRequest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class RankReport:
+class RankResult:
     """What one rank did."""
 
-    num_encoded: int
-    num_bad: int
-    bytes_written: int
-    seconds: float
+    progress: RankProgress
+    bad: list[dict[str, str]]
+    interrupted: int | None = None  # signal number
 
 
-def run_job(config: Config, problems: list[Problem], dry_run: bool = False) -> None:
-    """Check the settings, then encode whatever is not in the cache yet.
+def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repair: bool = False) -> None:
+    """Encode whatever is not in the cache, or not true any more; with `repair`, just what is there and bad or stale.
 
     Raises:
         UserInputError: anything wrong with the user's settings or data, all of it at once.
-        RuntimeError: more bad pictures than `data.max_bad_fraction` allows.
+        FailedError: the disk is full, or more pictures are bad than `data.max_bad_fraction` allows.
+        Interrupted: a stop signal came; everything encoded by then is in the cache.
     """
-    folder = get_cache_folder(config)
     rank, _, _ = read_environment()
+    stop = StopRequest()
+    folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
-    if rank == 0:  # the others wait for it in init_ranks, so storage is asked once and a mistake is reported once
-        index, found = check_records(config)
-        raise_if_any([*problems, *found, *check_model(config.model)])
-        assert index is not None, "records without problems have an index"
-        logger.info("{} pictures in {} listed", len(index), index.path.parent.parent)
+    path = open_index(config, problems).path if rank == 0 else None  # the others wait for it in init_ranks
     ranks = init_ranks()
-    index = Index(broadcast_object(index.path if rank == 0 else None))  # pyright: ignore[reportPossiblyUnbound]
-    items, total = assign_items(config, index, ranks)
-    logger.info("{} valid already, {} to do here", total - len(items), len(items))
+    index = Index(broadcast_object(path))
+    vae = load_vae(resolve_model(config.model), config.model)
+    identity = build_identity(config, hash_weights(vae))
+    lock = lock_cache(folder) if ranks.is_main and not dry_run else None
+    entries, lines_lost = open_cache(folder, ranks, repair, dry_run)
+    work = list_work(index, folder, entries, identity, get_bucket_rule(config), beside=config.cache.dir is None,
+                     ranks=(ranks.rank, ranks.world_size))  # fmt: skip
+    if repair and not lines_lost:
+        work.items = [item for item in work.items if item.key in entries]
+    announce(config, folder, index, gather_objects(work.without_items()), ranks)
     if not dry_run:
-        reports = gather_objects(fill_cache(config, items, folder, ranks))
-        if ranks.is_main:
-            finish_report(config, folder, reports)
+        vae = vae.to(ranks.device)
+        result = encode_work(config, work, vae.to(PRECISIONS[config.cache.vae_precision]), identity, ranks, stop)
+        finish(config, folder, len(index), gather_objects(result), ranks)
+    if lock is not None:
+        lock.close()
     close_ranks()
 
 
-def assign_items(config: Config, index: Index, ranks: Ranks) -> tuple[list[WorkItem], int]:
-    """This rank's pictures that are not in the cache yet, and how many it was assigned in all.
+def open_index(config: Config, problems: list[Problem]) -> Index:
+    """The index of all records, if nothing is wrong with the settings and the data.
 
-    The share is decided by position in the full list before looking at what exists, so ranks never overlap.
+    Raises:
+        UserInputError: something is; all of it is named.
     """
-    done = {entry.key for entry in read_entries(get_cache_folder(config))}
-    keys, images = index.strings("key"), index.strings("image_path")
-    mine = range(ranks.rank, len(index), ranks.world_size)
-    beside = config.cache.dir is None
-    items = []
-    for row in mine:
-        key, image = keys[row].as_py(), images[row].as_py()
-        if key not in done:
-            items.append(WorkItem(key, image, str(Path(image).with_suffix(".npz")) if beside else f"{key}.npz"))
-    return items, len(mine)
+    index, found = check_records(config)
+    raise_if_any([*problems, *found, *check_model(config.model)])
+    assert index is not None, "records without problems have an index"
+    return index
 
 
-def fill_cache(config: Config, items: list[WorkItem], folder: Path, ranks: Ranks) -> RankReport:
-    """Encode this rank's pictures into the cache."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vae = load_vae(resolve_model(config.model), config.model)
-    claim_folder(config, folder, hash_weights(vae), ranks)
-    vae = vae.to(ranks.device, PRECISIONS[config.cache.vae_precision])
-    started, bad, progress = time.monotonic(), [], Progress(len(items))
+def build_identity(config: Config, vae_sha256: str) -> Identity:
+    """What decides the latents under these settings."""
+    cache, rule = config.cache, get_bucket_rule(config)
+    return Identity(
+        vae_sha256=vae_sha256, vae_precision=cache.vae_precision, dtype=cache.dtype, posterior=cache.posterior,
+        flip=cache.flip, resolution_px=rule.resolution_px, min_bucket_px=rule.min_px, max_bucket_px=rule.max_px,
+        bucket_step_px=rule.step_px, no_upscale=rule.no_upscale,
+    )  # fmt: skip
+
+
+def open_cache(folder: Path, ranks: Ranks, repair: bool, dry_run: bool) -> tuple[Mapping[str, Entry], bool]:
+    """(newest entry of each key, whether lines of the manifest were damaged).
+
+    Rank 0 first finishes what a killed job left, and with `repair` reads every byte. An item found bad is given an
+    identity that no settings have, so that it counts as stale. A dry run only looks: another job may be at work.
+    """
+    bad: dict[str, str] = {}
+    damaged: list[str] = []
+    if ranks.is_main:
+        entries = read_latest(folder, damaged)
+        if not dry_run:
+            clear_leftovers(folder, entries)
+        if repair:
+            bad = verify_entries(folder, entries).bad
+            for reason in bad.values():
+                logger.warning("bad item is encoded again: {}", reason)
+            if not dry_run:
+                drop_damaged_lines(folder)
+    bad, lines_lost = broadcast_object((bad, bool(damaged)))
+    entries = read_latest(folder)
+    return {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}, lines_lost
+
+
+def clear_leftovers(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Finish the shards that a killed job left, and delete the files that it was writing."""
+    for shard in recover_shards(folder, entries.values()):
+        logger.info("finished {}, which an interrupted job had left", shard)
+    for file in folder.glob(".*.tmp"):
+        file.unlink()
+
+
+def announce(config: Config, folder: Path, index: Index, works: list[WorkList], ranks: Ranks) -> None:
+    """Say what is found, valid and to do, and stop if it cannot fit on the disk.
+
+    Raises:
+        UserInputError: too little space.
+    """
+    if ranks.is_main:
+        counts = sum((work.counts for work in works), Counter())
+        needed, free = sum(work.bytes_needed for work in works), shutil.disk_usage(folder).free
+        to_do = sum(work.num_items for work in works)
+        states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+        logger.info("{} pictures ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
+        logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
+        raise_if_any([Problem("cache.dir", folder, f"has {free:,} bytes free and the latents need about {needed:,}",
+                              "free some space, give another cache.dir, or cache.dtype: float16")]
+                     if needed > free else [])  # fmt: skip
+    barrier()
+
+
+def encode_work(config: Config, work: WorkList, vae: torch.nn.Module, identity: Identity, ranks: Ranks,
+                stop: StopRequest) -> RankResult:  # fmt: skip
+    """Encode this rank's items. A stop signal ends the work between two batches, with all that was encoded written."""
+    folder, cache, bad = get_cache_folder(config), config.cache, []
+    if ranks.is_main:
+        write_identity(folder, identity)
+    reporter = ProgressReporter(ranks, len(work.items))
 
     def report_bad(item: WorkItem, reason: str) -> None:
         bad.append({"key": item.key, "file": item.image_path, "reason": reason})
         logger.warning("bad picture skipped: {}", reason)
 
     manifest = ManifestWriter(folder, ranks.rank)
-    writer = LatentWriter(folder, manifest)
+    for entry in work.refreshed:
+        manifest.append(entry)
+    if cache.tile_above_px:
+        enable_tiling(vae, cache.tile_above_px)
+    writer = LatentWriter(build_sink(config, folder, ranks.rank), manifest)
+    pipeline = Pipeline(
+        VaeEncoder(vae, cache.posterior, cache.flip), writer, get_bucket_rule(config), identity.name, cache.batch_size,
+        cache.num_workers, reporter.progress, report_bad, stop.raise_if_received,
+    )  # fmt: skip
+    interrupted = None
     try:
-        encode_items(
-            items,
-            vae,
-            get_bucket_rule(config),
-            writer,
-            batch_size=config.cache.batch_size,
-            num_workers=config.cache.num_workers,
-            dtype=config.cache.dtype,
-            posterior=config.cache.posterior,
-            report_bad=report_bad,
-            report_done=progress.advance,
-        )
+        pipeline.run(work.items)
+    except Interrupted as request:
+        interrupted = request.signal_number
     finally:
-        writer.close()
-        manifest.close()
-        lines = b"".join(orjson.dumps(line) + b"\n" for line in bad)
-        write_atomic(folder / "logs" / f"bad_samples-{ranks.rank:05d}.jsonl", lines)
-    return RankReport(writer.num_written, len(bad), writer.bytes_written, time.monotonic() - started)
+        reporter.close()
+        try:
+            writer.close()
+        except OSError as error:
+            raise FailedError(f"{folder}: {error.strerror}. What the manifest lists is whole; mend that and run "
+                              f"the same command again") from error  # fmt: skip
+    reporter.progress.bytes_written = writer.bytes_written
+    return RankResult(reporter.progress, bad, interrupted)
 
 
-def claim_folder(config: Config, folder: Path, vae_sha256: str, ranks: Ranks) -> None:
-    """Write the cache's identity, or stop if the folder holds a cache of another one."""
-    rule = get_bucket_rule(config)
-    identity = Identity(
-        vae_sha256,
-        config.cache.dtype,
-        config.cache.posterior,
-        rule.resolution_px,
-        rule.min_px,
-        rule.max_px,
-        rule.step_px,
-        rule.no_upscale,
-    )
-    if ranks.is_main:
-        known = read_identity(folder)
-        if known is None:
-            write_identity(folder, identity)
-        else:
-            differing = [
-                f"{key} was {known.get(key)}, is {value}"
-                for key, value in asdict(identity).items()
-                if known.get(key) != value
-            ]
-            raise_if_any(
-                Problem(
-                    "cache.dir",
-                    folder,
-                    f"holds a cache made otherwise: {difference}",
-                    "give another cache.dir, or remove this one",
-                )
-                for difference in differing
-            )
-    barrier()
+def enable_tiling(vae: Any, above_px: int) -> None:
+    """Let diffusers' VAE encode what has a longer side than `above_px` in overlapping, blended tiles of that side."""
+    vae.tile_sample_min_size = above_px
+    vae.tile_latent_min_size = above_px // VAE_FACTOR
+    vae.enable_tiling()
 
 
-def finish_report(config: Config, folder: Path, reports: list[RankReport]) -> None:
-    """Log and write what the job did.
+def build_sink(config: Config, folder: Path, rank: int) -> Sink:
+    """Where items go, by `cache.format`."""
+    if config.cache.format == "npz":
+        return NpzSink(folder, config.cache.dtype)
+    return ShardSink(folder, config.cache.dtype, rank, config.cache.shard_mb * 1_000_000)
+
+
+def finish(config: Config, folder: Path, num_pictures: int, results: list[RankResult], ranks: Ranks) -> None:
+    """Tidy up, report, and end as the work ended.
 
     Raises:
-        RuntimeError: too many pictures were bad.
+        Interrupted: a rank was stopped by a signal.
+        FailedError: too many pictures were bad (on rank 0, which speaks for all).
     """
-    entries: dict[str, Entry] = {entry.key: entry for entry in read_entries(folder)}
-    buckets = Counter(f"{entry.bucket[0]}x{entry.bucket[1]}" for entry in entries.values())
-    encoded, bad = sum(r.num_encoded for r in reports), sum(r.num_bad for r in reports)
-    seconds = max(r.seconds for r in reports)
-    report = {
-        "cached": len(entries),
-        "encoded": encoded,
-        "bad": bad,
-        "seconds": seconds,
-        "bytes_written": sum(r.bytes_written for r in reports),
-        "images_per_second": encoded / max(seconds, 1e-9),
-        "buckets": dict(sorted(buckets.items())),
-        "ranks": [asdict(r) for r in reports],
-    }
-    write_atomic(folder / "cache_report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    logger.info(
-        "{} latents in {} ({} new in {:.1f} s, {} bad), buckets: {}",
-        len(entries),
-        folder,
-        encoded,
-        seconds,
-        bad,
-        ", ".join(f"{size} {count}" for size, count in sorted(buckets.items())),
-    )
-    if bad > config.data.max_bad_fraction * (encoded + bad):
-        raise RuntimeError(
-            f"{bad} of {encoded + bad} pictures are bad, more than data.max_bad_fraction = "
-            f"{config.data.max_bad_fraction:g}; they are named in {folder / 'logs'}/bad_samples-*.jsonl"
+    signals = [result.interrupted for result in results if result.interrupted is not None]
+    bad = [line for result in results for line in result.bad]
+    file = folder / "logs" / "bad_samples.jsonl"
+    if ranks.is_main:
+        write_atomic(file, b"".join(orjson.dumps(line) + b"\n" for line in bad))
+        if not signals:
+            tidy(config, folder)
+        write_report(folder, [result.progress for result in results], read_latest(folder))
+    barrier()
+    if signals:
+        raise Interrupted(signals[0])
+    if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_pictures:
+        raise FailedError(
+            f"{len(bad)} of {num_pictures} pictures are bad, more than data.max_bad_fraction = "
+            f"{config.data.max_bad_fraction:g}; they are named in {file}"
         )
 
 
-class Progress:
-    """Says on the console how far a rank is, every few seconds."""
-
-    def __init__(self, total: int, every_seconds: float = 10.0):
-        self._total, self._every = total, every_seconds
-        self._done, self._started = 0, time.monotonic()
-        self._next = self._started + every_seconds
-
-    def advance(self, count: int) -> None:
-        """Count `count` more pictures."""
-        self._done += count
-        now = time.monotonic()
-        if now >= self._next:
-            rate = self._done / (now - self._started)
-            left = (self._total - self._done) / rate
-            logger.info("{} of {} pictures, {:.1f}/s, {:.0f} s left", self._done, self._total, rate, left)
-            self._next = now + self._every
+def tidy(config: Config, folder: Path) -> None:
+    """Take out of the shards what has been encoded again."""
+    manifest = ManifestWriter(folder, 0)
+    sink = ShardSink(folder, config.cache.dtype, 0, config.cache.shard_mb * 1_000_000)
+    for shard in tidy_shards(folder, read_latest(folder), sink, manifest):
+        logger.info("{} was out of date in parts and is replaced", shard)
+    manifest.close()

@@ -23,14 +23,26 @@ def main(arguments: list[str] | None = None) -> int:
     check_checkout()
     from sdxl_trainer.launch.program import build_parser, run_program
 
-    options = build_parser(main.__doc__ or "").parse_args(arguments)
+    parser = build_parser(main.__doc__ or "")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--verify", action="store_true", help="read every byte back against the manifest")
+    modes.add_argument("--repair", action="store_true", help="verify, then encode again just what is bad or stale")
+    modes.add_argument("--pack", action="store_true", help="turn npz files into shards, without the VAE")
+    modes.add_argument("--unpack", action="store_true", help="turn shards into npz files, without the VAE")
+    modes.add_argument("--adopt", action="store_true", help="list latents that other programs wrote in a manifest")
+    options = parser.parse_args(arguments)
 
     def work() -> None:
+        from sdxl_trainer.cache.audit import AUDITS
         from sdxl_trainer.cache.job import run_job
         from sdxl_trainer.configs.load import load_config
 
         config, problems = load_config(options.cfg, options.overrides)
-        run_job(config, problems, dry_run=options.dry_run)
+        audit = next((name for name in AUDITS if getattr(options, name)), None)
+        if audit is None:
+            run_job(config, problems, dry_run=options.dry_run, repair=options.repair)
+        else:
+            AUDITS[audit](config, problems)
 
     return run_program(work)
 

@@ -1,18 +1,25 @@
 """The cache job's data path on one rank: decode on threads, encode on the device, write on threads, all at once."""
 
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from sdxl_trainer.cache.writer import EncodedItem, LatentWriter
-from sdxl_trainer.data.bucket import BucketRule, list_buckets
-from sdxl_trainer.data.plan import mix_keys
-from sdxl_trainer.data.transforms import BadImageError, PreparedImage, prepare_image
+from sdxl_trainer.cache.latent_encoder import Encoded, Encoder, PendingBatch
+from sdxl_trainer.cache.progress import RankProgress
+from sdxl_trainer.cache.sinks import EncodedItem
+from sdxl_trainer.cache.writer import LatentWriter
+from sdxl_trainer.data.bucket import BucketRule, Size, list_buckets, place_image
+from sdxl_trainer.data.latents import LatentSample
+from sdxl_trainer.data.manifest import Entry
+from sdxl_trainer.data.transforms import BadImageError, PreparedImage, prepare_image, read_image_size
+
+# Pictures whose sizes are looked at together to fill batches of one bucket; larger fills better, and starts later.
+WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class WorkItem:
     key: str
     image_path: str
     file: str
+    size: Size | None = None  # (width, height) as the metadata tell; a wrong one costs a little time, no more
+    record: bytes = b"{}"
 
 
 @dataclass(frozen=True)
@@ -32,86 +41,133 @@ class Prepared:
     image: PreparedImage
 
 
-def encode_items(
-    items: list[WorkItem],
-    vae: torch.nn.Module,
-    rule: BucketRule,
-    writer: LatentWriter,
-    *,
-    batch_size: int,
-    num_workers: int,
-    dtype: str,
-    posterior: str,
-    report_bad: Callable[[WorkItem, str], None],
-    report_done: Callable[[int], None],
-) -> None:
-    """Encode pictures and hand their latents to the writer.
+@dataclass
+class Pipeline:
+    """What one rank's data path is made of.
 
-    While one batch is on the device, the next ones are decoded and the last ones written. A picture that cannot be used
-    goes to `report_bad` with the reason, and the rest go on.
+    Args:
+        report_bad: told of each picture that cannot be used, and why; the rest go on.
+        check_stop: called between batches; raises to end the work with all that was encoded written.
     """
-    prepared = prepare_ahead(items, rule, num_workers, num_workers * 2 + batch_size, report_bad)
-    for batch in group_by_bucket(prepared, batch_size):
-        pixels = np.stack([entry.image.pixels for entry in batch])  # [B, H, W, 3]
-        latents = encode_pixels(vae, pixels, posterior, [entry.item.key for entry in batch])
-        for entry, latent in zip(batch, latents.cpu().numpy().astype(dtype), strict=True):
-            writer.submit(EncodedItem(entry.item.key, entry.item.image_path, entry.image, latent, entry.item.file))
-        report_done(len(batch))
+
+    encoder: Encoder
+    writer: LatentWriter
+    rule: BucketRule
+    identity: str
+    batch_size: int
+    num_workers: int
+    progress: RankProgress
+    report_bad: Callable[[WorkItem, str], None]
+    check_stop: Callable[[], None]
+
+    def run(self, items: Sequence[WorkItem]) -> None:
+        """Encode pictures and hand their latents to the writer.
+
+        One batch is on the device while the one before it is handed over, the next ones are decoded and the last ones
+        are written. What was launched is handed over also when the work is stopped.
+        """
+        batches = self._group(self._prepare_ahead(items))
+        pending: deque[tuple[list[Prepared], PendingBatch]] = deque()
+        try:
+            while True:
+                asked = time.monotonic()
+                batch = next(batches, None)
+                self.progress.wait_seconds += time.monotonic() - asked
+                if batch is None:
+                    break
+                pixels = np.stack([entry.image.pixels for entry in batch])  # [B, H, W, 3]
+                pending.append((batch, self.encoder.launch(pixels, [entry.item.key for entry in batch])))
+                if len(pending) > 1:
+                    self._hand_over(*pending.popleft())
+                self.check_stop()
+        finally:
+            while pending:
+                self._hand_over(*pending.popleft())
+
+    def _prepare_ahead(self, items: Sequence[WorkItem]) -> Iterator[Prepared]:
+        """Decode pictures on threads, in an order that fills batches, a few batches ahead of the device."""
+        buckets = list_buckets(self.rule)
+        lookahead = 2 * self.batch_size + self.num_workers
+        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="decoder") as pool:
+            pending: deque = deque()
+            try:
+                for item in self._order(items, pool, buckets):
+                    pending.append((item, pool.submit(prepare_image, Path(item.image_path), self.rule, buckets)))
+                    if len(pending) > lookahead:
+                        yield from self._take(pending)
+                while pending:
+                    yield from self._take(pending)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _order(self, items: Sequence[WorkItem], pool: ThreadPoolExecutor, buckets: list[Size]) -> Iterator[WorkItem]:
+        """The items, rearranged so that each run of `batch_size` is of one bucket as far as sizes can be told."""
+        waiting: dict[Size | None, list[WorkItem]] = defaultdict(list)
+        for start in range(0, len(items), WINDOW):
+            window = items[start : start + WINDOW]
+            unknown = [item for item in window if item.size is None]
+            probed = dict(zip((item.key for item in unknown), pool.map(_probe_size, unknown), strict=True))
+            for item in window:
+                size = item.size or probed[item.key]
+                group = waiting[place_image(size, self.rule, buckets).bucket if size else None]
+                group.append(item)
+                if len(group) == self.batch_size:
+                    yield from group
+                    group.clear()
+        for group in waiting.values():
+            yield from group
+
+    def _take(self, pending: deque) -> Iterator[Prepared]:
+        item, future = pending.popleft()
+        try:
+            yield Prepared(item, future.result())
+        except BadImageError as error:
+            self.progress.bad += 1
+            self.report_bad(item, str(error))
+
+    def _group(self, prepared: Iterator[Prepared]) -> Iterator[list[Prepared]]:
+        """Batches of one bucket, by the sizes that decoding found, each as soon as it is full."""
+        groups: dict[Size, list[Prepared]] = defaultdict(list)
+        for entry in prepared:
+            group = groups[entry.image.placement.bucket]
+            group.append(entry)
+            if len(group) == self.batch_size:
+                yield groups.pop(entry.image.placement.bucket)
+        yield from groups.values()
+
+    def _hand_over(self, batch: list[Prepared], pending: PendingBatch) -> None:
+        encoded = pending.wait()
+        for place, entry in enumerate(batch):
+            self.writer.submit(_build_item(entry, encoded, place, self.identity))
+        self.progress.done += len(batch)
+        self.progress.bytes_written = self.writer.bytes_written
 
 
-def prepare_ahead(
-    items: list[WorkItem],
-    rule: BucketRule,
-    num_workers: int,
-    lookahead: int,
-    report_bad: Callable[[WorkItem, str], None],
-) -> Iterator[Prepared]:
-    """Decode pictures in order, at most `lookahead` ahead, on threads: Pillow works without the interpreter's lock."""
-    buckets = list_buckets(rule)
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="decoder") as pool:
-        rest = iter(items)
-        pending: deque = deque()
-        for item in rest:
-            pending.append((item, pool.submit(prepare_image, Path(item.image_path), rule, buckets)))
-            if len(pending) > lookahead:
-                yield from _take(pending, report_bad)
-        while pending:
-            yield from _take(pending, report_bad)
+def _build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) -> EncodedItem:
+    item, image = prepared.item, prepared.image
+    placement = image.placement
+    std, flipped, flipped_std = (
+        None if part is None else part[place] for part in (encoded.std, encoded.flipped, encoded.flipped_std)
+    )
+    sample = LatentSample(
+        encoded.latents[place],
+        image.original_size,
+        placement.crop_ltrb,
+        std=std,
+        flipped=flipped,
+        flipped_std=flipped_std,
+    )
+    entry = Entry(
+        key=item.key, file=item.file, bytes=0, sha256="", bucket=placement.bucket, original_size=image.original_size,
+        resized=placement.resized, crop=placement.crop_ltrb, identity=identity, source_path=item.image_path,
+        source_bytes=image.source_bytes, source_mtime_ns=image.source_mtime_ns, source_sha256=image.source_sha256,
+    )  # fmt: skip
+    return EncodedItem(sample, entry, item.record)
 
 
-def group_by_bucket(prepared: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
-    """Batches of one bucket, each as soon as it is full; the partly filled ones last."""
-    groups: dict[tuple[int, int], list[Prepared]] = defaultdict(list)
-    for entry in prepared:
-        group = groups[entry.image.placement.bucket]
-        group.append(entry)
-        if len(group) == batch_size:
-            yield groups.pop(entry.image.placement.bucket)
-    yield from groups.values()
-
-
-@torch.no_grad()
-def encode_pixels(vae: torch.nn.Module, pixels: np.ndarray, posterior: str, keys: list[str]) -> torch.Tensor:
-    """VAE latents [B, 4, H/8, W/8] float32 of pixels [B, H, W, 3] uint8, not multiplied by the scaling factor.
-
-    A posterior sample's noise is keyed to the picture's key, so encoding again gives the same latents whatever the
-    batch, the rank or the number of ranks.
-    """
-    weight = next(vae.parameters())
-    images = torch.from_numpy(pixels).to(weight.device, non_blocking=True).permute(0, 3, 1, 2)
-    distribution = vae.encode(images.to(weight.dtype) / 127.5 - 1).latent_dist  # pyright: ignore[reportCallIssue]
-    mean = distribution.mean.float()
-    if posterior == "mean":
-        return mean
-    noise = [
-        torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(mix_keys(*key.encode()))) for key in keys
-    ]
-    return mean + distribution.std.float() * torch.stack(noise).to(mean.device)
-
-
-def _take(pending: deque, report_bad: Callable[[WorkItem, str], None]) -> Iterator[Prepared]:
-    item, future = pending.popleft()
+def _probe_size(item: WorkItem) -> Size | None:
+    """Size by the file's header, or None where decoding will say what is wrong."""
     try:
-        yield Prepared(item, future.result())
-    except BadImageError as error:
-        report_bad(item, str(error))
+        return read_image_size(Path(item.image_path))
+    except BadImageError:
+        return None

@@ -82,9 +82,6 @@ class _Item:
     transposed: bool = False
 
 
-# ------------------------------------------------------------------------------------------------------------ reader
-
-
 def read_single_file(
     path: str | os.PathLike[str],
     component: str,
@@ -139,9 +136,6 @@ def read_carried(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Tensors that belong to no model and live on in the next file: give them to `write_single_file` as `extra`."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name == LOGIT_SCALE_FILE_NAME}
-
-
-# ------------------------------------------------------------------------------------------------------------ writer
 
 
 def write_single_file(
@@ -304,9 +298,6 @@ def _replace_atomically(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------- metadata
 
 
 def build_modelspec(

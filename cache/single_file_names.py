@@ -145,9 +145,6 @@ def _per_block(config: Mapping[str, Any], key: str, default: int) -> list[int]:
     return values
 
 
-# --------------------------------------------------------------------------------------------------------- U-Net
-
-
 def _add_unet(table: _Table, config: Mapping[str, Any]) -> None:
     """U-Net: LDM counts blocks through all resolutions, diffusers per resolution."""
     required = (
@@ -285,9 +282,6 @@ def _add_transformer(table: _Table, source: str, file: str, config: Mapping[str,
         table.add_layer(f"{source}.{layer}", f"{file}.{layer}", *shape, bias=bias)
 
 
-# ----------------------------------------------------------------------------------------------------------- VAE
-
-
 def _add_vae(table: _Table, config: Mapping[str, Any]) -> None:
     """VAE: LDM counts the decoder's resolutions from the finest, diffusers from the coarsest."""
     _check_config("vae", config, ("block_out_channels",), {})
@@ -354,9 +348,6 @@ def _add_vae_middle(table: _Table, half: str, width: int, attention: bool) -> No
             table.add(f"{name}.weight", f"{file_name}.weight", (width, width), (width, width, 1, 1))
             table.add(f"{name}.bias", f"{file_name}.bias", (width,))
     _add_resnet(table, f"{source}.resnets.1", f"{file}.block_2", _VAE_RESNET, (width, width))
-
-
-# --------------------------------------------------------------------------------------------------- text encoders
 
 
 def _add_clip(table: _Table, config: Mapping[str, Any]) -> None:

@@ -2,15 +2,20 @@
 
 import hashlib
 import io
+import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
-from PIL import Image, ImageOps
+import pyarrow as pa
+from PIL import ExifTags, Image, ImageOps
 
 from sdxl_trainer.data.bucket import BucketRule, Placement, Size, place_image
+
+cv2.setNumThreads(1)  # pictures are spread over threads already
 
 # What Pillow's decoders raise on damaged bytes; found by feeding them such.
 DECODE_ERRORS = (
@@ -51,8 +56,9 @@ def prepare_image(path: Path, rule: BucketRule, buckets: list[Size]) -> Prepared
         BadImageError: missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
     """
     try:
-        content = path.read_bytes()
-        mtime_ns = path.stat().st_mtime_ns
+        with open(path, "rb") as file:
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns  # before reading: a change meanwhile is noticed next time
+            content = file.read()
     except OSError as error:
         raise BadImageError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -81,14 +87,46 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def cut_image(image: Image.Image, placement: Placement) -> np.ndarray:
-    """Resize and cut in one pass over the pixels that are kept. Returns [H, W, 3] uint8."""
-    shrinking = placement.resized[0] < image.width
-    # LANCZOS keeps detail when shrinking; enlarging with it only costs time, BICUBIC looks the same.
-    resample = Image.Resampling.LANCZOS if shrinking else Image.Resampling.BICUBIC
-    scale_x, scale_y = image.width / placement.resized[0], image.height / placement.resized[1]
+    """Resize, then cut the bucket out. Returns [H, W, 3] uint8.
+
+    OpenCV resizes with SIMD, in a third of torch's time and an eighth of Pillow's: by area averaging when shrinking,
+    which keeps fine patterns from turning into false ones, and bicubic when enlarging.
+    """
+    pixels = view_pixels(image)
     left, top, right, bottom = placement.crop_ltrb
-    box = (left * scale_x, top * scale_y, min(image.width, right * scale_x), min(image.height, bottom * scale_y))
-    return np.asarray(image.resize(placement.bucket, resample, box=box))
+    if placement.resized != image.size:
+        shrinking = placement.resized[0] < image.width
+        pixels = cv2.resize(pixels, placement.resized, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    pixels = pixels[top:bottom, left:right]
+    return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
+
+
+def view_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB image, [H, W, 4] with an unused last channel as Pillow keeps them, or a copy [H, W, 3].
+
+    Pillow's Arrow export saves a copy, which is a fifth of the work on a JPEG; large images lie in several blocks and
+    cannot be exported.
+    """
+    if hasattr(image, "__arrow_c_array__"):
+        try:
+            return pa.array(image).flatten().to_numpy(zero_copy_only=True).reshape(image.height, image.width, 4)
+        except ValueError:  # several blocks
+            pass
+    return np.asarray(image)
+
+
+def read_image_size(path: Path) -> Size:
+    """(width, height) of a picture as a person sees it, from its header alone.
+
+    Raises:
+        BadImageError: missing, or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except DECODE_ERRORS as error:
+        raise BadImageError(f"{path}: cannot be read: {error}") from None
 
 
 def _reduce_depth(image: Image.Image) -> Image.Image:

@@ -105,3 +105,17 @@ def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def publish(key: str, value: str) -> None:
+    """Put a value where other ranks can read it at any time, without meeting them. Nothing without a process group."""
+    if dist.is_initialized():
+        dist.distributed_c10d._get_default_store().set(key, value)
+
+
+def read_published(key: str) -> str | None:
+    """What some rank published under `key`, or None if nothing yet. Never waits."""
+    if not dist.is_initialized():
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    return store.get(key).decode() if store.check([key]) else None

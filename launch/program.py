@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
+from sdxl_trainer.launch.status import record_status
 
 STATUS_DONE, STATUS_FAILED, STATUS_WRONG_INPUT = 0, 1, 2
-# torchrun answers 1 whatever its ranks answer; the launch scripts read the true status from this file instead.
-STATUS_FILE_VARIABLE = "SDXL_TRAINER_STATUS_FILE"
 # A launcher kills all ranks when the first one leaves: the others give rank 0 this long to say why.
 COURTESY_SECONDS = 10
+
+
+class FailedError(RuntimeError):
+    """The work could not be done, for a reason that the message tells in full: status 1, without a traceback."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -27,28 +31,29 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run_program(work: Callable[[], None]) -> int:
-    """Run `work` and turn how it ended into the exit status: 0 done, 2 the user's input is wrong, 1 failed.
+    """Run `work` and turn how it ended into the exit status.
+
+    0 done, 2 the user's input is wrong, 1 failed, 128 + signal stopped on request with everything done so far kept.
 
     Any other exception is left to Python, whose traceback and status 1 say more than a summary would.
     """
     rank = int(os.environ.get("RANK", 0))
+    record_status(STATUS_FAILED)  # until something better is known
     try:
-        work()
+        with exiting_on_signals():
+            work()
     except UserInputError as error:
         if rank == 0:
             sys.stderr.write(f"\n{error}\n\n")
             sys.stderr.flush()
         else:
             time.sleep(COURTESY_SECONDS)
-        return _record(rank, STATUS_WRONG_INPUT)
-    except BaseException:
-        _record(rank, STATUS_FAILED)
-        raise
-    return _record(rank, STATUS_DONE)
-
-
-def _record(rank: int, status: int) -> int:
-    file = os.environ.get(STATUS_FILE_VARIABLE)
-    if file and rank == 0:
-        Path(file).write_text(str(status))
-    return status
+        return record_status(STATUS_WRONG_INPUT)
+    except Interrupted as request:
+        if rank == 0:
+            sys.stderr.write(f"{request}; everything done so far is kept, the same command goes on\n")
+        return record_status(128 + request.signal_number)
+    except FailedError as error:
+        sys.stderr.write(f"\n{error}\n\n")
+        return record_status(STATUS_FAILED)
+    return record_status(STATUS_DONE)

@@ -1,0 +1,270 @@
+"""How close does the cache job come to the device's speed, and at what cost to the host?
+
+The mixed set: 200 pictures with sides of 256 to 1536 px, 60 % JPEG, 20 % PNG, 20 % WebP, of soft colours, shapes
+and some grain, cached at 1024². The stand-in device sleeps 40 ms a megapixel, so only the pipeline is judged. Beside it, in the
+same run: a plain pipe of two threads (one decodes, one encodes and writes), the bare encode loop, and `sha256sum`.
+"""
+
+import queue
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Figure, finish, parse_arguments
+from PIL import Image, ImageDraw
+
+from sdxl_trainer.cache.latent_encoder import Encoded, VaeEncoder
+from sdxl_trainer.cache.model_source import SDXL_CONFIG_FOLDER
+from sdxl_trainer.cache.pipeline import Pipeline, WorkItem
+from sdxl_trainer.cache.progress import RankProgress
+from sdxl_trainer.cache.sinks import NpzSink
+from sdxl_trainer.cache.verify import verify_entries
+from sdxl_trainer.cache.writer import LatentWriter
+from sdxl_trainer.data.bucket import BucketRule, list_buckets
+from sdxl_trainer.data.latents import LatentSample, write_latents
+from sdxl_trainer.data.manifest import ManifestWriter, read_latest
+from sdxl_trainer.data.transforms import prepare_image
+
+RULE = BucketRule(1024, 256, 2048, 64)
+SMALL_RULE = BucketRule(256, 128, 512, 32)
+SECONDS_PER_MEGAPIXEL = 0.04
+FORMATS = ("jpg", "jpg", "jpg", "png", "webp")
+BATCH_SIZE, NUM_WORKERS = 4, 4
+
+
+class StandIn:
+    """A device that takes 40 ms a megapixel and costs the host nothing."""
+
+    def __init__(self, seconds_per_megapixel: float = SECONDS_PER_MEGAPIXEL):
+        self.seconds_per_megapixel = seconds_per_megapixel
+        self.busy_seconds = 0.0
+        rng = np.random.default_rng(0)
+        self._noise = rng.standard_normal((BATCH_SIZE, 4, 256, 256), np.float32)
+
+    def launch(self, pixels: np.ndarray, keys: list[str]) -> "Ready":
+        seconds = self.seconds_per_megapixel * pixels.shape[0] * pixels.shape[1] * pixels.shape[2] / 1e6
+        time.sleep(seconds)
+        self.busy_seconds += seconds
+        return Ready(self._noise[: len(keys), :, : pixels.shape[1] // 8, : pixels.shape[2] // 8])
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch that the stand-in is done with."""
+
+    latents: np.ndarray
+
+    def wait(self) -> Encoded:
+        return Encoded(self.latents)
+
+
+def main() -> int:
+    """Run and report."""
+    options = parse_arguments(__doc__ or "")
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        count = 40 if options.quick else 200
+        pictures = draw_mixed_set(work / "pictures", count)
+        runs = [measure_pipeline(pictures, work / f"stand-in-{number}") for number in range(1 if options.quick else 3)]
+        share, cpu_ms = (float(np.median([run[place] for run in runs])) for place in (0, 1))
+        figures = {
+            "share_of_device_limit": Figure(share, ">=", 0.95),
+            "share_of_plain_two_thread_pipe": Figure(measure_plain_pipe(pictures, work / "plain")),
+            "host_cpu_ms_per_image": Figure(cpu_ms, "<=", 10),
+        }
+        figures |= measure_memory(pictures, work / "memory", 10 if not options.quick else 2)
+        figures["verify_share_of_sha256sum"] = Figure(measure_verify(work / "memory"), ">=", 0.8)
+        if not options.quick:
+            figures["share_of_bare_vae_loop_256px"] = Figure(measure_vae(pictures, work / "vae", 24), ">=", 0.98)
+        if torch.cuda.is_available():
+            figures |= measure_gpu(pictures, work / "gpu")
+    return finish("cache", figures)
+
+
+def draw_mixed_set(folder: Path, count: int) -> list[Path]:
+    """Write the pictures and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        width, height = rng.integers(256, 1537, 2).tolist()
+        coarse = rng.integers(0, 256, (max(2, height // 96), max(2, width // 96), 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(picture)
+        for _ in range(12):
+            x, y, size = *rng.integers(0, [width, height]).tolist(), int(rng.integers(20, 200))
+            pen.ellipse((x, y, x + size, y + size), fill=tuple(rng.integers(0, 256, 3).tolist()))
+        grain = rng.normal(0, 1.5, (height, width, 1))
+        picture = Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
+        paths.append(folder / f"{number:04d}.{FORMATS[number % len(FORMATS)]}")
+        picture.save(paths[-1], quality=90)
+    return paths
+
+
+def build_pipeline(encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule) -> Pipeline:
+    """The job's own data path around an encoder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = LatentWriter(NpzSink(folder, "float32"), ManifestWriter(folder, 0))
+    return Pipeline(
+        encoder, writer, rule, "benchmark", BATCH_SIZE, NUM_WORKERS, RankProgress(0), _refuse_bad, lambda: None
+    )
+
+
+def run_pipeline(pipeline: Pipeline, items: list[WorkItem]) -> tuple[float, float]:
+    """(wall, CPU) seconds of encoding all items and bringing them to disk."""
+    wall, cpu = time.monotonic(), time.process_time()
+    pipeline.run(items)
+    pipeline.writer.close()
+    return time.monotonic() - wall, time.process_time() - cpu
+
+
+def list_items(pictures: list[Path], turn: int = 0) -> list[WorkItem]:
+    """Work items; sizes are not told, as with a folder of pictures."""
+    return [WorkItem(f"{turn}-{path.stem}", str(path), f"{turn}-{path.stem}.npz") for path in pictures]
+
+
+def measure_pipeline(pictures: list[Path], folder: Path) -> tuple[float, float]:
+    """(share of the stand-in device's limit, host CPU milliseconds per picture)."""
+    device = StandIn()
+    wall, cpu = run_pipeline(build_pipeline(device, folder, RULE), list_items(pictures))
+    return device.busy_seconds / wall, cpu * 1000 / len(pictures)
+
+
+def measure_plain_pipe(pictures: list[Path], folder: Path) -> float:
+    """The same share for a plain pipe: one thread decodes, the other encodes one by one and writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device, ready, buckets = StandIn(), queue.Queue(maxsize=16), list_buckets(RULE)
+
+    def decode() -> None:
+        for path in pictures:
+            ready.put((path, prepare_image(path, RULE, buckets)))
+        ready.put(None)
+
+    started = time.monotonic()
+    threading.Thread(target=decode).start()
+    while (entry := ready.get()) is not None:
+        path, image = entry
+        latents = device.launch(image.pixels[None], [path.stem]).wait().latents[0]
+        sample = LatentSample(latents, image.original_size, image.placement.crop_ltrb)
+        write_latents(folder / f"{path.stem}.npz", sample)
+    return device.busy_seconds / (time.monotonic() - started)
+
+
+def measure_memory(pictures: list[Path], folder: Path, turns: int) -> dict[str, Figure]:
+    """Growth between the first turn over the set and the last, and the peak above what was there before."""
+    before = read_rss_bytes()
+    items = [item for turn in range(turns) for item in list_items(pictures, turn)]
+    pipeline = build_pipeline(StandIn(0.0), folder, RULE)
+    levels: list[int] = []
+
+    def watch() -> None:
+        levels.append(read_rss_bytes())
+
+    pipeline.check_stop = watch
+    run_pipeline(pipeline, items)
+    tenth = max(1, len(levels) // 10)
+    early, late = max(levels[tenth : 2 * tenth]), max(levels[-tenth:])
+    return {
+        "memory_growth_mb_over_run": Figure((late - early) / 1e6, "<=", 50),
+        "memory_above_start_mb": Figure((max(levels) - before) / 1e6, "<=", 1000),
+        "memory_images": Figure(len(items)),
+        "peak_rss_mb": Figure(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+    }
+
+
+def measure_verify(folder: Path) -> float:
+    """Bytes per second of verification against those of `sha256sum` over the same files, all in the page cache."""
+    entries = read_latest(folder)
+    files = b"\0".join(str(folder / entry.file).encode() for entry in entries.values())
+    command = ["xargs", "-0", "sha256sum"]
+    subprocess.run(command, input=files, check=True, stdout=subprocess.DEVNULL)
+    ratios = []
+    for _ in range(3):
+        bare = time_call(lambda: subprocess.run(command, input=files, check=True, stdout=subprocess.DEVNULL))
+        ours = time_call(lambda: _expect_clean(folder, entries))
+        ratios.append(bare / ours)
+    return float(np.median(ratios))
+
+
+def measure_vae(pictures: list[Path], folder: Path, count: int) -> float:
+    """Bare encode loop against the job, with SDXL's VAE in full size (random weights) at 256 px; median of pairs."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SDXL_CONFIG_FOLDER / "vae")).eval()
+    buckets = list_buckets(SMALL_RULE)
+    batches: dict[tuple[int, int], list[np.ndarray]] = {}
+    for path in pictures[:count]:
+        image = prepare_image(path, SMALL_RULE, buckets)
+        batches.setdefault(image.placement.bucket, []).append(image.pixels)
+    encoder = VaeEncoder(vae, "sample", flip=False)
+
+    def loop() -> None:
+        for group in batches.values():
+            for start in range(0, len(group), BATCH_SIZE):
+                part = group[start : start + BATCH_SIZE]
+                encoder.launch(np.stack(part), ["key"] * len(part)).wait()
+
+    ratios = []
+    for turn in range(3):
+        bare = time_call(loop)
+        pipeline = build_pipeline(encoder, folder / str(turn), SMALL_RULE)
+        ratios.append(bare / run_pipeline(pipeline, list_items(pictures[:count], turn))[0])
+    return float(np.median(ratios))
+
+
+def measure_gpu(pictures: list[Path], folder: Path) -> dict[str, Figure]:
+    """The same on a GPU: SDXL's VAE in bfloat16 at 1024², and its rate (encoding 1024² costs 4.88 TFLOP)."""
+    from diffusers import AutoencoderKL
+
+    config = AutoencoderKL.load_config(SDXL_CONFIG_FOLDER / "vae")
+    vae = AutoencoderKL.from_config(config).eval().to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
+    encoder = VaeEncoder(vae, "sample", flip=False)
+    pixels = np.zeros((BATCH_SIZE, 1024, 1024, 3), np.uint8)
+    encoder.launch(pixels, ["warm-up"] * BATCH_SIZE).wait()
+    rounds = 50
+    bare = time_call(lambda: [encoder.launch(pixels, ["key"] * BATCH_SIZE) for _ in range(rounds)][-1].wait())
+    per_pixel = bare / (rounds * pixels.size / 3)
+    buckets = list_buckets(RULE)
+    total = sum(int(np.prod(prepare_image(path, RULE, buckets).placement.bucket)) for path in pictures)
+    wall, _ = run_pipeline(build_pipeline(encoder, folder, RULE), list_items(pictures))
+    rate = rounds * BATCH_SIZE / bare
+    return {
+        "gpu_share_of_bare_loop": Figure(per_pixel * total / wall, ">=", 0.95),
+        "gpu_bare_images_per_second": Figure(rate),
+        "gpu_bare_tflops": Figure(rate * 4.88),
+    }
+
+
+def time_call(work: Callable[[], object]) -> float:
+    """Wall seconds of a call."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def read_rss_bytes() -> int:
+    """Resident memory of this process."""
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _expect_clean(folder: Path, entries: dict) -> None:
+    result = verify_entries(folder, entries)
+    assert not result.bad, f"the benchmark's own cache is bad: {result.bad}"
+
+
+def _refuse_bad(item: WorkItem, reason: str) -> None:
+    raise AssertionError(f"the benchmark's own picture is bad: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What all benchmarks share: arguments, starting the real programs, and the JSON line at the end."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number and what it should be: `sign` is ">=" or "<="; a figure without target only informs."""
+
+    value: float
+    sign: str = ">="
+    target: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target, if there is one, is reached."""
+        if self.target is None:
+            return True
+        return self.value >= self.target if self.sign == ">=" else self.value <= self.target
+
+
+def parse_arguments(description: str, **choices: Sequence[str]) -> argparse.Namespace:
+    """`--quick` (ends within a minute, figures are rough) and `--work DIR` (where input and output go).
+
+    Args:
+        choices: further options by name and what each may be, its default first.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="end within a minute; the figures are rough")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep input and output here (a temporary folder)")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
+    return parser.parse_args()
+
+
+def start(script: str, *words: object, ranks: int) -> None:
+    """Start launch/cache.sh or launch/train.sh on so many ranks, one thread each.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "launch" / script), *(str(word) for word in words)]
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+
+
+def finish(name: str, figures: dict[str, Figure]) -> int:
+    """Print the result as one JSON line and return the exit status: 0 if every target is met, else 1."""
+    shown = {
+        key: {
+            "value": round(figure.value, 5),
+            "target": None if figure.target is None else f"{figure.sign} {figure.target:g}",
+            "met": figure.met,
+        }
+        for key, figure in figures.items()
+    }
+    print(json.dumps({"benchmark": name, "figures": shown, "machine": describe_machine()}))
+    return 0 if all(figure.met for figure in figures.values()) else 1
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Processor, cores, accelerator and versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "cpu": _read_cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _read_cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,142 @@
+"""What can be done with a cache besides filling it: verify, pack, unpack, adopt. All of it on rank 0."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from loguru import logger
+
+from sdxl_trainer.cache.convert import adopt_files, remove_replaced, repack
+from sdxl_trainer.cache.encoders import hash_weights, load_vae
+from sdxl_trainer.cache.job import build_identity, open_index
+from sdxl_trainer.cache.lock import lock_cache
+from sdxl_trainer.cache.model_source import resolve_model
+from sdxl_trainer.cache.sinks import NpzSink, ShardSink, recover_shards
+from sdxl_trainer.cache.verify import verify_entries
+from sdxl_trainer.cache.work import choose_file
+from sdxl_trainer.configs.problems import Problem, raise_if_any
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.check import get_bucket_rule, get_cache_folder
+from sdxl_trainer.data.manifest import Entry, ManifestWriter, check_identity, read_latest, write_identity
+from sdxl_trainer.launch.distributed import read_environment
+from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.program import FailedError
+
+
+class BadCacheError(FailedError):
+    """Items of a cache are bad; they have been named."""
+
+
+def verify_cache(config: Config, problems: list[Problem]) -> None:
+    """Read every byte back against the manifest and name each bad item.
+
+    Raises:
+        BadCacheError: at least one is bad.
+    """
+    folder = _open_existing(config, problems)
+    if folder is None:
+        return
+    damaged: list[str] = []
+    result = verify_entries(folder, read_latest(folder, damaged))
+    others = [f"{place}: damaged line of the manifest" for place in damaged]
+    others += [reason for reason in (check_identity(folder), *result.bad_shards.values()) if reason is not None]
+    for reason in (*result.bad.values(), *others):
+        logger.error("bad: {}", reason)
+    logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, len(result.bad))
+    if result.bad or others:
+        also = f", and {len(others)} other things" if others else ""
+        raise BadCacheError(f"{len(result.bad)} of {result.num_items} items are bad{also}; --repair mends them")
+
+
+def pack_cache(config: Config, problems: list[Problem]) -> None:
+    """Turn npz files into shards."""
+    _convert(config, problems, to_shards=True)
+
+
+def unpack_cache(config: Config, problems: list[Problem]) -> None:
+    """Turn shards into npz files under the cache folder."""
+    _convert(config, problems, to_shards=False)
+
+
+def adopt_cache(config: Config, problems: list[Problem]) -> None:
+    """List latent files of other programs in a manifest, after checking and hashing them.
+
+    Raises:
+        BadCacheError: some files do not fit the settings; they are named, the others are listed.
+    """
+    if read_environment()[0] != 0:
+        return
+    folder = get_cache_folder(config)
+    index = open_index(config, problems)
+    init_logger(0, config.log.level, folder / "logs", "cache")
+    lock = lock_cache(folder)
+    vae = load_vae(resolve_model(config.model), config.model)
+    identity = build_identity(config, hash_weights(vae))
+    write_identity(folder, identity)
+    manifest = ManifestWriter(folder, 0)
+    adopted, bad = 0, []
+    for key, found in adopt_files(folder, index, read_latest(folder), identity, get_bucket_rule(config)):
+        if isinstance(found, Entry):
+            manifest.append(found)
+            adopted += 1
+        else:
+            logger.error("{} is not adopted: {}", key, found)
+            bad.append(key)
+    manifest.close()
+    lock.close()
+    logger.info("{} latent files adopted, {} not", adopted, len(bad))
+    if bad:
+        raise BadCacheError(f"{len(bad)} latent files do not fit the settings and were not adopted")
+
+
+def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
+    folder = _open_existing(config, problems)
+    if folder is None:
+        return
+    lock = lock_cache(folder)
+    entries = read_latest(folder)
+    recover_shards(folder, entries.values())
+    dtype = config.cache.dtype  # of no effect: bytes are copied as they are
+    sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
+    index = open_index(config, [])
+    records = index.strings("record")
+    rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
+    manifest = ManifestWriter(folder, 0)
+    done, bad = repack(
+        folder,
+        entries,
+        sink,
+        manifest,
+        lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
+        lambda key: records[rows[key]].as_py() if key in rows else b"{}",
+    )
+    manifest.close()
+    removed = remove_replaced(folder, entries, read_latest(folder))
+    lock.close()
+    logger.info("{} items {}, {} files replaced", done, "packed" if to_shards else "unpacked", removed)
+    if bad:
+        shown = "; ".join(list(bad.values())[:5])
+        raise BadCacheError(f"{len(bad)} items are bad and were left as they are: {shown}")
+
+
+def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
+    """The cache folder on rank 0, None on the others.
+
+    Raises:
+        UserInputError: the settings are wrong, or there is no cache.
+    """
+    if read_environment()[0] != 0:
+        return None
+    folder = get_cache_folder(config)
+    if not (folder / "cache.json").is_file():
+        problems = [*problems, Problem("cache.dir", folder, "holds no latent cache", "fill it first, or --adopt one")]
+    raise_if_any(problems)
+    init_logger(0, config.log.level, folder / "logs", "cache")
+    return folder
+
+
+AUDITS: dict[str, Callable[[Config, list[Problem]], None]] = {
+    "verify": verify_cache,
+    "pack": pack_cache,
+    "unpack": unpack_cache,
+    "adopt": adopt_cache,
+}

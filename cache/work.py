@@ -1,0 +1,150 @@
+"""What there is to do: this rank's share of the list, and which of it is in the cache and still true."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_trainer.cache.pipeline import WorkItem
+from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image
+from sdxl_trainer.data.files import hash_file
+from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.latents import LATENT_CHANNELS, VAE_FACTOR
+from sdxl_trainer.data.manifest import Entry, Identity
+from sdxl_trainer.data.shards import encode_key, get_partial_path
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STATES = ("valid", "new", "stale", "changed", "missing")
+ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the manifest
+
+
+@dataclass
+class WorkList:
+    """A rank's work."""
+
+    items: list[WorkItem] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)  # of each of STATES
+    refreshed: list[Entry] = field(default_factory=list)  # touched but not changed: only their line is out of date
+    bytes_needed: int = 0
+    num_items: int = 0  # of items, where they are left out
+
+    def without_items(self) -> "WorkList":
+        """Its totals alone: what other ranks are told of it. The items may be millions."""
+        return replace(self, items=[], refreshed=[], num_items=len(self.items))
+
+
+def share_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """This rank's positions in the full list, in order, such that all ranks get about the same sum of costs.
+
+    The list is dealt from the dearest to the cheapest, back and forth, so it depends on the list alone and not on what
+    exists: ranks never overlap, and a restart with any number of ranks covers everything once.
+
+    Args:
+        costs: [N] pixels of each picture's bucket.
+    """
+    order = np.argsort(-costs, kind="stable")
+    turn = np.arange(len(order)) % (2 * world_size)
+    owner = np.minimum(turn, 2 * world_size - 1 - turn)  # 0 1 2 2 1 0 0 1 2 ...
+    return np.sort(order[owner == rank])
+
+
+def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity: Identity, rule: BucketRule, *,
+              beside: bool, ranks: tuple[int, int]) -> WorkList:  # fmt: skip
+    """What a rank has to encode.
+
+    Args:
+        folder: of the cache.
+        entries: the newest manifest entry of each key.
+        beside: latents go beside the pictures instead of under the cache folder.
+        ranks: (rank, world size).
+    """
+    work = WorkList()
+    buckets = list_buckets(rule)
+    name, present = identity.name, _Folders(folder)
+    item_bytes = estimate_item_bytes(identity)
+    keys, images, records = index.strings("key"), index.strings("image_path"), index.strings("record")
+    widths, heights = index.column("width"), index.column("height")
+    for row in share_positions(compute_costs(widths, heights, rule), *ranks).tolist():
+        key, image = keys[row].as_py(), images[row].as_py()
+        known = entries.get(key)
+        state, entry = judge_entry(known, image, name)
+        if state == "valid" and known is not None and not present.have(known.file):
+            state = "missing"
+        work.counts[state] += 1
+        if state == "valid":
+            if entry is not None:
+                work.refreshed.append(entry)
+            continue
+        size = (int(widths[row]), int(heights[row])) if widths[row] > 0 else None
+        work.items.append(WorkItem(key, image, choose_file(key, image, beside), size, records[row].as_py()))
+        area = np.prod(place_image(size, rule, buckets).bucket) if size else rule.resolution_px**2
+        work.bytes_needed += int(area) * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
+    return work
+
+
+def choose_file(key: str, image_path: str, beside: bool) -> str:
+    """Where a picture's latents go as npz: beside it, or under the cache folder, which no key may lead out of."""
+    if beside:
+        return str(Path(image_path).with_suffix(".npz"))
+    path = Path(f"{key}.npz")
+    return encode_key(key) + ".npz" if path.is_absolute() or ".." in path.parts else str(path)
+
+
+def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> np.ndarray:
+    """[N] pixels that encoding each picture costs: about one area for all, unless pictures may stay smaller."""
+    area = np.full(len(widths), rule.resolution_px**2, np.int64)
+    if rule.no_upscale:
+        known = widths > 0
+        area[known] = np.minimum(area[known], widths[known].astype(np.int64) * heights[known])
+    return area
+
+
+def judge_entry(entry: Entry | None, image_path: str, identity_name: str) -> tuple[str, Entry | None]:
+    """(state, refreshed entry): `new`, `stale` (made otherwise), `changed` (another source), or `valid`.
+
+    A source of another size or time is hashed; if the bytes are the same, the entry stays valid and gets a line with
+    the new time. A source that is gone cannot have changed, and of one that was not there when its latents were
+    adopted nothing is known.
+    """
+    if entry is None:
+        return "new", None
+    if entry.identity != identity_name:
+        return "stale", None
+    if not entry.source_sha256:
+        return "valid", None
+    try:
+        status = os.stat(image_path)
+    except OSError:
+        return "valid", None
+    if (status.st_size, status.st_mtime_ns) == (entry.source_bytes, entry.source_mtime_ns):
+        return "valid", None
+    if status.st_size != entry.source_bytes or hash_file(Path(image_path)) != entry.source_sha256:
+        return "changed", None
+    return "valid", replace(entry, source_path=image_path, source_mtime_ns=status.st_mtime_ns)
+
+
+def estimate_item_bytes(identity: Identity) -> int:
+    """Bytes stored for each 8x8 block of pixels."""
+    arrays = (2 if identity.posterior == "moments" else 1) * (2 if identity.flip else 1)
+    return LATENT_CHANNELS * DTYPE_BYTES[identity.dtype] * arrays
+
+
+class _Folders:
+    """Which files are there, by listing each folder once: a look at each of a million files takes far longer."""
+
+    def __init__(self, root: Path):
+        self._root = str(root)
+        self._names: dict[str, set[str]] = {}
+
+    def have(self, file: str) -> bool:
+        """Whether `file`, relative to the root or absolute, exists; an unfinished shard does."""
+        folder, name = os.path.split(os.path.join(self._root, file))
+        if folder not in self._names:
+            try:
+                self._names[folder] = set(os.listdir(folder))
+            except OSError:
+                self._names[folder] = set()
+        return name in self._names[folder] or get_partial_path(Path(name)).name in self._names[folder]

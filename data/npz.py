@@ -1,0 +1,125 @@
+"""The arrays of an npz file whose members are stored uncompressed, without unpacking: views of the bytes themselves.
+
+`np.savez` writes such files. Reading them through zipfile costs most of a loader's time, so the local headers (APPNOTE
+4.3.7) are read directly. Whatever is out of the ordinary is left to numpy (`load_arrays`).
+"""
+
+import ast
+import io
+import struct
+import zipfile
+import zlib
+from functools import lru_cache
+
+import numpy as np
+
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+SIGNATURE, DATA_DESCRIPTOR, STORED, ZIP64 = b"PK\x03\x04", 0x08, 0, 0x0001
+DIRECTORY, END_SIGNATURE, END_SIZE = b"PK\x01\x02", b"PK\x05\x06", 22
+NPY_MAGIC = b"\x93NUMPY"
+
+
+class NpzError(ValueError):
+    """No readable npz file, or one that is not read because it is not safe; the message is the reason."""
+
+
+def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: bool = True) -> dict[str, np.ndarray]:
+    """The arrays named in `limits` (key → most bytes it may unpack to), as far as the file has them.
+
+    Stored members come as read-only views of `content`, compressed ones are unpacked. Pickles are refused. A key that
+    is not asked for is named with an empty array, so that a caller can tell what the file holds instead.
+
+    Args:
+        check_crc: False skips the members' CRC-32, where a better checksum has been checked already.
+
+    Raises:
+        NpzError: torn, no npz, pickled, or claiming more than it holds or may hold.
+    """
+    arrays = _load_stored(memoryview(content), limits, check_crc)
+    return arrays if arrays is not None else _load_any(bytes(content), limits)
+
+
+def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -> dict[str, np.ndarray] | None:
+    """The fast way, or None if the file is not of the plain form."""
+    arrays: dict[str, np.ndarray] = {}
+    place = 0
+    while content[place : place + 4] == SIGNATURE:
+        if place + LOCAL_HEADER.size > len(content):
+            return None
+        fields = LOCAL_HEADER.unpack_from(content, place)
+        flags, method, size, name_length, extra_length = fields[2], fields[3], fields[8], fields[9], fields[10]
+        name_start = place + LOCAL_HEADER.size
+        data_start = name_start + name_length + extra_length
+        if flags & DATA_DESCRIPTOR or method != STORED:
+            return None
+        if size == 0xFFFFFFFF:
+            size = _read_zip64_size(content[name_start + name_length : data_start])
+        name = bytes(content[name_start : name_start + name_length])
+        if size is None or data_start + size > len(content) or not name.endswith(b".npy"):
+            return None
+        key = name[:-4].decode("utf-8", "replace")
+        if key not in limits:
+            return None  # perhaps a damaged name; zipfile compares it with the one in the directory
+        if size > limits[key]:
+            raise NpzError(f"`{key}` holds {size} bytes (a bomb?)")
+        data = content[data_start : data_start + size]
+        if check_crc and zlib.crc32(data) != fields[6]:
+            raise NpzError(f"not a readable npz file: `{key}` has another CRC-32 than it should have")
+        arrays[key] = _view_npy(data, key)
+        place = data_start + size
+    # The central directory must follow and be whole, or the file was cut.
+    whole = content[place : place + 4] == DIRECTORY and content[-END_SIZE : 4 - END_SIZE] == END_SIGNATURE
+    return arrays if arrays and whole else None
+
+
+def _read_zip64_size(extra: memoryview) -> int | None:
+    if len(extra) >= 12 and struct.unpack_from("<H", extra)[0] == ZIP64:
+        return struct.unpack_from("<Q", extra, 4)[0]
+    return None
+
+
+def _view_npy(data: memoryview, key: str) -> np.ndarray:
+    start = 10 + struct.unpack_from("<H", data, 8)[0] if len(data) >= 10 else 0
+    if bytes(data[:6]) != NPY_MAGIC or data[6] != 1 or start > len(data):
+        raise NpzError(f"`{key}` is no npy array of version 1")
+    dtype, shape, fortran = _parse_header(bytes(data[10:start]))
+    if dtype.hasobject:
+        raise NpzError(f"`{key}` is pickled, which is not read because it may run code")
+    count = int(np.prod(shape, dtype=object))
+    if count * dtype.itemsize != len(data) - start:
+        raise NpzError(f"`{key}` claims {dtype}{list(shape)} but holds {len(data) - start} bytes")
+    array = np.frombuffer(data, dtype, count, start)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+@lru_cache(maxsize=1024)
+def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
+    """(dtype, shape, Fortran order) of an npy header. All files of one bucket share it."""
+    try:
+        fields = ast.literal_eval(header.decode("latin1").strip())
+        shape = tuple(int(side) for side in fields["shape"])
+        if any(side < 0 for side in shape):
+            raise ValueError("negative side")
+        return np.dtype(fields["descr"]), shape, bool(fields["fortran_order"])
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
+        raise NpzError(f"unreadable npy header: {error}") from None
+
+
+def _load_any(content: bytes, limits: dict[str, int]) -> dict[str, np.ndarray]:
+    """The slow way, for compressed members and whatever else zipfile understands."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            arrays: dict[str, np.ndarray] = {}
+            for member in archive.infolist():
+                key = member.filename.removesuffix(".npy")
+                arrays[key] = np.empty(0)
+                if key not in limits:
+                    continue
+                if member.file_size > limits[key]:
+                    raise NpzError(f"`{key}` claims to unpack to {member.file_size} bytes (a bomb?)")
+                arrays[key] = _view_npy(memoryview(archive.read(member)), key)
+            return arrays
+    except NpzError:
+        raise
+    except (ValueError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+        raise NpzError(f"not a readable npz file: {error}") from None

@@ -1,0 +1,66 @@
+"""Stopping on request: the first signal asks the work to end at a safe place, a second one ends the process at once."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from sdxl_trainer.launch.status import record_status
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C reaches a rank from the terminal and again from torchrun; only what comes later is a second wish.
+REPEAT_SECONDS = 2.0
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """The work was ended on request, with everything done so far kept. `signal_number` says by which signal."""
+
+    def __init__(self, signal_number: int):
+        self.signal_number = signal_number
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+
+
+class StopRequest:
+    """Remembers that a stop signal came. Made on the main thread, as Python asks of whoever handles signals.
+
+    Args:
+        on_save: called when SIGUSR1 asks to save and go on; None leaves that signal alone.
+    """
+
+    def __init__(self, on_save: Callable[[], None] | None = None) -> None:
+        self.signal_number: int | None = None
+        self._first_time = 0.0
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        if on_save is not None:
+            signal.signal(signal.SIGUSR1, lambda number, frame: on_save())
+
+    def raise_if_received(self) -> None:
+        """Raise Interrupted if a stop signal has come; called where stopping loses nothing."""
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal_number is None:
+            self.signal_number, self._first_time = number, now
+        elif now - self._first_time > REPEAT_SECONDS:
+            exit_at_once(self.signal_number)
+
+
+@contextmanager
+def exiting_on_signals() -> Iterator[None]:
+    """Stop signals end the process at once, with their status, unless a StopRequest takes them over meanwhile."""
+    before = {number: signal.signal(number, lambda got, _: exit_at_once(got)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_at_once(signal_number: int) -> None:
+    """End the process without any cleaning up."""
+    os._exit(record_status(128 + signal_number))

@@ -1,0 +1,14 @@
+"""The exit status, written down for the launch scripts: torchrun answers 1 whatever its ranks answer."""
+
+import os
+from pathlib import Path
+
+STATUS_FILE_VARIABLE = "SDXL_TRAINER_STATUS_FILE"
+
+
+def record_status(status: int) -> int:
+    """Write down rank 0's exit status where the launch script looks for it, and return it."""
+    file = os.environ.get(STATUS_FILE_VARIABLE)
+    if file and int(os.environ.get("RANK", 0)) == 0:
+        Path(file).write_text(str(status))
+    return status
