@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdxl_trainer.configs.load import iterate_sections
 from sdxl_trainer.configs.schema import Config
 
 HEADER = """# Settings
@@ -18,21 +19,28 @@ This page is generated from `configs/schema.py` by `python -m sdxl_trainer.confi
 
 def build_page() -> str:
     """The whole page as Markdown."""
-    parts = [HEADER]
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type) and issubclass(section, BaseModel), f"{name} is not a section"
-        parts.append(
-            f"\n## {name}\n\n{(section.__doc__ or '').strip()}\n\n"
-            "| key | type | default | meaning |\n|---|---|---|---|\n"
-        )
-        parts += [_build_row(f"{name}.{key}", entry) for key, entry in section.model_fields.items()]
-    return "".join(parts)
+    sections = dict(iterate_sections())
+    assert sections.keys() == Config.model_fields.keys(), "the file consists of sections"
+    return HEADER + "".join(_build_section(name, section) for name, section in sections.items())
+
+
+def _build_section(name: str, section: type[BaseModel]) -> str:
+    """A section's heading and table, and after it those of the sections within."""
+    inner = {f"{name}.{key}": model for key, model in iterate_sections(section)}
+    rows = [_build_row(f"{name}.{key}", entry) for key, entry in section.model_fields.items()]
+    return (
+        f"\n## {name}\n\n{' '.join((section.__doc__ or '').split())}\n\n"
+        "| key | type | default | meaning |\n|---|---|---|---|\n"
+        + "".join(rows)
+        + "".join(_build_section(key, model) for key, model in inner.items())
+    )
 
 
 def _build_row(key: str, field: FieldInfo) -> str:
+    if isinstance(field.default, BaseModel):
+        return f"| `{key}` | section | | {field.description} See [{key}](#{key.replace('.', '')}). |\n"
     default = f"`{_format_default(field.default)}`" if field.default != "" else ""
-    description = " ".join((field.description or "").split())
+    description = " ".join((field.description or "").split()).replace("|", "\\|")
     limits = ", ".join(_format_limit(limit) for limit in field.metadata)
     kind = _format_type(field.annotation).replace("|", "\\|") + (f" ({limits})" if limits else "")
     return f"| `{key}` | {kind} | {default} | {description} |\n".replace("\n ", " ")

@@ -42,10 +42,18 @@ def save_config(config: Config, path: Path) -> None:
 
 def iterate_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """All dotted keys of the schema, sections first."""
-    for name, field in model.model_fields.items():
+    sections = dict(iterate_sections(model))
+    for name in model.model_fields:
         yield prefix + name
+        if name in sections:
+            yield from iterate_keys(sections[name], f"{prefix}{name}.")
+
+
+def iterate_sections(model: type[BaseModel] = Config) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The fields of a section that are sections themselves."""
+    for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from iterate_keys(field.annotation, f"{prefix}{name}.")
+            yield name, field.annotation
 
 
 def suggest_key(key: str) -> str:
@@ -67,6 +75,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
@@ -88,7 +100,18 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(raw, dict):
         rule = "must be a mapping of sections"
         raise UserInputError([Problem("--cfg", path, rule, "start from one of configs/*.yaml")])
-    return raw
+    return _fill_sections(raw, Config)
+
+
+def _fill_sections(raw: dict, model: type[BaseModel]) -> dict:
+    """Sections whose keys are all commented out read as null; they are meant as empty."""
+    filled = dict(raw)
+    for name, section in iterate_sections(model):
+        if name in raw and raw[name] is None:
+            filled[name] = {}
+        elif isinstance(raw.get(name), dict):
+            filled[name] = _fill_sections(raw[name], section)
+    return filled
 
 
 def _apply_override(raw: dict, word: str) -> list[Problem]:

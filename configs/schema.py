@@ -7,13 +7,11 @@ Relative paths are taken from the working directory.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """A section of the file: unknown keys are errors, and the text under a field is its description."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+from sdxl_trainer.configs.captions import CaptionConfig
+from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.section import Section
 
 
 class RunConfig(Section):
@@ -50,17 +48,39 @@ class ModelConfig(Section):
     text_projection: Literal["correct", "legacy"] = "correct"
     """How encoder 2's `text_projection` is stored in single files. `legacy` reads and writes it untransposed, to
     continue a model made by tools that copy it so."""
+    latents_mean: tuple[float, float, float, float] | None = None
+    """Mean of each channel of the VAE's latents. With `latents_std` the U-Net works on (latent - mean)/std instead of
+    the latent times the VAE's scaling factor. Models that were trained so need it; the VAE's own config may hold it."""
+    latents_std: tuple[float, float, float, float] | None = None
+    """Standard deviation of each channel of the VAE's latents, for `model.latents_mean`."""
+
+    @field_validator("latents_std")
+    @classmethod
+    def _statistics_are_whole(cls, std: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        if std is not None and min(std) <= 0:
+            raise ValueError("must be above 0")
+        if (std is None) != (info.data.get("latents_mean") is None):
+            raise ValueError("model.latents_mean and model.latents_std must both be given, or neither")
+        return std
 
 
 class DataConfig(Section):
     """What is trained on."""
 
     metadata: list[Path] = []
-    """Metadata files (JSON objects keyed by file stem: `image_path`, `caption` or `tags`, ...). Later files update
-    earlier ones key by key."""
+    """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
+    webdataset shards of latents (docs/DATA.md shows each). `{000..012}`, `{a,b}` and `*` name many at once. Later entries
+    update earlier ones key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
-    beside it; with it, they are where pictures are looked for whose `image_path` does not exist."""
+    beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without
+    pictures latent files (.npz) stand in for them."""
+    missing_caption: Literal["empty", "skip", "error"] = "empty"
+    """What happens to samples without a caption: they are trained with the empty one, left out, or an error. They are
+    counted in a warning."""
+    check: Literal["none", "stat", "header", "full"] = "stat"
+    """How latents are looked at before training: not at all, that each is there and has its size, that its header
+    agrees with its bucket, or that its bytes have the manifest's checksum. Bad ones are named and left out."""
     resolution_px: int = Field(1024, ge=64, le=8192)
     """Side of the square whose area every bucket keeps to."""
     min_bucket_px: int = Field(256, ge=32)
@@ -71,9 +91,11 @@ class DataConfig(Section):
     """Bucket sides are multiples of this; SDXL's U-Net needs multiples of 32."""
     no_upscale: bool = False
     """Never enlarge a picture: those smaller than the area get a bucket of their own size, rounded down to the step."""
-    caption_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Share of captions replaced by the empty one, so that the model also learns to go without (classifier-free
-    guidance)."""
+    caption: CaptionConfig = CaptionConfig()  # pyright: ignore[reportCallIssue]
+    """What is done to captions."""
+    strategy: str | None = None
+    """Your own class, `path/to/file.py:ClassName` or `module:ClassName`, that says how often a sample is used, what its
+    caption is and what its loss weighs. See docs/STRATEGY.md."""
     max_tokens: Literal[75, 150, 225] = 75
     """Longest caption, in tokens without the start and end marks; more than 75 are encoded in windows of 75."""
     num_workers: int = Field(2, ge=0)
@@ -94,23 +116,27 @@ class CacheConfig(Section):
     dir: Path | None = None
     """Folder of the cache. Without it latents are written beside the pictures, and the manifest into the folder of the
     first metadata file or image folder."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Type of the stored latents; `float32` is what other tools write."""
-    posterior: Literal["sample", "mean"] = "sample"
-    """What is stored of the VAE's posterior: one sample (as other tools do) or its mean."""
+    format: Literal["npz", "shards"] = "npz"
+    """`npz`: one file a picture, as kohya's scripts read them; `shards`: webdataset tars of one bucket each."""
+    shard_mb: int = Field(1000, ge=1)
+    """Size at which a shard is full, in megabytes."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the stored latents. Other tools write and read `float32`; docs/CACHE.md says how `bfloat16` is stored."""
+    posterior: Literal["sample", "mean", "moments"] = "sample"
+    """What is stored of the VAE's posterior: one sample (as other tools do), its mean, or its two moments, from which
+    training draws a fresh sample at each read."""
+    flip: bool = False
+    """Also encode the mirrored picture, for `data.flip_rate`."""
     batch_size: int = Field(4, ge=1)
     """Pictures encoded at once on a rank."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the VAE runs. SDXL's own VAE overflows in fp16, which is therefore not offered."""
     num_workers: int = Field(4, ge=1)
     """Threads per rank that decode and resize pictures."""
-
-
-class ObjectiveConfig(Section):
-    """What the U-Net learns to predict and how the error is measured."""
-
-    prediction: Literal["epsilon"] = "epsilon"
-    """`epsilon`: the noise, as SDXL base was trained."""
+    on_missing: Literal["skip", "error"] = "skip"
+    """What training does about records that have no latents: leave them out with a warning, or stop."""
+    tile_above_px: int = Field(0, ge=0)
+    """Encode pictures with a longer side than this in overlapping tiles, which takes less memory; 0 never does."""
 
 
 class OptimConfig(Section):
@@ -206,7 +232,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
     cache: CacheConfig = CacheConfig()  # pyright: ignore[reportCallIssue]
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()  # pyright: ignore[reportCallIssue]
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
     engine: EngineConfig = EngineConfig()
     train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]

@@ -1,63 +1,87 @@
-"""Checkpoints: a folder is one if its manifest, written last, names every file with its size and SHA-256."""
+"""Checkpoints on disk: how one is sealed, found, checked and deleted.
+
+While it is written, a checkpoint is a hidden folder `.step-N.<token>.partial` that every rank fills on its own: its
+files, then `parts/rank-R.json` with their sizes and SHA-256. Once every rank's part is there it can be sealed: the
+parts become `manifest.json`, written last, and the folder gets its name. No collective is needed, so the same way
+serves for checkpoints written while training goes on, and for the emergency when other ranks are dead. What a killed
+job left whole is sealed at the next start.
+"""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import orjson
 from loguru import logger
 
 from sdxl_trainer.data.files import hash_file, sync_folder, write_atomic
-from sdxl_trainer.launch.distributed import Ranks, barrier, broadcast_object
-from sdxl_trainer.train.engine import Engine
+from sdxl_trainer.train.state import FILE as STATE_FILE
 from sdxl_trainer.train.state import TrainState
 
 MANIFEST = "manifest.json"
+PARTS = "parts"
 
 
-def save_checkpoint(folder: Path, engine: Engine, state: TrainState, ranks: Ranks, keep_last: int) -> Path:
-    """Write the checkpoint of `state.step` under `folder`, then delete the oldest ones beyond `keep_last`.
+def get_partial_folder(folder: Path, step: int, token: str) -> Path:
+    """Where the checkpoint of a step is built. The token, one per start of the job, keeps attempts apart."""
+    return folder / f".step-{step:08d}.{token}.partial"
 
-    It is built under a temporary name and renamed when it is whole, so no crash leaves half a checkpoint.
-    All ranks call it together.
-    """
-    final = folder / f"step-{state.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save(partial, client_state={})
-    barrier()
-    if ranks.is_main:
-        state.save(partial)
-        write_manifest(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        sync_folder(folder)
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-        logger.info("checkpoint {}", final)
-    barrier()
+
+def write_part(partial: Path, rank: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
+    """Say that a rank's files are whole and on disk. `files`: path within the checkpoint → bytes, sha256."""
+    (partial / PARTS).mkdir(exist_ok=True)
+    part = {"rank": rank, "world_size": world_size, "files": files}
+    write_atomic(partial / PARTS / f"rank-{rank:05d}.json", orjson.dumps(part))
+
+
+def read_parts(partial: Path) -> list[dict[str, Any]] | None:
+    """Every rank's part, or None while one is missing."""
+    parts = [orjson.loads(path.read_bytes()) for path in sorted(partial.glob(f"{PARTS}/rank-*.json"))]
+    if not parts or len(parts) < parts[0]["world_size"] or not (partial / STATE_FILE).is_file():
+        return None
+    return parts
+
+
+def seal_checkpoint(partial: Path) -> Path | None:
+    """Turn a partial folder that every rank has finished into a checkpoint, or return None if it is not whole."""
+    parts = read_parts(partial)
+    if parts is None:
+        return None
+    files = {name: entry for part in parts for name, entry in part["files"].items()}
+    state = partial / STATE_FILE
+    files[STATE_FILE] = {"bytes": state.stat().st_size, "sha256": hash_file(state)}
+    shutil.rmtree(partial / PARTS)
+    write_atomic(partial / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2))
+    final = partial.parent / f"step-{TrainState.load(partial).step:08d}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    sync_folder(partial.parent)
     return final
 
 
-def find_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, the same on all ranks; one with a wrong byte is passed over with a warning."""
-    found = None
-    for path in reversed(list_checkpoints(folder)) if ranks.is_main else []:
+def settle_partials(folder: Path) -> None:
+    """At a start: seal what an earlier job left whole, delete what it left half done."""
+    for partial in sorted(folder.glob(".step-*.partial")):
+        try:
+            sealed = seal_checkpoint(partial)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("{} cannot be sealed: {}", partial, error)
+            sealed = None
+        if sealed is not None:
+            logger.info("{} was complete though its job was ended; it is a checkpoint now", sealed)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one with a wrong byte is passed over with a warning."""
+    for path in reversed(list_checkpoints(folder)):
         problem = verify_manifest(path)
         if problem is None:
-            found = path
-            break
+            return path
         logger.warning("{} is damaged and passed over: {}", path, problem)
-    return broadcast_object(found)
-
-
-def load_checkpoint(path: Path, engine: Engine) -> TrainState:
-    """Load weights and optimizer state into the engine and return where training stood. All ranks together."""
-    engine.load(path)
-    return TrainState.load(path)
+    return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -65,28 +89,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file below `folder`, after flushing it to disk."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-    write_atomic(folder / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2))
+def prune_checkpoints(folder: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Delete the oldest checkpoints beyond `keep_last`, but none whose step is a multiple of `keep_every_steps`."""
+    for path in list_checkpoints(folder)[:-keep_last]:
+        step = int(path.name.removeprefix("step-"))
+        if not keep_every_steps or step % keep_every_steps:
+            # First the manifest: a deletion cut short must not leave a folder that looks like a checkpoint.
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path)
 
 
 def verify_manifest(folder: Path) -> str | None:
     """What differs between a folder and its manifest, or None."""
     try:
         files = orjson.loads((folder / MANIFEST).read_bytes())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        expected_files = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    for name, expected in files.items():
+    if STATE_FILE not in expected_files:
+        return f"{MANIFEST} does not list {STATE_FILE}"
+    for name, (size, digest) in expected_files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if hash_file(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if hash_file(path) != digest:
             return f"{name} has another SHA-256"
     return None

@@ -1,45 +1,118 @@
-"""The diffusion objective: tensors and numbers in, tensors out.
+"""The diffusion processes: how a latent becomes noise, and what the U-Net is to predict. Tensors in, tensors out.
 
-x_t = sqrt(abar_t)·x0 + sqrt(1 - abar_t)·n  (DDPM, Ho et al. 2020, arXiv 2006.11239), with SDXL's schedule.
+Every process is x_t = signal·x0 + noise_level·n. Diffusion (DDPM, Ho et al. 2020, arXiv 2006.11239) takes
+signal = sqrt(abar_t) and noise_level = sqrt(1 - abar_t) at whole timesteps, with SDXL's schedule; rectified flow (Liu
+et al. 2022, arXiv 2209.03003) takes 1 - s and s, and the U-Net is told t = 1000·s.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
 
+# Shared by all predictions: (x0, n, signal, noise_level) -> target, the last two broadcast over [B, ...].
+Target = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-def compute_alphas_cumprod() -> torch.Tensor:
-    """abar_t of SDXL's `scaled_linear` schedule, [1000] float32."""
+
+def compute_alphas_cumprod(zero_terminal_snr: bool = False) -> torch.Tensor:
+    """abar_t of SDXL's `scaled_linear` schedule, [1000] float64; with zero terminal SNR, abar of the last step is 0."""
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1.0 - betas, dim=0).float()
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    return rescale_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod
 
 
-def sample_timesteps(seeds: list[int]) -> torch.Tensor:
-    """A timestep for each seed, uniform over the schedule, [B] int64."""
-    return torch.cat([torch.randint(0, NUM_TIMESTEPS, (1,), generator=_generator(seed)) for seed in seeds])
+def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Shift sqrt(abar) so that the last is 0 and scale it so that the first stays (Lin et al. 2023, arXiv 2305.08891).
 
-
-def sample_noise(shape: tuple[int, ...], seeds: list[int], device: torch.device) -> torch.Tensor:
-    """Unit Gaussian noise, [B, *shape] float32, each sample drawn from its own seed.
-
-    So a sample's noise does not depend on which rank or micro batch it lands in.
+    [T] in and out. The betas that belong to it follow from abar, which is all that training needs.
     """
-    return torch.stack([torch.randn(shape, generator=_generator(seed, device), device=device) for seed in seeds])
+    roots = alphas_cumprod.sqrt()
+    return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
 
 
-def add_noise(
-    x0: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
+def compute_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio abar / (1 - abar) of each timestep, [T] in and out."""
+    return alphas_cumprod / (1 - alphas_cumprod)
+
+
+@dataclass(frozen=True)
+class DiffusionProcess:
+    """DDPM by tables over its timesteps."""
+
+    signals: torch.Tensor  # [T] float32, sqrt(abar)
+    noise_levels: torch.Tensor  # [T] float32, sqrt(1 - abar)
+    snr: torch.Tensor  # [T] float32
+
+    def compute_levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(signal, noise level) at `timesteps` [B] int64, each [B]."""
+        return self.signals[timesteps], self.noise_levels[timesteps]
+
+    def compute_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """[B] in and out."""
+        return self.snr[timesteps]
+
+
+class FlowProcess:
+    """Rectified flow: a straight line from the latent to the noise."""
+
+    def compute_levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 - s, s) at `timesteps` [B] float32 = 1000·s, each [B]."""
+        levels = timesteps / NUM_TIMESTEPS
+        return 1 - levels, levels
+
+    def compute_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """((1 - s) / s)², [B] in and out."""
+        signals, noise_levels = self.compute_levels(timesteps)
+        return (signals / noise_levels).square()
+
+
+def build_diffusion(zero_terminal_snr: bool = False, device: torch.device | str = "cpu") -> DiffusionProcess:
+    """SDXL's process, its tables computed in float64: 1 - abar cancels where little noise is added."""
+    alphas_cumprod = compute_alphas_cumprod(zero_terminal_snr)
+    tables = (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), compute_snr(alphas_cumprod))
+    return DiffusionProcess(*(table.float().to(device) for table in tables))
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+    """x_t = signal·x0 + noise_level·n. `x0`, `noise` [B, ...]; levels [B]."""
+    return expand(signal, x0) * x0 + expand(noise_level, x0) * noise
+
+
+def compute_target(
+    prediction: str, x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor
 ) -> torch.Tensor:
-    """x_t for each sample. `x0`, `noise` [B, ...]; `alphas_cumprod` [T]; `timesteps` [B]."""
-    abar = alphas_cumprod[timesteps].view(-1, *[1] * (x0.dim() - 1))
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    """What the U-Net should have said, [B, ...]; `prediction` is a name in `TARGETS`, levels are [B]."""
+    return TARGETS[prediction](x0, noise, expand(signal, x0), expand(noise_level, x0))
 
 
-def compute_sample_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, [B] float32, computed in float32 whatever the prediction's type."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def target_epsilon(
+    x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor
+) -> torch.Tensor:
+    """The noise."""
+    return noise
 
 
-def _generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+def target_v(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+    """sqrt(abar)·n - sqrt(1 - abar)·x0 (Salimans & Ho 2022, arXiv 2202.00512)."""
+    return signal * noise - noise_level * x0
+
+
+def target_flow(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+    """n - x0, the velocity of the straight line."""
+    return noise - x0
+
+
+TARGETS: dict[str, Target] = {"epsilon": target_epsilon, "v": target_v, "flow": target_flow}
+
+
+def normalize_latents(latents: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(z - mean)·scale per channel: x0 of what the VAE gave. `latents` [B, C, h, w]; `mean`, `scale` [C] or [1]."""
+    return (latents - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+
+
+def expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] to [B, 1, ...] with as many dimensions as `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))

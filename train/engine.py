@@ -1,7 +1,10 @@
 """The only module that talks to DeepSpeed: one training engine with backward, step, state and full weights."""
 
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# DeepSpeed's converter to other world sizes and stages asks for this in checkpoints of ZeRO 1 and 2.
+UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
 class Engine:
@@ -56,6 +63,10 @@ class Engine:
         )
         self._engine: Any = engine  # DeepSpeed's attributes are too loosely typed to be checked
         self._optimizer: Any = wrapped
+        self._engine._copy_recovery_script = lambda save_path: None  # it would drop scripts where the job was started
+        self._updating = threading.Lock()
+        self._torn = False
+        self.completed_steps = 0  # since the engine was made
         self._parameters = dict(self.model.named_parameters())
 
     @property
@@ -78,7 +89,27 @@ class Engine:
 
     def step(self) -> None:
         """Close a micro step; after the last one of a global batch, clip and update the weights."""
-        self._engine.step()
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        with self._updating:
+            self._torn = True  # until the update is whole; an error inside leaves it so
+            self._engine.step()
+            self._torn = False
+            self.completed_steps += 1
+
+    @contextmanager
+    def hold_updates(self, timeout_seconds: float) -> Iterator[int | None]:
+        """Keep updates from beginning, and tell how many optimizer steps this engine has completed since it was made.
+
+        None if an update is under way and does not end in time: then the state is of no one step.
+        """
+        held = self._updating.acquire(timeout=timeout_seconds)
+        try:
+            yield self.completed_steps if held and not self._torn else None
+        finally:
+            if held:
+                self._updating.release()
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group."""
@@ -90,9 +121,27 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write this rank's part of the state under `folder`. All ranks call it together."""
-        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, client_state=client_state, save_latest=False)
+    def capture_state(self, alone: bool = False) -> dict[str, Any]:
+        """This rank's files of a checkpoint, in DeepSpeed's own format: path within it → content, copied to the host.
+
+        Args:
+            alone: take no part in collectives, because other ranks may be dead; training cannot go on afterwards.
+        """
+        capture = _Capture(self._engine.checkpoint_engine)
+        optimizer = self._engine.optimizer
+        prologue = getattr(optimizer, "checkpoint_event_prologue", None)  # ZeRO-3 only: lets go of gathered weights
+        self._engine.checkpoint_engine = capture
+        try:
+            if prologue:
+                prologue()
+            self._engine._save_checkpoint("", STATE_TAG, client_state=UNIVERSAL_INFO)
+            if self._engine.save_zero_checkpoint:
+                self._engine._save_zero_checkpoint("", STATE_TAG)
+            if prologue and not alone:
+                optimizer.checkpoint_event_epilogue()
+        finally:
+            self._engine.checkpoint_engine = capture.replaced
+        return capture.files
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. All ranks call it together.
@@ -110,6 +159,34 @@ class Engine:
         full = safe_get_full_fp32_param(parameter) if self.zero_stage else parameter.detach()
         assert full is not None, f"DeepSpeed holds no master of {name}"
         return full.float().cpu()
+
+
+class _Capture:
+    """Stands in for DeepSpeed's checkpoint engine and keeps what would be written, so that a thread can write it."""
+
+    def __init__(self, replaced: Any):
+        self.replaced = replaced
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = copy_to_host(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.replaced, name)
+
+
+def copy_to_host(content: Any) -> Any:
+    """A copy of nested dicts, lists and tuples with all tensors on the CPU, sharing no memory with the original.
+
+    A tensor that is a view is copied alone: torch.save would write the whole buffer behind it.
+    """
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return type(content)((key, copy_to_host(value)) for key, value in content.items())
+    if isinstance(content, (list, tuple)) and type(content) in (list, tuple):
+        return type(content)(copy_to_host(value) for value in content)
+    return content
 
 
 def build_deepspeed_config(config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float) -> dict[str, Any]:

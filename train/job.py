@@ -1,30 +1,47 @@
 """A training run from settings to model: set up, build, fit, finish."""
 
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 from loguru import logger
 
 from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.model_source import ModelSource, check_model, resolve_model
 from sdxl_trainer.configs.load import save_config
-from sdxl_trainer.configs.problems import Problem, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.check import check_records, get_cache_folder
+from sdxl_trainer.data.caption import CaptionSettings
+from sdxl_trainer.data.check import check_latents, get_cache_folder, leave_out_rows
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch
-from sdxl_trainer.data.index import Index, open_latent_index
+from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
-from sdxl_trainer.data.manifest import read_identity
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.strategy import (
+    Strategy,
+    compute_repeats,
+    hash_repeats,
+    load_repeats,
+    load_strategy,
+    save_repeats,
+    try_strategy,
+)
 from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from sdxl_trainer.train.checkpoint import find_checkpoint, list_checkpoints, settle_partials
+from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.conditioning import TextConditioner
-from sdxl_trainer.train.diffusion import compute_alphas_cumprod
+from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
-from sdxl_trainer.train.loop import Run, finish, fit
+from sdxl_trainer.train.export import write_model
+from sdxl_trainer.train.interruption import Requests
+from sdxl_trainer.train.loop import Run, finish, fit, state_at
 from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.model import load_unet
+from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer
 from sdxl_trainer.train.state import TrainState
 
@@ -34,13 +51,29 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
 
     Raises:
         UserInputError: anything wrong with the user's settings or data, all of it at once.
+        Interrupted: the job was asked to stop; the state is saved.
     """
     index, ranks = set_up(config, problems)
     run, batches = build(config, index, ranks)
     if not dry_run:
-        fit(run, batches)
-        finish(run)
+        with guard(run):
+            fit(run, batches)
+            finish(run)
     close_ranks()
+
+
+def guard(run: Run) -> EmergencySaver:
+    """What saves this rank's shard when the loop ends in an error, or cannot end."""
+    first_step = run.state.step
+
+    def read_state(completed: int) -> TrainState:
+        return state_at(run, first_step + completed)
+
+    def export(path: Path) -> None:
+        write_model(path, run.engine.model.state_dict(), run.conditioner, run.source, run.config)
+
+    whole = run.engine.zero_stage < 3
+    return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
 
 
 def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
@@ -85,44 +118,54 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
                 "give another run.name, or remove the folder",
             )
         )
-    records, found = check_records(config)
+    index, found = check_latents(config, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
     problems += found
-    folder = get_cache_folder(config)
-    if read_identity(folder) is None:
-        problems.append(
-            Problem("cache.dir", folder, "holds no latent cache", "run bash launch/cache.sh --cfg ... first")
-        )
-    if records is None or read_identity(folder) is None:
-        return None, problems
-    index = open_latent_index(folder, records)
-    if len(index) == 0:
-        problems.append(
-            Problem(
-                "cache.dir",
-                folder,
-                "holds the latents of none of the records",
-                "run bash launch/cache.sh with the same settings first",
-            )
-        )
-    elif len(index) < len(records):
-        logger.warning("{} of {} records have no latents and are left out", len(records) - len(index), len(records))
-    return index, problems
+    return index, problems + check_strategy(config, index)
+
+
+def check_strategy(config: Config, index: Index | None) -> list[Problem]:
+    """Load and try the user's class; write what its `repeats` are into the run folder, where all ranks read them."""
+    if config.data.strategy is None:
+        return []
+    try:
+        strategy = load_strategy(config.data.strategy)
+        problems = try_strategy(strategy, index) if index else []
+        if index and strategy.has("repeats"):
+            repeats = compute_repeats(strategy, index)
+            config.run.folder.mkdir(parents=True, exist_ok=True)
+            save_repeats(get_repeats_file(config), repeats)
+            logger.info("{:g} samples an epoch, by the repeats of {}", repeats.sum(), config.data.strategy)
+        return problems
+    except UserInputError as error:
+        return error.problems
+
+
+def get_repeats_file(config: Config) -> Path:
+    """How often each row of the index is used in an epoch, as the user's strategy said when the run was started."""
+    return config.run.folder / "repeats.npy"
 
 
 def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[MicroBatch]]:
     """Load the networks, resume if there is something to resume, and start reading data."""
     source = resolve_model(config.model)
     tokenizers = load_tokenizers(source, config.model)
-    plan = build_plan(index, config.train.global_batch_size, config.run.seed)
-    checkpoint = find_checkpoint(config.run.folder / "checkpoints", ranks)
-    state = TrainState.load(checkpoint) if checkpoint else build_state(config, index, ranks)
-    check_resume(state, build_state(config, index, ranks))
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
+    repeats = leave_out_rows(config, index, repeats)
+    plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats)
+    checkpoint, checkpoints = open_checkpoints(config, ranks)
+    fresh = build_state(config, index, ranks, repeats)
+    state = TrainState.load(checkpoint) if checkpoint else replace(fresh)
+    check_resume(state, fresh)
     # Workers start and read ahead while the networks are loaded.
-    batches = start_reading(config, index, plan, tokenizers, state, ranks)
+    dataset = build_dataset(config, index, tokenizers, strategy)
+    batches = start_reading(config, dataset, plan, state, ranks)
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
-        load_checkpoint(checkpoint, engine)
+        engine.load(checkpoint)
         logger.info("resuming from {}", checkpoint)
+    statistics = read_latent_statistics(config.model, source.read_config("vae"))
+    objective = Objective(config.objective, statistics, config.train.global_batch_size, ranks.device)
     metrics = MetricsLog(config.run.folder / "logs", state.step) if ranks.is_main else None
     run = Run(
         config,
@@ -133,13 +176,26 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         tokenizers,
         engine,
         conditioner,
-        compute_alphas_cumprod().to(ranks.device),
-        source.read_config("vae").get("scaling_factor", 0.13025),
+        objective,
         state,
+        checkpoints,
+        Requests(config.run.folder, ranks),
         metrics,
     )
     describe_run(run)
     return run, batches
+
+
+def open_checkpoints(config: Config, ranks: Ranks) -> tuple[Path | None, CheckpointWriter]:
+    """The checkpoint to go on from, if there is one, and the writer of further ones; the same on all ranks."""
+    settings, folder = config.checkpoint, config.run.folder / "checkpoints"
+    newest, token = None, ""
+    if ranks.is_main:
+        settle_partials(folder)
+        newest, token = find_checkpoint(folder), uuid.uuid4().hex[:8]
+    newest, token = broadcast_object((newest, token))
+    writer = CheckpointWriter(folder, ranks.rank, ranks.world_size, token, settings.keep_last)
+    return newest, writer
 
 
 def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[Engine, TextConditioner]:
@@ -158,35 +214,48 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     return engine, TextConditioner(*encoders)
 
 
-def start_reading(
+def build_dataset(
     config: Config,
     index: Index,
-    plan: Plan,
     tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
-    state: TrainState,
-    ranks: Ranks,
-) -> Iterator[MicroBatch]:
-    """This rank's micro batches from the state's position on."""
-    dataset = LatentDataset(
+    strategy: Strategy | None,
+) -> LatentDataset:
+    """What the loader's workers read samples from."""
+    return LatentDataset(
         index,
         get_cache_folder(config),
         tokenizers,
         seed=config.run.seed,
         max_tokens=config.data.max_tokens,
-        caption_dropout_rate=config.data.caption_dropout_rate,
+        caption=CaptionSettings(**config.data.caption.model_dump()),
+        strategy=strategy,
+        prior_loss_weight=config.objective.prior_loss_weight,
     )
-    specs = iterate_specs(plan, (state.epoch, state.index), ranks.rank, ranks.world_size, config.train.micro_batch_size)
+
+
+def start_reading(
+    config: Config, dataset: LatentDataset, plan: Plan, state: TrainState, ranks: Ranks
+) -> Iterator[MicroBatch]:
+    """This rank's micro batches from the state's position on."""
+    specs = iterate_specs(
+        plan,
+        (state.epoch, state.index),
+        ranks.rank,
+        ranks.world_size,
+        config.train.micro_batch_size,
+        state.step,
+    )
     return iterate_batches(dataset, specs, config.data.num_workers, pin_memory=ranks.device.type == "cuda")
 
 
-def build_state(config: Config, index: Index, ranks: Ranks) -> TrainState:
-    """The state of a run that has not begun."""
+def build_state(config: Config, index: Index, ranks: Ranks, repeats: np.ndarray | None) -> TrainState:
+    """The state of a run that has not begun. Other repeats make another order, as another index does."""
     return TrainState(
         seed=config.run.seed,
         global_batch_size=config.train.global_batch_size,
         world_size=ranks.world_size,
         zero_stage=config.engine.zero_stage,
-        index_fingerprint=index.fingerprint,
+        index_fingerprint=index.content_hash() + ("" if repeats is None else f"-{hash_repeats(repeats)}"),
     )
 
 

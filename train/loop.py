@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
@@ -14,15 +14,16 @@ from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.dataset import MicroBatch
 from sdxl_trainer.data.index import Index
-from sdxl_trainer.data.plan import Plan, Stream, mix_keys
+from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, reduce_sum
-from sdxl_trainer.train import diffusion
-from sdxl_trainer.train.checkpoint import save_checkpoint
+from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.conditioning import TextConditioner
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.export import export_single_file
+from sdxl_trainer.train.interruption import Requests
 from sdxl_trainer.train.metrics import MetricsLog, plot_loss
+from sdxl_trainer.train.objective import Objective, SampleKeys
 from sdxl_trainer.train.optim import compute_lr
 from sdxl_trainer.train.sample import draw_samples
 from sdxl_trainer.train.state import TrainState
@@ -40,9 +41,10 @@ class Run:
     tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
     engine: Engine
     conditioner: TextConditioner
-    alphas_cumprod: torch.Tensor  # [1000], on the device
-    latent_scale: float
+    objective: Objective
     state: TrainState
+    checkpoints: CheckpointWriter
+    requests: Requests
     metrics: MetricsLog | None  # rank 0 only
 
     @property
@@ -64,10 +66,16 @@ class StepResult:
     loss: float
     data_wait_seconds: float
     num_bad: int
+    stop: bool  # some rank was asked to
+    save: bool
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
-    """Train to `train.max_steps`, saving, sampling and logging on the way."""
+    """Train to `train.max_steps`, saving, sampling and logging on the way.
+
+    Raises:
+        Interrupted: a rank was asked to stop; the state is saved.
+    """
     config, state = run.config, run.state
     while state.step < config.train.max_steps:
         started = time.monotonic()
@@ -76,8 +84,11 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         advance(run, result)
         report_step(run, result, lr, time.monotonic() - started)
         last = state.step == config.train.max_steps
-        if last or _is_due(state.step, config.checkpoint.every_steps):
-            save_checkpoint(run.folder / "checkpoints", run.engine, state, run.ranks, config.checkpoint.keep_last)
+        if last or result.stop or result.save or _is_due(state.step, config.checkpoint.every_steps):
+            run.checkpoints.save(run.engine, state)
+        if result.stop and not last:
+            run.checkpoints.wait()
+            run.requests.interrupt()
         if config.sample.prompts and (last or _is_due(state.step, config.sample.every_steps)):
             draw(run)
 
@@ -89,7 +100,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         RuntimeError: the loss is not finite; the samples are named and the weights are left as they were.
     """
     run.engine.set_lr(lr)
-    total = torch.zeros(2, device=run.ranks.device)  # loss, bad samples
+    total = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, to save
     wait_seconds, seen = 0.0, []
     for micro_step in range(run.accumulation_steps):
         asked = time.monotonic()
@@ -97,32 +108,34 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         wait_seconds += time.monotonic() - asked
         loss = compute_loss(run, batch)
         run.engine.backward(loss)
-        total += torch.stack([loss.detach(), (batch.weights == 0).sum().to(loss)])
+        total[0] += loss.detach()
+        total[1] += len(batch.bad)
         seen.append(batch)
         if micro_step == run.accumulation_steps - 1:
+            total[2:] = torch.tensor(run.requests.collect())
             check_finite(run, seen, reduce_sum(total)[0].item())
         run.engine.step()
     name_bad_samples(run, seen)
-    loss_sum, num_bad = total.tolist()
-    return StepResult(loss_sum / (run.accumulation_steps * run.ranks.world_size), wait_seconds, int(num_bad))
+    loss_sum, num_bad, stop, save = total.tolist()
+    loss_mean = loss_sum / (run.accumulation_steps * run.ranks.world_size)
+    return StepResult(loss_mean, wait_seconds, int(num_bad), stop > 0, save > 0)
 
 
 def compute_loss(run: Run, batch: MicroBatch) -> torch.Tensor:
     """The mean weighted loss of a micro batch: noise and timestep → x_t → prediction → target → weight."""
-    device, dtype, seed, step = run.ranks.device, run.engine.dtype, run.config.run.seed, run.state.step
-    positions = batch.positions.tolist()
-    x0 = batch.latents.to(device, non_blocking=True) * run.latent_scale  # [B, 4, h, w]
-    noise = diffusion.sample_noise(
-        tuple(x0.shape[1:]), [mix_keys(seed, Stream.NOISE, step, p) for p in positions], device
-    )
-    timesteps = diffusion.sample_timesteps([mix_keys(seed, Stream.TIMESTEP, step, p) for p in positions]).to(device)
-    x_t = diffusion.add_noise(x0, noise, run.alphas_cumprod, timesteps)
+    objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
+    keys = SampleKeys(run.config.run.seed, run.state.step, batch.positions.tolist())
+    x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
+    noise, timesteps = objective.sample_noise(x0, keys), objective.sample_timesteps(keys)
+    x_t = objective.add_noise(x0, noise, timesteps, keys)
     hidden, pooled = run.conditioner.encode(
         batch.input_ids.to(device, non_blocking=True), batch.input_ids_2.to(device, non_blocking=True)
     )
-    conditions = {"text_embeds": pooled.to(dtype), "time_ids": batch.time_ids.to(device, dtype)}
+    hidden, pooled = objective.drop_text(hidden, pooled, keys)
+    conditions = {"text_embeds": pooled.to(dtype), "time_ids": batch.time_ids.to(device)}
     prediction = run.engine(x_t.to(dtype), timesteps, hidden.to(dtype), added_cond_kwargs=conditions).sample
-    losses = diffusion.compute_sample_loss(prediction, noise)  # [B]
+    target = objective.compute_target(x0, noise, timesteps)
+    losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
     return (losses * batch.weights.to(device)).mean()
 
 
@@ -133,15 +146,28 @@ def advance(run: Run, result: StepResult) -> None:
         RuntimeError: more samples were bad than `data.max_bad_fraction` allows.
     """
     state, limit = run.state, run.config.data.max_bad_fraction
-    state.epoch, state.index = run.plan.next_position(state.epoch, state.index)
-    state.step += 1
-    state.samples_seen += run.plan.global_batch_size
+    move_on(state, run.plan)
     state.num_bad += result.num_bad
     if state.num_bad > max(limit * state.samples_seen, limit * len(run.index)):
         raise RuntimeError(
             f"{state.num_bad} of {state.samples_seen} samples were bad, more than data.max_bad_fraction "
             f"= {limit:g}; they are named in {run.folder / 'logs'}/bad_samples*.jsonl"
         )
+
+
+def move_on(state: TrainState, plan: Plan) -> None:
+    """Count a finished step and set the position of the next global batch."""
+    state.epoch, state.index = plan.next_position(state.epoch, state.index)
+    state.step += 1
+    state.samples_seen += plan.global_batch_size
+
+
+def state_at(run: Run, step: int) -> TrainState:
+    """A copy of the state as of a step that the engine has completed, be it counted already or not."""
+    state = replace(run.state)
+    while state.step < step:
+        move_on(state, run.plan)
+    return state
 
 
 def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
@@ -190,9 +216,10 @@ def draw(run: Run) -> Path:
 
 
 def finish(run: Run) -> None:
-    """Export the model and plot the loss."""
+    """Export the model and plot the loss, once the last checkpoint is on disk."""
     path = run.folder / "models" / f"step-{run.state.step:08d}.safetensors"
     export_single_file(path, run.engine, run.conditioner, run.source, run.config, run.ranks)
+    run.checkpoints.wait()
     if run.metrics is not None:
         plot_loss(run.metrics.file, run.folder / "report" / "loss.png")
         run.metrics.close()

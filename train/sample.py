@@ -37,7 +37,7 @@ def draw_samples(
     """
     settings = config.sample
     engine.model.eval()
-    pipeline = build_pipeline(engine.model, load_vae(source, config.model).to(ranks.device), source)
+    pipeline = build_pipeline(engine.model, load_vae(source, config.model).to(ranks.device), source, config)
     rounds = -(-len(settings.prompts) // ranks.world_size)
     mine = [(ranks.rank + number * ranks.world_size) % len(settings.prompts) for number in range(rounds)]
     drawn = {number: draw_picture(pipeline, conditioner, tokenizers, settings, number, engine.dtype) for number in mine}
@@ -54,16 +54,18 @@ def draw_samples(
     return grid
 
 
-def build_pipeline(unet: Any, vae: Any, source: ModelSource) -> Any:
+def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config) -> Any:
     """diffusers' SDXL pipeline around networks that are loaded already, without text encoders."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
+
+    from sdxl_trainer.train.samplers import build_scheduler, set_latent_statistics
 
     absent: Any = None  # text comes encoded
-    scheduler: Any = EulerDiscreteScheduler.from_pretrained(source.folder, subfolder="scheduler")
+    set_latent_statistics(vae, config.model)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=build_scheduler(source, config.objective),
         text_encoder=absent,
         text_encoder_2=absent,
         tokenizer=absent,

@@ -5,12 +5,13 @@ The VAE is trained (train/tiny_vae.py wrote its weights), the U-Net and the text
 """
 
 import argparse
+import json
 import math
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sdxl_trainer.configs
 
@@ -47,14 +48,21 @@ def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def build_tiny_unet() -> "torch.nn.Module":
-    """Return the U-Net, initialised from torch's global random state."""
+def build_tiny_unet() -> Any:
+    """Return the U-Net (UNet2DConditionModel), initialised from torch's global random state."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIG_FOLDER / "unet"))
+    return UNet2DConditionModel.from_config(_read_config("unet"))
 
 
-def build_tiny_text_encoders() -> dict[str, "torch.nn.Module"]:
+def build_tiny_vae() -> Any:
+    """Return the VAE (AutoencoderKL) untrained, initialised from torch's global random state."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(_read_config("vae"))
+
+
+def build_tiny_text_encoders() -> dict[str, Any]:
     """Return both text encoders by folder name, initialised from torch's global random state."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -66,14 +74,17 @@ def build_tiny_text_encoders() -> dict[str, "torch.nn.Module"]:
     return encoders
 
 
-def load_tiny_vae(weights: Path = VAE_WEIGHTS) -> "torch.nn.Module":
-    """Return the trained VAE in fp32 (its weights ship in fp16)."""
-    from diffusers import AutoencoderKL
+def load_tiny_vae(weights: Path = VAE_WEIGHTS) -> Any:
+    """Return the trained VAE (AutoencoderKL) in fp32; its weights ship in fp16."""
     from safetensors.torch import load_file
 
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIG_FOLDER / "vae"))
+    vae = build_tiny_vae()
     vae.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     return vae.eval()
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    return json.loads((CONFIG_FOLDER / name / "config.json").read_text(encoding="utf-8"))
 
 
 def _spread_words(model: "torch.nn.Module") -> None:

@@ -13,15 +13,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
 from sdxl_trainer.data.demo import BACKGROUNDS, COLOURS, SHAPES, draw_picture
-from sdxl_trainer.train.tiny import CONFIG_FOLDER, load_tiny_vae
+from sdxl_trainer.train.tiny import build_tiny_vae, load_tiny_vae
+
+Vae = Any  # an AutoencoderKL; diffusers' own annotations do not survive its decorators
 
 SCALING_FACTOR = 0.13025
 FIRST_SEED = 1_000_000  # far from any demo set's seed
@@ -33,19 +35,24 @@ KL_WEIGHT = 1e-5
 # pictures, so a diffusion model's small errors stay small.
 LATENT_NOISE = 0.15
 FULL_SIZE_SHARE = 0.5  # share of the time, at the end, on whole pictures; before that, half size is 4 × faster
-NUM_STATISTICS_PICTURES = 192
+NUM_STATISTICS_BATCHES = 24
+OTHER_COLOURS_SHARE = 0.25  # share of training pictures in colours outside the demo set, so that those work too
+SIZES_PX = ((128, 128), (160, 96), (96, 160), (192, 64))  # (width, height): the demo set's buckets
+HALF_SIZES_PX = ((64, 64), (80, 48), (48, 80), (96, 32))
 # Brightness and two colour differences. Standardised each on its own, they give colour as much of the latents' energy
 # as brightness, which pictures of black, white and grey would otherwise dominate.
 OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
 REFERENCE = 4.0  # constant channels ±4 next to ±RGB keep the last group norm's divisor nearly constant
 
 
-def draw_batch(rng: random.Random, batch_size: int, size_px: tuple[int, int]) -> torch.Tensor:
-    """Return pictures [B, 3, H, W] in −1..1; every fourth has colours outside the demo set, so others work too."""
+def draw_batch(
+    rng: random.Random, size_px: tuple[int, int], batch_size: int = BATCH_SIZE, other_colours_share: float = 0.0
+) -> torch.Tensor:
+    """Return pictures [B, 3, H, W] in −1..1 of size_px = (width, height)."""
     pictures = []
     for _ in range(batch_size):
         colour, background = rng.choice(list(COLOURS.values())), rng.choice(list(BACKGROUNDS.values()))
-        if rng.random() < 0.25:
+        if rng.random() < other_colours_share:
             colour, background = _any_colour(rng), _any_colour(rng)
         pictures.append(np.asarray(draw_picture(colour, rng.choice(SHAPES), background, size_px, rng)))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -56,7 +63,7 @@ def _any_colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def start_as_box_filter(vae: AutoencoderKL) -> None:
+def start_as_box_filter(vae: Vae) -> None:
     """Initialise the VAE so that it begins as mean colour per 8×8 block, and what training adds are the edges.
 
     From the default initialisation 20 CPU minutes go by before the colours are right. Here every residual branch
@@ -91,7 +98,7 @@ def _pass_rgb(weight: torch.Tensor, value: float, taps: slice = slice(None)) -> 
         weight[channel, channel, taps, taps] = value
 
 
-def _start_last_layers(half: torch.nn.Module, shortcut: torch.nn.Conv2d, matrix: torch.Tensor) -> None:
+def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
     """Make the shortcut give RGB, −RGB, ±REFERENCE and zeros, and norm, SiLU and conv_out give matrix @ RGB."""
     shortcut.weight.zero_()
     shortcut.bias.zero_()
@@ -105,7 +112,7 @@ def _start_last_layers(half: torch.nn.Module, shortcut: torch.nn.Conv2d, matrix:
     half.conv_out.weight[:3, 3:6, 1, 1] = -matrix
 
 
-def compute_loss(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, float]:
+def compute_loss(vae: Vae, images: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Return (loss, PSNR in dB) of one batch [B, 3, H, W]: L1 + 4·L2 + KL, decoded from noisy latents."""
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()  # [B, 4, H/8, W/8]
@@ -122,7 +129,7 @@ def compute_psnr(mean_squared_error: float) -> float:
     return 10 * math.log10(4 / mean_squared_error)
 
 
-def train_steps(vae: AutoencoderKL, seconds: float, seed: int) -> Iterator[tuple[int, float, float]]:
+def train_steps(vae: Vae, seconds: float, seed: int) -> Iterator[tuple[int, float, float]]:
     """Train the VAE for so many seconds; yield (step, loss, PSNR) after each step."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
@@ -133,9 +140,9 @@ def train_steps(vae: AutoencoderKL, seconds: float, seed: int) -> Iterator[tuple
         rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = rate
         full = progress > 1 - FULL_SIZE_SHARE
-        size_px = rng.choice([(128, 128), (160, 96), (96, 160)] if full else [(64, 64), (80, 48), (48, 80), (96, 32)])
-        images = draw_batch(rng, BATCH_SIZE, size_px).contiguous(memory_format=torch.channels_last)
-        loss, psnr = compute_loss(vae, images)
+        size_px = rng.choice(SIZES_PX if full else HALF_SIZES_PX)
+        images = draw_batch(rng, size_px, other_colours_share=OTHER_COLOURS_SHARE)
+        loss, psnr = compute_loss(vae, images.contiguous(memory_format=torch.channels_last))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -145,16 +152,18 @@ def train_steps(vae: AutoencoderKL, seconds: float, seed: int) -> Iterator[tuple
 
 
 @torch.no_grad()
-def scale_latents(vae: AutoencoderKL, seed: int) -> None:
+def scale_latents(vae: Vae, seed: int) -> None:
     """Change quant_conv and post_quant_conv so that each latent channel has mean 0 and std 1/0.13025.
 
     Both are 1×1 convolutions next to the latents, so the decoded pictures stay the same.
     """
     rng = random.Random(seed)
-    batches = [draw_batch(rng, 8, (128, 128)) for _ in range(NUM_STATISTICS_PICTURES // 8)]
-    latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])  # [N, 4, 16, 16]
-    mean = latents.mean(dim=(0, 2, 3))  # [4]
-    gain = 1 / (SCALING_FACTOR * latents.std(dim=(0, 2, 3)))  # [4]
+    # As often as in the demo set: half squares, the other half of each other bucket a third.
+    sizes_px = [SIZES_PX[0] if index % 2 else SIZES_PX[1 + index // 2 % 3] for index in range(NUM_STATISTICS_BATCHES)]
+    latents = [vae.encode(draw_batch(rng, size_px)).latent_dist.mode() for size_px in sizes_px]  # [B, 4, h, w] each
+    channels = torch.cat([latent.transpose(0, 1).flatten(1) for latent in latents], dim=1)  # [4, pixels]
+    mean = channels.mean(dim=1)  # [4]
+    gain = 1 / (SCALING_FACTOR * channels.std(dim=1))  # [4]
     quant, post_quant = vae.quant_conv, vae.post_quant_conv  # moments [8] = means [4], log variances [4]
     quant.weight[:4] *= gain[:, None, None, None]
     quant.bias[:4] = (quant.bias[:4] - mean) * gain
@@ -164,17 +173,17 @@ def scale_latents(vae: AutoencoderKL, seed: int) -> None:
 
 
 @torch.no_grad()
-def measure_psnr(vae: AutoencoderKL, folder_seed: int, num_pictures: int = 24) -> float:
+def measure_psnr(vae: Vae, seed: int, num_pictures: int = 24) -> float:
     """Return the PSNR in dB over fresh 128² pictures, decoded from the posterior's mean and rounded to 8 bits."""
-    images = draw_batch(random.Random(folder_seed), num_pictures, (128, 128))
+    images = draw_batch(random.Random(seed), (128, 128), num_pictures)
     decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
     rounded = torch.round((decoded + 1) * 127.5) / 127.5 - 1
     return compute_psnr((rounded - images).square().mean().item())
 
 
-def save_samples(vae: AutoencoderKL, path: Path) -> None:
+def save_samples(vae: Vae, path: Path) -> None:
     """Write a picture of eight drawings over their reconstructions."""
-    images = draw_batch(random.Random(FIRST_SEED + 2), 8, (128, 128))
+    images = draw_batch(random.Random(FIRST_SEED + 2), (128, 128), other_colours_share=OTHER_COLOURS_SHARE)
     with torch.no_grad():
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
     rows = torch.cat([torch.cat(list(images), dim=2), torch.cat(list(decoded), dim=2)], dim=1)  # [3, 2·H, 8·W]
@@ -185,7 +194,7 @@ def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path
     """Train the VAE for so many minutes, write its fp16 weights into folder and return their path."""
     torch.manual_seed(seed)
     if start_from is None:
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIG_FOLDER / "vae"))
+        vae = build_tiny_vae()
         start_as_box_filter(vae)
     else:
         vae = load_tiny_vae(start_from)

@@ -1,0 +1,51 @@
+"""What people and schedulers ask of a running job: stop, or save and go on; by signal or by a file in the run folder.
+
+A rank only notes what it was asked. The ranks learn of each other's notes with the loss of the next step, so all of
+them act at the same step boundary.
+"""
+
+import signal
+from pathlib import Path
+
+from sdxl_trainer.launch.distributed import Ranks, gather_objects
+from sdxl_trainer.launch.signals import Interrupted, StopRequest
+
+STOP_FILE, SAVE_FILE = "stop", "save"
+
+
+class Requests:
+    """Notes of one rank: SIGINT and SIGTERM stop, SIGUSR1 saves, and on rank 0 the files `stop` and `save`."""
+
+    def __init__(self, folder: Path, ranks: Ranks):
+        self._folder = folder
+        self._is_main = ranks.is_main
+        self._save = False
+        self._stop = StopRequest(on_save=self._note_save)
+
+    def collect(self) -> list[float]:
+        """[stop, save] as 0 or 1, to be summed over the ranks. A file is taken away when it is read."""
+        if self._is_main:
+            self._save |= self._take(SAVE_FILE)
+            if self._take(STOP_FILE) and self._stop.signal_number is None:
+                self._stop.signal_number = signal.SIGTERM
+        save, self._save = self._save, False
+        return [float(self._stop.signal_number is not None), float(save)]
+
+    def interrupt(self) -> None:
+        """End the job in good order, as all ranks have agreed.
+
+        Raises:
+            Interrupted: always, with the first signal that any rank got.
+        """
+        numbers = [number for number in gather_objects(self._stop.signal_number) if number is not None]
+        raise Interrupted(numbers[0])
+
+    def _note_save(self) -> None:
+        self._save = True
+
+    def _take(self, name: str) -> bool:
+        try:
+            (self._folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
