@@ -36,12 +36,16 @@ class Placement:
 
 
 def list_buckets(rule: BucketRule) -> list[Size]:
-    """All buckets of a rule, sorted: for 1024², min 256, max 2048, step 64 there are 41."""
+    """All buckets of a rule, sorted: for 1024², min 256, max 2048, step 64 there are 41.
+
+    Limits that are no multiples of the step are moved inwards to the next one. Empty if the area holds no step.
+    """
     area = rule.resolution_px**2
     square = _floor_to_step(rule.resolution_px, rule.step_px)
-    buckets = {(square, square)}
-    for width in range(rule.min_px, rule.max_px + 1, rule.step_px):
-        height = min(rule.max_px, _floor_to_step(area / width, rule.step_px))
+    shortest, longest = -_floor_to_step(-rule.min_px, rule.step_px), _floor_to_step(rule.max_px, rule.step_px)
+    buckets = {(square, square)} if square else set()
+    for width in range(shortest, longest + 1, rule.step_px):
+        height = min(longest, _floor_to_step(area / width, rule.step_px))
         if height >= rule.min_px:
             buckets |= {(width, height), (height, width)}
     return sorted(buckets)
@@ -101,4 +105,4 @@ def _shrink_to_area(size: Size, rule: BucketRule) -> Size:
 
 
 def _floor_to_step(length: float, step: int) -> int:
-    return int(length) // step * step
+    return math.floor(length) // step * step

@@ -1,11 +1,19 @@
-"""What can be told of the data settings before any network is loaded: sources, pictures, captions."""
+"""What can be told of the data before any network is loaded: sources, pictures, captions, latents."""
 
 from pathlib import Path
+
+import numpy as np
+import orjson
+from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.bucket import BucketRule, list_buckets
-from sdxl_trainer.data.index import Index, open_record_index
+from sdxl_trainer.data.check_latents import find_bad_latents
+from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.manifest import read_identity
+from sdxl_trainer.data.merge import MAX_SHOWN
 from sdxl_trainer.data.records import check_sources
 
 
@@ -34,12 +42,113 @@ def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     source = "data.metadata" if config.data.metadata else "data.image_dirs"
     shown = ", ".join(str(path) for path in config.data.metadata or config.data.image_dirs)
     try:
-        index = open_record_index(get_cache_folder(config), config.data.metadata, config.data.image_dirs)
+        folder, separator = get_cache_folder(config), config.data.caption.separator
+        index = open_record_index(folder, config.data.metadata, config.data.image_dirs, separator)
     except ValueError as error:
         return None, [Problem(source, shown, str(error), "mend the data")]
     if len(index) == 0:
         return None, [Problem(source, shown, "holds no pictures", "check the path and the file types")]
-    if index.strings("caption").null_count == len(index):
+    uncaptioned = index.strings("caption").null_count
+    if uncaptioned == len(index):
         cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each picture"
         return index, [Problem(source, shown, f"holds {len(index)} pictures and not one caption", cure)]
+    unsized = int((index.column("width") == 0).sum()) if config.data.metadata else 0
+    if unsized:
+        logger.warning("{} of {} records do not tell their picture's original_size", unsized, len(index))
+    if uncaptioned and config.data.missing_caption == "error":
+        return index, [_refuse_uncaptioned(index, uncaptioned)]
+    if uncaptioned:
+        fate = {"empty": "are trained with the empty one", "skip": "are left out"}[config.data.missing_caption]
+        logger.warning("{} of {} records have no caption and {}", uncaptioned, len(index), fate)
     return index, []
+
+
+def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Problem]]:
+    """Open the index of what is trained on, look at the latents as `data.check` says, and name and leave out bad ones.
+
+    What is left out is noted in the run folder and holds as long as the run: a resumed run keeps its order of batches,
+    and meets what has become bad since like any bad sample.
+
+    Raises:
+        RuntimeError: more latents are bad than `data.max_bad_fraction` allows.
+    """
+    records, problems = check_records(config)
+    if records is None:
+        return None, problems
+    folder = get_cache_folder(config)
+    index = open_latent_index(folder, records, captioned_only=config.data.missing_caption == "skip")
+    if len(index) == 0:
+        rule = "holds no latent cache" if read_identity(folder) is None else "holds the latents of none of the records"
+        cure = "run bash launch/cache.sh with the same settings first"
+        return None, [*problems, Problem("cache.dir", folder, rule, cure)]
+    num_wanted = len(records)
+    if config.data.missing_caption == "skip":
+        num_wanted -= records.strings("caption").null_count
+    missing = num_wanted - len(index) - len(index.note("bad"))
+    if missing and config.cache.on_missing == "error":
+        cure = "run bash launch/cache.sh, or set cache.on_missing: skip"
+        problems.append(
+            Problem("cache.on_missing", "error", f"{missing} of {num_wanted} records have no latents", cure)
+        )
+    elif missing:
+        logger.warning("{} of {} records have no latents and are left out", missing, num_wanted)
+    if index.note("num_unlisted"):
+        logger.info("{} latent files were found that no manifest lists", index.note("num_unlisted"))
+    if index.note("num_assumed_sizes"):
+        logger.warning(
+            "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
+        )
+    leave_out_bad(config, index, resuming)
+    return index, problems
+
+
+def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
+    """Check latents, name bad ones in `logs/bad_samples.jsonl`, and note the rows of a new run to leave out.
+
+    Raises:
+        RuntimeError: too many are bad.
+    """
+    bad = find_bad_latents(index, get_cache_folder(config), config.data.check)
+    keys = index.strings("key")
+    named = [*index.note("bad"), *((keys[row].as_py(), reason) for row, reason in bad)]
+    logs, left_out = config.run.folder / "logs", get_left_out_file(config)
+    if named:
+        logs.mkdir(parents=True, exist_ok=True)
+        with open(logs / "bad_samples.jsonl", "ab") as file:
+            for key, reason in named:
+                file.write(orjson.dumps({"step": 0, "key": key, "reason": reason}) + b"\n")
+        logger.warning(
+            "{} bad latents are left out, {} first; see {}", len(named), named[0][1], logs / "bad_samples.jsonl"
+        )
+    if len(named) > config.data.max_bad_fraction * (len(index) + len(index.note("bad"))):
+        raise RuntimeError(
+            f"{len(named)} of {len(index)} latents are bad, more than data.max_bad_fraction = "
+            f"{config.data.max_bad_fraction:g}; they are named in {logs / 'bad_samples.jsonl'}"
+        )
+    if not resuming:
+        left_out.unlink(missing_ok=True)
+    if bad and not resuming:
+        with open_atomic(left_out) as file:
+            np.save(file, np.array([row for row, _ in bad], np.int64))
+
+
+def get_left_out_file(config: Config) -> Path:
+    """Rows of the index that a run does not use, found bad when it was started."""
+    return config.run.folder / "left_out.npy"
+
+
+def leave_out_rows(config: Config, index: Index, repeats: np.ndarray | None) -> np.ndarray | None:
+    """[N] how often each row is used, 0 for those that were found bad; None if each is used once."""
+    file = get_left_out_file(config)
+    if not file.is_file():
+        return repeats
+    used = np.ones(len(index)) if repeats is None else repeats.astype(np.float64)
+    used[np.load(file, allow_pickle=False)] = 0
+    return used
+
+
+def _refuse_uncaptioned(index: Index, number: int) -> Problem:
+    rows = np.flatnonzero(index.strings("caption").is_null().to_numpy())[:MAX_SHOWN]
+    shown = ", ".join(str(index.strings("key")[row]) for row in rows.tolist()) + (", ..." if number > MAX_SHOWN else "")
+    cure = "give them captions, or set data.missing_caption: skip, or empty"
+    return Problem("data.missing_caption", "error", f"{number} records have no caption: {shown}", cure)

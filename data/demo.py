@@ -11,7 +11,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -39,7 +39,7 @@ SIZES_PX: tuple[tuple[int, int], ...] = (
     (96, 160), (104, 168),
     (192, 72),
 )  # fmt: skip
-FORMATS: tuple[tuple[str, dict[str, int]], ...] = (
+FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
     (".jpg", {"quality": 95, "subsampling": 0}),
     (".png", {}),
     (".webp", {"quality": 95}),

@@ -2,12 +2,16 @@
 
 Processes that open an index share its pages; nothing is kept in Python per sample. Each file's name carries a
 fingerprint of what it was made from, so a changed source makes a new index and an unchanged one is found again.
+Whoever finds none builds it under a temporary name; if many do at once, that costs time and nothing else.
 """
 
+import fcntl
+import gc
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +20,28 @@ import orjson
 import pyarrow as pa
 
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.manifest import list_parts, read_entries
-from sdxl_trainer.data.records import CAPTION_SUFFIXES, IMAGE_SUFFIXES, read_records
+from sdxl_trainer.data.folders import CAPTION_SUFFIXES, walk_files, walk_pictures
+from sdxl_trainer.data.join import LATENT_SCHEMA, join_latents, sort_by_bucket
+from sdxl_trainer.data.manifest import list_parts
+from sdxl_trainer.data.merge import iterate_items, raise_twins
+from sdxl_trainer.data.records import Block, PictureFinder, finish_records, read_any_text, read_folders, read_size
+from sdxl_trainer.data.sources import expand_sources
 
-VERSION = 1  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 3  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 65_536
+KEPT_FILES = 3  # of records and of latents, besides those that are in use
+BUCKET_COLUMNS = ("bucket_width", "bucket_height")
 
 RECORD_SCHEMA = pa.schema(
-    [("key", pa.string()), ("image_path", pa.string()), ("caption", pa.string()), ("record", pa.binary())]
-)
-LATENT_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("caption", pa.string()),
+        ("image_path", pa.string()),  # the picture, or the latent file or shard in place of it
+        ("caption", pa.string()),  # null: there is none
         ("record", pa.binary()),
-        ("file", pa.string()),
-        ("bucket_width", pa.int32()),
-        ("bucket_height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("crop_left", pa.int32()),
-        ("crop_top", pa.int32()),
+        ("width", pa.int32()),  # 0: the metadata do not say
+        ("height", pa.int32()),
+        ("offset", pa.int64()),  # of the latents in the shard; null: no shard
+        ("bytes", pa.int64()),
     ]
 )
 
@@ -46,105 +51,190 @@ class Index:
 
     def __init__(self, path: Path):
         self.path = path
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._lock = os.open(path, os.O_RDONLY)  # as long as it is held, the file is not cleaned up
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._map = mmap.mmap(self._lock, 0, prot=mmap.PROT_READ)
+        self.table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):
+            os.close(self._lock)
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self.table.num_rows
 
     def row(self, number: int) -> dict[str, Any]:
         """All columns of a row."""
-        return {name: self._table.column(name)[number].as_py() for name in self._table.column_names}
+        return {name: self.table.column(name)[number].as_py() for name in self.table.column_names}
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column, [N]."""
-        return self._table.column(name).to_numpy()
+        return self.table.column(name).to_numpy()
 
     def strings(self, name: str) -> pa.ChunkedArray:
         """A text or binary column, still in the mapped file."""
-        return self._table.column(name)
+        return self.table.column(name)
+
+    def note(self, name: str) -> Any:
+        """What was noted when the index was made, or None."""
+        notes = self.table.schema.metadata or {}
+        return orjson.loads(notes[name.encode()]) if name.encode() in notes else None
+
+    def release(self) -> None:
+        """Give the pages read so far back, which count as this process' memory although all share them."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def content_hash(self) -> str:
+        """Names the rows by their keys and buckets: the same wherever the data lie and whatever else changes.
+
+        It decides what a plan's row numbers mean, so a resume is right as long as it stays.
+        """
+        digest = hashlib.sha256()
+        for chunk in self.table.column("key").chunks:
+            _, offsets, letters = chunk.buffers()
+            places = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset) if len(chunk) else np.zeros(1)
+            digest.update(np.diff(places).tobytes())
+            digest.update(memoryview(letters or b"")[int(places[0]) : int(places[-1])])
+        for name in BUCKET_COLUMNS:
+            digest.update(np.ascontiguousarray(self.column(name)))
+        return digest.hexdigest()[:16]
 
     def __reduce__(self) -> tuple:
         return (Index, (self.path,))  # workers map the file anew instead of copying it
 
     @property
     def fingerprint(self) -> str:
-        """What names the content: part of the file's name."""
+        """Names what it was made from: part of the file's name."""
         return self.path.stem.rsplit("-", 1)[-1]
 
 
-@dataclass(frozen=True)
-class JoinReport:
-    """How many samples the records and the cache have in common."""
-
-    num_samples: int
-    num_uncached: int
-    num_without_caption: int
-
-
-def open_record_index(folder: Path, metadata: list[Path], image_dirs: list[Path]) -> Index:
+def open_record_index(folder: Path, metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> Index:
     """The index of all records, built under `folder` unless it is there already.
 
+    Args:
+        separator: between caption and tags in kohya's metadata (data/records.py).
+
     Raises:
-        ValueError: the metadata is malformed (data/records.py says where).
+        ValueError: the metadata is malformed (data/sources.py says where), or two pictures have one stem.
     """
-    pictures, sidecars = _list_images(image_dirs)
-    sources = metadata or sidecars  # with metadata, folders only say where pictures are
-    words = [str(path) for path in [*metadata, *image_dirs, *pictures]]
+    files = expand_sources(metadata)
+    names, sidecars = _hash_folders(image_dirs)
+    sources = files or sidecars  # with metadata, folders only say where pictures are
+    words = [*map(str, [*files, *image_dirs]), names, separator]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
-        records = read_records(metadata, image_dirs)
-        rows = (
-            {
-                "key": record["key"],
-                "image_path": record["image_path"],
-                "caption": record["caption"],
-                "record": orjson.dumps(record),
-            }
-            for record in records.values()
-        )
-        _write(path, RECORD_SCHEMA, rows)
-    return Index(path)
+        items = iterate_items(metadata, path.parent) if metadata else read_folders(image_dirs)
+        finder = PictureFinder(image_dirs)
+        _write(path, RECORD_SCHEMA, (_build_batch(finish_records(block, finder, separator)) for block in items))
+    return _open(path)
 
 
-def open_latent_index(folder: Path, records: Index) -> Index:
-    """The index of the records whose latents are in the cache at `folder`, in the order of the records."""
-    parts = list_parts(folder)
-    path = folder / "index" / f"latents-{_fingerprint(parts, [records.fingerprint])}.arrow"
-    if not path.is_file():
-        _write(path, LATENT_SCHEMA, _join(folder, records))
-    return Index(path)
+def open_latent_index(folder: Path, records: Index, captioned_only: bool = False) -> Index:
+    """The index of the records that have latents: those that the manifest of the cache at `folder` lists, and those of
+    other programs that lie beside the pictures or in `folder`. Rows are sorted by bucket, then as the records are.
+
+    Notes: `num_unlisted` (not from the manifest), `num_assumed_sizes` (their original size is not known), and `bad`
+    (latent files with a reason why they are left out).
+
+    Args:
+        captioned_only: leave out records without a caption.
+    """
+    words = [records.fingerprint, str(folder.absolute()), str(captioned_only)]
+    name = f"latents-{_fingerprint(list_parts(folder), words)}"
+    for path in (folder / "index").glob(f"{name}-*.arrow"):
+        index = _open(path)
+        if _watch(index.note("watched")) == index.fingerprint:
+            return index
+    (folder / "index").mkdir(parents=True, exist_ok=True)
+    with _without_collector(), join_latents(folder, records.table, captioned_only) as (joined, notes):
+        path = folder / "index" / f"{name}-{_watch(notes['watched'])}.arrow"
+        schema = LATENT_SCHEMA.with_metadata({name: orjson.dumps(note) for name, note in notes.items()})
+        batches = sort_by_bucket(joined, records.table, records.release)
+        _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
+    return _open(path)
 
 
-def _join(folder: Path, records: Index) -> Iterator[dict[str, Any]]:
-    entries = {entry.key: entry for entry in read_entries(folder)}
-    for number in range(len(records)):
-        record = records.row(number)
-        entry = entries.get(record["key"])
-        if entry is not None:
-            yield {
-                "key": entry.key,
-                "caption": record["caption"],
-                "record": record["record"],
-                "file": entry.file,
-                "bucket_width": entry.bucket[0],
-                "bucket_height": entry.bucket[1],
-                "original_width": entry.original_size[0],
-                "original_height": entry.original_size[1],
-                "crop_left": entry.crop[0],
-                "crop_top": entry.crop[1],
-            }
+def _build_batch(block: Block) -> pa.RecordBatch:
+    sizes = [read_size(record) for record in block.records]
+    columns = [
+        [record["key"] for record in block.records],
+        [record["image_path"] for record in block.records],
+        [read_any_text(record) for record in block.records],
+        [orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for record in block.records],
+        [width for width, _ in sizes],
+        [height for _, height in sizes],
+        [place and place[1] for place in block.places],
+        [place and place[2] for place in block.places],
+    ]
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, RECORD_SCHEMA.types, strict=True)]
+    return pa.record_batch(arrays, RECORD_SCHEMA)
 
 
-def _write(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write an index and clean up old ones.
+
+    Raises:
+        TwinError: a key occurs twice.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomic(path) as file, pa.ipc.new_file(file, schema) as writer:
-        group: list[dict[str, Any]] = []
-        for row in rows:
-            group.append(row)
-            if len(group) == ROWS_PER_GROUP:
-                writer.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
-                group = []
-        writer.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
+    with _without_collector(), open_atomic(path) as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in _regroup(batches):
+                writer.write_batch(batch)
+        file.flush()
+        table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+        if "image_path" in table.column_names:
+            paths = table.column("image_path")
+            raise_twins(table.column("key"), lambda row: str(paths[row]))
+    _clean_up(path)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Millions of records pass by and none is part of a cycle: looking for cycles takes a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at least ROWS_PER_GROUP: a file of many small ones opens slowly."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= ROWS_PER_GROUP:
+            yield pa.concat_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def _open(path: Path) -> Index:
+    index = Index(path)
+    os.utime(path)  # when it was used last
+    return index
+
+
+def _clean_up(path: Path) -> None:
+    """Delete indexes of the same kind, but neither this one, nor the last used, nor those that a process has open."""
+    files = list(path.parent.glob(f"{path.name.split('-', 1)[0]}-*.arrow"))
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-KEPT_FILES]:
+        with open(file, "rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            file.unlink(missing_ok=True)
+
+
+def _watch(folders: Sequence[str]) -> str:
+    """Names the state of folders in which latent files of other programs were looked for."""
+    times = [os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0 for folder in folders]
+    return hashlib.sha256(orjson.dumps([folders, times])).hexdigest()[:16]
 
 
 def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
@@ -156,17 +246,14 @@ def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _list_images(roots: list[Path]) -> tuple[list[str], list[str]]:
-    """Paths of the pictures and of the caption files below folders.
+def _hash_folders(roots: Sequence[Path]) -> tuple[str, list[str]]:
+    """(hash of the paths of all pictures, paths of the caption files) below folders.
 
     Not the folders' times: an index or latents written among the pictures change those, and an edited caption does not.
     """
-    pictures, sidecars = [], []
-    for folder, _, names in (entry for root in roots for entry in os.walk(root)):
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
-                pictures.append(os.path.join(folder, name))
-            elif suffix in CAPTION_SUFFIXES:
-                sidecars.append(os.path.join(folder, name))
-    return sorted(pictures), sorted(sidecars)
+    digest, sidecars = hashlib.sha256(), []
+    for folder, pictures, _ in walk_pictures(roots):
+        digest.update(orjson.dumps([folder, pictures]))
+    for folder, names in walk_files(roots):
+        sidecars += [os.path.join(folder, name) for name in names if name.lower().endswith(CAPTION_SUFFIXES)]
+    return digest.hexdigest(), sidecars

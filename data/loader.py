@@ -13,19 +13,20 @@ from sdxl_trainer.data.plan import Plan
 PREFETCH_PER_WORKER = 4
 
 
-def build_plan(index: Index, global_batch_size: int, seed: int) -> Plan:
-    """The plan over an index of latents; the bucket number is `width << 16 | height`."""
+def build_plan(index: Index, global_batch_size: int, seed: int, repeats: np.ndarray | None = None) -> Plan:
+    """The plan over an index of latents, each row `repeats` times an epoch; the bucket is `width << 16 | height`."""
     buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
-    return Plan(buckets, global_batch_size, seed)
+    return Plan(buckets, global_batch_size, seed, repeats)
 
 
 def iterate_specs(
-    plan: Plan, position: tuple[int, int], rank: int, world_size: int, micro_batch_size: int
+    plan: Plan, position: tuple[int, int], rank: int, world_size: int, micro_batch_size: int, step: int = 0
 ) -> Iterator[MicroSpec]:
     """What a rank reads, micro step by micro step, without end, from the global batch at `position` on.
 
     Micro step m of a global batch is its samples [m, m + 1) x ranks x micro batch size, the ranks' shares in order of
     rank; so all ranks work on one bucket at a time, and who reads what does not alter the global batch.
+    `step` is the number of optimizer steps done at `position`; each global batch makes one more.
     """
     stride = micro_batch_size * world_size
     assert plan.global_batch_size % stride == 0, "ranks x micro batch size must divide the global batch size"
@@ -39,8 +40,9 @@ def iterate_specs(
                 batch.rows[share],
                 batch.epochs[share],
                 np.arange(start, start + micro_batch_size),
+                step,
             )
-        position = plan.next_position(*position)
+        position, step = plan.next_position(*position), step + 1
 
 
 def iterate_batches(

@@ -27,6 +27,10 @@ class Stream(IntEnum):
     CAPTION = 3
     NOISE = 4
     TIMESTEP = 5
+    NOISE_OFFSET = 6
+    PYRAMID_NOISE = 7
+    INPUT_PERTURBATION = 8
+    TEXT_DROPOUT = 9
 
 
 def mix_keys(*keys: int) -> int:
@@ -79,16 +83,20 @@ class Plan:
         assert len(bucket_of_row) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
         self.global_batch_size = global_batch_size
         self.seed = seed
-        # A stable sort, so that the order depends on the data alone.
-        self._members = np.argsort(bucket_of_row, kind="stable")
-        buckets, starts = np.unique(bucket_of_row[self._members], return_index=True)
-        self.buckets = [int(bucket) for bucket in buckets]
+        # Rows sorted by bucket, as an index has them, are in order already: nothing is kept per row. Any others get a
+        # stable sort, so that the order depends on the data alone.
+        is_sorted = bool(np.all(bucket_of_row[1:] >= bucket_of_row[:-1]))
+        self._members = None if is_sorted else np.argsort(bucket_of_row, kind="stable")
+        in_order = bucket_of_row if self._members is None else bucket_of_row[self._members]
+        starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
+        self.buckets = [int(bucket) for bucket in in_order[starts]]
         self._starts = np.append(starts, len(bucket_of_row))
-        self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[self._members].astype(np.float64)
+        members = np.arange(len(bucket_of_row)) if self._members is None else self._members
+        self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[members].astype(np.float64)
         # A phase per row spreads the extra turns of fractional repeats over the epochs. It lies within 0..1, clear of
         # both by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
         self._phases = (
-            (permute(self._members, len(self._members), mix_keys(seed, Stream.REPEATS)) + 0.5) / len(self._members)
+            (permute(members, len(members), mix_keys(seed, Stream.REPEATS)) + 0.5) / len(members)
             if self._repeats is not None
             else None
         )
@@ -150,7 +158,8 @@ class Plan:
         """Rows of the items of a bucket's epoch, where a row with n turns makes n items."""
         if self._repeats is not None:
             items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
-        return self._members[self._starts[bucket] + items]
+        rows = self._starts[bucket] + items
+        return rows if self._members is None else self._members[rows]
 
     def _turns_until(self, bucket: int, epoch: int) -> np.ndarray:
         """[rows of the bucket] turns that each row has had before `epoch` begins."""

@@ -1,20 +1,39 @@
-"""Records: what is known of each picture, read from metadata files or image folders.
+"""Records: what is known of each picture, from metadata of any form or from image folders.
 
 A record is a dict with `key` (the file stem), `image_path` (absolute), `caption`, and whatever else its source holds.
+data/sources.py reads the forms, data/merge.py puts several sources together; here records become what all else uses.
 """
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
+import numpy as np
 
 from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.data.folders import (
+    FileChecker,
+    PictureTable,
+    read_sidecar,
+    strip_suffix,
+    walk_pictures,
+)
+from sdxl_trainer.data.sources import BASE, NAME, NPZ, ROWS_AT_ONCE, Items, expand_sources
 
 Record = dict[str, Any]
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-CAPTION_SUFFIXES = (".txt", ".caption")
-MAX_SHOWN = 20  # items that an error lists
+SIZE_FIELDS = ("original_size", "image_size", "train_resolution")
+SIDE_FIELDS = (("width", "height"), ("image_width", "image_height"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some records, and where in a tar each one's latents are: (tar, offset, bytes), or None."""
+
+    records: list[Record]
+    places: list[tuple[str, int, int] | None]
 
 
 def check_sources(metadata: list[Path], image_dirs: list[Path]) -> list[Problem]:
@@ -22,118 +41,140 @@ def check_sources(metadata: list[Path], image_dirs: list[Path]) -> list[Problem]
     if not metadata and not image_dirs:
         cure = "set data.metadata to a metadata file, or data.image_dirs to folders with pictures"
         return [Problem("data", None, "names neither metadata nor image folders", cure)]
-    missing = [
-        Problem(f"data.metadata.{number}", path, "is not a file", "check the path (relative to the working directory)")
-        for number, path in enumerate(metadata)
-        if not path.is_file()
-    ]
-    missing += [
-        Problem(
-            f"data.image_dirs.{number}", path, "is not a folder", "check the path (relative to the working directory)"
-        )
-        for number, path in enumerate(image_dirs)
-        if not path.is_dir()
-    ]
-    return missing
+    cure = "check the path (relative to the working directory)"
+    problems = []
+    for number, pattern in enumerate(metadata):
+        missing = [file for file in expand_sources([pattern]) if not file.is_file()]
+        if missing == [pattern]:
+            problems.append(Problem(f"data.metadata.{number}", pattern, "is not a file", cure))
+        elif missing:
+            rule = f"names {len(missing)} that are no files, {missing[0]} first"
+            problems.append(Problem(f"data.metadata.{number}", pattern, rule, cure))
+    for number, path in enumerate(image_dirs):
+        if not path.is_dir():
+            problems.append(Problem(f"data.image_dirs.{number}", path, "is not a folder", cure))
+    return problems
 
 
-def read_records(metadata: list[Path], image_dirs: list[Path]) -> dict[str, Record]:
-    """All records by key, in the order of their sources; later metadata files update earlier ones key by key.
+def read_folders(image_dirs: Sequence[Path]) -> Iterator[Items]:
+    """Pictures with the captions beside them, as a source of records."""
+    for folder, names, everything in walk_pictures(image_dirs):
+        for start in range(0, len(names), ROWS_AT_ONCE):
+            yield [
+                (
+                    strip_suffix(name, always=True),
+                    {"image_path": os.path.join(folder, name), "caption": read_sidecar(folder, name, everything)},
+                )
+                for name in names[start : start + ROWS_AT_ONCE]
+            ]
 
-    Raises:
-        ValueError: malformed metadata (with file, line and column), or two pictures of one stem.
+
+def finish_records(items: Items, finder: "PictureFinder", separator: str) -> Block:
+    """Make records of what sources and updates hold: find pictures, settle captions.
+
+    Args:
+        separator: stands between caption and tags where a record has both and is of kohya's form, keyed by its path.
     """
-    records: dict[str, Record] = {}
-    if not metadata:
-        twins = []
-        for record in _read_folders(image_dirs):
-            first = records.setdefault(record["key"], record)
-            if first is not record:
-                twins.append(f"'{record['key']}' ({first['image_path']} and {record['image_path']})")
-        if twins:
-            shown = ", ".join(twins[:MAX_SHOWN]) + (", ..." if len(twins) > MAX_SHOWN else "")
-            raise ValueError(f"{len(twins)} pictures have the stem of another one: {shown}")
-        return records
-    for file in metadata:
-        for key, fields in _read_metadata(file):
-            known = records.setdefault(key, {"key": key})
-            known.update({**fields, "key": key})  # a field of that name (img2dataset writes one) is not the stem
-            if "image_path" in fields:
-                known["_base"] = file.parent
-    finder = _ImageFinder(image_dirs)
-    for record in records.values():
-        base = record.pop("_base", None)
-        record["image_path"] = finder.find(record.get("image_path"), record["key"], base)
-        record["caption"] = read_caption(record)
-    return records
+    wanted, seekers, places, records = [], [], [], []
+    for key, fields in items:
+        base, name, place = fields.pop(BASE, ""), fields.pop(NAME, None), fields.pop(NPZ, None)
+        named = fields.get("image_path")
+        if named is None and place is None and fields.get("caption") and fields.get("tags"):
+            fields["caption"] = _join_tags(fields["caption"]) + separator + _join_tags(fields["tags"])
+        fields["key"] = key  # a field of that name (img2dataset writes one) is not the stem
+        fields["image_path"] = place[0] if place else None
+        fields["caption"] = read_caption(fields)
+        records.append(fields)
+        places.append(place)
+        if place is None:
+            wanted.append((str(named or name or key), base, named is None))
+            seekers.append(fields)
+    for fields, path in zip(seekers, finder.find(wanted), strict=True):
+        fields["image_path"] = path
+    return Block(records, places)
 
 
 def read_caption(record: Record) -> str | None:
     """The caption of a record: `caption` or `tags` (a string, or a list of tags), else None."""
     text = record.get("caption") or record.get("tags")
-    if isinstance(text, list):
-        return ", ".join(str(tag) for tag in text)
-    return None if text is None else str(text)
+    return _join_tags(text) if text else None
 
 
-def _read_metadata(file: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        content = orjson.loads(file.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: must be a JSON object keyed by file stem, not a {type(content).__name__}")
-    for key, fields in content.items():
-        if not isinstance(fields, dict):
-            raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
-        yield key, fields
+def read_any_text(record: Record) -> str | None:
+    """The caption of a finished record, or its description if it has only that; None if there is nothing to train on."""
+    text = record["caption"] or record.get("description") or record.get("nl_caption")
+    return _join_tags(text) if text else None
 
 
-def _read_folders(image_dirs: list[Path]) -> Iterator[Record]:
-    for path in _list_pictures(image_dirs):
-        yield {"key": path.stem, "image_path": str(path), "caption": _read_sidecar(path)}
+def read_size(record: Record) -> tuple[int, int]:
+    """(width, height) of the picture as the metadata tell, (0, 0) if they do not."""
+    for field in SIZE_FIELDS:
+        size = record.get(field)
+        if size is None:
+            continue
+        if isinstance(size, str):
+            size = re.findall(r"\d+", size)
+        if isinstance(size, (list, tuple)) and len(size) == 2 and (sides := _read_sides(*size)):
+            return sides
+    for width, height in SIDE_FIELDS:
+        if width in record and height in record and (sides := _read_sides(record[width], record[height])):
+            return sides
+    return (0, 0)
 
 
-def _list_pictures(image_dirs: list[Path]) -> Iterator[Path]:
-    """Absolute paths, in an order that the disk has no say in."""
-    for folder in image_dirs:
-        yield from (path.absolute() for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _read_sidecar(image: Path) -> str | None:
-    for suffix in CAPTION_SUFFIXES:
-        sidecar = image.with_suffix(suffix)
-        if sidecar.is_file():
-            try:
-                return sidecar.read_text(encoding="utf-8-sig").strip()  # Windows editors put a mark in front
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{sidecar}: is not UTF-8: {error.reason} at byte {error.start}") from None
-    return None
-
-
-class _ImageFinder:
+class PictureFinder:
     """Finds the picture of a record: where it says, else by file name, else by stem under the image folders."""
 
-    def __init__(self, image_dirs: list[Path]):
-        self._image_dirs = image_dirs
-        self._by_name: dict[str, str] | None = None
-        self._by_stem: dict[str, str] = {}
+    def __init__(self, image_dirs: Sequence[Path]):
+        self._image_dirs = [str(folder) for folder in image_dirs]
+        self._checker = FileChecker()
+        self._folders: dict[tuple[str, bool], list[str]] = {}
+        self._table: PictureTable | None = None
 
-    def find(self, image_path: object, key: str, base: Path | None) -> str:
-        """Absolute path of the picture; if there is none, where it should be (its latents may still be there)."""
-        path = Path(str(image_path or key))
-        candidates = [path] if path.is_absolute() or base is None else [base / path, path]
-        for candidate in candidates:
-            if candidate.is_file():
-                return str(candidate.absolute())
-        if self._by_name is None:
-            self._scan()
-        assert self._by_name is not None
-        stem = path.stem if image_path else key  # a key is a stem already, and may hold a dot
-        return self._by_name.get(path.name) or self._by_stem.get(stem) or str(candidates[0].absolute())
+    def find(self, wanted: Sequence[tuple[str, str, bool]]) -> list[str]:
+        """Absolute paths of pictures; of one that is nowhere, where it should be (its latents may still be there).
 
-    def _scan(self) -> None:
-        self._by_name = {}
-        for path in _list_pictures(self._image_dirs):
-            self._by_name.setdefault(path.name, str(path))
-            self._by_stem.setdefault(path.stem, str(path))
+        Args:
+            wanted: (path, folder of the metadata, whether it was the record's key and is relative to image folders).
+        """
+        found = [self._get_candidate(0, *each) for each in wanted]
+        missing = np.flatnonzero(~self._checker.exist(found)).tolist()
+        for turn in range(1, len(self._image_dirs) + 2):
+            candidates = [self._get_candidate(turn, *wanted[at]) for at in missing]
+            there = self._checker.exist(candidates).tolist() if any(candidates) else [False] * len(missing)
+            for at, candidate, exists in zip(missing, candidates, there, strict=True):
+                if exists:
+                    found[at] = candidate
+            missing = [at for at, exists in zip(missing, there, strict=True) if not exists]
+        if missing and self._image_dirs:
+            self._table = self._table or PictureTable([Path(folder) for folder in self._image_dirs])
+            names = [wanted[at][0].replace("\\", "/").rsplit("/", 1)[-1] for at in missing]
+            stems = [strip_suffix(name, always=not wanted[at][2]) for at, name in zip(missing, names, strict=True)]
+            for at, path in zip(missing, self._table.find(names, stems), strict=True):
+                found[at] = path or found[at]
+        return found
+
+    def _get_candidate(self, turn: int, path: str, base: str, is_key: bool) -> str:
+        """Where to look: below the metadata's folder, then the working directory; a key first below image folders."""
+        if path.startswith("/"):
+            return path if turn == 0 else ""
+        folders = self._folders.get((base, is_key))
+        if folders is None:
+            names = [*(self._image_dirs if is_key else ()), base, ""]
+            folders = list(dict.fromkeys(os.path.abspath(name) + "/" for name in names))
+            self._folders[base, is_key] = folders
+        return folders[turn] + path.removeprefix("./") if turn < len(folders) else ""
+
+
+def _join_tags(text: Any) -> str:
+    if isinstance(text, str):
+        return text
+    return ", ".join(map(str, text)) if isinstance(text, (list, tuple)) else str(text)
+
+
+def _read_sides(width: Any, height: Any) -> tuple[int, int] | None:
+    try:
+        sides = (int(width), int(height))
+    except (ValueError, TypeError):
+        return None
+    return sides if min(sides) > 0 else None

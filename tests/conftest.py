@@ -53,7 +53,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "min_bucket_px": 64,
             "max_bucket_px": 256,
             "bucket_step_px": 32,
-            "caption_dropout_rate": 0.1,
+            "caption": {"dropout_rate": 0.1},
             "num_workers": 0,
         },
         "cache": {"dir": str(folder / "latents"), "batch_size": 4},
@@ -79,3 +79,17 @@ def cached_folder(tiny_folder: Path) -> Path:
     run_program("cache/main.py", "--cfg", tiny_folder / "tiny.yaml", ranks=2)
     (tiny_folder / "data" / "images").rename(tiny_folder / "pictures-put-away")
     return tiny_folder
+
+
+@pytest.fixture(scope="session")
+def one_rank(cached_folder: Path) -> Path:
+    """20 steps on one rank, without a launcher."""
+    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=one")
+    return cached_folder / "runs" / "one"
+
+
+@pytest.fixture(scope="session")
+def two_ranks(cached_folder: Path) -> Path:
+    """The same 20 steps on two ranks under torchrun."""
+    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]", ranks=2)
+    return cached_folder / "runs" / "two"

@@ -20,25 +20,11 @@ def read_losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def one_rank(cached_folder: Path) -> Path:
-    """20 steps on one rank, without a launcher."""
-    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=one")
-    return cached_folder / "runs" / "one"
-
-
-@pytest.fixture(scope="module")
-def two_ranks(cached_folder: Path) -> Path:
-    """The same 20 steps on two ranks under torchrun."""
-    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]", ranks=2)
-    return cached_folder / "runs" / "two"
-
-
 def test_cache_lists_every_picture_once(cached_folder: Path) -> None:
     keys = [entry.key for entry in read_entries(cached_folder / "latents")]
     assert len(keys) == len(set(keys)) == 24
     report = json.loads((cached_folder / "latents" / "cache_report.json").read_text())
-    assert report["encoded"] == 24 and report["bad"] == 0 and [r["num_encoded"] for r in report["ranks"]] == [12, 12]
+    assert report["encoded"] == 24 and report["bad"] == 0 and [r["done"] for r in report["ranks"]] == [12, 12]
 
 
 def test_one_and_two_ranks_have_the_same_losses(one_rank: Path, two_ranks: Path) -> None:

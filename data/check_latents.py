@@ -1,0 +1,105 @@
+"""Looking at latents before training: are they there, of the right size, unchanged. On many threads."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.latents import BadLatentError, parse_latents
+from sdxl_trainer.data.npz_header import read_header
+from sdxl_trainer.data.shards import locate_shard
+
+NUM_THREADS = 16
+ROWS_A_TASK = 512
+COLUMNS = ("file", "offset", "bytes", "bucket_width", "bucket_height", "sha256")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What an index says of one sample's latents."""
+
+    path: Path
+    offset: int | None
+    bytes: int
+    bucket: tuple[int, int]
+    sha256: bytes | None
+
+
+def find_bad_latents(index: Index, folder: Path, level: str) -> list[tuple[int, str]]:
+    """(row, reason) of each sample whose latents fail the check, in order.
+
+    Args:
+        folder: the cache's.
+        level: a key of CHECKS, each of which includes those before it.
+    """
+    check = CHECKS[level]
+    if check is None:
+        return []
+
+    def look(start: int) -> list[tuple[int, str]]:
+        bad, sizes = [], {}
+        for row, latents in enumerate(_list_latents(index, folder, start), start):
+            try:
+                check_size(latents, sizes)
+                check(latents)
+            except BadLatentError as error:
+                bad.append((row, f"{latents.path}: {error}"))
+        return bad
+
+    starts = range(0, len(index), ROWS_A_TASK)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return [item for bad in pool.map(look, starts) for item in bad]
+
+
+def check_size(latents: Latents, sizes: dict[Path, int]) -> None:
+    """Raises BadLatentError if the file is missing or has another size; `sizes` are those of files seen before."""
+    if latents.path not in sizes:
+        try:
+            sizes[latents.path] = os.stat(latents.path).st_size
+        except OSError as error:
+            raise BadLatentError(f"cannot be read: {error.strerror}") from None
+    size, end = sizes[latents.path], (latents.offset or 0) + latents.bytes
+    if size < end or (latents.offset is None and size != end):
+        raise BadLatentError(f"has {size} bytes, not {end}")
+
+
+def check_header(latents: Latents) -> None:
+    """Raises BadLatentError if the header names no latents of SDXL's, or another bucket."""
+    header = read_header(str(latents.path), latents.offset or 0, latents.bytes)
+    if header.bucket != latents.bucket:
+        found, bucket = ("x".join(map(str, size)) for size in (header.bucket, latents.bucket))
+        raise BadLatentError(f"was encoded at {found} px, not at its bucket's {bucket} px")
+
+
+def check_content(latents: Latents) -> None:
+    """Raises BadLatentError if the bytes are not those that the manifest vouches for, or, without one, no latents."""
+    try:
+        with open(latents.path, "rb") as stream:
+            stream.seek(latents.offset or 0)
+            content = stream.read(latents.bytes)
+    except OSError as error:
+        raise BadLatentError(f"cannot be read: {error.strerror}") from None
+    if latents.sha256 is not None and hashlib.sha256(content).digest() != latents.sha256:
+        raise BadLatentError("has another SHA-256 than the manifest says")
+    parse_latents(content, latents.bucket, check_crc=latents.sha256 is None)
+
+
+CHECKS: dict[str, Callable[[Latents], None] | None] = {
+    "none": None,
+    "stat": lambda latents: None,
+    "header": check_header,
+    "full": check_content,
+}
+
+
+def _list_latents(index: Index, folder: Path, start: int) -> Iterator[Latents]:
+    columns = [index.strings(name).slice(start, ROWS_A_TASK).to_pylist() for name in COLUMNS]
+    paths: dict[str, Path] = {}
+    for file, offset, size, width, height, digest in zip(*columns, strict=True):
+        path = paths.get(file)
+        if path is None:
+            path = paths[file] = folder / file if offset is None else locate_shard(folder / file)
+        yield Latents(path, offset, size, (width, height), digest)

@@ -1,0 +1,170 @@
+"""Metadata files of any size, a block at a time: JSON objects of records, and JSON Lines.
+
+A large object is cut between two of its members, at a comma outside strings and nested values, and each piece is
+parsed as an object of its own. So memory does not grow with the file, and parsing is as fast as orjson is.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+BLOCK_BYTES = 4 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+QUOTE, BACKSLASH = 0x22, 0x5C
+OPENING, CLOSING, BRACKET_BIT = 0x7B, 0x7D, 0x20  # `{` and `}`; brackets differ from braces in this one bit
+
+
+class _Place:
+    """Where a block begins: line and column, counted from 0."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.line = 0
+        self.column = 0
+
+    def move(self, text: bytes) -> None:
+        """Past `text`."""
+        start = text.rfind(b"\n") + 1
+        self.line += text.count(b"\n")
+        self.column = (0 if start else self.column) + len(text[start:].decode("utf-8", "replace"))
+
+    def complain(self, text: bytes, error: orjson.JSONDecodeError, prefix: int = 0) -> ValueError:
+        """What is wrong with `text`, which begins here, after so many bytes that are not in the file."""
+        line, column, message = error.lineno, error.colno, error.msg
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as wrong:
+            before = text[: wrong.start]
+            line, message = before.count(b"\n") + 1, f"not UTF-8: {wrong.reason}"
+            column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
+        column += self.column - prefix if line == 1 else 0
+        return ValueError(f"{self.file}:{self.line + line}:{column}: malformed JSON: {message}")
+
+
+def iterate_object(file: Path) -> Iterator[dict[str, Any]]:
+    """The members of a JSON object in order, some thousands at a time.
+
+    Raises:
+        ValueError: malformed, with file, line and column; no object; or a key that occurs twice (within a block: what
+            lies further apart the caller sees twice).
+    """
+    place = _Place(file)
+    with open(file, "rb") as stream:
+        text, prefix = stream.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), b""
+        while True:
+            cut, num_members = _find_cut(text, len(prefix)) if text.lstrip()[:1] == b"{" or prefix else (-1, 0)
+            more = stream.read(max(BLOCK_BYTES, len(text)) if cut < 0 else BLOCK_BYTES - len(text) + cut)
+            if cut < 0 and more:  # a record of many megabytes, the last one, or a file that is not well-formed
+                text += more
+                continue
+            piece = text if cut < 0 else text[:cut] + b"}"
+            yield _parse_members(prefix + piece, place, len(prefix), num_members)
+            if cut < 0:
+                return
+            place.move(text[: cut + 1])
+            text, prefix = text[cut + 1 :] + more, b"{"
+
+
+def iterate_lines(file: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """(line number, object) of each line that is not blank, some thousands at a time.
+
+    Raises:
+        ValueError: a line is malformed (with its number and the column), or no object.
+    """
+    with open(file, "rb") as stream:
+        number = 0
+        while lines := stream.readlines(BLOCK_BYTES):
+            if number == 0:
+                lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+            yield [(at, _parse_line(file, at, line)) for at, line in enumerate(lines, number + 1) if not line.isspace()]
+            number += len(lines)
+
+
+def is_lines(file: Path) -> bool:
+    """Whether a file holds an object a line, whatever it is called: more follows its first line, which is one."""
+    with open(file, "rb") as stream:
+        first, second = stream.readline(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), stream.read(64).lstrip()
+    try:
+        return second[:1] == b"{" and isinstance(orjson.loads(first), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        place = _Place(file)
+        place.line = number - 1
+        raise place.complain(line, error) from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}:{number}: the record must be a JSON object, not a {type(fields).__name__}")
+    return fields
+
+
+def _parse_members(text: bytes, place: _Place, prefix: int, num_members: int) -> dict[str, Any]:
+    try:
+        members = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise place.complain(text, error, prefix) from None
+    if not isinstance(members, dict):
+        raise ValueError(f"{place.file}: must be a JSON object keyed by file stem, not a {type(members).__name__}")
+    if prefix and not members:
+        raise ValueError(f"{place.file}:{place.line + 1}:{place.column + 1}: malformed JSON: trailing comma")
+    if len(members) < num_members:
+        counts = Counter(key for key, _ in json.loads(text, object_pairs_hook=_keep_outer_pairs))
+        twins = [key for key, count in counts.items() if count > 1]
+        if twins:
+            raise ValueError(f"{place.file}: {len(twins)} keys occur twice: {', '.join(map(repr, twins[:20]))}")
+    return members
+
+
+def _keep_outer_pairs(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    return pairs
+
+
+def _find_cut(text: bytes, depth: int) -> tuple[int, int]:
+    """The last comma between two members of the outer object, and how many members lie before it.
+
+    Without such a comma, or where the object ends, it is -1 and the number of all members that end in the text.
+
+    Args:
+        depth: 1 if the text begins within the object, 0 if before it.
+    """
+    places, opens = _find_brackets(text)
+    depths = depth + np.cumsum(np.where(opens, 1, -1))
+    ends = places[(depths == 1) & ~opens]  # where members close
+    if len(depths) and depths.min() > 0:
+        for back in (1, 2):  # behind the last one the comma may not have been read yet
+            end = int(ends[-back]) if len(ends) >= back else len(text)
+            rest = text[end + 1 : end + 1024]
+            comma = end + 1 + len(rest) - len(rest.lstrip())
+            if text[comma : comma + 1] == b",":
+                return comma, len(ends) - back + 1
+    return -1, len(ends)
+
+
+def _find_brackets(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the braces and brackets outside strings, and whether each is an opening one."""
+    letters = np.frombuffer(text, np.uint8)
+    quotes = np.flatnonzero(letters == QUOTE)
+    doubtful = np.flatnonzero(letters[quotes - 1] == BACKSLASH)  # before the first byte numpy has the last: harmless
+    escaped = [at for at in doubtful.tolist() if _count_backslashes(text, int(quotes[at])) % 2]
+    quotes = np.delete(quotes, escaped)
+    letters = letters | BRACKET_BIT
+    places = np.flatnonzero((letters == OPENING) | (letters == CLOSING))
+    places = places[np.searchsorted(quotes, places) % 2 == 0]
+    return places, letters[places] == OPENING
+
+
+def _count_backslashes(text: bytes, end: int) -> int:
+    """Backslashes that stand directly before a place."""
+    start = end
+    while start and text[start - 1] == BACKSLASH:
+        start -= 1
+    return end - start

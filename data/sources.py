@@ -1,0 +1,210 @@
+"""Forms of metadata, each read a few thousand records at a time. docs/DATA.md shows an example of each.
+
+A reader yields (key, fields) pairs; the key is the file stem of the picture. What a record must remember of where it
+was read is kept under names that no metadata have, until data/records.py has made use of it.
+"""
+
+import csv
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdxl_trainer.data.folders import strip_suffix
+from sdxl_trainer.data.json_stream import is_lines, iterate_lines, iterate_object
+from sdxl_trainer.data.shards import BadShardError, iterate_members
+
+Items = list[tuple[str, dict[str, Any]]]
+Reader = Callable[[Path], Iterator[Items]]
+
+BASE = "//base"  # folder that a relative path of the record is relative to
+NAME = "//name"  # the picture's path, where it was the record's key
+NPZ = "//npz"  # (tar, offset, bytes) of the latents that came with the record
+ROWS_AT_ONCE = 8192
+PATH_FIELDS = ("image_path", "file_name")  # ours, and that of Hugging Face's image folders
+MAX_CSV_FIELD = 1 << 24
+KNOWN = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
+
+
+def expand_sources(patterns: list[Path]) -> list[Path]:
+    """The files that metadata settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up."""
+    files: list[Path] = []
+    for pattern in patterns:
+        if pattern.exists():
+            files.append(pattern)
+            continue
+        for path in _expand_braces(str(pattern)):
+            found = sorted(glob(path)) if re.search(r"[*?]", path) else [path]
+            files += [Path(name) for name in found or [path]]
+    return files
+
+
+def read_source(file: Path) -> Iterator[Items]:
+    """The records of one metadata file, in its order.
+
+    Raises:
+        ValueError: malformed; the file and the place in it are named.
+    """
+    base = str(file.parent)
+    for items in READERS[detect_form(file)](file):
+        for _, fields in items:
+            if NAME in fields or PATH_FIELDS[0] in fields:
+                fields[BASE] = base
+        yield items
+
+
+def detect_form(file: Path) -> str:
+    """The name of a file's form, told by its suffix, and by its content where that is not enough."""
+    suffix = file.suffix.lower()
+    form = SUFFIXES.get(suffix)
+    if form is None:
+        with open(file, "rb") as stream:
+            start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        form = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
+    if form is None:
+        raise ValueError(f"{file}: has no form that is known; files may be called {KNOWN}")
+    return "json_lines" if form == "json" and is_lines(file) else form
+
+
+def _read_object(file: Path) -> Iterator[Items]:
+    """A JSON object of records: keyed by stem and holding `image_path`, or keyed by the picture's path."""
+    for members in iterate_object(file):
+        items = []
+        for key, fields in members.items():
+            if not isinstance(fields, dict):
+                raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
+            if PATH_FIELDS[0] not in fields:
+                stem = strip_suffix(key)
+                if stem != key:
+                    fields[NAME], key = key, stem
+            items.append((key, fields))
+        yield items
+
+
+def _read_lines(file: Path) -> Iterator[Items]:
+    for lines in iterate_lines(file):
+        yield [_key_row(fields, f"{file}:{number}") for number, fields in lines]
+
+
+def _read_csv(file: Path) -> Iterator[Items]:
+    """Comma-separated values (tab in a .tsv) under a line of names. An empty cell is no field; values stay text."""
+    csv.field_size_limit(MAX_CSV_FIELD)
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+            names = next(rows, [])
+            place = lambda: f"{file}:{rows.line_num}"  # noqa: E731
+            while block := list(itertools.islice(_zip_rows(rows, names, place), ROWS_AT_ONCE)):
+                yield block
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8: {error.reason} at byte {error.start} of a block") from None
+
+
+def _zip_rows(rows: Any, names: list[str], place: Callable[[], str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        for row in rows:
+            if row and len(row) != len(names):
+                raise ValueError(f"{place()}: the row has {len(row)} values under {len(names)} names")
+            if row:
+                yield _key_row({name: value for name, value in zip(names, row, strict=True) if value != ""}, place())
+    except csv.Error as error:
+        raise ValueError(f"{place()}: malformed CSV: {error}") from None
+
+
+def _read_parquet(file: Path) -> Iterator[Items]:
+    """A Parquet table, a row a record; a null is no field."""
+    try:
+        number = 0
+        for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
+            rows = batch.to_pylist()
+            yield [
+                _key_row(
+                    {name: value for name, value in row.items() if value is not None}, f"{file}, row {number + at}"
+                )
+                for at, row in enumerate(rows)
+            ]
+            number += len(rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file}: no readable Parquet file: {error}") from None
+
+
+def _read_shard(file: Path) -> Iterator[Items]:
+    """A webdataset shard: `key.npz` with `key.json` (the record), or with `key.txt` (the caption)."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    for key, suffix, offset, size in iterate_members(file):
+        if suffix in members.setdefault(key, {}):
+            raise BadShardError(f"{file}: has two members '{key}.{suffix}'")
+        members[key][suffix] = (offset, size)
+    with open(file, "rb") as stream:
+
+        def read(place: tuple[int, int]) -> bytes:
+            stream.seek(place[0])
+            return stream.read(place[1])
+
+        keys = [key for key, parts in members.items() if "npz" in parts]
+        for start in range(0, len(keys), ROWS_AT_ONCE):
+            yield [(key, _build_shard_record(file, key, members[key], read)) for key in keys[start:][:ROWS_AT_ONCE]]
+
+
+def _build_shard_record(
+    file: Path, key: str, parts: dict[str, tuple[int, int]], read: Callable[[tuple[int, int]], bytes]
+) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(read(parts["json"])) if "json" in parts else {}
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{file}: member {key}.json:{error.lineno}:{error.colno}: malformed: {error.msg}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: member {key}.json must be a JSON object, not a {type(fields).__name__}")
+    if "txt" in parts and not fields.get("caption"):
+        fields["caption"] = read(parts["txt"]).decode("utf-8", "replace").strip()
+    return {**fields, NPZ: (str(file.absolute()), *parts["npz"])}
+
+
+def _key_row(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
+    """A row's key: the stem of its picture's path, else its `key`."""
+    name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
+    if name is not None:
+        fields[PATH_FIELDS[0]] = name
+        return strip_suffix(name, always=True), fields
+    if fields.get("key"):
+        return str(fields["key"]), fields
+    raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """As a shell and webdataset expand `{000..012}` and `{a,b}`, leftmost first."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    options = (
+        words.split(",")
+        if words is not None
+        else [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    )
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [path for option in options for path in _expand_braces(head + option + tail)]
+
+
+READERS: dict[str, Reader] = {
+    "json": _read_object,
+    "json_lines": _read_lines,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "shard": _read_shard,
+}
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "json_lines",
+    ".ndjson": "json_lines",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".tar": "shard",
+}

@@ -1,0 +1,281 @@
+"""The rules of the layout: who may import whom, what modules may be called, and how long things may get."""
+
+import ast
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS = {"configs": 0, "launch": 1, "data": 1, "cache": 2, "train": 3}
+SOURCES = {f"{folder}/{path.name}": path.read_text() for folder in LEVELS for path in (ROOT / folder).glob("*.py")}
+MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 400, 60, 4, 8, 60
+ENTRY_POINTS = ("cache/main.py", "train/main.py")
+PURE = (
+    *(f"train/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),
+    "data/bucket.py",
+    "data/plan.py",
+)
+BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def list_imports(node: ast.AST) -> list[str]:
+    """Dotted names of all that is imported or reached as an attribute of an import, functions' own imports included."""
+    names, aliases = [], {}
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            names += [alias.name for alias in child.names]
+            aliases |= {
+                alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
+                for alias in child.names
+            }
+        elif isinstance(child, ast.ImportFrom):
+            base = "." * child.level + (child.module or "")
+            names += [f"{base}.{alias.name}" for alias in child.names]
+            aliases |= {alias.asname or alias.name: f"{base}.{alias.name}" for alias in child.names}
+        elif isinstance(child, ast.Call) and getattr(child.func, "attr", getattr(child.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names += [arg.value for arg in child.args if isinstance(arg, ast.Constant)]
+    for child in ast.walk(node):  # `torch.distributed.x` after a mere `import torch`
+        if isinstance(child, ast.Attribute) and isinstance(child.value, ast.Name) and child.value.id in aliases:
+            names.append(f"{aliases[child.value.id]}.{child.attr}")
+    return names
+
+
+def list_project_imports(source: str) -> set[str]:
+    """Files of the project that a source imports, as `folder/module.py`."""
+    found = set()
+    for name in list_imports(ast.parse(source)):
+        if name.startswith("sdxl_trainer."):
+            folder, *rest = name.split(".")[1:]
+            found.add(f"{folder}/{rest[0] if rest else '__init__'}.py")
+    return {file if file in SOURCES else f"{file.split('/')[0]}/__init__.py" for file in found}
+
+
+def find_wrong_imports(file: str, source: str) -> list[str]:
+    """Relative imports, imports of the project by another name, and imports of a folder that is not lower."""
+    own, wrong = file.split("/")[0], []
+    siblings = {path.split("/")[1].removesuffix(".py") for path in SOURCES if path.startswith(own)} - {"__init__"}
+    for name in list_imports(ast.parse(source)):
+        top, *rest = name.split(".")
+        if not top:
+            wrong.append(f"{file}: relative import {name}")
+        elif top in LEVELS or top in siblings:
+            wrong.append(f"{file}: {name} instead of sdxl_trainer.…")
+        elif top == "sdxl_trainer" and rest and rest[0] != own and LEVELS.get(rest[0], 99) >= LEVELS[own]:
+            wrong.append(f"{file}: imports {name}, which is not below {own}/")
+    return wrong
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules along one import cycle, or nothing."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(graph.get(module, set()) - {module}):
+            if cycle := visit(target, [*path, module]):
+                return cycle
+        done.add(module)
+        return []
+
+    return next((cycle for module in sorted(graph) if (cycle := visit(module, []))), [])
+
+
+def find_forbidden(file: str, source: str) -> list[str]:
+    """Use of process groups, of DeepSpeed, and broad excepts where they have no place."""
+    tree, wrong = ast.parse(source), []
+    for module, home in (("torch.distributed", "launch/distributed.py"), ("deepspeed", "train/engine.py")):
+        if file != home:
+            wrong += [
+                f"{file}: {name} belongs in {home}"
+                for name in list_imports(tree)
+                if f"{name}.".startswith(f"{module}.")
+            ]
+    for handler in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)):
+        caught = (
+            {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"nothing"}
+        )
+        passed_on = isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None
+        broad = {"nothing", "Exception"} & caught or ("BaseException" in caught and not passed_on)
+        if broad and file != "train/emergency.py":
+            wrong.append(f"{file}:{handler.lineno}: catches everything")
+    return wrong
+
+
+def find_oversized(file: str, source: str) -> list[str]:
+    """Files, functions, nesting and argument lists beyond what a reader can hold."""
+    num_lines, limit = source.count("\n"), MAX_ENTRY_POINT if file in ENTRY_POINTS else MAX_FILE
+    wrong = [f"{file}: {num_lines} lines"] if num_lines > limit else []
+    for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)):
+        start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        figures = {
+            "lines": (node.end_lineno - start + 1, MAX_FUNCTION),
+            "levels": (compute_nesting(node.body), MAX_NESTING),
+            "arguments": (sum(argument.arg not in ("self", "cls") for argument in arguments), MAX_ARGUMENTS),
+        }
+        wrong += [f"{file}: {node.name} has {count} {what}" for what, (count, most) in figures.items() if count > most]
+    return wrong
+
+
+def compute_nesting(body: list[ast.stmt]) -> int:
+    """How deep blocks lie in blocks; `elif` is no deeper than its `if`."""
+    deepest = 0
+    for node in body:
+        inner = [compute_nesting(getattr(node, part, [])) for part in ("body", "finalbody")]
+        inner += [compute_nesting(branch.body) for part in ("handlers", "cases") for branch in getattr(node, part, [])]
+        rest = getattr(node, "orelse", [])
+        is_elif = isinstance(node, ast.If) and len(rest) == 1 and isinstance(rest[0], ast.If)
+        inner.append(compute_nesting(rest) - is_elif)
+        deepest = max(deepest, max(inner) + isinstance(node, BLOCKS))
+    return deepest
+
+
+def find_heavy_imports(source: str) -> list[str]:
+    """What a module imports on being loaded that is not in the standard library."""
+    names = [name for node in ast.parse(source).body if not isinstance(node, FUNCTIONS) for name in list_imports(node)]
+    return [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+
+
+def list_reachable(file: str, graph: dict[str, set[str]]) -> set[str]:
+    """A module and all that it imports, directly or not."""
+    found, waiting = set(), [file]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += graph[module]
+    return found
+
+
+GRAPH = {file: list_project_imports(source) for file, source in SOURCES.items()}
+
+
+@pytest.mark.parametrize("check", [find_wrong_imports, find_forbidden, find_oversized])
+def test_every_source_keeps_the_rules(check):
+    assert len(SOURCES) > 30
+    assert [line for file, source in sorted(SOURCES.items()) for line in check(file, source)] == []
+
+
+def test_no_import_cycle_not_even_a_lazy_one():
+    assert sum(map(len, GRAPH.values())) > 50
+    assert find_cycle(GRAPH) == []
+
+
+def test_no_module_shadows_one_of_python_or_of_a_dependency():
+    # `torchrun train/main.py` puts train/ first on the path: train/random.py would be everybody's `import random`.
+    taken = set(sys.stdlib_module_names) | set(packages_distributions()) - {"sdxl_trainer"}
+    assert {"random", "deepspeed", "torch", "yaml"} <= taken
+    assert [file for file in SOURCES if Path(file).stem in taken and not file.endswith("__init__.py")] == []
+
+
+def test_every_folder_is_a_package_of_one_docstring():
+    for folder in LEVELS:
+        body = ast.parse(SOURCES[f"{folder}/__init__.py"]).body
+        assert len(body) == 1 and ast.get_docstring(ast.parse(SOURCES[f"{folder}/__init__.py"])), folder
+
+
+@pytest.mark.parametrize("file", ENTRY_POINTS)
+def test_entry_points_load_nothing_heavy(file):
+    assert find_heavy_imports(SOURCES[file]) == []
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_mathematics_needs_no_settings_and_no_ranks(file):
+    reachable = list_reachable(file, GRAPH)
+    assert [module for module in reachable if module.startswith(("configs/", "launch/"))] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("data/index.py", "from sdxl_trainer.launch.logger import init_logger"),
+        ("launch/logger.py", "def f():\n    import sdxl_trainer.data.index"),
+        ("data/index.py", "from sdxl_trainer.cache import encoders"),
+        ("cache/job.py", "import importlib\nimportlib.import_module('sdxl_trainer.train.job')"),
+        ("configs/load.py", "from sdxl_trainer.data.plan import Plan"),
+        ("data/index.py", "from .plan import Plan"),
+        ("data/index.py", "from data.plan import Plan"),
+        ("train/job.py", "import loop"),
+    ],
+)
+def test_a_planted_wrong_import_is_found(file, source):
+    assert len(find_wrong_imports(file, source)) == 1
+    assert find_wrong_imports("train/job.py", "from sdxl_trainer.cache.encoders import load_vae\nimport torch") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch.distributed import barrier",
+        "import torch\ntorch.distributed.barrier()",
+        "import torch as t\nt.distributed.barrier()",
+        "import deepspeed",
+        "from deepspeed.utils import x",
+        "__import__('deepspeed')",
+        "try:\n    f()\nexcept:\n    pass",
+        "try:\n    f()\nexcept Exception as error:\n    print(error)",
+        "try:\n    f()\nexcept (OSError, Exception):\n    raise",
+        "try:\n    f()\nexcept BaseException:\n    print()",
+    ],
+)
+def test_planted_forbidden_code_is_found(source):
+    assert find_forbidden("train/loop.py", source)
+    assert find_forbidden("train/loop.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise") == []
+    assert find_forbidden("launch/distributed.py", "import torch.distributed as dist") == []
+
+
+def test_planted_cycles_are_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    lazy = "def f():\n    from sdxl_trainer.train import loop\n    import sdxl_trainer.data.plan"
+    assert list_project_imports(lazy) == {"train/loop.py", "data/plan.py"}
+
+
+def test_planted_size_is_found():
+    ladder = "if a:\n    pass\n" + "elif b:\n    pass\n" * 9
+    fine = [
+        "def f(self, a, b, c, d, e, f, g, *, h):\n    pass",
+        f"def f():\n{indent(ladder, 1)}",
+        f"def f():\n{indent(nest(4), 1)}",
+        "def f():\n" + "    a\n" * 59,
+        "a\n" * 400,
+    ]
+    oversized = [
+        "def f(a, b, c, d, e, f, g, *, h, i):\n    pass",
+        f"def f():\n{indent(nest(5), 1)}",
+        "def f():\n" + "    a\n" * 60,
+        "a\n" * 401,
+    ]
+    assert [find_oversized("train/x.py", source) for source in fine] == [[]] * len(fine)
+    assert [len(find_oversized("train/x.py", source)) for source in oversized] == [1] * len(oversized)
+    assert find_oversized("train/main.py", "a\n" * 61) == ["train/main.py: 61 lines"]
+
+
+def test_planted_heavy_import_is_found():
+    assert find_heavy_imports("import sys\nfrom pathlib import Path\ndef f():\n    import torch") == []
+    assert find_heavy_imports("import sys\nif sys.argv:\n    import torch") == ["torch"]
+
+
+def nest(levels: int) -> str:
+    """A pass within so many loops and tries."""
+    source = "pass\n"
+    for level in range(levels):
+        head, tail = ("for a in b:\n", "") if level % 2 else ("try:\n", "finally:\n    pass\n")
+        source = head + indent(source, 1) + tail
+    return source
+
+
+def indent(source: str, levels: int) -> str:
+    """Every line further in."""
+    return "".join("    " * levels + line + "\n" for line in source.splitlines())
