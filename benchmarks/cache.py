@@ -1,8 +1,8 @@
 """How close does the cache job come to the device's speed, and at what cost to the host?
 
-The mixed set: 200 pictures with sides of 256 to 1536 px, 60 % JPEG, 20 % PNG, 20 % WebP, of soft colours, shapes
-and some grain, cached at 1024². The stand-in device sleeps 40 ms a megapixel, so only the pipeline is judged. Beside it, in the
-same run: a plain pipe of two threads (one decodes, one encodes and writes), the bare encode loop, and `sha256sum`.
+The mixed set: 200 pictures with sides of 256 to 1536 px, 60 % JPEG, 20 % PNG, 20 % WebP, of soft colours, shapes and
+some grain, cached at 1024². The stand-in device sleeps 40 ms a megapixel, so only the pipeline is judged. Beside it, in
+the same run: a plain pipe of two threads (one decodes, one encodes and writes), the bare encode loop, and `sha256sum`.
 """
 
 import queue

@@ -69,8 +69,8 @@ class DataConfig(Section):
 
     metadata: list[Path] = []
     """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
-    webdataset shards of latents (docs/DATA.md shows each). `{000..012}`, `{a,b}` and `*` name many at once. Later entries
-    update earlier ones key by key."""
+    webdataset shards of latents (docs/DATA.md shows each). `{000..012}`, `{a,b}` and `*` name many at once. Later
+    entries update earlier ones key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
     beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without

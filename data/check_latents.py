@@ -23,7 +23,7 @@ class Latents:
 
     path: Path
     offset: int | None
-    bytes: int
+    num_bytes: int
     bucket: tuple[int, int]
     sha256: bytes | None
 
@@ -61,14 +61,14 @@ def check_size(latents: Latents, sizes: dict[Path, int]) -> None:
             sizes[latents.path] = os.stat(latents.path).st_size
         except OSError as error:
             raise BadLatentError(f"cannot be read: {error.strerror}") from None
-    size, end = sizes[latents.path], (latents.offset or 0) + latents.bytes
+    size, end = sizes[latents.path], (latents.offset or 0) + latents.num_bytes
     if size < end or (latents.offset is None and size != end):
         raise BadLatentError(f"has {size} bytes, not {end}")
 
 
 def check_header(latents: Latents) -> None:
     """Raises BadLatentError if the header names no latents of SDXL's, or another bucket."""
-    header = read_header(str(latents.path), latents.offset or 0, latents.bytes)
+    header = read_header(str(latents.path), latents.offset or 0, latents.num_bytes)
     if header.bucket != latents.bucket:
         found, bucket = ("x".join(map(str, size)) for size in (header.bucket, latents.bucket))
         raise BadLatentError(f"was encoded at {found} px, not at its bucket's {bucket} px")
@@ -79,12 +79,12 @@ def check_content(latents: Latents) -> None:
     try:
         with open(latents.path, "rb") as stream:
             stream.seek(latents.offset or 0)
-            content = stream.read(latents.bytes)
+            content = stream.read(latents.num_bytes)
     except OSError as error:
         raise BadLatentError(f"cannot be read: {error.strerror}") from None
-    if latents.sha256 is not None and hashlib.sha256(content).digest() != latents.sha256:
+    if latents.sha256 and hashlib.sha256(content).digest() != latents.sha256:
         raise BadLatentError("has another SHA-256 than the manifest says")
-    parse_latents(content, latents.bucket, check_crc=latents.sha256 is None)
+    parse_latents(content, latents.bucket, check_crc=not latents.sha256)
 
 
 CHECKS: dict[str, Callable[[Latents], None] | None] = {

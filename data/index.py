@@ -20,8 +20,8 @@ import orjson
 import pyarrow as pa
 
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.folders import CAPTION_SUFFIXES, walk_files, walk_pictures
-from sdxl_trainer.data.join import LATENT_SCHEMA, join_latents, sort_by_bucket
+from sdxl_trainer.data.folders import CAPTION_SUFFIXES, walk_pictures
+from sdxl_trainer.data.join import LATENT_SCHEMA, iterate_joined, join_latents
 from sdxl_trainer.data.manifest import list_parts
 from sdxl_trainer.data.merge import iterate_items, raise_twins
 from sdxl_trainer.data.records import Block, PictureFinder, finish_records, read_any_text, read_folders, read_size
@@ -96,7 +96,7 @@ class Index:
             digest.update(np.diff(places).tobytes())
             digest.update(memoryview(letters or b"")[int(places[0]) : int(places[-1])])
         for name in BUCKET_COLUMNS:
-            digest.update(np.ascontiguousarray(self.column(name)))
+            digest.update(self.column(name).tobytes())
         return digest.hexdigest()[:16]
 
     def __reduce__(self) -> tuple:
@@ -131,7 +131,7 @@ def open_record_index(folder: Path, metadata: list[Path], image_dirs: list[Path]
 
 def open_latent_index(folder: Path, records: Index, captioned_only: bool = False) -> Index:
     """The index of the records that have latents: those that the manifest of the cache at `folder` lists, and those of
-    other programs that lie beside the pictures or in `folder`. Rows are sorted by bucket, then as the records are.
+    other programs that lie beside the pictures or in `folder`. In the order of the records.
 
     Notes: `num_unlisted` (not from the manifest), `num_assumed_sizes` (their original size is not known), and `bad`
     (latent files with a reason why they are left out).
@@ -149,7 +149,7 @@ def open_latent_index(folder: Path, records: Index, captioned_only: bool = False
     with _without_collector(), join_latents(folder, records.table, captioned_only) as (joined, notes):
         path = folder / "index" / f"{name}-{_watch(notes['watched'])}.arrow"
         schema = LATENT_SCHEMA.with_metadata({name: orjson.dumps(note) for name, note in notes.items()})
-        batches = sort_by_bucket(joined, records.table, records.release)
+        batches = iterate_joined(joined, records.table, records.release)
         _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
     return _open(path)
 
@@ -252,8 +252,8 @@ def _hash_folders(roots: Sequence[Path]) -> tuple[str, list[str]]:
     Not the folders' times: an index or latents written among the pictures change those, and an edited caption does not.
     """
     digest, sidecars = hashlib.sha256(), []
-    for folder, pictures, _ in walk_pictures(roots):
-        digest.update(orjson.dumps([folder, pictures]))
-    for folder, names in walk_files(roots):
-        sidecars += [os.path.join(folder, name) for name in names if name.lower().endswith(CAPTION_SUFFIXES)]
+    for folder, pictures, everything in walk_pictures(roots):
+        if pictures:
+            digest.update(orjson.dumps([folder, pictures]))
+        sidecars += [os.path.join(folder, name) for name in sorted(everything) if name.endswith(CAPTION_SUFFIXES)]
     return digest.hexdigest(), sidecars

@@ -90,31 +90,23 @@ def join_latents(folder: Path, records: pa.Table, captioned_only: bool) -> Itera
             yield Joined(tables, place_of_record), notes
 
 
-def sort_by_bucket(joined: Joined, records: pa.Table, release: Callable[[], None]) -> Iterator[pa.RecordBatch]:
-    """The joined rows, sorted by bucket, then as the records are: a plan over them needs no order of its own.
+def iterate_joined(joined: Joined, records: pa.Table, release: Callable[[], None]) -> Iterator[pa.RecordBatch]:
+    """The records that have latents, with them, in their order.
 
     Args:
-        release: gives mapped pages of the records back, after each run through them.
+        release: gives the mapped pages of the records back, which have been copied.
     """
-    rows = np.flatnonzero(joined.place_of_record >= 0)
-    places = joined.place_of_record[rows]
     table = pa.concat_tables(joined.places)
-    width, height = (table.column(name).to_numpy()[places] for name in ("bucket_width", "bucket_height"))
-    order = np.lexsort((height, width))  # stable
-    rows, places = rows[order], places[order]
-    batches = records.select(["key", "caption", "record"]).to_batches()
-    ends = np.cumsum([len(batch) for batch in batches])
-    group = np.searchsorted(ends, rows, side="right")
-    # Runs of rows of one bucket that lie in one batch of the records, so that each is one cheap `take`.
-    cuts = np.flatnonzero((np.diff(group) != 0) | (np.diff(rows) < 0)) + 1
-    columns = {name: table.column(name).combine_chunks() for name, _ in PLACE_FIELDS}
-    for start, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
-        if end > start:
-            batch = batches[group[start]]
-            left = batch.take(pa.array(rows[start:end] - (ends[group[start]] - len(batch))))
-            right = [column.take(pa.array(places[start:end])) for column in columns.values()]
-            yield pa.record_batch([*left.columns, *right], LATENT_SCHEMA)
-            release()
+    columns = [table.column(name).combine_chunks() for name, _ in PLACE_FIELDS]
+    start = 0
+    for batch in records.select(["key", "caption", "record"]).to_batches():
+        places = joined.place_of_record[start : start + len(batch)]
+        start += len(batch)
+        rows = np.flatnonzero(places >= 0)
+        left = batch if len(rows) == len(batch) else batch.take(pa.array(rows))
+        right = [column.take(pa.array(places[rows])) for column in columns]
+        yield pa.record_batch([*left.columns, *right], LATENT_SCHEMA)
+        release()
 
 
 @contextmanager
@@ -150,7 +142,7 @@ def _parse_parts(folder: Path) -> Iterator[pa.RecordBatch]:
 
 
 def is_whole_line(line: bytes) -> bool:
-    """Whether a line's last field is the CRC-32 of the rest. A line without one may be whole, and is looked at again."""
+    """Whether a line's last field is the CRC-32 of the rest. A line without one may be whole too."""
     tail = line[-CRC_TAIL:]
     return tail.startswith(CRC_MARK) and b"%08x" % zlib.crc32(line[:-CRC_TAIL] + b"}") == tail[-11:-3]
 
@@ -164,7 +156,7 @@ def _build_listed(table: pa.Table) -> pa.RecordBatch:
     lists = {}
     for name, length in LIST_FIELDS.items():
         column = table.column(name).chunk(0)
-        if column.null_count or not pc.all(pc.equal(pc.list_value_length(column), length)).as_py():
+        if column.null_count or np.any(np.diff(column.offsets.to_numpy()) != length):
             raise DamagedLineError
         lists[name] = column.flatten().to_numpy().reshape(-1, length)
     digests = table.column("sha256").chunk(0)
@@ -179,7 +171,7 @@ def _build_listed(table: pa.Table) -> pa.RecordBatch:
             *(pa.array(np.ascontiguousarray(column), pa.int32()) for column in numbers),
             table.column("offset").chunk(0),
             table.column("bytes").chunk(0),
-            pa.array(list(map(bytes.fromhex, digests.to_pylist())), pa.binary()),
+            pa.array([bytes.fromhex(digest) or None for digest in digests.to_pylist()], pa.binary()),
         ],
         LISTED_SCHEMA,
     )
@@ -200,7 +192,7 @@ def _list_entries(folder: Path) -> Iterator[pa.RecordBatch]:
                 *entry.crop[:2],
                 entry.offset,
                 entry.bytes,
-                bytes.fromhex(entry.sha256),
+                bytes.fromhex(entry.sha256) or None,
             )
             for entry in some
         ]
@@ -209,7 +201,8 @@ def _list_entries(folder: Path) -> Iterator[pa.RecordBatch]:
 
 def _match_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
     """[N] for each key the row of its entry that was listed last, or -1."""
-    rows = pc.index_in(listed.column("key"), value_set=keys.combine_chunks()).fill_null(-1).to_numpy()
+    rows = pc.call_function("index_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
+    rows = rows.fill_null(-1).to_numpy()
     order = np.argsort(listed.column("listed_ns").to_numpy(), kind="stable")
     order = order[rows[order] >= 0]
     place_of_record = np.full(len(keys), -1, np.int64)

@@ -83,20 +83,16 @@ class Plan:
         assert len(bucket_of_row) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
         self.global_batch_size = global_batch_size
         self.seed = seed
-        # Rows sorted by bucket, as an index has them, are in order already: nothing is kept per row. Any others get a
-        # stable sort, so that the order depends on the data alone.
-        is_sorted = bool(np.all(bucket_of_row[1:] >= bucket_of_row[:-1]))
-        self._members = None if is_sorted else np.argsort(bucket_of_row, kind="stable")
-        in_order = bucket_of_row if self._members is None else bucket_of_row[self._members]
+        self._members = _sort_stably(bucket_of_row)
+        in_order = bucket_of_row[self._members]
         starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
         self.buckets = [int(bucket) for bucket in in_order[starts]]
         self._starts = np.append(starts, len(bucket_of_row))
-        members = np.arange(len(bucket_of_row)) if self._members is None else self._members
-        self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[members].astype(np.float64)
+        self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[self._members].astype(np.float64)
         # A phase per row spreads the extra turns of fractional repeats over the epochs. It lies within 0..1, clear of
         # both by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
         self._phases = (
-            (permute(members, len(members), mix_keys(seed, Stream.REPEATS)) + 0.5) / len(members)
+            (permute(self._members, len(self._members), mix_keys(seed, Stream.REPEATS)) + 0.5) / len(self._members)
             if self._repeats is not None
             else None
         )
@@ -158,8 +154,7 @@ class Plan:
         """Rows of the items of a bucket's epoch, where a row with n turns makes n items."""
         if self._repeats is not None:
             items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
-        rows = self._starts[bucket] + items
-        return rows if self._members is None else self._members[rows]
+        return self._members[self._starts[bucket] + items]
 
     def _turns_until(self, bucket: int, epoch: int) -> np.ndarray:
         """[rows of the bucket] turns that each row has had before `epoch` begins."""
@@ -182,6 +177,19 @@ class Plan:
         until = np.array([[self._count_until(b, e) for b in range(len(self.buckets))] for e in (epoch, epoch + 1)])
         numbers = until // self.global_batch_size
         return numbers[0], numbers[1]
+
+
+def _sort_stably(values: np.ndarray) -> np.ndarray:
+    """[N] what np.argsort(values, kind="stable") gives of numbers from 0 on: an order that the data alone decide.
+
+    numpy sorts 16-bit numbers by radix, in linear time, so it is given one digit after the other.
+    """
+    order = np.arange(len(values))
+    for shift in range(0, 64, 16):
+        digits = (values >> shift).astype(np.uint16)
+        if digits.min() != digits.max():
+            order = order[np.argsort(digits[order], kind="stable")]
+    return order
 
 
 def _splitmix(value: int) -> int:

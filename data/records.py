@@ -101,7 +101,7 @@ def read_caption(record: Record) -> str | None:
 
 
 def read_any_text(record: Record) -> str | None:
-    """The caption of a finished record, or its description if it has only that; None if there is nothing to train on."""
+    """The caption of a finished record, or its description if it has only that, else None."""
     text = record["caption"] or record.get("description") or record.get("nl_caption")
     return _join_tags(text) if text else None
 

@@ -44,20 +44,22 @@ def find_unlisted(records: pa.Table, rows: np.ndarray, folder: Path, watched: se
     """
     list_latents = lru_cache(maxsize=64)(_list_latents)
     cache = os.path.abspath(folder)
-    columns = [records.column(name) for name in ("image_path", "offset", "bytes", "key")]
+    columns = [records.column(name) for name in ("image_path", "offset", "bytes")]
     for start in range(0, len(rows), AT_ONCE):
         some = rows[start : start + AT_ONCE]
         values = (column.take(pa.array(some)).to_pylist() for column in columns)
-        for row, path, offset, size, key in zip(some.tolist(), *values, strict=True):
+        for row, path, offset, size in zip(some.tolist(), *values, strict=True):
             if offset is not None:
                 yield Place(row, path, offset, size)
                 continue
+            if path.endswith(LATENT_SUFFIX) and os.path.isfile(path):
+                watched.add(os.path.dirname(path))
+                yield Place(row, path, None, None)
+                continue
             where, name = os.path.split(path)
-            stem = strip_suffix(name)
             for place in dict.fromkeys((where, cache)):
                 watched.add(place)
-                latents = list_latents(place)
-                found = name if name in latents.values() and name.endswith(LATENT_SUFFIX) else latents.get(stem)
+                found = list_latents(place).get(strip_suffix(name))
                 if found is not None:
                     yield Place(row, os.path.join(place, found), None, None)
                     break

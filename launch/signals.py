@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sdxl_trainer.launch.status import record_status
+from sdxl_trainer.launch.status import forget_status, record_status
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ctrl-C reaches a rank from the terminal and again from torchrun; only what comes later is a second wish.
@@ -53,7 +53,7 @@ class StopRequest:
 @contextmanager
 def exiting_on_signals() -> Iterator[None]:
     """Stop signals end the process at once, with their status, unless a StopRequest takes them over meanwhile."""
-    before = {number: signal.signal(number, lambda got, _: exit_at_once(got)) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, _exit_before_work) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -64,3 +64,8 @@ def exiting_on_signals() -> Iterator[None]:
 def exit_at_once(signal_number: int) -> None:
     """End the process without any cleaning up."""
     os._exit(record_status(128 + signal_number))
+
+
+def _exit_before_work(number: int, frame: FrameType | None) -> None:
+    forget_status()
+    os._exit(128 + number)

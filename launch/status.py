@@ -8,7 +8,17 @@ STATUS_FILE_VARIABLE = "SDXL_TRAINER_STATUS_FILE"
 
 def record_status(status: int) -> int:
     """Write down rank 0's exit status where the launch script looks for it, and return it."""
+    _write(str(status))
+    return status
+
+
+def forget_status() -> None:
+    """Leave the launch script to say how it ended: it knows whether a signal was meant for the job, or came from
+    torchrun because another rank had died."""
+    _write("")
+
+
+def _write(text: str) -> None:
     file = os.environ.get(STATUS_FILE_VARIABLE)
     if file and int(os.environ.get("RANK", 0)) == 0:
-        Path(file).write_text(str(status))
-    return status
+        Path(file).write_text(text)

@@ -291,6 +291,6 @@ def find_rank(job: subprocess.Popen, rank: int) -> int:
 def test_kills_at_random_moments_tear_nothing(many, tmp_path):
     """A short form of tests/campaigns/cache_kill.py."""
     settings, whole = many
-    trials = [Trial("job", 1, "shards"), Trial("job", 2, "shards"), Trial("job", 1, "shards")]
+    trials = [Trial("job", 1, "shards")] * 3
     for result in run_trials(settings, tmp_path, trials, whole, seed=1):
         assert result.problems == [], result

@@ -2,11 +2,14 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from sdxl_trainer.data.records import check_sources, read_records
+from sdxl_trainer.data.index import open_record_index
+from sdxl_trainer.data.merge import iterate_items
+from sdxl_trainer.data.records import PictureFinder, check_sources, finish_records, read_folders
 
 SEED_METADATA = Path(__file__).parent / "fixtures" / "seed_cache" / "metadata.json"
 
@@ -15,6 +18,16 @@ def write(path: Path, content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
+
+
+def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> dict[str, dict]:
+    """All records by key."""
+    work = Path(tempfile.mkdtemp())
+    items = iterate_items(metadata, work) if metadata else read_folders(image_dirs)
+    finder = PictureFinder(image_dirs)
+    records = [record for block in items for record in finish_records(block, finder, separator).records]
+    assert list(work.iterdir()) == []  # what waited there is gone
+    return {record["key"]: record for record in records}
 
 
 def read_captions(*args) -> dict:
@@ -62,7 +75,8 @@ def test_later_files_update_earlier_ones_key_by_key(tmp_path):
         ({"caption": "a, b"}, "a, b"),
         ({"tags": "c"}, "c"),
         ({"tags": ["c", "d e"]}, "c, d e"),
-        ({"caption": "a", "tags": "c"}, "a"),
+        ({"caption": "a", "tags": "c", "image_path": "x.png"}, "a"),
+        ({"caption": "a", "tags": "c"}, "a,c"),  # keyed by its path, as kohya's are
         ({"caption": "", "tags": "c"}, "c"),
         ({"caption": None}, None),
         ({}, None),
@@ -129,9 +143,10 @@ def test_all_pictures_of_one_stem_are_listed(tmp_path):
     for name in ("a/x.png", "a/y.png", "b/x.jpg", "b/z.png", "c/x.png", "c/z.webp"):
         write(tmp_path / name, "")
     with pytest.raises(ValueError, match="^3 pictures have the stem of another one") as caught:
-        read_records([], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+        open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     for pair in (("a/x.png", "b/x.jpg"), ("a/x.png", "c/x.png"), ("b/z.png", "c/z.webp")):
         assert f"({tmp_path / pair[0]} and {tmp_path / pair[1]})" in str(caught.value)
+    assert list((tmp_path / "cache" / "index").iterdir()) == []
 
 
 @pytest.mark.parametrize(
