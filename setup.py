@@ -35,7 +35,6 @@ setup(
         "pyarrow>=15",
         "opencv-python-headless>=4.9",
         "orjson>=3.10",
-        "ijson>=3.3",
         "rich>=13",
         "tensorboard>=2.16",
         "matplotlib>=3.8",

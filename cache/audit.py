@@ -68,21 +68,20 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     folder = get_cache_folder(config)
     index = open_index(config, problems)
     init_logger(0, config.log.level, folder / "logs", "cache")
-    lock = lock_cache(folder)
     vae = load_vae(resolve_model(config.model), config.model)
     identity = build_identity(config, hash_weights(vae))
-    write_identity(folder, identity)
-    manifest = ManifestWriter(folder, 0)
-    adopted, bad = 0, []
-    for key, found in adopt_files(folder, index, read_latest(folder), identity, get_bucket_rule(config)):
-        if isinstance(found, Entry):
-            manifest.append(found)
-            adopted += 1
-        else:
-            logger.error("{} is not adopted: {}", key, found)
-            bad.append(key)
-    manifest.close()
-    lock.close()
+    with lock_cache(folder):
+        write_identity(folder, identity)
+        manifest = ManifestWriter(folder, 0)
+        adopted, bad = 0, []
+        for key, found in adopt_files(folder, index, read_latest(folder), identity, get_bucket_rule(config)):
+            if isinstance(found, Entry):
+                manifest.append(found)
+                adopted += 1
+            else:
+                logger.error("{} is not adopted: {}", key, found)
+                bad.append(key)
+        manifest.close()
     logger.info("{} latent files adopted, {} not", adopted, len(bad))
     if bad:
         raise BadCacheError(f"{len(bad)} latent files do not fit the settings and were not adopted")
@@ -92,26 +91,25 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
     folder = _open_existing(config, problems)
     if folder is None:
         return
-    lock = lock_cache(folder)
-    entries = read_latest(folder)
-    recover_shards(folder, entries.values())
-    dtype = config.cache.dtype  # of no effect: bytes are copied as they are
-    sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
-    index = open_index(config, [])
-    records = index.strings("record")
-    rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
-    manifest = ManifestWriter(folder, 0)
-    done, bad = repack(
-        folder,
-        entries,
-        sink,
-        manifest,
-        lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
-        lambda key: records[rows[key]].as_py() if key in rows else b"{}",
-    )
-    manifest.close()
-    removed = remove_replaced(folder, entries, read_latest(folder))
-    lock.close()
+    with lock_cache(folder):
+        entries = read_latest(folder)
+        recover_shards(folder, entries.values())
+        dtype = config.cache.dtype  # of no effect: bytes are copied as they are
+        sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
+        index = open_index(config, [])
+        records = index.strings("record")
+        rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
+        manifest = ManifestWriter(folder, 0)
+        done, bad = repack(
+            folder,
+            entries,
+            sink,
+            manifest,
+            lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
+            lambda key: records[rows[key]].as_py() if key in rows else b"{}",
+        )
+        manifest.close()
+        removed = remove_replaced(folder, entries, read_latest(folder))
     logger.info("{} items {}, {} files replaced", done, "packed" if to_shards else "unpacked", removed)
     if bad:
         shown = "; ".join(list(bad.values())[:5])

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,17 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
     identity = build_identity(config, hash_weights(vae))
-    lock = lock_cache(folder) if ranks.is_main and not dry_run else None
-    entries, lines_lost = open_cache(folder, ranks, repair, dry_run)
-    work = list_work(index, folder, entries, identity, get_bucket_rule(config), beside=config.cache.dir is None,
-                     ranks=(ranks.rank, ranks.world_size))  # fmt: skip
-    if repair and not lines_lost:
-        work.items = [item for item in work.items if item.key in entries]
-    announce(config, folder, index, gather_objects(work.without_items()), ranks)
-    if not dry_run:
-        vae = vae.to(ranks.device)
-        result = encode_work(config, work, vae.to(PRECISIONS[config.cache.vae_precision]), identity, ranks, stop)
-        finish(config, folder, len(index), gather_objects(result), ranks)
-    if lock is not None:
-        lock.close()
+    with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
+        entries, lines_lost = open_cache(folder, ranks, repair, dry_run)
+        work = list_work(index, folder, entries, identity, get_bucket_rule(config), beside=config.cache.dir is None,
+                         ranks=(ranks.rank, ranks.world_size))  # fmt: skip
+        if repair and not lines_lost:
+            work.items = [item for item in work.items if item.key in entries]
+        announce(config, folder, index, gather_objects(work.without_items()), ranks)
+        if not dry_run:
+            vae = vae.to(ranks.device)
+            result = encode_work(config, work, vae.to(PRECISIONS[config.cache.vae_precision]), identity, ranks, stop)
+            finish(config, folder, len(index), gather_objects(result), ranks)
     close_ranks()
 
 

@@ -18,6 +18,7 @@ from sdxl_trainer.data.shards import encode_key, get_partial_path
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES = ("valid", "new", "stale", "changed", "missing")
+LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of a picture has nothing to encode
 ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the manifest
 
 
@@ -69,6 +70,9 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity
     widths, heights = index.column("width"), index.column("height")
     for row in share_positions(compute_costs(widths, heights, rule), *ranks).tolist():
         key, image = keys[row].as_py(), images[row].as_py()
+        if image.endswith(LATENT_SUFFIXES):
+            work.counts["given"] += 1
+            continue
         known = entries.get(key)
         state, entry = judge_entry(known, image, name)
         if state == "valid" and known is not None and not present.have(known.file):

@@ -58,7 +58,7 @@ def iterate_object(file: Path) -> Iterator[dict[str, Any]]:
         text, prefix = stream.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), b""
         while True:
             cut, num_members = _find_cut(text, len(prefix)) if text.lstrip()[:1] == b"{" or prefix else (-1, 0)
-            more = stream.read(max(BLOCK_BYTES, len(text)) if cut < 0 else BLOCK_BYTES - len(text) + cut)
+            more = stream.read(max(BLOCK_BYTES, len(text)) if cut < 0 else max(0, BLOCK_BYTES - len(text) + cut))
             if cut < 0 and more:  # a record of many megabytes, the last one, or a file that is not well-formed
                 text += more
                 continue
