@@ -126,7 +126,7 @@ class CacheConfig(Section):
     """What is stored of the VAE's posterior: one sample (as other tools do), its mean, or its two moments, from which
     training draws a fresh sample at each read."""
     flip: bool = False
-    """Also encode the mirrored picture, for `data.flip_rate`."""
+    """Also store the latents of the mirrored picture, as kohya's `flip_aug` does."""
     batch_size: int = Field(4, ge=1)
     """Pictures encoded at once on a rank."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"

@@ -1,7 +1,7 @@
 """Micro batches: the rows that the plan asks for, read from the latent cache and tokenised."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,13 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
         records = [self.index.row(int(row)) for row in spec.rows]
-        samples, bad = zip(*(self._read(record, spec.bucket) for record in records), strict=True)
+        samples, bad = zip(
+            *(
+                self._read(record, spec.bucket, int(epoch), int(row))
+                for record, epoch, row in zip(records, spec.epochs, spec.rows, strict=True)
+            ),
+            strict=True,
+        )
         captions, weights, failed = zip(
             *(
                 self._describe(record, spec.step, int(epoch), int(row))
@@ -118,11 +124,20 @@ class LatentDataset(torch.utils.data.Dataset):
             bad=[item for item in bad if item is not None],
         )
 
-    def _read(self, record: dict, bucket: tuple[int, int]) -> tuple[LatentSample | None, tuple[str, str] | None]:
+    def _read(
+        self, record: dict, bucket: tuple[int, int], epoch: int, row: int
+    ) -> tuple[LatentSample | None, tuple[str, str] | None]:
+        """(sample, None), or (None, (key, reason)) for one that cannot be trained on."""
+        span = None if record["offset"] is None else (record["offset"], record["bytes"])
         try:
-            return read_latents(self.cache_folder / record["file"], bucket), None
+            sample = read_latents(self.cache_folder / record["file"], bucket, span)
         except BadLatentError as error:
             return None, (record["key"], str(error))
+        if sample.std is not None:  # both moments are kept: a fresh sample of the posterior each time
+            rng = np.random.default_rng(mix_keys(self.seed, Stream.POSTERIOR, epoch, row))
+            noise = rng.standard_normal(sample.latents.shape, np.float32)
+            sample = replace(sample, latents=sample.latents + sample.std * noise)
+        return sample, None
 
     def _describe(self, row: dict, step: int, epoch: int, number: int) -> tuple[str, float, tuple[str, str] | None]:
         """Caption and weight of a sample, and what is wrong with it: the strategy failed on it."""

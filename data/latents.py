@@ -22,6 +22,7 @@ import numpy as np
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.npz import NpzError, load_arrays
+from sdxl_trainer.data.shards import locate_shard, read_span
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -93,17 +94,20 @@ def write_latents(path: Path, sample: LatentSample, dtype: str = "float32") -> b
     return content
 
 
-def read_latents(path: Path, bucket: tuple[int, int] | None = None) -> LatentSample:
-    """Read and check a latent file.
+def read_latents(
+    path: Path, bucket: tuple[int, int] | None = None, span: tuple[int, int] | None = None
+) -> LatentSample:
+    """Read and check a latent file, or one that lies in a shard.
 
     Args:
         bucket: the (width, height) in pixels that the latents must have been encoded at, if known.
+        span: (offset, size) in bytes of the npz within a shard; None for a file of its own.
 
     Raises:
         BadLatentError: missing, torn, pickled, of another form or shape, or not finite.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if span is None else read_span(locate_shard(path), *span)
     except OSError as error:
         raise BadLatentError(f"{path}: cannot be read: {error.strerror}") from None
     try:

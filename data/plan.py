@@ -31,6 +31,7 @@ class Stream(IntEnum):
     PYRAMID_NOISE = 7
     INPUT_PERTURBATION = 8
     TEXT_DROPOUT = 9
+    POSTERIOR = 10
 
 
 def mix_keys(*keys: int) -> int:

@@ -124,6 +124,19 @@ def locate_shard(path: Path) -> Path:
     return path if path.exists() else get_partial_path(path)
 
 
+def read_span(path: Path, offset: int, size: int) -> bytes:
+    """Bytes [offset, offset + size) of a file with one `pread`; fewer if it ends before.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
 def list_partial_shards(folder: Path) -> list[Path]:
     """Final names of the shards that a job left unfinished."""
     return [folder / path.name[1 : -len(".partial")] for path in sorted(folder.glob(".*.tar.partial"))]

@@ -1,6 +1,7 @@
 """Micro batches: what the networks are given, read from the cache alone, the same whoever reads it."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec
 from sdxl_trainer.data.index import open_latent_index, open_record_index
 from sdxl_trainer.data.latents import LatentSample, write_latents
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
-from sdxl_trainer.data.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.manifest import Entry, ManifestWriter, read_latest
+from sdxl_trainer.data.shards import ShardWriter
 from sdxl_trainer.data.tokens import END, load_tokenizer
 
 TOKENIZERS = Path(__file__).parent.parent / "configs" / "tiny"
@@ -139,3 +141,44 @@ def test_any_number_of_workers_reads_the_same_batches(cache):
     empty = torch.from_numpy(dataset.tokenizers[0].encode(""))
     dropped = [ids.equal(empty) for batch in alone for ids in batch.input_ids]
     assert 3 <= sum(dropped) <= 15
+
+
+def test_samples_in_shards_are_the_same_as_files(cache, tmp_path):
+    """One pread a sample from a tar gives the very batch that the npz files give."""
+    (tmp_path / "metadata.json").write_text((cache / "metadata.json").read_text())
+    manifest = ManifestWriter(tmp_path, 0)
+    shards = {
+        bucket: ShardWriter(tmp_path / "shards" / f"{bucket[0]}x{bucket[1]}-00000-00000.tar") for bucket in BUCKETS
+    }
+    for entry in read_latest(cache).values():
+        place = shards[entry.bucket].append(entry.key, b"{}", (cache / entry.file).read_bytes())
+        manifest.append(replace(entry, file=f"shards/{place.shard}", offset=place.offset))
+    for writer in shards.values():
+        writer.close()
+    manifest.close()
+    files, packed = build_dataset(cache), build_dataset(tmp_path)
+    assert set(packed.index.column("offset")) - {None} and len(packed.index) == NUM_SAMPLES
+    for bucket, rows in ((BUCKETS[0], [0, 4, 8]), (BUCKETS[1], [1, 3, 11])):
+        left, right = files[make_spec(rows, bucket)], packed[make_spec(rows, bucket)]
+        assert (
+            right.bad == [] and torch.equal(left.latents, right.latents) and torch.equal(left.time_ids, right.time_ids)
+        )
+    shard = next((tmp_path / "shards").glob("64x96*.tar"))
+    shard.write_bytes(shard.read_bytes()[:1500])
+    batch = packed[make_spec([0, 4])]
+    assert [key for key, _ in batch.bad] == ["s0", "s4"] and batch.weights.tolist() == [0.0, 0.0]
+
+
+def test_moments_give_a_fresh_sample_each_epoch(cache, tmp_path):
+    """mean + std · noise, with noise keyed to (seed, epoch, row): the same for whoever reads it."""
+    for path in cache.rglob("*"):
+        if path.is_file() and "index" not in path.parts:
+            (tmp_path / path.relative_to(cache)).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path.relative_to(cache)).write_bytes(path.read_bytes())
+    mean, std = get_latents(0).astype(np.float32), np.full((4, 12, 8), 0.5, np.float32)
+    write_latents(tmp_path / "s0.npz", LatentSample(mean, (200, 300), (0, 0, 64, 96), std=std))
+    dataset = build_dataset(tmp_path)
+    first, again, later = (dataset[make_spec([0], epochs=[epoch])].latents[0].numpy() for epoch in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, later)
+    draws = np.stack([dataset[make_spec([0], epochs=[epoch])].latents[0].numpy() for epoch in range(200)])
+    assert abs(((draws - mean) / std).mean()) < 0.02 and abs(((draws - mean) / std).std() - 1) < 0.02
