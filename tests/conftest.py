@@ -1,6 +1,11 @@
 """Shared by the tests: a small demo set, the tiny SDXL, its latents, and a way to start the real programs."""
 
 import os
+
+# Before torch is imported. One thread, as the launch scripts give each rank: kernels on several threads may round
+# differently with the size of the batch.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 import sys
 from pathlib import Path
