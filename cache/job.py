@@ -228,6 +228,7 @@ def finish(config: Config, folder: Path, num_pictures: int, results: list[RankRe
         write_report(folder, [result.progress for result in results], read_latest(folder))
     barrier()
     if signals:
+        close_ranks()
         raise Interrupted(signals[0])
     if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_pictures:
         raise FailedError(

@@ -7,7 +7,7 @@ them act at the same step boundary.
 import signal
 from pathlib import Path
 
-from sdxl_trainer.launch.distributed import Ranks, gather_objects
+from sdxl_trainer.launch.distributed import Ranks, close_ranks, gather_objects
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
 
 STOP_FILE, SAVE_FILE = "stop", "save"
@@ -38,6 +38,7 @@ class Requests:
             Interrupted: always, with the first signal that any rank got.
         """
         numbers = [number for number in gather_objects(self._stop.signal_number) if number is not None]
+        close_ranks()  # all are here; threads of a group that is left open can abort the process as it ends
         raise Interrupted(numbers[0])
 
     def _note_save(self) -> None:
