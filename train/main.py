@@ -1,5 +1,6 @@
 """Trains: `torchrun --nproc_per_node=4 train/main.py --cfg x.yaml`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,4 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status:  # torch's threads may abort an interpreter that ends early, and the status would be lost
+        sys.stderr.flush()
+        os._exit(status)
