@@ -44,7 +44,6 @@ setup(
         "bitsandbytes": ["bitsandbytes>=0.45"],
         "wandb": ["wandb>=0.19"],
         "xformers": ["xformers"],
-        "clip-vocabulary": ["open_clip_torch>=2.24"],
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
     },
 )

@@ -43,8 +43,8 @@ class ModelConfig(Section):
     vae: str | None = None
     """Another VAE than the model's own: diffusers folder, or hub id."""
     tokenizer: Path | None = None
-    """Folder with CLIP's `vocab.json` and `merges.txt`, used when `model.path` is a single file (such files carry no
-    vocabulary). Without it the vocabulary of an installed `open_clip_torch` is used."""
+    """Folder with CLIP's `vocab.json` and `merges.txt`, needed when `model.path` is a single file: such
+    files carry no vocabulary."""
     text_projection: Literal["correct", "legacy"] = "correct"
     """How encoder 2's `text_projection` is stored in single files. `legacy` reads and writes it untransposed, to
     continue a model made by tools that copy it so."""
