@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 CONFIG_FOLDER = Path(sdxl_trainer.configs.__file__).parent / "tiny"
 VAE_WEIGHTS = CONFIG_FOLDER / "vae" / "diffusion_pytorch_model.safetensors"
+# Standard deviation of a text encoder's random weights times the root of their fan-in, by part of the name.
+WORD_GAINS = {
+    "token_embedding": 1.0,
+    "position_embedding": 0.3,
+    "q_proj": 0.5,
+    "k_proj": 0.5,
+    "fc1": 0.5,
+    "fc2": 0.5,
+    "": 1.5,  # all others
+}
 COPIED = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 
 
@@ -97,20 +107,10 @@ def _spread_words(model: "torch.nn.Module") -> None:
     import torch
 
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            continue  # biases and norms: zeros and ones, as built
-        fan_in = parameter.shape[1]
-        if "token_embedding" in name:
-            std = 1.0
-        elif "position_embedding" in name:
-            std = 0.3
-        elif "q_proj" in name or "k_proj" in name:
-            std = 0.5 / math.sqrt(fan_in)
-        elif "fc1" in name or "fc2" in name:
-            std = 0.5 / math.sqrt(fan_in)
-        else:
-            std = 1.5 / math.sqrt(fan_in)
-        torch.nn.init.normal_(parameter, std=std)
+        if parameter.dim() > 1:  # biases and norms stay zeros and ones, as built
+            gain = next(gain for part, gain in WORD_GAINS.items() if part in name)
+            fan_in = 1 if "embedding" in name else parameter.shape[1]
+            torch.nn.init.normal_(parameter, std=gain / math.sqrt(fan_in))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,9 @@ def start_as_box_filter(vae: Vae) -> None:
     starts at 0 and three channels carry RGB through the shortcuts; silu(x) − silu(−x) = x passes the last activation.
     """
     for name, module in vae.named_modules():
-        if name.endswith(("conv2", "to_out.0")):
-            torch.nn.init.zeros_(module.weight)
-        elif name.endswith("conv_shortcut"):
-            _pass_rgb(module.weight, 1.0)
-        elif name.endswith("downsamplers.0.conv"):
-            _pass_rgb(module.weight, 0.25, slice(0, 2))
-        elif name.endswith(("upsamplers.0.conv", "encoder.conv_in")):
-            _pass_rgb(module.weight, 1.0, slice(1, 2))
+        for ending, start in LAYER_STARTS.items():
+            if name.endswith(ending):
+                start(module.weight)
     opponent = torch.tensor(OPPONENT)
     encoder, decoder = vae.encoder, vae.decoder
     _start_last_layers(encoder, encoder.down_blocks[-1].resnets[0].conv_shortcut, opponent)
@@ -96,6 +92,17 @@ def _pass_rgb(weight: torch.Tensor, value: float, taps: slice = slice(None)) -> 
     weight[:3] = 0
     for channel in range(3):
         weight[channel, channel, taps, taps] = value
+
+
+# How layers begin, by the end of their name.
+LAYER_STARTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "conv2": torch.nn.init.zeros_,
+    "to_out.0": torch.nn.init.zeros_,
+    "conv_shortcut": partial(_pass_rgb, value=1.0),
+    "downsamplers.0.conv": partial(_pass_rgb, value=0.25, taps=slice(0, 2)),
+    "upsamplers.0.conv": partial(_pass_rgb, value=1.0, taps=slice(1, 2)),
+    "encoder.conv_in": partial(_pass_rgb, value=1.0, taps=slice(1, 2)),
+}
 
 
 def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
