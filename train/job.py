@@ -38,11 +38,12 @@ from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.export import write_model
 from sdxl_trainer.train.interruption import Requests
-from sdxl_trainer.train.loop import Run, finish, fit, state_at
+from sdxl_trainer.train.loop import finish, fit, state_at
 from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.model import load_unet
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer
+from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
 
 

@@ -1,0 +1,48 @@
+"""A run in the making: what its steps, samples, validations and checkpoints share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_trainer.cache.model_source import ModelSource
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.tokens import CaptionTokenizer
+from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
+from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.engine import Engine
+from sdxl_trainer.train.interruption import Requests
+from sdxl_trainer.train.metrics import MetricsLog
+from sdxl_trainer.train.objective import Objective
+from sdxl_trainer.train.state import TrainState
+
+
+@dataclass
+class Run:
+    """Everything that a step, a sample or a checkpoint needs."""
+
+    config: Config
+    ranks: Ranks
+    source: ModelSource
+    index: Index
+    plan: Plan
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+    engine: Engine
+    conditioner: TextConditioner
+    objective: Objective
+    state: TrainState
+    checkpoints: CheckpointWriter
+    requests: Requests
+    metrics: MetricsLog | None  # rank 0 only
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.run.folder
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro steps per optimizer step."""
+        train = self.config.train
+        return train.global_batch_size // (train.micro_batch_size * self.ranks.world_size)
