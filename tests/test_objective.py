@@ -1,6 +1,7 @@
 """The objective as configured: what the step computes, what batches carry for it, and which settings are refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import orjson
@@ -15,6 +16,7 @@ from sdxl_trainer.data.dataset import LatentDataset, MicroSpec
 from sdxl_trainer.data.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
 from sdxl_trainer.data.tokens import END, load_tokenizer
 from sdxl_trainer.train import diffusion
+from sdxl_trainer.train.model import Networks
 from sdxl_trainer.train.objective import Objective, SampleKeys
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny"
@@ -82,15 +84,27 @@ def test_masks_count_only_with_masked_loss():
 
 
 def test_text_dropout_zeroes_both_embeddings_of_its_share():
-    hidden, pooled = torch.ones(4000, 3, 2), torch.ones(4000, 5)
     keys = SampleKeys(0, 0, list(range(4000)))
-    dropped = build(text_dropout_rate=0.2).drop_text(hidden, pooled, keys)
-    kept = dropped[1][:, 0]
-    assert kept.mean().item() == pytest.approx(0.8, abs=0.02)
-    assert dropped[0].equal(kept.view(-1, 1, 1).expand_as(hidden)) and dropped[1].equal(kept[:, None].expand_as(pooled))
-    whole = build().drop_text(hidden, pooled, keys)
-    assert whole[0] is hidden and whole[1] is pooled
-    assert not any(part.any() for part in build(text_dropout_rate=1).drop_text(hidden, pooled, keys))
+    kept = build(text_dropout_rate=0.2).sample_text_keep(keys)
+    assert kept is not None and set(kept.tolist()) == {0, 1} and kept.mean().item() == pytest.approx(0.8, abs=0.02)
+    assert build().sample_text_keep(keys) is None
+    none = build(text_dropout_rate=1).sample_text_keep(keys)
+    assert none is not None and not none.any()
+
+    unet = Echo()
+    text = {"hidden": torch.ones(3, 4, 2), "hidden_2": torch.ones(3, 4, 3), "pooled": torch.ones(3, 5)}
+    keep = torch.tensor([1.0, 0, 1])
+    Networks(unet)(torch.zeros(3, 4, 2, 2), torch.zeros(3), text, torch.zeros(3, 6), keep)
+    assert unet.hidden.equal(keep.view(3, 1, 1).expand(3, 4, 5))
+    assert unet.pooled.equal(keep[:, None].expand(3, 5))
+
+
+class Echo(torch.nn.Module):
+    """In place of a U-Net: keeps what it is told."""
+
+    def forward(self, x_t, timesteps, hidden, added_cond_kwargs):
+        self.hidden, self.pooled = hidden, added_cond_kwargs["text_embeds"]
+        return SimpleNamespace(sample=x_t)
 
 
 class Rows:

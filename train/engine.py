@@ -70,8 +70,8 @@ class Engine:
         self._parameters = dict(self.model.named_parameters())
 
     @property
-    def model(self) -> torch.nn.Module:
-        """The wrapped model; call it for a forward pass without gradient, as sampling does."""
+    def model(self) -> Any:
+        """The wrapped module; call its parts for forward passes without gradient, as sampling does."""
         return self._engine.module
 
     @property

@@ -34,11 +34,11 @@ def export_single_file(
     """
     names = list_sources("unet", source.read_config("unet"))
     if ranks.is_main:
-        unet = {name: lambda name=name: engine.gather_weight(name) for name in names}
+        unet = {name: lambda name=name: engine.gather_weight(f"unet.{name}") for name in names}
         write_model(path, unet, conditioner, source, config)
     else:
         for name in names:
-            engine.gather_weight(name)
+            engine.gather_weight(f"unet.{name}")
     barrier()
 
 

@@ -40,7 +40,7 @@ from sdxl_trainer.train.export import write_model
 from sdxl_trainer.train.interruption import Requests
 from sdxl_trainer.train.loop import finish, fit, state_at
 from sdxl_trainer.train.metrics import MetricsLog
-from sdxl_trainer.train.model import load_unet
+from sdxl_trainer.train.model import Networks, load_unet
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer
 from sdxl_trainer.train.run import Run
@@ -71,7 +71,7 @@ def guard(run: Run) -> EmergencySaver:
         return state_at(run, first_step + completed)
 
     def export(path: Path) -> None:
-        write_model(path, run.engine.model.state_dict(), run.conditioner, run.source, run.config)
+        write_model(path, run.engine.model.unet.state_dict(), run.conditioner, run.source, run.config)
 
     whole = run.engine.zero_stage < 3
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
@@ -204,15 +204,16 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     unet = load_unet(source, config.engine.gradient_checkpointing).to(ranks.device)
     train = config.train
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * ranks.world_size)
+    networks = Networks(unet)
     engine = Engine(
-        unet,
-        build_optimizer(unet, config.optim),
+        networks,
+        build_optimizer(networks, config.optim),
         config.engine,
         (train.global_batch_size, train.micro_batch_size, accumulation_steps),
         config.optim.max_grad_norm,
     )
-    encoders = [encoder.to(ranks.device, engine.dtype) for encoder in load_text_encoders(source, config.model)]
-    return engine, TextConditioner(*encoders)
+    encoder, encoder_2 = load_text_encoders(source, config.model)
+    return engine, TextConditioner(encoder.to(ranks.device, engine.dtype), encoder_2.to(ranks.device, engine.dtype))
 
 
 def build_dataset(

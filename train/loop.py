@@ -91,12 +91,11 @@ def compute_loss(run: Run, batch: MicroBatch) -> torch.Tensor:
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
     noise, timesteps = objective.sample_noise(x0, keys), objective.sample_timesteps(keys)
     x_t = objective.add_noise(x0, noise, timesteps, keys)
-    hidden, pooled = run.conditioner.encode(
+    text = run.conditioner.prepare(
         batch.input_ids.to(device, non_blocking=True), batch.input_ids_2.to(device, non_blocking=True)
     )
-    hidden, pooled = objective.drop_text(hidden, pooled, keys)
-    conditions = {"text_embeds": pooled.to(dtype), "time_ids": batch.time_ids.to(device)}
-    prediction = run.engine(x_t.to(dtype), timesteps, hidden.to(dtype), added_cond_kwargs=conditions).sample
+    text_keep = objective.sample_text_keep(keys)  # [B]
+    prediction = run.engine(x_t.to(dtype), timesteps, text, batch.time_ids.to(device), text_keep)
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
     return (losses * batch.weights.to(device)).mean()

@@ -1,4 +1,4 @@
-"""Builds the network that is trained."""
+"""The networks that are trained, as one module under one engine."""
 
 from typing import Any
 
@@ -6,6 +6,60 @@ import torch
 
 from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.cache.single_file import load_component
+from sdxl_trainer.train.conditioning import TextInputs, encode_text
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class Networks(torch.nn.Module):
+    """The U-Net, and those text encoders that are trained with it.
+
+    One forward pass runs them all, because DeepSpeed counts a micro step by its engine's forward passes. Parameters
+    are named `unet.…`, `text_encoder.…`, `text_encoder_2.…`.
+    """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        text_encoder: torch.nn.Module | None = None,
+        text_encoder_2: torch.nn.Module | None = None,
+    ):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: TextInputs,
+        time_ids: torch.Tensor,
+        text_keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The U-Net's prediction, like `x_t` [B, 4, h, w].
+
+        Args:
+            text: what `TextConditioner.prepare` made of the captions.
+            time_ids: [B, 6] sizes and crop.
+            text_keep: [B] 1, or 0 for samples whose text is zeroed; None keeps all.
+        """
+        hidden, pooled = self.encode(text)
+        if text_keep is not None:
+            keep = text_keep.to(hidden.dtype)
+            hidden, pooled = hidden * keep[:, None, None], pooled * keep[:, None]
+        conditions = {"text_embeds": pooled.to(x_t.dtype), "time_ids": time_ids}
+        return self.unet(x_t, timesteps, hidden.to(x_t.dtype), added_cond_kwargs=conditions).sample
+
+    def encode(self, text: TextInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [B, L, C], pooled [B, P]); what `text` has as token ids is encoded here, with gradient."""
+        hidden, hidden_2, pooled = (text.get(name) for name in ("hidden", "hidden_2", "pooled"))
+        if self.text_encoder is not None:
+            hidden, _ = encode_text(self.text_encoder, text["input_ids"])
+        if self.text_encoder_2 is not None:
+            hidden_2, pooled = encode_text(self.text_encoder_2, text["input_ids_2"])
+        assert hidden is not None and hidden_2 is not None and pooled is not None, "text of both encoders is needed"
+        return torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled
 
 
 def load_unet(source: ModelSource, gradient_checkpointing: bool) -> torch.nn.Module:

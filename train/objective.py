@@ -123,15 +123,12 @@ class Objective:
             noise = perturb_noise(noise, strength, keys.make_seeds(Stream.INPUT_PERTURBATION))
         return diffusion.add_noise(x0, noise, *self._process.compute_levels(timesteps))
 
-    def drop_text(
-        self, hidden: torch.Tensor, pooled: torch.Tensor, keys: SampleKeys
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [B, L, C] and pooled ones [B, P], those of some samples zeroed."""
-        if self.config.text_dropout_rate:
-            draws = draw_uniform(keys.make_seeds(Stream.TEXT_DROPOUT))
-            keep = (draws >= self.config.text_dropout_rate).to(self.device)
-            hidden, pooled = hidden * diffusion.expand(keep, hidden), pooled * diffusion.expand(keep, pooled)
-        return hidden, pooled
+    def sample_text_keep(self, keys: SampleKeys) -> torch.Tensor | None:
+        """[B] float32: 0 for the samples whose text embeddings are to be zeroed, else 1; None keeps all."""
+        if not self.config.text_dropout_rate:
+            return None
+        draws = draw_uniform(keys.make_seeds(Stream.TEXT_DROPOUT))
+        return (draws >= self.config.text_dropout_rate).float().to(self.device)
 
     def compute_target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the U-Net is to predict."""

@@ -37,7 +37,7 @@ def draw_samples(
     """
     settings = config.sample
     engine.model.eval()
-    pipeline = build_pipeline(engine.model, load_vae(source, config.model).to(ranks.device), source, config)
+    pipeline = build_pipeline(engine.model.unet, load_vae(source, config.model).to(ranks.device), source, config)
     rounds = -(-len(settings.prompts) // ranks.world_size)
     mine = [(ranks.rank + number * ranks.world_size) % len(settings.prompts) for number in range(rounds)]
     drawn = {number: draw_picture(pipeline, conditioner, tokenizers, settings, number, engine.dtype) for number in mine}
