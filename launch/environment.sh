@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: an environment with everything in it, made once and found again.
 
 prepare_environment() {  # $1: extras of the package, such as [test]

@@ -7,7 +7,7 @@ STATUS_FILE_VARIABLE = "SDXL_TRAINER_STATUS_FILE"
 
 
 def record_status(status: int) -> int:
-    """Write down rank 0's exit status where the launch script looks for it, and return it."""
+    """Write down the exit status of this node's first rank where the launch script looks for it, and return it."""
     _write(str(status))
     return status
 
@@ -20,5 +20,5 @@ def forget_status() -> None:
 
 def _write(text: str) -> None:
     file = os.environ.get(STATUS_FILE_VARIABLE)
-    if file and int(os.environ.get("RANK", 0)) == 0:
+    if file and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         Path(file).write_text(text)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Train with DeepSpeed's launcher:  bash launch/deepspeed.sh --cfg x.yaml [key.sub=value ...]
+#   HOSTFILE       lines of `host slots=8`; without it this machine alone. Needs pdsh, and ssh without a password.
+#   NPROC, NNODES  ranks on each node, and how many of the hostfile's nodes (default: all)
+#   LAUNCHER_ARGS  further words for the launcher, such as "--master_port=29501 --ssh_port=2222"
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/child.sh"
+
+pass_on() {  # The launcher for one machine does not pass signals on; what it started does.
+    if [ -n "${HOSTFILE:-}" ]; then kill "-$1" "$2" 2>/dev/null || true; else pkill "-$1" -P "$2" || true; fi
+}
+
+where=(--hostfile="${HOSTFILE:-/dev/null}")
+if [ -n "${HOSTFILE:-}" ]; then
+    [ -r "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE cannot be read"
+    command -v pdsh >/dev/null || fail "a hostfile needs pdsh: install your system's pdsh"
+    if [ -n "${NNODES:-}" ]; then where+=(--num_nodes="$NNODES"); fi
+    if [ -n "${NPROC:-}" ]; then where+=(--num_gpus="$NPROC"); fi
+else
+    where+=(--num_gpus="${NPROC:-$(count_gpus)}")
+fi
+read -ra more <<< "${LAUNCHER_ARGS:-}"
+run_child deepspeed "${where[@]}" ${more[@]+"${more[@]}"} "$ROOT/train/main.py" "$@"
