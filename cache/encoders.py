@@ -10,7 +10,7 @@ from sdxl_trainer.cache.model_source import ModelSource, fetch_from_hub
 from sdxl_trainer.cache.single_file import load_component
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
-from sdxl_trainer.data.tokens import CaptionTokenizer, load_tokenizer
+from sdxl_trainer.data.tokens import CaptionTokenizer, find_installed_vocabulary, load_tokenizer
 
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 
@@ -60,17 +60,21 @@ def load_tokenizers(source: ModelSource, config: ModelConfig) -> tuple[CaptionTo
 
 
 def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path:
-    """Folder with `vocab.json` and `merges.txt` for a tokenizer (`tokenizer` or `tokenizer_2`)."""
+    """What to build a tokenizer (`tokenizer` or `tokenizer_2`) from: `model.tokenizer`, the model's own, or what an
+    installed open_clip_torch carries."""
     for folder in (config.tokenizer, source.folder / name):
         if folder is not None and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return folder
+    if config.tokenizer is None and (installed := find_installed_vocabulary()):
+        return installed
     raise UserInputError(
         [
             Problem(
                 "model.tokenizer",
                 config.tokenizer,
                 "no CLIP vocabulary found (vocab.json and merges.txt)",
-                "set model.tokenizer to a folder that holds them, such as tokenizer/ of an SDXL diffusers folder",
+                "set model.tokenizer to a folder that holds them, such as tokenizer/ of an SDXL diffusers folder, or "
+                "pip install --no-deps open_clip_torch, which carries them",
             )
         ]
     )

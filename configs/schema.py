@@ -43,8 +43,8 @@ class ModelConfig(Section):
     vae: str | None = None
     """Another VAE than the model's own: diffusers folder, or hub id."""
     tokenizer: Path | None = None
-    """Folder with CLIP's `vocab.json` and `merges.txt`, needed when `model.path` is a single file: such
-    files carry no vocabulary."""
+    """Folder with CLIP's `vocab.json` and `merges.txt`. Single files carry no vocabulary: for them this, or the one
+    within an installed open_clip_torch (`pip install --no-deps open_clip_torch`), is needed."""
     text_projection: Literal["correct", "legacy"] = "correct"
     """How encoder 2's `text_projection` is stored in single files. `legacy` reads and writes it untransposed, to
     continue a model made by tools that copy it so."""

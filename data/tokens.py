@@ -4,6 +4,9 @@ Captions of up to 75 tokens fill one window; longer ones are tokenised once and 
 wrapped in start and end marks, as kohya-ss/sd-scripts does.
 """
 
+import gzip
+import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,9 @@ from tokenizers.models import BPE
 
 WINDOW = 75  # tokens between the marks
 START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's vocabulary: 256 bytes, the same ending a word, 48,894 merges, and the two marks.
+NUM_MERGES = 48_894
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # as OpenAI published it, and as open_clip_torch carries it
 # CLIP's own split: contractions, letters, single digits, runs of anything else.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -42,23 +48,23 @@ class CaptionTokenizer:
         return len(self.tokenizer.encode(caption, add_special_tokens=False).ids)
 
 
-def load_tokenizer(folder: Path, pad_token: str) -> CaptionTokenizer:
-    """Build a tokenizer from CLIP's `vocab.json` and `merges.txt`.
+def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
+    """Build a tokenizer from CLIP's vocabulary.
 
     Args:
+        source: a folder with `vocab.json` and `merges.txt`, or a file in the form of `bpe_simple_vocab_16e6.txt.gz`.
         pad_token: `<|endoftext|>` for SDXL's encoder 1, `!` (id 0) for encoder 2.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
+        ValueError: this is not CLIP's vocabulary.
     """
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    for file in (vocab, merges):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: CLIP's vocabulary is missing")
+    known, merges = _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
+    unknown = [token for token in (START, END, pad_token) if token not in known]
+    if unknown:
+        raise ValueError(f"{source}: lacks {', '.join(unknown)}; this is not CLIP's vocabulary")
     # The model is case-blind and Unicode-normalised before bytes are formed, as CLIP's own tokenizer is.
-    tokenizer = Tokenizer(
-        BPE.from_file(str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
-    )
+    tokenizer = Tokenizer(BPE(known, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -68,10 +74,36 @@ def load_tokenizer(folder: Path, pad_token: str) -> CaptionTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    known = tokenizer.get_vocab()
-    unknown = [token for token in (START, END, pad_token) if token not in known]
-    if unknown:
-        raise ValueError(f"{vocab}: lacks {', '.join(unknown)}; this is not CLIP's vocabulary")
     # A caption that spells a mark out gets the mark, as from CLIP's own tokenizer.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
     return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token])
+
+
+def find_installed_vocabulary() -> Path | None:
+    """CLIP's merges within an installed open_clip_torch, which is not imported; None without it."""
+    package = importlib.util.find_spec("open_clip")
+    folders = (package.submodule_search_locations if package else None) or []
+    return next((file for folder in folders if (file := Path(folder) / MERGES_FILE).is_file()), None)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    for file in (vocab, merges):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: CLIP's vocabulary is missing")
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    return json.loads(vocab.read_text(encoding="utf-8")), _split_merges(lines)
+
+
+def _read_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary that a list of merges stands for: CLIP numbers its tokens in this order."""
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        merges = _split_merges(stream.read().splitlines())[:NUM_MERGES]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _split_merges(lines: list[str]) -> list[tuple[str, str]]:
+    pairs = (line.split(" ") for line in lines if not line.startswith(("#version", '"bpe_simple_vocab')))
+    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]

@@ -1,7 +1,9 @@
 """Captions to ids: the same as from transformers' CLIPTokenizer, and cut into windows as SDXL trainers do."""
 
+import gzip
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from sdxl_trainer.data.tokens import END, load_tokenizer
+from sdxl_trainer.data.tokens import END, MERGES_FILE, find_installed_vocabulary, load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "configs" / "tiny"
 FIRST, SECOND = load_tokenizer(FOLDER / "tokenizer", END), load_tokenizer(FOLDER / "tokenizer_2", "!")
@@ -131,3 +133,22 @@ def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(ValueError, match=r"lacks <\|startoftext\|>, <\|endoftext\|>; this is not CLIP's vocabulary"):
         load_tokenizer(tmp_path, "!")
+
+
+def test_a_list_of_merges_gives_the_same_ids_as_the_vocabulary(tmp_path):
+    # CLIP's vocabulary is a function of its merges; open_clip_torch carries only those.
+    merges = (FOLDER / "tokenizer" / "merges.txt").read_text().replace("#version", '"bpe_simple_vocab_16e6.txt#version')
+    (tmp_path / MERGES_FILE).write_bytes(gzip.compress(merges.encode()))
+    first, second = (load_tokenizer(tmp_path / MERGES_FILE, pad) for pad in (END, "!"))
+    assert first.tokenizer.get_vocab() == FIRST.tokenizer.get_vocab() and second.pad_id == 0
+    assert all(np.array_equal(first.encode(caption, 150), FIRST.encode(caption, 150)) for caption in CAPTIONS)
+
+
+def test_an_installed_vocabulary_is_found_without_importing_its_package(tmp_path, monkeypatch):
+    package = tmp_path / "open_clip"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('torchvision is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_installed_vocabulary() is None
+    (package / MERGES_FILE).write_bytes(b"")
+    assert find_installed_vocabulary() == package / MERGES_FILE and "open_clip" not in sys.modules
