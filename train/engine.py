@@ -1,10 +1,12 @@
 """The only module that talks to DeepSpeed: one training engine with backward, step, state and full weights."""
 
+import inspect
 import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
+from loguru import logger
 
 from sdxl_trainer.configs.schema import EngineConfig
+from sdxl_trainer.train.resharding import Layout, SavedState, Shard, build_shard, describe_layout, reshard
 
 if not torch.cuda.is_available():
     # DeepSpeed would spend minutes compiling a shared-memory all-reduce that only its inference uses, and would fail
@@ -28,9 +35,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-# DeepSpeed's converter to other world sizes and stages asks for this in checkpoints of ZeRO 1 and 2.
+# What DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled from them.
+SAFE_TYPES: list[Any] = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
+# DeepSpeed's own converter, should someone want to use it, asks for this in checkpoints of ZeRO 1 and 2.
 UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
@@ -122,7 +129,9 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
     def capture_state(self, alone: bool = False) -> dict[str, Any]:
-        """This rank's files of a checkpoint, in DeepSpeed's own format: path within it → content, copied to the host.
+        """This rank's files of a checkpoint: path within it → content, copied to the host.
+
+        They are in DeepSpeed's own format, and one more says where in them each parameter lies (train/resharding.py).
 
         Args:
             alone: take no part in collectives, because other ranks may be dead; training cannot go on afterwards.
@@ -141,17 +150,63 @@ class Engine:
                 optimizer.checkpoint_event_epilogue()
         finally:
             self._engine.checkpoint_engine = capture.replaced
-        return capture.files
+        layout = self._describe_layout()
+        return capture.files | {f"{STATE_TAG}/layout_rank_{layout.rank:05d}.pt": layout.to_plain()}
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. All ranks call it together.
+        """Go on from a checkpoint, whatever number of ranks and ZeRO stage wrote it. All ranks call it together.
+
+        The optimizer's settings are those of now; what it has learnt on the way is the checkpoint's.
 
         Raises:
-            RuntimeError: DeepSpeed found no state in the folder.
+            ReshardingError: the checkpoint cannot be taken up by these ranks.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no state to load")
+        saved, layout = SavedState(folder / STATE_TAG, map_file), self._describe_layout()
+        fitting = next((rank for rank, other in enumerate(saved.layouts) if layout.fits(other)), None)
+        if fitting is not None:
+            shard = SavedState(folder / STATE_TAG, read_file).load_shard(fitting)
+            shard = replace(shard, model=shard.model or saved.load_shard(0).model)
+        else:
+            logger.info("the checkpoint of {} ranks at ZeRO stage {} is taken up by {} at stage {}", saved.world_size,
+                        saved.layouts[0].zero_stage, layout.world_size, layout.zero_stage)  # fmt: skip
+            shard = build_shard(layout, self._capture_template())
+            reshard(shard, saved)
+        settings = [dict(group) for group in self._optimizer.param_groups]
+        self._load_shard(shard)
+        restore_settings(self._optimizer.param_groups, settings, self._engine.basic_optimizer)
+
+    def _describe_layout(self) -> Layout:
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        engine = self._engine
+        return describe_layout(engine.optimizer, names, engine.global_rank, engine.world_size, self.zero_stage)
+
+    def _capture_template(self) -> dict[str, Any]:
+        """This rank's files as they would be if it wrote the module's weights too, as only rank 0 does."""
+        writes_module = self._engine.save_non_zero_checkpoint
+        self._engine.save_non_zero_checkpoint = True
+        try:
+            return self.capture_state()
+        finally:
+            self._engine.save_non_zero_checkpoint = writes_module
+
+    def _load_shard(self, shard: Shard) -> None:
+        """Hand a rank's files, made for this very layout, to DeepSpeed."""
+        optimizer, model = self._engine.optimizer, shard.model
+        assert model is not None
+        prologue = getattr(optimizer, "checkpoint_event_prologue", None)
+        if prologue:
+            prologue()
+        self._engine.load_module_state_dict(model)
+        if self.zero_stage:
+            shards = [None] * self._engine.world_size
+            shards[self._engine.global_rank] = shard.owner
+            optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
+        else:
+            optimizer.load_state_dict(shard.owner)
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, counter, model[counter])
+        if prologue:
+            optimizer.checkpoint_event_epilogue()
 
     def gather_weight(self, name: str) -> torch.Tensor:
         """One parameter whole, in fp32 from the masters, on the CPU. All ranks ask for the same one together."""
@@ -173,6 +228,28 @@ class _Capture:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.replaced, name)
+
+
+def read_file(path: Path) -> Any:
+    """One of DeepSpeed's files, read whole into memory."""
+    with torch.serialization.safe_globals(SAFE_TYPES):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def map_file(path: Path) -> Any:
+    """One of DeepSpeed's files, its tensors mapped from disk: only what is looked at is read."""
+    with torch.serialization.safe_globals(SAFE_TYPES):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]], optimizer: Any) -> None:
+    """Set what the optimizer's constructor takes back to the settings of now; a checkpoint brings those of then.
+
+    What is not an argument of it is memory, such as the step size that Prodigy has found.
+    """
+    names = set(inspect.signature(type(optimizer).__init__).parameters) - {"self", "params"}
+    for group, wanted in zip(groups, settings, strict=True):
+        group.update({name: value for name, value in wanted.items() if name in names})
 
 
 def copy_to_host(content: Any) -> Any:

@@ -262,12 +262,10 @@ def build_state(config: Config, index: Index, ranks: Ranks, repeats: np.ndarray 
 
 
 def check_resume(state: TrainState, fresh: TrainState) -> None:
-    """Refuse to go on from a state whose order of batches or sharding differs from what the settings say now."""
+    """Refuse to go on from a state whose order of batches differs from what the settings say now."""
     keys = {
         "seed": "run.seed",
         "global_batch_size": "train.global_batch_size",
-        "zero_stage": "engine.zero_stage",
-        "world_size": "number of ranks",
         "index_fingerprint": "data",
     }
     raise_if_any(
