@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sdxl_trainer.configs.captions import CaptionConfig
+from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.section import Section
 
@@ -26,6 +27,10 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest valid checkpoint in the run folder; `never` starts anew, and refuses to do so in
     a run folder that already holds checkpoints."""
+    on_data_change: Literal["stop", "continue"] = "stop"
+    """What a resume does when other samples are trained on than before: `stop` refuses it; `continue` keeps the step
+    and goes on at the same share of the epoch, in the new order. Records added, removed or moved to another bucket
+    count as a change, and so do other repeats; other captions do not."""
 
     @property
     def folder(self) -> Path:
@@ -182,17 +187,6 @@ class TrainConfig(Section):
     """Samples per optimizer step over all ranks; the order of batches depends on it and not on the number of ranks."""
     micro_batch_size: int = Field(1, ge=1)
     """Samples per forward pass on a rank. Accumulation is what remains: global / (micro x ranks)."""
-
-
-class CheckpointConfig(Section):
-    """What is saved of the training state, and when."""
-
-    every_steps: int = Field(1000, ge=0)
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep_last: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted once the next one is valid."""
-    export_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Type of the weights in `models/*.safetensors`."""
 
 
 class SampleConfig(Section):

@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,20 @@ def two_ranks(cached_folder: Path) -> Path:
     """The same 20 steps on two ranks under torchrun."""
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]", ranks=2)
     return cached_folder / "runs" / "two"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    from loguru import logger
+
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    logger.remove()  # closes the log file, which may lie on it
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # some process may just be looking at the disks

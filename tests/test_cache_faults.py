@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from cache_samples import hash_items, list_files, run_job, write_settings
 from campaigns.cache_kill import Trial, check_folder, get_variable, list_descendants, run_trials
-from loguru import logger
 from PIL import Image
 
 from sdxl_trainer.cache.sinks import list_shards
@@ -161,21 +160,6 @@ def test_two_jobs_do_not_write_one_cache(tmp_path, model, capsys):
         assert "is being written by another job" in capsys.readouterr().err
         assert run_job(settings, "--dry-run") == 0  # which only looks
     assert run_job(settings) == 0 and len(hash_items(tmp_path / "latents")) == 4
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    logger.remove()  # closes the log file, which lies on it
-    subprocess.run(["umount", "--lazy", str(place)], check=True)  # some process may just be looking at the disks
 
 
 @pytest.mark.parametrize("form", ["npz", "shards"])

@@ -1,14 +1,17 @@
 """Checkpoints: sealed only when every rank's part is there, any wrong byte found, deleted in the right order."""
 
 import shutil
+import time
 from pathlib import Path
 
 import orjson
 import pytest
 import torch
+from loguru import logger
 
 from sdxl_trainer.train import checkpoint as checkpoints
-from sdxl_trainer.train.checkpoint_writer import CheckpointWriter, count_tensor_bytes
+from sdxl_trainer.train import checkpoint_writer
+from sdxl_trainer.train.checkpoint_writer import CheckpointWriter, count_tensor_bytes, estimate_bytes
 from sdxl_trainer.train.state import TrainState
 
 
@@ -85,13 +88,52 @@ def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
 
 def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = CheckpointWriter(tmp_path / "c", 0, 4, "t", keep_last=1)
-    files = {"state/x.pt": {"a": [torch.zeros(1000), (torch.zeros(500, dtype=torch.bfloat16),)]}}
+    files = {"state/pp_rank_0": {"a": [torch.zeros(1000), (torch.zeros(500, dtype=torch.bfloat16),)]}}
     assert count_tensor_bytes(files) == 5000
+    assert estimate_bytes({**files, "state/module": torch.zeros(10)}, world_size=4) == 4 * 5000 + 40
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    writer.start_writing(files, TrainState())
     with pytest.raises(OSError, match=r"needs about .* bytes, 20,000 are free"):
-        writer.start_writing(files, TrainState())
+        writer.wait()
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up in the middle of a save: what was begun is deleted, and written once there is room."""
+    monkeypatch.setattr(checkpoint_writer, "SPACE_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(checkpoint_writer, "SPARE_BYTES", 0)
+    usage = shutil.disk_usage(small_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # others take it meanwhile
+    folder = small_disk / "c"
+    writer = CheckpointWriter(folder, 0, 1, "t", keep_last=1, wait_for_space_seconds=60)
+    small, large = torch.zeros(20_000), torch.ones(200_000)
+    writer.start_writing({"state/x.pt": small}, TrainState(step=1, world_size=1))
+    writer.wait()
+    said: list[str] = []
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(300_000))
+    writer.start_writing({"state/x.pt": large}, TrainState(step=2, world_size=1))
+    deadline = time.monotonic() + 30
+    while not said:
+        assert time.monotonic() < deadline, "nothing is said of the full disk"
+        time.sleep(0.01)
+    assert "No space left on device" in said[0] and "step 2 waits" in said[0]
+    assert checkpoints.find_checkpoint(folder) == folder / "step-00000001", "the one before is kept"
+    ballast.unlink()
+    writer.wait()
+    logger.remove(sink)
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["step-00000002"]
+    assert checkpoints.find_checkpoint(folder) and torch.equal(torch.load(folder / "step-00000002/state/x.pt"), large)
+    ballast.write_bytes(bytes(100_000))
+    writer.wait_for_space_seconds = 0.1
+    writer.start_writing({"state/x.pt": large}, TrainState(step=3, world_size=1))
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.wait()
+    assert checkpoints.find_checkpoint(folder) == folder / "step-00000002"
 
 
 def test_an_error_in_the_background_reaches_the_next_wait(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Writes checkpoints while training goes on: the state is copied to host memory, a thread brings it to disk."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -19,6 +20,8 @@ from sdxl_trainer.train.state import TrainState
 SEAL_PATIENCE_SECONDS = 1800.0
 # What a save needs besides the tensors themselves.
 SPARE_BYTES = 64 << 20
+SPACE_POLL_SECONDS = 5.0
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -28,6 +31,7 @@ class CheckpointWriter:
     Args:
         folder: of all checkpoints of the run.
         token: names this start of the job, the same on all ranks.
+        wait_for_space_seconds: how long a checkpoint waits for room on a full disk before that is an error.
         blocking: write before `save` returns, instead of on a thread.
     """
 
@@ -37,6 +41,7 @@ class CheckpointWriter:
     token: str
     keep_last: int
     keep_every_steps: int = 0
+    wait_for_space_seconds: float = 0.0
     blocking: bool = False
     last_step: int = -1  # of the newest checkpoint whose part this rank has written
     _thread: threading.Thread | None = None
@@ -48,7 +53,7 @@ class CheckpointWriter:
         Waits for the checkpoint before, if it is still being written.
 
         Raises:
-            OSError: the disk has too little space, or the checkpoint before could not be written.
+            OSError: the checkpoint before could not be written.
         """
         self.wait()
         files = engine.capture_state()
@@ -58,7 +63,6 @@ class CheckpointWriter:
 
     def start_writing(self, files: dict[str, Any], state: TrainState) -> None:
         """Write captured files on a thread."""
-        self.check_space(files)
         self._thread = threading.Thread(target=self._run, args=(files, state), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -90,7 +94,7 @@ class CheckpointWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 hashed = _HashedFile(file)
-                torch.save(content, cast(Any, hashed))  # torch asks for no more than write and flush
+                hashed.save(content)
                 file.flush()
                 os.fsync(file.fileno())
             written[name] = {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
@@ -99,29 +103,56 @@ class CheckpointWriter:
         self.last_step = state.step
         return partial
 
-    def check_space(self, files: dict[str, Any]) -> None:
-        """Stop before writing what cannot fit.
-
-        Raises:
-            OSError: the ranks' files together need more than the disk has free.
-        """
+    def describe_lack_of_space(self, files: dict[str, Any]) -> str | None:
+        """What the ranks' files together need and the disk does not have, or None if they fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed = count_tensor_bytes(files) * self.world_size + SPARE_BYTES
+        needed = estimate_bytes(files, self.world_size) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(f"{self.folder}: a checkpoint needs about {needed:,} bytes, {free:,} are free")
+        if needed <= free:
+            return None
+        return f"{self.folder}: a checkpoint needs about {needed:,} bytes, {free:,} are free"
 
     def _run(self, files: dict[str, Any], state: TrainState) -> None:
         try:
-            partial = self.write(files, state)
+            partial = self._write_when_there_is_space(files, state)
             if self.rank == 0:
                 self._seal(partial)
         except (OSError, RuntimeError) as error:
             self._error = error
 
+    def _write_when_there_is_space(self, files: dict[str, Any], state: TrainState) -> Path:
+        """Wait for room first, and again if others take it meanwhile. What was begun is deleted before waiting.
+
+        Raises:
+            OSError: there is none after `wait_for_space_seconds`.
+        """
+        deadline, told = time.monotonic() + self.wait_for_space_seconds, False
+        while True:
+            lack = self.describe_lack_of_space(files)
+            if lack is None:
+                try:
+                    return self.write(files, state)
+                except OSError as error:
+                    if error.errno not in FULL_DISK:
+                        raise
+                    lack = f"{self.folder}: {error}"
+                    self._discard(files, state.step)
+            if time.monotonic() >= deadline:
+                raise OSError(errno.ENOSPC, lack)
+            if not told:
+                logger.warning("{}; the checkpoint of step {} waits for space", lack, state.step)
+                told = True
+            time.sleep(min(SPACE_POLL_SECONDS, self.wait_for_space_seconds))
+
+    def _discard(self, files: dict[str, Any], step: int) -> None:
+        """Delete this rank's files of a checkpoint that could not be written."""
+        partial = get_partial_folder(self.folder, step, self.token)
+        for name in files:
+            (partial / name).unlink(missing_ok=True)
+
     def _seal(self, partial: Path) -> None:
         """Wait for the other ranks' parts on the shared folder, then seal."""
-        deadline = time.monotonic() + SEAL_PATIENCE_SECONDS
+        deadline = time.monotonic() + SEAL_PATIENCE_SECONDS + self.wait_for_space_seconds
         while (sealed := seal_checkpoint(partial)) is None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{partial}: not every rank has written its part")
@@ -135,17 +166,40 @@ class _HashedFile:
 
     def __init__(self, file: BinaryIO):
         self._file = file
+        self._error: OSError | None = None
         self.digest = hashlib.sha256()
         self.size = 0
+
+    def save(self, content: Any) -> None:
+        """Write `content` as torch does.
+
+        Raises:
+            OSError: of the file, which torch would hide behind an error of its own.
+        """
+        try:
+            torch.save(content, cast(Any, self))  # torch asks for no more than write and flush
+        except RuntimeError as error:
+            raise self._error or error from None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
         return len(data)
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def estimate_bytes(files: dict[str, Any], world_size: int) -> int:
+    """What all ranks' files take, told from one rank's: shares of the optimizer's state are of one size, and what else
+    there is (the module's weights) is written once."""
+    shared = [content for name, content in files.items() if "pp_rank_" not in name]
+    return count_tensor_bytes(list(files.values())) * world_size - count_tensor_bytes(shared) * (world_size - 1)
 
 
 def count_tensor_bytes(content: Any) -> int:

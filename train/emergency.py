@@ -65,11 +65,21 @@ class EmergencySaver:
     def save(self, reason: str) -> Path | None:
         """Write this rank's shard without any collective, then the model file; None if it cannot be done soundly.
 
-        That is so while an update is under way: half-updated weights would be worse than an older checkpoint.
+        That is so while an update is under way: half-updated weights would be worse than an older checkpoint. An error
+        of the disk is told and not raised, so that it does not hide the one that ends the job.
         """
         if not self._once.acquire(blocking=False):
             self._done.wait(DEADLINE_SECONDS)  # the other thread is at it
             return None
+        try:
+            return self._save(reason)
+        except OSError as error:
+            logger.error("the shard cannot be written: {}; the newest checkpoint is what remains", error)
+            return None
+        finally:
+            self._done.set()
+
+    def _save(self, reason: str) -> Path | None:
         started = time.monotonic()
         self._writer.join(DEADLINE_SECONDS / 2)
         logger.error("{}: writing this rank's shard of the state", reason)
@@ -83,7 +93,6 @@ class EmergencySaver:
                 partial = self._writer.write(self._engine.capture_state(alone=True), state)
                 logger.error("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
                 self._export_once(state.step)
-        self._done.set()
         return partial
 
     def _export_once(self, step: int) -> None:

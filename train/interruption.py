@@ -5,6 +5,7 @@ them act at the same step boundary.
 """
 
 import signal
+import time
 from pathlib import Path
 
 from sdxl_trainer.launch.distributed import Ranks, close_ranks, gather_objects
@@ -14,22 +15,32 @@ STOP_FILE, SAVE_FILE = "stop", "save"
 
 
 class Requests:
-    """Notes of one rank: SIGINT and SIGTERM stop, SIGUSR1 saves, and on rank 0 the files `stop` and `save`."""
+    """Notes of one rank: SIGINT and SIGTERM stop, SIGUSR1 saves, and on rank 0 the files `stop` and `save`.
 
-    def __init__(self, folder: Path, ranks: Ranks):
+    Args:
+        save_every_minutes: rank 0 asks for a save so long after the last one; 0 for never.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, save_every_minutes: float = 0.0):
         self._folder = folder
         self._is_main = ranks.is_main
         self._save = False
+        self._save_every_seconds = 60 * save_every_minutes
+        self._saved_at = time.monotonic()
         self._stop = StopRequest(on_save=self._note_save)
 
     def collect(self) -> list[float]:
         """[stop, save] as 0 or 1, to be summed over the ranks. A file is taken away when it is read."""
         if self._is_main:
-            self._save |= self._take(SAVE_FILE)
+            self._save |= self._take(SAVE_FILE) or self._is_time_up()
             if self._take(STOP_FILE) and self._stop.signal_number is None:
                 self._stop.signal_number = signal.SIGTERM
         save, self._save = self._save, False
         return [float(self._stop.signal_number is not None), float(save)]
+
+    def note_save(self) -> None:
+        """A save has begun; the time to the next one runs from now."""
+        self._saved_at = time.monotonic()
 
     def interrupt(self) -> None:
         """End the job in good order, as all ranks have agreed.
@@ -40,6 +51,10 @@ class Requests:
         numbers = [number for number in gather_objects(self._stop.signal_number) if number is not None]
         close_ranks()  # all are here; threads of a group that is left open can abort the process as it ends
         raise Interrupted(numbers[0])
+
+    def _is_time_up(self) -> bool:
+        waited = time.monotonic() - self._saved_at
+        return 0 < self._save_every_seconds <= waited
 
     def _note_save(self) -> None:
         self._save = True

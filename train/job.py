@@ -1,11 +1,8 @@
 """A training run from settings to model: set up, build, fit, finish."""
 
-import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from loguru import logger
 
 from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers
@@ -22,7 +19,6 @@ from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.strategy import (
     Strategy,
     compute_repeats,
-    hash_repeats,
     load_repeats,
     load_strategy,
     save_repeats,
@@ -31,8 +27,7 @@ from sdxl_trainer.data.strategy import (
 from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.train.checkpoint import find_checkpoint, list_checkpoints, settle_partials
-from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
+from sdxl_trainer.train.checkpoint import list_checkpoints
 from sdxl_trainer.train.conditioning import TextConditioner
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
@@ -43,6 +38,7 @@ from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.model import Networks, load_unet
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer
+from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
 
@@ -155,16 +151,15 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     repeats = leave_out_rows(config, index, repeats)
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats)
     checkpoint, checkpoints = open_checkpoints(config, ranks)
-    fresh = build_state(config, index, ranks, repeats)
-    state = TrainState.load(checkpoint) if checkpoint else replace(fresh)
-    check_resume(state, fresh)
+    state = build_state(config, index, plan, ranks, repeats)
+    if checkpoint:
+        state = take_up(TrainState.load(checkpoint), state, plan, config.run.on_data_change)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_reading(config, dataset, plan, state, ranks)
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
-        engine.load(checkpoint)
-        logger.info("resuming from {}", checkpoint)
+        load_engine(engine, checkpoint)
     statistics = read_latent_statistics(config.model, source.read_config("vae"))
     objective = Objective(config.objective, statistics, config.train.global_batch_size, ranks.device)
     metrics = MetricsLog(config.run.folder / "logs", state.step) if ranks.is_main else None
@@ -180,23 +175,11 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         objective,
         state,
         checkpoints,
-        Requests(config.run.folder, ranks),
+        Requests(config.run.folder, ranks, config.checkpoint.every_minutes),
         metrics,
     )
     describe_run(run)
     return run, batches
-
-
-def open_checkpoints(config: Config, ranks: Ranks) -> tuple[Path | None, CheckpointWriter]:
-    """The checkpoint to go on from, if there is one, and the writer of further ones; the same on all ranks."""
-    settings, folder = config.checkpoint, config.run.folder / "checkpoints"
-    newest, token = None, ""
-    if ranks.is_main:
-        settle_partials(folder)
-        newest, token = find_checkpoint(folder), uuid.uuid4().hex[:8]
-    newest, token = broadcast_object((newest, token))
-    writer = CheckpointWriter(folder, ranks.rank, ranks.world_size, token, settings.keep_last)
-    return newest, writer
 
 
 def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[Engine, TextConditioner]:
@@ -248,36 +231,6 @@ def start_reading(
         state.step,
     )
     return iterate_batches(dataset, specs, config.data.num_workers, pin_memory=ranks.device.type == "cuda")
-
-
-def build_state(config: Config, index: Index, ranks: Ranks, repeats: np.ndarray | None) -> TrainState:
-    """The state of a run that has not begun. Other repeats make another order, as another index does."""
-    return TrainState(
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        world_size=ranks.world_size,
-        zero_stage=config.engine.zero_stage,
-        index_fingerprint=index.content_hash() + ("" if repeats is None else f"-{hash_repeats(repeats)}"),
-    )
-
-
-def check_resume(state: TrainState, fresh: TrainState) -> None:
-    """Refuse to go on from a state whose order of batches differs from what the settings say now."""
-    keys = {
-        "seed": "run.seed",
-        "global_batch_size": "train.global_batch_size",
-        "index_fingerprint": "data",
-    }
-    raise_if_any(
-        Problem(
-            key,
-            getattr(fresh, name),
-            f"was {getattr(state, name)} when the checkpoint was saved",
-            "set it back, or give another run.name",
-        )
-        for name, key in keys.items()
-        if getattr(state, name) != getattr(fresh, name)
-    )
 
 
 def describe_run(run: Run) -> None:

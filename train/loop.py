@@ -41,13 +41,14 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
     """
     config, state = run.config, run.state
     while state.step < config.train.max_steps:
-        started = time.monotonic()
+        started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, config.train.max_steps)
         result = train_step(run, batches, lr)
         advance(run, result)
         report_step(run, result, lr, time.monotonic() - started)
         last = state.step == config.train.max_steps
-        if last or result.stop or result.save or _is_due(state.step, config.checkpoint.every_steps):
+        if last or result.stop or result.save or is_save_due(run, epoch):
+            run.requests.note_save()
             run.checkpoints.save(run.engine, state)
         if result.stop and not last:
             run.checkpoints.wait()
@@ -120,6 +121,7 @@ def advance(run: Run, result: StepResult) -> None:
 def move_on(state: TrainState, plan: Plan) -> None:
     """Count a finished step and set the position of the next global batch."""
     state.epoch, state.index = plan.next_position(state.epoch, state.index)
+    state.epoch_batches = plan.num_batches(state.epoch)
     state.step += 1
     state.samples_seen += plan.global_batch_size
 
@@ -208,6 +210,14 @@ def check_finite(run: Run, batches: list[MicroBatch], loss: float) -> None:
     if not math.isfinite(loss):
         keys = ", ".join(run.index.row(row)["key"] for batch in batches for row in batch.rows.tolist())
         raise RuntimeError(f"the loss of step {run.state.step} is {loss}; this rank's samples were: {keys}")
+
+
+def is_save_due(run: Run, epoch: int) -> bool:
+    """Whether a checkpoint is due after the step that began in `epoch`, by steps or by epochs."""
+    settings, state = run.config.checkpoint, run.state
+    every_epochs = settings.every_epochs
+    epochs_due = every_epochs > 0 and state.epoch // every_epochs > epoch // every_epochs
+    return epochs_due or _is_due(state.step, settings.every_steps)
 
 
 def _is_due(step: int, every: int) -> bool:

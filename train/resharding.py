@@ -297,8 +297,12 @@ def reshard(template: Shard, saved: SavedState) -> None:
         template: what this rank would save now; changed in place.
 
     Raises:
-        ReshardingError: the optimizer's state is not one value per weight, as with quantised moments.
+        ReshardingError: the optimizer's state is not one value per weight, as with quantised moments; or the network
+            is another.
     """
+    for name, shape in template.layout.shapes.items():
+        if saved.shapes.get(name, shape) != shape:
+            raise ReshardingError(f"{name} has shape {shape}, and had {saved.shapes[name]}")
     fresh = [name for name in template.layout.shapes if not saved.has(name)]
     if fresh:
         logger.warning("{} parameters were not trained before, {} among them", len(fresh), fresh[0])

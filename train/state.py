@@ -1,7 +1,8 @@
 """All that a resume needs besides the weights and the optimizer's moments."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import orjson
 
@@ -14,9 +15,15 @@ FILE = "trainer_state.json"
 class TrainState:
     """Where training stands. All random numbers are functions of the seed and these, so there is no generator state."""
 
+    # What the settings, the data and the ranks of now say in a resumed run; everything else goes on as it was saved.
+    MADE_WITH: ClassVar[tuple[str, ...]] = (
+        "seed", "global_batch_size", "world_size", "zero_stage", "index_fingerprint", "config",
+    )  # fmt: skip
+
     step: int = 0  # optimizer steps done
     epoch: int = 0  # position of the next global batch
     index: int = 0
+    epoch_batches: int = 0  # global batches in that epoch
     samples_seen: int = 0
     num_bad: int = 0  # samples passed over so far
     # What the state was made with; a resume compares.
@@ -25,6 +32,7 @@ class TrainState:
     world_size: int = 0
     zero_stage: int = 0
     index_fingerprint: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `trainer_state.json`."""
