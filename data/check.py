@@ -111,7 +111,7 @@ def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
     bad = find_bad_latents(index, get_cache_folder(config), config.data.check)
     keys = index.strings("key")
     named = [*index.note("bad"), *((keys[row].as_py(), reason) for row, reason in bad)]
-    logs, left_out = config.run.folder / "logs", get_left_out_file(config)
+    logs, left_out = config.run.folder / "logs", get_left_out_file(config, index)
     if named:
         logs.mkdir(parents=True, exist_ok=True)
         with open(logs / "bad_samples.jsonl", "ab") as file:
@@ -125,25 +125,25 @@ def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
             f"{len(named)} of {len(index)} latents are bad, more than data.max_bad_fraction = "
             f"{config.data.max_bad_fraction:g}; they are named in {logs / 'bad_samples.jsonl'}"
         )
-    if not resuming:
-        left_out.unlink(missing_ok=True)
-    if bad and not resuming:
+    if not resuming or not left_out.is_file():
+        left_out.parent.mkdir(parents=True, exist_ok=True)
         with open_atomic(left_out) as file:
             np.save(file, np.array([row for row, _ in bad], np.int64))
 
 
-def get_left_out_file(config: Config) -> Path:
-    """Rows of the index that a run does not use, found bad when it was started."""
-    return config.run.folder / "left_out.npy"
+def get_left_out_file(config: Config, index: Index) -> Path:
+    """Rows of the index that a run does not use, found bad when the run, or its going on with these data, began."""
+    return config.run.folder / f"left_out-{index.content_hash()}.npy"
 
 
 def leave_out_rows(config: Config, index: Index, repeats: np.ndarray | None) -> np.ndarray | None:
     """[N] how often each row is used, 0 for those that were found bad; None if each is used once."""
-    file = get_left_out_file(config)
-    if not file.is_file():
+    file = get_left_out_file(config, index)
+    rows = np.load(file, allow_pickle=False) if file.is_file() else np.empty(0, np.int64)
+    if not len(rows):
         return repeats
     used = np.ones(len(index)) if repeats is None else repeats.astype(np.float64)
-    used[np.load(file, allow_pickle=False)] = 0
+    used[rows] = 0
     return used
 
 
