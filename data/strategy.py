@@ -13,9 +13,9 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ Record = dict[str, Any]
 
 class StrategyError(ValueError):
     """A strategy raised, or gave something that is no repeat count, caption or weight."""
+
+
+class UserCodeError(RuntimeError):
+    """The user's code raised; the message is what, with its traceback."""
 
 
 class AttributeCounts(dict[str, Counter]):
@@ -109,17 +113,12 @@ class Strategy:
 
     def repeats(self, records: Iterable[Record], counts: AttributeCounts, num_records: int) -> np.ndarray:
         """[num_records] float64: how often each sample comes in an epoch. Raises StrategyError."""
-        ask, repeats, record = self._user.repeats, np.empty(num_records), {}  # pyright: ignore[reportAttributeAccessIssue]
-        with _Guard() as guard:  # one around all, because a million small ones take seconds
-            for row, record in enumerate(records):
-                value = ask(record, counts)
-                if not _is_amount(value):
-                    raise self._refuse_value(record, "repeats", value)
-                repeats[row] = value
-        if isinstance(guard.error, StrategyError):
-            raise guard.error
-        if guard.error is not None:
-            raise self._complain(record, "repeats", f"raised {guard.describe()}")
+        repeats = np.empty(num_records)
+        for row, record in enumerate(records):
+            value = self._ask(record, "repeats", counts)
+            if not _is_amount(value):
+                raise self._refuse_value(record, "repeats", value)
+            repeats[row] = value
         return repeats
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
@@ -130,20 +129,19 @@ class Strategy:
         return caption
 
     def loss_weight(self, record: Record) -> float:
-        """What a sample's loss is multiplied with; 1 without the method. Raises StrategyError."""
+        """What a sample's loss is multiplied with, 0 or more; 1 without the method. Raises StrategyError."""
         if not self.has("loss_weight"):
             return 1.0
         weight = self._ask(record, "loss_weight")
         if not _is_amount(weight):
             raise self._refuse_value(record, "loss_weight", weight)
-        if weight == 0:  # is what marks bad samples
-            raise self._complain(record, "loss_weight", "returned 0; leave samples out with repeats() = 0 instead")
         return float(weight)
 
     def _ask(self, record: Record, method: str, *arguments: Any) -> Any:
-        with _Guard() as guard:
-            return getattr(self._user, method)(record, *arguments)
-        raise self._complain(record, method, f"raised {guard.describe()}")
+        try:
+            return call_user(getattr(self._user, method), record, *arguments)
+        except UserCodeError as error:
+            raise self._complain(record, method, f"raised {error}") from None
 
     def _refuse_value(self, record: Record, method: str, value: Any) -> StrategyError:
         return self._complain(record, method, f"returned {value!r:.100}, which is not a finite number of 0 or more")
@@ -168,20 +166,36 @@ def load_strategy(spec: str) -> Strategy:
         load, spec = _load_file, f"{place}:{name}"
     else:
         load = importlib.import_module
-    with _Guard() as guard:
-        module = load(place)
-    if guard.error is not None:
-        raise _refuse(spec, f"cannot be loaded: {guard.describe()}", "mend it; python must be able to import it")
-    user_class = getattr(module, name, None)  # pyright: ignore[reportPossiblyUnboundVariable]
+    try:
+        module = call_user(load, place)
+    except UserCodeError as error:
+        raise _refuse(spec, f"cannot be loaded: {error}", "mend it; python must be able to import it") from None
+    user_class = getattr(module, name, None)
     if not inspect.isclass(user_class):
-        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]  # pyright: ignore
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
         raise _refuse(spec, f"has no class {name}", f"its classes: {', '.join(classes) or 'none'}")
     if not any(callable(getattr(user_class, method, None)) for method in METHODS):
         known = ", ".join(method + arguments for method, arguments in METHODS.items())
         raise _refuse(spec, f"{name} has none of the methods {known}", _suggest_methods(user_class))
-    with _Guard() as guard:
-        return Strategy(spec, user_class())
-    raise _refuse(spec, f"{name}() raised {guard.describe()}", "it is made without arguments, once in each process")
+    try:
+        return Strategy(spec, call_user(user_class))
+    except UserCodeError as error:
+        cure = "it is made without arguments, once in each process"
+        raise _refuse(spec, f"{name}() raised {error}", cure) from None
+
+
+def call_user(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call code that we did not write, and give whatever it raises one name. Signals and exits pass through.
+
+    Raises:
+        UserCodeError: it raised.
+    """
+    try:
+        return function(*arguments)
+    except Exception as error:
+        trace = error.__traceback__.tb_next if error.__traceback__ else None  # from the user's code on
+        lines = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+        raise UserCodeError(f"{type(error).__name__}: {error}\n{lines}") from error
 
 
 def try_strategy(strategy: Strategy, index: Index) -> list[Problem]:
@@ -276,28 +290,3 @@ def _refuse(spec: str, rule: str, cure: str) -> UserInputError:
 
 def _problem(spec: str, rule: str) -> Problem:
     return Problem(KEY, spec, rule, "mend the class, or leave it out")
-
-
-class _Guard:
-    """Stops what a user's code raises, whatever it is, and keeps it to be raised again by a better name.
-
-    Not an `except`: code that we did not write may raise anything, and here, unlike elsewhere, everything must be named
-    with its sample. Nothing is hidden: each use ends in an error. Signals and exits pass through.
-    """
-
-    error: Exception | None = None
-
-    def __enter__(self) -> "_Guard":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None
-
-    def describe(self) -> str:
-        """The error, and its traceback from the user's code on."""
-        error = self.error
-        assert error is not None, "nothing was raised"
-        trace = error.__traceback__.tb_next if error.__traceback__ else None
-        lines = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
-        return f"{type(error).__name__}: {error}\n{lines}"

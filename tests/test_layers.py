@@ -103,8 +103,14 @@ def find_forbidden(file: str, source: str) -> list[str]:
         caught = (
             {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"nothing"}
         )
-        passed_on = isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None
-        broad = {"nothing", "Exception"} & caught or ("BaseException" in caught and not passed_on)
+        last = handler.body[-1]
+        passed_on = isinstance(last, ast.Raise) and last.exc is None
+        renamed = isinstance(last, ast.Raise) and isinstance(last.cause, ast.Name) and last.cause.id == handler.name
+        broad = (
+            "nothing" in caught
+            or ("Exception" in caught and not renamed)
+            or ("BaseException" in caught and not passed_on)
+        )
         if broad and file != "train/emergency.py":
             wrong.append(f"{file}:{handler.lineno}: catches everything")
     return wrong
@@ -232,6 +238,9 @@ def test_a_planted_wrong_import_is_found(file, source):
 def test_planted_forbidden_code_is_found(source):
     assert find_forbidden("train/loop.py", source)
     assert find_forbidden("train/loop.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise") == []
+    renamed = "try:\n    f()\nexcept Exception as error:\n    raise ValueError from "
+    assert find_forbidden("data/strategy.py", renamed + "error") == []
+    assert find_forbidden("data/strategy.py", renamed + "None")
     assert find_forbidden("launch/distributed.py", "import torch.distributed as dist") == []
 
 

@@ -131,12 +131,13 @@ def test_captions_and_weights_reach_the_batch(cache, index, tmp_path):
 def caption(self, record, rng):
     return f"{record['key']} {rng.integers(1000)}"
 def loss_weight(self, record):
-    return 0.25 if record.get("extra") == {"deep": [1]} else np.float64(2)
+    weight = 0.25 if record.get("extra") == {"deep": [1]} else np.float64(2)
+    return 0 if record["key"] == "s1" else weight
 """)  # fmt: skip
     dataset = build_dataset(cache, index, load_strategy(spec))
     rows = np.arange(4)
     first, second = (dataset[MicroSpec(BUCKET, rows, rows * 0 + epoch, rows)] for epoch in (0, 1))
-    assert first.weights.tolist() == [2, 2, 2, 0.25] and first.weights.dtype == torch.float32 and first.bad == []
+    assert first.weights.tolist() == [2, 0, 2, 0.25] and first.weights.dtype == torch.float32 and first.bad == []
     assert first.input_ids.equal(read_all(dataset)) and not first.input_ids.equal(second.input_ids)
     keys = [int(re.sub(r"\D", "", text)[0]) for text in read_captions(dataset, [0, 1, 2, 3])]
     assert keys == [0, 1, 2, 3]
@@ -204,7 +205,7 @@ def loss_weight(self, record):
     ("def caption(self, record, rng): return None", "s2: Mine.caption of data.strategy = SPEC returned None, which"),
     ("def loss_weight(self, record): return '2'", "Mine.loss_weight of data.strategy = SPEC returned '2', which"),
     ("def loss_weight(self, record): return float('nan')", "returned nan, which is not a finite number of 0 or more"),
-    ("def loss_weight(self, record): return 0", "returned 0; leave samples out with repeats() = 0"),
+    ("def loss_weight(self, record): return -1", "returned -1, which is not a finite number of 0 or more"),
     ("def caption(self, record, rng):\n    class Own(Exception): pass\n    raise Own('mine')", "raised Own: mine"),
     ("def caption(self, record, rng): return self.caption(record, rng)", "raised RecursionError"),
 ])  # fmt: skip
