@@ -13,6 +13,7 @@ from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.section import Section
+from sdxl_trainer.configs.stream import StreamConfig
 
 
 class RunConfig(Section):
@@ -72,10 +73,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is trained on."""
 
-    metadata: list[Path] = []
+    metadata: list[Path | str] = []
     """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
-    webdataset shards of latents (docs/DATA.md shows each). `{000..012}`, `{a,b}` and `*` name many at once. Later
-    entries update earlier ones key by key."""
+    webdataset shards of latents (docs/DATA.md shows each). Paths, or URLs that fsspec opens (`s3://`, `gs://`,
+    `https://`). `{000..012}`, `{a,b}` and `*` name many at once. Later entries update earlier ones key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
     beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without
@@ -103,6 +104,8 @@ class DataConfig(Section):
     caption is and what its loss weighs. See docs/STRATEGY.md."""
     max_tokens: Literal[75, 150, 225] = 75
     """Longest caption, in tokens without the start and end marks; more than 75 are encoded in windows of 75."""
+    stream: StreamConfig = StreamConfig()  # pyright: ignore[reportCallIssue]
+    """How shards on a store are read."""
     num_workers: int = Field(2, ge=0)
     """Processes per rank that read latents and tokenise; 0 does it in the training process."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -15,14 +15,15 @@ from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.manifest import read_identity
 from sdxl_trainer.data.merge import MAX_SHOWN
 from sdxl_trainer.data.records import check_sources
+from sdxl_trainer.data.remote import is_remote
 
 
 def get_cache_folder(config: Config) -> Path:
     """Folder of the cache: `cache.dir`, else that of the first metadata file or image folder."""
     if config.cache.dir is not None:
         return config.cache.dir
-    if config.data.metadata:
-        return config.data.metadata[0].parent
+    if config.data.metadata and not is_remote(config.data.metadata[0]):
+        return Path(config.data.metadata[0]).parent
     return config.data.image_dirs[0] if config.data.image_dirs else Path(".")
 
 
@@ -35,6 +36,9 @@ def get_bucket_rule(config: Config) -> BucketRule:
 def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     """Open the index of all records, and say what is wrong with the data settings or the data as a whole."""
     problems = check_sources(config.data.metadata, config.data.image_dirs)
+    if config.cache.dir is None and config.data.metadata and is_remote(config.data.metadata[0]):
+        rule = "must be set where data.metadata is a URL: a local folder for the index"
+        problems.append(Problem("cache.dir", None, rule, "set it to a folder with some space"))
     if not list_buckets(get_bucket_rule(config)):
         problems.append(Problem("data.resolution_px", config.data.resolution_px, "gives no bucket", "raise it"))
     if problems:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.npz_header import read_header
+from sdxl_trainer.data.remote import is_remote, read_spans
 from sdxl_trainer.data.shards import locate_shard
 
 NUM_THREADS = 16
@@ -21,7 +22,7 @@ COLUMNS = ("file", "offset", "bytes", "bucket_width", "bucket_height", "sha256")
 class Latents:
     """What an index says of one sample's latents."""
 
-    path: Path
+    path: Path | str  # a URL is text
     offset: int | None
     num_bytes: int
     bucket: tuple[int, int]
@@ -54,8 +55,13 @@ def find_bad_latents(index: Index, folder: Path, level: str) -> list[tuple[int, 
         return [item for bad in pool.map(look, starts) for item in bad]
 
 
-def check_size(latents: Latents, sizes: dict[Path, int]) -> None:
-    """Raises BadLatentError if the file is missing or has another size; `sizes` are those of files seen before."""
+def check_size(latents: Latents, sizes: dict[Path | str, int]) -> None:
+    """Raises BadLatentError if the file is missing or has another size; `sizes` are those of files seen before.
+
+    Remote shards were looked at when the index was opened: it is of the version that is there.
+    """
+    if isinstance(latents.path, str):
+        return
     if latents.path not in sizes:
         try:
             sizes[latents.path] = os.stat(latents.path).st_size
@@ -68,6 +74,8 @@ def check_size(latents: Latents, sizes: dict[Path, int]) -> None:
 
 def check_header(latents: Latents) -> None:
     """Raises BadLatentError if the header names no latents of SDXL's, or another bucket."""
+    if isinstance(latents.path, str):  # its header made the index
+        return
     header = read_header(str(latents.path), latents.offset or 0, latents.num_bytes)
     if header.bucket != latents.bucket:
         found, bucket = ("x".join(map(str, size)) for size in (header.bucket, latents.bucket))
@@ -76,15 +84,24 @@ def check_header(latents: Latents) -> None:
 
 def check_content(latents: Latents) -> None:
     """Raises BadLatentError if the bytes are not those that the manifest vouches for, or, without one, no latents."""
-    try:
-        with open(latents.path, "rb") as stream:
-            stream.seek(latents.offset or 0)
-            content = stream.read(latents.num_bytes)
-    except OSError as error:
-        raise BadLatentError(f"cannot be read: {error.strerror}") from None
+    content = _read_content(latents)
     if latents.sha256 and hashlib.sha256(content).digest() != latents.sha256:
         raise BadLatentError("has another SHA-256 than the manifest says")
     parse_latents(content, latents.bucket, check_crc=not latents.sha256)
+
+
+def _read_content(latents: Latents) -> bytes:
+    try:
+        if isinstance(latents.path, Path):
+            with open(latents.path, "rb") as stream:
+                stream.seek(latents.offset or 0)
+                return stream.read(latents.num_bytes)
+        [content] = read_spans([(latents.path, latents.offset or 0, latents.num_bytes)])
+    except OSError as error:
+        raise BadLatentError(f"cannot be read: {error.strerror}") from None
+    if isinstance(content, FileNotFoundError):
+        raise BadLatentError(f"cannot be read: {content}")
+    return content
 
 
 CHECKS: dict[str, Callable[[Latents], None] | None] = {
@@ -97,9 +114,10 @@ CHECKS: dict[str, Callable[[Latents], None] | None] = {
 
 def _list_latents(index: Index, folder: Path, start: int) -> Iterator[Latents]:
     columns = [index.strings(name).slice(start, ROWS_A_TASK).to_pylist() for name in COLUMNS]
-    paths: dict[str, Path] = {}
+    paths: dict[str, Path | str] = {}
     for file, offset, size, width, height, digest in zip(*columns, strict=True):
         path = paths.get(file)
         if path is None:
-            path = paths[file] = folder / file if offset is None else locate_shard(folder / file)
+            path = file if is_remote(file) else folder / file if offset is None else locate_shard(folder / file)
+            paths[file] = path
         yield Latents(path, offset, size, (width, height), digest)

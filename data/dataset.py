@@ -10,7 +10,8 @@ import torch
 
 from sdxl_trainer.data.caption import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.index import Index
-from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample, read_latents
+from sdxl_trainer.data.latent_store import LatentStore
+from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample
 from sdxl_trainer.data.plan import Stream, mix_keys
 from sdxl_trainer.data.strategy import Strategy, StrategyError
 from sdxl_trainer.data.tokens import CaptionTokenizer
@@ -75,7 +76,7 @@ class LatentDataset(torch.utils.data.Dataset):
         prior_loss_weight: float = 1.0,
     ):
         self.index = index
-        self.cache_folder = cache_folder
+        self.store = LatentStore(cache_folder)
         self.tokenizers = tokenizers
         self.seed = seed
         self.max_tokens = max_tokens
@@ -85,10 +86,11 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
         records = [self.index.row(int(row)) for row in spec.rows]
+        stored = self.store.read(records, spec.bucket)
         samples, bad = zip(
             *(
-                self._read(record, spec.bucket, int(epoch), int(row))
-                for record, epoch, row in zip(records, spec.epochs, spec.rows, strict=True)
+                self._settle(record, each, int(epoch), int(row))
+                for record, each, epoch, row in zip(records, stored, spec.epochs, spec.rows, strict=True)
             ),
             strict=True,
         )
@@ -124,15 +126,12 @@ class LatentDataset(torch.utils.data.Dataset):
             bad=[item for item in bad if item is not None],
         )
 
-    def _read(
-        self, record: dict, bucket: tuple[int, int], epoch: int, row: int
+    def _settle(
+        self, record: dict, sample: LatentSample | BadLatentError, epoch: int, row: int
     ) -> tuple[LatentSample | None, tuple[str, str] | None]:
         """(sample, None), or (None, (key, reason)) for one that cannot be trained on."""
-        span = None if record["offset"] is None else (record["offset"], record["bytes"])
-        try:
-            sample = read_latents(self.cache_folder / record["file"], bucket, span)
-        except BadLatentError as error:
-            return None, (record["key"], str(error))
+        if isinstance(sample, BadLatentError):
+            return None, (record["key"], str(sample))
         if sample.std is not None:  # both moments are kept: a fresh sample of the posterior each time
             rng = np.random.default_rng(mix_keys(self.seed, Stream.POSTERIOR, epoch, row))
             noise = rng.standard_normal(sample.latents.shape, np.float32)

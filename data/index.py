@@ -22,6 +22,7 @@ import pyarrow as pa
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.folders import CAPTION_SUFFIXES, walk_pictures
 from sdxl_trainer.data.join import LATENT_SCHEMA, iterate_joined, join_latents
+from sdxl_trainer.data.localize import localize_sources, rename_errors
 from sdxl_trainer.data.manifest import list_parts
 from sdxl_trainer.data.merge import iterate_items, raise_twins
 from sdxl_trainer.data.records import Block, PictureFinder, finish_records, read_any_text, read_folders, read_size
@@ -108,7 +109,9 @@ class Index:
         return self.path.stem.rsplit("-", 1)[-1]
 
 
-def open_record_index(folder: Path, metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> Index:
+def open_record_index(
+    folder: Path, metadata: Sequence[Path | str], image_dirs: list[Path], separator: str = ","
+) -> Index:
     """The index of all records, built under `folder` unless it is there already.
 
     Args:
@@ -116,16 +119,21 @@ def open_record_index(folder: Path, metadata: list[Path], image_dirs: list[Path]
 
     Raises:
         ValueError: the metadata is malformed (data/sources.py says where), or two pictures have one stem.
+        FileNotFoundError: a source is not there.
+        StoreError: a source lies on a store that cannot be read.
     """
-    files = expand_sources(metadata)
+    local = [localize_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
+    files = [file for source in local for file in source.files]
     names, sidecars = _hash_folders(image_dirs)
     sources = files or sidecars  # with metadata, folders only say where pictures are
     words = [*map(str, [*files, *image_dirs]), names, separator]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
-        items = iterate_items(metadata, path.parent) if metadata else read_folders(image_dirs)
+        groups = [source.files for source in local]
+        items = iterate_items(groups, path.parent) if metadata else read_folders(image_dirs)
         finder = PictureFinder(image_dirs)
-        _write(path, RECORD_SCHEMA, (_build_batch(finish_records(block, finder, separator)) for block in items))
+        with rename_errors(local):
+            _write(path, RECORD_SCHEMA, (_build_batch(finish_records(block, finder, separator)) for block in items))
     return _open(path)
 
 

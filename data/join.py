@@ -83,7 +83,7 @@ def join_latents(folder: Path, records: pa.Table, captioned_only: bool) -> Itera
             place_of_record[uncaptioned] = -1
             wanted &= ~uncaptioned
         places = find_unlisted(records, np.flatnonzero(wanted), folder, watched)
-        with stage(work, FOUND_SCHEMA, _list_found(read_headers(places), records, notes)) as found:
+        with stage(work, FOUND_SCHEMA, _list_found(read_headers(places, work), records, notes)) as found:
             place_of_record[found.column("row").to_numpy()] = len(listed) + np.arange(len(found))
             notes |= {"num_unlisted": len(found), "watched": sorted(watched)}
             tables = [table.select([name for name, _ in PLACE_FIELDS]) for table in (listed, found)]

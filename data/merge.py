@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_trainer.data.sources import NAME, NPZ, ROWS_AT_ONCE, Items, expand_sources, read_source
+from sdxl_trainer.data.sources import NAME, NPZ, ROWS_AT_ONCE, Items, read_source
 
 STAGE_SCHEMA = pa.schema([("key", pa.string()), ("fields", pa.binary())])
 MAX_SHOWN = 20  # items that an error lists
@@ -22,26 +22,25 @@ class TwinError(ValueError):
     """Pictures of one source that have the same stem."""
 
 
-def iterate_items(metadata: Sequence[Path], folder: Path) -> Iterator[Items]:
-    """The records of all metadata settings, each key once, in the order of their first appearance. What one setting
-    names, be it many files, is one source.
+def iterate_items(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Items]:
+    """The records of all sources, each key once, in the order of their first appearance.
 
     Args:
+        sources: the files of each. What one setting names, be it many files, is one source.
         folder: where sources wait for each other, if there are several.
 
     Raises:
         ValueError: malformed metadata, or (several sources) a key that one of them has twice.
     """
-    sources = [_read_files(expand_sources([pattern])) for pattern in metadata]
     if len(sources) == 1:
-        yield from sources[0]
+        yield from _read_files(sources[0])
         return
     starts = [0]
 
     def list_batches() -> Iterator[pa.RecordBatch]:
         for source in sources:
             starts.append(starts[-1])
-            for items in source:
+            for items in _read_files(source):
                 starts[-1] += len(items)
                 keys = [key for key, _ in items]
                 fields = [orjson.dumps(fields) for _, fields in items]
@@ -90,7 +89,7 @@ def stage(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) ->
         path.unlink(missing_ok=True)
 
 
-def _read_files(files: list[Path]) -> Iterator[Items]:
+def _read_files(files: Sequence[Path]) -> Iterator[Items]:
     for file in files:
         yield from read_source(file)
 

@@ -7,6 +7,7 @@ the ordinary (compressed, streamed) is read whole by `parse_latents`.
 import io
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,23 +45,31 @@ def read_header(path: str, offset: int = 0, size: int | None = None) -> Header:
             end = length if size is None else offset + size
             if end > length:
                 raise BadLatentError(f"is cut short: {length} bytes of {end}")
-            members = _read_members(descriptor, offset, end)
-            if members is None:
-                return _read_whole(os.pread(descriptor, end - offset, offset))
+            return parse_header(lambda place, count: os.pread(descriptor, count, place), offset, end)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise BadLatentError(f"cannot be read: {error.strerror}") from None
+
+
+def parse_header(read: Callable[[int, int], bytes], offset: int, end: int) -> Header:
+    """The same of bytes [offset, end) of whatever `read(place, count)` reads from."""
+    try:
+        members = _read_members(read, offset, end)
+        return _read_whole(read(offset, end - offset)) if members is None else _build_header(members, end - offset)
+    except BadLatentError:
+        raise
     except (ValueError, struct.error, IndexError) as error:
         raise BadLatentError(f"not a readable npz file: {error}") from None
-    return _build_header(members, end - offset)
 
 
-def _read_members(descriptor: int, place: int, end: int) -> dict[str, tuple[np.dtype, tuple, bytes]] | None:
+def _read_members(
+    read: Callable[[int, int], bytes], place: int, end: int
+) -> dict[str, tuple[np.dtype, tuple, bytes]] | None:
     """Key → (dtype, shape, the first bytes of the values), or None if the file is not of the plain form."""
     members = {}
     for _ in range(MAX_MEMBERS):
-        head = os.pread(descriptor, min(HEADER_BYTES, end - place), place)
+        head = read(place, min(HEADER_BYTES, end - place))
         if head[:4] == DIRECTORY and members:
             return members
         if head[:4] != SIGNATURE:

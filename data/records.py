@@ -21,6 +21,7 @@ from sdxl_trainer.data.folders import (
     strip_suffix,
     walk_pictures,
 )
+from sdxl_trainer.data.remote import StoreError, describe_objects, is_remote
 from sdxl_trainer.data.sources import BASE, NAME, NPZ, ROWS_AT_ONCE, Items, expand_sources
 
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ class Block:
     places: list[tuple[str, int, int] | None]
 
 
-def check_sources(metadata: list[Path], image_dirs: list[Path]) -> list[Problem]:
+def check_sources(metadata: Sequence[Path | str], image_dirs: list[Path]) -> list[Problem]:
     """What is wrong with the data settings before anything is read."""
     if not metadata and not image_dirs:
         cure = "set data.metadata to a metadata file, or data.image_dirs to folders with pictures"
@@ -44,16 +45,34 @@ def check_sources(metadata: list[Path], image_dirs: list[Path]) -> list[Problem]
     cure = "check the path (relative to the working directory)"
     problems = []
     for number, pattern in enumerate(metadata):
-        missing = [file for file in expand_sources([pattern]) if not file.is_file()]
-        if missing == [pattern]:
-            problems.append(Problem(f"data.metadata.{number}", pattern, "is not a file", cure))
+        try:
+            missing = _find_missing(pattern)
+        except StoreError as error:
+            cure_store = "check the URL, the credentials and the network (docs/DATA.md says where they are set)"
+            problems.append(Problem(f"data.metadata.{number}", pattern, str(error), cure_store))
+            continue
+        if missing and missing[0][0] == str(pattern):
+            problems.append(Problem(f"data.metadata.{number}", pattern, missing[0][1], cure))
         elif missing:
-            rule = f"names {len(missing)} that are no files, {missing[0]} first"
+            rule = f"names {len(missing)} that are no files, {missing[0][0]} first"
             problems.append(Problem(f"data.metadata.{number}", pattern, rule, cure))
     for number, path in enumerate(image_dirs):
         if not path.is_dir():
             problems.append(Problem(f"data.image_dirs.{number}", path, "is not a folder", cure))
     return problems
+
+
+def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
+    """(name, why) of each file that a setting names and that is not there.
+
+    Raises:
+        StoreError: a store cannot be asked.
+    """
+    files = expand_sources([pattern])
+    missing = [(str(file), "is not a file") for file in files if not is_remote(file) and not Path(file).is_file()]
+    urls = [str(file) for file in files if is_remote(file)]
+    answers = zip(urls, describe_objects(urls), strict=True)
+    return missing + [(url, f"is not there: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
 
 
 def read_folders(image_dirs: Sequence[Path]) -> Iterator[Items]:

@@ -10,8 +10,10 @@ sample that the manifest lists, closes it and gives it its name.
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)  # what closes a tar
@@ -165,14 +167,17 @@ def check_end(path: Path, end: int) -> str | None:
     return None if _read_at(path, end, len(END)) == END else "does not end as a tar does"
 
 
-def iterate_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
+def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterator[tuple[str, str, int, int]]:
     """(key, suffix such as "npz", offset, size) of every file in a tar, told from the headers alone.
+
+    Args:
+        path: of the tar, or what it is called in errors where a stream is given.
 
     Raises:
         BadShardError: torn, no tar, or a member whose name is absolute or climbs out with `..`.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with nullcontext(stream) if stream else open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.name.startswith("/") or ".." in Path(member.name).parts:
                     raise BadShardError(f"{path}: member '{member.name}' points outside the archive")
@@ -180,7 +185,8 @@ def iterate_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                     key, _, suffix = member.name.partition(".") if "/" not in member.name else _split(member.name)
                     yield decode_key(key), suffix, member.offset_data, member.size
             # tarfile takes a damaged header, or the end of the file, for the end of the tar.
-            if _read_at(path, tar.offset, BLOCK) != bytes(BLOCK):
+            file.seek(tar.offset)
+            if file.read(BLOCK) != bytes(BLOCK):
                 raise BadShardError(f"{path}: is cut short or damaged at byte {tar.offset}")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise BadShardError(f"{path}: not a readable tar: {error}") from None

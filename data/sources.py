@@ -7,18 +7,18 @@ was read is kept under names that no metadata have, until data/records.py has ma
 import csv
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_trainer.data.folders import strip_suffix
 from sdxl_trainer.data.json_stream import is_lines, iterate_lines, iterate_object
-from sdxl_trainer.data.shards import BadShardError, iterate_members
+from sdxl_trainer.data.remote import find_objects, is_remote
+from sdxl_trainer.data.shard_samples import CATALOGUE_SUFFIX, ShardSample, load_catalogue, read_shard
 
 Items = list[tuple[str, dict[str, Any]]]
 Reader = Callable[[Path], Iterator[Items]]
@@ -32,16 +32,26 @@ MAX_CSV_FIELD = 1 << 24
 KNOWN = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
 
 
-def expand_sources(patterns: list[Path]) -> list[Path]:
-    """The files that metadata settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up."""
-    files: list[Path] = []
+def expand_sources(patterns: Sequence[Path | str]) -> list[Path | str]:
+    """The files that metadata settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up.
+
+    URLs stay text, in which only `*` is looked up; those of `file://` become paths.
+
+    Raises:
+        StoreError: a store cannot be listed.
+    """
+    files: list[Path | str] = []
     for pattern in patterns:
-        if pattern.exists():
-            files.append(pattern)
-            continue
-        for path in _expand_braces(str(pattern)):
-            found = sorted(glob(path)) if re.search(r"[*?]", path) else [path]
-            files += [Path(name) for name in found or [path]]
+        text = str(pattern).removeprefix("file://")
+        if is_remote(text):
+            for url in _expand_braces(text):
+                files += (find_objects(url) if "*" in url else []) or [url]
+        elif Path(text).exists():
+            files.append(Path(text))
+        else:
+            for path in _expand_braces(text):
+                found = sorted(glob(path)) if re.search(r"[*?]", path) else [path]
+                files += [Path(name) for name in found or [path]]
     return files
 
 
@@ -136,34 +146,19 @@ def _read_parquet(file: Path) -> Iterator[Items]:
 
 def _read_shard(file: Path) -> Iterator[Items]:
     """A webdataset shard: `key.npz` with `key.json` (the record), or with `key.txt` (the caption)."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    for key, suffix, offset, size in iterate_members(file):
-        if suffix in members.setdefault(key, {}):
-            raise BadShardError(f"{file}: has two members '{key}.{suffix}'")
-        members[key][suffix] = (offset, size)
     with open(file, "rb") as stream:
-
-        def read(place: tuple[int, int]) -> bytes:
-            stream.seek(place[0])
-            return stream.read(place[1])
-
-        keys = [key for key, parts in members.items() if "npz" in parts]
-        for start in range(0, len(keys), ROWS_AT_ONCE):
-            yield [(key, _build_shard_record(file, key, members[key], read)) for key in keys[start:][:ROWS_AT_ONCE]]
+        yield from _list_items(str(file.absolute()), read_shard(str(file), stream))
 
 
-def _build_shard_record(
-    file: Path, key: str, parts: dict[str, tuple[int, int]], read: Callable[[tuple[int, int]], bytes]
-) -> dict[str, Any]:
-    try:
-        fields = orjson.loads(read(parts["json"])) if "json" in parts else {}
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{file}: member {key}.json:{error.lineno}:{error.colno}: malformed: {error.msg}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: member {key}.json must be a JSON object, not a {type(fields).__name__}")
-    if "txt" in parts and not fields.get("caption"):
-        fields["caption"] = read(parts["txt"]).decode("utf-8", "replace").strip()
-    return {**fields, NPZ: (str(file.absolute()), *parts["npz"])}
+def _read_catalogue(file: Path) -> Iterator[Items]:
+    """What is known of a shard that lies on a store (data/catalogue.py)."""
+    yield from _list_items(*load_catalogue(file))
+
+
+def _list_items(shard: str, samples: list[ShardSample]) -> Iterator[Items]:
+    for start in range(0, len(samples), ROWS_AT_ONCE):
+        some = samples[start : start + ROWS_AT_ONCE]
+        yield [(each.key, {**each.record, NPZ: (shard, each.offset, each.size)}) for each in some]
 
 
 def _key_row(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
@@ -198,6 +193,7 @@ READERS: dict[str, Reader] = {
     "csv": _read_csv,
     "parquet": _read_parquet,
     "shard": _read_shard,
+    "catalogue": _read_catalogue,
 }
 SUFFIXES = {
     ".json": "json",
@@ -207,4 +203,5 @@ SUFFIXES = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".tar": "shard",
+    CATALOGUE_SUFFIX: "catalogue",
 }

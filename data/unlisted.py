@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import pyarrow as pa
 from sdxl_trainer.data.bucket import BucketRule, Placement, Size, place_image
 from sdxl_trainer.data.folders import LATENT_SUFFIX, choose_latents, strip_suffix
 from sdxl_trainer.data.latents import BadLatentError
+from sdxl_trainer.data.localize import find_header
 from sdxl_trainer.data.npz_header import Header, read_header
+from sdxl_trainer.data.remote import is_remote
 
 NUM_THREADS = 16
 AT_ONCE = 4096
@@ -65,14 +67,19 @@ def find_unlisted(records: pa.Table, rows: np.ndarray, folder: Path, watched: se
                     break
 
 
-def read_headers(places: Iterator[Place]) -> Iterator[tuple[Place, Header | BadLatentError]]:
-    """The header of each, or why it has none, in order."""
+def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place, Header | BadLatentError]]:
+    """The header of each, or why it has none, in order.
+
+    Args:
+        folder: of the indexes, where the headers of remote shards are kept.
+    """
+    read = partial(_read_part, folder)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         while some := list(islice(places, AT_ONCE)):
             parts = [
                 some[start : start + AT_ONCE // NUM_THREADS] for start in range(0, len(some), AT_ONCE // NUM_THREADS)
             ]
-            for part, headers in zip(parts, pool.map(_read_part, parts), strict=True):
+            for part, headers in zip(parts, pool.map(read, parts), strict=True):
                 yield from zip(part, headers, strict=True)
 
 
@@ -89,11 +96,14 @@ def place_unlisted(header: Header, original_size: Size) -> Placement:
     return place_image(original_size, ANY_RULE, [bucket])
 
 
-def _read_part(places: list[Place]) -> list[Header | BadLatentError]:
+def _read_part(folder: Path, places: list[Place]) -> list[Header | BadLatentError]:
     headers: list[Header | BadLatentError] = []
     for place in places:
         try:
-            headers.append(read_header(place.file, place.offset or 0, place.bytes))
+            if is_remote(place.file):
+                headers.append(find_header(folder, place.file, place.offset or 0))
+            else:
+                headers.append(read_header(place.file, place.offset or 0, place.bytes))
         except BadLatentError as error:
             headers.append(error)
     return headers

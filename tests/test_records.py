@@ -23,7 +23,7 @@ def write(path: Path, content) -> Path:
 def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> dict[str, dict]:
     """All records by key."""
     work = Path(tempfile.mkdtemp())
-    items = iterate_items(metadata, work) if metadata else read_folders(image_dirs)
+    items = iterate_items([[file] for file in metadata], work) if metadata else read_folders(image_dirs)
     finder = PictureFinder(image_dirs)
     records = [record for block in items for record in finish_records(block, finder, separator).records]
     assert list(work.iterdir()) == []  # what waited there is gone

@@ -14,8 +14,10 @@ from sdxl_trainer.data.caption import CaptionSettings
 from sdxl_trainer.data.check import check_latents, get_cache_folder, leave_out_rows
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch
 from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.latent_store import LatentStore
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.shard_copies import open_copies
 from sdxl_trainer.data.strategy import (
     Strategy,
     compute_repeats,
@@ -206,7 +208,7 @@ def build_dataset(
     strategy: Strategy | None,
 ) -> LatentDataset:
     """What the loader's workers read samples from."""
-    return LatentDataset(
+    dataset = LatentDataset(
         index,
         get_cache_folder(config),
         tokenizers,
@@ -216,6 +218,8 @@ def build_dataset(
         strategy=strategy,
         prior_loss_weight=config.objective.prior_loss_weight,
     )
+    dataset.store = LatentStore(get_cache_folder(config), open_copies(config.data.stream, index.path.parent))
+    return dataset
 
 
 def start_reading(
