@@ -35,6 +35,8 @@ setup(
         "pyarrow>=15",
         "opencv-python-headless>=4.9",
         "orjson>=3.10",
+        "msgspec>=0.18",
+        "isal>=1.6",
         "rich>=13",
         "tensorboard>=2.16",
         "matplotlib>=3.8",

@@ -97,7 +97,6 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
         dtype = config.cache.dtype  # of no effect: bytes are copied as they are
         sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
         index = open_index(config, [])
-        records = index.strings("record")
         rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
         manifest = ManifestWriter(folder, 0)
         done, bad = repack(
@@ -106,7 +105,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
             sink,
             manifest,
             lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
-            lambda key: records[rows[key]].as_py() if key in rows else b"{}",
+            lambda key: index.record_json(rows[key]) if key in rows else b"{}",
         )
         manifest.close()
         removed = remove_replaced(folder, entries, read_latest(folder))

@@ -66,7 +66,7 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity
     buckets = list_buckets(rule)
     name, present = identity.name, _Folders(folder)
     item_bytes = estimate_item_bytes(identity)
-    keys, images, records = index.strings("key"), index.strings("image_path"), index.strings("record")
+    keys, images = index.strings("key"), index.strings("image_path")
     widths, heights = index.column("width"), index.column("height")
     for row in share_positions(compute_costs(widths, heights, rule), *ranks).tolist():
         key, image = keys[row].as_py(), images[row].as_py()
@@ -83,7 +83,7 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity
                 work.refreshed.append(entry)
             continue
         size = (int(widths[row]), int(heights[row])) if widths[row] > 0 else None
-        work.items.append(WorkItem(key, image, choose_file(key, image, beside), size, records[row].as_py()))
+        work.items.append(WorkItem(key, image, choose_file(key, image, beside), size, index.record_json(row)))
         area = np.prod(place_image(size, rule, buckets).bucket) if size else rule.resolution_px**2
         work.bytes_needed += int(area) * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
     return work

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import orjson
 import torch
 
 from sdxl_trainer.data.caption import CaptionSettings, shape_caption, shape_text
@@ -13,6 +12,7 @@ from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latent_store import LatentStore
 from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample
 from sdxl_trainer.data.plan import Stream, mix_keys
+from sdxl_trainer.data.records import load_record
 from sdxl_trainer.data.strategy import Strategy, StrategyError
 from sdxl_trainer.data.tokens import CaptionTokenizer
 
@@ -141,7 +141,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def _describe(self, row: dict, step: int, epoch: int, number: int) -> tuple[str, float, tuple[str, str] | None]:
         """Caption and weight of a sample, and what is wrong with it: the strategy failed on it."""
         rng = np.random.default_rng(mix_keys(self.seed, Stream.CAPTION, epoch, number))
-        record, strategy = orjson.loads(row["record"]), self.strategy
+        record, strategy = load_record(row), self.strategy
         try:
             if strategy is not None and strategy.has("caption"):
                 caption = shape_text(strategy.caption(record, rng), "", self.caption, rng, step, epoch)

@@ -105,7 +105,7 @@ class FileChecker:
         listings = [self._list(folder) for folder in counts if folder not in few]
         # Stable sorting merges what is sorted already.
         listing = np.sort(np.concatenate(listings), kind="stable") if len(listings) > 1 else [*listings, NO_HASHES][0]
-        found = contains(listing, hash_texts(paths))
+        found = contains(listing, hash_texts(paths)) if len(listing) else np.zeros(len(paths), bool)
         if few - {""}:
             for at, (path, folder) in enumerate(zip(paths, folders, strict=True)):
                 found[at] |= folder in few and path != "" and os.path.isfile(path)

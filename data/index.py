@@ -19,32 +19,21 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from sdxl_trainer.data.blocks import build_block
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.folders import CAPTION_SUFFIXES, walk_pictures
 from sdxl_trainer.data.join import LATENT_SCHEMA, iterate_joined, join_latents
 from sdxl_trainer.data.localize import localize_sources, rename_errors
 from sdxl_trainer.data.manifest import list_parts
-from sdxl_trainer.data.merge import iterate_items, raise_twins
-from sdxl_trainer.data.records import Block, PictureFinder, finish_records, read_any_text, read_folders, read_size
+from sdxl_trainer.data.merge import iterate_blocks, raise_twins
+from sdxl_trainer.data.records import RECORD_SCHEMA, PictureFinder, Record, finish_block, load_record, read_folders
+from sdxl_trainer.data.rows import RowReader
 from sdxl_trainer.data.sources import expand_sources
 
-VERSION = 3  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 5  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 65_536
 KEPT_FILES = 3  # of records and of latents, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
-
-RECORD_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("image_path", pa.string()),  # the picture, or the latent file or shard in place of it
-        ("caption", pa.string()),  # null: there is none
-        ("record", pa.binary()),
-        ("width", pa.int32()),  # 0: the metadata do not say
-        ("height", pa.int32()),
-        ("offset", pa.int64()),  # of the latents in the shard; null: no shard
-        ("bytes", pa.int64()),
-    ]
-)
 
 
 class Index:
@@ -56,6 +45,7 @@ class Index:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._map = mmap.mmap(self._lock, 0, prot=mmap.PROT_READ)
         self.table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
+        self._rows = RowReader(self.table)
 
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
@@ -66,7 +56,15 @@ class Index:
 
     def row(self, number: int) -> dict[str, Any]:
         """All columns of a row."""
-        return {name: self.table.column(name)[number].as_py() for name in self.table.column_names}
+        return self._rows.read(number)
+
+    def record(self, number: int) -> Record:
+        """The whole record of a row."""
+        return load_record(self.row(number))
+
+    def record_json(self, number: int) -> bytes:
+        """The same as JSON, for files that are read without this index."""
+        return orjson.dumps(self.record(number))
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column, [N]."""
@@ -130,10 +128,10 @@ def open_record_index(
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]
-        items = iterate_items(groups, path.parent) if metadata else read_folders(image_dirs)
+        blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, read_folders(image_dirs))
         finder = PictureFinder(image_dirs)
         with rename_errors(local):
-            _write(path, RECORD_SCHEMA, (_build_batch(finish_records(block, finder, separator)) for block in items))
+            _write(path, RECORD_SCHEMA, (finish_block(block, finder, separator) for block in blocks))
     return _open(path)
 
 
@@ -160,22 +158,6 @@ def open_latent_index(folder: Path, records: Index, captioned_only: bool = False
         batches = iterate_joined(joined, records.table, records.release)
         _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
     return _open(path)
-
-
-def _build_batch(block: Block) -> pa.RecordBatch:
-    sizes = [read_size(record) for record in block.records]
-    columns = [
-        [record["key"] for record in block.records],
-        [record["image_path"] for record in block.records],
-        [read_any_text(record) for record in block.records],
-        [orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for record in block.records],
-        [width for width, _ in sizes],
-        [height for _, height in sizes],
-        [place and place[1] for place in block.places],
-        [place and place[2] for place in block.places],
-    ]
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, RECORD_SCHEMA.types, strict=True)]
-    return pa.record_batch(arrays, RECORD_SCHEMA)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

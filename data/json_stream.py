@@ -7,6 +7,7 @@ parsed as an object of its own. So memory does not grow with the file, and parsi
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import orjson
 BLOCK_BYTES = 4 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 QUOTE, BACKSLASH = 0x22, 0x5C
+NO_MEMBERS = (np.empty(0, np.int64), np.empty(0, np.int64), -1)
 OPENING, CLOSING, BRACKET_BIT = 0x7B, 0x7D, 0x20  # `{` and `}`; brackets differ from braces in this one bit
 
 
@@ -46,24 +48,43 @@ class _Place:
         return ValueError(f"{self.file}:{self.line + line}:{column}: malformed JSON: {message}")
 
 
-def iterate_object(file: Path) -> Iterator[dict[str, Any]]:
-    """The members of a JSON object in order, some thousands at a time.
+@dataclass(frozen=True)
+class Piece:
+    """Some members of a JSON object: `text` is an object of its own. Good until the next one is asked for."""
+
+    text: bytes
+    starts: np.ndarray  # [num_members] where the value of each member begins that is an object or a list
+    ends: np.ndarray  # [num_members] its last byte
+    place: _Place  # where the text begins in the file
+    prefix: int  # bytes at the beginning of the text that are not in the file
+
+    def parse(self) -> dict[str, Any]:
+        """The members.
+
+        Raises:
+            ValueError: malformed, with file, line and column; no object; or a key that occurs twice.
+        """
+        return _parse_members(self.text, self.place, self.prefix, len(self.ends))
+
+
+def iterate_pieces(file: Path) -> Iterator[Piece]:
+    """A JSON object in pieces of some thousand members, in order. What a key says that occurs in two pieces, the caller
+    sees twice.
 
     Raises:
-        ValueError: malformed, with file, line and column; no object; or a key that occurs twice (within a block: what
-            lies further apart the caller sees twice).
+        ValueError: what a piece's `parse` finds wrong, if the file cannot be cut there.
     """
     place = _Place(file)
     with open(file, "rb") as stream:
         text, prefix = stream.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), b""
         while True:
-            cut, num_members = _find_cut(text, len(prefix)) if text.lstrip()[:1] == b"{" or prefix else (-1, 0)
+            starts, ends, cut = _find_members(text, len(prefix)) if text.lstrip()[:1] == b"{" or prefix else NO_MEMBERS
             more = stream.read(max(BLOCK_BYTES, len(text)) if cut < 0 else max(0, BLOCK_BYTES - len(text) + cut))
             if cut < 0 and more:  # a record of many megabytes, the last one, or a file that is not well-formed
                 text += more
                 continue
             piece = text if cut < 0 else text[:cut] + b"}"
-            yield _parse_members(prefix + piece, place, len(prefix), num_members)
+            yield Piece(prefix + piece, starts + len(prefix), ends + len(prefix), place, len(prefix))
             if cut < 0:
                 return
             place.move(text[: cut + 1])
@@ -128,25 +149,26 @@ def _keep_outer_pairs(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _find_cut(text: bytes, depth: int) -> tuple[int, int]:
-    """The last comma between two members of the outer object, and how many members lie before it.
+def _find_members(text: bytes, depth: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(where the values of the outer object's members begin, where they end, the comma behind the last of them).
 
-    Without such a comma, or where the object ends, it is -1 and the number of all members that end in the text.
+    Without such a comma, or where the object ends, it is -1, and the members are all that end in the text.
 
     Args:
         depth: 1 if the text begins within the object, 0 if before it.
     """
     places, opens = _find_brackets(text)
     depths = depth + np.cumsum(np.where(opens, 1, -1))
-    ends = places[(depths == 1) & ~opens]  # where members close
+    starts, ends = places[(depths == 2) & opens], places[(depths == 1) & ~opens]
     if len(depths) and depths.min() > 0:
         for back in (1, 2):  # behind the last one the comma may not have been read yet
             end = int(ends[-back]) if len(ends) >= back else len(text)
             rest = text[end + 1 : end + 1024]
             comma = end + 1 + len(rest) - len(rest.lstrip())
             if text[comma : comma + 1] == b",":
-                return comma, len(ends) - back + 1
-    return -1, len(ends)
+                number = len(ends) - back + 1
+                return starts[:number], ends[:number], comma
+    return starts, ends, -1
 
 
 def _find_brackets(text: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -6,12 +6,14 @@ Sources wait in a file, not in memory; only numbers are kept of each record whil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
+from sdxl_trainer.data.blocks import Block, build_block, read_blocks
 from sdxl_trainer.data.sources import NAME, NPZ, ROWS_AT_ONCE, Items, read_source
 
 STAGE_SCHEMA = pa.schema([("key", pa.string()), ("fields", pa.binary())])
@@ -22,7 +24,7 @@ class TwinError(ValueError):
     """Pictures of one source that have the same stem."""
 
 
-def iterate_items(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Items]:
+def iterate_blocks(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Block]:
     """The records of all sources, each key once, in the order of their first appearance.
 
     Args:
@@ -33,21 +35,21 @@ def iterate_items(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[I
         ValueError: malformed metadata, or (several sources) a key that one of them has twice.
     """
     if len(sources) == 1:
-        yield from _read_files(sources[0])
+        yield from chain.from_iterable(map(read_blocks, sources[0]))
         return
     starts = [0]
 
     def list_batches() -> Iterator[pa.RecordBatch]:
         for source in sources:
             starts.append(starts[-1])
-            for items in _read_files(source):
+            for items in chain.from_iterable(map(read_source, source)):
                 starts[-1] += len(items)
                 keys = [key for key, _ in items]
-                fields = [orjson.dumps(fields) for _, fields in items]
+                fields = [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in items]
                 yield pa.record_batch([pa.array(keys, pa.string()), pa.array(fields, pa.binary())], STAGE_SCHEMA)
 
     with stage(folder, STAGE_SCHEMA, list_batches()) as table:
-        yield from _merge(table, starts)
+        yield from map(build_block, _merge(table, starts))
 
 
 def raise_twins(keys: pa.ChunkedArray, describe: Callable[[int], str]) -> None:
@@ -87,11 +89,6 @@ def stage(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) ->
         yield pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     finally:
         path.unlink(missing_ok=True)
-
-
-def _read_files(files: Sequence[Path]) -> Iterator[Items]:
-    for file in files:
-        yield from read_source(file)
 
 
 def _merge(table: pa.Table, starts: list[int]) -> Iterator[Items]:

@@ -1,19 +1,23 @@
 """Records: what is known of each picture, from metadata of any form or from image folders.
 
 A record is a dict with `key` (the file stem), `image_path` (absolute), `caption`, and whatever else its source holds.
-data/sources.py reads the forms, data/merge.py puts several sources together; here records become what all else uses.
+data/sources.py reads the forms, data/blocks.py makes columns of them, data/merge.py puts several sources together; here
+pictures are found and captions and sizes settled.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+import pyarrow as pa
 
 from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.data.blocks import SIDE_FIELDS, SIZE_FIELDS, Block
 from sdxl_trainer.data.folders import (
     FileChecker,
     PictureTable,
@@ -22,19 +26,21 @@ from sdxl_trainer.data.folders import (
     walk_pictures,
 )
 from sdxl_trainer.data.remote import StoreError, describe_objects, is_remote
-from sdxl_trainer.data.sources import BASE, NAME, NPZ, ROWS_AT_ONCE, Items, expand_sources
+from sdxl_trainer.data.sources import ROWS_AT_ONCE, Items, expand_sources
 
 Record = dict[str, Any]
-SIZE_FIELDS = ("original_size", "image_size", "train_resolution")
-SIDE_FIELDS = (("width", "height"), ("image_width", "image_height"))
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some records, and where in a tar each one's latents are: (tar, offset, bytes), or None."""
-
-    records: list[Record]
-    places: list[tuple[str, int, int] | None]
+RECORD_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_path", pa.string()),  # the picture, or the latent file or shard in place of it
+        ("caption", pa.string()),  # null: there is none
+        ("record", pa.binary()),  # JSON as the source has it; `load_record` completes it
+        ("width", pa.int32()),  # 0: the metadata do not say
+        ("height", pa.int32()),
+        ("offset", pa.int64()),  # of the latents in the shard; null: no shard
+        ("bytes", pa.int64()),
+    ]
+)
 
 
 def check_sources(metadata: Sequence[Path | str], image_dirs: list[Path]) -> list[Problem]:
@@ -88,57 +94,77 @@ def read_folders(image_dirs: Sequence[Path]) -> Iterator[Items]:
             ]
 
 
-def finish_records(items: Items, finder: "PictureFinder", separator: str) -> Block:
-    """Make records of what sources and updates hold: find pictures, settle captions.
+def finish_block(block: Block, finder: "PictureFinder", separator: str) -> pa.RecordBatch:
+    """Rows of the index from what sources hold: find pictures, settle captions and sizes.
 
     Args:
         separator: stands between caption and tags where a record has both and is of kohya's form, keyed by its path.
     """
-    wanted, seekers, places, records = [], [], [], []
-    for key, fields in items:
-        base, name, place = fields.pop(BASE, ""), fields.pop(NAME, None), fields.pop(NPZ, None)
-        named = fields.get("image_path")
-        if named is None and place is None and fields.get("caption") and fields.get("tags"):
-            fields["caption"] = _join_tags(fields["caption"]) + separator + _join_tags(fields["tags"])
-        fields["key"] = key  # a field of that name (img2dataset writes one) is not the stem
-        fields["image_path"] = place[0] if place else None
-        fields["caption"] = read_caption(fields)
-        records.append(fields)
-        places.append(place)
-        if place is None:
-            wanted.append((str(named or name or key), base, named is None))
-            seekers.append(fields)
-    for fields, path in zip(seekers, finder.find(wanted), strict=True):
-        fields["image_path"] = path
-    return Block(records, places)
+    named = block.column("image_path")
+    captions, widths_heights = _settle_captions(block, named, separator), _read_sizes(block)
+    images: list[str] = [place[0] if place else "" for place in block.places]
+    seekers = [at for at, image in enumerate(images) if not image]
+    wanted = [str(named[at] or block.names[at] or block.keys[at]) for at in seekers]
+    found = finder.find(wanted, [block.bases[at] for at in seekers], [named[at] is None for at in seekers])
+    for at, path in zip(seekers, found, strict=True):
+        images[at] = path
+    columns = [
+        block.keys,
+        images,
+        captions,
+        block.contents,
+        np.ascontiguousarray(widths_heights[:, 0]),
+        np.ascontiguousarray(widths_heights[:, 1]),
+        [place and place[1] for place in block.places],
+        [place and place[2] for place in block.places],
+    ]
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, RECORD_SCHEMA.types, strict=True)]
+    return pa.record_batch(arrays, RECORD_SCHEMA)
 
 
-def read_caption(record: Record) -> str | None:
-    """The caption of a record: `caption` or `tags` (a string, or a list of tags), else None."""
-    text = record.get("caption") or record.get("tags")
-    return _join_tags(text) if text else None
+def load_record(row: Mapping[str, Any]) -> Record:
+    """The whole record of a row of an index, with what the index has found out."""
+    record = orjson.loads(row["record"])
+    record["key"] = row["key"]  # a field of that name (img2dataset writes one) is not the stem
+    record["image_path"] = row["image_path"]
+    record["caption"] = _join_tags(record.get("caption") or record.get("tags"))
+    return record
 
 
-def read_any_text(record: Record) -> str | None:
-    """The caption of a finished record, or its description if it has only that, else None."""
-    text = record["caption"] or record.get("description") or record.get("nl_caption")
-    return _join_tags(text) if text else None
+def _settle_captions(block: Block, named: list[str | None], separator: str) -> list[str | None]:
+    """The caption of each record: `caption` or `tags` (a string, or a list of tags), else its description, else None.
+
+    In kohya's form caption and tags are one text, and the record is changed to say so.
+    """
+    captions, tags = block.column("caption"), block.column("tags")
+    texts = [caption or some or None for caption, some in zip(captions, tags, strict=True)]
+    for at in [at for at, name in enumerate(named) if name is None]:
+        if captions[at] and tags[at] and block.places[at] is None:
+            texts[at] = f"{_join_tags(captions[at])}{separator}{_join_tags(tags[at])}"
+            block.contents[at] = orjson.dumps({**orjson.loads(block.contents[at]), "caption": texts[at]})
+    if None in texts:
+        described = zip(texts, block.column("description"), block.column("nl_caption"), strict=True)
+        texts = [text or first or second or None for text, first, second in described]
+    return [text if text.__class__ is str else _join_tags(text) for text in texts]
 
 
-def read_size(record: Record) -> tuple[int, int]:
-    """(width, height) of the picture as the metadata tell, (0, 0) if they do not."""
+def _read_sizes(block: Block) -> np.ndarray:
+    """[N, 2] int32 (width, height) of the pictures as the metadata tell, (0, 0) where they do not."""
+    values = block.column(SIZE_FIELDS[0])
+    if set(map(type, values)) == {list} and set(map(len, values)) == {2}:
+        sizes = np.array(list(chain.from_iterable(values)))
+        if sizes.dtype.kind in "iu" and sizes.min() > 0 and sizes.max() < 2**31:
+            return sizes.reshape(-1, 2).astype(np.int32)
+    sizes = np.zeros((len(block.keys), 2), np.int32)
     for field in SIZE_FIELDS:
-        size = record.get(field)
-        if size is None:
-            continue
-        if isinstance(size, str):
-            size = re.findall(r"\d+", size)
-        if isinstance(size, (list, tuple)) and len(size) == 2 and (sides := _read_sides(*size)):
-            return sides
-    for width, height in SIDE_FIELDS:
-        if width in record and height in record and (sides := _read_sides(record[width], record[height])):
-            return sides
-    return (0, 0)
+        for at, value in enumerate(block.column(field)):
+            if value is not None and not sizes[at, 0]:
+                sizes[at] = _parse_size(value)
+    for names in SIDE_FIELDS:
+        for at, sides in enumerate(zip(*map(block.column, names), strict=True)):
+            if None not in sides and not sizes[at, 0]:
+                sizes[at] = _read_sides(*sides)
+    return sizes
 
 
 class PictureFinder:
@@ -147,53 +173,66 @@ class PictureFinder:
     def __init__(self, image_dirs: Sequence[Path]):
         self._image_dirs = [str(folder) for folder in image_dirs]
         self._checker = FileChecker()
-        self._folders: dict[tuple[str, bool], list[str]] = {}
         self._table: PictureTable | None = None
 
-    def find(self, wanted: Sequence[tuple[str, str, bool]]) -> list[str]:
+    def find(self, paths: Sequence[str], bases: Sequence[str], are_keys: Sequence[bool]) -> list[str]:
         """Absolute paths of pictures; of one that is nowhere, where it should be (its latents may still be there).
 
         Args:
-            wanted: (path, folder of the metadata, whether it was the record's key and is relative to image folders).
+            bases: folders of the metadata that name them.
+            are_keys: whether each path was the record's key and is relative to image folders.
         """
-        found = [self._get_candidate(0, *each) for each in wanted]
-        missing = np.flatnonzero(~self._checker.exist(found)).tolist()
-        for turn in range(1, len(self._image_dirs) + 2):
-            candidates = [self._get_candidate(turn, *wanted[at]) for at in missing]
-            there = self._checker.exist(candidates).tolist() if any(candidates) else [False] * len(missing)
-            for at, candidate, exists in zip(missing, candidates, there, strict=True):
-                if exists:
-                    found[at] = candidate
-            missing = [at for at, exists in zip(missing, there, strict=True) if not exists]
+        kinds, found = list(zip(bases, are_keys, strict=True)), [""] * len(paths)
+        for kind in dict.fromkeys(kinds):
+            rows = [at for at, other in enumerate(kinds) if other == kind]
+            for at, path in zip(rows, self._find([paths[at] for at in rows], *kind), strict=True):
+                found[at] = path
+        return found
+
+    def _find(self, paths: list[str], base: str, is_key: bool) -> list[str]:
+        """`find` for paths of one metadata folder."""
+        folders = self._list_folders(base, is_key)
+        found = [path if path.startswith("/") else folders[0] + path.removeprefix("./") for path in paths]
+        lost = ~self._checker.exist(found)
+        for folder in folders[1:]:
+            relative = [at for at in np.flatnonzero(lost).tolist() if not paths[at].startswith("/")]
+            candidates = [folder + paths[at].removeprefix("./") for at in relative]
+            there = self._checker.exist(candidates)
+            for at, candidate in compress(zip(relative, candidates, strict=True), there.tolist()):
+                found[at] = candidate
+            lost[relative] = ~there
+        missing = np.flatnonzero(lost).tolist()
         if missing and self._image_dirs:
             self._table = self._table or PictureTable([Path(folder) for folder in self._image_dirs])
-            names = [wanted[at][0].replace("\\", "/").rsplit("/", 1)[-1] for at in missing]
-            stems = [strip_suffix(name, always=not wanted[at][2]) for at, name in zip(missing, names, strict=True)]
+            names = [paths[at].replace("\\", "/").rsplit("/", 1)[-1] for at in missing]
+            stems = [strip_suffix(name, always=not is_key) for name in names]
             for at, path in zip(missing, self._table.find(names, stems), strict=True):
                 found[at] = path or found[at]
         return found
 
-    def _get_candidate(self, turn: int, path: str, base: str, is_key: bool) -> str:
+    def _list_folders(self, base: str, is_key: bool) -> list[str]:
         """Where to look: below the metadata's folder, then the working directory; a key first below image folders."""
-        if path.startswith("/"):
-            return path if turn == 0 else ""
-        folders = self._folders.get((base, is_key))
-        if folders is None:
-            names = [*(self._image_dirs if is_key else ()), base, ""]
-            folders = list(dict.fromkeys(os.path.abspath(name) + "/" for name in names))
-            self._folders[base, is_key] = folders
-        return folders[turn] + path.removeprefix("./") if turn < len(folders) else ""
+        names = [*(self._image_dirs if is_key else ()), base, ""]
+        return list(dict.fromkeys(os.path.abspath(name) + "/" for name in names))
 
 
-def _join_tags(text: Any) -> str:
-    if isinstance(text, str):
-        return text
+def _join_tags(text: Any) -> str | None:
+    """A text, or a list of tags, as a text; None if there is nothing."""
+    if isinstance(text, str) or not text:
+        return text or None
     return ", ".join(map(str, text)) if isinstance(text, (list, tuple)) else str(text)
 
 
-def _read_sides(width: Any, height: Any) -> tuple[int, int] | None:
+def _parse_size(size: Any) -> tuple[int, int]:
+    """(width, height) of a list or of a text such as 1500x1000, (0, 0) if it is neither."""
+    if isinstance(size, str):
+        size = re.findall(r"\d+", size)
+    return _read_sides(*size) if isinstance(size, (list, tuple)) and len(size) == 2 else (0, 0)
+
+
+def _read_sides(width: Any, height: Any) -> tuple[int, int]:
     try:
         sides = (int(width), int(height))
-    except (ValueError, TypeError):
-        return None
-    return sides if min(sides) > 0 else None
+    except (ValueError, TypeError, OverflowError):
+        return (0, 0)
+    return sides if 0 < min(sides) and max(sides) < 2**31 else (0, 0)

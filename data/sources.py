@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_trainer.data.folders import strip_suffix
-from sdxl_trainer.data.json_stream import is_lines, iterate_lines, iterate_object
+from sdxl_trainer.data.json_stream import Piece, is_lines, iterate_lines, iterate_pieces
 from sdxl_trainer.data.remote import find_objects, is_remote
 from sdxl_trainer.data.shard_samples import CATALOGUE_SUFFIX, ShardSample, load_catalogue, read_shard
 
@@ -61,12 +61,8 @@ def read_source(file: Path) -> Iterator[Items]:
     Raises:
         ValueError: malformed; the file and the place in it are named.
     """
-    base = str(file.parent)
     for items in READERS[detect_form(file)](file):
-        for _, fields in items:
-            if NAME in fields or PATH_FIELDS[0] in fields:
-                fields[BASE] = base
-        yield items
+        yield _note_base(items, file)
 
 
 def detect_form(file: Path) -> str:
@@ -82,19 +78,36 @@ def detect_form(file: Path) -> str:
     return "json_lines" if form == "json" and is_lines(file) else form
 
 
+def read_piece(file: Path, piece: Piece) -> Items:
+    """Some records of a JSON object, keyed by stem and holding `image_path`, or keyed by the picture's path.
+
+    Raises:
+        ValueError: malformed; the file and the place in it are named.
+    """
+    items = []
+    for key, fields in piece.parse().items():
+        if not isinstance(fields, dict):
+            raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
+        if fields.get(PATH_FIELDS[0]) is None:
+            stem = strip_suffix(key)
+            if stem != key:
+                fields[NAME], key = key, stem
+        items.append((key, fields))
+    return _note_base(items, file)
+
+
 def _read_object(file: Path) -> Iterator[Items]:
-    """A JSON object of records: keyed by stem and holding `image_path`, or keyed by the picture's path."""
-    for members in iterate_object(file):
-        items = []
-        for key, fields in members.items():
-            if not isinstance(fields, dict):
-                raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
-            if PATH_FIELDS[0] not in fields:
-                stem = strip_suffix(key)
-                if stem != key:
-                    fields[NAME], key = key, stem
-            items.append((key, fields))
-        yield items
+    for piece in iterate_pieces(file):
+        yield read_piece(file, piece)
+
+
+def _note_base(items: Items, file: Path) -> Items:
+    """The same, with the folder that relative paths in them are relative to."""
+    base = str(file.parent)
+    for _, fields in items:
+        if NAME in fields or fields.get(PATH_FIELDS[0]) is not None:
+            fields[BASE] = base
+    return items
 
 
 def _read_lines(file: Path) -> Iterator[Items]:

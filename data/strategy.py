@@ -19,12 +19,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import orjson
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.caption import TAG_FIELDS, read_text
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.records import Record, load_record
 
 KEY = "data.strategy"
 METHODS = {"repeats": "(record, counts)", "caption": "(record, rng)", "loss_weight": "(record)"}
@@ -38,8 +38,6 @@ ATTRIBUTES = {
 TAGS = "tags"
 ROWS_AT_ONCE = 16_384
 NUM_TRIED = 16  # samples on which a strategy is tried before a run
-
-Record = dict[str, Any]
 
 
 class StrategyError(ValueError):
@@ -91,9 +89,8 @@ def count_attributes(index: Index) -> AttributeCounts:
 
 def iterate_records(index: Index) -> Iterator[Record]:
     """All records of an index in its order, each decoded once, a few thousand in memory at a time."""
-    for chunk in index.strings("record").chunks:
-        for start in range(0, len(chunk), ROWS_AT_ONCE):
-            yield from map(orjson.loads, chunk.slice(start, ROWS_AT_ONCE).to_pylist())
+    for batch in index.table.select(["key", "image_path", "record"]).to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from map(load_record, batch.to_pylist())
 
 
 class Strategy:
@@ -204,7 +201,7 @@ def try_strategy(strategy: Strategy, index: Index) -> list[Problem]:
     One that fails on some samples only is no problem here: they are skipped and named as training meets them.
     """
     problems = []
-    records = [orjson.loads(index.row(row)["record"]) for row in _spread(len(index), NUM_TRIED)]
+    records = [index.record(row) for row in _spread(len(index), NUM_TRIED)]
     rng = np.random.default_rng(0)
     asks = {"caption": lambda record: strategy.caption(record, rng), "loss_weight": strategy.loss_weight}
     for method, ask in asks.items():

@@ -118,6 +118,7 @@ def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_pat
     assert orjson.loads(row.pop("record"))["score"] == 1
     assert row == {
         "key": "a",
+        "image_path": str(Path("a").absolute()),
         "caption": "of a",
         "file": "a.npz",
         "bucket_width": 64,

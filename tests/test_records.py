@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_trainer.data.blocks import build_block
 from sdxl_trainer.data.index import open_record_index
-from sdxl_trainer.data.merge import iterate_items
-from sdxl_trainer.data.records import PictureFinder, check_sources, finish_records, read_folders
+from sdxl_trainer.data.merge import iterate_blocks
+from sdxl_trainer.data.records import PictureFinder, check_sources, finish_block, load_record, read_folders
 
 SEED_METADATA = Path(__file__).parent / "fixtures" / "seed_cache" / "metadata.json"
 
@@ -23,11 +24,13 @@ def write(path: Path, content) -> Path:
 def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> dict[str, dict]:
     """All records by key."""
     work = Path(tempfile.mkdtemp())
-    items = iterate_items([[file] for file in metadata], work) if metadata else read_folders(image_dirs)
+    blocks = (
+        iterate_blocks([[file] for file in metadata], work) if metadata else map(build_block, read_folders(image_dirs))
+    )
     finder = PictureFinder(image_dirs)
-    records = [record for block in items for record in finish_records(block, finder, separator).records]
+    rows = [row for block in blocks for row in finish_block(block, finder, separator).to_pylist()]
     assert list(work.iterdir()) == []  # what waited there is gone
-    return {record["key"]: record for record in records}
+    return {row["key"]: load_record(row) for row in rows}
 
 
 def read_captions(*args) -> dict:

@@ -127,7 +127,7 @@ def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, inde
     before, json_stream.BLOCK_BYTES = json_stream.BLOCK_BYTES, block
     try:
         file.write_bytes(text)
-        pairs = [pair for members in json_stream.iterate_object(file) for pair in members.items()]
+        pairs = [pair for piece in json_stream.iterate_pieces(file) for pair in piece.parse().items()]
         assert pairs == list(content.items())
         damaged = text[: hurt % len(text)] + text[hurt % len(text) + 1 :]
         file.write_bytes(damaged)
@@ -137,7 +137,7 @@ def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, inde
             whole = None
         if not isinstance(whole, dict):
             with pytest.raises(ValueError):
-                list(json_stream.iterate_object(file))
+                [piece.parse() for piece in json_stream.iterate_pieces(file)]
     finally:
         json_stream.BLOCK_BYTES = before
 
