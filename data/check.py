@@ -102,8 +102,25 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
         logger.warning(
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
         )
+    problems += check_copies(config, index)
     leave_out_bad(config, index, resuming)
     return index, problems
+
+
+def check_copies(config: Config, index: Index) -> list[Problem]:
+    """Whether the copies of two windows of shards have room: the one that is read, and the next."""
+    settings = config.data.stream
+    if not settings.shuffle_shards:
+        return []
+    _, names = index.number_shards()
+    if not any(map(is_remote, names)):
+        return []
+    ends = index.column("bytes") + np.nan_to_num(index.column("offset"))
+    needed_gb = 2 * min(settings.shuffle_shards, len(names)) * float(ends.max()) / 1e9
+    if needed_gb <= settings.copies_gb:
+        return []
+    rule = f"is less than two windows of data.stream.shuffle_shards shards take: {needed_gb:.3g} GB"
+    return [Problem("data.stream.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")]
 
 
 def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:

@@ -26,6 +26,7 @@ class MicroSpec:
     epochs: np.ndarray  # [B] int64, the epoch each sample belongs to
     positions: np.ndarray  # [B] int64, place in the global batch
     step: int = 0  # optimizer steps done before the one that this is part of
+    shards: tuple[str, ...] = ()  # to be copied from their store, because samples of them are to come
 
 
 @dataclass
@@ -86,6 +87,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
         records = [self.index.row(int(row)) for row in spec.rows]
+        self.store.fetch(spec.shards)
         stored = self.store.read(records, spec.bucket)
         samples, bad = zip(
             *(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sdxl_trainer.data.blocks import build_block
 from sdxl_trainer.data.files import open_atomic
@@ -73,6 +74,17 @@ class Index:
     def strings(self, name: str) -> pa.ChunkedArray:
         """A text or binary column, still in the mapped file."""
         return self.table.column(name)
+
+    def number_shards(self) -> tuple[np.ndarray, list[str]]:
+        """([N] number of the shard that each row's latents lie in, the shards' names, sorted).
+
+        All files of their own together are the shard "".
+        """
+        names = pc.call_function("if_else", [self.strings("offset").is_valid(), self.strings("file"), pa.scalar("")])
+        encoded = pa.concat_arrays(names.chunks).dictionary_encode()
+        dictionary = encoded.dictionary.to_pylist()
+        numbers = np.argsort(np.argsort(np.array(dictionary, object)))
+        return numbers[encoded.indices.to_numpy()], sorted(dictionary)
 
     def note(self, name: str) -> Any:
         """What was noted when the index was made, or None."""

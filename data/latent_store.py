@@ -1,15 +1,19 @@
 """Latents of rows of an index, wherever they lie: files, shards on disk, shards on a store."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
 from sdxl_trainer.data.latents import BadLatentError, LatentSample, parse_latents, read_latents
-from sdxl_trainer.data.remote import is_remote, read_spans
+from sdxl_trainer.data.remote import NoRangesError, Span, is_remote, read_spans
 from sdxl_trainer.data.shard_copies import ShardCopies
 
 Row = Mapping[str, Any]
 Bucket = tuple[int, int]
+NUM_FETCHED_AT_ONCE = 2  # shards, by each process that reads
 
 
 class LatentStore:
@@ -24,6 +28,25 @@ class LatentStore:
     def __init__(self, folder: Path, copies: ShardCopies | None = None):
         self._folder = folder
         self._copies = copies
+        self._pool: ThreadPoolExecutor | None = None  # made by whoever reads: it cannot be sent to a worker
+        self._coming: dict[str, Future[None]] = {}
+        self._not_copied: set[str] = set()
+
+    def fetch(self, shards: Sequence[str]) -> None:
+        """Copy whole shards while reading goes on, unless they are here or another process does it."""
+        wanted = [shard for shard in shards if is_remote(shard)]
+        if self._copies is None or not wanted:
+            return
+        self._pool = self._pool or ThreadPoolExecutor(NUM_FETCHED_AT_ONCE)
+        for shard in wanted:
+            coming = self._coming.get(shard)
+            if shard in self._not_copied or (coming is not None and not coming.done()):
+                continue
+            if coming is not None and (error := coming.exception()) is not None:
+                logger.warning("{} is read by the sample, because it could not be copied: {}", shard, error)
+                self._not_copied.add(shard)
+            elif not self._copies.has(shard):
+                self._coming[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)
 
     def read(self, rows: Sequence[Row], bucket: Bucket) -> list[LatentSample | BadLatentError]:
         """The latents of each row, or why they cannot be trained on.
@@ -46,11 +69,20 @@ class LatentStore:
         samples = [self._read_copy(row, bucket) for row in rows]
         missing = [at for at, sample in enumerate(samples) if sample is None]
         spans = [(rows[at]["file"], rows[at]["offset"], rows[at]["bytes"]) for at in missing]
-        for at, span, content in zip(missing, spans, read_spans(spans) if spans else [], strict=True):
+        for at, span, content in zip(missing, spans, self._read_spans(spans), strict=True):
             samples[at] = sample = _parse(span, content, bucket)
             if self._copies is not None and isinstance(sample, LatentSample) and isinstance(content, bytes):
                 self._copies.keep(span[0], span[1], content)
         return [sample for sample in samples if sample is not None]
+
+    def _read_spans(self, spans: Sequence[Span]) -> Sequence[bytes | FileNotFoundError]:
+        """From the store; where it sends whole files only, by copying the shards."""
+        try:
+            return read_spans(spans) if spans else []
+        except NoRangesError:
+            if self._copies is None:
+                raise
+        return [_read_whole(self._copies, span) for span in spans]
 
     def _read_copy(self, row: Row, bucket: Bucket) -> LatentSample | None:
         """From the local copy, if it is there; its checksums tell whether it is whole."""
@@ -59,9 +91,15 @@ class LatentStore:
         return sample if isinstance(sample, LatentSample) else None
 
 
-def _parse(
-    span: tuple[str, int, int], content: bytes | FileNotFoundError, bucket: Bucket
-) -> LatentSample | BadLatentError:
+def _read_whole(copies: ShardCopies, span: Span) -> bytes | FileNotFoundError:
+    try:
+        copies.fetch(span[0])
+    except FileNotFoundError as error:
+        return error
+    return copies.read(*span) or b""
+
+
+def _parse(span: Span, content: bytes | FileNotFoundError, bucket: Bucket) -> LatentSample | BadLatentError:
     url, offset, size = span
     place = f"{url} at byte {offset}"
     if isinstance(content, FileNotFoundError):

@@ -9,14 +9,26 @@ from torch.utils.data import DataLoader
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.shard_plan import ShardPlan
 
 PREFETCH_PER_WORKER = 4
 
 
-def build_plan(index: Index, global_batch_size: int, seed: int, repeats: np.ndarray | None = None) -> Plan:
-    """The plan over an index of latents, each row `repeats` times an epoch; the bucket is `width << 16 | height`."""
+def build_plan(
+    index: Index, global_batch_size: int, seed: int, repeats: np.ndarray | None = None, shuffle_shards: int = 0
+) -> Plan:
+    """The plan over an index of latents, each row `repeats` times an epoch; the bucket is `width << 16 | height`.
+
+    Args:
+        shuffle_shards: if not 0, shards come one after the other and samples are mixed over so many (ShardPlan).
+    """
     buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
-    return Plan(buckets, global_batch_size, seed, repeats)
+    if not shuffle_shards:
+        return Plan(buckets, global_batch_size, seed, repeats)
+    shards, names = index.number_shards()
+    return ShardPlan(
+        buckets, shards, names, shuffle_shards, global_batch_size=global_batch_size, seed=seed, repeats=repeats
+    )
 
 
 def iterate_specs(
@@ -32,7 +44,7 @@ def iterate_specs(
     assert plan.global_batch_size % stride == 0, "ranks x micro batch size must divide the global batch size"
     position = plan.settle_position(*position)
     while True:
-        batch = plan.batch(*position)
+        batch, shards = plan.batch(*position), plan.list_shards(*position)
         for start in range(rank * micro_batch_size, plan.global_batch_size, stride):
             share = slice(start, start + micro_batch_size)
             yield MicroSpec(
@@ -41,6 +53,7 @@ def iterate_specs(
                 batch.epochs[share],
                 np.arange(start, start + micro_batch_size),
                 step,
+                shards,
             )
         position, step = plan.next_position(*position), step + 1
 

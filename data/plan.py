@@ -32,6 +32,7 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 8
     TEXT_DROPOUT = 9
     POSTERIOR = 10
+    SHARD_ORDER = 14
 
 
 def mix_keys(*keys: int) -> int:
@@ -77,14 +78,22 @@ class Plan:
         seed: names the order.
         repeats: [N] how often each row comes in an epoch; a fraction is kept on average, and exactly over the epochs
             that make it whole. None means once.
+        members: [N] all rows, bucket after bucket; None sorts them.
     """
 
-    def __init__(self, bucket_of_row: np.ndarray, global_batch_size: int, seed: int, repeats: np.ndarray | None = None):
+    def __init__(
+        self,
+        bucket_of_row: np.ndarray,
+        global_batch_size: int,
+        seed: int,
+        repeats: np.ndarray | None = None,
+        members: np.ndarray | None = None,
+    ):
         assert global_batch_size >= 1, "a batch holds at least one sample"
         assert len(bucket_of_row) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self._members = _sort_stably(bucket_of_row)
+        self._members = sort_stably(bucket_of_row) if members is None else members
         in_order = bucket_of_row[self._members]
         starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
         self.buckets = [int(bucket) for bucket in in_order[starts]]
@@ -100,6 +109,15 @@ class Plan:
         self._count_until = lru_cache(maxsize=4096)(self._compute_count_until)
         self._ends = lru_cache(maxsize=64)(self._compute_ends)
         self._batch_numbers = lru_cache(maxsize=4)(self._compute_batch_numbers)
+
+    @property
+    def order_name(self) -> str:
+        """Names what decides the order besides the rows, their buckets and the seed; nothing here."""
+        return ""
+
+    def list_shards(self, epoch: int, index: int) -> tuple[str, ...]:
+        """Shards to have at hand at a position; none here, where any sample may come next."""
+        return ()
 
     def num_batches(self, epoch: int) -> int:
         """Global batches in an epoch."""
@@ -180,7 +198,7 @@ class Plan:
         return numbers[0], numbers[1]
 
 
-def _sort_stably(values: np.ndarray) -> np.ndarray:
+def sort_stably(values: np.ndarray) -> np.ndarray:
     """[N] what np.argsort(values, kind="stable") gives of numbers from 0 on: an order that the data alone decide.
 
     numpy sorts 16-bit numbers by radix, in linear time, so it is given one digit after the other.

@@ -225,8 +225,8 @@ def _read_once(spans: Sequence[Span]) -> list[Any]:
         paths.append(path)
         by_store.setdefault(store, []).append(number)
     for store, numbers in by_store.items():
-        starts, sizes = ([spans[number][part] for number in numbers] for part in (1, 2))
-        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        starts = [spans[number][1] for number in numbers]
+        ends = [spans[number][1] + spans[number][2] for number in numbers]
         try:
             found = store.cat_ranges([paths[number] for number in numbers], starts, ends, on_error="return")
         except _list_error_classes() as error:

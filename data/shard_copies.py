@@ -21,10 +21,15 @@ KEPT_BETWEEN_CLEANUPS = 1000  # samples
 
 
 def open_copies(settings: StreamConfig, index_folder: Path) -> "ShardCopies | None":
-    """The folder of copies that the settings name, if they do."""
-    if settings.copies_dir is None:
+    """The folder of copies that the settings ask for, if they do.
+
+    Args:
+        index_folder: in the cache folder.
+    """
+    folder = settings.copies_dir or (index_folder.parent / "copies" if settings.shuffle_shards else None)
+    if folder is None:
         return None
-    return ShardCopies(settings.copies_dir, int(settings.copies_gb * 1e9), partial(name_version, index_folder))
+    return ShardCopies(folder, int(settings.copies_gb * 1e9), partial(name_version, index_folder))
 
 
 class ShardCopies:
@@ -59,6 +64,10 @@ class ShardCopies:
             os.pwrite(descriptor, content, offset)
         finally:
             os.close(descriptor)
+
+    def has(self, url: str) -> bool:
+        """Whether the whole shard is here."""
+        return self._get_path(url, WHOLE).exists()
 
     def fetch(self, url: str, wait: bool = True) -> None:
         """Copy a whole shard, unless it is there. One process does; the others wait for it, or leave it to it.

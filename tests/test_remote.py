@@ -268,6 +268,59 @@ def test_copies_are_read_instead_of_the_store(tmp_path, shards, store, monkeypat
     assert len(list((tmp_path / "copies").iterdir())) == 1  # too little room: the others went
 
 
+def read_streamed(dataset: LatentDataset, num_epochs: int, rank: int = 0, ranks: int = 1, at=(0, 0)) -> dict:
+    """(key, epoch) of what each batch of the epochs holds for a rank, by position in its stream."""
+    plan = build_plan(dataset.index, 4, seed=1, shuffle_shards=1)
+    specs = iterate_specs(plan, at, rank, ranks, 4 // ranks)
+    keys, found, position = dataset.index.strings("key").to_pylist(), {}, plan.settle_position(*at)
+    while position[0] < num_epochs:
+        spec = next(specs)
+        batch = dataset[spec]
+        assert batch.bad == [] and batch.weights.min() == 1
+        found[position] = [(keys[row], int(e)) for row, e in zip(batch.rows.tolist(), spec.epochs, strict=True)]
+        position = plan.next_position(*position)
+    return found
+
+
+def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, store, monkeypatch):
+    index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
+    dataset = build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies"))
+    whole = read_streamed(dataset, 2)
+    taken = sorted(item for batch in whole.values() for item in batch)
+    assert taken == sorted((key, epoch) for key in index.strings("key").to_pylist() for epoch in (0, 1))
+    for future in dataset.store._coming.values():
+        future.result()
+    assert len(list((tmp_path / "copies").glob("*.tar"))) == NUM_SHARDS
+    reads, once = [], remote._read_once
+    monkeypatch.setattr(remote, "_read_once", lambda spans: (reads.extend(spans), once(spans))[1])
+    for rank in (0, 1):  # the ranks' shares, in their order, are the batches of one rank
+        share = read_streamed(dataset, 2, rank, 2)
+        assert {at: batch[2 * rank :][:2] for at, batch in whole.items()} == share
+    middle = list(whole)[5]
+    assert list(read_streamed(dataset, 2, at=middle).values()) == list(whole.values())[5:]
+    assert reads == []
+
+
+def test_a_server_without_ranges_is_read_by_whole_shards(tmp_path, shards, store, monkeypatch):
+    def send_all(spans):
+        return [remote._trim(store.cat_file(url), url, offset, size) for url, offset, size in spans]
+
+    monkeypatch.setattr(remote, "_read_once", send_all)
+    index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
+    with pytest.raises(remote.NoRangesError, match="sends whole files only; set data.stream.shuffle_shards"):
+        read_epoch(build_dataset(tmp_path, index))
+    streamed = read_streamed(build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies")), 1)
+    assert len({key for batch in streamed.values() for key, _ in batch}) == NUM_SHARDS * PER_SHARD
+
+
+def test_too_little_room_for_copies_is_an_error_at_the_start(tmp_path, shards, store):
+    stream = {"shuffle_shards": 2, "copies_gb": 1e-4}
+    data = {"metadata": ["s3://bucket/set/s-{0..2}.tar"], "stream": stream}
+    settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
+    [problem] = check_latents(Config.model_validate(settings), resuming=False)[1]
+    assert problem.key == "data.stream.copies_gb" and "less than two windows" in problem.rule
+
+
 def test_a_file_window_reads_any_place(store):
     content = bytes(range(256)) * 20
     store.pipe_file("bucket/window", content)

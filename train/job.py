@@ -151,7 +151,8 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
     repeats = leave_out_rows(config, index, repeats)
-    plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats)
+    shuffle_shards = config.data.stream.shuffle_shards
+    plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     checkpoint, checkpoints = open_checkpoints(config, ranks)
     state = build_state(config, index, plan, ranks, repeats)
     if checkpoint:

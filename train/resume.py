@@ -62,7 +62,9 @@ def build_state(config: Config, index: Index, plan: Plan, ranks: Ranks, repeats:
         global_batch_size=config.train.global_batch_size,
         world_size=ranks.world_size,
         zero_stage=config.engine.zero_stage,
-        index_fingerprint=index.content_hash() + ("" if repeats is None else f"-{hash_repeats(repeats)}"),
+        index_fingerprint="-".join(
+            filter(None, [index.content_hash(), "" if repeats is None else hash_repeats(repeats), plan.order_name])
+        ),
         config=config.model_dump(mode="json"),
     )
 
