@@ -126,12 +126,19 @@ class FileChecker:
         return listing
 
 
+class AmbiguousPictureError(ValueError):
+    """Records whose picture might be one of several."""
+
+
 class PictureTable:
-    """Pictures below folders by file name and by stem; of several, the first. Compact: 50 bytes and the path each."""
+    """Pictures below folders by file name and by stem. Compact: 50 bytes and the path each."""
 
     def __init__(self, roots: Sequence[Path]):
-        paths, names, stems = [], [], []
+        paths, names, stems, seen = [], [], [], set()
         for folder, chosen, _ in walk_pictures(roots):
+            if folder in seen:  # one root lies in another
+                continue
+            seen.add(folder)
             paths.append(pa.array([os.path.join(folder, name) for name in chosen], pa.string()))
             names.append(hash_texts(chosen))
             stems.append(hash_texts([strip_suffix(name, always=True) for name in chosen]))
@@ -139,11 +146,27 @@ class PictureTable:
         self._names, self._stems = (_sort_hashes(hashes) for hashes in (names, stems))
 
     def find(self, names: Sequence[str], stems: Sequence[str]) -> list[str | None]:
-        """The picture of each name, else of each stem, else None."""
+        """The picture of each name, else of each stem, else None.
+
+        Raises:
+            AmbiguousPictureError: there are two of a name, or of a stem where none has the name.
+        """
         by_name, by_stem = (_search(*table, hash_texts(texts)) for table, texts in
                             ((self._names, names), (self._stems, stems)))  # fmt: skip
-        rows = np.where(by_name >= 0, by_name, by_stem).tolist()
-        return [self._paths[row].as_py() if row >= 0 else None for row in rows]
+        firsts, seconds = np.where(by_name[0] >= 0, by_name, by_stem)
+        self._refuse_several(names, firsts, seconds)
+        return [self._paths[row].as_py() if row >= 0 else None for row in firsts.tolist()]
+
+    def _refuse_several(self, names: Sequence[str], firsts: np.ndarray, seconds: np.ndarray) -> None:
+        several = np.flatnonzero(seconds >= 0).tolist()
+        if several:
+            pairs = [(names[at], self._paths[int(firsts[at])], self._paths[int(seconds[at])]) for at in several[:FEW]]
+            shown = ", ".join(f"'{name}' ({first} and {second})" for name, first, second in pairs)
+            more = ", ..." if len(several) > FEW else ""
+            raise AmbiguousPictureError(
+                f"{len(several)} records name a picture of which there are several under data.image_dirs: "
+                f"{shown}{more}; give their whole path as image_path, or leave a folder out"
+            )
 
 
 def hash_texts(texts: Sequence[str]) -> np.ndarray:
@@ -165,8 +188,11 @@ def _sort_hashes(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _search(hashes: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The first row that has each hash, or -1."""
-    rows = np.full(len(wanted), -1)
-    there = contains(hashes, wanted)
-    rows[there] = order[np.searchsorted(hashes, wanted[there])]
+    """[2, N] the first two rows that have each hash, -1 where there are no two, or none."""
+    rows = np.full((2, len(wanted)), -1)
+    places = np.searchsorted(hashes, wanted)
+    for number in range(2):
+        at = np.flatnonzero(places + number < len(hashes))
+        at = at[hashes[places[at] + number] == wanted[at]]
+        rows[number, at] = order[places[at] + number]
     return rows

@@ -123,6 +123,25 @@ def test_pictures_are_looked_for_by_path_then_name_then_stem(tmp_path):
     }
 
 
+def test_a_picture_of_which_there_are_several_is_refused(tmp_path):
+    """Any choice might train a picture with another one's caption."""
+    for path in ("a/x.png", "b/x.png", "a/y.png", "b/y.webp", "b/z.png"):
+        write(tmp_path / path, "")
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path]
+    metadata = write(tmp_path / "m.json", {"x": {"image_path": "/gone/x.png"}, "z": {"image_path": "/gone/z.png"}})
+    with pytest.raises(ValueError) as caught:
+        read_records([metadata], folders)
+    said = str(caught.value)
+    assert said.startswith("1 records name a picture of which there are several under data.image_dirs: 'x.png' (")
+    assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in said and "z.png" not in said
+    metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.webp"}, "x": {"image_path": "b/x.png"}})
+    found = read_records([metadata], folders)  # a name goes before a stem, and a path that is there before all
+    assert found["y"]["image_path"] == f"{tmp_path}/b/y.webp" and found["x"]["image_path"] == f"{tmp_path}/b/x.png"
+    metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.jpg"}})
+    with pytest.raises(ValueError, match="'y.jpg' "):
+        read_records([metadata], folders)
+
+
 def test_a_folder_of_pictures_and_caption_files(tmp_path):
     for name, caption in (
         ("b.JPG", None),

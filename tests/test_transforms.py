@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from sdxl_trainer.data.bucket import BucketRule, Placement, list_buckets
 from sdxl_trainer.data.transforms import BadImageError, cut_image, decode_image, prepare_image
@@ -150,6 +150,42 @@ def test_16_bit_colour_keeps_its_colours():
     )
     pixels = np.asarray(decode_image(png))
     assert np.abs(pixels[0].astype(int) - [[0x12, 0x80, 0xFF], [0, 0, 1]]).max() <= 1
+
+
+def make_profile() -> bytes:
+    """An ICC profile whose red is sRGB's green and the other way round, so that nobody can overlook it."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    return profile.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colour_profiles_are_applied(mode):
+    image = Image.new("RGB", (8, 8), (200, 10, 60)).convert(mode)
+    plain = np.asarray(decode_image(encode(image, "PNG")))
+    applied = np.asarray(decode_image(encode(image, "PNG", icc_profile=make_profile())))
+    assert np.abs(plain[0, 0].astype(int) - (200, 10, 60)).max() <= (12 if mode == "P" else 0)
+    assert np.abs(applied.astype(int) - plain[..., [1, 0, 2]]).max() <= 2
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile", make_profile()[:200]):  # nothing to do, or nothing that can be done
+        assert np.array_equal(np.asarray(decode_image(encode(image, "PNG", icc_profile=profile))), plain)
+
+
+def test_colour_profiles_are_applied_to_the_cut(tmp_path):
+    image = Image.new("RGB", (300, 200), (200, 10, 60))
+    (tmp_path / "x.png").write_bytes(encode(image, "PNG", icc_profile=make_profile()))
+    pixels = prepare_image(tmp_path / "x.png", RULE, BUCKETS).pixels
+    assert pixels.flags.c_contiguous and np.abs(pixels.astype(int) - (10, 200, 60)).max() <= 2
+
+
+def test_a_profile_of_another_colour_model_is_left_alone():
+    grey = Image.new("L", (8, 8), 77)
+    pixels = np.asarray(decode_image(encode(grey, "PNG", icc_profile=make_profile().replace(b"RGB XYZ ", b"GRAYXYZ "))))
+    assert (pixels == 77).all()
+    image = Image.new("CMYK", (8, 8), (10, 200, 30, 0))
+    plain = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(decode_image(encode(image, "TIFF", icc_profile=make_profile())))
+    assert np.array_equal(pixels, plain)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
