@@ -13,15 +13,23 @@ from sdxl_trainer.configs.schema import Config
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
-    """Read `path`, apply `overrides` and check the result against the schema.
+    """Read `path`, apply `overrides` and check the result against the schema; see `build_config`.
+
+    Raises:
+        UserInputError: the file cannot be read, or so much is wrong that no config can be made of the rest.
+    """
+    return build_config(_read_yaml(path), overrides)
+
+
+def build_config(raw: dict, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
+    """Apply `overrides` to nested dicts of settings, in place, and check the result against the schema.
 
     Returns the config with each wrong value left at its default, and the problems found, so that the caller can look
     for further ones (missing folders, a world size that does not fit) and report all of them together.
 
     Raises:
-        UserInputError: the file cannot be read, or so much is wrong that no config can be made of the rest.
+        UserInputError: so much is wrong that no config can be made of the rest.
     """
-    raw = _read_yaml(path)
     problems = [problem for word in overrides for problem in _apply_override(raw, word)]
     while True:
         try:

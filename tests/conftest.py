@@ -17,16 +17,13 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0) -> str:
+def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0, restarts: int = 0) -> str:
     """Start train/main.py or cache/main.py the way users do and return all it printed.
 
     One rank runs without a launcher, more run under torchrun, so that both ways are tried.
     """
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    start = [sys.executable] if ranks == 1 else [sys.executable, *launcher, f"--max-restarts={restarts}"]
     command = [*start, str(ROOT / program), *(str(word) for word in words)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     done = subprocess.run(

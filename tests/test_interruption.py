@@ -1,31 +1,48 @@
-"""Nothing done is lost: a rank that raises, a request to stop; the resumed losses equal the unbroken run's."""
+"""Nothing done is lost: ranks that are killed, that raise or hang, and requests to stop; the resumed losses equal the
+unbroken run's."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from campaigns.cache_kill import get_variable, list_descendants
 from conftest import ROOT, run_program
 
 from sdxl_trainer.train.checkpoint import list_checkpoints
 from sdxl_trainer.train.metrics import read_metrics
 
-# No Exception, so that it passes for a fault of the program and not of the user's caption.
+# What happens to rank 1 as it reads its samples, by the number of times torchrun has started it. It reads two
+# samples a step. `Fault` is no Exception, so that it passes for a fault of the program and not of the user's caption.
 PLANTED = """
-import os
+import os, signal, time
 
 class Fault(BaseException):
     pass
+
+def fail():
+    raise Fault("planted")
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 class Captions:
     calls = 0
 
     def caption(self, record, rng):
+        plan = os.environ.get("PLAN", "").split()
+        start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if os.environ["RANK"] == "1" and start < len(plan):
+            what, calls = plan[start].split(":")
+            if Captions.calls == int(calls):
+                {"die": die, "fail": fail}[what]()
         Captions.calls += 1
-        if os.environ.get("PLANT") and os.environ["RANK"] == "1" and Captions.calls > 2 * 6:
-            raise Fault("planted")
+        if os.path.exists(os.environ.get("HANG", "")):
+            os.remove(os.environ["HANG"])
+            time.sleep(600)
         return record["caption"]
 """
 
@@ -34,42 +51,88 @@ def read_losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
 
-def test_a_rank_that_raises_loses_no_step(cached_folder: Path, two_ranks: Path, monkeypatch) -> None:
-    """Rank 1 raises in step 7: both ranks write their shard of step 6 alone, and the next start goes on from there."""
-    (cached_folder / "planted.py").write_text(PLANTED)
-    words = ("--cfg", cached_folder / "tiny.yaml", "run.name=raised", "sample.prompts=[]", "train.max_steps=9",
-             f"data.strategy={cached_folder / 'planted.py'}:Captions", "checkpoint.every_steps=100")  # fmt: skip
-    run = cached_folder / "runs" / "raised"
-    with monkeypatch.context() as patch:
-        patch.setenv("PLANT", "1")
-        printed = run_program("train/main.py", *words, ranks=2, expect=1)
-    assert "Fault: planted" in printed and printed.count("shard of step 6 written") == 2, printed
-    assert [path.name for path in (run / "models").iterdir()] == ["emergency-step-00000006.safetensors"]
-    assert list_checkpoints(run / "checkpoints") == []
-    printed = run_program("train/main.py", *words, ranks=2)
-    assert "step-00000006 was complete though its job was ended" in printed
-    assert read_losses(run) == read_losses(two_ranks)[:9]
+def plant(folder: Path, name: str, **settings: object) -> list[str]:
+    """Words for a run with the planted class."""
+    (folder / "planted.py").write_text(PLANTED)
+    given = {"run.name": name, "sample.prompts": "[]", "data.strategy": f"{folder / 'planted.py'}:Captions", **settings}
+    return ["--cfg", str(folder / "tiny.yaml"), *(f"{key}={value}" for key, value in given.items())]
 
 
-def test_a_request_to_stop_saves_and_says_so_in_the_status(cached_folder: Path, one_rank: Path) -> None:
-    """SIGTERM in the middle: status 143, the step in hand is finished and saved, and the same command goes on."""
+def start_job(command: list[object], **environment: str) -> subprocess.Popen:
+    variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env={**variables, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline, "the job did not come so far"
+        time.sleep(0.02)
+
+
+def count_steps(run: Path) -> int:
+    metrics = run / "logs" / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+
+def test_restarts_go_on_after_a_killed_and_after_a_failed_rank(cached_folder: Path, two_ranks: Path, monkeypatch):
+    """torchrun starts the job three times. First rank 1 is killed in step 7, then it raises in step 7, then in step 9.
+
+    The killed rank took its shard with it: what remains is the checkpoint of step 4, and the weights of step 6 as a
+    file. The failed rank lost no step: each rank wrote its shard of step 6, and the third start goes on from there.
+    """
+    words = plant(cached_folder, "restarted", **{"train.max_steps": 10})
+    monkeypatch.setenv("PLAN", "die:12 fail:4 fail:4")
+    printed = run_program("train/main.py", *words, ranks=2, restarts=2, expect=1)
+    run = cached_folder / "runs" / "restarted"
+    resumed = [line.split("checkpoints/")[1] for line in printed.splitlines() if "resuming from" in line]
+    assert resumed == ["step-00000004", "step-00000006"], printed
+    assert printed.count("shard of step 6 written") == 3 and printed.count("shard of step 8 written") == 2, printed
+    assert printed.count("Fault: planted") >= 2
+    assert (run / "models" / "emergency-step-00000006.safetensors").is_file()
+    assert read_losses(run) == read_losses(two_ranks)[:8]
+
+
+def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: Path, two_ranks: Path) -> None:
+    """SIGUSR1 to one rank saves and goes on; SIGTERM to train.sh: the step in hand is finished, saved, status 143."""
     run = cached_folder / "runs" / "stopped"
     words = ["--cfg", cached_folder / "tiny.yaml", "run.name=stopped", "sample.prompts=[]", "checkpoint.every_steps=0"]
-    command = [sys.executable, ROOT / "train/main.py", *words]
-    job = subprocess.Popen(
-        [str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    metrics = run / "logs" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-        assert job.poll() is None and time.monotonic() < deadline, "the job did not begin to train"
-        time.sleep(0.02)
+    job = start_job(["bash", ROOT / "launch/train.sh", *words], NPROC="2")
+    wait_for(lambda: count_steps(run) >= 3, job)
+    ranks = [pid for pid in list_descendants(job.pid) if get_variable(pid, "RANK") == "1"]
+    os.kill(ranks[0], signal.SIGUSR1)
+    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 1, job)
     job.send_signal(signal.SIGTERM)
-    _, printed = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=120)
     assert job.returncode == 143, printed
-    done = len(read_losses(run))
-    assert 3 <= done < 20 and [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step-{done:08d}"]
+    done = count_steps(run)
+    saved = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert len(saved) == 2 and saved[1] == f"step-{done:08d}" and done < 20, printed
     (run / "save").touch()
-    run_program("train/main.py", *words)
-    assert read_losses(run) == read_losses(one_rank)
-    assert [path.name for path in list_checkpoints(run / "checkpoints")][1] == f"step-{done + 1:08d}", "the save file"
+    run_program("train/main.py", *words, ranks=2)
+    assert read_losses(run) == read_losses(two_ranks)
+    assert f"step-{done + 1:08d}" in [path.name for path in list_checkpoints(run / "checkpoints")], "the save file"
+
+
+def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path, one_rank: Path) -> None:
+    """SIGTERM while a step hangs: the emergency thread writes the state of the one before, and exits with 143."""
+    run, hang = cached_folder / "runs" / "hung", cached_folder / "hang"
+    words = plant(cached_folder, "hung", **{"checkpoint.every_steps": 0})
+    job = start_job([sys.executable, ROOT / "train/main.py", *words], HANG=str(hang))
+    wait_for(lambda: count_steps(run) >= 3, job)
+    hang.touch()
+    wait_for(lambda: not hang.exists(), job)
+    done = count_steps(run)
+    job.send_signal(signal.SIGTERM)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == 143 and f"shard of step {done} written" in printed, printed
+    assert list_checkpoints(run / "checkpoints") == [] and count_steps(run) == done < 19
+    printed = run_program("train/main.py", *words, f"train.max_steps={done + 2}")
+    assert f"step-{done:08d} was complete though its job was ended" in printed
+    assert read_losses(run) == read_losses(one_rank)[: done + 2]

@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from sdxl_trainer.cache.diffusers_folder import open_folder_component, write_diffusers_folder
 from sdxl_trainer.cache.encoders import load_vae
 from sdxl_trainer.cache.model_source import COMPONENTS, ModelSource
 from sdxl_trainer.cache.single_file import (
-    TensorSource,
     build_modelspec,
     list_sources,
+    open_single_file,
     prediction_marks,
     read_carried,
     write_single_file,
 )
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.cache.tensor_stream import TensorSource
+from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.distributed import Ranks, barrier
 from sdxl_trainer.train.conditioning import TextConditioner
 from sdxl_trainer.train.engine import Engine
@@ -25,10 +27,10 @@ from sdxl_trainer.train.engine import Engine
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export_single_file(
+def export_model(
     path: Path, engine: Engine, conditioner: TextConditioner, source: ModelSource, config: Config, ranks: Ranks
 ) -> None:
-    """Write U-Net, text encoders and VAE as one safetensors file in SDXL's layout.
+    """Write U-Net, text encoders and VAE in the form that `path` tells.
 
     The U-Net's weights are gathered one by one, so no rank ever holds them all in fp32. All ranks call it together.
     """
@@ -42,19 +44,44 @@ def export_single_file(
     barrier()
 
 
+def get_model_path(config: Config, step: int) -> Path:
+    """Where the model of a step goes: a file, or a folder in diffusers layout."""
+    name = f"step-{step:08d}"
+    return (
+        config.run.folder / "models" / (f"{name}.safetensors" if config.checkpoint.export_format == "single" else name)
+    )
+
+
 def write_model(
     path: Path, unet: Mapping[str, TensorSource], conditioner: TextConditioner, source: ModelSource, config: Config
 ) -> None:
-    """Write the single file from this process alone. `unet`: name → tensor, or function that returns it."""
-    configs = {name: source.read_config(name) for name in COMPONENTS}
+    """Write the model from this process alone. `unet`: name → tensor, or function that returns it."""
     components = {
         "unet": unet,
         "text_encoder": conditioner.encoder.state_dict(),
         "text_encoder_2": conditioner.encoder_2.state_dict(),
         "vae": load_vae(source, config.model).state_dict(),
     }
+    write_components(path, components, source, config)
+
+
+def write_components(
+    path: Path, components: Mapping[str, Mapping[str, TensorSource]], source: ModelSource, config: Config
+) -> None:
+    """Write a model as one file if `path` ends in .safetensors, else as a diffusers folder, with what tells how it
+    predicts: modelspec metadata and marks in a file, the scheduler in a folder."""
+    configs = {name: source.read_config(name) for name in COMPONENTS}
+    objective, dtype = config.objective, DTYPES[config.checkpoint.export_dtype]
+    if path.suffix != ".safetensors":
+        from sdxl_trainer.train.samplers import build_scheduler
+
+        scheduler = dict(build_scheduler(source, objective).config)
+        if objective.prediction == "flow":
+            scheduler["_class_name"] = "FlowMatchEulerDiscreteScheduler"
+        write_diffusers_folder(path, components, configs, dtype=dtype, scheduler=scheduler, origin=source.folder)
+        logger.info("model {}", path)
+        return
     side = config.data.resolution_px
-    objective = config.objective
     metadata = build_modelspec(
         config.run.name,
         (side, side),
@@ -62,15 +89,24 @@ def write_model(
         datetime.now(timezone.utc),
         timestep_range=(objective.min_timestep, objective.max_timestep - 1),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_single_file(
         path,
         components,
         configs,
-        dtype=DTYPES[config.checkpoint.export_dtype],
+        dtype=dtype,
         metadata=metadata,
         text_projection=config.model.text_projection,
         marks=prediction_marks(objective.prediction, objective.zero_terminal_snr),
         extra=read_carried(source.file) if source.file else None,
     )
     logger.info("model {}", path)
+
+
+def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[str, TensorSource]]:
+    """All four components of a model on disk: name → function that reads the tensor. Nothing is read yet."""
+    if source.file is None:
+        return {name: open_folder_component(source.folder, name) for name in COMPONENTS}
+    return {
+        name: open_single_file(source.file, name, source.read_config(name), text_projection=config.text_projection)
+        for name in COMPONENTS
+    }

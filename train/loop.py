@@ -13,7 +13,7 @@ from loguru import logger
 from sdxl_trainer.data.dataset import MicroBatch
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.launch.distributed import reduce_sum
-from sdxl_trainer.train.export import export_single_file
+from sdxl_trainer.train.export import export_model, get_model_path
 from sdxl_trainer.train.metrics import plot_loss
 from sdxl_trainer.train.objective import SampleKeys
 from sdxl_trainer.train.optim import compute_lr
@@ -181,8 +181,8 @@ def draw(run: Run) -> Path:
 
 def finish(run: Run) -> None:
     """Export the model and plot the loss, once the last checkpoint is on disk."""
-    path = run.folder / "models" / f"step-{run.state.step:08d}.safetensors"
-    export_single_file(path, run.engine, run.conditioner, run.source, run.config, run.ranks)
+    path = get_model_path(run.config, run.state.step)
+    export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks)
     run.checkpoints.wait()
     if run.metrics is not None:
         plot_loss(run.metrics.file, run.folder / "report" / "loss.png")

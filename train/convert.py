@@ -1,0 +1,108 @@
+"""Turns a checkpoint, a single file or a diffusers folder into a single file or a diffusers folder, without training.
+
+python train/convert.py runs/x/checkpoints/step-00001000 model.safetensors [--dtype fp16] [model.path=…]
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdxl_trainer.configs.schema import Config
+
+
+def build_convert_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source", type=Path, help="a checkpoint (step-… folder), a run folder (its newest one), a file or a folder"
+    )
+    parser.add_argument("target", type=Path, help="a name that ends in .safetensors, or a folder for diffusers layout")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (fp16)")
+    parser.add_argument("--cfg", type=Path, help="settings of a file or folder that say how it predicts")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, such as model.path=…")
+    return parser
+
+
+def convert(source: Path, target: Path, config: "Config") -> None:
+    """Write `source` as `target`, with the objective, type and names that `config` says, tensor by tensor.
+
+    Raises:
+        UserInputError: the source is nothing that can be read.
+    """
+    from sdxl_trainer.cache.model_source import check_model, resolve_model
+    from sdxl_trainer.configs.problems import raise_if_any
+    from sdxl_trainer.train.export import open_components, write_components
+
+    checkpoint = find_source_checkpoint(source)
+    if checkpoint is None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(source)})})
+    raise_if_any(check_model(config.model))
+    model = resolve_model(config.model)
+    components = open_components(model, config.model)
+    if checkpoint is not None:
+        replace_trained(components, checkpoint)
+    write_components(target, components, model, config)
+
+
+def find_source_checkpoint(source: Path) -> Path | None:
+    """The checkpoint that is meant, or None if the source is a model.
+
+    Raises:
+        UserInputError: it is damaged, or the run has none.
+    """
+    from sdxl_trainer.configs.problems import Problem, UserInputError
+    from sdxl_trainer.train.checkpoint import MANIFEST, find_checkpoint, verify_manifest
+
+    if (source / MANIFEST).is_file():
+        damage = verify_manifest(source)
+        if damage:
+            raise UserInputError([Problem("source", source, f"is damaged: {damage}", "take another checkpoint")])
+        return source
+    if (source / "checkpoints").is_dir():
+        found = find_checkpoint(source / "checkpoints")
+        if found is None:
+            raise UserInputError([Problem("source", source, "holds no whole checkpoint", "give another run folder")])
+        return found
+    return None
+
+
+def replace_trained(components: Mapping[str, dict[str, Any]], checkpoint: Path) -> None:
+    """Put the checkpoint's master weights in the place of those that training started from."""
+    from sdxl_trainer.train.engine import STATE_TAG, map_file
+    from sdxl_trainer.train.resharding import SavedState
+
+    saved = SavedState(checkpoint / STATE_TAG, map_file)
+    for name in saved.shapes:
+        component, _, inner = name.partition(".")
+        components[component][inner] = lambda name=name: saved.read_whole(name)
+
+
+def load_settings(options: argparse.Namespace) -> "Config":
+    """The settings that a checkpoint was trained with, or those of a file; words of the command line over them."""
+    from sdxl_trainer.configs.load import build_config, load_config
+    from sdxl_trainer.configs.problems import raise_if_any
+    from sdxl_trainer.train.state import TrainState
+
+    words = [*options.overrides, f"checkpoint.export_dtype={options.dtype}"]
+    checkpoint = find_source_checkpoint(options.source)
+    if options.cfg is not None:
+        config, problems = load_config(options.cfg, words)
+    else:
+        config, problems = build_config(TrainState.load(checkpoint).config if checkpoint else {}, words)
+    raise_if_any(problems)
+    return config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, convert, return the exit status (0 done, 1 failed, 2 wrong input)."""
+    from sdxl_trainer.launch.program import run_program
+
+    options = build_convert_parser().parse_intermixed_args(arguments)
+    return run_program(lambda: convert(options.source, options.target, load_settings(options)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
