@@ -55,9 +55,24 @@ def init_ranks() -> Ranks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=TIMEOUT, device_id=device if use_gpu else None
+            "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+            store=_open_store(),
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=device if use_gpu else None,
         )
     return Ranks(rank, local_rank, world_size, device)
+
+
+def _open_store() -> dist.Store:
+    """Where the ranks find each other's addresses.
+
+    torchrun's own outlives a restart with what the dead ranks wrote into it, and the new ones would try to reach those:
+    `--max-restarts` never worked with `--standalone` (torch 2.13). So each start looks under names of its own.
+    """
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def close_ranks() -> None:

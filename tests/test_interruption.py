@@ -35,7 +35,7 @@ class Captions:
     def caption(self, record, rng):
         plan = os.environ.get("PLAN", "").split()
         start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        if os.environ["RANK"] == "1" and start < len(plan):
+        if os.environ.get("RANK") == "1" and start < len(plan):
             what, calls = plan[start].split(":")
             if Captions.calls == int(calls):
                 {"die": die, "fail": fail}[what]()

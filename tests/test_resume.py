@@ -13,9 +13,9 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.launch.signals import exiting_on_signals
+from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
 from sdxl_trainer.train import interruption
-from sdxl_trainer.train.interruption import Requests
+from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import is_save_due
 from sdxl_trainer.train.metrics import read_metrics
 from sdxl_trainer.train.resume import list_changes, take_up
@@ -155,3 +155,15 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
     requests.note_save()
     clock[0] = 280.0
     assert (*collected, requests.collect()[1], other.collect()[1]) == (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+
+
+def test_a_stop_file_holds_through_restarts_and_is_gone_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "stop").touch()
+    with exiting_on_signals():
+        assert Requests(tmp_path, Ranks(0, 0, 1, None)).collect() == [1.0, 0.0]  # pyright: ignore
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        obey_stop_file(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    obey_stop_file(tmp_path)
+    assert not (tmp_path / "stop").exists()

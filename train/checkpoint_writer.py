@@ -21,6 +21,7 @@ SEAL_PATIENCE_SECONDS = 1800.0
 # What a save needs besides the tensors themselves.
 SPARE_BYTES = 64 << 20
 SPACE_POLL_SECONDS = 5.0
+WRITER_NICENESS = 10
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -56,7 +57,7 @@ class CheckpointWriter:
             OSError: the checkpoint before could not be written.
         """
         self.wait()
-        files = engine.capture_state()
+        files = engine.capture_state(reuse=True)  # nothing reads the one before any more
         self.start_writing(files, replace(state))
         if self.blocking:
             self.wait()
@@ -78,6 +79,10 @@ class CheckpointWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def join(self, timeout_seconds: float) -> None:
         """Give the checkpoint in hand some time, whatever becomes of it."""
@@ -113,12 +118,17 @@ class CheckpointWriter:
         return f"{self.folder}: a checkpoint needs about {needed:,} bytes, {free:,} are free"
 
     def _run(self, files: dict[str, Any], state: TrainState) -> None:
+        # Training goes first where it and the writer want the same core.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             partial = self._write_when_there_is_space(files, state)
             if self.rank == 0:
                 self._seal(partial)
         except (OSError, RuntimeError) as error:
             self._error = error
+        except BaseException as error:  # a fault of the program, which the main thread must not miss either
+            self._error = error
+            raise
 
     def _write_when_there_is_space(self, files: dict[str, Any], state: TrainState) -> Path:
         """Wait for room first, and again if others take it meanwhile. What was begun is deleted before waiting.

@@ -72,9 +72,11 @@ class Engine:
         self._optimizer: Any = wrapped
         self._engine._copy_recovery_script = lambda save_path: None  # it would drop scripts where the job was started
         self._updating = threading.Lock()
-        self._torn = False
+        self._torn = False  # while the weights are of no one step; an error in the middle of an update leaves it so
+        engine.basic_optimizer.register_step_pre_hook(lambda *_: setattr(self, "_torn", True))
         self.completed_steps = 0  # since the engine was made
         self._parameters = dict(self.model.named_parameters())
+        self._host_memory = HostMemory()
 
     @property
     def model(self) -> Any:
@@ -100,7 +102,7 @@ class Engine:
             self._engine.step()
             return
         with self._updating:
-            self._torn = True  # until the update is whole; an error inside leaves it so
+            # Ranks first agree on the gradients' norm. If one is dead then, no weight has been touched yet.
             self._engine.step()
             self._torn = False
             self.completed_steps += 1
@@ -128,15 +130,17 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def capture_state(self, alone: bool = False) -> dict[str, Any]:
+    def capture_state(self, alone: bool = False, reuse: bool = False) -> dict[str, Any]:
         """This rank's files of a checkpoint: path within it → content, copied to the host.
 
         They are in DeepSpeed's own format, and one more says where in them each parameter lies (train/resharding.py).
 
         Args:
             alone: take no part in collectives, because other ranks may be dead; training cannot go on afterwards.
+            reuse: write over the copy that was made before, which the caller no longer needs. Memory that is there
+                already takes a copy several times faster, and from a GPU faster still, because it stays pinned.
         """
-        capture = _Capture(self._engine.checkpoint_engine)
+        capture = _Capture(self._engine.checkpoint_engine, self._host_memory if reuse else None)
         optimizer = self._engine.optimizer
         prologue = getattr(optimizer, "checkpoint_event_prologue", None)  # ZeRO-3 only: lets go of gathered weights
         self._engine.checkpoint_engine = capture
@@ -219,12 +223,13 @@ class Engine:
 class _Capture:
     """Stands in for DeepSpeed's checkpoint engine and keeps what would be written, so that a thread can write it."""
 
-    def __init__(self, replaced: Any):
+    def __init__(self, replaced: Any, memory: "HostMemory | None"):
         self.replaced = replaced
         self.files: dict[str, Any] = {}
+        self._memory = memory.begin() if memory else None
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.files[path] = copy_to_host(state_dict)
+        self.files[path] = copy_to_host(state_dict, self._memory)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.replaced, name)
@@ -252,17 +257,39 @@ def restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]
         group.update({name: value for name, value in wanted.items() if name in names})
 
 
-def copy_to_host(content: Any) -> Any:
+class HostMemory:
+    """Tensors on the host that take copies of the same things in the same order, again and again."""
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._next = 0
+
+    def begin(self) -> "HostMemory":
+        """The next copy is the first one again."""
+        self._next = 0
+        return self
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host."""
+        place, self._next = self._next, self._next + 1
+        held = self._tensors[place] if place < len(self._tensors) else None
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            self._tensors[place : place + 1] = [held]
+        return held.copy_(tensor)
+
+
+def copy_to_host(content: Any, memory: HostMemory | None = None) -> Any:
     """A copy of nested dicts, lists and tuples with all tensors on the CPU, sharing no memory with the original.
 
     A tensor that is a view is copied alone: torch.save would write the whole buffer behind it.
     """
     if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
+        return memory.copy(content.detach()) if memory else content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
-        return type(content)((key, copy_to_host(value)) for key, value in content.items())
+        return type(content)((key, copy_to_host(value, memory)) for key, value in content.items())
     if isinstance(content, (list, tuple)) and type(content) in (list, tuple):
-        return type(content)(copy_to_host(value) for value in content)
+        return type(content)(copy_to_host(value, memory) for value in content)
     return content
 
 

@@ -4,6 +4,7 @@ A rank only notes what it was asked. The ranks learn of each other's notes with 
 them act at the same step boundary.
 """
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -30,10 +31,11 @@ class Requests:
         self._stop = StopRequest(on_save=self._note_save)
 
     def collect(self) -> list[float]:
-        """[stop, save] as 0 or 1, to be summed over the ranks. A file is taken away when it is read."""
+        """[stop, save] as 0 or 1, to be summed over the ranks. The `save` file is taken away when it is read, the
+        `stop` file by the next start: see `obey_stop_file`."""
         if self._is_main:
             self._save |= self._take(SAVE_FILE) or self._is_time_up()
-            if self._take(STOP_FILE) and self._stop.signal_number is None:
+            if (self._folder / STOP_FILE).exists() and self._stop.signal_number is None:
                 self._stop.signal_number = signal.SIGTERM
         save, self._save = self._save, False
         return [float(self._stop.signal_number is not None), float(save)]
@@ -65,3 +67,15 @@ class Requests:
         except FileNotFoundError:
             return False
         return True
+
+
+def obey_stop_file(folder: Path) -> None:
+    """At a start: take away the `stop` file of a run that has been stopped; but if it is torchrun that starts the job
+    anew, because to it any stop looks like a failure, stop at once.
+
+    Raises:
+        Interrupted: the job is to stay stopped.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / STOP_FILE).exists():
+        raise Interrupted(signal.SIGTERM)
+    (folder / STOP_FILE).unlink(missing_ok=True)

@@ -34,7 +34,7 @@ from sdxl_trainer.train.conditioning import TextConditioner
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.export import write_model
-from sdxl_trainer.train.interruption import Requests
+from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import finish, fit, state_at
 from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.model import Networks, load_unet
@@ -84,6 +84,7 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
     init_logger(rank, config.log.level)
     path = None
     if rank == 0:
+        obey_stop_file(config.run.folder)
         index, found = check_run(config, world_size)
         raise_if_any([*problems, *found])
         assert index is not None, "a run without problems has an index"
