@@ -136,3 +136,10 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path, one_ran
     printed = run_program("train/main.py", *words, f"train.max_steps={done + 2}")
     assert f"step-{done:08d} was complete though its job was ended" in printed
     assert read_losses(run) == read_losses(one_rank)[: done + 2]
+
+
+def test_short_campaign() -> None:
+    """A short form of tests/campaigns/train_kill.py, under ZeRO 3."""
+    campaign = [sys.executable, ROOT / "tests/campaigns/train_kill.py", "--trials", "1", "--steps", "7"]
+    done = subprocess.run([str(word) for word in campaign], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "1 ends; 0 problems" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

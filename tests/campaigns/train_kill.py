@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ from typing import Any
 import yaml
 
 RANKS = 2
-STAGES = (1, 2, 3)
-PHASES = ("loading", "forward", "backward", "step", "saving", "sampling")
-ENDS = ("kill", "term", "int", "raise")
+STAGES = (3, 1, 2)
+PHASES = ("step", "saving", "forward", "backward", "sampling", "loading")
+ENDS = ("raise", "term", "kill", "int")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
-MAX_STEPS, SAVE_EVERY, SAMPLE_EVERY = 24, 5, 3
+SAVE_EVERY, SAMPLE_EVERY = 5, 3
 GRACE_SECONDS = 30.0  # torchrun's
 TIMEOUT_SECONDS = 400.0
 
@@ -197,22 +197,22 @@ def find_step(run: Path) -> int:
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
-def run_trial(base: list[str], run: Path, trial: Trial, log: Path) -> Result:
+def run_trial(base: list[str], run: Path, trial: Trial, log: Path, max_steps: int) -> Result:
     """Start the run, end it, and look."""
     before = find_step(run)
     statuses = wait_for_ranks(start_ranks([*base, f"run.name={run.name}"], log, trial))
     sealed = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/manifest.json")]
     completed, newest = max(count_steps(run), before), max(sealed, default=0)
     result = Result(trial, before, completed, find_step(run), statuses)
-    result.problems = list(find_problems(result, newest))
+    result.problems = list(find_problems(result, newest, max_steps))
     return result
 
 
-def find_problems(result: Result, newest: int):
+def find_problems(result: Result, newest: int, max_steps: int) -> Iterator[str]:
     """What the run did not keep of its promises. `newest`: step of the newest checkpoint when it ended."""
     trial, statuses = result.trial, result.statuses
     wanted = {"term": {143}, "int": {130}, "kill": {-9, 1, 143}, "raise": {1, 143, 134, -6}}[trial.end]
-    if set(statuses) == {0} and result.completed == MAX_STEPS:
+    if set(statuses) == {0} and result.completed == max_steps:
         return  # it was done before it could be ended
     if 0 in statuses:
         yield "a rank said that it was done"
@@ -236,7 +236,7 @@ def finish(base: list[str], run: Path, log: Path, whole: list[float]) -> list[st
     return [] if difference <= 1e-6 else [f"{run.name}: losses differ by {difference:g} from those of an unbroken run"]
 
 
-def build_set(folder: Path) -> list[str]:
+def build_set(folder: Path, max_steps: int) -> list[str]:
     """Draw and cache a small set; returns the words that every start has."""
     from sdxl_trainer.cache.main import main as cache
     from sdxl_trainer.data.demo import draw_demo_set
@@ -256,7 +256,7 @@ def build_set(folder: Path) -> list[str]:
         "cache": {"dir": str(folder / "latents")},
         "optim": {"lr": 1e-3},
         "engine": {"precision": "fp32"},
-        "train": {"max_steps": MAX_STEPS, "global_batch_size": 4, "micro_batch_size": 2},
+        "train": {"max_steps": max_steps, "global_batch_size": 4, "micro_batch_size": 2},
         "checkpoint": {"every_steps": SAVE_EVERY, "export_dtype": "fp32"},
         "sample": {
             "prompts": ["a red circle", "a blue star"],
@@ -306,12 +306,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="End training at random moments and look for anything lost.")
     parser.add_argument("--trials", type=int, default=40, help="ends (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--steps", type=int, default=24, help="of each run (24)")
     parser.add_argument("--keep", type=Path, help="folder for the runs and logs, kept; by default a temporary one")
     options = parser.parse_args()
     import_everything()
     folder = options.keep or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    base = build_set(folder)
+    base = build_set(folder, options.steps)
     trials = draw_trials(options.trials, options.seed)
     stages, whole, lost = sorted({trial.stage for trial in trials}), {}, []
     for stage in stages:
@@ -323,8 +324,8 @@ def main() -> int:
     for number, trial in enumerate(trials, 1):
         run = folder / "runs" / f"zero-{trial.stage}-{attempts[trial.stage]}"
         words, log = [*base, f"engine.zero_stage={trial.stage}"], folder / f"{number:03}.log"
-        result = run_trial(words, run, trial, log)
-        if find_step(run) > MAX_STEPS - 4:
+        result = run_trial(words, run, trial, log, options.steps)
+        if find_step(run) > options.steps - 4:
             result.problems += finish(words, run, log, whole[trial.stage])
             attempts[trial.stage] += 1
         lost += result.problems
