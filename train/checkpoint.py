@@ -9,6 +9,7 @@ job left whole is sealed at the next start.
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,15 @@ def verify_manifest(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read: {error}"
     if STATE_FILE not in expected_files:
         return f"{MANIFEST} does not list {STATE_FILE}"
-    for name, (size, digest) in expected_files.items():
+    for name, (size, _) in expected_files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if hash_file(path) != digest:
-            return f"{name} has another SHA-256"
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        found = pool.map(hash_file, [folder / name for name in expected_files])
+        for (name, (_, digest)), actual in zip(expected_files.items(), found, strict=True):
+            if actual != digest:
+                return f"{name} has another SHA-256"
     return None
