@@ -94,6 +94,8 @@ def test_only_changes_that_alter_training_are_listed() -> None:
         "engine.precision": ("bf16", "fp32"),
     }
     assert list_changes(old, old) == []
+    del old["optim"]["weight_decay"]  # as if the setting had come later
+    assert list_changes(old, build_state().config) == []
     cosine = build_state(optim={"schedule": "cosine"})
     longer = build_state(optim={"schedule": "cosine"}, train={"max_steps": 9})
     assert list_changes(cosine.config, longer.config) == [("train.max_steps", 1000, 9)]

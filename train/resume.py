@@ -109,8 +109,9 @@ def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: st
 
 
 def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings that alter training and differ: (dotted key, then, now)."""
-    before, now = dict(iterate_settings(old)), dict(iterate_settings(new))
+    """Settings that alter training and differ: (dotted key, then, now). One that did not exist then had its default."""
+    defaults = dict(iterate_settings(Config().model_dump(mode="json")))
+    before, now = {**defaults, **dict(iterate_settings(old))}, dict(iterate_settings(new))
     keys = [*now, *(key for key in before if key not in now)]
     differing = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
     held = "constant" == before.get("optim.schedule") == now.get("optim.schedule")
