@@ -7,16 +7,17 @@ from loguru import logger
 
 from sdxl_trainer.cache.convert import adopt_files, remove_replaced, repack
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
-from sdxl_trainer.cache.job import build_identity, open_index
+from sdxl_trainer.cache.job import build_identities, open_index, write_identities
 from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import resolve_model
 from sdxl_trainer.cache.sinks import NpzSink, ShardSink, recover_shards
 from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.cache.work import choose_file
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.check import get_bucket_rule, get_cache_folder
-from sdxl_trainer.data.manifest import Entry, ManifestWriter, check_identity, read_latest, write_identity
+from sdxl_trainer.data.bucket import split_key
+from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.manifest import Entry, ManifestWriter, check_identity, read_latest
+from sdxl_trainer.data.uncached import choose_file
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import FailedError
@@ -69,12 +70,12 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     index = open_index(config, problems)
     init_logger(0, config.log.level, folder / "logs", "cache")
     vae = load_vae(resolve_model(config.model), config.model)
-    identity = build_identity(config, hash_weights(vae))
+    identities, rule = build_identities(config, hash_weights(vae)), build_bucket_rules(config.data)[""]
     with lock_cache(folder):
-        write_identity(folder, identity)
+        write_identities(folder, identities)
         manifest = ManifestWriter(folder, 0)
         adopted, bad = 0, []
-        for key, found in adopt_files(folder, index, read_latest(folder), identity, get_bucket_rule(config)):
+        for key, found in adopt_files(folder, index, read_latest(folder), identities[""], rule):
             if isinstance(found, Entry):
                 manifest.append(found)
                 adopted += 1
@@ -98,6 +99,11 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
         sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
         index = open_index(config, [])
         rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
+
+        def get_record(key: str) -> bytes:
+            row = rows.get(key, rows.get(split_key(key)[1]))
+            return b"{}" if row is None else index.record_json(row)
+
         manifest = ManifestWriter(folder, 0)
         done, bad = repack(
             folder,
@@ -105,7 +111,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
             sink,
             manifest,
             lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
-            lambda key: index.record_json(rows[key]) if key in rows else b"{}",
+            get_record,
         )
         manifest.close()
         removed = remove_replaced(folder, entries, read_latest(folder))

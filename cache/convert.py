@@ -149,5 +149,5 @@ def _build_entry(key: str, path: Path, folder: Path, content: bytes, image: Path
         sha256=hashlib.sha256(content).hexdigest(), bucket=sample.bucket, original_size=sample.original_size,
         resized=resized, crop=crop, identity=identity.name, source_path=str(image),
         source_bytes=status.st_size if status else 0, source_mtime_ns=status.st_mtime_ns if status else 0,
-        source_sha256=hash_file(image) if status else "", adopted=True,
+        source_sha256=hash_file(image) if status else "", adopted=True, flipped=sample.flipped is not None,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from sdxl_trainer.cache.work import STATES, WorkList, list_work
 from sdxl_trainer.cache.writer import LatentWriter
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.check import check_records, get_bucket_rule, get_cache_folder
+from sdxl_trainer.data.check import build_bucket_rules, check_records, get_cache_folder
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import VAE_FACTOR
@@ -72,18 +72,23 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     ranks = init_ranks()
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
-    identity = build_identity(config, hash_weights(vae))
+    identities = build_identities(config, hash_weights(vae))
     with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
         entries, lines_lost = open_cache(folder, ranks, repair, dry_run)
-        work = list_work(index, folder, entries, identity, get_bucket_rule(config), beside=config.cache.dir is None,
-                         ranks=(ranks.rank, ranks.world_size))  # fmt: skip
-        if repair and not lines_lost:
+        works = [
+            list_work(index, folder, entries, identities[prefix], rule, beside=config.cache.dir is None,
+                      ranks=(ranks.rank, ranks.world_size), prefix=prefix)
+            for prefix, rule in build_bucket_rules(config.data).items()
+        ]  # fmt: skip
+        for work in works if repair and not lines_lost else ():
             work.items = [item for item in work.items if item.key in entries]
-        announce(config, folder, index, gather_objects(work.without_items()), ranks)
+        announce(config, folder, index, gather_objects([work.without_items() for work in works]), ranks)
         if not dry_run:
             vae = vae.to(ranks.device)
-            result = encode_work(config, work, vae.to(PRECISIONS[config.cache.vae_precision]), identity, ranks, stop)
-            finish(config, folder, len(index), gather_objects(result), ranks)
+            if ranks.is_main:
+                write_identities(folder, identities)
+            result = encode_work(config, works, vae.to(PRECISIONS[config.cache.vae_precision]), ranks, stop)
+            finish(config, folder, len(index) * len(works), gather_objects(result), ranks)
     close_ranks()
 
 
@@ -99,14 +104,22 @@ def open_index(config: Config, problems: list[Problem]) -> Index:
     return index
 
 
-def build_identity(config: Config, vae_sha256: str) -> Identity:
-    """What decides the latents under these settings."""
-    cache, rule = config.cache, get_bucket_rule(config)
-    return Identity(
-        vae_sha256=vae_sha256, vae_precision=cache.vae_precision, dtype=cache.dtype, posterior=cache.posterior,
-        flip=cache.flip, resolution_px=rule.resolution_px, min_bucket_px=rule.min_px, max_bucket_px=rule.max_px,
-        bucket_step_px=rule.step_px, no_upscale=rule.no_upscale,
-    )  # fmt: skip
+def build_identities(config: Config, vae_sha256: str) -> dict[str, Identity]:
+    """What decides the latents of each resolution under these settings, by the prefix of its keys."""
+    cache = config.cache
+    return {
+        prefix: Identity(
+            vae_sha256=vae_sha256, vae_precision=cache.vae_precision, dtype=cache.dtype, posterior=cache.posterior,
+            flip=cache.flip, resolution_px=rule.resolution_px, min_bucket_px=rule.min_px, max_bucket_px=rule.max_px,
+            bucket_step_px=rule.step_px, no_upscale=rule.no_upscale, buckets=rule.fixed,
+        )
+        for prefix, rule in build_bucket_rules(config.data).items()
+    }  # fmt: skip
+
+
+def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
+    """Write what the items of each resolution are made under."""
+    write_identity(folder, identities[""], {prefix: other for prefix, other in identities.items() if prefix})
 
 
 def open_cache(folder: Path, ranks: Ranks, repair: bool, dry_run: bool) -> tuple[Mapping[str, Entry], bool]:
@@ -136,16 +149,18 @@ def clear_leftovers(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Finish the shards that a killed job left, and delete the files that it was writing."""
     for shard in recover_shards(folder, entries.values()):
         logger.info("finished {}, which an interrupted job had left", shard)
-    for file in folder.glob(".*.tmp"):
-        file.unlink()
+    for place in (folder, *folder.glob("*px")):  # folders of further resolutions
+        for file in place.glob(".*.tmp"):
+            file.unlink()
 
 
-def announce(config: Config, folder: Path, index: Index, works: list[WorkList], ranks: Ranks) -> None:
+def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkList]], ranks: Ranks) -> None:
     """Say what is found, valid and to do, and stop if it cannot fit on the disk.
 
     Raises:
         UserInputError: too little space.
     """
+    works = [work for share in shares for work in share]
     if ranks.is_main:
         counts = sum((work.counts for work in works), Counter())
         needed, free = sum(work.bytes_needed for work in works), shutil.disk_usage(folder).free
@@ -159,31 +174,32 @@ def announce(config: Config, folder: Path, index: Index, works: list[WorkList], 
     barrier()
 
 
-def encode_work(config: Config, work: WorkList, vae: torch.nn.Module, identity: Identity, ranks: Ranks,
-                stop: StopRequest) -> RankResult:  # fmt: skip
+def encode_work(config: Config, works: list[WorkList], vae: torch.nn.Module, ranks: Ranks, stop: StopRequest
+                ) -> RankResult:  # fmt: skip
     """Encode this rank's items. A stop signal ends the work between two batches, with all that was encoded written."""
     folder, cache, bad = get_cache_folder(config), config.cache, []
-    if ranks.is_main:
-        write_identity(folder, identity)
-    reporter = ProgressReporter(ranks, len(work.items))
+    reporter = ProgressReporter(ranks, sum(len(work.items) for work in works))
 
     def report_bad(item: WorkItem, reason: str) -> None:
         bad.append({"key": item.key, "file": item.image_path, "reason": reason})
         logger.warning("bad picture skipped: {}", reason)
 
     manifest = ManifestWriter(folder, ranks.rank)
-    for entry in work.refreshed:
-        manifest.append(entry)
+    for work in works:
+        for entry in work.refreshed:
+            manifest.append(entry)
     if cache.tile_above_px:
         enable_tiling(vae, cache.tile_above_px)
     writer = LatentWriter(build_sink(config, folder, ranks.rank), manifest)
-    pipeline = Pipeline(
-        VaeEncoder(vae, cache.posterior, cache.flip), writer, get_bucket_rule(config), identity.name, cache.batch_size,
-        cache.num_workers, reporter.progress, report_bad, stop.raise_if_received,
-    )  # fmt: skip
+    encoder = VaeEncoder(vae, cache.posterior, cache.flip)
     interrupted = None
     try:
-        pipeline.run(work.items)
+        for work in works:
+            pipeline = Pipeline(
+                encoder, writer, work.rule, work.identity, cache.batch_size, cache.num_workers, reporter.progress,
+                report_bad, stop.raise_if_received,
+            )  # fmt: skip
+            pipeline.run(work.items)
     except Interrupted as request:
         interrupted = request.signal_number
     finally:

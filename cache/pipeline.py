@@ -138,12 +138,13 @@ class Pipeline:
     def _hand_over(self, batch: list[Prepared], pending: PendingBatch) -> None:
         encoded = pending.wait()
         for place, entry in enumerate(batch):
-            self.writer.submit(_build_item(entry, encoded, place, self.identity))
+            self.writer.submit(build_item(entry, encoded, place, self.identity))
         self.progress.done += len(batch)
         self.progress.bytes_written = self.writer.bytes_written
 
 
-def _build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) -> EncodedItem:
+def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) -> EncodedItem:
+    """One picture's latents of a batch, with what the manifest will say of them."""
     item, image = prepared.item, prepared.image
     placement = image.placement
     std, flipped, flipped_std = (
@@ -161,6 +162,7 @@ def _build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str)
         key=item.key, file=item.file, bytes=0, sha256="", bucket=placement.bucket, original_size=image.original_size,
         resized=placement.resized, crop=placement.crop_ltrb, identity=identity, source_path=item.image_path,
         source_bytes=image.source_bytes, source_mtime_ns=image.source_mtime_ns, source_sha256=image.source_sha256,
+        flipped=flipped is not None,
     )  # fmt: skip
     return EncodedItem(sample, entry, item.record)
 

@@ -14,7 +14,8 @@ from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import LATENT_CHANNELS, VAE_FACTOR
 from sdxl_trainer.data.manifest import Entry, Identity
-from sdxl_trainer.data.shards import encode_key, get_partial_path
+from sdxl_trainer.data.shards import get_partial_path
+from sdxl_trainer.data.uncached import choose_file
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES = ("valid", "new", "stale", "changed", "missing")
@@ -24,8 +25,10 @@ ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the m
 
 @dataclass
 class WorkList:
-    """A rank's work."""
+    """A rank's work at one resolution."""
 
+    rule: BucketRule
+    identity: str  # name of the Identity
     items: list[WorkItem] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)  # of each of STATES
     refreshed: list[Entry] = field(default_factory=list)  # touched but not changed: only their line is out of date
@@ -53,28 +56,29 @@ def share_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray
 
 
 def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity: Identity, rule: BucketRule, *,
-              beside: bool, ranks: tuple[int, int]) -> WorkList:  # fmt: skip
-    """What a rank has to encode.
+              beside: bool, ranks: tuple[int, int], prefix: str = "") -> WorkList:  # fmt: skip
+    """What a rank has to encode at one resolution.
 
     Args:
         folder: of the cache.
         entries: the newest manifest entry of each key.
         beside: latents go beside the pictures instead of under the cache folder.
         ranks: (rank, world size).
+        prefix: of the resolution, before the keys.
     """
-    work = WorkList()
+    work = WorkList(rule, identity.name)
     buckets = list_buckets(rule)
-    name, present = identity.name, _Folders(folder)
+    present = _Folders(folder)
     item_bytes = estimate_item_bytes(identity)
     keys, images = index.strings("key"), index.strings("image_path")
     widths, heights = index.column("width"), index.column("height")
     for row in share_positions(compute_costs(widths, heights, rule), *ranks).tolist():
-        key, image = keys[row].as_py(), images[row].as_py()
+        key, image = prefix + keys[row].as_py(), images[row].as_py()
         if image.endswith(LATENT_SUFFIXES):
-            work.counts["given"] += 1
+            work.counts["given"] += not prefix
             continue
         known = entries.get(key)
-        state, entry = judge_entry(known, image, name)
+        state, entry = judge_entry(known, image, work.identity)
         if state == "valid" and known is not None and not present.have(known.file):
             state = "missing"
         work.counts[state] += 1
@@ -84,22 +88,14 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity
             continue
         size = (int(widths[row]), int(heights[row])) if widths[row] > 0 else None
         work.items.append(WorkItem(key, image, choose_file(key, image, beside), size, index.record_json(row)))
-        area = np.prod(place_image(size, rule, buckets).bucket) if size else rule.resolution_px**2
+        area = np.prod(place_image(size, rule, buckets).bucket) if size else rule.area_px
         work.bytes_needed += int(area) * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
     return work
 
 
-def choose_file(key: str, image_path: str, beside: bool) -> str:
-    """Where a picture's latents go as npz: beside it, or under the cache folder, which no key may lead out of."""
-    if beside:
-        return str(Path(image_path).with_suffix(".npz"))
-    path = Path(f"{key}.npz")
-    return encode_key(key) + ".npz" if path.is_absolute() or ".." in path.parts else str(path)
-
-
 def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> np.ndarray:
     """[N] pixels that encoding each picture costs: about one area for all, unless pictures may stay smaller."""
-    area = np.full(len(widths), rule.resolution_px**2, np.int64)
+    area = np.full(len(widths), rule.area_px, np.int64)
     if rule.no_upscale:
         known = widths > 0
         area[known] = np.minimum(area[known], widths[known].astype(np.int64) * heights[known])

@@ -5,7 +5,7 @@ Relative paths are taken from the working directory.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -87,8 +87,12 @@ class DataConfig(Section):
     check: Literal["none", "stat", "header", "full"] = "stat"
     """How latents are looked at before training: not at all, that each is there and has its size, that its header
     agrees with its bucket, or that its bytes have the manifest's checksum. Bad ones are named and left out."""
-    resolution_px: int = Field(1024, ge=64, le=8192)
-    """Side of the square whose area every bucket keeps to."""
+    resolution_px: list[Annotated[int, Field(ge=64, le=8192)]] = Field([1024], min_length=1)
+    """Side of the square whose area every bucket keeps to. Several, such as `[512, 1024]`, train every picture at each
+    of them: they are so many samples, and an epoch holds them all."""
+    buckets: list[tuple[int, int]] = []
+    """Buckets as [width, height], such as `[[1024, 1024], [832, 1216]]`, in place of the list that the resolution,
+    `min_bucket_px`, `max_bucket_px` and `bucket_step_px` make. Of two with one aspect ratio the first is used."""
     min_bucket_px: int = Field(256, ge=32)
     """Shortest side of a bucket."""
     max_bucket_px: int = Field(2048, ge=32)
@@ -97,6 +101,9 @@ class DataConfig(Section):
     """Bucket sides are multiples of this; SDXL's U-Net needs multiples of 32."""
     no_upscale: bool = False
     """Never enlarge a picture: those smaller than the area get a bucket of their own size, rounded down to the step."""
+    flip_rate: float = Field(0.0, ge=0, le=1)
+    """Probability, drawn for each sample and epoch, that the latents of the mirrored picture are trained instead. Needs
+    a cache made with `cache.flip: true`; samples without such latents are never flipped, and counted in a warning."""
     caption: CaptionConfig = CaptionConfig()  # pyright: ignore[reportCallIssue]
     """What is done to captions."""
     strategy: str | None = None
@@ -111,11 +118,39 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of bad samples (unreadable, wrong shape, missing) past which the job stops with status 1."""
 
+    @field_validator("resolution_px", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @field_validator("resolution_px", "buckets")
+    @classmethod
+    def _all_differ(cls, values: list) -> list:
+        if len(set(values)) < len(values):
+            raise ValueError("names one twice")
+        return values
+
+    @field_validator("buckets")
+    @classmethod
+    def _buckets_fit_the_unet(cls, buckets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        wrong = [side for bucket in buckets for side in bucket if side < 32 or side % 32]
+        if wrong:
+            raise ValueError(f"sides must be multiples of 32, which {wrong[0]} is not")
+        return buckets
+
     @model_validator(mode="after")
     def _bucket_sides_fit(self) -> "DataConfig":
-        if not self.min_bucket_px <= self.resolution_px <= self.max_bucket_px:
+        if self.buckets and (len(self.resolution_px) > 1 or self.no_upscale):
+            raise ValueError("data.buckets goes with one resolution_px, and without no_upscale")
+        if not self.min_bucket_px <= min(self.resolution_px) <= max(self.resolution_px) <= self.max_bucket_px:
             raise ValueError("min_bucket_px <= resolution_px <= max_bucket_px must hold")
         return self
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """(width, height) of the largest bucket, or of the square that buckets keep to."""
+        side = max(self.resolution_px)
+        return max(self.buckets, key=lambda size: size[0] * size[1], default=(side, side))
 
 
 class CacheConfig(Section):
@@ -141,8 +176,9 @@ class CacheConfig(Section):
     """Precision in which the VAE runs. SDXL's own VAE overflows in fp16, which is therefore not offered."""
     num_workers: int = Field(4, ge=1)
     """Threads per rank that decode and resize pictures."""
-    on_missing: Literal["skip", "error"] = "skip"
-    """What training does about records that have no latents: leave them out with a warning, or stop."""
+    on_missing: Literal["skip", "error", "encode"] = "skip"
+    """What training does about pictures that have no latents: leave them out with a warning, stop, or encode each when
+    it is first met, and keep the latents in the cache. `encode` loads the VAE only if something is missing."""
     tile_above_px: int = Field(0, ge=0)
     """Encode pictures with a longer side than this in overlapping tiles, which takes less memory; 0 never does."""
 

@@ -4,6 +4,7 @@ Sizes are (width, height) in pixels. The rules are kohya-ss/sd-scripts', so that
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 Size = tuple[int, int]
@@ -18,6 +19,12 @@ class BucketRule:
     max_px: int
     step_px: int
     no_upscale: bool = False
+    fixed: tuple[Size, ...] = ()  # the user's own list; the numbers above are 0 then
+
+    @property
+    def area_px(self) -> int:
+        """Pixels of the largest bucket."""
+        return max((width * height for width, height in self.fixed), default=self.resolution_px**2)
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,12 @@ class Placement:
 
 
 def list_buckets(rule: BucketRule) -> list[Size]:
-    """All buckets of a rule, sorted: for 1024², min 256, max 2048, step 64 there are 41.
+    """All buckets of a rule, sorted, or the user's in their order: for 1024², min 256, max 2048, step 64 there are 41.
 
     Limits that are no multiples of the step are moved inwards to the next one. Empty if the area holds no step.
     """
+    if rule.fixed:
+        return list(rule.fixed)
     area = rule.resolution_px**2
     square = _floor_to_step(rule.resolution_px, rule.step_px)
     shortest, longest = -_floor_to_step(-rule.min_px, rule.step_px), _floor_to_step(rule.max_px, rule.step_px)
@@ -68,8 +77,20 @@ def place_image(size: Size, rule: BucketRule, buckets: list[Size]) -> Placement:
     return Placement(bucket, resized, (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
 
 
+def name_prefix(resolution_px: int) -> str:
+    """What stands before the keys of latents at a further resolution than the largest: `512px/`."""
+    return f"{resolution_px}px/"
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """A key as (prefix of its resolution, the picture's key); most have no prefix."""
+    match = re.match(r"\d+px/", key)
+    return (match[0], key[match.end() :]) if match else ("", key)
+
+
 def choose_bucket(size: Size, buckets: list[Size]) -> Size:
-    """The bucket of exactly this size, else the one nearest in aspect ratio (width / height, absolute difference)."""
+    """The bucket of exactly this size, else the one nearest in aspect ratio (width / height, absolute difference); of
+    several just as near the first."""
     if size in buckets:
         return size
     ratio = size[0] / size[1]

@@ -4,18 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
 from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.bucket import BucketRule, list_buckets
-from sdxl_trainer.data.check_latents import find_bad_latents
+from sdxl_trainer.configs.schema import Config, DataConfig
+from sdxl_trainer.data.bucket import BucketRule, list_buckets, name_prefix
+from sdxl_trainer.data.check_latents import count_unflipped, find_bad_latents
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.join import Selection
 from sdxl_trainer.data.manifest import read_identity
 from sdxl_trainer.data.merge import MAX_SHOWN
 from sdxl_trainer.data.records import check_sources
 from sdxl_trainer.data.remote import is_remote
+from sdxl_trainer.data.uncached import Encoding
 
 
 def get_cache_folder(config: Config) -> Path:
@@ -27,10 +31,14 @@ def get_cache_folder(config: Config) -> Path:
     return config.data.image_dirs[0] if config.data.image_dirs else Path(".")
 
 
-def get_bucket_rule(config: Config) -> BucketRule:
-    """The bucket rule of the `data` section."""
-    data = config.data
-    return BucketRule(data.resolution_px, data.min_bucket_px, data.max_bucket_px, data.bucket_step_px, data.no_upscale)
+def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
+    """The bucket rules of the `data` section, by what stands before the keys of their latents: nothing for the largest
+    resolution, so that its latents are found by the same names whether there are others or not."""
+    if data.buckets:
+        return {"": BucketRule(0, 0, 0, 0, fixed=tuple(data.buckets))}
+    largest, *others = sorted(data.resolution_px, reverse=True)
+    sides = (data.min_bucket_px, data.max_bucket_px, data.bucket_step_px, data.no_upscale)
+    return {"": BucketRule(largest, *sides)} | {name_prefix(side): BucketRule(side, *sides) for side in others}
 
 
 def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
@@ -39,8 +47,10 @@ def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     if config.cache.dir is None and config.data.metadata and is_remote(config.data.metadata[0]):
         rule = "must be set where data.metadata is a URL: a local folder for the index"
         problems.append(Problem("cache.dir", None, rule, "set it to a folder with some space"))
-    if not list_buckets(get_bucket_rule(config)):
-        problems.append(Problem("data.resolution_px", config.data.resolution_px, "gives no bucket", "raise it"))
+    rules = build_bucket_rules(config.data)
+    for rule in rules.values():
+        if not list_buckets(rule):
+            problems.append(Problem("data.resolution_px", rule.resolution_px, "gives no bucket", "raise it"))
     if problems:
         return None, problems
     source = "data.metadata" if config.data.metadata else "data.image_dirs"
@@ -52,6 +62,9 @@ def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
         return None, [Problem(source, shown, str(error), "mend the data")]
     if len(index) == 0:
         return None, [Problem(source, shown, "holds no pictures", "check the path and the file types")]
+    if clash := find_clash(index, list(rules)):
+        rule, cure = f"a record has the key '{clash}'", "rename it: such keys name latents of that resolution"
+        return index, [Problem("data.resolution_px", config.data.resolution_px, rule, cure)]
     uncaptioned = index.strings("caption").null_count
     if uncaptioned == len(index):
         cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each picture"
@@ -67,6 +80,17 @@ def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     return index, []
 
 
+def find_clash(index: Index, prefixes: list[str]) -> str | None:
+    """The key of a picture that reads like that of another picture's latents at a further resolution, or None."""
+    keys = index.strings("key").filter(index.strings("offset").is_null())
+    for prefix in filter(None, prefixes):
+        first = pc.call_function("index", [pc.call_function("starts_with", [keys], pc.MatchSubstringOptions(prefix))],
+                                 pc.IndexOptions(pa.scalar(True))).as_py()  # fmt: skip
+        if first >= 0:
+            return keys[first].as_py()
+    return None
+
+
 def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Problem]]:
     """Open the index of what is trained on, look at the latents as `data.check` says, and name and leave out bad ones.
 
@@ -80,22 +104,22 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
     if records is None:
         return None, problems
     folder = get_cache_folder(config)
-    index = open_latent_index(folder, records, captioned_only=config.data.missing_caption == "skip")
+    index = open_latent_index(folder, records, build_selection(config))
     if len(index) == 0:
         rule = "holds no latent cache" if read_identity(folder) is None else "holds the latents of none of the records"
         cure = "run bash launch/cache.sh with the same settings first"
         return None, [*problems, Problem("cache.dir", folder, rule, cure)]
-    num_wanted = len(records)
-    if config.data.missing_caption == "skip":
-        num_wanted -= records.strings("caption").null_count
+    num_wanted = index.note("num_wanted")
     missing = num_wanted - len(index) - len(index.note("bad"))
     if missing and config.cache.on_missing == "error":
-        cure = "run bash launch/cache.sh, or set cache.on_missing: skip"
+        cure = "run bash launch/cache.sh, or set cache.on_missing: encode, or skip"
         problems.append(
-            Problem("cache.on_missing", "error", f"{missing} of {num_wanted} records have no latents", cure)
+            Problem("cache.on_missing", "error", f"{missing} of {num_wanted} samples have no latents", cure)
         )
     elif missing:
-        logger.warning("{} of {} records have no latents and are left out", missing, num_wanted)
+        logger.warning("{} of {} samples have no latents and are left out", missing, num_wanted)
+    if index.note("num_uncached"):
+        logger.info("{} samples have no latents and are encoded when they are met", index.note("num_uncached"))
     if index.note("num_unlisted"):
         logger.info("{} latent files were found that no manifest lists", index.note("num_unlisted"))
     if index.note("num_assumed_sizes"):
@@ -103,6 +127,7 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
         )
     problems += check_copies(config, index)
+    problems += check_flip(config, index)
     leave_out_bad(config, index, resuming)
     return index, problems
 
@@ -115,12 +140,38 @@ def check_copies(config: Config, index: Index) -> list[Problem]:
     _, names = index.number_shards()
     if not any(map(is_remote, names)):
         return []
-    ends = index.column("bytes") + np.nan_to_num(index.column("offset"))
+    ends = np.nan_to_num(index.column("bytes")) + np.nan_to_num(index.column("offset"))
     needed_gb = 2 * min(settings.shuffle_shards, len(names)) * float(ends.max()) / 1e9
     if needed_gb <= settings.copies_gb:
         return []
     rule = f"is less than two windows of data.stream.shuffle_shards shards take: {needed_gb:.3g} GB"
     return [Problem("data.stream.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")]
+
+
+def build_selection(config: Config) -> Selection:
+    """Which latents a run trains on."""
+    rules = build_bucket_rules(config.data)
+    encoding = Encoding(tuple(rules.items()), beside=config.cache.dir is None, flip=config.cache.flip)
+    return Selection(
+        config.data.missing_caption == "skip",
+        tuple(rules),
+        encoding if config.cache.on_missing == "encode" else None,
+    )
+
+
+def check_flip(config: Config, index: Index) -> list[Problem]:
+    """Whether `data.flip_rate` has latents of mirrored pictures to work with; some may lack them."""
+    if config.data.flip_rate == 0:
+        return []
+    unflipped = count_unflipped(index, get_cache_folder(config))
+    if unflipped == len(index):
+        rule = "no sample has latents of its mirrored picture (a mirrored latent is not one)"
+        cure = "set cache.flip: true and run bash launch/cache.sh, or data.flip_rate: 0"
+        return [Problem("data.flip_rate", config.data.flip_rate, rule, cure)]
+    if unflipped:
+        logger.warning("{} of {} samples have no latents of the mirrored picture and are never flipped",
+                       unflipped, len(index))  # fmt: skip
+    return []
 
 
 def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:

@@ -2,10 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
 
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import BadLatentError, parse_latents
@@ -24,17 +27,20 @@ class Latents:
 
     path: Path | str  # a URL is text
     offset: int | None
-    num_bytes: int
+    num_bytes: int | None  # None: there are none yet
     bucket: tuple[int, int]
     sha256: bytes | None
 
 
-def find_bad_latents(index: Index, folder: Path, level: str) -> list[tuple[int, str]]:
+def find_bad_latents(
+    index: Index, folder: Path, level: str, starts: Sequence[int] | None = None
+) -> list[tuple[int, str]]:
     """(row, reason) of each sample whose latents fail the check, in order.
 
     Args:
         folder: the cache's.
         level: a key of CHECKS, each of which includes those before it.
+        starts: where the blocks of ROWS_A_TASK samples begin that are looked at; None: everywhere.
     """
     check = CHECKS[level]
     if check is None:
@@ -43,6 +49,8 @@ def find_bad_latents(index: Index, folder: Path, level: str) -> list[tuple[int, 
     def look(start: int) -> list[tuple[int, str]]:
         bad, sizes = [], {}
         for row, latents in enumerate(_list_latents(index, folder, start), start):
+            if latents.num_bytes is None:  # not made yet
+                continue
             try:
                 check_size(latents, sizes)
                 check(latents)
@@ -50,9 +58,18 @@ def find_bad_latents(index: Index, folder: Path, level: str) -> list[tuple[int, 
                 bad.append((row, f"{latents.path}: {error}"))
         return bad
 
-    starts = range(0, len(index), ROWS_A_TASK)
+    starts = range(0, len(index), ROWS_A_TASK) if starts is None else starts
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return [item for bad in pool.map(look, starts) for item in bad]
+
+
+def count_unflipped(index: Index, folder: Path) -> int:
+    """Samples without latents of the mirrored picture. Headers tell where the manifest does not."""
+    flipped = index.strings("flipped")
+    known = pc.call_function("sum", [flipped]).as_py() or 0
+    unknown = pc.call_function("indices_nonzero", [flipped.is_null()]).to_pylist()
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return len(index) - known - sum(pool.map(lambda row: _is_flipped(index.row(row), folder), unknown))
 
 
 def check_size(latents: Latents, sizes: dict[Path | str, int]) -> None:
@@ -60,6 +77,7 @@ def check_size(latents: Latents, sizes: dict[Path | str, int]) -> None:
 
     Remote shards were looked at when the index was opened: it is of the version that is there.
     """
+    assert latents.num_bytes is not None, "latents that are not made yet are not looked at"
     if isinstance(latents.path, str):
         return
     if latents.path not in sizes:
@@ -91,6 +109,7 @@ def check_content(latents: Latents) -> None:
 
 
 def _read_content(latents: Latents) -> bytes:
+    assert latents.num_bytes is not None, "latents that are not made yet are not looked at"
     try:
         if isinstance(latents.path, Path):
             with open(latents.path, "rb") as stream:
@@ -110,6 +129,16 @@ CHECKS: dict[str, Callable[[Latents], None] | None] = {
     "header": check_header,
     "full": check_content,
 }
+
+
+def _is_flipped(row: dict[str, Any], folder: Path) -> bool:
+    """Whether a local latent file holds latents of the mirrored picture, by its header; a bad one does not."""
+    path = folder / row["file"]
+    try:
+        span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])
+        return read_header(str(path if row["offset"] is None else locate_shard(path)), *span).flipped
+    except BadLatentError:
+        return False
 
 
 def _list_latents(index: Index, folder: Path, start: int) -> Iterator[Latents]:

@@ -1,12 +1,14 @@
 """Micro batches: the rows that the plan asks for, read from the latent cache and tokenised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image, split_key
 from sdxl_trainer.data.caption import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latent_store import LatentStore
@@ -15,6 +17,13 @@ from sdxl_trainer.data.plan import Stream, mix_keys
 from sdxl_trainer.data.records import load_record
 from sdxl_trainer.data.strategy import Strategy, StrategyError
 from sdxl_trainer.data.tokens import CaptionTokenizer
+
+if TYPE_CHECKING:
+    from sdxl_trainer.data.transforms import PreparedImage
+
+    Found = LatentSample | PreparedImage | BadLatentError
+
+CROP_LEFT = 3  # its place among the time ids
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,22 @@ class MicroBatch:
     rows: torch.Tensor  # [B] int64
     masks: torch.Tensor | None = None  # [B, H, W] float32, 0 to 1, where the loss counts; None: everywhere
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+    pending: list["PendingImage"] = field(default_factory=list)  # pictures whose latents are still zeros
+
+    def fill(self, place: int, drawn: "DrawnLatents") -> None:
+        """Put latents in where they were pending."""
+        self.latents[place] = torch.from_numpy(drawn.latents)
+        self.time_ids[place, CROP_LEFT] = drawn.crop_left
+        if drawn.mask is not None:
+            if self.masks is None:
+                height, width = (VAE_FACTOR * side for side in self.latents.shape[2:])
+                self.masks = torch.ones(len(self.latents), height, width)
+            self.masks[place] = torch.from_numpy(drawn.mask)
+
+    def give_up(self, place: int, key: str, reason: str) -> None:
+        """Leave a sample out that turned out bad."""
+        self.weights[place] = 0.0
+        self.bad.append((key, reason))
 
     def pin_memory(self) -> "MicroBatch":
         """For DataLoader: page-locked memory, so that copies to a GPU overlap with work."""
@@ -51,17 +76,48 @@ class MicroBatch:
         return self
 
 
+@dataclass(frozen=True)
+class SampleSettings:
+    """What is made of a sample when it is read. All that is drawn is keyed to (seed, epoch, row)."""
+
+    seed: int
+    max_tokens: int
+    caption: CaptionSettings
+    flip_rate: float = 0.0  # how often the mirrored picture's latents are taken, where there are some
+    prior_loss_weight: float = 1.0  # of samples whose record has a true `is_reg` (prior preservation)
+
+
+@dataclass(frozen=True)
+class DrawnLatents:
+    """What the networks are given of a latent file this time."""
+
+    latents: np.ndarray  # [4, h, w] float32
+    crop_left: int  # px, in the resized picture as it is seen: mirrored if the latents are
+    mask: np.ndarray | None  # [H, W] float32
+
+
+@dataclass(frozen=True)
+class PendingImage:
+    """A picture that has no latents yet: what they are made from, and what is then drawn of them."""
+
+    place: int  # in the micro batch
+    record: dict[str, Any]  # the index's row, with the sizes that the picture really has
+    epoch: int
+    row: int
+    pixels: torch.Tensor  # [H, W, 3] uint8; a tensor, because those come from a worker without being copied
+    image: "PreparedImage"  # without its pixels
+
+
 class LatentDataset(torch.utils.data.Dataset):
-    """Reads micro batches from cached latents; the pictures themselves are not needed.
+    """Reads micro batches from cached latents; the pictures themselves are not needed, but for what the index says has
+    no latents yet.
 
     Args:
         index: records joined with the cache (data/index.py).
         cache_folder: what the index's file names are relative to.
         tokenizers: of text encoder 1 and 2.
-        seed: of the captions; what is drawn is keyed to (seed, epoch, row).
-        caption: what is done to captions.
         strategy: the user's class, which may give captions and weights.
-        prior_loss_weight: of samples whose record has a true `is_reg` (prior preservation).
+        rules: how pictures without latents are cut, by the prefix of their keys.
     """
 
     def __init__(
@@ -69,36 +125,36 @@ class LatentDataset(torch.utils.data.Dataset):
         index: Index,
         cache_folder: Path,
         tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
-        *,
-        seed: int,
-        max_tokens: int,
-        caption: CaptionSettings,
+        settings: SampleSettings,
         strategy: Strategy | None = None,
-        prior_loss_weight: float = 1.0,
+        rules: Mapping[str, BucketRule] | None = None,
     ):
         self.index = index
+        self.cache_folder = cache_folder
         self.store = LatentStore(cache_folder)
         self.tokenizers = tokenizers
-        self.seed = seed
-        self.max_tokens = max_tokens
-        self.caption = caption
+        self.settings = settings
         self.strategy = strategy
-        self.prior_loss_weight = prior_loss_weight
+        self.rules = {prefix: (rule, list_buckets(rule)) for prefix, rule in (rules or {}).items()}
 
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
         records = [self.index.row(int(row)) for row in spec.rows]
         self.store.fetch(spec.shards)
-        stored = self.store.read(records, spec.bucket)
+        stored = self._read(records, spec.bucket)
         samples, bad = zip(
             *(
-                self._settle(record, each, int(epoch), int(row))
-                for record, each, epoch, row in zip(records, stored, spec.epochs, spec.rows, strict=True)
+                self._settle(record, each, (place, int(epoch), int(row)))
+                for place, (record, each, epoch, row) in enumerate(
+                    zip(records, stored, spec.epochs, spec.rows, strict=True)
+                )
             ),
             strict=True,
         )
+        pending = [sample for sample in samples if isinstance(sample, PendingImage)]
+        samples = [sample if isinstance(sample, DrawnLatents) else None for sample in samples]
         captions, weights, failed = zip(
             *(
-                self._describe(record, spec.step, int(epoch), int(row))
+                self.describe(record, spec.step, int(epoch), int(row))
                 for record, epoch, row in zip(records, spec.epochs, spec.rows, strict=True)
             ),
             strict=True,
@@ -110,11 +166,11 @@ class LatentDataset(torch.utils.data.Dataset):
                 record["original_height"],
                 record["original_width"],
                 record["crop_top"],
-                record["crop_left"],
+                record["crop_left"] if sample is None else sample.crop_left,
                 height,
                 width,
             )
-            for record in records
+            for record, sample in zip(records, samples, strict=True)
         ]
         return MicroBatch(
             latents=torch.stack([_as_tensor(sample, spec.bucket) for sample in samples]),
@@ -126,50 +182,115 @@ class LatentDataset(torch.utils.data.Dataset):
             rows=torch.from_numpy(spec.rows),
             masks=_stack_masks(samples, spec.bucket),
             bad=[item for item in bad if item is not None],
+            pending=pending,
         )
 
-    def _settle(
-        self, record: dict, sample: LatentSample | BadLatentError, epoch: int, row: int
-    ) -> tuple[LatentSample | None, tuple[str, str] | None]:
-        """(sample, None), or (None, (key, reason)) for one that cannot be trained on."""
-        if isinstance(sample, BadLatentError):
-            return None, (record["key"], str(sample))
-        if sample.std is not None:  # both moments are kept: a fresh sample of the posterior each time
-            rng = np.random.default_rng(mix_keys(self.seed, Stream.POSTERIOR, epoch, row))
-            noise = rng.standard_normal(sample.latents.shape, np.float32)
-            sample = replace(sample, latents=sample.latents + sample.std * noise)
-        return sample, None
+    def _read(
+        self, records: list[dict], bucket: tuple[int, int]
+    ) -> "list[LatentSample | PreparedImage | BadLatentError]":
+        """The latents of each of the index's rows, or the picture of which they are still to be made."""
+        missing = [record["bytes"] is None and not (self.cache_folder / record["file"]).is_file() for record in records]
+        there = [record for record, is_missing in zip(records, missing, strict=True) if not is_missing]
+        stored = iter(self.store.read(there, bucket))
+        return [
+            self._prepare(record, bucket) if is_missing else next(stored)
+            for record, is_missing in zip(records, missing, strict=True)
+        ]
 
-    def _describe(self, row: dict, step: int, epoch: int, number: int) -> tuple[str, float, tuple[str, str] | None]:
-        """Caption and weight of a sample, and what is wrong with it: the strategy failed on it."""
-        rng = np.random.default_rng(mix_keys(self.seed, Stream.CAPTION, epoch, number))
-        record, strategy = load_record(row), self.strategy
+    def _settle(
+        self, record: dict, stored: "Found", number: tuple[int, int, int]
+    ) -> tuple[DrawnLatents | PendingImage | None, tuple[str, str] | None]:
+        """(latents, None), or (None, (key, reason)) for what cannot be trained on.
+
+        Args:
+            record: the index's row; that of a picture without latents gets the sizes that the picture really has.
+            number: place in the micro batch, epoch, row.
+        """
+        place, epoch, row = number
+        if isinstance(stored, BadLatentError):
+            return None, (record["key"], str(stored))
+        if record["bytes"] is None:
+            placement = place_image(stored.original_size, *self.rules[split_key(record["key"])[0]])
+            width, height = stored.original_size
+            record |= {"original_width": width, "original_height": height, "resized_width": placement.resized[0]}
+            record |= {"crop_left": placement.left, "crop_top": placement.top}
+        if isinstance(stored, LatentSample):
+            return self.draw(stored, record, epoch, row), None
+        return PendingImage(
+            place, record, epoch, row, torch.from_numpy(stored.pixels), replace(stored, pixels=NO_PIXELS)
+        ), None
+
+    def _prepare(self, record: dict, bucket: tuple[int, int]) -> "PreparedImage | BadLatentError":
+        """Decode and cut a picture, unless it cannot be used, or the metadata's size promised another bucket."""
+        from sdxl_trainer.data.transforms import BadImageError, prepare_image  # megabytes that cached latents spare
+
+        path = Path(record["image_path"])
+        try:
+            image = prepare_image(path, *self.rules[split_key(record["key"])[0]])
+        except BadImageError as error:
+            return BadLatentError(str(error))
+        if image.placement.bucket != bucket:
+            (width, height), told = image.original_size, f"{record['original_width']}x{record['original_height']}"
+            return BadLatentError(f"{path}: is {width}x{height} px, the metadata say {told}")
+        return image
+
+    def draw(self, sample: LatentSample, record: dict, epoch: int, row: int) -> DrawnLatents:
+        """Settle what is random about latents: mirrored or not, and which sample of the posterior.
+
+        Args:
+            record: the index's row `row`.
+        """
+        latents, std, left, mask = sample.latents, sample.std, record["crop_left"], sample.alpha_mask
+        if sample.flipped is not None and self._is_flipped(epoch, row):
+            latents, std = sample.flipped, sample.flipped_std
+            left = record["resized_width"] - left - sample.bucket[0]
+            mask = None if mask is None else mask[:, ::-1]
+        if std is not None:  # both moments are kept: a fresh sample of the posterior each time
+            rng = np.random.default_rng(mix_keys(self.settings.seed, Stream.POSTERIOR, epoch, row))
+            latents = latents + std * rng.standard_normal(latents.shape, np.float32)
+        return DrawnLatents(latents.astype(np.float32), left, None if mask is None else mask.astype(np.float32))
+
+    def _is_flipped(self, epoch: int, row: int) -> bool:
+        rate = self.settings.flip_rate
+        return rate > 0 and mix_keys(self.settings.seed, Stream.FLIP, epoch, row) < rate * 2**63
+
+    def describe(self, row: dict, step: int, epoch: int, number: int) -> tuple[str, float, tuple[str, str] | None]:
+        """Caption and weight of a sample, and what is wrong with it: the strategy failed on it.
+
+        Args:
+            row: the index's row `number`.
+        """
+        settings, strategy, record = self.settings, self.strategy, load_record(row)
+        rng = np.random.default_rng(mix_keys(settings.seed, Stream.CAPTION, epoch, number))
         try:
             if strategy is not None and strategy.has("caption"):
-                caption = shape_text(strategy.caption(record, rng), "", self.caption, rng, step, epoch)
+                caption = shape_text(strategy.caption(record, rng), "", settings.caption, rng, step, epoch)
             else:
-                caption = shape_caption(record, self.caption, rng, step, epoch)
+                caption = shape_caption(record, settings.caption, rng, step, epoch)
             weight = 1.0 if strategy is None else strategy.loss_weight(record)
-            return caption, weight * (self.prior_loss_weight if record.get("is_reg") else 1.0), None
+            return caption, weight * (settings.prior_loss_weight if record.get("is_reg") else 1.0), None
         except StrategyError as error:
             return "", 0.0, (row["key"], str(error))
 
     def _tokenize(self, encoder: int, captions: Sequence[str]) -> torch.Tensor:
         tokenizer = self.tokenizers[encoder]
-        return torch.from_numpy(np.stack([tokenizer.encode(caption, self.max_tokens) for caption in captions]))
+        return torch.from_numpy(np.stack([tokenizer.encode(caption, self.settings.max_tokens) for caption in captions]))
 
 
-def _as_tensor(sample: LatentSample | None, bucket: tuple[int, int]) -> torch.Tensor:
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+def _as_tensor(sample: DrawnLatents | None, bucket: tuple[int, int]) -> torch.Tensor:
     """[4, h, w] float32. A bad sample keeps its place as zeros and weighs nothing, so shapes stay what they are."""
     if sample is None:
         return torch.zeros(4, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
-    return torch.from_numpy(sample.latents.astype(np.float32))
+    return torch.from_numpy(sample.latents)
 
 
-def _stack_masks(samples: Sequence[LatentSample | None], bucket: tuple[int, int]) -> torch.Tensor | None:
+def _stack_masks(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor | None:
     """[B, H, W] float32, ones for samples without a mask; None if no sample has one."""
-    masks = [None if sample is None else sample.alpha_mask for sample in samples]
+    masks = [None if sample is None else sample.mask for sample in samples]
     if all(mask is None for mask in masks):
         return None
     whole = np.ones((bucket[1], bucket[0]), np.float32)
-    return torch.from_numpy(np.stack([whole if mask is None else mask.astype(np.float32) for mask in masks]))
+    return torch.from_numpy(np.stack([whole if mask is None else mask for mask in masks]))

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from sdxl_trainer.data.blocks import build_block
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.folders import CAPTION_SUFFIXES, walk_pictures
-from sdxl_trainer.data.join import LATENT_SCHEMA, iterate_joined, join_latents
+from sdxl_trainer.data.join import EVERYTHING, LATENT_SCHEMA, Selection, iterate_joined, join_latents
 from sdxl_trainer.data.localize import localize_sources, rename_errors
 from sdxl_trainer.data.manifest import list_parts
 from sdxl_trainer.data.merge import iterate_blocks, raise_twins
@@ -31,7 +31,7 @@ from sdxl_trainer.data.records import RECORD_SCHEMA, PictureFinder, Record, fini
 from sdxl_trainer.data.rows import RowReader
 from sdxl_trainer.data.sources import expand_sources
 
-VERSION = 5  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 6  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 65_536
 KEPT_FILES = 3  # of records and of latents, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
@@ -147,24 +147,23 @@ def open_record_index(
     return _open(path)
 
 
-def open_latent_index(folder: Path, records: Index, captioned_only: bool = False) -> Index:
+def open_latent_index(folder: Path, records: Index, selection: Selection = EVERYTHING) -> Index:
     """The index of the records that have latents: those that the manifest of the cache at `folder` lists, and those of
-    other programs that lie beside the pictures or in `folder`. In the order of the records.
+    other programs that lie beside the pictures or in `folder`. In the order of the records; of several resolutions one
+    after the other. With `selection.encoding` also those that have none, planned for when these are made.
 
-    Notes: `num_unlisted` (not from the manifest), `num_assumed_sizes` (their original size is not known), and `bad`
-    (latent files with a reason why they are left out).
-
-    Args:
-        captioned_only: leave out records without a caption.
+    Notes: `num_wanted` (samples that were looked for), `num_unlisted` (not from the manifest), `num_uncached` (to be
+    encoded), `num_assumed_sizes` (their original size is not known), and `bad` (latent files or pictures with a reason
+    why they are left out).
     """
-    words = [records.fingerprint, str(folder.absolute()), str(captioned_only)]
+    words = [records.fingerprint, str(folder.absolute()), repr(selection)]
     name = f"latents-{_fingerprint(list_parts(folder), words)}"
     for path in (folder / "index").glob(f"{name}-*.arrow"):
         index = _open(path)
         if _watch(index.note("watched")) == index.fingerprint:
             return index
     (folder / "index").mkdir(parents=True, exist_ok=True)
-    with _without_collector(), join_latents(folder, records.table, captioned_only) as (joined, notes):
+    with _without_collector(), join_latents(folder, records.table, selection) as (joined, notes):
         path = folder / "index" / f"{name}-{_watch(notes['watched'])}.arrow"
         schema = LATENT_SCHEMA.with_metadata({name: orjson.dumps(note) for name, note in notes.items()})
         batches = iterate_joined(joined, records.table, records.release)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from isal.isal_zlib import crc32
 
+from sdxl_trainer.data.folders import LATENT_SUFFIX
 from sdxl_trainer.data.manifest import CRC_MARK, list_parts, read_entries
 from sdxl_trainer.data.merge import stage
 from sdxl_trainer.data.records import RECORD_SCHEMA
+from sdxl_trainer.data.uncached import Encoding, place_uncached
 from sdxl_trainer.data.unlisted import Header, Place, find_unlisted, place_unlisted, read_headers
 
 ENTRIES_AT_ONCE = 16_384
@@ -30,15 +32,16 @@ PLACE_FIELDS = [
     ("crop_left", pa.int32()),
     ("crop_top", pa.int32()),
     ("offset", pa.int64()),  # of the npz in the shard; null: a file of its own
-    ("bytes", pa.int64()),
+    ("bytes", pa.int64()),  # null: there are none yet, `file` is where they will be
     ("sha256", pa.binary()),  # of the npz; null: no manifest lists it
+    ("flipped", pa.bool_()),  # it holds latents of the mirrored picture too; null: the manifest does not tell
 ]
 RECORD_COLUMNS = ["key", "image_path", "caption", "record"]
 LATENT_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *PLACE_FIELDS])
 LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), *PLACE_FIELDS])
 PART_BYTES = 8 << 20
 CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')
-FOUND_SCHEMA = pa.schema([("row", pa.int64()), *PLACE_FIELDS])
+FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *PLACE_FIELDS])
 
 
 class DamagedLineError(ValueError):
@@ -58,43 +61,80 @@ class Line(msgspec.Struct, gc=False):
     crop: tuple[int, int, int, int]
     listed_ns: int = 0
     offset: int | None = None
+    flipped: bool | None = None
 
 
 DECODER = msgspec.json.Decoder(Line)
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which latents are looked for."""
+
+    captioned_only: bool = False  # leave out records without a caption
+    prefixes: tuple[str, ...] = ("",)  # of each resolution, before the keys of its latents
+    encoding: Encoding | None = None  # how those of other pictures will be made; None: such are left out
+
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True)
 class Joined:
-    """Which latents each record has."""
+    """Which latents each record has at each resolution."""
 
     places: list[pa.Table]  # with the PLACE_FIELDS, one after the other
-    place_of_record: np.ndarray  # [N] row of the places, -1 without latents
+    place_of_record: dict[str, np.ndarray]  # prefix → [N] row of the places, -1 without latents
 
 
 @contextmanager
-def join_latents(folder: Path, records: pa.Table, captioned_only: bool) -> Iterator[tuple[Joined, dict[str, Any]]]:
+def join_latents(folder: Path, records: pa.Table, selection: Selection) -> Iterator[tuple[Joined, dict[str, Any]]]:
     """Find the latents of all records; also what is to be noted about it (data/index.py, `open_latent_index`).
 
     Args:
         folder: the cache's.
-        captioned_only: leave out records without a caption.
     """
     work = folder / "index"
     watched: set[str] = set()
-    notes: dict[str, Any] = {"num_assumed_sizes": 0, "bad": []}
+    notes: dict[str, Any] = {"num_wanted": 0, "num_assumed_sizes": 0, "bad": []}
     with _stage_entries(folder, work) as listed:
-        place_of_record = _match_entries(listed, records.column("key"))
-        wanted = place_of_record < 0
-        if captioned_only:
-            uncaptioned = records.column("caption").is_null().to_numpy()
-            place_of_record[uncaptioned] = -1
-            wanted &= ~uncaptioned
-        places = find_unlisted(records, np.flatnonzero(wanted), folder, watched)
-        with stage(work, FOUND_SCHEMA, _list_found(read_headers(places, work), records, notes)) as found:
-            place_of_record[found.column("row").to_numpy()] = len(listed) + np.arange(len(found))
-            notes |= {"num_unlisted": len(found), "watched": sorted(watched)}
-            tables = [table.select([name for name, _ in PLACE_FIELDS]) for table in (listed, found)]
-            yield Joined(tables, place_of_record), notes
+        matched, missing = {}, {}
+        for prefix in selection.prefixes:
+            wanted = _list_wanted(records, selection.captioned_only, prefix)
+            place_of_record = _match_entries(listed, add_prefix(prefix, records.column("key")))
+            matched[prefix] = np.where(wanted, place_of_record, -1)
+            missing[prefix] = wanted & (place_of_record < 0)
+            notes["num_wanted"] += int(wanted.sum())
+        places = chain.from_iterable(
+            find_unlisted(records, np.flatnonzero(rows), folder, watched, prefix) for prefix, rows in missing.items()
+        )
+        with stage(work, FOUND_SCHEMA, _list_found(read_headers(places, work), records, missing, notes)) as found:
+            _match_found(found, len(listed), matched)
+            uncached = _list_uncached(records, missing, selection.encoding, notes)
+            with stage(work, FOUND_SCHEMA, uncached) as planned:
+                _match_found(planned, len(listed) + len(found), matched)
+                notes |= {"num_unlisted": len(found), "num_uncached": len(planned), "watched": sorted(watched)}
+                tables = [table.select([name for name, _ in PLACE_FIELDS]) for table in (listed, found, planned)]
+                yield Joined(tables, matched), notes
+
+
+def add_prefix(prefix: str, keys: Any) -> Any:
+    """Keys of latents at a resolution from the keys of the records."""
+    return pc.call_function("binary_join_element_wise", [pa.scalar(prefix), keys, pa.scalar("")]) if prefix else keys
+
+
+def _list_wanted(records: pa.Table, captioned_only: bool, prefix: str) -> np.ndarray:
+    """[N] bool: whether latents of each record are looked for; of one that names latents at one resolution only."""
+    wanted = np.ones(len(records), bool)
+    if captioned_only:
+        wanted &= records.column("caption").is_valid().to_numpy()
+    return wanted & _are_pictures(records) if prefix else wanted
+
+
+def _are_pictures(records: pa.Table) -> np.ndarray:
+    """[N] bool: whether each record names a picture, and not latents in place of it."""
+    given = pc.call_function("ends_with", [records.column("image_path")], pc.MatchSubstringOptions(LATENT_SUFFIX))
+    return records.column("offset").is_null().to_numpy() & ~given.to_numpy()
 
 
 def iterate_joined(joined: Joined, records: pa.Table, release: Callable[[], None]) -> Iterator[pa.RecordBatch]:
@@ -105,15 +145,16 @@ def iterate_joined(joined: Joined, records: pa.Table, release: Callable[[], None
     """
     table = pa.concat_tables(joined.places)
     columns = [table.column(name).combine_chunks() for name, _ in PLACE_FIELDS]
-    start = 0
-    for batch in records.select(RECORD_COLUMNS).to_batches():
-        places = joined.place_of_record[start : start + len(batch)]
-        start += len(batch)
-        rows = np.flatnonzero(places >= 0)
-        left = batch if len(rows) == len(batch) else batch.take(pa.array(rows))
-        right = [column.take(pa.array(places[rows])) for column in columns]
-        yield pa.record_batch([*left.columns, *right], LATENT_SCHEMA)
-        release()
+    for prefix, place_of_record in joined.place_of_record.items():
+        start = 0
+        for batch in records.select(RECORD_COLUMNS).to_batches():
+            places = place_of_record[start : start + len(batch)]
+            start += len(batch)
+            rows = np.flatnonzero(places >= 0)
+            keys, *left = (batch if len(rows) == len(batch) else batch.take(pa.array(rows))).columns
+            right = [column.take(pa.array(places[rows])) for column in columns]
+            yield pa.record_batch([add_prefix(prefix, keys), *left, *right], LATENT_SCHEMA)
+            release()
 
 
 @contextmanager
@@ -171,6 +212,7 @@ def _build_listed(lines: list[bytes]) -> pa.RecordBatch:
         [line.offset for line in listed],
         [line.bytes for line in listed],
         digests,
+        [line.flipped for line in listed],
     ]
     return _build_columns(columns, LISTED_SCHEMA)
 
@@ -191,6 +233,7 @@ def _list_entries(folder: Path) -> Iterator[pa.RecordBatch]:
                 entry.offset,
                 entry.bytes,
                 bytes.fromhex(entry.sha256) or None,
+                entry.flipped,
             )
             for entry in some
         ]
@@ -208,25 +251,58 @@ def _match_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
     return place_of_record
 
 
-def _list_found(headers: Iterator[tuple[Place, Header | Exception]], records: pa.Table,
+def _match_found(found: pa.Table, start: int, matched: dict[str, np.ndarray]) -> None:
+    """Note of each record that its place is among `found`, the first of which is row `start` of all places."""
+    rows = found.column("row").to_numpy()
+    for prefix, place_of_record in matched.items():
+        those = pc.call_function("equal", [found.column("prefix"), pa.scalar(prefix)]).to_numpy()
+        place_of_record[rows[those]] = start + np.flatnonzero(those)
+
+
+def _list_found(headers: Iterator[tuple[Place, Header | Exception]], records: pa.Table, missing: dict[str, np.ndarray],
                 notes: dict[str, Any]) -> Iterator[pa.RecordBatch]:  # fmt: skip
-    """Unlisted latents as columns. Bad ones, and those whose original size is assumed, are noted."""
+    """Unlisted latents as columns. Bad ones, and those whose original size is assumed, are noted. None of these is
+    `missing` any more."""
     keys = records.column("key")
     widths, heights = (records.column(name).to_numpy() for name in ("width", "height"))
     while some := list(islice(headers, ENTRIES_AT_ONCE)):
         rows = []
         for place, header in some:
+            missing[place.prefix][place.row] = False
             if isinstance(header, Exception):
                 if len(notes["bad"]) < MAX_NAMED:
-                    notes["bad"].append([keys[place.row].as_py(), f"{place.file}: {header}"])
+                    notes["bad"].append([place.prefix + keys[place.row].as_py(), f"{place.file}: {header}"])
                 continue
             known = (int(widths[place.row]), int(heights[place.row]))
             notes["num_assumed_sizes"] += header.original_size is None and known == (0, 0)
             size = header.original_size or (known if known != (0, 0) else header.bucket)
             placement = place_unlisted(header, size)
             rows.append(
-                (place.row, place.file, *header.bucket, *size, placement.resized[0], placement.left, placement.top,
-                 place.offset, header.bytes, None)
+                (place.row, place.prefix, place.file, *header.bucket, *size, placement.resized[0], placement.left,
+                 placement.top, place.offset, header.bytes, None, header.flipped)
+            )  # fmt: skip
+        yield _build_batch(rows, FOUND_SCHEMA)
+
+
+def _list_uncached(records: pa.Table, missing: dict[str, np.ndarray], encoding: Encoding | None, notes: dict[str, Any]
+                   ) -> Iterator[pa.RecordBatch]:  # fmt: skip
+    """Where the latents of pictures that have none will be, as columns. Pictures that cannot be used are noted."""
+    if encoding is None:
+        return
+    pictures = _are_pictures(records)
+    places = chain.from_iterable(
+        place_uncached(records, np.flatnonzero(rows & pictures), prefix, encoding) for prefix, rows in missing.items()
+    )
+    while some := list(islice(places, ENTRIES_AT_ONCE)):
+        rows = []
+        for place in some:
+            if isinstance(place, tuple):
+                notes["bad"] += [list(place)] if len(notes["bad"]) < MAX_NAMED else []
+                continue
+            placement = place.placement
+            rows.append(
+                (place.row, place.prefix, place.file, *placement.bucket, *place.size, placement.resized[0],
+                 placement.left, placement.top, None, None, None, encoding.flip)
             )  # fmt: skip
         yield _build_batch(rows, FOUND_SCHEMA)
 

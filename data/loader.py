@@ -6,10 +6,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.caption import CaptionSettings
+from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
 from sdxl_trainer.data.index import Index
+from sdxl_trainer.data.latent_store import LatentStore
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.shard_copies import open_copies
 from sdxl_trainer.data.shard_plan import ShardPlan
+from sdxl_trainer.data.strategy import Strategy
+from sdxl_trainer.data.tokens import CaptionTokenizer
 
 PREFETCH_PER_WORKER = 4
 
@@ -29,6 +36,26 @@ def build_plan(
     return ShardPlan(
         buckets, shards, names, shuffle_shards, global_batch_size=global_batch_size, seed=seed, repeats=repeats
     )
+
+
+def build_dataset(
+    config: Config,
+    index: Index,
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+    strategy: Strategy | None,
+) -> LatentDataset:
+    """What the loader's workers read samples from."""
+    settings = SampleSettings(
+        seed=config.run.seed,
+        max_tokens=config.data.max_tokens,
+        caption=CaptionSettings(**config.data.caption.model_dump()),
+        flip_rate=config.data.flip_rate,
+        prior_loss_weight=config.objective.prior_loss_weight,
+    )
+    rules = build_bucket_rules(config.data)
+    dataset = LatentDataset(index, get_cache_folder(config), tokenizers, settings, strategy, rules)
+    dataset.store = LatentStore(get_cache_folder(config), open_copies(config.data.stream, index.path.parent))
+    return dataset
 
 
 def iterate_specs(

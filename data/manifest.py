@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,16 @@ class Identity:
     no_upscale: bool
     crop: str = "center"
     format_version: int = FORMAT_VERSION
+    buckets: tuple[tuple[int, int], ...] = ()  # a fixed list; the numbers of the rule are 0 then
 
     @property
     def name(self) -> str:
         """A short hash of all of it, noted with every item."""
-        return hashlib.sha256(orjson.dumps(asdict(self), option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+        return hashlib.sha256(orjson.dumps(self.list_fields(), option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+    def list_fields(self) -> dict[str, Any]:
+        """All of it; `buckets` only if there are any, because identities that never knew them stay what they are."""
+        return {name: value for name, value in asdict(self).items() if name != "buckets" or value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Entry:
     record_bytes: int | None = None  # of the JSON before it
     record_sha256: str | None = None
     adopted: bool = False  # made by another program; its VAE is the user's word
+    flipped: bool | None = None  # whether it holds latents of the mirrored picture too; None: the line does not tell
     listed_ns: int = 0  # when the line was written: of several lines with one key the latest counts
 
     def as_stale(self) -> "Entry":
@@ -74,9 +80,16 @@ class Entry:
         return replace(self, identity="")
 
 
-def write_identity(folder: Path, identity: Identity) -> None:
-    """Write `cache.json`."""
-    write_atomic(folder / "cache.json", _dump_identity({"name": identity.name, **asdict(identity)}))
+def write_identity(folder: Path, identity: Identity, further: Mapping[str, Identity] | None = None) -> None:
+    """Write `cache.json`.
+
+    Args:
+        further: of other resolutions: what stands before the keys of their items → what these were made under.
+    """
+    fields = {"name": identity.name, **identity.list_fields()}
+    if further:
+        fields["further"] = {prefix: other.name for prefix, other in further.items()}
+    write_atomic(folder / "cache.json", _dump_identity(fields))
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
@@ -98,8 +111,13 @@ def check_identity(folder: Path) -> str | None:
     """What is wrong with `cache.json`, or None: its name is a hash of the rest."""
     try:
         fields = read_identity(folder) or {}
-        named = Identity(**{name: value for name, value in fields.items() if name != "name"}).name == fields.get("name")
-    except (ValueError, TypeError) as error:
+        identity = Identity(**{name: value for name, value in fields.items() if name not in ("name", "further")})
+        names = {
+            prefix: replace(identity, resolution_px=int(prefix.removesuffix("px/"))).name
+            for prefix in fields.get("further", {})
+        }
+        named = identity.name == fields.get("name") and names == fields.get("further", {})
+    except (ValueError, TypeError, AttributeError) as error:
         return f"cache.json: damaged: {error}"
     whole = named and (folder / "cache.json").read_bytes() == _dump_identity(fields)
     return None if whole else "cache.json: damaged: its name does not belong to what it says"

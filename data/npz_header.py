@@ -14,7 +14,14 @@ from functools import lru_cache
 import numpy as np
 
 from sdxl_trainer.data.bucket import Size
-from sdxl_trainer.data.latents import BF16_SUFFIX, LATENT_CHANNELS, VAE_FACTOR, BadLatentError, parse_latents
+from sdxl_trainer.data.latents import (
+    ARRAY_KEYS,
+    BF16_SUFFIX,
+    LATENT_CHANNELS,
+    VAE_FACTOR,
+    BadLatentError,
+    parse_latents,
+)
 from sdxl_trainer.data.npz import DATA_DESCRIPTOR, DIRECTORY, LOCAL_HEADER, NPY_MAGIC, SIGNATURE, STORED, ZIP64
 
 HEADER_BYTES = 1024  # a local header, an npy header, and the few numbers of `original_size` or `crop_ltrb`
@@ -30,6 +37,7 @@ class Header:
     original_size: Size | None  # None: it does not tell
     crop_ltrb: tuple[float, ...]  # empty: it does not tell
     bytes: int
+    flipped: bool  # it holds latents of the mirrored picture too
 
 
 def read_header(path: str, offset: int = 0, size: int | None = None) -> Header:
@@ -112,9 +120,10 @@ def _build_header(members: dict[str, tuple[np.dtype, tuple, bytes]], size: int) 
         numbers[name] = np.frombuffer(start, dtype, count).tolist() if plain else []
     width, height = (int(side) for side in numbers["original_size"] or (0, 0))
     original = (width, height) if min(width, height) > 0 else None
-    return Header((shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR), original, tuple(numbers["crop_ltrb"]), size)
+    bucket, flipped = (shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR), key.replace("latents", ARRAY_KEYS["flipped"])
+    return Header(bucket, original, tuple(numbers["crop_ltrb"]), size, flipped in members)
 
 
 def _read_whole(content: bytes) -> Header:
     sample = parse_latents(content)
-    return Header(sample.bucket, sample.original_size, sample.crop_ltrb, len(content))
+    return Header(sample.bucket, sample.original_size, sample.crop_ltrb, len(content), sample.flipped is not None)

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 8
     TEXT_DROPOUT = 9
     POSTERIOR = 10
+    FLIP = 11
     SHARD_ORDER = 14
 
 
@@ -126,7 +127,12 @@ class Plan:
 
     def num_samples(self, epoch: int) -> int:
         """Samples that an epoch's own share of the stream holds (what its batches hold differs by what is carried)."""
-        return sum(self._count_until(b, epoch + 1) - self._count_until(b, epoch) for b in range(len(self.buckets)))
+        return sum(self.count_samples(epoch).values())
+
+    def count_samples(self, epoch: int) -> dict[int, int]:
+        """Samples that an epoch's own share of each bucket's stream holds."""
+        numbers = range(len(self.buckets))
+        return {self.buckets[b]: self._count_until(b, epoch + 1) - self._count_until(b, epoch) for b in numbers}
 
     def num_carried(self, epoch: int) -> int:
         """Samples that do not fill a batch by the end of an epoch and are carried into the next."""

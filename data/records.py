@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.blocks import SIDE_FIELDS, SIZE_FIELDS, Block
+from sdxl_trainer.data.bucket import split_key
 from sdxl_trainer.data.folders import (
     FileChecker,
     PictureTable,
@@ -125,7 +126,8 @@ def finish_block(block: Block, finder: "PictureFinder", separator: str) -> pa.Re
 def load_record(row: Mapping[str, Any]) -> Record:
     """The whole record of a row of an index, with what the index has found out."""
     record = orjson.loads(row["record"])
-    record["key"] = row["key"]  # a field of that name (img2dataset writes one) is not the stem
+    # A field of that name (img2dataset writes one) is not the stem; nor are latents at a further resolution a record.
+    record["key"] = split_key(row["key"])[1]
     record["image_path"] = row["image_path"]
     record["caption"] = _join_tags(record.get("caption") or record.get("tags"))
     return record

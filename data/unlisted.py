@@ -35,14 +35,18 @@ class Place:
     file: str  # absolute
     offset: int | None  # of the npz in a shard; None: a file of its own
     bytes: int | None
+    prefix: str = ""  # of the resolution
 
 
-def find_unlisted(records: pa.Table, rows: np.ndarray, folder: Path, watched: set[str]) -> Iterator[Place]:
+def find_unlisted(
+    records: pa.Table, rows: np.ndarray, folder: Path, watched: set[str], prefix: str = ""
+) -> Iterator[Place]:
     """Latents of the given rows of the records: in the shard that the record came from, in place of its picture, beside
     that, or in the cache folder.
 
     Args:
         watched: gets the folders whose files decided it.
+        prefix: of a further resolution, whose latents lie in a folder of that name.
     """
     list_latents = lru_cache(maxsize=64)(_list_latents)
     cache = os.path.abspath(folder)
@@ -59,11 +63,11 @@ def find_unlisted(records: pa.Table, rows: np.ndarray, folder: Path, watched: se
                 yield Place(row, path, None, None)
                 continue
             where, name = os.path.split(path)
-            for place in dict.fromkeys((where, cache)):
+            for place in dict.fromkeys(base + "/" * bool(prefix) + prefix.rstrip("/") for base in (where, cache)):
                 watched.add(place)
                 found = list_latents(place).get(strip_suffix(name))
                 if found is not None:
-                    yield Place(row, os.path.join(place, found), None, None)
+                    yield Place(row, os.path.join(place, found), None, None, prefix)
                     break
 
 

@@ -11,11 +11,12 @@ from cache_samples import RULE, make_entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_trainer.cache.work import choose_file, compute_costs, judge_entry, list_work, share_positions
+from sdxl_trainer.cache.work import compute_costs, judge_entry, list_work, share_positions
 from sdxl_trainer.data.bucket import BucketRule
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import open_record_index
 from sdxl_trainer.data.manifest import Identity
+from sdxl_trainer.data.uncached import choose_file
 
 IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 128, 64, 256, 32, False)
 
@@ -72,7 +73,7 @@ def test_a_true_entry_is_valid(source):
 def test_each_part_of_the_identity_makes_it_stale(source, name):
     path, entry = source
     value = getattr(IDENTITY, name)
-    other = replace(IDENTITY, **{name: not value if isinstance(value, bool) else value * 2})
+    other = replace(IDENTITY, **{name: not value if isinstance(value, bool) else value * 2 or ((64, 64),)})
     assert judge_entry(entry, str(path), other.name) == ("stale", None)
 
 

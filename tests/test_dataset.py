@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdxl_trainer.data.caption import CaptionSettings
-from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec
+from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
 from sdxl_trainer.data.index import open_latent_index, open_record_index
 from sdxl_trainer.data.latents import LatentSample, write_latents
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
@@ -48,11 +48,12 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def build_dataset(folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75) -> LatentDataset:
+def build_dataset(folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75,
+                  flip_rate: float = 0.0) -> LatentDataset:  # fmt: skip
     tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)
-    return LatentDataset(index, folder, tokenizers, seed=seed, max_tokens=max_tokens, caption=caption)
+    return LatentDataset(index, folder, tokenizers, SampleSettings(seed, max_tokens, caption, flip_rate))
 
 
 def make_spec(rows: list[int], bucket: tuple[int, int] = BUCKETS[0], epochs: list[int] | None = None) -> MicroSpec:

@@ -202,7 +202,7 @@ def test_identity_is_read_back(tmp_path):
 def test_the_identitys_name_belongs_to_all_of_it():
     fields = {field: getattr(IDENTITY, field) for field in IDENTITY.__dataclass_fields__}
     changed = [
-        Identity(**{**fields, field: not value if isinstance(value, bool) else value * 2})
+        Identity(**{**fields, field: not value if isinstance(value, bool) else value * 2 or ((64, 64),)})
         for field, value in fields.items()
     ]
     names = {identity.name for identity in (IDENTITY, *changed)}

@@ -12,7 +12,7 @@ from conftest import run_program
 from sdxl_trainer.configs.load import load_config, save_config
 from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
 from sdxl_trainer.data.caption import CaptionSettings
-from sdxl_trainer.data.dataset import LatentDataset, MicroSpec
+from sdxl_trainer.data.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
 from sdxl_trainer.data.tokens import END, load_tokenizer
 from sdxl_trainer.train import diffusion
@@ -131,9 +131,8 @@ def dataset(tmp_path_factory) -> LatentDataset:
         latents = np.full((4, 4, 8), number, np.float32)
         write_latents(folder / f"{number}.npz", LatentSample(latents, (64, 32), (0, 0, 64, 32), alpha_mask=mask))
     tokenizers = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
-    return LatentDataset(
-        Rows(), folder, tokenizers, seed=0, max_tokens=75, caption=CaptionSettings(), prior_loss_weight=0.25
-    )
+    settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), prior_loss_weight=0.25)
+    return LatentDataset(Rows(), folder, tokenizers, settings)
 
 
 def read(dataset: LatentDataset, rows: list[int]):

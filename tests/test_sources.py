@@ -306,5 +306,5 @@ def test_missing_captions_and_latents_are_what_the_settings_say(tmp_path):
     assert [problem.rule for problem in problems] == ["2 records have no caption: b, d"]
     _, problems = check_latents(build_config(tmp_path, on_missing="error"), resuming=False)
     assert [(problem.key, problem.rule) for problem in problems] == [
-        ("cache.on_missing", "1 of 4 records have no latents")
+        ("cache.on_missing", "1 of 4 samples have no latents")
     ]

@@ -14,7 +14,7 @@ from conftest import run_program
 
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.caption import CaptionSettings
-from sdxl_trainer.data.dataset import LatentDataset, MicroSpec
+from sdxl_trainer.data.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.latents import LatentSample, write_latents
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
@@ -74,7 +74,7 @@ def build_dataset(cache: Path, index: Index, strategy: Strategy | None, **captio
     folder = ROOT / "configs" / "tiny"
     tokenizers = (load_tokenizer(folder / "tokenizer", END), load_tokenizer(folder / "tokenizer_2", "!"))
     settings = CaptionSettings(**caption)
-    return LatentDataset(index, cache, tokenizers, seed=5, max_tokens=75, caption=settings, strategy=strategy)
+    return LatentDataset(index, cache, tokenizers, SampleSettings(5, 75, settings), strategy)
 
 
 def read_captions(dataset: LatentDataset, rows: list[int], epoch: int = 0, step: int = 0) -> list[str]:

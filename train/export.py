@@ -81,10 +81,9 @@ def write_components(
         write_diffusers_folder(path, components, configs, dtype=dtype, scheduler=scheduler, origin=source.folder)
         logger.info("model {}", path)
         return
-    side = config.data.resolution_px
     metadata = build_modelspec(
         config.run.name,
-        (side, side),
+        config.data.largest_size,
         objective.prediction,
         datetime.now(timezone.utc),
         timestep_range=(objective.min_timestep, objective.max_timestep - 1),

@@ -7,26 +7,22 @@ from loguru import logger
 
 from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.model_source import ModelSource, check_model, resolve_model
+from sdxl_trainer.cache.on_the_fly import build_missing_encoder, fill_missing
 from sdxl_trainer.configs.load import save_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.caption import CaptionSettings
-from sdxl_trainer.data.check import check_latents, get_cache_folder, leave_out_rows
+from sdxl_trainer.data.check import check_latents, leave_out_rows
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch
 from sdxl_trainer.data.index import Index
-from sdxl_trainer.data.latent_store import LatentStore
-from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.plan import Plan
-from sdxl_trainer.data.shard_copies import open_copies
 from sdxl_trainer.data.strategy import (
-    Strategy,
     compute_repeats,
     load_repeats,
     load_strategy,
     save_repeats,
     try_strategy,
 )
-from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import list_checkpoints
@@ -161,6 +157,8 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_reading(config, dataset, plan, state, ranks)
+    if index.note("num_uncached"):
+        batches = fill_missing(batches, build_missing_encoder(config, source, dataset, ranks))
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
         load_engine(engine, checkpoint)
@@ -201,27 +199,6 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     )
     encoder, encoder_2 = load_text_encoders(source, config.model)
     return engine, TextConditioner(encoder.to(ranks.device, engine.dtype), encoder_2.to(ranks.device, engine.dtype))
-
-
-def build_dataset(
-    config: Config,
-    index: Index,
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
-    strategy: Strategy | None,
-) -> LatentDataset:
-    """What the loader's workers read samples from."""
-    dataset = LatentDataset(
-        index,
-        get_cache_folder(config),
-        tokenizers,
-        seed=config.run.seed,
-        max_tokens=config.data.max_tokens,
-        caption=CaptionSettings(**config.data.caption.model_dump()),
-        strategy=strategy,
-        prior_loss_weight=config.objective.prior_loss_weight,
-    )
-    dataset.store = LatentStore(get_cache_folder(config), open_copies(config.data.stream, index.path.parent))
-    return dataset
 
 
 def start_reading(
