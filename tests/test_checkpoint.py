@@ -1,6 +1,7 @@
 """Checkpoints: sealed only when every rank's part is there, any wrong byte found, deleted in the right order."""
 
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -74,6 +75,34 @@ def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> N
         assert checkpoints.find_checkpoint(tmp_path) == first
         path.write_bytes(content)
         assert checkpoints.find_checkpoint(tmp_path) == second
+
+
+def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the manifest was written, before the folder has its name; another of that step is there already."""
+    make_checkpoint(tmp_path, 7)
+    for rank in range(2):
+        partial = write_rank(tmp_path, rank, 7, token="again")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.os, "replace", lambda *_: sys.exit("killed"))
+        patch.setattr(checkpoints, "write_atomic", lambda path, content: path.write_bytes(content))
+        with pytest.raises(SystemExit):
+            checkpoints.seal_checkpoint(partial)
+    assert checkpoints.find_checkpoint(tmp_path) is None
+    checkpoints.settle_partials(tmp_path)
+    assert checkpoints.find_checkpoint(tmp_path) == tmp_path / "step-00000007"
+
+
+def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    """After falling back to step 4, the checkpoint of step 6 must outlive the damaged one of step 8."""
+    make_checkpoint(tmp_path, 4)
+    (make_checkpoint(tmp_path, 8) / "state" / "rank_0.pt").write_bytes(b"damaged")
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest == tmp_path / "step-00000004"
+    checkpoints.set_aside_damaged(tmp_path, newest)
+    make_checkpoint(tmp_path, 6)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=0)
+    assert checkpoints.find_checkpoint(tmp_path) == tmp_path / "step-00000006"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000008", "step-00000006"]
 
 
 def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:

@@ -52,12 +52,12 @@ def seal_checkpoint(partial: Path) -> Path | None:
     files = {name: entry for part in parts for name, entry in part["files"].items()}
     state = partial / STATE_FILE
     files[STATE_FILE] = {"bytes": state.stat().st_size, "sha256": hash_file(state)}
-    shutil.rmtree(partial / PARTS)
     write_atomic(partial / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2))
     final = partial.parent / f"step-{TrainState.load(partial).step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     sync_folder(partial.parent)
+    shutil.rmtree(final / PARTS)  # last: as long as they are there, a start can do what a killed job left undone
     return final
 
 
@@ -83,6 +83,16 @@ def find_checkpoint(folder: Path) -> Path | None:
             return path
         logger.warning("{} is damaged and passed over: {}", path, problem)
     return None
+
+
+def set_aside_damaged(folder: Path, newest: Path | None) -> None:
+    """Rename checkpoints after the newest whole one, `newest`: they would be kept in its place as the newer ones."""
+    for path in list_checkpoints(folder):
+        if newest is None or path.name > newest.name:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("{} is set aside as {}", path, aside.name)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

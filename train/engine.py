@@ -138,7 +138,7 @@ class Engine:
         Args:
             alone: take no part in collectives, because other ranks may be dead; training cannot go on afterwards.
             reuse: write over the copy that was made before, which the caller no longer needs. Memory that is there
-                already takes a copy several times faster, and from a GPU faster still, because it stays pinned.
+                already takes a copy several times faster.
         """
         capture = _Capture(self._engine.checkpoint_engine, self._host_memory if reuse else None)
         optimizer = self._engine.optimizer
@@ -274,7 +274,7 @@ class HostMemory:
         place, self._next = self._next, self._next + 1
         held = self._tensors[place] if place < len(self._tensors) else None
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             self._tensors[place : place + 1] = [held]
         return held.copy_(tensor)
 

@@ -15,7 +15,7 @@ from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.strategy import hash_repeats
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
-from sdxl_trainer.train.checkpoint import find_checkpoint, settle_partials
+from sdxl_trainer.train.checkpoint import find_checkpoint, set_aside_damaged, settle_partials
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.resharding import ReshardingError
@@ -41,6 +41,7 @@ def open_checkpoints(config: Config, ranks: Ranks) -> tuple[Path | None, Checkpo
     if ranks.is_main:
         settle_partials(folder)
         newest, token = find_checkpoint(folder), uuid.uuid4().hex[:8]
+        set_aside_damaged(folder, newest)
     newest, token = broadcast_object((newest, token))
     writer = CheckpointWriter(
         folder,
