@@ -24,8 +24,9 @@ from sdxl_trainer.train.state import TrainState
 
 # torchrun kills its ranks 30 s after it told them to end.
 DEADLINE_SECONDS = 25.0
-# The part of it in which the loop may still end in good order.
-PATIENCE_SHARE = 0.4
+# The part of it in which the loop may still end in good order, and then those for the checkpoint in hand and for the
+# update in hand. The rest is for writing.
+PATIENCE_SHARE, CHECKPOINT_SHARE, UPDATE_SHARE = 0.4, 0.2, 0.2
 
 
 class EmergencySaver:
@@ -52,6 +53,9 @@ class EmergencySaver:
 
     def __enter__(self) -> "EmergencySaver":
         """Start the thread that reads signals. Entered on the main thread, after the handlers are set."""
+        if self._writer.rank == 0:  # what a job left that was killed while it wrote a model
+            for leftover in [*self._models_folder.glob("*.claim"), *self._models_folder.glob(".*.tmp")]:
+                leftover.unlink(missing_ok=True)
         signal.set_wakeup_fd(self._sender, warn_on_full_buffer=False)
         threading.Thread(target=self._run, name="emergency", daemon=True).start()
         return self
@@ -81,10 +85,10 @@ class EmergencySaver:
 
     def _save(self, reason: str) -> Path | None:
         started = time.monotonic()
-        self._writer.join(DEADLINE_SECONDS / 2)
+        self._writer.join(DEADLINE_SECONDS * CHECKPOINT_SHARE)
         logger.error("{}: writing this rank's shard of the state", reason)
         partial = None
-        with self._engine.hold_updates(DEADLINE_SECONDS / 2) as completed:
+        with self._engine.hold_updates(DEADLINE_SECONDS * UPDATE_SHARE) as completed:
             if completed is None:
                 logger.error("an update is under way; the newest checkpoint is what remains")
             elif (state := self._read_state(completed)).step == self._writer.last_step:
