@@ -12,11 +12,11 @@ from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image, spli
 from sdxl_trainer.data.caption import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latent_store import LatentStore
-from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample
+from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample, compute_shape
 from sdxl_trainer.data.plan import Stream, mix_keys
 from sdxl_trainer.data.records import load_record
 from sdxl_trainer.data.strategy import Strategy, StrategyError
-from sdxl_trainer.data.tokens import CaptionTokenizer
+from sdxl_trainer.data.tokens import CaptionTokenizer, encode_captions
 
 if TYPE_CHECKING:
     from sdxl_trainer.data.transforms import PreparedImage
@@ -91,7 +91,7 @@ class SampleSettings:
 class DrawnLatents:
     """What the networks are given of a latent file this time."""
 
-    latents: np.ndarray  # [4, h, w] float32
+    latents: np.ndarray  # [4, h, w] floats
     crop_left: int  # px, in the resized picture as it is seen: mirrored if the latents are
     mask: np.ndarray | None  # [H, W] float32
 
@@ -160,6 +160,7 @@ class LatentDataset(torch.utils.data.Dataset):
             strict=True,
         )
         bad = [unreadable or failure for unreadable, failure in zip(bad, failed, strict=True)]
+        input_ids, input_ids_2 = encode_captions(self.tokenizers, captions, self.settings.max_tokens)
         width, height = spec.bucket
         time_ids = [
             (
@@ -173,9 +174,9 @@ class LatentDataset(torch.utils.data.Dataset):
             for record, sample in zip(records, samples, strict=True)
         ]
         return MicroBatch(
-            latents=torch.stack([_as_tensor(sample, spec.bucket) for sample in samples]),
-            input_ids=self._tokenize(0, captions),
-            input_ids_2=self._tokenize(1, captions),
+            latents=_stack_latents(samples, spec.bucket),
+            input_ids=torch.from_numpy(input_ids),
+            input_ids_2=torch.from_numpy(input_ids_2),
             time_ids=torch.tensor(time_ids, dtype=torch.float32),
             weights=torch.tensor([weight if item is None else 0.0 for weight, item in zip(weights, bad, strict=True)]),
             positions=torch.from_numpy(spec.positions),
@@ -248,7 +249,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if std is not None:  # both moments are kept: a fresh sample of the posterior each time
             rng = np.random.default_rng(mix_keys(self.settings.seed, Stream.POSTERIOR, epoch, row))
             latents = latents + std * rng.standard_normal(latents.shape, np.float32)
-        return DrawnLatents(latents.astype(np.float32), left, None if mask is None else mask.astype(np.float32))
+        return DrawnLatents(latents, left, None if mask is None else mask.astype(np.float32))
 
     def _is_flipped(self, epoch: int, row: int) -> bool:
         rate = self.settings.flip_rate
@@ -272,19 +273,16 @@ class LatentDataset(torch.utils.data.Dataset):
         except StrategyError as error:
             return "", 0.0, (row["key"], str(error))
 
-    def _tokenize(self, encoder: int, captions: Sequence[str]) -> torch.Tensor:
-        tokenizer = self.tokenizers[encoder]
-        return torch.from_numpy(np.stack([tokenizer.encode(caption, self.settings.max_tokens) for caption in captions]))
-
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
-def _as_tensor(sample: DrawnLatents | None, bucket: tuple[int, int]) -> torch.Tensor:
-    """[4, h, w] float32. A bad sample keeps its place as zeros and weighs nothing, so shapes stay what they are."""
-    if sample is None:
-        return torch.zeros(4, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
-    return torch.from_numpy(sample.latents)
+def _stack_latents(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor:
+    """[B, 4, h, w] float32. A bad sample keeps its place as zeros and weighs nothing, so shapes stay what they are."""
+    latents = np.empty((len(samples), *compute_shape(bucket)), np.float32)
+    for place, sample in enumerate(samples):
+        latents[place] = 0 if sample is None else sample.latents
+    return torch.from_numpy(latents)
 
 
 def _stack_masks(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Latents of rows of an index, wherever they lie: files, shards on disk, shards on a store."""
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 from loguru import logger
 
-from sdxl_trainer.data.latents import BadLatentError, LatentSample, parse_latents, read_latents
+from sdxl_trainer.data.latents import BadLatentError, LatentSample, parse_latents
 from sdxl_trainer.data.remote import NoRangesError, Span, is_remote, read_spans
 from sdxl_trainer.data.shard_copies import ShardCopies
+from sdxl_trainer.data.shards import OpenShards, read_file
 
 Row = Mapping[str, Any]
 Bucket = tuple[int, int]
@@ -28,6 +30,7 @@ class LatentStore:
     def __init__(self, folder: Path, copies: ShardCopies | None = None):
         self._folder = folder
         self._copies = copies
+        self._shards = OpenShards()
         self._pool: ThreadPoolExecutor | None = None  # made by whoever reads: it cannot be sent to a worker
         self._coming: dict[str, Future[None]] = {}
         self._not_copied: set[str] = set()
@@ -59,14 +62,18 @@ class LatentStore:
         return [next(contents) if is_remote(row["file"]) else self._read_local(row, bucket) for row in rows]
 
     def _read_local(self, row: Row, bucket: Bucket) -> LatentSample | BadLatentError:
-        span = None if row["offset"] is None else (row["offset"], row["bytes"])
+        path = os.path.join(self._folder, row["file"])
         try:
-            return read_latents(self._folder / row["file"], bucket, span)
+            shard = row["offset"] is not None
+            content = self._shards.read(path, row["offset"], row["bytes"]) if shard else read_file(path)
+            return parse_latents(content, bucket)
+        except OSError as error:
+            return BadLatentError(f"{path}: cannot be read: {error.strerror}")
         except BadLatentError as error:
-            return error
+            return BadLatentError(f"{path}: {error}")
 
     def _read_remote(self, rows: Sequence[Row], bucket: Bucket) -> list[LatentSample | BadLatentError]:
-        samples = [self._read_copy(row, bucket) for row in rows]
+        samples: list[LatentSample | BadLatentError | None] = [self._read_copy(row, bucket) for row in rows]
         missing = [at for at, sample in enumerate(samples) if sample is None]
         spans = [(rows[at]["file"], rows[at]["offset"], rows[at]["bytes"]) for at in missing]
         for at, span, content in zip(missing, spans, self._read_spans(spans), strict=True):
@@ -75,7 +82,7 @@ class LatentStore:
                 self._copies.keep(span[0], span[1], content)
         return [sample for sample in samples if sample is not None]
 
-    def _read_spans(self, spans: Sequence[Span]) -> Sequence[bytes | FileNotFoundError]:
+    def _read_spans(self, spans: Sequence[Span]) -> Sequence[bytes | memoryview | FileNotFoundError]:
         """From the store; where it sends whole files only, by copying the shards."""
         try:
             return read_spans(spans) if spans else []
@@ -91,7 +98,7 @@ class LatentStore:
         return sample if isinstance(sample, LatentSample) else None
 
 
-def _read_whole(copies: ShardCopies, span: Span) -> bytes | FileNotFoundError:
+def _read_whole(copies: ShardCopies, span: Span) -> bytes | memoryview | FileNotFoundError:
     try:
         copies.fetch(span[0])
     except FileNotFoundError as error:
@@ -99,7 +106,9 @@ def _read_whole(copies: ShardCopies, span: Span) -> bytes | FileNotFoundError:
     return copies.read(*span) or b""
 
 
-def _parse(span: Span, content: bytes | FileNotFoundError, bucket: Bucket) -> LatentSample | BadLatentError:
+def _parse(
+    span: Span, content: bytes | memoryview | FileNotFoundError, bucket: Bucket
+) -> LatentSample | BadLatentError:
     url, offset, size = span
     place = f"{url} at byte {offset}"
     if isinstance(content, FileNotFoundError):

@@ -22,7 +22,8 @@ import numpy as np
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.npz import NpzError, load_arrays
-from sdxl_trainer.data.shards import locate_shard, read_span
+from sdxl_trainer.data.plain_latents import is_finite, learn_layout, read_plain
+from sdxl_trainer.data.shards import locate_shard, read_file, read_span
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -107,7 +108,7 @@ def read_latents(
         BadLatentError: missing, torn, pickled, of another form or shape, or not finite.
     """
     try:
-        content = path.read_bytes() if span is None else read_span(locate_shard(path), *span)
+        content = read_file(path) if span is None else read_span(locate_shard(path), *span)
     except OSError as error:
         raise BadLatentError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -124,6 +125,10 @@ def parse_latents(
     Args:
         check_crc: False where the bytes' SHA-256 has been checked.
     """
+    content = memoryview(content)
+    plain = read_plain(content, check_crc)
+    if plain is not None and (bucket is None or plain.latents.shape == compute_shape(bucket)):
+        return LatentSample(plain.latents, plain.original_size, plain.crop_ltrb, dtype=plain.dtype)
     try:
         arrays = load_arrays(content, MAX_BYTES, check_crc)
     except NpzError as error:
@@ -142,7 +147,13 @@ def parse_latents(
     dtype = "bfloat16" if "latents" + BF16_SUFFIX in arrays else latents.dtype.name
     crop_ltrb = (crop[0], crop[1], crop[2], crop[3])
     mask = _read_mask(arrays, (height, width))
+    learn_layout(content, arrays)
     return LatentSample(latents, (int(size[0]), int(size[1])), crop_ltrb, **parts, alpha_mask=mask, dtype=dtype)
+
+
+def compute_shape(bucket: tuple[int, int]) -> tuple[int, int, int]:
+    """[4, h, w] of the latents of a bucket, (width, height) px."""
+    return (LATENT_CHANNELS, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
 
 
 def find_latent_file(image: Path, folder: Path) -> Path | None:
@@ -175,10 +186,10 @@ def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: tuple[int, int]
         return None
     if array.ndim != 3 or array.shape[0] != LATENT_CHANNELS or array.dtype.kind != "f" or array.size == 0:
         raise BadLatentError(f"{key} are {array.dtype}{list(array.shape)}, not floats [{LATENT_CHANNELS}, h, w]")
-    if bucket is not None and array.shape[1:] != (bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR):
+    if bucket is not None and array.shape != compute_shape(bucket):
         found = (array.shape[2] * VAE_FACTOR, array.shape[1] * VAE_FACTOR)
         raise BadLatentError(f"was encoded at {found[0]}x{found[1]} px, not at its bucket's {bucket[0]}x{bucket[1]} px")
-    if not np.isfinite(array).all():
+    if not is_finite(array):
         raise BadLatentError("holds values that are not finite")
     return array
 

@@ -1,6 +1,7 @@
 """The stream of one rank's micro batches, from any position on, read ahead by worker processes."""
 
 from collections.abc import Iterator
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 import numpy as np
@@ -88,10 +89,16 @@ def iterate_specs(
 def iterate_batches(
     dataset: LatentDataset, specs: Iterator[MicroSpec], num_workers: int, pin_memory: bool = False
 ) -> Iterator[MicroBatch]:
-    """Read micro batches in order. Workers are spawned, and start as soon as this is called."""
-    workers: dict[str, Any] = (
-        dict(multiprocessing_context="spawn", prefetch_factor=PREFETCH_PER_WORKER) if num_workers else {}
-    )
+    """Read micro batches in order. Workers start as soon as this is called.
+
+    They are forked from a server, a fresh process that has imported what they need once and shares it with all of them:
+    as safe as spawning beside a GPU, and each adds a few megabytes and no seconds.
+    """
+    workers: dict[str, Any] = {}
+    if num_workers:
+        context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+        context.set_forkserver_preload([LatentDataset.__module__])
+        workers = dict(multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER)
     # batch_size None: each item of the sampler is a whole micro batch for one worker.
     loader = DataLoader(
         dataset,

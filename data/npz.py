@@ -9,9 +9,11 @@ import io
 import struct
 import zipfile
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from isal.isal_zlib import crc32  # thirty times as fast as zlib's
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 SIGNATURE, DATA_DESCRIPTOR, STORED, ZIP64 = b"PK\x03\x04", 0x08, 0, 0x0001
@@ -39,9 +41,20 @@ def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: 
     return arrays if arrays is not None else _load_any(bytes(content), limits)
 
 
-def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -> dict[str, np.ndarray] | None:
-    """The fast way, or None if the file is not of the plain form."""
-    arrays: dict[str, np.ndarray] = {}
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a stored member of a zip lies: its local header, and its bytes [start, end)."""
+
+    key: str
+    header: int
+    start: int
+    end: int
+    crc: int
+
+
+def list_members(content: memoryview) -> list[Member] | None:
+    """The members of a file whose npy arrays are all stored, from its local headers; None if it is not of that form."""
+    members: list[Member] = []
     place = 0
     while content[place : place + 4] == SIGNATURE:
         if place + LOCAL_HEADER.size > len(content):
@@ -57,19 +70,26 @@ def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -
         name = bytes(content[name_start : name_start + name_length])
         if size is None or data_start + size > len(content) or not name.endswith(b".npy"):
             return None
-        key = name[:-4].decode("utf-8", "replace")
-        if key not in limits:
-            return None  # perhaps a damaged name; zipfile compares it with the one in the directory
-        if size > limits[key]:
-            raise NpzError(f"`{key}` holds {size} bytes (a bomb?)")
-        data = content[data_start : data_start + size]
-        if check_crc and zlib.crc32(data) != fields[6]:
-            raise NpzError(f"not a readable npz file: `{key}` has another CRC-32 than it should have")
-        arrays[key] = _view_npy(data, key)
+        members.append(Member(name[:-4].decode("utf-8", "replace"), place, data_start, data_start + size, fields[6]))
         place = data_start + size
     # The central directory must follow and be whole, or the file was cut.
     whole = content[place : place + 4] == DIRECTORY and content[-END_SIZE : 4 - END_SIZE] == END_SIGNATURE
-    return arrays if arrays and whole else None
+    return members if members and whole else None
+
+
+def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -> dict[str, np.ndarray] | None:
+    """The fast way, or None if the file is not of the plain form."""
+    arrays: dict[str, np.ndarray] = {}
+    for member in list_members(content) or ():
+        key, data = member.key, content[member.start : member.end]
+        if key not in limits:
+            return None  # perhaps a damaged name; zipfile compares it with the one in the directory
+        if len(data) > limits[key]:
+            raise NpzError(f"`{key}` holds {len(data)} bytes (a bomb?)")
+        if check_crc and crc32(data) != member.crc:
+            raise NpzError(f"not a readable npz file: `{key}` has another CRC-32 than it should have")
+        arrays[key] = _view_npy(data, key)
+    return arrays or None
 
 
 def _read_zip64_size(extra: memoryview) -> int | None:

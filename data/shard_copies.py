@@ -47,7 +47,7 @@ class ShardCopies:
         self._num_kept = 0
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, url: str, offset: int, size: int) -> bytes | None:
+    def read(self, url: str, offset: int, size: int) -> memoryview | None:
         """What a copy holds at a place, if there is one; zeros where a hole is."""
         for suffix in (WHOLE, HOLES):
             with suppress(FileNotFoundError):

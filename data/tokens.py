@@ -5,8 +5,10 @@ wrapped in start and end marks, as kohya-ss/sd-scripts does.
 """
 
 import gzip
+import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +33,19 @@ class CaptionTokenizer:
     start_id: int
     end_id: int
     pad_id: int
+    vocabulary: str  # names it: those of one name split captions into the same ids
 
     def encode(self, caption: str, max_tokens: int = WINDOW) -> np.ndarray:
         """Token ids of a caption, [max_tokens / 75, 77] int64; what is beyond `max_tokens` is cut off."""
-        ids = self.tokenizer.encode(caption, add_special_tokens=False).ids[:max_tokens]
+        return self.cut_windows(self.split(caption), max_tokens)
+
+    def split(self, caption: str) -> list[int]:
+        """Token ids of a caption, without the marks."""
+        return self.tokenizer.encode(caption, add_special_tokens=False).ids
+
+    def cut_windows(self, ids: list[int], max_tokens: int = WINDOW) -> np.ndarray:
+        """`encode` of a caption that is split already."""
+        ids = ids[:max_tokens]
         windows = np.full((max_tokens // WINDOW, WINDOW + 2), self.pad_id, np.int64)
         windows[:, 0] = self.start_id
         for number, window in enumerate(windows):
@@ -45,7 +56,7 @@ class CaptionTokenizer:
 
     def count(self, caption: str) -> int:
         """Tokens of a caption, without the marks."""
-        return len(self.tokenizer.encode(caption, add_special_tokens=False).ids)
+        return len(self.split(caption))
 
 
 def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
@@ -76,7 +87,24 @@ def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
     )
     # A caption that spells a mark out gets the mark, as from CLIP's own tokenizer.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
-    return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token])
+    digest = hashlib.sha256(repr((known, merges)).encode()).hexdigest()
+    return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token], digest)
+
+
+def encode_captions(
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer], captions: Sequence[str], max_tokens: int = WINDOW
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of captions for both encoders, [B, max_tokens / 75, 77] int64 each.
+
+    Splitting takes most of a sample's time, so it is done once where both share a vocabulary, as SDXL's own two do.
+    """
+    first, second = tokenizers
+    ids = [first.split(caption) for caption in captions]
+    is_shared = first.vocabulary == second.vocabulary
+    ids_2 = ids if is_shared else [second.split(caption) for caption in captions]
+    pairs = ((first, ids), (second, ids_2))
+    windows, windows_2 = (np.stack([one.cut_windows(part, max_tokens) for part in parts]) for one, parts in pairs)
+    return windows, windows_2
 
 
 def find_installed_vocabulary() -> Path | None:

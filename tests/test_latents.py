@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_trainer.data import plain_latents
 from sdxl_trainer.data.latents import (
     BadLatentError,
     LatentSample,
     find_latent_file,
     pack_latents,
+    parse_latents,
     read_latents,
     write_latents,
 )
@@ -228,3 +230,38 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     (tmp_path / "x.npz").write_bytes(pack_latents(GOOD)[:kept])
     with pytest.raises(BadLatentError, match="not a readable npz file"):
         read_latents(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_file_laid_out_as_others_is_read_as_if_it_were_the_first(monkeypatch, dtype):
+    """Whatever byte is another: what is said of it does not depend on what was read before."""
+    rng = np.random.default_rng(0)
+    contents = [
+        pack_latents(
+            LatentSample(rng.standard_normal((4, *sides)).astype(np.float32), (70 + at, 90), (at, 1, 2, 3)), dtype
+        )
+        for at, sides in enumerate([(4, 8), (8, 4), (4, 8)])
+    ]
+    assert len(set(map(len, contents))) == 1  # of one size, but not of one shape
+
+    def read(content: bytes) -> tuple | str:
+        try:
+            sample = parse_latents(content)
+            return sample.latents.tobytes(), sample.latents.shape, sample.original_size, sample.crop_ltrb, sample.dtype
+        except BadLatentError as error:
+            return str(error)
+
+    def read_first(content: bytes) -> tuple | str:
+        monkeypatch.setattr(plain_latents, "_layouts", {})
+        return read(content)
+
+    expected = [read_first(content) for content in contents]
+    known = {}
+    monkeypatch.setattr(plain_latents, "_layouts", known)
+    assert [read(content) for content in contents * 2] == expected * 2 and len(known) == 2
+    for at in range(len(contents[2])):
+        for bit in (1, 64):
+            damaged = bytearray(contents[2])
+            damaged[at] ^= bit
+            monkeypatch.setattr(plain_latents, "_layouts", known)
+            assert read(damaged) == read_first(damaged), f"byte {at}"
