@@ -117,7 +117,7 @@ class Rows:
 
     def row(self, number: int) -> dict:
         sizes = {"bucket_width": 64, "bucket_height": 32, "original_width": 64, "original_height": 32}
-        place = {"file": f"{number}.npz", "offset": None, "bytes": None, "crop_left": 0, "crop_top": 0}
+        place = {"file": f"{number}.npz", "offset": None, "bytes": 1, "crop_left": 0, "crop_top": 0}
         record = orjson.dumps({"key": str(number), "caption": "a", **self.records[number]})
         return {"key": str(number), "image_path": "", "record": record, "resized_width": 64, **sizes, **place}
 
