@@ -12,8 +12,10 @@ from pathlib import Path
 from campaigns.cache_kill import get_variable, list_descendants
 from conftest import ROOT, run_program
 
-from sdxl_trainer.train.checkpoint import list_checkpoints
+from sdxl_trainer.train.checkpoint import find_checkpoint, list_checkpoints, settle_partials
+from sdxl_trainer.train.engine import map_file
 from sdxl_trainer.train.metrics import read_metrics
+from sdxl_trainer.train.resharding import SavedState
 
 # What happens to rank 1 as it reads its samples, by the number of times torchrun has started it. It reads two
 # samples a step. `Fault` is no Exception, so that it passes for a fault of the program and not of the user's caption.
@@ -113,14 +115,14 @@ def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: P
     assert job.returncode == 143, printed
     done = count_steps(run)
     saved = [path.name for path in list_checkpoints(run / "checkpoints")]
-    assert len(saved) == 2 and saved[1] == f"step-{done:08d}" and done < 20, printed
+    assert len(saved) == 2 and saved[1] == f"step-{done:08d}" and done < 18, printed
     (run / "save").touch()
-    run_program("train/main.py", *words, ranks=2)
-    assert read_losses(run) == read_losses(two_ranks)
+    run_program("train/main.py", *words, f"train.max_steps={done + 3}", ranks=2)
+    assert read_losses(run) == read_losses(two_ranks)[: done + 3]
     assert f"step-{done + 1:08d}" in [path.name for path in list_checkpoints(run / "checkpoints")], "the save file"
 
 
-def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path, one_rank: Path) -> None:
+def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None:
     """SIGTERM while a step hangs: the emergency thread writes the state of the one before, and exits with 143."""
     run, hang = cached_folder / "runs" / "hung", cached_folder / "hang"
     words = plant(cached_folder, "hung", **{"checkpoint.every_steps": 0})
@@ -132,10 +134,11 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path, one_ran
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 143 and f"shard of step {done} written" in printed, printed
-    assert list_checkpoints(run / "checkpoints") == [] and count_steps(run) == done < 19
-    printed = run_program("train/main.py", *words, f"train.max_steps={done + 2}")
-    assert f"step-{done:08d} was complete though its job was ended" in printed
-    assert read_losses(run) == read_losses(one_rank)[: done + 2]
+    assert list_checkpoints(run / "checkpoints") == [] and count_steps(run) == done
+    settle_partials(run / "checkpoints")  # as the next start does
+    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step-{done:08d}"
+    trained = SavedState(run / "checkpoints" / f"step-{done:08d}" / "state", map_file)
+    assert trained.shapes and all(trained.read_whole(name).isfinite().all() for name in trained.shapes)
 
 
 def test_short_campaign() -> None:
