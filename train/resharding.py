@@ -205,6 +205,8 @@ class SavedState:
     def __init__(self, folder: Path, read_file: Callable[[Path], Any]):
         self._folder = folder
         self._read_file = lru_cache(maxsize=None)(read_file)
+        self._names = sorted(path.name for path in folder.glob("*_states.pt"))
+        self._shards: dict[int, Shard] = {}
         self.layouts = [Layout.from_plain(read_file(path)) for path in sorted(folder.glob("layout_rank_*.pt"))]
         if not self.layouts or len(self.layouts) < self._count_needed():
             raise ReshardingError(f"{folder} holds {len(self.layouts)} of the ranks' layouts")
@@ -226,10 +228,11 @@ class SavedState:
 
     def load_shard(self, rank: int) -> Shard:
         """A rank's files. Only its own tensors are read from disk, and those only when they are used."""
-        layout = self.layouts[rank]
-        names = [path.name for path in sorted(self._folder.glob("*_states.pt"))]
-        mine = {name: self._read_file(self._folder / name) for name in names if _belongs_to(name, rank)}
-        return build_shard(layout, mine)
+        if rank not in self._shards:
+            names = [name for name in self._names if _belongs_to(name, rank)]
+            mine = {name: self._read_file(self._folder / name) for name in names}
+            self._shards[rank] = build_shard(self.layouts[rank], mine)
+        return self._shards[rank]
 
     def read(self, name: str, key: str = MASTER, start: int = 0, numel: int | None = None) -> torch.Tensor:
         """`numel` values of a parameter, or of the optimizer's state `key` for it, from element `start` on.
