@@ -84,6 +84,8 @@ def _decode_piece(piece: Piece, base: str) -> Block | None:
     if not members or not len(members) == len(piece.starts) == len(piece.ends):  # a trailing comma, a key that is twice
         return None
     keys, rows = list(members), list(members.values())
+    if "" in members or dict in {type(row.caption) for row in rows}:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
     bases, names = [base] * len(keys), cast(list[str | None], [None] * len(keys))
     for at, row in enumerate(rows):
         if row.image_path is None:  # pyright: ignore[reportAttributeAccessIssue]

@@ -122,6 +122,8 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
         logger.info("{} samples have no latents and are encoded when they are met", index.note("num_uncached"))
     if index.note("num_unlisted"):
         logger.info("{} latent files were found that no manifest lists", index.note("num_unlisted"))
+    if index.note("other_sizes"):
+        logger.warning("{}: the pictures' is used", index.note("other_sizes"))
     if index.note("num_assumed_sizes"):
         logger.warning(
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")

@@ -115,7 +115,31 @@ def join_latents(folder: Path, records: pa.Table, selection: Selection) -> Itera
                 _match_found(planned, len(listed) + len(found), matched)
                 notes |= {"num_unlisted": len(found), "num_uncached": len(planned), "watched": sorted(watched)}
                 tables = [table.select([name for name, _ in PLACE_FIELDS]) for table in (listed, found, planned)]
+                notes["other_sizes"] = _describe_other_sizes(records, tables, matched)
                 yield Joined(tables, matched), notes
+
+
+def _describe_other_sizes(records: pa.Table, places: list[pa.Table], matched: dict[str, np.ndarray]) -> str:
+    """Which records' metadata tell another size than their latents, or "". Not those that tell the bucket's, as kohya's
+    `train_resolution` does."""
+    tables = {"": [records], "original_": places, "bucket_": places}
+    told, found, bucket = (
+        np.stack([pa.concat_tables(some).column(f"{name}{side}").to_numpy() for side in ("width", "height")])
+        for name, some in tables.items()
+    )
+    parts = []
+    for place_of_record in matched.values():
+        rows = np.flatnonzero((place_of_record >= 0) & (told[0] > 0))
+        at = place_of_record[rows]
+        differs = (told[:, rows] != found[:, at]).any(0) & (told[:, rows] != bucket[:, at]).any(0)
+        parts.append(np.stack([rows[differs], at[differs]]))
+    rows, at = np.concatenate(parts, axis=1)
+    if len(rows) == 0:
+        return ""
+    key, *sizes = records.column("key")[int(rows[0])], *told[:, rows[0]], *found[:, at[0]]
+    return "{} records tell another size than their pictures have, {} first ({}x{} and not {}x{})".format(
+        len(np.unique(rows)), key, *sizes
+    )
 
 
 def add_prefix(prefix: str, keys: Any) -> Any:

@@ -122,7 +122,8 @@ def _load_headers(folder: Path, url: str) -> dict[int, Header | str]:
     """Offset → header of each npz of a shard, or why it is bad."""
     file = find_catalogue(folder, url)
     _, samples = load_catalogue(file) if file else ("", [])
-    return {sample.offset: sample.header or sample.bad or "has no header" for sample in samples}
+    found = ((sample.offset, sample.header or sample.bad or "has no header") for sample in samples)
+    return {offset: header for offset, header in found if offset is not None}
 
 
 def _localize(item: StoredObject, target: Path) -> None:

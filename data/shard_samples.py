@@ -22,18 +22,18 @@ WINDOW_BEFORE, WINDOW_AFTER = 2 << 10, 6 << 10  # bytes around a header: the sma
 
 @dataclass(frozen=True)
 class ShardSample:
-    """A sample of a shard. The npz is at [offset, offset + size) bytes."""
+    """A sample of a shard. The npz is at [offset, offset + size) bytes, if there is one."""
 
     key: str
     record: dict[str, Any]
-    offset: int
-    size: int
+    offset: int | None
+    size: int | None
     header: Header | None = None  # None: not looked at, or bad
     bad: str | None = None  # why its latents are bad
 
 
 def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list[ShardSample]:
-    """All samples of a shard that have latents, in their order.
+    """All samples of a shard, in their order: what has latents or a record.
 
     Args:
         name: what the shard is called in errors.
@@ -60,10 +60,11 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
     headers |= _look_at(stream, pending)
     samples = []
     for key, parts in members.items():
-        if "npz" in parts:
+        if parts.keys() & {"npz", "json", "txt"}:
+            offset, size = parts.get("npz", (None, None))
             header = headers.get(key)
             header, bad = (None, header) if isinstance(header, str) else (header, None)
-            samples.append(ShardSample(key, _build_record(name, key, parts), *parts["npz"], header, bad))
+            samples.append(ShardSample(key, _build_record(name, key, parts), offset, size, header, bad))
     return samples
 
 

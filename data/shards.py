@@ -224,7 +224,7 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
         path: of the tar, or what it is called in errors where a stream is given.
 
     Raises:
-        BadShardError: torn, no tar, or a member whose name is absolute or climbs out with `..`.
+        BadShardError: torn, no tar, or a member that is a link, or whose name is absolute or climbs out with `..`.
     """
     try:
         with nullcontext(stream) if stream else open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -234,6 +234,8 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
                 if member.isfile():
                     key, _, suffix = member.name.partition(".") if "/" not in member.name else _split(member.name)
                     yield decode_key(key), suffix, member.offset_data, member.size
+                elif not member.isdir():
+                    raise BadShardError(f"{path}: member '{member.name}' is no plain file, but a link or a device")
             # tarfile takes a damaged header, or the end of the file, for the end of the tar.
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):

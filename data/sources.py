@@ -7,6 +7,7 @@ was read is kept under names that no metadata have, until data/records.py has ma
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -102,9 +103,17 @@ def _read_object(file: Path) -> Iterator[Items]:
 
 
 def _note_base(items: Items, file: Path) -> Items:
-    """The same, with the folder that relative paths in them are relative to."""
+    """The same, with the folder that relative paths in them are relative to.
+
+    Raises:
+        ValueError: a key is empty, or a caption an object.
+    """
     base = str(file.parent)
-    for _, fields in items:
+    for key, fields in items:
+        if not key:
+            raise ValueError(f"{file}: a record has an empty key")
+        if isinstance(fields.get("caption"), dict):
+            raise ValueError(f"{file}: the record '{key}' has a caption that is an object, not a text or a list")
         if NAME in fields or fields.get(PATH_FIELDS[0]) is not None:
             fields[BASE] = base
     return items
@@ -122,6 +131,8 @@ def _read_csv(file: Path) -> Iterator[Items]:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
             names = next(rows, [])
+            if twins := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{file}:1: two columns have the name '{twins[0]}'")
             place = lambda: f"{file}:{rows.line_num}"  # noqa: E731
             while block := list(itertools.islice(_zip_rows(rows, names, place), ROWS_AT_ONCE)):
                 yield block
@@ -171,7 +182,8 @@ def _read_catalogue(file: Path) -> Iterator[Items]:
 def _list_items(shard: str, samples: list[ShardSample]) -> Iterator[Items]:
     for start in range(0, len(samples), ROWS_AT_ONCE):
         some = samples[start : start + ROWS_AT_ONCE]
-        yield [(each.key, {**each.record, NPZ: (shard, each.offset, each.size)}) for each in some]
+        places = [{} if each.offset is None else {NPZ: (shard, each.offset, each.size)} for each in some]
+        yield [(each.key, {**each.record, **place}) for each, place in zip(some, places, strict=True)]
 
 
 def _key_row(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:

@@ -179,6 +179,8 @@ def test_all_pictures_of_one_stem_are_listed(tmp_path):
         ("", ":1:1: malformed JSON"),
         ('[{"caption": "a"}]', "must be a JSON object keyed by file stem, not a list"),
         ('{"x": "a caption"}', "the record 'x' must be a JSON object, not a str"),
+        ('{"x": {"caption": {"en": "a"}}}', "the record 'x' has a caption that is an object"),
+        ('{"": {"caption": "a"}}', "a record has an empty key"),
     ],
 )
 def test_malformed_metadata_is_named_with_its_place(tmp_path, text, said):

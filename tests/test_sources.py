@@ -1,10 +1,12 @@
 """Every form of data gives the same records and latents, and what is wrong is named with its place."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,7 @@ def test_all_row_forms_give_the_same_records(tmp_path):
         ("m.jsonl", '{"image_path": "a.png"}\n{"caption": "a"}\n', "m.jsonl:2: the record has no `image_path`"),
         ("m.csv", "image_path,caption\na.png,b\nc.png,d,e\n", "m.csv:3: the row has 3 values under 2 names"),
         ("m.csv", 'image_path,caption\na.png,"b" c\n', "m.csv:2: malformed CSV"),
+        ("m.csv", "image_path,image_path\na,b\n", "m.csv:1: two columns have the name 'image_path'"),
         ("m.csv", b"image_path\nM\xf6.png\n", "m.csv: is not UTF-8"),
         ("m.parquet", "PAR1 no", "m.parquet: no readable Parquet file"),
         ("m.tar", "x" * 2000, "m.tar: not a readable tar"),
@@ -228,6 +231,68 @@ def test_shards_are_a_source_by_themselves(tmp_path):
         assert content == contents[row["key"]] and row["caption"] == f"of {row['key']}"
         assert row["bucket_width"] == 64 + 32 * orjson.loads(row["record"])["score"]
     assert find_bad_latents(index, tmp_path / "cache", "full") == []
+
+
+def test_sizes_that_disagree_with_the_picture_are_counted_and_not_used(tmp_path):
+    sizes = {"right": [300, 200], "wrong": [200, 300], "bucket": [96, 64], "none": None, "odd": [301, 200]}
+    records = {key: {"caption": key, "original_size": size} for key, size in sizes.items()}
+    write(tmp_path / "m.json", orjson.dumps(records))
+    for key in sizes:
+        make_latents(tmp_path / "cache" / f"{key}.npz")
+    index, problems = check_latents(build_config(tmp_path), resuming=False)
+    assert index is not None and problems == []
+    assert set(index.column("original_width")) == {300} and set(index.column("original_height")) == {200}
+    assert index.note("other_sizes") == (
+        "2 records tell another size than their pictures have, wrong first (200x300 and not 300x200)"
+    )
+    write(tmp_path / "m.json", orjson.dumps({"right": records["right"]}))
+    again, _ = check_latents(build_config(tmp_path), resuming=False)
+    assert again is not None and again.note("other_sizes") == ""
+
+
+def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
+    npz = make_latents(tmp_path / "x.npz")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in {
+            "a.json": b'{"caption": "a"}',
+            "a.npz": npz,
+            "b.json": b"{}",
+            "c.npz": npz,
+            "README.md": b"",
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    index, problems = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"), False)
+    assert index is not None and index.strings("key").to_pylist() == ["a", "c"]
+    assert [problem.rule for problem in problems] == ["1 of 3 samples have no latents"]
+
+
+def test_bad_latents_in_a_shard_are_each_named(tmp_path):
+    good = make_latents(tmp_path / "x.npz", bucket=(64, 64))
+    kinds = {
+        "values that are not finite": {"latents": np.full((4, 8, 8), np.nan, np.float32)},
+        "float32[3, 8, 8]": {"latents": np.ones((3, 8, 8), np.float32)},
+        "int32[4, 8, 8]": {"latents": np.ones((4, 8, 8), np.int32)},
+        "object[1]": {"latents": np.array([{}], object)},
+        "a bomb?": {"latents": np.zeros((4, 8192, 8192), np.float32)},
+        "no `latents` but latents_8x8": {"latents_8x8": np.ones((4, 8, 8), np.float32)},
+    }
+    writer = ShardWriter(tmp_path / "s.tar")
+    writer.append("good", b'{"caption": "c"}', good)
+    for number, (said, arrays) in enumerate(kinds.items()):
+        content = io.BytesIO()
+        (np.savez_compressed if "bomb" in said else np.savez)(content, **arrays)
+        writer.append(f"k{number}", b'{"caption": "c"}', content.getvalue())
+    writer.close()
+    config = build_config(tmp_path, metadata=[tmp_path / "s.tar"], max_bad_fraction=1, check="full")
+    index, problems = check_latents(config, resuming=False)
+    assert problems == [] and index is not None
+    log = (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
+    named = {line["key"]: line["reason"] for line in map(orjson.loads, log)}
+    assert sorted(named) == [f"k{number}" for number in range(len(kinds))]
+    for number, said in enumerate(kinds):
+        assert said in named[f"k{number}"] and f"{tmp_path}/s.tar" in named[f"k{number}"]
 
 
 def test_the_header_says_what_the_whole_file_says(tmp_path):
