@@ -15,6 +15,7 @@ from sdxl_trainer.data.latent_store import LatentStore
 from sdxl_trainer.data.latents import VAE_FACTOR, BadLatentError, LatentSample, compute_shape
 from sdxl_trainer.data.plan import Stream, mix_keys
 from sdxl_trainer.data.records import load_record
+from sdxl_trainer.data.shard_copies import ShardCopies
 from sdxl_trainer.data.strategy import Strategy, StrategyError
 from sdxl_trainer.data.tokens import CaptionTokenizer, encode_captions
 
@@ -118,6 +119,7 @@ class LatentDataset(torch.utils.data.Dataset):
         tokenizers: of text encoder 1 and 2.
         strategy: the user's class, which may give captions and weights.
         rules: how pictures without latents are cut, by the prefix of their keys.
+        copies: where copies are kept of what is read from stores.
     """
 
     def __init__(
@@ -128,10 +130,11 @@ class LatentDataset(torch.utils.data.Dataset):
         settings: SampleSettings,
         strategy: Strategy | None = None,
         rules: Mapping[str, BucketRule] | None = None,
+        copies: ShardCopies | None = None,
     ):
         self.index = index
         self.cache_folder = cache_folder
-        self.store = LatentStore(cache_folder)
+        self.store = LatentStore(cache_folder, copies)
         self.tokenizers = tokenizers
         self.settings = settings
         self.strategy = strategy

@@ -12,7 +12,6 @@ from sdxl_trainer.data.caption import CaptionSettings
 from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
 from sdxl_trainer.data.index import Index
-from sdxl_trainer.data.latent_store import LatentStore
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.shard_copies import open_copies
 from sdxl_trainer.data.shard_plan import ShardPlan
@@ -54,9 +53,8 @@ def build_dataset(
         prior_loss_weight=config.objective.prior_loss_weight,
     )
     rules = build_bucket_rules(config.data)
-    dataset = LatentDataset(index, get_cache_folder(config), tokenizers, settings, strategy, rules)
-    dataset.store = LatentStore(get_cache_folder(config), open_copies(config.data.stream, index.path.parent))
-    return dataset
+    copies = open_copies(config.data.stream, index.path.parent)
+    return LatentDataset(index, get_cache_folder(config), tokenizers, settings, strategy, rules, copies)
 
 
 def iterate_specs(

@@ -21,9 +21,8 @@ from sdxl_trainer.configs.schema import Config  # noqa: E402
 from sdxl_trainer.data import remote  # noqa: E402
 from sdxl_trainer.data.caption import CaptionSettings  # noqa: E402
 from sdxl_trainer.data.check import check_latents, check_records  # noqa: E402
-from sdxl_trainer.data.dataset import LatentDataset, MicroBatch  # noqa: E402
+from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, SampleSettings  # noqa: E402
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index  # noqa: E402
-from sdxl_trainer.data.latent_store import LatentStore  # noqa: E402
 from sdxl_trainer.data.latents import LatentSample, pack_latents  # noqa: E402
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs  # noqa: E402
 from sdxl_trainer.data.localize import name_version  # noqa: E402
@@ -87,9 +86,8 @@ def open_index(cache: Path, *metadata: Path | str) -> Index:
 
 def build_dataset(cache: Path, index: Index, copies: ShardCopies | None = None) -> LatentDataset:
     tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
-    dataset = LatentDataset(index, cache, tokenizers, seed=0, max_tokens=75, caption=CaptionSettings())
-    dataset.store = LatentStore(cache, copies)
-    return dataset
+    settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings())
+    return LatentDataset(index, cache, tokenizers, settings, copies=copies)
 
 
 def read_epoch(dataset: LatentDataset, num_workers: int = 0, size: int = 2) -> list[MicroBatch]:
