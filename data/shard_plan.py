@@ -124,8 +124,8 @@ class ShardPlan(Plan):
         """Rows of a bucket that a window holds, each as often as it comes."""
         epoch, window = divmod(number, self.num_windows)
         groups = bucket * len(self._names) + np.array(self._list_window(epoch, window))
-        parts = [np.arange(self._group_starts[group], self._group_starts[group + 1]) for group in groups]
-        places = np.concatenate(parts)
+        starts, ends = self._group_starts[groups].tolist(), self._group_starts[groups + 1].tolist()
+        places = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
         if self._repeats is not None:
             places = np.repeat(places, self._compute_turns(epoch, places))
         return self._members[places]

@@ -86,7 +86,8 @@ def _parse_sample(line: bytes) -> ShardSample:
     fields = orjson.loads(line)
     header = fields.pop("header")
     if header is not None:
-        header = Header(**{name: tuple(value) if isinstance(value, list) else value for name, value in header.items()})
+        tuples: dict[str, Any] = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
+        header = Header(**{**header, **tuples})
     return ShardSample(**fields, header=header)
 
 

@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -108,7 +109,8 @@ def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTrans
         return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != mode or "sRGB" in (source.profile.profile_description or ""):
+        told: Any = source.profile
+        if told.xcolor_space.strip() != mode or "sRGB" in (told.profile_description or ""):
             return None
         target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
