@@ -73,7 +73,7 @@ class Engine:
         self._engine._copy_recovery_script = lambda save_path: None  # it would drop scripts where the job was started
         self._updating = threading.Lock()
         self._torn = False  # while the weights are of no one step; an error in the middle of an update leaves it so
-        engine.basic_optimizer.register_step_pre_hook(lambda *_: setattr(self, "_torn", True))
+        self._engine.basic_optimizer.register_step_pre_hook(lambda *_: setattr(self, "_torn", True))
         self.completed_steps = 0  # since the engine was made
         self._parameters = dict(self.model.named_parameters())
         self._host_memory = HostMemory()
