@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ import fsspec
 from fsspec.registry import known_implementations
 
 ATTEMPTS, FEW_ATTEMPTS = 8, 3
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0  # in all 8 attempts take about a minute
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+PATIENCE_SECONDS = 60.0  # after which no further attempt begins: packages have retries of their own, which take long
 NUM_THREADS = 32
 MANY = 32  # objects of one folder, for which it is listed instead of asking for each
 VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
@@ -118,9 +119,7 @@ def read_spans(spans: Sequence[Span], attempts: int = ATTEMPTS) -> list[bytes | 
     """
     results: list[Any] = [None] * len(spans)
     left = list(range(len(spans)))
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(_choose_wait(attempt))
+    for _ in _iterate_attempts(attempts):
         for number, result in zip(left, _read_once([spans[number] for number in left]), strict=True):
             results[number] = result
         left = [number for number in left if isinstance(results[number], Exception) and _may_pass(results[number])]
@@ -264,16 +263,29 @@ def _try_often(url: str, attempts: int, call: Callable[[], Any]) -> Any:
         FileNotFoundError: the object is not there.
         StoreError: the store refuses, or did not answer to any of the attempts.
     """
-    for attempt in range(1, attempts + 1):
+    failure: Exception | None = None
+    for _ in _iterate_attempts(attempts):
         try:
             return call()
         except FileNotFoundError:
             raise
         except _list_error_classes() as error:
-            if attempt == attempts or not _may_pass(error):
-                raise StoreError(f"{url}: {_describe(error)}") from error
-        time.sleep(_choose_wait(attempt))
-    raise AssertionError("the last attempt raises or returns")
+            failure = error
+            if not _may_pass(error):
+                break
+    assert failure is not None, "there is an attempt, and it failed"
+    raise StoreError(f"{url}: {_describe(failure)}") from failure
+
+
+def _iterate_attempts(attempts: int) -> Iterator[int]:
+    """Numbers of attempts, each after a wait, as long as there is patience."""
+    started = time.monotonic()
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(_choose_wait(attempt))
+        yield attempt
+        if time.monotonic() - started > PATIENCE_SECONDS:
+            return
 
 
 def _list_folder(folder: str) -> None:
