@@ -26,8 +26,11 @@ def build_convert_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def convert(source: Path, target: Path, config: "Config") -> None:
-    """Write `source` as `target`, with the objective, type and names that `config` says, tensor by tensor.
+def convert(source: Path, checkpoint: Path | None, target: Path, config: "Config") -> None:
+    """Write a model as `target`, with the objective, type and names that `config` says, tensor by tensor.
+
+    Args:
+        checkpoint: if given its trained weights are taken, and what was not trained from the model it started from.
 
     Raises:
         UserInputError: the source is nothing that can be read.
@@ -36,7 +39,6 @@ def convert(source: Path, target: Path, config: "Config") -> None:
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.train.export import open_components, write_components
 
-    checkpoint = find_source_checkpoint(source)
     if checkpoint is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(source)})})
     raise_if_any(check_model(config.model))
@@ -71,23 +73,23 @@ def find_source_checkpoint(source: Path) -> Path | None:
 
 def replace_trained(components: Mapping[str, dict[str, Any]], checkpoint: Path) -> None:
     """Put the checkpoint's master weights in the place of those that training started from."""
+    from sdxl_trainer.cache.single_file_names import canonical_name
     from sdxl_trainer.train.engine import STATE_TAG, map_file
     from sdxl_trainer.train.resharding import SavedState
 
     saved = SavedState(checkpoint / STATE_TAG, map_file)
     for name in saved.shapes:
         component, _, inner = name.partition(".")
-        components[component][inner] = lambda name=name: saved.read_whole(name)
+        components[component][canonical_name(component, inner)] = lambda name=name: saved.read_whole(name)
 
 
-def load_settings(options: argparse.Namespace) -> "Config":
+def load_settings(options: argparse.Namespace, checkpoint: Path | None) -> "Config":
     """The settings that a checkpoint was trained with, or those of a file; words of the command line over them."""
     from sdxl_trainer.configs.load import build_config, load_config
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.train.state import TrainState
 
     words = [*options.overrides, f"checkpoint.export_dtype={options.dtype}"]
-    checkpoint = find_source_checkpoint(options.source)
     if options.cfg is not None:
         config, problems = load_config(options.cfg, words)
     else:
@@ -101,7 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     from sdxl_trainer.launch.program import run_program
 
     options = build_convert_parser().parse_intermixed_args(arguments)
-    return run_program(lambda: convert(options.source, options.target, load_settings(options)))
+
+    def work() -> None:
+        checkpoint = find_source_checkpoint(options.source)
+        convert(options.source, checkpoint, options.target, load_settings(options, checkpoint))
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
