@@ -85,6 +85,8 @@ def replace_trained(components: Mapping[str, dict[str, Any]], checkpoint: Path) 
 
 def load_settings(options: argparse.Namespace, checkpoint: Path | None) -> "Config":
     """The settings that a checkpoint was trained with, or those of a file; words of the command line over them."""
+    from loguru import logger
+
     from sdxl_trainer.configs.load import build_config, load_config
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.train.state import TrainState
@@ -93,7 +95,10 @@ def load_settings(options: argparse.Namespace, checkpoint: Path | None) -> "Conf
     if options.cfg is not None:
         config, problems = load_config(options.cfg, words)
     else:
-        config, problems = build_config(TrainState.load(checkpoint).config if checkpoint else {}, words)
+        settings, outdated = build_config(TrainState.load(checkpoint).config if checkpoint else {})
+        for problem in outdated:  # of another version of this program; nothing that the user could put right
+            logger.warning("the checkpoint's {} is passed over: {}", problem.key, problem.rule)
+        config, problems = build_config(settings.model_dump(mode="json"), words)
     raise_if_any(problems)
     return config
 
