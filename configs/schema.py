@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.stream import StreamConfig
 
@@ -226,27 +227,12 @@ class TrainConfig(Section):
     """Samples per optimizer step over all ranks; the order of batches depends on it and not on the number of ranks."""
     micro_batch_size: int = Field(1, ge=1)
     """Samples per forward pass on a rank. Accumulation is what remains: global / (micro x ranks)."""
-
-
-class SampleConfig(Section):
-    """Pictures drawn from fixed prompts during and after training."""
-
-    prompts: list[str] = []
-    """Prompts; none draws nothing."""
-    negative_prompt: str = ""
-    """What guidance leads away from."""
-    every_steps: int = Field(0, ge=0)
-    """Steps between sample grids; 0 draws at the end only."""
-    num_inference_steps: int = Field(28, ge=1)
-    """Denoising steps of a sample."""
-    guidance_scale: float = Field(6.0, ge=0)
-    """Strength of classifier-free guidance; 1 or less turns it off."""
-    width_px: int = Field(1024, ge=64, multiple_of=8)
-    """Width of a sample."""
-    height_px: int = Field(1024, ge=64, multiple_of=8)
-    """Height of a sample."""
-    seed: int = Field(0, ge=0)
-    """Seed of the first prompt; the others follow it."""
+    non_finite: Literal["skip", "stop"] = "skip"
+    """What happens when the loss or the gradient of a step is not finite (NaN or infinite). The weights are never
+    updated by it, and the samples are named in `logs/bad_samples.jsonl`. `skip` goes on with the next global batch,
+    `stop` saves a checkpoint of the state before the step and ends with status 1."""
+    max_non_finite_steps: int = Field(10, ge=0)
+    """Steps of the whole run that `train.non_finite: skip` may skip; one more stops as `stop` does."""
 
 
 class LogConfig(Section):

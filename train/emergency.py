@@ -17,6 +17,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.launch.signals import STOP_SIGNALS, Interrupted, exit_at_once
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.engine import Engine
@@ -32,7 +33,8 @@ PATIENCE_SHARE, CHECKPOINT_SHARE, UPDATE_SHARE = 0.4, 0.2, 0.2
 class EmergencySaver:
     """Writes this rank's shard at most once, from whichever thread comes first. A context around the training loop.
 
-    An exception that leaves the loop is let through after the state is saved; a stop on request has saved already.
+    An exception that leaves the loop is let through after the state is saved; a stop on request, and an end that was
+    told in full, have saved already.
 
     Args:
         read_state: the state that belongs to so many completed optimizer steps.
@@ -61,7 +63,7 @@ class EmergencySaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, Interrupted):
+        if error is not None and not isinstance(error, (Interrupted, FailedError)):
             self.save(f"{kind.__name__ if kind else 'error'}: {error}")
         self._done.set()
         signal.set_wakeup_fd(-1)

@@ -1,6 +1,7 @@
 """The only module that talks to DeepSpeed: one training engine with backward, step, state and full weights."""
 
 import inspect
+import math
 import os
 import threading
 import warnings
@@ -70,6 +71,9 @@ class Engine:
         )
         self._engine: Any = engine  # DeepSpeed's attributes are too loosely typed to be checked
         self._optimizer: Any = wrapped
+        if not hasattr(wrapped, "overflow"):
+            guard_updates(wrapped, max_grad_norm)
+            self._engine._config.gradient_clipping = 0.0  # the guard clips
         self._engine._copy_recovery_script = lambda save_path: None  # it would drop scripts where the job was started
         self._updating = threading.Lock()
         self._torn = False  # while the weights are of no one step; an error in the middle of an update leaves it so
@@ -96,16 +100,22 @@ class Engine:
         """Accumulate gradients of `loss`, already divided by the accumulation steps inside, averaged over ranks."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """Close a micro step; after the last one of a global batch, clip and update the weights."""
+    def step(self) -> bool:
+        """Close a micro step; after the last one of a global batch, clip and update the weights.
+
+        Returns:
+            Whether the weights were updated. A gradient that is not finite, on any rank, leaves weights and optimizer
+            as they were, and every rank is told so; the step counts as completed all the same.
+        """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
-            return
+            return False
         with self._updating:
             # Ranks first agree on the gradients' norm. If one is dead then, no weight has been touched yet.
             self._engine.step()
             self._torn = False
             self.completed_steps += 1
+        return self._engine.was_step_applied()
 
     @contextmanager
     def hold_updates(self, timeout_seconds: float) -> Iterator[int | None]:
@@ -129,6 +139,11 @@ class Engine:
         """Global norm of the gradients of the last step, before clipping."""
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied with for the sake of fp16 gradients; None in other precisions."""
+        return float(self._engine._get_optimizer_loss_scale()) if self._engine.fp16_enabled() else None
 
     def capture_state(self, alone: bool = False, reuse: bool = False) -> dict[str, Any]:
         """This rank's files of a checkpoint: path within it → content, copied to the host.
@@ -220,6 +235,21 @@ class Engine:
         return full.float().cpu()
 
 
+def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
+    """Let a plain torch optimizer, which DeepSpeed uses as it is for fp32 without ZeRO, do what DeepSpeed's own do:
+    clip, tell the norm, and make no update of gradients that are not finite (`overflow`, which the engine reads)."""
+    update = optimizer.step
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def step() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        optimizer._global_grad_norm, optimizer.overflow = norm, not bool(norm.isfinite())
+        if not optimizer.overflow:
+            update()
+
+    optimizer.step = step
+
+
 class _Capture:
     """Stands in for DeepSpeed's checkpoint engine and keeps what would be written, so that a thread can write it."""
 
@@ -302,7 +332,7 @@ def build_deepspeed_config(config: EngineConfig, batch: tuple[int, int, int], ma
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         # Any torch optimizer whose update is elementwise is sound on a shard; the list DeepSpeed trusts is shorter.
         "zero_allow_untrusted_optimizer": True,
         "steps_per_print": 2**31,

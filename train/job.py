@@ -36,6 +36,7 @@ from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.model import Networks, load_unet
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer
+from sdxl_trainer.train.prompts import load_prompts
 from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
@@ -94,7 +95,7 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
 
 def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
     """The index of what will be trained on, and every problem that can be told before a network is loaded."""
-    problems = check_model(config.model)
+    problems = check_model(config.model) + load_prompts(config.sample, config.objective)[1]
     train = config.train
     if train.global_batch_size % (train.micro_batch_size * world_size):
         problems.append(

@@ -1,10 +1,8 @@
 """The training loop: fit, and the step that reads like the equation."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import orjson
 import torch
@@ -15,6 +13,7 @@ from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.export import export_model, get_model_path
 from sdxl_trainer.train.metrics import plot_loss
+from sdxl_trainer.train.non_finite import Suspect, find_suspects, give_up_update, spread_non_finite
 from sdxl_trainer.train.objective import SampleKeys
 from sdxl_trainer.train.optim import compute_lr
 from sdxl_trainer.train.run import Run
@@ -27,10 +26,12 @@ class StepResult:
     """Numbers of one optimizer step, over all ranks."""
 
     loss: float
+    updated: bool  # whether the weights were; not by a loss or gradient that is not finite
     data_wait_seconds: float
     num_bad: int
     stop: bool  # some rank was asked to
     save: bool
+    suspects: list[Suspect]  # of this rank, if the weights were not updated
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
@@ -38,12 +39,17 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
+        NonFiniteError: of more steps than allowed the loss or the gradient was not finite; the state is saved.
     """
     config, state = run.config, run.state
+    if state.step == 0 and config.sample.draws and config.sample.at_start:
+        draw_samples(run)
     while state.step < config.train.max_steps:
         started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, config.train.max_steps)
         result = train_step(run, batches, lr)
+        if not result.updated:
+            give_up_update(run, result.loss, result.suspects)
         advance(run, result)
         report_step(run, result, lr, time.monotonic() - started)
         last = state.step == config.train.max_steps
@@ -53,40 +59,39 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         if result.stop and not last:
             run.checkpoints.wait()
             run.requests.interrupt()
-        if config.sample.prompts and (last or _is_due(state.step, config.sample.every_steps)):
-            draw(run)
+        if config.sample.draws and (last or _is_due(state.step, config.sample.every_steps)):
+            draw_samples(run)
 
 
 def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:
     """One optimizer step: accumulate the gradients of a global batch, then update.
 
-    Raises:
-        RuntimeError: the loss is not finite; the samples are named and the weights are left as they were.
+    A loss that is not finite, of any sample on any rank, makes the gradient so, and the engine then makes no update.
     """
     run.engine.set_lr(lr)
     total = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, to save
-    wait_seconds, seen = 0.0, []
-    for micro_step in range(run.accumulation_steps):
+    wait_seconds, updated, seen = 0.0, False, []
+    for _ in range(run.accumulation_steps):
         asked = time.monotonic()
         batch = next(batches)
         wait_seconds += time.monotonic() - asked
-        loss = compute_loss(run, batch)
-        run.engine.backward(loss)
+        losses = compute_losses(run, batch)  # [B]
+        loss = losses.mean()
+        run.engine.backward(spread_non_finite(loss))
         total[0] += loss.detach()
         total[1] += len(batch.bad)
-        seen.append(batch)
-        if micro_step == run.accumulation_steps - 1:
-            total[2:] = torch.tensor(run.requests.collect())
-            check_finite(run, seen, reduce_sum(total)[0].item())
-        run.engine.step()
-    name_bad_samples(run, seen)
-    loss_sum, num_bad, stop, save = total.tolist()
+        seen.append((batch, losses.detach()))
+        updated = run.engine.step()
+    name_bad_samples(run, [batch for batch, _ in seen])
+    total[2:] = torch.tensor(run.requests.collect())
+    loss_sum, num_bad, stop, save = reduce_sum(total).tolist()
     loss_mean = loss_sum / (run.accumulation_steps * run.ranks.world_size)
-    return StepResult(loss_mean, wait_seconds, int(num_bad), stop > 0, save > 0)
+    suspects = [] if updated else find_suspects(run.index, seen, loss_mean)
+    return StepResult(loss_mean, updated, wait_seconds, int(num_bad), stop > 0, save > 0, suspects)
 
 
-def compute_loss(run: Run, batch: MicroBatch) -> torch.Tensor:
-    """The mean weighted loss of a micro batch: noise and timestep → x_t → prediction → target → weight."""
+def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
+    """Each sample's weighted loss, [B]: noise and timestep → x_t → prediction → target → weight."""
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
     keys = SampleKeys(run.config.run.seed, run.state.step, batch.positions.tolist())
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
@@ -99,7 +104,7 @@ def compute_loss(run: Run, batch: MicroBatch) -> torch.Tensor:
     prediction = run.engine(x_t.to(dtype), timesteps, text, batch.time_ids.to(device), text_keep)
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
-    return (losses * batch.weights.to(device)).mean()
+    return losses * batch.weights.to(device)
 
 
 def advance(run: Run, result: StepResult) -> None:
@@ -149,6 +154,7 @@ def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None
             "step_seconds": seconds,
             "data_wait_share": result.data_wait_seconds / seconds,
             "num_bad": run.state.num_bad,
+            "num_non_finite": run.state.num_non_finite,
         },
     )
     run.metrics.write(step, values)
@@ -163,20 +169,6 @@ def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None
             values["samples_per_second"],
             values["data_wait_share"],
         )
-
-
-def draw(run: Run) -> Path:
-    """Draw the sample grid of the current step."""
-    return draw_samples(
-        run.folder / "samples",
-        run.engine,
-        run.conditioner,
-        run.tokenizers,
-        run.source,
-        run.config,
-        run.ranks,
-        run.state.step,
-    )
 
 
 def finish(run: Run) -> None:
@@ -199,17 +191,6 @@ def name_bad_samples(run: Run, batches: list[MicroBatch]) -> None:
         for key, reason in bad:
             logger.warning("bad sample skipped: {}", reason)
             file.write(orjson.dumps({"step": run.state.step, "key": key, "reason": reason}) + b"\n")
-
-
-def check_finite(run: Run, batches: list[MicroBatch], loss: float) -> None:
-    """Never train through NaN: stop before the update, the same on all ranks, each naming its samples.
-
-    Raises:
-        RuntimeError: the loss, summed over all ranks, is not finite.
-    """
-    if not math.isfinite(loss):
-        keys = ", ".join(run.index.row(row)["key"] for batch in batches for row in batch.rows.tolist())
-        raise RuntimeError(f"the loss of step {run.state.step} is {loss}; this rank's samples were: {keys}")
 
 
 def is_save_due(run: Run, epoch: int) -> bool:

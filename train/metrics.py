@@ -57,7 +57,7 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = list(read_metrics(metrics_file))
+    lines = [line for line in read_metrics(metrics_file) if line["loss"] is not None]  # null: it was not finite
     steps = np.array([line["step"] for line in lines])
     losses = np.array([line["loss"] for line in lines])
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")

@@ -1,5 +1,7 @@
-"""Draws pictures from fixed prompts with the live model, through diffusers' own SDXL pipeline."""
+"""Draws pictures from prompts, through diffusers' own SDXL pipeline. Touches no global random state."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +11,107 @@ from PIL import Image
 
 from sdxl_trainer.cache.encoders import load_vae
 from sdxl_trainer.cache.model_source import ModelSource
-from sdxl_trainer.configs.schema import Config, SampleConfig
-from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.tokens import WINDOW, CaptionTokenizer
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.train.conditioning import TextConditioner
-from sdxl_trainer.train.engine import Engine
+from sdxl_trainer.train.prompts import Prompt, load_prompts
+from sdxl_trainer.train.run import Run
+from sdxl_trainer.train.sheets import make_grid, make_strip, write_picture
 
 
-def draw_samples(
-    folder: Path,
-    engine: Engine,
-    conditioner: TextConditioner,
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
-    source: ModelSource,
-    config: Config,
-    ranks: Ranks,
-    step: int,
-) -> Path:
-    """Draw every prompt once, the prompts spread over the ranks, and write each picture and their grid.
+@dataclass(frozen=True)
+class Painter:
+    """The networks that draw pictures, and what the settings say of them."""
 
-    All ranks call it together: under ZeRO-3 each forward pass is a collective, so every rank draws equally many
-    pictures, some of them twice when the prompts do not divide evenly. No global random state is touched.
+    unet: Any
+    vae: Any
+    conditioner: TextConditioner
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+    source: ModelSource
+    config: Config
+    dtype: torch.dtype  # of the U-Net
 
-    Returns:
-        The grid's path.
+    def draw(self, prompt: Prompt) -> Image.Image:
+        """One picture. Its noise is drawn on the CPU, and so is the same on any device."""
+        pipeline = build_pipeline(self.unet, self.vae, self.source, self.config, prompt.scheduler)
+        hidden, pooled = self._encode(prompt.text)
+        negative_hidden, negative_pooled = self._encode(prompt.negative)
+        return pipeline(
+            prompt_embeds=hidden,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=negative_hidden,
+            negative_pooled_prompt_embeds=negative_pooled,
+            width=prompt.width_px,
+            height=prompt.height_px,
+            num_inference_steps=prompt.num_inference_steps,
+            guidance_scale=prompt.guidance_scale,
+            generator=torch.Generator().manual_seed(prompt.seed),
+        ).images[0]
+
+    def _encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [1, 75·windows + 2, C], pooled [1, P]), in as many windows as captions have in training."""
+        device, max_tokens = next(self.conditioner.encoder.parameters()).device, self.config.data.max_tokens
+        ids, ids_2 = (
+            torch.from_numpy(tokenizer.encode(text, max_tokens))[None].to(device) for tokenizer in self.tokenizers
+        )
+        hidden, pooled = self.conditioner.encode(ids, ids_2)
+        return hidden.to(self.dtype), pooled.to(self.dtype)
+
+
+def draw_samples(run: Run) -> Path:
+    """Draw all prompts with the live model: each picture, the grid of the step, and the strip over all steps.
+
+    All ranks call it together. Returns the grid's path.
     """
-    settings = config.sample
+    folder, engine = run.folder / "samples", run.engine
+    prompts, _ = load_prompts(run.config.sample, run.config.objective)
+    vae = load_vae(run.source, run.config.model).to(run.ranks.device)
+    painter = Painter(engine.model.unet, vae, run.conditioner, run.tokenizers, run.source, run.config, engine.dtype)
     engine.model.eval()
-    pipeline = build_pipeline(engine.model.unet, load_vae(source, config.model).to(ranks.device), source, config)
-    rounds = -(-len(settings.prompts) // ranks.world_size)
-    mine = [(ranks.rank + number * ranks.world_size) % len(settings.prompts) for number in range(rounds)]
-    drawn = {number: draw_picture(pipeline, conditioner, tokenizers, settings, number, engine.dtype) for number in mine}
+    pictures = draw_prompts(painter, prompts, run.ranks, in_step=engine.zero_stage == 3)
     engine.model.train()
+    name = f"step-{run.state.step:08d}"
+    if run.ranks.is_main:
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            write_picture(folder / name / f"{number:03d}.png", picture, prompt.describe())
+        write_picture(folder / f"{name}.png", make_grid(pictures))
+        strip = make_strip(folder)
+        if strip is not None:
+            write_picture(folder / "strip.png", strip)
+        logger.info("samples {}", folder / f"{name}.png")
+    return folder / f"{name}.png"
+
+
+def draw_prompts(painter: Painter, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False) -> list[Image.Image]:
+    """Every prompt's picture, drawn by the ranks together; on every rank, in the order of the prompts."""
+    mine = share_prompts(prompts, ranks.rank, ranks.world_size, in_step)
     pictures: dict[int, Image.Image] = {}
-    for part in gather_objects(drawn):
+    for part in gather_objects({number: painter.draw(prompts[number]) for number in mine}):
         pictures |= part
-    grid = folder / f"step-{step:08d}.png"
-    if ranks.is_main:
-        for number, picture in sorted(pictures.items()):
-            write_picture(folder / f"step-{step:08d}" / f"{number:03d}.png", picture)
-        write_picture(grid, make_grid([pictures[number] for number in range(len(settings.prompts))]))
-        logger.info("samples {}", grid)
-    return grid
+    return [pictures[number] for number in range(len(prompts))]
 
 
-def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config) -> Any:
+def share_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_step: bool) -> list[int]:
+    """The numbers of the prompts that a rank draws.
+
+    Args:
+        in_step: each forward pass is a collective (ZeRO-3), so all ranks must make equally many at a time. Prompts that
+            take as many are shared out together, and where they do not divide evenly some are drawn twice.
+    """
+    if not in_step:
+        return list(range(rank, len(prompts), world_size))
+    groups: dict[tuple[int, str], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault((prompt.num_inference_steps, prompt.scheduler), []).append(number)
+    return [
+        numbers[(rank + start) % len(numbers)]
+        for numbers in groups.values()
+        for start in range(0, len(numbers), world_size)
+    ]
+
+
+def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config, scheduler: str = "euler") -> Any:
     """diffusers' SDXL pipeline around networks that are loaded already, without text encoders."""
     from diffusers import StableDiffusionXLPipeline
 
@@ -65,7 +122,7 @@ def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config) -> 
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,
-        scheduler=build_scheduler(source, config.objective),
+        scheduler=build_scheduler(source, config.objective, scheduler),
         text_encoder=absent,
         text_encoder_2=absent,
         tokenizer=absent,
@@ -74,56 +131,3 @@ def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config) -> 
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def draw_picture(
-    pipeline: Any,
-    conditioner: TextConditioner,
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
-    settings: SampleConfig,
-    number: int,
-    dtype: torch.dtype,
-) -> Image.Image:
-    """Draw prompt `number`, its noise seeded with `sample.seed + number` on the CPU and so the same on any device."""
-    hidden, pooled = encode_prompt(conditioner, tokenizers, settings.prompts[number], dtype)
-    negative_hidden, negative_pooled = encode_prompt(conditioner, tokenizers, settings.negative_prompt, dtype)
-    generator = torch.Generator().manual_seed(settings.seed + number)
-    return pipeline(
-        prompt_embeds=hidden,
-        pooled_prompt_embeds=pooled,
-        negative_prompt_embeds=negative_hidden,
-        negative_pooled_prompt_embeds=negative_pooled,
-        width=settings.width_px,
-        height=settings.height_px,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        generator=generator,
-    ).images[0]
-
-
-def encode_prompt(
-    conditioner: TextConditioner, tokenizers: tuple[CaptionTokenizer, CaptionTokenizer], prompt: str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden [1, 77, C], pooled [1, P]) of one prompt."""
-    device = next(conditioner.encoder.parameters()).device
-    ids, ids_2 = (torch.from_numpy(tokenizer.encode(prompt, WINDOW))[None].to(device) for tokenizer in tokenizers)
-    hidden, pooled = conditioner.encode(ids, ids_2)
-    return hidden.to(dtype), pooled.to(dtype)
-
-
-def make_grid(pictures: list[Image.Image], gap_px: int = 4) -> Image.Image:
-    """Pictures of one size side by side, about as many columns as rows."""
-    columns = -(-len(pictures) // max(1, int(len(pictures) ** 0.5)))
-    rows = -(-len(pictures) // columns)
-    width, height = pictures[0].size
-    grid = Image.new("RGB", (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px), "white")
-    for number, picture in enumerate(pictures):
-        grid.paste(picture, (number % columns * (width + gap_px), number // columns * (height + gap_px)))
-    return grid
-
-
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomic(path) as file:
-        picture.save(file, "PNG")

@@ -2,15 +2,23 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.samples import SCHEDULERS
 from sdxl_trainer.configs.schema import ModelConfig
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
+# What SDXL's scheduler_config.json does not say, having been written for Euler's.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddim": {"clip_sample": False, "set_alpha_to_one": True},
+    "ddpm": {"clip_sample": False},
+    "pndm": {"skip_prk_steps": True, "set_alpha_to_one": True},
+}
 
 
 class FlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -34,20 +42,21 @@ class FlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)
 
 
-def build_scheduler(source: ModelSource, objective: ObjectiveConfig) -> Any:
-    """The scheduler for what the U-Net was trained to predict, Euler's method throughout.
+def build_scheduler(source: ModelSource, objective: ObjectiveConfig, name: str = "euler") -> Any:
+    """diffusers' scheduler of that name (configs/samples.py), for what the U-Net was trained to predict.
 
-    With zero terminal SNR sampling begins at the last timestep, the only one that is pure noise.
+    With zero terminal SNR sampling begins at the last timestep, the only one that is pure noise. The choice is one that
+    train/prompts.py: check_scheduler lets pass.
     """
-    if objective.prediction == "flow":
+    if objective.prediction == "flow" and name == "euler":
         return FlowEulerScheduler(shift=objective.timestep_shift)
-    settings: dict[str, Any] = {
-        "prediction_type": PREDICTION_TYPES[objective.prediction],
-        "rescale_betas_zero_snr": objective.zero_terminal_snr,
-    }
+    kind: Any = getattr(diffusers, dict(SCHEDULERS)[name])  # pyright: ignore[reportArgumentType]
+    if objective.prediction == "flow":
+        return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.timestep_shift)
+    settings = {"prediction_type": PREDICTION_TYPES[objective.prediction], **SETTINGS.get(name, {})}
     if objective.zero_terminal_snr:
-        settings["timestep_spacing"] = "trailing"
-    return EulerDiscreteScheduler.from_pretrained(source.folder, subfolder="scheduler", **settings)
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return kind.from_pretrained(source.folder, subfolder="scheduler", **settings)
 
 
 def set_latent_statistics(vae: Any, model: ModelConfig) -> None:

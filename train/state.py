@@ -26,6 +26,7 @@ class TrainState:
     epoch_batches: int = 0  # global batches in that epoch
     samples_seen: int = 0
     num_bad: int = 0  # samples passed over so far
+    num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
     # What the state was made with; a resume compares.
     seed: int = 0
     global_batch_size: int = 0
