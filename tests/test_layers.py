@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {"configs": 0, "launch": 1, "data": 1, "cache": 2, "train": 3}
 SOURCES = {f"{folder}/{path.name}": path.read_text() for folder in LEVELS for path in (ROOT / folder).glob("*.py")}
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 400, 60, 4, 8, 60
-ENTRY_POINTS = ("cache/main.py", "train/main.py")
+ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
 PURE = (
     *(f"train/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),
     "data/bucket.py",

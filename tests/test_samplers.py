@@ -12,7 +12,7 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.train import diffusion
 from sdxl_trainer.train.objective import read_latent_statistics
-from sdxl_trainer.train.sample import build_pipeline
+from sdxl_trainer.train.painter import build_pipeline
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny"
 STEPS = 10

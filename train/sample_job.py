@@ -1,0 +1,133 @@
+"""Sampling as a program of its own: from a model in any form and a prompt file to pictures and a contact sheet."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors import safe_open
+
+from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers, load_vae
+from sdxl_trainer.cache.model_source import check_model, resolve_model
+from sdxl_trainer.configs.load import build_config, load_config
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks, read_environment
+from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.train.checkpoint import MANIFEST, find_checkpoint
+from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.model import ENCODERS, load_unet
+from sdxl_trainer.train.painter import Painter, draw_prompts
+from sdxl_trainer.train.prompts import load_prompts
+from sdxl_trainer.train.sheets import make_grid, write_picture
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# diffusers' names of predictions in scheduler_config.json, and ours.
+PREDICTIONS = {"v_prediction": "v", "flow_prediction": "flow", "epsilon": "epsilon"}
+
+
+def draw_prompt_file(model: str, prompt_file: Path, out: Path, cfg: Path | None, words: Sequence[str]) -> None:
+    """Draw every prompt of a file, the ranks sharing them, and write each picture and a contact sheet to `out`.
+
+    Args:
+        model: single file, diffusers folder, hub id, run folder, or a checkpoint in one.
+        cfg: settings; by default the run's own, or what the model says of itself.
+        words: settings that override the others.
+
+    Raises:
+        UserInputError: anything wrong with the settings, the model or the prompts, all of it at once.
+    """
+    rank, _, _ = read_environment()
+    init_logger(rank)
+    checkpoint = find_run_checkpoint(Path(model))
+    config, problems = load_settings(model, checkpoint, cfg, [f"sample.prompt_file={json.dumps(str(prompt_file))}",
+                                                              "sample.prompts=[]", *words])  # fmt: skip
+    prompts, found = load_prompts(config.sample, config.objective)
+    if rank == 0:  # the others wait for it in init_ranks
+        raise_if_any([*problems, *found, *check_model(config.model)])
+    ranks = init_ranks()
+    pictures = draw_prompts(load_painter(config, checkpoint, ranks), prompts, ranks)
+    if ranks.is_main:
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            write_picture(out / f"{number:03d}.png", picture, prompt.describe())
+        write_picture(out / "contact_sheet.png", make_grid(pictures, labels=[prompt.text for prompt in prompts]))
+        logger.info("{} pictures in {}", len(pictures), out)
+    close_ranks()
+
+
+def find_run_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path names: itself, or the newest whole one of a run folder; None for any other model.
+
+    Raises:
+        UserInputError: a run folder without a checkpoint.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if not (path / "checkpoints").is_dir():
+        return None
+    newest = find_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise UserInputError([Problem("--model", path, "is a run without a whole checkpoint", "give a model file")])
+    return newest
+
+
+def load_settings(
+    model: str, checkpoint: Path | None, cfg: Path | None, words: Sequence[str]
+) -> tuple[Config, list[Problem]]:
+    """The settings that pictures are drawn with, and what is wrong with them.
+
+    Those of the run for a checkpoint. Else the model is what `--model` says, and its prediction what it says itself;
+    its precision is bf16 on a GPU, fp32 without one.
+    """
+    if checkpoint is not None:
+        return load_config(cfg or checkpoint.parent.parent / "config.yaml", words)
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    own = [f"model.path={json.dumps(model)}", *read_prediction(Path(model))]
+    if cfg is not None:
+        return load_config(cfg, [*own, *words])
+    return build_config({}, [*own, f"engine.precision={precision}", *words])
+
+
+def read_prediction(model: Path) -> list[str]:
+    """What a model says of its prediction, as words of settings: by its scheduler's config, or its file's marks."""
+    file = model / "scheduler" / "scheduler_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text())
+        kind = "flow" if settings.get("_class_name", "").startswith("FlowMatch") else settings.get("prediction_type")
+        prediction, has_zero_snr = PREDICTIONS.get(kind, kind), bool(settings.get("rescale_betas_zero_snr"))
+    elif model.suffix == ".safetensors" and model.is_file():
+        with safe_open(model, "pt") as tensors:
+            names, notes = set(tensors.keys()), tensors.metadata() or {}
+        told = notes.get("modelspec.prediction_type", "epsilon")
+        prediction, has_zero_snr = "v" if "v_pred" in names else PREDICTIONS.get(told, told), "ztsnr" in names
+    else:
+        return []
+    words = [f"objective.prediction={prediction}"] if prediction in PREDICTIONS.values() else []
+    return [*words, "objective.zero_terminal_snr=true"] if has_zero_snr and prediction == "v" else words
+
+
+def load_painter(config: Config, checkpoint: Path | None, ranks: Ranks) -> Painter:
+    """The networks on this rank's device, with a checkpoint's weights in the place of the model's where it has them."""
+    source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
+    unet = load_unet(source, gradient_checkpointing=False).eval().requires_grad_(False)
+    encoders = dict(zip(ENCODERS, load_text_encoders(source, config.model), strict=True))
+    if checkpoint is not None:
+        load_trained_weights(checkpoint, {"unet": unet, **encoders})
+    vae = load_vae(source, config.model).to(ranks.device)
+    first, second = (encoder.to(ranks.device, dtype) for encoder in encoders.values())
+    conditioner = TextConditioner(first, second)
+    tokenizers = load_tokenizers(source, config.model)
+    return Painter(unet.to(ranks.device, dtype), vae, conditioner, tokenizers, source, config, dtype)
+
+
+def load_trained_weights(checkpoint: Path, networks: dict[str, torch.nn.Module]) -> None:
+    """Replace the networks' weights by the fp32 masters that a checkpoint holds of them, parameter by parameter."""
+    from sdxl_trainer.train.engine import STATE_TAG, map_file
+    from sdxl_trainer.train.resharding import SavedState
+
+    saved = SavedState(checkpoint / STATE_TAG, map_file)
+    for prefix, network in networks.items():
+        for name, parameter in network.named_parameters():
+            if saved.has(f"{prefix}.{name}"):
+                parameter.data.copy_(saved.read_whole(f"{prefix}.{name}"))

@@ -1,0 +1,42 @@
+"""Draws pictures with any SDXL model: `bash launch/sample.sh --model PATH --prompts FILE --out DIR`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def build_arguments() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description="Draw the pictures of a prompt file, and a contact sheet of them.")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH",
+        help="a single .safetensors file, a diffusers folder, a hub id, or a run's folder or one of its checkpoints",
+    )  # fmt: skip
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/SAMPLES.md)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the run by default")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, draw, return the exit status (0 done, 1 failed, 2 wrong input)."""
+    from sdxl_trainer.launch.program import run_program
+
+    options = build_arguments().parse_args(arguments)
+
+    def work() -> None:
+        from sdxl_trainer.train.sample_job import draw_prompt_file
+
+        draw_prompt_file(options.model, options.prompts, options.out, options.cfg, options.overrides)
+
+    return run_program(work)
+
+
+if __name__ == "__main__":
+    status = main()
+    if status:  # torch's threads may abort an interpreter that ends early, and the status would be lost
+        sys.stderr.flush()
+        os._exit(status)
