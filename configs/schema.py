@@ -15,6 +15,7 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.stream import StreamConfig
+from sdxl_trainer.configs.validation import ValidationConfig
 
 
 class RunConfig(Section):
@@ -256,5 +257,6 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
+    validation: ValidationConfig = ValidationConfig()  # pyright: ignore[reportCallIssue]
     sample: SampleConfig = SampleConfig()  # pyright: ignore[reportCallIssue]
     log: LogConfig = LogConfig()  # pyright: ignore[reportCallIssue]

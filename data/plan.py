@@ -33,6 +33,7 @@ class Stream(IntEnum):
     TEXT_DROPOUT = 9
     POSTERIOR = 10
     FLIP = 11
+    VALIDATION = 12
     SHARD_ORDER = 14
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdxl_trainer.data.plan import mix_keys
+
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -12,7 +14,7 @@ def hash_keys(keys: pa.ChunkedArray, seed: int) -> np.ndarray:
 
     A polynomial of the key's bytes, finished as splitmix64 does, computed for a chunk of keys at once.
     """
-    hashes = [_hash_chunk(chunk, np.uint64(seed)) for chunk in keys.chunks]
+    hashes = [_hash_chunk(chunk, np.uint64(mix_keys(seed))) for chunk in keys.chunks]
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
@@ -38,17 +40,17 @@ def leave_out(rows: np.ndarray, num_rows: int, repeats: np.ndarray | None) -> np
     return used
 
 
-def _hash_chunk(chunk: pa.Array, seed: np.uint64) -> np.ndarray:
+def _hash_chunk(chunk: pa.Array, start: np.uint64) -> np.ndarray:
     _, offsets, letters = chunk.buffers()
     if len(chunk) == 0 or letters is None:
-        return np.full(len(chunk), seed)
+        return np.full(len(chunk), start)
     places = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset).astype(np.int64)
     first, lengths = places[0], np.diff(places)
     values = np.frombuffer(letters, np.uint8)[first : places[-1]].astype(np.uint64) + np.uint64(1)
     powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _ODD))
     values *= powers[np.arange(len(values)) - np.repeat(places[:-1] - first, lengths)]
     until = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values)])  # all of it modulo 2^64
-    return _finish(until[places[1:] - first] - until[places[:-1] - first] + seed * _ODD)
+    return _finish(until[places[1:] - first] - until[places[:-1] - first] + start)
 
 
 def _finish(values: np.ndarray) -> np.ndarray:

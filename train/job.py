@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from loguru import logger
 
 from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers
@@ -13,10 +14,13 @@ from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.check import check_latents, leave_out_rows
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch
+from sdxl_trainer.data.held_out import derive_validation_config, find_held_out, open_validation_index
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.split import leave_out
 from sdxl_trainer.data.strategy import (
+    Strategy,
     compute_repeats,
     load_repeats,
     load_strategy,
@@ -40,6 +44,7 @@ from sdxl_trainer.train.prompts import load_prompts
 from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
+from sdxl_trainer.train.validation_set import ValidationSet, build_validation_set
 
 
 def run_training(config: Config, problems: list[Problem], dry_run: bool = False) -> None:
@@ -116,7 +121,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
             )
         )
     index, found = check_latents(config, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
-    problems += found
+    problems += found + open_validation_index(config)[1]
     return index, problems + check_strategy(config, index)
 
 
@@ -149,6 +154,10 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
     repeats = leave_out_rows(config, index, repeats)
+    own = open_validation_index(config)[0] if ranks.is_main else None
+    own = Index(path) if (path := broadcast_object(own and own.path)) else None
+    held_out = find_held_out(config, index, own)
+    repeats = leave_out(held_out, len(index), repeats)
     shuffle_shards = config.data.stream.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     checkpoint, checkpoints = open_checkpoints(config, ranks)
@@ -180,6 +189,7 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         checkpoints,
         Requests(config.run.folder, ranks, config.checkpoint.every_minutes),
         metrics,
+        build_validation(config, own or index, None if own else held_out, tokenizers, strategy),
     )
     describe_run(run)
     return run, batches
@@ -200,6 +210,20 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     )
     encoder, encoder_2 = load_text_encoders(source, config.model)
     return engine, TextConditioner(encoder.to(ranks.device, engine.dtype), encoder_2.to(ranks.device, engine.dtype))
+
+
+def build_validation(
+    config: Config,
+    index: Index,
+    rows: np.ndarray | None,
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+    strategy: Strategy | None,
+) -> ValidationSet | None:
+    """What is validated on: `rows` of an index, or all of it; None if that is nothing."""
+    if rows is not None and len(rows) == 0:
+        return None
+    dataset = build_dataset(derive_validation_config(config), index, tokenizers, strategy)
+    return build_validation_set(dataset, rows, config.validation, config.train.micro_batch_size)
 
 
 def start_reading(

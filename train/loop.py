@@ -19,6 +19,7 @@ from sdxl_trainer.train.optim import compute_lr
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.sample import draw_samples
 from sdxl_trainer.train.state import TrainState
+from sdxl_trainer.train.validate import validate
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         if result.stop and not last:
             run.checkpoints.wait()
             run.requests.interrupt()
+        if run.validation and (last or _is_due(state.step, config.validation.every_steps)):
+            validate(run)
         if config.sample.draws and (last or _is_due(state.step, config.sample.every_steps)):
             draw_samples(run)
 

@@ -11,7 +11,7 @@ from sdxl_trainer.data.files import open_atomic, write_atomic
 
 
 class MetricsLog:
-    """One line a step in `metrics.jsonl`, and the same as TensorBoard scalars.
+    """One line a step, and one a validation, in `metrics.jsonl`, and the same as TensorBoard scalars.
 
     Args:
         folder: the run's log folder.
@@ -24,7 +24,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "metrics.jsonl"
         if self.file.is_file():
-            kept = [line for line in read_metrics(self.file) if line["step"] <= first_step]
+            kept = [line for line in _read_lines(self.file) if line["step"] <= first_step]
             write_atomic(self.file, b"".join(orjson.dumps(line) + b"\n" for line in kept))
         self._lines = open(self.file, "ab")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -42,8 +42,13 @@ class MetricsLog:
         self._board.close()
 
 
-def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a torn last one is passed over."""
+def read_metrics(file: Path, having: str = "loss") -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file that hold such a number: `loss` of steps, `validation/loss` of validations."""
+    return (line for line in _read_lines(file) if having in line)
+
+
+def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """All lines; a torn last one is passed over."""
     with open(file, "rb") as lines:
         for line in lines:
             if line.endswith(b"\n"):

@@ -92,8 +92,11 @@ class Objective:
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
             draws = draw_uniform(keys.make_seeds(Stream.TIMESTEP))
-        draws = shift_draws(self._invert_cdf(draws), config.timestep_shift)
-        values = scale_timesteps(draws, config.min_timestep, config.max_timestep)
+        return self.place_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
+
+    def place_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
+        """Numbers in [0, 1], [B] float64, to timesteps of the trained range, as `sample_timesteps` gives them."""
+        values = scale_timesteps(draws, self.config.min_timestep, self.config.max_timestep)
         return (values.float() if self._is_flow else values.long()).to(self.device)
 
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:

@@ -16,6 +16,7 @@ from sdxl_trainer.train.interruption import Requests
 from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.objective import Objective
 from sdxl_trainer.train.state import TrainState
+from sdxl_trainer.train.validation_set import ValidationSet
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Run:
     checkpoints: CheckpointWriter
     requests: Requests
     metrics: MetricsLog | None  # rank 0 only
+    validation: ValidationSet | None = None
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,7 @@ from sdxl_trainer.cache.model_source import check_model, resolve_model
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks, read_environment
+from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import MANIFEST, find_checkpoint
 from sdxl_trainer.train.conditioning import TextConditioner
@@ -47,7 +47,7 @@ def draw_prompt_file(model: str, prompt_file: Path, out: Path, cfg: Path | None,
     if rank == 0:  # the others wait for it in init_ranks
         raise_if_any([*problems, *found, *check_model(config.model)])
     ranks = init_ranks()
-    pictures = draw_prompts(load_painter(config, checkpoint, ranks), prompts, ranks)
+    pictures = draw_prompts(load_painter(config, checkpoint, ranks.device), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             write_picture(out / f"{number:03d}.png", picture, prompt.describe())
@@ -107,18 +107,18 @@ def read_prediction(model: Path) -> list[str]:
     return [*words, "objective.zero_terminal_snr=true"] if has_zero_snr and prediction == "v" else words
 
 
-def load_painter(config: Config, checkpoint: Path | None, ranks: Ranks) -> Painter:
-    """The networks on this rank's device, with a checkpoint's weights in the place of the model's where it has them."""
+def load_painter(config: Config, checkpoint: Path | None, device: torch.device) -> Painter:
+    """The networks on a device, with a checkpoint's weights in the place of the model's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
     unet = load_unet(source, gradient_checkpointing=False).eval().requires_grad_(False)
     encoders = dict(zip(ENCODERS, load_text_encoders(source, config.model), strict=True))
     if checkpoint is not None:
         load_trained_weights(checkpoint, {"unet": unet, **encoders})
-    vae = load_vae(source, config.model).to(ranks.device)
-    first, second = (encoder.to(ranks.device, dtype) for encoder in encoders.values())
+    vae = load_vae(source, config.model).to(device)
+    first, second = (encoder.to(device, dtype) for encoder in encoders.values())
     conditioner = TextConditioner(first, second)
     tokenizers = load_tokenizers(source, config.model)
-    return Painter(unet.to(ranks.device, dtype), vae, conditioner, tokenizers, source, config, dtype)
+    return Painter(unet.to(device, dtype), vae, conditioner, tokenizers, source, config, dtype)
 
 
 def load_trained_weights(checkpoint: Path, networks: dict[str, torch.nn.Module]) -> None:
