@@ -13,7 +13,7 @@ def build_arguments() -> argparse.ArgumentParser:
         "--model", required=True, metavar="PATH",
         help="a single .safetensors file, a diffusers folder, a hub id, or a run's folder or one of its checkpoints",
     )  # fmt: skip
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/SAMPLES.md)")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/TRAINING.md)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the run by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
