@@ -7,7 +7,7 @@ Relative paths are taken from the working directory.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
@@ -83,6 +83,12 @@ class DataConfig(Section):
     """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
     beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without
     pictures latent files (.npz) stand in for them."""
+    regularisation_dirs: list[Path] = []
+    """Folders of regularisation pictures (prior preservation), besides `data.image_dirs`. In metadata such records have
+    `is_reg: true` instead. Their loss counts `objective.prior_loss_weight`."""
+    regularisation_repeats: Literal["balanced"] | PositiveFloat = "balanced"
+    """How often regularisation samples come in an epoch, relative to once: a number, or `balanced`: as often as makes
+    them as many as all other samples together."""
     missing_caption: Literal["empty", "skip", "error"] = "empty"
     """What happens to samples without a caption: they are trained with the empty one, left out, or an error. They are
     counted in a warning."""

@@ -15,7 +15,7 @@ class ValidationConfig(Section):
     share: float = Field(0.0, ge=0, lt=1)
     """Share of the samples that is held out, chosen by a hash of each sample's key: a sample stays on its side of the
     split whatever else is added to the data or taken away."""
-    metadata: list[Path] = []
+    metadata: list[Path | str] = []
     """Metadata of a set of its own, in any form that `data.metadata` may have. A sample of the training data that has
     the key of one of these is not trained on."""
     image_dirs: list[Path] = []

@@ -18,6 +18,7 @@ from sdxl_trainer.data.join import Selection
 from sdxl_trainer.data.manifest import read_identity
 from sdxl_trainer.data.merge import MAX_SHOWN
 from sdxl_trainer.data.records import check_sources
+from sdxl_trainer.data.regularisation import check_regularisation
 from sdxl_trainer.data.remote import is_remote
 from sdxl_trainer.data.uncached import Encoding
 
@@ -43,7 +44,7 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
 
 def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     """Open the index of all records, and say what is wrong with the data settings or the data as a whole."""
-    problems = check_sources(config.data.metadata, config.data.image_dirs)
+    problems = check_sources(config.data.metadata, config.data.image_dirs) + check_regularisation(config.data)
     if config.cache.dir is None and config.data.metadata and is_remote(config.data.metadata[0]):
         rule = "must be set where data.metadata is a URL: a local folder for the index"
         problems.append(Problem("cache.dir", None, rule, "set it to a folder with some space"))
@@ -57,7 +58,8 @@ def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     shown = ", ".join(str(path) for path in config.data.metadata or config.data.image_dirs)
     try:
         folder, separator = get_cache_folder(config), config.data.caption.separator
-        index = open_record_index(folder, config.data.metadata, config.data.image_dirs, separator)
+        data = config.data
+        index = open_record_index(folder, data.metadata, data.image_dirs, separator, data.regularisation_dirs)
     except ValueError as error:
         return None, [Problem(source, shown, str(error), "mend the data")]
     if len(index) == 0:

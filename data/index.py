@@ -120,12 +120,17 @@ class Index:
 
 
 def open_record_index(
-    folder: Path, metadata: Sequence[Path | str], image_dirs: list[Path], separator: str = ","
+    folder: Path,
+    metadata: Sequence[Path | str],
+    image_dirs: list[Path],
+    separator: str = ",",
+    regularisation_dirs: Sequence[Path] = (),
 ) -> Index:
     """The index of all records, built under `folder` unless it is there already.
 
     Args:
         separator: between caption and tags in kohya's metadata (data/records.py).
+        regularisation_dirs: further image folders, whose records get `is_reg`; not with metadata.
 
     Raises:
         ValueError: the metadata is malformed (data/sources.py says where), or two pictures have one stem.
@@ -134,13 +139,14 @@ def open_record_index(
     """
     local = [localize_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
-    names, sidecars = _hash_folders(image_dirs)
+    names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs])
     sources = files or sidecars  # with metadata, folders only say where pictures are
-    words = [*map(str, [*files, *image_dirs]), names, separator]
+    words = [*map(str, [*files, *image_dirs]), names, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]
-        blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, read_folders(image_dirs))
+        pictures = read_folders(image_dirs, regularisation_dirs)
+        blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, pictures)
         finder = PictureFinder(image_dirs)
         with rename_errors(local):
             _write(path, RECORD_SCHEMA, (finish_block(block, finder, separator) for block in blocks))

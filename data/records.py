@@ -82,17 +82,16 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
     return missing + [(url, f"is not there: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
 
 
-def read_folders(image_dirs: Sequence[Path]) -> Iterator[Items]:
-    """Pictures with the captions beside them, as a source of records."""
-    for folder, names, everything in walk_pictures(image_dirs):
-        for start in range(0, len(names), ROWS_AT_ONCE):
-            yield [
-                (
-                    strip_suffix(name, always=True),
-                    {"image_path": os.path.join(folder, name), "caption": read_sidecar(folder, name, everything)},
-                )
-                for name in names[start : start + ROWS_AT_ONCE]
-            ]
+def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = ()) -> Iterator[Items]:
+    """Pictures with the captions beside them, as a source of records; those of the second kind have `is_reg`."""
+    for roots, marks in ((image_dirs, {}), (regularisation_dirs, {"is_reg": True})):
+        for folder, names, everything in walk_pictures(roots):
+            for start in range(0, len(names), ROWS_AT_ONCE):
+                yield [
+                    (strip_suffix(name, always=True), {"image_path": os.path.join(folder, name),
+                                                       "caption": read_sidecar(folder, name, everything), **marks})
+                    for name in names[start : start + ROWS_AT_ONCE]
+                ]  # fmt: skip
 
 
 def finish_block(block: Block, finder: "PictureFinder", separator: str) -> pa.RecordBatch:

@@ -43,9 +43,9 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
              f"validation.cache_dir={folder / 'own'}", "validation.every_steps=5", "validation.timesteps_per_sample=3",
              "sample.prompts=[]", f"sample.prompt_file={folder / 'prompts.txt'}", "sample.every_steps=5",
              "sample.at_start=true", "train.max_steps=10", "checkpoint.every_steps=0")  # fmt: skip
-    run_program("train/main.py", *words, "run.name=1")
-    run_program("train/main.py", *words, "run.name=2", "engine.zero_stage=3", ranks=2)
-    return {ranks: folder / str(ranks) for ranks in (1, 2)}
+    run_program("train/main.py", *words, "run.name=ranks-1")
+    run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
+    return {ranks: folder / f"ranks-{ranks}" for ranks in (1, 2)}
 
 
 def read_numbers(run: Path, name: str) -> list[dict]:

@@ -18,6 +18,7 @@ from sdxl_trainer.data.held_out import derive_validation_config, find_held_out, 
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.regularisation import balance_regularisation, find_regularisation
 from sdxl_trainer.data.split import leave_out
 from sdxl_trainer.data.strategy import (
     Strategy,
@@ -152,12 +153,10 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     source = resolve_model(config.model)
     tokenizers = load_tokenizers(source, config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
-    repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
-    repeats = leave_out_rows(config, index, repeats)
     own = open_validation_index(config)[0] if ranks.is_main else None
     own = Index(path) if (path := broadcast_object(own and own.path)) else None
     held_out = find_held_out(config, index, own)
-    repeats = leave_out(held_out, len(index), repeats)
+    repeats = count_repeats(config, index, held_out, strategy, ranks)
     shuffle_shards = config.data.stream.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     checkpoint, checkpoints = open_checkpoints(config, ranks)
@@ -193,6 +192,17 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     )
     describe_run(run)
     return run, batches
+
+
+def count_repeats(
+    config: Config, index: Index, held_out: np.ndarray, strategy: Strategy | None, ranks: Ranks
+) -> np.ndarray | None:
+    """How often each row comes in an epoch, None for once each: by the strategy, without rows that are bad or held out,
+    and regularisation samples as often as is wanted."""
+    repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
+    repeats = leave_out(held_out, len(index), leave_out_rows(config, index, repeats))
+    regular = broadcast_object(find_regularisation(index) if ranks.is_main else None)
+    return balance_regularisation(regular, len(index), repeats, config.data.regularisation_repeats)
 
 
 def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[Engine, TextConditioner]:

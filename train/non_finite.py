@@ -68,8 +68,9 @@ def give_up_update(run: Run, loss: float, suspects: list[Suspect]) -> None:
         logger.info("step {}: a gradient overflowed, the loss scale is now {:g}", run.state.step, run.engine.loss_scale)
         return
     write_suspects(run, suspects)
-    everyone = [suspect for part in gather_objects(suspects[: MAX_SHOWN + 1]) for suspect in part]
-    shown = ", ".join(suspect.key for suspect in everyone[:MAX_SHOWN]) + (", ..." if len(everyone) > MAX_SHOWN else "")
+    parts = gather_objects(list(dict.fromkeys(suspect.key for suspect in suspects))[: MAX_SHOWN + 1])
+    keys = list(dict.fromkeys(key for part in parts for key in part))
+    shown = ", ".join(keys[:MAX_SHOWN]) + (", ..." if len(keys) > MAX_SHOWN else "")
     what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
     train, state = run.config.train, run.state
     if train.non_finite == "skip" and state.num_non_finite < train.max_non_finite_steps:

@@ -24,8 +24,8 @@ class ValidationSet:
     config: ValidationConfig
 
     def read(self, specs: Sequence[MicroSpec]) -> Iterator[MicroBatch]:
-        """Micro batches in order, the next ones being read meanwhile."""
-        with ThreadPoolExecutor(READ_AHEAD) as pool:
+        """Micro batches in order, the next ones being read meanwhile, by one thread: a data set is made for one."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
             waiting = deque()
             for spec in specs:
                 waiting.append(pool.submit(self.dataset.__getitem__, spec))
