@@ -42,6 +42,8 @@ def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[Loss]:
     numbers = [(ranks.rank + turn * ranks.world_size) % len(batches) for turn in range(rounds)]
     found = {}
     for number, batch in zip(numbers, held_out.read([batches[number] for number in numbers]), strict=True):
+        for _, reason in batch.bad:
+            logger.warning("bad sample left out of the validation: {}", reason)
         found[number] = [loss for turn in range(held_out.config.timesteps_per_sample)
                          for loss in compute_batch_losses(run, held_out, batches[number], batch, turn)]  # fmt: skip
     everyone: dict[int, list[Loss]] = {}
@@ -65,9 +67,9 @@ def compute_batch_losses(
     prediction = run.engine.model(x_t.to(dtype), timesteps, text, batch.time_ids.to(device))
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
-    readable = batch.weights.tolist()
+    bad, rows = {key for key, _ in batch.bad}, held_out.dataset.index.strings("key")
     triples = zip(timesteps.tolist(), [spec.bucket] * len(ids), losses.tolist(), strict=True)
-    return [triple for triple, weight in zip(triples, readable, strict=True) if weight > 0]
+    return [triple for row, triple in zip(spec.rows.tolist(), triples, strict=True) if rows[row].as_py() not in bad]
 
 
 def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> torch.Tensor:
