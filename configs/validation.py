@@ -25,6 +25,8 @@ class ValidationConfig(Section):
     default."""
     every_steps: int = Field(0, ge=0)
     """Steps between validations; 0 validates at the end only."""
+    at_start: bool = False
+    """Also validate before the first step, to see where the model came from."""
     max_samples: int = Field(1000, ge=1)
     """Samples that are used at most; always the same ones. Held out is the whole share."""
     timesteps_per_sample: int = Field(4, ge=1)

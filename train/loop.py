@@ -43,8 +43,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         NonFiniteError: of more steps than allowed the loss or the gradient was not finite; the state is saved.
     """
     config, state = run.config, run.state
-    if state.step == 0 and config.sample.draws and config.sample.at_start:
-        draw_samples(run)
+    if state.step == 0:
+        show_progress(run)
     while state.step < config.train.max_steps:
         started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, config.train.max_steps)
@@ -60,10 +60,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         if result.stop and not last:
             run.checkpoints.wait()
             run.requests.interrupt()
-        if run.validation and (last or _is_due(state.step, config.validation.every_steps)):
-            validate(run)
-        if config.sample.draws and (last or _is_due(state.step, config.sample.every_steps)):
-            draw_samples(run)
+        show_progress(run, last)
 
 
 def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:
@@ -172,6 +169,15 @@ def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None
             values["samples_per_second"],
             values["data_wait_share"],
         )
+
+
+def show_progress(run: Run, last: bool = False) -> None:
+    """Validate, and draw samples, each where its settings say that it is due."""
+    step, validation, sample = run.state.step, run.config.validation, run.config.sample
+    if run.validation and (validation.at_start if step == 0 else last or _is_due(step, validation.every_steps)):
+        validate(run)
+    if sample.draws and (sample.at_start if step == 0 else last or _is_due(step, sample.every_steps)):
+        draw_samples(run)
 
 
 def finish(run: Run) -> None:
