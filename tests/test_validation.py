@@ -42,7 +42,8 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     words = ("--cfg", cached_folder / "tiny.yaml", f"run.dir={folder}", f"validation.image_dirs=[{folder / 'own'}]",
              f"validation.cache_dir={folder / 'own'}", "validation.every_steps=3", "validation.timesteps_per_sample=3",
              "validation.at_start=true", "sample.prompts=[]", f"sample.prompt_file={folder / 'prompts.txt'}",
-             "sample.every_steps=3", "sample.num_inference_steps=2", "train.max_steps=6", "checkpoint.every_steps=0")  # fmt: skip
+             "sample.every_steps=3", "sample.num_inference_steps=2", "train.max_steps=6",
+             "checkpoint.every_steps=0")  # fmt: skip
     run_program("train/main.py", *words, "run.name=ranks-1")
     run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
     return {ranks: folder / f"ranks-{ranks}" for ranks in (1, 2)}
