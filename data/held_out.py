@@ -6,7 +6,7 @@ import numpy as np
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.check import check_records, get_cache_folder
+from sdxl_trainer.data.check import build_selection, check_records, get_cache_folder
 from sdxl_trainer.data.index import Index, open_latent_index
 from sdxl_trainer.data.split import find_common, hash_keys, select_share
 
@@ -16,8 +16,9 @@ QUIET = {"dropout_rate": 0.0, "dropout_every_epochs": 0, "token_warmup_steps": 0
 
 
 def derive_validation_config(config: Config) -> Config:
-    """The settings as the validation set sees them: its sources, its cache, its seed, and captions as they are."""
-    own, data = config.validation, {"caption": config.data.caption.model_copy(update=QUIET)}
+    """The settings as the validation set sees them: its sources, cache and seed, captions and pictures as they are."""
+    own = config.validation
+    data = {"caption": config.data.caption.model_copy(update=QUIET), "flip_rate": 0.0}
     cache = {}
     if own.has_own_set:
         data |= {"metadata": own.metadata, "image_dirs": own.image_dirs}
@@ -42,7 +43,7 @@ def open_validation_index(config: Config) -> tuple[Index | None, list[Problem]]:
     if records is None or problems:
         return None, problems
     folder = get_cache_folder(derived)
-    index = open_latent_index(folder, records)
+    index = open_latent_index(folder, records, replace(build_selection(derived), encoding=None))
     if len(index) == 0:
         cure = "fill it: bash launch/cache.sh with data.metadata (or data.image_dirs) and cache.dir set to these"
         return None, [Problem("validation.cache_dir", folder, "holds the latents of none of its records", cure)]

@@ -166,8 +166,9 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_reading(config, dataset, plan, state, ranks)
-    if index.note("num_uncached"):
-        batches = fill_missing(batches, build_missing_encoder(config, source, dataset, ranks))
+    missing = build_missing_encoder(config, source, dataset, ranks) if index.note("num_uncached") else None
+    if missing is not None:
+        batches = fill_missing(batches, missing)
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
         load_engine(engine, checkpoint)
@@ -190,6 +191,8 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         metrics,
         build_validation(config, own or index, None if own else held_out, tokenizers, strategy),
     )
+    if run.validation is not None and missing is not None:
+        run.validation.fill = missing.fill
     describe_run(run)
     return run, batches
 

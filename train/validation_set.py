@@ -1,7 +1,7 @@
 """The samples that are validated on, in micro batches that are the same whatever the number of ranks."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from sdxl_trainer.data.split import hash_keys
 READ_AHEAD = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class ValidationSet:
     """What is validated on."""
 
@@ -22,8 +22,16 @@ class ValidationSet:
     batches: list[MicroSpec]  # each of one bucket
     ids: np.ndarray  # [rows of the index] int64, what a row's draws are keyed to
     config: ValidationConfig
+    fill: Callable[[MicroBatch], None] | None = None  # encodes pictures that have no latents yet
 
     def read(self, specs: Sequence[MicroSpec]) -> Iterator[MicroBatch]:
+        """Micro batches in order."""
+        for batch in self._read_ahead(specs):
+            if self.fill is not None:
+                self.fill(batch)
+            yield batch
+
+    def _read_ahead(self, specs: Sequence[MicroSpec]) -> Iterator[MicroBatch]:
         """Micro batches in order, the next ones being read meanwhile, by one thread: a data set is made for one."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting = deque()
