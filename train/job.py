@@ -28,6 +28,7 @@ from sdxl_trainer.data.strategy import (
     save_repeats,
     try_strategy,
 )
+from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import list_checkpoints
