@@ -90,10 +90,9 @@ def test_pictures_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(va
 def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path], cached_folder: Path) -> None:
     """And drawing leaves every global random state as it was."""
     file = validated[1] / "models" / "step-00000006.safetensors"
-    config, problems = load_config(
-        cached_folder / "tiny.yaml", [f"model.path={file}", f"model.config={cached_folder / 'model'}",
-                                      f"model.tokenizer={cached_folder / 'model' / 'tokenizer'}"],
-    )  # fmt: skip
+    model = cached_folder / "model"
+    words = [f"model.path={file}", f"model.config={model}", f"model.tokenizer={model / 'tokenizer'}"]
+    config, problems = load_config(cached_folder / "tiny.yaml", [*words, "sample.num_inference_steps=2"])
     assert problems == []
     painter = load_painter(config, None, torch.device("cpu"))
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
