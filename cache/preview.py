@@ -21,7 +21,7 @@ from sdxl_trainer.cache.model_source import ModelSource, check_model, resolve_mo
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.check import build_selection, check_records, get_cache_folder
+from sdxl_trainer.data.check import build_selection, check_flip, check_records, get_cache_folder
 from sdxl_trainer.data.check_latents import ROWS_A_TASK, find_bad_latents
 from sdxl_trainer.data.dataset import LatentDataset
 from sdxl_trainer.data.files import open_atomic
@@ -53,6 +53,7 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_picture
     if len(index) == 0:
         raise UserInputError([Problem("cache.dir", get_cache_folder(config), "holds no latents of these records",
                                       "run bash launch/cache.sh first, or set cache.on_missing: encode")])  # fmt: skip
+    raise_if_any(check_flip(config, index))
     source = resolve_model(config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None

@@ -153,7 +153,7 @@ class LatentDataset(torch.utils.data.Dataset):
             ),
             strict=True,
         )
-        pending = [sample for sample in samples if isinstance(sample, PendingImage)]
+        pictures = [sample for sample in samples if isinstance(sample, PendingImage)]
         samples = [sample if isinstance(sample, DrawnLatents) else None for sample in samples]
         captions, weights, failed = zip(
             *(
@@ -186,7 +186,7 @@ class LatentDataset(torch.utils.data.Dataset):
             rows=torch.from_numpy(spec.rows),
             masks=_stack_masks(samples, spec.bucket),
             bad=[item for item in bad if item is not None],
-            pending=pending,
+            pending=[picture for picture in pictures if bad[picture.place] is None],
         )
 
     def _read(

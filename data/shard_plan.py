@@ -63,9 +63,10 @@ class ShardPlan(Plan):
     def num_batches(self, epoch: int) -> int:
         return int(self._window_ends(epoch)[-1])
 
-    def num_samples(self, epoch: int) -> int:
+    def count_samples(self, epoch: int) -> dict[int, int]:
         first, last = epoch * self.num_windows, (epoch + 1) * self.num_windows
-        return sum(self._count_until(b, last) - self._count_until(b, first) for b in range(len(self.buckets)))
+        numbers = range(len(self.buckets))
+        return {self.buckets[b]: self._count_until(b, last) - self._count_until(b, first) for b in numbers}
 
     def num_carried(self, epoch: int) -> int:
         return super().num_carried((epoch + 1) * self.num_windows - 1)

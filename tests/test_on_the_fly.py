@@ -152,7 +152,7 @@ def test_losses_are_those_of_a_run_over_a_made_cache(cached_folder, one_rank, tm
     words = (
         f"cache.dir={tmp_path / 'latents'}", f"data.image_dirs=[{cached_folder / 'pictures-put-away'}]", "run.name=fly",
         f"run.dir={tmp_path}", "cache.on_missing=encode", "train.max_steps=10", "sample.prompts=[]",
-        "checkpoint.every_steps=0",
+        "checkpoint.every_steps=0", "data.num_workers=1",
     )  # fmt: skip
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", *words, ranks=ranks)
     np.testing.assert_allclose(read_losses(tmp_path / "fly"), read_losses(one_rank)[:10], rtol=0, atol=1e-5)
