@@ -57,3 +57,17 @@ def find_held_out(config: Config, index: Index, own: Index | None) -> np.ndarray
     if not config.validation.share:
         return np.empty(0, np.int64)
     return select_share(hash_keys(index.strings("key"), config.validation.seed), config.validation.share)
+
+
+def check_validation(config: Config, index: Index | None) -> list[Problem]:
+    """What is wrong with the validation settings for this training index."""
+    own, problems = open_validation_index(config)
+    if problems or index is None or not (own or config.validation.share):
+        return problems
+    num_held, key = len(find_held_out(config, index, own)), "validation.share" if own is None else "validation.metadata"
+    value = config.validation.share if own is None else config.validation.metadata
+    if num_held == 0 and own is None:
+        problems.append(Problem(key, value, f"holds out none of {len(index)} samples", "raise it"))
+    if num_held == len(index):
+        problems.append(Problem(key, value, f"leaves none of {len(index)} samples to train on", "hold out fewer"))
+    return problems

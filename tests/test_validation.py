@@ -14,7 +14,12 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.check import check_latents
-from sdxl_trainer.data.held_out import derive_validation_config, find_held_out, open_validation_index
+from sdxl_trainer.data.held_out import (
+    check_validation,
+    derive_validation_config,
+    find_held_out,
+    open_validation_index,
+)
 from sdxl_trainer.data.loader import build_plan
 from sdxl_trainer.data.split import leave_out
 from sdxl_trainer.train.metrics import read_metrics
@@ -127,6 +132,10 @@ def test_what_is_wrong_with_a_validation_set_is_told(cached_folder: Path, tmp_pa
     assert [problem.key for problem in open_validation_index(config)[1]] == ["validation.share"]
     config, _ = load_config(cached_folder / "tiny.yaml", ["validation.metadata=[no.json]"])
     assert [problem.key for problem in open_validation_index(config)[1]] == ["validation.metadata.0"]
+    for share, said in ((0.0001, "holds out none of 24"), (0.9999, "leaves none of 24")):
+        config, _ = load_config(cached_folder / "tiny.yaml", [f"validation.share={share}"])
+        index, _ = check_latents(config, resuming=False)
+        assert said in check_validation(config, index)[0].rule
     (tmp_path / "bad.txt").write_text("a --w 3")
     with pytest.raises(UserInputError, match=r"bad.txt:1: has --w = '3'"):
         draw_prompt_file(str(cached_folder / "model"), tmp_path / "bad.txt", tmp_path / "out", None, [])

@@ -14,7 +14,12 @@ from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.check import check_latents, leave_out_rows
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch
-from sdxl_trainer.data.held_out import derive_validation_config, find_held_out, open_validation_index
+from sdxl_trainer.data.held_out import (
+    check_validation,
+    derive_validation_config,
+    find_held_out,
+    open_validation_index,
+)
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.plan import Plan
@@ -123,7 +128,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
             )
         )
     index, found = check_latents(config, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
-    problems += found + open_validation_index(config)[1]
+    problems += found + check_validation(config, index)
     return index, problems + check_strategy(config, index)
 
 
@@ -204,6 +209,8 @@ def count_repeats(
     """How often each row comes in an epoch, None for once each: by the strategy, without rows that are bad or held out,
     and regularisation samples as often as is wanted."""
     repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
+    if len(held_out):
+        logger.info("{} of {} samples are held out of training", len(held_out), len(index))
     repeats = leave_out(held_out, len(index), leave_out_rows(config, index, repeats))
     regular = broadcast_object(find_regularisation(index) if ranks.is_main else None)
     return balance_regularisation(regular, len(index), repeats, config.data.regularisation_repeats)
