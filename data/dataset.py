@@ -17,7 +17,7 @@ from sdxl_trainer.data.plan import Stream, mix_keys
 from sdxl_trainer.data.records import load_record
 from sdxl_trainer.data.shard_copies import ShardCopies
 from sdxl_trainer.data.strategy import Strategy, StrategyError
-from sdxl_trainer.data.tokens import CaptionTokenizer, encode_captions
+from sdxl_trainer.data.tokens import CaptionTokenizer, encode_captions, share_vocabulary
 
 if TYPE_CHECKING:
     from sdxl_trainer.data.transforms import PreparedImage
@@ -135,7 +135,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self.index = index
         self.cache_folder = cache_folder
         self.store = LatentStore(cache_folder, copies)
-        self.tokenizers = tokenizers
+        self.tokenizers = share_vocabulary(tokenizers)
         self.settings = settings
         self.strategy = strategy
         self.rules = {prefix: (rule, list_buckets(rule)) for prefix, rule in (rules or {}).items()}

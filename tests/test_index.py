@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +151,50 @@ def test_the_newest_entry_of_a_key_is_joined(tmp_path):
     list_entries(tmp_path, "a")
     list_entries(tmp_path, "a", bucket=(96, 64))
     assert open_latent_index(tmp_path, records).row(0)["bucket_width"] == 96
+
+
+def test_old_files_go_but_not_those_that_are_in_use(tmp_path):
+    metadata, indexes = tmp_path / "m.json", []
+    for number in range(6):
+        write_metadata(metadata, {f"k{number}": {"caption": "x" * number}})
+        index = open_record_index(tmp_path, [metadata], [])
+        os.utime(index.path, (number, number))
+        if number in (0, 2):
+            indexes.append(index)  # held open
+    kept = {path.name for path in (tmp_path / "index").iterdir()}
+    assert {index.path.name for index in indexes} <= kept and index.path.name in kept
+    assert len(kept) == len(indexes) + module.KEPT_FILES
+    assert [get_keys(index) for index in indexes] == [["k0"], ["k2"]]
+
+
+def test_processes_that_start_at_once_build_one_index(tmp_path):
+    """None waits for another, none reads half a file, and nothing is left behind."""
+    write_metadata(tmp_path / "m.json", {f"k{row}": {"caption": "x" * 50} for row in range(20_000)})
+    list_entries(tmp_path, *(f"k{row}" for row in range(0, 20_000, 2)))
+    code = (
+        "import sys, pathlib; from sdxl_trainer.data.index import open_latent_index, open_record_index;"
+        "folder = pathlib.Path(sys.argv[1]); print('ready', flush=True); sys.stdin.readline();"
+        "index = open_latent_index(folder, open_record_index(folder, [folder / 'm.json'], []));"
+        "print(index.path, len(index), index.content_hash(), index.row(9_999)['key'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    starts = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in starts:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    answers = {process.communicate("go\n")[0] for process in starts}
+    [answer] = answers
+    assert answer.split()[1] == "10000" and answer.split()[3] == "k19998"
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "index").iterdir()) == ["latents", "records"]
+
+
+def test_the_content_hash_names_keys_and_buckets_and_nothing_else(tmp_path):
+    hashes = []
+    for name, caption, bucket in (("a", "x", (64, 96)), ("b", "other", (64, 96)), ("c", "x", (96, 64))):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = open_record_index(
+            folder, [write_metadata(folder / "m.json", {"k1": {"caption": caption}, "k2": {}})], []
+        )
+        list_entries(folder, "k2", "k1", bucket=bucket)
+        hashes.append(open_latent_index(folder, records).content_hash())
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -99,6 +99,20 @@ def test_fractional_repeats_are_exact_over_the_epochs_that_make_them_whole(seed)
         assert count in (int(repeats[row]), int(repeats[row]) + 1), epoch
 
 
+@settings(max_examples=40, deadline=None)
+@given(BUCKETS, st.integers(1, 12), st.integers(0, 2**63 - 1), st.data())
+def test_quarters_of_repeats_are_whole_after_four_epochs_whatever_fills_a_batch(buckets, size, seed, data):
+    length = len(buckets)
+    quarters = data.draw(st.lists(st.integers(0, 9), min_size=length, max_size=length).filter(any).map(np.array))
+    plan = Plan(buckets, size, seed, quarters / 4)
+    turns = count_turns(plan, 4)
+    missing = [int(quarters[row]) - sum(turns[epoch, row] for epoch in range(4)) for row in range(length)]
+    assert min(missing) >= 0 and sum(missing) == plan.num_carried(3)
+    assert all(
+        count in (quarters[row] // 4, -(-quarters[row] // 4)) or missing[row] for (_, row), count in turns.items()
+    )
+
+
 def test_fractional_repeats_are_spread_over_the_epochs():
     plan = Plan(np.zeros(1000, int), 1, 0, np.full(1000, 0.25))
     assert [plan.num_samples(epoch) for epoch in range(8)] == [250] * 8

@@ -1,80 +1,44 @@
-"""From metadata to the first batch plan: a first start that builds the index, and later starts that map it.
+"""The start of a run: from metadata and a manifest to the first batch, in a process of its own. Part of data.py."""
 
-A million records in the seed's JSON, and as many lines in a manifest, are made by this script. Each start is a process
-of its own, measured from the end of its imports. `--records N` measures another number; 10 million have a target too.
-"""
-
-import argparse
 import json
 import os
 import random
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import orjson
-from harness import Figure, finish
 
 BUCKETS = [(1024, 1024), (832, 1216), (1216, 832), (768, 1344), (896, 1152)]
 NUM_TAGS, TAGS_EACH = 5000, 25
-MILLION = 1_000_000
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="20 thousand records; the figures are rough")
-    parser.add_argument("--records", type=int, default=MILLION, help="how many (a million)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep input and output here (a temporary folder)")
-    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.start:
-        print(json.dumps(start(arguments.start)))
-        return 0
-    number = 20_000 if arguments.quick else arguments.records
-    with tempfile.TemporaryDirectory() as temporary:
-        return finish("data_index", measure(arguments.work or Path(temporary), number))
-
-
-def measure(folder: Path, number: int) -> dict[str, Figure]:
-    """The figures of `number` records made under `folder`; those without a stated target only inform."""
-    make_set(folder, number)
-    first, *later = (start_process(folder) for _ in range(4))
-    later.sort(key=lambda result: result["seconds"])
-    million, tens = number == MILLION, number == 10 * MILLION
-    return {
-        "first_start_cpu_seconds": Figure(first["cpu_seconds"], "<=", 15 if million else None),
-        "first_start_peak_mb": Figure(first["peak_mb"], "<=", 1000 if million else None),
-        "later_start_seconds": Figure(later[1]["seconds"], "<=", 1.0 if million else 6.0 if tens else None),
-        "later_start_added_mb": Figure(later[1]["added_mb"], "<=", 150 if million else None),
-        "later_start_peak_mb": Figure(later[1]["peak_mb"], "<="),
-        "reference_loop_cpu_seconds": Figure(first["reference_seconds"], "<="),
-    }
+NUM_CAPTIONS = 50_000  # different ones, in larger sets again and again
 
 
 def make_set(folder: Path, number: int) -> None:
-    """`metadata.json` and a cache's manifest, in another order, as several ranks would write it."""
+    """`metadata.json` in the seed's form and a cache's manifest, in another order, as several ranks would write it."""
     from sdxl_trainer.data.manifest import Entry, ManifestWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
+    rng, sides = random.Random(0), np.random.default_rng(0).integers(512, 2048, (number, 2)).tolist()
     tags = [f"tag_{tag}" for tag in range(NUM_TAGS)]
+    captions = [", ".join(rng.choices(tags, k=TAGS_EACH)) for _ in range(min(number, NUM_CAPTIONS))]
     with open(folder / "metadata.json", "wb") as file:
         file.write(b"{")
         for row in range(number):
             record = {
                 "image_path": f"images/{row // 1000:05d}/img_{row:08d}.jpg",
-                "tags": ", ".join(rng.choices(tags, k=TAGS_EACH)),
+                "tags": captions[row % NUM_CAPTIONS],
                 "artist": f"artist {row % 977}",
-                "original_size": [rng.randrange(512, 2048), rng.randrange(512, 2048)],
+                "original_size": sides[row],
                 "aesthetic_score": round(rng.random() * 10, 3),
             }
-            file.write((b",\n" if row else b"\n") + orjson.dumps(f"img_{row:08d}") + b": " + orjson.dumps(record))
+            file.write(b"%s\n%s: %s" % (b"," if row else b"", orjson.dumps(f"img_{row:08d}"), orjson.dumps(record)))
         file.write(b"\n}\n")
     writer = ManifestWriter(folder, 0)
-    for row in rng.sample(range(number), number):
+    for row in np.random.default_rng(1).permutation(number).tolist():
         bucket = BUCKETS[row % len(BUCKETS)]
         place = {"bucket": bucket, "original_size": (1500, 1000), "resized": bucket, "crop": (0, 0, *bucket)}
         source = {"source_path": f"/x/img_{row:08d}.jpg", "source_bytes": 1, "source_mtime_ns": 1}
@@ -87,7 +51,7 @@ def make_set(folder: Path, number: int) -> None:
 
 def start_process(folder: Path) -> dict[str, float]:
     """What `start` measures in a process of its own."""
-    command = [sys.executable, __file__, "--start", str(folder)]
+    command = [sys.executable, __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -114,4 +78,4 @@ def _peak_mb() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps(start(Path(sys.argv[1]))))

@@ -1,0 +1,241 @@
+"""From metadata to batches: how soon the first batch is planned, and how fast samples come after it.
+
+Start: a million records in the seed's JSON, and as many lines in a manifest. Each start is a process of its own,
+measured from the end of its imports. `--records N` measures another number; 10 million have a target too.
+
+Samples: latents of 1024² px in float32, as npz files and in shards, with captions of 20 tags that are shuffled and
+tokenised for both encoders: by the vocabulary of an installed open_clip_torch, else by that of the tiny model. All of
+it lies in the page cache. Beside it, in the same run: bare reads of the same bytes, `np.load`, and webdataset's reader.
+"""
+
+import argparse
+import io
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from data_start import make_set, start_process
+from harness import ROOT, Figure, finish
+
+from sdxl_trainer.data.caption import CaptionSettings
+from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, SampleSettings
+from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.latent_store import LatentStore
+from sdxl_trainer.data.latents import LatentSample, pack_latents
+from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.shards import ShardWriter
+from sdxl_trainer.data.tokens import END, CaptionTokenizer, find_installed_vocabulary, load_tokenizer
+
+MILLION = 1_000_000
+BUCKET = (1024, 1024)
+NUM_SAMPLES, QUICK_SAMPLES, SAMPLES_A_SHARD = 4000, 600, 500
+MICRO_BATCH, GLOBAL_BATCH = 4, 64
+TURNS = 3  # the best of so many counts, for ours and for what stands beside it
+WORDS = (
+    "1girl solo long hair blue eyes smile open mouth blonde school uniform outdoors sky cloud day standing full "
+    "body white shirt skirt tree water flower night city street window light shadow hand hat bag ribbon dress black "
+    "red rain green masterpiece best quality looking at viewer sitting holding"
+).split()
+Rates = dict[str, float]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="within a minute: 20 thousand records, 600 samples")
+    parser.add_argument("--records", type=int, default=MILLION, help="how many the start is measured with (a million)")
+    parser.add_argument("--only", choices=("start", "samples"), help="measure just this")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="make the input here and keep it for the next time (a temporary folder)",
+    )
+    arguments = parser.parse_args()
+    figures: dict[str, Figure] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        if arguments.only != "samples":
+            figures |= measure_start(work / "start", 20_000 if arguments.quick else arguments.records)
+        if arguments.only != "start":
+            figures |= measure_samples(work / "samples", QUICK_SAMPLES if arguments.quick else NUM_SAMPLES)
+    return finish("data", figures)
+
+
+def measure_start(folder: Path, number: int) -> dict[str, Figure]:
+    """The figures of `number` records made under `folder`; those without a stated target only inform."""
+    done = folder / f"made-{number}"
+    if not done.exists():
+        make_set(folder, number)
+        done.touch()
+    shutil.rmtree(folder / "index", ignore_errors=True)
+    first, *later = (start_process(folder) for _ in range(4))
+    later.sort(key=lambda result: result["seconds"])
+    million, tens = number == MILLION, number == 10 * MILLION
+    return {
+        "first_start_cpu_seconds": Figure(first["cpu_seconds"], "<=", 15 if million else None),
+        "first_start_seconds": Figure(first["seconds"], "<="),
+        "first_start_peak_mb": Figure(first["peak_mb"], "<=", 1000 if million else None),
+        "later_start_seconds": Figure(later[1]["seconds"], "<=", 1.0 if million else 6.0 if tens else None),
+        "later_start_added_mb": Figure(later[1]["added_mb"], "<=", 150 if million else None),
+        "later_start_peak_mb": Figure(later[1]["peak_mb"], "<="),
+        "reference_loop_cpu_seconds": Figure(first["reference_seconds"], "<="),
+    }
+
+
+def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
+    """Samples a second in one process, by workers, and by others' readers."""
+    shards = make_samples(folder, number)
+    files = sorted((folder / "npz").glob("*.npz"))
+    indexes = {
+        "shards": open_latent_index(folder / "packed", open_record_index(folder / "packed", shards, [])),
+        "npz": open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], [])),
+    }
+    tokenizers = load_tokenizers()
+    dataset = build_dataset(indexes["shards"], folder / "packed", tokenizers)
+    rates = {
+        "latents_from_shards": rate(lambda: read_latents(indexes["shards"], folder / "packed"), number),
+        "latents_from_npz": rate(lambda: read_latents(indexes["npz"], folder), number),
+        "whole_samples": rate(lambda: drain(iterate(dataset, 0), number), number),
+        "bare_reads_of_shards": rate(lambda: read_bare(indexes["shards"], folder / "packed"), number),
+        "bare_reads_of_npz": rate(lambda: [path.read_bytes() for path in files], number),
+        "np_load": rate(lambda: [np.load(path)["latents"] for path in files], number),
+        "webdataset_in_order": rate(lambda: read_webdataset(shards), number),
+    }
+    one, four = (read_by_workers(dataset, workers, number) for workers in (1, 4))
+    spare_cores = (os.cpu_count() or 1) > 4
+    targets = {"latents_from_shards": 15_000, "latents_from_npz": 4000, "whole_samples": 2500}
+    return {
+        **{f"{name}_per_second": Figure(value, ">=", targets.get(name)) for name, value in rates.items()},
+        "tokens_per_caption": Figure(float(np.mean([tokenizers[0].count(text) for text in make_captions(100)]))),
+        "whole_samples_per_second_1_worker": Figure(one["rate"]),
+        "whole_samples_per_second_4_workers": Figure(four["rate"]),
+        "4_workers_over_1": Figure(four["rate"] / one["rate"], ">=", 1.0 if spare_cores else None),
+        "worker_private_mb": Figure(four["private_mb"], "<=", 30),
+        "worker_shared_and_private_mb": Figure(four["pss_mb"], "<="),
+    }
+
+
+def make_captions(number: int) -> list[str]:
+    rng = random.Random(0)
+    return [", ".join(" ".join(rng.sample(WORDS, 2)) for _ in range(20)) for _ in range(number)]
+
+
+def make_samples(folder: Path, number: int) -> list[Path | str]:
+    """Latents as npz files with metadata, and the same in shards, whose names are returned."""
+    import orjson
+
+    rng, shards = np.random.default_rng(0), []
+    (folder / "npz").mkdir(parents=True, exist_ok=True)
+    records = {f"s{row:06d}": {"caption": text, "image_path": f"npz/s{row:06d}.npz"}
+               for row, text in enumerate(make_captions(number))}  # fmt: skip
+    (folder / "metadata.json").write_bytes(orjson.dumps(records))
+    writer = None
+    for row, (key, record) in enumerate(records.items()):
+        if row % SAMPLES_A_SHARD == 0:
+            if writer:
+                writer.close()
+            shards.append(folder / "packed" / f"{row // SAMPLES_A_SHARD:05d}.tar")
+            writer = ShardWriter(shards[-1])
+        sample = LatentSample(rng.standard_normal((4, 128, 128), np.float32), (1500, 1000), (0, 0, *BUCKET))
+        content = pack_latents(sample)
+        (folder / "npz" / f"{key}.npz").write_bytes(content)
+        assert writer is not None, "the first row opens a shard"
+        writer.append(key, orjson.dumps({"caption": record["caption"]}), content)
+    if writer:
+        writer.close()
+    return shards
+
+
+def load_tokenizers() -> tuple[CaptionTokenizer, CaptionTokenizer]:
+    folder = ROOT / "configs" / "tiny"
+    sources = [find_installed_vocabulary() or folder / name for name in ("tokenizer", "tokenizer_2")]
+    return load_tokenizer(sources[0], END), load_tokenizer(sources[1], "!")
+
+
+def build_dataset(index: Index, folder: Path, tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]) -> LatentDataset:
+    settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(shuffle=True))
+    return LatentDataset(index, folder, tokenizers, settings)
+
+
+def iterate(dataset: LatentDataset, num_workers: int) -> Iterator[MicroBatch]:
+    """Shuffled micro batches, as training gets them."""
+    specs = iterate_specs(build_plan(dataset.index, GLOBAL_BATCH, 0), (0, 0), 0, 1, MICRO_BATCH)
+    return iterate_batches(dataset, specs, num_workers)
+
+
+def drain(batches: Iterator[MicroBatch], number: int) -> None:
+    for batch in islice(batches, number // MICRO_BATCH):
+        assert not batch.bad, batch.bad
+
+
+def list_rows(index: Index) -> Iterator[list[int]]:
+    """Rows of one epoch in the plan's order, by micro batch."""
+    specs = iterate_specs(build_plan(index, GLOBAL_BATCH, 0), (0, 0), 0, 1, MICRO_BATCH)
+    return (spec.rows.tolist() for spec in islice(specs, len(index) // MICRO_BATCH))
+
+
+def read_latents(index: Index, folder: Path) -> None:
+    """Checked latents of an epoch in shuffled order, without captions."""
+    store = LatentStore(folder)
+    for rows in list_rows(index):
+        for sample in store.read([index.row(row) for row in rows], BUCKET):
+            assert isinstance(sample, LatentSample), sample
+
+
+def read_bare(index: Index, folder: Path) -> None:
+    """The same bytes in the same order, not looked at."""
+    descriptors: dict[str, int] = {}
+    places = [index.row(row) for rows in list_rows(index) for row in rows]
+    for place in places:
+        if place["file"] not in descriptors:
+            descriptors[place["file"]] = os.open(folder / place["file"], os.O_RDONLY)
+        os.pread(descriptors[place["file"]], place["bytes"], place["offset"])
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
+def read_webdataset(shards: Sequence[Path | str]) -> None:
+    """webdataset's pipeline, which reads shards from end to end."""
+    for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
+        assert np.load(io.BytesIO(sample["npz"]))["latents"].shape == (4, 128, 128)
+
+
+def read_by_workers(dataset: LatentDataset, num_workers: int, number: int) -> dict[str, float]:
+    """Whole samples a second once the workers run, and the memory of one of them in MB."""
+    batches: Any = iterate(dataset, num_workers)
+    drain(batches, 8 * num_workers * MICRO_BATCH)
+    began = time.perf_counter()
+    drain(batches, number)
+    seconds = time.perf_counter() - began
+    memory = [_read_memory(worker.pid) for worker in batches._workers]
+    return {"rate": number / seconds, **{name: float(np.mean([one[name] for one in memory])) for name in memory[0]}}
+
+
+def rate(read: Callable[[], object], number: int) -> float:
+    """Samples a second of the best of some turns."""
+    best = float("inf")
+    for _ in range(TURNS):
+        began = time.perf_counter()
+        read()
+        best = min(best, time.perf_counter() - began)
+    return number / best
+
+
+def _read_memory(pid: int) -> dict[str, float]:
+    fields = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    kilobytes = {words[0]: int(words[1]) for words in fields}
+    private = kilobytes["Private_Clean:"] + kilobytes["Private_Dirty:"]
+    return {"private_mb": private / 1e3, "pss_mb": kilobytes["Pss:"] / 1e3}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
