@@ -23,15 +23,14 @@ from sdxl_trainer.train.state import TrainState
 
 # Settings that leave the weights as they would have been, but for rounding. What the data are is told by their
 # fingerprint, whatever settings name them. Any other change of a setting is reported.
-HARMLESS_SECTIONS = ("cache", "checkpoint", "log", "sample", "validation")
+HARMLESS_SECTIONS = ("checkpoint", "log", "sample", "validation")
 HARMLESS_KEYS = frozenset(
     {"run.name", "run.dir", "run.resume", "run.on_data_change"}
     | {"data.metadata", "data.image_dirs", "data.missing_caption", "data.check"}
     | {"data.num_workers", "data.max_bad_fraction"}
+    | {"cache.dir", "cache.format", "cache.shard_mb", "cache.batch_size", "cache.num_workers", "cache.on_missing"}
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}
 )
-# Exceptions within a harmless section.
-HARMFUL_KEYS = frozenset({"cache.posterior", "cache.flip"})
 
 
 def open_checkpoints(config: Config, ranks: Ranks) -> tuple[Path | None, CheckpointWriter]:
@@ -123,8 +122,6 @@ def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
 
 def is_harmless(key: str) -> bool:
     """Whether a change of this setting leaves the weights as they would have been."""
-    if key in HARMFUL_KEYS:
-        return False
     return key.split(".")[0] in HARMLESS_SECTIONS or key in HARMLESS_KEYS or key.startswith("engine.deepspeed")
 
 
