@@ -17,6 +17,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.bucket import split_key
 from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.manifest import Entry, ManifestWriter, check_identity, read_latest
+from sdxl_trainer.data.text_cache import check_text_state
 from sdxl_trainer.data.uncached import choose_file
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
@@ -39,13 +40,15 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     damaged: list[str] = []
     result = verify_entries(folder, read_latest(folder, damaged))
     others = [f"{place}: damaged line of the manifest" for place in damaged]
-    others += [reason for reason in (check_identity(folder), *result.bad_shards.values()) if reason is not None]
-    for reason in (*result.bad.values(), *others):
+    states = (check_identity(folder), check_text_state(folder), *result.bad_shards.values())
+    others += [reason for reason in states if reason is not None]
+    for reason in (*result.reasons, *others):
         logger.error("bad: {}", reason)
-    logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, len(result.bad))
-    if result.bad or others:
+    num_bad = len(result.bad.keys() | result.bad_text.keys())
+    logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, num_bad)
+    if num_bad or others:
         also = f", and {len(others)} other things" if others else ""
-        raise BadCacheError(f"{len(result.bad)} of {result.num_items} items are bad{also}; --repair mends them")
+        raise BadCacheError(f"{num_bad} of {result.num_items} items are bad{also}; --repair mends them")
 
 
 def pack_cache(config: Config, problems: list[Problem]) -> None:

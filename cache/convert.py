@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sdxl_trainer.cache.items import ITEM_ERRORS, check_item, check_item_text, read_item, read_item_text
+from sdxl_trainer.cache.pipeline import choose_text_file
 from sdxl_trainer.cache.sinks import NpzSink, Sink
-from sdxl_trainer.cache.verify import check_entry, check_shards, read_item
+from sdxl_trainer.cache.verify import check_shards
 from sdxl_trainer.data.bucket import BucketRule, Placement, Size, list_buckets, place_image
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
 from sdxl_trainer.data.manifest import Entry, Identity, ManifestWriter
-from sdxl_trainer.data.shards import BadShardError
 from sdxl_trainer.data.transforms import BadImageError, read_image_size
 
 
@@ -40,11 +41,13 @@ def repack(
             continue
         try:
             _, content = read_item(folder, entry)
-        except (OSError, BadLatentError, BadShardError) as error:
+            text = read_item_text(folder, entry)
+        except ITEM_ERRORS as error:
             bad[key] = f"{entry.file}: {error}"
             continue
-        target = replace(entry, file=name_file(entry)) if to_files else entry
-        manifest.append(sink.store(target, bytes(content), b"{}" if to_files else get_record(key)))
+        target = _name_files(entry, name_file(entry)) if to_files else entry
+        record = b"{}" if to_files else get_record(key)
+        manifest.append(sink.store(target, bytes(content), record, None if text is None else bytes(text)))
         done += 1
     sink.close()
     return done, bad
@@ -62,12 +65,14 @@ def tidy_shards(folder: Path, entries: Mapping[str, Entry], sink: Sink, manifest
         if entry.file in uneven:
             listed[entry.file].append(entry)
     for file, held in listed.items():
-        if any(check_entry(folder, entry) is not None for entry in held):
+        if any(check_item(folder, entry) or check_item_text(folder, entry) for entry in held):
             uneven.remove(file)
             continue
         for entry in sorted(held, key=lambda entry: entry.offset or 0):
             record, content = read_item(folder, entry)
-            manifest.append(sink.store(entry, bytes(content), bytes(record)))
+            beside = entry.text is not None and entry.text.offset is not None
+            text = read_item_text(folder, entry) if beside else None
+            manifest.append(sink.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
     sink.close()
     for file in uneven:
         (folder / file).unlink()
@@ -79,11 +84,22 @@ def remove_replaced(folder: Path, before: Mapping[str, Entry], after: Mapping[st
 
     Adopted files stay: they belong to the program that made them.
     """
-    needed = {entry.file for entry in after.values()}
-    replaced = {entry.file for entry in before.values() if not entry.adopted or entry.offset is not None} - needed
+    ours = [entry for entry in before.values() if not entry.adopted or entry.offset is not None]
+    needed = {file for entry in after.values() for file in _list_entry_files(entry)}
+    replaced = {file for entry in ours for file in _list_entry_files(entry)} - needed
     for file in replaced:
         (folder / file).unlink(missing_ok=True)
     return len(replaced)
+
+
+def _list_entry_files(entry: Entry) -> list[str]:
+    return [entry.file] if entry.text is None else [entry.file, entry.text.file]
+
+
+def _name_files(entry: Entry, file: str) -> Entry:
+    """An entry whose latents will be at `file`, and its text beside them."""
+    text = None if entry.text is None else replace(entry.text, file=choose_text_file(file))
+    return replace(entry, file=file, text=text)
 
 
 def adopt_files(folder: Path, index: Index, known: Mapping[str, Entry], identity: Identity, rule: BucketRule

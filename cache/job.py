@@ -2,9 +2,9 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,24 @@ import orjson
 import torch
 from loguru import logger
 
+from sdxl_trainer.cache.captioning import (
+    check_captioning,
+    identify_text,
+    is_text_state_current,
+    plan_text,
+    start_text,
+)
 from sdxl_trainer.cache.convert import tidy_shards
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.latent_encoder import VaeEncoder
 from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import check_model, resolve_model
-from sdxl_trainer.cache.pipeline import Pipeline, WorkItem
+from sdxl_trainer.cache.pipeline import Pipeline, TextJob
 from sdxl_trainer.cache.progress import ProgressReporter, RankProgress
 from sdxl_trainer.cache.report import write_report
 from sdxl_trainer.cache.sinks import NpzSink, ShardSink, Sink, recover_shards
 from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.cache.work import STATES, WorkList, list_work
+from sdxl_trainer.cache.work import STATES, Resolution, TextPlan, WorkList, list_work
 from sdxl_trainer.cache.writer import LatentWriter
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
@@ -73,21 +80,23 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config, hash_weights(vae))
+    text = agree_on_text(config, folder, ranks)
     with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
         entries, lines_lost = open_cache(folder, ranks, repair, dry_run)
         works = [
-            list_work(index, folder, entries, identities[prefix], rule, beside=config.cache.dir is None,
-                      ranks=(ranks.rank, ranks.world_size), prefix=prefix)
+            list_work(index, folder, entries, Resolution(rule, identities[prefix], prefix),
+                      beside=config.cache.dir is None, ranks=(ranks.rank, ranks.world_size), text=text)
             for prefix, rule in build_bucket_rules(config.data).items()
         ]  # fmt: skip
         for work in works if repair and not lines_lost else ():
             work.items = [item for item in work.items if item.key in entries]
         announce(config, folder, index, gather_objects([work.without_items() for work in works]), ranks)
         if not dry_run:
-            vae = vae.to(ranks.device)
             if ranks.is_main:
                 write_identities(folder, identities)
-            result = encode_work(config, works, vae.to(PRECISIONS[config.cache.vae_precision]), ranks, stop)
+            encoder = build_vae_encoder(config, vae, ranks.device)
+            captioner = start_captioning(config, works, text, ranks)
+            result = encode_work(config, works, (encoder, captioner), ranks, stop)
             finish(config, folder, len(index) * len(works), gather_objects(result), ranks)
     close_ranks()
 
@@ -99,7 +108,7 @@ def open_index(config: Config, problems: list[Problem]) -> Index:
         UserInputError: something is; all of it is named.
     """
     index, found = check_records(config)
-    raise_if_any([*problems, *found, *check_model(config.model)])
+    raise_if_any([*problems, *found, *check_model(config.model), *check_captioning(config)])
     assert index is not None, "records without problems have an index"
     return index
 
@@ -111,7 +120,7 @@ def build_identities(config: Config, vae_sha256: str) -> dict[str, Identity]:
         prefix: Identity(
             vae_sha256=vae_sha256, vae_precision=cache.vae_precision, dtype=cache.dtype, posterior=cache.posterior,
             flip=cache.flip, resolution_px=rule.resolution_px, min_bucket_px=rule.min_px, max_bucket_px=rule.max_px,
-            bucket_step_px=rule.step_px, no_upscale=rule.no_upscale, buckets=rule.fixed,
+            bucket_step_px=rule.step_px, no_upscale=rule.no_upscale, buckets=rule.fixed, alpha_mask=cache.alpha_mask,
         )
         for prefix, rule in build_bucket_rules(config.data).items()
     }  # fmt: skip
@@ -122,11 +131,19 @@ def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
     write_identity(folder, identities[""], {prefix: other for prefix, other in identities.items() if prefix})
 
 
+def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextPlan | None:
+    """The text encoder outputs that are wanted, the same on all ranks; None if `cache.text` is off."""
+    if not config.cache.text:
+        return None
+    return plan_text(config, broadcast_object(identify_text(config, folder) if ranks.is_main else None))
+
+
 def open_cache(folder: Path, ranks: Ranks, repair: bool, dry_run: bool) -> tuple[Mapping[str, Entry], bool]:
     """(newest entry of each key, whether lines of the manifest were damaged).
 
     Rank 0 first finishes what a killed job left, and with `repair` reads every byte. An item found bad is given an
-    identity that no settings have, so that it counts as stale. A dry run only looks: another job may be at work.
+    identity that no settings have, so that it counts as stale, and bad text is taken off the list. A dry run only
+    looks: another job may be at work.
     """
     bad: dict[str, str] = {}
     damaged: list[str] = []
@@ -135,14 +152,24 @@ def open_cache(folder: Path, ranks: Ranks, repair: bool, dry_run: bool) -> tuple
         if not dry_run:
             clear_leftovers(folder, entries)
         if repair:
-            bad = verify_entries(folder, entries).bad
-            for reason in bad.values():
+            result = verify_entries(folder, entries)
+            bad = result.bad
+            for reason in result.reasons:
                 logger.warning("bad item is encoded again: {}", reason)
             if not dry_run:
                 drop_damaged_lines(folder)
+                list_again(folder, [replace(entries[key], text=None) for key in result.bad_text])
     bad, lines_lost = broadcast_object((bad, bool(damaged)))
     entries = read_latest(folder)
     return {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}, lines_lost
+
+
+def list_again(folder: Path, entries: Sequence[Entry]) -> None:
+    """Append lines that hold from now on."""
+    manifest = ManifestWriter(folder, 0)
+    for entry in entries:
+        manifest.append(entry)
+    manifest.close()
 
 
 def clear_leftovers(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -167,6 +194,8 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkL
         to_do = sum(work.num_items for work in works)
         states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
         logger.info("{} pictures ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
+        if counts["text"]:
+            logger.info("captions of {} pictures are to be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
         raise_if_any([Problem("cache.dir", folder, f"has {free:,} bytes free and the latents need about {needed:,}",
                               "free some space, give another cache.dir, or cache.dtype: float16")]
@@ -174,32 +203,52 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkL
     barrier()
 
 
-def encode_work(config: Config, works: list[WorkList], vae: torch.nn.Module, ranks: Ranks, stop: StopRequest
-                ) -> RankResult:  # fmt: skip
+def build_vae_encoder(config: Config, vae: torch.nn.Module, device: torch.device) -> VaeEncoder:
+    """The VAE on its device, as the settings want it to work."""
+    cache = config.cache
+    torch.nn.Module.to(vae, device, PRECISIONS[cache.vae_precision])  # diffusers' own warns of modules it does not have
+    if device.type == "cuda":
+        # cuDNN's faster layout, and that of the pixels
+        vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if cache.tile_above_px:
+        enable_tiling(vae, cache.tile_above_px)
+    return VaeEncoder(vae, cache.posterior, cache.flip)
+
+
+def start_captioning(config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks) -> TextJob | None:
+    """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date."""
+    folder = get_cache_folder(config)
+    if text is None:
+        return None
+    out_of_date = ranks.is_main and not is_text_state_current(folder, text.identity)
+    if not (out_of_date or any(work.has_captions for work in works)):
+        return None
+    return start_text(config, text.identity, folder, ranks.device, ranks.is_main)
+
+
+def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncoder, TextJob | None], ranks: Ranks,
+                stop: StopRequest) -> RankResult:  # fmt: skip
     """Encode this rank's items. A stop signal ends the work between two batches, with all that was encoded written."""
     folder, cache, bad = get_cache_folder(config), config.cache, []
-    reporter = ProgressReporter(ranks, sum(len(work.items) for work in works))
+    reporter = ProgressReporter(ranks, sum(len(work.items) + len(work.texts) for work in works))
 
-    def report_bad(item: WorkItem, reason: str) -> None:
-        bad.append({"key": item.key, "file": item.image_path, "reason": reason})
+    def report_bad(key: str, file: str, reason: str) -> None:
+        bad.append({"key": key, "file": file, "reason": reason})
         logger.warning("bad picture skipped: {}", reason)
 
     manifest = ManifestWriter(folder, ranks.rank)
     for work in works:
         for entry in work.refreshed:
             manifest.append(entry)
-    if cache.tile_above_px:
-        enable_tiling(vae, cache.tile_above_px)
     writer = LatentWriter(build_sink(config, folder, ranks.rank), manifest)
-    encoder = VaeEncoder(vae, cache.posterior, cache.flip)
     interrupted = None
     try:
         for work in works:
             pipeline = Pipeline(
-                encoder, writer, work.rule, work.identity, cache.batch_size, cache.num_workers, reporter.progress,
-                report_bad, stop.raise_if_received,
+                encoders[0], writer, work.rule, work.identity, cache.batch_size, cache.num_workers, reporter.progress,
+                report_bad, stop.raise_if_received, encoders[1], cache.alpha_mask,
             )  # fmt: skip
-            pipeline.run(work.items)
+            pipeline.run(work.items, work.texts)
     except Interrupted as request:
         interrupted = request.signal_number
     finally:

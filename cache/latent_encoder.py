@@ -1,12 +1,16 @@
 """Pixels to latents on the device: uint8 in, arrays out, one batch computing while the last one travels back."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from loguru import logger
 
+from sdxl_trainer.cache.host_copy import HostCopy
 from sdxl_trainer.data.plan import mix_keys
+from sdxl_trainer.launch.program import FailedError
 
 Posterior = Literal["sample", "mean", "moments"]
 
@@ -50,11 +54,33 @@ class VaeEncoder:
         self._vae = vae
         self._posterior: Posterior = posterior
         self._flip = flip
+        self._too_much = math.inf  # values of a batch that went beyond the device's memory
         weight = next(vae.parameters())
         self._device, self._dtype = weight.device, weight.dtype
 
+    def launch(self, pixels: np.ndarray, keys: list[str]) -> PendingBatch:
+        """A batch that the device has no memory for is encoded in halves, and so are further ones of its size.
+
+        Raises:
+            FailedError: not even one picture of this size can be encoded.
+        """
+        if pixels.size < self._too_much:
+            try:
+                return self._launch(pixels, keys)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self._too_much = pixels.size
+        if len(keys) == 1:
+            raise FailedError(
+                f"the device has too little memory for a picture of {pixels.shape[2]}x{pixels.shape[1]} "
+                f"px: set cache.tile_above_px: {max(pixels.shape[1:3]) // 2}, or vae_precision: bf16"
+            )
+        logger.info("a batch of {} is more than the device's memory holds: it is halved", pixels.shape[:3])
+        half = len(keys) // 2
+        return _Halves(self.launch(pixels[:half], keys[:half]), self.launch(pixels[half:], keys[half:]))
+
     @torch.inference_mode()
-    def launch(self, pixels: np.ndarray, keys: list[str]) -> "_Transfer":
+    def _launch(self, pixels: np.ndarray, keys: list[str]) -> "_Transfer":
         images = torch.from_numpy(pixels)
         if self._device.type == "cuda":
             images = images.pin_memory()
@@ -63,11 +89,12 @@ class VaeEncoder:
         parts = self._encode(images, keys, 0)
         if self._flip:
             parts += self._encode(images.flip(3), keys, 1)
-        return _Transfer(torch.stack(parts), self._posterior == "moments", self._flip)
+        return _Transfer(parts, self._posterior == "moments", self._flip)
 
     def _encode(self, images: torch.Tensor, keys: list[str], mirrored: int) -> list[torch.Tensor]:
-        # A batch of one takes other kernels, which round differently: two give the bits that any batch gives.
-        padded = images if len(images) > 1 else torch.cat([images, images])
+        # On a CPU a batch of one takes other kernels, which round differently: two give the bits that any batch gives.
+        alone = len(images) == 1 and images.device.type == "cpu"
+        padded = torch.cat([images, images]) if alone else images
         distribution = self._vae.encode(padded).latent_dist
         mean, std = distribution.mean[: len(images)].float(), distribution.std[: len(images)].float()
         if self._posterior == "mean":
@@ -82,25 +109,30 @@ class VaeEncoder:
 class _Transfer:
     """Latents on their way to the host."""
 
-    def __init__(self, stacked: torch.Tensor, moments: bool, flip: bool):
+    def __init__(self, parts: list[torch.Tensor], moments: bool, flip: bool):
+        self._copy = HostCopy(parts)  # [B, 4, h, w] each
         self._moments, self._flip = moments, flip
-        self._event: torch.cuda.Event | None = None
-        self._host = stacked  # [parts, B, 4, h, w]
-        if stacked.is_cuda:
-            self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-            self._host.copy_(stacked, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
 
     def wait(self) -> Encoded:
-        if self._event is not None:
-            self._event.synchronize()
-        parts = iter(self._host.numpy())
+        parts = iter(self._copy.wait())
         latents = next(parts)
         std = next(parts) if self._moments else None
         flipped = next(parts) if self._flip else None
         flipped_std = next(parts) if self._flip and self._moments else None
         return Encoded(latents, std, flipped, flipped_std)
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """A batch that was launched in two."""
+
+    first: PendingBatch
+    second: PendingBatch
+
+    def wait(self) -> Encoded:
+        first, second = vars(self.first.wait()), vars(self.second.wait())
+        return Encoded(**{name: None if part is None else np.concatenate([part, second[name]])
+                          for name, part in first.items()})  # fmt: skip
 
 
 def _draw_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:

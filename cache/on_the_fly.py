@@ -14,14 +14,14 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
-from sdxl_trainer.cache.job import PRECISIONS, build_identities, enable_tiling, write_identities
-from sdxl_trainer.cache.latent_encoder import Encoder, VaeEncoder
+from sdxl_trainer.cache.job import build_identities, build_vae_encoder, write_identities
+from sdxl_trainer.cache.latent_encoder import Encoder
 from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.cache.pipeline import Prepared, WorkItem, build_item
 from sdxl_trainer.cache.sinks import EncodedItem, NpzSink
 from sdxl_trainer.cache.writer import LatentWriter
-from sdxl_trainer.configs.problems import Problem, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.bucket import split_key
 from sdxl_trainer.data.check import get_cache_folder
@@ -77,6 +77,7 @@ class MissingEncoder:
 
     def _settle(self, batch: MicroBatch, image: PendingImage, item: EncodedItem) -> None:
         key = image.record["key"]
+        assert item.sample is not None, "pictures are encoded whole"
         try:
             stored = parse_latents(pack_latents(item.sample, self._settings.dtype), item.entry.bucket, check_crc=False)
         except BadLatentError as error:
@@ -111,17 +112,17 @@ def build_missing_encoder(config: Config, source: ModelSource, dataset: LatentDa
         UserInputError: a job is writing the cache, or other settings made it.
     """
     folder, cache = get_cache_folder(config), config.cache
+    if cache.alpha_mask:
+        rule = "goes with latents that the cache job makes"
+        raise UserInputError([Problem("cache.alpha_mask", True, rule, "run bash launch/cache.sh, on_missing: skip")])
     vae = load_vae(source, config.model)
     identities = build_identities(config, hash_weights(vae))
     raise_if_any(check_made_alike(folder, identities))
     lock = lock_cache(folder) if ranks.is_main else None
     if ranks.is_main:
         write_identities(folder, identities)
-    if cache.tile_above_px:
-        enable_tiling(vae, cache.tile_above_px)
-    vae = vae.to(ranks.device).to(PRECISIONS[cache.vae_precision])
     writer = LatentWriter(NpzSink(folder, cache.dtype), ManifestWriter(folder, ranks.rank))
-    return MissingEncoder(VaeEncoder(vae, cache.posterior, cache.flip), writer, identities, cache, dataset, lock)
+    return MissingEncoder(build_vae_encoder(config, vae, ranks.device), writer, identities, cache, dataset, lock)
 
 
 def check_made_alike(folder: Path, identities: dict[str, Identity]) -> list[Problem]:

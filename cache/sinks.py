@@ -8,20 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from sdxl_trainer.cache.items import read_item
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.latents import LatentSample, pack_latents
 from sdxl_trainer.data.manifest import Entry
 from sdxl_trainer.data.shards import ShardWriter, list_partial_shards, recover_shard
+from sdxl_trainer.data.text_outputs import TextOutputs, pack_text
 
 SHARD_FOLDER = "shards"
 
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """One picture's latents with the line they will have in the manifest, all but place, size and checksum."""
+    """What was encoded of one picture, with the line it will have in the manifest, all but places, sizes, checksums.
 
-    sample: LatentSample
+    Without a sample the latents stay as they are in the cache. With texts, `entry.text` says what they are of.
+    """
+
     entry: Entry
+    sample: LatentSample | None
+    texts: tuple[TextOutputs, ...] = ()  # of each caption
     record: bytes = b"{}"  # JSON, travels with the latents in a shard
 
 
@@ -32,8 +38,8 @@ class Sink(Protocol):
         """Store one item and return its finished entry."""
         ...
 
-    def store(self, entry: Entry, content: bytes, record: bytes) -> Entry:
-        """The same with the npz made already."""
+    def store(self, entry: Entry, content: bytes, record: bytes, text: bytes | None = None) -> Entry:
+        """The same with the npz made already, and that of its text if it has one."""
         ...
 
     def close(self) -> None:
@@ -42,21 +48,37 @@ class Sink(Protocol):
 
 
 class NpzSink:
-    """One npz file an item, at `entry.file` under the cache folder, whole or not at all."""
+    """An item is an npz file at `entry.file` under the cache folder, and one at `entry.text.file`, each whole or not
+    at all."""
 
     def __init__(self, folder: Path, dtype: str):
         self._folder = folder
         self._dtype = dtype
 
     def write(self, item: EncodedItem) -> Entry:
-        return self.store(item.entry, pack_latents(item.sample, self._dtype), item.record)
+        text = pack_text(item.texts, self._dtype) if item.texts else None
+        if item.sample is None:
+            assert text is not None, "an item is latents, or text, or both"
+            return self._store_text(item.entry, text)
+        return self.store(item.entry, pack_latents(item.sample, self._dtype), item.record, text)
 
-    def store(self, entry: Entry, content: bytes, record: bytes) -> Entry:
-        path = self._folder / entry.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+    def store(self, entry: Entry, content: bytes, record: bytes, text: bytes | None = None) -> Entry:
+        """Without `text`, `entry.text` is kept: it lies in a file of its own."""
+        self._write(entry.file, content)
+        entry = entry if text is None else self._store_text(entry, text)
         digest = hashlib.sha256(content).hexdigest()
         return replace(entry, bytes=len(content), sha256=digest, offset=None, record_bytes=None, record_sha256=None)
+
+    def _store_text(self, entry: Entry, text: bytes) -> Entry:
+        assert entry.text is not None, "the line says what the text is of"
+        self._write(entry.text.file, text)
+        digest = hashlib.sha256(text).hexdigest()
+        return replace(entry, text=replace(entry.text, bytes=len(text), sha256=digest, offset=None))
+
+    def _write(self, file: str, content: bytes) -> None:
+        path = self._folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
 
     def close(self) -> None:
         pass
@@ -66,7 +88,9 @@ class ShardSink:
     """Tar shards `shards/<width>x<height>-<rank>-<n>.tar`, each of one bucket and of at most `shard_bytes`."""
 
     def __init__(self, folder: Path, dtype: str, rank: int, shard_bytes: int):
+        self._root = folder
         self._folder = folder / SHARD_FOLDER
+        self._files = NpzSink(folder, dtype)
         self._dtype = dtype
         self._rank = rank
         self._shard_bytes = shard_bytes
@@ -74,22 +98,38 @@ class ShardSink:
         self._lock = threading.Lock()
 
     def write(self, item: EncodedItem) -> Entry:
-        return self.store(item.entry, pack_latents(item.sample, self._dtype), item.record)
+        if item.sample is None and item.entry.offset is None:  # latents in a file of their own stay there
+            return self._files.write(item)
+        text = pack_text(item.texts, self._dtype) if item.texts else None
+        if item.sample is None:  # a sample's parts lie side by side, so its latents move with the text
+            content = bytes(read_item(self._root, item.entry)[1])
+        else:
+            content = pack_latents(item.sample, self._dtype)
+        return self.store(item.entry, content, item.record, text)
 
-    def store(self, entry: Entry, content: bytes, record: bytes) -> Entry:
+    def store(self, entry: Entry, content: bytes, record: bytes, text: bytes | None = None) -> Entry:
+        """Without `text` the entry keeps only one that lies in a file of its own."""
         digest, record_digest = hashlib.sha256(content).hexdigest(), hashlib.sha256(record).hexdigest()
+        text_digest = "" if text is None else hashlib.sha256(text).hexdigest()
         with self._lock:  # packing and hashing above ran beside other threads; a tar grows one member at a time
             writer = self._open.get(entry.bucket)
-            if writer is not None and writer.bytes_written + len(content) > self._shard_bytes:
+            size = len(content) + len(text or b"")
+            if writer is not None and writer.bytes_written + size > self._shard_bytes:
                 self._open.pop(entry.bucket).close()
                 writer = None
             if writer is None:
                 writer = self._open[entry.bucket] = ShardWriter(self._choose_path(entry.bucket))
-            place = writer.append(entry.key, record, content)
-            writer.flush()
+            place = writer.append(entry.key, record, content, text)
+            end = writer.bytes_written
+        writer.flush(end)
+        file = f"{SHARD_FOLDER}/{place.shard}"
+        part = entry.text if entry.text is not None and entry.text.offset is None else None
+        if text is not None:
+            assert entry.text is not None, "the line says what the text is of"
+            part = replace(entry.text, file=file, bytes=len(text), sha256=text_digest, offset=place.text_offset)
         return replace(
-            entry, file=f"{SHARD_FOLDER}/{place.shard}", bytes=place.size, sha256=digest,
-            offset=place.offset, record_bytes=len(record), record_sha256=record_digest,
+            entry, file=file, bytes=place.size, sha256=digest, offset=place.offset, record_bytes=len(record),
+            record_sha256=record_digest, text=part,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -131,6 +171,8 @@ def recover_shards(folder: Path, entries: Iterable[Entry]) -> list[Path]:
     for entry in entries:
         if entry.file in ends and entry.offset is not None:
             ends[entry.file] = max(ends[entry.file], entry.offset + entry.bytes)
+        if entry.text is not None and entry.text.offset is not None and entry.text.file in ends:
+            ends[entry.text.file] = max(ends[entry.text.file], entry.text.offset + entry.text.bytes)
     for path in unfinished:
         recover_shard(path, ends[f"{SHARD_FOLDER}/{path.name}"])
     return unfinished

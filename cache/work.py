@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import orjson
 
-from sdxl_trainer.cache.pipeline import WorkItem
+from sdxl_trainer.cache.pipeline import TextItem, WorkItem, choose_text_file
 from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import LATENT_CHANNELS, VAE_FACTOR
-from sdxl_trainer.data.manifest import Entry, Identity
+from sdxl_trainer.data.manifest import Entry, Identity, TextIdentity, TextPart
 from sdxl_trainer.data.shards import get_partial_path
+from sdxl_trainer.data.strategy import StrategyError
 from sdxl_trainer.data.uncached import choose_file
+from sdxl_trainer.data.variants import CaptionVariants, hash_captions
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES = ("valid", "new", "stale", "changed", "missing")
@@ -30,14 +33,20 @@ class WorkList:
     rule: BucketRule
     identity: str  # name of the Identity
     items: list[WorkItem] = field(default_factory=list)
+    texts: list[TextItem] = field(default_factory=list)  # whose latents are valid
     counts: Counter = field(default_factory=Counter)  # of each of STATES
     refreshed: list[Entry] = field(default_factory=list)  # touched but not changed: only their line is out of date
     bytes_needed: int = 0
-    num_items: int = 0  # of items, where they are left out
+    num_items: int = 0  # of items and texts, where they are left out
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether there are captions to encode."""
+        return bool(self.texts) or any(item.with_text for item in self.items)
 
     def without_items(self) -> "WorkList":
         """Its totals alone: what other ranks are told of it. The items may be millions."""
-        return replace(self, items=[], refreshed=[], num_items=len(self.items))
+        return replace(self, items=[], texts=[], refreshed=[], num_items=len(self.items) + len(self.texts))
 
 
 def share_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -55,8 +64,36 @@ def share_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray
     return np.sort(order[owner == rank])
 
 
-def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity: Identity, rule: BucketRule, *,
-              beside: bool, ranks: tuple[int, int], prefix: str = "") -> WorkList:  # fmt: skip
+@dataclass(frozen=True)
+class TextPlan:
+    """Which text encoder outputs are wanted. `caption_bytes`: what those of one caption take on the disk."""
+
+    variants: CaptionVariants
+    identity: TextIdentity
+    caption_bytes: int
+    in_shards: bool = False  # new ones lie beside the latents in a shard, so both are written together
+
+    def is_valid(self, record: bytes, known: TextPart | None) -> bool:
+        """Whether what is cached is of these captions, encoded so. Captions that cannot be shaped are told later."""
+        if known is None or known.identity != self.identity.name:
+            return False
+        try:
+            return known.captions_sha256 == hash_captions(self.variants.shape(orjson.loads(record)))
+        except StrategyError:
+            return False
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What latents of one resolution are made under."""
+
+    rule: BucketRule
+    identity: Identity
+    prefix: str = ""  # before the keys of its latents
+
+
+def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], resolution: Resolution, *, beside: bool,
+              ranks: tuple[int, int], text: TextPlan | None = None) -> WorkList:  # fmt: skip
     """What a rank has to encode at one resolution.
 
     Args:
@@ -64,12 +101,13 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity
         entries: the newest manifest entry of each key.
         beside: latents go beside the pictures instead of under the cache folder.
         ranks: (rank, world size).
-        prefix: of the resolution, before the keys.
+        text: None: captions are not encoded.
     """
-    work = WorkList(rule, identity.name)
+    rule, prefix = resolution.rule, resolution.prefix
+    work = WorkList(rule, resolution.identity.name)
     buckets = list_buckets(rule)
     present = _Folders(folder)
-    item_bytes = estimate_item_bytes(identity)
+    item_bytes = estimate_item_bytes(resolution.identity)
     keys, images = index.strings("key"), index.strings("image_path")
     widths, heights = index.column("width"), index.column("height")
     for row in share_positions(compute_costs(widths, heights, rule), *ranks).tolist():
@@ -82,12 +120,24 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], identity
         if state == "valid" and known is not None and not present.have(known.file):
             state = "missing"
         work.counts[state] += 1
-        if state == "valid":
-            if entry is not None:
+        record = index.record_json(row) if text is not None or state != "valid" else b""
+        file, kept = choose_file(key, image, beside), known.text if known else None
+        if kept is not None and not present.have(kept.file):
+            kept = None
+        text_due = text is not None and not text.is_valid(record, kept)
+        if text is not None and text_due:
+            work.counts["text"] += 1
+            work.bytes_needed += text.caption_bytes * text.variants.count
+        if state == "valid" and known is not None:
+            if text_due:
+                work.texts.append(TextItem(entry or known, choose_text_file(file), record))
+            elif entry is not None:
                 work.refreshed.append(entry)
             continue
         size = (int(widths[row]), int(heights[row])) if widths[row] > 0 else None
-        work.items.append(WorkItem(key, image, choose_file(key, image, beside), size, index.record_json(row)))
+        if kept is not None and (kept.offset is not None or (text is not None and text.in_shards)):
+            kept, text_due = None, text is not None  # beside its latents in a shard: it is made again with them
+        work.items.append(WorkItem(key, image, file, size, record, text_due, kept))
         area = np.prod(place_image(size, rule, buckets).bucket) if size else rule.area_px
         work.bytes_needed += int(area) * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
     return work

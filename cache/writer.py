@@ -60,7 +60,8 @@ class LatentWriter:
         with self._lock:
             self._manifest.append(entry)
             self.num_written += 1
-            self.bytes_written += entry.bytes
+            self.bytes_written += entry.bytes if item.sample is not None else 0
+            self.bytes_written += entry.text.bytes if item.texts and entry.text is not None else 0
 
     def _finish(self, future: Future) -> None:
         error = future.exception()

@@ -51,6 +51,12 @@ def shape_caption(
         step: optimizer steps done before this one, for the token warm-up.
         epoch: of the sample, from 0.
     """
+    tags, description = pick_texts(record, settings, rng)
+    return shape_text(tags, description, settings, rng, step, epoch)
+
+
+def pick_texts(record: Mapping[str, Any], settings: CaptionSettings, rng: np.random.Generator) -> tuple[str, str]:
+    """(tags, description) that a record is trained with this time; one of them, or both, may be empty."""
     tags = read_text(record, TAG_FIELDS, settings.separator)
     description = read_text(record, DESCRIPTION_FIELDS, settings.separator)
     if settings.source == "tags":
@@ -59,7 +65,7 @@ def shape_caption(
         tags = ""
     elif settings.source == "pick" and tags and description:
         tags, description = ("", description) if rng.random() < settings.description_rate else (tags, "")
-    return shape_text(tags, description, settings, rng, step, epoch)
+    return tags, description
 
 
 def shape_text(
@@ -70,9 +76,7 @@ def shape_text(
     A description is prose: its commas separate no tags, so the steps that take tags apart leave it alone.
     """
     tags, description = _add_affixes(tags, description, settings)
-    # Drawn even if the rate is 0, so that turning dropout on leaves what is drawn for the other captions as it was.
-    dropped = rng.random() < settings.dropout_rate
-    if dropped or (settings.dropout_every_epochs and (epoch + 1) % settings.dropout_every_epochs == 0):
+    if draw_dropout(settings, rng, epoch):
         return ""
     if settings.wildcards:
         tags, description = (expand_wildcards(_pick_line(text, rng), rng) for text in (tags, description))
@@ -84,6 +88,13 @@ def shape_text(
         chosen = new if isinstance(new, str) else new[int(rng.integers(len(new)))]
         text = text.replace(old, chosen) if old else chosen
     return text
+
+
+def draw_dropout(settings: CaptionSettings, rng: np.random.Generator, epoch: int) -> bool:
+    """Whether a caption is replaced by the empty one this time."""
+    # Drawn even if the rate is 0, so that turning dropout on leaves what is drawn for the other captions as it was.
+    dropped = rng.random() < settings.dropout_rate
+    return dropped or bool(settings.dropout_every_epochs and (epoch + 1) % settings.dropout_every_epochs == 0)
 
 
 def read_text(record: Mapping[str, Any], fields: tuple[str, ...], separator: str = ",") -> str:

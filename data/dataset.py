@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image, split_key
+from sdxl_trainer.data.cached_text import CachedText
 from sdxl_trainer.data.caption import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latent_store import LatentStore
@@ -17,7 +18,8 @@ from sdxl_trainer.data.plan import Stream, mix_keys
 from sdxl_trainer.data.records import load_record
 from sdxl_trainer.data.shard_copies import ShardCopies
 from sdxl_trainer.data.strategy import Strategy, StrategyError
-from sdxl_trainer.data.tokens import CaptionTokenizer, encode_captions, share_vocabulary
+from sdxl_trainer.data.text_outputs import BadTextError, TextOutputs
+from sdxl_trainer.data.tokens import WINDOW, CaptionTokenizer, encode_captions, share_vocabulary
 
 if TYPE_CHECKING:
     from sdxl_trainer.data.transforms import PreparedImage
@@ -44,12 +46,13 @@ class MicroBatch:
     """One forward pass of one rank."""
 
     latents: torch.Tensor  # [B, 4, h, w] float32, as the VAE gave them
-    input_ids: torch.Tensor  # [B, windows, 77] int64, encoder 1
+    input_ids: torch.Tensor  # [B, windows, 77] int64, encoder 1; [B, 0, 77] with cached text
     input_ids_2: torch.Tensor  # [B, windows, 77] int64, encoder 2
     time_ids: torch.Tensor  # [B, 6] float32: original h, w; crop top, left; target h, w
     weights: torch.Tensor  # [B] float32, 0 for a bad sample
     positions: torch.Tensor  # [B] int64
     rows: torch.Tensor  # [B] int64
+    text: dict[str, torch.Tensor] | None = None  # cached: hidden [B, L, C1], hidden_2 [B, L, C2], pooled [B, C2]
     masks: torch.Tensor | None = None  # [B, H, W] float32, 0 to 1, where the loss counts; None: everywhere
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     pending: list["PendingImage"] = field(default_factory=list)  # pictures whose latents are still zeros
@@ -74,6 +77,8 @@ class MicroBatch:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.pin_memory())
+        if self.text is not None:
+            self.text = {name: value.pin_memory() for name, value in self.text.items()}
         return self
 
 
@@ -138,6 +143,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self.tokenizers = share_vocabulary(tokenizers)
         self.settings = settings
         self.strategy = strategy
+        self.text: CachedText | None = None  # reads text encoder outputs instead of tokenising captions
         self.rules = {prefix: (rule, list_buckets(rule)) for prefix, rule in (rules or {}).items()}
 
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
@@ -162,8 +168,9 @@ class LatentDataset(torch.utils.data.Dataset):
             ),
             strict=True,
         )
-        bad = [unreadable or failure for unreadable, failure in zip(bad, failed, strict=True)]
-        input_ids, input_ids_2 = encode_captions(self.tokenizers, captions, self.settings.max_tokens)
+        texts, untold = self._read_texts(records, spec)
+        bad = [next(filter(None, reasons), None) for reasons in zip(bad, failed, untold, strict=True)]
+        input_ids, input_ids_2 = self._tokenize(captions)
         width, height = spec.bucket
         time_ids = [
             (
@@ -184,6 +191,7 @@ class LatentDataset(torch.utils.data.Dataset):
             weights=torch.tensor([weight if item is None else 0.0 for weight, item in zip(weights, bad, strict=True)]),
             positions=torch.from_numpy(spec.positions),
             rows=torch.from_numpy(spec.rows),
+            text=texts,
             masks=_stack_masks(samples, spec.bucket),
             bad=[item for item in bad if item is not None],
             pending=[picture for picture in pictures if bad[picture.place] is None],
@@ -276,8 +284,38 @@ class LatentDataset(torch.utils.data.Dataset):
         except StrategyError as error:
             return "", 0.0, (row["key"], str(error))
 
+    def _read_texts(
+        self, rows: Sequence[dict[str, Any]], spec: MicroSpec
+    ) -> tuple[dict[str, torch.Tensor] | None, list[tuple[str, str] | None]]:
+        """(cached text of a micro batch, what is wrong with each sample's); without cached text nothing is."""
+        outputs: list[TextOutputs] = []
+        bad: list[tuple[str, str] | None] = [None] * len(rows)
+        if self.text is None:
+            return None, bad
+        for place, (row, epoch, number) in enumerate(zip(rows, spec.epochs, spec.rows, strict=True)):
+            try:
+                outputs.append(self.text.read(row, load_record(row), int(epoch), int(number)))
+            except (BadTextError, StrategyError) as error:
+                bad[place] = (row["key"], str(error))
+                outputs.append(self.text.empty)
+        return stack_outputs(outputs), bad
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self.text is not None:
+            nothing = np.empty((len(captions), 0, WINDOW + 2), np.int64)
+            return nothing, nothing
+        return encode_captions(self.tokenizers, captions, self.settings.max_tokens)
+
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+def stack_outputs(outputs: Sequence[TextOutputs]) -> dict[str, torch.Tensor]:
+    """Text encoder outputs of a micro batch, by the names that the networks know them by."""
+    names = {"hidden": "hidden_1", "hidden_2": "hidden_2", "pooled": "pooled"}
+    return {
+        name: torch.from_numpy(np.stack([getattr(each, field) for each in outputs])) for name, field in names.items()
+    }
 
 
 def _stack_latents(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor:

@@ -22,6 +22,16 @@ from sdxl_trainer.data.unlisted import Header, Place, find_unlisted, place_unlis
 
 ENTRIES_AT_ONCE = 16_384
 MAX_NAMED = 100_000  # bad files that are named
+TEXT_FIELDS = pa.struct(
+    [
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("variants", pa.int32()),
+        ("identity", pa.string()),
+        ("captions_sha256", pa.string()),
+    ]
+)
 PLACE_FIELDS = [
     ("file", pa.string()),  # relative to the cache folder, or absolute
     ("bucket_width", pa.int32()),
@@ -35,6 +45,7 @@ PLACE_FIELDS = [
     ("bytes", pa.int64()),  # null: there are none yet, `file` is where they will be
     ("sha256", pa.binary()),  # of the npz; null: no manifest lists it
     ("flipped", pa.bool_()),  # it holds latents of the mirrored picture too; null: the manifest does not tell
+    ("text", TEXT_FIELDS),  # where the text encoders' outputs are, and of what; null: not cached
 ]
 RECORD_COLUMNS = ["key", "image_path", "caption", "record"]
 LATENT_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *PLACE_FIELDS])
@@ -62,6 +73,7 @@ class Line(msgspec.Struct, gc=False):
     listed_ns: int = 0
     offset: int | None = None
     flipped: bool | None = None
+    text: dict[str, Any] | None = None  # as TEXT_FIELDS
 
 
 DECODER = msgspec.json.Decoder(Line)
@@ -237,6 +249,7 @@ def _build_listed(lines: list[bytes]) -> pa.RecordBatch:
         [line.bytes for line in listed],
         digests,
         [line.flipped for line in listed],
+        [line.text for line in listed],
     ]
     return _build_columns(columns, LISTED_SCHEMA)
 
@@ -258,6 +271,7 @@ def _list_entries(folder: Path) -> Iterator[pa.RecordBatch]:
                 entry.bytes,
                 bytes.fromhex(entry.sha256) or None,
                 entry.flipped,
+                entry.text and {field.name: getattr(entry.text, field.name) for field in TEXT_FIELDS},
             )
             for entry in some
         ]
@@ -303,7 +317,7 @@ def _list_found(headers: Iterator[tuple[Place, Header | Exception]], records: pa
             placement = place_unlisted(header, size)
             rows.append(
                 (place.row, place.prefix, place.file, *header.bucket, *size, placement.resized[0], placement.left,
-                 placement.top, place.offset, header.bytes, None, header.flipped)
+                 placement.top, place.offset, header.bytes, None, header.flipped, None)
             )  # fmt: skip
         yield _build_batch(rows, FOUND_SCHEMA)
 
@@ -326,7 +340,7 @@ def _list_uncached(records: pa.Table, missing: dict[str, np.ndarray], encoding: 
             placement = place.placement
             rows.append(
                 (place.row, place.prefix, place.file, *placement.bucket, *place.size, placement.resized[0],
-                 placement.left, placement.top, None, None, None, encoding.flip)
+                 placement.left, placement.top, None, None, None, encoding.flip, None)
             )  # fmt: skip
         yield _build_batch(rows, FOUND_SCHEMA)
 

@@ -76,7 +76,7 @@ def pack_latents(sample: LatentSample, dtype: str = "float32") -> bytes:
     for name, key in ARRAY_KEYS.items():
         array = getattr(sample, name)
         if array is not None and dtype == "bfloat16":
-            arrays[key + BF16_SUFFIX] = _to_bfloat16(array)
+            arrays[key + BF16_SUFFIX] = round_to_bfloat16(array)
         elif array is not None:
             arrays[key] = array.astype(dtype)
     if sample.alpha_mask is not None:
@@ -214,7 +214,7 @@ def _read_numbers(arrays: dict[str, np.ndarray], key: str, default: tuple[float,
     return [float(number) for number in numbers]
 
 
-def _to_bfloat16(array: np.ndarray) -> np.ndarray:
+def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 to the upper half of its bits as uint16, rounded to nearest even. [..] in and out."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.cached_text import CachedText
 from sdxl_trainer.data.caption import CaptionSettings
 from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
@@ -17,6 +18,7 @@ from sdxl_trainer.data.shard_copies import open_copies
 from sdxl_trainer.data.shard_plan import ShardPlan
 from sdxl_trainer.data.strategy import Strategy
 from sdxl_trainer.data.tokens import CaptionTokenizer
+from sdxl_trainer.data.variants import CaptionVariants
 
 PREFETCH_PER_WORKER = 4
 
@@ -53,8 +55,12 @@ def build_dataset(
         prior_loss_weight=config.objective.prior_loss_weight,
     )
     rules = build_bucket_rules(config.data)
-    copies = open_copies(config.data.stream, index.path.parent)
-    return LatentDataset(index, get_cache_folder(config), tokenizers, settings, strategy, rules, copies)
+    folder, copies = get_cache_folder(config), open_copies(config.data.stream, index.path.parent)
+    dataset = LatentDataset(index, folder, tokenizers, settings, strategy, rules, copies)
+    if config.cache.text:
+        variants = CaptionVariants(settings.caption, config.cache.text_variants, strategy)
+        dataset.text = CachedText(folder, variants, settings.seed)
+    return dataset
 
 
 def iterate_specs(

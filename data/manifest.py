@@ -21,6 +21,7 @@ from sdxl_trainer.data.files import write_atomic
 
 FORMAT_VERSION = 1
 CRC_MARK = b',"crc32":'
+LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,47 @@ class Identity:
     crop: str = "center"
     format_version: int = FORMAT_VERSION
     buckets: tuple[tuple[int, int], ...] = ()  # a fixed list; the numbers of the rule are 0 then
+    alpha_mask: bool = False
 
     @property
     def name(self) -> str:
         """A short hash of all of it, noted with every item."""
-        return hashlib.sha256(orjson.dumps(self.list_fields(), option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+        return _name_fields(self.list_fields())
 
     def list_fields(self) -> dict[str, Any]:
-        """All of it; `buckets` only if there are any, because identities that never knew them stay what they are."""
-        return {name: value for name, value in asdict(self).items() if name != "buckets" or value}
+        """All of it; what came later only if it is set, because identities that never knew it stay what they are."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER_FIELDS or value}
+
+
+@dataclass(frozen=True)
+class TextIdentity:
+    """What decides the text encoders' outputs besides the captions."""
+
+    encoder_sha256: str
+    encoder_2_sha256: str
+    tokenizer_sha256: str
+    tokenizer_2_sha256: str
+    max_tokens: int
+    dtype: str
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def name(self) -> str:
+        """A short hash of all of it, noted with every item."""
+        return _name_fields(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """An item's text encoder outputs."""
+
+    file: str  # npz file or the item's shard, as in Entry
+    bytes: int
+    sha256: str
+    identity: str  # name of the TextIdentity they were made under
+    captions_sha256: str  # of the captions encoded (data/variants.py)
+    variants: int  # captions encoded
+    offset: int | None = None  # where the npz begins in its shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +106,7 @@ class Entry:
     record_sha256: str | None = None
     adopted: bool = False  # made by another program; its VAE is the user's word
     flipped: bool | None = None  # whether it holds latents of the mirrored picture too; None: the line does not tell
+    text: TextPart | None = None  # None: not encoded
     listed_ns: int = 0  # when the line was written: of several lines with one key the latest counts
 
     def as_stale(self) -> "Entry":
@@ -123,6 +157,10 @@ def check_identity(folder: Path) -> str | None:
     return None if whole else "cache.json: damaged: its name does not belong to what it says"
 
 
+def _name_fields(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
 def _dump_identity(fields: dict[str, Any]) -> bytes:
     return orjson.dumps(fields, option=orjson.OPT_INDENT_2)
 
@@ -159,6 +197,8 @@ def _parse_entry(line: bytes, place: str) -> Entry | None:
         source = fields.pop("source")
         for name in ("bucket", "original_size", "resized", "crop"):
             fields[name] = tuple(fields[name])
+        if "text" in fields:
+            fields["text"] = TextPart(**fields["text"])
         return Entry(
             **fields,
             source_path=source["path"],

@@ -6,6 +6,7 @@
 
 import ast
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 SIGNATURE, DATA_DESCRIPTOR, STORED, ZIP64 = b"PK\x03\x04", 0x08, 0, 0x0001
 DIRECTORY, END_SIGNATURE, END_SIZE = b"PK\x01\x02", b"PK\x05\x06", 22
 NPY_MAGIC = b"\x93NUMPY"
+READ_ERRORS = (KeyError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 class NpzError(ValueError):
@@ -39,6 +41,48 @@ def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: 
     """
     arrays = _load_stored(memoryview(content), limits, check_crc)
     return arrays if arrays is not None else _load_any(bytes(content), limits)
+
+
+class SpanReader(io.RawIOBase):
+    """Bytes [offset, offset + size) of an open file, as a file: lets zipfile read an archive that lies in a shard."""
+
+    def __init__(self, descriptor: int, offset: int, size: int):
+        self._descriptor, self._offset, self._size = descriptor, offset, size
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        self._place = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._place)
+        content = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._place)
+        self._place += len(content)
+        return content
+
+
+def load_member(archive: zipfile.ZipFile, key: str, limit: int) -> np.ndarray:
+    """One array of an open npz file; `limit` is the most bytes it may unpack to.
+
+    Raises:
+        NpzError: torn, pickled, or claiming more than it holds or may hold.
+    """
+    try:
+        member = archive.getinfo(f"{key}.npy")
+        if member.file_size > limit:
+            raise NpzError(f"`{key}` claims to unpack to {member.file_size} bytes (a bomb?)")
+        return _view_npy(memoryview(archive.read(member)), key)
+    except READ_ERRORS as error:
+        raise NpzError(f"not a readable npz file: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +173,9 @@ def _load_any(content: bytes, limits: dict[str, int]) -> dict[str, np.ndarray]:
     """The slow way, for compressed members and whatever else zipfile understands."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            arrays: dict[str, np.ndarray] = {}
-            for member in archive.infolist():
-                key = member.filename.removesuffix(".npy")
-                arrays[key] = np.empty(0)
-                if key not in limits:
-                    continue
-                if member.file_size > limits[key]:
-                    raise NpzError(f"`{key}` claims to unpack to {member.file_size} bytes (a bomb?)")
-                arrays[key] = _view_npy(memoryview(archive.read(member)), key)
-            return arrays
+            keys = [member.filename.removesuffix(".npy") for member in archive.infolist()]
+            return {key: load_member(archive, key, limits[key]) if key in limits else np.empty(0) for key in keys}
     except NpzError:
         raise
-    except (ValueError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, *READ_ERRORS) as error:
         raise NpzError(f"not a readable npz file: {error}") from None

@@ -35,6 +35,8 @@ class Stream(IntEnum):
     FLIP = 11
     VALIDATION = 12
     SHARD_ORDER = 14
+    CAPTION_VARIANT = 16
+    TEXT_VARIANT = 17
 
 
 def mix_keys(*keys: int) -> int:

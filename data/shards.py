@@ -1,7 +1,8 @@
 """Tar shards in webdataset's form, written so that a crash loses nothing and read by position.
 
-A sample is two members, `key.json` (the record) and then `key.npz` (the latents), of plain USTAR/GNU tar. The manifest
-lists the offset of each npz, so one `pread` gets a sample and shuffling needs no extraction. Any tar reader reads them.
+A sample is two members, `key.json` (the record) and `key.npz` (the latents), and where text is cached a third,
+`key.te.npz` (the text encoders' outputs), of plain USTAR/GNU tar. The manifest lists the offset of each npz, so one
+`pread` gets it and shuffling needs no extraction. Any tar reader reads them.
 
 A shard is built under a hidden name. A job that is killed leaves it there, and `recover_shard` cuts it after the last
 sample that the manifest lists, closes it and gives it its name.
@@ -9,6 +10,7 @@ sample that the manifest lists, closes it and gives it its name.
 
 import os
 import tarfile
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +25,7 @@ END = bytes(2 * BLOCK)  # what closes a tar
 # Zip and npy headers put the first array of an npz 189 bytes in. From here its values are aligned in memory: faster to
 # look at and to copy.
 NPZ_SHIFT = 3
+TEXT_SUFFIX = ".te.npz"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class ShardPlace:
     shard: str
     offset: int
     size: int
+    text_offset: int | None = None  # of the text encoders' outputs
 
 
 class BadShardError(ValueError):
@@ -52,24 +56,38 @@ class ShardWriter:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(get_partial_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._flush_lock = threading.Lock()
+        self._bytes_flushed = 0
         self.bytes_written = 0
 
-    def append(self, key: str, json_content: bytes, npz_content: bytes) -> ShardPlace:
-        """Write one sample and return where its npz lies. It is on disk only after `flush`.
+    def append(
+        self, key: str, json_content: bytes, npz_content: bytes, text_content: bytes | None = None
+    ) -> ShardPlace:
+        """Write one sample and return where its parts lie. It is on disk only after `flush`.
 
         Raises:
             OSError: it could not be written; the shard is as it was before.
         """
         first, between, last = build_frame(key, len(json_content), len(npz_content))
         sample = b"".join((first, json_content, between, npz_content, last))
-        _write_at(self._descriptor, sample, self.bytes_written)
         offset = self.bytes_written + len(first) + len(json_content) + len(between)
+        text_offset = None
+        if text_content is not None:
+            header, padding = build_text_frame(key, len(text_content))
+            text_offset = self.bytes_written + len(sample) + len(header)
+            sample = b"".join((sample, header, text_content, padding))
+        _write_at(self._descriptor, sample, self.bytes_written)
         self.bytes_written += len(sample)
-        return ShardPlace(self.path.name, offset, len(npz_content))
+        return ShardPlace(self.path.name, offset, len(npz_content), text_offset)
 
-    def flush(self) -> None:
-        """Bring all samples so far to disk."""
-        os.fsync(self._descriptor)
+    def flush(self, end: int) -> None:
+        """Bring bytes [0, end) to disk. Threads may call it at once, also while one appends: one sync serves all that
+        wait for it."""
+        with self._flush_lock:
+            if self._bytes_flushed < end:
+                written = self.bytes_written
+                os.fsync(self._descriptor)
+                self._bytes_flushed = written
 
     def close(self) -> None:
         """Close the tar and give the shard its name.
@@ -77,10 +95,12 @@ class ShardWriter:
         Raises:
             OSError: it could not be written; the shard stays unfinished, for `recover_shard`.
         """
-        try:
-            _finish(self._descriptor, self.bytes_written)
-        finally:
-            os.close(self._descriptor)
+        with self._flush_lock:
+            try:
+                _finish(self._descriptor, self.bytes_written)
+                self._bytes_flushed = self.bytes_written
+            finally:
+                os.close(self._descriptor)
         os.replace(get_partial_path(self.path), self.path)
 
 
@@ -94,11 +114,22 @@ def build_frame(key: str, record_bytes: int, npz_bytes: int) -> tuple[bytes, byt
     return _build_header(f"{name}.json", record_bytes), between, bytes(_pad(npz_bytes))
 
 
+def build_text_frame(key: str, text_bytes: int) -> tuple[bytes, bytes]:
+    """What tar puts before a sample's text encoder outputs, and after them."""
+    return _build_header(encode_key(key) + TEXT_SUFFIX, text_bytes), bytes(_pad(text_bytes))
+
+
 def compute_sample_span(key: str, record_bytes: int, offset: int, npz_bytes: int) -> tuple[int, int]:
-    """Bytes [start, end) of a shard that a sample takes, headers included, whose npz lies at `offset`."""
+    """Bytes [start, end) of a shard that a sample's record and latents take, headers included; the npz at `offset`."""
     length = len(encode_key(key).encode())
     record = _count_header_bytes(length + len(".json")) + record_bytes + _pad(record_bytes)
     return offset - _count_header_bytes(length + len(".npz")) - record, offset + npz_bytes + _pad(npz_bytes)
+
+
+def compute_text_span(key: str, offset: int, text_bytes: int) -> tuple[int, int]:
+    """Bytes [start, end) of a shard that a sample's text encoder outputs at `offset` take, header included."""
+    header = _count_header_bytes(len(encode_key(key).encode()) + len(TEXT_SUFFIX))
+    return offset - header, offset + text_bytes + _pad(text_bytes)
 
 
 def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes: int) -> tuple[memoryview, memoryview]:
@@ -120,6 +151,25 @@ def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes:
     if frame != (first, between, last):
         raise BadShardError("has another tar header around the sample than it should have")
     return content[len(first) : record_end], content[npz_start : npz_start + npz_bytes]
+
+
+def read_text(path: Path, key: str, offset: int, text_bytes: int) -> memoryview:
+    """The text encoder outputs of one sample of a shard, with all that tar puts around them checked.
+
+    Raises:
+        OSError: there is no such shard, or it cannot be read.
+        BadShardError: they do not lie there, or are not whole.
+    """
+    start, end = compute_text_span(key, offset, text_bytes)
+    if start < 0:
+        raise BadShardError("cannot hold the text outputs where the manifest says")
+    content = memoryview(_read_at(path, start, end - start))
+    if len(content) != end - start:
+        raise BadShardError(f"is cut short: {len(content)} of the text outputs' {end - start} bytes are left")
+    head, tail = offset - start, offset - start + text_bytes
+    if (content[:head], content[tail:]) != build_text_frame(key, text_bytes):
+        raise BadShardError("has another tar header around the text outputs than it should have")
+    return content[head:tail]
 
 
 def get_partial_path(path: Path) -> Path:

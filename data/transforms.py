@@ -49,10 +49,23 @@ class PreparedImage:
     source_bytes: int
     source_mtime_ns: int
     source_sha256: str
+    alpha: np.ndarray | None = None  # [H, W] uint8, cut like the pixels; None: opaque, or not asked for
 
 
-def prepare_image(path: Path, rule: BucketRule, buckets: list[Size]) -> PreparedImage:
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as a person sees it, but for what brings its colours to sRGB: that takes less time on the cut."""
+
+    image: Image.Image  # RGB
+    transform: ImageCms.ImageCmsTransform | None
+    alpha: Image.Image | None = None  # 8-bit grey; None: a picture that cannot be transparent
+
+
+def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False) -> PreparedImage:
     """Read, decode, orient, resize and cut one picture.
+
+    Args:
+        with_alpha: keep the opacity, too.
 
     Raises:
         BadImageError: missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
@@ -64,39 +77,42 @@ def prepare_image(path: Path, rule: BucketRule, buckets: list[Size]) -> Prepared
     except OSError as error:
         raise BadImageError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        image, transform = _decode(content)
+        decoded = _decode(content)
     except DECODE_ERRORS as error:
         raise BadImageError(f"{path}: cannot be decoded: {error}") from None
-    placement = place_image(image.size, rule, buckets)
-    pixels = cut_image(image, placement)
-    if transform is not None:
-        pixels = np.array(transform.apply(Image.fromarray(pixels)))
-    return PreparedImage(pixels, image.size, placement, len(content), mtime_ns, hashlib.sha256(content).hexdigest())
+    size, digest = decoded.image.size, hashlib.sha256(content).hexdigest()
+    placement = place_image(size, rule, buckets)
+    pixels = cut_image(decoded.image, placement)
+    if decoded.transform is not None:
+        pixels = np.array(decoded.transform.apply(Image.fromarray(pixels)))
+    mask = None
+    if with_alpha and decoded.alpha is not None:
+        mask = np.ascontiguousarray(_resize_and_cut(np.asarray(decoded.alpha), placement))
+    return PreparedImage(pixels, size, placement, len(content), mtime_ns, digest, mask)
 
 
 def decode_image(content: bytes) -> Image.Image:
     """Decode to RGB as a person expects to see it: EXIF rotation applied, transparency on white, first frame, sRGB."""
-    image, transform = _decode(content)
-    return image if transform is None else transform.apply(image)
+    decoded = _decode(content)
+    return decoded.image if decoded.transform is None else decoded.transform.apply(decoded.image)
 
 
-def _decode(content: bytes) -> tuple[Image.Image, ImageCms.ImageCmsTransform | None]:
-    """The same but for what brings its colours to sRGB, which is left to do: it takes less time on the cut."""
+def _decode(content: bytes) -> Decoded:
     image = Image.open(io.BytesIO(content))
     # Pillow only warns of pictures up to twice its limit, and filters of warnings are not safe on threads.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS} (a bomb?)")
     image.load()
     profile = image.info.get("icc_profile")
-    image = _reduce_depth(ImageOps.exif_transpose(image))
+    image, alpha = _reduce_depth(ImageOps.exif_transpose(image)), None
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        alpha, image = image.getchannel("A"), Image.alpha_composite(white, image)
     if image.mode == "CMYK" and (transform := _build_transform(profile, "CMYK")):
-        return transform.apply(image), None
+        return Decoded(transform.apply(image), None)
     is_coloured = image.mode not in ("1", "L", "CMYK")
-    return image.convert("RGB"), _build_transform(profile, "RGB") if is_coloured else None
+    return Decoded(image.convert("RGB"), _build_transform(profile, "RGB") if is_coloured else None, alpha)
 
 
 @lru_cache(maxsize=64)
@@ -126,13 +142,18 @@ def cut_image(image: Image.Image, placement: Placement) -> np.ndarray:
     OpenCV resizes with SIMD, in a third of torch's time and an eighth of Pillow's: by area averaging when shrinking,
     which keeps fine patterns from turning into false ones, and bicubic when enlarging.
     """
-    pixels = view_pixels(image)
-    left, top, right, bottom = placement.crop_ltrb
-    if placement.resized != image.size:
-        shrinking = placement.resized[0] < image.width
-        pixels = cv2.resize(pixels, placement.resized, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
-    pixels = pixels[top:bottom, left:right]
+    pixels = _resize_and_cut(view_pixels(image), placement)
     return np.ascontiguousarray(pixels) if pixels.shape[2] == 3 else cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
+
+
+def _resize_and_cut(pixels: np.ndarray, placement: Placement) -> np.ndarray:
+    """[H, W] or [H, W, C] uint8 in, the bucket's part of it out."""
+    left, top, right, bottom = placement.crop_ltrb
+    size = (pixels.shape[1], pixels.shape[0])
+    if placement.resized != size:
+        shrinking = placement.resized[0] < size[0]
+        pixels = cv2.resize(pixels, placement.resized, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    return pixels[top:bottom, left:right]
 
 
 def view_pixels(image: Image.Image) -> np.ndarray:

@@ -12,8 +12,9 @@ import pytest
 from cache_samples import hash_items, list_files, make_entry, make_sample, run_job, write_settings
 from PIL import Image
 
+from sdxl_trainer.cache.items import check_item, read_item
 from sdxl_trainer.cache.sinks import EncodedItem, NpzSink, ShardSink, list_shards
-from sdxl_trainer.cache.verify import check_entry, verify_entries
+from sdxl_trainer.cache.verify import verify_entries
 from sdxl_trainer.data.demo import draw_demo_set
 from sdxl_trainer.data.latents import pack_latents, read_latents
 from sdxl_trainer.data.manifest import read_identity, read_latest
@@ -58,7 +59,9 @@ def flip(path: Path, place: int) -> None:
 @pytest.mark.parametrize(("form", "dtype"), [("npz", "float32"), ("npz", "bfloat16"), ("shards", "bfloat16")])
 def test_every_flipped_byte_is_found(tmp_path, form, dtype):
     sink = NpzSink(tmp_path, dtype) if form == "npz" else ShardSink(tmp_path, dtype, 0, 1 << 30)
-    items = [EncodedItem(make_sample(n, (32, 32)), make_entry(f"k{n}", bucket=(32, 32)), b'{"a": 1}') for n in (0, 1)]
+    items = [
+        EncodedItem(make_entry(f"k{n}", bucket=(32, 32)), make_sample(n, (32, 32)), record=b'{"a": 1}') for n in (0, 1)
+    ]
     entries = {entry.key: entry for entry in map(sink.write, items)}
     sink.close()
     clean = verify_entries(tmp_path, entries)
@@ -77,7 +80,7 @@ def test_every_flipped_byte_is_found(tmp_path, form, dtype):
         result = verify_entries(tmp_path, entries)
         assert result.bad or result.bad_shards
     path.unlink()
-    assert "cannot be read: No such file" in check_entry(tmp_path, entries["k1"])
+    assert "cannot be read: No such file" in check_item(tmp_path, entries["k1"])
 
 
 def get_owner(place: int, entries: dict, name: str, size: int) -> str:
@@ -101,7 +104,7 @@ def test_wrong_latents_with_a_right_checksum_are_found(tmp_path):
         content = pack_latents(replace(good, latents=latents))
         (tmp_path / "a.npz").write_bytes(content)
         entry = make_entry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        assert reason in check_entry(tmp_path, entry)
+        assert reason in check_item(tmp_path, entry)
 
 
 def list_regions(folder: Path, form: str) -> list[tuple[Path, int]]:
@@ -206,7 +209,6 @@ def test_only_what_decides_the_latents_encodes_again(cache, tmp_path):
 
 
 def read_item_dtype(folder: Path, entry) -> str:
-    from sdxl_trainer.cache.verify import read_item
     from sdxl_trainer.data.latents import parse_latents
 
     return parse_latents(read_item(folder, entry)[1], entry.bucket).dtype
@@ -390,3 +392,26 @@ def test_latents_lie_beside_the_pictures_if_no_folder_is_given(tmp_path, model):
     assert run_job(settings, "--pack") == 0 and not list((folder / "images").glob("*.npz"))
     assert run_job(settings, "--unpack") == 0 and hash_items(folder) == whole
     assert all(path.with_suffix(".npz").is_file() for path in pictures)
+
+
+def test_opacity_is_kept_when_asked_for(tmp_path, model):
+    """As kohya's `alpha_mask`: float32 of 0 to 1 in the bucket's pixels, cut like the picture."""
+    (tmp_path / "pictures").mkdir()
+    ramp = np.linspace(0, 255, 200).astype(np.uint8)[None].repeat(100, 0)
+    Image.merge("RGBA", [Image.new("L", (200, 100), 90)] * 3 + [Image.fromarray(ramp)]).save(
+        tmp_path / "pictures/a.png"
+    )
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "pictures" / "b.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a caption")
+    settings = write_settings(tmp_path, model, flip=True)
+    folder = tmp_path / "latents"
+    assert run_job(settings) == 0
+    assert read_latents(folder / "a.npz").alpha_mask is None
+    assert run_job(settings, "cache.alpha_mask=true") == 0  # other latent files than without
+    assert json.loads((folder / "cache_report.json").read_text())["encoded"] == 2
+    entry, mask = read_latest(folder)["a"], read_latents(folder / "a.npz").alpha_mask
+    assert mask is not None and mask.dtype == np.float32 and mask.shape == (entry.bucket[1], entry.bucket[0])
+    across = (np.arange(entry.crop[0], entry.crop[2]) + 0.5) / entry.resized[0]
+    np.testing.assert_allclose(mask, np.broadcast_to(across, mask.shape), atol=0.01)
+    assert read_latents(folder / "b.npz").alpha_mask is None  # the loss counts everywhere
+    assert run_job(settings, "cache.alpha_mask=true", "--verify") == 0

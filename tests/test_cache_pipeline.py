@@ -10,6 +10,7 @@ import torch
 from cache_samples import BUCKETS, RULE, hash_items
 from PIL import Image
 
+from sdxl_trainer.cache.job import enable_tiling
 from sdxl_trainer.cache.latent_encoder import Encoded, VaeEncoder
 from sdxl_trainer.cache.pipeline import Pipeline, WorkItem
 from sdxl_trainer.cache.progress import RankProgress
@@ -19,6 +20,7 @@ from sdxl_trainer.data.bucket import place_image
 from sdxl_trainer.data.latents import read_latents
 from sdxl_trainer.data.manifest import ManifestWriter, read_latest
 from sdxl_trainer.data.transforms import prepare_image
+from sdxl_trainer.launch.program import FailedError
 
 SIZES = [(128, 128), (200, 100), (100, 200), (130, 120), (64, 64), (300, 60)]
 
@@ -80,7 +82,7 @@ def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check
     writer = LatentWriter(NpzSink(folder, "float32"), ManifestWriter(folder, 0))
     pipeline = Pipeline(
         encoder, writer, RULE, "identity", batch_size, 3, progress,
-        lambda item, reason: bad.append((item.key, reason)), check_stop,
+        lambda key, file, reason: bad.append((key, reason)), check_stop,
     )  # fmt: skip
     try:
         pipeline.run(items)
@@ -264,3 +266,56 @@ def test_half_precision_stays_near(pictures, vae):
     full = VaeEncoder(vae, "mean", flip=False).launch(pixels, keys).wait().latents
     half = VaeEncoder(copy.deepcopy(vae).to(torch.bfloat16), "mean", flip=False).launch(pixels, keys).wait().latents
     assert half.dtype == np.float32 and np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+class SmallDevice(torch.nn.Module):
+    """The VAE on a device that holds so many pictures at once."""
+
+    def __init__(self, vae, most: int):
+        super().__init__()
+        self.vae, self.most, self.sizes = vae, most, []
+
+    def encode(self, images: torch.Tensor):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return self.vae.encode(images)
+
+
+@pytest.mark.parametrize("posterior", ["sample", "moments"])
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(pictures, vae, posterior):
+    pixels, keys = (np.concatenate([part, part])[:7] for part in prepare(pictures, (128, 128)))
+    small = SmallDevice(vae, 2)
+    found = VaeEncoder(small, posterior, flip=True)
+    wanted = VaeEncoder(vae, posterior, flip=True).launch(pixels, list(keys)).wait()
+    first = found.launch(pixels, list(keys)).wait()
+    assert small.sizes[:2] == [7, 3] and max(small.sizes[2:]) <= 4
+    small.sizes.clear()
+    second = found.launch(pixels, list(keys)).wait()
+    assert max(small.sizes) <= 2  # it has learnt
+    for name, part in vars(wanted).items():
+        for encoded in (first, second):
+            assert part is None or np.array_equal(getattr(encoded, name), part), name
+    with pytest.raises(FailedError, match="set cache.tile_above_px: 64"):
+        VaeEncoder(SmallDevice(vae, 0), posterior, flip=False).launch(pixels, list(keys))
+
+
+def test_tiles_give_nearly_what_the_whole_picture_gives(vae):
+    import copy
+
+    # Soft noise: where a picture is alike all over, norms over a tile are those over the whole.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
+    pixels = np.array(noise.resize((512, 384), Image.Resampling.BICUBIC))[None]
+    tiled, sizes = copy.deepcopy(vae), []
+    enable_tiling(tiled, 256)
+    tiled.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    whole = VaeEncoder(vae, "mean", flip=False).launch(pixels, ["a"]).wait().latents
+    parts = VaeEncoder(tiled, "mean", flip=False).launch(pixels, ["a"]).wait().latents
+    assert parts.shape == whole.shape == (1, 4, 48, 64)
+    assert len(sizes) > 1 and max(max(size) for size in sizes) <= 256  # which bounds the memory
+    assert np.abs(parts - whole).mean() < 0.05 * np.abs(whole).mean()
+    small = np.ascontiguousarray(pixels[:, :256, :256])
+    sizes.clear()
+    assert np.array_equal(VaeEncoder(tiled, "mean", flip=False).launch(small, ["a"]).wait().latents,
+                          VaeEncoder(vae, "mean", flip=False).launch(small, ["a"]).wait().latents)  # fmt: skip
+    assert sizes == [(256, 256)]

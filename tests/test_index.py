@@ -134,6 +134,7 @@ def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_pat
         "bytes": 1,
         "sha256": None,
         "flipped": None,
+        "text": None,
     }
     assert index.column("bucket_width").tolist() == [96, 64, 64] and index.column("bucket_width").dtype == np.int32
     assert build_plan(index, 1, 0).buckets == [64 << 16 | 96, 96 << 16 | 64]

@@ -56,7 +56,7 @@ def shard(tmp_path):
     for number, key in enumerate(KEYS):
         record, npz = make_content(number)
         items[key] = (record, npz, writer.append(key, record, npz))
-        writer.flush()
+        writer.flush(writer.bytes_written)
     assert os.listdir(tmp_path / "shards") == [".x.tar.partial"]
     writer.close()
     assert os.listdir(tmp_path / "shards") == ["x.tar"]
@@ -216,7 +216,7 @@ def test_a_cut_partial_is_finished_wherever_it_was_cut(tmp_path):
     writer = ShardWriter(path)
     items = {key: (*make_content(number), number) for number, key in enumerate(("a", "b" * 120, "c"))}
     places = {key: writer.append(key, record, npz) for key, (record, npz, _) in items.items()}
-    writer.flush()
+    writer.flush(writer.bytes_written)
     content = partial.read_bytes()
     os.close(writer._descriptor)
     ends = [places[key].offset + places[key].size for key in items]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from cache_samples import make_entry, make_sample
 
+from sdxl_trainer.cache.items import read_item
 from sdxl_trainer.cache.sinks import EncodedItem, NpzSink, ShardSink, list_shards, recover_shards
-from sdxl_trainer.cache.verify import check_shards, read_item, verify_entries
+from sdxl_trainer.cache.verify import check_shards, verify_entries
 from sdxl_trainer.data.latents import pack_latents, parse_latents, read_latents
 from sdxl_trainer.data.shards import iterate_members
 
@@ -19,9 +20,9 @@ BUCKETS = [(96, 64), (64, 96), (128, 128)]
 def make_items(count: int) -> list[EncodedItem]:
     return [
         EncodedItem(
-            make_sample(number, BUCKETS[number % 3]),
             make_entry(f"k{number}", bucket=BUCKETS[number % 3]),
-            b'{"number": %d}' % number,
+            make_sample(number, BUCKETS[number % 3]),
+            record=b'{"number": %d}' % number,
         )
         for number in range(count)
     ]
@@ -29,7 +30,7 @@ def make_items(count: int) -> list[EncodedItem]:
 
 def test_npz_files_are_what_their_entries_say(tmp_path):
     sink = NpzSink(tmp_path, "float16")
-    item = EncodedItem(make_sample(), make_entry("a", file="sub/folder/a.npz", offset=3, record_bytes=2))
+    item = EncodedItem(make_entry("a", file="sub/folder/a.npz", offset=3, record_bytes=2), make_sample())
     entry = sink.write(item)
     sink.close()
     content = (tmp_path / "sub/folder/a.npz").read_bytes()

@@ -42,7 +42,7 @@ def build(folder, sink, **options) -> LatentWriter:
 
 
 def make_item(key: object) -> EncodedItem:
-    return EncodedItem(SAMPLE, make_entry(str(key)))
+    return EncodedItem(make_entry(str(key)), SAMPLE)
 
 
 def wait_until(condition) -> None:

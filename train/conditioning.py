@@ -3,9 +3,13 @@
 The hidden states are the penultimate layers', without the final norm (Podell et al. 2023, arXiv 2307.01952).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
+
+from sdxl_trainer.cache.text_encoder import encode_text
+from sdxl_trainer.data.dataset import MicroBatch
 
 # hidden [B, L, C1], hidden_2 [B, L, C2], pooled [B, P] of encoders that are frozen; input_ids, input_ids_2
 # [B, windows, 77] of those that are trained. L = 75·windows + 2.
@@ -23,6 +27,17 @@ class TextConditioner:
         self.encoder = encoder
         self.encoder_2 = encoder_2
         self.trained = trained
+
+    def condition(self, batch: MicroBatch, device: torch.device) -> TextInputs:
+        """The text of a micro batch on the device: as it was cached, or prepared from its token ids."""
+        if batch.text is not None:
+            return {name: states.to(device, non_blocking=True) for name, states in batch.text.items()}
+        return self.prepare(
+            batch.input_ids.to(device, non_blocking=True), batch.input_ids_2.to(device, non_blocking=True)
+        )
+
+    def release(self) -> None:
+        """Let go of what can be loaded again."""
 
     @torch.no_grad()
     def prepare(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextInputs:
@@ -46,19 +61,24 @@ class TextConditioner:
         return torch.cat([hidden, hidden_2], dim=-1), pooled
 
 
-def encode_text(encoder: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, windows, 77] to (hidden [B, 75·windows + 2, C], pooled [B, P]).
+class DeferredConditioner(TextConditioner):
+    """The same for cached text: the encoders are loaded when prompts or the written model ask for them, not before.
 
-    The first window speaks for the caption in the pooled state, which of encoder 1 is of no use.
+    Args:
+        load: gives both encoders on their device.
     """
-    windows = input_ids.shape[1]
-    output = encoder(input_ids.flatten(0, 1), output_hidden_states=True)
-    pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
-    return join_windows(output.hidden_states[-2], windows), pooled.unflatten(0, (-1, windows))[:, 0]
 
+    def __init__(self, load: Callable[[], tuple[torch.nn.Module, torch.nn.Module]]):
+        self._load = load
+        self.trained = ()
 
-def join_windows(hidden: torch.Tensor, windows: int) -> torch.Tensor:
-    """[B·windows, 77, C] to [B, 75·windows + 2, C]: first start mark, every window's 75 states, last end mark."""
-    hidden = hidden.unflatten(0, (-1, windows))  # [B, windows, 77, C]
-    middle = hidden[:, :, 1:-1].flatten(1, 2)
-    return torch.cat([hidden[:, 0, :1], middle, hidden[:, -1, -1:]], dim=1)
+    def __getattr__(self, name: str) -> Any:  # asked only for what is not there yet
+        if name not in ("encoder", "encoder_2"):
+            raise AttributeError(name)
+        self.encoder, self.encoder_2 = self._load()
+        return vars(self)[name]
+
+    def release(self) -> None:
+        """Let go of the encoders."""
+        vars(self).pop("encoder", None)
+        vars(self).pop("encoder_2", None)

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from loguru import logger
 
+from sdxl_trainer.cache.captioning import check_cached_text
 from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.model_source import ModelSource, check_model, resolve_model
 from sdxl_trainer.cache.on_the_fly import build_missing_encoder, fill_missing
@@ -37,7 +39,7 @@ from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import list_checkpoints
-from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.conditioning import DeferredConditioner, TextConditioner
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.export import write_model
@@ -128,8 +130,12 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
             )
         )
     index, found = check_latents(config, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
-    problems += found + check_validation(config, index)
-    return index, problems + check_strategy(config, index)
+    problems += found + check_validation(config, index) + check_strategy(config, index)
+    if config.cache.text and not problems:
+        problems = check_cached_text(config, index)
+        own, _ = open_validation_index(config)
+        problems += check_cached_text(derive_validation_config(config), own) if own else []
+    return index, problems
 
 
 def check_strategy(config: Config, index: Index | None) -> list[Problem]:
@@ -229,8 +235,12 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         (train.global_batch_size, train.micro_batch_size, accumulation_steps),
         config.optim.max_grad_norm,
     )
-    encoder, encoder_2 = load_text_encoders(source, config.model)
-    return engine, TextConditioner(encoder.to(ranks.device, engine.dtype), encoder_2.to(ranks.device, engine.dtype))
+
+    def load_encoders() -> tuple[torch.nn.Module, torch.nn.Module]:
+        encoder, encoder_2 = load_text_encoders(source, config.model)
+        return encoder.to(ranks.device, engine.dtype), encoder_2.to(ranks.device, engine.dtype)
+
+    return engine, DeferredConditioner(load_encoders) if config.cache.text else TextConditioner(*load_encoders())
 
 
 def build_validation(

@@ -6,7 +6,8 @@ import torch
 
 from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.cache.single_file import load_component
-from sdxl_trainer.train.conditioning import TextInputs, encode_text
+from sdxl_trainer.cache.text_encoder import encode_text
+from sdxl_trainer.train.conditioning import TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 

@@ -23,6 +23,7 @@ def draw_samples(run: Run) -> Path:
     engine.model.eval()
     pictures = draw_prompts(painter, prompts, run.ranks, in_step=engine.zero_stage == 3)
     engine.model.train()
+    run.conditioner.release()
     name = f"step-{run.state.step:08d}"
     if run.ranks.is_main:
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):

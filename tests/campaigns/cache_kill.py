@@ -26,9 +26,11 @@ import numpy as np
 import yaml
 
 from sdxl_trainer.cache.verify import verify_entries
+from sdxl_trainer.data.folders import TEXT_CACHE
 from sdxl_trainer.data.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.manifest import read_latest
 from sdxl_trainer.data.shards import BadShardError, iterate_members
+from sdxl_trainer.data.text_outputs import BadTextError, parse_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 120
@@ -60,29 +62,33 @@ def check_folder(folder: Path, whole: dict[str, str] | None = None) -> list[str]
     problems = []
     for path in sorted(folder.rglob("*.npz")):
         if not path.name.startswith("."):
-            problems += _check_npz(path.read_bytes(), str(path))
+            problems += _check_npz(path.read_bytes(), str(path), is_text=path.name.endswith(TEXT_CACHE))
     for path in sorted(folder.glob("shards/*.tar")):
         if path.name.startswith("."):
             continue
         content = path.read_bytes()
         try:
             for key, suffix, offset, size in iterate_members(path):
-                if suffix == "npz":
-                    problems += _check_npz(content[offset : offset + size], f"{path}: {key}")
+                if suffix in ("npz", "te.npz"):
+                    member = content[offset : offset + size]
+                    problems += _check_npz(member, f"{path}: {key}.{suffix}", is_text=suffix == "te.npz")
         except BadShardError as error:
             problems.append(str(error))
     entries = read_latest(folder)
-    problems += verify_entries(folder, entries).bad.values()
+    problems += verify_entries(folder, entries).reasons
     for key, entry in entries.items():
         if whole is not None and entry.sha256 != whole.get(key):
             problems.append(f"{key}: other latents than the unbroken job's")
     return problems
 
 
-def _check_npz(content: bytes, name: str) -> list[str]:
+def _check_npz(content: bytes, name: str, is_text: bool) -> list[str]:
     try:
-        parse_latents(content)
-    except BadLatentError as error:
+        if is_text:
+            parse_text(content, 1)
+        else:
+            parse_latents(content)
+    except (BadLatentError, BadTextError) as error:
         return [f"{name}: {error}"]
     return []
 
@@ -224,7 +230,7 @@ def build_set(folder: Path, num_pictures: int) -> tuple[Path, dict[str, str]]:
             "max_bucket_px": 256,
             "bucket_step_px": 32,
         },
-        "cache": {"batch_size": 4, "shard_mb": 1},
+        "cache": {"batch_size": 4, "shard_mb": 1, "text": True},
     }
     settings = folder / "settings.yaml"
     settings.write_text(yaml.safe_dump(config))
