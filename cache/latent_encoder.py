@@ -130,9 +130,17 @@ class _Halves:
     second: PendingBatch
 
     def wait(self) -> Encoded:
-        first, second = vars(self.first.wait()), vars(self.second.wait())
-        return Encoded(**{name: None if part is None else np.concatenate([part, second[name]])
-                          for name, part in first.items()})  # fmt: skip
+        first, second = self.first.wait(), self.second.wait()
+        return Encoded(
+            np.concatenate([first.latents, second.latents]),
+            _join(first.std, second.std),
+            _join(first.flipped, second.flipped),
+            _join(first.flipped_std, second.flipped_std),
+        )
+
+
+def _join(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate([first, second])
 
 
 def _draw_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
