@@ -84,7 +84,7 @@ def _decode_piece(piece: Piece, base: str) -> Block | None:
     if not members or not len(members) == len(piece.starts) == len(piece.ends):  # a trailing comma, a key that is twice
         return None
     keys, rows = list(members), list(members.values())
-    if "" in members or dict in {type(row.caption) for row in rows}:  # pyright: ignore[reportAttributeAccessIssue]
+    if dict in {type(row.caption) for row in rows}:  # pyright: ignore[reportAttributeAccessIssue]
         return None
     bases, names = [base] * len(keys), cast(list[str | None], [None] * len(keys))
     for at, row in enumerate(rows):
@@ -94,6 +94,8 @@ def _decode_piece(piece: Piece, base: str) -> Block | None:
                 bases[at] = ""
             else:
                 names[at], keys[at] = keys[at], stem
+    if "" in keys:
+        return None
     spans = zip(piece.starts.tolist(), (piece.ends + 1).tolist(), strict=True)
     contents = [piece.text[start:end] for start, end in spans]
     return Block(keys, contents, bases, names, [None] * len(keys), rows)

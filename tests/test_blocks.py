@@ -69,3 +69,10 @@ def test_ordinary_records_are_read_the_fast_way(tmp_path):
     assert not any(isinstance(row, dict) for row in block.rows)
     assert block.column("tags") == [["é"], None] and block.column("caption") == [None, "c"]
     assert block.contents == [b'{"image_path": "a.png", "tags": ["\\u00e9"], "x": {"y": [1]}}', b'{"caption": "c"}']
+
+
+def test_a_key_that_is_nothing_but_a_folder_is_an_error(tmp_path):
+    file = tmp_path / "m.json"
+    file.write_text('{"/": {}}')
+    fast, plain = read_both(file)
+    assert fast == plain and "empty key" in fast

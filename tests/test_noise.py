@@ -112,13 +112,13 @@ def test_no_draw_depends_on_the_batch_that_a_sample_is_in(low_discrepancy):
         text_dropout_rate=0.5,
         low_discrepancy=low_discrepancy,
     )
-    x0, hidden, pooled = draw_x0(), torch.ones(6, 7, 8), torch.ones(6, 5)
+    x0 = draw_x0()
 
     def draw(positions: list[int]) -> list[torch.Tensor]:
         keys, own = SampleKeys(7, 3, positions), x0[positions]
         noise, timesteps = objective.sample_noise(own, keys), objective.sample_timesteps(keys)
         x_t = objective.add_noise(own, noise, timesteps, keys)
-        return [noise, timesteps, x_t, *objective.drop_text(hidden[positions], pooled[positions], keys)]
+        return [noise, timesteps, x_t, objective.sample_text_keep(keys)]
 
     whole = draw(list(range(6)))
     for positions in ([4], [5, 0, 2]):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,12 @@ def server():
     settings["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*running.get_host_and_port())
     before = dict(os.environ)
     os.environ.update(settings)
+    forkserver._forkserver._stop()  # loader workers have the environment of when it started
     yield settings["AWS_ENDPOINT_URL"]
     running.stop()
     os.environ.clear()
     os.environ.update(before)
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="module")

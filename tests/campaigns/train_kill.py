@@ -185,6 +185,13 @@ def read_losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
 
+def forget_steps(run: Path, last: int) -> None:
+    """Drop the numbers of steps that were lost, as a start does once its networks are loaded."""
+    metrics = run / "logs" / "metrics.jsonl"
+    if metrics.is_file():
+        metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:last]))
+
+
 def find_step(run: Path) -> int:
     """The step that the next start goes on from, found as a start finds it."""
     from sdxl_trainer.train.checkpoint import find_checkpoint, settle_partials
@@ -200,6 +207,7 @@ def find_step(run: Path) -> int:
 def run_trial(base: list[str], run: Path, trial: Trial, log: Path, max_steps: int) -> Result:
     """Start the run, end it, and look."""
     before = find_step(run)
+    forget_steps(run, before)
     statuses = wait_for_ranks(start_ranks([*base, f"run.name={run.name}"], log, trial))
     sealed = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/manifest.json")]
     completed, newest = max(count_steps(run), before), max(sealed, default=0)
