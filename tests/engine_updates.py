@@ -5,6 +5,7 @@ weights of a run that never had it. Prints one line a case and ends with status 
 """
 
 import math
+import os
 import sys
 from itertools import product
 
@@ -62,4 +63,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # torch's threads may abort an interpreter that ends early, and the status would be lost
