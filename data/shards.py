@@ -279,13 +279,10 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
     try:
         with nullcontext(stream) if stream else open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.name.startswith("/") or ".." in Path(member.name).parts:
-                    raise BadShardError(f"{path}: member '{member.name}' points outside the archive")
+                _check_member(path, member)
                 if member.isfile():
                     key, _, suffix = member.name.partition(".") if "/" not in member.name else _split(member.name)
                     yield decode_key(key), suffix, member.offset_data, member.size
-                elif not member.isdir():
-                    raise BadShardError(f"{path}: member '{member.name}' is no plain file, but a link or a device")
             # tarfile takes a damaged header, or the end of the file, for the end of the tar.
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):
@@ -302,6 +299,13 @@ def encode_key(key: str) -> str:
 def decode_key(name: str) -> str:
     """The key of a member name."""
     return name.replace("%2F", "/").replace("%2E", ".").replace("%25", "%")
+
+
+def _check_member(path: Path | str, member: tarfile.TarInfo) -> None:
+    if member.name.startswith("/") or ".." in Path(member.name).parts:
+        raise BadShardError(f"{path}: member '{member.name}' points outside the archive")
+    if not (member.isfile() or member.isdir()):
+        raise BadShardError(f"{path}: member '{member.name}' is no plain file, but a link or a device")
 
 
 def _split(name: str) -> tuple[str, str, str]:
