@@ -51,6 +51,7 @@ setup(
         "http": ["aiohttp>=3.9"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "pyright[nodejs]>=1.1.390",

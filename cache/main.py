@@ -1,29 +1,16 @@
 """Fills the latent cache: `bash launch/cache.sh --cfg x.yaml`."""
 
-import os
 import sys
-from pathlib import Path
 
-
-def check_checkout() -> None:
-    """Stop with the cure if a stale install, not this checkout, is what Python imports as sdxl_trainer."""
-    try:
-        import sdxl_trainer.cache as package
-    except ImportError:
-        sys.exit("sdxl_trainer is not installed; run: pip install -e . (in the checkout)")
-    here = Path(__file__).resolve().parent
-    if package.__file__ is None or Path(package.__file__).resolve().parent != here:
-        sys.exit(
-            f"Python imports sdxl_trainer from {package.__file__}, not from {here};\n"
-            f"run: pip uninstall -y sdxl-trainer && pip install -e {here.parent}"
-        )
+try:
+    from sdxl_trainer.launch.program import build_parser, check_checkout, end_program, run_program
+except ImportError:
+    sys.exit("sdxl_trainer is not installed; run: pip install -e . (in the checkout)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the job, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    check_checkout()
-    from sdxl_trainer.launch.program import build_parser, run_program
-
+    check_checkout(__file__)
     parser = build_parser(main.__doc__ or "")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--verify", action="store_true", help="read every byte back against the manifest")
@@ -49,7 +36,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status:  # torch's threads may abort an interpreter that ends early, and the status would be lost
-        sys.stderr.flush()
-        os._exit(status)
+    end_program(main())

@@ -4,7 +4,6 @@ Bucket counts, lengths of captions in tokens, captions as they will be drawn, wh
 the first samples of the run, decoded from their latents, cropped and flipped as they are trained, with their captions.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from sdxl_trainer.cache.contact_sheet import Specimen, decode_specimens, draw_sheet
 from sdxl_trainer.cache.encoders import load_tokenizers
-from sdxl_trainer.cache.main import check_checkout
 from sdxl_trainer.cache.model_source import ModelSource, check_model, resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
@@ -30,7 +28,7 @@ from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_specs
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.strategy import compute_repeats, load_strategy
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.launch.program import build_parser, run_program
+from sdxl_trainer.launch.program import build_parser, check_checkout, end_program, run_program
 
 NUM_CAPTIONS = 2000  # whose length is measured
 NUM_BLOCKS = 8  # of ROWS_A_TASK samples each, whose latents are looked at
@@ -183,7 +181,7 @@ def spread(length: int, number: int) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
-    check_checkout()
+    check_checkout(__file__)
     parser = build_parser(main.__doc__ or "")
     parser.add_argument("--out", type=Path, help="the picture's file (default: preview.png in the run folder)")
     parser.add_argument("--pictures", type=int, default=16, help="samples in the picture; 0 draws none")
@@ -198,4 +196,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
@@ -18,6 +19,16 @@ COURTESY_SECONDS = 10
 
 class FailedError(RuntimeError):
     """The work could not be done, for a reason that the message tells in full: status 1, without a traceback."""
+
+
+def check_checkout(program: str) -> None:
+    """Stop with the cure if a stale install, not the checkout that `program` lies in, is what Python imports."""
+    checkout, imported = Path(program).resolve().parent.parent, Path(__file__).resolve().parent.parent
+    if checkout != imported:
+        sys.exit(
+            f"Python imports sdxl_trainer from {imported}, not from {checkout};\n"
+            f"run: pip uninstall -y sdxl-trainer && pip install -e {checkout}"
+        )
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -57,3 +68,14 @@ def run_program(work: Callable[[], None]) -> int:
         sys.stderr.write(f"\n{error}\n\n")
         return record_status(STATUS_FAILED)
     return record_status(STATUS_DONE)
+
+
+def end_program(status: int) -> NoReturn:
+    """End the process with `status`, without the interpreter's own ending.
+
+    Threads that torch and its backends leave behind may abort an interpreter that is taking itself apart, and the
+    status would be lost. All that must be kept has been closed or joined by `work` itself.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

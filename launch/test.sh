@@ -11,4 +11,5 @@ ruff format --check .
 mkdir -p build/types/sdxl_trainer
 for folder in configs launch data cache train; do ln -sfn "../../../$folder" "build/types/sdxl_trainer/$folder"; done
 pyright
-python -m pytest "$@"
+# Two workers: much of the time ranks wait for each other. A file stays on one worker, for what its tests share.
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -5,7 +5,6 @@ weights of a run that never had it. Prints one line a case and ends with status 
 """
 
 import math
-import os
 import sys
 from itertools import product
 
@@ -13,6 +12,7 @@ import torch
 
 from sdxl_trainer.configs.schema import EngineConfig
 from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks
+from sdxl_trainer.launch.program import end_program
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.non_finite import spread_non_finite
 
@@ -63,6 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # torch's threads may abort an interpreter that ends early, and the status would be lost
+    end_program(main())

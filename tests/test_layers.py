@@ -146,9 +146,13 @@ def compute_nesting(body: list[ast.stmt]) -> int:
 
 
 def find_heavy_imports(source: str) -> list[str]:
-    """What a module imports on being loaded that is not in the standard library."""
-    names = [name for node in ast.parse(source).body if not isinstance(node, FUNCTIONS) for name in list_imports(node)]
-    return [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+    """What a module, and those of the project that it loads, import on being loaded from outside Python's library."""
+    loaded = ast.Module([node for node in ast.parse(source).body if not isinstance(node, FUNCTIONS)], [])
+    tops = {
+        name for name in list_imports(loaded) if name.split(".")[0] not in (*sys.stdlib_module_names, "sdxl_trainer")
+    }
+    own = list_project_imports(ast.unparse(loaded))
+    return sorted(tops.union(*(find_heavy_imports(SOURCES[file]) for file in own)))
 
 
 def list_reachable(file: str, graph: dict[str, set[str]]) -> set[str]:
@@ -274,6 +278,10 @@ def test_planted_size_is_found():
 def test_planted_heavy_import_is_found():
     assert find_heavy_imports("import sys\nfrom pathlib import Path\ndef f():\n    import torch") == []
     assert find_heavy_imports("import sys\nif sys.argv:\n    import torch") == ["torch"]
+    assert find_heavy_imports("from sdxl_trainer.cache.lock import lock_cache") == []
+    assert "numpy" in find_heavy_imports(
+        "try:\n    from sdxl_trainer.data.plan import Plan\nexcept ImportError:\n    pass"
+    )
 
 
 def nest(levels: int) -> str:

@@ -1,9 +1,13 @@
 """Draws pictures with any SDXL model: `bash launch/sample.sh --model PATH --prompts FILE --out DIR`."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+try:
+    from sdxl_trainer.launch.program import check_checkout, end_program, run_program
+except ImportError:
+    sys.exit("sdxl_trainer is not installed; run: pip install -e . (in the checkout)")
 
 
 def build_arguments() -> argparse.ArgumentParser:
@@ -23,8 +27,7 @@ def build_arguments() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, draw, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    from sdxl_trainer.launch.program import run_program
-
+    check_checkout(__file__)
     options = build_arguments().parse_args(arguments)
 
     def work() -> None:
@@ -36,7 +39,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status:  # torch's threads may abort an interpreter that ends early, and the status would be lost
-        sys.stderr.flush()
-        os._exit(status)
+    end_program(main())
