@@ -170,6 +170,7 @@ class LatentDataset(torch.utils.data.Dataset):
         )
         texts, untold = self._read_texts(records, spec)
         bad = [next(filter(None, reasons), None) for reasons in zip(bad, failed, untold, strict=True)]
+        weights = [weight if item is None else 0.0 for weight, item in zip(weights, bad, strict=True)]
         input_ids, input_ids_2 = self._tokenize(captions)
         width, height = spec.bucket
         time_ids = [
@@ -187,8 +188,8 @@ class LatentDataset(torch.utils.data.Dataset):
             latents=_stack_latents(samples, spec.bucket),
             input_ids=torch.from_numpy(input_ids),
             input_ids_2=torch.from_numpy(input_ids_2),
-            time_ids=torch.tensor(time_ids, dtype=torch.float32),
-            weights=torch.tensor([weight if item is None else 0.0 for weight, item in zip(weights, bad, strict=True)]),
+            time_ids=torch.from_numpy(np.array(time_ids, np.float32)),
+            weights=torch.from_numpy(np.array(weights, np.float32)),
             positions=torch.from_numpy(spec.positions),
             rows=torch.from_numpy(spec.rows),
             text=texts,

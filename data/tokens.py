@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ WINDOW = 75  # tokens between the marks
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's vocabulary: 256 bytes, the same ending a word, 48,894 merges, and the two marks.
 NUM_MERGES = 48_894
+MAX_WORDS, MAX_LETTERS = 16_384, 64  # of words that are kept with their ids: a few MB
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # as OpenAI published it, and as open_clip_torch carries it
 # CLIP's own split: contractions, letters, single digits, runs of anything else.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -34,14 +35,31 @@ class CaptionTokenizer:
     end_id: int
     pad_id: int
     vocabulary: str  # names it: those of one name split captions into the same ids
+    _words: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, caption: str, max_tokens: int = WINDOW) -> np.ndarray:
         """Token ids of a caption, [max_tokens / 75, 77] int64; what is beyond `max_tokens` is cut off."""
         return self.cut_windows(self.split(caption), max_tokens)
 
     def split(self, caption: str) -> list[int]:
-        """Token ids of a caption, without the marks."""
-        return self.tokenizer.encode(caption, add_special_tokens=False).ids
+        """Token ids of a caption, without the marks.
+
+        No token reaches over a space and nothing looks beyond one, so the ids of a caption are those of its words, and
+        words come again and again.
+        """
+        ids: list[int] = []
+        for word in caption.split(" "):
+            found = self._words.get(word)
+            ids += self._split_word(word) if found is None else found
+        return ids
+
+    def _split_word(self, word: str) -> list[int]:
+        ids = self.tokenizer.encode(word, add_special_tokens=False).ids
+        if len(self._words) >= MAX_WORDS:
+            self._words.clear()
+        if len(word) <= MAX_LETTERS:
+            self._words[word] = ids
+        return ids
 
     def cut_windows(self, ids: list[int], max_tokens: int = WINDOW) -> np.ndarray:
         """`encode` of a caption that is split already."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
+from sdxl_trainer.data import tokens
 from sdxl_trainer.data.tokens import END, MERGES_FILE, find_installed_vocabulary, load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "configs" / "tiny"
@@ -70,6 +71,14 @@ def test_ids_equal_transformers(caption):
 @given(st.text(max_size=30) | st.text(alphabet="abz'srevml d<|>\n\t09,.!ÉéſḰİ日", max_size=30))
 def test_ids_equal_transformers_whatever_the_caption(caption):
     assert get_ids(caption) == get_reference(caption)
+
+
+def test_words_are_kept_within_bounds_and_split_the_same_again(monkeypatch):
+    monkeypatch.setattr(tokens, "MAX_WORDS", 3)
+    tokenizer = load_tokenizer(FOLDER / "tokenizer", END)
+    for caption in ("a red circle on a white a red circle", "red " * 9, "x" * 100 + " circle", "a red"):
+        assert tokenizer.split(caption) == tokenizer.split(caption) == get_reference(caption)
+        assert len(tokenizer._words) <= 3 and "x" * 100 not in tokenizer._words
 
 
 def test_words_of_the_demo_are_single_tokens():
