@@ -189,8 +189,8 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
             for batch in _regroup(batches):
                 writer.write_batch(batch)
         file.flush()
-        table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-        if "image_path" in table.column_names:
+        if schema == RECORD_SCHEMA:  # of latents keys are those of records, with another prefix at each resolution
+            table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
             paths = table.column("image_path")
             raise_twins(table.column("key"), lambda row: str(paths[row]))
     _clean_up(path)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ class Line(msgspec.Struct, gc=False):
 
 
 DECODER = msgspec.json.Decoder(Line)
+GET_SIZES = attrgetter("bucket", "original_size", "resized", "crop")
+NUM_SIDES, INDEXED_SIDES = (
+    10,
+    (0, 1, 2, 3, 4, 6, 7),
+)  # all of them together; those that have a column: not resized's height
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,10 @@ def _describe_other_sizes(records: pa.Table, places: list[pa.Table], matched: di
     if len(rows) == 0:
         return ""
     key, *sizes = records.column("key")[int(rows[0])], *told[:, rows[0]], *found[:, at[0]]
+    differing = np.zeros(len(records), bool)
+    differing[rows] = True  # a record counts once, at however many resolutions
     return "{} records tell another size than their pictures have, {} first ({}x{} and not {}x{})".format(
-        len(np.unique(rows)), key, *sizes
+        int(differing.sum()), key, *sizes
     )
 
 
@@ -238,13 +246,13 @@ def _build_listed(lines: list[bytes]) -> pa.RecordBatch:
         digests = [bytes.fromhex(line.sha256) or None for line in listed]
     except (ValueError, msgspec.MsgspecError):
         raise DamagedLineError from None
-    sizes = [(*line.bucket, *line.original_size, line.resized[0], *line.crop[:2]) for line in listed]
-    numbers = np.array(sizes, np.int32).T
+    sides = chain.from_iterable(chain.from_iterable(map(GET_SIZES, listed)))
+    numbers = np.fromiter(sides, np.int32, NUM_SIDES * len(listed)).reshape(-1, NUM_SIDES)
     columns = [
         [line.key for line in listed],
         [line.listed_ns for line in listed],
         [line.file for line in listed],
-        *map(np.ascontiguousarray, numbers),
+        *(np.ascontiguousarray(numbers[:, side]) for side in INDEXED_SIDES),
         [line.offset for line in listed],
         [line.bytes for line in listed],
         digests,

@@ -197,6 +197,9 @@ class PictureFinder:
         lost = ~self._checker.exist(found)
         for folder in folders[1:]:
             relative = [at for at in np.flatnonzero(lost).tolist() if not paths[at].startswith("/")]
+            below = {paths[at].rpartition("/")[0] for at in relative}
+            if not any(os.path.isdir(folder + name) for name in below):
+                continue
             candidates = [folder + paths[at].removeprefix("./") for at in relative]
             there = self._checker.exist(candidates)
             for at, candidate in compress(zip(relative, candidates, strict=True), there.tolist()):
