@@ -33,7 +33,6 @@ setup(
         "webdataset>=1.0",
         "pydantic>=2.10",
         "pyarrow>=15",
-        "opencv-python-headless>=4.9",
         "orjson>=3.10",
         "msgspec>=0.18",
         "isal>=1.6",

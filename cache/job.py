@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import orjson
 import torch
 from loguru import logger
 
+from sdxl_trainer.cache.allocator import keep_freed_memory
 from sdxl_trainer.cache.captioning import (
     check_captioning,
     identify_text,
@@ -29,7 +30,7 @@ from sdxl_trainer.cache.progress import ProgressReporter, RankProgress
 from sdxl_trainer.cache.report import write_report
 from sdxl_trainer.cache.sinks import NpzSink, ShardSink, Sink, recover_shards
 from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.cache.work import STATES, Resolution, TextPlan, WorkList, list_work
+from sdxl_trainer.cache.work import STATES, Resolution, TextPlan, WorkList, choose_share, list_work
 from sdxl_trainer.cache.writer import LatentWriter
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
@@ -37,7 +38,15 @@ from sdxl_trainer.data.check import build_bucket_rules, check_records, get_cache
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import VAE_FACTOR
-from sdxl_trainer.data.manifest import Entry, Identity, ManifestWriter, drop_damaged_lines, read_latest, write_identity
+from sdxl_trainer.data.manifest import (
+    Entry,
+    Identity,
+    ManifestWriter,
+    drop_damaged_lines,
+    read_entries,
+    read_latest,
+    write_identity,
+)
 from sdxl_trainer.launch.distributed import (
     Ranks,
     barrier,
@@ -72,6 +81,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         Interrupted: a stop signal came; everything encoded by then is in the cache.
     """
     rank, _, _ = read_environment()
+    keep_freed_memory()
     stop = StopRequest()
     folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
@@ -82,12 +92,14 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     identities = build_identities(config, hash_weights(vae))
     text = agree_on_text(config, folder, ranks)
     with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
-        entries, lines_lost = open_cache(folder, ranks, repair, dry_run)
-        works = [
-            list_work(index, folder, entries, Resolution(rule, identities[prefix], prefix),
-                      beside=config.cache.dir is None, ranks=(ranks.rank, ranks.world_size), text=text)
+        shares = [
+            choose_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
             for prefix, rule in build_bucket_rules(config.data).items()
-        ]  # fmt: skip
+        ]
+        own = frozenset(key for share in shares for key in share.keys)
+        entries, lines_lost = open_cache(folder, ranks, own, repair, dry_run)
+        beside = config.cache.dir is None
+        works = [list_work(index, folder, entries, share, beside=beside, text=text) for share in shares]
         for work in works if repair and not lines_lost else ():
             work.items = [item for item in work.items if item.key in entries]
         announce(config, folder, index, gather_objects([work.without_items() for work in works]), ranks)
@@ -138,8 +150,10 @@ def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextPlan | None
     return plan_text(config, broadcast_object(identify_text(config, folder) if ranks.is_main else None))
 
 
-def open_cache(folder: Path, ranks: Ranks, repair: bool, dry_run: bool) -> tuple[Mapping[str, Entry], bool]:
-    """(newest entry of each key, whether lines of the manifest were damaged).
+def open_cache(
+    folder: Path, ranks: Ranks, keys: Container[str], repair: bool, dry_run: bool
+) -> tuple[Mapping[str, Entry], bool]:
+    """(newest entry of each of this rank's keys, whether lines of the manifest were damaged, if it was to be repaired).
 
     Rank 0 first finishes what a killed job left, and with `repair` reads every byte. An item found bad is given an
     identity that no settings have, so that it counts as stale, and bad text is taken off the list. A dry run only
@@ -147,20 +161,19 @@ def open_cache(folder: Path, ranks: Ranks, repair: bool, dry_run: bool) -> tuple
     """
     bad: dict[str, str] = {}
     damaged: list[str] = []
-    if ranks.is_main:
+    if ranks.is_main and not dry_run:
+        clear_leftovers(folder)
+    if ranks.is_main and repair:
         entries = read_latest(folder, damaged)
+        result = verify_entries(folder, entries)
+        bad = result.bad
+        for reason in result.reasons:
+            logger.warning("bad item is encoded again: {}", reason)
         if not dry_run:
-            clear_leftovers(folder, entries)
-        if repair:
-            result = verify_entries(folder, entries)
-            bad = result.bad
-            for reason in result.reasons:
-                logger.warning("bad item is encoded again: {}", reason)
-            if not dry_run:
-                drop_damaged_lines(folder)
-                list_again(folder, [replace(entries[key], text=None) for key in result.bad_text])
+            drop_damaged_lines(folder)
+            list_again(folder, [replace(entries[key], text=None) for key in result.bad_text])
     bad, lines_lost = broadcast_object((bad, bool(damaged)))
-    entries = read_latest(folder)
+    entries = read_latest(folder, keys=keys)
     return {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}, lines_lost
 
 
@@ -172,9 +185,9 @@ def list_again(folder: Path, entries: Sequence[Entry]) -> None:
     manifest.close()
 
 
-def clear_leftovers(folder: Path, entries: Mapping[str, Entry]) -> None:
+def clear_leftovers(folder: Path) -> None:
     """Finish the shards that a killed job left, and delete the files that it was writing."""
-    for shard in recover_shards(folder, entries.values()):
+    for shard in recover_shards(folder, read_entries(folder)):
         logger.info("finished {}, which an interrupted job had left", shard)
     for place in (folder, *folder.glob("*px")):  # folders of further resolutions
         for file in place.glob(".*.tmp"):

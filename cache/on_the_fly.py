@@ -13,12 +13,13 @@ import orjson
 import torch
 from loguru import logger
 
+from sdxl_trainer.cache.decoder import Prepared, WorkItem
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.job import build_identities, build_vae_encoder, write_identities
 from sdxl_trainer.cache.latent_encoder import Encoder
 from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import ModelSource
-from sdxl_trainer.cache.pipeline import Prepared, WorkItem, build_item
+from sdxl_trainer.cache.pipeline import build_item
 from sdxl_trainer.cache.sinks import EncodedItem, NpzSink
 from sdxl_trainer.cache.writer import LatentWriter
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any

@@ -168,7 +168,7 @@ def recover_shards(folder: Path, entries: Iterable[Entry]) -> list[Path]:
     """Finish the shards that a killed job left, keeping every sample that the manifest lists. Returns their paths."""
     unfinished = list_partial_shards(folder / SHARD_FOLDER)
     ends = dict.fromkeys((f"{SHARD_FOLDER}/{path.name}" for path in unfinished), 0)
-    for entry in entries:
+    for entry in entries if unfinished else ():
         if entry.file in ends and entry.offset is not None:
             ends[entry.file] = max(ends[entry.file], entry.offset + entry.bytes)
         if entry.text is not None and entry.text.offset is not None and entry.text.file in ends:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import pyarrow as pa
 
-from sdxl_trainer.cache.pipeline import TextItem, WorkItem, choose_text_file
+from sdxl_trainer.cache.decoder import WorkItem
+from sdxl_trainer.cache.pipeline import TextItem, choose_text_file
 from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import Index
@@ -92,26 +94,42 @@ class Resolution:
     prefix: str = ""  # before the keys of its latents
 
 
-def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], resolution: Resolution, *, beside: bool,
-              ranks: tuple[int, int], text: TextPlan | None = None) -> WorkList:  # fmt: skip
-    """What a rank has to encode at one resolution.
+@dataclass(frozen=True)
+class Share:
+    """A rank's pictures at one resolution: their rows in the index, and the keys of their latents."""
+
+    resolution: Resolution
+    rows: list[int]
+    keys: list[str]
+
+
+def choose_share(index: Index, resolution: Resolution, rank: int, world_size: int) -> Share:
+    """A rank's share of the full list."""
+    costs = compute_costs(index.column("width"), index.column("height"), resolution.rule)
+    rows = share_positions(costs, rank, world_size)
+    keys = index.strings("key").take(pa.array(rows)).to_pylist()
+    return Share(resolution, rows.tolist(), [resolution.prefix + key for key in keys])
+
+
+def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: Share, *, beside: bool,
+              text: TextPlan | None = None) -> WorkList:  # fmt: skip
+    """What a rank has to encode of its share.
 
     Args:
         folder: of the cache.
-        entries: the newest manifest entry of each key.
+        entries: the newest manifest entry of each key of the share, or of more.
         beside: latents go beside the pictures instead of under the cache folder.
-        ranks: (rank, world size).
         text: None: captions are not encoded.
     """
+    resolution = share.resolution
     rule, prefix = resolution.rule, resolution.prefix
     work = WorkList(rule, resolution.identity.name)
     buckets = list_buckets(rule)
     present = _Folders(folder)
     item_bytes = estimate_item_bytes(resolution.identity)
-    keys, images = index.strings("key"), index.strings("image_path")
-    widths, heights = index.column("width"), index.column("height")
-    for row in share_positions(compute_costs(widths, heights, rule), *ranks).tolist():
-        key, image = prefix + keys[row].as_py(), images[row].as_py()
+    images, widths, heights = index.strings("image_path"), index.column("width"), index.column("height")
+    for row, key in zip(share.rows, share.keys, strict=True):
+        image = images[row].as_py()
         if image.endswith(LATENT_SUFFIXES):
             work.counts["given"] += not prefix
             continue

@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sdxl_trainer.data.files import write_atomic
 
 FORMAT_VERSION = 1
 CRC_MARK = b',"crc32":'
+KEY_MARK = b'{"key":"'
 LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity
 
 
@@ -171,24 +172,33 @@ def list_parts(folder: Path) -> list[Path]:
     return sorted(parts, key=lambda part: (part.stat().st_mtime_ns, part.name))
 
 
-def read_entries(folder: Path, damaged: list[str] | None = None) -> Iterator[Entry]:
+def read_entries(folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None) -> Iterator[Entry]:
     """Every line of every part, in order. A damaged line is passed over with a warning: its item is done again.
 
     A torn last line is passed over silently, because the job may be writing it just now.
 
     Args:
         damaged: gets the place of each line passed over, torn ones too.
+        keys: only entries of these; the lines of others are hardly looked at, in a tenth of the time.
     """
     damaged = [] if damaged is None else damaged
     for part in list_parts(folder):
         with open(part, "rb") as lines:
             for number, line in enumerate(lines, 1):
+                if keys is not None and _is_of_others(line, keys):
+                    continue
                 place = f"{part}:{number}"
                 entry = _parse_entry(line, place) if line.endswith(b"\n") else None
                 if entry is None:
                     damaged.append(place)
                 else:
                     yield entry
+
+
+def _is_of_others(line: bytes, keys: Container[str]) -> bool:
+    """Whether a line that begins with its key, as ours do, names none of `keys`."""
+    key = line[len(KEY_MARK) : line.find(b'"', len(KEY_MARK))]
+    return line.startswith(KEY_MARK) and b"\\" not in key and key.decode("utf-8", "replace") not in keys
 
 
 def _parse_entry(line: bytes, place: str) -> Entry | None:
@@ -224,10 +234,10 @@ def _dump_line(content: bytes) -> bytes:
     return content[:-1] + CRC_MARK + b'"%08x"}\n' % zlib.crc32(content)
 
 
-def read_latest(folder: Path, damaged: list[str] | None = None) -> dict[str, Entry]:
-    """The entry of each key that was listed last. `damaged` as in `read_entries`."""
+def read_latest(folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None) -> dict[str, Entry]:
+    """The entry of each key that was listed last. `damaged` and `keys` as in `read_entries`."""
     latest: dict[str, Entry] = {}
-    for entry in read_entries(folder, damaged):
+    for entry in read_entries(folder, damaged, keys):
         known = latest.get(entry.key)
         if known is None or entry.listed_ns >= known.listed_ns:
             latest[entry.key] = entry

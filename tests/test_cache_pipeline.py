@@ -10,9 +10,10 @@ import torch
 from cache_samples import BUCKETS, RULE, hash_items
 from PIL import Image
 
+from sdxl_trainer.cache.decoder import WorkItem
 from sdxl_trainer.cache.job import enable_tiling
 from sdxl_trainer.cache.latent_encoder import Encoded, VaeEncoder
-from sdxl_trainer.cache.pipeline import Pipeline, WorkItem
+from sdxl_trainer.cache.pipeline import Pipeline
 from sdxl_trainer.cache.progress import RankProgress
 from sdxl_trainer.cache.sinks import NpzSink
 from sdxl_trainer.cache.writer import LatentWriter
@@ -182,7 +183,7 @@ def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, pictures):
 
 
 def test_waiting_for_pictures_is_counted(tmp_path, pictures, monkeypatch):
-    import sdxl_trainer.cache.pipeline as module
+    import sdxl_trainer.cache.decoder as module
 
     prepare = module.prepare_image
     monkeypatch.setattr(module, "prepare_image", lambda *words: (time.sleep(0.06), prepare(*words))[1])

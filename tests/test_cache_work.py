@@ -11,7 +11,7 @@ from cache_samples import RULE, make_entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_trainer.cache.work import Resolution, compute_costs, judge_entry, list_work, share_positions
+from sdxl_trainer.cache.work import Resolution, choose_share, compute_costs, judge_entry, list_work, share_positions
 from sdxl_trainer.data.bucket import BucketRule
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import open_record_index
@@ -112,7 +112,7 @@ def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
     (tmp_path / "k0.npz").touch()
     (tmp_path / "k1.npz").touch()  # that of k2 was deleted
     made = Resolution(RULE, IDENTITY)
-    works = [list_work(index, tmp_path, entries, made, beside=False, ranks=(rank, 2)) for rank in range(2)]
+    works = [list_work(index, tmp_path, entries, choose_share(index, made, rank, 2), beside=False) for rank in range(2)]
     assert works[0].counts + works[1].counts == {"valid": 1, "stale": 1, "missing": 1, "new": 2}
     items = {item.key: item for work in works for item in work.items}
     assert sorted(items) == ["k1", "k2", "k3", "k4"] and len(works[0].items) + len(works[1].items) == 4
@@ -124,7 +124,9 @@ def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
     entries = {key: replace(entry, file="shards/x.tar", offset=0) for key, entry in entries.items()}
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / ".x.tar.partial").touch()  # a job that was killed, or is at work
-    assert list_work(index, tmp_path, entries, made, beside=False, ranks=(0, 1)).counts["missing"] == 0
+    share = choose_share(index, made, 0, 1)
+    assert share.keys == ["k0", "k1", "k2", "k3", "k4"]
+    assert list_work(index, tmp_path, entries, share, beside=False).counts["missing"] == 0
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,22 @@ def compute_crc(line: bytes) -> str:
     return f"{zlib.crc32(line[: line.rindex(b',')] + b'}'):08x}"
 
 
+def test_only_the_lines_of_wanted_keys_are_read(tmp_path):
+    keys = ("a", "b", 'quo"ted', "back\\slash", "ä", "c", "a")
+    part = append(tmp_path, 0, *keys)
+    for wanted in ({"a"}, {'quo"ted', "ä"}, {"back\\slash", "c"}, set(keys), set()):
+        assert [entry.key for entry in read_entries(tmp_path, keys=wanted) if entry.key in wanted] == [
+            key for key in keys if key in wanted
+        ]
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(lines[0] + lines[1].replace(b"33342", b"33343") + lines[5])
+    damaged = []
+    assert (
+        set(read_latest(tmp_path, damaged, {"a", "c"})) == {"a", "c"} and damaged == []
+    )  # what is not read is not judged
+    assert set(read_latest(tmp_path, damaged, {"a", "b"})) == {"a"} and len(damaged) == 1
+
+
 def test_entries_of_all_ranks_and_all_sessions_are_read_back(tmp_path):
     first, second = append(tmp_path, 0, "a", "b"), append(tmp_path, 1, "c")
     append(tmp_path, 0, "d")

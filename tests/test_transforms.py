@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, JpegImagePlugin, features
 
 from sdxl_trainer.data.bucket import BucketRule, Placement, list_buckets
 from sdxl_trainer.data.transforms import BadImageError, cut_image, decode_image, prepare_image
@@ -199,7 +199,7 @@ def test_the_cut_holds_the_pixels_it_says():
     # A ramp that tells where each pixel came from: 300 wide, resized to a third, 64 of 100 columns kept.
     ramp = np.zeros((150, 300, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(300)[None] * 255 // 299, np.arange(150)[:, None]
-    pixels = cut_image(Image.fromarray(ramp), Placement((64, 32), (100, 50), 18, 9))
+    pixels = cut_image(ramp, Placement((64, 32), (100, 50), 18, 9))
     assert pixels.shape == (32, 64, 3) and pixels.dtype == np.uint8
     columns, rows = (18 + np.arange(64) + 0.5) * 3 - 0.5, (9 + np.arange(32) + 0.5) * 3 - 0.5  # centres in the original
     assert np.abs(pixels[16, :, 0] - columns * 255 / 299).max() <= 1.5
@@ -210,20 +210,36 @@ def test_the_cut_holds_the_pixels_it_says():
 @pytest.mark.parametrize("place", [(0, 0), (37, 11), (236, 118)])
 def test_a_cut_without_a_resize_is_exact(place):
     noise = np.random.default_rng(0).integers(0, 256, (150, 300, 3), np.uint8)
-    pixels = cut_image(Image.fromarray(noise), Placement((64, 32), (300, 150), *place))
+    pixels = cut_image(noise, Placement((64, 32), (300, 150), *place))
     assert np.array_equal(pixels, noise[place[1] : place[1] + 32, place[0] : place[0] + 64])
 
 
-def test_the_same_as_resizing_whole_and_cutting_then():
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 20, 3), np.uint8))
-    for size, resized in (((333, 200), (213, 128)), ((100, 60), (213, 128))):  # smaller and larger
-        image = coarse.resize(size, Image.Resampling.BICUBIC)
-        shrinking = resized[0] < size[0]
-        whole = image.resize(resized, Image.Resampling.LANCZOS if shrinking else Image.Resampling.BICUBIC)
-        pixels = cut_image(image, Placement((192, 128), resized, 10, 0))
-        difference = np.abs(pixels.astype(int) - np.asarray(whole)[:, 10:202])
-        assert difference.max() <= 8 and difference.mean() <= 1.5, (difference.max(), difference.mean())
+@pytest.mark.parametrize("resized", [(213, 128), (320, 192), (500, 300), (71, 43)])
+def test_resizing_is_pillows_bicubic(resized):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 333, 3), np.uint8)
+    image = Image.fromarray(noise)
+    whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    pixels = cut_image(noise, Placement((64, 32), resized, 5, 3))
+    assert np.abs(pixels.astype(int) - whole[3:35, 5:69]).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_and_cannot_be_told_from_a_whole_one(tmp_path, orientation, monkeypatch):
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "x.jpg"
+    Image.fromarray(coarse).resize((1500, 900), Image.Resampling.BICUBIC).save(path, exif=exif, quality=95)
+    prepared = prepare_image(path, RULE, BUCKETS)
+    decoded = []
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: decoded.append(size))
+    whole = prepare_image(path, RULE, BUCKETS)
+    assert prepared.original_size == whole.original_size == ((1500, 900) if orientation == 1 else (900, 1500))
+    assert prepared.placement == whole.placement
+    resized = prepared.placement.resized[:: 1 if orientation == 1 else -1]
+    assert decoded == [(2 * resized[0], 2 * resized[1])]
+    difference = np.abs(prepared.pixels.astype(int) - whole.pixels)
+    assert 0 < difference.max() <= 6 and difference.mean() < 0.6, (difference.max(), difference.mean())
 
 
 def test_what_is_told_of_the_source(tmp_path):
