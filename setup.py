@@ -43,12 +43,15 @@ setup(
     ],
     extras_require={
         "bitsandbytes": ["bitsandbytes>=0.45"],
+        "optimizers": ["torch-optimi>=0.3.2", "prodigyopt>=1.1.2"],
         "wandb": ["wandb>=0.19"],
         "xformers": ["xformers"],
         "s3": ["s3fs>=2024.6"],
         "gcs": ["gcsfs>=2024.6"],
         "http": ["aiohttp>=3.9"],
         "test": [
+            "torch-optimi>=0.3.2",
+            "prodigyopt>=1.1.2",
             "pytest>=8",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",

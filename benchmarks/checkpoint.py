@@ -64,7 +64,7 @@ def measure(folder: Path, num_layers: int) -> dict[str, Figure]:
 
 def build_engine(num_layers: int):
     """The real engine around a plain network that is cheap to run for its size."""
-    from sdxl_trainer.configs.schema import EngineConfig
+    from sdxl_trainer.configs.engine import EngineConfig
     from sdxl_trainer.train.engine import Engine
 
     torch.manual_seed(0)

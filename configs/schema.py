@@ -11,7 +11,10 @@ from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, mode
 
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
+from sdxl_trainer.configs.ema import EmaConfig
+from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.stream import StreamConfig
@@ -200,40 +203,6 @@ class CacheConfig(Section):
     """Encode pictures with a longer side than this in overlapping tiles, which takes less memory; 0 never does."""
 
 
-class OptimConfig(Section):
-    """Optimizer and learning-rate schedule."""
-
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
-    lr: float = Field(1e-5, gt=0)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay; biases and norm weights get none."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: held, or lowered to 0 at `train.max_steps`."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this global norm; 0 leaves them."""
-
-
-class EngineConfig(Section):
-    """DeepSpeed: how state is sharded and in what precision training runs."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` keeps fp32 master weights in the (sharded) optimizer."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
-    deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed settings, merged over the ones this program makes."""
-
-
 class TrainConfig(Section):
     """Length and batch arithmetic."""
 
@@ -269,7 +238,8 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()  # pyright: ignore[reportCallIssue]
     objective: ObjectiveConfig = ObjectiveConfig()  # pyright: ignore[reportCallIssue]
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig()  # pyright: ignore[reportCallIssue]
+    ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
     validation: ValidationConfig = ValidationConfig()  # pyright: ignore[reportCallIssue]

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from sdxl_trainer.configs.schema import EngineConfig
+from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks
 from sdxl_trainer.launch.program import end_program
 from sdxl_trainer.train.engine import Engine

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_trainer.configs.schema import EngineConfig
+from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.engine import Engine, map_file

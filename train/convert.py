@@ -21,31 +21,34 @@ def build_convert_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("target", type=Path, help="a name that ends in .safetensors, or a folder for diffusers layout")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (fp16)")
+    parser.add_argument("--ema", metavar="DECAY", help="take the moving average of this decay, such as 0.999")
     parser.add_argument("--cfg", type=Path, help="settings of a file or folder that say how it predicts")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, such as model.path=…")
     return parser
 
 
-def convert(source: Path, checkpoint: Path | None, target: Path, config: "Config") -> None:
+def convert(source: Path, checkpoint: Path | None, target: Path, config: "Config", average: str | None = None) -> None:
     """Write a model as `target`, with the objective, type and names that `config` says, tensor by tensor.
 
     Args:
         checkpoint: if given its trained weights are taken, and what was not trained from the model it started from.
+        average: decay of the moving average that is taken of the checkpoint instead of its weights.
 
     Raises:
-        UserInputError: the source is nothing that can be read.
+        UserInputError: the source is nothing that can be read, or does not hold that average.
     """
     from sdxl_trainer.cache.model_source import check_model, resolve_model
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.train.export import open_components, write_components
+    from sdxl_trainer.train.saved_weights import check_average
 
     if checkpoint is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(source)})})
-    raise_if_any(check_model(config.model))
+    raise_if_any([*check_model(config.model), *check_average(checkpoint, average)])
     model = resolve_model(config.model)
     components = open_components(model, config.model)
     if checkpoint is not None:
-        replace_trained(components, checkpoint)
+        replace_trained(components, checkpoint, average)
     write_components(target, components, model, config)
 
 
@@ -71,16 +74,14 @@ def find_source_checkpoint(source: Path) -> Path | None:
     return None
 
 
-def replace_trained(components: Mapping[str, dict[str, Any]], checkpoint: Path) -> None:
-    """Put the checkpoint's master weights in the place of those that training started from."""
+def replace_trained(components: Mapping[str, dict[str, Any]], checkpoint: Path, average: str | None = None) -> None:
+    """Put the checkpoint's master weights, or a moving average, in the place of those that training started from."""
     from sdxl_trainer.cache.single_file_names import canonical_name
-    from sdxl_trainer.train.engine import STATE_TAG, map_file
-    from sdxl_trainer.train.resharding import SavedState
+    from sdxl_trainer.train.saved_weights import open_weights
 
-    saved = SavedState(checkpoint / STATE_TAG, map_file)
-    for name in saved.shapes:
+    for name, read in open_weights(checkpoint, average).items():
         component, _, inner = name.partition(".")
-        components[component][canonical_name(component, inner)] = lambda name=name: saved.read_whole(name)
+        components[component][canonical_name(component, inner)] = read
 
 
 def load_settings(options: argparse.Namespace, checkpoint: Path | None) -> "Config":
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         checkpoint = find_source_checkpoint(options.source)
-        convert(options.source, checkpoint, options.target, load_settings(options, checkpoint))
+        convert(options.source, checkpoint, options.target, load_settings(options, checkpoint), options.ema)
 
     return run_program(work)
 

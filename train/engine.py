@@ -1,7 +1,5 @@
 """The only module that talks to DeepSpeed: one training engine with backward, step, state and full weights."""
 
-import inspect
-import math
 import os
 import threading
 import warnings
@@ -21,12 +19,27 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 from loguru import logger
 
-from sdxl_trainer.configs.schema import EngineConfig
-from sdxl_trainer.train.resharding import Layout, SavedState, Shard, build_shard, describe_layout, reshard
+from sdxl_trainer.configs.ema import EmaConfig
+from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.launch.distributed import reduce_sum
+from sdxl_trainer.train.deepspeed_config import DTYPES, build_deepspeed_config
+from sdxl_trainer.train.ema import Ema, flatten
+from sdxl_trainer.train.host_memory import HostMemory, copy_to_host, copy_weights
+from sdxl_trainer.train.optim import guard_updates, restore_settings
+from sdxl_trainer.train.resharding import (
+    AVERAGE,
+    Layout,
+    Piece,
+    SavedState,
+    Shard,
+    build_shard,
+    describe_layout,
+    list_masters,
+    reshard,
+)
 
 if not torch.cuda.is_available():
     # DeepSpeed would spend minutes compiling a shared-memory all-reduce that only its inference uses, and would fail
@@ -35,7 +48,6 @@ if not torch.cuda.is_available():
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's use of older names
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled from them.
 SAFE_TYPES: list[Any] = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
 # DeepSpeed's own converter, should someone want to use it, asks for this in checkpoints of ZeRO 1 and 2.
@@ -47,10 +59,11 @@ class Engine:
 
     Args:
         model: in fp32; DeepSpeed casts it to the precision of training and keeps fp32 masters.
-        optimizer: over groups of the model's parameters.
+        optimizer: over groups of the model's parameters; a group's `lr_scale` is what of the learning rate it gets.
         config: the `engine` section.
         batch: (global batch size, micro batch size, accumulation steps).
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
+        ema: the `ema` section.
     """
 
     def __init__(
@@ -60,9 +73,12 @@ class Engine:
         config: EngineConfig,
         batch: tuple[int, int, int],
         max_grad_norm: float,
+        ema: EmaConfig | None = None,
     ):
         self.zero_stage = config.zero_stage
         self.dtype = DTYPES[config.precision]
+        self._lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+        exact = copy_weights(model) if config.precision in ("bf16", "fp16") else {}
         engine, wrapped, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -81,6 +97,13 @@ class Engine:
         self.completed_steps = 0  # since the engine was made
         self._parameters = dict(self.model.named_parameters())
         self._host_memory = HostMemory()
+        self._layout = self._describe_layout()
+        self._pieces: dict[str, list[tuple[int, Piece]]] = {name: [] for name in self._layout.shapes}
+        for number, flat in enumerate(self._layout.flats):
+            for piece in flat.pieces:
+                self._pieces[piece.name].append((number, piece))
+        self._set_masters(exact)
+        self.ema = Ema(ema.decays, ema.warmup, self._list_masters()) if ema and ema.decays else None
 
     @property
     def model(self) -> Any:
@@ -113,6 +136,8 @@ class Engine:
         with self._updating:
             # Ranks first agree on the gradients' norm. If one is dead then, no weight has been touched yet.
             self._engine.step()
+            if self.ema and self._engine.was_step_applied():
+                self.ema.update(self._list_masters())
             self._torn = False
             self.completed_steps += 1
         return self._engine.was_step_applied()
@@ -131,9 +156,9 @@ class Engine:
                 self._updating.release()
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        """Set the learning rate of every group, each by its scale."""
+        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = lr * scale
 
     def grad_norm(self) -> float:
         """Global norm of the gradients of the last step, before clipping."""
@@ -169,8 +194,12 @@ class Engine:
                 optimizer.checkpoint_event_epilogue()
         finally:
             self._engine.checkpoint_engine = capture.replaced
-        layout = self._describe_layout()
-        return capture.files | {f"{STATE_TAG}/layout_rank_{layout.rank:05d}.pt": layout.to_plain()}
+        files, rank = capture.files, f"rank_{self._layout.rank:05d}.pt"
+        files[f"{STATE_TAG}/layout_{rank}"] = self._layout.to_plain()
+        if self.ema and (self.zero_stage or self._layout.rank == 0):
+            averages = {"num_updates": self.ema.num_updates, "averages": self.ema.averages}
+            capture.save(averages, f"{STATE_TAG}/ema_{rank}")
+        return files
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever number of ranks and ZeRO stage wrote it. All ranks call it together.
@@ -180,7 +209,7 @@ class Engine:
         Raises:
             ReshardingError: the checkpoint cannot be taken up by these ranks.
         """
-        saved, layout = SavedState(folder / STATE_TAG, map_file), self._describe_layout()
+        saved, layout = SavedState(folder / STATE_TAG, map_file), self._layout
         fitting = next((rank for rank, other in enumerate(saved.layouts) if layout.fits(other)), None)
         if fitting is not None:
             shard = SavedState(folder / STATE_TAG, read_file).load_shard(fitting)
@@ -193,6 +222,24 @@ class Engine:
         settings = [dict(group) for group in self._optimizer.param_groups]
         self._load_shard(shard)
         restore_settings(self._optimizer.param_groups, settings, self._engine.basic_optimizer)
+        self._load_averages(saved)
+
+    def _load_averages(self, saved: SavedState) -> None:
+        """What the checkpoint has of the averages that are kept now; the others begin with its weights."""
+        if not self.ema:
+            return
+        kept = saved.read_averages()
+        self.ema.num_updates = kept["num_updates"]
+        for key, averages in self.ema.averages.items():
+            for flat, average, master in zip(self._layout.flats, averages, self._list_masters(), strict=True):
+                average.copy_(flatten(master))
+                for piece in flat.pieces if key in kept["averages"] else ():
+                    if saved.has(piece.name):
+                        part = saved.read(piece.name, AVERAGE + key, piece.start, piece.numel)
+                        average[piece.offset : piece.offset + piece.numel] = part.to(average.device)
+
+    def _list_masters(self) -> list[torch.Tensor]:
+        return list_masters(self._engine.optimizer)
 
     def _describe_layout(self) -> Layout:
         names = {id(parameter): name for name, parameter in self._parameters.items()}
@@ -227,27 +274,80 @@ class Engine:
         if prologue:
             optimizer.checkpoint_event_epilogue()
 
-    def gather_weight(self, name: str) -> torch.Tensor:
-        """One parameter whole, in fp32 from the masters, on the CPU. All ranks ask for the same one together."""
-        parameter = self._parameters[name]
-        full = safe_get_full_fp32_param(parameter) if self.zero_stage else parameter.detach()
-        assert full is not None, f"DeepSpeed holds no master of {name}"
-        return full.float().cpu()
+    def gather_weight(self, name: str, average: str | None = None) -> torch.Tensor:
+        """One parameter whole, in fp32 from the masters, on the CPU. All ranks ask for the same one together.
 
+        Args:
+            average: take the moving average of this decay (a key of `ema.averages`) instead of the weight itself.
+        """
+        if name in self._pieces:
+            return self._gather(name, self._list_flats(average)).cpu()
+        with deepspeed.zero.GatheredParameters([self._parameters[name]]):  # frozen, and in pieces under ZeRO-3
+            return self._parameters[name].detach().float().to("cpu", copy=True)
 
-def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
-    """Let a plain torch optimizer, which DeepSpeed uses as it is for fp32 without ZeRO, do what DeepSpeed's own do:
-    clip, tell the norm, and make no update of gradients that are not finite (`overflow`, which the engine reads)."""
-    update = optimizer.step
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    @property
+    def averages(self) -> list[str]:
+        """The moving averages that are kept, each by its decay."""
+        return list(self.ema.averages) if self.ema else []
 
-    def step() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        optimizer._global_grad_norm, optimizer.overflow = norm, not bool(norm.isfinite())
-        if not optimizer.overflow:
-            update()
+    @contextmanager
+    def use_average(self, average: str | None) -> Iterator[None]:
+        """Within it the model has a moving average for its weights; None leaves it as it is. All ranks enter together.
 
-    optimizer.step = step
+        There is no saving within: what the model holds is not what is trained.
+        """
+        if average is None:
+            yield
+            return
+        own = [flatten(master).clone() for master in self._list_masters()] if self.zero_stage == 0 else None
+        self._torn = True
+        self._set_weights(self._list_flats(average))
+        try:
+            yield
+        finally:
+            self._set_weights(own or self._list_flats())
+            self._torn = False
+
+    def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
+        """This rank's part of the masters, or of an average of theirs, as flat fp32 tensors."""
+        if average is not None:
+            assert self.ema is not None, "no averages are kept"
+            return self.ema.averages[average]
+        return [flatten(master) for master in self._list_masters()]
+
+    def _gather(self, name: str, flats: list[torch.Tensor]) -> torch.Tensor:
+        """A trained parameter put together from what each rank's flat tensors have of it."""
+        shape = self._layout.shapes[name]
+        whole = torch.zeros(torch.Size(shape).numel(), device=self.device)
+        for number, piece in self._pieces[name]:
+            part = flats[number][piece.offset : piece.offset + piece.numel]
+            whole[piece.start : piece.start + piece.numel] = part.to(self.device)
+        return (reduce_sum(whole) if self.zero_stage else whole).view(shape)
+
+    @torch.no_grad()
+    def _set_masters(self, weights: dict[str, torch.Tensor]) -> None:
+        """Begin with masters that were never rounded, and an optimizer that has not stepped.
+
+        DeepSpeed makes the masters from weights that it has cast to 16 bit already; and without ZeRO it updates once
+        with a gradient of zero, which decays the weights and counts as Adam's first step.
+        """
+        masters = self._list_masters()
+        for name, pieces in self._pieces.items() if weights else ():
+            for number, piece in pieces:
+                if masters[number].shape == weights[name].shape:  # whole, in whatever layout of memory
+                    masters[number].copy_(weights[name])
+                else:
+                    part = weights[name].view(-1)[piece.start : piece.start + piece.numel]
+                    masters[number][piece.offset : piece.offset + piece.numel] = part
+        if self.zero_stage == 0:
+            self._engine.basic_optimizer.state.clear()
+
+    @torch.no_grad()
+    def _set_weights(self, flats: list[torch.Tensor]) -> None:
+        for name in self._pieces:
+            whole, parameter = self._gather(name, flats), self._parameters[name]
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # does nothing but under ZeRO-3
+                parameter.data.copy_(whole)
 
 
 class _Capture:
@@ -275,74 +375,3 @@ def map_file(path: Path) -> Any:
     """One of DeepSpeed's files, its tensors mapped from disk: only what is looked at is read."""
     with torch.serialization.safe_globals(SAFE_TYPES):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]], optimizer: Any) -> None:
-    """Set what the optimizer's constructor takes back to the settings of now; a checkpoint brings those of then.
-
-    What is not an argument of it is memory, such as the step size that Prodigy has found.
-    """
-    names = set(inspect.signature(type(optimizer).__init__).parameters) - {"self", "params"}
-    for group, wanted in zip(groups, settings, strict=True):
-        group.update({name: value for name, value in wanted.items() if name in names})
-
-
-class HostMemory:
-    """Tensors on the host that take copies of the same things in the same order, again and again."""
-
-    def __init__(self) -> None:
-        self._tensors: list[torch.Tensor] = []
-        self._next = 0
-
-    def begin(self) -> "HostMemory":
-        """The next copy is the first one again."""
-        self._next = 0
-        return self
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host."""
-        place, self._next = self._next, self._next + 1
-        held = self._tensors[place] if place < len(self._tensors) else None
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            self._tensors[place : place + 1] = [held]
-        return held.copy_(tensor)
-
-
-def copy_to_host(content: Any, memory: HostMemory | None = None) -> Any:
-    """A copy of nested dicts, lists and tuples with all tensors on the CPU, sharing no memory with the original.
-
-    A tensor that is a view is copied alone: torch.save would write the whole buffer behind it.
-    """
-    if isinstance(content, torch.Tensor):
-        return memory.copy(content.detach()) if memory else content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return type(content)((key, copy_to_host(value, memory)) for key, value in content.items())
-    if isinstance(content, (list, tuple)) and type(content) in (list, tuple):
-        return type(content)(copy_to_host(value, memory) for value in content)
-    return content
-
-
-def build_deepspeed_config(config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's JSON for our settings, with the user's own merged over it."""
-    global_batch_size, micro_batch_size, accumulation_steps = batch
-    settings: dict[str, Any] = {
-        "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        # Any torch optimizer whose update is elementwise is sound on a shard; the list DeepSpeed trusts is shorter.
-        "zero_allow_untrusted_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-    return _merge(settings, config.deepspeed)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        known = merged.get(key)
-        merged[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
-    return merged

@@ -27,40 +27,67 @@ from sdxl_trainer.train.engine import Engine
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+Weights = Mapping[str, Mapping[str, TensorSource]]  # component → name → tensor, or function that returns it
+
+
 def export_model(
-    path: Path, engine: Engine, conditioner: TextConditioner, source: ModelSource, config: Config, ranks: Ranks
+    path: Path,
+    engine: Engine,
+    conditioner: TextConditioner,
+    source: ModelSource,
+    config: Config,
+    ranks: Ranks,
+    average: str | None = None,
 ) -> None:
     """Write U-Net, text encoders and VAE in the form that `path` tells.
 
     The U-Net's weights are gathered one by one, so no rank ever holds them all in fp32. All ranks call it together.
+
+    Args:
+        average: write the moving average of this decay instead of the weights of the moment.
     """
+    encoders = gather_encoders(engine, conditioner, ranks, average)
     names = list_sources("unet", source.read_config("unet"))
     if ranks.is_main:
-        unet = {name: lambda name=name: engine.gather_weight(f"unet.{name}") for name in names}
-        write_model(path, unet, conditioner, source, config)
+        unet = {name: lambda name=name: engine.gather_weight(f"unet.{name}", average) for name in names}
+        write_model(path, {"unet": unet, **encoders}, conditioner, source, config)
     else:
         for name in names:
-            engine.gather_weight(f"unet.{name}")
+            engine.gather_weight(f"unet.{name}", average)
     barrier()
 
 
-def get_model_path(config: Config, step: int) -> Path:
-    """Where the model of a step goes: a file, or a folder in diffusers layout."""
-    name = f"step-{step:08d}"
+def gather_encoders(
+    engine: Engine, conditioner: TextConditioner, ranks: Ranks, average: str | None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Whole weights of the text encoders that are trained; kept by rank 0 alone."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for component in conditioner.trained:
+        found[component] = {}
+        for name, _ in getattr(engine.model, component).named_parameters():
+            weight = engine.gather_weight(f"{component}.{name}", average)
+            if ranks.is_main:
+                found[component][name] = weight
+    return found
+
+
+def get_model_path(config: Config, step: int, average: str | None = None) -> Path:
+    """Where the model of a step, or a moving average, goes: a file, or a folder in diffusers layout."""
+    name = f"step-{step:08d}" + (f"-ema-{average}" if average else "")
     return (
         config.run.folder / "models" / (f"{name}.safetensors" if config.checkpoint.export_format == "single" else name)
     )
 
 
 def write_model(
-    path: Path, unet: Mapping[str, TensorSource], conditioner: TextConditioner, source: ModelSource, config: Config
+    path: Path, weights: Weights, conditioner: TextConditioner, source: ModelSource, config: Config
 ) -> None:
-    """Write the model from this process alone. `unet`: name → tensor, or function that returns it."""
+    """Write the model from this process alone. Components that are not in `weights` are as they were loaded."""
     components = {
-        "unet": unet,
         "text_encoder": conditioner.encoder.state_dict(),
         "text_encoder_2": conditioner.encoder_2.state_dict(),
         "vae": load_vae(source, config.model).state_dict(),
+        **weights,
     }
     write_components(path, components, source, config)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,15 +41,17 @@ from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import list_checkpoints
 from sdxl_trainer.train.conditioning import DeferredConditioner, TextConditioner
+from sdxl_trainer.train.deepspeed_config import DTYPES
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.export import write_model
+from sdxl_trainer.train.groups import build_groups
 from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import finish, fit, state_at
 from sdxl_trainer.train.metrics import MetricsLog
-from sdxl_trainer.train.model import Networks, load_unet
+from sdxl_trainer.train.model import ENCODERS, Networks, load_unet, unlock_encoder
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
-from sdxl_trainer.train.optim import build_optimizer
+from sdxl_trainer.train.optim import build_optimizer, check_engine, check_optimizer
 from sdxl_trainer.train.prompts import load_prompts
 from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
@@ -80,7 +83,7 @@ def guard(run: Run) -> EmergencySaver:
         return state_at(run, first_step + completed)
 
     def export(path: Path) -> None:
-        write_model(path, run.engine.model.unet.state_dict(), run.conditioner, run.source, run.config)
+        write_model(path, {"unet": run.engine.model.unet.state_dict()}, run.conditioner, run.source, run.config)
 
     whole = run.engine.zero_stage < 3
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
@@ -109,7 +112,13 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
 
 def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
     """The index of what will be trained on, and every problem that can be told before a network is loaded."""
-    problems = check_model(config.model) + load_prompts(config.sample, config.objective)[1]
+    problems = [
+        *check_model(config.model),
+        *check_engine(config.engine),
+        *check_optimizer(config.optim, config.engine),
+        *check_encoders(config),
+        *load_prompts(config.sample, config.objective)[1],
+    ]
     train = config.train
     if train.global_batch_size % (train.micro_batch_size * world_size):
         problems.append(
@@ -136,6 +145,13 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
         own, _ = open_validation_index(config)
         problems += check_cached_text(derive_validation_config(config), own) if own else []
     return index, problems
+
+
+def check_encoders(config: Config) -> list[Problem]:
+    """An encoder cannot learn from text that was encoded beforehand."""
+    rates = {f"optim.{name}_lr": getattr(config.optim, f"{name}_lr") for name in ENCODERS if config.cache.text}
+    rule, cure = "trains an encoder, and with cache.text it is not run", "set it to 0, or cache.text: false"
+    return [Problem(key, rate, rule, cure) for key, rate in rates.items() if rate]
 
 
 def check_strategy(config: Config, index: Index | None) -> list[Problem]:
@@ -223,24 +239,36 @@ def count_repeats(
 
 
 def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[Engine, TextConditioner]:
-    """The U-Net under DeepSpeed, and the frozen text encoders, on this rank's device."""
-    unet = load_unet(source, config.engine.gradient_checkpointing).to(ranks.device)
-    train = config.train
+    """What is trained, under DeepSpeed, and the text encoders, which may be part of that, on this rank's device."""
+    train, dtype = config.train, DTYPES[config.engine.precision]
+
+    def load_frozen() -> tuple[torch.nn.Module, torch.nn.Module]:
+        encoder, encoder_2 = load_text_encoders(source, config.model)
+        return encoder.to(ranks.device, dtype), encoder_2.to(ranks.device, dtype)
+
+    loaded = () if config.cache.text else load_text_encoders(source, config.model)
+    encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=False))
+    trained = [name for name in ENCODERS if getattr(config.optim, f"{name}_lr")]
+    for name, encoder in encoders.items():
+        if name in trained:
+            unlock_encoder(encoder, config.engine.gradient_checkpointing)
+        else:
+            encoder.to(ranks.device, dtype)
+    networks = Networks(load_unet(source, config.engine), **{name: encoders[name] for name in trained})
+    networks.to(ranks.device)
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * ranks.world_size)
-    networks = Networks(unet)
+    groups = build_groups(networks, config.optim, source.read_config("unet"))
     engine = Engine(
         networks,
-        build_optimizer(networks, config.optim),
+        build_optimizer(groups, config.optim, config.engine, ranks.device),
         config.engine,
         (train.global_batch_size, train.micro_batch_size, accumulation_steps),
         config.optim.max_grad_norm,
+        config.ema,
     )
-
-    def load_encoders() -> tuple[torch.nn.Module, torch.nn.Module]:
-        encoder, encoder_2 = load_text_encoders(source, config.model)
-        return encoder.to(ranks.device, engine.dtype), encoder_2.to(ranks.device, engine.dtype)
-
-    return engine, DeferredConditioner(load_encoders) if config.cache.text else TextConditioner(*load_encoders())
+    if not encoders:
+        return engine, DeferredConditioner(load_frozen)
+    return engine, TextConditioner(*encoders.values(), trained=trained)
 
 
 def build_validation(

@@ -15,9 +15,9 @@ from sdxl_trainer.train.export import export_model, get_model_path
 from sdxl_trainer.train.metrics import plot_loss
 from sdxl_trainer.train.non_finite import Suspect, find_suspects, give_up_update, spread_non_finite
 from sdxl_trainer.train.objective import SampleKeys
-from sdxl_trainer.train.optim import compute_lr
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.sample import draw_samples
+from sdxl_trainer.train.schedules import compute_lr
 from sdxl_trainer.train.state import TrainState
 from sdxl_trainer.train.validate import validate
 
@@ -179,9 +179,10 @@ def show_progress(run: Run, last: bool = False) -> None:
 
 
 def finish(run: Run) -> None:
-    """Export the model and plot the loss, once the last checkpoint is on disk."""
-    path = get_model_path(run.config, run.state.step)
-    export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks)
+    """Export the model and its moving averages and plot the loss, once the last checkpoint is on disk."""
+    for average in (None, *run.engine.averages):
+        path = get_model_path(run.config, run.state.step, average)
+        export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
     run.checkpoints.wait()
     if run.metrics is not None:
         plot_loss(run.metrics.file, run.folder / "report" / "loss.png")

@@ -7,6 +7,7 @@ import torch
 from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.cache.single_file import load_component
 from sdxl_trainer.cache.text_encoder import encode_text
+from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.train.conditioning import TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -63,8 +64,8 @@ class Networks(torch.nn.Module):
         return torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled
 
 
-def load_unet(source: ModelSource, gradient_checkpointing: bool) -> torch.nn.Module:
-    """SDXL's U-Net in fp32, ready to train."""
+def load_unet(source: ModelSource, config: EngineConfig) -> torch.nn.Module:
+    """SDXL's U-Net in fp32, ready to train, and run in the way that the settings say."""
     from diffusers import UNet2DConditionModel
 
     unet: Any  # diffusers' from_pretrained is typed as a union that is never returned
@@ -74,6 +75,36 @@ def load_unet(source: ModelSource, gradient_checkpointing: bool) -> torch.nn.Mod
         settings = source.read_config("unet")
         unet = UNet2DConditionModel.from_config(settings)
         load_component(unet, source.file, "unet", settings)
-    if gradient_checkpointing:
+    if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if config.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+        unet.conv_in.register_forward_pre_hook(to_channels_last)
+    if config.compile:
+        unet.compile()
     return unet.float().train()
+
+
+def unlock_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
+    """Make a text encoder ready to train.
+
+    The U-Net is told the hidden states before the last layer. Of encoder 1, whose pooled state is not used, what comes
+    after them has no part in the loss and stays frozen.
+    """
+    encoder.train()
+    if gradient_checkpointing:
+        encoder.gradient_checkpointing_enable()
+    unused = (
+        ()
+        if hasattr(encoder, "text_projection")
+        else (f".layers.{encoder.config.num_hidden_layers - 1}.", "final_layer_norm.")
+    )
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(not any(part in f".{name}" for part in unused))
+
+
+def to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A hook: the first convolution's input decides on the layout of all that follows."""
+    return tuple(image.contiguous(memory_format=torch.channels_last) for image in inputs)

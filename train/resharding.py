@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+AVERAGE = "average "  # begins the keys of moving averages, which have a file of their own
 MASTER = "master"  # stands for the fp32 weight itself among the keys of the optimizer's state
 # What else of the optimizer's own file goes with the run and not with the settings.
 LOSS_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "cur_scale", "cur_iter", "last_overflow_iter")
@@ -135,6 +136,15 @@ def _describe_parameters(optimizer: Any, names: Mapping[int, str], rank: int) ->
         for parameter in group
     ]
     return groups, flats
+
+
+def list_masters(optimizer: Any) -> list[torch.Tensor]:
+    """The live tensors that the flats of a layout stand for, in the same order."""
+    kind = next(attribute for attribute in _DESCRIBE if hasattr(optimizer, attribute))
+    if kind == "param_groups":
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    masters = getattr(optimizer, kind)
+    return [master for group in masters for master in group] if kind == "fp32_groups" else list(masters)
 
 
 # By the attribute in which an optimizer of DeepSpeed's keeps its master weights; a plain one has `param_groups` alone.
@@ -256,9 +266,9 @@ class SavedState:
             raise ReshardingError(f"{self._folder} holds {filled} of {numel} values of {name} ({key})")
         return result
 
-    def read_whole(self, name: str) -> torch.Tensor:
-        """A parameter's master weight in its own shape."""
-        return self.read(name).reshape(self.shapes[name])
+    def read_whole(self, name: str, key: str = MASTER) -> torch.Tensor:
+        """A parameter's master weight, or what else `key` names, in its own shape."""
+        return self.read(name, key).reshape(self.shapes[name])
 
     def count_values(self, name: str) -> int:
         """Elements of a whole parameter."""
@@ -273,8 +283,15 @@ class SavedState:
         return None
 
     def _get_flat(self, index: int, number: int, key: str) -> torch.Tensor:
+        if key.startswith(AVERAGE):
+            return self.read_averages(index)["averages"][key.removeprefix(AVERAGE)][number]
         shard = self.load_shard(index)
         return shard.masters[number] if key == MASTER else shard.base["state"][number][key]
+
+    def read_averages(self, index: int = 0) -> dict[str, Any]:
+        """`num_updates` and `averages`, by decay, of the flat tensors of a rank; empty if none were kept."""
+        path = self._folder / f"ema_rank_{index:05d}.pt"
+        return self._read_file(path) if path.is_file() else {"num_updates": 0, "averages": {}}
 
     def _distinct_layouts(self) -> list[Layout]:
         """Without ZeRO every rank holds everything; the first one's will do."""

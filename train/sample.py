@@ -12,7 +12,8 @@ from sdxl_trainer.train.sheets import make_grid, make_strip, write_picture
 
 
 def draw_samples(run: Run) -> Path:
-    """Draw all prompts with the live model: each picture, the grid of the step, and the strip over all steps.
+    """Draw all prompts with the live model, or its first moving average if the settings say so: each picture, the grid
+    of the step, and the strip over all steps.
 
     All ranks call it together. Returns the grid's path.
     """
@@ -20,8 +21,10 @@ def draw_samples(run: Run) -> Path:
     prompts, _ = load_prompts(run.config.sample, run.config.objective)
     vae = load_vae(run.source, run.config.model).to(run.ranks.device)
     painter = Painter(engine.model.unet, vae, run.conditioner, run.tokenizers, run.source, run.config, engine.dtype)
+    average = next(iter(engine.averages), None) if run.config.ema.sample else None
     engine.model.eval()
-    pictures = draw_prompts(painter, prompts, run.ranks, in_step=engine.zero_stage == 3)
+    with engine.use_average(average):
+        pictures = draw_prompts(painter, prompts, run.ranks, in_step=engine.zero_stage == 3)
     engine.model.train()
     run.conditioner.release()
     name = f"step-{run.state.step:08d}"

@@ -17,23 +17,27 @@ from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_enviro
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import MANIFEST, find_checkpoint
 from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.deepspeed_config import DTYPES
 from sdxl_trainer.train.model import ENCODERS, load_unet
 from sdxl_trainer.train.painter import Painter, draw_prompts
 from sdxl_trainer.train.prompts import load_prompts
+from sdxl_trainer.train.saved_weights import check_average, open_weights
 from sdxl_trainer.train.sheets import make_grid, write_picture
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # diffusers' names of predictions in scheduler_config.json, and ours.
 PREDICTIONS = {"v_prediction": "v", "flow_prediction": "flow", "epsilon": "epsilon"}
 
 
-def draw_prompt_file(model: str, prompt_file: Path, out: Path, cfg: Path | None, words: Sequence[str]) -> None:
+def draw_prompt_file(
+    model: str, prompt_file: Path, out: Path, cfg: Path | None, words: Sequence[str], average: str | None = None
+) -> None:
     """Draw every prompt of a file, the ranks sharing them, and write each picture and a contact sheet to `out`.
 
     Args:
         model: single file, diffusers folder, hub id, run folder, or a checkpoint in one.
         cfg: settings; by default the run's own, or what the model says of itself.
         words: settings that override the others.
+        average: decay of the moving average that is taken of a checkpoint, instead of the weights.
 
     Raises:
         UserInputError: anything wrong with the settings, the model or the prompts, all of it at once.
@@ -45,9 +49,9 @@ def draw_prompt_file(model: str, prompt_file: Path, out: Path, cfg: Path | None,
                                                               "sample.prompts=[]", *words])  # fmt: skip
     prompts, found = load_prompts(config.sample, config.objective)
     if rank == 0:  # the others wait for it in init_ranks
-        raise_if_any([*problems, *found, *check_model(config.model)])
+        raise_if_any([*problems, *found, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks()
-    pictures = draw_prompts(load_painter(config, checkpoint, ranks.device), prompts, ranks)
+    pictures = draw_prompts(load_painter(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             write_picture(out / f"{number:03d}.png", picture, prompt.describe())
@@ -107,13 +111,13 @@ def read_prediction(model: Path) -> list[str]:
     return [*words, "objective.zero_terminal_snr=true"] if has_zero_snr and prediction == "v" else words
 
 
-def load_painter(config: Config, checkpoint: Path | None, device: torch.device) -> Painter:
+def load_painter(config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None) -> Painter:
     """The networks on a device, with a checkpoint's weights in the place of the model's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
-    unet = load_unet(source, gradient_checkpointing=False).eval().requires_grad_(False)
+    unet = load_unet(source, config.engine).eval().requires_grad_(False)
     encoders = dict(zip(ENCODERS, load_text_encoders(source, config.model), strict=True))
     if checkpoint is not None:
-        load_trained_weights(checkpoint, {"unet": unet, **encoders})
+        load_trained_weights(checkpoint, {"unet": unet, **encoders}, average)
     vae = load_vae(source, config.model).to(device)
     first, second = (encoder.to(device, dtype) for encoder in encoders.values())
     conditioner = TextConditioner(first, second)
@@ -121,13 +125,10 @@ def load_painter(config: Config, checkpoint: Path | None, device: torch.device) 
     return Painter(unet.to(device, dtype), vae, conditioner, tokenizers, source, config, dtype)
 
 
-def load_trained_weights(checkpoint: Path, networks: dict[str, torch.nn.Module]) -> None:
-    """Replace the networks' weights by the fp32 masters that a checkpoint holds of them, parameter by parameter."""
-    from sdxl_trainer.train.engine import STATE_TAG, map_file
-    from sdxl_trainer.train.resharding import SavedState
-
-    saved = SavedState(checkpoint / STATE_TAG, map_file)
+def load_trained_weights(checkpoint: Path, networks: dict[str, torch.nn.Module], average: str | None = None) -> None:
+    """Replace the networks' weights by the fp32 masters that a checkpoint holds of them, or by a moving average."""
+    weights = open_weights(checkpoint, average)
     for prefix, network in networks.items():
         for name, parameter in network.named_parameters():
-            if saved.has(f"{prefix}.{name}"):
-                parameter.data.copy_(saved.read_whole(f"{prefix}.{name}"))
+            if (read := weights.get(f"{prefix}.{name}")) is not None:
+                parameter.data.copy_(read())

@@ -19,6 +19,7 @@ def build_arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/TRAINING.md)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--ema", metavar="DECAY", help="take this moving average of a checkpoint, such as 0.999")
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the run by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         from sdxl_trainer.train.sample_job import draw_prompt_file
 
-        draw_prompt_file(options.model, options.prompts, options.out, options.cfg, options.overrides)
+        draw_prompt_file(options.model, options.prompts, options.out, options.cfg, options.overrides, options.ema)
 
     return run_program(work)
 

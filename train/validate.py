@@ -22,16 +22,25 @@ Loss = tuple[float, tuple[int, int], float]
 
 
 def validate(run: Run) -> None:
-    """Compute the validation losses of the weights as they are, and write them down. All ranks call it together."""
+    """Compute the validation losses of the weights and of each moving average of them, and write them down.
+
+    All ranks call it together.
+    """
     assert run.validation is not None, "there is something to validate on"
+    values, averages = {}, run.engine.averages
     run.engine.model.eval()
-    with torch.no_grad():
-        losses = compute_validation_losses(run, run.validation)
+    for average in (None, *averages):
+        with run.engine.use_average(average), torch.no_grad():
+            losses = compute_validation_losses(run, run.validation)
+        suffix = f"_ema_{average}" if average else ""
+        means = summarize_losses(losses, run.validation.config.num_bins)
+        values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
     run.engine.model.train()
-    values = summarize_losses(losses, run.validation.config.num_bins)
     if run.metrics is not None:
-        run.metrics.write(run.state.step, {f"validation/{name}": value for name, value in values.items()})
-        logger.info("step {}: validation loss {:.5f} of {} losses", run.state.step, values["loss"], len(losses))
+        run.metrics.write(run.state.step, values)
+        shown = [f"{values['validation/loss']:.5f}"]
+        shown += [f"{values[f'validation/loss_ema_{name}']:.5f} with the average of {name}" for name in averages]
+        logger.info("step {}: validation loss {}", run.state.step, ", ".join(shown))
 
 
 def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[Loss]:

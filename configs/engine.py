@@ -1,0 +1,46 @@
+"""Settings of the engine, `engine`: how state is sharded, in what precision training runs, and how fast."""
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from sdxl_trainer.configs.section import Section
+
+
+class EngineConfig(Section):
+    """DeepSpeed: how state is sharded and in what precision training runs."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16_kahan"] = "bf16"
+    """`bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer; `fp16` scales the loss, and leaves out the
+    steps that overflow. `bf16_kahan` has weights and moments in bf16 alone, and carries what an update loses to
+    rounding on to the next (Kahan summation): half the memory; for `adamw` and `lion`. Both are for ZeRO 1 to 3."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory and update there; ZeRO 1 to 3."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """What computes attention: PyTorch's own, or xformers."""
+    compile: bool = False
+    """Compile the U-Net with `torch.compile`; each bucket's shape is compiled once. Not for ZeRO 3."""
+    channels_last: bool = False
+    """Lay images out with channels last, which suits convolutions on tensor cores."""
+    initial_loss_scale_power: int = Field(16, ge=0, le=32)
+    """`fp16` begins with a loss scale of 2 to this power."""
+    deepspeed: dict[str, Any] = {}
+    """Further DeepSpeed settings, merged over the ones this program makes."""
+
+    @field_validator("precision", "offload_optimizer")
+    @classmethod
+    def _state_is_sharded(cls, value: Any, info: ValidationInfo) -> Any:
+        if value in ("fp16", "bf16_kahan", True) and info.data.get("zero_stage") == 0:
+            raise ValueError("needs engine.zero_stage 1, 2 or 3")
+        return value
+
+    @field_validator("compile")
+    @classmethod
+    def _whole_weights_are_compiled(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("zero_stage") == 3:
+            raise ValueError("needs engine.zero_stage 0, 1 or 2")
+        return value

@@ -1,0 +1,45 @@
+"""The settings of the engine in DeepSpeed's own words."""
+
+from typing import Any
+
+import torch
+
+from sdxl_trainer.configs.engine import EngineConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_kahan": torch.bfloat16}
+
+
+def build_deepspeed_config(config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's JSON for our settings, with the user's own merged over it."""
+    global_batch_size, micro_batch_size, accumulation_steps = batch
+    pure_bf16 = config.precision == "bf16_kahan"
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings: dict[str, Any] = {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {
+            "enabled": DTYPES[config.precision] == torch.bfloat16,
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": pure_bf16,
+            "bf16_optimizer_states": pure_bf16,
+        },
+        "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": config.initial_loss_scale_power},
+        # What is unsound on a shard is refused by check_optimizer; the lists of what DeepSpeed allows are shorter.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return _merge(settings, config.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,50 @@
+"""Learning-rate schedules: pure functions of the step, so a resume needs no scheduler state."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from sdxl_trainer.configs.optim import OptimConfig
+
+
+def compute_lr(step: int, config: OptimConfig, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0)."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    length = max(1, max_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / length)
+    share = SCHEDULES[config.schedule](config, length)(progress)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+
+
+def hold(progress: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def fall_cosine(progress: float, num_cycles: int = 1) -> float:
+    """Half a cosine from 1 to 0, `num_cycles` times in a row."""
+    if progress >= 1:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (num_cycles * progress % 1)))
+
+
+def fall_power(progress: float, power: float = 1.0) -> float:
+    """(1 - progress) to a power; a line with 1."""
+    return (1 - progress) ** power
+
+
+def hold_then_fall(progress: float, decay_share: float) -> float:
+    """1, and over the last `decay_share` a line to 0 (warm-up, stable, decay: arXiv 2404.06395)."""
+    return min(1.0, (1 - progress) / decay_share)
+
+
+# From the settings and the steps after the warm-up to the share of the peak at a progress from 0 to 1.
+SCHEDULES: dict[str, Callable[[OptimConfig, int], Callable[[float], float]]] = {
+    "constant": lambda config, length: hold,
+    "linear": lambda config, length: fall_power,
+    "cosine": lambda config, length: fall_cosine,
+    "cosine_with_restarts": lambda config, length: partial(fall_cosine, num_cycles=config.num_cycles),
+    "polynomial": lambda config, length: partial(fall_power, power=config.power),
+    "wsd": lambda config, length: partial(hold_then_fall, decay_share=min(1.0, config.decay_steps / length)),
+}
