@@ -103,6 +103,7 @@ class Engine:
             for piece in flat.pieces:
                 self._pieces[piece.name].append((number, piece))
         self._set_masters(exact)
+        self._replaced: list[torch.Tensor] = []  # see use_average
         self.ema = Ema(ema.decays, ema.warmup, self._list_masters()) if ema and ema.decays else None
 
     @property
@@ -181,17 +182,15 @@ class Engine:
                 already takes a copy several times faster.
         """
         capture = _Capture(self._engine.checkpoint_engine, self._host_memory if reuse else None)
-        optimizer = self._engine.optimizer
-        prologue = getattr(optimizer, "checkpoint_event_prologue", None)  # ZeRO-3 only: lets go of gathered weights
+        self._put_back_weights()
+        self._release_gathered()
         self._engine.checkpoint_engine = capture
         try:
-            if prologue:
-                prologue()
             self._engine._save_checkpoint("", STATE_TAG, client_state=UNIVERSAL_INFO)
             if self._engine.save_zero_checkpoint:
                 self._engine._save_zero_checkpoint("", STATE_TAG)
-            if prologue and not alone:
-                optimizer.checkpoint_event_epilogue()
+            if not alone:
+                self._gather_again()
         finally:
             self._engine.checkpoint_engine = capture.replaced
         files, rank = capture.files, f"rank_{self._layout.rank:05d}.pt"
@@ -259,9 +258,7 @@ class Engine:
         """Hand a rank's files, made for this very layout, to DeepSpeed."""
         optimizer, model = self._engine.optimizer, shard.model
         assert model is not None
-        prologue = getattr(optimizer, "checkpoint_event_prologue", None)
-        if prologue:
-            prologue()
+        self._release_gathered()
         self._engine.load_module_state_dict(model)
         if self.zero_stage:
             shards = [None] * self._engine.world_size
@@ -271,8 +268,7 @@ class Engine:
             optimizer.load_state_dict(shard.owner)
         for counter in ("global_steps", "global_samples", "skipped_steps"):
             setattr(self._engine, counter, model[counter])
-        if prologue:
-            optimizer.checkpoint_event_epilogue()
+        self._gather_again()
 
     def gather_weight(self, name: str, average: str | None = None) -> torch.Tensor:
         """One parameter whole, in fp32 from the masters, on the CPU. All ranks ask for the same one together.
@@ -294,19 +290,39 @@ class Engine:
     def use_average(self, average: str | None) -> Iterator[None]:
         """Within it the model has a moving average for its weights; None leaves it as it is. All ranks enter together.
 
-        There is no saving within: what the model holds is not what is trained.
+        A rank keeps what it holds of the weights meanwhile, and puts it back without the others, who may be dead then.
         """
         if average is None:
             yield
             return
-        own = [flatten(master).clone() for master in self._list_masters()] if self.zero_stage == 0 else None
-        self._torn = True
-        self._set_weights(self._list_flats(average))
+        self._replaced = [weight.clone() for weight in self._list_local_weights()]
         try:
+            self._set_weights(self._list_flats(average))
             yield
         finally:
-            self._set_weights(own or self._list_flats())
-            self._torn = False
+            self._put_back_weights()
+
+    def _put_back_weights(self) -> None:
+        """Undo what `use_average` has replaced, if anything."""
+        if self._replaced:
+            for weight, replaced in zip(self._list_local_weights(), self._replaced, strict=True):
+                weight.copy_(replaced)
+            self._replaced = []
+
+    def _list_local_weights(self) -> list[torch.Tensor]:
+        """What this rank holds of the trained weights between steps: under ZeRO-3 its share of each, else all."""
+        self._release_gathered()
+        return [getattr(self._parameters[name], "ds_tensor", self._parameters[name]).data for name in self._pieces]
+
+    def _release_gathered(self) -> None:
+        """Let go of weights that ZeRO-3 has gathered."""
+        if self.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()
+
+    def _gather_again(self) -> None:
+        """Gather those weights that ZeRO-3 keeps gathered."""
+        if self.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
 
     def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
         """This rank's part of the masters, or of an average of theirs, as flat fp32 tensors."""
