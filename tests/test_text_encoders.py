@@ -9,9 +9,13 @@ import torch
 from conftest import run_program
 from safetensors.torch import load_file
 
+from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.metrics import read_metrics
 from sdxl_trainer.train.model import Networks, unlock_encoder
+from sdxl_trainer.train.sample_job import load_painter
+from sdxl_trainer.train.saved_weights import check_average
 from sdxl_trainer.train.tiny import build_tiny_text_encoders, build_tiny_unet
 
 SETTINGS = (
@@ -72,7 +76,7 @@ def test_another_stage_and_number_of_ranks_goes_on_the_same(trained_run: Path, c
     part = cached_folder / "runs" / "te-resumed"
     shutil.copytree(trained_run / "checkpoints" / "step-00000002", part / "checkpoints" / "step-00000002")
     shutil.copytree(trained_run / "logs", part / "logs", ignore=shutil.ignore_patterns("tensorboard"))
-    words = (*SETTINGS, "engine.zero_stage=3", "sample.prompts=[]")
+    words = (*SETTINGS, "engine.zero_stage=1", "sample.prompts=[]")
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te-resumed", *words)
     losses, expected = read_losses(part), read_losses(trained_run)
     assert len(losses) == 4
@@ -96,3 +100,21 @@ def test_the_exported_file_holds_what_was_trained(trained_run: Path, one_rank: P
     assert not any(key.startswith("first_stage_model.") for key in changed)
     for key in (f"{encoder}encoder.layers.0.mlp.fc1.weight", "model.diffusion_model.out.2.weight"):
         assert not mean[key].equal(now[key]) and (mean[key] - now[key]).abs().max() < 5e-3, key
+
+
+def test_an_average_is_taken_out_of_a_checkpoint(trained_run: Path, tmp_path: Path, capsys) -> None:
+    """By `convert.py`, as training exported it, and for samples; one that was not kept is refused."""
+    exported = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
+    target = tmp_path / "average.safetensors"
+    assert main([str(trained_run), str(target), "--ema", "0.9", "--dtype", "fp32"]) == 0
+    taken = load_file(target)
+    assert taken.keys() == exported.keys() and all(taken[key].equal(exported[key]) for key in taken)
+    checkpoint = trained_run / "checkpoints" / "step-00000004"
+    config, _ = load_config(trained_run / "config.yaml")
+    painter = load_painter(config, checkpoint, torch.device("cpu"), "0.9")
+    assert painter.unet.conv_out.weight.equal(exported["model.diffusion_model.out.2.weight"])
+    projection = painter.conditioner.encoder_2.text_projection.weight
+    assert projection.T.equal(exported["conditioner.embedders.1.model.text_projection"])
+    assert main([str(trained_run), str(target), "--ema", "0.99"]) == 2
+    assert "give one of 0.9" in capsys.readouterr().err
+    assert "needs a checkpoint" in check_average(None, "0.9")[0].rule

@@ -1,6 +1,7 @@
 """Validation and samples: the same on any number of ranks, and training does not notice them."""
 
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     words = ("--cfg", cached_folder / "tiny.yaml", f"run.dir={folder}", f"validation.image_dirs=[{folder / 'own'}]",
              f"validation.cache_dir={folder / 'own'}", "validation.timesteps_per_sample=2",
              "validation.at_start=true", "sample.prompts=[]", f"sample.prompt_file={folder / 'prompts.txt'}",
-             "sample.num_inference_steps=2", "train.max_steps=4", "checkpoint.every_steps=0")  # fmt: skip
+             "sample.num_inference_steps=2", "train.max_steps=4", "checkpoint.every_steps=0",
+             "ema.decays=[0.5]", "ema.sample=false")  # fmt: skip
     run_program("train/main.py", *words, "run.name=ranks-1", "validation.every_steps=2", "sample.every_steps=2")
     run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
     return {ranks: folder / f"ranks-{ranks}" for ranks in (1, 2)}
@@ -70,8 +72,16 @@ def test_the_validation_loss_is_the_same_on_any_number_of_ranks(validated: dict[
         assert first.keys() == second.keys() and any("128x128" in name for name in first)
         for name, value in first.items():  # the weights themselves agree to rounding only, once they were trained
             assert value == pytest.approx(second[name], rel=1e-6 if first["step"] == 0 else 1e-5), name
-    bins = {name: value for name, value in one[0].items() if name.startswith("validation/loss_t")}
+    bins = {name: value for name, value in one[0].items() if re.fullmatch(r"validation/loss_t[\d-]+", name)}
     assert 6 <= len(bins) <= 10 and min(bins.values()) < one[0]["validation/loss"] < max(bins.values())
+
+
+def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -> None:
+    first, _, last = read_numbers(validated[1], "validation/loss")
+    names = {name for name in first if name.startswith("validation/") and "_ema_" not in name}
+    assert {f"{name}_ema_0.5" for name in names} == {name for name in first if "_ema_" in name} and len(names) > 8
+    assert all(first[f"{name}_ema_0.5"] == first[name] for name in names)  # it begins as the weights
+    assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
 
 
 def test_pictures_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(validated: dict[int, Path]) -> None:
