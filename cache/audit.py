@@ -3,9 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from loguru import logger
 
-from sdxl_trainer.cache.convert import adopt_files, remove_replaced, repack
+from sdxl_trainer.cache.adopt import TextAdopter, adopt_files
+from sdxl_trainer.cache.captioning import (
+    identify_text,
+    is_text_state_current,
+    list_text_shapes,
+    plan_text,
+    start_text,
+)
+from sdxl_trainer.cache.convert import remove_replaced, repack
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.job import build_identities, open_index, write_identities
 from sdxl_trainer.cache.lock import lock_cache
@@ -62,7 +71,7 @@ def unpack_cache(config: Config, problems: list[Problem]) -> None:
 
 
 def adopt_cache(config: Config, problems: list[Problem]) -> None:
-    """List latent files of other programs in a manifest, after checking and hashing them.
+    """List latent files and text encoder outputs of other programs in a manifest, after checking and hashing them.
 
     Raises:
         BadCacheError: some files do not fit the settings; they are named, the others are listed.
@@ -76,9 +85,10 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     identities, rule = build_identities(config, hash_weights(vae)), build_bucket_rules(config.data)[""]
     with lock_cache(folder):
         write_identities(folder, identities)
+        text = build_text_adopter(config, folder) if config.cache.text else None
         manifest = ManifestWriter(folder, 0)
         adopted, bad = 0, []
-        for key, found in adopt_files(folder, index, read_latest(folder), identities[""], rule):
+        for key, found in adopt_files(folder, index, read_latest(folder), identities[""], rule, text):
             if isinstance(found, Entry):
                 manifest.append(found)
                 adopted += 1
@@ -86,9 +96,17 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
                 logger.error("{} is not adopted: {}", key, found)
                 bad.append(key)
         manifest.close()
-    logger.info("{} latent files adopted, {} not", adopted, len(bad))
+    logger.info("{} pictures' files adopted, {} not", adopted, len(bad))
     if bad:
-        raise BadCacheError(f"{len(bad)} latent files do not fit the settings and were not adopted")
+        raise BadCacheError(f"{len(bad)} files do not fit the settings and were not adopted")
+
+
+def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
+    """What checks text encoder outputs against the settings; what all of them have in common is made if need be."""
+    identity = identify_text(config, folder)
+    if not is_text_state_current(folder, identity):
+        start_text(config, identity, folder, torch.device("cpu"), is_main=True)
+    return TextAdopter(plan_text(config, identity), list_text_shapes(config), folder)
 
 
 def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:

@@ -1,6 +1,7 @@
 """Which text encoder outputs the settings ask for, and the networks that make them, loaded only where there is work."""
 
 import hashlib
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,17 @@ def build_variants(config: Config) -> CaptionVariants:
     return CaptionVariants(build_caption_settings(config), config.cache.text_variants, strategy)
 
 
-def plan_text(config: Config, identity: TextIdentity) -> TextPlan:
-    """The outputs that are wanted, and what they take."""
+def list_text_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the arrays that the encoders make of a caption, as in data/text_outputs.py."""
     source = resolve_model(config.model)
     widths = [source.read_config(name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
-    values = (config.data.max_tokens + 2) * sum(widths) + source.read_config("text_encoder_2")["projection_dim"]
+    length = config.data.max_tokens + 2  # of all windows, whose inner beginnings and ends are left out
+    return (length, widths[0]), (length, widths[1]), (source.read_config("text_encoder_2")["projection_dim"],)
+
+
+def plan_text(config: Config, identity: TextIdentity) -> TextPlan:
+    """The outputs that are wanted, and what they take."""
+    values = sum(math.prod(shape) for shape in list_text_shapes(config))
     caption_bytes = values * DTYPE_BYTES[config.cache.dtype]
     return TextPlan(build_variants(config), identity, caption_bytes, in_shards=config.cache.format == "shards")
 

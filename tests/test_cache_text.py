@@ -271,3 +271,31 @@ def test_a_cache_that_was_adopted_gets_text_of_kohyas_name(filled, tmp_path):
     }
     assert all(replace(entry).adopted for entry in read_latest(folder).values())
     assert run_job(*words, TEXT, "--verify") == 0
+
+
+def test_text_of_other_programs_is_adopted_if_it_fits(filled, tmp_path, capsys):
+    folder = tmp_path / "latents"
+    shutil.copytree(filled / "npz", folder)
+    texts = hash_texts(folder)
+    for path in (*folder.glob("manifest/*"), folder / "text.json"):
+        path.unlink()
+    before = list_files(folder)
+    wrong, gone, torn, *_ = sorted(texts)
+    with np.load(folder / f"{wrong}_te_outputs.npz") as arrays:
+        np.savez(folder / f"{wrong}_te_outputs.npz", **{key: array[:-1] for key, array in arrays.items()})
+    (folder / f"{gone}_te_outputs.npz").unlink()
+    (folder / f"{torn}_te_outputs.npz").write_bytes((folder / f"{torn}_te_outputs.npz").read_bytes()[:-9])
+    words = (filled / "settings.yaml", f"cache.dir={folder}")
+    assert run_job(*words, "--adopt") == 0 and hash_texts(folder) == {}  # not asked for
+    assert run_job(*words, TEXT, *SHUFFLED, "--adopt") == 1
+    assert "hidden_state1_v1" in capsys.readouterr().err and hash_texts(folder) == {}  # three captions each are wanted
+    assert run_job(*words, TEXT, "--adopt") == 1
+    said = capsys.readouterr().err
+    assert f"{wrong} is not adopted" in said and f"{torn} is not adopted" in said and gone not in said
+    assert "the settings give [77, " in said
+    left = {key: digest for key, digest in texts.items() if key not in (wrong, gone, torn)}
+    assert len(left) == 5 and hash_texts(folder) == left
+    assert run_job(*words, TEXT, "--verify") == 0
+    assert run_job(*words, TEXT) == 0 and get_report(folder)["encoded"] == 3 and hash_texts(folder) == texts
+    kept = [f"{key}{end}" for key in left for end in (".npz", "_te_outputs.npz")]
+    assert all(list_files(folder)[name] == before[name] for name in kept)
