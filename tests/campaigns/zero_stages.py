@@ -46,7 +46,8 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
     def train(config: Config) -> tuple[list[float], list[str], Ranks]:
         index, ranks = set_up(config, [])
         run, batches = build(config, index, ranks)
-        before = {name: run.engine.gather_weight(name) for name, _ in run.engine.model.named_parameters()}
+        if not before:  # the same under every stage; without ZeRO no rank has to ask another
+            before.update({name: run.engine.gather_weight(name) for name, _ in run.engine.model.named_parameters()})
         losses = []
         for step in range(steps):
             result = train_step(run, batches, compute_lr(step, config.optim, config.train.max_steps))
@@ -54,6 +55,7 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
             losses.append(result.loss)
         return losses, find_thawed(run, before), ranks
 
+    before: dict[str, Any] = {}
     found, wrong = {}, []
     for stage in STAGES:
         name = f"stage-{stage}-ranks-{os.environ.get('WORLD_SIZE', 1)}"
@@ -70,16 +72,17 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
 def find_thawed(run: Any, before: dict[str, Any]) -> list[str]:
     """What is wrong with the parts that should be frozen."""
     parameters = dict(run.engine.model.named_parameters())
-    changed = {name for name in parameters if not run.engine.gather_weight(name).equal(before[name])}  # all ranks
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    looked_at = frozen if run.engine.zero_stage else list(parameters)  # what is trained takes a collective each
+    changed = {name for name in looked_at if not run.engine.gather_weight(name).equal(before[name])}
     layout = next(content for name, content in run.engine.capture_state().items() if "layout" in name)
-    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
     wrong = [f"{name} has a gradient" for name in frozen if parameters[name].grad is not None]
-    wrong += [f"{name} is frozen and has changed" for name in frozen & changed]
-    wrong += [f"{name} is trained and has not changed" for name in parameters.keys() - frozen - changed
-              if name.endswith("weight")]  # fmt: skip
+    wrong += [f"{name} is frozen and has changed" for name in frozen if name in changed]
+    wrong += [f"{name} is trained and has not changed" for name in looked_at
+              if name not in changed and name not in frozen and name.endswith("weight")]  # fmt: skip
     if not any("mid_block" in name for name in frozen) or not any("text_encoder." in name for name in frozen):
         wrong.append("nothing is frozen")
-    if set(layout["shapes"]) != parameters.keys() - frozen:
+    if set(layout["shapes"]) != parameters.keys() - set(frozen):
         wrong.append("the optimizer has not exactly what is trained")
     for name, parameter in run.conditioner.encoder_2.named_parameters():
         if parameter.requires_grad or parameter.grad is not None:
@@ -88,8 +91,8 @@ def find_thawed(run: Any, before: dict[str, Any]) -> list[str]:
 
 
 def compare(settings: Path, ranks: Sequence[int], steps: int, words: Sequence[str] = ()) -> tuple[dict, list[str]]:
-    """Train on each number of ranks. Returns the losses by (ranks, stage), and what is
-    wrong with frozen parts."""
+    """Train on each number of ranks. Returns the losses by (ranks, stage), and what is wrong with frozen
+    parts."""
     losses, wrong = {}, []
     for number in ranks:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
