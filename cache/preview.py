@@ -27,6 +27,7 @@ from sdxl_trainer.data.index import Index, open_latent_index
 from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_specs
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.strategy import compute_repeats, load_strategy
+from sdxl_trainer.data.weights import check_use, weigh_sources
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, check_checkout, end_program, run_program
 
@@ -51,10 +52,11 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_picture
     if len(index) == 0:
         raise UserInputError([Problem("cache.dir", get_cache_folder(config), "holds no latents of these records",
                                       "run bash launch/cache.sh first, or set cache.on_missing: encode")])  # fmt: skip
-    raise_if_any(check_flip(config, index))
+    raise_if_any(check_flip(config, index) + check_use(config.data, index))
     source = resolve_model(config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None
+    repeats = weigh_sources(index, repeats, config.data.weights)
     shuffle_shards = config.data.stream.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)

@@ -7,7 +7,7 @@ Relative paths are taken from the working directory.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
@@ -86,6 +86,10 @@ class DataConfig(Section):
     """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
     beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without
     pictures latent files (.npz) stand in for them."""
+    weights: list[NonNegativeFloat] = []
+    """How often samples of each entry of `data.metadata` come in an epoch, or, without metadata, of each folder of
+    `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Multiplied with the repeats of `data.strategy`; a
+    fraction is kept over the epochs, and 0 leaves an entry out. Empty: once each."""
     regularisation_dirs: list[Path] = []
     """Folders of regularisation pictures (prior preservation), besides `data.image_dirs`. In metadata such records have
     `is_reg: true` instead. Their loss counts `objective.prior_loss_weight`."""

@@ -15,7 +15,7 @@ import orjson
 
 from sdxl_trainer.data.folders import strip_suffix
 from sdxl_trainer.data.json_stream import Piece, iterate_pieces
-from sdxl_trainer.data.sources import BASE, NAME, NPZ, Items, detect_form, read_piece, read_source
+from sdxl_trainer.data.sources import BASE, NAME, NPZ, SOURCE, Items, detect_form, read_piece, read_source
 
 Place = tuple[str, int, int]  # tar, offset and bytes of latents that came with a record
 
@@ -38,6 +38,7 @@ class Block:
     bases: list[str]  # folder that a relative path of the record is relative to
     names: list[str | None]  # the picture's path, where it was the record's key
     places: list[Place | None]
+    sources: list[int]  # number of the setting's entry
     rows: list[Any]  # holds the FIELDS: dicts, or Fields
 
     def column(self, name: str) -> list[Any]:
@@ -49,13 +50,15 @@ class Block:
 
 def build_block(items: Items) -> Block:
     """Records of any form as a block."""
-    bases, names, places = ([fields.pop(name, None) for _, fields in items] for name in (BASE, NAME, NPZ))
+    special = (BASE, NAME, NPZ, SOURCE)
+    bases, names, places, sources = ([fields.pop(name, None) for _, fields in items] for name in special)
     return Block(
         keys=[key for key, _ in items],
         contents=[orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in items],
         bases=[base or "" for base in bases],
         names=names,
         places=places,
+        sources=[source or 0 for source in sources],
         rows=[fields for _, fields in items],
     )
 
@@ -98,7 +101,7 @@ def _decode_piece(piece: Piece, base: str) -> Block | None:
         return None
     spans = zip(piece.starts.tolist(), (piece.ends + 1).tolist(), strict=True)
     contents = [piece.text[start:end] for start, end in spans]
-    return Block(keys, contents, bases, names, [None] * len(keys), rows)
+    return Block(keys, contents, bases, names, [None] * len(keys), [0] * len(keys), rows)
 
 
 def _is_utf8(text: bytes) -> bool:

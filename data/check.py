@@ -21,6 +21,7 @@ from sdxl_trainer.data.records import check_sources
 from sdxl_trainer.data.regularisation import check_regularisation
 from sdxl_trainer.data.remote import is_remote
 from sdxl_trainer.data.uncached import Encoding
+from sdxl_trainer.data.weights import check_use, check_weights
 
 
 def get_cache_folder(config: Config) -> Path:
@@ -44,7 +45,8 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
 
 def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     """Open the index of all records, and say what is wrong with the data settings or the data as a whole."""
-    problems = check_sources(config.data.metadata, config.data.image_dirs) + check_regularisation(config.data)
+    problems = check_sources(config.data.metadata, config.data.image_dirs)
+    problems += check_regularisation(config.data) + check_weights(config.data)
     if config.cache.dir is None and config.data.metadata and is_remote(config.data.metadata[0]):
         rule = "must be set where data.metadata is a URL: a local folder for the index"
         problems.append(Problem("cache.dir", None, rule, "set it to a folder with some space"))
@@ -131,7 +133,7 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
         )
     problems += check_copies(config, index)
-    problems += check_flip(config, index)
+    problems += check_flip(config, index) + check_use(config.data, index)
     leave_out_bad(config, index, resuming)
     return index, problems
 

@@ -31,7 +31,7 @@ from sdxl_trainer.data.records import RECORD_SCHEMA, PictureFinder, Record, fini
 from sdxl_trainer.data.rows import RowReader
 from sdxl_trainer.data.sources import expand_sources
 
-VERSION = 7  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 8  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 65_536
 KEPT_FILES = 3  # of records and of latents, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
@@ -141,7 +141,8 @@ def open_record_index(
     files = [file for source in local for file in source.files]
     names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs])
     sources = files or sidecars  # with metadata, folders only say where pictures are
-    words = [*map(str, [*files, *image_dirs]), names, separator, *map(str, regularisation_dirs)]
+    counts = [str(len(source.files)) for source in local]  # which files are one source
+    words = [*map(str, [*files, *image_dirs]), *counts, names, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]

@@ -4,6 +4,7 @@ Sources wait in a file, not in memory; only numbers are kept of each record whil
 """
 
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,7 +15,7 @@ import orjson
 import pyarrow as pa
 
 from sdxl_trainer.data.blocks import Block, build_block, read_blocks
-from sdxl_trainer.data.sources import NAME, NPZ, ROWS_AT_ONCE, Items, read_source
+from sdxl_trainer.data.sources import NAME, NPZ, ROWS_AT_ONCE, SOURCE, Items, read_source
 
 STAGE_SCHEMA = pa.schema([("key", pa.string()), ("fields", pa.binary())])
 MAX_SHOWN = 20  # items that an error lists
@@ -25,7 +26,7 @@ class TwinError(ValueError):
 
 
 def iterate_blocks(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Block]:
-    """The records of all sources, each key once, in the order of their first appearance.
+    """The records of all sources, each key once, in the order of their first appearance, of which their source tells.
 
     Args:
         sources: the files of each. What one setting names, be it many files, is one source.
@@ -107,7 +108,9 @@ def _merge(table: pa.Table, starts: list[int]) -> Iterator[Items]:
             fields: dict = {}
             for row in order[begin:end].tolist():
                 fields.update(orjson.loads(contents[row].as_py()))
-            items.append((keys[int(order[begin])].as_py(), fields))
+            first_row = int(order[begin])
+            fields[SOURCE] = bisect_right(starts, first_row) - 1
+            items.append((keys[first_row].as_py(), fields))
             begin = end
         yield items
 

@@ -27,7 +27,7 @@ from sdxl_trainer.data.folders import (
     walk_pictures,
 )
 from sdxl_trainer.data.remote import StoreError, describe_objects, is_remote
-from sdxl_trainer.data.sources import ROWS_AT_ONCE, Items, expand_sources
+from sdxl_trainer.data.sources import ROWS_AT_ONCE, SOURCE, Items, expand_sources
 
 Record = dict[str, Any]
 RECORD_SCHEMA = pa.schema(
@@ -40,6 +40,7 @@ RECORD_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("offset", pa.int64()),  # of the latents in the shard; null: no shard
         ("bytes", pa.int64()),
+        ("source", pa.int32()),  # number of the entry of the settings where it first appears
     ]
 )
 
@@ -83,13 +84,15 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
 
 
 def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = ()) -> Iterator[Items]:
-    """Pictures with the captions beside them, as a source of records; those of the second kind have `is_reg`."""
-    for roots, marks in ((image_dirs, {}), (regularisation_dirs, {"is_reg": True})):
-        for folder, names, everything in walk_pictures(roots):
+    """Pictures with the captions beside them, each folder a source; those of the second kind have `is_reg`."""
+    roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
+    for source, (root, marks) in enumerate(roots):
+        for folder, names, everything in walk_pictures([root]):
             for start in range(0, len(names), ROWS_AT_ONCE):
                 yield [
                     (strip_suffix(name, always=True), {"image_path": os.path.join(folder, name),
-                                                       "caption": read_sidecar(folder, name, everything), **marks})
+                                                       "caption": read_sidecar(folder, name, everything),
+                                                       SOURCE: source, **marks})
                     for name in names[start : start + ROWS_AT_ONCE]
                 ]  # fmt: skip
 
@@ -117,6 +120,7 @@ def finish_block(block: Block, finder: "PictureFinder", separator: str) -> pa.Re
         np.ascontiguousarray(widths_heights[:, 1]),
         [place and place[1] for place in block.places],
         [place and place[2] for place in block.places],
+        block.sources,
     ]
     arrays = [pa.array(column, kind) for column, kind in zip(columns, RECORD_SCHEMA.types, strict=True)]
     return pa.record_batch(arrays, RECORD_SCHEMA)

@@ -26,6 +26,7 @@ Reader = Callable[[Path], Iterator[Items]]
 
 BASE = "//base"  # folder that a relative path of the record is relative to
 NAME = "//name"  # the picture's path, where it was the record's key
+SOURCE = "//source"  # number of the setting's entry that the record comes from
 NPZ = "//npz"  # (tar, offset, bytes) of the latents that came with the record
 ROWS_AT_ONCE = 8192
 PATH_FIELDS = ("image_path", "file_name")  # ours, and that of Hugging Face's image folders

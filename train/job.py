@@ -37,6 +37,7 @@ from sdxl_trainer.data.strategy import (
     try_strategy,
 )
 from sdxl_trainer.data.tokens import CaptionTokenizer
+from sdxl_trainer.data.weights import weigh_sources
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import list_checkpoints
@@ -228,12 +229,13 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
 def count_repeats(
     config: Config, index: Index, held_out: np.ndarray, strategy: Strategy | None, ranks: Ranks
 ) -> np.ndarray | None:
-    """How often each row comes in an epoch, None for once each: by the strategy, without rows that are bad or held out,
-    and regularisation samples as often as is wanted."""
+    """How often each row comes in an epoch, None for once each: by the strategy and its source's weight, without rows
+    that are bad or held out, and regularisation samples as often as is wanted."""
     repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
     if len(held_out):
         logger.info("{} of {} samples are held out of training", len(held_out), len(index))
     repeats = leave_out(held_out, len(index), leave_out_rows(config, index, repeats))
+    repeats = weigh_sources(index, repeats, config.data.weights)
     regular = broadcast_object(find_regularisation(index) if ranks.is_main else None)
     return balance_regularisation(regular, len(index), repeats, config.data.regularisation_repeats)
 
