@@ -1,9 +1,10 @@
-"""Files that are either whole or absent, and their checksums.
+"""Files that are either whole or absent, their checksums, and stretches of bytes that are read as files.
 
 A file is written under a temporary name, flushed to disk, then renamed.
 """
 
 import hashlib
+import io
 import os
 import uuid
 from collections.abc import Iterator
@@ -43,6 +44,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class SeekableBytes(io.RawIOBase):
+    """A stretch of bytes as a file to seek in. Whoever inherits from it reads from `_place` on and moves it.
+
+    Args:
+        size: of the stretch, in bytes.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._bytes, self._place = size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._bytes}[whence]
+        self._place = max(0, start + offset)
+        return self._place
 
 
 def hash_file(path: Path) -> str:

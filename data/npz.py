@@ -16,6 +16,8 @@ from functools import lru_cache
 import numpy as np
 from isal.isal_zlib import crc32  # thirty times as fast as zlib's
 
+from sdxl_trainer.data.files import SeekableBytes
+
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 SIGNATURE, DATA_DESCRIPTOR, STORED, ZIP64 = b"PK\x03\x04", 0x08, 0, 0x0001
 DIRECTORY, END_SIGNATURE, END_SIZE = b"PK\x01\x02", b"PK\x05\x06", 22
@@ -43,28 +45,15 @@ def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: 
     return arrays if arrays is not None else _load_any(bytes(content), limits)
 
 
-class SpanReader(io.RawIOBase):
+class SpanReader(SeekableBytes):
     """Bytes [offset, offset + size) of an open file, as a file: lets zipfile read an archive that lies in a shard."""
 
     def __init__(self, descriptor: int, offset: int, size: int):
-        self._descriptor, self._offset, self._size = descriptor, offset, size
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        self._place = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
+        super().__init__(size)
+        self._descriptor, self._offset = descriptor, offset
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._place)
+        left = max(0, self._bytes - self._place)
         content = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._place)
         self._place += len(content)
         return content

@@ -7,7 +7,6 @@ waits. What then still fails is no fault of a sample: it ends the job, whose sta
 
 import asyncio
 import errno
-import io
 import os
 import random
 import re
@@ -22,6 +21,8 @@ from typing import Any
 
 import fsspec
 from fsspec.registry import known_implementations
+
+from sdxl_trainer.data.files import SeekableBytes
 
 ATTEMPTS, FEW_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
@@ -154,7 +155,7 @@ def download(url: str, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(SeekableBytes):
     """An object as a file to read and seek in. It reads windows around where it is asked and keeps the last ones.
 
     Args:
@@ -165,25 +166,10 @@ class RemoteFile(io.RawIOBase):
     KEPT = 4  # windows
 
     def __init__(self, item: StoredObject, before: int = 0, after: int = 4 << 20):
-        super().__init__()
+        super().__init__(item.size)
         self._item = item
         self._before, self._after = before, after
-        self._place = 0
         self._windows: list[tuple[int, bytes]] = []
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._item.size}[whence]
-        self._place = max(0, start + offset)
-        return self._place
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, unless the object ends before.
