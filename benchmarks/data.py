@@ -7,6 +7,7 @@ Samples: latents of 1024² px in float32, as npz files and in shards, with capti
 has, that are shuffled and tokenised for both encoders: by the vocabulary of an installed open_clip_torch, else by that
 of the tiny model, which splits words into three times as many tokens. All of it lies in the page cache.
 Beside it, in the same run: bare reads of the same bytes, `np.load`, and webdataset's reader.
+Checks: what looking at 200 thousand latent files, or placing as many pictures without latents, takes at the start.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import webdataset
+from data_checks import time_checks
 from data_start import make_set, start_process
 from harness import ROOT, Figure, finish
 
@@ -39,6 +41,7 @@ from sdxl_trainer.data.tokens import END, CaptionTokenizer, find_installed_vocab
 MILLION = 1_000_000
 BUCKET = (1024, 1024)
 NUM_SAMPLES, QUICK_SAMPLES, SAMPLES_A_SHARD = 4000, 600, 500
+NUM_FILES, QUICK_FILES = 200_000, 5000
 MICRO_BATCH, GLOBAL_BATCH = 4, 64
 TURNS = 3  # the best of so many counts, for ours and for what stands beside it
 WORDS = (
@@ -53,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="within a minute: 20 thousand records, 600 samples")
     parser.add_argument("--records", type=int, default=MILLION, help="how many the start is measured with (a million)")
-    parser.add_argument("--only", choices=("start", "samples"), help="measure just this")
+    parser.add_argument("--only", choices=("start", "samples", "checks"), help="measure just this")
     parser.add_argument(
         "--work",
         type=Path,
@@ -64,10 +67,13 @@ def main() -> int:
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        if arguments.only != "samples":
+        if arguments.only in (None, "start"):
             figures |= measure_start(work / "start", 20_000 if arguments.quick else arguments.records)
-        if arguments.only != "start":
+        if arguments.only in (None, "samples"):
             figures |= measure_samples(work / "samples", QUICK_SAMPLES if arguments.quick else NUM_SAMPLES)
+        if arguments.only in (None, "checks"):
+            times = time_checks(work / "checks", QUICK_FILES if arguments.quick else NUM_FILES)
+            figures |= {name: Figure(value, "<=") for name, value in times.items()}
     return finish("data", figures)
 
 

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, starmap
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from sdxl_trainer.data.bucket import BucketRule, Placement, Size, list_buckets, 
 from sdxl_trainer.data.shards import encode_key
 
 NUM_THREADS = 16
-AT_ONCE = 4096
+MAX_SIZES = 65_536  # of pictures that are kept with their buckets: many have the same
+AT_ONCE, A_TASK = 16_384, 256  # pictures: a task for each would cost more than asking for its file
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def place_uncached(records: pa.Table, rows: np.ndarray, prefix: str, encoding: E
 
     rule = dict(encoding.rules)[prefix]
     buckets = list_buckets(rule)
+    choose = lru_cache(maxsize=MAX_SIZES)(lambda size: place_image(size, rule, buckets))
 
     def place(row: int, key: str, image: str, width: int, height: int) -> Uncached | tuple[str, str]:
         size = (width, height)
@@ -70,11 +74,13 @@ def place_uncached(records: pa.Table, rows: np.ndarray, prefix: str, encoding: E
             except BadImageError as error:
                 return prefix + key, str(error)
         file = choose_file(prefix + key, image, encoding.beside)
-        return Uncached(row, prefix, file, size, place_image(size, rule, buckets))
+        return Uncached(row, prefix, file, size, choose(size))
 
     columns = [records.column(name) for name in ("key", "image_path", "width", "height")]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for start in range(0, len(rows), AT_ONCE):
             some = rows[start : start + AT_ONCE]
-            values = (column.take(pa.array(some)).to_pylist() for column in columns)
-            yield from pool.map(place, some.tolist(), *values)
+            values = [column.take(pa.array(some)).to_pylist() for column in columns]
+            pictures = list(zip(some.tolist(), *values, strict=True))
+            tasks = [pictures[first : first + A_TASK] for first in range(0, len(pictures), A_TASK)]
+            yield from chain.from_iterable(pool.map(lambda task: list(starmap(place, task)), tasks))

@@ -1,0 +1,64 @@
+"""Looking at many latent files and pictures before training: what `data.check` and `cache.on_missing: encode` cost at
+the start. Part of data.py."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from sdxl_trainer.data.bucket import BucketRule
+from sdxl_trainer.data.check_latents import find_bad_latents
+from sdxl_trainer.data.index import open_latent_index, open_record_index
+from sdxl_trainer.data.latents import LatentSample, pack_latents
+from sdxl_trainer.data.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.uncached import Encoding, place_uncached
+
+FILES_A_FOLDER = 1000
+RULE = BucketRule(1024, 256, 2048, 64, False)
+KEPT = 1024  # bytes at both ends of a file that are written; between them is a hole
+
+
+def time_checks(folder: Path, number: int) -> dict[str, float]:
+    """Microseconds a file, of files that nothing is wrong with and whose folders the system knows."""
+    make_files(folder, number)
+    records = open_record_index(folder, [folder / "metadata.json"], [])
+    index = open_latent_index(folder, records)
+    assert len(index) == number, len(index)
+    seconds: dict[str, float] = {}
+    for level in ("stat", "header"):
+        began = time.perf_counter()
+        assert find_bad_latents(index, folder, level) == []
+        seconds[f"check_{level}"] = time.perf_counter() - began
+    began = time.perf_counter()
+    placed = place_uncached(records.table, np.arange(number), "", Encoding((("", RULE),), beside=False, flip=False))
+    assert sum(1 for place in placed if not isinstance(place, tuple)) == number
+    seconds["on_missing_encode"] = time.perf_counter() - began
+    return {f"{name}_microseconds_a_file": 1e6 * value / number for name, value in seconds.items()}
+
+
+def make_files(folder: Path, number: int) -> None:
+    """Latent files of 1024² px with a hole where the values are; their metadata, which call them pictures, and their
+    manifest."""
+    latents = LatentSample(np.zeros((4, 128, 128), np.float32), (1500, 1000), (0, 0, 1024, 1024))
+    content, records, writer = pack_latents(latents), {}, ManifestWriter(folder, 0)
+    for row in range(number):
+        key, file = f"img_{row:08d}", f"{row // FILES_A_FOLDER:05d}/img_{row:08d}.npz"
+        if row % FILES_A_FOLDER == 0:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.pwrite(descriptor, content[:KEPT], 0)
+        os.pwrite(descriptor, content[-KEPT:], len(content) - KEPT)
+        os.close(descriptor)
+        records[key] = {"caption": key, "image_path": str(folder / file), "original_size": [1500, 1000]}
+        place = {
+            "bucket": (1024, 1024),
+            "original_size": (1500, 1000),
+            "resized": (1536, 1024),
+            "crop": (256, 0, 1280, 1024),
+        }
+        source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
+        writer.append(Entry(key, file, len(content), "", identity="0", **place, **source))
+    writer.close()
+    (folder / "metadata.json").write_bytes(orjson.dumps(records))
