@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -266,6 +267,28 @@ def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
     index, problems = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"), False)
     assert index is not None and index.strings("key").to_pylist() == ["a", "c"]
     assert [problem.rule for problem in problems] == ["1 of 3 samples have no latents"]
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"a.npz": b"", "../b.npz": b""}, "'../b.npz' points outside the archive"),
+        ({"a.json": b"[1]", "a.npz": b""}, "member a.json must be a JSON object, not a list"),
+        ({"a.json": b'{"caption": "a",\n "tags": }', "a.npz": b""}, "member a.json:2:10: malformed"),
+        ({"a.npz": None}, "unexpected end of data"),
+    ],
+)
+def test_a_shard_that_cannot_be_trusted_is_a_problem_of_its_entry(tmp_path, members, said):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = 5000 if content is None else len(content)
+            tar.addfile(info, io.BytesIO(content or bytes(5000)))
+    if None in members.values():
+        os.truncate(tmp_path / "s.tar", 2000)
+    index, [problem] = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"]), resuming=False)
+    assert index is None and problem.key == "data.metadata"
+    assert problem.rule.startswith(f"{tmp_path / 's.tar'}: ") and said in problem.rule
 
 
 def test_bad_latents_in_a_shard_are_each_named(tmp_path):
