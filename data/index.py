@@ -31,7 +31,7 @@ from sdxl_trainer.data.records import RECORD_SCHEMA, PictureFinder, Record, fini
 from sdxl_trainer.data.rows import RowReader
 from sdxl_trainer.data.sources import expand_sources
 
-VERSION = 8  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 9  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 65_536
 KEPT_FILES = 3  # of records and of latents, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")

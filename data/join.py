@@ -48,7 +48,7 @@ PLACE_FIELDS = [
     ("flipped", pa.bool_()),  # it holds latents of the mirrored picture too; null: the manifest does not tell
     ("text", TEXT_FIELDS),  # where the text encoders' outputs are, and of what; null: not cached
 ]
-RECORD_COLUMNS = ["key", "image_path", "caption", "record", "source"]
+RECORD_COLUMNS = ["key", "image_path", "record", "source"]  # the caption is in the record
 LATENT_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *PLACE_FIELDS])
 LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), *PLACE_FIELDS])
 PART_BYTES = 8 << 20

@@ -121,7 +121,6 @@ def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_pat
     assert row == {
         "key": "a",
         "image_path": str(Path("a").absolute()),
-        "caption": "of a",
         "source": 0,
         "file": "a.npz",
         "bucket_width": 64,

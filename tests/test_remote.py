@@ -141,12 +141,12 @@ def test_the_index_reads_little_of_the_shards_and_only_once(tmp_path, store, mon
     read.clear()
     (tmp_path / "m.jsonl").write_text('{"key": "k0", "caption": "another"}\n')
     again = open_index(tmp_path / "cache", "s3://bucket/one/big.tar", tmp_path / "m.jsonl")
-    assert again.row(0)["caption"] == "another" and read == []
+    assert again.record(0)["caption"] == "another" and read == []
     # Another object under the name is noticed, and read.
     store.pipe_file("bucket/one/big.tar", (tmp_path / "big.tar").read_bytes().replace(b"cc", b"dd"))
     store.invalidate_cache()
     changed = open_index(tmp_path / "cache", "s3://bucket/one/big.tar")
-    assert changed.row(5)["caption"].startswith("dd") and read
+    assert changed.record(5)["caption"].startswith("dd") and read
 
 
 def test_metadata_on_a_store(tmp_path, store):

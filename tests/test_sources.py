@@ -25,6 +25,7 @@ from sdxl_trainer.data.check_latents import find_bad_latents
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.npz_header import read_header
+from sdxl_trainer.data.records import load_record
 from sdxl_trainer.data.shards import ShardWriter
 from sdxl_trainer.data.sources import expand_sources, read_source
 
@@ -198,7 +199,7 @@ def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
         assert row["crop_left"] == left
     if form == "metadata":
         expected = json.loads((data / "metadata.json").read_text())
-        assert index.row(0)["caption"] == next(iter(expected.values()))["caption"]
+        assert index.record(0)["caption"] == next(iter(expected.values()))["caption"]
 
 
 def test_latents_that_come_later_are_found(tmp_path):
@@ -229,7 +230,7 @@ def test_shards_are_a_source_by_themselves(tmp_path):
     assert index.strings("key").to_pylist() == list(contents)
     for row in list_rows(index):
         content = Path(row["file"]).read_bytes()[row["offset"] :][: row["bytes"]]
-        assert content == contents[row["key"]] and row["caption"] == f"of {row['key']}"
+        assert content == contents[row["key"]] and load_record(row)["caption"] == f"of {row['key']}"
         assert row["bucket_width"] == 64 + 32 * orjson.loads(row["record"])["score"]
     assert find_bad_latents(index, tmp_path / "cache", "full") == []
 
