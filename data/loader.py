@@ -1,8 +1,10 @@
 """The stream of one rank's micro batches, from any position on, read ahead by worker processes."""
 
 import ctypes
+import os
+import threading
 from collections.abc import Iterator
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any
 
 import numpy as np
@@ -104,7 +106,7 @@ def iterate_batches(
         context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
         context.set_forkserver_preload([LatentDataset.__module__])
         workers = dict(
-            multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_trim_memory
+            multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_settle_worker
         )
     # batch_size None: each item of the sampler is a whole micro batch for one worker.
     loader = DataLoader(
@@ -118,11 +120,28 @@ def iterate_batches(
     return iter(loader)
 
 
-def _trim_memory(worker: int) -> None:
-    """Give back what building CLIP's tokenizer took for a moment: 28 of 42 MB, which glibc would keep."""
+def _settle_worker(worker: int) -> None:
+    end_with_parent()
+    # What building CLIP's tokenizer took for a moment, 28 of 42 MB, glibc would keep.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, however it does.
+
+    torch's own watch looks at the process that forked the worker. That is the server, and the server lives as long as
+    the worker does: both would outlive a rank that was killed.
+    """
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 class _OneWay:

@@ -1,6 +1,9 @@
 """Micro batches: what the networks are given, read from the cache alone, the same whoever reads it."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -183,3 +186,36 @@ def test_moments_give_a_fresh_sample_each_epoch(cache, tmp_path):
     assert np.array_equal(first, again) and not np.array_equal(first, later)
     draws = np.stack([dataset[make_spec([0], epochs=[epoch])].latents[0].numpy() for epoch in range(200)])
     assert abs(((draws - mean) / std).mean()) < 0.02 and abs(((draws - mean) / std).std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_end_with_the_process_that_started_them(tmp_path, end):
+    program = f"""
+import os, signal, time
+from multiprocessing import get_context
+from sdxl_trainer.data.loader import end_with_parent
+
+def work(ready):
+    end_with_parent()
+    ready.set()
+    time.sleep(300)
+
+if __name__ == "__main__":
+    context = get_context("forkserver")
+    ready = context.Event()
+    worker = context.Process(target=work, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    print(worker.pid, flush=True)
+    {end}
+"""
+    (tmp_path / "program.py").write_text(program)
+    with open(tmp_path / "said", "wb") as said:  # a pipe would be held open by a worker that stays
+        subprocess.run([sys.executable, str(tmp_path / "program.py")], stdout=said, timeout=100)
+    worker = Path("/proc") / (tmp_path / "said").read_text().strip()
+    assert worker.name.isdigit()
+    for _ in range(100):
+        if not worker.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlives the process that started it")
