@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Found = LatentSample | PreparedImage | BadLatentError
 
 CROP_LEFT = 3  # its place among the time ids
+SMALL_BYTES = 1 << 16  # of tensors that go from a worker through its pipe
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class MicroBatch:
     masks: torch.Tensor | None = None  # [B, H, W] float32, 0 to 1, where the loss counts; None: everywhere
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     pending: list["PendingImage"] = field(default_factory=list)  # pictures whose latents are still zeros
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the way from a worker: small tensors as arrays, because each tensor goes by a file of its own in shared
+        memory and by a connection of its own."""
+        return {
+            name: value.numpy() if isinstance(value, torch.Tensor) and value.nbytes < SMALL_BYTES else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def fill(self, place: int, drawn: "DrawnLatents") -> None:
         """Put latents in where they were pending."""

@@ -111,7 +111,8 @@ class Plan:
             else None
         )
         self._count_until = lru_cache(maxsize=4096)(self._compute_count_until)
-        self._ends = lru_cache(maxsize=64)(self._compute_ends)
+        # 8 bytes a sample and epoch: those of the epoch that is read, and of the one that is carried on from.
+        self._ends = lru_cache(maxsize=2 * len(self.buckets))(self._compute_ends)
         self._batch_numbers = lru_cache(maxsize=4)(self._compute_batch_numbers)
 
     @property
