@@ -44,6 +44,7 @@ setup(
     extras_require={
         "bitsandbytes": ["bitsandbytes>=0.45"],
         "optimizers": ["torch-optimi>=0.3.2", "prodigyopt>=1.1.2"],
+        "lora": ["peft>=0.13"],
         "wandb": ["wandb>=0.19"],
         "xformers": ["xformers"],
         "s3": ["s3fs>=2024.6"],
@@ -52,6 +53,7 @@ setup(
         "test": [
             "torch-optimi>=0.3.2",
             "prodigyopt>=1.1.2",
+            "peft>=0.13",
             "pytest>=8",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",

@@ -13,6 +13,7 @@ from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.samples import SampleConfig
@@ -243,6 +244,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()  # pyright: ignore[reportCallIssue]
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
     engine: EngineConfig = EngineConfig()  # pyright: ignore[reportCallIssue]
+    lora: LoraConfig = LoraConfig()  # pyright: ignore[reportCallIssue]
     ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]

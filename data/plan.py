@@ -35,6 +35,7 @@ class Stream(IntEnum):
     FLIP = 11
     VALIDATION = 12
     SHARD_ORDER = 14
+    ADAPTER = 15
     CAPTION_VARIANT = 16
     TEXT_VARIANT = 17
 

@@ -39,16 +39,21 @@ def convert(source: Path, checkpoint: Path | None, target: Path, config: "Config
     """
     from sdxl_trainer.cache.model_source import check_model, resolve_model
     from sdxl_trainer.configs.problems import raise_if_any
-    from sdxl_trainer.train.export import open_components, write_components
-    from sdxl_trainer.train.saved_weights import check_average
+    from sdxl_trainer.train.export import DTYPES, open_components, write_components
+    from sdxl_trainer.train.lora import write_adapters
+    from sdxl_trainer.train.saved_weights import check_average, open_weights
 
     if checkpoint is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(source)})})
     raise_if_any([*check_model(config.model), *check_average(checkpoint, average)])
     model = resolve_model(config.model)
+    trained = {} if checkpoint is None else open_weights(checkpoint, average)
+    if trained and config.lora.rank:
+        weights = {name: read() for name, read in trained.items()}
+        write_adapters(target, weights, model, config.lora, DTYPES[config.checkpoint.export_dtype])
+        return
     components = open_components(model, config.model)
-    if checkpoint is not None:
-        replace_trained(components, checkpoint, average)
+    replace_trained(components, trained)
     write_components(target, components, model, config)
 
 
@@ -74,12 +79,11 @@ def find_source_checkpoint(source: Path) -> Path | None:
     return None
 
 
-def replace_trained(components: Mapping[str, dict[str, Any]], checkpoint: Path, average: str | None = None) -> None:
-    """Put the checkpoint's master weights, or a moving average, in the place of those that training started from."""
+def replace_trained(components: Mapping[str, dict[str, Any]], trained: Mapping[str, Any]) -> None:
+    """Put what was trained in the place of what training started from."""
     from sdxl_trainer.cache.single_file_names import canonical_name
-    from sdxl_trainer.train.saved_weights import open_weights
 
-    for name, read in open_weights(checkpoint, average).items():
+    for name, read in trained.items():
         component, _, inner = name.partition(".")
         components[component][canonical_name(component, inner)] = read
 

@@ -282,6 +282,11 @@ class Engine:
             return self._parameters[name].detach().float().to("cpu", copy=True)
 
     @property
+    def trained(self) -> list[str]:
+        """Names of all parameters that are trained, the same on every rank."""
+        return list(self._pieces)
+
+    @property
     def averages(self) -> list[str]:
         """The moving averages that are kept, each by its decay."""
         return list(self.ema.averages) if self.ema else []

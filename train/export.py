@@ -23,6 +23,7 @@ from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.distributed import Ranks, barrier
 from sdxl_trainer.train.conditioning import TextConditioner
 from sdxl_trainer.train.engine import Engine
+from sdxl_trainer.train.lora import write_adapters
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,13 +40,19 @@ def export_model(
     ranks: Ranks,
     average: str | None = None,
 ) -> None:
-    """Write U-Net, text encoders and VAE in the form that `path` tells.
+    """Write U-Net, text encoders and VAE in the form that `path` tells, or adapters if those are what is trained.
 
     The U-Net's weights are gathered one by one, so no rank ever holds them all in fp32. All ranks call it together.
 
     Args:
         average: write the moving average of this decay instead of the weights of the moment.
     """
+    if config.lora.rank:
+        weights = {name: engine.gather_weight(name, average) for name in engine.trained}
+        if ranks.is_main:
+            write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
+        barrier()
+        return
     encoders = gather_encoders(engine, conditioner, ranks, average)
     names = list_sources("unet", source.read_config("unet"))
     if ranks.is_main:
@@ -71,12 +78,22 @@ def gather_encoders(
     return found
 
 
+def write_live_model(
+    path: Path, engine: Engine, conditioner: TextConditioner, source: ModelSource, config: Config
+) -> None:
+    """Write what this rank's networks hold, in the precision of training and without the other ranks."""
+    if config.lora.rank:
+        weights = {name: weight for name, weight in engine.model.state_dict().items() if name in engine.trained}
+        write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
+    else:
+        write_model(path, {"unet": engine.model.unet.state_dict()}, conditioner, source, config)
+
+
 def get_model_path(config: Config, step: int, average: str | None = None) -> Path:
     """Where the model of a step, or a moving average, goes: a file, or a folder in diffusers layout."""
-    name = f"step-{step:08d}" + (f"-ema-{average}" if average else "")
-    return (
-        config.run.folder / "models" / (f"{name}.safetensors" if config.checkpoint.export_format == "single" else name)
-    )
+    name = f"step-{step:08d}{'-lora' if config.lora.rank else ''}{f'-ema-{average}' if average else ''}"
+    is_file = config.lora.rank or config.checkpoint.export_format == "single"
+    return config.run.folder / "models" / (f"{name}.safetensors" if is_file else name)
 
 
 def write_model(

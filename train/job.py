@@ -25,7 +25,7 @@ from sdxl_trainer.data.held_out import (
 )
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.loader import build_dataset, build_plan, iterate_batches, iterate_specs
-from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.plan import Plan, Stream, mix_keys
 from sdxl_trainer.data.regularisation import balance_regularisation, find_regularisation
 from sdxl_trainer.data.split import leave_out
 from sdxl_trainer.data.strategy import (
@@ -45,12 +45,13 @@ from sdxl_trainer.train.conditioning import DeferredConditioner, TextConditioner
 from sdxl_trainer.train.deepspeed_config import DTYPES
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
-from sdxl_trainer.train.export import write_model
+from sdxl_trainer.train.export import write_live_model
 from sdxl_trainer.train.groups import build_groups
 from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import finish, fit, state_at
+from sdxl_trainer.train.lora import add_adapters, check_adapters
 from sdxl_trainer.train.metrics import MetricsLog
-from sdxl_trainer.train.model import ENCODERS, Networks, load_unet, unlock_encoder
+from sdxl_trainer.train.model import ENCODERS, Networks, list_trained, load_unet, unlock_encoder
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer, check_engine, check_optimizer
 from sdxl_trainer.train.prompts import load_prompts
@@ -84,7 +85,7 @@ def guard(run: Run) -> EmergencySaver:
         return state_at(run, first_step + completed)
 
     def export(path: Path) -> None:
-        write_model(path, {"unet": run.engine.model.unet.state_dict()}, run.conditioner, run.source, run.config)
+        write_live_model(path, run.engine, run.conditioner, run.source, run.config)
 
     whole = run.engine.zero_stage < 3
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
@@ -119,6 +120,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
         *check_optimizer(config.optim, config.engine),
         *check_encoders(config),
         *load_prompts(config.sample, config.objective)[1],
+        *check_adapters(config.lora),
     ]
     train = config.train
     if train.global_batch_size % (train.micro_batch_size * world_size):
@@ -150,9 +152,9 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
 
 def check_encoders(config: Config) -> list[Problem]:
     """An encoder cannot learn from text that was encoded beforehand."""
-    rates = {f"optim.{name}_lr": getattr(config.optim, f"{name}_lr") for name in ENCODERS if config.cache.text}
+    rates = {f"optim.{name}_lr": getattr(config.optim, f"{name}_lr") for name in list_trained(config.optim)}
     rule, cure = "trains an encoder, and with cache.text it is not run", "set it to 0, or cache.text: false"
-    return [Problem(key, rate, rule, cure) for key, rate in rates.items() if rate]
+    return [Problem(key, rate, rule, cure) for key, rate in rates.items() if config.cache.text]
 
 
 def check_strategy(config: Config, index: Index | None) -> list[Problem]:
@@ -250,13 +252,15 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
 
     loaded = () if config.cache.text else load_text_encoders(source, config.model)
     encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=False))
-    trained = [name for name in ENCODERS if getattr(config.optim, f"{name}_lr")]
+    trained = list_trained(config.optim)
     for name, encoder in encoders.items():
         if name in trained:
             unlock_encoder(encoder, config.engine.gradient_checkpointing)
         else:
             encoder.to(ranks.device, dtype)
     networks = Networks(load_unet(source, config.engine), **{name: encoders[name] for name in trained})
+    if config.lora.rank:
+        add_adapters(dict(networks.named_children()), config.lora, mix_keys(config.run.seed, Stream.ADAPTER))
     networks.to(ranks.device)
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * ranks.world_size)
     groups = build_groups(networks, config.optim, source.read_config("unet"))

@@ -8,6 +8,7 @@ from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.cache.single_file import load_component
 from sdxl_trainer.cache.text_encoder import encode_text
 from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.conditioning import TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -87,6 +88,11 @@ def load_unet(source: ModelSource, config: EngineConfig) -> torch.nn.Module:
     return unet.float().train()
 
 
+def list_trained(config: OptimConfig) -> list[str]:
+    """The text encoders that are trained."""
+    return [name for name in ENCODERS if getattr(config, f"{name}_lr")]
+
+
 def unlock_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     """Make a text encoder ready to train.
 
@@ -95,7 +101,7 @@ def unlock_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     """
     encoder.train()
     if gradient_checkpointing:
-        encoder.gradient_checkpointing_enable()
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
     unused = (
         ()
         if hasattr(encoder, "text_projection")

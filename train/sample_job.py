@@ -18,7 +18,8 @@ from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import MANIFEST, find_checkpoint
 from sdxl_trainer.train.conditioning import TextConditioner
 from sdxl_trainer.train.deepspeed_config import DTYPES
-from sdxl_trainer.train.model import ENCODERS, load_unet
+from sdxl_trainer.train.lora import add_adapters
+from sdxl_trainer.train.model import list_trained, load_unet, unlock_encoder
 from sdxl_trainer.train.painter import Painter, draw_prompts
 from sdxl_trainer.train.prompts import load_prompts
 from sdxl_trainer.train.saved_weights import check_average, open_weights
@@ -114,20 +115,28 @@ def read_prediction(model: Path) -> list[str]:
 def load_painter(config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None) -> Painter:
     """The networks on a device, with a checkpoint's weights in the place of the model's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
-    unet = load_unet(source, config.engine).eval().requires_grad_(False)
-    encoders = dict(zip(ENCODERS, load_text_encoders(source, config.model), strict=True))
+    unet, (encoder, encoder_2) = load_unet(source, config.engine), load_text_encoders(source, config.model)
+    networks = {"unet": unet, "text_encoder": encoder, "text_encoder_2": encoder_2}
     if checkpoint is not None:
-        load_trained_weights(checkpoint, {"unet": unet, **encoders}, average)
+        load_trained_weights(checkpoint, networks, config, average)
+    for network in networks.values():
+        network.to(device, dtype).eval().requires_grad_(False)
     vae = load_vae(source, config.model).to(device)
-    first, second = (encoder.to(device, dtype) for encoder in encoders.values())
-    conditioner = TextConditioner(first, second)
     tokenizers = load_tokenizers(source, config.model)
-    return Painter(unet.to(device, dtype), vae, conditioner, tokenizers, source, config, dtype)
+    return Painter(unet, vae, TextConditioner(encoder, encoder_2), tokenizers, source, config, dtype)
 
 
-def load_trained_weights(checkpoint: Path, networks: dict[str, torch.nn.Module], average: str | None = None) -> None:
-    """Replace the networks' weights by the fp32 masters that a checkpoint holds of them, or by a moving average."""
+def load_trained_weights(
+    checkpoint: Path, networks: dict[str, torch.nn.Module], config: Config, average: str | None = None
+) -> None:
+    """Replace the networks' weights by the fp32 masters that a checkpoint holds of them, or by a moving average; give
+    them adapters if those are what it holds."""
     weights = open_weights(checkpoint, average)
+    if config.lora.rank:
+        trained = list_trained(config.optim)
+        for name in trained:
+            unlock_encoder(networks[name], gradient_checkpointing=False)
+        add_adapters({name: networks[name] for name in ("unet", *trained)}, config.lora)
     for prefix, network in networks.items():
         for name, parameter in network.named_parameters():
             if (read := weights.get(f"{prefix}.{name}")) is not None:
