@@ -20,10 +20,11 @@ from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.shard_copies import open_copies
 from sdxl_trainer.data.shard_plan import ShardPlan
 from sdxl_trainer.data.strategy import Strategy
-from sdxl_trainer.data.tokens import CaptionTokenizer
+from sdxl_trainer.data.tokens import SOURCES_VARIABLE, CaptionTokenizer
 from sdxl_trainer.data.variants import CaptionVariants
 
 PREFETCH_PER_WORKER = 4
+PRELOADED_MODULE = "sdxl_trainer.data.preload"
 
 
 def build_plan(
@@ -98,13 +99,14 @@ def iterate_batches(
 ) -> Iterator[MicroBatch]:
     """Read micro batches in order. Workers start as soon as this is called.
 
-    They are forked from a server, a fresh process that has imported what they need once and shares it with all of them:
+    They are forked from a server, a fresh process that has loaded what they need once and shares it with all of them:
     as safe as spawning beside a GPU, and each adds a few megabytes and no seconds.
     """
     workers: dict[str, Any] = {}
     if num_workers:
         context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-        context.set_forkserver_preload([LatentDataset.__module__])
+        os.environ[SOURCES_VARIABLE] = os.pathsep.join(dict.fromkeys(str(each.source) for each in dataset.tokenizers))
+        context.set_forkserver_preload([PRELOADED_MODULE])
         workers = dict(
             multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_settle_worker
         )
@@ -117,7 +119,9 @@ def iterate_batches(
         pin_memory=pin_memory,
         **workers,
     )
-    return iter(loader)
+    batches = iter(loader)
+    os.environ.pop(SOURCES_VARIABLE, None)  # the server has it
+    return batches
 
 
 def _settle_worker(worker: int) -> None:

@@ -8,14 +8,16 @@ import gzip
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+SOURCES_VARIABLE = "SDXL_TRAINER_VOCABULARIES"  # of the environment: what the server of loader workers loads
 WINDOW = 75  # tokens between the marks
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's vocabulary: 256 bytes, the same ending a word, 48,894 merges, and the two marks.
@@ -28,14 +30,19 @@ SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 @dataclass(frozen=True)
 class CaptionTokenizer:
-    """CLIP's byte-level BPE with one encoder's padding. Pickles small, imports fast: made for loader workers."""
+    """CLIP's byte-level BPE with one encoder's padding. For loader workers: imports fast, pickles small."""
 
     tokenizer: Tokenizer
     start_id: int
     end_id: int
     pad_id: int
     vocabulary: str  # names it: those of one name split captions into the same ids
+    source: Path  # what it was loaded from
     _words: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Callable[..., "CaptionTokenizer"], tuple[Path, str, int]]:
+        """Workers load the vocabulary themselves, or find it loaded (data/preload.py)."""
+        return restore_tokenizer, (self.source, self.vocabulary, self.pad_id)
 
     def encode(self, caption: str, max_tokens: int = WINDOW) -> np.ndarray:
         """Token ids of a caption, [max_tokens / 75, 77] int64; what is beyond `max_tokens` is cut off."""
@@ -106,16 +113,34 @@ def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
     # A caption that spells a mark out gets the mark, as from CLIP's own tokenizer.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
     digest = hashlib.sha256(repr((known, merges)).encode()).hexdigest()
-    return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token], digest)
+    return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token], digest, source)
+
+
+@lru_cache(maxsize=2)
+def keep_vocabulary(source: Path) -> CaptionTokenizer:
+    """A tokenizer of `source`, loaded once in a process and those that are forked from it."""
+    return load_tokenizer(source, END)
+
+
+def restore_tokenizer(source: Path, vocabulary: str, pad_id: int) -> CaptionTokenizer:
+    """A tokenizer that another process has sent.
+
+    Raises:
+        ValueError: its source is another vocabulary now.
+    """
+    loaded = keep_vocabulary(source)
+    if loaded.vocabulary != vocabulary:
+        raise ValueError(f"{source}: the vocabulary has changed since this run was started")
+    return replace(loaded, pad_id=pad_id)
 
 
 def share_vocabulary(
     tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
 ) -> tuple[CaptionTokenizer, CaptionTokenizer]:
-    """The same with one vocabulary in memory where both have the same; it takes some 30 MB of each process."""
+    """The same with one vocabulary in memory where both have the same; it takes some 14 MB of each process."""
     first, second = tokenizers
     is_shared = first.vocabulary == second.vocabulary
-    return first, replace(second, tokenizer=first.tokenizer) if is_shared else second
+    return first, replace(second, tokenizer=first.tokenizer, source=first.source) if is_shared else second
 
 
 def encode_captions(

@@ -308,7 +308,7 @@ def start_reading(
 
 def describe_run(run: Run) -> None:
     """Say what is about to be trained, with the batch arithmetic."""
-    train, parameters = run.config.train, sum(p.numel() for p in run.engine.model.parameters())
+    train, parameters = run.config.train, sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.model.parameters())
     logger.info(
         "{} samples in {} buckets, {} batches in epoch {} ({} samples carried on)",
         len(run.index),
