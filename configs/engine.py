@@ -6,18 +6,24 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from sdxl_trainer.configs.section import Section
 
+PURE_BF16 = ("bf16_kahan", "bf16_stochastic")  # precisions without fp32 masters
+
 
 class EngineConfig(Section):
     """DeepSpeed: how state is sharded and in what precision training runs."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    precision: Literal["fp32", "bf16", "fp16", "bf16_kahan"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "bf16_kahan", "bf16_stochastic"] = "bf16"
     """`bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer; `fp16` scales the loss, and leaves out the
-    steps that overflow. `bf16_kahan` has weights and moments in bf16 alone, and carries what an update loses to
-    rounding on to the next (Kahan summation): half the memory; for `adamw` and `lion`. Both are for ZeRO 1 to 3."""
+    steps that overflow. `bf16_kahan` and `bf16_stochastic` have weights and moments in bf16 alone, about half the
+    memory, for `adamw` and `lion`: the one carries what an update loses to rounding on to the next (Kahan summation),
+    the other rounds up or down by chance, right on average. All but `fp32` and `bf16` are for ZeRO 1 to 3."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in host memory and update there; ZeRO 1 to 3."""
+    """Keep masters and the optimizer's state in host memory and update there; ZeRO 1 to 3, with fp32 masters."""
+    offload_param: bool = False
+    """Keep the weights in host memory too, and bring each to the device when it is used; ZeRO 3, with
+    `engine.offload_optimizer`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -34,8 +40,24 @@ class EngineConfig(Section):
     @field_validator("precision", "offload_optimizer")
     @classmethod
     def _state_is_sharded(cls, value: Any, info: ValidationInfo) -> Any:
-        if value in ("fp16", "bf16_kahan", True) and info.data.get("zero_stage") == 0:
+        if value in ("fp16", *PURE_BF16, True) and info.data.get("zero_stage") == 0:
             raise ValueError("needs engine.zero_stage 1, 2 or 3")
+        return value
+
+    @field_validator("offload_optimizer")
+    @classmethod
+    def _masters_are_offloaded(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("precision") in PURE_BF16:
+            raise ValueError(f"needs fp32 masters, which {info.data['precision']} has not; set engine.precision: bf16")
+        return value
+
+    @field_validator("offload_param")
+    @classmethod
+    def _parameters_are_sharded(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("zero_stage", 3) != 3:
+            raise ValueError("needs engine.zero_stage 3")
+        if value and not info.data.get("offload_optimizer", True):
+            raise ValueError("leaves the larger optimizer state on the device; set engine.offload_optimizer: true")
         return value
 
     @field_validator("compile")

@@ -38,6 +38,7 @@ class Stream(IntEnum):
     ADAPTER = 15
     CAPTION_VARIANT = 16
     TEXT_VARIANT = 17
+    ROUNDING = 18
 
 
 def mix_keys(*keys: int) -> int:

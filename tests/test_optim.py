@@ -127,6 +127,7 @@ def test_arguments_reach_the_class():
         ({"zero_stage": 0}, {"name": "adafactor", "betas": (0.9, 0.9)}, "optim.betas", "leave it out"),
         ({"zero_stage": 0}, {"name": "adafactor", "kwargs": {"relativ": 1}}, "optim.kwargs.relativ", "it takes beta1"),
         ({"precision": "bf16_kahan"}, {"name": "torch.optim.SGD"}, "optim.name", "take adamw or lion"),
+        ({"precision": "bf16_stochastic"}, {"name": "muon", "max_grad_norm": 0}, "optim.name", "take adamw or lion"),
     ],
 )
 def test_what_cannot_work_is_refused(engine, optim, key, cure):
@@ -162,7 +163,19 @@ def test_contradictions_are_refused(settings, said):
         OptimConfig(**settings)
 
 
-def test_what_only_shards_can_is_refused_without_them():
-    for settings in ({"offload_optimizer": True}, {"precision": "bf16_kahan"}, {"precision": "fp16"}):
-        with pytest.raises(ValueError, match="needs engine.zero_stage 1, 2 or 3"):
-            EngineConfig(zero_stage=0, **settings)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"zero_stage": 0, "offload_optimizer": True}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 0, "precision": "bf16_kahan"}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 0, "precision": "bf16_stochastic"}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 0, "precision": "fp16"}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 3, "compile": True}, "needs engine.zero_stage 0, 1 or 2"),
+        ({"precision": "bf16_stochastic", "offload_optimizer": True}, "needs fp32 masters"),
+        ({"zero_stage": 2, "offload_optimizer": True, "offload_param": True}, "needs engine.zero_stage 3"),
+        ({"zero_stage": 3, "offload_param": True}, "set engine.offload_optimizer: true"),
+    ],
+)
+def test_what_the_engine_cannot_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(**settings)

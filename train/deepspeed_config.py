@@ -4,18 +4,25 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_kahan": torch.bfloat16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    **dict.fromkeys(PURE_BF16, torch.bfloat16),
+}
 
 
 def build_deepspeed_config(config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float) -> dict[str, Any]:
     """DeepSpeed's JSON for our settings, with the user's own merged over it."""
     global_batch_size, micro_batch_size, accumulation_steps = batch
-    pure_bf16 = config.precision == "bf16_kahan"
+    pure_bf16 = config.precision in PURE_BF16
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_param:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,

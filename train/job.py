@@ -264,9 +264,10 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     networks.to(ranks.device)
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * ranks.world_size)
     groups = build_groups(networks, config.optim, source.read_config("unet"))
+    seed = mix_keys(config.run.seed, Stream.ROUNDING, ranks.rank)
     engine = Engine(
         networks,
-        build_optimizer(groups, config.optim, config.engine, ranks.device),
+        build_optimizer(groups, config.optim, config.engine, ranks.device, seed),
         config.engine,
         (train.global_batch_size, train.micro_batch_size, accumulation_steps),
         config.optim.max_grad_norm,

@@ -34,15 +34,23 @@ OPTIMIZERS = {
     "prodigy": Entry("prodigyopt.Prodigy"),
     "muon": Entry("deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"),
 }
-# The same optimizers by other means: on a GPU, in host memory, with Kahan summation.
+# The same optimizers by other means: on a GPU, in host memory.
 ON_GPU = {"adamw": Entry("torch.optim.AdamW", {"fused": True})}
 ON_HOST = {
     "adamw": Entry("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": True}),
     "lion": Entry("deepspeed.ops.lion.DeepSpeedCPULion"),
 }
-KAHAN = {
-    "adamw": Entry("optimi.AdamW", {"kahan_sum": True, "betas": (0.9, 0.999), "eps": 1e-8}),
-    "lion": Entry("optimi.Lion", {"kahan_sum": True}),
+# Without fp32 masters, by precision. Optimi's second decay of 0.99 stays: with 0.999 a second moment that is rounded to
+# the nearest bf16 would hardly ever fall.
+LOW_PRECISION = {
+    "bf16_kahan": {
+        "adamw": Entry("optimi.AdamW", {"kahan_sum": True, "betas": (0.9, 0.99), "eps": 1e-8}),
+        "lion": Entry("optimi.Lion", {"kahan_sum": True}),
+    },
+    "bf16_stochastic": {
+        "adamw": Entry("sdxl_trainer.train.stochastic.AdamW"),
+        "lion": Entry("sdxl_trainer.train.stochastic.Lion"),
+    },
 }
 DISTRIBUTIONS = {"optimi": "torch-optimi"}  # where a package is called otherwise than what it is imported as
 # ZeRO 1 to 3 hand an optimizer flat shards, where these compute something else than on whole tensors.
@@ -60,14 +68,16 @@ NEEDS_WHOLE_TENSORS = {
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, engine: EngineConfig, device: torch.device
+    groups: list[dict[str, Any]], config: OptimConfig, engine: EngineConfig, device: torch.device, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The configured optimizer over parameter groups (train/groups.py)."""
+    """The configured optimizer over parameter groups (train/groups.py). `seed`: of `bf16_stochastic`'s rounding."""
     entry = choose_entry(config.name, engine, device)
     if config.name == "muon":
         return build_muon(entry, groups, config)
     kind = import_class(entry.path)
     given = {"lr": config.lr, "betas": config.betas, "eps": config.eps} | config.kwargs
+    if engine.precision == "bf16_stochastic":
+        given["seed"] = seed
     return kind(groups, **entry.kwargs | {name: value for name, value in given.items() if value is not None})
 
 
@@ -92,8 +102,8 @@ def build_muon(entry: Entry, groups: list[dict[str, Any]], config: OptimConfig) 
 def choose_entry(name: str, engine: EngineConfig, device: torch.device) -> Entry:
     """The optimizer of a name, in the form that suits precision and device; a class by its own path otherwise."""
     tables = [OPTIMIZERS]
-    if engine.precision == "bf16_kahan":
-        tables.insert(0, KAHAN)
+    if engine.precision in LOW_PRECISION:
+        tables.insert(0, LOW_PRECISION[engine.precision])
     elif engine.offload_optimizer:
         tables.insert(0, ON_HOST)
     elif device.type == "cuda":
@@ -135,9 +145,10 @@ def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Probl
     if reason and engine.zero_stage:
         rule = f"{reason}, which it cannot on the flat shards of ZeRO {engine.zero_stage}"
         yield Problem("optim.name", config.name, rule, "set engine.zero_stage: 0, or take another optimizer")
-    if engine.precision == "bf16_kahan" and config.name not in KAHAN:
-        cure = f"take {' or '.join(KAHAN)}, or engine.precision: bf16"
-        yield Problem("optim.name", config.name, "has no form with Kahan summation", cure)
+    forms = LOW_PRECISION.get(engine.precision)
+    if forms is not None and config.name not in forms:
+        cure = f"take {' or '.join(forms)}, or engine.precision: bf16"
+        yield Problem("optim.name", config.name, f"has no form for engine.precision {engine.precision}", cure)
     if config.name == "muon" and config.max_grad_norm:
         rule = "would scale down Muon's updates, whose size does not depend on the gradient's"
         yield Problem("optim.max_grad_norm", config.max_grad_norm, rule, "set it to 0")
