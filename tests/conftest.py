@@ -8,11 +8,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,13 +45,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in starting)
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker to need it fills, and that all workers of the session then share."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = folder.with_suffix(".done")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 24 demo pictures (`data/`), the tiny SDXL (`model/`) and a config for both (`tiny.yaml`)."""
+    return make_once(tmp_path_factory, "tiny", make_tiny_folder)
+
+
+def make_tiny_folder(folder: Path) -> None:
+    """Fill `tiny_folder`."""
     from sdxl_trainer.data.demo import draw_demo_set
     from sdxl_trainer.train.tiny import build_tiny_sdxl
 
-    folder = tmp_path_factory.mktemp("tiny")
     metadata = draw_demo_set(folder / "data", num_images=24)
     build_tiny_sdxl(folder / "model")
     config = {
@@ -67,7 +84,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "cache": {"dir": str(folder / "latents"), "batch_size": 4},
         "optim": {"lr": 1e-3, "warmup_steps": 2},
-        "engine": {"precision": "fp32"},
+        # To find out how soon a weight is needed again, ZeRO-3 would search the whole of so small a model for each.
+        "engine": {
+            "precision": "fp32",
+            "deepspeed": {"zero_optimization": {"stage3_max_reuse_distance": 30_000}},
+        },
         "train": {"max_steps": 20, "global_batch_size": 4, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 4, "keep_last": 9, "export_dtype": "fp32"},
         "sample": {
@@ -79,28 +100,33 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 @pytest.fixture(scope="session")
-def cached_folder(tiny_folder: Path) -> Path:
+def cached_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_folder` after the cache job ran on two ranks, with the pictures removed: training must not need them."""
-    run_program("cache/main.py", "--cfg", tiny_folder / "tiny.yaml", ranks=2)
-    (tiny_folder / "data" / "images").rename(tiny_folder / "pictures-put-away")
+
+    def make(_: Path) -> None:
+        run_program("cache/main.py", "--cfg", tiny_folder / "tiny.yaml", ranks=2)
+        (tiny_folder / "data" / "images").rename(tiny_folder / "pictures-put-away")
+
+    make_once(tmp_path_factory, "cached", make)
     return tiny_folder
 
 
 @pytest.fixture(scope="session")
-def one_rank(cached_folder: Path) -> Path:
+def one_rank(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 steps on one rank, without a launcher."""
-    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=one")
+    settings = cached_folder / "tiny.yaml"
+    make_once(tmp_path_factory, "one", lambda _: run_program("train/main.py", "--cfg", settings, "run.name=one"))
     return cached_folder / "runs" / "one"
 
 
 @pytest.fixture(scope="session")
-def two_ranks(cached_folder: Path) -> Path:
+def two_ranks(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same 20 steps on two ranks under torchrun."""
-    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]", ranks=2)
+    words = ("--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]")
+    make_once(tmp_path_factory, "two", lambda _: run_program("train/main.py", *words, ranks=2))
     return cached_folder / "runs" / "two"
 
 

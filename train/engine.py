@@ -28,7 +28,7 @@ from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.deepspeed_config import DTYPES, build_deepspeed_config
 from sdxl_trainer.train.ema import Ema, flatten
 from sdxl_trainer.train.host_memory import HostMemory, copy_to_host, copy_weights
-from sdxl_trainer.train.optim import guard_updates, restore_settings
+from sdxl_trainer.train.optim import compile_at_first_call, guard_updates, restore_settings
 from sdxl_trainer.train.resharding import (
     AVERAGE,
     Layout,
@@ -45,6 +45,8 @@ if not torch.cuda.is_available():
     # DeepSpeed would spend minutes compiling a shared-memory all-reduce that only its inference uses, and would fail
     # on a machine without a compiler.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (a lazy attribute that type checkers do not see)
+# DeepSpeed asks of each optimizer whether it is Muon, and would bring in the whole compiler to decorate its kernels.
+deepspeed.runtime.compiler.compile = lambda: compile_at_first_call
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's use of older names
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint

@@ -57,15 +57,13 @@ def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def plot_loss(metrics_file: Path, picture: Path) -> None:
     """Draw the loss over the steps, raw and averaged, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
 
     lines = [line for line in read_metrics(metrics_file) if line["loss"] is not None]  # null: it was not finite
     steps = np.array([line["step"] for line in lines])
     losses = np.array([line["loss"] for line in lines])
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, losses, color="#9db4c8", linewidth=0.8, label="loss of the step")
     axes.plot(steps, smooth(losses), color="#1f4e79", linewidth=2, label="moving average")
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
@@ -74,7 +72,6 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     with open_atomic(picture) as file:
         figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
