@@ -59,6 +59,11 @@ def check_model(config: ModelConfig) -> list[Problem]:
     return problems
 
 
+def is_local(config: ModelConfig) -> bool:
+    """Whether the model lies on disk, and not on the hub."""
+    return Path(config.path).exists()
+
+
 def resolve_model(config: ModelConfig) -> ModelSource:
     """Where a checked model lies; a hub id is fetched, or found in the hub's local cache.
 

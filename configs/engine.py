@@ -7,6 +7,18 @@ from pydantic import Field, ValidationInfo, field_validator
 from sdxl_trainer.configs.section import Section
 
 PURE_BF16 = ("bf16_kahan", "bf16_stochastic")  # precisions without fp32 masters
+# DeepSpeed's settings that are made from ours, and what sets them. Others would contradict the rest of the program.
+OWN_SETTINGS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "zero_optimization.stage": "engine.zero_stage",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+}
 
 
 class EngineConfig(Section):
@@ -35,7 +47,8 @@ class EngineConfig(Section):
     initial_loss_scale_power: int = Field(16, ge=0, le=32)
     """`fp16` begins with a loss scale of 2 to this power."""
     deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed settings, merged over the ones this program makes."""
+    """Further DeepSpeed settings, merged over the ones this program makes. Batch sizes, optimizer, schedule, precision
+    and ZeRO stage are set by settings of their own."""
 
     @field_validator("precision", "offload_optimizer")
     @classmethod
@@ -59,6 +72,22 @@ class EngineConfig(Section):
         if value and not info.data.get("offload_optimizer", True):
             raise ValueError("leaves the larger optimizer state on the device; set engine.offload_optimizer: true")
         return value
+
+    @field_validator("initial_loss_scale_power")
+    @classmethod
+    def _loss_is_scaled(cls, value: int, info: ValidationInfo) -> int:
+        if value != cls.model_fields["initial_loss_scale_power"].default and info.data.get("precision") != "fp16":
+            raise ValueError("has no effect: engine.precision is not fp16; leave this out")
+        return value
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _nothing_is_set_twice(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+        for path, ours in OWN_SETTINGS.items():
+            section, _, key = path.rpartition(".")
+            if key in (deepspeed.get(section) or {} if section else deepspeed):
+                raise ValueError(f"must not hold {path}, which {ours} sets")
+        return deepspeed
 
     @field_validator("compile")
     @classmethod

@@ -1,6 +1,8 @@
 """Settings of low-rank adapters, `lora`."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator
 
 from sdxl_trainer.configs.section import Section
 
@@ -20,3 +22,10 @@ class LoraConfig(Section):
     layers of the attention blocks."""
     text_targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], min_length=1)
     """Layers of the text encoders that get adapters."""
+
+    @field_validator("alpha", "targets", "text_targets")
+    @classmethod
+    def _there_are_adapters(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("rank") == 0 and value != cls.model_fields[info.field_name or ""].default:
+            raise ValueError("has no effect: lora.rank is 0; set that, or leave this out")
+        return value

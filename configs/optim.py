@@ -71,7 +71,7 @@ class OptimConfig(Section):
     decay_steps: int = Field(0, ge=0)
     """Steps over which `wsd` lowers the learning rate at the end."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """What a schedule ends at, as a share of the peak."""
+    """What a schedule ends at, as a share of the peak; `constant` ends where it began."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
@@ -81,6 +81,13 @@ class OptimConfig(Section):
         if block_lrs is not None and len(block_lrs) != NUM_BLOCKS:
             raise ValueError(f"must hold {NUM_BLOCKS} learning rates, one for each block; it holds {len(block_lrs)}")
         return block_lrs
+
+    @field_validator("min_lr_ratio")
+    @classmethod
+    def _rate_falls(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("schedule") == "constant":
+            raise ValueError("has no effect: optim.schedule is constant; choose another, or leave this out")
+        return value
 
     @field_validator(*SCHEDULE_SETTINGS)
     @classmethod

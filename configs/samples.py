@@ -1,9 +1,9 @@
 """Settings of the pictures drawn while training, `sample`, and the names of diffusers' schedulers."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from sdxl_trainer.configs.section import Section
 
@@ -59,6 +59,15 @@ class SampleConfig(Section):
     """Height of a sample."""
     seed: int = Field(0, ge=0)
     """Seed of the first prompt; the others follow it."""
+
+    @field_validator("every_steps", "at_start")
+    @classmethod
+    def _there_are_prompts(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and not any(info.data.get(name, True) for name in ("prompts", "prompt_file")):
+            raise ValueError(
+                "has no effect: there are no prompts; set sample.prompts or sample.prompt_file, or leave this out"
+            )
+        return value
 
     @property
     def draws(self) -> bool:

@@ -1,8 +1,9 @@
 """Settings of the loss on samples that are not trained on, `validation`."""
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from sdxl_trainer.configs.section import Section
 
@@ -35,6 +36,16 @@ class ValidationConfig(Section):
     """Parts of the timesteps 0 to 1000 whose loss is told by itself."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Names the split, the noise and the timesteps. It is not `run.seed`, so that runs can be compared."""
+
+    @field_validator("every_steps", "at_start")
+    @classmethod
+    def _there_are_samples(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and not any(info.data.get(name, True) for name in ("share", "metadata", "image_dirs")):
+            raise ValueError(
+                "has no effect: there is nothing to validate on; set validation.share, metadata or image_dirs, or "
+                "leave this out"
+            )
+        return value
 
     @property
     def has_own_set(self) -> bool:

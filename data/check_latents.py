@@ -12,12 +12,13 @@ import pyarrow.compute as pc
 
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import BadLatentError, parse_latents
-from sdxl_trainer.data.npz_header import read_header
+from sdxl_trainer.data.npz_header import Header, read_header
 from sdxl_trainer.data.remote import is_remote, read_spans
 from sdxl_trainer.data.shards import locate_shard
 
 NUM_THREADS = 16
 ROWS_A_TASK = 512
+MASKS_LOOKED_AT = 10_000
 COLUMNS = ("file", "offset", "bytes", "bucket_width", "bucket_height", "sha256")
 
 
@@ -68,8 +69,24 @@ def count_unflipped(index: Index, folder: Path) -> int:
     flipped = index.strings("flipped")
     known = pc.call_function("sum", [flipped]).as_py() or 0
     unknown = pc.call_function("indices_nonzero", [flipped.is_null()]).to_pylist()
+
+    def look(row: int) -> bool:
+        header = _read_local_header(index.row(row), folder)
+        return header is not None and header.flipped
+
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return len(index) - known - sum(pool.map(lambda row: _is_flipped(index.row(row), folder), unknown))
+        return len(index) - known - sum(pool.map(look, unknown))
+
+
+def find_mask(index: Index, folder: Path) -> bool | None:
+    """Whether some of a spread of samples have an `alpha_mask`, by their headers; None if none could be looked at, as
+    with shards on stores."""
+    rows = sorted({place * len(index) // MASKS_LOOKED_AT for place in range(MASKS_LOOKED_AT)})
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        headers = [
+            header for header in pool.map(lambda row: _read_local_header(index.row(row), folder), rows) if header
+        ]
+    return any(header.masked for header in headers) if headers else None
 
 
 def check_size(latents: Latents, sizes: dict[Path | str, int]) -> None:
@@ -131,14 +148,14 @@ CHECKS: dict[str, Callable[[Latents], None] | None] = {
 }
 
 
-def _is_flipped(row: dict[str, Any], folder: Path) -> bool:
-    """Whether a local latent file holds latents of the mirrored picture, by its header; a bad one does not."""
+def _read_local_header(row: dict[str, Any], folder: Path) -> Header | None:
+    """The header of local latents, None of others and of bad ones."""
     path = folder / row["file"]
     try:
         span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])
-        return read_header(str(path if row["offset"] is None else locate_shard(path)), *span).flipped
+        return read_header(str(path if row["offset"] is None else locate_shard(path)), *span)
     except BadLatentError:
-        return False
+        return None
 
 
 def _list_latents(index: Index, folder: Path, start: int) -> Iterator[Latents]:

@@ -38,6 +38,7 @@ class Header:
     crop_ltrb: tuple[float, ...]  # empty: it does not tell
     bytes: int
     flipped: bool  # it holds latents of the mirrored picture too
+    masked: bool = False  # it holds an `alpha_mask`
 
 
 def read_header(path: str, offset: int = 0, size: int | None = None) -> Header:
@@ -121,9 +122,13 @@ def _build_header(members: dict[str, tuple[np.dtype, tuple, bytes]], size: int) 
     width, height = (int(side) for side in numbers["original_size"] or (0, 0))
     original = (width, height) if min(width, height) > 0 else None
     bucket, flipped = (shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR), key.replace("latents", ARRAY_KEYS["flipped"])
-    return Header(bucket, original, tuple(numbers["crop_ltrb"]), size, flipped in members)
+    crop, masked = tuple(numbers["crop_ltrb"]), "alpha_mask" in members
+    return Header(bucket, original, crop, size, flipped in members, masked)
 
 
 def _read_whole(content: bytes) -> Header:
     sample = parse_latents(content)
-    return Header(sample.bucket, sample.original_size, sample.crop_ltrb, len(content), sample.flipped is not None)
+    masked = sample.alpha_mask is not None
+    return Header(
+        sample.bucket, sample.original_size, sample.crop_ltrb, len(content), sample.flipped is not None, masked
+    )

@@ -14,11 +14,15 @@ DTYPES = {
 }
 
 
-def build_deepspeed_config(config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float) -> dict[str, Any]:
+def build_deepspeed_config(
+    config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """DeepSpeed's JSON for our settings, with the user's own merged over it."""
     global_batch_size, micro_batch_size, accumulation_steps = batch
     pure_bf16 = config.precision in PURE_BF16
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    if any("use_muon" in group for group in optimizer.param_groups):
+        zero["reduce_scatter"] = False  # it wants whole gradients on every rank
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_param:

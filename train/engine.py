@@ -84,7 +84,7 @@ class Engine:
         engine, wrapped, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=build_deepspeed_config(config, batch, max_grad_norm),
+            config=build_deepspeed_config(config, batch, max_grad_norm, optimizer),
             dist_init_required=False,
         )
         self._engine: Any = engine  # DeepSpeed's attributes are too loosely typed to be checked

@@ -42,6 +42,7 @@ from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint import list_checkpoints
 from sdxl_trainer.train.conditioning import DeferredConditioner, TextConditioner
+from sdxl_trainer.train.consistency import check_consistency, check_regularisation_use, warn_of_prediction
 from sdxl_trainer.train.deepspeed_config import DTYPES
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
@@ -58,6 +59,7 @@ from sdxl_trainer.train.prompts import load_prompts
 from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
+from sdxl_trainer.train.trained import check_trained
 from sdxl_trainer.train.validation_set import ValidationSet, build_validation_set
 
 
@@ -103,6 +105,7 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
         obey_stop_file(config.run.folder)
         index, found = check_run(config, world_size)
         raise_if_any([*problems, *found])
+        warn_of_prediction(config)
         assert index is not None, "a run without problems has an index"
         path = index.path
         config.run.folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +125,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
         *load_prompts(config.sample, config.objective)[1],
         *check_adapters(config.lora),
     ]
+    problems = problems or check_trained(config)
     train = config.train
     if train.global_batch_size % (train.micro_batch_size * world_size):
         problems.append(
@@ -143,6 +147,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
         )
     index, found = check_latents(config, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
     problems += found + check_validation(config, index) + check_strategy(config, index)
+    problems += check_consistency(config, index)
     if config.cache.text and not problems:
         problems = check_cached_text(config, index)
         own, _ = open_validation_index(config)
@@ -239,6 +244,7 @@ def count_repeats(
     repeats = leave_out(held_out, len(index), leave_out_rows(config, index, repeats))
     repeats = weigh_sources(index, repeats, config.data.weights)
     regular = broadcast_object(find_regularisation(index) if ranks.is_main else None)
+    raise_if_any(check_regularisation_use(config, len(regular)))
     return balance_regularisation(regular, len(index), repeats, config.data.regularisation_repeats)
 
 

@@ -81,8 +81,9 @@ def load_unet(source: ModelSource, config: EngineConfig) -> torch.nn.Module:
     if config.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
-        unet.conv_in.register_forward_pre_hook(to_channels_last)
+        for layer in unet.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_pre_hook(to_channels_last)
     if config.compile:
         unet.compile()
     return unet.float().train()
@@ -112,5 +113,8 @@ def unlock_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
 
 
 def to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A hook: the first convolution's input decides on the layout of all that follows."""
+    """A hook: the input of a convolution decides on its layout, and on that of what follows up to the next attention.
+
+    Weights stay as they are: ZeRO keeps them in flat buffers, and DeepSpeed 0.19 cannot broadcast others.
+    """
     return tuple(image.contiguous(memory_format=torch.channels_last) for image in inputs)

@@ -119,11 +119,16 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
             entries += [(KEY, place, entry) for place, entry in read(config.prompt_file)]
         except ValueError as error:
             problems.append(Problem(KEY, config.prompt_file, str(error), "see the setting in docs/CONFIG.md"))
+    try:
+        check_scheduler(config.scheduler, objective)
+    except ValueError as error:
+        problems.append(Problem("sample.scheduler", config.scheduler, str(error), "see docs/CONFIG.md"))
     for key, place, entry in entries:
         try:
             given = parse_object(entry) if isinstance(entry, dict) else parse_line(entry)
             prompt = build_prompt(given, config, number=len(prompts))
-            check_scheduler(prompt.scheduler, objective)
+            if "scheduler" in given:
+                check_scheduler(prompt.scheduler, objective)
             prompts.append(prompt)
         except ValueError as error:
             problems.append(Problem(key, entry, f"{place}{error}", "flags: " + " ".join(f"--{flag}" for flag in FLAGS)))
