@@ -46,7 +46,7 @@ if not torch.cuda.is_available():
     # on a machine without a compiler.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (a lazy attribute that type checkers do not see)
 # DeepSpeed asks of each optimizer whether it is Muon, and would bring in the whole compiler to decorate its kernels.
-deepspeed.runtime.compiler.compile = lambda: compile_at_first_call
+deepspeed.runtime.compiler.compile = lambda: compile_at_first_call  # pyright: ignore  (it does not see the module)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's use of older names
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
