@@ -20,8 +20,8 @@ Done. What was made, under runs/tiny/:
   logs/         metrics.jsonl, tensorboard/, train.log
   checkpoints/  run the same command again with a larger train.max_steps to go on from the newest
 
-For real SDXL copy configs/tiny.yaml and change the three lines marked in it:
-  (1) model.path           your sd_xl_base_1.0.safetensors, diffusers folder, or stabilityai/stable-diffusion-xl-base-1.0
-  (2) data.metadata        your metadata, or image_dirs: [your/folder] with a .txt caption beside each picture
-  (3) data.resolution_px   1024
+For real SDXL copy one of configs/sdxl_*.yaml and change the three lines marked in it:
+  (1) run.name             the name of the run's folder
+  (2) model.path           your sd_xl_base_1.0.safetensors, diffusers folder, or stabilityai/stable-diffusion-xl-base-1.0
+  (3) data.image_dirs      your folders, with a .txt caption beside each picture; or data.metadata
 TEXT

@@ -172,7 +172,8 @@ def test_each_sample_has_its_own_c():
     prediction, target = torch.full((2, 4, 2, 2), 0.3), torch.zeros(2, 4, 2, 2)
     losses = compute_sample_loss(prediction, target, "huber", torch.tensor([0.4, 1.0]))
     assert losses.tolist() == pytest.approx([0.08, 2 * (math.sqrt(1.09) - 1)])
-    assert compute_sample_loss(prediction.bfloat16(), target).dtype == torch.float32
+    rough = compute_sample_loss(prediction.bfloat16(), target.bfloat16())
+    assert rough.equal(compute_sample_loss(prediction.bfloat16().float(), target)) and rough.dtype == torch.float32
 
 
 def test_masks_are_averaged_over_the_area_and_multiply_before_the_mean():

@@ -9,16 +9,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_trainer.cache.model_source import ModelSource
+from sdxl_trainer.cache.single_file_check import SDXL_CONFIG_FOLDER
+from sdxl_trainer.cache.single_file_names import COMPONENT_PREFIXES, build_table
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.groups import build_groups
-from sdxl_trainer.train.lora import add_adapters, write_adapters
+from sdxl_trainer.train.lora import add_adapters, find_layers, map_layers, rename_layer, write_adapters
+from sdxl_trainer.train.metrics import read_metrics
 from sdxl_trainer.train.model import Networks, unlock_encoder
 from sdxl_trainer.train.sample_job import load_painter
 from sdxl_trainer.train.tiny import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
+from sdxl_trainer.train.trained import build_shapes
 
 CONFIG = LoraConfig(rank=4, alpha=2.0)
 
@@ -102,21 +106,55 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path):
         assert (plain - own).abs().max() > 1e-2
 
 
-def test_a_run_writes_adapters_in_place_of_the_model(cached_folder: Path):
-    words = (
-        "lora.rank=2",
-        "optim.text_encoder_2_lr=1e-3",
-        "train.max_steps=2",
-        "ema.decays=[0.5]",
-        "sample.prompts=[]",
-    )
-    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=lora", *words)
-    models = cached_folder / "runs" / "lora" / "models"
-    assert sorted(path.name for path in models.iterdir()) == [
-        "step-00000002-lora-ema-0.5.safetensors",
-        "step-00000002-lora.safetensors",
+def test_sdxl_gets_the_adapters_of_kohyas_scripts():
+    """Which print, for SDXL, 722 modules of the U-Net, 72 of text encoder 1 and 192 of text encoder 2. Six of those of
+    encoder 1 are in its last layer, which has no part in what SDXL uses. The names are what ComfyUI makes of the
+    single file's."""
+    source = ModelSource(SDXL_CONFIG_FOLDER)
+    networks = build_shapes(source, ["text_encoder", "text_encoder_2"])
+    layers = map_layers(source.read_config("unet"))
+    names = {
+        network: {
+            rename_layer(f"{network}.{layer}", layers) for layer in find_layers(getattr(networks, network), targets)
+        }
+        for network, targets in (
+            ("unet", CONFIG.targets),
+            ("text_encoder", CONFIG.text_targets),
+            ("text_encoder_2", CONFIG.text_targets),
+        )
+    }
+    assert {network: len(found) for network, found in names.items()} == {
+        "unet": 722, "text_encoder": 72 - 6, "text_encoder_2": 192
+    }  # fmt: skip
+    prefix = COMPONENT_PREFIXES["unet"]
+    assert names["unet"] == {
+        "lora_unet_" + row.file_name.removeprefix(prefix).removesuffix(".weight").replace(".", "_")
+        for row in build_table("unet", source.read_config("unet"))
+        if len(row.file_shape) == 2 and ("transformer_blocks" in row.file_name or "proj_" in row.file_name)
+    }
+    parts = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")
+    for network, prefix, count in (("text_encoder", "lora_te1", 11), ("text_encoder_2", "lora_te2", 32)):
+        layers_of = [f"{prefix}_text_model_encoder_layers_{number}_{part}" for number in range(count) for part in parts]
+        assert names[network] == set(layers_of)
+
+
+def test_a_run_writes_adapters_in_place_of_the_model_and_resumes(cached_folder: Path):
+    settings = cached_folder / "tiny.yaml"
+    words = ("lora.rank=2", "optim.text_encoder_2_lr=1e-3", "ema.decays=[0.5]", "sample.prompts=[]")
+    whole = ("train", settings, "run.name=lora", "train.max_steps=6", *words)
+    parts = [("train", settings, "run.name=lora-twice", f"train.max_steps={steps}", *words) for steps in (4, 6)]
+    run_program("tests/several_runs.py", *whole, "+", *parts[0], "+", *parts[1])
+    models, twice = (cached_folder / "runs" / name / "models" for name in ("lora", "lora-twice"))
+    names = ["step-00000006-lora-ema-0.5.safetensors", "step-00000006-lora.safetensors"]
+    assert sorted(path.name for path in models.iterdir()) == names
+    for name in names:
+        one, other = load_file(models / name), load_file(twice / name)
+        assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one), name
+    losses = [
+        [line["loss"] for line in read_metrics(folder.parent / "logs" / "metrics.jsonl")] for folder in (models, twice)
     ]
-    tensors = load_file(models / "step-00000002-lora.safetensors")
+    assert losses[0] == losses[1] and len(set(losses[0])) == 6
+    tensors = load_file(models / names[1])
     assert any(name.startswith("lora_te2_") for name in tensors) and not any("lora_te1_" in name for name in tensors)
     assert all(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
     run = cached_folder / "runs" / "lora"
@@ -124,7 +162,7 @@ def test_a_run_writes_adapters_in_place_of_the_model(cached_folder: Path):
     again = load_file(models / "again.safetensors")
     assert again.keys() == tensors.keys() and all(again[name].equal(tensors[name]) for name in tensors)
     config, _ = load_config(run / "config.yaml")
-    painter = load_painter(config, run / "checkpoints" / "step-00000002", torch.device("cpu"))
+    painter = load_painter(config, run / "checkpoints" / "step-00000006", torch.device("cpu"))
     layer = painter.unet.mid_block.attentions[0].proj_in
     up = layer.lora_B["default"].weight
     assert up.equal(tensors["lora_unet_middle_block_1_proj_in.lora_up.weight"]) and layer.scaling["default"] == 1

@@ -69,6 +69,16 @@ def test_pyramid_noise_has_unit_deviation_and_more_low_frequencies():
     assert not add_pyramid(noise, 1, 0.7, SEEDS).equal(noise)  # level 0 is a second noise of full size
 
 
+def test_the_objective_adds_offset_and_pyramid_from_draws_of_their_own():
+    x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
+    plain = build().sample_noise(x0, keys)
+    offset = add_offset(plain, x0, torch.zeros(6), 0.2, keys.make_seeds(Stream.NOISE_OFFSET))
+    assert build(adaptive_noise_scale=0.2).sample_noise(x0, keys).equal(offset) and not offset.equal(plain)
+    pyramid = add_pyramid(offset, 4, 0.5, keys.make_seeds(Stream.PYRAMID_NOISE))
+    both = build(adaptive_noise_scale=0.2, multires_noise_iterations=4, multires_noise_discount=0.5)
+    assert both.sample_noise(x0, keys).equal(pyramid)
+
+
 def test_perturbation_reaches_the_input_alone():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain, perturbed = build(), build(ip_noise_gamma=0.1)

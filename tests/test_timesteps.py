@@ -49,6 +49,7 @@ def test_keyed_draws_are_uniform_and_below_one():
     draws = draw_uniform([mix_keys(0, Stream.TIMESTEP, step, 1) for step in range(COUNT)]).numpy()
     assert measure_distance(draws, lambda u: u) < KS_LIMIT
     assert draw_uniform([2**63 - 1]).item() < 1 and draw_uniform([0]).item() == 0
+    assert draw_uniform([2**10]).item() == 2**-53  # as fine as can be
 
 
 @pytest.mark.parametrize("low_discrepancy", [False, True])
@@ -116,6 +117,13 @@ def test_shift_moves_draws_towards_noise():
     assert build(timestep_shift=3.0).sample_timesteps(SampleKeys(0, 0, [1])) > build().sample_timesteps(
         SampleKeys(0, 0, [1])
     )
+
+
+def test_the_shift_comes_after_the_density():
+    """A density over the first half, s of 0 to 1/2, shifted by 3: 3·s/(1 + 2·s), 0 to 3/4."""
+    values = draw(build(timestep_density=[1.0, 0.0], timestep_shift=3.0), COUNT // 16, 16) / 1000
+    assert values.max() == pytest.approx(0.75, abs=0.002)
+    assert measure_distance(values + 0.0005, lambda t: 2 * t / (3 - 2 * t)) < KS_LIMIT + 0.001
 
 
 def test_rounding_does_not_leave_the_range():
