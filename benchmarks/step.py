@@ -129,7 +129,7 @@ def build_bare(run: Any, batches: list[Any]) -> Callable[[], None]:
 
         size = config.train.micro_batch_size
         batch = (size * run.ranks.world_size, size, 1)
-        settings = build_deepspeed_config(config.engine, batch, config.optim.max_grad_norm)
+        settings = build_deepspeed_config(config.engine, batch, config.optim.max_grad_norm, optimizer)
         engine, *_ = deepspeed.initialize(model=networks, optimizer=optimizer, config=settings)
     made = [
         (torch.randn_like(batch.latents), torch.randint(0, 1000, (len(batch.latents),)), batch) for batch in batches
