@@ -7,7 +7,6 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from conftest import run_program
 
 from sdxl_trainer.configs.load import load_config, save_config
 from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
@@ -16,6 +15,7 @@ from sdxl_trainer.data.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
 from sdxl_trainer.data.tokens import END, load_tokenizer
 from sdxl_trainer.train import diffusion
+from sdxl_trainer.train.main import main
 from sdxl_trainer.train.model import Networks
 from sdxl_trainer.train.objective import Objective, SampleKeys
 
@@ -237,8 +237,9 @@ def test_settings_are_checked_after_those_they_depend_on():
     assert [name for name, (other, _) in USED_WITH.items() if order.index(other) > order.index(name)] == []
 
 
-def test_the_program_ends_with_status_2(tmp_path):
+def test_the_program_ends_with_status_2(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("objective: {zero_terminal_snr: true, weighting: v_like_epsilon}")
-    printed = run_program("train/main.py", "--cfg", tmp_path / "x.yaml", expect=2)
+    assert main(["--cfg", str(tmp_path / "x.yaml")]) == 2
+    printed = capsys.readouterr().err
     assert "objective.zero_terminal_snr = True" in printed and "objective.weighting = 'v_like_epsilon'" in printed
     assert "Traceback" not in printed
