@@ -36,6 +36,8 @@ setup(
         "orjson>=3.10",
         "msgspec>=0.18",
         "isal>=1.6",
+        "imagecodecs>=2024.6",
+        "simplejpeg>=1.8",
         "rich>=13",
         "tensorboard>=2.16",
         "matplotlib>=3.8",

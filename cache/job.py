@@ -119,7 +119,7 @@ def open_index(config: Config, problems: list[Problem]) -> Index:
     Raises:
         UserInputError: something is; all of it is named.
     """
-    index, found = check_records(config)
+    index, found = check_records(config, need_captions=config.cache.text)
     raise_if_any([*problems, *found, *check_model(config.model), *check_captioning(config)])
     assert index is not None, "records without problems have an index"
     return index

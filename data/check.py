@@ -43,8 +43,12 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
     return {"": BucketRule(largest, *sides)} | {name_prefix(side): BucketRule(side, *sides) for side in others}
 
 
-def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
-    """Open the index of all records, and say what is wrong with the data settings or the data as a whole."""
+def check_records(config: Config, need_captions: bool = True) -> tuple[Index | None, list[Problem]]:
+    """Open the index of all records, and say what is wrong with the data settings or the data as a whole.
+
+    Args:
+        need_captions: False only warns where there are none.
+    """
     problems = check_sources(config.data.metadata, config.data.image_dirs)
     problems += check_regularisation(config.data) + check_weights(config.data)
     if config.cache.dir is None and config.data.metadata and is_remote(config.data.metadata[0]):
@@ -69,19 +73,28 @@ def check_records(config: Config) -> tuple[Index | None, list[Problem]]:
     if clash := find_clash(index, list(rules)):
         rule, cure = f"a record has the key '{clash}'", "rename it: such keys name latents of that resolution"
         return index, [Problem("data.resolution_px", config.data.resolution_px, rule, cure)]
-    uncaptioned = index.strings("caption").null_count
-    if uncaptioned == len(index):
-        cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each picture"
-        return index, [Problem(source, shown, f"holds {len(index)} pictures and not one caption", cure)]
     unsized = int((index.column("width") == 0).sum()) if config.data.metadata else 0
     if unsized:
         logger.warning("{} of {} records do not tell their picture's original_size", unsized, len(index))
-    if uncaptioned and config.data.missing_caption == "error":
-        return index, [_refuse_uncaptioned(index, uncaptioned)]
+    problem = check_captions(index, config.data.missing_caption, source, shown)
+    if problem and not need_captions:
+        logger.warning("{}: {}; training will not start so", problem.key, problem.rule)
+        return index, []
+    return index, [problem] if problem else []
+
+
+def check_captions(index: Index, missing_caption: str, source: str, shown: str) -> Problem | None:
+    """What is wrong with the captions as a whole: `shown` are the paths under the key `source`."""
+    uncaptioned = index.strings("caption").null_count
+    if uncaptioned == len(index):
+        cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each picture"
+        return Problem(source, shown, f"holds {len(index)} pictures and not one caption", cure)
+    if uncaptioned and missing_caption == "error":
+        return _refuse_uncaptioned(index, uncaptioned)
     if uncaptioned:
-        fate = {"empty": "are trained with the empty one", "skip": "are left out"}[config.data.missing_caption]
+        fate = {"empty": "are trained with the empty one", "skip": "are left out"}[missing_caption]
         logger.warning("{} of {} records have no caption and {}", uncaptioned, len(index), fate)
-    return index, []
+    return None
 
 
 def find_clash(index: Index, prefixes: list[str]) -> str | None:

@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from sdxl_trainer.data.bucket import BucketRule, Placement, Size, place_image
+from sdxl_trainer.data.plain_pictures import decode_plain
 
 # Pillow's pixels are only read. A filter for each reading would not be safe on threads.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -62,10 +63,10 @@ class PreparedImage:
 class Decoded:
     """A picture as a person sees it, but for what brings its colours to sRGB: that takes less time on the cut."""
 
-    image: Image.Image  # RGB
+    pixels: np.ndarray  # [H, W, 3] uint8
     size: Size  # of the picture; a JPEG may have been decoded smaller
-    transform: ImageCms.ImageCmsTransform | None
-    alpha: Image.Image | None = None  # 8-bit grey; None: a picture that cannot be transparent
+    transform: ImageCms.ImageCmsTransform | None = None
+    alpha: np.ndarray | None = None  # [H, W] uint8; None: a picture that cannot be transparent
 
 
 def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
@@ -91,7 +92,7 @@ def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha:
         raise BadImageError(f"{path}: cannot be decoded: {error}") from None
     digest = hashlib.sha256(content).hexdigest()
     placement = place_image(decoded.size, rule, buckets)
-    pixels = cut_image(np.asarray(decoded.image), placement)
+    pixels = cut_image(decoded.pixels, placement)
     if decoded.transform is not None:
         pixels = np.asarray(decoded.transform.apply(Image.fromarray(pixels)))
     if out is not None and out.shape == pixels.shape:
@@ -99,14 +100,15 @@ def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha:
         pixels = out
     mask = None
     if with_alpha and decoded.alpha is not None:
-        mask = np.ascontiguousarray(cut_image(np.asarray(decoded.alpha), placement))
+        mask = np.ascontiguousarray(cut_image(decoded.alpha, placement))
     return PreparedImage(np.ascontiguousarray(pixels), decoded.size, placement, len(content), mtime_ns, digest, mask)
 
 
 def decode_image(content: bytes) -> Image.Image:
     """Decode to RGB as a person expects to see it: EXIF rotation applied, transparency on white, first frame, sRGB."""
     decoded = _decode(content)
-    return decoded.image if decoded.transform is None else decoded.transform.apply(decoded.image)
+    image = Image.fromarray(decoded.pixels)
+    return image if decoded.transform is None else decoded.transform.apply(image)
 
 
 def _decode(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> Decoded:
@@ -119,6 +121,8 @@ def _decode(content: bytes, choose_size: Callable[[Size], Size] | None = None) -
     if choose_size is not None and image.format == "JPEG":
         wanted = _swap_if_turned(choose_size(_swap_if_turned(size, image)), image)
         image.draft(None, (REDUCING_GAP * wanted[0], REDUCING_GAP * wanted[1]))
+    if image.size == size and (pixels := decode_plain(content, image)) is not None:
+        return Decoded(pixels, size, _build_transform(image.info.get("icc_profile"), "RGB"))
     image.load()
     size = _swap_if_turned(size, image)
     profile = image.info.get("icc_profile")
@@ -127,12 +131,12 @@ def _decode(content: bytes, choose_size: Callable[[Size], Size] | None = None) -
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        alpha, image = image.getchannel("A"), Image.alpha_composite(white, image)
+        alpha, image = np.asarray(image.getchannel("A")), Image.alpha_composite(white, image)
     if image.mode == "CMYK" and (transform := _build_transform(profile, "CMYK")):
-        return Decoded(transform.apply(image), size, None)
+        return Decoded(np.asarray(transform.apply(image)), size)
     is_coloured = image.mode not in ("1", "L", "CMYK")
     transform = _build_transform(profile, "RGB") if is_coloured else None
-    return Decoded(image if image.mode == "RGB" else image.convert("RGB"), size, transform, alpha)
+    return Decoded(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), size, transform, alpha)
 
 
 def _swap_if_turned(size: Size, image: Image.Image, exact: bool = True) -> Size:
