@@ -86,7 +86,10 @@ class EngineConfig(Section):
     def _nothing_is_set_twice(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
         for path, ours in OWN_SETTINGS.items():
             section, _, key = path.rpartition(".")
-            if key in (deepspeed.get(section) or {} if section else deepspeed):
+            place = deepspeed.get(section, {}) if section else deepspeed
+            if not isinstance(place, dict):
+                raise ValueError(f"must hold a mapping as {section}")
+            if key in place:
                 raise ValueError(f"must not hold {path}, which {ours} sets")
         return deepspeed
 

@@ -73,6 +73,7 @@ def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
         ("engine.initial_loss_scale_power=8", "engine.initial_loss_scale_power", "engine.precision is not fp16"),
         ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "which engine.zero_stage sets"),
         ("engine.deepspeed={gradient_clipping: 3}", "engine.deepspeed", "which optim.max_grad_norm sets"),
+        ("engine.deepspeed={bf16: true}", "engine.deepspeed", "must hold a mapping as bf16"),
         ("lora.alpha=4", "lora.alpha", "lora.rank is 0; set that"),
         ("lora.rank=4 lora.targets=[to_x]", "lora.targets", "the default names those of kohya's scripts"),
         ("lora.rank=4 checkpoint.export_format=diffusers", "checkpoint.export_format", "leave it out"),
@@ -91,6 +92,15 @@ def test_a_contradiction_ends_with_status_2(
     printed = capsys.readouterr().err
     assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and said in printed, printed
     assert not list(settings.parent.glob("runs/*/config.yaml"))
+
+
+def test_one_mask_among_the_latents_is_enough(settings: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(settings.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("index"))
+    mask = np.ones((64, 64), np.float32)
+    sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64), alpha_mask=mask)
+    write_latents(data / "3.npz", sample)
+    config, _ = load_config(settings, ["objective.masked_loss=true", f"data.image_dirs=[{data}]"])
+    assert check_run(config, 1)[1] == []
 
 
 def test_regularisation_settings_need_regularisation_samples(settings: Path, capsys: pytest.CaptureFixture) -> None:
