@@ -22,7 +22,6 @@ import torch
 from harness import Figure, finish, parse_arguments
 from PIL import Image, ImageDraw
 
-from sdxl_trainer.cache.allocator import keep_freed_memory
 from sdxl_trainer.cache.decoder import WorkItem
 from sdxl_trainer.cache.latent_encoder import Encoded, VaeEncoder
 from sdxl_trainer.cache.model_source import SDXL_CONFIG_FOLDER
@@ -31,6 +30,7 @@ from sdxl_trainer.cache.progress import RankProgress
 from sdxl_trainer.cache.sinks import NpzSink
 from sdxl_trainer.cache.verify import verify_entries
 from sdxl_trainer.cache.writer import LatentWriter
+from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image
 from sdxl_trainer.data.manifest import ManifestWriter, read_latest
 from sdxl_trainer.data.transforms import prepare_image

@@ -12,7 +12,6 @@ import orjson
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.allocator import keep_freed_memory
 from sdxl_trainer.cache.captioning import (
     check_captioning,
     identify_text,
@@ -34,6 +33,7 @@ from sdxl_trainer.cache.work import STATES, Resolution, TextPlan, WorkList, choo
 from sdxl_trainer.cache.writer import LatentWriter
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.check import build_bucket_rules, check_records, get_cache_folder
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index import Index

@@ -76,7 +76,7 @@ def tabulate_state(config: Config, records: Index, index: Index) -> Table:
     table = Table(title=f"{config.run.name}: samples", show_header=False)
     counts = {
         "records": len(records),
-        "without a caption": records.strings("caption").null_count,
+        "without a caption": int((~records.column("captioned")).sum()),
         "samples (records x resolutions)": num_wanted,
         "with latents": len(index) - index.note("num_uncached"),
         "to be encoded while training": index.note("num_uncached"),

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sdxl_trainer.launch.distributed import Ranks, publish, read_published
 
 SHOW_EVERY_SECONDS = 0.5
-LINE_EVERY_SECONDS = 10.0
+FIRST_LINE_SECONDS, LINE_EVERY_SECONDS = 2.0, 10.0  # the first one tells early how long it will take
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RankProgress:
 class ProgressReporter:
     """Publishes this rank's progress, and on rank 0 shows that of all ranks until it is closed.
 
-    On a terminal there is a live bar for each rank; elsewhere (a file, Slurm) a line every ten seconds.
+    On a terminal there is a live bar for each rank; elsewhere (a file, Slurm) a line soon and then every ten seconds.
     """
 
     def __init__(self, ranks: Ranks, total: int):
@@ -56,8 +56,10 @@ class ProgressReporter:
         elif sys.stderr.isatty():
             self._show_bars()
         else:
-            while not self._closing.wait(LINE_EVERY_SECONDS):
+            wait_seconds = FIRST_LINE_SECONDS
+            while not self._closing.wait(wait_seconds):
                 self._log_line()
+                wait_seconds = LINE_EVERY_SECONDS
 
     def _publish(self) -> None:
         self.progress.seconds = time.monotonic() - self._started

@@ -78,7 +78,8 @@ def read_blocks(file: Path) -> Iterator[Block]:
 
 def _decode_piece(piece: Piece, base: str) -> Block | None:
     """The fast way, or None where something is out of the ordinary: orjson then tells what."""
-    if any(mark in piece.text for mark in SURROGATES) or not _is_utf8(piece.text):
+    escaped = b"\\u" in piece.text  # most texts have none, and are searched but once
+    if (escaped and any(mark in piece.text for mark in SURROGATES)) or not _is_utf8(piece.text):
         return None
     try:
         members = DECODER.decode(piece.text)

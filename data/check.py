@@ -85,7 +85,7 @@ def check_records(config: Config, need_captions: bool = True) -> tuple[Index | N
 
 def check_captions(index: Index, missing_caption: str, source: str, shown: str) -> Problem | None:
     """What is wrong with the captions as a whole: `shown` are the paths under the key `source`."""
-    uncaptioned = index.strings("caption").null_count
+    uncaptioned = int((~index.column("captioned")).sum())
     if uncaptioned == len(index):
         cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each picture"
         return Problem(source, shown, f"holds {len(index)} pictures and not one caption", cure)
@@ -239,7 +239,7 @@ def leave_out_rows(config: Config, index: Index, repeats: np.ndarray | None) -> 
 
 
 def _refuse_uncaptioned(index: Index, number: int) -> Problem:
-    rows = np.flatnonzero(index.strings("caption").is_null().to_numpy())[:MAX_SHOWN]
+    rows = np.flatnonzero(~index.column("captioned"))[:MAX_SHOWN]
     shown = ", ".join(str(index.strings("key")[row]) for row in rows.tolist()) + (", ..." if number > MAX_SHOWN else "")
     cure = "give them captions, or set data.missing_caption: skip, or empty"
     return Problem("data.missing_caption", "error", f"{number} records have no caption: {shown}", cure)

@@ -48,7 +48,7 @@ PLACE_FIELDS = [
     ("flipped", pa.bool_()),  # it holds latents of the mirrored picture too; null: the manifest does not tell
     ("text", TEXT_FIELDS),  # where the text encoders' outputs are, and of what; null: not cached
 ]
-RECORD_COLUMNS = ["key", "image_path", "record", "source"]  # the caption is in the record
+RECORD_COLUMNS = ["key", "image_path", "record", "source"]
 LATENT_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *PLACE_FIELDS])
 LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), *PLACE_FIELDS])
 PART_BYTES = 8 << 20
@@ -171,7 +171,7 @@ def _list_wanted(records: pa.Table, captioned_only: bool, prefix: str) -> np.nda
     """[N] bool: whether latents of each record are looked for; of one that names latents at one resolution only."""
     wanted = np.ones(len(records), bool)
     if captioned_only:
-        wanted &= records.column("caption").is_valid().to_numpy()
+        wanted &= records.column("captioned").to_numpy()
     return wanted & _are_pictures(records) if prefix else wanted
 
 

@@ -1,6 +1,5 @@
 """The stream of one rank's micro batches, from any position on, read ahead by worker processes."""
 
-import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.allocator import give_freed_memory_back
 from sdxl_trainer.data.cached_text import CachedText
 from sdxl_trainer.data.caption import CaptionSettings
 from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
@@ -127,9 +127,7 @@ def iterate_batches(
 def _settle_worker(worker: int) -> None:
     end_with_parent()
     # What building CLIP's tokenizer took for a moment, 28 of 42 MB, glibc would keep.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_freed_memory_back()
 
 
 def end_with_parent() -> None:

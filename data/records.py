@@ -34,7 +34,7 @@ RECORD_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("image_path", pa.string()),  # the picture, or the latent file or shard in place of it
-        ("caption", pa.string()),  # null: there is none
+        ("captioned", pa.bool_()),  # whether the record has a caption; what it is, the record tells
         ("record", pa.binary()),  # JSON as the source has it; `load_record` completes it
         ("width", pa.int32()),  # 0: the metadata do not say
         ("height", pa.int32()),
@@ -104,17 +104,19 @@ def finish_block(block: Block, finder: "PictureFinder", separator: str) -> pa.Re
         separator: stands between caption and tags where a record has both and is of kohya's form, keyed by its path.
     """
     named = block.column("image_path")
-    captions, widths_heights = _settle_captions(block, named, separator), _read_sizes(block)
+    captioned, widths_heights = _settle_captions(block, named, separator), _read_sizes(block)
     images: list[str] = [place[0] if place else "" for place in block.places]
     seekers = [at for at, image in enumerate(images) if not image]
-    wanted = [str(named[at] or block.names[at] or block.keys[at]) for at in seekers]
+    wanted = [str(path or name or key) for path, name, key in zip(named, block.names, block.keys, strict=True)]
+    if len(seekers) < len(images):
+        wanted = [wanted[at] for at in seekers]
     found = finder.find(wanted, [block.bases[at] for at in seekers], [named[at] is None for at in seekers])
     for at, path in zip(seekers, found, strict=True):
         images[at] = path
     columns = [
         block.keys,
         images,
-        captions,
+        captioned,
         block.contents,
         np.ascontiguousarray(widths_heights[:, 0]),
         np.ascontiguousarray(widths_heights[:, 1]),
@@ -136,8 +138,8 @@ def load_record(row: Mapping[str, Any]) -> Record:
     return record
 
 
-def _settle_captions(block: Block, named: list[str | None], separator: str) -> list[str | None]:
-    """The caption of each record: `caption` or `tags` (a string, or a list of tags), else its description, else None.
+def _settle_captions(block: Block, named: list[str | None], separator: str) -> list[bool]:
+    """Whether each record has a caption: `caption` or `tags` (a string, or a list of tags), or else a description.
 
     In kohya's form caption and tags are one text, and the record is changed to say so.
     """
@@ -150,7 +152,7 @@ def _settle_captions(block: Block, named: list[str | None], separator: str) -> l
     if None in texts:
         described = zip(texts, block.column("description"), block.column("nl_caption"), strict=True)
         texts = [text or first or second or None for text, first, second in described]
-    return [text if text.__class__ is str else _join_tags(text) for text in texts]
+    return list(map(bool, texts))
 
 
 def _read_sizes(block: Block) -> np.ndarray:

@@ -42,16 +42,25 @@ class RowReader:
 def _build_getter(column: pa.Array) -> Getter:
     """What gives one value of a column, or None where it is null."""
     kind, buffers = column.type, column.buffers()
+    if column.null_count == len(column):
+        return lambda at: None
     if kind in NUMBERS:
         get = np.frombuffer(buffers[1], NUMBERS[kind])[column.offset : column.offset + len(column)].item
     elif kind in TEXTS and buffers[2] is not None:
         get = _build_text_getter(column, TEXTS[kind])
+    elif kind == pa.bool_():
+        get = _build_bit_getter(buffers[1], column.offset)
     else:
         return lambda at: column[at].as_py()
     if column.null_count == 0:
         return get
-    valid, offset = memoryview(buffers[0]).cast("B"), column.offset
-    return lambda at: get(at) if valid[(at + offset) >> 3] >> ((at + offset) & 7) & 1 else None
+    is_valid = _build_bit_getter(buffers[0], column.offset)
+    return lambda at: get(at) if is_valid(at) else None
+
+
+def _build_bit_getter(buffer: pa.Buffer, offset: int) -> Getter:
+    bits = memoryview(buffer).cast("B")
+    return lambda at: bool(bits[(at + offset) >> 3] >> ((at + offset) & 7) & 1)
 
 
 def _build_text_getter(column: pa.Array, build: Callable[[memoryview], Any]) -> Getter:

@@ -16,6 +16,7 @@ from sdxl_trainer.data import index as module
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.loader import build_plan
 from sdxl_trainer.data.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.records import load_record
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
     assert str(index.path) in Path("/proc/self/maps").read_text()
     assert len(index) == 5 and get_keys(index) == list(content)
     row = index.row(3)
-    assert (row["key"], row["caption"], index.row(4)["caption"]) == ("k3", "ä, b", None)
-    assert index.strings("caption").null_count == 1
+    assert (row["key"], load_record(row)["caption"], index.record(4)["caption"]) == ("k3", "ä, b", None)
+    assert (~index.column("captioned")).sum() == 1
     assert orjson.loads(index.row(2)["record"])["score"] == 2  # the whole record is kept
 
 
@@ -65,7 +66,7 @@ def test_many_rows_come_in_several_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROWS_PER_GROUP", 3)
     content = {f"k{number}": {"caption": str(number)} for number in range(10)}
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
-    assert [index.row(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
+    assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
 
 
 def test_it_is_built_again_only_when_its_metadata_changes(tmp_path, builds):
@@ -74,7 +75,7 @@ def test_it_is_built_again_only_when_its_metadata_changes(tmp_path, builds):
     paths = [open_record_index(tmp_path, [first, second], []).path for _ in range(3)]
     assert len(set(paths)) == 1 and builds == [paths[0].name]
     write_metadata(first, {"a": {"caption": "xx"}})
-    assert open_record_index(tmp_path, [first, second], []).row(0)["caption"] == "xx"
+    assert open_record_index(tmp_path, [first, second], []).record(0)["caption"] == "xx"
     assert get_keys(open_record_index(tmp_path, [second, first], [])) == ["b", "a"]
     assert len(builds) == 3
     assert sorted(os.listdir(tmp_path / "index")) == sorted(builds)  # no temporary file is left
@@ -91,9 +92,9 @@ def test_pictures_and_captions_are_watched_and_nothing_else(tmp_path, builds):
     assert fingerprints[0] == fingerprints[1] and len(builds) == 1
     caption = tmp_path / "sub" / "b.txt"
     caption.write_text("one")
-    assert open_record_index(tmp_path, [], [tmp_path]).row(1)["caption"] == "one"
+    assert open_record_index(tmp_path, [], [tmp_path]).record(1)["caption"] == "one"
     caption.write_text("other")
-    assert open_record_index(tmp_path, [], [tmp_path]).row(1)["caption"] == "other"
+    assert open_record_index(tmp_path, [], [tmp_path]).record(1)["caption"] == "other"
     (tmp_path / "sub" / "c.webp").touch()
     assert get_keys(open_record_index(tmp_path, [], [tmp_path])) == ["a", "b", "c"]
     (tmp_path / "a.png").unlink()

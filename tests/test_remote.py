@@ -27,6 +27,7 @@ from sdxl_trainer.data.index import Index, open_latent_index, open_record_index 
 from sdxl_trainer.data.latents import LatentSample, pack_latents  # noqa: E402
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs  # noqa: E402
 from sdxl_trainer.data.localize import name_version  # noqa: E402
+from sdxl_trainer.data.records import load_record  # noqa: E402
 from sdxl_trainer.data.shard_copies import ShardCopies  # noqa: E402
 from sdxl_trainer.data.shards import ShardWriter  # noqa: E402
 from sdxl_trainer.data.tokens import END, load_tokenizer  # noqa: E402
@@ -159,8 +160,11 @@ def test_metadata_on_a_store(tmp_path, store):
     for name, content in contents.items():
         store.pipe_file(f"bucket/meta/{name}", content.encode())
         index = open_record_index(tmp_path, [f"s3://bucket/meta/{name}"], [])
-        rows = [index.row(number) for number in range(2)]
-        assert [(row["key"], row["caption"], row["width"]) for row in rows] == [("a", "a", 9), ("b", "b", 9)], name
+        rows = [(load_record(row), row["width"]) for row in map(index.row, range(2))]
+        assert [(record["key"], record["caption"], width) for record, width in rows] == [
+            ("a", "a", 9),
+            ("b", "b", 9),
+        ], name
     store.pipe_file("bucket/meta/bad.jsonl", b'{"image_path": "a.png"}\n{"x": }\n')
     with pytest.raises(ValueError, match=r"^s3://bucket/meta/bad.jsonl:2:7: malformed JSON"):
         open_record_index(tmp_path, ["s3://bucket/meta/bad.jsonl"], [])
