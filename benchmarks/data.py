@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from data_checks import time_checks
 from data_start import make_set, start_process
 from harness import ROOT, Figure, finish
@@ -218,6 +217,8 @@ def read_bare(index: Index, folder: Path) -> None:
 
 def read_webdataset(shards: Sequence[Path | str]) -> None:
     """webdataset's pipeline, which reads shards from end to end."""
+    import webdataset  # here, because workers import this file too, and their memory is measured
+
     for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
         assert np.load(io.BytesIO(sample["npz"]))["latents"].shape == (4, 128, 128)
 

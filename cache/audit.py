@@ -21,7 +21,7 @@ from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import resolve_model
 from sdxl_trainer.cache.sinks import NpzSink, ShardSink, recover_shards
 from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.configs.problems import Problem, raise_if_any
+from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.bucket import split_key
 from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
@@ -30,7 +30,6 @@ from sdxl_trainer.data.text_cache import check_text_state
 from sdxl_trainer.data.uncached import choose_file
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.launch.program import FailedError
 
 
 class BadCacheError(FailedError):

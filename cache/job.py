@@ -31,7 +31,7 @@ from sdxl_trainer.cache.sinks import NpzSink, ShardSink, Sink, recover_shards
 from sdxl_trainer.cache.verify import verify_entries
 from sdxl_trainer.cache.work import STATES, Resolution, TextPlan, WorkList, choose_share, list_work
 from sdxl_trainer.cache.writer import LatentWriter
-from sdxl_trainer.configs.problems import Problem, raise_if_any
+from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.check import build_bucket_rules, check_records, get_cache_folder
@@ -57,7 +57,6 @@ from sdxl_trainer.launch.distributed import (
     read_environment,
 )
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

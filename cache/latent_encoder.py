@@ -9,8 +9,8 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.host_copy import HostCopy
+from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.plan import mix_keys
-from sdxl_trainer.launch.program import FailedError
 
 Posterior = Literal["sample", "mean", "moments"]
 

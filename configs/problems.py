@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, collected so that one message can name it all."""
+"""What is wrong with the user's input, collected so that one message can name it all; and failures told in one."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +28,10 @@ class UserInputError(ValueError):
         lines = "\n".join(str(problem) for problem in self.problems)
         count = len(self.problems)
         super().__init__(f"{count} problem{'s' if count != 1 else ''} in the settings:\n{lines}")
+
+
+class FailedError(RuntimeError):
+    """The work could not be done, for a reason that the message tells in full: status 1, without a traceback."""
 
 
 def raise_if_any(problems: Iterable[Problem]) -> None:

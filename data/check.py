@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from loguru import logger
 
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import FailedError, Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.bucket import BucketRule, list_buckets, name_prefix
 from sdxl_trainer.data.check_latents import count_unflipped, find_bad_latents
@@ -115,7 +115,7 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
     and meets what has become bad since like any bad sample.
 
     Raises:
-        RuntimeError: more latents are bad than `data.max_bad_fraction` allows.
+        FailedError: more latents are bad than `data.max_bad_fraction` allows.
     """
     records, problems = check_records(config)
     if records is None:
@@ -212,7 +212,7 @@ def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
             "{} bad latents are left out, {} first; see {}", len(named), named[0][1], logs / "bad_samples.jsonl"
         )
     if len(named) > config.data.max_bad_fraction * (len(index) + len(index.note("bad"))):
-        raise RuntimeError(
+        raise FailedError(
             f"{len(named)} of {len(index)} latents are bad, more than data.max_bad_fraction = "
             f"{config.data.max_bad_fraction:g}; they are named in {logs / 'bad_samples.jsonl'}"
         )

@@ -8,17 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.problems import FailedError, UserInputError
 from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
 from sdxl_trainer.launch.status import record_status
 
 STATUS_DONE, STATUS_FAILED, STATUS_WRONG_INPUT = 0, 1, 2
 # A launcher kills all ranks when the first one leaves: the others give rank 0 this long to say why.
 COURTESY_SECONDS = 10
-
-
-class FailedError(RuntimeError):
-    """The work could not be done, for a reason that the message tells in full: status 1, without a traceback."""
 
 
 def check_checkout(program: str) -> None:

@@ -17,11 +17,11 @@ from sdxl_trainer.cache.pipeline import Pipeline
 from sdxl_trainer.cache.progress import RankProgress
 from sdxl_trainer.cache.sinks import NpzSink
 from sdxl_trainer.cache.writer import LatentWriter
+from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.bucket import place_image
 from sdxl_trainer.data.latents import read_latents
 from sdxl_trainer.data.manifest import ManifestWriter, read_latest
 from sdxl_trainer.data.transforms import prepare_image
-from sdxl_trainer.launch.program import FailedError
 
 SIZES = [(128, 128), (200, 100), (100, 200), (130, 120), (64, 64), (300, 60)]
 

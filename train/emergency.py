@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from sdxl_trainer.launch.program import FailedError
+from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.signals import STOP_SIGNALS, Interrupted, exit_at_once
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.engine import Engine

@@ -11,10 +11,10 @@ import orjson
 import torch
 from loguru import logger
 
+from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.dataset import MicroBatch
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.launch.distributed import gather_objects
-from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.train.run import Run
 
 MAX_SHOWN = 8
