@@ -104,7 +104,7 @@ def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
     """What checks text encoder outputs against the settings; what all of them have in common is made if need be."""
     identity = identify_text(config, folder)
     if not is_text_state_current(folder, identity):
-        start_text(config, identity, folder, torch.device("cpu"), is_main=True)
+        start_text(config, identity, folder, torch.device("cpu"), write=True)
     return TextAdopter(plan_text(config, identity), list_text_shapes(config), folder)
 
 

@@ -155,13 +155,13 @@ def list_text_sources(source: ModelSource, model: ModelConfig) -> list[Any]:
     return [model.text_projection, *(describe_file(file) for file in sorted([*files, *configs]))]
 
 
-def start_text(config: Config, identity: TextIdentity, folder: Path, device: torch.device, is_main: bool) -> TextJob:
-    """The encoders on their device, ready to work. Rank 0 keeps what all outputs have in common up to date."""
+def start_text(config: Config, identity: TextIdentity, folder: Path, device: torch.device, write: bool) -> TextJob:
+    """The encoders on their device, ready to work. With `write`, what all outputs have in common is written anew."""
     source = resolve_model(config.model)
     encoder, encoder_2 = (encoder.to(device) for encoder in load_text_encoders(source, config.model))
     networks = TextNetworks(encoder, encoder_2, *load_tokenizers(source, config.model))
     job = TextJob(TextEncoder(networks, config.data.max_tokens), build_variants(config), identity.name)
-    if is_main and not is_text_state_current(folder, identity):
+    if write:
         empty = pack_text(job.encoder.launch([""]).wait(), config.cache.dtype)
         write_text_state(folder, identity, list_text_sources(source, config.model), empty)
     return job

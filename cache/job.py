@@ -21,6 +21,7 @@ from sdxl_trainer.cache.captioning import (
 )
 from sdxl_trainer.cache.convert import tidy_shards
 from sdxl_trainer.cache.encoders import hash_weights, load_vae
+from sdxl_trainer.cache.estimate import Estimate, describe_seconds, estimate_work
 from sdxl_trainer.cache.latent_encoder import VaeEncoder
 from sdxl_trainer.cache.lock import lock_cache
 from sdxl_trainer.cache.model_source import check_model, resolve_model
@@ -98,15 +99,18 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         own = frozenset(key for share in shares for key in share.keys)
         entries, lines_lost = open_cache(folder, ranks, own, repair, dry_run)
         beside = config.cache.dir is None
-        works = [list_work(index, folder, entries, share, beside=beside, text=text) for share in shares]
-        for work in works if repair and not lines_lost else ():
-            work.items = [item for item in work.items if item.key in entries]
+        known_only = repair and not lines_lost
+        works = [
+            list_work(index, folder, entries, share, beside=beside, text=text, known_only=known_only)
+            for share in shares
+        ]
         announce(config, folder, index, gather_objects([work.without_items() for work in works]), ranks)
+        encoder = build_vae_encoder(config, vae, ranks.device)
+        captioner = start_captioning(config, works, text, ranks, dry_run)
+        announce_time(estimate_work(works, encoder, captioner, config.cache), ranks)
         if not dry_run:
             if ranks.is_main:
                 write_identities(folder, identities)
-            encoder = build_vae_encoder(config, vae, ranks.device)
-            captioner = start_captioning(config, works, text, ranks)
             result = encode_work(config, works, (encoder, captioner), ranks, stop)
             finish(config, folder, len(index) * len(works), gather_objects(result), ranks)
     close_ranks()
@@ -215,6 +219,17 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkL
     barrier()
 
 
+def announce_time(own: Estimate, ranks: Ranks) -> None:
+    """Say how long the slowest rank will take, by its own trial."""
+    slowest = max(gather_objects(own), key=lambda estimate: estimate.seconds)
+    if ranks.is_main and slowest.seconds:
+        whole, decode, encode, text = map(describe_seconds, (
+            slowest.seconds, slowest.decode_seconds, slowest.encode_seconds, slowest.text_seconds,
+        ))  # fmt: skip
+        captions = f", captions {text}" if slowest.text_seconds else ""
+        logger.info("estimated time: {} (pictures {}{}; decoding at the same time {})", whole, encode, captions, decode)
+
+
 def build_vae_encoder(config: Config, vae: torch.nn.Module, device: torch.device) -> VaeEncoder:
     """The VAE on its device, as the settings want it to work."""
     cache = config.cache
@@ -227,15 +242,19 @@ def build_vae_encoder(config: Config, vae: torch.nn.Module, device: torch.device
     return VaeEncoder(vae, cache.posterior, cache.flip)
 
 
-def start_captioning(config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks) -> TextJob | None:
-    """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date."""
+def start_captioning(config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks, dry_run: bool
+                     ) -> TextJob | None:  # fmt: skip
+    """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date.
+
+    It is brought up to date here, except by a dry run.
+    """
     folder = get_cache_folder(config)
     if text is None:
         return None
     out_of_date = ranks.is_main and not is_text_state_current(folder, text.identity)
     if not (out_of_date or any(work.has_captions for work in works)):
         return None
-    return start_text(config, text.identity, folder, ranks.device, ranks.is_main)
+    return start_text(config, text.identity, folder, ranks.device, out_of_date and not dry_run)
 
 
 def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncoder, TextJob | None], ranks: Ranks,

@@ -39,6 +39,7 @@ class WorkList:
     counts: Counter = field(default_factory=Counter)  # of each of STATES
     refreshed: list[Entry] = field(default_factory=list)  # touched but not changed: only their line is out of date
     bytes_needed: int = 0
+    num_pixels: int = 0  # of the items' buckets
     num_items: int = 0  # of items and texts, where they are left out
 
     @property
@@ -112,7 +113,7 @@ def choose_share(index: Index, resolution: Resolution, rank: int, world_size: in
 
 
 def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: Share, *, beside: bool,
-              text: TextPlan | None = None) -> WorkList:  # fmt: skip
+              text: TextPlan | None = None, known_only: bool = False) -> WorkList:  # fmt: skip
     """What a rank has to encode of its share.
 
     Args:
@@ -120,6 +121,7 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
         entries: the newest manifest entry of each key of the share, or of more.
         beside: latents go beside the pictures instead of under the cache folder.
         text: None: captions are not encoded.
+        known_only: pictures without an entry are counted, but not to do.
     """
     resolution = share.resolution
     rule, prefix = resolution.rule, resolution.prefix
@@ -138,6 +140,8 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
         if state == "valid" and known is not None and not present.have(known.file):
             state = "missing"
         work.counts[state] += 1
+        if known_only and known is None:
+            continue
         record = index.record_json(row) if text is not None or state != "valid" else b""
         file, kept = choose_file(key, image, beside), known.text if known else None
         if kept is not None and not present.have(kept.file):
@@ -156,8 +160,9 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
         if kept is not None and (kept.offset is not None or (text is not None and text.in_shards)):
             kept, text_due = None, text is not None  # beside its latents in a shard: it is made again with them
         work.items.append(WorkItem(key, image, file, size, record, text_due, kept))
-        area = np.prod(place_image(size, rule, buckets).bucket) if size else rule.area_px
-        work.bytes_needed += int(area) * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
+        area = int(np.prod(place_image(size, rule, buckets).bucket)) if size else rule.area_px
+        work.num_pixels += area
+        work.bytes_needed += area * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
     return work
 
 
