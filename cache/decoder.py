@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_trainer.data.bucket import BucketRule, Size, list_buckets, place_image
-from sdxl_trainer.data.manifest import TextPart
+from sdxl_trainer.data.manifest import Entry, TextPart
+from sdxl_trainer.data.mask_pixels import add_mask
 from sdxl_trainer.data.strategy import StrategyError
 from sdxl_trainer.data.transforms import BadImageError, PreparedImage, prepare_image, read_image_size
 
@@ -27,6 +28,8 @@ class WorkItem:
     record: bytes = b"{}"
     with_text: bool = False  # its captions are encoded too
     text: TextPart | None = None  # that it has and keeps
+    mask_path: str | None = None
+    unmasked: Entry | None = None  # what the cache holds of it, made without a mask; of no use if the mask is bad
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Decoder:
     def _prepare(self, item: WorkItem, buckets: list[Size], slot: np.ndarray | None) -> Prepared:
         captions = self.shape_captions(item.record) if item.with_text else ()
         image = prepare_image(Path(item.image_path), self.rule, buckets, self.with_alpha, slot)
+        if item.mask_path is not None:
+            image = add_mask(image, Path(item.image_path), Path(item.mask_path))
         return Prepared(item, image, captions)
 
     def _finish(self, batch: _Planned, strays: dict[Size, list[Prepared]]) -> Iterator[Batch]:

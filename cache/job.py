@@ -48,6 +48,7 @@ from sdxl_trainer.data.manifest import (
     read_latest,
     write_identity,
 )
+from sdxl_trainer.data.masks import MaskFinder, check_masks
 from sdxl_trainer.launch.distributed import (
     Ranks,
     barrier,
@@ -85,7 +86,9 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     stop = StopRequest()
     folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
-    path = open_index(config, problems).path if rank == 0 else None  # the others wait for it in init_ranks
+    masks = config.data.masks
+    # the other ranks wait for it in init_ranks
+    path = open_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
     ranks = init_ranks()
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
@@ -100,8 +103,9 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         entries, lines_lost = open_cache(folder, ranks, own, repair, dry_run)
         beside = config.cache.dir is None
         known_only = repair and not lines_lost
+        finder = None if masks is None else MaskFinder(masks)
         works = [
-            list_work(index, folder, entries, share, beside=beside, text=text, known_only=known_only)
+            list_work(index, folder, entries, share, beside=beside, text=text, known_only=known_only, masks=finder)
             for share in shares
         ]
         announce(config, folder, index, gather_objects([work.without_items() for work in works]), ranks)
@@ -210,6 +214,8 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkL
         to_do = sum(work.num_items for work in works)
         states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
         logger.info("{} pictures ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
+        if config.data.masks is not None:
+            tell_masks(config.data.masks, counts["masked"], len(index))
         if counts["text"]:
             logger.info("captions of {} pictures are to be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
@@ -228,6 +234,18 @@ def announce_time(own: Estimate, ranks: Ranks) -> None:
         ))  # fmt: skip
         captions = f", captions {text}" if slowest.text_seconds else ""
         logger.info("estimated time: {} (pictures {}{}; decoding at the same time {})", whole, encode, captions, decode)
+
+
+def tell_masks(masks: str, num_masked: int, num_pictures: int) -> None:
+    """Say how many pictures have a mask file.
+
+    Raises:
+        UserInputError: not one.
+    """
+    cure = "check it: as a folder it holds masks with the pictures' stems, else masks lie beside the pictures"
+    raise_if_any([Problem("data.masks", masks, "names the mask of no picture", cure)] if not num_masked else [])
+    others = num_pictures - num_masked
+    logger.info("{} pictures have a mask; the loss of the {} others counts everywhere", num_masked, others)
 
 
 def build_vae_encoder(config: Config, vae: torch.nn.Module, device: torch.device) -> VaeEncoder:

@@ -22,7 +22,7 @@ from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.cache.pipeline import build_item
 from sdxl_trainer.cache.sinks import EncodedItem, NpzSink
 from sdxl_trainer.cache.writer import LatentWriter
-from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.bucket import split_key
 from sdxl_trainer.data.check import get_cache_folder
@@ -113,9 +113,9 @@ def build_missing_encoder(config: Config, source: ModelSource, dataset: LatentDa
         UserInputError: a job is writing the cache, or other settings made it.
     """
     folder, cache = get_cache_folder(config), config.cache
-    if cache.alpha_mask:
+    for key, value in (("cache.alpha_mask", cache.alpha_mask), ("data.masks", config.data.masks)):
         rule = "goes with latents that the cache job makes"
-        raise UserInputError([Problem("cache.alpha_mask", True, rule, "run bash launch/cache.sh, on_missing: skip")])
+        raise_if_any([Problem(key, value, rule, "run bash launch/cache.sh, on_missing: skip")] if value else [])
     vae = load_vae(source, config.model)
     identities = build_identities(config, hash_weights(vae))
     raise_if_any(check_made_alike(folder, identities))

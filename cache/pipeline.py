@@ -20,11 +20,13 @@ from sdxl_trainer.data.bucket import BucketRule
 from sdxl_trainer.data.folders import TEXT_CACHE
 from sdxl_trainer.data.latents import LatentSample
 from sdxl_trainer.data.manifest import Entry, TextPart
+from sdxl_trainer.data.mask_pixels import BadMaskError
 from sdxl_trainer.data.strategy import StrategyError
 from sdxl_trainer.data.text_outputs import TextOutputs
 from sdxl_trainer.data.variants import CaptionVariants, hash_captions
 
 TEXTS_AT_ONCE = 16  # pictures whose captions are encoded together
+WITHDRAWN = ".withdrawn"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Pipeline:
         """Start batch after batch, yielding what waits for each and returns it."""
         decoder = Decoder(
             self.rule, self.batch_size, self.num_workers, self.with_alpha, self._shape_captions,
-            lambda item, error: self._pass_over(item.key, item.image_path, error),
+            self._pass_over_picture,
         )  # fmt: skip
         batches = decoder.decode(items)
         while True:
@@ -129,6 +131,11 @@ class Pipeline:
         assert self.text is not None, "captions are only asked for with encoders"
         return self.text.variants.shape(orjson.loads(record))
 
+    def _pass_over_picture(self, item: WorkItem, error: Exception) -> None:
+        if isinstance(error, BadMaskError) and item.unmasked is not None:
+            self.writer.list_entry(withdraw(item.unmasked, item))
+        self._pass_over(item.key, item.image_path, error)
+
     def _pass_over(self, key: str, file: str, error: Exception) -> None:
         self.progress.bad += 1
         self.report_bad(key, file, str(error))
@@ -169,6 +176,13 @@ def choose_text_file(file: str) -> str:
     return file.removesuffix(".npz") + TEXT_CACHE
 
 
+def withdraw(entry: Entry, item: WorkItem) -> Entry:
+    """An entry that holds in place of one whose latents must not be trained on any more: of a file that is not there,
+    which training names as a bad sample, and made otherwise than any settings would, so that it is encoded again."""
+    file = item.file + WITHDRAWN
+    return replace(entry.as_stale(), file=file, offset=None, record_bytes=None, record_sha256=None, text=item.text)
+
+
 def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) -> EncodedItem:
     """One picture's latents of a batch, with what the manifest will say of them."""
     item, image = prepared.item, prepared.image
@@ -183,12 +197,12 @@ def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) 
         std=std,
         flipped=flipped,
         flipped_std=flipped_std,
-        alpha_mask=None if image.alpha is None else image.alpha.astype(np.float32) / 255,
+        alpha_mask=None if image.mask is None else image.mask.astype(np.float32) / 255,
     )
     entry = Entry(
         key=item.key, file=item.file, bytes=0, sha256="", bucket=placement.bucket, original_size=image.original_size,
         resized=placement.resized, crop=placement.crop_ltrb, identity=identity, source_path=item.image_path,
         source_bytes=image.source_bytes, source_mtime_ns=image.source_mtime_ns, source_sha256=image.source_sha256,
-        flipped=flipped is not None, text=item.text,
+        flipped=flipped is not None, text=item.text, mask=image.mask_file,
     )  # fmt: skip
     return EncodedItem(entry, sample, record=item.record)

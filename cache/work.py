@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.latents import LATENT_CHANNELS, VAE_FACTOR
 from sdxl_trainer.data.manifest import Entry, Identity, TextIdentity, TextPart
+from sdxl_trainer.data.masks import MaskFinder
 from sdxl_trainer.data.shards import get_partial_path
 from sdxl_trainer.data.strategy import StrategyError
 from sdxl_trainer.data.uncached import choose_file
@@ -25,6 +27,7 @@ from sdxl_trainer.data.variants import CaptionVariants, hash_captions
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES = ("valid", "new", "stale", "changed", "missing")
 LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of a picture has nothing to encode
+MASK_BYTES_PER_PX = 4
 ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the manifest
 
 
@@ -113,7 +116,8 @@ def choose_share(index: Index, resolution: Resolution, rank: int, world_size: in
 
 
 def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: Share, *, beside: bool,
-              text: TextPlan | None = None, known_only: bool = False) -> WorkList:  # fmt: skip
+              text: TextPlan | None = None, known_only: bool = False,
+              masks: MaskFinder | None = None) -> WorkList:  # fmt: skip
     """What a rank has to encode of its share.
 
     Args:
@@ -122,6 +126,7 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
         beside: latents go beside the pictures instead of under the cache folder.
         text: None: captions are not encoded.
         known_only: pictures without an entry are counted, but not to do.
+        masks: None: there are no mask files.
     """
     resolution = share.resolution
     rule, prefix = resolution.rule, resolution.prefix
@@ -130,16 +135,18 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
     present = _Folders(folder)
     item_bytes = estimate_item_bytes(resolution.identity)
     images, widths, heights = index.strings("image_path"), index.column("width"), index.column("height")
-    for row, key in zip(share.rows, share.keys, strict=True):
+    mask_paths = repeat(None) if masks is None else masks.find(images[row].as_py() for row in share.rows)
+    for row, key, mask in zip(share.rows, share.keys, mask_paths, strict=False):
         image = images[row].as_py()
         if image.endswith(LATENT_SUFFIXES):
             work.counts["given"] += not prefix
             continue
         known = entries.get(key)
-        state, entry = judge_entry(known, image, work.identity)
+        state, entry = judge_entry(known, image, work.identity, mask)
         if state == "valid" and known is not None and not present.have(known.file):
             state = "missing"
         work.counts[state] += 1
+        work.counts["masked"] += not prefix and (mask is not None or (known is not None and known.mask is not None))
         if known_only and known is None:
             continue
         record = index.record_json(row) if text is not None or state != "valid" else b""
@@ -159,10 +166,12 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
         size = (int(widths[row]), int(heights[row])) if widths[row] > 0 else None
         if kept is not None and (kept.offset is not None or (text is not None and text.in_shards)):
             kept, text_due = None, text is not None  # beside its latents in a shard: it is made again with them
-        work.items.append(WorkItem(key, image, file, size, record, text_due, kept))
+        unmasked = known if mask is not None and known is not None and known.mask is None else None
+        work.items.append(WorkItem(key, image, file, size, record, text_due, kept, mask, unmasked))
         area = int(np.prod(place_image(size, rule, buckets).bucket)) if size else rule.area_px
         work.num_pixels += area
         work.bytes_needed += area * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
+        work.bytes_needed += area * MASK_BYTES_PER_PX if mask is not None else 0
     return work
 
 
@@ -175,28 +184,49 @@ def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> 
     return area
 
 
-def judge_entry(entry: Entry | None, image_path: str, identity_name: str) -> tuple[str, Entry | None]:
-    """(state, refreshed entry): `new`, `stale` (made otherwise), `changed` (another source), or `valid`.
+def judge_entry(
+    entry: Entry | None, image_path: str, identity_name: str, mask_path: str | None = None
+) -> tuple[str, Entry | None]:
+    """(state, refreshed entry): `new`, `stale` (made otherwise), `changed` (another source or mask), or `valid`.
 
-    A source of another size or time is hashed; if the bytes are the same, the entry stays valid and gets a line with
-    the new time. A source that is gone cannot have changed, and of one that was not there when its latents were
+    A source or mask of another size or time is hashed; if the bytes are the same, the entry stays valid and gets a line
+    with the new time. A source that is gone cannot have changed, and of one that was not there when its latents were
     adopted nothing is known.
+
+    Args:
+        mask_path: of the mask file that the picture has now.
     """
     if entry is None:
         return "new", None
     if entry.identity != identity_name:
         return "stale", None
-    if not entry.source_sha256:
-        return "valid", None
     try:
         status = os.stat(image_path)
+        mask_status = None if mask_path is None else os.stat(mask_path)
     except OSError:
         return "valid", None
-    if (status.st_size, status.st_mtime_ns) == (entry.source_bytes, entry.source_mtime_ns):
-        return "valid", None
-    if status.st_size != entry.source_bytes or hash_file(Path(image_path)) != entry.source_sha256:
+    mask, source_ns, mask_ns = entry.mask, entry.source_mtime_ns, 0
+    if (mask is None) != (mask_path is None):
         return "changed", None
-    return "valid", replace(entry, source_path=image_path, source_mtime_ns=status.st_mtime_ns)
+    if entry.source_sha256:
+        known = (entry.source_bytes, entry.source_mtime_ns, entry.source_sha256)
+        source_ns = find_time_if_same(image_path, status, *known)
+    if mask is not None and mask_path is not None and mask_status is not None:
+        mask_ns = find_time_if_same(mask_path, mask_status, mask.bytes, mask.mtime_ns, mask.sha256)
+    if source_ns is None or mask_ns is None:
+        return "changed", None
+    if source_ns == entry.source_mtime_ns and (mask is None or mask_ns == mask.mtime_ns):
+        return "valid", None
+    mask = None if mask is None or mask_path is None else replace(mask, path=mask_path, mtime_ns=mask_ns)
+    return "valid", replace(entry, source_path=image_path, source_mtime_ns=source_ns, mask=mask)
+
+
+def find_time_if_same(path: str, status: os.stat_result, size: int, mtime_ns: int, sha256: str) -> int | None:
+    """A file's time of change, if its bytes are those of `sha256`; None if not. At the same time they are the same."""
+    if status.st_size != size:
+        return None
+    same = status.st_mtime_ns == mtime_ns or hash_file(Path(path)) == sha256
+    return status.st_mtime_ns if same else None
 
 
 def estimate_item_bytes(identity: Identity) -> int:

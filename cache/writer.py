@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from sdxl_trainer.cache.sinks import EncodedItem, Sink
-from sdxl_trainer.data.manifest import ManifestWriter
+from sdxl_trainer.data.manifest import Entry, ManifestWriter
 
 
 class LatentWriter:
@@ -38,6 +38,11 @@ class LatentWriter:
             self._places.release()
             raise self._error
         self._pool.submit(self._write, item).add_done_callback(self._finish)
+
+    def list_entry(self, entry: Entry) -> None:
+        """Add a line to the manifest that holds as it is."""
+        with self._lock:
+            self._manifest.append(entry)
 
     def close(self) -> None:
         """Wait until everything is on disk and listed.

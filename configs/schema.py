@@ -87,6 +87,11 @@ class DataConfig(Section):
     """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
     beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without
     pictures latent files (.npz) stand in for them."""
+    masks: str | None = None
+    """Where mask files are: grey pictures that say where the loss counts, for `objective.masked_loss`. Either how their
+    names end beside the pictures, as `-masklabel.png` for OneTrainer's, or a folder in which they have the pictures'
+    stems, as kohya's `conditioning_data_dir`. They are no pictures to train on, and the cache job stores them with the
+    latents, as float32 in pixels: 4 MB at 1024 px. Where a picture has none, its loss counts everywhere."""
     weights: list[NonNegativeFloat] = []
     """How often samples of each entry of `data.metadata` come in an epoch, or, without metadata, of each folder of
     `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Multiplied with the repeats of `data.strategy`; a
@@ -188,7 +193,8 @@ class CacheConfig(Section):
     """Also store the latents of the mirrored picture, as kohya's `flip_aug` does."""
     alpha_mask: bool = False
     """Also store the opacity of pictures that have one, as kohya's `alpha_mask` does: where the loss counts, for
-    `objective.masked_loss`. As float32 in pixels it takes 4 MB at 1024 px. Pictures are laid on white either way."""
+    `objective.masked_loss`. As float32 in pixels it takes 4 MB at 1024 px. Pictures are laid on white either way. A
+    picture's mask file (`data.masks`) goes before its opacity."""
     batch_size: int = Field(4, ge=1)
     """Pictures encoded at once on a rank. What a device has no memory for is encoded in halves."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"

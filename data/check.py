@@ -65,7 +65,9 @@ def check_records(config: Config, need_captions: bool = True) -> tuple[Index | N
     try:
         folder, separator = get_cache_folder(config), config.data.caption.separator
         data = config.data
-        index = open_record_index(folder, data.metadata, data.image_dirs, separator, data.regularisation_dirs)
+        index = open_record_index(
+            folder, data.metadata, data.image_dirs, separator, data.regularisation_dirs, data.masks
+        )
     except ValueError as error:
         return None, [Problem(source, shown, str(error), "mend the data")]
     if len(index) == 0:

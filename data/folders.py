@@ -32,22 +32,33 @@ def strip_suffix(path: str, always: bool = False) -> str:
     return stem if always or suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def walk_files(roots: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
-    """(absolute folder, sorted names of its files) of all folders below the roots, in an order that no disk decides."""
+def walk_files(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str]]]:
+    """(absolute folder, sorted names of its files) of all folders below the roots, in an order that no disk decides.
+
+    Args:
+        masks: as in `data.masks`: an ending of file names, or a folder, to be passed over.
+    """
+    ending = masks if masks is not None and is_ending(masks) else None
+    passed_over = os.path.abspath(masks) if masks is not None and ending is None else None
     for root in roots:
         for folder, folders, names in os.walk(os.path.abspath(root)):
-            folders.sort()
-            yield folder, sorted(names)
+            folders[:] = sorted(name for name in folders if os.path.join(folder, name) != passed_over)
+            yield folder, sorted(name for name in names if not name.endswith(ending)) if ending else sorted(names)
 
 
-def walk_pictures(roots: Sequence[Path]) -> Iterator[tuple[str, list[str], set[str]]]:
+def is_ending(masks: str) -> bool:
+    """Whether masks are told by the ending of their names, such as `-masklabel.png`, and not by their folder."""
+    return "/" not in masks and is_picture(masks)
+
+
+def walk_pictures(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str], set[str]]]:
     """(absolute folder, names of its pictures, names of all its files). Below a root that holds no pictures, latent
-    files stand in for them; of two for one picture, the one of the plain name."""
+    files stand in for them; of two for one picture, the one of the plain name. `masks` as for `walk_files`."""
     for root in roots:
         suffixes = IMAGE_SUFFIXES
-        if not any(is_picture(name) for _, names in walk_files([root]) for name in names):
+        if not any(is_picture(name) for _, names in walk_files([root], masks) for name in names):
             suffixes = frozenset({LATENT_SUFFIX})
-        for folder, names in walk_files([root]):
+        for folder, names in walk_files([root], masks):
             everything = set(names)
             chosen = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
             if LATENT_SUFFIX in suffixes:
@@ -133,9 +144,9 @@ class AmbiguousPictureError(ValueError):
 class PictureTable:
     """Pictures below folders by file name and by stem. Compact: 50 bytes and the path each."""
 
-    def __init__(self, roots: Sequence[Path]):
+    def __init__(self, roots: Sequence[Path], masks: str | None = None):
         paths, names, stems, seen = [], [], [], set()
-        for folder, chosen, _ in walk_pictures(roots):
+        for folder, chosen, _ in walk_pictures(roots, masks):
             if folder in seen:  # one root lies in another
                 continue
             seen.add(folder)
@@ -144,6 +155,16 @@ class PictureTable:
             stems.append(hash_texts([strip_suffix(name, always=True) for name in chosen]))
         self._paths = pa.chunked_array(paths, pa.string())
         self._names, self._stems = (_sort_hashes(hashes) for hashes in (names, stems))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def find_twins(self) -> tuple[str, str] | None:
+        """Two pictures of one stem, or None."""
+        hashes, order = self._stems
+        same = np.flatnonzero(hashes[1:] == hashes[:-1])[:1]
+        twins = [self._paths[int(order[at])].as_py() for place in same.tolist() for at in (place, place + 1)]
+        return (twins[0], twins[1]) if twins else None
 
     def find(self, names: Sequence[str], stems: Sequence[str]) -> list[str | None]:
         """The picture of each name, else of each stem, else None.

@@ -126,12 +126,14 @@ def open_record_index(
     image_dirs: list[Path],
     separator: str = ",",
     regularisation_dirs: Sequence[Path] = (),
+    masks: str | None = None,
 ) -> Index:
     """The index of all records, built under `folder` unless it is there already.
 
     Args:
         separator: between caption and tags in kohya's metadata (data/records.py).
         regularisation_dirs: further image folders, whose records get `is_reg`; not with metadata.
+        masks: as in `data.masks`, which are no pictures of their own.
 
     Raises:
         ValueError: the metadata is malformed (data/sources.py says where), or two pictures have one stem.
@@ -140,16 +142,16 @@ def open_record_index(
     """
     local = [localize_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
-    names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs])
+    names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
     sources = files or sidecars  # with metadata, folders only say where pictures are
     counts = [str(len(source.files)) for source in local]  # which files are one source
     words = [*map(str, [*files, *image_dirs]), *counts, names, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]
-        pictures = read_folders(image_dirs, regularisation_dirs)
+        pictures = read_folders(image_dirs, regularisation_dirs, masks)
         blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, pictures)
-        finder = PictureFinder(image_dirs)
+        finder = PictureFinder(image_dirs, masks)
         with rename_errors(local):
             _write(path, RECORD_SCHEMA, (finish_block(block, finder, separator) for block in blocks))
     return _open(path)
@@ -258,13 +260,13 @@ def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash_folders(roots: Sequence[Path]) -> tuple[str, list[str]]:
+def _hash_folders(roots: Sequence[Path], masks: str | None) -> tuple[str, list[str]]:
     """(hash of the paths of all pictures, paths of the caption files) below folders.
 
     Not the folders' times: an index or latents written among the pictures change those, and an edited caption does not.
     """
     digest, sidecars = hashlib.sha256(), []
-    for folder, pictures, everything in walk_pictures(roots):
+    for folder, pictures, everything in walk_pictures(roots, masks):
         if pictures:
             digest.update(orjson.dumps([folder, pictures]))
         sidecars += [os.path.join(folder, name) for name in sorted(everything) if name.endswith(CAPTION_SUFFIXES)]

@@ -86,6 +86,16 @@ class TextPart:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFile:
+    """The file that an item's mask was read from."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One cached item. Sizes in pixels, (width, height)."""
 
@@ -108,6 +118,7 @@ class Entry:
     adopted: bool = False  # made by another program; its VAE is the user's word
     flipped: bool | None = None  # whether it holds latents of the mirrored picture too; None: the line does not tell
     text: TextPart | None = None  # None: not encoded
+    mask: MaskFile | None = None  # None: from no file
     listed_ns: int = 0  # when the line was written: of several lines with one key the latest counts
 
     def as_stale(self) -> "Entry":
@@ -209,6 +220,8 @@ def _parse_entry(line: bytes, place: str) -> Entry | None:
             fields[name] = tuple(fields[name])
         if "text" in fields:
             fields["text"] = TextPart(**fields["text"])
+        if "mask" in fields:
+            fields["mask"] = MaskFile(**fields["mask"])
         return Entry(
             **fields,
             source_path=source["path"],

@@ -83,11 +83,13 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
     return missing + [(url, f"is not there: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
 
 
-def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = ()) -> Iterator[Items]:
-    """Pictures with the captions beside them, each folder a source; those of the second kind have `is_reg`."""
+def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
+                 ) -> Iterator[Items]:  # fmt: skip
+    """Pictures with the captions beside them, each folder a source; those of the second kind have `is_reg`. `masks`, as
+    in `data.masks`, are none."""
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
     for source, (root, marks) in enumerate(roots):
-        for folder, names, everything in walk_pictures([root]):
+        for folder, names, everything in walk_pictures([root], masks):
             for start in range(0, len(names), ROWS_AT_ONCE):
                 yield [
                     (strip_suffix(name, always=True), {"image_path": os.path.join(folder, name),
@@ -177,7 +179,8 @@ def _read_sizes(block: Block) -> np.ndarray:
 class PictureFinder:
     """Finds the picture of a record: where it says, else by file name, else by stem under the image folders."""
 
-    def __init__(self, image_dirs: Sequence[Path]):
+    def __init__(self, image_dirs: Sequence[Path], masks: str | None = None):
+        self._masks = masks
         self._image_dirs = [str(folder) for folder in image_dirs]
         self._checker = FileChecker()
         self._table: PictureTable | None = None
@@ -213,7 +216,7 @@ class PictureFinder:
             lost[relative] = ~there
         missing = np.flatnonzero(lost).tolist()
         if missing and self._image_dirs:
-            self._table = self._table or PictureTable([Path(folder) for folder in self._image_dirs])
+            self._table = self._table or PictureTable([Path(folder) for folder in self._image_dirs], self._masks)
             names = [paths[at].replace("\\", "/").rsplit("/", 1)[-1] for at in missing]
             stems = [strip_suffix(name, always=not is_key) for name in names]
             for at, path in zip(missing, self._table.find(names, stems), strict=True):

@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from sdxl_trainer.data.bucket import BucketRule, Placement, Size, place_image
+from sdxl_trainer.data.manifest import MaskFile
 from sdxl_trainer.data.plain_pictures import decode_plain
 
 # Pillow's pixels are only read. A filter for each reading would not be safe on threads.
@@ -56,7 +57,8 @@ class PreparedImage:
     source_bytes: int
     source_mtime_ns: int
     source_sha256: str
-    alpha: np.ndarray | None = None  # [H, W] uint8, cut like the pixels; None: opaque, or not asked for
+    mask: np.ndarray | None = None  # [H, W] uint8, cut like the pixels: where the loss counts; None: everywhere
+    mask_file: MaskFile | None = None  # None: the mask, if there is one, is the picture's opacity
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,15 @@ def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha:
     """Read, decode, orient, resize and cut one picture.
 
     Args:
-        with_alpha: keep the opacity, too.
+        with_alpha: keep the opacity as a mask.
         out: [H, W, 3] uint8, where the pixels go if it is of their shape.
 
     Raises:
         BadImageError: missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
     """
+    content, mtime_ns = read_content(path)
     try:
-        with open(path, "rb") as file:
-            mtime_ns = os.fstat(file.fileno()).st_mtime_ns  # before reading: a change meanwhile is noticed next time
-            content = file.read()
-    except OSError as error:
-        raise BadImageError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        decoded = _decode(content, lambda size: place_image(size, rule, buckets).resized)
+        decoded = decode_content(content, lambda size: place_image(size, rule, buckets).resized)
     except DECODE_ERRORS as error:
         raise BadImageError(f"{path}: cannot be decoded: {error}") from None
     digest = hashlib.sha256(content).hexdigest()
@@ -104,15 +101,33 @@ def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha:
     return PreparedImage(np.ascontiguousarray(pixels), decoded.size, placement, len(content), mtime_ns, digest, mask)
 
 
+def read_content(path: Path) -> tuple[bytes, int]:
+    """(bytes, time of change in nanoseconds) of a file.
+
+    Raises:
+        BadImageError: missing, or unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns  # before reading: a change meanwhile is noticed next time
+            return file.read(), mtime_ns
+    except OSError as error:
+        raise BadImageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def decode_image(content: bytes) -> Image.Image:
     """Decode to RGB as a person expects to see it: EXIF rotation applied, transparency on white, first frame, sRGB."""
-    decoded = _decode(content)
+    decoded = decode_content(content)
     image = Image.fromarray(decoded.pixels)
     return image if decoded.transform is None else decoded.transform.apply(image)
 
 
-def _decode(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> Decoded:
-    """`choose_size` tells of a picture's size which one it will be resized to."""
+def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> Decoded:
+    """`choose_size` tells of a picture's size which one it will be resized to.
+
+    Raises:
+        one of DECODE_ERRORS: it cannot be decoded.
+    """
     image = Image.open(io.BytesIO(content))
     size = image.size
     # Pillow only warns of pictures up to twice its limit, and filters of warnings are not safe on threads.
@@ -167,18 +182,21 @@ def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTrans
         return None
 
 
-def cut_image(pixels: np.ndarray, placement: Placement) -> np.ndarray:
+def cut_image(pixels: np.ndarray, placement: Placement, mode: str = "bicubic") -> np.ndarray:
     """[H, W] or [H, W, C] uint8 in, the bucket's part of it out.
 
     Bicubic, with Pillow's filter, in a fifth of its time; it widens with the step when shrinking, so that fine patterns
     do not turn into false ones. Beside OpenCV's area averaging this takes half the time and is truer.
+
+    Args:
+        mode: or `bilinear`, with Pillow's filter too.
     """
     left, top, right, bottom = placement.crop_ltrb
     if placement.resized != (pixels.shape[1], pixels.shape[0]):
         # [1, C, H, W], channels last in memory: the layout that has a fast way
         images = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])[None].permute(0, 3, 1, 2)
         size = (placement.resized[1], placement.resized[0])
-        resized = torch.nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True)
+        resized = torch.nn.functional.interpolate(images, size=size, mode=mode, antialias=True)
         pixels = resized[0].permute(1, 2, 0).numpy().reshape(*size, *pixels.shape[2:])
     return pixels[top:bottom, left:right]
 

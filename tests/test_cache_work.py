@@ -15,7 +15,7 @@ from sdxl_trainer.cache.work import Resolution, choose_share, compute_costs, jud
 from sdxl_trainer.data.bucket import BucketRule
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index import open_record_index
-from sdxl_trainer.data.manifest import Identity
+from sdxl_trainer.data.manifest import Identity, MaskFile
 from sdxl_trainer.data.uncached import choose_file
 
 IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 128, 64, 256, 32, False)
@@ -100,6 +100,27 @@ def test_a_moved_or_missing_picture_is_the_same(source, tmp_path):
     assert judge_entry(entry, str(path), IDENTITY.name) == ("valid", None)
     vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
     assert judge_entry(vouched, moved, IDENTITY.name) == ("valid", None)
+
+
+def test_a_mask_counts_as_the_picture_does(source, tmp_path):
+    path, entry = source
+    mask = tmp_path / "a-masklabel.png"
+    mask.write_bytes(b"some mask")
+    status = mask.stat()
+    masked = replace(entry, mask=MaskFile(str(mask), status.st_size, status.st_mtime_ns, hash_file(mask)))
+    assert judge_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # it has appeared
+    assert judge_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # it has vanished
+    assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("valid", None)
+    os.utime(mask, ns=(3, 3))
+    state, refreshed = judge_entry(masked, str(path), IDENTITY.name, str(mask))
+    assert (state, refreshed) == ("valid", replace(masked, mask=replace(masked.mask, mtime_ns=3)))
+    mask.write_bytes(b"same mask")
+    assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
+    assert judge_entry(vouched, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    path.unlink()
+    for known, now in ((masked, None), (masked, str(mask)), (entry, str(mask))):
+        assert judge_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to make it anew from
 
 
 def test_the_list_is_what_the_cache_does_not_hold(tmp_path):

@@ -52,7 +52,7 @@ def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
         ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "set it to v"),
         ("objective.prediction=flow objective.weighting=min_snr", "objective.weighting", "set it to none"),
         ("objective.weighting=v_like_epsilon", "objective.weighting", "needs objective.prediction v"),
-        ("objective.masked_loss=true", "objective.masked_loss", "set cache.alpha_mask: true and run"),
+        ("objective.masked_loss=true", "objective.masked_loss", "set data.masks, or cache.alpha_mask: true"),
         ("cache.text=true data.caption.shuffle=true", "cache.text_variants", "set cache.text_variants to 2 or more"),
         ("cache.text=true optim.text_encoder_lr=1e-6", "optim.text_encoder_lr", "set it to 0, or cache.text: false"),
         ("cache.text=true", "cache.text", "run bash launch/cache.sh with the same settings"),

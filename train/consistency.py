@@ -20,8 +20,10 @@ def check_consistency(config: Config, index: Index | None) -> Iterator[Problem]:
         yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
     if config.objective.masked_loss and index is not None and find_mask(index, get_cache_folder(config)) is False:
         rule = "has no effect: the latents hold no masks"
-        cure = "set cache.alpha_mask: true and run bash launch/cache.sh on pictures with opacity, or leave it out"
+        cure = "set data.masks, or cache.alpha_mask: true, and run bash launch/cache.sh, or leave it out"
         yield Problem("objective.masked_loss", True, rule, cure)
+    if config.data.masks is not None and not config.objective.masked_loss:
+        logger.warning("the masks of data.masks are not used, because objective.masked_loss is false")
 
 
 def warn_of_prediction(config: Config) -> None:
