@@ -128,10 +128,7 @@ class Decoder:
 
     def _prepare(self, item: WorkItem, buckets: list[Size], slot: np.ndarray | None) -> Prepared:
         captions = self.shape_captions(item.record) if item.with_text else ()
-        image = prepare_image(Path(item.image_path), self.rule, buckets, self.with_alpha, slot)
-        if item.mask_path is not None:
-            image = add_mask(image, Path(item.image_path), Path(item.mask_path))
-        return Prepared(item, image, captions)
+        return Prepared(item, prepare_picture(item, self.rule, buckets, self.with_alpha, slot), captions)
 
     def _finish(self, batch: _Planned, strays: dict[Size, list[Prepared]]) -> Iterator[Batch]:
         """Wait for a batch; what of it is of its bucket, and whatever it made whole of the others."""
@@ -154,6 +151,17 @@ class Decoder:
             assert batch.pixels is not None, "entries of a batch have a bucket"
             whole = len(entries) == len(batch.pictures)
             yield Batch(batch.pixels if whole else batch.pixels[places], entries)
+
+
+def prepare_picture(item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
+                    out: np.ndarray | None = None) -> PreparedImage:  # fmt: skip
+    """An item's picture cut to its bucket, with its mask. Arguments as for `prepare_image`.
+
+    Raises:
+        BadImageError: one of the two cannot be used.
+    """
+    image = prepare_image(Path(item.image_path), rule, buckets, with_alpha, out)
+    return image if item.mask_path is None else add_mask(image, Path(item.image_path), Path(item.mask_path))
 
 
 def _tell_sizes(window: Sequence[tuple[WorkItem, Future | None]]) -> Iterator[tuple[WorkItem, Size | None]]:

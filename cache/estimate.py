@@ -5,18 +5,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from sdxl_trainer.cache.decoder import WorkItem
+from sdxl_trainer.cache.decoder import WorkItem, prepare_picture
 from sdxl_trainer.cache.latent_encoder import Encoder
 from sdxl_trainer.cache.pipeline import TextJob
 from sdxl_trainer.cache.text_encoder import CAPTIONS_AT_ONCE
 from sdxl_trainer.cache.work import WorkList
 from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.bucket import BucketRule, list_buckets
-from sdxl_trainer.data.transforms import BadImageError, prepare_image
+from sdxl_trainer.data.transforms import BadImageError
 
 PICTURES_PER_WORKER = 4  # enough to even out a picture that is dearer than the others
 SIDE_STEP_PX = 64
@@ -64,7 +63,7 @@ def time_decoding(items: Sequence[WorkItem], rule: BucketRule, num_workers: int,
 
     def decode(item: WorkItem) -> None:
         try:
-            prepare_image(Path(item.image_path), rule, buckets)
+            prepare_picture(item, rule, buckets)
         except BadImageError:
             pass
 
