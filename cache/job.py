@@ -89,7 +89,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     masks = config.data.masks
     # the other ranks wait for it in init_ranks
     path = open_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
-    ranks = init_ranks()
+    ranks = init_ranks(config.engine.timeout_minutes)
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config, hash_weights(vae))

@@ -47,6 +47,10 @@ class EngineConfig(Section):
     """Lay images out with channels last, which suits convolutions on tensor cores."""
     initial_loss_scale_power: int = Field(16, ge=0, le=32)
     """`fp16` begins with a loss scale of 2 to this power."""
+    timeout_minutes: float = Field(60.0, gt=0)
+    """How long a rank waits in a collective for one that hangs. Then each of the others saves its part of the state,
+    and the job ends with status 1. What a rank does alone, such as its share of the samples or verifying a checkpoint
+    at the start, must not take longer; the checks of settings and data, and the index, may."""
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, merged over the ones this program makes. Batch sizes, optimizer, schedule, precision
     and ZeRO stage are set by settings of their own."""

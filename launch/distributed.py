@@ -5,6 +5,7 @@ Every collective does nothing in a single process, so callers never ask whether 
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Rank 0 may spend minutes on metadata or a checkpoint before it meets the others.
-TIMEOUT = timedelta(hours=1)
+# How long a rank looks for rank 0's store where no launcher keeps one: rank 0 opens it after the checks.
+CHECKS_TIMEOUT = timedelta(days=1)
+CHECKED = "rank 0 has checked settings and data"
+FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 1.0
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ def read_environment() -> tuple[int, int, int]:
     return (int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def init_ranks() -> Ranks:
+def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     """Join the process group (NCCL with GPUs, gloo without) and pick this rank's device.
 
     A single process forms a group of its own, because DeepSpeed wants one; it takes a free port for it.
+
+    Args:
+        timeout_minutes: how long a rank waits in a collective for others that live and do not come. For rank 0 to come
+            here the others wait as long as it takes.
     """
+    timeout = timedelta(minutes=timeout_minutes)
     rank, local_rank, world_size = read_environment()
     if world_size == 1 and "MASTER_PORT" not in os.environ:
         os.environ.update(
@@ -54,25 +62,36 @@ def init_ranks() -> Ranks:
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # DeepSpeed makes groups of its own, and leaves their time-out to torch, which has 10 minutes for NCCL.
+        dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            store=_open_store(),
+            store=_open_store(rank, timeout),
             rank=rank,
             world_size=world_size,
-            timeout=TIMEOUT,
+            timeout=timeout,
             device_id=device if use_gpu else None,
         )
     return Ranks(rank, local_rank, world_size, device)
 
 
-def _open_store() -> dist.Store:
-    """Where the ranks find each other's addresses.
+def _open_store(rank: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other's addresses, once rank 0 has come.
 
     torchrun's own outlives a restart with what the dead ranks wrote into it, and the new ones would try to reach those:
     `--max-restarts` never worked with `--standalone` (torch 2.13). So each start looks under names of its own.
     """
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    patience = timeout if rank == 0 else CHECKS_TIMEOUT
+    shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+    if rank == 0:
+        store.set(CHECKED, "")
+    pause_seconds = FIRST_POLL_SECONDS
+    while not store.check([CHECKED]):  # not `wait`, in which no signal would be heard
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
+    store.set_timeout(timeout)
+    return store
 
 
 def close_ranks() -> None:

@@ -2,7 +2,9 @@
 unbroken run's."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +30,9 @@ class Fault(BaseException):
 def fail():
     raise Fault("planted")
 
+def hang():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -40,7 +45,7 @@ class Captions:
         if os.environ.get("RANK") == "1" and start < len(plan):
             what, calls = plan[start].split(":")
             if Captions.calls == int(calls):
-                {"die": die, "fail": fail}[what]()
+                {"die": die, "fail": fail, "hang": hang}[what]()
         Captions.calls += 1
         if os.path.exists(os.environ.get("HANG", "")):
             os.remove(os.environ["HANG"])
@@ -69,6 +74,15 @@ def start_job(command: list[object], **environment: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_two_ranks(words: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Without a launcher, which would end the one when the other has ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, ROOT / "train/main.py", *words]
+    return [start_job(command, **place, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> None:
@@ -139,3 +153,33 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None
     assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step-{done:08d}"
     trained = SavedState(run / "checkpoints" / f"step-{done:08d}" / "state", map_file)
     assert trained.shapes and all(trained.read_whole(name).isfinite().all() for name in trained.shapes)
+
+
+def test_a_rank_that_hangs_is_given_up_and_may_come_back(cached_folder: Path, two_ranks: Path) -> None:
+    """Rank 1 is stopped in step 4, as on a node that hangs. Rank 0 waits as long as it is told to, then saves its shard
+    and the weights, and ends. Once rank 1 goes on it finds nobody there, and saves its own: no step is lost."""
+    run = cached_folder / "runs" / "hanging"
+    words = plant(cached_folder, "hanging", **{"checkpoint.every_steps": 0, "engine.timeout_minutes": 0.15})
+    ranks = start_two_ranks(words, PLAN="hang:6")
+    printed, _ = ranks[0].communicate(timeout=120)
+    assert ranks[0].returncode == 1 and "shard of step 3 written" in printed, printed
+    assert (run / "models" / "emergency-step-00000003.safetensors").is_file()
+    assert ranks[1].poll() is None
+    ranks[1].send_signal(signal.SIGCONT)
+    printed, _ = ranks[1].communicate(timeout=120)
+    assert ranks[1].returncode == 1 and "shard of step 3 written" in printed, printed
+    settle_partials(run / "checkpoints")  # as the next start does
+    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-00000003"
+    assert read_losses(run) == read_losses(two_ranks)[:3]
+
+
+def test_ends_while_saving_and_while_sampling_lose_nothing() -> None:
+    """A short form of tests/campaigns/train_kill.py: it ends a run under ZeRO-1 twice, lets it reach its end, and
+    compares its losses with those of a run that nobody disturbed."""
+    words = ["--stages", "1", "--steps", "9", "--seed", "3", "--ends", "saving:kill", "sampling:int"]
+    job = start_job([sys.executable, ROOT / "tests/campaigns/train_kill.py", *words])
+    printed, _ = job.communicate(timeout=400)
+    ends = re.findall(r"^ +\d+ +1 +(\w+) +(\w+) .*\[(.*)\]", printed, re.MULTILINE)
+    assert job.returncode == 0 and "2 ends, 1 runs compared with an unbroken one; 0 problems" in printed, printed
+    assert [end[:2] for end in ends] == [("saving", "kill"), ("sampling", "int")]
+    assert "-9" in ends[0][2] and ends[1][2] == "130, 130", "each was ended in the midst"

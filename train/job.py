@@ -110,7 +110,7 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
         path = index.path
         config.run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run.folder / "config.yaml")
-    ranks = init_ranks()
+    ranks = init_ranks(config.engine.timeout_minutes)
     init_logger(rank, config.log.level, config.run.folder / "logs")
     return Index(broadcast_object(path)), ranks
 

@@ -31,7 +31,7 @@ HARMLESS_KEYS = frozenset(
     | {"cache.dir", "cache.format", "cache.shard_mb", "cache.batch_size", "cache.num_workers", "cache.on_missing"}
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}
-    | {"engine.channels_last", "ema.sample"}
+    | {"engine.channels_last", "engine.timeout_minutes", "ema.sample"}
 )
 
 

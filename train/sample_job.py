@@ -51,7 +51,7 @@ def draw_prompt_file(
     prompts, found = load_prompts(config.sample, config.objective)
     if rank == 0:  # the others wait for it in init_ranks
         raise_if_any([*problems, *found, *check_model(config.model), *check_average(checkpoint, average)])
-    ranks = init_ranks()
+    ranks = init_ranks(config.engine.timeout_minutes)
     pictures = draw_prompts(load_painter(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):

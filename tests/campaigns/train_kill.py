@@ -1,9 +1,11 @@
 """Ends training at random moments, by SIGKILL, SIGTERM, SIGINT and raised exceptions, and looks for anything lost.
 
     python tests/campaigns/train_kill.py [--trials 40] [--seed 0]
+    python tests/campaigns/train_kill.py --stages 3 --ends backward:raise saving:kill
 
 Two ranks train the tiny SDXL under ZeRO 1, 2 and 3 in turn. Each trial starts the run with the same command as ever and
 ends it in a given phase: loading, forward, backward, step, saving or sampling. The next trial of the stage goes on.
+Besides the ends that are drawn at random there is `stall`, by name only: a rank is stopped and the others wait for it.
 After each it is checked which step the next start goes on from: the last completed one, or after a SIGKILL at least
 that of the newest checkpoint. A finished run's losses must be those of a run that nobody disturbed.
 
@@ -36,7 +38,8 @@ RANKS = 2
 STAGES = (3, 1, 2)
 PHASES = ("step", "saving", "forward", "backward", "sampling", "loading")
 ENDS = ("raise", "term", "kill", "int")
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+SIGNALS = {"kill": signal.SIGKILL, "stall": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
+STATUSES = {"term": {143}, "int": {130}, "kill": {-9, 1, 143}, "stall": {-9, 1, 143}, "raise": {1, 143, 134, -6}}
 SAVE_EVERY, SAMPLE_EVERY = 5, 3
 GRACE_SECONDS = 30.0  # torchrun's
 TIMEOUT_SECONDS = 400.0
@@ -103,9 +106,10 @@ def plant(trial: Trial, rank: int) -> None:
 
 
 def strike(end: str) -> None:
-    """SIGKILL hits this rank; SIGTERM and SIGINT hit all, as from torchrun and from a terminal."""
-    if end == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    """SIGKILL and SIGSTOP hit this rank; SIGTERM and SIGINT hit all, as from torchrun and from a terminal."""
+    if end in ("kill", "stall"):
+        os.kill(os.getpid(), SIGNALS[end])
+        return
     os.killpg(os.getpgrp(), SIGNALS[end])
 
 
@@ -219,15 +223,14 @@ def run_trial(base: list[str], run: Path, trial: Trial, log: Path, max_steps: in
 def find_problems(result: Result, newest: int, max_steps: int) -> Iterator[str]:
     """What the run did not keep of its promises. `newest`: step of the newest checkpoint when it ended."""
     trial, statuses = result.trial, result.statuses
-    wanted = {"term": {143}, "int": {130}, "kill": {-9, 1, 143}, "raise": {1, 143, 134, -6}}[trial.end]
     if set(statuses) == {0} and result.completed == max_steps:
         return  # it was done before it could be ended
     if 0 in statuses:
         yield "a rank said that it was done"
-    if not set(statuses) <= wanted:
+    if not set(statuses) <= STATUSES[trial.end]:
         yield f"statuses {statuses}"
     # Metrics are written after a step; one more may have been completed by then.
-    kept = newest if trial.end == "kill" else result.completed
+    kept = newest if trial.end in ("kill", "stall") else result.completed
     if result.resumed < kept:
         yield f"goes on from step {result.resumed}, {result.completed} were completed, {newest} saved"
 
@@ -263,7 +266,12 @@ def build_set(folder: Path, max_steps: int) -> list[str]:
         },
         "cache": {"dir": str(folder / "latents")},
         "optim": {"lr": 1e-3},
-        "engine": {"precision": "fp32"},
+        # To find out how soon a weight is needed again, ZeRO-3 would search the whole of so small a model for each.
+        "engine": {
+            "precision": "fp32",
+            "timeout_minutes": 0.5,
+            "deepspeed": {"zero_optimization": {"stage3_max_reuse_distance": 30_000}},
+        },
         "train": {"max_steps": max_steps, "global_batch_size": 4, "micro_batch_size": 2},
         "checkpoint": {"every_steps": SAVE_EVERY, "export_dtype": "fp32"},
         "sample": {
@@ -296,14 +304,18 @@ def import_everything() -> None:
     assert diffusers and torch and transformers and sdxl_trainer
 
 
-def draw_trials(num_trials: int, seed: int) -> list[Trial]:
-    """Every phase and every end comes up equally often, in random order."""
-    rng = random.Random(seed)
+def draw_pairs(num_trials: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Phases and ends: each comes up equally often, in random order."""
     pairs = [(PHASES[number % len(PHASES)], ENDS[number // len(PHASES) % len(ENDS)]) for number in range(num_trials)]
     rng.shuffle(pairs)
+    return pairs
+
+
+def draw_trials(pairs: list[tuple[str, str]], stages: list[int], rng: random.Random) -> list[Trial]:
+    """The moment of each end, and the rank that it hits."""
     turns = {"loading": 1, "saving": 2, "sampling": 2}
     return [
-        Trial(STAGES[number % len(STAGES)], phase, end, rng.randrange(RANKS), rng.randint(1, turns.get(phase, 6)),
+        Trial(stages[number % len(stages)], phase, end, rng.randrange(RANKS), rng.randint(1, turns.get(phase, 6)),
               rng.uniform(0, 0.2))
         for number, (phase, end) in enumerate(pairs)
     ]  # fmt: skip
@@ -314,6 +326,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="End training at random moments and look for anything lost.")
     parser.add_argument("--trials", type=int, default=40, help="ends (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--stages", type=int, nargs="+", default=STAGES, help="of ZeRO, in turn (3 1 2)")
+    parser.add_argument(
+        "--ends", nargs="*", metavar="PHASE:END", default=[], help="these ends in this order, instead of any"
+    )
     parser.add_argument("--steps", type=int, default=24, help="of each run (24)")
     parser.add_argument("--keep", type=Path, help="folder for the runs and logs, kept; by default a temporary one")
     options = parser.parse_args()
@@ -321,7 +337,9 @@ def main() -> int:
     folder = options.keep or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     base = build_set(folder, options.steps)
-    trials = draw_trials(options.trials, options.seed)
+    rng = random.Random(options.seed)
+    pairs = [tuple(pair.split(":")) for pair in options.ends] or draw_pairs(options.trials, rng)
+    trials = draw_trials(pairs, options.stages, rng)
     stages, whole, lost = sorted({trial.stage for trial in trials}), {}, []
     for stage in stages:
         words = [*base, f"run.name=whole-{stage}", f"engine.zero_stage={stage}"]
@@ -343,7 +361,8 @@ def main() -> int:
     for stage in stages:
         run = folder / "runs" / f"zero-{stage}-{attempts[stage]}"
         lost += finish([*base, f"engine.zero_stage={stage}"], run, folder / "end.log", whole[stage])
-    print(f"{len(trials)} ends; {len(lost)} problems {'; '.join(lost)}")
+    num_runs = len(stages) + sum(attempts.values())
+    print(f"{len(trials)} ends, {num_runs} runs compared with an unbroken one; {len(lost)} problems {'; '.join(lost)}")
     if options.keep is None and not lost:
         shutil.rmtree(folder)
     return 1 if lost else 0

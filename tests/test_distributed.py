@@ -1,0 +1,47 @@
+"""Ranks find each other however late rank 0 comes, and none waits forever for one that hangs."""
+
+import os
+import socket
+import subprocess
+import sys
+
+# Rank 0 comes later than the time-out. Then rank 1 waits in collectives to which it does not come: of the first group,
+# and of one that is made as DeepSpeed makes its own.
+LATE_AND_STUCK = """
+import sys, time
+import torch
+import torch.distributed as dist
+from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
+
+rank, _, _ = read_environment()
+time.sleep(0 if rank else 3)
+ranks = init_ranks(timeout_minutes=2 / 60)
+own = dist.new_group(ranks=range(2))
+print(gather_objects(rank), flush=True)
+if rank == 0:
+    sys.stdin.read()  # until rank 1 has ended
+for group in (None, own) if rank else ():
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError:
+        print("gave up", flush=True)
+"""
+
+
+def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE_AND_STUCK],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    assert ranks[1].communicate(timeout=100)[0].splitlines() == ["[0, 1]", "gave up", "gave up"]
+    assert ranks[0].communicate(timeout=100)[0].splitlines() == ["[0, 1]"]
+    assert [rank.returncode for rank in ranks] == [0, 0]
