@@ -1,5 +1,7 @@
 """The state of any ZeRO stage, precision and grouping is taken up by any other: weights, moments, and what follows."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +82,13 @@ def test_any_stage_goes_on_from_any_other(saved, old: int, precision: str) -> No
         assert losses == pytest.approx(expected, abs=1e-6 if precision == "fp32" else 2e-2), f"stage {new}"
         if new == old:
             assert losses == expected
+
+
+def test_what_two_ranks_saved_alone_is_taken_up_by_one_two_and_four() -> None:
+    """Under ZeRO 1, 2 and 3, each by each of them: losses, weights and averages are those of an unbroken run."""
+    script = Path(__file__).parent / "reshard_ranks.py"
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 and "27 resumes compared" in done.stdout, done.stdout[-6000:]
 
 
 def test_other_groups_and_another_precision(saved) -> None:

@@ -15,6 +15,7 @@ from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
 from sdxl_trainer.train import interruption
+from sdxl_trainer.train.checkpoint import verify_manifest
 from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import is_save_due
 from sdxl_trainer.train.metrics import read_metrics
@@ -35,11 +36,44 @@ def copy_run(whole: Path, name: str, step: int) -> Path:
     return run
 
 
+def flip_byte(path: Path) -> None:
+    """Alter one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    path.write_bytes(content)
+
+
+def test_a_wrong_byte_in_any_file_of_a_real_checkpoint_is_found(two_ranks: Path, tmp_path: Path) -> None:
+    whole = two_ranks / "checkpoints" / "step-00000008"
+    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
+    assert names == [
+        "manifest.json",
+        *(f"state/layout_rank_{rank:05d}.pt" for rank in range(2)),
+        "state/mp_rank_00_model_states.pt",
+        *(f"state/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)),
+        "trainer_state.json",
+    ]
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    assert verify_manifest(copy) is None
+    for name in names:
+        flip_byte(copy / name)
+        problem = verify_manifest(copy)
+        # In the manifest a digit of a sum may be hit, which then tells against the file that it is of.
+        assert problem and (name == "manifest.json" or problem.startswith(name)), name
+        shutil.copy(whole / name, copy / name)
+
+
 def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks: Path) -> None:
-    """2 ranks at ZeRO 2 → 1 rank at ZeRO 3 → 4 ranks at ZeRO 1, against the unbroken run on 2 ranks."""
+    """2 ranks at ZeRO 2 → 1 rank at ZeRO 3 → 4 ranks at ZeRO 1, against the unbroken run on 2 ranks. The newest
+    checkpoint has a wrong byte, and is set aside."""
     run = copy_run(two_ranks, "resharded", step=4)
+    newest = run / "checkpoints" / "step-00000008"
+    shutil.copytree(two_ranks / "checkpoints" / newest.name, newest)
+    flip_byte(newest / "state" / "layout_rank_00001.pt")
     words = ("--cfg", cached_folder / "tiny.yaml", "run.name=resharded", "sample.prompts=[]")
     printed = run_program("train/main.py", *words, "train.max_steps=6", "engine.zero_stage=3")
+    assert "step-00000008 is damaged and passed over: state/layout_rank_00001.pt has another SHA-256" in printed
+    assert (run / "checkpoints" / "damaged-step-00000008").is_dir()
     assert "of 2 ranks at ZeRO stage 2 is taken up by 1 at stage 3" in printed
     more = ("train.max_steps=8", "train.micro_batch_size=1", "engine.zero_stage=1")
     printed = run_program("train/main.py", *words, *more, ranks=4)
