@@ -32,7 +32,7 @@ from sdxl_trainer.data.caption import CaptionSettings
 from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, SampleSettings
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.latent_store import LatentStore
-from sdxl_trainer.data.latents import LatentSample, pack_latents
+from sdxl_trainer.data.latents import LatentSample, compute_shape, pack_latents
 from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.shards import ShardWriter
 from sdxl_trainer.data.tokens import END, CaptionTokenizer, find_installed_vocabulary, load_tokenizer
@@ -199,7 +199,8 @@ def read_latents(index: Index, folder: Path) -> None:
     """Checked latents of an epoch in shuffled order, without captions."""
     store = LatentStore(folder)
     for rows in list_rows(index):
-        for sample in store.read([index.row(row) for row in rows], BUCKET):
+        latents = np.empty((len(rows), *compute_shape(BUCKET)), np.float32)
+        for sample in store.read([index.row(row) for row in rows], BUCKET, latents):
             assert isinstance(sample, LatentSample), sample
 
 

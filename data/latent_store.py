@@ -3,18 +3,21 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from loguru import logger
 
-from sdxl_trainer.data.latents import BadLatentError, LatentSample, parse_latents
+from sdxl_trainer.data.latents import BadLatentError, LatentSample, fill_latents, parse_latents
 from sdxl_trainer.data.remote import NoRangesError, Span, is_remote, read_spans
 from sdxl_trainer.data.shard_copies import ShardCopies
-from sdxl_trainer.data.shards import OpenShards, read_file
+from sdxl_trainer.data.shards import OpenFile, OpenShards
 
 Row = Mapping[str, Any]
 Bucket = tuple[int, int]
+Found = LatentSample | BadLatentError
 NUM_FETCHED_AT_ONCE = 2  # shards, by each process that reads
 
 
@@ -28,12 +31,18 @@ class LatentStore:
     """
 
     def __init__(self, folder: Path, copies: ShardCopies | None = None):
-        self._folder = folder
+        self._folder = str(folder)
         self._copies = copies
         self._shards = OpenShards()
-        self._pool: ThreadPoolExecutor | None = None  # made by whoever reads: it cannot be sent to a worker
+        self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[str, Future[None]] = {}
         self._not_copied: set[str] = set()
+
+    def __reduce__(self) -> tuple:
+        return (
+            LatentStore,
+            (Path(self._folder), self._copies),
+        )  # a worker opens its own files and starts its own threads
 
     def fetch(self, shards: Sequence[str]) -> None:
         """Copy whole shards while reading goes on, unless they are here or another process does it."""
@@ -51,28 +60,35 @@ class LatentStore:
             elif not self._copies.has(shard):
                 self._coming[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)
 
-    def read(self, rows: Sequence[Row], bucket: Bucket) -> list[LatentSample | BadLatentError]:
+    def read(self, rows: Sequence[Row], bucket: Bucket, out: Sequence[np.ndarray] | np.ndarray) -> list[Found]:
         """The latents of each row, or why they cannot be trained on.
+
+        Args:
+            out: [B, 4, h, w] float32. Latents that can be are read straight into their place here, which is then what
+                their sample holds; the other places are left with anything.
 
         Raises:
             StoreError: a store cannot be reached, which is no fault of the samples.
         """
-        remote = [row for row in rows if is_remote(row["file"])]
-        contents = iter(self._read_remote(remote, bucket))
-        return [next(contents) if is_remote(row["file"]) else self._read_local(row, bucket) for row in rows]
+        remote = iter(self._read_remote([row for row in rows if is_remote(row["file"])], bucket))
+        return [
+            next(remote) if is_remote(row["file"]) else self._read_local(row, place)
+            for row, place in zip(rows, out, strict=True)
+        ]
 
-    def _read_local(self, row: Row, bucket: Bucket) -> LatentSample | BadLatentError:
+    def _read_local(self, row: Row, out: np.ndarray) -> Found:
         path = os.path.join(self._folder, row["file"])
         try:
-            shard = row["offset"] is not None
-            content = self._shards.read(path, row["offset"], row["bytes"]) if shard else read_file(path)
-            return parse_latents(content, bucket)
+            if row["offset"] is not None:
+                return fill_latents(partial(self._shards.open(path).fill, row["offset"]), row["bytes"], out)
+            file = OpenFile(path)
+            return fill_latents(partial(file.fill, 0), file.count_bytes(), out)
         except OSError as error:
             return BadLatentError(f"{path}: cannot be read: {error.strerror}")
         except BadLatentError as error:
             return BadLatentError(f"{path}: {error}")
 
-    def _read_remote(self, rows: Sequence[Row], bucket: Bucket) -> list[LatentSample | BadLatentError]:
+    def _read_remote(self, rows: Sequence[Row], bucket: Bucket) -> list[Found]:
         samples: list[LatentSample | BadLatentError | None] = [self._read_copy(row, bucket) for row in rows]
         missing = [at for at, sample in enumerate(samples) if sample is None]
         spans = [(rows[at]["file"], rows[at]["offset"], rows[at]["bytes"]) for at in missing]

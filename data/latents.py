@@ -22,8 +22,8 @@ import numpy as np
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.npz import NpzError, load_arrays
-from sdxl_trainer.data.plain_latents import is_finite, learn_layout, read_plain
-from sdxl_trainer.data.shards import locate_shard, read_file, read_span
+from sdxl_trainer.data.plain_latents import Fill, fill_plain, is_finite, learn_layout, read_plain
+from sdxl_trainer.data.shards import build_buffer, locate_shard, read_file, read_span
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -149,6 +149,24 @@ def parse_latents(
     mask = _read_mask(arrays, (height, width))
     learn_layout(content, arrays)
     return LatentSample(latents, (int(size[0]), int(size[1])), crop_ltrb, **parts, alpha_mask=mask, dtype=dtype)
+
+
+def fill_latents(fill: Fill, size: int, out: np.ndarray) -> LatentSample:
+    """Read a latent file; the latents go straight into `out` where they can, which is then the sample's `latents`.
+
+    Args:
+        fill: fills buffers with the file's bytes, one after the other, and returns how many there were.
+        size: of the file, in bytes.
+        out: [4, h, w] float32, of the shape that the latents must have.
+
+    Raises:
+        BadLatentError: as `read_latents`.
+    """
+    plain = fill_plain(fill, size, out)
+    if plain is not None:
+        return LatentSample(out, plain.original_size, plain.crop_ltrb)
+    content = build_buffer(size)
+    return parse_latents(content[: fill((content,))], (out.shape[2] * VAE_FACTOR, out.shape[1] * VAE_FACTOR))
 
 
 def compute_shape(bucket: tuple[int, int]) -> tuple[int, int, int]:

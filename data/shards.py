@@ -12,11 +12,11 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -182,17 +182,52 @@ def locate_shard(path: Path) -> Path:
     return path if path.exists() else get_partial_path(path)
 
 
-def read_span(path: Path, offset: int, size: int) -> memoryview:
+class OpenFile:
+    """A file that is open as long as somebody has this."""
+
+    def __init__(self, path: Path | str):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def count_bytes(self) -> int:
+        """Its size."""
+        return os.fstat(self._descriptor).st_size
+
+    def fill(self, offset: int, buffers: Sequence[Any]) -> int:
+        """Read bytes from `offset` on into buffers, one after the other, and return how many there were."""
+        return os.preadv(self._descriptor, buffers, offset)
+
+
+class OpenShards:
+    """Shards that stay open, the most recent ones."""
+
+    def __init__(self, limit: int = 64):
+        self._limit = limit
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
+
+    def open(self, path: str) -> OpenFile:
+        """A shard, finished or not."""
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = OpenFile(locate_shard(Path(path)))
+            if len(self._files) > self._limit:
+                self._files.popitem(last=False)
+        else:
+            self._files.move_to_end(path)
+        return file
+
+
+def read_span(path: Path | str, offset: int, size: int) -> memoryview:
     """Bytes [offset, offset + size) of a file with one `pread`; fewer if it ends before.
 
     Raises:
         OSError: the file is missing or cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return _read_npz(descriptor, offset, size)
-    finally:
-        os.close(descriptor)
+    content = build_buffer(size)
+    return content[: OpenFile(path).fill(offset, (content,))]
 
 
 def read_file(path: Path | str) -> memoryview:
@@ -201,42 +236,14 @@ def read_file(path: Path | str) -> memoryview:
     Raises:
         OSError: the file is missing or cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return _read_npz(descriptor, 0, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
+    file = OpenFile(path)
+    content = build_buffer(file.count_bytes())
+    return content[: file.fill(0, (content,))]
 
 
-class OpenShards:
-    """Reads spans of shards that stay open, the most recent ones. Pickles as an empty one."""
-
-    def __init__(self, limit: int = 64):
-        self._limit = limit
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    def __reduce__(self) -> tuple:
-        return (OpenShards, (self._limit,))
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def read(self, path: str, offset: int, size: int) -> memoryview:
-        """As `read_span`, of a shard finished or not."""
-        descriptor = self._descriptors.get(path)
-        if descriptor is None:
-            descriptor = self._descriptors[path] = os.open(locate_shard(Path(path)), os.O_RDONLY)
-            if len(self._descriptors) > self._limit:
-                os.close(self._descriptors.popitem(last=False)[1])
-        else:
-            self._descriptors.move_to_end(path)
-        return _read_npz(descriptor, offset, size)
-
-
-def _read_npz(descriptor: int, offset: int, size: int) -> memoryview:
-    content = np.empty(NPZ_SHIFT + size, np.uint8)[NPZ_SHIFT:].data
-    return content[: os.preadv(descriptor, [content], offset)]
+def build_buffer(size: int) -> memoryview:
+    """Room for an npz file, such that the values of its first array are aligned."""
+    return np.empty(NPZ_SHIFT + size, np.uint8)[NPZ_SHIFT:].data
 
 
 def list_partial_shards(folder: Path) -> list[Path]:

@@ -4,7 +4,10 @@ import io
 import os
 import time
 import zipfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from sdxl_trainer.data import plain_latents
 from sdxl_trainer.data.latents import (
     BadLatentError,
     LatentSample,
+    fill_latents,
     find_latent_file,
     pack_latents,
     parse_latents,
@@ -232,36 +236,70 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
         read_latents(tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize("straight", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_file_laid_out_as_others_is_read_as_if_it_were_the_first(monkeypatch, dtype):
-    """Whatever byte is another: what is said of it does not depend on what was read before."""
+def test_a_file_laid_out_as_others_is_read_as_if_it_were_the_first(monkeypatch, dtype, straight):
+    """Whatever byte is another: what is said of it does not depend on what was read before, nor on where to."""
     rng = np.random.default_rng(0)
+    shapes = [(4, 4, 8), (4, 8, 4), (4, 4, 8)]
     contents = [
-        pack_latents(
-            LatentSample(rng.standard_normal((4, *sides)).astype(np.float32), (70 + at, 90), (at, 1, 2, 3)), dtype
-        )
-        for at, sides in enumerate([(4, 8), (8, 4), (4, 8)])
+        pack_latents(LatentSample(rng.standard_normal(shape).astype(np.float32), (70 + at, 90), (at, 1, 2, 3)), dtype)
+        for at, shape in enumerate(shapes)
     ]
     assert len(set(map(len, contents))) == 1  # of one size, but not of one shape
+    layouts: tuple[dict, dict] = {}, {}
 
-    def read(content: bytes) -> tuple | str:
+    def set_layouts(known: tuple[dict, dict]) -> None:
+        monkeypatch.setattr(plain_latents, "_layouts", known[0])
+        monkeypatch.setattr(plain_latents, "_latest", known[1])
+
+    def read(content: bytes, shape: tuple[int, ...]) -> tuple | str:
+        out = np.empty(shape, np.float32)
         try:
-            sample = parse_latents(content)
+            if straight:
+                sample = fill_latents(partial(pour, content), len(content), out)
+            else:
+                sample = parse_latents(content, (8 * shape[2], 8 * shape[1]))
+            assert sample.latents is not out or dtype == "float32"
             return sample.latents.tobytes(), sample.latents.shape, sample.original_size, sample.crop_ltrb, sample.dtype
         except BadLatentError as error:
             return str(error)
 
-    def read_first(content: bytes) -> tuple | str:
-        monkeypatch.setattr(plain_latents, "_layouts", {})
-        return read(content)
+    def read_first(content: bytes, shape: tuple[int, ...]) -> tuple | str:
+        set_layouts(({}, {}))
+        return read(content, shape)
 
-    expected = [read_first(content) for content in contents]
-    known = {}
-    monkeypatch.setattr(plain_latents, "_layouts", known)
-    assert [read(content) for content in contents * 2] == expected * 2 and len(known) == 2
+    files = list(zip(contents, shapes, strict=True))
+    expected = [read_first(*file) for file in files]
+    set_layouts(layouts)
+    assert [read(*file) for file in files * 2] == expected * 2
+    assert [len(known) for known in layouts] == [2, 2 if dtype == "float32" else 0]
     for at in range(len(contents[2])):
         for bit in (1, 64):
             damaged = bytearray(contents[2])
             damaged[at] ^= bit
-            monkeypatch.setattr(plain_latents, "_layouts", known)
-            assert read(damaged) == read_first(damaged), f"byte {at}"
+            set_layouts(layouts)
+            assert read(damaged, shapes[2]) == read_first(damaged, shapes[2]), f"byte {at}"
+    for kept in (0, 100, 1000, len(contents[2]) - 1):
+        set_layouts(layouts)
+        assert read(contents[2][:kept], shapes[2]) == read_first(contents[2][:kept], shapes[2])
+
+
+def pour(content: bytes, buffers: Sequence[Any]) -> int:
+    """What `preadv` does."""
+    left = memoryview(content)
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        some = left[: len(view)]
+        view[: len(some)] = some
+        left = left[len(some) :]
+    return len(content) - len(left)
+
+
+def test_latents_of_a_known_layout_are_read_straight_into_their_place():
+    out = np.zeros((2, *LATENTS.shape), np.float32)
+    content = pack_latents(GOOD)
+    parse_latents(content)  # from now on the layout is known
+    sample = fill_latents(partial(pour, content), len(content), out[1])
+    assert np.shares_memory(sample.latents, out[1]) and np.array_equal(out[1], LATENTS) and not out[0].any()
+    assert (sample.original_size, sample.crop_ltrb) == ((100, 70), GOOD.crop_ltrb)
