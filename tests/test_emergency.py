@@ -151,13 +151,32 @@ def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pyte
     assert find_step(tmp_path) == FIRST_STEP + 3
 
 
-def test_a_full_disk_hides_no_error(engine: Engine, tmp_path: Path, said: list[str]) -> None:
-    def fill_up(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("device error")])
+@pytest.mark.parametrize("place", ["shard", "weights"])
+def test_what_cannot_be_saved_hides_no_error(engine, tmp_path, said, monkeypatch, fault: Exception, place: str) -> None:
+    def fail(*_, **__):
+        raise fault
 
-    with pytest.raises(KeyError, match="planted"), build_saver(engine, tmp_path, fill_up):
+    saver = build_saver(engine, tmp_path, fail)
+    if place == "shard":
+        monkeypatch.setattr(engine, "capture_state", fail)
+    with pytest.raises(KeyError, match="planted"), saver:
         raise KeyError("planted")
-    assert "cannot be written" in said[-1] and find_step(tmp_path) == FIRST_STEP + 3
+    assert f"the {place} cannot be written: {fault}" in said[-1]
+    assert find_step(tmp_path) == (FIRST_STEP + 3 if place == "weights" else None)
+    assert not (tmp_path / "models").exists() or list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_fault_of_the_save_itself_ends_the_process_all_the_same(engine, tmp_path, monkeypatch) -> None:
+    ends = []
+    monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
+    monkeypatch.setattr(emergency, "exit_at_once", ends.append)
+    monkeypatch.setattr(engine, "capture_state", lambda **_: {}["planted"])
+    saver = build_saver(engine, tmp_path)
+    os.write(saver._sender, bytes([signal.SIGTERM]))
+    with pytest.raises(KeyError, match="planted"):
+        saver._run()
+    assert ends == [signal.SIGTERM]
 
 
 def test_one_of_the_ranks_writes_the_model_and_leftovers_go_at_a_start(engine: Engine, tmp_path: Path) -> None:

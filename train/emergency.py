@@ -72,14 +72,14 @@ class EmergencySaver:
         """Write this rank's shard without any collective, then the model file; None if it cannot be done soundly.
 
         That is so while an update is under way: half-updated weights would be worse than an older checkpoint. An error
-        of the disk is told and not raised, so that it does not hide the one that ends the job.
+        of the disk or the device is told and not raised, so that it does not hide the one that ends the job.
         """
         if not self._once.acquire(blocking=False):
             self._done.wait(DEADLINE_SECONDS)  # the other thread is at it
             return None
         try:
             return self._save(reason)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             logger.error("the shard cannot be written: {}; the newest checkpoint is what remains", error)
             return None
         finally:
@@ -112,9 +112,12 @@ class EmergencySaver:
         except FileExistsError:
             return
         os.close(claim)
-        self._export(path)
+        try:
+            self._export(path)
+            logger.error("weights kept in {}", path)
+        except (OSError, RuntimeError) as error:
+            logger.error("the weights cannot be written: {}", error)
         path.with_suffix(".claim").unlink()
-        logger.error("weights kept in {}", path)
 
     def _run(self) -> None:
         while True:
@@ -123,5 +126,7 @@ class EmergencySaver:
                 break
         if self._done.wait(DEADLINE_SECONDS * PATIENCE_SHARE):
             return
-        self.save(f"{signal.Signals(numbers[0]).name} came and the step does not end")
-        exit_at_once(numbers[0])
+        try:
+            self.save(f"{signal.Signals(numbers[0]).name} came and the step does not end")
+        finally:  # the main thread may be blocked for good
+            exit_at_once(numbers[0])
