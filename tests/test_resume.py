@@ -115,7 +115,7 @@ def test_only_changes_that_alter_training_are_listed() -> None:
         data={"num_workers": 7, "max_tokens": 150, "caption": {"dropout_rate": 0.5}},
         cache={"batch_size": 9, "posterior": "moments"},
         optim={"lr": 3e-5},
-        engine={"zero_stage": 3, "precision": "fp32", "deepspeed": {"a": {"b": 1}}},
+        engine={"zero_stage": 3, "precision": "fp32", "timeout_minutes": 5.0, "deepspeed": {"a": {"b": 1}}},
         train={"max_steps": 7, "micro_batch_size": 2},
         checkpoint={"every_steps": 5},
     ).config
@@ -191,6 +191,17 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
     requests.note_save()
     clock[0] = 280.0
     assert (*collected, requests.collect()[1], other.collect()[1]) == (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+
+
+def test_a_save_file_is_taken_once_and_by_rank_0_alone(tmp_path: Path) -> None:
+    (tmp_path / "save").touch()
+    with exiting_on_signals():
+        first, other = Requests(tmp_path, Ranks(0, 0, 2, None)), Requests(tmp_path, Ranks(1, 1, 2, None))  # pyright: ignore
+    assert other.collect() == [0.0, 0.0] and (tmp_path / "save").exists()
+    assert first.collect() == [0.0, 1.0] and not (tmp_path / "save").exists()
+    assert first.collect() == [0.0, 0.0]
+    (tmp_path / "stop").touch()
+    assert other.collect() == [0.0, 0.0] and first.collect() == [1.0, 0.0]
 
 
 def test_a_stop_file_holds_through_restarts_and_is_gone_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
