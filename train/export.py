@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +13,12 @@ from sdxl_trainer.cache.encoders import load_vae
 from sdxl_trainer.cache.model_source import COMPONENTS, ModelSource
 from sdxl_trainer.cache.single_file import (
     build_modelspec,
-    list_sources,
     open_single_file,
     prediction_marks,
     read_carried,
     write_single_file,
 )
+from sdxl_trainer.cache.single_file_names import COMPONENT_PREFIXES, canonical_name, list_sources
 from sdxl_trainer.cache.tensor_stream import TensorSource
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.distributed import Ranks, barrier
@@ -42,7 +43,7 @@ def export_model(
 ) -> None:
     """Write U-Net, text encoders and VAE in the form that `path` tells, or adapters if those are what is trained.
 
-    The U-Net's weights are gathered one by one, so no rank ever holds them all in fp32. All ranks call it together.
+    What is trained is gathered tensor by tensor, so no rank ever holds it all in fp32. All ranks call it together.
 
     Args:
         average: write the moving average of this decay instead of the weights of the moment.
@@ -53,28 +54,31 @@ def export_model(
             write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
         barrier()
         return
-    encoders = gather_encoders(engine, conditioner, ranks, average)
-    names = list_sources("unet", source.read_config("unet"))
+    names = list_gathered(engine, conditioner, source)
     if ranks.is_main:
-        unet = {name: lambda name=name: engine.gather_weight(f"unet.{name}", average) for name in names}
-        write_model(path, {"unet": unet, **encoders}, conditioner, source, config)
+        weights = {
+            component: {name: partial(engine.gather_weight, parameter, average) for name, parameter in found.items()}
+            for component, found in names.items()
+        }
+        write_model(path, weights, conditioner, source, config)
     else:
-        for name in names:
-            engine.gather_weight(f"unet.{name}", average)
+        for parameter in (parameter for found in names.values() for parameter in found.values()):
+            engine.gather_weight(parameter, average)
     barrier()
 
 
-def gather_encoders(
-    engine: Engine, conditioner: TextConditioner, ranks: Ranks, average: str | None
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Whole weights of the text encoders that are trained; kept by rank 0 alone."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for component in conditioner.trained:
-        found[component] = {}
-        for name, _ in getattr(engine.model, component).named_parameters():
-            weight = engine.gather_weight(f"{component}.{name}", average)
-            if ranks.is_main:
-                found[component][name] = weight
+def list_gathered(engine: Engine, conditioner: TextConditioner, source: ModelSource) -> dict[str, dict[str, str]]:
+    """Component → name → the engine's parameter, of the U-Net and of text encoders that are trained.
+
+    In the order in which the writers of both forms ask for them: each is a collective, which the other ranks join.
+    """
+    found = {}
+    for component in COMPONENT_PREFIXES:
+        if component == "unet" or component in conditioner.trained:
+            parameters = getattr(engine.model, component).named_parameters()
+            held = {canonical_name(component, name): f"{component}.{name}" for name, _ in parameters}
+            names = list_sources(component, source.read_config(component))
+            found[component] = {name: held[name] for name in names if name in held}
     return found
 
 
