@@ -1,19 +1,19 @@
 """Writes checkpoints while training goes on: the state is copied to host memory, a thread brings it to disk."""
 
 import errno
-import hashlib
 import os
 import shutil
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 from loguru import logger
 
 from sdxl_trainer.train.checkpoint import get_partial_folder, prune_checkpoints, seal_checkpoint, write_part
+from sdxl_trainer.train.direct_file import DirectFile
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.state import TrainState
 
@@ -97,12 +97,8 @@ class CheckpointWriter:
         for name, content in files.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                hashed = _HashedFile(file)
-                hashed.save(content)
-                file.flush()
-                os.fsync(file.fileno())
-            written[name] = {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
+            sha256, size = write_file(path, content)
+            written[name] = {"bytes": size, "sha256": sha256}
         state.save(partial)  # the same on every rank, so whoever lives writes it
         write_part(partial, self.rank, self.world_size, written)
         self.last_step = state.step
@@ -171,38 +167,20 @@ class CheckpointWriter:
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
 
 
-class _HashedFile:
-    """A file that torch.save writes to, hashed on the way. torch writes a file opened so from front to back."""
+def write_file(path: Path, content: Any) -> tuple[str, int]:
+    """Write `content` as torch does. Returns (SHA-256, bytes).
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._error: OSError | None = None
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def save(self, content: Any) -> None:
-        """Write `content` as torch does.
-
-        Raises:
-            OSError: of the file, which torch would hide behind an error of its own.
-        """
-        try:
-            torch.save(content, cast(Any, self))  # torch asks for no more than write and flush
-        except RuntimeError as error:
-            raise self._error or error from None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self._error = error
-            raise
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
+    Raises:
+        OSError: of the file, which torch would hide behind an error of its own.
+    """
+    file = DirectFile(path)
+    try:
+        torch.save(content, cast(Any, file))
+        return file.close(), file.size
+    except RuntimeError as error:
+        raise file.error or error from None
+    finally:
+        file.abandon()
 
 
 def estimate_bytes(files: dict[str, Any], world_size: int) -> int:
