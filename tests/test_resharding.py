@@ -12,7 +12,8 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.engine import Engine, map_file
-from sdxl_trainer.train.resharding import MASTER, Flat, Layout, Piece, ReshardingError, SavedState
+from sdxl_trainer.train.layout import Flat, Layout, Piece
+from sdxl_trainer.train.resharding import MASTER, ReshardingError, SavedState
 from sdxl_trainer.train.state import TrainState
 
 STAGES = (0, 1, 2, 3)

@@ -28,18 +28,9 @@ from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.deepspeed_config import DTYPES, build_deepspeed_config
 from sdxl_trainer.train.ema import Ema, flatten
 from sdxl_trainer.train.host_memory import HostMemory, copy_to_host, copy_weights
+from sdxl_trainer.train.layout import Layout, Piece, describe_layout, list_masters
 from sdxl_trainer.train.optim import compile_at_first_call, guard_updates, restore_settings
-from sdxl_trainer.train.resharding import (
-    AVERAGE,
-    Layout,
-    Piece,
-    SavedState,
-    Shard,
-    build_shard,
-    describe_layout,
-    list_masters,
-    reshard,
-)
+from sdxl_trainer.train.resharding import AVERAGE, SavedState, Shard, build_shard, reshard
 
 if not torch.cuda.is_available():
     # DeepSpeed would spend minutes compiling a shared-memory all-reduce that only its inference uses, and would fail

@@ -10,13 +10,16 @@ parameter group the settings of the first one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
+
+from sdxl_trainer.train.layout import Flat, Layout, Piece
+from sdxl_trainer.train.quantised import MIN_QUANTISED, Quantised, list_moments, list_parts, quantise
 
 AVERAGE = "average "  # begins the keys of moving averages, which have a file of their own
 MASTER = "master"  # stands for the fp32 weight itself among the keys of the optimizer's state
@@ -26,136 +29,6 @@ LOSS_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "cur_scale", "c
 
 class ReshardingError(ValueError):
     """The saved state cannot be put together for these ranks; the message says what stands in the way."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`numel` values of a parameter from its element `start` on lie at `offset` of a flat tensor."""
-
-    name: str
-    start: int
-    offset: int
-    numel: int
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A tensor of master weights that the optimizer updates as one, padded to `numel`, and what lies in it."""
-
-    numel: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a rank's files hold. `flats` are in the order in which the optimizer numbers its tensors."""
-
-    rank: int
-    world_size: int
-    zero_stage: int
-    kind: str  # which form DeepSpeed's optimizer file has
-    flats: tuple[Flat, ...]
-    shapes: dict[str, tuple[int, ...]]  # of every trained parameter, whole
-
-    def to_plain(self) -> dict[str, Any]:
-        """As dicts and lists, which can be loaded without trusting the file."""
-        return asdict(self)
-
-    @staticmethod
-    def from_plain(plain: Mapping[str, Any]) -> "Layout":
-        """What `to_plain` gave."""
-        flats = tuple(Flat(flat["numel"], tuple(Piece(**piece) for piece in flat["pieces"])) for flat in plain["flats"])
-        shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
-        return Layout(plain["rank"], plain["world_size"], plain["zero_stage"], plain["kind"], flats, shapes)
-
-    def fits(self, other: "Layout") -> bool:
-        """Whether files of the one can be loaded for the other as they are. Without ZeRO all ranks have the same."""
-        place, other_place = (self.rank, self.world_size), (other.rank, other.world_size)
-        same_place = self.zero_stage == 0 or place == other_place
-        return same_place and (self.zero_stage, self.kind, self.flats) == (other.zero_stage, other.kind, other.flats)
-
-
-def describe_layout(optimizer: Any, names: Mapping[int, str], rank: int, world_size: int, zero_stage: int) -> Layout:
-    """The layout of a live engine, read from DeepSpeed's optimizer. `names`: id of a parameter → its name."""
-    kind = next(attribute for attribute in _DESCRIBE if hasattr(optimizer, attribute))
-    groups, flats = _DESCRIBE[kind](optimizer, names, rank)
-    trained = [parameter for group in groups for parameter in group]
-    shapes = {names[id(parameter)]: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trained}
-    return Layout(rank, world_size, zero_stage, kind, tuple(flats), shapes)
-
-
-def _describe_partitions(optimizer: Any, names: Mapping[int, str], rank: int) -> tuple[list[list[Any]], list[Flat]]:
-    """Stages 1 and 2: a group's parameters lie end to end, and each rank has an equal share of that."""
-    flats = []
-    groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
-    for group, flat in zip(groups, masters, strict=True):
-        linked = [(names[id(parameter)], parameter._hp_mapping) for parameter in group if parameter._hp_mapping]
-        pieces = [
-            Piece(name, link.lp_fragment_address.start, link.hp_fragment_address.start, link.hp_fragment_address.numel)
-            for name, link in linked
-        ]
-        flats.append(Flat(flat.numel(), tuple(pieces)))
-    return groups, flats
-
-
-def _describe_parameter_shares(optimizer: Any, names: Mapping[int, str], rank: int
-                               ) -> tuple[list[list[Any]], list[Flat]]:  # fmt: skip
-    """Stage 3: each rank has an equal share of every parameter; the last one's may end in padding."""
-    flats = []
-    for group in optimizer.fp16_groups:
-        pieces, offset = [], 0
-        for parameter in group:
-            share = parameter.ds_tensor.ds_numel
-            numel = min(share, parameter.ds_numel - rank * share)
-            if numel > 0:
-                pieces.append(Piece(names[id(parameter)], rank * share, offset, numel))
-            offset += share
-        flats.append(Flat(offset, tuple(pieces)))
-    return optimizer.fp16_groups, flats
-
-
-def _describe_groups(optimizer: Any, names: Mapping[int, str], rank: int) -> tuple[list[list[Any]], list[Flat]]:
-    """Stage 0 with a fused optimizer in 16 bit: a group's parameters lie end to end on every rank."""
-    flats = []
-    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-        pieces, offset = [], 0
-        for parameter in group:
-            pieces.append(Piece(names[id(parameter)], 0, offset, parameter.numel()))
-            offset += parameter.numel()
-        flats.append(Flat(flat.numel(), tuple(pieces)))
-    return optimizer.fp16_groups, flats
-
-
-def _describe_parameters(optimizer: Any, names: Mapping[int, str], rank: int) -> tuple[list[list[Any]], list[Flat]]:
-    """Stage 0: every rank has every parameter, each a tensor of its own."""
-    groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
-    flats = [
-        Flat(parameter.numel(), (Piece(names[id(parameter)], 0, 0, parameter.numel()),))
-        for group in groups
-        for parameter in group
-    ]
-    return groups, flats
-
-
-def list_masters(optimizer: Any) -> list[torch.Tensor]:
-    """The live tensors that the flats of a layout stand for, in the same order."""
-    kind = next(attribute for attribute in _DESCRIBE if hasattr(optimizer, attribute))
-    if kind == "param_groups":
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    masters = getattr(optimizer, kind)
-    return [master for group in masters for master in group] if kind == "fp32_groups" else list(masters)
-
-
-# By the attribute in which an optimizer of DeepSpeed's keeps its master weights; a plain one has `param_groups` alone.
-_DESCRIBE = {
-    "fp32_partitioned_groups_flat": _describe_parameter_shares,
-    "single_partition_of_fp32_groups": _describe_partitions,
-    "fp32_groups_flat_partition": _describe_partitions,
-    "fp32_groups_flat": _describe_groups,
-    "fp32_groups": _describe_parameters,
-    "param_groups": _describe_parameters,
-}
 
 
 @dataclass
@@ -188,6 +61,10 @@ class Shard:
             if key in self.owner:
                 return self.owner[key]
         return self.owner
+
+    def read_state(self, number: int) -> dict[str, Any]:
+        """The optimizer's state of a flat tensor; moments in 8 bit as `Quantised`."""
+        return list_moments(self.base["state"].get(number, {}))
 
     def find_group(self, number: int) -> dict[str, Any]:
         """The parameter group that a flat tensor belongs to."""
@@ -256,8 +133,11 @@ class SavedState:
             first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if first >= last:
                 continue
-            flat = self._get_flat(index, number, key)
-            part = flat.reshape(-1)[piece.offset + first - piece.start : piece.offset + last - piece.start]
+            flat, shift = self._get_flat(index, number, key), piece.offset - piece.start
+            if isinstance(flat, Quantised):
+                part = flat.read(first + shift, last + shift)
+            else:
+                part = flat.reshape(-1)[first + shift : last + shift]
             if result is None:
                 result = torch.empty(numel, dtype=part.dtype)
             result[first - start : last - start] = part
@@ -282,11 +162,17 @@ class SavedState:
                 return self.load_shard(index), number
         return None
 
-    def _get_flat(self, index: int, number: int, key: str) -> torch.Tensor:
+    def find_table(self, names: Iterable[str], key: str) -> torch.Tensor | None:
+        """What the codes of the optimizer's state `key` stand for, if it was in 8 bit for one of the parameters."""
+        places = {place[:2] for name in names for place in self._places.get(name, ())}
+        states = (self.load_shard(index).read_state(number).get(key) for index, number in sorted(places))
+        return next((state.table for state in states if isinstance(state, Quantised)), None)
+
+    def _get_flat(self, index: int, number: int, key: str) -> "torch.Tensor | Quantised":
         if key.startswith(AVERAGE):
             return self.read_averages(index)["averages"][key.removeprefix(AVERAGE)][number]
         shard = self.load_shard(index)
-        return shard.masters[number] if key == MASTER else shard.base["state"][number][key]
+        return shard.masters[number] if key == MASTER else shard.read_state(number)[key]
 
     def read_averages(self, index: int = 0) -> dict[str, Any]:
         """`num_updates` and `averages`, by decay, of the flat tensors of a rank; empty if none were kept."""
@@ -317,8 +203,7 @@ def reshard(template: Shard, saved: SavedState) -> None:
         template: what this rank would save now; changed in place.
 
     Raises:
-        ReshardingError: the optimizer's state is not one value per weight, as with quantised moments; or the network
-            is another.
+        ReshardingError: the optimizer's state is not one value per weight, or the network is another.
     """
     for name, shape in template.layout.shapes.items():
         if saved.shapes.get(name, shape) != shape:
@@ -351,14 +236,15 @@ def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
     template.find_group(number).update(
         {key: value for key, value in shard.find_group(origin).items() if key != "params"}
     )
-    shape = template.masters[number].shape
+    master = template.masters[number]
+    shape = master.shape if master.dim() > 1 else torch.Size([flat.numel])  # saved without padding at its end
     numel = shard.layout.flats[origin].numel
     state: dict[str, Any] = {}
-    for key, value in shard.base["state"].get(origin, {}).items():
-        if not isinstance(value, torch.Tensor):
+    for key, value in shard.read_state(origin).items():
+        if isinstance(value, Quantised) or (isinstance(value, torch.Tensor) and value.dim() and value.numel() == numel):
+            state |= _gather_state(flat, key, saved, shape)
+        elif not isinstance(value, torch.Tensor):
             state[key] = value
-        elif value.dim() and value.numel() == numel:
-            state[key] = _gather_state(flat, key, saved, value.dtype).reshape(-1 if len(shape) == 1 else shape)
         elif value.numel() == 1:
             state[key] = value.clone()  # such as the number of steps, the same for all
         else:
@@ -369,12 +255,20 @@ def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
     template.base["state"][number] = state
 
 
-def _gather_state(flat: Flat, key: str, saved: SavedState, dtype: torch.dtype) -> torch.Tensor:
-    values = torch.zeros(flat.numel, dtype=dtype)
+def _gather_state(flat: Flat, key: str, saved: SavedState, shape: torch.Size) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps of one value per weight, again in 8 bit if it was and is large enough."""
+    values = None
     for piece in flat.pieces:
         if saved.has(piece.name):
-            values[piece.offset : piece.offset + piece.numel] = saved.read(piece.name, key, piece.start, piece.numel)
-    return values
+            part = saved.read(piece.name, key, piece.start, piece.numel)
+            values = torch.zeros(flat.numel, dtype=part.dtype) if values is None else values
+            values[piece.offset : piece.offset + piece.numel] = part
+    assert values is not None, "the state was found by one of the pieces"
+    table = saved.find_table((piece.name for piece in flat.pieces), key) if flat.numel >= MIN_QUANTISED else None
+    if table is None:
+        return {key: values.reshape(shape)}
+    moment = quantise(values, table)
+    return list_parts(key, replace(moment, codes=moment.codes.reshape(shape)))
 
 
 def _fill_module(template: Shard, saved: SavedState) -> None:
