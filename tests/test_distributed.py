@@ -17,7 +17,7 @@ rank, _, _ = read_environment()
 time.sleep(0 if rank else 3)
 ranks = init_ranks(timeout_minutes=2 / 60)
 own = dist.new_group(ranks=range(2))
-print(gather_objects(rank), flush=True)
+print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
 if rank == 0:
     sys.stdin.read()  # until rank 1 has ended
 for group in (None, own) if rank else ():
@@ -42,6 +42,10 @@ def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not() -> None:
         )
         for rank in (0, 1)
     ]
-    assert ranks[1].communicate(timeout=100)[0].splitlines() == ["[0, 1]", "gave up", "gave up"]
-    assert ranks[0].communicate(timeout=100)[0].splitlines() == ["[0, 1]"]
+    try:
+        assert ranks[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0", "gave up", "gave up"]
+        assert ranks[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0"]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
