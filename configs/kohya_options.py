@@ -1,0 +1,362 @@
+"""What each option of kohya's sdxl_train.py and sdxl_train_network.py is here: the one table that the import goes by
+and that docs/FROM_KOHYA.md is made from.
+
+Options are in the order in which they are imported: a later one may overwrite what an earlier one set.
+"""
+
+from dataclasses import dataclass
+
+from sdxl_trainer.configs.kohya_values import (
+    Convert,
+    as_list,
+    as_text,
+    choose,
+    choose_weighting,
+    convert_batch,
+    convert_epochs,
+    convert_full_bf16,
+    convert_network,
+    convert_optimizer,
+    convert_optimizer_args,
+    convert_resolution,
+    convert_steps,
+    convert_text_encoder_lr,
+    convert_text_encoders,
+    keep_within,
+    needs,
+    read_numbers_of,
+    refuse_suffixes,
+    say,
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """The keys that an option sets, what is different about them, and how its value becomes theirs."""
+
+    keys: tuple[str, ...] = ()  # none: there is no counterpart, and `note` says why
+    note: str = ""
+    convert: Convert | None = None  # the same value without one
+
+
+def same(key: str, note: str = "") -> Option:
+    """The same value under another key."""
+    return Option((key,), note)
+
+
+def made(convert: Convert, *keys: str, note: str = "") -> Option:
+    """Another value."""
+    return Option(keys, note, convert)
+
+
+def none(why: str) -> Option:
+    """No counterpart."""
+    return Option((), why)
+
+
+# What kohya's scripts do without an option, where it is something else than what happens here.
+KOHYA_DEFAULTS = {
+    "learning_rate": 2e-6,
+    "max_train_steps": 1600,
+    "train_batch_size": 1,
+    "mixed_precision": "no",
+    "max_bucket_reso": 1024,
+}
+ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
+BATCH = ("train.micro_batch_size", "train.global_batch_size")
+CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it takes kohya's files as they are"
+MEMORY = "a way of kohya's scripts to save memory; here ZeRO, offload and the precision do (docs/TRAINING.md)"
+ALWAYS = "is always so"
+PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixels while training"
+UPLOAD = "nothing is uploaded; send the file when it is done"
+RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
+LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
+MODEL_NOTES = "the title in the file is the run's name; other metadata is not written"
+
+MODEL = {
+    "pretrained_model_name_or_path": made(
+        refuse_suffixes(".ckpt", ".pt", why="weights are read from safetensors only; convert the file"), "model.path"
+    ),
+    "vae": made(
+        refuse_suffixes(".safetensors", ".ckpt", ".pt", why="is a folder in diffusers' form, or a hub id, here"),
+        "model.vae",
+    ),
+    "no_half_vae": none("the VAE runs in fp32 unless `cache.vae_precision: bf16` is set"),
+    "tokenizer_cache_dir": none("CLIP's vocabulary comes with the model, or from `model.tokenizer`"),
+    "v2": none("SDXL only"),
+    "clip_skip": none("SDXL is always told the states before the last layer; kohya's SDXL scripts ignore it too"),
+    "disable_mmap_load_safetensors": none("files are read tensor by tensor"),
+    "lowram": none(MEMORY),
+    "highvram": none(MEMORY),
+}
+DATA = {
+    "train_data_dir": made(as_list, "data.image_dirs", note="its `N_name` folders become folders with weights N"),
+    "reg_data_dir": made(as_list, "data.regularisation_dirs", note="come as often as all others together"),
+    "in_json": made(as_list, "data.metadata"),
+    "image_dir": same("data.image_dirs", "of a subset"),
+    "metadata_file": same("data.metadata", "of a subset"),
+    "is_reg": same("data.regularisation_dirs", "of a subset"),
+    "num_repeats": same("data.weights", "of a subset; one for each entry of `data.metadata` or `data.image_dirs`"),
+    "dataset_repeats": none("all pictures alike: the same as more steps"),
+    "class_tokens": none("a picture without a caption is trained with the empty one; write .txt files"),
+    "caption_extension": made(
+        choose({".txt": None, ".caption": None}), "data.image_dirs", note="`.txt` and `.caption` files are read"
+    ),
+    "caption_extention": none("misspelt caption_extension; `.txt` and `.caption` files are read"),
+    "resolution": made(
+        convert_resolution, "data.resolution_px", "data.buckets",
+        note="the side of a square of the same area; without `enable_bucket` one bucket of this size",
+    ),
+    "enable_bucket": made(say(None), "data.resolution_px", note="buckets are always used"),
+    "min_bucket_reso": made(needs("enable_bucket"), "data.min_bucket_px"),
+    "max_bucket_reso": made(needs("enable_bucket"), "data.max_bucket_px", note="1024 there by default, 2048 here"),
+    "bucket_reso_steps": made(needs("enable_bucket"), "data.bucket_step_px", note="multiples of 32"),
+    "bucket_no_upscale": made(needs("enable_bucket"), "data.no_upscale"),
+    "flip_aug": made(
+        lambda value, given: {"cache.flip": True, "data.flip_rate": 0.5}, "cache.flip", "data.flip_rate"
+    ),
+    "alpha_mask": made(
+        lambda value, given: {"cache.alpha_mask": True, "objective.masked_loss": True},
+        "cache.alpha_mask", "objective.masked_loss",
+    ),
+    "masked_loss": same("objective.masked_loss", "masks are the opacity of pictures (`cache.alpha_mask`)"),
+    "conditioning_data_dir": none("masks are the opacity of pictures (`cache.alpha_mask`), not files of their own"),
+    "color_aug": none(PIXELS),
+    "random_crop": none(PIXELS),
+    "face_crop_aug_range": none(PIXELS),
+    "resize_interpolation": none("pictures are resized by Pillow's bicubic filter"),
+    "skip_image_resolution": none("leave small pictures out of the metadata, or give them 0 repeats by a strategy"),
+    "cache_latents": none(CACHED),
+    "cache_latents_to_disk": none(CACHED),
+    "vae_batch_size": same("cache.batch_size"),
+    "skip_cache_check": made(say("none"), "data.check"),
+    "cache_info": none("what is known of pictures is always indexed"),
+    "cache_text_encoder_outputs": made(say(True), "cache.text"),
+    "cache_text_encoder_outputs_to_disk": made(say(True), "cache.text"),
+    "text_encoder_batch_size": none("goes by `cache.batch_size`"),
+    "max_data_loader_n_workers": same("data.num_workers", "of each rank"),
+    "persistent_data_loader_workers": none(ALWAYS),
+    "debug_dataset": none("`bash launch/preview.sh --cfg x.yaml` shows the data"),
+    "dataset_class": none("write a strategy (docs/STRATEGY.md), or metadata of your own (docs/DATA.md)"),
+    "custom_attributes": none("write them into the metadata, for a strategy"),
+    "validation_split": same("validation.share"),
+    "validation_seed": same("validation.seed"),
+    "validate_every_n_steps": same("validation.every_steps"),
+    "validate_every_n_epochs": made(convert_epochs, "validation.every_steps"),
+    "max_validation_steps": none("`validation.max_samples` counts samples"),
+}  # fmt: skip
+CAPTIONS = {
+    "caption_prefix": made(as_text, "data.caption.prefix"),
+    "caption_suffix": made(as_text, "data.caption.suffix"),
+    "caption_separator": made(as_text, "data.caption.separator"),
+    "caption_dropout_rate": same("data.caption.dropout_rate"),
+    "caption_dropout_every_n_epochs": same("data.caption.dropout_every_epochs"),
+    "caption_tag_dropout_rate": same("data.caption.tag_dropout_rate"),
+    "enable_wildcard": same("data.caption.wildcards"),
+    "shuffle_caption": same("data.caption.shuffle"),
+    "keep_tokens": same("data.caption.keep_tokens"),
+    "keep_tokens_separator": made(as_text, "data.caption.keep_tokens_separator"),
+    "secondary_separator": made(as_text, "data.caption.secondary_separator"),
+    "token_warmup_min": same("data.caption.token_warmup_min"),
+    "token_warmup_step": made(convert_steps, "data.caption.token_warmup_steps"),
+    "max_token_length": same("data.max_tokens"),
+    "weighted_captions": none("brackets in captions reach the tokenizer as they are"),
+}
+OBJECTIVE = {
+    "v_parameterization": made(say("v"), "objective.prediction"),
+    "zero_terminal_snr": same("objective.zero_terminal_snr", "applied before weights are computed from the SNR"),
+    "min_snr_gamma": made(
+        choose_weighting("min_snr_gamma"), "objective.weighting", "objective.weighting_gamma"
+    ),
+    "debiased_estimation_loss": made(choose_weighting("debiased_estimation_loss"), "objective.weighting",
+                                     "objective.weighting_gamma"),
+    "scale_v_pred_loss_like_noise_pred": made(choose_weighting("scale_v_pred_loss_like_noise_pred"),
+                                              "objective.weighting", "objective.weighting_gamma"),
+    "v_pred_like_loss": made(
+        choose_weighting("v_pred_like_loss"), "objective.weighting", "objective.weighting_gamma"
+    ),
+    "noise_offset": same("objective.noise_offset"),
+    "noise_offset_random_strength": same("objective.noise_offset_random_strength"),
+    "adaptive_noise_scale": same("objective.adaptive_noise_scale"),
+    "multires_noise_iterations": same("objective.multires_noise_iterations"),
+    "multires_noise_discount": made(needs("multires_noise_iterations"), "objective.multires_noise_discount"),
+    "ip_noise_gamma": same("objective.ip_noise_gamma"),
+    "ip_noise_gamma_random_strength": same("objective.ip_noise_gamma_random_strength"),
+    "min_timestep": same("objective.min_timestep"),
+    "max_timestep": same("objective.max_timestep"),
+    "loss_type": made(
+        lambda value, given: {"objective.loss": value}
+        | ({"objective.huber_schedule": "snr"} if value in ("huber", "smooth_l1") else {}),
+        "objective.loss", "objective.huber_schedule", note="kohya's schedule without `huber_schedule` is `snr`",
+    ),
+    "huber_schedule": same("objective.huber_schedule"),
+    "huber_c": same("objective.huber_c"),
+    "huber_scale": none("errors are not scaled; `huber_c` alone says where the loss turns linear"),
+    "prior_loss_weight": same("objective.prior_loss_weight"),
+}  # fmt: skip
+OPTIMIZER = {
+    "learning_rate": same("optim.lr"),
+    "unet_lr": made(needs("network_module"), "optim.lr"),
+    "optimizer_type": made(
+        convert_optimizer, "optim.name", "optim.weight_decay", "optim.kwargs", "engine.zero_stage",
+        note="with its default weight decay, which biases and norms do not get here; Adafactor only with a learning "
+        "rate; ZeRO 0 for those that look at whole weights",
+    ),
+    "use_8bit_adam": made(say("adamw8bit"), "optim.name"),
+    "use_lion_optimizer": made(say("lion"), "optim.name"),
+    "optimizer_args": made(
+        convert_optimizer_args, "optim.weight_decay", "optim.betas", "optim.eps", "optim.kwargs"
+    ),
+    "max_grad_norm": same("optim.max_grad_norm"),
+    "lr_scheduler": made(
+        choose({"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
+                "cosine_with_restarts": "cosine_with_restarts", "polynomial": "polynomial",
+                "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}),
+        "optim.schedule",
+    ),
+    "lr_warmup_steps": made(convert_steps, "optim.warmup_steps"),
+    "lr_decay_steps": made(convert_steps, "optim.decay_steps"),
+    "lr_scheduler_num_cycles": same("optim.num_cycles"),
+    "lr_scheduler_power": same("optim.power"),
+    "lr_scheduler_min_lr_ratio": same("optim.min_lr_ratio"),
+    "lr_scheduler_timescale": none("is of `inverse_sqrt`, which there is not"),
+    "lr_scheduler_type": none("schedules are those of `optim.schedule`"),
+    "lr_scheduler_args": none("schedules are those of `optim.schedule`"),
+    "block_lr": made(read_numbers_of, "optim.block_lrs"),
+    "train_text_encoder": made(convert_text_encoders, *ENCODERS, note="`learning_rate` by default"),
+    "learning_rate_te1": made(needs("train_text_encoder"), ENCODERS[0]),
+    "learning_rate_te2": made(needs("train_text_encoder"), ENCODERS[1]),
+    "fused_backward_pass": none(MEMORY),
+    "fused_optimizer_groups": none(MEMORY),
+    "blockwise_fused_optimizers": none(MEMORY),
+}  # fmt: skip
+ADAPTERS = {
+    "network_module": made(
+        convert_network, "lora.rank", "lora.alpha", *ENCODERS, note="`networks.lora`; rank 4 and alpha 1 by default"
+    ),
+    "network_dim": made(needs("network_module"), "lora.rank"),
+    "network_alpha": made(needs("network_module"), "lora.alpha"),
+    "text_encoder_lr": made(convert_text_encoder_lr, *ENCODERS, note="`learning_rate` by default"),
+    "network_train_unet_only": made(say(None), *ENCODERS, note="text encoders stay at 0, which freezes"),
+    "network_train_text_encoder_only": made(
+        say([{"match": r"^unet\.", "lr": 0}]), "optim.groups", note="a group with a rate of 0 freezes the U-Net"
+    ),
+    "network_args": none("adapters are of networks.lora's linear layers, without convolutions or rates by block"),
+    "network_weights": none("adapters begin at zero; `run.resume` goes on with those of the run itself"),
+    "network_dropout": none("adapters have no dropout; less rank or weight decay restrains them too"),
+    "dim_from_weights": none("adapters begin at zero"),
+    "scale_weight_norms": none("norms of adapters are not limited"),
+    "base_weights": none("merge adapters into the model beforehand"),
+    "base_weights_multiplier": none("merge adapters into the model beforehand"),
+    "network_multiplier": none("adapters are trained at full strength"),
+    "training_comment": none(MODEL_NOTES),
+    "no_metadata": none(MODEL_NOTES),
+}
+TRAINING = {
+    "max_train_steps": same("train.max_steps"),
+    "max_train_epochs": made(convert_epochs, "train.max_steps", note="length is counted in steps: give `--samples`"),
+    "train_batch_size": made(convert_batch, *BATCH, note="global = this x accumulation x processes"),
+    "batch_size": made(convert_batch, *BATCH, note="train_batch_size, in a data set's file"),
+    "gradient_accumulation_steps": made(say(None), *BATCH, note="what remains of the global batch"),
+    "num_processes": made(say(None), *BATCH, note="accelerate's; `NPROC` here, by default one for each GPU"),
+    "seed": same("run.seed"),
+    "mixed_precision": made(
+        choose({"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16"}), "engine.precision",
+        note="`no`, the default there, is fp32",
+    ),
+    "full_bf16": made(
+        convert_full_bf16, "engine.precision", note="rounding is by chance, so that small updates are not lost"
+    ),
+    "full_fp16": none("fp16 keeps fp32 masters; for less memory take `bf16_stochastic`"),
+    "gradient_checkpointing": same("engine.gradient_checkpointing"),
+    "xformers": made(say("xformers"), "engine.attention"),
+    "diffusers_xformers": made(say("xformers"), "engine.attention"),
+    "sdpa": made(say("sdpa"), "engine.attention"),
+    "mem_eff_attn": made(say("sdpa"), "engine.attention"),
+    "torch_compile": same("engine.compile"),
+    "dynamo_backend": none("`torch.compile`'s own default"),
+    "deepspeed": none(ALWAYS),
+    "zero_stage": same("engine.zero_stage"),
+    "offload_optimizer_device": made(choose({"none": None, "cpu": True}), "engine.offload_optimizer"),
+    "offload_param_device": made(choose({"none": None, "cpu": True}), "engine.offload_param"),
+    "offload_optimizer_nvme_path": none("DeepSpeed's own settings go into `engine.deepspeed`"),
+    "offload_param_nvme_path": none("DeepSpeed's own settings go into `engine.deepspeed`"),
+    "zero3_init_flag": none("weights are sharded as they are loaded"),
+    "zero3_save_16bit_model": none("exported weights have `checkpoint.export_dtype`"),
+    "fp16_master_weights_and_gradients": none(MEMORY),
+    "cpu_offload_checkpointing": none(MEMORY),
+    "fp8_base": none(MEMORY),
+    "fp8_base_unet": none(MEMORY),
+    "ddp_timeout": none("ranks wait an hour for each other"),
+    "ddp_gradient_as_bucket_view": none("gradients are DeepSpeed's"),
+    "ddp_static_graph": none("gradients are DeepSpeed's"),
+}  # fmt: skip
+OUTPUT = {
+    "output_dir": same("run.dir", "the run folder is `<run.dir>/<run.name>`"),
+    "output_name": made(as_text, "run.name"),
+    "save_every_n_steps": same("checkpoint.every_steps", "of the whole state; `train/convert.py` makes models of it"),
+    "save_every_n_epochs": made(
+        lambda value, given: {"checkpoint.every_epochs": value}
+        | ({} if given.get("save_every_n_steps") else {"checkpoint.every_steps": 0}),
+        "checkpoint.every_epochs", "checkpoint.every_steps",
+    ),
+    "save_n_epoch_ratio": none("write `checkpoint.every_epochs`"),
+    "save_last_n_steps": made(keep_within("save_every_n_steps"), "checkpoint.keep_last", note="2 by default"),
+    "save_last_n_steps_state": made(keep_within("save_every_n_steps"), "checkpoint.keep_last"),
+    "save_last_n_epochs": made(keep_within("save_every_n_epochs"), "checkpoint.keep_last"),
+    "save_last_n_epochs_state": made(keep_within("save_every_n_epochs"), "checkpoint.keep_last"),
+    "save_precision": made(choose({"float": "fp32", "fp16": "fp16", "bf16": "bf16"}), "checkpoint.export_dtype"),
+    "save_model_as": made(
+        choose({"safetensors": "single", "ckpt": "single", "diffusers": "diffusers",
+                "diffusers_safetensors": "diffusers"}),
+        "checkpoint.export_format", note="weights are always written as safetensors",
+    ),
+    "use_safetensors": none(ALWAYS),
+    "save_state": none(ALWAYS),
+    "save_state_on_train_end": none(ALWAYS),
+    "save_state_to_huggingface": none(UPLOAD),
+    "resume": none(RESUME),
+    "resume_from_huggingface": none(RESUME),
+    "initial_epoch": none(RESUME),
+    "initial_step": none(RESUME),
+    "skip_until_initial_step": none(RESUME),
+    **{f"metadata_{name}": none(MODEL_NOTES) for name in ("title", "author", "description", "license", "tags")},
+    **{f"huggingface_{name}": none(UPLOAD)
+       for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility")},
+    "async_upload": none(UPLOAD),
+    "sample_prompts": made(
+        refuse_suffixes(".toml", why="is a text file or .json here; write one prompt a line"), "sample.prompt_file"
+    ),
+    "sample_every_n_steps": made(needs("sample_prompts"), "sample.every_steps"),
+    "sample_every_n_epochs": made(needs("sample_prompts", convert_epochs), "sample.every_steps"),
+    "sample_at_first": made(needs("sample_prompts"), "sample.at_start"),
+    "sample_sampler": made(
+        needs("sample_prompts", choose({
+            **{name: name for name in ("ddim", "pndm", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver++",
+                                       "dpmsingle")},
+            "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm_2", "k_dpm_2_a": "dpm_2_a",
+            "dpmsolver": "dpmsolver++",
+        })),
+        "sample.scheduler", note="`ddim` there by default, `euler` here",
+    ),
+    "logging_dir": none(LOGS),
+    "log_with": none(LOGS),
+    **{name: none(LOGS) for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config",
+                                     "wandb_run_name", "wandb_api_key", "console_log_file", "console_log_simple")},
+    "console_log_level": made(
+        choose({name.lower(): name for name in ("DEBUG", "INFO", "WARNING")}), "log.level"
+    ),
+    "output_config": none("the settings of a run are saved in its folder"),
+}  # fmt: skip
+
+KOHYA_GROUPS: dict[str, dict[str, Option]] = {
+    "Model": MODEL,
+    "Pictures, latents and validation": DATA,
+    "Captions": CAPTIONS,
+    "Objective": OBJECTIVE,
+    "Training": TRAINING,
+    "Optimizer": OPTIMIZER,
+    "Adapters (sdxl_train_network.py)": ADAPTERS,
+    "Output": OUTPUT,
+}
+KOHYA_OPTIONS: dict[str, Option] = {name: option for group in KOHYA_GROUPS.values() for name, option in group.items()}
