@@ -71,7 +71,7 @@ PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixel
 UPLOAD = "nothing is uploaded; send the file when it is done"
 RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
 LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
-MODEL_NOTES = "the title in the file is the run's name; other metadata is not written"
+MODEL_NOTES = "of such notes the file holds what a run can tell: title, date, prediction, resolution"
 
 MODEL = {
     "pretrained_model_name_or_path": made(
@@ -281,7 +281,7 @@ TRAINING = {
     "offload_param_device": made(choose({"none": None, "cpu": True}), "engine.offload_param"),
     "offload_optimizer_nvme_path": none("DeepSpeed's own settings go into `engine.deepspeed`"),
     "offload_param_nvme_path": none("DeepSpeed's own settings go into `engine.deepspeed`"),
-    "zero3_init_flag": none("weights are sharded as they are loaded"),
+    "zero3_init_flag": none("networks are loaded whole, then sharded"),
     "zero3_save_16bit_model": none("exported weights have `checkpoint.export_dtype`"),
     "fp16_master_weights_and_gradients": none(MEMORY),
     "cpu_offload_checkpointing": none(MEMORY),
