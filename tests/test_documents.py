@@ -36,3 +36,20 @@ def test_pages_name_what_there_is(page: Path) -> None:
     targets += [ROOT / folder / f"{module}.py" for folder, module in MODULE.findall(text)]
     targets += [ROOT / script for script in SCRIPT.findall(text)]
     assert [str(target) for target in targets if not target.exists()] == []
+
+
+def list_blocks(page: str) -> list[tuple[str, list[str]]]:
+    """Language and lines of every code block, without comments, which are prose."""
+    blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [(language, [re.sub(r"\s+#.*", "", line) for line in body.splitlines()]) for language, body in blocks]
+
+
+def test_both_readmes_say_the_same() -> None:
+    """What a machine would read of them: commands, headings' levels, links, and names in code."""
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+    assert list_blocks(english) == list_blocks(chinese) and len(list_blocks(english)) >= 5
+    assert re.findall(r"^#+", english, re.MULTILINE) == re.findall(r"^#+", chinese, re.MULTILINE)
+    links = [sorted(set(LINK.findall(page)) - {"README.md", "README.zh-CN.md"}) for page in (english, chinese)]
+    assert links[0] == links[1]
+    names = [sorted(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)) for page in (english, chinese)]
+    assert names[0] == names[1]
