@@ -1,6 +1,10 @@
 """Documents say what the code does: pages that are generated are current, links lead somewhere."""
 
+import contextlib
+import os
 import re
+import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,7 +38,7 @@ def test_pages_name_what_there_is(page: Path) -> None:
     text = page.read_text()
     targets = [page.parent / target for target in LINK.findall(text)]
     targets += [ROOT / folder / f"{module}.py" for folder, module in MODULE.findall(text)]
-    targets += [ROOT / script for script in SCRIPT.findall(text)]
+    targets += [ROOT / script for script in SCRIPT.findall(text) if script not in read_examples()]
     assert [str(target) for target in targets if not target.exists()] == []
 
 
@@ -53,3 +57,79 @@ def test_both_readmes_say_the_same() -> None:
     assert links[0] == links[1]
     names = [sorted(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)) for page in (english, chinese)]
     assert names[0] == names[1]
+
+
+def read_examples() -> dict[str, str]:
+    """The code in docs/CONTRIBUTING.md, by the file that it says it belongs to."""
+    page = (ROOT / "docs" / "CONTRIBUTING.md").read_text()
+    return dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+
+
+def test_contributing_a_weighting(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from sdxl_trainer.configs import objective as settings
+    from sdxl_trainer.train import weightings
+    from sdxl_trainer.train.objective import build_weighting
+
+    examples = read_examples()
+    monkeypatch.setitem(weightings.WEIGHTINGS, "sigmoid", None)  # which is taken out again, whatever stands there then
+    monkeypatch.setitem(settings.USUAL_GAMMA, "sigmoid", 0.0)
+    exec(examples["train/weightings.py"], dict(vars(weightings)))
+    exec(examples["configs/objective.py"], dict(vars(settings)))
+    config = settings.ObjectiveConfig.model_construct(weighting="sigmoid")
+    weights = build_weighting(config)(torch.tensor([0.0, 1.0, torch.e**2]))
+    assert weights.tolist() == pytest.approx([1, 0.8807971, 0.5])
+    with pytest.raises(ValueError, match="weighting"):  # the name stands in the schema too
+        settings.ObjectiveConfig.model_validate({"weighting": "sigmoid"})
+
+
+def test_contributing_a_form_of_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdxl_trainer.data import sources
+
+    monkeypatch.setattr(sources, "READERS", dict(sources.READERS))
+    monkeypatch.setattr(sources, "SUFFIXES", dict(sources.SUFFIXES))
+    exec(read_examples()["data/sources.py"], dict(vars(sources)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as database:
+        database.execute("CREATE TABLE pictures (image_path, caption, score)")
+        database.executemany(
+            "INSERT INTO pictures VALUES (?, ?, ?)", [(f"/data/{at}.png", "a cat", None) for at in range(9000)]
+        )
+        database.commit()
+    pieces = list(sources.read_source(tmp_path / "x.sqlite"))
+    assert [len(items) for items in pieces] == [8192, 808]
+    key, fields = pieces[1][-1]
+    assert (key, fields["image_path"], fields["caption"]) == (
+        "8999",
+        "/data/8999.png",
+        "a cat",
+    ) and "score" not in fields
+    (tmp_path / "y.sqlite3").write_bytes(b"no database, but long enough to be looked at")
+    with pytest.raises(ValueError, match="no readable SQLite"):
+        list(sources.read_source(tmp_path / "y.sqlite3"))
+
+
+def test_contributing_a_launcher(tmp_path: Path) -> None:
+    """Under an `mpirun` that starts two ranks one after the other; no machine of the tests has a real one."""
+    for name in ("launch", "train", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "launch" / "child.sh").write_text((ROOT / "launch" / "child.sh").read_text())
+    (tmp_path / "launch" / "mpirun.sh").write_text(read_examples()["launch/mpirun.sh"])
+    (tmp_path / "train" / "main.py").write_text(
+        "import os, sys\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')\n"
+        "print(*(os.environ[name] for name in names), *sys.argv[1:])\n"
+        "open(os.environ['SDXL_TRAINER_STATUS_FILE'], 'w').write('2')\n"
+        "sys.exit(2)\n"
+    )
+    (tmp_path / "bin" / "mpirun").write_text(
+        '#!/usr/bin/env bash\n[ "$1 $2" = "-np 2" ] || exit 9\nshift 2\nexport OMPI_COMM_WORLD_SIZE=2\n'
+        "for OMPI_COMM_WORLD_RANK in 0 1; do export OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK="
+        '"$OMPI_COMM_WORLD_RANK"; "$@" || true; done\nexit 1\n'
+    )
+    (tmp_path / "bin" / "mpirun").chmod(0o755)
+    environment = {**os.environ, "NPROC": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "launch" / "mpirun.sh"), "--cfg", "a b.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [f"{rank} {rank} 2 127.0.0.1 --cfg a b.yaml" for rank in range(2)], done.stderr
+    assert done.returncode == 2
