@@ -42,6 +42,7 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "fsspec>=2024.6",
+        "packaging>=23",
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={
