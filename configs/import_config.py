@@ -37,11 +37,9 @@ SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
 
 @dataclass
 class Imported:
-    """What became of the options: settings by dotted key, what they set with a difference, and what has no counterpart
-    (option, value, why)."""
+    """What became of the options: settings by dotted key, and what has no counterpart (option, value, why)."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    changed: list[tuple[str, Any, str]] = field(default_factory=list)
     lost: list[tuple[str, Any, str]] = field(default_factory=list)
 
 
@@ -100,6 +98,8 @@ def convert(sources: Sources) -> Imported:
         found.settings |= list_places(folders)[0]
         if folders:
             del given["train_data_dir"]
+        else:
+            found.lost.append(("train_data_dir", given["train_data_dir"], "has no `N_name` folders here: no weights"))
     own = {name: option for name, option in SEED_OPTIONS.items() if isinstance(option, Option)}
     table = KOHYA_OPTIONS | (own if sources.is_seed else {})
     known = (SEED_DEFAULTS if sources.is_seed else KOHYA_DEFAULTS) | given
@@ -130,9 +130,8 @@ def build_yaml(found: Imported) -> tuple[str, list[tuple[str, Any, str]]]:
 def describe(found: Imported, refused: Sequence[tuple[str, Any, str]]) -> str:
     """What a person should read before the YAML is used."""
     parts = {
-        "without a counterpart": found.lost,
+        "without a counterpart (docs/FROM_KOHYA.md says what is different about the others)": found.lost,
         "against the rules here": refused,
-        "taken over, but": found.changed,
     }
     lines = []
     for title, entries in parts.items():
@@ -157,8 +156,6 @@ def _convert_option(name: str, option: Option, given: Given, found: Imported) ->
     if made is None:
         return
     found.settings |= made if isinstance(made, dict) else {option.keys[0]: made}
-    if option.note:
-        found.changed.append((name, value, option.note))
 
 
 def _explain_python(name: str) -> str:

@@ -75,6 +75,11 @@ def needs(option: str, convert: Convert | None = None) -> Convert:
     return checked
 
 
+def for_huber(value: Any, given: Given) -> Any:
+    """Of the losses that have a c; kohya's files often name it beside others."""
+    return value if given.get("loss_type") in ("huber", "smooth_l1") else None
+
+
 def as_text(value: Any, given: Given) -> str:
     """Text, of names that look like numbers too."""
     return str(value)
