@@ -16,7 +16,7 @@ from sdxl_trainer.configs.kohya_options import (
 from sdxl_trainer.configs.kohya_values import Given, NoCounterpart, as_list, choose, say
 
 STRATEGY = "is Python: write it as a class and name it in `data.strategy` (docs/STRATEGY.md)"
-# What that program did without a setting, by kohya's names.
+# What is taken where its file does not say, by kohya's names: the defaults here, but for the batch.
 SEED_DEFAULTS = {"learning_rate": 1e-5, "max_train_steps": 1000, "train_batch_size": 1}
 SAMPLES = {
     "prompt": "sample.prompts",
