@@ -7,6 +7,7 @@ Options are in the order in which they are imported: a later one may overwrite w
 from dataclasses import dataclass
 
 from sdxl_trainer.configs.kohya_values import (
+    WEIGHTINGS,
     Convert,
     as_list,
     as_text,
@@ -53,6 +54,12 @@ def made(convert: Convert, *keys: str, note: str = "") -> Option:
 def none(why: str) -> Option:
     """No counterpart."""
     return Option((), why)
+
+
+def weighed(name: str) -> Option:
+    """A weighting that an option of its own turns on, with its number or without."""
+    keys = ("objective.weighting", "objective.weighting_gamma")
+    return Option(keys, f"`{WEIGHTINGS[name]}`; weightings are not multiplied", choose_weighting(name))
 
 
 # What kohya's scripts do without an option, where it is something else than what happens here.
@@ -115,7 +122,8 @@ DATA = {
     "bucket_reso_steps": made(needs("enable_bucket"), "data.bucket_step_px", note="multiples of 32"),
     "bucket_no_upscale": made(needs("enable_bucket"), "data.no_upscale"),
     "flip_aug": made(
-        lambda value, given: {"cache.flip": True, "data.flip_rate": 0.5}, "cache.flip", "data.flip_rate"
+        lambda value, given: {"cache.flip": True, "data.flip_rate": 0.5}, "cache.flip", "data.flip_rate",
+        note="every other time, as there",
     ),
     "alpha_mask": made(
         lambda value, given: {"cache.alpha_mask": True, "objective.masked_loss": True},
@@ -131,7 +139,7 @@ DATA = {
     "cache_latents": none(CACHED),
     "cache_latents_to_disk": none(CACHED),
     "vae_batch_size": same("cache.batch_size"),
-    "skip_cache_check": made(say("none"), "data.check"),
+    "skip_cache_check": made(say("none"), "data.check", note="`none`"),
     "cache_info": none("what is known of pictures is always indexed"),
     "cache_text_encoder_outputs": made(say(True), "cache.text"),
     "cache_text_encoder_outputs_to_disk": made(say(True), "cache.text"),
@@ -144,7 +152,7 @@ DATA = {
     "validation_split": same("validation.share"),
     "validation_seed": same("validation.seed"),
     "validate_every_n_steps": same("validation.every_steps"),
-    "validate_every_n_epochs": made(convert_epochs, "validation.every_steps"),
+    "validate_every_n_epochs": made(convert_epochs, "validation.every_steps", note="with `--samples`"),
     "max_validation_steps": none("`validation.max_samples` counts samples"),
 }  # fmt: skip
 CAPTIONS = {
@@ -165,18 +173,12 @@ CAPTIONS = {
     "weighted_captions": none("brackets in captions reach the tokenizer as they are"),
 }
 OBJECTIVE = {
-    "v_parameterization": made(say("v"), "objective.prediction"),
+    "v_parameterization": made(say("v"), "objective.prediction", note="`v`"),
     "zero_terminal_snr": same("objective.zero_terminal_snr", "applied before weights are computed from the SNR"),
-    "min_snr_gamma": made(
-        choose_weighting("min_snr_gamma"), "objective.weighting", "objective.weighting_gamma"
-    ),
-    "debiased_estimation_loss": made(choose_weighting("debiased_estimation_loss"), "objective.weighting",
-                                     "objective.weighting_gamma"),
-    "scale_v_pred_loss_like_noise_pred": made(choose_weighting("scale_v_pred_loss_like_noise_pred"),
-                                              "objective.weighting", "objective.weighting_gamma"),
-    "v_pred_like_loss": made(
-        choose_weighting("v_pred_like_loss"), "objective.weighting", "objective.weighting_gamma"
-    ),
+    "min_snr_gamma": weighed("min_snr_gamma"),
+    "debiased_estimation_loss": weighed("debiased_estimation_loss"),
+    "scale_v_pred_loss_like_noise_pred": weighed("scale_v_pred_loss_like_noise_pred"),
+    "v_pred_like_loss": weighed("v_pred_like_loss"),
     "noise_offset": same("objective.noise_offset"),
     "noise_offset_random_strength": same("objective.noise_offset_random_strength"),
     "adaptive_noise_scale": same("objective.adaptive_noise_scale"),
@@ -204,8 +206,8 @@ OPTIMIZER = {
         note="with its default weight decay, which biases and norms do not get here; Adafactor only with a learning "
         "rate; ZeRO 0 for those that look at whole weights",
     ),
-    "use_8bit_adam": made(say("adamw8bit"), "optim.name"),
-    "use_lion_optimizer": made(say("lion"), "optim.name"),
+    "use_8bit_adam": made(say("adamw8bit"), "optim.name", note="`adamw8bit`"),
+    "use_lion_optimizer": made(say("lion"), "optim.name", note="`lion`"),
     "optimizer_args": made(
         convert_optimizer_args, "optim.weight_decay", "optim.betas", "optim.eps", "optim.kwargs"
     ),
@@ -214,7 +216,7 @@ OPTIMIZER = {
         choose({"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
                 "cosine_with_restarts": "cosine_with_restarts", "polynomial": "polynomial",
                 "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}),
-        "optim.schedule",
+        "optim.schedule", note="with or without warm-up; `warmup_stable_decay` is `wsd`",
     ),
     "lr_warmup_steps": made(convert_steps, "optim.warmup_steps"),
     "lr_decay_steps": made(convert_steps, "optim.decay_steps"),
@@ -272,10 +274,10 @@ TRAINING = {
     ),
     "full_fp16": none("fp16 keeps fp32 masters; for less memory take `bf16_stochastic`"),
     "gradient_checkpointing": same("engine.gradient_checkpointing"),
-    "xformers": made(say("xformers"), "engine.attention"),
-    "diffusers_xformers": made(say("xformers"), "engine.attention"),
-    "sdpa": made(say("sdpa"), "engine.attention"),
-    "mem_eff_attn": made(say("sdpa"), "engine.attention"),
+    "xformers": made(say("xformers"), "engine.attention", note="`xformers`"),
+    "diffusers_xformers": made(say("xformers"), "engine.attention", note="`xformers`"),
+    "sdpa": made(say("sdpa"), "engine.attention", note="`sdpa`, the default"),
+    "mem_eff_attn": made(say("sdpa"), "engine.attention", note="`sdpa`"),
     "torch_compile": same("engine.compile"),
     "dynamo_backend": none("`torch.compile`'s own default"),
     "deepspeed": none(ALWAYS),
@@ -331,7 +333,7 @@ OUTPUT = {
         refuse_suffixes(".toml", why="is a text file or .json here; write one prompt a line"), "sample.prompt_file"
     ),
     "sample_every_n_steps": made(needs("sample_prompts"), "sample.every_steps"),
-    "sample_every_n_epochs": made(needs("sample_prompts", convert_epochs), "sample.every_steps"),
+    "sample_every_n_epochs": made(needs("sample_prompts", convert_epochs), "sample.every_steps", note="with `--samples`"),
     "sample_at_first": made(needs("sample_prompts"), "sample.at_start"),
     "sample_sampler": made(
         needs("sample_prompts", choose({
