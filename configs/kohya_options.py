@@ -333,7 +333,9 @@ OUTPUT = {
         refuse_suffixes(".toml", why="is a text file or .json here; write one prompt a line"), "sample.prompt_file"
     ),
     "sample_every_n_steps": made(needs("sample_prompts"), "sample.every_steps"),
-    "sample_every_n_epochs": made(needs("sample_prompts", convert_epochs), "sample.every_steps", note="with `--samples`"),
+    "sample_every_n_epochs": made(
+        needs("sample_prompts", convert_epochs), "sample.every_steps", note="with `--samples`"
+    ),
     "sample_at_first": made(needs("sample_prompts"), "sample.at_start"),
     "sample_sampler": made(
         needs("sample_prompts", choose({
