@@ -26,10 +26,11 @@ from sdxl_trainer.configs.kohya_files import (
 from sdxl_trainer.configs.kohya_options import KOHYA_DEFAULTS, KOHYA_OPTIONS, Option
 from sdxl_trainer.configs.kohya_values import Given, NoCounterpart
 from sdxl_trainer.configs.load import build_config
-from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.seed_options import SEED_DEFAULTS, SEED_OPTIONS
 
+OF_DATA_SETS = ("train_data_dir", "reg_data_dir", "in_json")  # which such files say themselves
 FOLLOWED = ("config_file", "dataset_config")  # name further files
 RENAMED = {name: ours for name, ours in SEED_OPTIONS.items() if isinstance(ours, str)}
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
@@ -93,7 +94,10 @@ def convert(sources: Sources) -> Imported:
     found = Imported(dict(sources.places), lost=list(sources.lost))
     given = sources.options | sources.of_data
     given = {name: value for name, value in given.items() if not _is_unset(value)}
-    if "train_data_dir" in given and "in_json" not in given and not found.settings:
+    if found.settings:
+        why = "has no effect beside a file of data sets, in kohya's scripts either"
+        found.lost += [(name, given.pop(name), why) for name in OF_DATA_SETS if name in given]
+    if "train_data_dir" in given and "in_json" not in given:
         folders = list_repeated_folders(Path(str(given["train_data_dir"])))
         found.settings |= list_places(folders)[0]
         if folders:
@@ -148,6 +152,7 @@ def _convert_option(name: str, option: Option, given: Given, found: Imported) ->
     try:
         made = option.convert(value, given) if option.convert else value
     except NoCounterpart as error:
+        found.settings |= error.settings
         found.lost.append((name, value, str(error)))
         return
     except (TypeError, ValueError, SyntaxError) as error:
@@ -211,23 +216,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="samples of an epoch (pictures x repeats), for epochs as steps")
     options = parser.parse_args(arguments)
     try:
-        sources = read_files(options.files)
+        _import_files(options)
     except UserInputError as error:
         sys.stderr.write(f"\n{error}\n\n")
         return 2
+    return 0
+
+
+def _import_files(options: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        UserInputError: a file cannot be read or written.
+    """
+    sources = read_files(options.files)
     told = {"num_processes": options.ranks, "num_samples": options.samples}
     sources.options |= {name: value for name, value in told.items() if value}
     found = convert(sources)
     text, refused = build_yaml(found)
-    told_apart = describe(found, refused)
-    shown = "".join(f"# {line}\n" for line in [f"Imported from {', '.join(map(str, options.files))}",
-                                              *told_apart.splitlines()])  # fmt: skip
-    if options.out:
-        options.out.write_text(f"{shown}\n{text}", encoding="utf-8")
-        sys.stderr.write(f"{told_apart}\n" if told_apart else "")
-    else:
-        sys.stdout.write(f"{shown}\n{text}")
-    return 0
+    remarks = describe(found, refused)
+    title = f"Imported from {', '.join(map(str, options.files))}"
+    page = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{text}"
+    if options.out is None:
+        sys.stdout.write(page)
+        return
+    try:
+        options.out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        rule = f"cannot be written: {error.strerror}"
+        raise UserInputError([Problem("--out", options.out, rule, "give a path that can be written to")]) from None
+    sys.stderr.write(f"{remarks}\n" if remarks else "")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ def read_datasets(tables: Mapping[str, Any]) -> tuple[dict, dict, list[tuple[str
     options, lost = {}, []
     sizes = _list_values([group[0] for group in merged if group], "resolution")
     places = [{_place(subset) for subset in group} for group in merged]
-    if len(sizes) > 1 and all(place == places[0] for place in places):  # the same pictures, at several resolutions
+    are_same = len(sizes) > 1 and all(place == places[0] for place in places)  # pictures, at several resolutions
+    if are_same:
         options["resolution"] = [size if isinstance(size, list) else [size] for size in sizes]
         options["enable_bucket"] = True
-        subsets = merged[0]
     for name in dict.fromkeys(name for subset in subsets for name in subset):
         if name in OF_SUBSETS or name in options:
             continue
@@ -49,7 +49,7 @@ def read_datasets(tables: Mapping[str, Any]) -> tuple[dict, dict, list[tuple[str
         if len(values) > 1:
             why = f"differs between data sets or subsets, and holds for all data here: {values[0]!r} is taken"
             lost.append((name, values, f"{why}; a strategy can tell samples apart (docs/STRATEGY.md)"))
-    settings, mixed = list_places(subsets)
+    settings, mixed = list_places(merged[0] if are_same else subsets)
     return options, settings, lost + mixed
 
 

@@ -16,6 +16,7 @@ from sdxl_trainer.configs.kohya_values import (
     convert_batch,
     convert_epochs,
     convert_full_bf16,
+    convert_masked_loss,
     convert_network,
     convert_optimizer,
     convert_optimizer_args,
@@ -23,8 +24,8 @@ from sdxl_trainer.configs.kohya_values import (
     convert_steps,
     convert_text_encoder_lr,
     convert_text_encoders,
+    count_kept,
     for_huber,
-    keep_within,
     needs,
     read_numbers_of,
     refuse_suffixes,
@@ -79,6 +80,7 @@ PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixel
 UPLOAD = "nothing is uploaded; send the file when it is done"
 RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
 LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
+MASKED = "with `conditioning_data_dir` or `alpha_mask`; of coloured masks the red counts there, the grey here"
 MODEL_NOTES = "of such notes the file holds what a run can tell: title, date, prediction, resolution"
 
 MODEL = {
@@ -99,7 +101,9 @@ MODEL = {
     "highvram": none(MEMORY),
 }
 DATA = {
-    "train_data_dir": made(as_list, "data.image_dirs", note="its `N_name` folders become folders with weights N"),
+    "train_data_dir": made(
+        as_list, "data.image_dirs", note="its `N_name` folders become folders with weights N; the name is no caption"
+    ),
     "reg_data_dir": made(as_list, "data.regularisation_dirs", note="come as often as all others together"),
     "in_json": made(as_list, "data.metadata"),
     "image_dir": made(as_list, "data.image_dirs", note="of a subset"),
@@ -129,8 +133,8 @@ DATA = {
         lambda value, given: {"cache.alpha_mask": True, "objective.masked_loss": True},
         "cache.alpha_mask", "objective.masked_loss",
     ),
-    "masked_loss": same("objective.masked_loss", "masks are the opacity of pictures (`cache.alpha_mask`)"),
-    "conditioning_data_dir": none("masks are the opacity of pictures (`cache.alpha_mask`), not files of their own"),
+    "masked_loss": made(convert_masked_loss, "objective.masked_loss", "data.masks", note=MASKED),
+    "conditioning_data_dir": made(needs("masked_loss", say(None)), "data.masks", note="the folder, with `masked_loss`"),
     "color_aug": none(PIXELS),
     "random_crop": none(PIXELS),
     "face_crop_aug_range": none(PIXELS),
@@ -203,8 +207,8 @@ OPTIMIZER = {
     "unet_lr": made(needs("network_module"), "optim.lr"),
     "optimizer_type": made(
         convert_optimizer, "optim.name", "optim.weight_decay", "optim.kwargs", "engine.zero_stage",
-        note="with its default weight decay, which biases and norms do not get here; Adafactor only with a learning "
-        "rate; ZeRO 0 for those that look at whole weights",
+        note="with its default weight decay, which biases and norms do not get here; of classes not listed: 0.01 of "
+        "AdamW's kind, else 0; Adafactor only with a learning rate; ZeRO 0 for those that look at whole weights",
     ),
     "use_8bit_adam": made(say("adamw8bit"), "optim.name", note="`adamw8bit`"),
     "use_lion_optimizer": made(say("lion"), "optim.name", note="`lion`"),
@@ -216,7 +220,7 @@ OPTIMIZER = {
         choose({"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
                 "cosine_with_restarts": "cosine_with_restarts", "polynomial": "polynomial",
                 "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}),
-        "optim.schedule", note="with or without warm-up; `warmup_stable_decay` is `wsd`",
+        "optim.schedule", note="with or without warm-up; `warmup_stable_decay` is `wsd`, which falls along a line",
     ),
     "lr_warmup_steps": made(convert_steps, "optim.warmup_steps"),
     "lr_decay_steps": made(convert_steps, "optim.decay_steps"),
@@ -281,9 +285,9 @@ TRAINING = {
     "torch_compile": same("engine.compile"),
     "dynamo_backend": none("`torch.compile`'s own default"),
     "deepspeed": none(ALWAYS),
-    "zero_stage": same("engine.zero_stage"),
-    "offload_optimizer_device": made(choose({"none": None, "cpu": True}), "engine.offload_optimizer"),
-    "offload_param_device": made(choose({"none": None, "cpu": True}), "engine.offload_param"),
+    "zero_stage": made(needs("deepspeed"), "engine.zero_stage"),
+    "offload_optimizer_device": made(needs("deepspeed", choose({"cpu": True})), "engine.offload_optimizer"),
+    "offload_param_device": made(needs("deepspeed", choose({"cpu": True})), "engine.offload_param"),
     "offload_optimizer_nvme_path": none("DeepSpeed's own settings go into `engine.deepspeed`"),
     "offload_param_nvme_path": none("DeepSpeed's own settings go into `engine.deepspeed`"),
     "zero3_init_flag": none("networks are loaded whole, then sharded"),
@@ -292,7 +296,7 @@ TRAINING = {
     "cpu_offload_checkpointing": none(MEMORY),
     "fp8_base": none(MEMORY),
     "fp8_base_unet": none(MEMORY),
-    "ddp_timeout": none("ranks wait an hour for each other"),
+    "ddp_timeout": made(lambda value, given: value or None, "engine.timeout_minutes", note="in minutes there too"),
     "ddp_gradient_as_bucket_view": none("gradients are DeepSpeed's"),
     "ddp_static_graph": none("gradients are DeepSpeed's"),
 }  # fmt: skip
@@ -306,10 +310,12 @@ OUTPUT = {
         "checkpoint.every_epochs", "checkpoint.every_steps",
     ),
     "save_n_epoch_ratio": none("write `checkpoint.every_epochs`"),
-    "save_last_n_steps": made(keep_within("save_every_n_steps"), "checkpoint.keep_last", note="2 by default"),
-    "save_last_n_steps_state": made(keep_within("save_every_n_steps"), "checkpoint.keep_last"),
-    "save_last_n_epochs": made(keep_within("save_every_n_epochs"), "checkpoint.keep_last"),
-    "save_last_n_epochs_state": made(keep_within("save_every_n_epochs"), "checkpoint.keep_last"),
+    "save_last_n_steps": made(
+        needs("save_every_n_steps", count_kept), "checkpoint.keep_last", note="how many that are; 2 by default"
+    ),
+    "save_last_n_steps_state": made(needs("save_every_n_steps", count_kept), "checkpoint.keep_last"),
+    "save_last_n_epochs": made(needs("save_every_n_epochs"), "checkpoint.keep_last", note="checkpoints, there too"),
+    "save_last_n_epochs_state": made(needs("save_every_n_epochs"), "checkpoint.keep_last"),
     "save_precision": made(choose({"float": "fp32", "fp16": "fp16", "bf16": "bf16"}), "checkpoint.export_dtype"),
     "save_model_as": made(
         choose({"safetensors": "single", "ckpt": "single", "diffusers": "diffusers",

@@ -35,6 +35,7 @@ KOHYA_OPTIMIZERS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "sgdnesterov8bit": ("bitsandbytes.optim.SGD8bit", 0.0, {"momentum": 0.9, "nesterov": True}),
 }
 WHOLE_WEIGHTS = ("adafactor", "prodigy", "dadapt")  # begin the names of those that ZeRO's shards would change
+ADAFACTORS = ("relative_step", "warmup_init", "scale_parameter")  # settled by convert_optimizer_args itself
 WEIGHTINGS = {
     "min_snr_gamma": "min_snr",
     "debiased_estimation_loss": "debiased",
@@ -44,7 +45,15 @@ WEIGHTINGS = {
 
 
 class NoCounterpart(ValueError):
-    """A value that has none here; the message says why, and what to do instead."""
+    """A value that has none here; the message says why, and what to do instead.
+
+    Args:
+        settings: what of the value is kept nevertheless, by dotted key.
+    """
+
+    def __init__(self, why: str, settings: Mapping[str, Any] | None = None):
+        super().__init__(why)
+        self.settings = dict(settings or {})
 
 
 def choose(values: dict[Any, Any]) -> Convert:
@@ -73,6 +82,15 @@ def needs(option: str, convert: Convert | None = None) -> Convert:
         return convert(value, given) if convert else value
 
     return checked
+
+
+def convert_masked_loss(value: Any, given: Given) -> dict[str, Any]:
+    """Masks of files of their own, where kohya's scripts are told of such; those of opacity are `alpha_mask`'s."""
+    if given.get("conditioning_data_dir"):
+        return {"objective.masked_loss": True, "data.masks": str(given["conditioning_data_dir"])}
+    if given.get("alpha_mask"):
+        return {"objective.masked_loss": True}
+    raise NoCounterpart("has no effect without conditioning_data_dir or alpha_mask, in kohya's scripts either")
 
 
 def for_huber(value: Any, given: Given) -> Any:
@@ -133,8 +151,9 @@ def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
 
 
 def _compute_side(size: Any) -> int:
+    """The side of the smallest square that is no smaller, so that a bucket of just this size fits into its area."""
     sides = [int(side) for side in read_numbers(size)]
-    return math.isqrt(sides[0] * sides[-1])
+    return math.isqrt(sides[0] * sides[-1] - 1) + 1
 
 
 def count_ranks(given: Given) -> int:
@@ -180,16 +199,21 @@ def convert_optimizer(value: Any, given: Given) -> dict[str, Any]:
     name = str(value)
     if "schedulefree" in name.lower():
         raise NoCounterpart("needs its own weights for sampling; take adamw with optim.schedule: wsd")
-    known = KOHYA_OPTIMIZERS.get(name.lower())
-    ours, decay, kwargs = known or (name if "." in name else f"torch.optim.{name}", None, {})
-    settings: dict[str, Any] = {"optim.name": ours}
-    if decay is not None:
-        settings["optim.weight_decay"] = decay
+    unlisted = (name if "." in name else f"torch.optim.{name}", 0.01 if "adamw" in name.lower() else 0.0, {})
+    ours, decay, kwargs = KOHYA_OPTIMIZERS.get(name.lower(), unlisted)
+    settings: dict[str, Any] = {"optim.name": ours, "optim.weight_decay": decay}
     if kwargs:
         settings["optim.kwargs"] = kwargs
     if name.lower().startswith(WHOLE_WEIGHTS):
         settings["engine.zero_stage"] = 0
+    if ours == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
+        why = "its relative steps, which are on there unless relative_step=False: optim.lr and optim.schedule hold here"
+        raise NoCounterpart(why, settings)
     return settings
+
+
+def _has_relative_steps(kwargs: Mapping[str, Any]) -> bool:
+    return bool(kwargs.get("relative_step", True) or kwargs.get("warmup_init", False))
 
 
 def convert_optimizer_args(value: Any, given: Given) -> dict[str, Any]:
@@ -202,14 +226,14 @@ def convert_optimizer_args(value: Any, given: Given) -> dict[str, Any]:
         settings["optim.betas"] = read_numbers(kwargs.pop("betas"))
     if isinstance(kwargs.get("eps"), (int, float)):  # Adafactor has two
         settings["optim.eps"] = kwargs.pop("eps")
-    if kwargs.pop("relative_step", False) or kwargs.pop("warmup_init", False):
-        raise NoCounterpart("relative steps: Adafactor runs with a learning rate here; set relative_step=False")
+    if str(given.get("optimizer_type")).lower() == "adafactor":
+        if not _has_relative_steps(kwargs) and kwargs.get("scale_parameter", True):
+            settings["optim.kwargs"] = {"scale_parameter": True}  # its own default, which is off here
+        kwargs = {name: item for name, item in kwargs.items() if name not in ADAFACTORS}
     kwargs = {name: list(item) if isinstance(item, tuple) else item for name, item in kwargs.items()}
-    if str(given.get("optimizer_type")).lower() == "adafactor" and kwargs.get("scale_parameter") is False:
-        del kwargs["scale_parameter"]  # as it is here
     if kwargs:
         fixed = KOHYA_OPTIMIZERS.get(str(given.get("optimizer_type")).lower(), ("", 0.0, {}))[2]
-        settings["optim.kwargs"] = fixed | kwargs
+        settings["optim.kwargs"] = fixed | settings.get("optim.kwargs", {}) | kwargs
     return settings
 
 
@@ -237,11 +261,11 @@ def convert_text_encoder_lr(value: Any, given: Given) -> dict[str, Any]:
 
 def convert_network(value: Any, given: Given) -> dict[str, Any]:
     """Rank and alpha of adapters as networks.lora has them, and rates of the text encoders' adapters."""
-    if str(value) != "networks.lora":
-        raise NoCounterpart("only the adapters of networks.lora are made here, in linear layers (docs/TRAINING.md)")
     settings = {"lora.rank": given.get("network_dim") or 4, "lora.alpha": given.get("network_alpha") or 1}
     if not given.get("network_train_unet_only"):
         settings |= _name_rates([given["learning_rate"]] * 2)
+    if str(value) != "networks.lora":
+        raise NoCounterpart("adapters are those of networks.lora here, in linear layers (docs/TRAINING.md)", settings)
     return settings
 
 
@@ -264,13 +288,9 @@ def choose_weighting(option: str) -> Convert:
     return convert
 
 
-def keep_within(every: str) -> Convert:
-    """How many checkpoints lie in a span of steps or epochs, by how often they are saved."""
-
-    def convert(value: Any, given: Given) -> int:
-        return max(1, int(value) // int(given.get(every) or 1))
-
-    return convert
+def count_kept(value: Any, given: Given) -> int:
+    """Checkpoints that kohya's scripts keep of so many steps back, by how often they save."""
+    return int(value) // int(given["save_every_n_steps"]) + 1
 
 
 def read_literal(text: str) -> Any:

@@ -191,7 +191,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
         },
         # The dataset file's 2 pictures, not 4; 10 epochs of 3200 samples in batches of 2 x 8 x 2 ranks.
         "train": {"max_steps": 1000, "global_batch_size": 32, "micro_batch_size": 2},
-        "checkpoint": {"every_steps": 500, "keep_last": 3, "export_dtype": "fp16"},
+        "checkpoint": {"every_steps": 500, "keep_last": 4, "export_dtype": "fp16"},  # of the last 1500 steps
     }
     for name in ("clip_skip", "cache_latents", "cache_latents_to_disk", "debiased_estimation_loss", "class_tokens"):
         assert f"{name} = " in comment, name
@@ -262,7 +262,7 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
     ("options", "key", "value"),
     [
         ("--resolution 832,1216", "data.buckets", [[832, 1216]]),
-        ("--resolution 832,1216 --enable_bucket", "data.resolution_px", 1005),
+        ("--resolution 832,1216 --enable_bucket", "data.resolution_px", 1006),
         ("--resolution 512", "data.buckets", [[512, 512]]),
         ("", "optim.lr", 2e-6),
         ("", "train.max_steps", 1600),
@@ -274,6 +274,10 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--optimizer_type PagedAdamW8bit", "optim.name", "bitsandbytes.optim.PagedAdamW8bit"),
         ("--optimizer_type my.module.Thing", "optim.name", "my.module.Thing"),
         ("--optimizer_type RAdam", "optim.name", "torch.optim.RAdam"),
+        ("--optimizer_type RAdam", "optim.weight_decay", 0.0),
+        ("--optimizer_type Adafactor", "optim.name", "adafactor"),
+        ("--optimizer_type Adafactor --optimizer_args weight_decay=0.02", "optim.weight_decay", 0.02),
+        ("--optimizer_type Adafactor --optimizer_args relative_step=False", "optim.kwargs", {"scale_parameter": True}),
         (
             "--optimizer_type SGDNesterov --optimizer_args momentum=0.8",
             "optim.kwargs",
@@ -282,15 +286,26 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--use_8bit_adam", "optim.name", "adamw8bit"),
         ("--save_every_n_epochs 2", "checkpoint.every_steps", 0),
         ("--save_every_n_epochs 2", "checkpoint.every_epochs", 2),
+        ("--save_every_n_epochs 2 --save_last_n_epochs 5", "checkpoint.keep_last", 5),
+        ("--save_last_n_steps 500", "checkpoint.keep_last", None),  # nothing is saved there
+        ("--zero_stage 3", "engine.zero_stage", None),  # without --deepspeed
+        ("--deepspeed --zero_stage 3 --offload_param_device none", "engine.zero_stage", 3),
+        ("--ddp_timeout 90", "engine.timeout_minutes", 90),
         ("--network_module networks.lora --network_train_unet_only", "optim.text_encoder_lr", None),
         ("--network_module networks.lora", "optim.text_encoder_lr", 2e-6),
         ("--network_module lycoris.kohya --network_dim 8", "lora.rank", 8),
+        ("--network_module lycoris.kohya", "lora.rank", 4),  # and not the whole network
         ("--network_dim 8", "lora.rank", None),
         ("--scale_v_pred_loss_like_noise_pred --v_parameterization", "objective.weighting", "v_like_epsilon"),
         ("--v_pred_like_loss 0.5", "objective.weighting_gamma", 0.5),
         ("--huber_schedule snr --huber_c 0.2", "objective.huber_c", None),  # the loss is l2
         ("--huber_schedule constant --loss_type smooth_l1", "objective.huber_schedule", "constant"),
         ("--alpha_mask", "objective.masked_loss", True),
+        ("--masked_loss --alpha_mask", "data.masks", None),
+        ("--masked_loss", "objective.masked_loss", None),  # there are no masks
+        ("--masked_loss --conditioning_data_dir masks", "objective.masked_loss", True),
+        ("--masked_loss --conditioning_data_dir masks", "data.masks", "masks"),
+        ("--conditioning_data_dir masks", "data.masks", None),
         ("--bucket_reso_steps 8 --enable_bucket --resolution 1024", "data.bucket_step_px", None),  # against the rules
         ("--train_text_encoder --learning_rate_te1 0", "optim.text_encoder_lr", 0),
         ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
@@ -307,8 +322,19 @@ def test_the_same_pictures_at_several_resolutions(tmp_path: Path) -> None:
         f"[[datasets]]\nresolution = {side}\nbatch_size = {batch}\n[[datasets.subsets]]\nimage_dir = '/a'\n"
         for side, batch in ((512, 8), (1024, 2))
     )
-    settings, _ = import_files(tmp_path, {"d.toml": sets})
+    settings, comment = import_files(tmp_path, {"d.toml": sets})
     assert settings["data"]["resolution_px"] == [512, 1024] and settings["data"]["image_dirs"] == ["/a"]
+    assert settings["train"]["micro_batch_size"] == 8 and "batch_size = [8, 2]: differs" in comment
+
+
+def test_a_file_of_data_sets_goes_before_folders_in_the_command(tmp_path: Path) -> None:
+    sets = "".join(
+        f"[[datasets]]\nresolution = [1024, 1024]\n[[datasets.subsets]]\nimage_dir = '/{name}'\n" for name in "ab"
+    )
+    command = "sdxl_train.py --dataset_config d.toml --train_data_dir /c --in_json m.json --enable_bucket"
+    settings, comment = import_files(tmp_path, {"x.txt": command, "d.toml": sets})
+    assert settings["data"]["image_dirs"] == ["/a", "/b"] and "metadata" not in settings["data"]
+    assert "train_data_dir = '/c': has no effect" in comment and "in_json = 'm.json': has no effect" in comment
 
 
 def test_folders_with_repeats(tmp_path: Path) -> None:
@@ -349,6 +375,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, said
     (tmp_path / name).write_text(text)
     assert main([str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.txt").write_text("sdxl_train.py --seed 1")
+    assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "absent" / "x.yaml")]) == 2
+    assert "--out" in capsys.readouterr().err
 
 
 def test_every_option_names_keys_of_the_schema_or_a_reason() -> None:
