@@ -17,8 +17,8 @@ and of data sets (a `config_file` and `dataset_config` that they name are found 
 `--ranks` says how many GPUs there were, if not accelerate's `--num_processes`. Runs counted in epochs need
 `--samples`, how many samples an epoch has with repeats, because length is counted in steps here. Options without a
 counterpart are named with the reason, on the console and as comments in the YAML. Nothing is lost unnamed, and no file
-is run. It is a program of its own, and no option of training, because what it makes is to be read by a person before
-anything is cached.
+is run, so variables of a script are not filled in. It is a program of its own, and no option of training, because what
+it makes is to be read by a person before anything is cached.
 
 Latents and text outputs that kohya's scripts have cached are taken as they are; without `--adopt` the cache job makes
 what is missing:
@@ -43,7 +43,7 @@ What is different, whatever the options say:
 - The same command resumes, exactly, and checkpoints hold the whole state; models are made at the end, and of any
   checkpoint by `train/convert.py`.
 
-Kohya's defaults that differ from those here are written into the YAML:
+Of kohya's defaults those that change what is learned, and differ from those here, are written into the YAML:
 DEFAULTS.
 
 This page is made from the table that the import goes by, by

@@ -80,7 +80,6 @@ PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixel
 UPLOAD = "nothing is uploaded; send the file when it is done"
 RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
 LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
-MASKED = "with `conditioning_data_dir` or `alpha_mask`; of coloured masks the red counts there, the grey here"
 MODEL_NOTES = "of such notes the file holds what a run can tell: title, date, prediction, resolution"
 
 MODEL = {
@@ -131,9 +130,11 @@ DATA = {
     ),
     "alpha_mask": made(
         lambda value, given: {"cache.alpha_mask": True, "objective.masked_loss": True},
-        "cache.alpha_mask", "objective.masked_loss",
+        "cache.alpha_mask", "objective.masked_loss", note="without `masked_loss` too, as there",
     ),
-    "masked_loss": made(convert_masked_loss, "objective.masked_loss", "data.masks", note=MASKED),
+    "masked_loss": made(
+        convert_masked_loss, "objective.masked_loss", "data.masks", note="with `conditioning_data_dir` or `alpha_mask`"
+    ),
     "conditioning_data_dir": made(needs("masked_loss", say(None)), "data.masks", note="the folder, with `masked_loss`"),
     "color_aug": none(PIXELS),
     "random_crop": none(PIXELS),
