@@ -31,6 +31,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.seed_options import SEED_DEFAULTS, SEED_OPTIONS
 
 OF_DATA_SETS = ("train_data_dir", "reg_data_dir", "in_json")  # which such files say themselves
+ON_BY_DEFAULT = ("train_nnet",)  # whose False says something
 FOLLOWED = ("config_file", "dataset_config")  # name further files
 RENAMED = {name: ours for name, ours in SEED_OPTIONS.items() if isinstance(ours, str)}
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
@@ -93,7 +94,7 @@ def convert(sources: Sources) -> Imported:
     """Settings of all options, in the order of the table."""
     found = Imported(dict(sources.places), lost=list(sources.lost))
     given = sources.options | sources.of_data
-    given = {name: value for name, value in given.items() if not _is_unset(value)}
+    given = {name: value for name, value in given.items() if name in ON_BY_DEFAULT or not _is_unset(value)}
     if found.settings:
         why = "has no effect beside a file of data sets, in kohya's scripts either"
         found.lost += [(name, given.pop(name), why) for name in OF_DATA_SETS if name in given]

@@ -80,6 +80,8 @@ PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixel
 UPLOAD = "nothing is uploaded; send the file when it is done"
 RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
 LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
+FROZEN_UNET = {"match": r"^unet\.", "lr": 0}
+FREEZES = "a group with a rate of 0 freezes the U-Net"
 MODEL_NOTES = "of such notes the file holds what a run can tell: title, date, prediction, resolution"
 
 MODEL = {
@@ -248,9 +250,7 @@ ADAPTERS = {
     "network_alpha": made(needs("network_module"), "lora.alpha"),
     "text_encoder_lr": made(convert_text_encoder_lr, *ENCODERS, note="`learning_rate` by default"),
     "network_train_unet_only": made(say(None), *ENCODERS, note="text encoders stay at 0, which freezes"),
-    "network_train_text_encoder_only": made(
-        say([{"match": r"^unet\.", "lr": 0}]), "optim.groups", note="a group with a rate of 0 freezes the U-Net"
-    ),
+    "network_train_text_encoder_only": made(say([FROZEN_UNET]), "optim.groups", note=FREEZES),
     "network_args": none("adapters are of networks.lora's linear layers, without convolutions or rates by block"),
     "network_weights": none("adapters begin at zero; `run.resume` goes on with those of the run itself"),
     "network_dropout": none("adapters have no dropout; less rank or weight decay restrains them too"),

@@ -6,6 +6,8 @@ from typing import Any
 
 from sdxl_trainer.configs.kohya_options import (
     ALWAYS,
+    FREEZES,
+    FROZEN_UNET,
     LOGS,
     RESUME,
     Option,
@@ -106,7 +108,9 @@ SEED_OPTIONS: dict[str, str | Option] = {
     "batch_size": "train_batch_size",
     "block_lrs": "block_lr",
     "learning_rate_nnet": same("optim.lr"),
-    "train_nnet": none("the U-Net is trained; `optim.groups` freezes parts of it"),
+    "train_nnet": made(
+        lambda value, given: {} if value else {"optim.groups": [FROZEN_UNET]}, "optim.groups", note=FREEZES
+    ),
     "nnet_trainable_params": none("freeze all else by `optim.groups`, by diffusers' names of parameters"),
     "optimizer_kwargs": "optimizer_args",
     "lr_scheduler_kwargs": "lr_scheduler_args",

@@ -377,6 +377,11 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, said
     assert said in capsys.readouterr().err
 
 
+def test_a_frozen_unet_of_the_first_sdxl_trainer(tmp_path: Path) -> None:
+    settings, _ = import_files(tmp_path, {"config.py": "config.train_nnet = False\nconfig.seed = 1\n"})
+    assert settings["optim"]["groups"] == [{"match": "^unet\\.", "lr": 0}]
+
+
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "x.txt").write_text("sdxl_train.py --seed 1")
     assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "absent" / "x.yaml")]) == 2
