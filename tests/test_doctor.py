@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ from sdxl_trainer.train.doctor import (
     tell,
 )
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 
 
 def test_versions_that_are_missing_or_wrong() -> None:
@@ -135,6 +137,19 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(wrong) == {"train.global_batch_size", "optim.lr"}
     assert wrong["train.global_batch_size"].cure == "set it to a multiple of 2"
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"run: {{dir: {tmp_path}}}\nmodel: {{path: {tmp_path}/absent}}\n")
+    command = ["bash", str(ROOT / "launch" / "doctor.sh"), "--cfg", str(tmp_path / "x.yaml"), "train.globl=3"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two ranks on the CPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "ok     ranks: 2 by gloo, sums of 64 MB at " in done.stdout
+    assert "WRONG  train.globl: 3 is not a known key\n       cure: did you mean train.global_batch_size?" in done.stdout
+    assert f"WRONG  model.path: {tmp_path}/absent is neither a file nor a folder\n" in done.stdout
+    assert "ok     run.dir: " in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"]
 
 
 def test_each_finding_is_a_line(capsys: pytest.CaptureFixture) -> None:

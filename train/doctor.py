@@ -96,7 +96,7 @@ def check_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: l
     if not num_weights:
         return Finding("memory", "the model's size is not known here")
     needed = compute_rank_bytes(config, num_weights, world_size)
-    detail = f"{num_weights / 1e9:.2f} billion weights: about {needed / 1e9:.3g} GB a rank on {world_size} ranks"
+    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed / 1e9:.3g} GB a rank on {world_size} ranks"
     detail += ", besides activations" if config.lora.rank else " with AdamW, besides activations"
     if gpu_bytes and needed > min(gpu_bytes):
         cure = "set engine.zero_stage: 3, engine.offload_optimizer: true or engine.precision: bf16_stochastic"
