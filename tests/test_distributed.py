@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 # Rank 0 comes later than the time-out. Then rank 1 waits in collectives to which it does not come: of the first group,
 # and of one that is made as DeepSpeed makes its own.
 LATE_AND_STUCK = """
@@ -28,24 +30,37 @@ for group in (None, own) if rank else ():
 """
 
 
-def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not() -> None:
+# What torchrun's agent does for its ranks.
+AGENT = """
+import os, sys
+import torch.distributed as dist
+
+store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("launcher_keeps_store", [False, True])
+def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_store: bool) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [
+    if launcher_keeps_store:
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LATE_AND_STUCK],
+            [sys.executable, "-c", code],
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for rank, code in enumerate([LATE_AND_STUCK, LATE_AND_STUCK] + [AGENT] * launcher_keeps_store)
     ]
     try:
-        assert ranks[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0", "gave up", "gave up"]
-        assert ranks[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0"]
+        assert processes[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0", "gave up", "gave up"]
+        assert processes[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0"]
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0]
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes[:2]] == [0, 0]
