@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
 
 rank, _, _ = read_environment()
-time.sleep(0 if rank else 3)
+time.sleep(0 if rank else 6)
 ranks = init_ranks(timeout_minutes=2 / 60)
 own = dist.new_group(ranks=range(2))
 print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
