@@ -71,7 +71,7 @@ class DirectFile:
             self._descriptor = -1
 
     def _empty(self) -> None:
-        block, self._filled = self._block[: self._filled], 0
+        block, self._filled = self._block[: self._filled].data, 0
         self._hash.update(block)
         self.size += len(block)
         while len(block):
