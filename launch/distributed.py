@@ -13,10 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sdxl_trainer.launch.status import RankZeroError
+
 # How long a rank looks for rank 0's store where no launcher keeps one: rank 0 opens it after the checks.
 CHECKS_TIMEOUT = timedelta(days=1)
 CHECKED = "rank 0 has checked settings and data"
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 1.0
+EXCUSE_SECONDS = 20.0  # how long a rank 0 that failed looks for others to tell
+HEARD = "ranks that know that rank 0 has failed"
+
+_joined = False  # this process was in the process group, be it over by now
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,11 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     Args:
         timeout_minutes: how long a rank waits in a collective for others that live and do not come. For rank 0 to come
             here the others wait as long as it takes.
+
+    Raises:
+        RankZeroError: rank 0 failed before it came here.
     """
+    global _joined  # noqa: PLW0603 (a process joins once)
     timeout = timedelta(minutes=timeout_minutes)
     rank, local_rank, world_size = read_environment()
     if world_size == 1 and "MASTER_PORT" not in os.environ:
@@ -72,7 +82,34 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
             timeout=timeout,
             device_id=device if use_gpu else None,
         )
+    _joined = True
     return Ranks(rank, local_rank, world_size, device)
+
+
+def excuse_rank_zero(status: int) -> None:
+    """Tell the ranks that wait in `init_ranks` that rank 0 will not come, and with which exit status it ends.
+
+    Launchers see to that on one machine, but DeepSpeed's leaves the ranks of other machines waiting. Does nothing on
+    other ranks, or once this one has joined them. Who cannot be reached in some seconds is not told.
+    """
+    rank, _, world_size = read_environment()
+    if rank or world_size == 1 or _joined:
+        return
+    try:
+        shared, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=EXCUSE_SECONDS))))
+        store = _name_start(shared)
+        store.set(CHECKED, str(status))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
+            deadline = time.monotonic() + EXCUSE_SECONDS
+            while store.add(HEARD, 0) < world_size - 1 and time.monotonic() < deadline:
+                time.sleep(LAST_POLL_SECONDS / 10)
+    except (RuntimeError, ValueError):  # of the store: others are not there, or nobody said where to meet
+        return
+
+
+def _name_start(store: dist.Store) -> dist.PrefixStore:
+    """The part of a store that belongs to this start of the job."""
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _open_store(rank: int, timeout: timedelta) -> dist.Store:
@@ -83,13 +120,16 @@ def _open_store(rank: int, timeout: timedelta) -> dist.Store:
     """
     patience = timeout if rank == 0 else CHECKS_TIMEOUT
     shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+    store = _name_start(shared)
     if rank == 0:
         store.set(CHECKED, "")
     pause_seconds = FIRST_POLL_SECONDS
     while not store.check([CHECKED]):  # not `wait`, in which no signal would be heard
         time.sleep(pause_seconds)
         pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
+    if failed := store.get(CHECKED):
+        store.add(HEARD, 1)
+        raise RankZeroError(int(failed))
     store.set_timeout(timeout)
     return store
 

@@ -10,9 +10,14 @@ from typing import NoReturn
 
 from sdxl_trainer.configs.problems import FailedError, UserInputError
 from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
-from sdxl_trainer.launch.status import record_status
+from sdxl_trainer.launch.status import (
+    STATUS_DONE,
+    STATUS_FAILED,
+    STATUS_WRONG_INPUT,
+    RankZeroError,
+    record_status,
+)
 
-STATUS_DONE, STATUS_FAILED, STATUS_WRONG_INPUT = 0, 1, 2
 # A launcher kills all ranks when the first one leaves: the others give rank 0 this long to say why.
 COURTESY_SECONDS = 10
 
@@ -44,8 +49,18 @@ def run_program(work: Callable[[], None]) -> int:
 
     Any other exception is left to Python, whose traceback and status 1 say more than a summary would.
     """
+    status = STATUS_FAILED
+    record_status(status)  # until something better is known
+    try:
+        status = _run(work)
+    finally:
+        if status != STATUS_DONE:
+            _excuse_rank_zero(status)
+    return status
+
+
+def _run(work: Callable[[], None]) -> int:
     rank = int(os.environ.get("RANK", 0))
-    record_status(STATUS_FAILED)  # until something better is known
     try:
         with exiting_on_signals():
             work()
@@ -60,10 +75,19 @@ def run_program(work: Callable[[], None]) -> int:
         if rank == 0:
             sys.stderr.write(f"{request}; everything done so far is kept, the same command goes on\n")
         return record_status(128 + request.signal_number)
+    except RankZeroError as error:
+        return record_status(error.status)
     except FailedError as error:
         sys.stderr.write(f"\n{error}\n\n")
         return record_status(STATUS_FAILED)
     return record_status(STATUS_DONE)
+
+
+def _excuse_rank_zero(status: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from sdxl_trainer.launch.distributed import excuse_rank_zero  # torch, which one process may not need
+
+        excuse_rank_zero(status)
 
 
 def end_program(status: int) -> NoReturn:

@@ -3,7 +3,16 @@
 import os
 from pathlib import Path
 
+STATUS_DONE, STATUS_FAILED, STATUS_WRONG_INPUT = 0, 1, 2
 STATUS_FILE_VARIABLE = "SDXL_TRAINER_STATUS_FILE"
+
+
+class RankZeroError(RuntimeError):
+    """Rank 0, which checks for all and tells people what is wrong, has failed. `status` is its exit status."""
+
+    def __init__(self, status: int):
+        self.status = status
+        super().__init__(f"rank 0 ended with status {status}")
 
 
 def record_status(status: int) -> int:

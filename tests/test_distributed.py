@@ -40,23 +40,45 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("launcher_keeps_store", [False, True])
-def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_store: bool) -> None:
+# Rank 0 finds something wrong before it meets the others; rank 1 has come already, or comes later.
+MISTAKEN = """
+import sys, time
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.launch.distributed import init_ranks, read_environment
+from sdxl_trainer.launch.program import end_program, run_program
+
+def work():
+    if read_environment()[0] == 0:
+        raise UserInputError([Problem("run.name", 1, "is wrong", "mend it")])
+    time.sleep(float(sys.argv[1]))
+    init_ranks()
+
+end_program(run_program(work))
+"""
+
+
+def start_ranks(code: str, launcher_keeps_store: bool, *words: str) -> list[subprocess.Popen]:
+    """Two ranks that run `code`, and where it is the launcher's, what keeps their store."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
     if launcher_keeps_store:
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", program, *words],
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank, code in enumerate([LATE_AND_STUCK, LATE_AND_STUCK] + [AGENT] * launcher_keeps_store)
+        for rank, program in enumerate([code, code] + [AGENT] * launcher_keeps_store)
     ]
+
+
+@pytest.mark.parametrize("launcher_keeps_store", [False, True])
+def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_store: bool) -> None:
+    processes = start_ranks(LATE_AND_STUCK, launcher_keeps_store)
     try:
         assert processes[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0", "gave up", "gave up"]
         assert processes[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0"]
@@ -64,3 +86,13 @@ def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_stor
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes[:2]] == [0, 0]
+
+
+@pytest.mark.parametrize(("launcher_keeps_store", "late_seconds"), [(False, 2), (True, 0)])
+def test_nobody_waits_for_a_rank_0_that_has_failed(launcher_keeps_store: bool, late_seconds: float) -> None:
+    processes = start_ranks(MISTAKEN, launcher_keeps_store, str(late_seconds))
+    try:
+        assert [process.wait(timeout=60) for process in processes[:2]] == [2, 2]
+    finally:
+        for process in processes:
+            process.kill()
