@@ -94,7 +94,9 @@ def save(folder: Path, ranks: Ranks) -> None:
     engines = {stage: build_engine(stage, ranks) for stage in STAGES}
     for engine in engines.values():
         train(engine, ranks, range(SAVED_STEPS))
+    deadline = time.monotonic() + 60
     while ranks.rank and not (folder / "rank 0 has saved").exists():
+        assert time.monotonic() < deadline, "rank 0 cannot save alone"
         time.sleep(0.01)
     for stage, engine in engines.items():
         writer = CheckpointWriter(folder / str(stage), ranks.rank, ranks.world_size, "t", keep_last=1)
