@@ -71,10 +71,19 @@ def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> N
             assert found == first or harmless, f"{name}, byte {place}"
         path.write_bytes(content[:-1])
         assert checkpoints.find_checkpoint(tmp_path) == first
+        problem = checkpoints.verify_manifest(second)
+        assert name == "manifest.json" or problem == f"{name} has {len(content) - 1} bytes instead of {len(content)}"
         path.unlink()
         assert checkpoints.find_checkpoint(tmp_path) == first
         path.write_bytes(content)
         assert checkpoints.find_checkpoint(tmp_path) == second
+
+
+def test_a_manifest_that_lists_nothing_is_none(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 1)
+    (folder / "manifest.json").write_bytes(b'{"files": {}}')
+    assert checkpoints.verify_manifest(folder) == "manifest.json does not list trainer_state.json"
+    assert checkpoints.find_checkpoint(tmp_path) is None
 
 
 def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +125,7 @@ def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
 
 
 def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = CheckpointWriter(tmp_path / "c", 0, 4, "t", keep_last=1)
+    writer = CheckpointWriter(tmp_path / "c", 1, 4, "t", keep_last=1)
     files = {"state/pp_rank_0": {"a": [torch.zeros(1000), (torch.zeros(500, dtype=torch.bfloat16),)]}}
     assert count_tensor_bytes(files) == 5000
     assert estimate_bytes({**files, "state/module": torch.zeros(10)}, world_size=4) == 4 * 5000 + 40
@@ -163,6 +172,7 @@ def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
     with pytest.raises(OSError, match="No space left on device"):
         writer.wait()
     assert checkpoints.find_checkpoint(folder) == folder / "step-00000002"
+    assert list(folder.glob(".step-00000003.*/state/*")) == [], "what was begun is deleted"
 
 
 def test_an_error_in_the_background_reaches_the_next_wait(tmp_path: Path) -> None:
