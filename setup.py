@@ -19,6 +19,7 @@ setup(
     package_data={
         "sdxl_trainer.configs": ["*.yaml", "**/*.json", "**/*.txt", "**/*.safetensors"],
         "sdxl_trainer.launch": ["*.sh", "*.sbatch"],
+        "sdxl_trainer.train": ["*.html"],
     },
     install_requires=[
         "torch>=2.4",
@@ -41,6 +42,7 @@ setup(
         "rich>=13",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "fsspec>=2024.6",
         "packaging>=23",
         "tomli>=2; python_version < '3.11'",

@@ -4,9 +4,8 @@ Bucket counts, lengths of captions in tokens, captions as they will be drawn, wh
 the first samples of the run, decoded from their latents, cropped and flipped as they are trained, with their captions.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.check import build_selection, check_flip, check_records, get_cache_folder
 from sdxl_trainer.data.check_latents import ROWS_A_TASK, find_bad_latents
+from sdxl_trainer.data.counts import count_buckets, count_tokens, draw_captions, spread
 from sdxl_trainer.data.dataset import LatentDataset
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index import Index, open_latent_index
@@ -31,11 +31,9 @@ from sdxl_trainer.data.weights import check_use, weigh_sources
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, check_checkout, end_program, run_program
 
-NUM_CAPTIONS = 2000  # whose length is measured
 NUM_BLOCKS = 8  # of ROWS_A_TASK samples each, whose latents are looked at
 NUM_SHOWN, NUM_DRAWS = 5, 3  # samples whose captions are shown, and how often each is drawn
 MAX_BUCKETS = 60
-LENGTHS = (0, 20, 40, 60, 75, 150, 225)  # tokens: upper ends of the classes, and more
 
 
 def show(config: Config, problems: list[Problem], file: Path | None, num_pictures: int, console: Console) -> None:
@@ -93,15 +91,14 @@ def tabulate_state(config: Config, records: Index, index: Index) -> Table:
 
 def tabulate_buckets(plan: Plan) -> Table:
     """Samples and global batches of each bucket, the fullest first."""
-    sizes = plan.count_samples(0)
+    sizes = count_buckets(plan)
     total, per_batch = sum(sizes.values()), plan.global_batch_size
-    shown = sorted(sizes, key=lambda bucket: -sizes[bucket])
+    shown = list(sizes)
     title = f"{len(sizes)} buckets, {total:,} samples and {plan.num_batches(0):,} global batches in epoch 0"
     table = Table("bucket", "ratio", "samples", "share", "batches", title=title)
     for bucket in shown[:MAX_BUCKETS]:
-        width, height, count = bucket >> 16, bucket & 0xFFFF, sizes[bucket]
-        cells = (f"{width / height:.2f}", f"{count:,}", f"{count / total:.1%}", f"{count / per_batch:.1f}")
-        table.add_row(f"{width}x{height}", *cells)
+        (width, height), count = map(int, bucket.split("x")), sizes[bucket]
+        table.add_row(bucket, f"{width / height:.2f}", f"{count:,}", f"{count / total:.1%}", f"{count / per_batch:.1f}")
     if len(shown) > MAX_BUCKETS:
         rest = sum(sizes[bucket] for bucket in shown[MAX_BUCKETS:])
         table.add_row(f"{len(shown) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", "")
@@ -110,22 +107,14 @@ def tabulate_buckets(plan: Plan) -> Table:
 
 def tabulate_lengths(dataset: LatentDataset) -> Table:
     """How long captions are for both tokenizers, of samples spread over the whole set."""
-    rows = spread(len(dataset.index), NUM_CAPTIONS)
-    captions = [caption for caption in draw_captions(dataset, rows, epoch=0) if caption is not None]
-    most, lengths = dataset.settings.max_tokens, []
-    for tokenizer in dataset.tokenizers:
-        lengths.append([tokenizer.count(caption) for caption in captions])
-    cut = [sum(length > most for length in column) for column in lengths]
-    title = f"tokens of {len(captions):,} captions; {cut[0]} and {cut[1]} are longer than data.max_tokens = {most}"
+    counts = count_tokens(dataset)
+    number, (cut, cut_2) = counts.num_captions, counts.num_cut
+    title = f"tokens of {number:,} captions; {cut} and {cut_2} are longer than data.max_tokens = {counts.max_tokens}"
     table = Table("tokens", "encoder 1", "", "encoder 2", "", title=title)
-    classes = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in lengths]
-    names = ["0", *(f"{low + 1}-{high}" for low, high in pairwise(LENGTHS)), f"> {LENGTHS[-1]}"]
-    for number, name in enumerate(names):
-        cells = []
-        for counted in classes:
-            share = counted[number] / max(1, len(captions))
-            cells += [str(counted[number]), "█" * round(20 * share)]
-        table.add_row(name, *cells)
+    for name, counted in counts.classes.items():
+        shares = [count / max(1, number) for count in counted]
+        table.add_row(name, *(cell for count, share in zip(counted, shares, strict=True)
+                              for cell in (str(count), "█" * round(20 * share))))  # fmt: skip
     return table
 
 
@@ -139,15 +128,6 @@ def tabulate_captions(dataset: LatentDataset) -> Table:
             "(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions
         ))  # fmt: skip
     return table
-
-
-def draw_captions(dataset: LatentDataset, rows: np.ndarray, epoch: int) -> list[str | None]:
-    """The captions of samples in an epoch; None where the user's strategy failed."""
-    captions = []
-    for row in rows.tolist():
-        caption, _, failure = dataset.describe(dataset.index.row(row), 0, epoch, row)
-        captions.append(caption if failure is None else None)
-    return captions
 
 
 def write_sheet(config: Config, source: ModelSource, dataset: LatentDataset, plan: Plan, target: tuple[Path, int],
@@ -174,11 +154,6 @@ def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
         size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
         note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
         yield Specimen(row["key"], caption, note, batch.latents[0], pixels, batch.bad[0][1] if batch.bad else None)
-
-
-def spread(length: int, number: int) -> np.ndarray:
-    """At most `number` different places below `length`, evenly."""
-    return np.unique(np.arange(number) * length // number) if length else np.zeros(0, np.int64)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -238,6 +238,9 @@ class LogConfig(Section):
     """Steps between lines on the console; `logs/metrics.jsonl` and TensorBoard get every step."""
     level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
     """Least important level shown on the console."""
+    wandb: str | None = Field(None, min_length=1)
+    """Project at Weights & Biases that the numbers are sent to as well (`pip install wandb`); they are not by default.
+    Where the machine has no network, set `WANDB_MODE=offline` in the environment and run `wandb sync` later."""
 
 
 class Config(Section):

@@ -6,6 +6,7 @@ import os
 # differently with the size of the batch.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ import yaml
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+MIXED_PROMPTS = """a red circle on a white background
+a blue star on a grey background --w 64 --h 128 --s 3 --d 77
+a green square on a black background --ss euler_a --n a circle
+"""
 
 
 def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0, restarts: int = 0) -> str:
@@ -128,6 +133,30 @@ def two_ranks(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     words = ("--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]")
     make_once(tmp_path_factory, "two", lambda _: run_program("train/main.py", *words, ranks=2))
     return cached_folder / "runs" / "two"
+
+
+@pytest.fixture(scope="session")
+def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of 2 steps on one rank (ZeRO-2) and on two (ZeRO-3) that validate on a set of their own, latents of other
+    programs with captions beside them, and draw samples, the first one also on the way."""
+
+    def make(folder: Path) -> None:
+        own = folder / "own"
+        own.mkdir(parents=True)
+        for number, latents in enumerate(sorted((cached_folder / "latents").glob("*.npz"))[:7]):
+            shutil.copy(latents, own / f"own_{number}.npz")
+            (own / f"own_{number}.txt").write_text("a " + latents.stem.replace("_", " ")[5:])
+        (folder / "prompts.txt").write_text(MIXED_PROMPTS)
+        words = ("--cfg", cached_folder / "tiny.yaml", f"run.dir={folder}", f"validation.image_dirs=[{own}]",
+                 f"validation.cache_dir={own}", "validation.timesteps_per_sample=2",
+                 "validation.at_start=true", "sample.prompts=[]", f"sample.prompt_file={folder / 'prompts.txt'}",
+                 "sample.num_inference_steps=2", "train.max_steps=2", "checkpoint.every_steps=0",
+                 "ema.decays=[0.5]", "ema.sample=false")  # fmt: skip
+        run_program("train/main.py", *words, "run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
+        run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
+
+    folder = make_once(tmp_path_factory, "validated", make)
+    return {ranks: folder / f"ranks-{ranks}" for ranks in (1, 2)}
 
 
 @pytest.fixture

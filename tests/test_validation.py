@@ -2,13 +2,12 @@
 
 import random
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_program
+from conftest import MIXED_PROMPTS, run_program
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
@@ -28,31 +27,6 @@ from sdxl_trainer.train.objective import Objective, SampleKeys
 from sdxl_trainer.train.prompts import load_prompts
 from sdxl_trainer.train.sample_job import draw_prompt_file, load_painter
 from sdxl_trainer.train.validate import spread_timesteps, summarize_losses
-
-PROMPTS = """a red circle on a white background
-a blue star on a grey background --w 64 --h 128 --s 3 --d 77
-a green square on a black background --ss euler_a --n a circle
-"""
-
-
-@pytest.fixture(scope="module")
-def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs of 2 steps on one rank (ZeRO-2) and on two (ZeRO-3) that validate on a set of their own, latents of other
-    programs with captions beside them, and draw samples, the first one also on the way."""
-    folder = tmp_path_factory.mktemp("validated")
-    (folder / "own").mkdir()
-    for number, latents in enumerate(sorted((cached_folder / "latents").glob("*.npz"))[:7]):
-        shutil.copy(latents, folder / "own" / f"own_{number}.npz")
-        (folder / "own" / f"own_{number}.txt").write_text("a " + latents.stem.replace("_", " ")[5:])
-    (folder / "prompts.txt").write_text(PROMPTS)
-    words = ("--cfg", cached_folder / "tiny.yaml", f"run.dir={folder}", f"validation.image_dirs=[{folder / 'own'}]",
-             f"validation.cache_dir={folder / 'own'}", "validation.timesteps_per_sample=2",
-             "validation.at_start=true", "sample.prompts=[]", f"sample.prompt_file={folder / 'prompts.txt'}",
-             "sample.num_inference_steps=2", "train.max_steps=2", "checkpoint.every_steps=0",
-             "ema.decays=[0.5]", "ema.sample=false")  # fmt: skip
-    run_program("train/main.py", *words, "run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
-    run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
-    return {ranks: folder / f"ranks-{ranks}" for ranks in (1, 2)}
 
 
 def read_numbers(run: Path, name: str) -> list[dict]:
@@ -110,7 +84,9 @@ def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path]
     assert problems == []
     painter = load_painter(config, None, torch.device("cpu"))
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
-    prompts, _ = load_prompts(config.sample.model_copy(update={"prompts": PROMPTS.splitlines()}), config.objective)
+    prompts, _ = load_prompts(
+        config.sample.model_copy(update={"prompts": MIXED_PROMPTS.splitlines()}), config.objective
+    )
     drawn = [painter.draw(prompt) for prompt in prompts]
     assert torch.get_rng_state().equal(states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]

@@ -11,10 +11,12 @@ from sdxl_trainer.data.check import get_cache_folder
 from sdxl_trainer.data.check_latents import find_mask
 from sdxl_trainer.data.index import Index
 from sdxl_trainer.train.sample_job import read_prediction
+from sdxl_trainer.train.wandb_log import check_wandb
 
 
 def check_consistency(config: Config, index: Index | None) -> Iterator[Problem]:
-    """What the settings of one section make useless in another, or the data do."""
+    """What the settings of one section make useless in another, or the data do; and what they need that is missing."""
+    yield from check_wandb(config)
     if config.lora.rank and config.checkpoint.export_format != "single":
         rule = "is not for adapters, which are one file"
         yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")

@@ -56,11 +56,13 @@ from sdxl_trainer.train.model import ENCODERS, Networks, list_trained, load_unet
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
 from sdxl_trainer.train.optim import build_optimizer, check_engine, check_optimizer
 from sdxl_trainer.train.prompts import load_prompts
+from sdxl_trainer.train.reporter import open_reporter
 from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
 from sdxl_trainer.train.trained import check_trained
 from sdxl_trainer.train.validation_set import ValidationSet, build_validation_set
+from sdxl_trainer.train.wandb_log import open_wandb
 
 
 def run_training(config: Config, problems: list[Problem], dry_run: bool = False) -> None:
@@ -71,8 +73,12 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
         Interrupted: the job was asked to stop; the state is saved.
     """
     index, ranks = set_up(config, problems)
+    wandb_log = open_wandb(config) if ranks.is_main and not dry_run else None
     run, batches = build(config, index, ranks)
     if not dry_run:
+        if run.metrics is not None:
+            run.metrics.wandb_log = wandb_log
+            run.reporter = open_reporter(config, run.index, run.plan, run.tokenizers)
         with guard(run):
             fit(run, batches)
             finish(run)

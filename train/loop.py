@@ -12,7 +12,6 @@ from sdxl_trainer.data.dataset import MicroBatch
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.export import export_model, get_model_path
-from sdxl_trainer.train.metrics import plot_loss
 from sdxl_trainer.train.non_finite import Suspect, find_suspects, give_up_update, spread_non_finite
 from sdxl_trainer.train.objective import SampleKeys
 from sdxl_trainer.train.run import Run
@@ -57,6 +56,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         if last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.note_save()
             run.checkpoints.save(run.engine, state)
+            update_report(run)
         if result.stop and not last:
             run.checkpoints.wait()
             run.requests.interrupt()
@@ -174,19 +174,28 @@ def show_progress(run: Run, last: bool = False) -> None:
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
     if run.validation and (validation.at_start if step == 0 else last or _is_due(step, validation.every_steps)):
         validate(run)
+        update_report(run)
     if sample.draws and (sample.at_start if step == 0 else last or _is_due(step, sample.every_steps)):
         draw_samples(run)
+        update_report(run)
+
+
+def update_report(run: Run) -> None:
+    """Have the report drawn anew beside the training, if the last one is old enough."""
+    if run.reporter is not None:
+        run.reporter.update()
 
 
 def finish(run: Run) -> None:
-    """Export the model and its moving averages and plot the loss, once the last checkpoint is on disk."""
+    """Export the model and its moving averages and write the report, once the last checkpoint is on disk."""
     for average in (None, *run.engine.averages):
         path = get_model_path(run.config, run.state.step, average)
         export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
     run.checkpoints.wait()
     if run.metrics is not None:
-        plot_loss(run.metrics.file, run.folder / "report" / "loss.png")
         run.metrics.close()
+    if run.reporter is not None:
+        run.reporter.finish()
 
 
 def name_bad_samples(run: Run, batches: list[MicroBatch]) -> None:

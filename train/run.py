@@ -15,6 +15,7 @@ from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.interruption import Requests
 from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.objective import Objective
+from sdxl_trainer.train.reporter import Reporter
 from sdxl_trainer.train.state import TrainState
 from sdxl_trainer.train.validation_set import ValidationSet
 
@@ -37,6 +38,7 @@ class Run:
     requests: Requests
     metrics: MetricsLog | None  # rank 0 only
     validation: ValidationSet | None = None
+    reporter: Reporter | None = None  # rank 0 only
 
     @property
     def folder(self) -> Path:

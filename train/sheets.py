@@ -51,9 +51,7 @@ def make_strip(folder: Path) -> Image.Image | None:
 
     Of more than 16 steps an even choice, the first and the last among them.
     """
-    steps = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
-    if len(steps) > MAX_COLUMNS:
-        steps = [steps[round(number * (len(steps) - 1) / (MAX_COLUMNS - 1))] for number in range(MAX_COLUMNS)]
+    steps = choose_steps(folder, MAX_COLUMNS)
     names = sorted({path.name for step in steps for path in step.glob("*.png")})
     cells, labels = [], []
     for name in names:
@@ -61,6 +59,14 @@ def make_strip(folder: Path) -> Image.Image | None:
             cells.append(read_thumbnail(step / name))
             labels.append(f"step {int(step.name.removeprefix('step-'))}" if name == names[-1] else "")
     return make_grid(cells, len(steps), labels) if cells else None
+
+
+def choose_steps(folder: Path, most: int) -> list[Path]:
+    """Folders of the steps whose pictures are in `folder`: at most so many, evenly, the first and the last of them."""
+    steps = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
+    if len(steps) <= most:
+        return steps
+    return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]
 
 
 def read_thumbnail(path: Path) -> Image.Image:
