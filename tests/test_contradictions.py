@@ -3,6 +3,7 @@ that names the key, and what to change."""
 
 import json
 import shutil
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,14 @@ def test_a_contradiction_ends_with_status_2(
     assert main(["--cfg", str(settings), *(word.replace("\t", " ") for word in words)]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and said in printed, printed
+    assert not list(settings.parent.glob("runs/*/config.yaml"))
+
+
+@pytest.mark.skipif("wandb" in packages_distributions(), reason="wandb is installed")
+def test_a_package_that_is_asked_for_and_missing_is_named(settings: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--cfg", str(settings), "log.wandb=mine"]) == 2
+    printed = capsys.readouterr().err
+    assert "\n  - log.wandb = 'mine'" in printed and "cure: pip install wandb, or leave it out" in printed
     assert not list(settings.parent.glob("runs/*/config.yaml"))
 
 

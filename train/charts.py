@@ -122,7 +122,7 @@ def draw_loss(numbers: Numbers) -> Chart | None:
         axes.plot(lost, np.zeros(len(lost)), "|", color="#d01020", ms=12, label="not finite", clip_on=False,
                   transform=axes.get_xaxis_transform())  # fmt: skip
         said.append(f"of {len(lost)} steps it was not finite")
-    axes.legend()
+    axes.legend(frameon=False)
     return Chart("loss", "Loss", "; ".join(said), figure)
 
 
@@ -142,7 +142,7 @@ def draw_loss_by_timestep(numbers: Numbers) -> Chart | None:
         share = (place + 1) / len(shown)
         axes.plot(list(bins), values, marker="o", ms=3, color=STRONG, alpha=0.2 + 0.8 * share, label=f"step {step}")
     turn_labels(axes, len(bins))
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", frameon=False)
     text = (
         f"{len(bins)} parts of the timesteps at {len(shown)} of {len(steps)} validations; at the last one "
         + ", ".join(f"{name}: {series.last:.4g}" for name, series in bins.items())
@@ -162,7 +162,7 @@ def draw_curve(name: str, title: str, unit: str, scale: float = 1.0) -> Callable
         draw_raw(axes, series, "of the step")
         draw_line(axes, Series(series.steps, smooth(series.values)), color=STRONG, linewidth=2, label="moving average")
         axes.set_ylim(bottom=min(0.0, float(series.values.min())))
-        axes.legend()
+        axes.legend(frameon=False)
         values = series.values
         text = (
             f"median {np.median(values):.3g}, least {values.min():.3g}, most {values.max():.3g}, last {values[-1]:.3g}"

@@ -129,7 +129,7 @@ def read_sample(file: Path, step: int) -> tuple[Picture | None, str]:
             prompt = str(picture.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
             picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
             buffer = io.BytesIO()
-            picture.convert("RGB").save(buffer, "WEBP", quality=QUALITY)
+            picture.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
     except OSError:
         return None, ""
     return Picture(make_uri(buffer.getvalue(), "webp"), *picture.size, f"step {step}: {prompt or file.name}"), prompt

@@ -1,6 +1,7 @@
 """The numbers of a run at Weights & Biases, beside the files and only if `log.wandb` asks for it."""
 
 import importlib.metadata
+import uuid
 from collections.abc import Iterator
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -33,7 +34,7 @@ def open_wandb(config: Config) -> WandbLog | None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ID_FILE
     if not file.is_file():
-        file.write_text(wandb.util.generate_id())
+        file.write_text(uuid.uuid4().hex[:8])
     try:
         run = wandb.init(
             project=config.log.wandb,
