@@ -52,8 +52,8 @@ def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tm
     for seen in (light, dark):
         assert seen.complaints == [] and seen.requests == [Path(page).as_uri()] and not seen.overflow
         assert all(image["width"] > 50 and len(image["alt"]) > 10 for image in seen.images)
-    # Eight charts, and the samples of three prompts at the steps 0, 1 and 2.
-    assert len(light.images) == 8 + 9 and light.title == "ranks-1: report of the run"
+    # Eight charts, and the samples of three prompts at the steps 1 and 2.
+    assert len(light.images) == 8 + 6 and light.title == "ranks-1: report of the run"
     assert sum(image["alt"] == "step 2: a red circle on a white background" for image in light.images) == 1
     assert light.ground == "rgb(255, 255, 255)" and dark.ground == "rgb(18, 22, 28)"
     # The same eyes see what is wrong with another page.
@@ -123,8 +123,8 @@ def test_pictures_that_are_many_missing_or_torn(tmp_path: Path) -> None:
     torn = run / "samples" / "step-00000013" / "000.png"
     torn.write_bytes(torn.read_bytes()[:9000])
     steps, strips = read_strips(run / "samples")
-    assert len(steps) == 12 and (steps[0], steps[-1]) == (0, 13) and len(strips) == 8
-    assert [picture is None for picture in strips[0].pictures] == [True, *[False] * 10, True]
+    assert len(steps) == 10 and (steps[0], steps[-1]) == (0, 13) and len(strips) == 8
+    assert [picture is None for picture in strips[0].pictures] == [True, *[False] * 8, True]
     assert strips[0].prompt == "prompt 0 <b>&" and None not in strips[1].pictures
     file = write_report(run)
     assert file.stat().st_size < 3e6 and "prompt 0 &lt;b&gt;&amp;" in file.read_text()

@@ -27,7 +27,7 @@ from sdxl_trainer.train.sheets import choose_steps
 
 NICENESS = 10  # of a report drawn while the run goes on: the loader's workers go first
 THUMBNAIL_PX, QUALITY = 160, 75  # of samples: longest side, and WebP's quality
-MAX_PROMPTS, MAX_STEPS = 8, 12  # whose samples are shown
+MAX_PROMPTS, MAX_STEPS = 8, 10  # whose samples are shown
 
 
 @dataclass(frozen=True)

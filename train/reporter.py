@@ -38,7 +38,7 @@ class Reporter:
         self._started = time.monotonic()
 
     def update(self) -> None:
-        """Start a report, unless one was started lately or is being drawn. Takes milliseconds."""
+        """Start a report, unless one was started lately or is being drawn."""
         if self._process is not None and self._process.poll() is None:
             return
         if time.monotonic() - self._started >= self._seconds_between:
