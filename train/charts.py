@@ -142,7 +142,8 @@ def draw_loss_by_timestep(numbers: Numbers) -> Chart | None:
         share = (place + 1) / len(shown)
         axes.plot(list(bins), values, marker="o", ms=3, color=STRONG, alpha=0.2 + 0.8 * share, label=f"step {step}")
     turn_labels(axes, len(bins))
-    axes.legend(fontsize="small", frameon=False)
+    figure.subplots_adjust(right=0.84)
+    axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     text = (
         f"{len(bins)} parts of the timesteps at {len(shown)} of {len(steps)} validations; at the last one "
         + ", ".join(f"{name}: {series.last:.4g}" for name, series in bins.items())
@@ -228,6 +229,7 @@ def build_figure(unit: str, over: str = "step") -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set(xlabel=over, ylabel=unit)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
