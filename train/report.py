@@ -132,7 +132,8 @@ def read_sample(file: Path, step: int) -> tuple[Picture | None, str]:
             picture.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
     except OSError:
         return None, ""
-    return Picture(make_uri(buffer.getvalue(), "webp"), *picture.size, f"step {step}: {prompt or file.name}"), prompt
+    uri, (width, height) = make_uri(buffer.getvalue(), "webp"), picture.size
+    return Picture(uri, width, height, f"step {step}: {prompt or file.name}"), prompt
 
 
 def make_uri(content: bytes, kind: str) -> str:

@@ -45,7 +45,7 @@ def open_wandb(config: Config) -> WandbLog | None:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off"),  # the console is the run's own
         )
-    except wandb.errors.Error as error:
+    except wandb.Error as error:
         cure = "run wandb login, or set WANDB_MODE=offline in the environment"
         raise UserInputError([Problem("log.wandb", config.log.wandb, f"wandb says: {error}", cure)]) from error
     return WandbLog(run)
