@@ -5,6 +5,7 @@ Every collective does nothing in a single process, so callers never ask whether 
 
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -135,9 +136,11 @@ def _open_store(rank: int, timeout: timedelta) -> dist.Store:
 
 
 def close_ranks() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one. Another may be joined afterwards."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # Where DeepSpeed is in use it has groups of its own, and must know that they are gone.
+        comm = sys.modules.get("deepspeed.comm")
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
 
 
 def barrier() -> None:
