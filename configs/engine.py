@@ -24,8 +24,11 @@ OWN_SETTINGS = {
 class EngineConfig(Section):
     """DeepSpeed: how state is sharded and in what precision training runs."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too. If it is not set: 0 for
+    optimizers that need whole weights; 3 with `engine.offload_param`; 2 on several ranks or with
+    `engine.offload_optimizer`; on a single rank, where nothing can be sharded, 0 in fp32 and else 1, which keeps the
+    fp32 masters. What was taken is told at the start."""
     precision: Literal["fp32", "bf16", "fp16", "bf16_kahan", "bf16_stochastic"] = "bf16"
     """`bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer; `fp16` scales the loss, and leaves out the
     steps that overflow. `bf16_kahan` and `bf16_stochastic` have weights and moments in bf16 alone, for `adamw` and
@@ -72,7 +75,7 @@ class EngineConfig(Section):
     @field_validator("offload_param")
     @classmethod
     def _parameters_are_sharded(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("zero_stage", 3) != 3:
+        if value and info.data.get("zero_stage") not in (3, None):
             raise ValueError("needs engine.zero_stage 3")
         if value and not info.data.get("offload_optimizer", True):
             raise ValueError("leaves the larger optimizer state on the device; set engine.offload_optimizer: true")
@@ -100,6 +103,6 @@ class EngineConfig(Section):
     @field_validator("compile")
     @classmethod
     def _whole_weights_are_compiled(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("zero_stage") == 3:
-            raise ValueError("needs engine.zero_stage 0, 1 or 2")
+        if value and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
+            raise ValueError("needs engine.zero_stage 0, 1 or 2, and so no engine.offload_param")
         return value

@@ -32,7 +32,7 @@ def build_engine(stage: int, ranks: Ranks, name: str = "adamw8bit", precision: s
     net = torch.nn.Sequential(torch.nn.Linear(FEATURES, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, FEATURES))
     config, settings = OptimConfig(name=name, lr=LR), EngineConfig(zero_stage=stage, precision=precision)
     groups = [{"params": list(net.parameters()), "lr": LR, "weight_decay": 0.01, "lr_scale": 1.0}]
-    optimizer = build_optimizer(groups, config, settings, ranks.device)
+    optimizer = build_optimizer(groups, config, settings)
     return Engine(net, optimizer, settings, (GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE // ranks.world_size, 1), 1.0)
 
 

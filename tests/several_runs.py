@@ -20,7 +20,7 @@ from sdxl_trainer.train.loop import finish, fit
 def train(settings: Path, words: list[str]) -> None:
     """What train/main.py does with these words, up to where it leaves the process group."""
     config, problems = load_config(settings, [word for word in words if word != "--dry-run"])
-    index, ranks = set_up(config, problems)
+    config, index, ranks = set_up(config, problems)
     run, batches = build(config, index, ranks)
     if "--dry-run" not in words:
         with guard(run):

@@ -65,7 +65,7 @@ def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
         ("optim.groups=[{match: unet, lr: 0}]", "optim", "nothing is trained"),
         ("optim.name=adamw9", "optim.name", "for a class of your own write module.Class"),
         ("optim.name=nowhere.Adam", "optim.name", "pip install nowhere"),
-        ("optim.name=adafactor", "optim.name", "set engine.zero_stage: 0"),
+        ("optim.name=adafactor engine.zero_stage=2", "optim.name", "set engine.zero_stage: 0"),
         ("optim.name=prodigy engine.zero_stage=0", "optim.lr", "set it to 1"),
         ("optim.schedule=cosine optim.decay_steps=5", "optim.decay_steps", "set that to wsd"),
         ("optim.min_lr_ratio=0.1", "optim.min_lr_ratio", "choose another, or leave this out"),

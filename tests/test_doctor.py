@@ -28,12 +28,11 @@ from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.train.doctor import (
     check_memory,
     check_settings,
-    compute_checkpoint_bytes,
-    compute_rank_bytes,
-    count_weights,
     explain,
     tell,
 )
+from sdxl_trainer.train.engine_choice import settle_engine
+from sdxl_trainer.train.memory import compute_checkpoint_bytes, count_unet_weights, estimate_memory
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -91,26 +90,31 @@ def test_disks(tmp_path: Path) -> None:
         ("engine.zero_stage=3", 4, 0.5 + 0.5 + 3, 14),
         ("engine.offload_optimizer=true", 4, 2 + 0.5, 14),
         ("engine.precision=bf16_stochastic", 1, 2 + 2 + 6, 8),
-        ("engine.precision=fp32", 2, 4 + 2 + 4, 12),
+        ("engine.precision=fp32", 1, 4 + 4 + 8, 12),
+        ("engine.precision=fp32", 2, 4 + 2 + 6, 16),  # ZeRO has masters of its own in fp32 too
+        ("optim.name=adamw8bit", 1, 2 + 2 + 6, 8),
         ("ema.decays=[0.9,0.99]", 2, 2 + 1 + 10, 22),
         ("lora.rank=4", 2, 2, 0),
     ],
 )
 def test_bytes_of_a_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:
     config, problems = build_config({}, words.split())
+    config = settle_engine(config, ranks)
     assert problems == []
-    assert compute_rank_bytes(config, 1000, ranks) == 1000 * rank_bytes
+    memory = estimate_memory(config, 1000, ranks)
+    assert memory.total - memory.buffers == 1000 * rank_bytes
     assert compute_checkpoint_bytes(config, 1000) == 1000 * checkpoint_bytes
 
 
 def test_memory_of_sdxl() -> None:
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = build_config({"model": model})
-    assert count_weights(config) == 2_567_463_684  # SDXL base's U-Net
+    config = settle_engine(config, 1)
+    assert count_unet_weights(config) == 2_567_463_684  # SDXL base's U-Net
     assert "2.57 billion" in check_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
     assert check_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
     assert "engine.zero_stage: 3" in check_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
-    assert count_weights(build_config({"model": {"path": "stabilityai/absent"}})[0]) == 0
+    assert count_unet_weights(build_config({"model": {"path": "stabilityai/absent"}})[0]) == 0
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,15 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.optim import OPTIMIZERS, build_optimizer, check_optimizer
 
-CPU = torch.device("cpu")
 LR, DECAY = 0.1, 0.01
 
 
 def list_problems(engine: dict | None = None, **optim) -> list[tuple[str, str]]:
     problems = check_optimizer(OptimConfig(**optim), EngineConfig(**engine or {}))
     return [(problem.key, problem.cure) for problem in problems]
+
+
+WHOLE = "set engine.zero_stage: 0, or take another optimizer"
 
 
 def draw(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -26,7 +28,7 @@ def update(config: OptimConfig, steps: int = 1, shape: tuple[int, ...] = (4, 6),
     weight = torch.nn.Parameter(draw(shape, 0).to(torch.bfloat16 if "precision" in engine else torch.float32))
     weight.use_muon = weight.dim() == 2  # pyright: ignore
     group = {"params": [weight], "lr": config.lr, "weight_decay": config.weight_decay, "lr_scale": 1.0}
-    optimizer = build_optimizer([group], config, EngineConfig(**engine), CPU)
+    optimizer = build_optimizer([group], config, EngineConfig(**engine))
     for step in range(steps):
         weight.grad = draw(shape, step + 1).to(weight.dtype)
         optimizer.step()
@@ -98,7 +100,7 @@ def test_kahan_summation_keeps_what_bf16_would_round_away():
     weights = {}
     for name, engine in {"kahan": {"precision": "bf16_kahan"}, "plain": {}}.items():
         weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-        optimizer = build_optimizer([{"params": [weight]}], config, EngineConfig(**engine), CPU)
+        optimizer = build_optimizer([{"params": [weight]}], config, EngineConfig(**engine))
         for _ in range(3000):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -118,9 +120,19 @@ def test_arguments_reach_the_class():
     [
         ({}, {"name": "adamx"}, "optim.name", "for a class of your own write module.Class"),
         ({}, {"name": "torch.optim.AdamX"}, "optim.name", "pip install torch"),
-        ({}, {"name": "adafactor"}, "optim.name", "set engine.zero_stage: 0, or take another optimizer"),
-        ({}, {"name": "torch.optim.Adafactor"}, "optim.name", "set engine.zero_stage: 0, or take another optimizer"),
-        ({}, {"name": "prodigy", "lr": 1}, "optim.name", "set engine.zero_stage: 0, or take another optimizer"),
+        ({"zero_stage": 2}, {"name": "adafactor"}, "optim.name", WHOLE),
+        (
+            {"zero_stage": 2},
+            {"name": "torch.optim.Adafactor"},
+            "optim.name",
+            "set engine.zero_stage: 0, or take another optimizer",
+        ),
+        (
+            {"zero_stage": 2},
+            {"name": "prodigy", "lr": 1},
+            "optim.name",
+            "set engine.zero_stage: 0, or take another optimizer",
+        ),
         ({}, {"name": "muon"}, "optim.max_grad_norm", "set it to 0"),
         ({"zero_stage": 0}, {"name": "prodigy"}, "optim.lr", "set it to 1"),
         ({"zero_stage": 0}, {"name": "prodigy", "lr": 1, "text_encoder_lr": 0.5}, "optim", "give 0 or optim.lr"),

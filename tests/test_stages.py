@@ -41,9 +41,7 @@ def build_engine(stage: int, precision: str = "fp32", name: str = "adamw", lr: f
     ema = settings.pop("ema", None)
     net, config = build_net(), EngineConfig(zero_stage=stage, precision=precision, **settings)
     kwargs = {"adam_lr": lr} if name == "muon" else {}
-    optimizer = build_optimizer(
-        build_groups(net), OptimConfig(name=name, lr=lr, kwargs=kwargs), config, torch.device("cpu")
-    )
+    optimizer = build_optimizer(build_groups(net), OptimConfig(name=name, lr=lr, kwargs=kwargs), config)
     return Engine(net, optimizer, config, (8, 4, 2), 0.0 if name == "muon" else MAX_NORM, ema)
 
 
@@ -86,7 +84,7 @@ def test_every_stage_updates_as_plain_pytorch_does(stage: int, name: str) -> Non
         return  # refused, see test_optim.py
     net = build_net()
     config = OptimConfig(name=name, lr=LR)
-    optimizer = build_optimizer(build_groups(net), config, EngineConfig(), torch.device("cpu"))
+    optimizer = build_optimizer(build_groups(net), config, EngineConfig())
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = (LR if step < 2 else LR / 2) * group["lr_scale"]

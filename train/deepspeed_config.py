@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
+from sdxl_trainer.train.engine_choice import choose_communication
 
 DTYPES = {
     "fp32": torch.float32,
@@ -20,7 +21,8 @@ def build_deepspeed_config(
     """DeepSpeed's JSON for our settings, with the user's own merged over it."""
     global_batch_size, micro_batch_size, accumulation_steps = batch
     pure_bf16 = config.precision in PURE_BF16
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    world_size = global_batch_size // (micro_batch_size * accumulation_steps)
+    zero: dict[str, Any] = {"stage": config.zero_stage, **choose_communication(config, world_size)}
     if any("use_muon" in group for group in optimizer.param_groups):
         zero["reduce_scatter"] = False  # it wants whole gradients on every rank
     if config.offload_optimizer:
@@ -46,6 +48,36 @@ def build_deepspeed_config(
         "steps_per_print": 2**31,
     }
     return _merge(settings, config.deepspeed)
+
+
+def spare_work(engine: Any, optimizer: Any, config: EngineConfig) -> None:
+    """Keep DeepSpeed from doing at every step what has no use here.
+
+    Args:
+        engine, optimizer: what `deepspeed.initialize` returned.
+    """
+    if config.zero_stage == 0 and engine.world_size == 1:
+        engine.enable_backward_allreduce = False  # each gradient would be copied there and back
+        weights = list(engine.module.parameters())
+
+        def drop_gradients() -> None:  # DeepSpeed's walks through all modules for it
+            for weight in weights:
+                weight.grad = None
+
+        engine.zero_grad = drop_gradients
+    if config.zero_stage in (1, 2) and not config.offload_optimizer:
+        # It looks into each gradient for what is not finite. The norm of them all, which every rank has, shows it too.
+        optimizer.check_overflow = lambda **_: None
+
+
+def describe_deepspeed(settings: dict[str, Any]) -> str:
+    """The settings that decide on speed and memory, in a line."""
+    zero = settings["zero_optimization"]
+    parts = [f"ZeRO-{zero['stage']}"]
+    parts += [f"{name} {zero[name]:.0e}" for name in ("reduce_bucket_size", "allgather_bucket_size") if zero["stage"]]
+    parts += ["gradients are sent beside the backward pass"] if zero.get("overlap_comm") else []
+    parts += [f"{name[8:]} in host memory" for name in ("offload_optimizer", "offload_param") if name in zero]
+    return ", ".join(parts)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ is training's to say.
 """
 
 import argparse
-import math
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,20 +13,20 @@ from pathlib import Path
 
 import torch
 
-from sdxl_trainer.cache.model_source import is_local, resolve_model
-from sdxl_trainer.cache.single_file_names import build_table
-from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.check import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, check_disk, check_machine
 from sdxl_trainer.launch.program import FailedError, check_checkout, end_program, run_program
-
-# Bytes of a weight with AdamW (docs/TRAINING.md, Precision): on each rank, and sharded by ZeRO 1 to 3.
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
-STATE_BYTES = {"fp32": 8, "bf16": 12, "fp16": 12, "bf16_kahan": 8, "bf16_stochastic": 6}
-AVERAGE_BYTES = 4
+from sdxl_trainer.train.engine_choice import settle_engine
+from sdxl_trainer.train.memory import (
+    TOO_LITTLE_MEMORY,
+    compute_checkpoint_bytes,
+    count_unet_weights,
+    estimate_memory,
+    list_device_bytes,
+)
 
 
 def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
@@ -42,9 +41,10 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
         yield from map(explain, error.problems)
         return
     world_size = num_ranks or max(1, torch.cuda.device_count())
+    config = settle_engine(config, world_size)
     yield from check_settings(config, problems, world_size)
-    num_weights = count_weights(config)
-    yield check_memory(config, num_weights, world_size, list_memory())
+    num_weights = count_unet_weights(config)
+    yield check_memory(config, num_weights, world_size, list_device_bytes())
     saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
     yield check_disk("run.dir", config.run.folder, saved)
     yield check_disk("cache.dir", get_cache_folder(config))
@@ -75,55 +75,16 @@ def explain(problem: Problem) -> Finding:
     return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md")
 
 
-def count_weights(config: Config) -> int:
-    """Weights of the U-Net, by its config; 0 where there is no local one of SDXL's kind."""
-    if not is_local(config.model):
-        return 0
-    try:
-        rows = build_table("unet", resolve_model(config.model).read_config("unet"))
-    except (OSError, ValueError, KeyError):
-        return 0  # the settings' part has said what is wrong
-    return sum(math.prod(row.source_shape) * len(row.sources) for row in rows)
-
-
-def list_memory() -> list[int]:
-    """Bytes of each GPU."""
-    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-
-
 def check_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
     """Whether weights, gradients and optimizer state fit; activations come on top, and cannot be told beforehand."""
     if not num_weights:
         return Finding("memory", "the model's size is not known here")
-    needed = compute_rank_bytes(config, num_weights, world_size)
-    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed / 1e9:.3g} GB a rank on {world_size} ranks"
-    detail += ", besides activations" if config.lora.rank else " with AdamW, besides activations"
-    if gpu_bytes and needed > min(gpu_bytes):
-        cure = "set engine.zero_stage: 3, engine.offload_optimizer: true or engine.precision: bf16_stochastic"
-        return Finding("memory", f"{detail}; a GPU has {min(gpu_bytes) / 1e9:.3g} GB", cure)
+    needed = estimate_memory(config, num_weights, world_size)
+    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB a rank on {world_size} ranks"
+    detail += f" ({needed}), besides activations"
+    if gpu_bytes and needed.total > min(gpu_bytes):
+        return Finding("memory", f"{detail}; a GPU has {min(gpu_bytes) / 1e9:.3g} GB", TOO_LITTLE_MEMORY)
     return Finding("memory", detail)
-
-
-def compute_rank_bytes(config: Config, num_weights: int, world_size: int) -> float:
-    """About the bytes on a rank's device of the U-Net's weights, gradients, optimizer state and averages."""
-    engine, weight = config.engine, WEIGHT_BYTES[config.engine.precision]
-    shares = {stage: world_size if engine.zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    weights = 0 if engine.offload_param else weight / shares[3]
-    if config.lora.rank:
-        return num_weights * weights  # adapters are small beside that
-    state = 0 if engine.offload_optimizer else _count_state_bytes(config, engine) / shares[1]
-    return num_weights * (weights + weight / shares[2] + state)
-
-
-def compute_checkpoint_bytes(config: Config, num_weights: int) -> int:
-    """About the bytes of a checkpoint."""
-    if config.lora.rank:
-        return 0  # adapters are small
-    return num_weights * (WEIGHT_BYTES[config.engine.precision] + _count_state_bytes(config, config.engine))
-
-
-def _count_state_bytes(config: Config, engine: EngineConfig) -> int:
-    return STATE_BYTES[engine.precision] + AVERAGE_BYTES * len(config.ema.decays)
 
 
 def tell(findings: Iterable[Finding]) -> None:

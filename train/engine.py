@@ -25,7 +25,7 @@ from loguru import logger
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import reduce_sum
-from sdxl_trainer.train.deepspeed_config import DTYPES, build_deepspeed_config
+from sdxl_trainer.train.deepspeed_config import DTYPES, build_deepspeed_config, describe_deepspeed, spare_work
 from sdxl_trainer.train.ema import Ema, flatten
 from sdxl_trainer.train.host_memory import HostMemory, copy_to_host, copy_weights
 from sdxl_trainer.train.layout import Layout, Piece, describe_layout, list_masters
@@ -53,7 +53,7 @@ class Engine:
     Args:
         model: in fp32; DeepSpeed casts it to the precision of training and keeps fp32 masters.
         optimizer: over groups of the model's parameters; a group's `lr_scale` is what of the learning rate it gets.
-        config: the `engine` section.
+        config: the `engine` section, with a stage (train/engine_choice.py).
         batch: (global batch size, micro batch size, accumulation steps).
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
         ema: the `ema` section.
@@ -68,21 +68,22 @@ class Engine:
         max_grad_norm: float,
         ema: EmaConfig | None = None,
     ):
-        self.zero_stage = config.zero_stage
+        assert config.zero_stage is not None, "settle_engine chooses a stage"
+        self.zero_stage: int = config.zero_stage
         self.dtype = DTYPES[config.precision]
         self._lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         exact = copy_weights(model) if config.precision in ("bf16", "fp16") else {}
+        settings = build_deepspeed_config(config, batch, max_grad_norm, optimizer)
+        logger.info("DeepSpeed: {}", describe_deepspeed(settings))
         engine, wrapped, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=build_deepspeed_config(config, batch, max_grad_norm, optimizer),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._engine: Any = engine  # DeepSpeed's attributes are too loosely typed to be checked
         self._optimizer: Any = wrapped
         if not hasattr(wrapped, "overflow"):
             guard_updates(wrapped, max_grad_norm)
             self._engine._config.gradient_clipping = 0.0  # the guard clips
+        spare_work(engine, wrapped, config)
         self._engine._copy_recovery_script = lambda save_path: None  # it would drop scripts where the job was started
         self._updating = threading.Lock()
         self._torn = False  # while the weights are of no one step; an error in the middle of an update leaves it so

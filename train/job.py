@@ -46,11 +46,13 @@ from sdxl_trainer.train.consistency import check_consistency, check_regularisati
 from sdxl_trainer.train.deepspeed_config import DTYPES
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
+from sdxl_trainer.train.engine_choice import settle_engine
 from sdxl_trainer.train.export import write_live_model
 from sdxl_trainer.train.groups import build_groups
 from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import finish, fit, state_at
 from sdxl_trainer.train.lora import add_adapters, check_adapters
+from sdxl_trainer.train.memory import warn_of_memory
 from sdxl_trainer.train.metrics import MetricsLog
 from sdxl_trainer.train.model import ENCODERS, Networks, list_trained, load_unet, unlock_encoder
 from sdxl_trainer.train.objective import Objective, read_latent_statistics
@@ -72,7 +74,7 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
         UserInputError: anything wrong with the user's settings or data, all of it at once.
         Interrupted: the job was asked to stop; the state is saved.
     """
-    index, ranks = set_up(config, problems)
+    config, index, ranks = set_up(config, problems)
     wandb_log = open_wandb(config) if ranks.is_main and not dry_run else None
     run, batches = build(config, index, ranks)
     if not dry_run:
@@ -99,26 +101,29 @@ def guard(run: Run) -> EmergencySaver:
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
 
 
-def set_up(config: Config, problems: list[Problem]) -> tuple[Index, Ranks]:
-    """Check everything that can be checked without a network, open the index, and join the ranks.
+def set_up(config: Config, problems: list[Problem]) -> tuple[Config, Index, Ranks]:
+    """Check everything that can be checked without a network, open the index, and join the ranks. Returns the settings
+    with what was chosen for so many ranks.
 
     Rank 0 checks while the others wait for it in `init_ranks`, so storage is asked once and a mistake reported once.
     """
     rank, _, world_size = read_environment()
     init_logger(rank, config.log.level)
+    config = settle_engine(config, world_size)
     path = None
     if rank == 0:
         obey_stop_file(config.run.folder)
         index, found = check_run(config, world_size)
         raise_if_any([*problems, *found])
         warn_of_prediction(config)
+        warn_of_memory(config, world_size)
         assert index is not None, "a run without problems has an index"
         path = index.path
         config.run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run.folder / "config.yaml")
     ranks = init_ranks(config.engine.timeout_minutes)
     init_logger(rank, config.log.level, config.run.folder / "logs")
-    return Index(broadcast_object(path)), ranks
+    return config, Index(broadcast_object(path)), ranks
 
 
 def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
@@ -279,7 +284,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     seed = mix_keys(config.run.seed, Stream.ROUNDING, ranks.rank)
     engine = Engine(
         networks,
-        build_optimizer(groups, config.optim, config.engine, ranks.device, seed),
+        build_optimizer(groups, config.optim, config.engine, seed),
         config.engine,
         (train.global_batch_size, train.micro_batch_size, accumulation_steps),
         config.optim.max_grad_norm,

@@ -12,6 +12,7 @@ from sdxl_trainer.data.dataset import MicroBatch
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.export import export_model, get_model_path
+from sdxl_trainer.train.memory import StepMemory
 from sdxl_trainer.train.non_finite import Suspect, find_suspects, give_up_update, spread_non_finite
 from sdxl_trainer.train.objective import SampleKeys
 from sdxl_trainer.train.run import Run
@@ -41,7 +42,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         Interrupted: a rank was asked to stop; the state is saved.
         NonFiniteError: of more steps than allowed the loss or the gradient was not finite; the state is saved.
     """
-    config, state = run.config, run.state
+    config, state, memory = run.config, run.state, StepMemory(run.ranks.device)
     if state.step == 0:
         show_progress(run)
     while state.step < config.train.max_steps:
@@ -52,6 +53,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
             give_up_update(run, result.loss, result.suspects)
         advance(run, result)
         report_step(run, result, lr, time.monotonic() - started)
+        memory.note_step()
         last = state.step == config.train.max_steps
         if last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.note_save()

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 OPTIMIZERS = {
-    "adamw": Entry("torch.optim.AdamW"),
+    "adamw": Entry("torch.optim.AdamW", {"fused": True}),
     "adamw8bit": Entry("bitsandbytes.optim.AdamW8bit"),
     # The recipe of SDXL's authors for it, as kohya's scripts pass it on.
     "adafactor": Entry(
@@ -35,8 +35,7 @@ OPTIMIZERS = {
     "prodigy": Entry("prodigyopt.Prodigy"),
     "muon": Entry("deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"),
 }
-# The same optimizers by other means: on a GPU, in host memory.
-ON_GPU = {"adamw": Entry("torch.optim.AdamW", {"fused": True})}
+# The same optimizers by other means, for a state that lies in host memory while the weights are on a GPU.
 ON_HOST = {
     "adamw": Entry("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": True}),
     "lion": Entry("deepspeed.ops.lion.DeepSpeedCPULion"),
@@ -69,10 +68,10 @@ NEEDS_WHOLE_TENSORS = {
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, engine: EngineConfig, device: torch.device, seed: int = 0
+    groups: list[dict[str, Any]], config: OptimConfig, engine: EngineConfig, seed: int = 0
 ) -> torch.optim.Optimizer:
     """The configured optimizer over parameter groups (train/groups.py). `seed`: of `bf16_stochastic`'s rounding."""
-    entry = choose_entry(config.name, engine, device)
+    entry = choose_entry(config.name, engine)
     if config.name == "muon":
         return build_muon(entry, groups, config)
     kind = import_class(entry.path)
@@ -100,16 +99,19 @@ def build_muon(entry: Entry, groups: list[dict[str, Any]], config: OptimConfig) 
     return import_class(entry.path)([half for half in halves if half["params"]])
 
 
-def choose_entry(name: str, engine: EngineConfig, device: torch.device) -> Entry:
-    """The optimizer of a name, in the form that suits precision and device; a class by its own path otherwise."""
+def choose_entry(name: str, engine: EngineConfig) -> Entry:
+    """The optimizer of a name, in the form that suits precision and offload; a class by its own path otherwise."""
     tables = [OPTIMIZERS]
     if engine.precision in LOW_PRECISION:
         tables.insert(0, LOW_PRECISION[engine.precision])
     elif engine.offload_optimizer:
         tables.insert(0, ON_HOST)
-    elif device.type == "cuda":
-        tables.insert(0, ON_GPU)
     return next((table[name] for table in tables if name in table), Entry(name))
+
+
+def find_need_of_whole_tensors(config: OptimConfig, engine: EngineConfig) -> str | None:
+    """Why the optimizer must see whole weights; None if flat shards will do."""
+    return NEEDS_WHOLE_TENSORS.get(choose_entry(config.name, engine).path.replace(":", ".").rpartition(".")[2])
 
 
 def import_class(path: str) -> Any:
@@ -130,7 +132,7 @@ def check_engine(engine: EngineConfig) -> Iterator[Problem]:
 
 def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Problem]:
     """Whether the optimizer can be had, takes its arguments, and computes what it should under the engine."""
-    entry = choose_entry(config.name, engine, torch.device("cpu"))
+    entry = choose_entry(config.name, engine)
     if config.name not in OPTIMIZERS and "." not in config.name:
         rule = f"is neither one of {', '.join(OPTIMIZERS)} nor an import path"
         yield Problem("optim.name", config.name, rule, "for a class of your own write module.Class")
@@ -142,7 +144,7 @@ def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Probl
         cure = f"pip install {DISTRIBUTIONS.get(package, package)}"
         yield Problem("optim.name", config.name, f"cannot be imported: {error}", cure)
         return
-    reason = NEEDS_WHOLE_TENSORS.get(kind.__name__)
+    reason = find_need_of_whole_tensors(config, engine)
     if reason and engine.zero_stage:
         rule = f"{reason}, which it cannot on the flat shards of ZeRO {engine.zero_stage}"
         yield Problem("optim.name", config.name, rule, "set engine.zero_stage: 0, or take another optimizer")

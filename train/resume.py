@@ -58,6 +58,7 @@ def open_checkpoints(config: Config, ranks: Ranks) -> tuple[Path | None, Checkpo
 
 def build_state(config: Config, index: Index, plan: Plan, ranks: Ranks, repeats: np.ndarray | None) -> TrainState:
     """The state of a run that has not begun. Other repeats make another order, as another index does."""
+    assert config.engine.zero_stage is not None, "settle_engine chooses a stage"
     return TrainState(
         epoch_batches=plan.num_batches(0),
         seed=config.run.seed,

@@ -44,7 +44,7 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
     from sdxl_trainer.train.schedules import compute_lr
 
     def train(config: Config) -> tuple[list[float], list[str], Ranks]:
-        index, ranks = set_up(config, [])
+        config, index, ranks = set_up(config, [])
         run, batches = build(config, index, ranks)
         if not before:  # the same under every stage; without ZeRO no rank has to ask another
             before.update({name: run.engine.gather_weight(name) for name, _ in run.engine.model.named_parameters()})
