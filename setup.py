@@ -25,7 +25,7 @@ setup(
         "torch>=2.4",
         "deepspeed>=0.19",
         "diffusers>=0.36",
-        "transformers>=4.57",
+        "transformers>=5.0",
         "safetensors>=0.5",
         "pyyaml>=6",
         "numpy>=1.26",

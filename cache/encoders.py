@@ -1,13 +1,14 @@
 """Loads the frozen networks: the VAE and the two text encoders, with their tokenizers, from folder or single file."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdxl_trainer.cache.model_source import ModelSource, fetch_from_hub
-from sdxl_trainer.cache.single_file import load_component
+from sdxl_trainer.cache.single_file import build_component
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.tokens import CaptionTokenizer, find_installed_vocabulary, load_tokenizer
@@ -27,8 +28,7 @@ def load_vae(source: ModelSource, config: ModelConfig) -> torch.nn.Module:
         vae = AutoencoderKL.from_pretrained(source.folder, subfolder="vae", use_safetensors=True)
     else:
         settings = source.read_config("vae")
-        vae = AutoencoderKL.from_config(settings)
-        load_component(vae, source.file, "vae", settings)
+        vae = build_component(lambda: AutoencoderKL.from_config(settings), source.file, "vae", settings)
     return vae.float().eval().requires_grad_(False)
 
 
@@ -42,8 +42,8 @@ def load_text_encoders(source: ModelSource, config: ModelConfig) -> tuple[torch.
             encoder = kind.from_pretrained(source.folder / name, use_safetensors=True)
         else:
             settings = source.read_config(name)
-            encoder = kind(CLIPTextConfig(**settings))
-            load_component(encoder, source.file, name, settings, text_projection=config.text_projection)
+            build = partial(kind, CLIPTextConfig(**settings))
+            encoder = build_component(build, source.file, name, settings, text_projection=config.text_projection)
         encoders.append(encoder.float().eval().requires_grad_(False))
     return encoders[0], encoders[1]
 

@@ -6,7 +6,7 @@ shapes come from `cache.single_file_names`, the checks before a read from `cache
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sdxl_trainer.cache.single_file_names import (
 from sdxl_trainer.cache.tensor_stream import Item, TensorSource, write_items
 
 __all__ = [
+    "build_component",
     "build_modelspec",
     "describe_single_file",
     "list_sources",
@@ -113,6 +114,29 @@ def load_component(
     names = {canonical_name(component, name): name for name in module.state_dict()}
     tensors = read_single_file(path, component, config, text_projection=text_projection)
     module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors}, strict=True)
+
+
+def build_component(
+    build: Callable[[], Any],
+    path: str | os.PathLike[str],
+    component: str,
+    config: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    text_projection: TextProjection = "correct",
+) -> Any:
+    """`build()` with the weights of a single file, made on the device they will be on.
+
+    The file stays memory-mapped, so the ranks of a machine share what is read of it, and a rank whose device is a GPU
+    has no copy in host memory. No weight is initialised before it is read: for SDXL's networks that takes a minute.
+    Raises like `load_component`.
+    """
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
+        module = build()
+    load_component(module, path, component, config, text_projection=text_projection)
+    return module
 
 
 def read_carried(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

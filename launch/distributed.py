@@ -156,6 +156,13 @@ def reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def broadcast_tensor(values: torch.Tensor, source_rank: int) -> torch.Tensor:
+    """One rank's `values` on every rank. Works in place."""
+    if _is_distributed():
+        dist.broadcast(values, source_rank)
+    return values
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` on every rank (pickled; for small things)."""
     if not _is_distributed():

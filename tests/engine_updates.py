@@ -1,7 +1,8 @@
 """Run by test_non_finite.py on two ranks: a step whose loss or gradient is not finite leaves the engine as it was.
 
-For each ZeRO stage and precision, three steps of which the second one is spoilt on the last rank must end in the very
-weights of a run that never had it. Prints one line a case and ends with status 1 if one is wrong.
+For each ZeRO stage and precision, masters begin as the very weights of the model, and three steps of which the second
+one is spoilt on the last rank end in the weights of a run that never had it. Prints one line a case and ends with
+status 1 if one is wrong.
 """
 
 import math
@@ -29,8 +30,11 @@ def train(stage: int, precision: str, steps: list[str], ranks: Ranks) -> tuple[t
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    begun = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     batch = (ranks.world_size * ACCUMULATION_STEPS, 1, ACCUMULATION_STEPS)
     engine = Engine(model, optimizer, EngineConfig(zero_stage=stage, precision=precision), batch, max_grad_norm=0.5)
+    for name, weight in begun.items():
+        assert engine.gather_weight(name).equal(weight), f"the master of {name} was rounded"
     updated, norms = [], []
     for number, kind in enumerate(steps):
         for micro_step in range(ACCUMULATION_STEPS):

@@ -83,7 +83,7 @@ def test_what_it_predicts_is_told_in_both_forms(forms: Path, tmp_path: Path) -> 
 def test_a_source_that_is_none_is_status_2(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(one_rank / "checkpoints" / "step-00000020", damaged)
-    weights = next((damaged / "state").glob("*optim_states.pt"))
+    weights = next((damaged / "state").glob("*_model_states.pt"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main([str(damaged), str(tmp_path / "x.safetensors")]) == 2
     assert "is damaged" in capsys.readouterr().err

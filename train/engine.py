@@ -24,7 +24,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
-from sdxl_trainer.launch.distributed import reduce_sum
+from sdxl_trainer.launch.distributed import broadcast_tensor, read_environment, reduce_sum
 from sdxl_trainer.train.deepspeed_config import DTYPES, build_deepspeed_config, describe_deepspeed, spare_work
 from sdxl_trainer.train.ema import Ema, flatten
 from sdxl_trainer.train.host_memory import HostMemory, copy_to_host, copy_weights
@@ -72,7 +72,9 @@ class Engine:
         self.zero_stage: int = config.zero_stage
         self.dtype = DTYPES[config.precision]
         self._lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-        exact = copy_weights(model) if config.precision in ("bf16", "fp16") else {}
+        rounded = config.precision in ("bf16", "fp16")
+        rank, _, world_size = read_environment()
+        exact = copy_weights(model, rank, world_size) if rounded else {}
         settings = build_deepspeed_config(config, batch, max_grad_norm, optimizer)
         logger.info("DeepSpeed: {}", describe_deepspeed(settings))
         engine, wrapped, _, _ = deepspeed.initialize(
@@ -96,7 +98,11 @@ class Engine:
         for number, flat in enumerate(self._layout.flats):
             for piece in flat.pieces:
                 self._pieces[piece.name].append((number, piece))
-        self._set_masters(exact)
+        if rounded:
+            self._set_masters(exact)
+        if self.zero_stage == 0:
+            # DeepSpeed has updated once, with a gradient of zero, which to Adam was the first step.
+            self._engine.basic_optimizer.state.clear()
         self._replaced: list[torch.Tensor] = []  # see use_average
         self.ema = Ema(ema.decays, ema.warmup, self._list_masters()) if ema and ema.decays else None
 
@@ -340,22 +346,24 @@ class Engine:
         return (reduce_sum(whole) if self.zero_stage else whole).view(shape)
 
     @torch.no_grad()
-    def _set_masters(self, weights: dict[str, torch.Tensor]) -> None:
-        """Begin with masters that were never rounded, and an optimizer that has not stepped.
+    def _set_masters(self, held: dict[str, torch.Tensor]) -> None:
+        """Begin with masters that were never rounded: DeepSpeed makes them from weights that it has cast to 16 bit.
 
-        DeepSpeed makes the masters from weights that it has cast to 16 bit already; and without ZeRO it updates once
-        with a gradient of zero, which decays the weights and counts as Adam's first step.
+        Args:
+            held: this rank's share of the weights (`copy_weights`), which it sends to the others.
         """
-        masters = self._list_masters()
-        for name, pieces in self._pieces.items() if weights else ():
-            for number, piece in pieces:
-                if masters[number].shape == weights[name].shape:  # whole, in whatever layout of memory
-                    masters[number].copy_(weights[name])
+        masters, engine = self._list_masters(), self._engine
+        trained = (name for name, parameter in self._parameters.items() if parameter.requires_grad)
+        for number, name in enumerate(trained):
+            shape = torch.Size(self._layout.shapes[name])
+            whole = held[name].to(self.device) if name in held else torch.empty(shape, device=self.device)
+            broadcast_tensor(whole, number % engine.world_size)
+            for flat, piece in self._pieces[name]:
+                if masters[flat].shape == shape:  # whole, in whatever layout of memory
+                    masters[flat].copy_(whole)
                 else:
-                    part = weights[name].view(-1)[piece.start : piece.start + piece.numel]
-                    masters[number][piece.offset : piece.offset + piece.numel] = part
-        if self.zero_stage == 0:
-            self._engine.basic_optimizer.state.clear()
+                    part = whole.view(-1)[piece.start : piece.start + piece.numel]
+                    masters[flat][piece.offset : piece.offset + piece.numel] = part
 
     @torch.no_grad()
     def _set_weights(self, flats: list[torch.Tensor]) -> None:

@@ -41,7 +41,8 @@ def copy_to_host(content: Any, memory: HostMemory | None = None) -> Any:
     return content
 
 
-def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained of a model, in fp32 in host memory."""
-    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in trained}
+def copy_weights(model: torch.nn.Module, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """This rank's share, every so manyth, of the weights that are trained, in fp32 in host memory."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    share = trained[rank::world_size]
+    return {name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in share}

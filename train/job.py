@@ -275,7 +275,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
             unlock_encoder(encoder, config.engine.gradient_checkpointing)
         else:
             encoder.to(ranks.device, dtype)
-    networks = Networks(load_unet(source, config.engine), **{name: encoders[name] for name in trained})
+    networks = Networks(load_unet(source, config.engine, ranks.device), **{name: encoders[name] for name in trained})
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora, mix_keys(config.run.seed, Stream.ADAPTER))
     networks.to(ranks.device)

@@ -1,11 +1,12 @@
 """The networks that are trained, as one module under one engine."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from sdxl_trainer.cache.model_source import ModelSource
-from sdxl_trainer.cache.single_file import load_component
+from sdxl_trainer.cache.single_file import build_component
 from sdxl_trainer.cache.text_encoder import encode_text
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -65,8 +66,8 @@ class Networks(torch.nn.Module):
         return torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled
 
 
-def load_unet(source: ModelSource, config: EngineConfig) -> torch.nn.Module:
-    """SDXL's U-Net in fp32, ready to train, and run in the way that the settings say."""
+def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """SDXL's U-Net in fp32 on a device, ready to train, and run in the way that the settings say."""
     from diffusers import UNet2DConditionModel
 
     unet: Any  # diffusers' from_pretrained is typed as a union that is never returned
@@ -74,8 +75,8 @@ def load_unet(source: ModelSource, config: EngineConfig) -> torch.nn.Module:
         unet = UNet2DConditionModel.from_pretrained(source.folder, subfolder="unet", use_safetensors=True)
     else:
         settings = source.read_config("unet")
-        unet = UNet2DConditionModel.from_config(settings)
-        load_component(unet, source.file, "unet", settings)
+        build = partial(UNet2DConditionModel.from_config, settings)
+        unet = build_component(build, source.file, "unet", settings, device=device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.attention == "xformers":
@@ -86,7 +87,7 @@ def load_unet(source: ModelSource, config: EngineConfig) -> torch.nn.Module:
                 layer.register_forward_pre_hook(to_channels_last)
     if config.compile:
         unet.compile()
-    return unet.float().train()
+    return unet.to(device, torch.float32).train()
 
 
 def list_trained(config: OptimConfig) -> list[str]:

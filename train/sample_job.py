@@ -115,7 +115,7 @@ def read_prediction(model: Path) -> list[str]:
 def load_painter(config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None) -> Painter:
     """The networks on a device, with a checkpoint's weights in the place of the model's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
-    unet, (encoder, encoder_2) = load_unet(source, config.engine), load_text_encoders(source, config.model)
+    unet, (encoder, encoder_2) = load_unet(source, config.engine, device), load_text_encoders(source, config.model)
     networks = {"unet": unet, "text_encoder": encoder, "text_encoder_2": encoder_2}
     if checkpoint is not None:
         load_trained_weights(checkpoint, networks, config, average)
