@@ -1,15 +1,83 @@
 """Log lines: the console on rank 0 (warnings of the others too), one file per rank in the run's log folder."""
 
+import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from loguru import Message, Record
 
 CONSOLE_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> {message}"
 RANK_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> [rank {extra[rank]}] {message}"
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} [rank {extra[rank]}] {name}: {message}"
+TEXT_WIDTH = 100  # of tables where there is no terminal
+REFRESHES_PER_SECOND = 2.0
+
+
+class Screen:
+    """Standard error of this process, as log lines, tables and the live display share it."""
+
+    def __init__(self) -> None:
+        self._live: Console | None = None  # what the live display is drawn on, while there is one
+        self._covered_rows = 0  # of the same terminal, drawn anew again and again by rank 0
+
+    def write(self, message: "Message") -> None:
+        """A sink for loguru: lines come above the live display. A record with `table` is shown as such."""
+        table = message.record["extra"].get("table")
+        if self._live is not None:
+            self._live.print(Text.from_ansi(message.rstrip("\n")) if table is None else table, soft_wrap=table is None)
+        elif table is not None and is_terminal():
+            Console(stderr=True, force_terminal=True).print(table)
+        else:
+            below = "\n" * (self._covered_rows - 1)
+            sys.stderr.write(f"\n{message}{below}" if self._covered_rows else message)
+            sys.stderr.flush()
+
+    def is_wanted(self, record: "Record") -> bool:
+        """Whether the console gets a record: not what the live display shows anyway."""
+        return self._live is None or "displayed" not in record["extra"]
+
+    @contextmanager
+    def show_live(self, display: RenderableType, num_rows: int, rank: int) -> Iterator[None]:
+        """Draw `display` again twice a second, on rank 0 and below its log lines, if there is a terminal for it.
+
+        Nothing has to be put right if the process dies meanwhile: the cursor stays visible, on a row of its own.
+
+        Args:
+            num_rows: of the display. Ranks on the same terminal write their warnings clear above so many.
+        """
+        if not is_terminal():
+            yield
+        elif rank > 0:
+            self._covered_rows = num_rows
+            try:
+                yield
+            finally:
+                self._covered_rows = 0
+        else:
+            console = Console(stderr=True, force_terminal=True)
+            to_terminal = sys.stdout.isatty()
+            live = Live(display, console=console, refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=to_terminal)
+            try:
+                with live:
+                    console.show_cursor(True)
+                    self._live = console
+                    yield
+            finally:
+                self._live = None
+
+
+SCREEN = Screen()
 
 
 def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, name: str = "train") -> None:
@@ -20,11 +88,29 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
     _quiet_libraries()
     logger.remove()
     logger.configure(extra={"rank": rank})
-    logger.add(sys.stderr, format=CONSOLE_FORMAT if rank == 0 else RANK_FORMAT, level=level if rank == 0 else "WARNING")
+    logger.add(
+        SCREEN.write,
+        format=CONSOLE_FORMAT if rank == 0 else RANK_FORMAT,
+        level=level if rank == 0 else "WARNING",
+        filter=SCREEN.is_wanted,
+        colorize=is_terminal() and "NO_COLOR" not in os.environ,
+    )
     if log_folder is not None:
         log_folder.mkdir(parents=True, exist_ok=True)
         file = log_folder / (f"{name}.log" if rank == 0 else f"{name}-rank{rank}.log")
         logger.add(file, format=FILE_FORMAT, level="DEBUG")
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal that a person looks at: not under Slurm, which keeps it as a file."""
+    return sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def log_table(table: RenderableType) -> None:
+    """Show a table of rich's on the console, and write it as text where there is no terminal and into the file."""
+    text = io.StringIO()
+    Console(file=text, width=TEXT_WIDTH).print(table)
+    logger.bind(table=table).info("\n{}", text.getvalue().rstrip())
 
 
 def _quiet_libraries() -> None:

@@ -82,7 +82,8 @@ class CheckpointWriter:
 
     def is_writing(self) -> bool:
         """Whether a checkpoint is on its way."""
-        return self._thread is not None and self._thread.is_alive()
+        thread = self._thread  # the console asks from a thread of its own
+        return thread is not None and thread.is_alive()
 
     def join(self, timeout_seconds: float) -> None:
         """Give the checkpoint in hand some time, whatever becomes of it."""

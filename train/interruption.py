@@ -44,6 +44,12 @@ class Requests:
         """A save has begun; the time to the next one runs from now."""
         self._saved_at = time.monotonic()
 
+    def seconds_to_save(self) -> float | None:
+        """How soon the clock asks for a save; None if it never does."""
+        if not self._save_every_seconds:
+            return None
+        return max(0.0, self._saved_at + self._save_every_seconds - time.monotonic())
+
     def interrupt(self) -> None:
         """End the job in good order, as all ranks have agreed.
 

@@ -40,14 +40,17 @@ from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.data.weights import weigh_sources
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.signals import Interrupted
 from sdxl_trainer.train.checkpoint import list_checkpoints
 from sdxl_trainer.train.conditioning import DeferredConditioner, TextConditioner
 from sdxl_trainer.train.consistency import check_consistency, check_regularisation_use, warn_of_prediction
+from sdxl_trainer.train.console import Progress
 from sdxl_trainer.train.deepspeed_config import DTYPES
 from sdxl_trainer.train.emergency import EmergencySaver
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.engine_choice import settle_engine
 from sdxl_trainer.train.export import write_live_model
+from sdxl_trainer.train.flops import find_utilisation
 from sdxl_trainer.train.groups import build_groups
 from sdxl_trainer.train.interruption import Requests, obey_stop_file
 from sdxl_trainer.train.loop import finish, fit, state_at
@@ -62,6 +65,7 @@ from sdxl_trainer.train.reporter import open_reporter
 from sdxl_trainer.train.resume import build_state, load_engine, open_checkpoints, take_up
 from sdxl_trainer.train.run import Run
 from sdxl_trainer.train.state import TrainState
+from sdxl_trainer.train.summary import show_end, show_start
 from sdxl_trainer.train.trained import check_trained
 from sdxl_trainer.train.validation_set import ValidationSet, build_validation_set
 from sdxl_trainer.train.wandb_log import open_wandb
@@ -81,10 +85,20 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
         if run.metrics is not None:
             run.metrics.wandb_log = wandb_log
             run.reporter = open_reporter(config, run.index, run.plan, run.tokenizers)
-        with guard(run):
+        train(run, batches)
+    close_ranks()
+
+
+def train(run: Run, batches: Iterator[MicroBatch]) -> None:
+    """Fit and export under the console's display, and say in the end what was done, also when asked to stop."""
+    try:
+        with guard(run), run.progress.show():
             fit(run, batches)
             finish(run)
-    close_ranks()
+    except Interrupted:
+        show_end(run)
+        raise
+    show_end(run)
 
 
 def guard(run: Run) -> EmergencySaver:
@@ -221,6 +235,9 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         load_engine(engine, checkpoint)
     statistics = read_latent_statistics(config.model, source.read_config("vae"))
     objective = Objective(config.objective, statistics, config.train.global_batch_size, ranks.device)
+    requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
+    unet_config = source.read_config("unet")
+    utilisation = find_utilisation(engine.model.unet, unet_config, config, ranks) if ranks.is_main else None
     metrics = MetricsLog(config.run.folder / "logs", state.step) if ranks.is_main else None
     run = Run(
         config,
@@ -234,13 +251,14 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         objective,
         state,
         checkpoints,
-        Requests(config.run.folder, ranks, config.checkpoint.every_minutes),
+        requests,
+        Progress(config, ranks, state, checkpoints, requests, utilisation),
         metrics,
         build_validation(config, own or index, None if own else held_out, tokenizers, strategy),
     )
     if run.validation is not None and missing is not None:
         run.validation.fill = missing.fill
-    describe_run(run)
+    show_start(run)
     return run, batches
 
 
@@ -322,26 +340,3 @@ def start_reading(
         state.step,
     )
     return iterate_batches(dataset, specs, config.data.num_workers, pin_memory=ranks.device.type == "cuda")
-
-
-def describe_run(run: Run) -> None:
-    """Say what is about to be trained, with the batch arithmetic."""
-    train, parameters = run.config.train, sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.model.parameters())
-    logger.info(
-        "{} samples in {} buckets, {} batches in epoch {} ({} samples carried on)",
-        len(run.index),
-        len(run.plan.buckets),
-        run.plan.num_batches(run.state.epoch),
-        run.state.epoch,
-        run.plan.num_carried(run.state.epoch),
-    )
-    logger.info(
-        "batch: {} micro x {} accumulated x {} ranks = {} global; U-Net {:,} weights in {}, ZeRO-{}",
-        train.micro_batch_size,
-        run.accumulation_steps,
-        run.ranks.world_size,
-        train.global_batch_size,
-        parameters,
-        run.config.engine.precision,
-        run.engine.zero_stage,
-    )

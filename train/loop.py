@@ -33,6 +33,7 @@ class StepResult:
     stop: bool  # some rank was asked to
     save: bool
     suspects: list[Suspect]  # of this rank, if the weights were not updated
+    latent_size: tuple[int, int]  # (h, w) of the global batch's bucket
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
@@ -57,7 +58,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         last = state.step == config.train.max_steps
         if last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.note_save()
-            run.checkpoints.save(run.engine, state)
+            with run.progress.doing("copying the state for a checkpoint"):
+                run.checkpoints.save(run.engine, state)
             update_report(run)
         if result.stop and not last:
             run.checkpoints.wait()
@@ -72,7 +74,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     """
     run.engine.set_lr(lr)
     total = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, to save
-    wait_seconds, updated, seen = 0.0, False, []
+    wait_seconds, updated, latent_size, seen = 0.0, False, (0, 0), []
     for _ in range(run.accumulation_steps):
         asked = time.monotonic()
         batch = next(batches)
@@ -83,13 +85,14 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         total[0] += loss.detach()
         total[1] += len(batch.bad)
         seen.append((batch, losses.detach()))
+        latent_size = (batch.latents.shape[2], batch.latents.shape[3])
         updated = run.engine.step()
     name_bad_samples(run, [batch for batch, _ in seen])
     total[2:] = torch.tensor(run.requests.collect())
     loss_sum, num_bad, stop, save = reduce_sum(total).tolist()
     loss_mean = loss_sum / (run.accumulation_steps * run.ranks.world_size)
     suspects = [] if updated else find_suspects(run.index, seen, loss_mean)
-    return StepResult(loss_mean, updated, wait_seconds, int(num_bad), stop > 0, save > 0, suspects)
+    return StepResult(loss_mean, updated, wait_seconds, int(num_bad), stop > 0, save > 0, suspects, latent_size)
 
 
 def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
@@ -140,7 +143,7 @@ def state_at(run: Run, step: int) -> TrainState:
 
 
 def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
-    """Write a step's numbers, and every so often a line on the console."""
+    """Write a step's numbers, show them, and every so often make a line of them."""
     if run.metrics is None:
         return
     step, values = (
@@ -158,27 +161,21 @@ def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None
         },
     )
     run.metrics.write(step, values)
+    run.progress.update(values, result.latent_size)
     if _is_due(step, run.config.log.every_steps) or step == run.config.train.max_steps:
-        logger.info(
-            "step {}/{} loss {:.4f} lr {:.2e} |g| {:.3f} {:.1f} samples/s, waits for data {:.0%}",
-            step,
-            run.config.train.max_steps,
-            result.loss,
-            lr,
-            values["grad_norm"],
-            values["samples_per_second"],
-            values["data_wait_share"],
-        )
+        run.progress.log_line()
 
 
 def show_progress(run: Run, last: bool = False) -> None:
     """Validate, and draw samples, each where its settings say that it is due."""
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
     if run.validation and (validation.at_start if step == 0 else last or _is_due(step, validation.every_steps)):
-        validate(run)
+        with run.progress.doing("validating"):
+            validate(run)
         update_report(run)
     if sample.draws and (sample.at_start if step == 0 else last or _is_due(step, sample.every_steps)):
-        draw_samples(run)
+        with run.progress.doing("drawing samples"):
+            draw_samples(run)
         update_report(run)
 
 
@@ -190,14 +187,16 @@ def update_report(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Export the model and its moving averages and write the report, once the last checkpoint is on disk."""
-    for average in (None, *run.engine.averages):
-        path = get_model_path(run.config, run.state.step, average)
-        export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
-    run.checkpoints.wait()
+    with run.progress.doing("writing the model"):
+        for average in (None, *run.engine.averages):
+            path = get_model_path(run.config, run.state.step, average)
+            export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
+        run.checkpoints.wait()
     if run.metrics is not None:
         run.metrics.close()
     if run.reporter is not None:
-        run.reporter.finish()
+        with run.progress.doing("writing the report"):
+            run.reporter.finish()
 
 
 def name_bad_samples(run: Run, batches: list[MicroBatch]) -> None:

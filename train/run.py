@@ -11,6 +11,7 @@ from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.console import Progress
 from sdxl_trainer.train.engine import Engine
 from sdxl_trainer.train.interruption import Requests
 from sdxl_trainer.train.metrics import MetricsLog
@@ -36,6 +37,7 @@ class Run:
     state: TrainState
     checkpoints: CheckpointWriter
     requests: Requests
+    progress: Progress
     metrics: MetricsLog | None  # rank 0 only
     validation: ValidationSet | None = None
     reporter: Reporter | None = None  # rank 0 only
