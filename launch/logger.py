@@ -109,7 +109,7 @@ def is_terminal() -> bool:
 def log_table(table: RenderableType) -> None:
     """Show a table of rich's on the console, and write it as text where there is no terminal and into the file."""
     text = io.StringIO()
-    Console(file=text, width=TEXT_WIDTH).print(table)
+    Console(file=text, width=TEXT_WIDTH, force_terminal=False, color_system=None).print(table)
     logger.bind(table=table).info("\n{}", text.getvalue().rstrip())
 
 

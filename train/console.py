@@ -156,7 +156,7 @@ class Progress:
             "gradient norm": f"{values['grad_norm']:.3f}" if known else UNKNOWN,
             "learning rate": describe_rates(self._config.optim, values["lr"]) if known else UNKNOWN,
             "bad samples": str(state.num_bad),
-            "steps not made": str(state.num_non_finite),
+            "skipped steps": str(state.num_non_finite),
         }
         right = {
             "images/s": f"{averages.images_per_second:.1f}" if known else UNKNOWN,
@@ -181,6 +181,8 @@ class Progress:
 
     def describe_next_save(self, averages: Averages) -> str:
         """The step of the next checkpoint and how soon it comes, or how soon the clock asks for one."""
+        if self._state.step == self._config.train.max_steps:
+            return UNKNOWN
         step = find_next_save(self._config.checkpoint, self._state, self._config.train.max_steps)
         seconds = (step - self._state.step) * averages.step_seconds
         by_clock = self._requests.seconds_to_save()

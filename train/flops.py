@@ -29,8 +29,8 @@ PEAK_TFLOPS = {
     r"L40S": 362.05,
     r"L40": 181.05,
     r"L4": 121.0,
-    r"RTX 4090": 165.2,
-    r"RTX 3090": 71.0,
+    r"RTX 4090$": 165.2,
+    r"RTX 3090$": 71.0,
 }
 FIT_SIDES = (32, 64, 96)  # latent grids that the curve is laid through
 BACKWARD_SHARE = 2  # a backward pass multiplies by each weight for its input's gradient, and for its own
@@ -40,7 +40,7 @@ def find_peak_flops(device_name: str) -> float | None:
     """A device's dense bf16 FLOP/s; None for what is not in the table, and for slices (MIG) of what is."""
     if "MIG" in device_name.split():
         return None
-    found = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    found = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b(?:{name})(?!\w)", device_name))
     return next((tflops * 1e12 for tflops in found), None)
 
 
@@ -93,18 +93,18 @@ def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -
         unet: Any = UNet2DConditionModel.from_config(dict(unet_config))
     areas, counts = [side * side for side in FIT_SIDES], []
     for side in FIT_SIDES:
-        counts.append((1 + BACKWARD_SHARE) * _count_forward(unet, side, num_text_tokens))
+        counts.append((1 + BACKWARD_SHARE) * count_forward_flops(unet, (side, side), num_text_tokens))
     a, b, c = np.linalg.solve(np.vander(np.array(areas, np.float64)), np.array(counts, np.float64))
     return FlopCount((float(a), float(b), float(c)))
 
 
-def _count_forward(unet: Any, side: int, num_text_tokens: int) -> int:
-    """FLOPs of one forward pass on one square latent."""
+def count_forward_flops(unet: Any, latent_size: tuple[int, int], num_text_tokens: int) -> int:
+    """FLOPs of a forward pass of a U-Net on the meta device on one latent of this (height, width)."""
     config = unet.config
     num_time_ids = 6
     num_pooled = config.projection_class_embeddings_input_dim - num_time_ids * config.addition_time_embed_dim
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         conditions = {"text_embeds": torch.empty(1, num_pooled), "time_ids": torch.empty(1, num_time_ids)}
         text = torch.empty(1, num_text_tokens, config.cross_attention_dim)
-        unet(torch.empty(1, config.in_channels, side, side), torch.empty(1), text, added_cond_kwargs=conditions)
+        unet(torch.empty(1, config.in_channels, *latent_size), torch.empty(1), text, added_cond_kwargs=conditions)
     return counter.get_total_flops()

@@ -1,0 +1,104 @@
+"""A process in a real pseudo-terminal for the tests, and a terminal simple enough to know all that rich may ask of it.
+
+As a program, what test_console.py starts there: a display with log lines above it, which ends as the second word says.
+"""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+import time
+
+WIDTH = 120
+CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
+
+
+def run_in_terminal(*words: object, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """(exit status, all that was written) of a program on a terminal of 120 x 40."""
+    child, terminal = pty.fork()
+    if child == 0:
+        set_by_launchers = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "NO_COLOR")
+        kept = {key: value for key, value in os.environ.items() if key not in set_by_launchers}
+        command = [sys.executable, *(str(word) for word in words)]
+        os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, WIDTH, 0, 0))
+    written = bytearray()
+    try:
+        while read := os.read(terminal, 1 << 16):
+            written += read
+    except OSError:  # the other end is closed
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
+
+
+class Terminal:
+    """What is on the screen, as endless rows. Knows carriage return, line feed, colours, erasing a line, going up, and
+    hiding the cursor; anything else is an error, so that nothing is done to a terminal that must be undone."""
+
+    def __init__(self, written: str):
+        self.rows, self.row, self.column, self.cursor_is_visible = [""], 0, 0, True
+        end = 0
+        for match in CODE.finditer(written):
+            assert match.start() == end, f"unknown: {written[end : end + 20]!r}"
+            end = match.end()
+            self._obey(*match.groups())
+        assert end == len(written)
+
+    def _obey(self, number: str | None, code: str | None, control: str | None, text: str | None) -> None:
+        if text:
+            for character in text:
+                if self.column == WIDTH:
+                    self._obey(None, None, "\n", None)
+                    self.column = 0
+                row = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = row[: self.column] + character + row[self.column + 1 :]
+                self.column += 1
+        elif control == "\n":
+            self.row += 1
+            self.rows += [""] * (self.row == len(self.rows))
+        elif control == "\r":
+            self.column = 0
+        elif code == "A":
+            self.row -= int(number or 1)
+        elif (number, code) == ("2", "K"):
+            self.rows[self.row] = ""
+        elif number == "?25":
+            self.cursor_is_visible = code == "h"
+        else:
+            assert code == "m", f"unknown: {number}{code}"
+
+    def __str__(self) -> str:
+        return "\n".join(self.rows)
+
+
+def show(rank: int, ending: str) -> None:
+    """A display of two rows for a second and a half."""
+    from loguru import logger
+    from rich.table import Table
+    from rich.text import Text
+
+    from sdxl_trainer.launch.logger import SCREEN, init_logger, log_table
+
+    init_logger(rank)
+    table = Table(title="a table")
+    table.add_row("its cell")
+    log_table(table)
+    with SCREEN.show_live(Text("first row\nsecond row\n"), 3, rank):
+        logger.bind(displayed=True).info("what the display shows")
+        for number in range(3):
+            time.sleep(0.5)
+            logger.warning("{} {}", number, "x" * 150)
+            print("printed", number)
+        if ending == "raise":
+            raise ValueError("broken")
+        if ending == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    show(int(sys.argv[1]), sys.argv[2])
