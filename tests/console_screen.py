@@ -77,7 +77,7 @@ class Terminal:
 
 
 def show(rank: int, ending: str) -> None:
-    """A display of two rows for a second and a half."""
+    """A display of two rows for a little more than one refresh."""
     from loguru import logger
     from rich.table import Table
     from rich.text import Text
@@ -91,7 +91,7 @@ def show(rank: int, ending: str) -> None:
     with SCREEN.show_live(Text("first row\nsecond row\n"), 3, rank):
         logger.bind(displayed=True).info("what the display shows")
         for number in range(3):
-            time.sleep(0.5)
+            time.sleep(0.2)
             logger.warning("{} {}", number, "x" * 150)
             print("printed", number)
         if ending == "raise":
