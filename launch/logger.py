@@ -21,7 +21,7 @@ CONSOLE_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> {message
 RANK_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> [rank {extra[rank]}] {message}"
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} [rank {extra[rank]}] {name}: {message}"
 TEXT_WIDTH = 100  # of tables where there is no terminal
-REFRESHES_PER_SECOND = 2.0
+REFRESHES_PER_SECOND = 1.0  # drawing takes some 5 ms of the interpreter, which training wants too
 
 
 class Screen:
@@ -49,7 +49,7 @@ class Screen:
 
     @contextmanager
     def show_live(self, display: RenderableType, num_rows: int, rank: int) -> Iterator[None]:
-        """Draw `display` again twice a second, on rank 0 and below its log lines, if there is a terminal for it.
+        """Draw `display` again every second, on rank 0 and below its log lines, if there is a terminal for it.
 
         Nothing has to be put right if the process dies meanwhile: the cursor stays visible, on a row of its own.
 

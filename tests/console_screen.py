@@ -77,7 +77,7 @@ class Terminal:
 
 
 def show(rank: int, ending: str) -> None:
-    """A display of two rows for a little more than one refresh."""
+    """A display of two rows for a little while."""
     from loguru import logger
     from rich.table import Table
     from rich.text import Text

@@ -1,6 +1,6 @@
 """How far training is: a live display on a terminal, lines elsewhere. Fed by the loop with numbers that it has anyway.
 
-Nothing here talks to other ranks or waits for a device. The display is drawn by a thread of its own, twice a second.
+Nothing here talks to other ranks or waits for a device. The display is drawn by a thread of its own, every second.
 """
 
 import math
