@@ -21,7 +21,7 @@ def run_in_terminal(*words: object, environment: dict[str, str] | None = None) -
     """(exit status, all that was written) of a program on a terminal of 120 x 40."""
     child, terminal = pty.fork()
     if child == 0:
-        set_by_launchers = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "NO_COLOR")
+        set_by_launchers = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "NO_COLOR", "COLUMNS", "LINES")  # and by pytest-xdist
         kept = {key: value for key, value in os.environ.items() if key not in set_by_launchers}
         command = [sys.executable, *(str(word) for word in words)]
         os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
