@@ -1,16 +1,17 @@
 """Log lines: the console on rank 0 (warnings of the others too), one file per rank in the run's log folder."""
 
+import atexit
 import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
 from loguru import logger
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -21,7 +22,35 @@ CONSOLE_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> {message
 RANK_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> [rank {extra[rank]}] {message}"
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} [rank {extra[rank]}] {name}: {message}"
 TEXT_WIDTH = 100  # of tables where there is no terminal
-REFRESHES_PER_SECOND = 1.0  # drawing takes some 5 ms of the interpreter, which training wants too
+REFRESHES_PER_SECOND = 1.0  # a drawing takes about a millisecond of the interpreter, which training wants too
+
+
+class Terminal:
+    """A terminal as rich writes to it. One that is no longer there takes the display with it, but never the run."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self.encoding = file.encoding
+
+    def write(self, text: str) -> int:
+        """Write, or lose it."""
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a file does."""
+        with suppress(OSError):
+            self._file.flush()
+
+
+class TextBuffer(io.StringIO):
+    """Text that standard error will take: rich draws frames in ASCII for an encoding that has no others."""
+
+    @property
+    def encoding(self) -> str:
+        """Of standard error."""
+        return sys.stderr.encoding
 
 
 class Screen:
@@ -37,7 +66,7 @@ class Screen:
         if self._live is not None:
             self._live.print(Text.from_ansi(message.rstrip("\n")) if table is None else table, soft_wrap=table is None)
         elif table is not None and is_terminal():
-            Console(stderr=True, force_terminal=True).print(table)
+            open_console().print(table)
         else:
             below = "\n" * (self._covered_rows - 1)
             sys.stderr.write(f"\n{message}{below}" if self._covered_rows else message)
@@ -62,12 +91,15 @@ class Screen:
             self._covered_rows = num_rows
             try:
                 yield
-            finally:
-                self._covered_rows = 0
+            except BaseException:  # rank 0 may still draw when this one has ended and Python has told why
+                atexit.register(sys.stderr.write, "\n" * num_rows)
+                raise
+            self._covered_rows = 0
         else:
-            console = Console(stderr=True, force_terminal=True)
+            console = open_console()
+            rows = Group(display, "")  # the last one is the cursor's
             to_terminal = sys.stdout.isatty()
-            live = Live(display, console=console, refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=to_terminal)
+            live = Live(rows, console=console, refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=to_terminal)
             try:
                 with live:
                     console.show_cursor(True)
@@ -93,7 +125,7 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
         format=CONSOLE_FORMAT if rank == 0 else RANK_FORMAT,
         level=level if rank == 0 else "WARNING",
         filter=SCREEN.is_wanted,
-        colorize=is_terminal() and "NO_COLOR" not in os.environ,
+        colorize=is_terminal() and not os.environ.get("NO_COLOR"),
     )
     if log_folder is not None:
         log_folder.mkdir(parents=True, exist_ok=True)
@@ -103,12 +135,19 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
 
 def is_terminal() -> bool:
     """Whether standard error is a terminal that a person looks at: not under Slurm, which keeps it as a file."""
-    return sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+    terminal = os.environ.get("TERM", "dumb")
+    return sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ and terminal not in ("dumb", "unknown")
+
+
+def open_console() -> Console:
+    """Standard error, a terminal, as rich's console. What others print there is no markup."""
+    file = cast(IO[str], Terminal(sys.stderr))
+    return Console(file=file, force_terminal=True, markup=False, emoji=False, highlight=False)
 
 
 def log_table(table: RenderableType) -> None:
     """Show a table of rich's on the console, and write it as text where there is no terminal and into the file."""
-    text = io.StringIO()
+    text = TextBuffer()
     Console(file=text, width=TEXT_WIDTH, force_terminal=False, color_system=None).print(table)
     logger.bind(table=table).info("\n{}", text.getvalue().rstrip())
 

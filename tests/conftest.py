@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from console_screen import run_in_terminal
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,9 +122,15 @@ def cached_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def one_rank(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps on one rank, without a launcher."""
-    settings = cached_folder / "tiny.yaml"
-    make_once(tmp_path_factory, "one", lambda _: run_program("train/main.py", "--cfg", settings, "run.name=one"))
+    """20 steps on one rank, without a launcher, on a terminal; `one.terminal` is what was written there."""
+
+    def make(_: Path) -> None:
+        words = ("--cfg", cached_folder / "tiny.yaml", "run.name=one")
+        status, written = run_in_terminal(ROOT / "train" / "main.py", *words)
+        assert status == 0, written[-6000:]
+        (cached_folder / "one.terminal").write_bytes(written.encode())
+
+    make_once(tmp_path_factory, "one", make)
     return cached_folder / "runs" / "one"
 
 

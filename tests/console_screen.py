@@ -13,36 +13,49 @@ import sys
 import termios
 import time
 
-WIDTH = 120
 CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
+SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "NO_COLOR", "COLUMNS", "LINES")  # or pytest
 
 
-def run_in_terminal(*words: object, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """(exit status, all that was written) of a program on a terminal of 120 x 40."""
+def run_in_terminal(
+    *words: object, columns: int = 80, then: tuple[str, int] | None = None, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """(exit status, all that was written) of a program on a terminal of 24 rows.
+
+    Args:
+        then: as soon as it has written the first, the terminal has the second for its columns; with 0 it goes away.
+    """
     child, terminal = pty.fork()
     if child == 0:
-        set_by_launchers = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "NO_COLOR", "COLUMNS", "LINES")  # and by pytest-xdist
-        kept = {key: value for key, value in os.environ.items() if key not in set_by_launchers}
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
         command = [sys.executable, *(str(word) for word in words)]
         os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, WIDTH, 0, 0))
+    set_columns(terminal, columns)
     written = bytearray()
     try:
-        while read := os.read(terminal, 1 << 16):
+        while (then is None or then[1] or then[0].encode() not in written) and (read := os.read(terminal, 1 << 16)):
             written += read
+            if then and then[0].encode() in read:
+                set_columns(terminal, then[1])
     except OSError:  # the other end is closed
         pass
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
 
 
+def set_columns(terminal: int, columns: int) -> None:
+    """Give a terminal its width."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
 class Terminal:
     """What is on the screen, as endless rows. Knows carriage return, line feed, colours, erasing a line, going up, and
     hiding the cursor; anything else is an error, so that nothing is done to a terminal that must be undone."""
 
-    def __init__(self, written: str):
+    def __init__(self, written: str, columns: int = 80):
         self.rows, self.row, self.column, self.cursor_is_visible = [""], 0, 0, True
-        end = 0
+        self._columns, end = columns, 0
         for match in CODE.finditer(written):
             assert match.start() == end, f"unknown: {written[end : end + 20]!r}"
             end = match.end()
@@ -52,7 +65,7 @@ class Terminal:
     def _obey(self, number: str | None, code: str | None, control: str | None, text: str | None) -> None:
         if text:
             for character in text:
-                if self.column == WIDTH:
+                if self.column == self._columns:
                     self._obey(None, None, "\n", None)
                     self.column = 0
                 row = self.rows[self.row].ljust(self.column)
@@ -77,25 +90,31 @@ class Terminal:
 
 
 def show(rank: int, ending: str) -> None:
-    """A display of two rows for a little while."""
+    """A display for a little while."""
     from loguru import logger
     from rich.table import Table
-    from rich.text import Text
 
     from sdxl_trainer.launch.logger import SCREEN, init_logger, log_table
+    from sdxl_trainer.train.display import Display
 
     init_logger(rank)
     table = Table(title="a table")
     table.add_row("its cell")
     log_table(table)
-    with SCREEN.show_live(Text("first row\nsecond row\n"), 3, rank):
+    display = Display("the title", "its end", 0.5, [(("first", "1"), ("second", "2"))], {"third": "3"})
+    with SCREEN.show_live(display, 6, rank):
         logger.bind(displayed=True).info("what the display shows")
         for number in range(3):
-            time.sleep(0.2)
             logger.warning("{} {}", number, "x" * 150)
-            print("printed", number)
+            print("printed", number, "[/no markup]")
+            while (ending == "narrow" and os.get_terminal_size(2).columns > 40) or (ending == "gone" and os.isatty(2)):
+                time.sleep(0.01)
+        sys.stdout.write("[/half a line] ")
+        sys.stdout.flush()
         if ending == "raise":
             raise ValueError("broken")
+        if ending == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
         if ending == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,6 +1,6 @@
 """How far training is: a live display on a terminal, lines elsewhere. Fed by the loop with numbers that it has anyway.
 
-Nothing here talks to other ranks or waits for a device. The display is drawn by a thread of its own, every second.
+Nothing here talks to other ranks or waits for a device. `train/display.py` lays it out, `launch/logger.py` draws it.
 """
 
 import math
@@ -14,12 +14,6 @@ from datetime import timedelta
 
 import torch
 from loguru import logger
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -27,13 +21,14 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.logger import SCREEN
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
+from sdxl_trainer.train.display import Display
 from sdxl_trainer.train.flops import Utilisation
 from sdxl_trainer.train.interruption import Requests
 from sdxl_trainer.train.state import TrainState
 
 AVERAGED_STEPS = 100
-NUM_ROWS = 10  # of the display: a frame, the bar, six rows of numbers, and one for the cursor
-UNKNOWN = "–"
+NUM_ROWS = 14  # of the display at 80 columns: a frame, the bar, four rows of numbers, six of lines, the cursor's
+UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,10 @@ class Progress:
         """Show the display, if there is a terminal, until the context ends, however it does."""
         self.started = self._updated = time.monotonic()
         with SCREEN.show_live(self, NUM_ROWS, self._ranks.rank):
-            yield
+            try:
+                yield
+            finally:
+                self._doing = "ended"  # what the last drawing, which stays, says
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -128,43 +126,36 @@ class Progress:
             self.describe_next_save(averages),
         )  # fmt: skip
 
-    def __rich__(self) -> RenderableType:
+    def __rich__(self) -> Display:
         """The display of the moment."""
-        step, max_steps = self._state.step, self._config.train.max_steps
-        averages = self.averages
-        bar = Table.grid(expand=True, padding=(0, 1))
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        times = f"{format_seconds(time.monotonic() - self.started)} gone, {self.describe_time_left(averages)} left"
-        bar.add_row(ProgressBar(total=max_steps, completed=step), f"{step / max_steps:.0%}  {times}")
-        numbers = Table.grid(expand=True, padding=(0, 1))
-        for style, ratio in (("dim", None), ("bold", 5), ("dim", None), ("bold", 6)):
-            numbers.add_column(style=style, ratio=ratio, no_wrap=True, overflow="ellipsis")
-        left, right = self.list_values(averages)
-        for (name, value), (other_name, other_value) in zip(left.items(), right.items(), strict=True):
-            numbers.add_row(name, Text(value), other_name, Text(other_value))
-        title = f"[bold]{escape(self._config.run.name)}[/]  step {step} of {max_steps}, epoch {self._state.epoch}"
-        return Group(Panel(Group(bar, numbers), title=title, title_align="left", border_style="cyan"), "")
+        state, max_steps, averages = self._state, self._config.train.max_steps, self.averages
+        gone = format_seconds(time.monotonic() - self.started)
+        left, right = self.list_numbers(averages)
+        lines = {
+            "time": f"{gone} gone, {self.describe_time_left(averages)} left",
+            "learning rate": describe_rates(self._config.optim, self._values["lr"]) if self._values else UNKNOWN,
+            "next checkpoint": self.describe_next_save(averages),
+            "now": self._doing + (", writing a checkpoint" if self._checkpoints.is_writing() else ""),
+        }
+        if state.num_bad or state.num_non_finite:
+            lines["left out"] = describe_left_out(state)
+        title, pairs = f"step {state.step} of {max_steps}", zip(left.items(), right.items(), strict=True)
+        return Display(title, self._config.run.name, state.step / max_steps, list(pairs), lines)
 
-    def list_values(self, averages: Averages) -> tuple[dict[str, str], dict[str, str]]:
-        """The display's two columns, name → value."""
+    def list_numbers(self, averages: Averages) -> tuple[dict[str, str], dict[str, str]]:
+        """The display's two columns of numbers, name → value."""
         values, state, known = self._values, self._state, bool(self._values)
-        writing = ", writing a checkpoint" if self._checkpoints.is_writing() else ""
         left = {
             "loss": f"{values['loss']:.4f}" if known else UNKNOWN,
             f"average of {averages.num_steps}": f"{averages.loss:.4f}" if known else UNKNOWN,
             "gradient norm": f"{values['grad_norm']:.3f}" if known else UNKNOWN,
-            "learning rate": describe_rates(self._config.optim, values["lr"]) if known else UNKNOWN,
-            "bad samples": str(state.num_bad),
-            "skipped steps": str(state.num_non_finite),
+            "epoch": f"{state.epoch + state.index / max(1, state.epoch_batches):.2f}",
         }
         right = {
             "images/s": f"{averages.images_per_second:.1f}" if known else UNKNOWN,
             "data wait": f"{averages.data_wait_share:.1%}" if known else UNKNOWN,
             "MFU": self.describe_mfu(averages) if known else UNKNOWN,
             "memory": describe_memory(self._ranks.device),
-            "next checkpoint": self.describe_next_save(averages),
-            "now": self._doing + writing,
         }
         return left, right
 
@@ -213,6 +204,11 @@ def describe_rates(config: OptimConfig, lr: float) -> str:
         if scaled:
             shown[name] = f"{scaled[0]:.2e}" + (f" to {scaled[-1]:.2e}" if len(scaled) > 1 else "")
     return shown["U-Net"] if list(shown) == ["U-Net"] else ", ".join(" ".join(item) for item in shown.items())
+
+
+def describe_left_out(state: TrainState) -> str:
+    """What training has done without so far."""
+    return f"{state.num_bad:,} bad samples, {state.num_non_finite:,} steps that were not finite"
 
 
 def describe_memory(device: torch.device) -> str:

@@ -1,62 +1,64 @@
 """Model FLOPs utilisation (MFU): what of the devices' peak the U-Net's arithmetic makes use of."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from sdxl_trainer.cache.single_file_names import build_table
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.tokens import WINDOW
 from sdxl_trainer.launch.distributed import Ranks
 
-# Dense TFLOP/s in bf16 with fp32 accumulation, by device name: NVIDIA's data sheets (half of what they give with
-# sparsity) and, for GeForce, the white papers of the Ampere GA102 and Ada architectures. The first that fits counts.
+# Dense TFLOP/s in bf16 with fp32 accumulation, by the name that the driver gives: NVIDIA's data sheets (half of what
+# they give with sparsity) and, for GeForce, the white papers of the Ampere GA102 and Ada architectures. Names must be
+# the whole of it: laptop chips, parts of a GPU (MIG, vGPU) and relatives with fewer cores have names that begin alike.
 PEAK_TFLOPS = {
-    r"B200": 2250.0,
-    r"H200 NVL": 835.5,
-    r"H200": 989.5,
-    r"H100 NVL": 835.5,
-    r"H100 PCIe": 756.5,
-    r"H100": 989.5,
-    r"A100": 312.0,
-    r"A40": 149.7,
-    r"A30": 165.0,
-    r"A10": 125.0,
-    r"L40S": 362.05,
-    r"L40": 181.05,
-    r"L4": 121.0,
-    r"RTX 4090$": 165.2,
-    r"RTX 3090$": 71.0,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA H200": 989.5,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA H100 80GB HBM3": 989.5,  # SXM
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A40": 149.7,
+    "NVIDIA A30": 165.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA L40": 181.05,
+    "NVIDIA L4": 121.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
 }
-FIT_SIDES = (32, 64, 96)  # latent grids that the curve is laid through
 BACKWARD_SHARE = 2  # a backward pass multiplies by each weight for its input's gradient, and for its own
 
 
 def find_peak_flops(device_name: str) -> float | None:
-    """A device's dense bf16 FLOP/s; None for what is not in the table, and for slices (MIG) of what is."""
-    if "MIG" in device_name.split():
-        return None
-    found = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b(?:{name})(?!\w)", device_name))
-    return next((tflops * 1e12 for tflops in found), None)
+    """A device's dense bf16 FLOP/s; None for what is not in the table."""
+    tflops = PEAK_TFLOPS.get(device_name)
+    return None if tflops is None else tflops * 1e12
 
 
 @dataclass(frozen=True)
 class FlopCount:
     """FLOPs of training the whole U-Net on one image: forward and backward, without what checkpointing computes again.
 
-    Convolutions and projections grow with the latent's area, self-attention with its square, nothing else does: a
-    parabola through three areas is exact. `coefficients`: of area², area and 1.
+    Self-attention grows with the square of the latent's area, convolutions and projections with the area.
     """
 
-    coefficients: tuple[float, float, float]
+    per_area_squared: float
+    per_area: float
+    constant: float
 
     def compute(self, latent_size: tuple[int, int]) -> float:
         """FLOPs of an image of this latent (height, width)."""
-        return float(np.polyval(self.coefficients, latent_size[0] * latent_size[1]))
+        area = latent_size[0] * latent_size[1]
+        return (self.per_area_squared * area + self.per_area) * area + self.constant
 
 
 @dataclass(frozen=True)
@@ -77,34 +79,46 @@ def find_utilisation(
     peak_flops = find_peak_flops(torch.cuda.get_device_name(ranks.device))
     if peak_flops is None or not all(parameter.requires_grad for parameter in unet.parameters()):
         return None
-    num_windows = config.data.max_tokens // WINDOW
-    count = count_training_flops(unet_config, num_windows * (WINDOW + 2))
-    return Utilisation(count, peak_flops * ranks.world_size)
+    return Utilisation(count_training_flops(unet_config, config.data.max_tokens + 2), peak_flops * ranks.world_size)
 
 
 def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -> FlopCount:
-    """Count by forward passes on the meta device, which compute nothing: seconds, and no memory.
+    """Count by the shapes of the weights: each multiplies once at every place of what it is used on.
 
-    For SDXL at 1024² and 77 tokens that is 20.28 TFLOP an image.
+    For SDXL at 1024² and 77 tokens that is 20.28 TFLOP an image, as torch counts a forward pass, three times.
+
+    Raises:
+        ValueError: the U-Net is not of SDXL's topology.
     """
-    from diffusers import UNet2DConditionModel
+    rows, num_levels = build_table("unet", unet_config), len(unet_config["block_out_channels"])
+    per_area_squared = per_area = constant = 0.0
+    for row in rows:
+        if len(row.source_shape) == 1:  # biases and norms
+            continue
+        name, num_weights = row.sources[0], math.prod(row.source_shape)
+        places_per_area = 0.25 ** _find_level(name, num_levels)
+        if "time_emb" in name or "add_embedding" in name:
+            constant += 2 * num_weights
+        elif "attn2.to_k" in name or "attn2.to_v" in name:
+            constant += 2 * num_weights * num_text_tokens
+        else:
+            per_area += 2 * num_weights * places_per_area
+        # A query meets all keys, and the weights that makes meet all values.
+        if "attn1.to_q" in name:
+            per_area_squared += 4 * row.source_shape[0] * places_per_area**2
+        elif "attn2.to_q" in name:
+            per_area += 4 * row.source_shape[0] * places_per_area * num_text_tokens
+    passes = 1 + BACKWARD_SHARE
+    return FlopCount(passes * per_area_squared, passes * per_area, passes * constant)
 
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(unet_config))
-    areas, counts = [side * side for side in FIT_SIDES], []
-    for side in FIT_SIDES:
-        counts.append((1 + BACKWARD_SHARE) * count_forward_flops(unet, (side, side), num_text_tokens))
-    a, b, c = np.linalg.solve(np.vander(np.array(areas, np.float64)), np.array(counts, np.float64))
-    return FlopCount((float(a), float(b), float(c)))
 
-
-def count_forward_flops(unet: Any, latent_size: tuple[int, int], num_text_tokens: int) -> int:
-    """FLOPs of a forward pass of a U-Net on the meta device on one latent of this (height, width)."""
-    config = unet.config
-    num_time_ids = 6
-    num_pooled = config.projection_class_embeddings_input_dim - num_time_ids * config.addition_time_embed_dim
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        conditions = {"text_embeds": torch.empty(1, num_pooled), "time_ids": torch.empty(1, num_time_ids)}
-        text = torch.empty(1, num_text_tokens, config.cross_attention_dim)
-        unet(torch.empty(1, config.in_channels, *latent_size), torch.empty(1), text, added_cond_kwargs=conditions)
-    return counter.get_total_flops()
+def _find_level(name: str, num_levels: int) -> int:
+    """How often the latent's sides have been halved where a weight is used."""
+    if name.startswith("mid_block."):
+        return num_levels - 1
+    block = re.match(r"(down|up)_blocks\.(\d+)\.(downsamplers|upsamplers)?", name)
+    if block is None:
+        return 0
+    direction, number, sampler = block.groups()
+    level = int(number) if direction == "down" else num_levels - 1 - int(number)
+    return level + {None: 0, "downsamplers": 1, "upsamplers": -1}[sampler]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdxl_trainer.launch.logger import log_table
-from sdxl_trainer.train.console import describe_memory, format_seconds
+from sdxl_trainer.train.console import describe_left_out, describe_memory, format_seconds
 from sdxl_trainer.train.run import Run
 
 MOST_BUCKETS = 6
@@ -55,7 +55,7 @@ def show_end(run: Run) -> None:
                 "checkpoints and export",
         "speed": f"{images_per_second:.1f} images/s, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
         "memory": f"{describe_memory(run.ranks.device)} at most, on rank 0",
-        "left out": f"{state.num_bad:,} bad samples, {state.num_non_finite:,} steps that were not finite",
+        "left out": describe_left_out(state),
         "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none now",
         "models": ", ".join(models) or "none: training is not done",
         "folder": str(run.folder),
