@@ -28,6 +28,7 @@ def run_in_terminal(
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what runs in its background without it
         kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
         command = [sys.executable, *(str(word) for word in words)]
         os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
