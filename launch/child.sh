@@ -24,6 +24,7 @@ run_child() {  # command and its arguments
     local child=$! status=0 signal=0
     trap 'signal=15; pass_on TERM "$child"' TERM
     trap 'signal=2; pass_on INT "$child"' INT
+    trap 'signal=1; pass_on HUP "$child"' HUP  # does nothing under nohup
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do  # a signal ends `wait`, not the child
         status=0; wait "$child" || status=$?

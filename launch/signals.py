@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from types import FrameType
 
 from sdxl_trainer.launch.status import forget_status, record_status
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ctrl-C reaches a rank from the terminal and again from torchrun; only what comes later is a second wish.
 REPEAT_SECONDS = 2.0
 
@@ -32,7 +33,7 @@ class StopRequest:
     def __init__(self, on_save: Callable[[], None] | None = None) -> None:
         self.signal_number: int | None = None
         self._first_time = 0.0
-        for number in STOP_SIGNALS:
+        for number in list_stop_signals():
             signal.signal(number, self._handle)
         if on_save is not None:
             signal.signal(signal.SIGUSR1, lambda number, frame: on_save())
@@ -43,6 +44,8 @@ class StopRequest:
             raise Interrupted(self.signal_number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         now = time.monotonic()
         if self.signal_number is None:
             self.signal_number, self._first_time = number, now
@@ -53,7 +56,7 @@ class StopRequest:
 @contextmanager
 def exiting_on_signals() -> Iterator[None]:
     """Stop signals end the process at once, with their status, unless a StopRequest takes them over meanwhile."""
-    before = {number: signal.signal(number, _exit_before_work) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, _exit_before_work) for number in list_stop_signals()}
     try:
         yield
     finally:
@@ -61,9 +64,26 @@ def exiting_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def list_stop_signals() -> list[int]:
+    """The signals that end the work. SIGHUP, of a terminal that is closed, is none to what nohup has started; but from
+    torchrun, which then ends in any case, it comes with 30 s to live."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        return list(STOP_SIGNALS)
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP]
+
+
 def exit_at_once(signal_number: int) -> None:
     """End the process without any cleaning up."""
     os._exit(record_status(128 + signal_number))
+
+
+def _leave_terminal() -> None:
+    """Send what is still to be said nowhere if the terminal is gone, where each word would be an error."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def _exit_before_work(number: int, frame: FrameType | None) -> None:

@@ -18,5 +18,7 @@ run_ranks() {  # program and its arguments
         [ -n "${NODE_RANK:-}" ] || fail "NNODES=$nodes needs NODE_RANK, from 0 to $((nodes - 1)), or RDZV_ENDPOINT"
         where=(--nnodes="$nodes" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}")
     fi
+    # Under nohup the end of a terminal is to change nothing, but torchrun would end the job for it.
+    if [ -n "$(trap -p HUP)" ]; then export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT; fi
     run_child torchrun "${where[@]}" --nproc_per_node="${NPROC:-$(count_gpus)}" --max_restarts="${MAX_RESTARTS:-0}" "$@"
 }

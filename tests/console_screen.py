@@ -18,7 +18,11 @@ SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "NO_COL
 
 
 def run_in_terminal(
-    *words: object, columns: int = 80, then: tuple[str, int] | None = None, environment: dict[str, str] | None = None
+    *words: object,
+    columns: int = 80,
+    then: tuple[str, int] | None = None,
+    nohup: bool = True,
+    environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     """(exit status, all that was written) of a program on a terminal of 24 rows.
 
@@ -27,7 +31,7 @@ def run_in_terminal(
     """
     child, terminal = pty.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what runs in its background without it
         kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
         command = [sys.executable, *(str(word) for word in words)]

@@ -16,7 +16,7 @@ STOP_FILE, SAVE_FILE = "stop", "save"
 
 
 class Requests:
-    """Notes of one rank: SIGINT and SIGTERM stop, SIGUSR1 saves, and on rank 0 the files `stop` and `save`.
+    """Notes of one rank: SIGINT, SIGTERM and SIGHUP stop, SIGUSR1 saves, and on rank 0 the files `stop` and `save`.
 
     Args:
         save_every_minutes: rank 0 asks for a save so long after the last one; 0 for never.
