@@ -19,6 +19,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.check import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, check_disk, check_machine
 from sdxl_trainer.launch.program import FailedError, check_checkout, end_program, run_program
+from sdxl_trainer.train.duration import describe_duration
 from sdxl_trainer.train.engine_choice import settle_engine
 from sdxl_trainer.train.memory import (
     TOO_LITTLE_MEMORY,
@@ -45,6 +46,8 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
     yield from check_settings(config, problems, world_size)
     num_weights = count_unet_weights(config)
     yield check_memory(config, num_weights, world_size, list_device_bytes())
+    gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    yield Finding("time", describe_duration(config, world_size, gpu_names))
     saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
     yield check_disk("run.dir", config.run.folder, saved)
     yield check_disk("cache.dir", get_cache_folder(config))
