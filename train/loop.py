@@ -74,7 +74,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     """
     run.engine.set_lr(lr)
     total = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, to save
-    wait_seconds, updated, latent_size, seen = 0.0, False, (0, 0), []
+    wait_seconds, updated, seen = 0.0, False, []
     for _ in range(run.accumulation_steps):
         asked = time.monotonic()
         batch = next(batches)
@@ -85,14 +85,14 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         total[0] += loss.detach()
         total[1] += len(batch.bad)
         seen.append((batch, losses.detach()))
-        latent_size = (batch.latents.shape[2], batch.latents.shape[3])
         updated = run.engine.step()
     name_bad_samples(run, [batch for batch, _ in seen])
     total[2:] = torch.tensor(run.requests.collect())
     loss_sum, num_bad, stop, save = reduce_sum(total).tolist()
     loss_mean = loss_sum / (run.accumulation_steps * run.ranks.world_size)
     suspects = [] if updated else find_suspects(run.index, seen, loss_mean)
-    return StepResult(loss_mean, updated, wait_seconds, int(num_bad), stop > 0, save > 0, suspects, latent_size)
+    height, width = seen[-1][0].latents.shape[2:]
+    return StepResult(loss_mean, updated, wait_seconds, int(num_bad), stop > 0, save > 0, suspects, (height, width))
 
 
 def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
