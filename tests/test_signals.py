@@ -48,12 +48,12 @@ def test_a_second_wish_to_stop_ends_the_process_at_once(number: int) -> None:
 
 
 def test_a_closed_terminal_asks_to_stop_and_what_is_said_then_is_no_error() -> None:
-    assert run_in_terminal("-c", HANGUP, 60, then=("ready", 0), nohup=False)[0] == 128 + signal.SIGHUP
+    assert run_in_terminal("-c", HANGUP, 60, then=("ready\r\n", 0), nohup=False)[0] == 128 + signal.SIGHUP
 
 
 def test_under_nohup_a_closed_terminal_changes_nothing_unless_torchrun_says_so(monkeypatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert run_in_terminal("-c", HANGUP, 0.5, then=("ready", 0))[0] == 128
+    assert run_in_terminal("-c", HANGUP, 0.5, then=("ready\r\n", 0))[0] == 128
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert list_stop_signals() == [signal.SIGINT, signal.SIGTERM]
