@@ -1,0 +1,108 @@
+"""What a rank holds between steps, beside what ZeRO's arithmetic says that it should (train/memory.py).
+
+Trains the tiny SDXL for two steps on two ranks, for every ZeRO stage in fp32 and bf16, and adds up the storages of all
+tensors of rank 0 that are alive then, without the frozen text encoders. Weights that ZeRO-3 keeps whole because they
+are small would be most of the tiny model, and buckets larger than it: both are set to next to nothing. Stage 3 keeps
+its gradients' buffer, the others have none between steps.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from harness import ROOT, Figure, finish, parse_arguments, start
+
+RANKS = 2
+STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
+SMALL = {
+    "reduce_bucket_size": 1000,
+    "allgather_bucket_size": 1000,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 30_000,
+}
+LIMIT = 1.02  # of what the arithmetic says
+
+
+def main() -> int:
+    """Run and report; within torchrun, measure and print one JSON line."""
+    if "MEMORY_BENCHMARK_WORDS" in os.environ:
+        return measure(json.loads(os.environ["MEMORY_BENCHMARK_WORDS"]))
+    from sdxl_trainer.data.demo import draw_demo_set
+    from sdxl_trainer.train.tiny import build_tiny_sdxl
+
+    options = parse_arguments(__doc__ or "")
+    figures: dict[str, Figure] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        words = [f"model.path={build_tiny_sdxl(work / 'model')}", f"data.metadata=[{draw_demo_set(work / 'data')}]"]
+        words += [f"cache.dir={work / 'latents'}", f"run.dir={work / 'runs'}", "sample.prompts=[]"]
+        words += ["train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}", "log.level=WARNING"]
+        start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
+        for stage, precision in product(STAGES[2:] if options.quick else STAGES, PRECISIONS[options.quick :]):
+            deepspeed = json.dumps({"zero_optimization": SMALL})
+            more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"engine.deepspeed={deepspeed}"]
+            found = run_ranks([*words, *more, f"run.name={stage}-{precision}-{time.time_ns()}"])
+            name = f"zero{stage}_{precision}"
+            figures[f"memory_of_theory_{name}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
+            figures[f"bytes_a_weight_{name}"] = Figure(found["held"] / found["weights"])
+    return finish("memory", figures)
+
+
+def run_ranks(words: list[str]) -> dict[str, float]:
+    """Start this program again on the ranks and return what rank 0 found."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", __file__]
+    environment = {**os.environ, "MEMORY_BENCHMARK_WORDS": json.dumps(words)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(words: list[str]) -> int:
+    """Two steps, then look."""
+    from sdxl_trainer.configs.load import load_config
+    from sdxl_trainer.launch.distributed import close_ranks
+    from sdxl_trainer.launch.program import end_program
+    from sdxl_trainer.train.job import build, set_up
+    from sdxl_trainer.train.loop import train_step
+    from sdxl_trainer.train.memory import estimate_memory
+
+    config, problems = load_config(ROOT / "configs" / "tiny.yaml", words)
+    run, batches = build(*set_up(config, problems))
+    for _ in range(2):
+        train_step(run, batches, config.optim.lr)
+    frozen = [*run.conditioner.encoder.parameters(), *run.conditioner.encoder_2.parameters()]
+    held = add_up_storages() - sum(weight.untyped_storage().nbytes() for weight in frozen)
+    num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in run.engine.model.parameters())
+    theory = estimate_memory(run.config, num_weights, RANKS)
+    expected = theory.weights + theory.optimizer + (theory.gradients if run.engine.zero_stage == 3 else 0)
+    if run.ranks.is_main:
+        print(json.dumps({"held": held, "theory": expected, "weights": num_weights}), flush=True)
+    close_ranks()
+    end_program(0)
+
+
+def add_up_storages() -> int:
+    """Bytes of all tensors that are alive in this process, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if is_tensor(thing)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def is_tensor(thing: Any) -> bool:
+    """Whether it is a tensor with a storage; proxies that some libraries leave about fail when they are asked."""
+    return issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The model of scale in docs/SCALE.md: prints its tables from the constants below, each with where it comes from.
+
+`--check` ends with status 1 if a table of docs/SCALE.md is not what is printed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "SCALE.md"
+GPUS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
+NODE = 8  # GPUs
+
+# Arithmetic of SDXL: train/flops.py, configs/sdxl.
+WEIGHTS = 2_567_463_684
+TFLOP_AN_IMAGE = 20.3  # forward and backward at 1024x1024
+LATENT_BYTES = 4 * 128 * 128 * 2 + 1_000  # fp16 at 1024x1024, npz or tar headers and manifest
+# Of the vendor's data sheet, of a Hopper GPU (H100 SXM, H200), and of a node with an adapter of 400 Gbit/s for each.
+PEAK_TFLOPS, NVLINK_GBS, NETWORK_GBS = 989.5, 450.0, 50.0
+# Assumed: nobody has measured it with this program. The target of docs/PERFORMANCE.md.
+MFU = 0.45
+# Measured on two cores of a shared machine without a GPU: docs/DATA.md, docs/CACHE.md, docs/RELIABILITY.md.
+FIRST_START_CPU_SECONDS_A_MILLION = 19.6  # of 10 million records; 13.3 of one million
+LATER_START_SECONDS_AT_10_MILLION = 1.1
+INDEX_GB_A_MILLION = 1.6
+SAMPLES_A_SECOND_OF_A_WORKER = 1644  # whole samples, through the pipe to the rank
+CACHE_CPU_MS_A_PICTURE = 16.6
+MICRO_BATCH = 8
+
+
+def main() -> int:
+    """Print the tables, or compare them with the document's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with docs/SCALE.md instead of printing")
+    options = parser.parse_args()
+    tables = [tabulate_step(), tabulate_traffic(), tabulate_reading(), tabulate_cache(), tabulate_start()]
+    if not options.check:
+        print("\n\n".join(tables))
+        return 0
+    document = DOCUMENT.read_text(encoding="utf-8")
+    return int(not all(table in document for table in tables))
+
+
+def compute_rate() -> float:
+    """Images a second of one GPU at the assumed MFU."""
+    return MFU * PEAK_TFLOPS / TFLOP_AN_IMAGE
+
+
+def compute_traffic_gb(stage: int, accumulation: int) -> float:
+    """GB that a rank sends in a step, and as many that it receives, on many ranks: each factor (N-1)/N is taken as 1.
+
+    Gradients in bf16 are reduced once a step by stages 0 and 1, and for each micro batch by 2 and 3; weights in bf16
+    are gathered once a step by stages 1 and 2, and for each forward and backward pass by 3.
+    """
+    weights_gb = 2 * WEIGHTS / 1e9
+    reduced = {0: 2, 1: 1, 2: accumulation, 3: accumulation}[stage]
+    gathered = {0: 0, 1: 1, 2: 1, 3: 2 * accumulation}[stage]
+    return weights_gb * (reduced + gathered)
+
+
+def tabulate_step() -> str:
+    """Step time, and what of it the network would need if nothing overlapped."""
+    seconds = MICRO_BATCH / compute_rate()
+    rows = [
+        "| GPUs | global batch | images/s | step | sending, ZeRO 1, 2 | ZeRO 3 | hours for 1, 10, 100 million images |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|")
+    for gpus in GPUS:
+        bandwidth = NVLINK_GBS if gpus <= NODE else NETWORK_GBS
+        sent = [compute_traffic_gb(stage, 1) * (gpus - 1) / gpus / bandwidth for stage in (2, 3)]
+        hours = ", ".join(f"{images / (gpus * compute_rate()) / 3600:,.3g}" for images in IMAGES)
+        rows.append(f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate():,.0f} | {seconds * 1e3:.0f} ms | "
+                    f"{sent[0] * 1e3:.0f} ms | {sent[1] * 1e3:.0f} ms | {hours} |")  # fmt: skip
+    return "\n".join(rows)
+
+
+def tabulate_traffic() -> str:
+    """Bytes by stage and accumulation, and the bandwidth below which they take longer than the arithmetic."""
+    seconds = MICRO_BATCH / compute_rate()
+    rows = ["| ZeRO | GB sent a step, no accumulation | 4 micro batches | 16 | becomes the limit below, GB/s |"]
+    rows.append("|---|---|---|---|---|")
+    for stage in range(4):
+        sent = [compute_traffic_gb(stage, accumulation) for accumulation in (1, 4, 16)]
+        limits = ", ".join(f"{gb / (seconds * n):.0f}" for gb, n in zip(sent, (1, 4, 16), strict=True))
+        rows.append(f"| {stage} | {' | '.join(f'{gb:.1f}' for gb in sent)} | {limits} |")
+    return "\n".join(rows)
+
+
+def tabulate_reading() -> str:
+    """How fast latents must come."""
+    rows = ["| GPUs | latents/s | from storage | of one worker for each GPU |", "|---|---|---|---|"]
+    for gpus in GPUS:
+        rate = gpus * compute_rate()
+        share = compute_rate() / SAMPLES_A_SECOND_OF_A_WORKER
+        rows.append(f"| {gpus} | {rate:,.0f} | {rate * LATENT_BYTES / 1e6:,.0f} MB/s | {share:.1%} |")
+    return "\n".join(rows)
+
+
+def tabulate_cache() -> str:
+    """What the cache takes."""
+    rows = ["| images | latents | CPU of the cache job | on 64 cores |", "|---|---|---|---|"]
+    for images in IMAGES:
+        hours = images * CACHE_CPU_MS_A_PICTURE / 1e3 / 3600
+        rows.append(f"| {images:,.0f} | {images * LATENT_BYTES / 1e12:.3g} TB | {hours:,.3g} h | {hours / 64:.2g} h |")
+    return "\n".join(rows)
+
+
+def tabulate_start() -> str:
+    """Start-up of data; networks and process group come on top, and do not grow with the set."""
+    rows = ["| images | first start, on rank 0 | index | later start | a plan's memory, every rank |"]
+    rows.append("|---|---|---|---|---|")
+    for images in IMAGES:
+        later = LATER_START_SECONDS_AT_10_MILLION * images / 1e7
+        rows.append(f"| {images:,.0f} | {images / 1e6 * FIRST_START_CPU_SECONDS_A_MILLION / 60:.2g} min | "
+                    f"{images / 1e6 * INDEX_GB_A_MILLION:.3g} GB | {later:.2g} s | "
+                    f"{images * 8 / 1e6:,.0f} MB, {images * 40 / 1e6:,.0f} MB with uneven repeats |")  # fmt: skip
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
