@@ -30,6 +30,7 @@ from sdxl_trainer.cache.single_file_names import (
     list_sources,
 )
 from sdxl_trainer.cache.tensor_stream import Item, TensorSource, write_items
+from sdxl_trainer.data.files import read_patiently
 
 __all__ = [
     "build_component",
@@ -135,7 +136,11 @@ def build_component(
 
     with torch.device(device), no_init_weights():
         module = build()
-    load_component(module, path, component, config, text_projection=text_projection)
+
+    def load() -> None:
+        load_component(module, path, component, config, text_projection=text_projection)
+
+    read_patiently(load, Path(path))
     return module
 
 

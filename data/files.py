@@ -1,16 +1,53 @@
-"""Files that are either whole or absent, their checksums, and stretches of bytes that are read as files.
+"""Files that are either whole or absent, their checksums, reading that storage may keep waiting, and stretches of bytes
+that are read as files.
 
 A file is written under a temporary name, flushed to disk, then renamed.
 """
 
+import errno
 import hashlib
 import io
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
+
+from loguru import logger
+
+T = TypeVar("T")
+
+# How a network file system has a bad moment. What is missing or forbidden now will be so in a second as well.
+PASSING_ERRORS = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+}
+WAITS_SECONDS = (0.5, 2.0)
+
+
+def read_patiently(read: Callable[[], T], what: Path | str, before_retry: Callable[[], None] | None = None) -> T:
+    """What `read()` returns; it is tried again after some waits where storage fails in a way that may pass.
+
+    Args:
+        what: named in the warning.
+        before_retry: called before each further attempt, to let go of what belongs to the one that failed.
+
+    Raises:
+        OSError: of the last attempt, or one that will not pass.
+    """
+    for wait_seconds in WAITS_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING_ERRORS:
+                raise
+            logger.warning("{}: {}; read again in {:g} s", what, error.strerror, wait_seconds)
+        time.sleep(wait_seconds)
+        if before_retry is not None:
+            before_retry()
+    return read()
 
 
 @contextmanager

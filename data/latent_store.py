@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
+from sdxl_trainer.data.files import read_patiently
 from sdxl_trainer.data.latents import BadLatentError, LatentSample, fill_latents, parse_latents
 from sdxl_trainer.data.remote import NoRangesError, Span, is_remote, read_spans
 from sdxl_trainer.data.shard_copies import ShardCopies
@@ -78,11 +79,15 @@ class LatentStore:
 
     def _read_local(self, row: Row, out: np.ndarray) -> Found:
         path = os.path.join(self._folder, row["file"])
-        try:
+
+        def read() -> LatentSample:
             if row["offset"] is not None:
                 return fill_latents(partial(self._shards.open(path).fill, row["offset"]), row["bytes"], out)
             file = OpenFile(path)
             return fill_latents(partial(file.fill, 0), file.count_bytes(), out)
+
+        try:
+            return read_patiently(read, path, before_retry=lambda: self._shards.forget(path))
         except OSError as error:
             return BadLatentError(f"{path}: cannot be read: {error.strerror}")
         except BadLatentError as error:

@@ -219,6 +219,10 @@ class OpenShards:
             self._files.move_to_end(path)
         return file
 
+    def forget(self, path: str) -> None:
+        """Open it anew when it is asked for again: the handle of a file may have become stale."""
+        self._files.pop(path, None)
+
 
 def read_span(path: Path | str, offset: int, size: int) -> memoryview:
     """Bytes [offset, offset + size) of a file with one `pread`; fewer if it ends before.

@@ -10,6 +10,7 @@ from sdxl_trainer.cache.single_file import build_component
 from sdxl_trainer.cache.text_encoder import encode_text
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.data.files import read_patiently
 from sdxl_trainer.train.conditioning import TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -72,7 +73,8 @@ def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | 
 
     unet: Any  # diffusers' from_pretrained is typed as a union that is never returned
     if source.file is None:
-        unet = UNet2DConditionModel.from_pretrained(source.folder, subfolder="unet", use_safetensors=True)
+        load = partial(UNet2DConditionModel.from_pretrained, subfolder="unet", use_safetensors=True)
+        unet = read_patiently(lambda: load(source.folder), source.folder)
     else:
         settings = source.read_config("unet")
         build = partial(UNet2DConditionModel.from_config, settings)
