@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer.cache.model_source import ModelSource, fetch_from_hub
+from sdxl_trainer.cache.model_source import ModelSource, fetch_from_hub, is_local, resolve_model
 from sdxl_trainer.cache.single_file import build_component
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
@@ -78,6 +78,19 @@ def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path
             )
         ]
     )
+
+
+def check_vocabulary(config: ModelConfig) -> list[Problem]:
+    """Whether there is a vocabulary, told before a network is loaded; of a hub id only the hub can tell."""
+    if not is_local(config):
+        return []
+    source = resolve_model(config)
+    try:
+        for name in PAD_TOKENS:
+            find_vocabulary(source, config, name)
+    except UserInputError as error:
+        return error.problems
+    return []
 
 
 def hash_weights(model: torch.nn.Module) -> str:

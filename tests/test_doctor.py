@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from sdxl_trainer.cache import encoders
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.latents import LatentSample, write_latents
@@ -141,6 +142,10 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(wrong) == {"train.global_batch_size", "optim.lr"}
     assert wrong["train.global_batch_size"].cure == "set it to a multiple of 2"
     assert not (tmp_path / "runs").exists()
+    shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # as of a single file, which carries no vocabulary
+    monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
+    wrong = {finding.name: finding for finding in check_settings(config, [], world_size=2) if not finding.is_ok}
+    assert "open_clip_torch" in wrong["model.tokenizer"].cure
 
 
 def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.captioning import check_cached_text
-from sdxl_trainer.cache.encoders import load_text_encoders, load_tokenizers
+from sdxl_trainer.cache.encoders import check_vocabulary, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.model_source import ModelSource, check_model, resolve_model
 from sdxl_trainer.cache.on_the_fly import build_missing_encoder, fill_missing
 from sdxl_trainer.configs.load import save_config
@@ -144,6 +144,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
     """The index of what will be trained on, and every problem that can be told before a network is loaded."""
     problems = [
         *check_model(config.model),
+        *check_vocabulary(config.model),
         *check_engine(config.engine),
         *check_optimizer(config.optim, config.engine),
         *check_encoders(config),

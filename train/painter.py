@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from sdxl_trainer.cache.model_source import ModelSource
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.train.conditioning import TextConditioner
+from sdxl_trainer.train.objective import read_latent_statistics
 from sdxl_trainer.train.prompts import Prompt
 
 
@@ -32,7 +33,7 @@ class Painter:
         pipeline = build_pipeline(self.unet, self.vae, self.source, self.config, prompt.scheduler)
         hidden, pooled = self._encode(prompt.text)
         negative_hidden, negative_pooled = self._encode(prompt.negative)
-        return pipeline(
+        x0 = pipeline(
             prompt_embeds=hidden,
             pooled_prompt_embeds=pooled,
             negative_prompt_embeds=negative_hidden,
@@ -42,7 +43,10 @@ class Painter:
             num_inference_steps=prompt.num_inference_steps,
             guidance_scale=prompt.guidance_scale,
             generator=torch.Generator().manual_seed(prompt.seed),
-        ).images[0]
+            output_type="latent",
+        ).images
+        pixels = decode_latents(self.vae, x0, self.config.model)
+        return pipeline.image_processor.postprocess(pixels)[0]
 
     def _encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden [1, 75·windows + 2, C], pooled [1, P]), in as many windows as captions have in training."""
@@ -52,6 +56,15 @@ class Painter:
         )
         hidden, pooled = self.conditioner.encode(ids, ids_2)
         return hidden.to(self.dtype), pooled.to(self.dtype)
+
+
+def decode_latents(vae: Any, x0: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """Pixels [B, 3, H, W], -1 to 1, of what a U-Net has drawn, [B, 4, h, w], by the VAE in its own precision.
+
+    diffusers' pipeline would hand a VAE in fp32, the precision that SDXL's needs, the latents of a U-Net in bf16.
+    """
+    mean, scale = (values.to(x0.device).view(1, -1, 1, 1) for values in read_latent_statistics(model, vae.config))
+    return vae.decode(x0.to(vae.dtype) / scale + mean, return_dict=False)[0]
 
 
 def draw_prompts(painter: Painter, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False) -> list[Image.Image]:
@@ -86,10 +99,9 @@ def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config, sch
     """diffusers' SDXL pipeline around networks that are loaded already, without text encoders."""
     from diffusers import StableDiffusionXLPipeline
 
-    from sdxl_trainer.train.samplers import build_scheduler, set_latent_statistics
+    from sdxl_trainer.train.samplers import build_scheduler
 
     absent: Any = None  # text comes encoded
-    set_latent_statistics(vae, config.model)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,

@@ -10,7 +10,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from sdxl_trainer.cache.model_source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.samples import SCHEDULERS
-from sdxl_trainer.configs.schema import ModelConfig
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
 # What SDXL's scheduler_config.json does not say, having been written for Euler's.
@@ -57,11 +56,3 @@ def build_scheduler(source: ModelSource, objective: ObjectiveConfig, name: str =
     if objective.zero_terminal_snr:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return kind.from_pretrained(source.folder, subfolder="scheduler", **settings)
-
-
-def set_latent_statistics(vae: Any, model: ModelConfig) -> None:
-    """Tell the pipeline's VAE how x0 was made of its latents, if the settings say so rather than its own config."""
-    if model.latents_mean and model.latents_std:
-        vae.register_to_config(
-            latents_mean=list(model.latents_mean), latents_std=list(model.latents_std), scaling_factor=1.0
-        )
