@@ -17,6 +17,7 @@ from sdxl_trainer.configs.seed_options import SEED_OPTIONS
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
 MODULE = re.compile(r"python -m sdxl_trainer\.(\w+)\.(\w+)")
 SCRIPT = re.compile(r"\b(?:bash|sbatch|python)(?: --\S+)* ((?:launch|tests|train|benchmarks)/[\w/]+\.\w+)")
 
@@ -40,6 +41,16 @@ def test_pages_name_what_there_is(page: Path) -> None:
     targets += [ROOT / folder / f"{module}.py" for folder, module in MODULE.findall(text)]
     targets += [ROOT / script for script in SCRIPT.findall(text) if script not in read_examples()]
     assert [str(target) for target in targets if not target.exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_lead_to_headings_and_mentioned_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    for target, anchor in ANCHOR.findall(text):
+        headings = re.findall(r"^#+ (.*)", (page.parent / target if target else page).read_text(), re.MULTILINE)
+        # As GitHub makes them: lower case, without punctuation, a hyphen for each space.
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, anchor
+    assert [name for name in re.findall(r"\b(docs/[\w/]+\.\w+)", text) if not (ROOT / name).exists()] == []
 
 
 def list_blocks(page: str) -> list[tuple[str, list[str]]]:
