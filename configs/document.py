@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -13,7 +13,7 @@ from sdxl_trainer.configs.schema import Config
 HEADER = """# Settings
 
 One YAML file holds them all; `key.sub=value` words on the command line override it. Unknown keys are errors.
-This page is generated from `configs/schema.py` by `python -m sdxl_trainer.configs.document > docs/CONFIG.md`.
+This page is generated from the files in `configs/` by `python -m sdxl_trainer.configs.document > docs/CONFIG.md`.
 """
 
 
@@ -63,6 +63,10 @@ def _format_limit(limit: Any) -> str:
 def _format_type(annotation: Any) -> str:
     if annotation is type(None):
         return "none"
+    if get_origin(annotation) is Annotated:
+        inner, *rules = get_args(annotation)
+        limits = [limit for rule in rules for limit in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
+        return " ".join([_format_type(inner), " and ".join(map(_format_limit, limits))])
     if get_origin(annotation) is None:
         return {Path: "path", Any: "any"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
     args = [_format_type(arg) if not isinstance(arg, (str, int)) else f"`{arg}`" for arg in get_args(annotation)]

@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w+)([^\n]*)\n(.*?)^```", re.M
 MARK = re.compile(r"not run: (.{10,})|run by (\S+?)(?:::(\w+))?")
 SECTIONS = {key.partition(".")[0] for key in iterate_keys()}
 # What looks like a setting of ours and is a file, or an argument that is handed on.
-NO_SETTINGS = re.compile(r".*\.(py|json|jsonl|log|html|yaml)|optim\.kwargs\..*|engine\.deepspeed\..*")
+NO_SETTINGS = re.compile(r".*\.(py|sh|json|jsonl|log|html|yaml)|optim\.kwargs\..*|engine\.deepspeed\..*")
 TOML = '[a]\npretrained_model_name_or_path = "/models/sd_xl_base_1.0.safetensors"\nlearning_rate = 1e-5\n'
 DATASET_TOML = '[[datasets]]\nenable_bucket = true\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = "{}"\n'
 SEED_CONFIG = "def get_config():\n    config = ConfigDict()\n    config.learning_rate = 1e-5\n    return config\n"

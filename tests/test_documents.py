@@ -53,6 +53,16 @@ def test_anchors_lead_to_headings_and_mentioned_pages_exist(page: Path) -> None:
     assert [name for name in re.findall(r"\b(docs/[\w/]+\.\w+)", text) if not (ROOT / name).exists()] == []
 
 
+def test_the_folder_map_is_true() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    folder, missing = "", []
+    for line in page[page.index("## The folder map") : page.index("## Words")].splitlines():
+        if found := re.match(r"\| `(\w+)/`", line):
+            folder = found[1]
+        missing += [name for name in re.findall(r"`([\w/*]+\.\w+)`", line) if not list((ROOT / folder).glob(name))]
+    assert folder == "benchmarks" and missing == []
+
+
 def list_blocks(page: str) -> list[tuple[str, list[str]]]:
     """Language and lines of every code block, without comments, which are prose."""
     blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
