@@ -6,12 +6,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+SETTINGS_VARIABLE = "BENCHMARK_SETTINGS"  # of a benchmark that starts itself on ranks
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,6 +56,33 @@ def start(script: str, *words: object, ranks: int) -> None:
     environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "launch" / script), *(str(word) for word in words)]
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+
+
+def make_tiny_set(work: Path) -> list[str]:
+    """Make the tiny SDXL and its demo set, and return the settings that name them."""
+    from sdxl_trainer.data.demo import draw_demo_set
+    from sdxl_trainer.train.tiny import build_tiny_sdxl
+
+    model, metadata = build_tiny_sdxl(work / "model"), draw_demo_set(work / "data")
+    words = [f"model.path={model}", f"data.metadata=[{metadata}]", f"cache.dir={work / 'latents'}"]
+    return [*words, f"run.dir={work / 'runs'}", "sample.prompts=[]", "log.level=WARNING"]
+
+
+def read_settings() -> dict[str, Any] | None:
+    """What `measure_on_ranks` gave to this process, if that started it."""
+    return json.loads(os.environ[SETTINGS_VARIABLE]) if SETTINGS_VARIABLE in os.environ else None
+
+
+def measure_on_ranks(script: str, settings: Mapping[str, Any], ranks: int) -> dict[str, float]:
+    """Start a benchmark's program again on so many ranks, and return what it printed last, as JSON.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
+    environment = {**os.environ, SETTINGS_VARIABLE: json.dumps(settings)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def finish(name: str, figures: dict[str, Figure]) -> int:

@@ -9,7 +9,6 @@ its gradients' buffer, the others have none between steps.
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from harness import ROOT, Figure, finish, parse_arguments, start
+from harness import ROOT, Figure, finish, make_tiny_set, measure_on_ranks, parse_arguments, read_settings, start
 
 RANKS = 2
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -35,38 +34,26 @@ LIMIT = 1.02  # of what the arithmetic says
 
 def main() -> int:
     """Run and report; within torchrun, measure and print one JSON line."""
-    if "MEMORY_BENCHMARK_WORDS" in os.environ:
-        return measure(json.loads(os.environ["MEMORY_BENCHMARK_WORDS"]))
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
-
+    if settings := read_settings():
+        return measure(settings)
     options = parse_arguments(__doc__ or "")
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        words = [f"model.path={build_tiny_sdxl(work / 'model')}", f"data.metadata=[{draw_demo_set(work / 'data')}]"]
-        words += [f"cache.dir={work / 'latents'}", f"run.dir={work / 'runs'}", "sample.prompts=[]"]
-        words += ["train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}", "log.level=WARNING"]
+        words = [*make_tiny_set(work), "train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}"]
         start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
         for stage, precision in product(STAGES[2:] if options.quick else STAGES, PRECISIONS[options.quick :]):
             deepspeed = json.dumps({"zero_optimization": SMALL})
             more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"engine.deepspeed={deepspeed}"]
-            found = run_ranks([*words, *more, f"run.name={stage}-{precision}-{time.time_ns()}"])
+            more += [f"run.name={stage}-{precision}-{time.time_ns()}"]
+            found = measure_on_ranks(__file__, {"words": [*words, *more]}, RANKS)
             name = f"zero{stage}_{precision}"
             figures[f"memory_of_theory_{name}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
             figures[f"bytes_a_weight_{name}"] = Figure(found["held"] / found["weights"])
     return finish("memory", figures)
 
 
-def run_ranks(words: list[str]) -> dict[str, float]:
-    """Start this program again on the ranks and return what rank 0 found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", __file__]
-    environment = {**os.environ, "MEMORY_BENCHMARK_WORDS": json.dumps(words)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(words: list[str]) -> int:
+def measure(settings: dict[str, Any]) -> int:
     """Two steps, then look."""
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
@@ -75,7 +62,7 @@ def measure(words: list[str]) -> int:
     from sdxl_trainer.train.loop import train_step
     from sdxl_trainer.train.memory import estimate_memory
 
-    config, problems = load_config(ROOT / "configs" / "tiny.yaml", words)
+    config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
     run, batches = build(*set_up(config, problems))
     for _ in range(2):
         train_step(run, batches, config.optim.lr)

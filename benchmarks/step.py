@@ -11,7 +11,6 @@ rank; what is fixed for each weight weighs more there than in steps of the real 
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from harness import ROOT, Figure, finish, parse_arguments, start
+from harness import ROOT, Figure, finish, make_tiny_set, measure_on_ranks, parse_arguments, read_settings, start
 
 CASES = (  # bare loop, ranks, precision
     ("pytorch", 1, "fp32"),
@@ -39,23 +38,19 @@ LIMIT = 1.02  # of the bare step's time
 
 def main() -> int:
     """Run and report; within torchrun, measure and print one JSON line."""
-    if "STEP_BENCHMARK_CONFIG" in os.environ:
-        return measure(json.loads(os.environ["STEP_BENCHMARK_CONFIG"]))
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
-
+    if settings := read_settings():
+        return measure(settings)
     options = parse_arguments(__doc__ or "")
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        words = [f"model.path={build_tiny_sdxl(work / 'model')}", f"data.metadata=[{draw_demo_set(work / 'data')}]"]
-        words += [f"cache.dir={work / 'latents'}", f"run.dir={work / 'runs'}", "sample.prompts=[]"]
-        words += ["checkpoint.every_steps=0", "data.num_workers=1", "log.level=WARNING", "run.resume=never"]
+        words = [*make_tiny_set(work), "checkpoint.every_steps=0", "data.num_workers=1", "run.resume=never"]
         start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=2)
         for bare, ranks, precision in CASES[::3] if options.quick else CASES:
             more = [f"engine.precision={precision}", f"train.global_batch_size={8 * ranks}"]
             more += [f"run.name={precision}-{ranks}-{time.time_ns()}"]
-            found = run_ranks([*words, *more], ranks, bare, 3 if options.quick else TURNS)
+            settings = {"words": [*words, *more], "bare": bare, "turns": 3 if options.quick else TURNS}
+            found = measure_on_ranks(__file__, settings, ranks)
             print(ranks, bare, precision, found, file=sys.stderr)
             name = f"{bare}_{precision}_{ranks}_rank{'s' * (ranks > 1)}"
             figures[f"time_of_bare_{name}"] = Figure(found["ratio"], "<=", LIMIT)
@@ -65,14 +60,6 @@ def main() -> int:
             figures[f"bare_seconds_{name}"] = Figure(found["bare"])
             figures[f"data_wait_share_{name}"] = Figure(found["wait"], "<=", 0.01)
     return finish("step", figures)
-
-
-def run_ranks(words: list[str], ranks: int, bare: str, turns: int) -> dict[str, float]:
-    """Start this program again on so many ranks and return what rank 0 found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-    environment = {**os.environ, "STEP_BENCHMARK_CONFIG": json.dumps({"words": words, "bare": bare, "turns": turns})}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(settings: dict[str, Any]) -> int:
