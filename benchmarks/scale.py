@@ -14,7 +14,7 @@ NODE = 8  # GPUs
 # Arithmetic of SDXL: train/flops.py, configs/sdxl.
 WEIGHTS = 2_567_463_684
 TFLOP_AN_IMAGE = 20.3  # forward and backward at 1024x1024
-LATENT_BYTES = 4 * 128 * 128 * 2 + 1_000  # fp16 at 1024x1024, npz or tar headers and manifest
+LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers
 # Of the vendor's data sheet, of a Hopper GPU (H100 SXM, H200), and of a node with an adapter of 400 Gbit/s for each.
 PEAK_TFLOPS, NVLINK_GBS, NETWORK_GBS = 989.5, 450.0, 50.0
 # Assumed: nobody has measured it with this program. The target of docs/PERFORMANCE.md.
