@@ -246,6 +246,17 @@ def test_a_rank_that_saves_alone_while_an_average_is_used_saves_the_weights(stag
     assert all(one.equal(other) for one, other in zip(saved, expected, strict=True))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_without_a_norm_a_gradient_that_is_not_finite_is_found_all_the_same(stage: int) -> None:
+    init_ranks()
+    settings = {"zero_optimization": {"compute_grad_norm": False}}
+    net, config = build_net(), EngineConfig(zero_stage=stage, precision="bf16", deepspeed=settings)
+    engine = Engine(net, build_optimizer(build_groups(net), OptimConfig(lr=LR), config), config, (2, 2, 1), 0.0)
+    weights = gather(engine)
+    engine.backward(engine(draw_inputs(0)[0].to(engine.dtype)).sum() * float("nan"))
+    assert not engine.step() and gather(engine).equal(weights)
+
+
 def list_tensors(content: object) -> list[torch.Tensor]:
     if isinstance(content, torch.Tensor):
         return [content]

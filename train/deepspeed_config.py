@@ -65,7 +65,7 @@ def spare_work(engine: Any, optimizer: Any, config: EngineConfig) -> None:
                 weight.grad = None
 
         engine.zero_grad = drop_gradients
-    if config.zero_stage in (1, 2) and not config.offload_optimizer:
+    if config.zero_stage in (1, 2) and not config.offload_optimizer and optimizer.compute_grad_norm:
         # It looks into each gradient for what is not finite. The norm of them all, which every rank has, shows it too.
         optimizer.check_overflow = lambda **_: None
 
