@@ -4,7 +4,6 @@ Every collective does nothing in a single process, so callers never ask whether 
 """
 
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ def read_environment() -> tuple[int, int, int]:
 def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     """Join the process group (NCCL with GPUs, gloo without) and pick this rank's device.
 
-    A single process forms a group of its own, because DeepSpeed wants one; it takes a free port for it.
+    A single process forms a group of its own, because DeepSpeed wants one.
 
     Args:
         timeout_minutes: how long a rank waits in a collective for others that live and do not come. For rank 0 to come
@@ -64,10 +63,8 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     global _joined  # noqa: PLW0603 (a process joins once)
     timeout = timedelta(minutes=timeout_minutes)
     rank, local_rank, world_size = read_environment()
-    if world_size == 1 and "MASTER_PORT" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_find_free_port())
-        )
+    alone = world_size == 1 and "MASTER_PORT" not in os.environ
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))  # DeepSpeed reads them
     use_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -77,7 +74,7 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
         dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            store=_open_store(rank, timeout),
+            store=_open_own_store(timeout) if alone else _open_store(rank, timeout),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -111,6 +108,11 @@ def excuse_rank_zero(status: int) -> None:
 def _name_start(store: dist.Store) -> dist.PrefixStore:
     """The part of a store that belongs to this start of the job."""
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _open_own_store(timeout: timedelta) -> dist.Store:
+    """The store of a process that no launcher has started. It takes its port itself: one found free may be gone."""
+    return dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
 
 
 def _open_store(rank: int, timeout: timedelta) -> dist.Store:
@@ -183,12 +185,6 @@ def gather_objects(value: Any) -> list[Any]:
 
 def _is_distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def publish(key: str, value: str) -> None:

@@ -14,6 +14,7 @@ import sys, time
 import torch
 import torch.distributed as dist
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
+from sdxl_trainer.launch.program import end_program
 
 rank, _, _ = read_environment()
 time.sleep(0 if rank else 6)
@@ -27,6 +28,7 @@ for group in (None, own) if rank else ():
         dist.all_reduce(torch.zeros(1), group=group)
     except RuntimeError:
         print("gave up", flush=True)
+end_program(0)
 """
 
 
