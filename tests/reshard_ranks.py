@@ -5,7 +5,6 @@ Ranks are forked from a process that has imported everything. The last line says
 """
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from rank_port import find_rank_port
 
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
@@ -30,9 +30,7 @@ AVERAGE = "0.9"
 
 def run_ranks(world_size: int, work: Callable[[Ranks], None]) -> None:
     """Do `work` on so many ranks; every one of them must come to its end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_rank_port()
     processes = []
     for rank in range(world_size):
         process = os.fork()

@@ -1,11 +1,11 @@
 """Ranks find each other however late rank 0 comes, and none waits forever for one that hangs."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from rank_port import find_rank_port
 
 # Rank 0 comes later than the time-out. Then rank 1 waits in collectives to which it does not come: of the first group,
 # and of one that is made as DeepSpeed makes its own.
@@ -61,9 +61,7 @@ end_program(run_program(work))
 
 def start_ranks(code: str, launcher_keeps_store: bool, *words: str) -> list[subprocess.Popen]:
     """Two ranks that run `code`, and where it is the launcher's, what keeps their store."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
     if launcher_keeps_store:
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return [

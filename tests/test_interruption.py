@@ -4,7 +4,6 @@ unbroken run's."""
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from campaigns.cache_kill import get_variable, list_descendants
 from conftest import ROOT, run_program
+from rank_port import find_rank_port
 
 from sdxl_trainer.train.checkpoint import find_checkpoint, list_checkpoints, settle_partials
 from sdxl_trainer.train.engine import map_file
@@ -78,9 +78,7 @@ def start_job(command: list[object], **environment: str) -> subprocess.Popen:
 
 def start_two_ranks(words: list[str], **environment: str) -> list[subprocess.Popen]:
     """Without a launcher, which would end the one when the other has ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, ROOT / "train/main.py", *words]
     return [start_job(command, **place, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 

@@ -21,7 +21,6 @@ import argparse
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -33,6 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rank_port import find_rank_port  # noqa: E402
 
 RANKS = 2
 STAGES = (3, 1, 2)
@@ -115,9 +118,7 @@ def strike(end: str) -> None:
 
 def start_ranks(words: list[str], log: Path, trial: Trial | None) -> list[int]:
     """Fork the ranks into a process group of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_rank_port()
     processes: list[int] = []
     for rank in range(RANKS):
         process = os.fork()
