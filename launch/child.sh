@@ -18,9 +18,8 @@ run_child() {  # command and its arguments
     SDXL_TRAINER_STATUS_FILE="$(mktemp)"
     export SDXL_TRAINER_STATUS_FILE
     echo "+ $*" >&2
-    # In the background, because bash would not pass a signal on to a foreground child. It starts such children with
-    # Ctrl-C ignored, and only another program can turn that back.
-    python -c 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])' "$@" &
+    # In the background, because bash would not pass a signal on to a foreground child.
+    python -m sdxl_trainer.launch.launcher "$@" &
     local child=$! status=0 signal=0
     trap 'signal=15; pass_on TERM "$child"' TERM
     trap 'signal=2; pass_on INT "$child"' INT
