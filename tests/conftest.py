@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import yaml
 from console_screen import run_in_terminal
 from filelock import FileLock
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of tests inherit it; behind a shell's & it is ignored
 ROOT = Path(__file__).resolve().parent.parent
 MIXED_PROMPTS = """a red circle on a white background
 a blue star on a grey background --w 64 --h 128 --s 3 --d 77
