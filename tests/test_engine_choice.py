@@ -31,14 +31,15 @@ CPU = torch.device("cpu")
 def test_stage_by_ranks(words: str, ranks: int, stage: int) -> None:
     config, problems = build_config({}, words.split())
     assert problems == []
-    settled = settle_engine(config, ranks)
+    settled, chosen = settle_engine(config, ranks)
     assert settled.engine.zero_stage == stage
+    assert chosen == "" if "zero_stage" in words else chosen.startswith(f"{stage} is taken, for ")
     assert list(check_optimizer(settled.optim, settled.engine)) == []
 
 
 def test_whole_tensors_and_shards_at_once_are_refused() -> None:
     config, _ = build_config({}, ["optim.name=adafactor", "engine.precision=fp16"])
-    config = settle_engine(config, 1)
+    config, _ = settle_engine(config, 1)
     assert [problem.key for problem in check_optimizer(config.optim, config.engine)] == ["optim.name"]
 
 

@@ -42,7 +42,9 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
         yield from map(explain, error.problems)
         return
     world_size = num_ranks or max(1, torch.cuda.device_count())
-    config = settle_engine(config, world_size)
+    config, chosen = settle_engine(config, world_size)
+    if chosen:
+        yield Finding("engine.zero_stage", chosen)
     yield from check_settings(config, problems, world_size)
     num_weights = count_unet_weights(config)
     yield check_memory(config, num_weights, world_size, list_device_bytes())

@@ -1,20 +1,19 @@
 """What of the engine's settings is chosen by the number of ranks where the user has said nothing."""
 
 import torch
-from loguru import logger
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.optim import find_need_of_whole_tensors
 
 
-def settle_engine(config: Config, world_size: int) -> Config:
-    """The settings with a ZeRO stage, for so many ranks."""
+def settle_engine(config: Config, world_size: int) -> tuple[Config, str]:
+    """(the settings with a ZeRO stage for so many ranks, what was chosen and why: "" where the user has chosen)."""
     if config.engine.zero_stage is not None:
-        return config
+        return config, ""
     stage, reason = choose_zero_stage(config, world_size)
-    logger.info("engine.zero_stage: {} is taken, for {}", stage, reason)
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": stage})})
+    settled = config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": stage})})
+    return settled, f"{stage} is taken, for {reason}"
 
 
 def choose_zero_stage(config: Config, world_size: int) -> tuple[int, str]:

@@ -123,12 +123,14 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Config, Index, Rank
     """
     rank, _, world_size = read_environment()
     init_logger(rank, config.log.level)
-    config = settle_engine(config, world_size)
+    config, chosen = settle_engine(config, world_size)
     path = None
     if rank == 0:
         obey_stop_file(config.run.folder)
         index, found = check_run(config, world_size)
         raise_if_any([*problems, *found])
+        if chosen:
+            logger.info("engine.zero_stage: {}", chosen)
         warn_of_prediction(config)
         warn_of_memory(config, world_size)
         assert index is not None, "a run without problems has an index"
