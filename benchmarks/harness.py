@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,24 @@ def make_tiny_set(work: Path) -> list[str]:
     return [*words, f"run.dir={work / 'runs'}", "sample.prompts=[]", "log.level=WARNING"]
 
 
-def read_settings() -> dict[str, Any] | None:
-    """What `measure_on_ranks` gave to this process, if that started it."""
-    return json.loads(os.environ[SETTINGS_VARIABLE]) if SETTINGS_VARIABLE in os.environ else None
+def run_on_ranks(
+    name: str,
+    description: str,
+    compare: Callable[[Path, bool], dict[str, Figure]],
+    measure: Callable[[dict[str, Any]], int],
+) -> int:
+    """The main program of a benchmark that starts itself on ranks.
+
+    Args:
+        compare: gets a folder for input and output, and whether to be quick; gathers figures by `measure_on_ranks`.
+        measure: runs on each rank with the settings given there; rank 0 prints what was found as a line of JSON.
+    """
+    if SETTINGS_VARIABLE in os.environ:
+        return measure(json.loads(os.environ[SETTINGS_VARIABLE]))
+    options = parse_arguments(description)
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = compare(options.work or Path(temporary), options.quick)
+    return finish(name, figures)
 
 
 def measure_on_ranks(script: str, settings: Mapping[str, Any], ranks: int) -> dict[str, float]:

@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import sys
-import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from harness import ROOT, Figure, finish, make_tiny_set, measure_on_ranks, parse_arguments, read_settings, start
+from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, start
 
 RANKS = 2
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -32,25 +31,20 @@ SMALL = {
 LIMIT = 1.02  # of what the arithmetic says
 
 
-def main() -> int:
-    """Run and report; within torchrun, measure and print one JSON line."""
-    if settings := read_settings():
-        return measure(settings)
-    options = parse_arguments(__doc__ or "")
+def compare(work: Path, quick: bool) -> dict[str, Figure]:
+    """Each stage and precision."""
     figures: dict[str, Figure] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = options.work or Path(temporary)
-        words = [*make_tiny_set(work), "train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}"]
-        start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
-        for stage, precision in product(STAGES[2:] if options.quick else STAGES, PRECISIONS[options.quick :]):
-            deepspeed = json.dumps({"zero_optimization": SMALL})
-            more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"engine.deepspeed={deepspeed}"]
-            more += [f"run.name={stage}-{precision}-{time.time_ns()}"]
-            found = measure_on_ranks(__file__, {"words": [*words, *more]}, RANKS)
-            name = f"zero{stage}_{precision}"
-            figures[f"memory_of_theory_{name}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
-            figures[f"bytes_a_weight_{name}"] = Figure(found["held"] / found["weights"])
-    return finish("memory", figures)
+    words = [*make_tiny_set(work), "train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}"]
+    start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
+    for stage, precision in product(STAGES[2:] if quick else STAGES, PRECISIONS[quick:]):
+        deepspeed = json.dumps({"zero_optimization": SMALL})
+        more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"engine.deepspeed={deepspeed}"]
+        more += [f"run.name={stage}-{precision}-{time.time_ns()}"]
+        found = measure_on_ranks(__file__, {"words": [*words, *more]}, RANKS)
+        name = f"zero{stage}_{precision}"
+        figures[f"memory_of_theory_{name}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
+        figures[f"bytes_a_weight_{name}"] = Figure(found["held"] / found["weights"])
+    return figures
 
 
 def measure(settings: dict[str, Any]) -> int:
@@ -92,4 +86,4 @@ def is_tensor(thing: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_ranks("memory", __doc__ or "", compare, measure))

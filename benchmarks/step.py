@@ -12,7 +12,6 @@ rank; what is fixed for each weight weighs more there than in steps of the real 
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from harness import ROOT, Figure, finish, make_tiny_set, measure_on_ranks, parse_arguments, read_settings, start
+from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, start
 
 CASES = (  # bare loop, ranks, precision
     ("pytorch", 1, "fp32"),
@@ -36,30 +35,25 @@ TURNS, STEPS = 12, 5
 LIMIT = 1.02  # of the bare step's time
 
 
-def main() -> int:
-    """Run and report; within torchrun, measure and print one JSON line."""
-    if settings := read_settings():
-        return measure(settings)
-    options = parse_arguments(__doc__ or "")
+def compare(work: Path, quick: bool) -> dict[str, Figure]:
+    """Each case."""
     figures: dict[str, Figure] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = options.work or Path(temporary)
-        words = [*make_tiny_set(work), "checkpoint.every_steps=0", "data.num_workers=1", "run.resume=never"]
-        start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=2)
-        for bare, ranks, precision in CASES[::3] if options.quick else CASES:
-            more = [f"engine.precision={precision}", f"train.global_batch_size={8 * ranks}"]
-            more += [f"run.name={precision}-{ranks}-{time.time_ns()}"]
-            settings = {"words": [*words, *more], "bare": bare, "turns": 3 if options.quick else TURNS}
-            found = measure_on_ranks(__file__, settings, ranks)
-            print(ranks, bare, precision, found, file=sys.stderr)
-            name = f"{bare}_{precision}_{ranks}_rank{'s' * (ranks > 1)}"
-            figures[f"time_of_bare_{name}"] = Figure(found["ratio"], "<=", LIMIT)
-            figures[f"time_of_bare_{name}_least"] = Figure(found["least"])
-            figures[f"time_of_bare_{name}_most"] = Figure(found["most"])
-            figures[f"cpu_time_of_bare_{name}"] = Figure(found["cpu_ratio"], "<=", LIMIT)
-            figures[f"bare_seconds_{name}"] = Figure(found["bare"])
-            figures[f"data_wait_share_{name}"] = Figure(found["wait"], "<=", 0.01)
-    return finish("step", figures)
+    words = [*make_tiny_set(work), "checkpoint.every_steps=0", "data.num_workers=1", "run.resume=never"]
+    start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=2)
+    for bare, ranks, precision in CASES[::3] if quick else CASES:
+        more = [f"engine.precision={precision}", f"train.global_batch_size={8 * ranks}"]
+        more += [f"run.name={precision}-{ranks}-{time.time_ns()}"]
+        settings = {"words": [*words, *more], "bare": bare, "turns": 3 if quick else TURNS}
+        found = measure_on_ranks(__file__, settings, ranks)
+        print(ranks, bare, precision, found, file=sys.stderr)
+        name = f"{bare}_{precision}_{ranks}_rank{'s' * (ranks > 1)}"
+        figures[f"time_of_bare_{name}"] = Figure(found["ratio"], "<=", LIMIT)
+        figures[f"time_of_bare_{name}_least"] = Figure(found["least"])
+        figures[f"time_of_bare_{name}_most"] = Figure(found["most"])
+        figures[f"cpu_time_of_bare_{name}"] = Figure(found["cpu_ratio"], "<=", LIMIT)
+        figures[f"bare_seconds_{name}"] = Figure(found["bare"])
+        figures[f"data_wait_share_{name}"] = Figure(found["wait"], "<=", 0.01)
+    return figures
 
 
 def measure(settings: dict[str, Any]) -> int:
@@ -191,4 +185,4 @@ def draw_inputs(batch: Any) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tens
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_ranks("step", __doc__ or "", compare, measure))
