@@ -147,10 +147,33 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
         logger.warning(
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
         )
+    problems += check_rule(config, folder)
     problems += check_copies(config, index)
     problems += check_flip(config, index) + check_use(config.data, index)
     leave_out_bad(config, index, resuming)
     return index, problems
+
+
+def check_rule(config: Config, folder: Path) -> list[Problem]:
+    """Whether the cache job has last made latents of the sizes that the settings ask for, not of others before them."""
+    identity, wanted = read_identity(folder), build_bucket_rules(config.data)[""]
+    if identity is None:  # another program made them
+        return []
+    numbers = (identity.get(name, 0) for name in ("resolution_px", "min_bucket_px", "max_bucket_px", "bucket_step_px"))
+    fixed = tuple((width, height) for width, height in identity.get("buckets", ()))
+    made = BucketRule(*numbers, identity.get("no_upscale", False), fixed)
+    if made == wanted:
+        return []
+    rule = f"holds latents made with {_describe_rule(made)}, and the settings have {_describe_rule(wanted)}"
+    cure = "run bash launch/cache.sh with the same settings, or set them as they were; another cache.dir keeps both"
+    return [Problem("cache.dir", folder, rule, cure)]
+
+
+def _describe_rule(rule: BucketRule) -> str:
+    if rule.fixed:
+        return f"data.buckets {[list(size) for size in rule.fixed]}"
+    sides = f"data.resolution_px {rule.resolution_px}, buckets of {rule.min_px} to {rule.max_px} px by {rule.step_px}"
+    return f"{sides}, no_upscale" if rule.no_upscale else sides
 
 
 def check_copies(config: Config, index: Index) -> list[Problem]:

@@ -10,6 +10,7 @@ from cache_samples import hash_items, list_files, run_job, write_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.bucket import BucketRule, Placement, choose_bucket, list_buckets, place_image, split_key
 from sdxl_trainer.data.check import build_bucket_rules, check_latents, check_records
@@ -174,9 +175,7 @@ def test_beside_the_pictures_they_lie_in_a_folder_of_their_own(filled, tmp_path)
     stems = set(json.loads(metadata.read_text()))
     assert {path.stem for path in (tmp_path / "data" / "images").glob("*.npz")} == stems
     assert {path.stem for path in (tmp_path / "data" / "images" / "64px").glob("*.npz")} == stems
-    config = Config.model_validate(
-        {"run": {"dir": tmp_path}, "data": {"metadata": [metadata], "resolution_px": [64, 128], "min_bucket_px": 32}}
-    )
+    config, _ = load_config(filled / "settings.yaml", [*words, f"run.dir={tmp_path}"])
     index, problems = check_latents(config, resuming=False)
     assert problems == [] and index is not None and len(index) == 2 * NUM_PICTURES
 
@@ -198,3 +197,19 @@ def test_a_key_that_reads_like_anothers_latents_is_told(tmp_path):
     for resolutions, expected in (([128], []), ([64, 128], ["a record has the key '64px/a'"])):
         config = Config.model_validate({"data": {**data, "resolution_px": resolutions}})
         assert [problem.rule for problem in check_records(config)[1]] == expected
+
+
+def test_latents_of_other_settings_are_not_trained_on(filled):
+    """Whoever changes the resolution and does not run the cache job again is told, not trained on what there is."""
+    settings = filled / "settings.yaml"
+    for words, made, wanted in (
+        ([*WORDS, "data.bucket_step_px=64"], "px by 32", "px by 64"),
+        ([*WORDS, "data.no_upscale=true"], "px by 32, and", "px by 32, no_upscale"),
+        (["data.buckets=[[96, 64]]"], "data.resolution_px 128", "the settings have data.buckets [[96, 64]]"),
+    ):
+        config, _ = load_config(
+            settings, [*words, f"cache.dir={filled / 'npz'}", f"run.dir={filled}", "cache.on_missing=skip"]
+        )
+        _, problems = check_latents(config, resuming=False)
+        assert [problem.key for problem in problems] == ["cache.dir"], words
+        assert made in problems[0].rule and wanted in problems[0].rule and "launch/cache.sh" in problems[0].cure
