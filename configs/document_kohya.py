@@ -16,9 +16,12 @@ makes a YAML file of what `sdxl_train.py` or `sdxl_train_network.py` is started 
 and of data sets (a `config_file` and `dataset_config` that they name are found too), or a script with the command line.
 `--ranks` says how many GPUs there were, if not accelerate's `--num_processes`. Runs counted in epochs need
 `--samples`, how many samples an epoch has with repeats, because length is counted in steps here. Options without a
-counterpart are named with the reason, on the console and as comments in the YAML. Nothing is lost unnamed, and no file
-is run, so variables of a script are not filled in. It is a program of its own, and no option of training, because what
-it makes is to be read by a person before anything is cached.
+counterpart are named with the reason, on the console and as comments in the YAML, and so is what is taken over but not
+quite the same. Nothing is lost unnamed, and no file is run, so variables of a script are not filled in. It is a program
+of its own, and no option of training, because what it makes is to be read by a person before anything is cached.
+
+In the tables below `always` stands where the option's effect is there without a setting, and a dash where no setting
+has it: the third column says why, or what to do instead.
 
 Latents and text outputs that kohya's scripts have cached are taken as they are; without `--adopt` the cache job makes
 what is missing:
@@ -79,7 +82,7 @@ def build_page() -> str:
 def _build_row(name: str, option: Option | str) -> str:
     if isinstance(option, str):
         return f"| `{name}` | as `{option}` | |\n"
-    keys = ", ".join(f"`{key}`" for key in option.keys) or "–"
+    keys = ", ".join(f"`{key}`" for key in option.keys) or ("always" if option.is_always else "–")
     return f"| `{name}` | {keys} | {option.note} |\n"
 
 

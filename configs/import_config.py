@@ -7,6 +7,7 @@ the first sdxl-trainer; a later one wins. What has no counterpart is named with 
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,19 +31,27 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.seed_options import SEED_DEFAULTS, SEED_OPTIONS
 
+Remark = tuple[str, Any, str]  # option, value, why
 OF_DATA_SETS = ("train_data_dir", "reg_data_dir", "in_json")  # which such files say themselves
 ON_BY_DEFAULT = ("train_nnet",)  # whose False says something
 FOLLOWED = ("config_file", "dataset_config")  # name further files
 RENAMED = {name: ours for name, ours in SEED_OPTIONS.items() if isinstance(ours, str)}
+NO_FOLDER = (
+    "is no folder on this machine, so its `N_name` folders could not be read: taken as one folder, without weights; "
+    "import where it is, or list them in data.image_dirs, with their N in data.weights"
+)
+NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts look for pictures: taken as one, without weights"
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
 
 
 @dataclass
 class Imported:
-    """What became of the options: settings by dotted key, and what has no counterpart (option, value, why)."""
+    """What became of the options: settings by dotted key, and what is to be said of the others."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    lost: list[tuple[str, Any, str]] = field(default_factory=list)
+    lost: list[Remark] = field(default_factory=list)  # without a counterpart
+    partial: list[Remark] = field(default_factory=list)  # taken over, but not quite the same
+    always: list[Remark] = field(default_factory=list)  # so without being set
 
 
 @dataclass
@@ -50,27 +59,26 @@ class Sources:
     """What files say, before it is converted."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    of_data: dict[str, Any] = field(default_factory=dict)  # options of data sets, which win over the others
-    places: dict[str, Any] = field(default_factory=dict)  # settings that say where the data are
-    lost: list[tuple[str, Any, str]] = field(default_factory=list)
+    datasets: list[dict[str, Any]] = field(default_factory=list)  # tables of dataset files
+    lost: list[Remark] = field(default_factory=list)
     is_seed: bool = False
 
     def add(self, other: "Sources") -> None:
         """Take up what another file says, which wins."""
         self.options |= other.options
-        self.of_data |= other.of_data
-        self.places |= other.places
+        self.datasets += other.datasets
         self.lost += other.lost
 
 
-def read_files(files: Sequence[Path]) -> Sources:
-    """All that the files say, and those that they name.
+def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> Sources:
+    """All that the files say, and those that they name, but those `known`, which are read elsewhere.
 
     Raises:
         UserInputError: one cannot be read.
     """
     found = Sources()
-    for file in files:
+    known |= {file.resolve() for file in files}
+    for file in dict.fromkeys(files):
         if file.suffix == ".py":
             options, others = read_python(file)
             found.options |= {RENAMED.get(name, name): value for name, value in options.items()}
@@ -79,32 +87,37 @@ def read_files(files: Sequence[Path]) -> Sources:
             continue
         tables = read_toml(file) if file.suffix == ".toml" else {}
         if is_dataset_config(tables):
-            options, places, lost = read_datasets(tables)
-            found.add(Sources(of_data=options, places=places, lost=lost))
+            found.datasets.append(tables)
             continue
         options = flatten_sections(tables) if file.suffix == ".toml" else read_command(file)
         for name in FOLLOWED:
-            if name in options:
-                found.add(read_files([_locate(str(options.pop(name)), file)]))
+            if name in options and (named := _locate(str(options.pop(name)), file)).resolve() not in known:
+                found.add(read_files([named], known))
         found.options |= options
     return found
 
 
 def convert(sources: Sources) -> Imported:
     """Settings of all options, in the order of the table."""
-    found = Imported(dict(sources.places), lost=list(sources.lost))
-    given = sources.options | sources.of_data
+    found = Imported(lost=list(sources.lost))
+    given = dict(sources.options)
+    for tables in sources.datasets:
+        options, places, remarks = read_datasets(tables, sources.options)
+        given |= options
+        found.settings |= places
+        found.partial += remarks
     given = {name: value for name, value in given.items() if name in ON_BY_DEFAULT or not _is_unset(value)}
     if found.settings:
         why = "has no effect beside a file of data sets, in kohya's scripts either"
         found.lost += [(name, given.pop(name), why) for name in OF_DATA_SETS if name in given]
     if "train_data_dir" in given and "in_json" not in given:
-        folders = list_repeated_folders(Path(str(given["train_data_dir"])))
-        found.settings |= list_places(folders)[0]
-        if folders:
+        folder = Path(str(given["train_data_dir"]))
+        subsets = list_repeated_folders(folder)
+        found.settings |= list_places(subsets)[0]
+        if subsets:
             del given["train_data_dir"]
         else:
-            found.lost.append(("train_data_dir", given["train_data_dir"], "has no `N_name` folders here: no weights"))
+            found.partial.append(("train_data_dir", str(folder), NO_SUBFOLDERS if folder.is_dir() else NO_FOLDER))
     own = {name: option for name, option in SEED_OPTIONS.items() if isinstance(option, Option)}
     table = KOHYA_OPTIONS | (own if sources.is_seed else {})
     known = (SEED_DEFAULTS if sources.is_seed else KOHYA_DEFAULTS) | given
@@ -135,8 +148,10 @@ def build_yaml(found: Imported) -> tuple[str, list[tuple[str, Any, str]]]:
 def describe(found: Imported, refused: Sequence[tuple[str, Any, str]]) -> str:
     """What a person should read before the YAML is used."""
     parts = {
+        "taken over, but not quite the same": found.partial,
         "without a counterpart (docs/FROM_KOHYA.md says what is different about the others)": found.lost,
         "against the rules here": refused,
+        "always so here, without a setting": found.always,
     }
     lines = []
     for title, entries in parts.items():
@@ -147,6 +162,9 @@ def describe(found: Imported, refused: Sequence[tuple[str, Any, str]]) -> str:
 
 def _convert_option(name: str, option: Option, given: Given, found: Imported) -> None:
     value = given[name]
+    if option.is_always:
+        found.always.append((name, value, option.note))
+        return
     if not option.keys:
         found.lost += [(name, value, option.note)] if value else []  # a strength of 0 is none
         return
@@ -154,7 +172,7 @@ def _convert_option(name: str, option: Option, given: Given, found: Imported) ->
         made = option.convert(value, given) if option.convert else value
     except NoCounterpart as error:
         found.settings |= error.settings
-        found.lost.append((name, value, str(error)))
+        (found.partial if error.settings else found.lost).append((name, value, str(error)))
         return
     except (TypeError, ValueError, SyntaxError) as error:
         found.lost.append((name, value, f"cannot be understood: {error}"))
@@ -215,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="YAML", help="where to write (default: the console)")
     parser.add_argument("--ranks", type=int, help="processes there; accelerate's --num_processes by default")
     parser.add_argument("--samples", type=int, help="samples of an epoch (pictures x repeats), for epochs as steps")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # files may stand after --out too
     try:
         _import_files(options)
     except UserInputError as error:
@@ -246,7 +264,8 @@ def _import_files(options: argparse.Namespace) -> None:
     except OSError as error:
         rule = f"cannot be written: {error.strerror}"
         raise UserInputError([Problem("--out", options.out, rule, "give a path that can be written to")]) from None
-    sys.stderr.write(f"{remarks}\n" if remarks else "")
+    closing = f"wrote {options.out}; read it, then: bash launch/doctor.sh --cfg {shlex.quote(str(options.out))}"
+    sys.stderr.write(f"{remarks}\n{closing}\n" if remarks else f"{closing}\n")
 
 
 if __name__ == "__main__":

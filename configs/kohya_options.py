@@ -7,6 +7,7 @@ Options are in the order in which they are imported: a later one may overwrite w
 from dataclasses import dataclass
 
 from sdxl_trainer.configs.kohya_values import (
+    VAE_CONVERSION,
     WEIGHTINGS,
     Convert,
     as_list,
@@ -16,6 +17,7 @@ from sdxl_trainer.configs.kohya_values import (
     convert_batch,
     convert_epochs,
     convert_full_bf16,
+    convert_log_with,
     convert_masked_loss,
     convert_network,
     convert_optimizer,
@@ -24,6 +26,9 @@ from sdxl_trainer.configs.kohya_values import (
     convert_steps,
     convert_text_encoder_lr,
     convert_text_encoders,
+    convert_tracker_name,
+    convert_vae,
+    convert_wandb_run,
     count_kept,
     for_huber,
     needs,
@@ -40,6 +45,7 @@ class Option:
     keys: tuple[str, ...] = ()  # none: there is no counterpart, and `note` says why
     note: str = ""
     convert: Convert | None = None  # the same value without one
+    is_always: bool = False  # needs no setting: `note` says how it is
 
 
 def same(key: str, note: str = "") -> Option:
@@ -55,6 +61,11 @@ def made(convert: Convert, *keys: str, note: str = "") -> Option:
 def none(why: str) -> Option:
     """No counterpart."""
     return Option((), why)
+
+
+def always(how: str = "") -> Option:
+    """What is done without being asked for."""
+    return Option((), how or "is so without being set", is_always=True)
 
 
 def weighed(name: str) -> Option:
@@ -75,32 +86,34 @@ ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it takes kohya's files as they are"
 MEMORY = "a way of kohya's scripts to save memory; here ZeRO, offload and the precision do (docs/TRAINING.md)"
-ALWAYS = "is always so"
 PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixels while training"
 UPLOAD = "nothing is uploaded; send the file when it is done"
 RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
 LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
 FROZEN_UNET = {"match": r"^unet\.", "lr": 0}
 FREEZES = "a group with a rate of 0 freezes the U-Net"
-MODEL_NOTES = "of such notes the file holds what a run can tell: title, date, prediction, resolution"
+MODEL_NOTES = (
+    "is not written; a model's file tells its title (`run.name`), date, resolution, prediction and timesteps, that of "
+    "adapters title, rank and alpha"
+)
 
 MODEL = {
     "pretrained_model_name_or_path": made(
         refuse_suffixes(".ckpt", ".pt", why="weights are read from safetensors only; convert the file"), "model.path"
     ),
     "vae": made(
-        refuse_suffixes(".safetensors", ".ckpt", ".pt", why="is a folder in diffusers' form, or a hub id, here"),
-        "model.vae",
+        convert_vae, "model.vae",
+        note=f"a folder in diffusers' form or a hub id; convert a single file once: `{VAE_CONVERSION}`",
     ),
-    "no_half_vae": none("the VAE runs in fp32 unless `cache.vae_precision: bf16` is set"),
+    "no_half_vae": always("the VAE runs in fp32 unless `cache.vae_precision: bf16` is set"),
     "tokenizer_cache_dir": none("CLIP's vocabulary comes with the model, or from `model.tokenizer`"),
-    "sdxl": none(ALWAYS),
+    "sdxl": always(),
     "v2": none("SDXL only"),
     "clip_skip": none("SDXL is always told the states before the last layer; kohya's SDXL scripts ignore it too"),
     "disable_mmap_load_safetensors": none("files are read tensor by tensor"),
     "lowram": none(MEMORY),
     "highvram": none(MEMORY),
-}
+}  # fmt: skip
 DATA = {
     "train_data_dir": made(
         as_list, "data.image_dirs", note="its `N_name` folders become folders with weights N; the name is no caption"
@@ -110,7 +123,8 @@ DATA = {
     "image_dir": made(as_list, "data.image_dirs", note="of a subset"),
     "metadata_file": made(as_list, "data.metadata", note="of a subset"),
     "is_reg": same("data.regularisation_dirs", "of a subset"),
-    "num_repeats": same("data.weights", "of a subset; one for each entry of `data.metadata` or `data.image_dirs`"),
+    "num_repeats": same("data.weights", "of a subset; one for each entry of `data.metadata` or `data.image_dirs`; "
+                        "with `is_reg` named only: these come as often as all others together, there too"),
     "dataset_repeats": none("all pictures alike: the same as more steps"),
     "class_tokens": none("a picture without a caption is trained with the empty one; write .txt files"),
     "caption_extension": made(
@@ -119,9 +133,12 @@ DATA = {
     "caption_extention": none("misspelt caption_extension; `.txt` and `.caption` files are read"),
     "resolution": made(
         convert_resolution, "data.resolution_px", "data.buckets",
-        note="the side of a square of the same area; without `enable_bucket` one bucket of this size",
+        note="with `enable_bucket` the side of a square of the same area; several for data sets of the same folders",
     ),
-    "enable_bucket": made(say(None), "data.resolution_px", note="buckets are always used"),
+    "enable_bucket": made(
+        say(None), "data.resolution_px", "data.buckets",
+        note="without it `data.buckets` has one bucket of `resolution`'s size, as there",
+    ),
     "min_bucket_reso": made(needs("enable_bucket"), "data.min_bucket_px"),
     "max_bucket_reso": made(needs("enable_bucket"), "data.max_bucket_px", note="1024 there by default, 2048 here"),
     "bucket_reso_steps": made(needs("enable_bucket"), "data.bucket_step_px", note="multiples of 32"),
@@ -143,16 +160,16 @@ DATA = {
     "face_crop_aug_range": none(PIXELS),
     "resize_interpolation": none("pictures are resized by Pillow's bicubic filter"),
     "skip_image_resolution": none("leave small pictures out of the metadata, or give them 0 repeats by a strategy"),
-    "cache_latents": none(CACHED),
-    "cache_latents_to_disk": none(CACHED),
+    "cache_latents": always(CACHED),
+    "cache_latents_to_disk": always(CACHED),
     "vae_batch_size": same("cache.batch_size"),
     "skip_cache_check": made(say("none"), "data.check", note="`none`"),
-    "cache_info": none("what is known of pictures is always indexed"),
+    "cache_info": always("what is known of pictures is always indexed"),
     "cache_text_encoder_outputs": made(say(True), "cache.text"),
     "cache_text_encoder_outputs_to_disk": made(say(True), "cache.text"),
     "text_encoder_batch_size": none("goes by `cache.batch_size`"),
     "max_data_loader_n_workers": same("data.num_workers", "of each rank"),
-    "persistent_data_loader_workers": none(ALWAYS),
+    "persistent_data_loader_workers": always(),
     "debug_dataset": none("`bash launch/preview.sh --cfg x.yaml` shows the data"),
     "dataset_class": none("write a strategy (docs/STRATEGY.md), or metadata of your own (docs/DATA.md)"),
     "custom_attributes": none("write them into the metadata, for a strategy"),
@@ -260,14 +277,14 @@ ADAPTERS = {
     "base_weights_multiplier": none("merge adapters into the model beforehand"),
     "network_multiplier": none("adapters are trained at full strength"),
     "training_comment": none(MODEL_NOTES),
-    "no_metadata": none(MODEL_NOTES),
+    "no_metadata": none("a file always tells what `training_comment` says here"),
 }
 TRAINING = {
     "max_train_steps": same("train.max_steps"),
     "max_train_epochs": made(convert_epochs, "train.max_steps", note="length is counted in steps: give `--samples`"),
     "train_batch_size": made(convert_batch, *BATCH, note="global = this x accumulation x processes"),
     "batch_size": made(convert_batch, *BATCH, note="train_batch_size, in a data set's file"),
-    "gradient_accumulation_steps": made(say(None), *BATCH, note="what remains of the global batch"),
+    "gradient_accumulation_steps": made(say(None), *reversed(BATCH), note="what remains of the global batch"),
     "num_processes": made(say(None), *BATCH, note="accelerate's; `NPROC` here, by default one for each GPU"),
     "seed": same("run.seed"),
     "mixed_precision": made(
@@ -285,7 +302,7 @@ TRAINING = {
     "mem_eff_attn": made(say("sdpa"), "engine.attention", note="`sdpa`"),
     "torch_compile": same("engine.compile"),
     "dynamo_backend": none("`torch.compile`'s own default"),
-    "deepspeed": none(ALWAYS),
+    "deepspeed": always(),
     "zero_stage": made(needs("deepspeed"), "engine.zero_stage"),
     "offload_optimizer_device": made(needs("deepspeed", choose({"cpu": True})), "engine.offload_optimizer"),
     "offload_param_device": made(needs("deepspeed", choose({"cpu": True})), "engine.offload_param"),
@@ -323,9 +340,9 @@ OUTPUT = {
                 "diffusers_safetensors": "diffusers"}),
         "checkpoint.export_format", note="weights are always written as safetensors",
     ),
-    "use_safetensors": none(ALWAYS),
-    "save_state": none(ALWAYS),
-    "save_state_on_train_end": none(ALWAYS),
+    "use_safetensors": always(),
+    "save_state": always(),
+    "save_state_on_train_end": always(),
     "save_state_to_huggingface": none(UPLOAD),
     "resume": none(RESUME),
     "resume_from_huggingface": none(RESUME),
@@ -353,14 +370,19 @@ OUTPUT = {
         })),
         "sample.scheduler", note="`ddim` there by default, `euler` here",
     ),
-    "logging_dir": none(LOGS),
-    "log_with": none(LOGS),
-    **{name: none(LOGS) for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config",
-                                     "wandb_run_name", "wandb_api_key", "console_log_file", "console_log_simple")},
+    "logging_dir": always(LOGS),
+    "log_with": made(convert_log_with, "log.wandb", note="`wandb` and `all`; TensorBoard's files are always written"),
+    "log_tracker_name": made(
+        convert_tracker_name, "log.wandb", note="the project; by default `finetuning` or `network_train`, as there"
+    ),
+    "wandb_run_name": made(convert_wandb_run, "run.name", note="a run has one name, there too: `output_name` if given"),
+    "wandb_api_key": none("run `wandb login` once, or set WANDB_API_KEY in the environment"),
+    **{name: none(LOGS) for name in ("log_prefix", "log_tracker_config", "log_config", "console_log_file",
+                                     "console_log_simple")},
     "console_log_level": made(
         choose({name.lower(): name for name in ("DEBUG", "INFO", "WARNING")}), "log.level"
     ),
-    "output_config": none("the settings of a run are saved in its folder"),
+    "output_config": always("the settings of a run are saved in its folder"),
 }  # fmt: skip
 
 KOHYA_GROUPS: dict[str, dict[str, Option]] = {

@@ -42,6 +42,10 @@ WEIGHTINGS = {
     "scale_v_pred_loss_like_noise_pred": "v_like_epsilon",
     "v_pred_like_loss": "v_pred_like",
 }
+VAE_CONVERSION = (
+    'python -c "from diffusers import AutoencoderKL as VAE; VAE.from_single_file('
+    "'x.safetensors', config='stabilityai/stable-diffusion-xl-base-1.0', subfolder='vae').save_pretrained('x-folder')\""
+)
 
 
 class NoCounterpart(ValueError):
@@ -119,6 +123,46 @@ def refuse_suffixes(*suffixes: str, why: str) -> Convert:
     return convert
 
 
+def convert_vae(value: Any, given: Given) -> str:
+    """A folder or a hub id; of a single file, how it becomes a folder. The config that diffusers guesses for such a
+    file is Stable Diffusion 1.5's, whose scaling factor is another."""
+    path = str(value).replace("\\", "/")
+    if not path.lower().endswith((".safetensors", ".ckpt", ".pt")):
+        return str(value)
+    folder = path.rpartition(".")[0]
+    command = VAE_CONVERSION.replace("x.safetensors", path).replace("x-folder", folder)
+    raise NoCounterpart(f"is a folder in diffusers' form, or a hub id, here: run {command} and set model.vae: {folder}")
+
+
+def _uses_wandb(given: Given) -> bool:
+    return given.get("log_with") in ("wandb", "all")
+
+
+def convert_log_with(value: Any, given: Given) -> str | None:
+    """The project at Weights & Biases, which is kohya's name of the tracker."""
+    if value == "tensorboard":
+        return None
+    if not _uses_wandb(given):
+        raise NoCounterpart("here there are tensorboard, wandb, all")
+    default = "network_train" if given.get("network_module") else "finetuning"
+    return str(given.get("log_tracker_name") or default)
+
+
+def convert_tracker_name(value: Any, given: Given) -> None:
+    """Taken by `log_with`."""
+    if not _uses_wandb(given):
+        raise NoCounterpart("names a project at Weights & Biases only, with log_with")
+
+
+def convert_wandb_run(value: Any, given: Given) -> str | None:
+    """The run's name, if nothing else is."""
+    if not _uses_wandb(given):
+        raise NoCounterpart("has no effect without log_with, in kohya's scripts either")
+    if str(given.get("output_name") or value) != str(value):
+        raise NoCounterpart(f"at Weights & Biases too a run is called by run.name, here {given['output_name']!r}")
+    return str(value)
+
+
 def read_numbers(value: Any) -> list[float]:
     """Numbers of a number, a list, or a text such as `1e-5,2e-5`."""
     if isinstance(value, str):
@@ -142,7 +186,7 @@ def read_pairs(value: Any) -> dict[str, Any]:
 def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
     """An area for buckets, or one size for all pictures, as kohya's scripts have it without `enable_bucket`."""
     if isinstance(value, list) and value and isinstance(value[0], list):  # of several data sets, made by kohya_data.py
-        return {"data.resolution_px": [_compute_side(size) for size in value]}
+        return {"data.resolution_px": list(dict.fromkeys(_compute_side(size) for size in value))}
     sizes = [int(side) for side in read_numbers(value)]
     width, height = sizes * 2 if len(sizes) == 1 else sizes
     if given.get("enable_bucket"):

@@ -3,13 +3,16 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
+
+if TYPE_CHECKING:
+    from sdxl_trainer.configs.kohya_options import Option
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
@@ -65,9 +68,13 @@ def iterate_sections(model: type[BaseModel] = Config) -> Iterator[tuple[str, typ
 
 
 def suggest_key(key: str) -> str:
-    """The known dotted key that looks most like `key`, or an empty string."""
+    """The known dotted key that is meant by `key`, by its name in kohya's scripts or by its looks, or an empty
+    string."""
     known = list(iterate_keys())
     last = key.rsplit(".", 1)[-1]
+    option = _find_kohya_option(last)
+    if option is not None and option.keys:
+        return option.keys[0]
     # A key in the wrong section is as common a slip as a mistyped one.
     moved = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == last]
     near = moved or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -75,6 +82,25 @@ def suggest_key(key: str) -> str:
         leaves = {name.rsplit(".", 1)[-1]: name for name in known}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
     return near[0] if near else ""
+
+
+def suggest_cure(key: str) -> str:
+    """What to write in place of an unknown key."""
+    last, near = key.rsplit(".", 1)[-1], suggest_key(key)
+    option = _find_kohya_option(last)
+    if option is None:
+        return f"did you mean {near}?" if near else "see docs/CONFIG.md for the known keys"
+    if near and (option.keys or near.rsplit(".", 1)[-1] == last):
+        page = f" docs/FROM_KOHYA.md says how kohya's {last} is written" if option.convert is not None else ""
+        return f"did you mean {near}?{page}"
+    return f"leave it out; of this option of kohya's scripts: {option.note}"
+
+
+def _find_kohya_option(name: str) -> "Option | None":
+    """What an option of kohya's scripts is here; the table is imported only where a key is wrong."""
+    from sdxl_trainer.configs.kohya_options import KOHYA_OPTIONS
+
+    return KOHYA_OPTIONS.get(name)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -147,9 +173,7 @@ def _explain(error: ValidationError, raw: dict) -> tuple[list[Problem], list[tup
         location = _trim_to_raw(item["loc"], raw)
         key = ".".join(str(part) for part in location) or "--cfg"
         if item["type"] == "extra_forbidden":
-            near = suggest_key(key)
-            cure = f"did you mean {near}?" if near else "see docs/CONFIG.md for the known keys"
-            problems.append(Problem(key, item["input"], "is not a known key", cure))
+            problems.append(Problem(key, item["input"], "is not a known key", suggest_cure(key)))
         else:
             value = None if isinstance(item["input"], dict) else item["input"]
             problems.append(Problem(key, value, item["msg"].removeprefix("Value error, "), "see docs/CONFIG.md"))

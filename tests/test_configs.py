@@ -11,7 +11,18 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 
 ROOT = Path(__file__).parent.parent
+PAGE, IS = "docs/FROM_KOHYA.md says how kohya's", " is written"
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+OF_KOHYA = {
+    "learning_rate": "optim.lr",
+    "train.learning_rate": "optim.lr",
+    "optim.optimizer_type": "optim.name",
+    "objective.min_snr_gamma": "objective.weighting",
+    "data.train_data_dir": "data.image_dirs",
+    "lora.network_dim": "lora.rank",
+    "model.pretrained_model_name_or_path": "model.path",
+    "train.gradient_accumulation_steps": "train.global_batch_size",
+}
 
 
 def load(folder: Path, text: str, *overrides: str):
@@ -30,6 +41,20 @@ def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
         ("train: {max_step: 3}", "train.max_step", 3, "did you mean train.max_steps?"),
         ("train: {lr: 1}", "train.lr", 1, "did you mean optim.lr?"),  # right key, wrong section
         ("optm: {lr: 1}", "optm", {"lr": 1}, "did you mean optim?"),
+        ("optim: {learning_rate: 1}", "optim.learning_rate", 1, "did you mean optim.lr?"),  # kohya's names
+        (
+            "train: {batch_size: 1}",
+            "train.batch_size",
+            1,
+            f"did you mean train.micro_batch_size? {PAGE} batch_size{IS}",
+        ),
+        (
+            "train: {dataset_repeats: 2}",
+            "train.dataset_repeats",
+            2,
+            "leave it out; of this option of kohya's scripts: all pictures alike: the same as more steps",
+        ),
+        ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # a key of ours before such an option
         ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
         ("train: {max_steps: many}", "train.max_steps", "many", "see docs/CONFIG.md"),
         ("train: {max_steps: 1.5}", "train.max_steps", 1.5, "see docs/CONFIG.md"),
@@ -164,5 +189,6 @@ def test_the_page_of_settings_is_current():
 def test_the_nearest_key_is_one_of_the_schema():
     assert suggest_key("checkpoint.keep_latest") == "checkpoint.keep_last"
     assert suggest_key("learning_rte") == ""
+    assert {key: suggest_key(key) for key in OF_KOHYA} == OF_KOHYA
     known = set(iterate_keys())
     assert all(suggest_key(key[:-1]) in known for key in known if "." in key and len(key.rsplit(".")[-1]) > 4)

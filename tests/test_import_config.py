@@ -306,6 +306,12 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--masked_loss --conditioning_data_dir masks", "objective.masked_loss", True),
         ("--masked_loss --conditioning_data_dir masks", "data.masks", "masks"),
         ("--conditioning_data_dir masks", "data.masks", None),
+        ("--log_with wandb", "log.wandb", "finetuning"),  # kohya's name of the tracker
+        ("--log_with all --network_module networks.lora", "log.wandb", "network_train"),
+        ("--log_with wandb --log_tracker_name mine", "log.wandb", "mine"),
+        ("--log_with tensorboard", "log.wandb", None),
+        ("--log_with wandb --wandb_run_name a", "run.name", "a"),
+        ("--log_with wandb --wandb_run_name a --output_name b", "run.name", "b"),
         ("--bucket_reso_steps 8 --enable_bucket --resolution 1024", "data.bucket_step_px", None),  # against the rules
         ("--train_text_encoder --learning_rate_te1 0", "optim.text_encoder_lr", 0),
         ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
@@ -325,6 +331,55 @@ def test_the_same_pictures_at_several_resolutions(tmp_path: Path) -> None:
     settings, comment = import_files(tmp_path, {"d.toml": sets})
     assert settings["data"]["resolution_px"] == [512, 1024] and settings["data"]["image_dirs"] == ["/a"]
     assert settings["train"]["micro_batch_size"] == 8 and "batch_size = [8, 2]: differs" in comment
+    assert "enable_bucket = False" in comment  # one bucket for each resolution there
+
+
+def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
+    """A folder that is given twice comes once, and nothing of it is lost unnamed."""
+    first = "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\nnum_repeats = 2\n"
+    regular = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
+    second = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '/a/'\nnum_repeats = 3\n"
+    settings, comment = import_files(tmp_path, {"d.toml": first + regular + second})
+    data = settings["data"]
+    assert (data["resolution_px"], data["image_dirs"], data["weights"]) == ([1024, 512], ["/a"], [2])
+    assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
+    # As many as all others there too, whatever num_repeats is.
+    assert data["regularisation_dirs"] == ["/r"] and "regularisation_repeats" not in data
+    assert "num_repeats = 7: of is_reg" in comment and "data.regularisation_repeats: 7" in comment
+    other = "[[datasets.subsets]]\nimage_dir = '/b'\n"
+    settings, comment = import_files(tmp_path, {"d.toml": first + other + second})
+    assert settings["data"]["image_dirs"] == ["/a", "/b"] and settings["data"]["weights"] == [5, 1]
+    assert "resolution = [1024, 512]: the data sets have different folders" in comment
+    assert "image_dir = ['/a']: stands in several" in comment
+
+
+def test_what_is_unset_is_compared_by_its_default(tmp_path: Path) -> None:
+    """kohya's default, or the training file's value, and named as unset where there is none; each file is read once."""
+    sets = (
+        "[general]\nenable_bucket = true\n[[datasets]]\nresolution = 1024\nbucket_reso_steps = 64\nbatch_size = 4\n"
+        "[[datasets.subsets]]\nimage_dir = '/a'\n[[datasets.subsets]]\nimage_dir = '/b'\ncaption_prefix = 'x, '\n"
+        "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/c'\nkeep_tokens = 2\n"
+    )
+    files = {"t.toml": "dataset_config = 'd.toml'\ntrain_batch_size = 4\n", "d.toml": sets}
+    settings, comment = import_files(tmp_path, files, str(tmp_path / "d.toml"))
+    assert "bucket_reso_steps" not in comment and "batch_size" not in comment and "False" not in comment
+    assert comment.count("caption_prefix = [unset, 'x, ']: differs") == 1
+    assert comment.count("keep_tokens = [0, 2]: differs") == 1
+    assert settings["train"]["micro_batch_size"] == 4 and "caption" not in settings["data"]
+
+
+def test_a_vae_of_one_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --vae /m/best.safetensors"})
+    assert "model" not in settings and "model.vae: /m/best" in comment
+    assert "from_single_file('/m/best.safetensors', config='stabilityai/" in comment
+    assert "save_pretrained('/m/best')" in comment
+
+
+def test_what_is_always_so_is_not_called_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --cache_latents --color_aug --save_state"})
+    lost, always = comment.split("always so here")
+    assert "color_aug" in lost and "cache_latents" in always and "save_state" in always and "color_aug" not in always
+    assert capsys.readouterr().err.endswith(f"doctor.sh --cfg {tmp_path / 'x.yaml'}\n")
 
 
 def test_a_file_of_data_sets_goes_before_folders_in_the_command(tmp_path: Path) -> None:
@@ -345,7 +400,8 @@ def test_folders_with_repeats(tmp_path: Path) -> None:
     folders = [str(tmp_path / "train" / name) for name in ("10_dog", "2_a cat")]
     assert settings["data"]["image_dirs"] == folders and settings["data"]["weights"] == [10, 2]
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --train_data_dir /elsewhere"})
-    assert settings["data"]["image_dirs"] == ["/elsewhere"] and "no weights" in comment
+    assert settings["data"]["image_dirs"] == ["/elsewhere"] and "without weights" in comment
+    assert "counterpart" not in comment
 
 
 def test_commands_of_other_shells(tmp_path: Path) -> None:
