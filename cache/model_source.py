@@ -44,11 +44,15 @@ def check_model(config: ModelConfig) -> list[Problem]:
         problems = [Problem("model.path", config.path, rule, cure) for rule in _describe_folder(path)]
     elif path.is_file():
         problems = _check_single_file(config, path, cure)
+    elif is_missing_path(config.path):
+        rule = f"does not exist, and {path.parts[0]} is a folder here, so that it is not looked for on the hub"
+        problems = [Problem("model.path", config.path, rule, "check the path")]
     elif HUB_ID.fullmatch(config.path) and not config.path.endswith(".safetensors"):
         problems = []  # only the hub can tell, and only when it is asked for the model
     else:
         problems = [Problem("model.path", config.path, "is neither a file nor a folder", cure)]
-    if config.vae and not Path(config.vae).is_dir() and not HUB_ID.fullmatch(config.vae):
+    is_hub_vae = HUB_ID.fullmatch(config.vae or "") and not is_missing_path(config.vae or "")
+    if config.vae and not Path(config.vae).is_dir() and not is_hub_vae:
         problems.append(
             Problem("model.vae", config.vae, "is neither a folder nor a hub id", "give a diffusers VAE folder")
         )
@@ -57,6 +61,11 @@ def check_model(config: ModelConfig) -> list[Problem]:
             Problem("model.tokenizer", config.tokenizer, "has no vocab.json", "give a CLIP tokenizer folder")
         )
     return problems
+
+
+def is_missing_path(path: str) -> bool:
+    """Whether something that has the form of a hub id, and does not exist, lies in a folder that does."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and Path(path).parent.is_dir()
 
 
 def is_local(config: ModelConfig) -> bool:

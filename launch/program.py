@@ -1,12 +1,13 @@
 """What both programs do around their work: arguments, exit statuses, and one clean message when something is wrong."""
 
 import argparse
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sdxl_trainer.configs.problems import FailedError, UserInputError
 from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
@@ -32,9 +33,26 @@ def check_checkout(program: str) -> None:
         )
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
+class RankParser(argparse.ArgumentParser):
+    """A command line that every rank reads: rank 0 alone says what is wrong with it, and the status is written down."""
+
+    def error(self, message: str) -> NoReturn:
+        """Tell usage and mistake, and exit as for any other wrong input."""
+        record_status(STATUS_WRONG_INPUT)
+        if not _is_rank_zero():
+            time.sleep(COURTESY_SECONDS)
+            self.exit(STATUS_WRONG_INPUT)
+        super().error(message)
+
+    def print_help(self, file: Any = None) -> None:
+        """Once for all ranks."""
+        if _is_rank_zero():
+            super().print_help(file)
+
+
+def build_parser(description: str) -> RankParser:
     """The arguments that both programs take."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = RankParser(description=description)
     parser.add_argument("--cfg", type=Path, required=True, help="YAML file with the settings (docs/CONFIG.md)")
     parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
@@ -60,19 +78,18 @@ def run_program(work: Callable[[], None]) -> int:
 
 
 def _run(work: Callable[[], None]) -> int:
-    rank = int(os.environ.get("RANK", 0))
     try:
         with exiting_on_signals():
             work()
     except UserInputError as error:
-        if rank == 0:
+        if _is_rank_zero():
             sys.stderr.write(f"\n{error}\n\n")
             sys.stderr.flush()
         else:
             time.sleep(COURTESY_SECONDS)
         return record_status(STATUS_WRONG_INPUT)
     except Interrupted as request:
-        if rank == 0:
+        if _is_rank_zero():
             sys.stderr.write(f"{request}; everything done so far is kept, the same command goes on\n")
         return record_status(128 + request.signal_number)
     except RankZeroError as error:
@@ -81,6 +98,10 @@ def _run(work: Callable[[], None]) -> int:
         sys.stderr.write(f"\n{error}\n\n")
         return record_status(STATUS_FAILED)
     return record_status(STATUS_DONE)
+
+
+def _is_rank_zero() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _excuse_rank_zero(status: int) -> None:
@@ -96,6 +117,8 @@ def end_program(status: int) -> NoReturn:
     Threads that torch and its backends leave behind may abort an interpreter that is taking itself apart, and the
     status would be lost. All that must be kept has been closed or joined by `work` itself.
     """
+    if status != STATUS_FAILED:
+        gc.collect()  # semaphores of data workers, in cycles, which multiprocessing would call leaked
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

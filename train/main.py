@@ -1,11 +1,14 @@
 """Trains: `torchrun --nproc_per_node=4 train/main.py --cfg x.yaml`."""
 
 import sys
+from pathlib import Path
 
 try:
     from sdxl_trainer.launch.program import build_parser, check_checkout, end_program, run_program
 except ImportError:
-    sys.exit("sdxl_trainer is not installed; run: pip install -e . (in the checkout)")
+    activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
+    cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
+    sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,14 +5,16 @@ import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import check_checkout, end_program, run_program
+    from sdxl_trainer.launch.program import RankParser, check_checkout, end_program, run_program
 except ImportError:
-    sys.exit("sdxl_trainer is not installed; run: pip install -e . (in the checkout)")
+    activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
+    cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
+    sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
 
-def build_arguments() -> argparse.ArgumentParser:
+def build_arguments() -> RankParser:
     """What the program takes."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of a prompt file, and a contact sheet of them.")
+    parser = RankParser(description="Draw the pictures of a prompt file, and a contact sheet of them.")
     parser.add_argument(
         "--model", required=True, metavar="PATH",
         help="a single .safetensors file, a diffusers folder, a hub id, or a run's folder or one of its checkpoints",
