@@ -117,6 +117,8 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
                 write_identities(folder, identities)
             result = encode_work(config, works, (encoder, captioner), ranks, stop)
             finish(config, folder, len(index) * len(works), gather_objects(result), ranks)
+        elif ranks.is_main:
+            logger.info("dry run: all is well up to the first picture; nothing was written")
     close_ranks()
 
 
@@ -347,7 +349,8 @@ def finish(config: Config, folder: Path, num_pictures: int, results: list[RankRe
     if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_pictures:
         raise FailedError(
             f"{len(bad)} of {num_pictures} pictures are bad, more than data.max_bad_fraction = "
-            f"{config.data.max_bad_fraction:g}; they are named in {file}"
+            f"{config.data.max_bad_fraction:g}; they are named in {file}; all others are cached. Mend or remove "
+            "them and run the same command again, or raise data.max_bad_fraction"
         )
 
 

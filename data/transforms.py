@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from sdxl_trainer.data.bucket import BucketRule, Placement, Size, place_image
 from sdxl_trainer.data.manifest import MaskFile
@@ -128,7 +128,10 @@ def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = 
     Raises:
         one of DECODE_ERRORS: it cannot be decoded.
     """
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # Pillow's words name the buffer, by its address
+        raise UnidentifiedImageError("not a picture in a format that Pillow knows") from None
     size = image.size
     # Pillow only warns of pictures up to twice its limit, and filters of warnings are not safe on threads.
     if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:

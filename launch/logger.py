@@ -145,6 +145,12 @@ def open_console() -> Console:
     return Console(file=file, force_terminal=True, markup=False, emoji=False, highlight=False)
 
 
+def warn_once(message: str, *values: object) -> None:
+    """A warning that each rank would give: the console gets rank 0's alone, the log files each rank's own."""
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    logger.opt(depth=1).log("WARNING" if is_first else "DEBUG", message, *values)
+
+
 def log_table(table: RenderableType) -> None:
     """Show a table of rich's on the console, and write it as text where there is no terminal and into the file."""
     text = TextBuffer()

@@ -16,11 +16,16 @@ REPEAT_SECONDS = 2.0
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """The work was ended on request, with everything done so far kept. `signal_number` says by which signal."""
+    """The work was ended on request, with everything done so far kept.
 
-    def __init__(self, signal_number: int):
+    Args:
+        signal_number: by which signal, or by which one it is as if.
+        cause: what asked for it, if that was no signal.
+    """
+
+    def __init__(self, signal_number: int, cause: str | None = None):
         self.signal_number = signal_number
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        super().__init__(f"stopped by {cause or signal.Signals(signal_number).name}")
 
 
 class StopRequest:

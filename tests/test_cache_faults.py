@@ -108,7 +108,7 @@ def make_bad_pictures() -> dict[str, bytes]:
     }
 
 
-def test_odd_pictures_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, model):
+def test_odd_pictures_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, model, capsys):
     good, bad = make_good_pictures(), make_bad_pictures()
     (tmp_path / "pictures").mkdir()
     (tmp_path / "seen").mkdir()
@@ -133,11 +133,13 @@ def test_odd_pictures_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, mo
     assert sorted(line["key"] for line in lines) == sorted(bad)
     reasons = {line["key"]: line["reason"] for line in lines}
     assert all(reason.startswith(f"{tmp_path}/pictures/{name}") for name, reason in reasons.items())
+    assert not any(" object at " in reason for reason in reasons.values())
     assert "(a bomb?)" in reasons["bomb.png"] or "decompression bomb" in reasons["bomb.png"]
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
     # The share is that of the whole set: the next run, which has nothing but the bad ones to do, is no worse.
     assert run_job(settings, "data.max_bad_fraction=0.5") == 0
     assert run_job(settings) == 1  # more than one in a hundred
+    assert "or raise data.max_bad_fraction" in capsys.readouterr().err
     assert hash_items(tmp_path / "latents").keys() == good.keys()
 
 

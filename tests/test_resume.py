@@ -1,6 +1,7 @@
 """Resume is the same command: on other ranks the losses stay the same, and what has changed is told."""
 
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,9 +76,10 @@ def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks:
     assert "step-00000008 is damaged and passed over: state/layout_rank_00001.pt has another SHA-256" in printed
     assert (run / "checkpoints" / "damaged-step-00000008").is_dir()
     assert "of 2 ranks at ZeRO stage 2 is taken up by 1 at stage 3" in printed
-    more = ("train.max_steps=8", "train.micro_batch_size=1", "engine.zero_stage=1")
+    more = ("train.max_steps=8", "train.micro_batch_size=1", "engine.zero_stage=1", "train.max_non_finite_steps=7")
     printed = run_program("train/main.py", *words, *more, ranks=4)
     assert "of 1 ranks at ZeRO stage 3 is taken up by 4 at stage 1" in printed
+    assert printed.count("settings that alter training have changed") == 1  # and not once from each rank
     state = TrainState.load(run / "checkpoints" / "step-00000008")
     assert (state.world_size, state.zero_stage) == (4, 1)
     np.testing.assert_allclose(read_losses(run), read_losses(two_ranks)[:8], rtol=0, atol=1e-5)
@@ -207,9 +209,13 @@ def test_a_save_file_is_taken_once_and_by_rank_0_alone(tmp_path: Path) -> None:
 def test_a_stop_file_holds_through_restarts_and_is_gone_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "stop").touch()
     with exiting_on_signals():
-        assert Requests(tmp_path, Ranks(0, 0, 1, None)).collect() == [1.0, 0.0]  # pyright: ignore
+        requests = Requests(tmp_path, Ranks(0, 0, 1, None))  # pyright: ignore
+        assert requests.collect() == [1.0, 0.0]
+    with pytest.raises(Interrupted, match="stopped by the file stop") as request:
+        requests.interrupt()
+    assert request.value.signal_number == signal.SIGTERM
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(Interrupted, match="SIGTERM"):
+    with pytest.raises(Interrupted, match="stopped by the file stop"):
         obey_stop_file(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     obey_stop_file(tmp_path)

@@ -13,6 +13,7 @@ from sdxl_trainer.launch.distributed import Ranks, close_ranks, gather_objects
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
 
 STOP_FILE, SAVE_FILE = "stop", "save"
+STOP_CAUSE = f"the file {STOP_FILE}"
 
 
 class Requests:
@@ -26,6 +27,7 @@ class Requests:
         self._folder = folder
         self._is_main = ranks.is_main
         self._save = False
+        self._stop_cause: str | None = None
         self._save_every_seconds = 60 * save_every_minutes
         self._saved_at = time.monotonic()
         self._stop = StopRequest(on_save=self._note_save)
@@ -36,7 +38,7 @@ class Requests:
         if self._is_main:
             self._save |= self._take(SAVE_FILE) or self._is_time_up()
             if (self._folder / STOP_FILE).exists() and self._stop.signal_number is None:
-                self._stop.signal_number = signal.SIGTERM
+                self._stop.signal_number, self._stop_cause = signal.SIGTERM, STOP_CAUSE
         save, self._save = self._save, False
         return [float(self._stop.signal_number is not None), float(save)]
 
@@ -54,11 +56,12 @@ class Requests:
         """End the job in good order, as all ranks have agreed.
 
         Raises:
-            Interrupted: always, with the first signal that any rank got.
+            Interrupted: always, with the request of the first rank that got one.
         """
-        numbers = [number for number in gather_objects(self._stop.signal_number) if number is not None]
+        requests = gather_objects((self._stop.signal_number, self._stop_cause))
+        number, cause = next(request for request in requests if request[0] is not None)
         close_ranks()  # all are here; threads of a group that is left open can abort the process as it ends
-        raise Interrupted(numbers[0])
+        raise Interrupted(number, cause)
 
     def _is_time_up(self) -> bool:
         waited = time.monotonic() - self._saved_at
@@ -83,5 +86,5 @@ def obey_stop_file(folder: Path) -> None:
         Interrupted: the job is to stay stopped.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / STOP_FILE).exists():
-        raise Interrupted(signal.SIGTERM)
+        raise Interrupted(signal.SIGTERM, STOP_CAUSE)
     (folder / STOP_FILE).unlink(missing_ok=True)

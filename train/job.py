@@ -87,6 +87,8 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
             run.reporter = open_reporter(config, run.index, run.plan, run.tokenizers)
         train(run, batches)
     close_ranks()
+    if dry_run:
+        logger.info("dry run: all is well up to the first step; nothing was trained")
 
 
 def train(run: Run, batches: Iterator[MicroBatch]) -> None:
@@ -96,7 +98,7 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
             fit(run, batches)
             finish(run)
     except Interrupted:
-        show_end(run)
+        show_end(run, was_stopped=True)
         raise
     show_end(run)
 

@@ -15,6 +15,7 @@ from sdxl_trainer.data.index import Index
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.strategy import hash_repeats
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
+from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.checkpoint import find_checkpoint, set_aside_damaged, settle_partials
 from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
 from sdxl_trainer.train.engine import Engine
@@ -87,7 +88,7 @@ def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: st
     changes = list_changes(saved.config, fresh.config)
     if changes:
         shown = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, old, new in changes)
-        logger.warning("settings that alter training have changed since step {}:{}", saved.step, shown)
+        warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
     new_data = saved.index_fingerprint != fresh.index_fingerprint
     if new_data and on_data_change == "stop":
         cure = "set run.on_data_change: continue, or give another run.name, or put the data back"
@@ -97,7 +98,7 @@ def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: st
     if new_data or saved.global_batch_size != fresh.global_batch_size:
         share = saved.index / max(1, saved.epoch_batches)
         epoch, index = plan.settle_position(epoch, round(share * plan.num_batches(epoch)))
-        logger.warning(
+        warn_once(
             "{} changed: step {} goes on at batch {} of {} in epoch {} instead of {} of {}",
             "the data have" if new_data else "train.global_batch_size has",
             saved.step,

@@ -38,7 +38,7 @@ def show_start(run: Run) -> None:
     log_table(build_table(f"Training {config.run.name}", rows))
 
 
-def show_end(run: Run) -> None:
+def show_end(run: Run, was_stopped: bool = False) -> None:
     """Say what was trained, how fast, and where it lies. Rank 0 only: the others have no numbers."""
     if not run.ranks.is_main:
         return
@@ -60,7 +60,8 @@ def show_end(run: Run) -> None:
         "models": ", ".join(models) or "none: training is not done",
         "folder": str(run.folder),
     }  # fmt: skip
-    log_table(build_table(f"Trained {run.config.run.name}", rows))
+    name = run.config.run.name
+    log_table(build_table(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows))
 
 
 def build_table(title: str, rows: Mapping[str, str]) -> Table:
