@@ -25,11 +25,15 @@ from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.bucket import split_key
 from sdxl_trainer.data.check import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.folders import TEXT_CACHE
 from sdxl_trainer.data.manifest import Entry, ManifestWriter, check_identity, read_latest
 from sdxl_trainer.data.text_cache import check_text_state
 from sdxl_trainer.data.uncached import choose_file
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
+
+# Latents by kohya's scripts or ours, and what they make of captions.
+ADOPTED_NAMES = ("<stem>.npz", "<stem>_<width>x<height>_sdxl.npz", f"<stem>{TEXT_CACHE}")
 
 
 class BadCacheError(FailedError):
@@ -86,8 +90,9 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         write_identities(folder, identities)
         text = build_text_adopter(config, folder) if config.cache.text else None
         manifest = ManifestWriter(folder, 0)
+        known = read_latest(folder)
         adopted, bad = 0, []
-        for key, found in adopt_files(folder, index, read_latest(folder), identities[""], rule, text):
+        for key, found in adopt_files(folder, index, known, identities[""], rule, text):
             if isinstance(found, Entry):
                 manifest.append(found)
                 adopted += 1
@@ -95,7 +100,11 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
                 logger.error("{} is not adopted: {}", key, found)
                 bad.append(key)
         manifest.close()
-    logger.info("{} pictures' files adopted, {} not", adopted, len(bad))
+    logger.info("{} pictures' files adopted, {} not, {} were listed before", adopted, len(bad), len(known))
+    if not (adopted or bad or known):
+        names = ADOPTED_NAMES if config.cache.text else ADOPTED_NAMES[:2]
+        logger.warning("no files to adopt were found: {} is looked for beside each picture and in {}",
+                       " or ".join(names), folder)  # fmt: skip
     if bad:
         raise BadCacheError(f"{len(bad)} files do not fit the settings and were not adopted")
 

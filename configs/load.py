@@ -122,7 +122,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
+        with path.open(encoding="utf-8") as file:  # whose name YAML tells with a mistake
+            raw = yaml.load(file, Loader=_UniqueKeyLoader)  # a SafeLoader
     except OSError as error:
         raise UserInputError(
             [Problem("--cfg", path, f"cannot be read: {error.strerror}", "give a YAML file")]

@@ -276,6 +276,9 @@ def test_an_audit_of_nothing_is_wrong_input(tmp_path, model, capsys):
     for mode in ("--verify", "--pack", "--unpack"):
         assert run_job(settings, mode) == 2
         assert "holds no latent cache" in capsys.readouterr().err
+    assert run_job(settings, "--adopt") == 0
+    said = capsys.readouterr().err
+    assert "no files to adopt were found: <stem>.npz or <stem>_<width>" in said and f"{tmp_path}/latents" in said
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, said):
     with pytest.raises(UserInputError, match=said) as caught:
         load(tmp_path, text)
     assert [problem.key for problem in caught.value.problems] == ["--cfg"]
+    assert "unicode string" not in str(caught.value)
 
 
 def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):

@@ -30,6 +30,7 @@ from sdxl_trainer.train.doctor import (
     check_memory,
     check_settings,
     explain,
+    read_num_ranks,
     tell,
 )
 from sdxl_trainer.train.engine_choice import settle_engine
@@ -160,6 +161,12 @@ def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
     assert "ok     engine.zero_stage: 1 is taken, for a single rank" in done.stdout and "INFO" not in done.stderr
     assert "ok     run.dir: " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"]
+
+
+@pytest.mark.parametrize(("nproc", "expected"), [("", None), ("gpu", None), ("2", 2)])
+def test_ranks_are_those_that_the_other_scripts_start(monkeypatch, nproc: str, expected: int | None) -> None:
+    monkeypatch.setenv("NPROC", nproc)
+    assert read_num_ranks() == expected
 
 
 def test_each_finding_is_a_line(capsys: pytest.CaptureFixture) -> None:

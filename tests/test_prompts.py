@@ -87,6 +87,11 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, content: str | bytes 
     assert len(problems) == 1 and problems[0].startswith("sample.prompt_file: ") and said in problems[0], problems
 
 
+def test_the_cure_of_a_missing_file_is_its_path(tmp_path: Path) -> None:
+    _, problems = load_prompts(SampleConfig(prompt_file=tmp_path / "absent.txt"), ObjectiveConfig())
+    assert [problem.cure for problem in problems] == ["check the path"]
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a --w 3\nb\nc --x\n")

@@ -115,6 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_convert_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
+        from sdxl_trainer.launch.logger import init_logger
+
+        init_logger(rank=0)
         checkpoint = find_source_checkpoint(options.source)
         convert(options.source, checkpoint, options.target, load_settings(options, checkpoint), options.ema)
 

@@ -6,6 +6,7 @@ is training's to say.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,12 +109,21 @@ def tell(findings: Iterable[Finding]) -> None:
         raise FailedError(f"{wrong} of {total} things that were looked at are wrong")
 
 
+def read_num_ranks() -> int | None:
+    """What NPROC says, as the launch scripts take it; None if it is no number."""
+    number = os.environ.get("NPROC", "")
+    return int(number) if number.isdecimal() else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Look at everything; return the exit status (0 all is well, 1 something is wrong)."""
     check_checkout(__file__)
     parser = argparse.ArgumentParser(description="Is everything in order to train, and if not, what to do.")
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is looked at")
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks that will train (default: one per GPU)")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", default=read_num_ranks(),
+        help="ranks that will train (default: what NPROC says, else one per GPU, or 1 without GPUs)",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     options = parser.parse_args(arguments)
     return run_program(lambda: tell(find_everything(options.cfg, options.overrides, options.ranks)))

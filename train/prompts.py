@@ -118,7 +118,8 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
         try:
             entries += [(KEY, place, entry) for place, entry in read(config.prompt_file)]
         except ValueError as error:
-            problems.append(Problem(KEY, config.prompt_file, str(error), "see the setting in docs/CONFIG.md"))
+            cure = "see the setting in docs/CONFIG.md" if config.prompt_file.exists() else "check the path"
+            problems.append(Problem(KEY, config.prompt_file, str(error), cure))
     try:
         check_scheduler(config.scheduler, objective)
     except ValueError as error:
