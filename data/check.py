@@ -15,7 +15,7 @@ from sdxl_trainer.data.check_latents import count_unflipped, find_bad_latents
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.join import Selection
-from sdxl_trainer.data.manifest import read_identity
+from sdxl_trainer.data.manifest import STALE, read_identity
 from sdxl_trainer.data.merge import MAX_SHOWN
 from sdxl_trainer.data.records import check_sources
 from sdxl_trainer.data.regularisation import check_regularisation
@@ -147,26 +147,41 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
         logger.warning(
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
         )
-    problems += check_rule(config, folder)
+    problems += check_identity(config, folder, index)
     problems += check_copies(config, index)
     problems += check_flip(config, index) + check_use(config.data, index)
     leave_out_bad(config, index, resuming)
     return index, problems
 
 
-def check_rule(config: Config, folder: Path) -> list[Problem]:
-    """Whether the cache job has last made latents of the sizes that the settings ask for, not of others before them."""
+def check_identity(config: Config, folder: Path, index: Index) -> list[Problem]:
+    """Whether the latents are of the sizes that the settings ask for, and all of the cache job's last settings."""
     identity, wanted = read_identity(folder), build_bucket_rules(config.data)[""]
     if identity is None:  # another program made them
         return []
-    numbers = (identity.get(name, 0) for name in ("resolution_px", "min_bucket_px", "max_bucket_px", "bucket_step_px"))
-    fixed = tuple((width, height) for width, height in identity.get("buckets", ()))
-    made = BucketRule(*numbers, identity.get("no_upscale", False), fixed)
-    if made == wanted:
-        return []
-    rule = f"holds latents made with {_describe_rule(made)}, and the settings have {_describe_rule(wanted)}"
-    cure = "run bash launch/cache.sh with the same settings, or set them as they were; another cache.dir keeps both"
-    return [Problem("cache.dir", folder, rule, cure)]
+    made = BucketRule(
+        resolution_px=identity.get("resolution_px", 0),
+        min_px=identity.get("min_bucket_px", 0),
+        max_px=identity.get("max_bucket_px", 0),
+        step_px=identity.get("bucket_step_px", 0),
+        no_upscale=identity.get("no_upscale", False),
+        fixed=tuple((width, height) for width, height in identity.get("buckets", ())),
+    )
+    if made != wanted:
+        rule = f"holds latents made with {_describe_rule(made)}, and the settings have {_describe_rule(wanted)}"
+        cure = "run bash launch/cache.sh with the same settings, or set them as they were; another cache.dir keeps both"
+        return [Problem("cache.dir", folder, rule, cure)]
+    names = {"": identity.get("name"), **identity.get("further", {})}
+    stale = sum(
+        count
+        for prefix, counts in index.note("identities").items()
+        for name, count in counts.items()
+        if name not in (names.get(prefix), STALE)  # the latter are bad, and told as such
+    )
+    if stale:
+        rule = f"holds {stale} latents of other settings than the cache job's last ones: it has not come to its end"
+        return [Problem("cache.dir", folder, rule, "run bash launch/cache.sh again")]
+    return []
 
 
 def _describe_rule(rule: BucketRule) -> str:

@@ -32,7 +32,7 @@ from sdxl_trainer.data.records import RECORD_SCHEMA, PictureFinder, Record, fini
 from sdxl_trainer.data.rows import RowReader
 from sdxl_trainer.data.sources import expand_sources
 
-VERSION = 10  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 11  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
 KEPT_FILES = 3  # of records and of latents, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
@@ -164,7 +164,8 @@ def open_latent_index(folder: Path, records: Index, selection: Selection = EVERY
 
     Notes: `num_wanted` (samples that were looked for), `num_unlisted` (not from the manifest), `num_uncached` (to be
     encoded), `num_assumed_sizes` (their original size is not known), `other_sizes` (what metadata say wrongly of it),
-    and `bad` (latent files or pictures with a reason why they are left out).
+    `identities` (for each resolution, how many from the manifest were made under which), and `bad` (latent files or
+    pictures with a reason why they are left out).
     """
     words = [records.fingerprint, str(folder.absolute()), repr(selection)]
     name = f"latents-{_fingerprint(list_parts(folder), words)}"

@@ -50,7 +50,7 @@ PLACE_FIELDS = [
 ]
 RECORD_COLUMNS = ["key", "image_path", "record", "source"]
 LATENT_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *PLACE_FIELDS])
-LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), *PLACE_FIELDS])
+LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), ("identity", pa.string()), *PLACE_FIELDS])
 PART_BYTES = 8 << 20
 CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')
 FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *PLACE_FIELDS])
@@ -71,6 +71,7 @@ class Line(msgspec.Struct, gc=False):
     original_size: tuple[int, int]
     resized: tuple[int, int]
     crop: tuple[int, int, int, int]
+    identity: str
     listed_ns: int = 0
     offset: int | None = None
     flipped: bool | None = None
@@ -114,7 +115,7 @@ def join_latents(folder: Path, records: pa.Table, selection: Selection) -> Itera
     """
     work = folder / "index"
     watched: set[str] = set()
-    notes: dict[str, Any] = {"num_wanted": 0, "num_assumed_sizes": 0, "bad": []}
+    notes: dict[str, Any] = {"num_wanted": 0, "num_assumed_sizes": 0, "bad": [], "identities": {}}
     with _stage_entries(folder, work) as listed:
         matched, missing = {}, {}
         for prefix in selection.prefixes:
@@ -123,6 +124,7 @@ def join_latents(folder: Path, records: pa.Table, selection: Selection) -> Itera
             matched[prefix] = np.where(wanted, place_of_record, -1)
             missing[prefix] = wanted & (place_of_record < 0)
             notes["num_wanted"] += int(wanted.sum())
+            notes["identities"][prefix] = _count_identities(listed, matched[prefix])
         places = chain.from_iterable(
             find_unlisted(records, np.flatnonzero(rows), folder, watched, prefix) for prefix, rows in missing.items()
         )
@@ -251,6 +253,7 @@ def _build_listed(lines: list[bytes]) -> pa.RecordBatch:
     columns = [
         [line.key for line in listed],
         [line.listed_ns for line in listed],
+        [line.identity for line in listed],
         [line.file for line in listed],
         *(np.ascontiguousarray(numbers[:, side]) for side in INDEXED_SIDES),
         [line.offset for line in listed],
@@ -270,6 +273,7 @@ def _list_entries(folder: Path) -> Iterator[pa.RecordBatch]:
             (
                 entry.key,
                 entry.listed_ns,
+                entry.identity,
                 entry.file,
                 *entry.bucket,
                 *entry.original_size,
@@ -295,6 +299,12 @@ def _match_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
     place_of_record = np.full(len(keys), -1, np.int64)
     place_of_record[rows[order]] = order  # of several, the last assignment stays
     return place_of_record
+
+
+def _count_identities(listed: pa.Table, place_of_record: np.ndarray) -> dict[str, int]:
+    """How many of the entries that were found were made under each identity."""
+    made = listed.column("identity").take(pa.array(place_of_record[place_of_record >= 0]))
+    return {each["values"]: each["counts"] for each in pc.call_function("value_counts", [made]).to_pylist()}
 
 
 def _match_found(found: pa.Table, start: int, matched: dict[str, np.ndarray]) -> None:

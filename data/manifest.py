@@ -20,6 +20,7 @@ from loguru import logger
 from sdxl_trainer.data.files import write_atomic
 
 FORMAT_VERSION = 1
+STALE = ""  # the name of no identity
 CRC_MARK = b',"crc32":'
 KEY_MARK = b'{"key":"'
 LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity
@@ -123,7 +124,7 @@ class Entry:
 
     def as_stale(self) -> "Entry":
         """The same, as if made under settings that nobody has: it will be encoded again."""
-        return replace(self, identity="")
+        return replace(self, identity=STALE)
 
 
 def write_identity(folder: Path, identity: Identity, further: Mapping[str, Identity] | None = None) -> None:

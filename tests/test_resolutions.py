@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.join import Selection
 from sdxl_trainer.data.latents import read_latents
 from sdxl_trainer.data.loader import build_plan
-from sdxl_trainer.data.manifest import check_identity, read_identity, read_latest
+from sdxl_trainer.data.manifest import ManifestWriter, check_identity, read_identity, read_latest
 
 NUM_PICTURES = 6
 LOW = BucketRule(64, 32, 256, 32)
@@ -213,3 +216,17 @@ def test_latents_of_other_settings_are_not_trained_on(filled):
         _, problems = check_latents(config, resuming=False)
         assert [problem.key for problem in problems] == ["cache.dir"], words
         assert made in problems[0].rule and wanted in problems[0].rule and "launch/cache.sh" in problems[0].cure
+
+
+def test_latents_that_were_not_made_anew_yet_are_not_trained_on(filled, tmp_path):
+    """A cache job under other settings that was ended before its end leaves latents of before."""
+    words = (f"cache.dir={tmp_path}", "cache.flip=false", "data.min_bucket_px=32")
+    assert run_job(filled / "settings.yaml", *words) == 0
+    entry = next(iter(read_latest(tmp_path).values()))
+    with closing(ManifestWriter(tmp_path, 0)) as manifest:
+        manifest.append(replace(entry, identity="0" * 16, listed_ns=time.time_ns()))
+    config, _ = load_config(filled / "settings.yaml", [*words, f"run.dir={tmp_path}"])
+    [problem] = check_latents(config, resuming=False)[1]
+    assert problem.key == "cache.dir" and problem.rule.startswith("holds 1 latents of other settings")
+    assert run_job(filled / "settings.yaml", *words) == 0
+    assert check_latents(config, resuming=False)[1] == []
