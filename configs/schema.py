@@ -139,10 +139,10 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of bad samples (unreadable, wrong shape, missing) past which the job stops with status 1."""
 
-    @field_validator("resolution_px", mode="before")
+    @field_validator("resolution_px", "metadata", "image_dirs", "regularisation_dirs", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
-        return value if isinstance(value, list) else [value]
+        return [value] if isinstance(value, (str, Path, int)) else value
 
     @field_validator("resolution_px", "buckets")
     @classmethod

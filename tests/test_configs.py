@@ -193,3 +193,9 @@ def test_the_nearest_key_is_one_of_the_schema():
     assert {key: suggest_key(key) for key in OF_KOHYA} == OF_KOHYA
     known = set(iterate_keys())
     assert all(suggest_key(key[:-1]) in known for key in known if "." in key and len(key.rsplit(".")[-1]) > 4)
+
+
+def test_one_folder_need_not_be_a_list():
+    config, problems = build_config({}, ["data.image_dirs=../pictures", "data.resolution_px=512"])
+    assert problems == [] and config.data.image_dirs == [Path("../pictures")] and config.data.resolution_px == [512]
+    assert [problem.key for problem in build_config({}, ["data.metadata={a: 1}"])[1]] == ["data.metadata"]
