@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     modes.add_argument("--pack", action="store_true", help="turn npz files into shards, without the VAE")
     modes.add_argument("--unpack", action="store_true", help="turn shards into npz files, without the VAE")
     modes.add_argument("--adopt", action="store_true", help="list latents that other programs wrote in a manifest")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         from sdxl_trainer.cache.audit import AUDITS

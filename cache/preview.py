@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser(main.__doc__ or "")
     parser.add_argument("--out", type=Path, help="the picture's file (default: preview.png in the run folder)")
     parser.add_argument("--pictures", type=int, default=16, help="samples in the picture; 0 draws none")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         config, problems = load_config(options.cfg, options.overrides)

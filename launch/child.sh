@@ -31,7 +31,8 @@ run_child() {  # command and its arguments
     # Launchers answer 1 whatever happened; the first rank of this node wrote down what did, unless it was stopped
     # before it began.
     local recorded; recorded="$(cat "$SDXL_TRAINER_STATUS_FILE")"; rm -f "$SDXL_TRAINER_STATUS_FILE"
-    if [ -z "$recorded" ] && [ "$signal" -ne 0 ]; then recorded=$((128 + signal)); fi
+    # Which of two signals a rank heard first, the terminal's or its launcher's, is chance.
+    if [ "$signal" -ne 0 ] && { [ -z "$recorded" ] || [ "$recorded" -gt 128 ]; }; then recorded=$((128 + signal)); fi
     if [ "$status" -ne 0 ] && [ -n "$recorded" ] && [ "$recorded" -ne 0 ]; then status="$recorded"; fi
     return "$status"
 }

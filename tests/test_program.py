@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from sdxl_trainer.cache.main import main as cache_main
 from sdxl_trainer.cache.model_source import check_model
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.launch import program
 from sdxl_trainer.launch.status import STATUS_FILE_VARIABLE
+from sdxl_trainer.train.main import main as train_main
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,3 +56,9 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
     assert set(found) == {"model.path", "model.vae"} and found["model.path"].cure == "check the path"
     for path in ("./runs/none", "../none", "/none/at/all"):
         assert [problem.key for problem in check_model(ModelConfig(path=path))] == ["model.path"]
+
+
+@pytest.mark.parametrize("main", [cache_main, train_main])
+def test_settings_may_stand_before_and_after_options(main: Callable[[list[str]], int], capsys) -> None:
+    assert main(["run.name=x", "--cfg", "absent.yaml", "--dry-run", "log.level=INFO"]) == 2
+    assert "absent.yaml" in capsys.readouterr().err

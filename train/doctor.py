@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="ranks that will train (default: what NPROC says, else one per GPU, or 1 without GPUs)",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     return run_program(lambda: tell(find_everything(options.cfg, options.overrides, options.ranks)))
 
 

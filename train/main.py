@@ -14,7 +14,7 @@ except ImportError:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, return the exit status (0 done, 1 failed, 2 wrong input)."""
     check_checkout(__file__)
-    options = build_parser(main.__doc__ or "").parse_args(arguments)
+    options = build_parser(main.__doc__ or "").parse_intermixed_args(arguments)
 
     def work() -> None:
         from sdxl_trainer.configs.load import load_config

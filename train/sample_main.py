@@ -31,7 +31,7 @@ def build_arguments() -> RankParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, draw, return the exit status (0 done, 1 failed, 2 wrong input)."""
     check_checkout(__file__)
-    options = build_arguments().parse_args(arguments)
+    options = build_arguments().parse_intermixed_args(arguments)
 
     def work() -> None:
         from sdxl_trainer.train.sample_job import draw_prompt_file
