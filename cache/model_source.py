@@ -106,6 +106,8 @@ def _check_single_file(config: ModelConfig, path: Path, cure: str) -> list[Probl
     if lacking:
         rule = f"lacks {', '.join(f'{name}/config.json' for name in lacking)}"
         return [Problem("model.config", folder, rule, "give a folder in diffusers layout")]
+    if config.config is None:
+        cure += "; for one of another shape than SDXL base, set model.config to the folder of its components' configs"
     return [
         Problem("model.path", config.path, rule, cure)
         for rule in describe_single_file(path, load_component_configs(folder))
