@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from rank_port import find_rank_port
@@ -10,15 +11,15 @@ from rank_port import find_rank_port
 # Rank 0 comes later than the time-out. Then rank 1 waits in collectives to which it does not come: of the first group,
 # and of one that is made as DeepSpeed makes its own.
 LATE_AND_STUCK = """
-import sys, time
+import sys
 import torch
 import torch.distributed as dist
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
 from sdxl_trainer.launch.program import end_program
 
 rank, _, _ = read_environment()
-time.sleep(0 if rank else 6)
-ranks = init_ranks(timeout_minutes=2 / 60)
+print("here", flush=True) if rank else sys.stdin.readline()
+ranks = init_ranks(timeout_minutes=4 / 60)
 own = dist.new_group(ranks=range(2))
 print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
 if rank == 0:
@@ -80,8 +81,12 @@ def start_ranks(code: str, launcher_keeps_store: bool, *words: str) -> list[subp
 def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_store: bool) -> None:
     processes = start_ranks(LATE_AND_STUCK, launcher_keeps_store)
     try:
-        assert processes[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0", "gave up", "gave up"]
-        assert processes[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 2.0"]
+        assert processes[1].stdout.readline() == "here\n"
+        time.sleep(5)  # longer than the time-out
+        processes[0].stdin.write("\n")
+        processes[0].stdin.flush()
+        assert processes[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 4.0", "gave up", "gave up"]
+        assert processes[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 4.0"]
     finally:
         for process in processes:
             process.kill()
