@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
-from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.engine_choice import choose_communication
 
 DTYPES = {
@@ -69,21 +68,6 @@ def spare_work(engine: Any, optimizer: Any, config: EngineConfig) -> None:
     if config.zero_stage in (1, 2) and not config.offload_optimizer and optimizer.compute_grad_norm:
         # It looks into each gradient for what is not finite. The norm of them all, which every rank has, shows it too.
         optimizer.check_overflow = lambda **_: None
-        optimizer.get_grad_norm_direct = _compute_shard_norm  # its own goes through the gradients one by one
-
-
-def _compute_shard_norm(gradients: list[torch.Tensor], _weights: list[torch.Tensor]) -> torch.Tensor:
-    """The L2 norm of what ZeRO 1 or 2 has spread over all ranks, on every rank; -1 if it is not finite.
-
-    Args:
-        gradients: this rank's share, padded with zeros, which DeepSpeed may have laid into one tensor already.
-    """
-    flat = getattr(gradients, "flat_partition", None)
-    if flat is None:
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    norm = torch.linalg.vector_norm(flat, dtype=torch.float64)  # in fp32 a CPU is off by 3e-4 on 13 million values
-    total = reduce_sum(norm.square()).sqrt().float()
-    return total.masked_fill(~total.isfinite(), -1.0)
 
 
 def describe_deepspeed(settings: dict[str, Any]) -> str:
