@@ -36,21 +36,7 @@ class ModelSource:
 
 def check_model(config: ModelConfig) -> list[Problem]:
     """What is wrong with the model settings, from names and headers alone."""
-    cure = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
-    path = Path(config.path)
-    if not config.path:
-        problems = [Problem("model.path", None, "is needed", cure)]
-    elif path.is_dir():
-        problems = [Problem("model.path", config.path, rule, cure) for rule in _describe_folder(path)]
-    elif path.is_file():
-        problems = _check_single_file(config, path, cure)
-    elif is_missing_path(config.path):
-        rule = f"does not exist, and {path.parts[0]} is a folder here, so that it is not looked for on the hub"
-        problems = [Problem("model.path", config.path, rule, "check the path")]
-    elif HUB_ID.fullmatch(config.path) and not config.path.endswith(".safetensors"):
-        problems = []  # only the hub can tell, and only when it is asked for the model
-    else:
-        problems = [Problem("model.path", config.path, "is neither a file nor a folder", cure)]
+    problems = _check_path(config)
     is_hub_vae = HUB_ID.fullmatch(config.vae or "") and not is_missing_path(config.vae or "")
     if config.vae and not Path(config.vae).is_dir() and not is_hub_vae:
         problems.append(
@@ -61,6 +47,23 @@ def check_model(config: ModelConfig) -> list[Problem]:
             Problem("model.tokenizer", config.tokenizer, "has no vocab.json", "give a CLIP tokenizer folder")
         )
     return problems
+
+
+def _check_path(config: ModelConfig) -> list[Problem]:
+    cure = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
+    path = Path(config.path)
+    if not config.path:
+        return [Problem("model.path", None, "is needed", cure)]
+    if path.is_dir():
+        return [Problem("model.path", config.path, rule, cure) for rule in _describe_folder(path)]
+    if path.is_file():
+        return _check_single_file(config, path, cure)
+    if is_missing_path(config.path):
+        rule = f"does not exist, and {path.parts[0]} is a folder here, so that it is not looked for on the hub"
+        return [Problem("model.path", config.path, rule, "check the path")]
+    if HUB_ID.fullmatch(config.path) and not config.path.endswith(".safetensors"):
+        return []  # only the hub can tell, and only when it is asked for the model
+    return [Problem("model.path", config.path, "is neither a file nor a folder", cure)]
 
 
 def is_missing_path(path: str) -> bool:
