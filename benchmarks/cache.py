@@ -22,18 +22,18 @@ import torch
 from harness import Figure, finish, parse_arguments
 from PIL import Image, ImageDraw
 
-from sdxl_trainer.cache.decoder import WorkItem
-from sdxl_trainer.cache.latent_encoder import Encoded, VaeEncoder
-from sdxl_trainer.cache.model_source import SDXL_CONFIG_FOLDER
-from sdxl_trainer.cache.pipeline import Pipeline
-from sdxl_trainer.cache.progress import RankProgress
-from sdxl_trainer.cache.sinks import NpzSink
-from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.cache.writer import LatentWriter
+from sdxl_trainer.cache.encode.decoder import WorkItem
+from sdxl_trainer.cache.encode.latent_encoder import Encoded, VaeEncoder
+from sdxl_trainer.cache.encode.pipeline import Pipeline
+from sdxl_trainer.cache.encode.progress import RankProgress
+from sdxl_trainer.cache.encode.sinks import NpzSink
+from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.cache.models.source import SDXL_CONFIG_FOLDER
+from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.allocator import keep_freed_memory
-from sdxl_trainer.data.bucket import BucketRule, list_buckets, place_image
-from sdxl_trainer.data.manifest import ManifestWriter, read_latest
-from sdxl_trainer.data.transforms import prepare_image
+from sdxl_trainer.data.formats.manifest import ManifestWriter, read_latest
+from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image
+from sdxl_trainer.data.images.transforms import prepare_image
 
 RULE = BucketRule(1024, 256, 2048, 64)
 SMALL_RULE = BucketRule(256, 256, 256, 32)  # one bucket: on a CPU there is time for a few batches only

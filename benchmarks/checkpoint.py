@@ -38,7 +38,7 @@ def main() -> int:
 def measure(folder: Path, num_layers: int) -> dict[str, Figure]:
     """The figures of a network of so many layers of 4.2 million weights."""
     from sdxl_trainer.launch.distributed import close_ranks, init_ranks
-    from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
+    from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 
     init_ranks()
     engine = build_engine(num_layers)
@@ -65,7 +65,7 @@ def measure(folder: Path, num_layers: int) -> dict[str, Figure]:
 def build_engine(num_layers: int):
     """The real engine around a plain network that is cheap to run for its size."""
     from sdxl_trainer.configs.engine import EngineConfig
-    from sdxl_trainer.train.engine import Engine
+    from sdxl_trainer.train.engine.engine import Engine
 
     torch.manual_seed(0)
     layers = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(num_layers)]
@@ -103,7 +103,7 @@ def compare_saves(engine, writer, step: Callable[[], float], step_seconds: float
 
 def save(engine, writer, number: int, blocking: bool, step: Callable[[], float], step_seconds: float) -> float:
     """Seconds that training loses to a save: it goes on until the checkpoint is sealed."""
-    from sdxl_trainer.train.state import TrainState
+    from sdxl_trainer.train.checkpoint.state import TrainState
 
     writer.blocking = blocking
     started, num_steps = time.perf_counter(), 0

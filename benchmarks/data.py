@@ -28,14 +28,14 @@ from data_checks import time_checks
 from data_start import make_set, start_process
 from harness import ROOT, Figure, finish
 
-from sdxl_trainer.data.caption import CaptionSettings
-from sdxl_trainer.data.dataset import LatentDataset, MicroBatch, SampleSettings
-from sdxl_trainer.data.index import Index, open_latent_index, open_record_index
-from sdxl_trainer.data.latent_store import LatentStore
-from sdxl_trainer.data.latents import LatentSample, compute_shape, pack_latents
-from sdxl_trainer.data.loader import build_plan, iterate_batches, iterate_specs
-from sdxl_trainer.data.shards import ShardWriter
-from sdxl_trainer.data.tokens import END, CaptionTokenizer, find_installed_vocabulary, load_tokenizer
+from sdxl_trainer.data.formats.latents import LatentSample, compute_shape, pack_latents
+from sdxl_trainer.data.formats.shards import ShardWriter
+from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings
+from sdxl_trainer.data.loading.latent_store import LatentStore
+from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.tokens import END, CaptionTokenizer, find_installed_vocabulary, load_tokenizer
 
 MILLION = 1_000_000
 BUCKET = (1024, 1024)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from sdxl_trainer.data.bucket import BucketRule
-from sdxl_trainer.data.check_latents import find_bad_latents
-from sdxl_trainer.data.index import open_latent_index, open_record_index
-from sdxl_trainer.data.latents import LatentSample, pack_latents
-from sdxl_trainer.data.manifest import Entry, ManifestWriter
-from sdxl_trainer.data.uncached import Encoding, place_uncached
+from sdxl_trainer.data.checks.latents import find_bad_latents
+from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
+from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+from sdxl_trainer.data.index.missing_latents import Encoding, place_uncached
 
 FILES_A_FOLDER = 1000
 RULE = BucketRule(1024, 256, 2048, 64, False)

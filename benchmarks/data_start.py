@@ -19,7 +19,7 @@ NUM_CAPTIONS = 50_000  # different ones, in larger sets again and again
 
 def make_set(folder: Path, number: int) -> None:
     """`metadata.json` in the seed's form and a cache's manifest, in another order, as several ranks would write it."""
-    from sdxl_trainer.data.manifest import Entry, ManifestWriter
+    from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     rng, sides = random.Random(0), np.random.default_rng(0).integers(512, 2048, (number, 2)).tolist()
@@ -59,8 +59,8 @@ def start_process(folder: Path) -> dict[str, float]:
 
 def start(folder: Path) -> dict[str, float]:
     """Index, plan and first micro batch's spec; times and memory beyond the imports."""
-    from sdxl_trainer.data.index import open_latent_index, open_record_index
-    from sdxl_trainer.data.loader import build_plan, iterate_specs
+    from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+    from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
 
     before_mb, began, cpu = _peak_mb(), time.perf_counter(), time.process_time()
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))

@@ -61,8 +61,8 @@ def start(script: str, *words: object, ranks: int) -> None:
 
 def make_tiny_set(work: Path) -> list[str]:
     """Make the tiny SDXL and its demo set, and return the settings that name them."""
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
+    from sdxl_trainer.data.images.demo_set import draw_demo_set
+    from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
     model, metadata = build_tiny_sdxl(work / "model"), draw_demo_set(work / "data")
     words = [f"model.path={model}", f"data.metadata=[{metadata}]", f"cache.dir={work / 'latents'}"]

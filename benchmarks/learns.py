@@ -16,8 +16,8 @@ import torch
 from harness import ROOT, Figure, finish, parse_arguments, start
 from PIL import Image
 
-from sdxl_trainer.data.demo import COLOURS, demo_caption, draw_demo_set, nearest_colour
-from sdxl_trainer.train.tiny import build_tiny_sdxl
+from sdxl_trainer.data.images.demo_set import COLOURS, demo_caption, draw_demo_set, nearest_colour
+from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
 STEPS, QUICK_STEPS = 900, 40
 SCENES = (("circle", "white"), ("square", "black"), ("triangle", "grey"), ("star", "white"))

@@ -1,4 +1,4 @@
-"""What a rank holds between steps, beside what ZeRO's arithmetic says that it should (train/memory.py).
+"""What a rank holds between steps, beside what ZeRO's arithmetic says that it should (train/estimates/memory.py).
 
 Trains the tiny SDXL for two steps on two ranks, for every ZeRO stage in fp32 and bf16, and adds up the storages of all
 tensors of rank 0 that are alive then, without the frozen text encoders. Weights that ZeRO-3 keeps whole because they
@@ -52,9 +52,9 @@ def measure(settings: dict[str, Any]) -> int:
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
-    from sdxl_trainer.train.job import build, set_up
-    from sdxl_trainer.train.loop import train_step
-    from sdxl_trainer.train.memory import estimate_memory
+    from sdxl_trainer.train.estimates.memory import estimate_memory
+    from sdxl_trainer.train.run.job import build, set_up
+    from sdxl_trainer.train.run.loop import train_step
 
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
     run, batches = build(*set_up(config, problems))

@@ -11,7 +11,7 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "SCALE.md"
 GPUS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
 NODE = 8  # GPUs
 
-# Arithmetic of SDXL: train/flops.py, configs/sdxl.
+# Arithmetic of SDXL: train/estimates/flops.py, configs/sdxl.
 WEIGHTS = 2_567_463_684
 TFLOP_AN_IMAGE = 20.3  # forward and backward at 1024x1024
 LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers

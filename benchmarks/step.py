@@ -61,8 +61,8 @@ def measure(settings: dict[str, Any]) -> int:
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
-    from sdxl_trainer.train.job import build, set_up
-    from sdxl_trainer.train.loop import advance, report_step, train_step
+    from sdxl_trainer.train.run.job import build, set_up
+    from sdxl_trainer.train.run.loop import advance, report_step, train_step
 
     torch.set_num_threads(1)
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
@@ -121,8 +121,8 @@ def time_call(call: Callable[[], None]) -> tuple[float, float]:
 
 def build_bare_pytorch(run: Any) -> Callable[..., None]:
     """A step of PyTorch's loop."""
-    from sdxl_trainer.train.groups import build_groups
-    from sdxl_trainer.train.optim import build_optimizer
+    from sdxl_trainer.train.networks.parameter_groups import build_groups
+    from sdxl_trainer.train.optim.optimizers import build_optimizer
 
     config, dtype = run.config, run.engine.dtype
     networks = deepcopy(run.engine.model).float()
@@ -158,9 +158,9 @@ def build_bare_deepspeed(run: Any) -> Callable[..., None]:
     """A step of a loop over DeepSpeed's own engine."""
     import deepspeed
 
-    from sdxl_trainer.train.deepspeed_config import build_deepspeed_config
-    from sdxl_trainer.train.groups import build_groups
-    from sdxl_trainer.train.optim import build_optimizer
+    from sdxl_trainer.train.engine.deepspeed_config import build_deepspeed_config
+    from sdxl_trainer.train.networks.parameter_groups import build_groups
+    from sdxl_trainer.train.optim.optimizers import build_optimizer
 
     config, networks = run.config, deepcopy(run.engine.model).float()
     unet_config = run.source.read_config("unet")

@@ -1,1 +1,1 @@
-"""Everything that runs a frozen network: encoders, and the job that fills the latent cache."""
+"""Frozen networks: the cache job, model files, and what maintains a cache."""

@@ -6,49 +6,44 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import orjson
-import torch
 from loguru import logger
 
-from sdxl_trainer.cache.captioning import (
-    check_captioning,
+from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estimate_work
+from sdxl_trainer.cache.encode.inputs import build_identities, open_index, write_identities
+from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
+from sdxl_trainer.cache.encode.lock import lock_cache
+from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
+from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress
+from sdxl_trainer.cache.encode.report import write_report
+from sdxl_trainer.cache.encode.sinks import NpzSink, ShardSink, Sink, recover_shards
+from sdxl_trainer.cache.encode.text_work import (
     identify_text,
     is_text_state_current,
     plan_text,
     start_text,
 )
-from sdxl_trainer.cache.convert import tidy_shards
-from sdxl_trainer.cache.encoders import hash_weights, load_vae
-from sdxl_trainer.cache.estimate import Estimate, describe_seconds, estimate_work
-from sdxl_trainer.cache.latent_encoder import VaeEncoder
-from sdxl_trainer.cache.lock import lock_cache
-from sdxl_trainer.cache.model_source import check_model, resolve_model
-from sdxl_trainer.cache.pipeline import Pipeline, TextJob
-from sdxl_trainer.cache.progress import ProgressReporter, RankProgress
-from sdxl_trainer.cache.report import write_report
-from sdxl_trainer.cache.sinks import NpzSink, ShardSink, Sink, recover_shards
-from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.cache.work import STATES, Resolution, TextPlan, WorkList, choose_share, list_work
-from sdxl_trainer.cache.writer import LatentWriter
+from sdxl_trainer.cache.encode.work_list import STATES, Resolution, TextPlan, WorkList, choose_share, list_work
+from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.cache.upkeep.repack import tidy_shards
+from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.allocator import keep_freed_memory
-from sdxl_trainer.data.check import build_bucket_rules, check_records, get_cache_folder
 from sdxl_trainer.data.files import write_atomic
-from sdxl_trainer.data.index import Index
-from sdxl_trainer.data.latents import VAE_FACTOR
-from sdxl_trainer.data.manifest import (
+from sdxl_trainer.data.formats.manifest import (
     Entry,
-    Identity,
     ManifestWriter,
     drop_damaged_lines,
     read_entries,
     read_latest,
-    write_identity,
 )
-from sdxl_trainer.data.masks import MaskFinder, check_masks
+from sdxl_trainer.data.images.masks import MaskFinder, check_masks
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import (
     Ranks,
     barrier,
@@ -60,8 +55,6 @@ from sdxl_trainer.launch.distributed import (
 )
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -120,36 +113,6 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         elif ranks.is_main:
             logger.info("dry run: all is well up to the first picture; nothing was written")
     close_ranks()
-
-
-def open_index(config: Config, problems: list[Problem]) -> Index:
-    """The index of all records, if nothing is wrong with the settings and the data.
-
-    Raises:
-        UserInputError: something is; all of it is named.
-    """
-    index, found = check_records(config, need_captions=config.cache.text)
-    raise_if_any([*problems, *found, *check_model(config.model), *check_captioning(config)])
-    assert index is not None, "records without problems have an index"
-    return index
-
-
-def build_identities(config: Config, vae_sha256: str) -> dict[str, Identity]:
-    """What decides the latents of each resolution under these settings, by the prefix of its keys."""
-    cache = config.cache
-    return {
-        prefix: Identity(
-            vae_sha256=vae_sha256, vae_precision=cache.vae_precision, dtype=cache.dtype, posterior=cache.posterior,
-            flip=cache.flip, resolution_px=rule.resolution_px, min_bucket_px=rule.min_px, max_bucket_px=rule.max_px,
-            bucket_step_px=rule.step_px, no_upscale=rule.no_upscale, buckets=rule.fixed, alpha_mask=cache.alpha_mask,
-        )
-        for prefix, rule in build_bucket_rules(config.data).items()
-    }  # fmt: skip
-
-
-def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
-    """Write what the items of each resolution are made under."""
-    write_identity(folder, identities[""], {prefix: other for prefix, other in identities.items() if prefix})
 
 
 def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextPlan | None:
@@ -250,18 +213,6 @@ def tell_masks(masks: str, num_masked: int, num_pictures: int) -> None:
     logger.info("{} pictures have a mask; the loss of the {} others counts everywhere", num_masked, others)
 
 
-def build_vae_encoder(config: Config, vae: torch.nn.Module, device: torch.device) -> VaeEncoder:
-    """The VAE on its device, as the settings want it to work."""
-    cache = config.cache
-    torch.nn.Module.to(vae, device, PRECISIONS[cache.vae_precision])  # diffusers' own warns of modules it does not have
-    if device.type == "cuda":
-        # cuDNN's faster layout, and that of the pixels
-        vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if cache.tile_above_px:
-        enable_tiling(vae, cache.tile_above_px)
-    return VaeEncoder(vae, cache.posterior, cache.flip)
-
-
 def start_captioning(config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks, dry_run: bool
                      ) -> TextJob | None:  # fmt: skip
     """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date.
@@ -311,13 +262,6 @@ def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncode
                               f"the same command again") from error  # fmt: skip
     reporter.progress.bytes_written = writer.bytes_written
     return RankResult(reporter.progress, bad, interrupted)
-
-
-def enable_tiling(vae: Any, above_px: int) -> None:
-    """Let diffusers' VAE encode what has a longer side than `above_px` in overlapping, blended tiles of that side."""
-    vae.tile_sample_min_size = above_px
-    vae.tile_latent_min_size = above_px // VAE_FACTOR
-    vae.enable_tiling()
 
 
 def build_sink(config: Config, folder: Path, rank: int) -> Sink:

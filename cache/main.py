@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
-        from sdxl_trainer.cache.audit import AUDITS
         from sdxl_trainer.cache.job import run_job
+        from sdxl_trainer.cache.upkeep.audit import AUDITS
         from sdxl_trainer.configs.load import load_config
 
         config, problems = load_config(options.cfg, options.overrides)

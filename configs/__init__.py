@@ -1,1 +1,1 @@
-"""The settings: pydantic schema, YAML presets and SDXL's component configs. Imports no other folder."""
+"""Settings: one pydantic model per section, YAML presets, and SDXL's component configs. Imports no other folder."""

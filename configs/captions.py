@@ -1,4 +1,4 @@
-"""Settings of the caption pipeline, `data.caption`: the fields and defaults of CaptionSettings in data/caption.py."""
+"""Settings of the caption pipeline, `data.caption`; the same fields as CaptionSettings in data/text/captions.py."""
 
 from typing import Literal
 

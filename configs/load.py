@@ -12,7 +12,7 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 
 if TYPE_CHECKING:
-    from sdxl_trainer.configs.kohya_options import Option
+    from sdxl_trainer.configs.kohya.options import Option
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
@@ -98,7 +98,7 @@ def suggest_cure(key: str) -> str:
 
 def _find_kohya_option(name: str) -> "Option | None":
     """What an option of kohya's scripts is here; the table is imported only where a key is wrong."""
-    from sdxl_trainer.configs.kohya_options import KOHYA_OPTIONS
+    from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 
     return KOHYA_OPTIONS.get(name)
 

@@ -16,9 +16,9 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.remote_shards import StreamConfig
 from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
-from sdxl_trainer.configs.stream import StreamConfig
 from sdxl_trainer.configs.validation import ValidationConfig
 
 

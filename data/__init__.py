@@ -1,1 +1,1 @@
-"""Everything that touches an image, a caption, metadata or a latent file."""
+"""Images, captions, metadata, and latent files."""

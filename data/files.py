@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -117,3 +118,13 @@ def hash_file(path: Path) -> str:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFile:
+    """The file that an item's mask was read from."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str

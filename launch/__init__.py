@@ -1,1 +1,1 @@
-"""Processes: launch scripts, the one module that asks for a rank, and logging."""
+"""Processes: launch scripts, the process group, signals, exit statuses, and log lines."""

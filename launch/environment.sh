@@ -8,7 +8,7 @@ prepare_environment() {  # $1: extras of the package, such as [test]
         source .venv/bin/activate
     fi
     local stamp="$VIRTUAL_ENV/.sdxl-trainer-installed"
-    local wanted; wanted="$PWD $1 $(cat setup.py constraints.txt | cksum)"
+    local wanted; wanted="$PWD $1 $(cat setup.py pyproject.toml constraints.txt | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then return 0; fi
     echo "installing into $VIRTUAL_ENV (once; a few minutes)"
     local pins; pins="$(mktemp)"

@@ -9,7 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,34 +16,9 @@ import pytest
 import yaml
 from console_screen import run_in_terminal
 from filelock import FileLock
+from programs import MIXED_PROMPTS, ROOT, run_program
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of tests inherit it; behind a shell's & it is ignored
-ROOT = Path(__file__).resolve().parent.parent
-MIXED_PROMPTS = """a red circle on a white background
-a blue star on a grey background --w 64 --h 128 --s 3 --d 77
-a green square on a black background --ss euler_a --n a circle
-"""
-
-
-def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0, restarts: int = 0) -> str:
-    """Start train/main.py or cache/main.py the way users do and return all it printed.
-
-    One rank runs without a launcher, more run under torchrun, so that both ways are tried.
-    """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    start = [sys.executable] if ranks == 1 else [sys.executable, *launcher, f"--max-restarts={restarts}"]
-    command = [*start, str(ROOT / program), *(str(word) for word in words)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(
-        command,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == expect, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
-    return done.stdout
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,8 +47,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_tiny_folder(folder: Path) -> None:
     """Fill `tiny_folder`."""
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
+    from sdxl_trainer.data.images.demo_set import draw_demo_set
+    from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
     metadata = draw_demo_set(folder / "data", num_images=24)
     build_tiny_sdxl(folder / "model")

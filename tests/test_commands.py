@@ -1,6 +1,6 @@
 """Every command in the documents is run, or marked with why it cannot be; every setting that they name exists.
 
-A block of ```bash is run line by line by tests/document_commands.py, unless the line before it is
+A block of ```bash is run line by line by tests/support/document_commands.py, unless the line before it is
 `<!-- not run: REASON -->`, or `<!-- run by FILE -->` or `<!-- run by FILE::TEST -->`, which says what runs it.
 Every preset goes through a dry run in the same process: settings, data, cache, networks and engine.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 from document_commands import split_command
+from programs import ROOT
 
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config
-from sdxl_trainer.data.demo import draw_demo_set
-from sdxl_trainer.train import convert
+from sdxl_trainer.data.images.demo_set import draw_demo_set
+from sdxl_trainer.train.export import convert
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 BLOCK = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -101,7 +101,7 @@ def test_commands_of_the_documents_and_presets_run(tiny_folder: Path, one_rank: 
     commands = [re.sub(r"(?<![\w.])/(?=(models|data)/)", f"{tmp_path}/", command) for command in list_commands()]
     commands += [f"bash launch/train.sh --cfg configs/{preset.name}" for preset in PRESETS]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "document_commands.py"), str(tmp_path)],
+        [sys.executable, str(ROOT / "tests" / "support" / "document_commands.py"), str(tmp_path)],
         input=json.dumps(commands),
         capture_output=True,
         text=True,

@@ -8,23 +8,23 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from programs import ROOT
 
-from sdxl_trainer.configs import document_kohya
-from sdxl_trainer.configs.kohya_options import KOHYA_OPTIONS
+from sdxl_trainer.configs.kohya import document as document_kohya
+from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
+from sdxl_trainer.configs.kohya.seed_options import SEED_OPTIONS
 from sdxl_trainer.configs.load import iterate_keys
-from sdxl_trainer.configs.seed_options import SEED_OPTIONS
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
-MODULE = re.compile(r"python -m sdxl_trainer\.(\w+)\.(\w+)")
+MODULE = re.compile(r"python -m sdxl_trainer\.(\w+(?:\.\w+)+)")
 SCRIPT = re.compile(r"\b(?:bash|sbatch|python)(?: --\S+)* ((?:launch|tests|train|benchmarks)/[\w/]+\.\w+)")
 
 
 def test_the_page_of_kohyas_options_is_current() -> None:
     page = (ROOT / "docs" / "FROM_KOHYA.md").read_text()
-    assert page == document_kohya.build_page(), "python -m sdxl_trainer.configs.document_kohya > docs/FROM_KOHYA.md"
+    assert page == document_kohya.build_page(), "python -m sdxl_trainer.configs.kohya.document > docs/FROM_KOHYA.md"
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
     assert [row[0].strip("| `") for row in rows] == [*KOHYA_OPTIONS, *SEED_OPTIONS]
     # Every option has keys that there are, or a reason.
@@ -40,7 +40,7 @@ def test_the_page_of_kohyas_options_is_current() -> None:
 def test_pages_name_what_there_is(page: Path) -> None:
     text = page.read_text()
     targets = [page.parent / target for target in LINK.findall(text)]
-    targets += [ROOT / folder / f"{module}.py" for folder, module in MODULE.findall(text)]
+    targets += [find_program(module) for module in MODULE.findall(text)]
     targets += [ROOT / script for script in SCRIPT.findall(text) if script not in read_examples()]
     assert [str(target) for target in targets if not target.exists()] == []
 
@@ -53,6 +53,12 @@ def test_anchors_lead_to_headings_and_mentioned_pages_exist(page: Path) -> None:
         # As GitHub makes them: lower case, without punctuation, a hyphen for each space.
         assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, anchor
     assert [name for name in re.findall(r"\b(docs/[\w/]+\.\w+)", text) if not (ROOT / name).exists()] == []
+
+
+def find_program(module: str) -> Path:
+    """Return the file that `python -m sdxl_trainer.<module>` runs."""
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def test_the_folder_map_is_true() -> None:
@@ -92,13 +98,13 @@ def test_contributing_a_weighting(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from sdxl_trainer.configs import objective as settings
-    from sdxl_trainer.train import weightings
-    from sdxl_trainer.train.objective import build_weighting
+    from sdxl_trainer.train.objective import weightings
+    from sdxl_trainer.train.objective.objective import build_weighting
 
     examples = read_examples()
     monkeypatch.setitem(weightings.WEIGHTINGS, "sigmoid", None)  # which is taken out again, whatever stands there then
     monkeypatch.setitem(settings.USUAL_GAMMA, "sigmoid", 0.0)
-    exec(examples["train/weightings.py"], dict(vars(weightings)))
+    exec(examples["train/objective/weightings.py"], dict(vars(weightings)))
     exec(examples["configs/objective.py"], dict(vars(settings)))
     config = settings.ObjectiveConfig.model_construct(weighting="sigmoid")
     weights = build_weighting(config)(torch.tensor([0.0, 1.0, torch.e**2]))
@@ -108,11 +114,11 @@ def test_contributing_a_weighting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_contributing_a_form_of_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdxl_trainer.data import sources
+    from sdxl_trainer.data.metadata import sources
 
     monkeypatch.setattr(sources, "READERS", dict(sources.READERS))
     monkeypatch.setattr(sources, "SUFFIXES", dict(sources.SUFFIXES))
-    exec(read_examples()["data/sources.py"], dict(vars(sources)))
+    exec(read_examples()["data/metadata/sources.py"], dict(vars(sources)))
     with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as database:
         database.execute("CREATE TABLE pictures (image_path, caption, score)")
         database.executemany(

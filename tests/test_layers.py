@@ -1,21 +1,44 @@
 """The rules of the layout: who may import whom, what modules may be called, and how long things may get."""
 
 import ast
+import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from programs import ROOT
 
-ROOT = Path(__file__).parent.parent
 LEVELS = {"configs": 0, "launch": 1, "data": 1, "cache": 2, "train": 3}
-SOURCES = {f"{folder}/{path.name}": path.read_text() for folder in LEVELS for path in (ROOT / folder).glob("*.py")}
-MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 400, 60, 4, 8, 60
+# Rooms of a folder, lowest first: an import inside a folder leads to the same room or to a lower one. Modules at the
+# folder's root are programs and what every room may use; no cycle may lead through them either.
+ROOMS = {
+    "data": ("images", "formats", "stores", "metadata", "index", "order", "text", "checks", "loading"),
+    "cache": ("models", "encode", "upkeep", "preview"),
+    "train": (
+        *("objective", "networks", "optim", "engine", "checkpoint", "sampling"),
+        *("report", "export", "estimates", "tiny", "run", "doctor"),
+    ),
+    "configs": ("kohya",),
+    "launch": (),
+}
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for folder in LEVELS for path in (ROOT / folder).rglob("*.py")
+}
+MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 500, 60, 4, 8, 60
+MAX_MODULES, MAX_IMPORTS = 18, 25
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
+# Programs that people start by path or by `python -m`.
+PROGRAMS = (
+    *(*ENTRY_POINTS, "train/convert.py", "data/demo.py", "configs/document.py", "configs/import_config.py"),
+    *(f"{room}/__main__.py" for room in ("cache/preview", "train/doctor", "train/report", "train/tiny")),
+)
 PURE = (
-    *(f"train/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),
-    "data/bucket.py",
-    "data/plan.py",
+    *(f"train/objective/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),
+    "data/images/bucket.py",
+    "data/order/plan.py",
 )
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -46,20 +69,35 @@ def list_imports(node: ast.AST) -> list[str]:
     return names
 
 
-def list_project_imports(source: str) -> set[str]:
-    """Files of the project that a source imports, as `folder/module.py`."""
+def list_project_imports(source: str, sources: Mapping[str, str] = SOURCES) -> set[str]:
+    """Return the project's files that a source imports, such as `data/index/join.py`."""
     found = set()
     for name in list_imports(ast.parse(source)):
-        if name.startswith("sdxl_trainer."):
-            folder, *rest = name.split(".")[1:]
-            found.add(f"{folder}/{rest[0] if rest else '__init__'}.py")
-    return {file if file in SOURCES else f"{file.split('/')[0]}/__init__.py" for file in found}
+        parts = name.split(".")[1:] if name.startswith("sdxl_trainer.") else []
+        while parts and "/".join(parts) + ".py" not in sources and "/".join([*parts, "__init__.py"]) not in sources:
+            parts.pop()
+        if parts:
+            file = "/".join(parts) + ".py"
+            found.add(file if file in sources else "/".join([*parts, "__init__.py"]))
+    # `from package.module import name` names the module's packages only by the way.
+    return {
+        file for file in found if not file.endswith("__init__.py") or f"{file[:-12]}/" not in "".join(found - {file})
+    }
+
+
+def get_room(file: str) -> str:
+    """Return the room of a file, such as `index` for `data/index/join.py`; "" for the folder's root."""
+    parts = file.split("/")
+    return parts[1] if len(parts) > 2 else ""
 
 
 def find_wrong_imports(file: str, source: str) -> list[str]:
-    """Relative imports, imports of the project by another name, and imports of a folder that is not lower."""
-    own, wrong = file.split("/")[0], []
-    siblings = {path.split("/")[1].removesuffix(".py") for path in SOURCES if path.startswith(own)} - {"__init__"}
+    """Find relative imports, imports of the project by another name, and imports of a higher folder or room."""
+    own, room, wrong = file.split("/")[0], get_room(file), []
+    siblings = {Path(path).stem for path in SOURCES if Path(path).parent == Path(file).parent} - {
+        "__init__",
+        "__main__",
+    }
     for name in list_imports(ast.parse(source)):
         top, *rest = name.split(".")
         if not top:
@@ -68,7 +106,31 @@ def find_wrong_imports(file: str, source: str) -> list[str]:
             wrong.append(f"{file}: {name} instead of sdxl_trainer.…")
         elif top == "sdxl_trainer" and rest and rest[0] != own and LEVELS.get(rest[0], 99) >= LEVELS[own]:
             wrong.append(f"{file}: imports {name}, which is not below {own}/")
+        elif top == "sdxl_trainer" and len(rest) > 2 and rest[0] == own and room and rest[1] in ROOMS[own]:
+            if ROOMS[own].index(rest[1]) > ROOMS[own].index(room):
+                wrong.append(f"{file}: imports {name}, whose room is above {own}/{room}/")
     return wrong
+
+
+def count_imports(file: str, source: str) -> list[str]:
+    """Find modules that import more of the project's modules than a reader can follow."""
+    number = len({name for name in list_project_imports(source) if not name.endswith("__init__.py")})
+    return [f"{file}: imports {number} modules of the project"] if number > MAX_IMPORTS else []
+
+
+def build_room_graph(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Return the imports between rooms; a module at a folder's root is a room of its own."""
+
+    def get_node(file: str) -> str:
+        room = get_room(file)
+        return f"{file.split('/')[0]}/{room}" if room else file
+
+    rooms: dict[str, set[str]] = {}
+    for file, targets in graph.items():
+        if not file.endswith(("__init__.py", "__main__.py")):
+            nodes = {get_node(target) for target in targets if not target.endswith("__init__.py")}
+            rooms.setdefault(get_node(file), set()).update(nodes - {get_node(file)})
+    return rooms
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -94,9 +156,9 @@ def find_forbidden(file: str, source: str) -> list[str]:
     tree, wrong = ast.parse(source), []
     for module, *homes in (
         ("torch.distributed", "launch/distributed.py", "launch/launcher.py"),  # the latter runs torchrun
-        ("deepspeed", "train/engine.py"),
+        ("deepspeed", "train/engine/"),
     ):
-        if file not in homes:
+        if not file.startswith(tuple(homes)):
             wrong += [
                 f"{file}: {name} belongs in {homes[0]}"
                 for name in list_imports(tree)
@@ -114,7 +176,7 @@ def find_forbidden(file: str, source: str) -> list[str]:
             or ("Exception" in caught and not renamed)
             or ("BaseException" in caught and not passed_on)
         )
-        if broad and file != "train/emergency.py":
+        if broad and file != "train/checkpoint/emergency.py":
             wrong.append(f"{file}:{handler.lineno}: catches everything")
     return wrong
 
@@ -172,7 +234,7 @@ def list_reachable(file: str, graph: dict[str, set[str]]) -> set[str]:
 GRAPH = {file: list_project_imports(source) for file, source in SOURCES.items()}
 
 
-@pytest.mark.parametrize("check", [find_wrong_imports, find_forbidden, find_oversized])
+@pytest.mark.parametrize("check", [find_wrong_imports, find_forbidden, find_oversized, count_imports])
 def test_every_source_keeps_the_rules(check):
     assert len(SOURCES) > 30
     assert [line for file, source in sorted(SOURCES.items()) for line in check(file, source)] == []
@@ -181,6 +243,7 @@ def test_every_source_keeps_the_rules(check):
 def test_no_import_cycle_not_even_a_lazy_one():
     assert sum(map(len, GRAPH.values())) > 50
     assert find_cycle(GRAPH) == []
+    assert find_cycle(build_room_graph(GRAPH)) == []
 
 
 def test_no_module_shadows_one_of_python_or_of_a_dependency():
@@ -190,10 +253,27 @@ def test_no_module_shadows_one_of_python_or_of_a_dependency():
     assert [file for file in SOURCES if Path(file).stem in taken and not file.endswith("__init__.py")] == []
 
 
-def test_every_folder_is_a_package_of_one_docstring():
-    for folder in LEVELS:
-        body = ast.parse(SOURCES[f"{folder}/__init__.py"]).body
-        assert len(body) == 1 and ast.get_docstring(ast.parse(SOURCES[f"{folder}/__init__.py"])), folder
+def test_every_folder_and_room_is_a_package_of_one_docstring():
+    found = {get_room(file) and file.rpartition("/")[0] for file in SOURCES} - {""}
+    assert found == {f"{folder}/{room}" for folder, rooms in ROOMS.items() for room in rooms}
+    for package in (*LEVELS, *found):
+        body = ast.parse(SOURCES[f"{package}/__init__.py"]).body
+        assert len(body) == 1 and ast.get_docstring(ast.parse(SOURCES[f"{package}/__init__.py"])), package
+
+
+def test_no_folder_holds_more_modules_than_a_reader_can_survey():
+    files = [*map(Path, SOURCES), *(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))]
+    counts = Counter(file.parent.as_posix() for file in files)
+    assert {folder: count for folder, count in counts.items() if count > MAX_MODULES} == {}
+
+
+@pytest.mark.parametrize("file", PROGRAMS)
+def test_every_program_starts(file):
+    """By path where people start it so, else by its module's name; `--help` needs no settings and no device."""
+    module = "sdxl_trainer." + file.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    start = [str(ROOT / file)] if file in (*ENTRY_POINTS, "train/convert.py") else ["-m", module]
+    done = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("file", ENTRY_POINTS)
@@ -210,19 +290,24 @@ def test_mathematics_needs_no_settings_and_no_ranks(file):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("data/index.py", "from sdxl_trainer.launch.logger import init_logger"),
-        ("launch/logger.py", "def f():\n    import sdxl_trainer.data.index"),
-        ("data/index.py", "from sdxl_trainer.cache import encoders"),
-        ("cache/job.py", "import importlib\nimportlib.import_module('sdxl_trainer.train.job')"),
-        ("configs/load.py", "from sdxl_trainer.data.plan import Plan"),
-        ("data/index.py", "from .plan import Plan"),
-        ("data/index.py", "from data.plan import Plan"),
-        ("train/job.py", "import loop"),
+        ("data/index/index.py", "from sdxl_trainer.launch.logger import init_logger"),
+        ("launch/logger.py", "def f():\n    import sdxl_trainer.data.index.index"),
+        ("data/index/index.py", "from sdxl_trainer.cache import encoders"),
+        ("cache/job.py", "import importlib\nimportlib.import_module('sdxl_trainer.train.run.job')"),
+        ("configs/load.py", "from sdxl_trainer.data.order.plan import Plan"),
+        ("data/index/index.py", "from .plan import Plan"),
+        ("data/index/index.py", "from data.plan import Plan"),
+        ("train/run/job.py", "import loop"),
+        ("data/formats/npz.py", "from sdxl_trainer.data.index.join import Selection"),
+        ("train/engine/layout.py", "def f():\n    from sdxl_trainer.train.run import loop"),
     ],
 )
 def test_a_planted_wrong_import_is_found(file, source):
     assert len(find_wrong_imports(file, source)) == 1
-    assert find_wrong_imports("train/job.py", "from sdxl_trainer.cache.encoders import load_vae\nimport torch") == []
+    assert (
+        find_wrong_imports("train/run/job.py", "from sdxl_trainer.cache.models.encoders import load_vae\nimport torch")
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,19 +328,23 @@ def test_a_planted_wrong_import_is_found(file, source):
     ],
 )
 def test_planted_forbidden_code_is_found(source):
-    assert find_forbidden("train/loop.py", source)
-    assert find_forbidden("train/loop.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise") == []
+    assert find_forbidden("train/run/loop.py", source)
+    assert find_forbidden("train/run/loop.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise") == []
     renamed = "try:\n    f()\nexcept Exception as error:\n    raise ValueError from "
-    assert find_forbidden("data/strategy.py", renamed + "error") == []
-    assert find_forbidden("data/strategy.py", renamed + "None")
+    assert find_forbidden("data/text/strategy.py", renamed + "error") == []
+    assert find_forbidden("data/text/strategy.py", renamed + "None")
     assert find_forbidden("launch/distributed.py", "import torch.distributed as dist") == []
 
 
 def test_planted_cycles_are_found():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
-    lazy = "def f():\n    from sdxl_trainer.train import loop\n    import sdxl_trainer.data.plan"
-    assert list_project_imports(lazy) == {"train/loop.py", "data/plan.py"}
+    lazy = "def f():\n    from sdxl_trainer.train.run import loop\n    import sdxl_trainer.data.order.plan"
+    assert list_project_imports(lazy) == {"train/run/loop.py", "data/order/plan.py"}
+    rooms = build_room_graph({"data/a/x.py": {"data/b/y.py"}, "data/b/z.py": {"data/a/w.py"}, "data/q.py": set()})
+    assert find_cycle(rooms) == ["data/a", "data/b", "data/a"]
+    many = "\n".join(f"import sdxl_trainer.{file[:-3].replace('/', '.')}" for file in sorted(SOURCES)[:60])
+    assert len(count_imports("train/run/job.py", many)) == 1
 
 
 def test_planted_size_is_found():
@@ -265,13 +354,13 @@ def test_planted_size_is_found():
         f"def f():\n{indent(ladder, 1)}",
         f"def f():\n{indent(nest(4), 1)}",
         "def f():\n" + "    a\n" * 59,
-        "a\n" * 400,
+        "a\n" * 500,
     ]
     oversized = [
         "def f(a, b, c, d, e, f, g, *, h, i):\n    pass",
         f"def f():\n{indent(nest(5), 1)}",
         "def f():\n" + "    a\n" * 60,
-        "a\n" * 401,
+        "a\n" * 501,
     ]
     assert [find_oversized("train/x.py", source) for source in fine] == [[]] * len(fine)
     assert [len(find_oversized("train/x.py", source)) for source in oversized] == [1] * len(oversized)
@@ -281,9 +370,9 @@ def test_planted_size_is_found():
 def test_planted_heavy_import_is_found():
     assert find_heavy_imports("import sys\nfrom pathlib import Path\ndef f():\n    import torch") == []
     assert find_heavy_imports("import sys\nif sys.argv:\n    import torch") == ["torch"]
-    assert find_heavy_imports("from sdxl_trainer.cache.lock import lock_cache") == []
+    assert find_heavy_imports("from sdxl_trainer.cache.encode.lock import lock_cache") == []
     assert "numpy" in find_heavy_imports(
-        "try:\n    from sdxl_trainer.data.plan import Plan\nexcept ImportError:\n    pass"
+        "try:\n    from sdxl_trainer.data.order.plan import Plan\nexcept ImportError:\n    pass"
     )
 
 

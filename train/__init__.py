@@ -1,1 +1,1 @@
-"""Everything that touches a gradient or the U-Net: model, objective, engine, checkpoints."""
+"""Gradients and the U-Net: the training run, objective, engine, checkpoints, samples, and model export."""

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         from sdxl_trainer.configs.load import load_config
-        from sdxl_trainer.train.job import run_training
+        from sdxl_trainer.train.run.job import run_training
 
         config, problems = load_config(options.cfg, options.overrides)
         run_training(config, problems, dry_run=options.dry_run)

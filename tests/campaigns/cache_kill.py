@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sdxl_trainer.cache.verify import verify_entries
-from sdxl_trainer.data.folders import TEXT_CACHE
-from sdxl_trainer.data.latents import BadLatentError, parse_latents
-from sdxl_trainer.data.manifest import read_latest
-from sdxl_trainer.data.shards import BadShardError, iterate_members
-from sdxl_trainer.data.text_outputs import BadTextError, parse_text
+from sdxl_trainer.cache.upkeep.verify import verify_entries
+from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
+from sdxl_trainer.data.formats.manifest import read_latest
+from sdxl_trainer.data.formats.shards import BadShardError, iterate_members
+from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
+from sdxl_trainer.data.images.folders import TEXT_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 120
@@ -217,8 +217,8 @@ def _is_of_job(path: Path, settings: Path) -> bool:
 
 def build_set(folder: Path, num_pictures: int) -> tuple[Path, dict[str, str]]:
     """(settings, key → SHA-256 of what an unbroken job makes) of a demo set."""
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
+    from sdxl_trainer.data.images.demo_set import draw_demo_set
+    from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
     build_tiny_sdxl(folder / "model")
     config = {

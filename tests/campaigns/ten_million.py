@@ -71,7 +71,7 @@ def make_millions(folder: Path, millions: int) -> None:
 
 
 def sign_line(line: bytes) -> bytes:
-    """A manifest's line with the checksum of what it says now (data/manifest.py)."""
+    """A manifest's line with the checksum of what it says now (data/formats/manifest.py)."""
     before = line[:-CRC_TAIL]
     said = before[: before.rindex(b',"crc32":')] + b"}"
     return before + b'"%08x"}\n' % crc32(said)
@@ -92,8 +92,8 @@ def measure(folder: Path) -> dict[str, object]:
 
 def measure_plan(folder: Path) -> dict[str, float]:
     """Seconds and added megabytes of a plan, without repeats and with uneven ones, and what it says of itself."""
-    from sdxl_trainer.data.index import open_latent_index, open_record_index
-    from sdxl_trainer.data.loader import build_plan
+    from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+    from sdxl_trainer.data.loading.loader import build_plan
 
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     figures: dict[str, float] = {"samples": len(index)}

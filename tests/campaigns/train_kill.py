@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from rank_port import find_rank_port  # noqa: E402
 
@@ -78,9 +78,9 @@ class Result:
 
 def plant(trial: Trial, rank: int) -> None:
     """In a rank: let the phase end the run."""
-    from sdxl_trainer.train import job, loop
-    from sdxl_trainer.train.checkpoint_writer import CheckpointWriter
-    from sdxl_trainer.train.engine import Engine
+    from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+    from sdxl_trainer.train.engine.engine import Engine
+    from sdxl_trainer.train.run import job, loop
 
     if rank != trial.victim:
         return
@@ -185,7 +185,7 @@ def count_steps(run: Path) -> int:
 
 def read_losses(run: Path) -> list[float]:
     """The losses of all steps."""
-    from sdxl_trainer.train.metrics import read_metrics
+    from sdxl_trainer.train.report.metrics import read_metrics
 
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
@@ -199,7 +199,7 @@ def forget_steps(run: Path, last: int) -> None:
 
 def find_step(run: Path) -> int:
     """The step that the next start goes on from, found as a start finds it."""
-    from sdxl_trainer.train.checkpoint import find_checkpoint, settle_partials
+    from sdxl_trainer.train.checkpoint.folder import find_checkpoint, settle_partials
 
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -251,8 +251,8 @@ def finish(base: list[str], run: Path, log: Path, whole: list[float]) -> list[st
 def build_set(folder: Path, max_steps: int) -> list[str]:
     """Draw and cache a small set; returns the words that every start has."""
     from sdxl_trainer.cache.main import main as cache
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
+    from sdxl_trainer.data.images.demo_set import draw_demo_set
+    from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
     build_tiny_sdxl(folder / "model")
     config = {
@@ -299,8 +299,8 @@ def import_everything() -> None:
     import torch.utils.tensorboard
     import transformers.models.clip.modeling_clip
 
-    import sdxl_trainer.train.job
-    import sdxl_trainer.train.samplers
+    import sdxl_trainer.train.run.job
+    import sdxl_trainer.train.sampling.samplers
 
     assert diffusers and torch and transformers and sdxl_trainer
 

@@ -39,9 +39,9 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.configs.schema import Config
     from sdxl_trainer.launch.distributed import Ranks, close_ranks
-    from sdxl_trainer.train.job import build, set_up
-    from sdxl_trainer.train.loop import advance, train_step
-    from sdxl_trainer.train.schedules import compute_lr
+    from sdxl_trainer.train.optim.schedules import compute_lr
+    from sdxl_trainer.train.run.job import build, set_up
+    from sdxl_trainer.train.run.loop import advance, train_step
 
     def train(config: Config) -> tuple[list[float], list[str], Ranks]:
         config, index, ranks = set_up(config, [])
@@ -116,8 +116,8 @@ def compare(settings: Path, ranks: Sequence[int], steps: int, words: Sequence[st
 
 def build_set(folder: Path) -> Path:
     """Settings with a demo set and its latents."""
-    from sdxl_trainer.data.demo import draw_demo_set
-    from sdxl_trainer.train.tiny import build_tiny_sdxl
+    from sdxl_trainer.data.images.demo_set import draw_demo_set
+    from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
     build_tiny_sdxl(folder / "model")
     config = {

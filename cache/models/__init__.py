@@ -1,0 +1,1 @@
+"""Model files: single files, diffusers folders, hub ids, and loading of the frozen networks."""

@@ -1,0 +1,212 @@
+"""Header-only checks of safetensors files: is this an SDXL base single file, and if not, what is it?
+
+Runs while a config is checked, before anything heavy is loaded: it needs neither torch nor safetensors.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import configs as configs_package
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, Shape, TableRow, TextProjection, build_table
+
+SDXL_CONFIG_FOLDER = Path(configs_package.__file__).parent / "sdxl"
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "BOOL": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+}
+
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+# Tensors that other tools add to a component and that no diffusers model holds: position_ids is arange(77), and some
+# tools save encoder 1 with a projection that SDXL never uses.
+_IGNORED_FILE_NAMES = frozenset(
+    COMPONENT_PREFIXES[component] + name
+    for component, name in (
+        ("text_encoder", "text_model.embeddings.position_ids"),
+        ("text_encoder", "text_projection.weight"),
+        ("text_encoder_2", "transformer.text_model.embeddings.position_ids"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Header of a safetensors file: type and shape of every tensor, the metadata, and where the data begin (bytes)."""
+
+    types: dict[str, str]
+    shapes: dict[str, Shape]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of a safetensors file without touching its tensors.
+
+    Raises OSError (FileNotFoundError, IsADirectoryError, …), and ValueError when the file is no safetensors file, is
+    cut short, or has data that its header does not account for.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(
+                f"{path} is not a safetensors file or is cut short: it announces a header of {length} "
+                f"bytes and is {size} bytes long (pickled .ckpt and .pt files are refused)"
+            )
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        metadata = dict(entries.pop("__metadata__", None) or {})
+        types = {name: str(entry["dtype"]) for name, entry in entries.items()}
+        shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
+        spans = {
+            name: (int(begin), int(end)) for name, entry in entries.items() for begin, end in [entry["data_offsets"]]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
+    data_bytes = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if types[name] not in ITEM_BYTES:
+            raise ValueError(f"{path}: tensor {name} has the unknown type {types[name]}")
+        if begin != data_bytes or end - begin != math.prod(shapes[name]) * ITEM_BYTES[types[name]]:
+            raise ValueError(f"{path} is damaged: offsets and shape of {name} do not fit")
+        data_bytes = end
+    if size != 8 + length + data_bytes:
+        raise ValueError(f"{path} is damaged: its header tells of {8 + length + data_bytes} bytes, the file has {size}")
+    return Header(types, shapes, metadata, 8 + length)
+
+
+def load_component_configs(folder: str | os.PathLike[str] = SDXL_CONFIG_FOLDER) -> dict[str, dict[str, Any]]:
+    """Configs of the four components in a diffusers folder; by default those of SDXL base 1.0."""
+    return {
+        component: json.loads((Path(folder) / component / "config.json").read_text(encoding="utf-8"))
+        for component in COMPONENT_PREFIXES
+    }
+
+
+def describe_single_file(
+    path: str | os.PathLike[str],
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    text_projection: TextProjection = "correct",
+) -> list[str]:
+    """Problems that keep a file from being an SDXL base single file; empty when it is one. Reads only the header.
+
+    `configs` maps component names to their configs (default: SDXL base 1.0); components left out are not checked.
+    """
+    try:
+        header = read_header(path)
+    except FileNotFoundError:
+        return [f"{path} does not exist"]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    problems = []
+    for component, config in (load_component_configs() if configs is None else configs).items():
+        try:
+            problems += find_problems(header, component, build_table(component, config, text_projection))
+        except ValueError as error:  # the config is not SDXL's
+            problems.append(str(error))
+    foreign = guess_foreign_format(header.shapes) if problems else None
+    return [f"it looks like {foreign}", *problems] if foreign else problems
+
+
+def find_problems(header: Header, component: str, rows: Sequence[TableRow]) -> list[str]:
+    """Names of one component that lack, that are too many, of a wrong shape or type; empty when the file fits."""
+    prefix = COMPONENT_PREFIXES[component]
+    if not any(name.startswith(prefix) for name in header.shapes):
+        return [f"{component}: none of its tensors (no name begins with {prefix})"]
+    wanted = {row.file_name: row for row in rows}
+    known = wanted.keys() | _IGNORED_FILE_NAMES
+    present = [(name, row) for name, row in wanted.items() if name in header.shapes]
+    found = {
+        f"of {len(wanted)} names missing": [
+            name for name, row in wanted.items() if name not in header.shapes and not row.carried
+        ],
+        "names not known": [name for name in header.shapes if name.startswith(prefix) and name not in known],
+        "of another shape": [
+            f"{name} is {list(header.shapes[name])}, not {list(row.file_shape)}"
+            for name, row in present
+            if not _same_shape(header.shapes[name], row.file_shape)
+        ],
+        "of a type that cannot be trained": [
+            f"{name} is {header.types[name]}" for name, _ in present if header.types[name] not in _FLOAT_TYPES
+        ],
+    }
+    return [
+        f"{component}: {len(items)} {what} ({'; '.join(items[:3])}{'; …' if len(items) > 3 else ''})"
+        for what, items in found.items()
+        if items
+    ]
+
+
+def _same_shape(left: Shape, right: Shape) -> bool:
+    """Equal but for trailing ones: some tools store a 1×1 convolution as a matrix, or the other way round."""
+    length = max(len(left), len(right))
+    return left + (1,) * (length - len(left)) == right + (1,) * (length - len(right))
+
+
+def guess_foreign_format(shapes: Mapping[str, Shape]) -> str | None:
+    """What a file that is not an SDXL base single file is instead, and the cure; None when nothing is recognised."""
+    return next((description for description, test in _FOREIGN_FORMATS.items() if test(shapes)), None)
+
+
+def _has(*fragments: str) -> Callable[[Mapping[str, Shape]], bool]:
+    return lambda shapes: any(fragment in name for name in shapes for fragment in fragments)
+
+
+def _has_context(width: int) -> Callable[[Mapping[str, Shape]], bool]:
+    """Test for a U-Net in LDM names whose text states are `width` wide (a file may come without text encoders)."""
+    return lambda shapes: any(
+        name.startswith(COMPONENT_PREFIXES["unet"]) and name.endswith("attn2.to_k.weight") and shape[-1:] == (width,)
+        for name, shape in shapes.items()
+    )
+
+
+def _has_inputs(channels: int) -> Callable[[Mapping[str, Shape]], bool]:
+    name = COMPONENT_PREFIXES["unet"] + "input_blocks.0.0.weight"
+    return lambda shapes: shapes.get(name, ())[1:2] == (channels,)
+
+
+def _either(*tests: Callable[[Mapping[str, Shape]], bool]) -> Callable[[Mapping[str, Shape]], bool]:
+    return lambda shapes: any(test(shapes) for test in tests)
+
+
+# Asked in this order: an adapter or another family may hold names that a later test would take for its own.
+_FOREIGN_FORMATS: dict[str, Callable[[Mapping[str, Shape]], bool]] = {
+    "a LoRA, which is not a whole model: merge it into a base model first": _has(
+        "lora_unet", "lora_te", ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1", ".lokr_w1"
+    ),
+    "a ControlNet, not a base model": _has("control_model.", "controlnet_"),
+    "a Flux model": _has("double_blocks.0."),
+    "an SD3 model": _has("joint_blocks.0."),
+    "an SD1.5 model": _either(_has("cond_stage_model.transformer."), _has_context(768)),
+    "an SD2 model": _either(_has("cond_stage_model.model."), _has_context(1024)),
+    "an SDXL refiner: this project trains the base model": _either(
+        _has("conditioner.embedders.0.model."), _has_context(1280)
+    ),
+    "an inpainting SDXL U-Net (9 input channels): this project trains the base model (4)": _has_inputs(9),
+    "an instruct-pix2pix SDXL U-Net (8 input channels): this project trains the base model (4)": _has_inputs(8),
+    "weights in diffusers names: give the folder that holds model_index.json instead of a file": _has(
+        "down_blocks.0.resnets.0."
+    ),
+}

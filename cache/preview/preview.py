@@ -1,0 +1,172 @@
+"""Shows what the model will see: `bash launch/preview.sh --cfg x.yaml`.
+
+Bucket counts, lengths of captions in tokens, captions as they will be drawn, what is missing or bad; and a picture of
+the first samples of the run, decoded from their latents, cropped and flipped as they are trained, with their captions.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sdxl_trainer.cache.models.encoders import load_tokenizers
+from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_model
+from sdxl_trainer.cache.preview.contact_sheet import Specimen, decode_specimens, draw_sheet
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.data import check_flip, check_records
+from sdxl_trainer.data.checks.latents import ROWS_A_TASK, find_bad_latents
+from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.data.index.index import Index, open_latent_index
+from sdxl_trainer.data.index.selection import build_selection, get_cache_folder
+from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions, spread
+from sdxl_trainer.data.loading.dataset import LatentDataset
+from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
+from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.order.source_weights import check_use, weigh_sources
+from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
+from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.program import build_parser, run_program
+
+NUM_BLOCKS = 8  # of ROWS_A_TASK samples each, whose latents are looked at
+NUM_SHOWN, NUM_DRAWS = 5, 3  # samples whose captions are shown, and how often each is drawn
+MAX_BUCKETS = 60
+
+
+def show(config: Config, problems: list[Problem], file: Path | None, num_pictures: int, console: Console) -> None:
+    """Print the tables, and write the picture to `file` (`preview.png` in the run folder).
+
+    Raises:
+        UserInputError: anything wrong with the settings or the data, all of it at once.
+    """
+    records, found = check_records(config)
+    raise_if_any([*problems, *found, *check_model(config.model)])
+    assert records is not None, "records without problems have an index"
+    index = open_latent_index(get_cache_folder(config), records, build_selection(config))
+    console.print(tabulate_state(config, records, index))
+    if len(index) == 0:
+        raise UserInputError([Problem("cache.dir", get_cache_folder(config), "holds no latents of these records",
+                                      "run bash launch/cache.sh first, or set cache.on_missing: encode")])  # fmt: skip
+    raise_if_any(check_flip(config, index) + check_use(config.data, index))
+    source = resolve_model(config.model)
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None
+    repeats = weigh_sources(index, repeats, config.data.weights)
+    shuffle_shards = config.data.stream.shuffle_shards
+    plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
+    dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)
+    console.print(tabulate_buckets(plan))
+    console.print(tabulate_lengths(dataset))
+    console.print(tabulate_captions(dataset))
+    if num_pictures:
+        write_sheet(config, source, dataset, plan, (file or config.run.folder / "preview.png", num_pictures), console)
+
+
+def tabulate_state(config: Config, records: Index, index: Index) -> Table:
+    """How many samples there are, and what is missing or bad."""
+    num_wanted, num_bad = index.note("num_wanted"), len(index.note("bad"))
+    blocks = spread(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
+    num_seen = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
+    bad = find_bad_latents(index, get_cache_folder(config), "header", blocks.tolist())
+    table = Table(title=f"{config.run.name}: samples", show_header=False)
+    counts = {
+        "records": len(records),
+        "without a caption": int((~records.column("captioned")).sum()),
+        "samples (records x resolutions)": num_wanted,
+        "with latents": len(index) - index.note("num_uncached"),
+        "to be encoded while training": index.note("num_uncached"),
+        "left out: no latents": num_wanted - len(index) - num_bad,
+        "left out: bad": num_bad,
+    }
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}")
+    table.add_row(f"bad among {num_seen:,} looked at", f"{len(bad):,}", f"{len(bad) / max(1, num_seen):.1%}")
+    for _, reason in bad[:NUM_SHOWN]:
+        table.add_row("", reason, "")
+    return table
+
+
+def tabulate_buckets(plan: Plan) -> Table:
+    """Samples and global batches of each bucket, the fullest first."""
+    sizes = count_buckets(plan)
+    total, per_batch = sum(sizes.values()), plan.global_batch_size
+    shown = list(sizes)
+    title = f"{len(sizes)} buckets, {total:,} samples and {plan.num_batches(0):,} global batches in epoch 0"
+    table = Table("bucket", "ratio", "samples", "share", "batches", title=title)
+    for bucket in shown[:MAX_BUCKETS]:
+        (width, height), count = map(int, bucket.split("x")), sizes[bucket]
+        table.add_row(bucket, f"{width / height:.2f}", f"{count:,}", f"{count / total:.1%}", f"{count / per_batch:.1f}")
+    if len(shown) > MAX_BUCKETS:
+        rest = sum(sizes[bucket] for bucket in shown[MAX_BUCKETS:])
+        table.add_row(f"{len(shown) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", "")
+    return table
+
+
+def tabulate_lengths(dataset: LatentDataset) -> Table:
+    """How long captions are for both tokenizers, of samples spread over the whole set."""
+    counts = count_tokens(dataset)
+    number, (cut, cut_2) = counts.num_captions, counts.num_cut
+    title = f"tokens of {number:,} captions; {cut} and {cut_2} are longer than data.max_tokens = {counts.max_tokens}"
+    table = Table("tokens", "encoder 1", "", "encoder 2", "", title=title)
+    for name, counted in counts.classes.items():
+        shares = [count / max(1, number) for count in counted]
+        table.add_row(name, *(cell for count, share in zip(counted, shares, strict=True)
+                              for cell in (str(count), "█" * round(20 * share))))  # fmt: skip
+    return table
+
+
+def tabulate_captions(dataset: LatentDataset) -> Table:
+    """Some captions as they will be drawn in the first epochs."""
+    rows = spread(len(dataset.index), NUM_SHOWN)
+    table = Table("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS)), title="captions", show_lines=True)
+    drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
+    for row, *captions in zip(rows.tolist(), *drawn, strict=True):
+        table.add_row(str(dataset.index.strings("key")[row]), *(
+            "(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions
+        ))  # fmt: skip
+    return table
+
+
+def write_sheet(config: Config, source: ModelSource, dataset: LatentDataset, plan: Plan, target: tuple[Path, int],
+                console: Console) -> None:  # fmt: skip
+    """Write a picture of the first samples that the run will train on."""
+    file, number = target
+    specimens = list(islice(iterate_specimens(dataset, plan), min(number, len(dataset.index))))
+    sheet = draw_sheet(decode_specimens(specimens, source, config.model))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open_atomic(file) as stream:
+        sheet.save(stream, "PNG")
+    for place, specimen in enumerate(specimens):
+        console.print(f"{place:3d} {specimen.key}: {specimen.note}", markup=False)
+    console.print(f"{len(specimens)} pictures: {file}", markup=False)
+
+
+def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
+    """Samples in the order of training."""
+    for spec in iterate_specs(plan, (0, 0), 0, 1, 1):
+        batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
+        caption, _, _ = dataset.describe(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
+        left = int(batch.time_ids[0, 3])
+        pixels = batch.pending[0].pixels.numpy() if batch.pending else None
+        size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
+        note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
+        yield Specimen(row["key"], caption, note, batch.latents[0], pixels, batch.bad[0][1] if batch.bad else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
+    parser = build_parser(main.__doc__ or "")
+    parser.add_argument("--out", type=Path, help="the picture's file (default: preview.png in the run folder)")
+    parser.add_argument("--pictures", type=int, default=16, help="samples in the picture; 0 draws none")
+    options = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        config, problems = load_config(options.cfg, options.overrides)
+        init_logger(0, config.log.level)
+        show(config, problems, options.out, options.pictures, Console())
+
+    return run_program(work)

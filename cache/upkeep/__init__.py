@@ -1,0 +1,1 @@
+"""Maintenance of a filled cache: verify, repack, and adopt files of other programs."""

@@ -1,0 +1,151 @@
+"""What other programs wrote of latents and text, checked, hashed, and listed in our manifest: `--adopt`."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+
+from sdxl_trainer.cache.encode.work_list import TextPlan
+from sdxl_trainer.data.files import hash_file
+from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
+from sdxl_trainer.data.formats.manifest import Entry, Identity, TextPart
+from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
+from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image
+from sdxl_trainer.data.images.folders import TEXT_CACHE
+from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.text.strategy import StrategyError
+from sdxl_trainer.data.text.variants import hash_captions
+
+
+@dataclass(frozen=True)
+class TextAdopter:
+    """Finds and checks `<stem>_te_outputs.npz` beside pictures or in the cache folder.
+
+    Args:
+        shapes: of the three arrays as the settings' encoders and token number make them.
+    """
+
+    plan: TextPlan
+    shapes: tuple[tuple[int, ...], ...]
+    folder: Path
+
+    def adopt(self, image: Path, record: bytes) -> TextPart | None:
+        """What to list of a picture's text, or None if there is no file of it.
+
+        Raises:
+            BadTextError: it is not of the form that these settings would make.
+            StrategyError: the user's class failed on the record.
+        """
+        name = image.stem + TEXT_CACHE
+        path = next((path for path in (image.with_name(name), self.folder / name) if path.is_file()), None)
+        if path is None:
+            return None
+        content, captions = path.read_bytes(), self.plan.variants.shape(orjson.loads(record))
+        try:
+            self._check(content, len(captions))
+        except BadTextError as error:
+            raise BadTextError(f"{path}: {error}") from None
+        file = str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path.absolute())
+        digest, identity = hashlib.sha256(content).hexdigest(), self.plan.identity.name
+        return TextPart(file, len(content), digest, identity, hash_captions(captions), len(captions))
+
+    def _check(self, content: bytes, variants: int) -> None:
+        outputs = parse_text(content, variants)[0]
+        arrays = (outputs.hidden_1, outputs.hidden_2, outputs.pooled)
+        shapes = tuple(array.shape for array in arrays)
+        if shapes != self.shapes:
+            raise BadTextError(f"holds arrays of {_list_shapes(shapes)}, the settings give {_list_shapes(self.shapes)}")
+        wanted = self.plan.identity.dtype
+        found = "bfloat16" if b"_bf16.npy" in content else str(outputs.pooled.dtype)
+        if found != wanted:
+            raise BadTextError(f"holds {found}, cache.dtype is {wanted}")
+
+
+def _list_shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
+
+
+def adopt_files(
+    folder: Path,
+    index: Index,
+    known: Mapping[str, Entry],
+    identity: Identity,
+    rule: BucketRule,
+    text: TextAdopter | None = None,
+) -> Iterator[tuple[str, Entry | str]]:
+    """Files of other programs that lie beside the pictures or in the cache folder, as entries of our manifest.
+
+    Yields (key, entry), or (key, reason) for a file that does not fit the settings. Which VAE made a file, and which
+    encoders and caption, cannot be told from it: adopting means vouching that it was the configured ones.
+
+    Args:
+        text: None: text encoder outputs are not looked for.
+    """
+    buckets = list_buckets(rule)
+    for row in range(len(index)):
+        record = index.row(row)
+        key, image = record["key"], Path(record["image_path"])
+        entry = known.get(key)
+        if entry is None:
+            path = find_latent_file(image, folder)
+            if path is None:
+                continue
+            try:
+                content = path.read_bytes()
+                placement = _check_fit(parse_latents(content), image, identity, rule, buckets)
+            except (OSError, BadLatentError) as error:
+                yield key, f"{path}: {error}"
+                continue
+            entry = _build_entry(key, path, folder, content, image, identity, placement.crop_ltrb, placement.resized)
+        if text is not None and not text.plan.is_valid(index.record_json(row), entry.text):
+            try:
+                entry = replace(entry, text=text.adopt(image, index.record_json(row)) or entry.text)
+            except (OSError, BadTextError, StrategyError) as error:
+                yield key, str(error)
+        if entry is not known.get(key):
+            yield key, entry
+
+
+def _check_fit(
+    sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]
+) -> Placement:
+    """How the picture of latents must have been placed.
+
+    Raises:
+        BadLatentError: they are not what these settings would make of the picture.
+    """
+    placement = place_image(sample.original_size, rule, buckets)
+    wanted = (identity.flip, identity.posterior == "moments")
+    found = (sample.flipped is not None, sample.std is not None)
+    if placement.bucket != sample.bucket:
+        raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {placement.bucket}")
+    if wanted[0] and not found[0]:
+        raise BadLatentError("has no latents of the mirrored picture, which cache.flip asks for")
+    if wanted[1] != found[1]:
+        raise BadLatentError(f"{'holds' if found[1] else 'lacks'} moments, cache.posterior is {identity.posterior}")
+    if sample.dtype != identity.dtype:
+        raise BadLatentError(f"holds {sample.dtype}, cache.dtype is {identity.dtype}")
+    try:
+        size = read_image_size(image) if image.suffix != ".npz" and image.is_file() else sample.original_size
+    except BadImageError as error:
+        raise BadLatentError(str(error)) from None
+    if size != sample.original_size:
+        raise BadLatentError(f"was made of a picture of {sample.original_size} px, which has {size} now")
+    return placement
+
+
+def _build_entry(key: str, path: Path, folder: Path, content: bytes, image: Path, identity: Identity,
+                 crop: tuple[int, int, int, int], resized: tuple[int, int]) -> Entry:  # fmt: skip
+    sample = parse_latents(content)
+    inside = path.is_relative_to(folder)
+    status = image.stat() if image.is_file() and image.suffix != path.suffix else None
+    return Entry(
+        key=key, file=str(path.relative_to(folder) if inside else path.absolute()), bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(), bucket=sample.bucket, original_size=sample.original_size,
+        resized=resized, crop=crop, identity=identity.name, source_path=str(image),
+        source_bytes=status.st_size if status else 0, source_mtime_ns=status.st_mtime_ns if status else 0,
+        source_sha256=hash_file(image) if status else "", adopted=True, flipped=sample.flipped is not None,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""What can be done with a cache besides filling it: verify, pack, unpack, adopt. All of it on rank 0."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from sdxl_trainer.cache.encode.inputs import build_identities, open_index, write_identities
+from sdxl_trainer.cache.encode.lock import lock_cache
+from sdxl_trainer.cache.encode.sinks import NpzSink, ShardSink, recover_shards
+from sdxl_trainer.cache.encode.text_work import (
+    identify_text,
+    is_text_state_current,
+    list_text_shapes,
+    plan_text,
+    start_text,
+)
+from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.cache.upkeep.adopt import TextAdopter, adopt_files
+from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
+from sdxl_trainer.cache.upkeep.verify import verify_entries
+from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter, check_identity, read_latest
+from sdxl_trainer.data.formats.text_cache import check_text_state
+from sdxl_trainer.data.images.bucket import split_key
+from sdxl_trainer.data.images.folders import TEXT_CACHE
+from sdxl_trainer.data.index.missing_latents import choose_file
+from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
+from sdxl_trainer.launch.distributed import read_environment
+from sdxl_trainer.launch.logger import init_logger
+
+# Latents by kohya's scripts or ours, and what they make of captions.
+ADOPTED_NAMES = ("<stem>.npz", "<stem>_<width>x<height>_sdxl.npz", f"<stem>{TEXT_CACHE}")
+
+
+class BadCacheError(FailedError):
+    """Items of a cache are bad; they have been named."""
+
+
+def verify_cache(config: Config, problems: list[Problem]) -> None:
+    """Read every byte back against the manifest and name each bad item.
+
+    Raises:
+        BadCacheError: at least one is bad.
+    """
+    folder = _open_existing(config, problems)
+    if folder is None:
+        return
+    damaged: list[str] = []
+    result = verify_entries(folder, read_latest(folder, damaged))
+    others = [f"{place}: damaged line of the manifest" for place in damaged]
+    states = (check_identity(folder), check_text_state(folder), *result.bad_shards.values())
+    others += [reason for reason in states if reason is not None]
+    for reason in (*result.reasons, *others):
+        logger.error("bad: {}", reason)
+    num_bad = len(result.bad.keys() | result.bad_text.keys())
+    logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, num_bad)
+    if num_bad or others:
+        also = f", and {len(others)} other things" if others else ""
+        raise BadCacheError(f"{num_bad} of {result.num_items} items are bad{also}; --repair mends them")
+
+
+def pack_cache(config: Config, problems: list[Problem]) -> None:
+    """Turn npz files into shards."""
+    _convert(config, problems, to_shards=True)
+
+
+def unpack_cache(config: Config, problems: list[Problem]) -> None:
+    """Turn shards into npz files under the cache folder."""
+    _convert(config, problems, to_shards=False)
+
+
+def adopt_cache(config: Config, problems: list[Problem]) -> None:
+    """List latent files and text encoder outputs of other programs in a manifest, after checking and hashing them.
+
+    Raises:
+        BadCacheError: some files do not fit the settings; they are named, the others are listed.
+    """
+    if read_environment()[0] != 0:
+        return
+    folder = get_cache_folder(config)
+    index = open_index(config, problems)
+    init_logger(0, config.log.level, folder / "logs", "cache")
+    vae = load_vae(resolve_model(config.model), config.model)
+    identities, rule = build_identities(config, hash_weights(vae)), build_bucket_rules(config.data)[""]
+    with lock_cache(folder):
+        write_identities(folder, identities)
+        text = build_text_adopter(config, folder) if config.cache.text else None
+        manifest = ManifestWriter(folder, 0)
+        known = read_latest(folder)
+        adopted, bad = 0, []
+        for key, found in adopt_files(folder, index, known, identities[""], rule, text):
+            if isinstance(found, Entry):
+                manifest.append(found)
+                adopted += 1
+            else:
+                logger.error("{} is not adopted: {}", key, found)
+                bad.append(key)
+        manifest.close()
+    logger.info("{} pictures' files adopted, {} not, {} were listed before", adopted, len(bad), len(known))
+    if not (adopted or bad or known):
+        names = ADOPTED_NAMES if config.cache.text else ADOPTED_NAMES[:2]
+        logger.warning("no files to adopt were found: {} is looked for beside each picture and in {}",
+                       " or ".join(names), folder)  # fmt: skip
+    if bad:
+        raise BadCacheError(f"{len(bad)} files do not fit the settings and were not adopted")
+
+
+def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
+    """What checks text encoder outputs against the settings; what all of them have in common is made if need be."""
+    identity = identify_text(config, folder)
+    if not is_text_state_current(folder, identity):
+        start_text(config, identity, folder, torch.device("cpu"), write=True)
+    return TextAdopter(plan_text(config, identity), list_text_shapes(config), folder)
+
+
+def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
+    folder = _open_existing(config, problems)
+    if folder is None:
+        return
+    with lock_cache(folder):
+        entries = read_latest(folder)
+        recover_shards(folder, entries.values())
+        dtype = config.cache.dtype  # of no effect: bytes are copied as they are
+        sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
+        index = open_index(config, [])
+        rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
+
+        def get_record(key: str) -> bytes:
+            row = rows.get(key, rows.get(split_key(key)[1]))
+            return b"{}" if row is None else index.record_json(row)
+
+        manifest = ManifestWriter(folder, 0)
+        done, bad = repack(
+            folder,
+            entries,
+            sink,
+            manifest,
+            lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
+            get_record,
+        )
+        manifest.close()
+        removed = remove_replaced(folder, entries, read_latest(folder))
+    logger.info("{} items {}, {} files replaced", done, "packed" if to_shards else "unpacked", removed)
+    if bad:
+        shown = "; ".join(list(bad.values())[:5])
+        raise BadCacheError(f"{len(bad)} items are bad and were left as they are: {shown}")
+
+
+def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
+    """The cache folder on rank 0, None on the others.
+
+    Raises:
+        UserInputError: the settings are wrong, or there is no cache.
+    """
+    if read_environment()[0] != 0:
+        return None
+    folder = get_cache_folder(config)
+    if not (folder / "cache.json").is_file():
+        problems = [*problems, Problem("cache.dir", folder, "holds no latent cache", "fill it first, or --adopt one")]
+    raise_if_any(problems)
+    init_logger(0, config.log.level, folder / "logs", "cache")
+    return folder
+
+
+AUDITS: dict[str, Callable[[Config, list[Problem]], None]] = {
+    "verify": verify_cache,
+    "pack": pack_cache,
+    "unpack": unpack_cache,
+    "adopt": adopt_cache,
+}

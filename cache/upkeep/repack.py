@@ -1,0 +1,96 @@
+"""Caches in other forms, without the VAE: npz files to shards, shards to npz files, and adopting what others wrote."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from sdxl_trainer.cache.encode.items import ITEM_ERRORS, check_item, check_item_text, read_item, read_item_text
+from sdxl_trainer.cache.encode.pipeline import choose_text_file
+from sdxl_trainer.cache.encode.sinks import NpzSink, Sink
+from sdxl_trainer.cache.upkeep.verify import check_shards
+from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+
+
+def repack(
+    folder: Path,
+    entries: Mapping[str, Entry],
+    sink: Sink,
+    manifest: ManifestWriter,
+    name_file: Callable[[Entry], str],
+    get_record: Callable[[str], bytes],
+) -> tuple[int, dict[str, str]]:
+    """Copy every item's bytes into another form and list it there; then the old files may go (`remove_replaced`).
+
+    Items already in the form that the sink makes are left. Bytes are checked against the manifest on the way, and one
+    that fails is left where it is and returned: key → reason.
+
+    Args:
+        name_file: where an item's npz file goes.
+        get_record: the JSON that goes beside a key's latents in a shard.
+    """
+    done, bad = 0, {}
+    to_files = isinstance(sink, NpzSink)
+    for key, entry in sorted(entries.items(), key=lambda pair: (pair[1].bucket, pair[1].file, pair[1].offset or 0)):
+        if (entry.offset is None) == to_files:
+            continue
+        try:
+            _, content = read_item(folder, entry)
+            text = read_item_text(folder, entry)
+        except ITEM_ERRORS as error:
+            bad[key] = f"{entry.file}: {error}"
+            continue
+        target = _name_files(entry, name_file(entry)) if to_files else entry
+        record = b"{}" if to_files else get_record(key)
+        manifest.append(sink.store(target, bytes(content), record, None if text is None else bytes(text)))
+        done += 1
+    sink.close()
+    return done, bad
+
+
+def tidy_shards(folder: Path, entries: Mapping[str, Entry], sink: Sink, manifest: ManifestWriter) -> list[str]:
+    """Copy what counts of shards that are not as they should be into new ones, and delete the old ones: those with
+    samples that have been encoded again elsewhere, or with a damaged end. Returns their names.
+
+    One that holds an item which cannot be read is left as it is.
+    """
+    uneven = set(check_shards(folder, entries.values()))
+    listed: dict[str, list[Entry]] = {file: [] for file in uneven}
+    for entry in entries.values():
+        if entry.file in uneven:
+            listed[entry.file].append(entry)
+    for file, held in listed.items():
+        if any(check_item(folder, entry) or check_item_text(folder, entry) for entry in held):
+            uneven.remove(file)
+            continue
+        for entry in sorted(held, key=lambda entry: entry.offset or 0):
+            record, content = read_item(folder, entry)
+            beside = entry.text is not None and entry.text.offset is not None
+            text = read_item_text(folder, entry) if beside else None
+            manifest.append(sink.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
+    sink.close()
+    for file in uneven:
+        (folder / file).unlink()
+    return sorted(uneven)
+
+
+def remove_replaced(folder: Path, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> int:
+    """Delete the files of `before` that no entry of `after` needs any more. Returns how many went.
+
+    Adopted files stay: they belong to the program that made them.
+    """
+    ours = [entry for entry in before.values() if not entry.adopted or entry.offset is not None]
+    needed = {file for entry in after.values() for file in _list_entry_files(entry)}
+    replaced = {file for entry in ours for file in _list_entry_files(entry)} - needed
+    for file in replaced:
+        (folder / file).unlink(missing_ok=True)
+    return len(replaced)
+
+
+def _list_entry_files(entry: Entry) -> list[str]:
+    return [entry.file] if entry.text is None else [entry.file, entry.text.file]
+
+
+def _name_files(entry: Entry, file: str) -> Entry:
+    """An entry whose latents will be at `file`, and its text beside them."""
+    text = None if entry.text is None else replace(entry.text, file=choose_text_file(file))
+    return replace(entry, file=file, text=text)

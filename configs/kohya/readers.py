@@ -1,0 +1,173 @@
+"""Reads what kohya's scripts and the first sdxl-trainer are started with: TOML files, command lines, Python settings.
+
+Nothing that is read is ever run.
+"""
+
+import ast
+import operator
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer.configs.kohya.values import read_literal
+from sdxl_trainer.configs.problems import Problem, UserInputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+SCRIPT = re.compile(r"\w*train\w*\.py$")
+LAUNCHER_OPTIONS = ("num_processes", "mixed_precision")  # accelerate's own that matter
+SHELL_ENDS = {"&&", "||", "|", ";", "&", ">", ">>", "2>&1"}
+CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")  # of POSIX shells, cmd.exe and PowerShell
+COMMENT = re.compile(r"(?m)(?:^|(?<=\s))(?:#|REM |::).*$")
+WINDOWS = (".bat", ".cmd", ".ps1")
+ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+class NotPlain(ValueError):
+    """A Python expression whose value only running it could tell."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as it is.
+
+    Raises:
+        UserInputError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(_read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserInputError([Problem("FILE", path, f"is not valid TOML: {error}", "mend the line named")]) from None
+
+
+def is_dataset_config(tables: dict[str, Any]) -> bool:
+    """Whether a TOML file says what the data are, and not how to train."""
+    return "datasets" in tables
+
+
+def flatten_sections(tables: dict[str, Any]) -> dict[str, Any]:
+    """The options of a file of training arguments, whose sections mean nothing."""
+    options: dict[str, Any] = {}
+    for name, value in tables.items():
+        options |= value if isinstance(value, dict) else {name: value}
+    return options
+
+
+def read_command(path: Path) -> dict[str, Any]:
+    """The options of a command line in a shell script or a text file; flags are True, several words a list.
+
+    Raises:
+        UserInputError: there is none in it.
+    """
+    text = COMMENT.sub("", CONTINUED.sub(" ", _read_text(path)))
+    if path.suffix.lower() in WINDOWS:
+        text = text.replace("\\", "\\\\")  # of paths; no escapes there
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserInputError([Problem("FILE", path, f"is no command line: {error}", "mend the quotes")]) from None
+    start = next((at for at, word in enumerate(words) if SCRIPT.search(word)), -1)
+    options = {name: value for name, value in _collect(words[:start]).items() if name in LAUNCHER_OPTIONS}
+    options = (options if start >= 0 else {}) | _collect(words[start + 1 :])
+    if not options:
+        rule = "holds no options, such as --learning_rate=1e-5"
+        cure = "give a TOML file, a command line, or the Python settings of the first sdxl-trainer"
+        raise UserInputError([Problem("FILE", path, rule, cure)])
+    return options
+
+
+def _collect(words: list[str]) -> dict[str, Any]:
+    """Options of words; a word that belongs to none ends them or is passed over."""
+    options: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word in SHELL_ENDS:
+            break
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options[name] = [value] if equals else []
+        elif name:
+            options[name].append(word)
+    return {name: _read_words(values) for name, values in options.items() if name}
+
+
+def _read_words(values: list[str]) -> Any:
+    read = [read_literal(value) for value in values] or [True]
+    return read if len(read) > 1 else read[0]
+
+
+def read_python(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that `get_config` of the first sdxl-trainer assigns, and the source of those that are not plain.
+
+    The file is parsed, not run: constants, lists, `dict(...)`, `cfg(...)`, arithmetic and os.path.join are understood.
+
+    Raises:
+        UserInputError: it cannot be read, is no Python, or assigns nothing to `config.<name>`.
+    """
+    try:
+        tree = ast.parse(_read_text(path))
+    except SyntaxError as error:
+        rule = f"is not valid Python: {error.msg} (line {error.lineno})"
+        raise UserInputError([Problem("FILE", path, rule, "mend the line named")]) from None
+    plain: dict[str, Any] = {}
+    others: dict[str, str] = {}
+    for node in ast.walk(tree):
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if not (isinstance(node, ast.Assign) and isinstance(target, ast.Attribute)):
+            continue
+        if isinstance(target.value, ast.Name) and target.value.id == "config":
+            try:
+                plain[target.attr] = _evaluate(node.value, plain)
+            except NotPlain as error:
+                others[target.attr] = str(error)
+    if not plain:
+        rule = "assigns nothing to config.<name>"
+        raise UserInputError([Problem("FILE", path, rule, "give the file that get_config() is in")])
+    return plain, others
+
+
+def _evaluate(node: ast.expr, known: dict[str, Any]) -> Any:
+    """The value of a plain expression.
+
+    Raises:
+        NotPlain: it is none.
+    """
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_evaluate(item, known) for item in node.elts]
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        sides = _evaluate(node.left, known), _evaluate(node.right, known)
+        if all(isinstance(side, (int, float)) for side in sides) and sides[1] != 0:
+            return ARITHMETIC[type(node.op)](*sides)
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        if called in ("cfg", "dict", "ConfigDict") and not node.args:
+            return {word.arg: _evaluate(word.value, known) for word in node.keywords if word.arg}
+        if called == "os.path.join":
+            return "/".join(str(_evaluate(item, known)) for item in node.args)
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config" and node.attr in known:
+        return known[node.attr]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise NotPlain(ast.unparse(node)) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        rule = "is no text in UTF-8"
+    raise UserInputError([Problem("FILE", path, rule, "check the path")])

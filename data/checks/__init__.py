@@ -1,0 +1,1 @@
+"""Checks of data before a run: sources, captions, latents, and the validation set."""

@@ -1,0 +1,89 @@
+"""What the cached text encoder outputs have in common: `text.json` says what made them, beside it the empty caption's.
+
+Outputs of dropped captions are those of the empty one, which is kept once.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.formats.manifest import TextIdentity
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text
+
+STATE_FILE = "text.json"
+EMPTY_FILE = "manifest/empty_te_outputs.npz"  # where no key of a picture is likely to lead
+
+
+@dataclass(frozen=True)
+class TextState:
+    """What `text.json` says."""
+
+    identity: TextIdentity
+    sources: list[Any]  # what names the encoders' files, so that their weights need not be hashed again
+    empty_sha256: str
+
+
+def write_text_state(folder: Path, identity: TextIdentity, sources: Sequence[Any], empty: bytes) -> None:
+    """Write `text.json` and the npz of the empty caption."""
+    (folder / EMPTY_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / EMPTY_FILE, empty)
+    state = TextState(identity, list(sources), hashlib.sha256(empty).hexdigest())
+    write_atomic(folder / STATE_FILE, _dump(state))
+
+
+def read_text_state(folder: Path) -> TextState | None:
+    """The content of `text.json`; None if there is none, or it is damaged."""
+    try:
+        content = (folder / STATE_FILE).read_bytes()
+        fields = orjson.loads(content)
+        state = TextState(TextIdentity(**fields["identity"]), fields["sources"], fields["empty_sha256"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return state if _dump(state) == content else None
+
+
+def read_empty_text(folder: Path, state: TextState) -> TextOutputs:
+    """The outputs of the empty caption.
+
+    Raises:
+        BadTextError: they are missing, or not as `text.json` says.
+    """
+    try:
+        content = (folder / EMPTY_FILE).read_bytes()
+    except OSError as error:
+        raise BadTextError(f"{EMPTY_FILE}: cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != state.empty_sha256:
+        raise BadTextError(f"{EMPTY_FILE}: has another SHA-256 than {STATE_FILE} says")
+    return parse_text(content, 1, check_crc=False)[0]
+
+
+def check_text_state(folder: Path) -> str | None:
+    """What is wrong with `text.json` or the empty caption's outputs, or None, also if no text is cached."""
+    if not (folder / STATE_FILE).is_file():
+        return None
+    state = read_text_state(folder)
+    if state is None:
+        return f"{STATE_FILE}: damaged"
+    try:
+        read_empty_text(folder, state)
+    except BadTextError as error:
+        return str(error)
+    return None
+
+
+def describe_file(path: Path) -> list[Any]:
+    """Path, size and time of a file: what tells that it is another one, without reading it."""
+    status = os.stat(path)
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _dump(state: TextState) -> bytes:
+    fields = {"name": state.identity.name, **asdict(state)}
+    checksum = hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return orjson.dumps({**fields, "sha256": checksum}, option=orjson.OPT_INDENT_2)

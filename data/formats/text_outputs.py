@@ -1,0 +1,133 @@
+"""Text encoder outputs in the npz form that kohya-ss/sd-scripts reads: writer and reader.
+
+| key | dtype, shape | meaning |
+|---|---|---|
+| `hidden_state1` | floats [L, 768] | penultimate layer of encoder 1, without the final norm; L = 77, 152 or 227 |
+| `hidden_state2` | floats [L, 1280] | the same of encoder 2 |
+| `pool2` | floats [1280] | encoder 2's pooled output of the first 75 tokens |
+| `hidden_state1_v1`, `hidden_state2_v1`, `pool2_v1`, `..._v2` | the same | further variants of the caption |
+
+Programs that know the first three keys find the first variant. bfloat16 is stored as in latent files: uint16 under the
+key + `_bf16`, the upper half of the float32.
+"""
+
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_trainer.data.formats.latents import BF16_SUFFIX, round_to_bfloat16
+from sdxl_trainer.data.formats.npz import NpzError, SpanReader, load_arrays, load_member
+from sdxl_trainer.data.formats.shards import locate_shard
+
+KEYS = ("hidden_state1", "hidden_state2", "pool2")
+MAX_ARRAY_BYTES = 227 * 8192 * 8  # far wider encoders than SDXL's, in float64
+
+
+class BadTextError(ValueError):
+    """Text encoder outputs that cannot be trained on; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class TextOutputs:
+    """What both encoders make of one caption."""
+
+    hidden_1: np.ndarray  # [L, C1] floats
+    hidden_2: np.ndarray  # [L, C2]
+    pooled: np.ndarray  # [C2]
+
+
+def pack_text(variants: Sequence[TextOutputs], dtype: str = "float32") -> bytes:
+    """The bytes of an npz file: stored uncompressed, the same for the same content.
+
+    Args:
+        dtype: of the arrays: float32, float16 or bfloat16.
+    """
+    arrays = {}
+    for number, outputs in enumerate(variants):
+        for key, array in zip(_list_keys(number), (outputs.hidden_1, outputs.hidden_2, outputs.pooled), strict=True):
+            if dtype == "bfloat16":
+                arrays[key + BF16_SUFFIX] = round_to_bfloat16(array)
+            else:
+                arrays[key] = array.astype(dtype)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def parse_text(content: bytes | memoryview, variants: int, check_crc: bool = True) -> list[TextOutputs]:
+    """All variants of a text file, checked. bfloat16 comes as float32.
+
+    Args:
+        check_crc: False where the bytes' SHA-256 has been checked.
+
+    Raises:
+        BadTextError: torn, pickled, of another form, or not finite.
+    """
+    keys = [key for number in range(variants) for key in _list_keys(number)]
+    limits = dict.fromkeys([*keys, *(key + BF16_SUFFIX for key in keys)], MAX_ARRAY_BYTES)
+    try:
+        arrays = load_arrays(content, limits, check_crc)
+    except NpzError as error:
+        raise BadTextError(str(error)) from None
+    found = [_build_outputs(arrays, number) for number in range(variants)]
+    if len({(each.hidden_1.shape, each.hidden_2.shape) for each in found}) > 1:
+        raise BadTextError("holds variants of different shapes")
+    return found
+
+
+def read_text_variant(path: Path, span: tuple[int | None, int], variant: int, variants: int) -> TextOutputs:
+    """One variant of a text file, without reading the others.
+
+    Args:
+        span: (offset of the npz in its shard, or None for a file of its own, and size) in bytes.
+
+    Raises:
+        BadTextError: missing, torn, pickled, of another form, or not finite.
+    """
+    offset, size = span
+    try:
+        descriptor = os.open(path if offset is None else locate_shard(path), os.O_RDONLY)
+        try:
+            if variants == 1:
+                return parse_text(os.pread(descriptor, size, offset or 0), 1)[0]
+            with zipfile.ZipFile(SpanReader(descriptor, offset or 0, size)) as archive:
+                names = {key + suffix for key in _list_keys(variant) for suffix in ("", BF16_SUFFIX)}
+                there = names.intersection(name.removesuffix(".npy") for name in archive.namelist())
+                return _build_outputs({key: load_member(archive, key, MAX_ARRAY_BYTES) for key in there}, variant)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BadTextError(f"{path}: cannot be read: {error.strerror}") from None
+    except (BadTextError, NpzError, zipfile.BadZipFile) as error:
+        raise BadTextError(f"{path}: {error}") from None
+
+
+def _list_keys(variant: int) -> list[str]:
+    return [f"{key}_v{variant}" if variant else key for key in KEYS]
+
+
+def _build_outputs(arrays: dict[str, np.ndarray], variant: int) -> TextOutputs:
+    hidden_1, hidden_2, pooled = (_read_array(arrays, key) for key in _list_keys(variant))
+    shapes = (hidden_1.shape, hidden_2.shape, pooled.shape)
+    if [len(shape) for shape in shapes] != [2, 2, 1] or len(hidden_1) != len(hidden_2) or 0 in sum(shapes, ()):
+        raise BadTextError(
+            f"holds arrays of {', '.join(str(list(shape)) for shape in shapes)}, not [L, C], [L, C], [C]"
+        )
+    return TextOutputs(hidden_1, hidden_2, pooled)
+
+
+def _read_array(arrays: dict[str, np.ndarray], key: str) -> np.ndarray:
+    if key + BF16_SUFFIX in arrays and arrays[key + BF16_SUFFIX].dtype == np.uint16:
+        array = (arrays[key + BF16_SUFFIX].astype(np.uint32) << 16).view(np.float32)
+    elif key in arrays and arrays[key].dtype.kind == "f":
+        array = arrays[key]
+    else:
+        raise BadTextError(f"has no floats `{key}` but {', '.join(arrays) or 'nothing'}")
+    if not np.isfinite(array).all():
+        raise BadTextError(f"`{key}` holds values that are not finite")
+    return array

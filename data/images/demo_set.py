@@ -1,0 +1,163 @@
+"""The demo set: pictures of coloured shapes that say in their caption what is drawn, and the measure of their colour.
+
+A set small enough to learn in minutes and plain enough to check: whether a model paints the colour that a prompt
+names needs no human eye, just `nearest_colour`.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+T = TypeVar("T")
+Colour = tuple[int, int, int]
+
+# Near the six chromatic corners of the RGB cube, so no two of them are close in any colour space.
+COLOURS: dict[str, Colour] = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (45, 65, 225),
+    "yellow": (240, 215, 40),
+    "cyan": (40, 205, 225),
+    "magenta": (215, 50, 205),
+}
+BACKGROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
+
+# (width, height) in px, near 128² px of area; not multiples of 32, because real sets are not either. Each group is
+# one bucket of the kohya list for 128² in steps of 32 (128×128, 160×96, 96×160, 192×64).
+SIZES_PX: tuple[tuple[int, int], ...] = (
+    (128, 128), (144, 144), (120, 136),
+    (160, 96), (176, 104),
+    (96, 160), (104, 168),
+    (192, 72),
+)  # fmt: skip
+FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (".jpg", {"quality": 95, "subsampling": 0}),
+    (".png", {}),
+    (".webp", {"quality": 95}),
+)
+SUPERSAMPLING = 4  # Pillow draws polygons with hard edges; drawing large and shrinking smooths them
+CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its picture, so the background never enters
+
+
+def demo_caption(colour: str, shape: str, background: str) -> str:
+    """Return the caption of one picture: "a red circle on a white background"."""
+    return f"a {colour} {shape} on a {background} background"
+
+
+def draw_picture(
+    colour: Colour, shape: str, background: Colour, size_px: tuple[int, int], rng: random.Random
+) -> Image.Image:
+    """Draw one shape near the middle of a picture of size_px = (width, height); rng varies its place and size."""
+    width, height = (side * SUPERSAMPLING for side in size_px)
+    radius = min(width, height) * rng.uniform(0.30, 0.38)
+    centre = (
+        width / 2 + min(width, height) * rng.uniform(-0.04, 0.04),
+        height / 2 + min(width, height) * rng.uniform(-0.04, 0.04),
+    )
+    picture = Image.new("RGB", (width, height), background)
+    ImageDraw.Draw(picture).polygon(_outline(shape, centre, radius), fill=colour)
+    return picture.resize(size_px, Image.Resampling.BOX)
+
+
+def draw_demo_set(folder: Path, num_images: int = 96, seed: int = 0) -> Path:
+    """Write the demo set into folder and return the path of its `metadata.json`.
+
+    The metadata is an object keyed by file stem with `image_path` (relative to folder), `caption` and
+    `original_size` (width, height). One seed gives the same bytes each time.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    sizes_px = _shuffled_cycle(SIZES_PX, num_images, rng)
+    formats = _shuffled_cycle(FORMATS, num_images, rng)
+    metadata = {}
+    for index, (colour, shape, background) in enumerate(_draw_subjects(num_images, rng)):
+        picture = draw_picture(COLOURS[colour], shape, BACKGROUNDS[background], sizes_px[index], rng)
+        suffix, options = formats[index]
+        stem = f"{index:04d}_{colour}_{shape}"
+        picture.save(folder / "images" / f"{stem}{suffix}", **options)
+        metadata[stem] = {
+            "image_path": f"images/{stem}{suffix}",
+            "caption": demo_caption(colour, shape, background),
+            "original_size": list(sizes_px[index]),
+        }
+    path = folder / "metadata.json"
+    path.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def nearest_colour(image: np.ndarray) -> str:
+    """Return which of the six colours a picture [H, W, 3] (uint8, or float 0..1) shows.
+
+    Its most chromatic pixels (largest max − min over RGB) are averaged; the colour nearest to that mean in RGB wins.
+    """
+    pixels = image.reshape(-1, 3).astype(np.float64)  # [H·W, 3]
+    if np.issubdtype(image.dtype, np.floating):
+        pixels = pixels * 255
+    num_pixels = max(1, round(len(pixels) * CHROMATIC_SHARE))
+    chroma = pixels.max(axis=1) - pixels.min(axis=1)  # [H·W]
+    mean = pixels[np.argsort(chroma, kind="stable")[-num_pixels:]].mean(axis=0)  # [3]
+    return min(COLOURS, key=lambda name: float(np.square(mean - COLOURS[name]).sum()))
+
+
+def _draw_subjects(num_images: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """Return (colour, shape, background) for each picture: each run of six pictures has all six colours."""
+    subjects: list[tuple[str, str, str]] = []
+    scenes = [(shape, background) for shape in SHAPES for background in BACKGROUNDS]
+    while len(subjects) < num_images:
+        # Within a round of 72 pictures each colour meets each scene once.
+        orders = [rng.sample(scenes, len(scenes)) for _ in COLOURS]
+        for scenes_of_block in zip(*orders, strict=True):
+            block = [(colour, *scene) for colour, scene in zip(COLOURS, scenes_of_block, strict=True)]
+            subjects.extend(rng.sample(block, len(block)))
+    return subjects[:num_images]
+
+
+def _shuffled_cycle(items: Sequence[T], num_items: int, rng: random.Random) -> list[T]:
+    """Return num_items items, each as often as any other (±1), in random order within each cycle."""
+    cycle: list[T] = []
+    while len(cycle) < num_items:
+        cycle.extend(rng.sample(items, len(items)))
+    return cycle[:num_items]
+
+
+def _outline(shape: str, centre: tuple[float, float], radius: float) -> list[tuple[float, float]]:
+    """Return the corners (x, y) of a shape that stands upright around centre within radius."""
+    if shape == "square":
+        return _polygon(centre, [radius * 1.2] * 4, math.pi / 4)
+    if shape == "triangle":
+        return _polygon((centre[0], centre[1] + radius * 0.2), [radius * 1.15] * 3, 0.0)
+    if shape == "star":
+        return _polygon(centre, [radius * 1.15, radius * 0.55] * 5, 0.0)
+    if shape == "circle":
+        return _polygon(centre, [radius] * 96, 0.0)
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+def _polygon(centre: tuple[float, float], radii: Sequence[float], start: float) -> list[tuple[float, float]]:
+    """Return len(radii) corners at equal angles around centre, the first `start` radians clockwise from the top."""
+    angles = [start + 2 * math.pi * index / len(radii) for index in range(len(radii))]
+    return [
+        (centre[0] + radius * math.sin(angle), centre[1] - radius * math.cos(angle))
+        for angle, radius in zip(angles, radii, strict=True)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: draw the demo set into a folder."""
+    parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.data.demo", description="Draw the demo set.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument("--num-images", type=int, default=96, metavar="N", help="how many pictures (96)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="one seed gives the same bytes (0)")
+    options = parser.parse_args(arguments)
+    path = draw_demo_set(options.out, options.num_images, options.seed)
+    sys.stdout.write(f"{options.num_images} pictures, metadata in {path}\n")

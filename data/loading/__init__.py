@@ -1,0 +1,1 @@
+"""Micro batches: the dataset, its worker processes, and where it reads latents from."""

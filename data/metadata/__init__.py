@@ -1,0 +1,1 @@
+"""Records: metadata files of every supported form, image folders, and how several sources merge."""

@@ -1,0 +1,138 @@
+"""The order of batches for shards that are read whole, one after the other: shuffled over some shards at a time.
+
+An epoch takes the shards in a random order of its own, some at a time: a window. Within a window each bucket's samples
+are in random order, as those of an epoch are in data/order/plan.py, and all else is as there: a bucket's stream runs on
+from window to window and from epoch to epoch, a batch belongs to the window in which its last sample falls, and it is
+a pure function of its position. So every sample comes in every epoch, and resuming and the number of ranks change nothing.
+What is less than with a plain plan is how well samples are mixed: only over the shards of a window.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+from sdxl_trainer.data.order.plan import Batch, Plan, Stream, mix_keys, permute, sort_stably
+
+FETCHED_BY = 0.75  # of a window, by when the next one's shards are asked for
+
+
+class ShardPlan(Plan):
+    """A plan whose methods are given and give epochs, and whose streams are made of windows: window w of epoch e is
+    number e x windows + w where `Plan` has epochs.
+
+    Args:
+        bucket_of_row: [N] as in `Plan`.
+        shard_of_row: [N] number of the shard that each row lies in.
+        shard_names: of each number.
+        shards_per_window: over how many shards samples are mixed.
+        global_batch_size, seed, repeats: as in `Plan`.
+    """
+
+    def __init__(
+        self,
+        bucket_of_row: np.ndarray,
+        shard_of_row: np.ndarray,
+        shard_names: list[str],
+        shards_per_window: int,
+        *,
+        global_batch_size: int,
+        seed: int,
+        repeats: np.ndarray | None = None,
+    ):
+        num_shards = len(shard_names)
+        members = sort_stably(bucket_of_row.astype(np.int64) * num_shards + shard_of_row)
+        super().__init__(bucket_of_row, global_batch_size, seed, repeats, members)
+        self._names = shard_names
+        self._per_window = shards_per_window
+        self.num_windows = -(-num_shards // shards_per_window)
+        bucket_of_member = np.repeat(np.arange(len(self.buckets)), np.diff(self._starts))
+        self._groups = bucket_of_member * num_shards + shard_of_row[self._members]  # [N] ascending
+        self._group_starts = np.searchsorted(self._groups, np.arange(len(self.buckets) * num_shards + 1))
+        self._order_hash = hashlib.sha256(shard_of_row.astype(np.int64).tobytes()).hexdigest()[:16]
+        self._shard_order = lru_cache(maxsize=8)(self._compute_shard_order)
+        self._window_starts = lru_cache(maxsize=8)(self._compute_window_starts)
+        self._window_ends = lru_cache(maxsize=8)(self._compute_window_ends)
+        self._window_rows = lru_cache(maxsize=256)(self._compute_window_rows)
+
+    @property
+    def order_name(self) -> str:
+        """Names what decides the order besides the rows, their buckets and the seed."""
+        return f"{self._order_hash}-{self._per_window}"
+
+    def num_batches(self, epoch: int) -> int:
+        return int(self._window_ends(epoch)[-1])
+
+    def count_samples(self, epoch: int) -> dict[int, int]:
+        first, last = epoch * self.num_windows, (epoch + 1) * self.num_windows
+        numbers = range(len(self.buckets))
+        return {self.buckets[b]: self._count_until(b, last) - self._count_until(b, first) for b in numbers}
+
+    def num_carried(self, epoch: int) -> int:
+        return super().num_carried((epoch + 1) * self.num_windows - 1)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        window, number = self._find_window(epoch, index)
+        batch = super().batch(epoch * self.num_windows + window, number)
+        return Batch(batch.bucket, batch.rows, batch.epochs // self.num_windows)
+
+    def list_shards(self, epoch: int, index: int) -> tuple[str, ...]:
+        """Shards to have at hand at a position: those of its window, and ever more of the next one's."""
+        window, number = self._find_window(epoch, index)
+        ends = self._window_ends(epoch)
+        length = int(ends[window]) - (int(ends[window - 1]) if window else 0)
+        coming = self._list_window(*divmod(epoch * self.num_windows + window + 1, self.num_windows))
+        share = round(len(coming) * min(1.0, (number + 1) / (FETCHED_BY * length)))
+        return tuple(self._names[shard] for shard in [*self._list_window(epoch, window), *coming[:share]])
+
+    def _find_window(self, epoch: int, index: int) -> tuple[int, int]:
+        """(window, number of the batch in it)."""
+        ends = self._window_ends(epoch)
+        window = int(np.searchsorted(ends, index, side="right"))
+        return window, index - (int(ends[window - 1]) if window else 0)
+
+    def _list_window(self, epoch: int, window: int) -> list[int]:
+        return self._shard_order(epoch)[window * self._per_window :][: self._per_window].tolist()
+
+    def _find_rows(self, bucket: int, epoch: int, items: np.ndarray) -> np.ndarray:
+        return self._window_rows(bucket, epoch)[items]
+
+    def _compute_count_until(self, bucket: int, epoch: int) -> int:
+        epoch, window = divmod(epoch, self.num_windows)
+        return super()._compute_count_until(bucket, epoch) + int(self._window_starts(epoch)[bucket, window])
+
+    def _compute_shard_order(self, epoch: int) -> np.ndarray:
+        size = len(self._names)
+        return permute(np.arange(size), size, mix_keys(self.seed, Stream.SHARD_ORDER, epoch))
+
+    def _compute_window_starts(self, epoch: int) -> np.ndarray:
+        """[buckets, windows] samples of each bucket that an epoch's windows before each one hold."""
+        size = len(self._names)
+        turns = None if self._repeats is None else self._compute_turns(epoch, slice(None))
+        counts = np.bincount(self._groups, turns, minlength=len(self.buckets) * size).astype(np.int64)
+        in_order = counts.reshape(len(self.buckets), size)[:, self._shard_order(epoch)]
+        ends = np.cumsum(in_order, axis=1)
+        return np.concatenate(
+            [np.zeros((len(ends), 1), np.int64), ends[:, self._per_window - 1 :: self._per_window]], 1
+        )
+
+    def _compute_window_ends(self, epoch: int) -> np.ndarray:
+        """[windows] batches of an epoch up to the end of each."""
+        first = epoch * self.num_windows
+        return np.cumsum([Plan.num_batches(self, first + window) for window in range(self.num_windows)])
+
+    def _compute_window_rows(self, bucket: int, number: int) -> np.ndarray:
+        """Rows of a bucket that a window holds, each as often as it comes."""
+        epoch, window = divmod(number, self.num_windows)
+        groups = bucket * len(self._names) + np.array(self._list_window(epoch, window))
+        starts, ends = self._group_starts[groups].tolist(), self._group_starts[groups + 1].tolist()
+        places = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+        if self._repeats is not None:
+            places = np.repeat(places, self._compute_turns(epoch, places))
+        return self._members[places]
+
+    def _compute_turns(self, epoch: int, places: np.ndarray | slice) -> np.ndarray:
+        """[places] how often each of the members comes in an epoch."""
+        assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
+        repeats, phases = self._repeats[places], self._phases[places]
+        return (np.floor((epoch + 1) * repeats + phases) - np.floor(epoch * repeats + phases)).astype(np.int64)

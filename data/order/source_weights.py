@@ -1,0 +1,49 @@
+"""Weights of the sources of records: how often the samples of each come in an epoch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from loguru import logger
+
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.schema import DataConfig
+from sdxl_trainer.data.index.index import Index
+
+
+def check_weights(data: DataConfig) -> list[Problem]:
+    """Whether `data.weights` has a number for each source."""
+    name = "metadata" if data.metadata else "image_dirs"
+    entries = getattr(data, name)
+    if data.weights and len(data.weights) != len(entries):
+        rule = f"holds {len(data.weights)} numbers for the {len(entries)} entries of data.{name}"
+        cure = "give one number per entry; files that one entry names by a pattern share it"
+        return [Problem("data.weights", data.weights, rule, cure)]
+    return []
+
+
+def check_use(data: DataConfig, index: Index) -> list[Problem]:
+    """Whether the weights leave any sample."""
+    sources = np.unique(index.column("source")).tolist()
+    if not data.weights or any(source >= len(data.weights) or data.weights[source] for source in sources):
+        return []
+    cure = "raise that of an entry which holds samples with latents"
+    return [Problem("data.weights", data.weights, "leaves nothing to train on", cure)]
+
+
+def weigh_sources(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:
+    """How often each row is used in an epoch when each source has a weight; [N], or None for once each.
+
+    Args:
+        weights: of each source. Those beyond, which are folders of regularisation pictures, keep their repeats.
+    """
+    if all(weight == 1 for weight in weights):
+        return repeats
+    sources = index.column("source")
+    factors = np.ones(max(len(weights), int(sources.max(initial=0)) + 1))
+    factors[: len(weights)] = weights
+    used = factors[sources] if repeats is None else repeats * factors[sources]
+    counts = np.bincount(sources, minlength=len(weights)), np.bincount(sources, used, minlength=len(weights))
+    for number, weight in enumerate(weights):
+        text = "source {}: {} samples, weight {:g}, {:.6g} an epoch"
+        logger.info(text, number, counts[0][number], weight, counts[1][number])
+    return used

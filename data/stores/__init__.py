@@ -1,0 +1,1 @@
+"""Remote stores: byte ranges through fsspec, local copies of metadata and shards."""

@@ -1,0 +1,168 @@
+"""Sources on stores made local: of shards their catalogues, of other metadata a copy.
+
+Both are kept beside the index and named after the object and its version, so that only what changed is read again.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from loguru import logger
+
+from sdxl_trainer.data.formats.latent_header import Header
+from sdxl_trainer.data.formats.latents import BadLatentError
+from sdxl_trainer.data.formats.shard_samples import (
+    CATALOGUE_SUFFIX,
+    WINDOW_AFTER,
+    WINDOW_BEFORE,
+    load_catalogue,
+    read_shard,
+    save_catalogue,
+)
+from sdxl_trainer.data.stores.remote import (
+    NoRangesError,
+    RemoteFile,
+    StoredObject,
+    describe_objects,
+    download,
+    is_remote,
+)
+
+FOLDER = "remote"
+NUM_THREADS = 16
+SHARD_SUFFIX = ".tar"
+
+
+@dataclass(frozen=True)
+class Localized:
+    """The local files of a source, and what they stand for."""
+
+    files: list[Path]
+    names: dict[str, str]  # local file → URL
+
+
+def localize_sources(names: Sequence[Path | str], folder: Path) -> Localized:
+    """Local files for sources: paths as they are, and for URLs what stands for them, made now unless it is there.
+
+    Args:
+        folder: of the indexes; `remote/` is made in it.
+
+    Raises:
+        FileNotFoundError: an object is not there.
+        StoreError: a store cannot be read.
+        BadShardError: a shard is torn, or no tar.
+    """
+    urls = [str(name) for name in names if is_remote(name)]
+    items = describe_objects(urls)
+    for item in items:
+        if isinstance(item, FileNotFoundError):
+            raise item
+    described = [item for item in items if isinstance(item, StoredObject)]
+    targets = {item.url: folder / FOLDER / _choose_name(item) for item in described}
+    missing = [item for item in described if not targets[item.url].is_file()]
+    if missing:
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        logger.info("reading {} of {} remote files for the index", len(missing), len(urls))
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for done, _ in enumerate(pool.map(lambda item: _localize(item, targets[item.url]), missing), 1):
+                if done % 100 == 0:
+                    logger.info("{} of {} are read", done, len(missing))
+        find_catalogue.cache_clear()
+        _load_headers.cache_clear()
+    return Localized([targets.get(str(name)) or Path(name) for name in names],
+                     {str(target): url for url, target in targets.items()})  # fmt: skip
+
+
+@contextmanager
+def rename_errors(sources: Sequence[Localized]) -> Iterator[None]:
+    """Make an error about a local file one about the object that it stands for.
+
+    Raises:
+        ValueError: as it was raised, with other names.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for local, url in (pair for source in sources for pair in source.names.items()):
+            message = message.replace(local, url)
+        if message == str(error):
+            raise
+        raise ValueError(message) from None
+
+
+def find_header(folder: Path, url: str, offset: int) -> Header:
+    """The header of the npz at a place of a remote shard, from its catalogue.
+
+    Raises:
+        BadLatentError: it is bad, or the shard has no catalogue.
+    """
+    header = _load_headers(folder, url).get(offset, "is in no catalogue")
+    if isinstance(header, str):
+        raise BadLatentError(header)
+    return header
+
+
+@lru_cache(maxsize=100_000)
+def find_catalogue(folder: Path, url: str) -> Path | None:
+    """The catalogue of a remote shard. Its name names the shard's version too.
+
+    Args:
+        folder: of the indexes.
+    """
+    files = (folder / FOLDER).glob(f"{_hash(url)}-*{CATALOGUE_SUFFIX}")
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def name_version(folder: Path, url: str) -> str:
+    """A name for the version of a remote shard that the index was made from."""
+    file = find_catalogue(folder, url)
+    return file.stem if file else _hash(url)
+
+
+@lru_cache(maxsize=64)
+def _load_headers(folder: Path, url: str) -> dict[int, Header | str]:
+    """Offset → header of each npz of a shard, or why it is bad."""
+    file = find_catalogue(folder, url)
+    _, samples = load_catalogue(file) if file else ("", [])
+    found = ((sample.offset, sample.header or sample.bad or "has no header") for sample in samples)
+    return {offset: header for offset, header in found if offset is not None}
+
+
+def _localize(item: StoredObject, target: Path) -> None:
+    if target.suffix == CATALOGUE_SUFFIX:
+        _make_catalogue(item, target)
+    else:
+        download(item.url, target)
+    for file in target.parent.glob(f"{_hash(item.url)}-*"):  # of earlier versions
+        if file != target:
+            file.unlink(missing_ok=True)
+
+
+def _make_catalogue(item: StoredObject, target: Path) -> None:
+    try:
+        with RemoteFile(item, WINDOW_BEFORE, WINDOW_AFTER) as stream:
+            samples = read_shard(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]
+    except NoRangesError:
+        whole = target.with_suffix(SHARD_SUFFIX)
+        try:
+            download(item.url, whole)
+            with open(whole, "rb") as stream:
+                samples = read_shard(item.url, stream, with_headers=True)
+        finally:
+            whole.unlink(missing_ok=True)
+    save_catalogue(target, item.url, samples)
+
+
+def _choose_name(item: StoredObject) -> str:
+    suffix = Path(item.url.partition("?")[0]).suffix.lower()
+    suffix = CATALOGUE_SUFFIX if suffix == SHARD_SUFFIX else suffix
+    return f"{_hash(item.url)}-{_hash(item.version)}{suffix}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""Local copies of shards that lie on a store: of single samples as they are read, or of whole shards.
+
+Single samples go where they lie in the shard, into a file with holes; the npz's checksums tell whether one is there.
+All ranks of a node share the folder. When it is full, what was unused for longest goes.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from sdxl_trainer.configs.remote_shards import StreamConfig
+from sdxl_trainer.data.formats.shards import read_span
+from sdxl_trainer.data.stores.localize import name_version
+from sdxl_trainer.data.stores.remote import download
+
+WHOLE, HOLES = ".tar", ".holes"
+KEPT_BETWEEN_CLEANUPS = 1000  # samples
+
+
+def open_copies(settings: StreamConfig, index_folder: Path) -> "ShardCopies | None":
+    """The folder of copies that the settings ask for, if they do.
+
+    Args:
+        index_folder: in the cache folder.
+    """
+    folder = settings.copies_dir or (index_folder.parent / "copies" if settings.shuffle_shards else None)
+    if folder is None:
+        return None
+    return ShardCopies(folder, int(settings.copies_gb * 1e9), partial(name_version, index_folder))
+
+
+class ShardCopies:
+    """The copies in a folder.
+
+    Args:
+        limit_bytes: what the folder may take on disk.
+        name: a name for the version of a shard that is read, by its URL.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, name: Callable[[str], str]):
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._name = name
+        self._num_kept = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, url: str, offset: int, size: int) -> memoryview | None:
+        """What a copy holds at a place, if there is one; zeros where a hole is."""
+        for suffix in (WHOLE, HOLES):
+            with suppress(FileNotFoundError):
+                return read_span(self._get_path(url, suffix), offset, size)
+        return None
+
+    def keep(self, url: str, offset: int, content: bytes) -> None:
+        """Add one sample."""
+        if self._num_kept % KEPT_BETWEEN_CLEANUPS == 0:
+            self._clean_up()
+        self._num_kept += 1
+        descriptor = os.open(self._get_path(url, HOLES), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, content, offset)
+        finally:
+            os.close(descriptor)
+
+    def has(self, url: str) -> bool:
+        """Whether the whole shard is here."""
+        return self._get_path(url, WHOLE).exists()
+
+    def fetch(self, url: str, wait: bool = True) -> None:
+        """Copy a whole shard, unless it is there. One process does; the others wait for it, or leave it to it.
+
+        Raises:
+            FileNotFoundError: there is no such shard any more.
+            StoreError: the store does not answer.
+        """
+        path = self._get_path(url, WHOLE)
+        if path.exists():
+            os.utime(path)
+            return
+        with open(path.with_suffix(".lock"), "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            if not path.exists():
+                self._clean_up()
+                download(url, path)
+                self._get_path(url, HOLES).unlink(missing_ok=True)
+
+    def _get_path(self, url: str, suffix: str) -> Path:
+        return self._folder / (self._name(url) + suffix)
+
+    def _clean_up(self) -> None:
+        """Delete the copies unused for longest, until there is room for one more of the largest."""
+        files = []
+        for entry in os.scandir(self._folder):
+            with suppress(FileNotFoundError):  # another rank cleans up too
+                status = entry.stat()
+                files.append((status.st_mtime_ns, status.st_blocks * 512, entry))
+        excess = sum(size for _, size, _ in files) + max((size for _, size, _ in files), default=0) - self._limit_bytes
+        for _, size, entry in sorted(files, key=lambda file: file[0]):
+            if excess <= 0:
+                break
+            if entry.name.endswith((WHOLE, HOLES)):
+                Path(entry.path).unlink(missing_ok=True)
+                excess -= size

@@ -1,0 +1,1 @@
+"""Captions, tokens, the user's strategy, and cached text encoder outputs."""

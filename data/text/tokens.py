@@ -1,0 +1,189 @@
+"""Captions to token ids for SDXL's two text encoders.
+
+Captions of up to 75 tokens fill one window; longer ones are tokenised once and their ids cut into windows of 75, each
+wrapped in start and end marks, as kohya-ss/sd-scripts does.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+SOURCES_VARIABLE = "SDXL_TRAINER_VOCABULARIES"  # of the environment: what the server of loader workers loads
+WINDOW = 75  # tokens between the marks
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's vocabulary: 256 bytes, the same ending a word, 48,894 merges, and the two marks.
+NUM_MERGES = 48_894
+MAX_WORDS, MAX_LETTERS = 16_384, 64  # of words that are kept with their ids: a few MB
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # as OpenAI published it, and as open_clip_torch carries it
+# CLIP's own split: contractions, letters, single digits, runs of anything else.
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class CaptionTokenizer:
+    """CLIP's byte-level BPE with one encoder's padding. For loader workers: imports fast, pickles small."""
+
+    tokenizer: Tokenizer
+    start_id: int
+    end_id: int
+    pad_id: int
+    vocabulary: str  # names it: those of one name split captions into the same ids
+    source: Path  # what it was loaded from
+    _words: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Callable[..., "CaptionTokenizer"], tuple[Path, str, int]]:
+        """Workers load the vocabulary themselves, or find it loaded (data/loading/preload.py)."""
+        return restore_tokenizer, (self.source, self.vocabulary, self.pad_id)
+
+    def encode(self, caption: str, max_tokens: int = WINDOW) -> np.ndarray:
+        """Token ids of a caption, [max_tokens / 75, 77] int64; what is beyond `max_tokens` is cut off."""
+        return self.cut_windows(self.split(caption), max_tokens)
+
+    def split(self, caption: str) -> list[int]:
+        """Token ids of a caption, without the marks.
+
+        No token reaches over a space and nothing looks beyond one, so the ids of a caption are those of its words, and
+        words come again and again.
+        """
+        ids: list[int] = []
+        for word in caption.split(" "):
+            found = self._words.get(word)
+            ids += self._split_word(word) if found is None else found
+        return ids
+
+    def _split_word(self, word: str) -> list[int]:
+        ids = self.tokenizer.encode(word, add_special_tokens=False).ids
+        if len(self._words) >= MAX_WORDS:
+            self._words.clear()
+        if len(word) <= MAX_LETTERS:
+            self._words[word] = ids
+        return ids
+
+    def cut_windows(self, ids: list[int], max_tokens: int = WINDOW) -> np.ndarray:
+        """`encode` of a caption that is split already."""
+        ids = ids[:max_tokens]
+        windows = np.full((max_tokens // WINDOW, WINDOW + 2), self.pad_id, np.int64)
+        windows[:, 0] = self.start_id
+        for number, window in enumerate(windows):
+            part = ids[number * WINDOW : (number + 1) * WINDOW]
+            window[1 : 1 + len(part)] = part
+            window[1 + len(part)] = self.end_id
+        return windows
+
+    def count(self, caption: str) -> int:
+        """Tokens of a caption, without the marks."""
+        return len(self.split(caption))
+
+
+def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
+    """Build a tokenizer from CLIP's vocabulary.
+
+    Args:
+        source: a folder with `vocab.json` and `merges.txt`, or a file in the form of `bpe_simple_vocab_16e6.txt.gz`.
+        pad_token: `<|endoftext|>` for SDXL's encoder 1, `!` (id 0) for encoder 2.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: this is not CLIP's vocabulary.
+    """
+    known, merges = _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
+    unknown = [token for token in (START, END, pad_token) if token not in known]
+    if unknown:
+        raise ValueError(f"{source}: lacks {', '.join(unknown)}; this is not CLIP's vocabulary")
+    # The model is case-blind and Unicode-normalised before bytes are formed, as CLIP's own tokenizer is.
+    tokenizer = Tokenizer(BPE(known, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # A caption that spells a mark out gets the mark, as from CLIP's own tokenizer.
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
+    digest = hashlib.sha256(repr((known, merges)).encode()).hexdigest()
+    return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token], digest, source)
+
+
+@lru_cache(maxsize=2)
+def keep_vocabulary(source: Path) -> CaptionTokenizer:
+    """A tokenizer of `source`, loaded once in a process and those that are forked from it."""
+    return load_tokenizer(source, END)
+
+
+def restore_tokenizer(source: Path, vocabulary: str, pad_id: int) -> CaptionTokenizer:
+    """A tokenizer that another process has sent.
+
+    Raises:
+        ValueError: its source is another vocabulary now.
+    """
+    loaded = keep_vocabulary(source)
+    if loaded.vocabulary != vocabulary:
+        raise ValueError(f"{source}: the vocabulary has changed since this run was started")
+    return replace(loaded, pad_id=pad_id)
+
+
+def share_vocabulary(
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+) -> tuple[CaptionTokenizer, CaptionTokenizer]:
+    """The same with one vocabulary in memory where both have the same; it takes some 14 MB of each process."""
+    first, second = tokenizers
+    is_shared = first.vocabulary == second.vocabulary
+    return first, replace(second, tokenizer=first.tokenizer, source=first.source) if is_shared else second
+
+
+def encode_captions(
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer], captions: Sequence[str], max_tokens: int = WINDOW
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of captions for both encoders, [B, max_tokens / 75, 77] int64 each.
+
+    Splitting takes most of a sample's time, so it is done once where both share a vocabulary, as SDXL's own two do.
+    """
+    first, second = tokenizers
+    ids = [first.split(caption) for caption in captions]
+    is_shared = first.vocabulary == second.vocabulary
+    ids_2 = ids if is_shared else [second.split(caption) for caption in captions]
+    pairs = ((first, ids), (second, ids_2))
+    windows, windows_2 = (np.stack([one.cut_windows(part, max_tokens) for part in parts]) for one, parts in pairs)
+    return windows, windows_2
+
+
+def find_installed_vocabulary() -> Path | None:
+    """CLIP's merges within an installed open_clip_torch, which is not imported; None without it."""
+    package = importlib.util.find_spec("open_clip")
+    folders = (package.submodule_search_locations if package else None) or []
+    return next((file for folder in folders if (file := Path(folder) / MERGES_FILE).is_file()), None)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    for file in (vocab, merges):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: CLIP's vocabulary is missing")
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    return json.loads(vocab.read_text(encoding="utf-8")), _split_merges(lines)
+
+
+def _read_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary that a list of merges stands for: CLIP numbers its tokens in this order."""
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        merges = _split_merges(stream.read().splitlines())[:NUM_MERGES]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _split_merges(lines: list[str]) -> list[tuple[str, str]]:
+    pairs = (line.split(" ") for line in lines if not line.startswith(("#version", '"bpe_simple_vocab')))
+    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]

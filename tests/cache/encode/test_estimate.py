@@ -1,0 +1,90 @@
+"""How long the cache job says that it will take, before it starts."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from cache_samples import RULE, run_job, write_settings
+from PIL import Image
+
+from sdxl_trainer.cache.encode.decoder import WorkItem
+from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, time_decoding, time_encoding
+from sdxl_trainer.cache.encode.latent_encoder import Encoded
+from sdxl_trainer.data.formats.manifest import read_latest
+
+
+@dataclass
+class SteadyDevice:
+    """Takes 1 s to warm up and 40 ms a megapixel, by a clock of its own."""
+
+    now: float = 0.0
+    warm: bool = False
+    shape: tuple[int, ...] = ()
+
+    def clock(self) -> float:
+        return self.now
+
+    def launch(self, pixels: np.ndarray, keys: list[str]) -> "SteadyDevice":
+        assert len(keys) == len(pixels)
+        self.shape = pixels.shape
+        self.now += 0.04 * pixels[..., 0].size / 1e6 + (0.0 if self.warm else 1.0)
+        self.warm = True
+        return self
+
+    def wait(self) -> Encoded:
+        return Encoded(np.zeros(0))
+
+
+@pytest.mark.parametrize(("side", "tried"), [(1024, 512), (1000, 448), (100, 64)])
+def test_a_pixels_time_leaves_out_the_first_batch(side, tried):
+    device = SteadyDevice()
+    assert time_encoding(device, side, 3, device.clock) == pytest.approx(0.04e-6)
+    assert device.shape == (3, tried, tried, 3)
+
+
+def test_a_spread_of_pictures_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
+    ticks = iter((5.0, 13.0))
+    items = []
+    for number in range(100):
+        path = tmp_path / f"{number}.png"
+        items.append(WorkItem(path.stem, str(path), f"{number}.npz"))
+        if number % 25 == 0:  # the ones that are looked at; one is broken
+            Image.new("RGB", (128, 128)).save(path) if number else path.write_bytes(b"no picture")
+        else:
+            path.symlink_to(path)  # reading it would be an error that nobody expects
+    assert time_decoding(items, RULE, 1, lambda: next(ticks)) == 8 / 4
+
+
+def test_the_slower_of_decoding_and_encoding_decides():
+    assert Estimate(10, 3, 4).seconds == 10
+    assert Estimate(6, 3, 4).seconds == 7
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 s"), (89.0, "89 s"), (91, "2 min"), (3569, "59 min"), (3600, "1 h 0 min"), (12_000, "3 h 20 min"),
+     (172_800 + 4 * 3600, "2 d 4 h")],
+)  # fmt: skip
+def test_a_time_in_words(seconds, words):
+    assert describe_seconds(seconds) == words
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_it_is_told_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, capsys, text):
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        Image.new("RGB", (128, 128)).save(tmp_path / "pictures" / f"{name}.png")
+        (tmp_path / "pictures" / f"{name}.txt").write_text("a picture")
+    settings = write_settings(tmp_path, tiny_folder / "model", text=text)
+    told = r"estimated time: \d+ s \(pictures \d+ s" + (r", captions \d+ s;" if text else ";")
+    assert run_job(settings, "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert re.search(told, said) and said.rstrip().endswith("nothing was written")
+    assert sorted(file.name for file in (tmp_path / "latents").rglob("*") if file.suffix in (".json", ".npz")) == []
+    assert run_job(settings) == 0
+    said = capsys.readouterr().err
+    assert re.search(told, said)
+    assert len(read_latest(tmp_path / "latents")) == 2
+    assert run_job(settings) == 0
+    assert "estimated time" not in capsys.readouterr().err  # nothing to do

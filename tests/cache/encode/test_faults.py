@@ -1,0 +1,288 @@
+"""The cache job when things go wrong: bad pictures, full disks, signals, dead ranks. Whole runs of the real program."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_samples import hash_items, list_files, run_job, write_settings
+from campaigns.cache_kill import Trial, check_folder, get_variable, list_descendants, run_trials
+from PIL import Image
+from programs import ROOT
+
+from sdxl_trainer.cache.encode.sinks import list_shards
+from sdxl_trainer.cache.upkeep.verify import verify_entries
+from sdxl_trainer.data.formats.latents import read_latents
+from sdxl_trainer.data.formats.manifest import read_entries, read_latest
+from sdxl_trainer.data.formats.shards import iterate_members
+from sdxl_trainer.data.images.demo_set import draw_demo_set
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder) -> Path:
+    return tiny_folder / "model"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, model) -> tuple[Path, dict[str, str]]:
+    """A folder with settings for 120 pictures, and what an unbroken job makes of them: key → SHA-256."""
+    folder = tmp_path_factory.mktemp("many")
+    settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=120), batch_size=2)
+    assert run_job(settings, f"cache.dir={folder / 'whole'}") == 0
+    return settings, hash_items(folder / "whole")
+
+
+def make_bomb() -> bytes:
+    """A PNG of a few bytes whose header claims 60000 x 60000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def encode(image: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def make_good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
+    """File name → (content, what a person sees)."""
+    size = (128, 128)
+    gradient = np.zeros((128, 128, 3), np.uint8)
+    gradient[..., 0], gradient[..., 1] = np.arange(128)[None] * 2, np.arange(128)[:, None]
+    plain = Image.fromarray(gradient)
+    grey = Image.fromarray((np.arange(128)[None].repeat(128, 0) * 2).astype(np.uint8))
+    frames = [Image.new("RGB", size, BLUE), Image.new("RGB", size, RED)]
+    palette = Image.new("P", size, 0)
+    palette.putpalette([*RED, *BLUE])
+    palette.paste(1, (64, 0, 128, 128))
+    half_white = Image.new("RGB", size, WHITE)
+    half_white.paste(BLUE, (64, 0, 128, 128))
+    transparent = Image.new("RGBA", size, (0, 0, 0, 0))
+    transparent.paste((*BLUE, 255), (64, 0, 128, 128))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    cmyk = Image.new("CMYK", size, (0, 255, 255, 0))
+    deep = Image.fromarray((np.arange(128)[None].repeat(128, 0) * 512).astype(np.uint16))
+    return {
+        "plain.png": (encode(plain, "PNG"), plain),
+        "animated.gif": (encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), frames[0]),
+        "animated.webp": (
+            encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
+            frames[0],
+        ),
+        "cmyk.jpg": (encode(cmyk, "JPEG", quality=100), Image.new("RGB", size, RED)),
+        "palette.png": (encode(palette, "PNG", transparency=0), half_white),
+        "deep.png": (encode(deep, "PNG"), grey.convert("RGB")),
+        "turned.png": (encode(plain, "PNG", exif=turned), plain.transpose(Image.Transpose.ROTATE_270)),
+        "alpha.png": (encode(transparent, "PNG"), half_white),
+    }
+
+
+def make_bad_pictures() -> dict[str, bytes]:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8))
+    whole = encode(noise, "JPEG", quality=95)
+    return {
+        "truncated.jpg": whole[: len(whole) // 2],
+        "half.png": encode(noise, "PNG")[:5000],
+        "text.jpg": b"<html>404 not found</html>",
+        "empty.webp": b"",
+        "bomb.png": make_bomb(),
+    }
+
+
+def test_odd_pictures_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, model, capsys):
+    good, bad = make_good_pictures(), make_bad_pictures()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "seen").mkdir()
+    for name, (content, seen) in good.items():
+        (tmp_path / "pictures" / f"{name}{Path(name).suffix}").write_bytes(content)
+        seen.save(tmp_path / "seen" / f"{name}.png")
+        (tmp_path / "seen" / f"{name}.txt").write_text("x")
+    for name, content in bad.items():
+        (tmp_path / "pictures" / f"{name}{Path(name).suffix}").write_bytes(content)
+    (tmp_path / "pictures" / "plain.png.txt").write_text("a caption")
+    settings = write_settings(tmp_path, model, posterior="mean")
+    assert run_job(settings, "data.max_bad_fraction=0.5") == 0
+    assert run_job(settings, f"data.image_dirs=[{tmp_path}/seen]", f"cache.dir={tmp_path}/seen") == 0
+    entries, expected = read_latest(tmp_path / "latents"), read_latest(tmp_path / "seen")
+    assert set(entries) == set(expected) == set(good)
+    for name in good:
+        found = read_latents(tmp_path / "latents" / entries[name].file).latents
+        wanted = read_latents(tmp_path / "seen" / expected[name].file).latents
+        assert np.abs(found - wanted).max() < (0.1 if name == "cmyk.jpg" else 1e-5) * np.abs(wanted).max(), name
+    log = tmp_path / "latents" / "logs" / "bad_samples.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == sorted(bad)
+    reasons = {line["key"]: line["reason"] for line in lines}
+    assert all(reason.startswith(f"{tmp_path}/pictures/{name}") for name, reason in reasons.items())
+    assert not any(" object at " in reason for reason in reasons.values())
+    assert "(a bomb?)" in reasons["bomb.png"] or "decompression bomb" in reasons["bomb.png"]
+    assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
+    # The share is that of the whole set: the next run, which has nothing but the bad ones to do, is no worse.
+    assert run_job(settings, "data.max_bad_fraction=0.5") == 0
+    assert run_job(settings) == 1  # more than one in a hundred
+    assert "or raise data.max_bad_fraction" in capsys.readouterr().err
+    assert hash_items(tmp_path / "latents").keys() == good.keys()
+
+
+def test_too_little_space_is_said_before_anything_is_encoded(tmp_path, model, monkeypatch, capsys):
+    settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=4))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3000))
+    assert run_job(settings) == 2
+    said = capsys.readouterr().err
+    assert "has 3,000 bytes free and the latents need about" in said and "cache.dir" in said
+    assert read_latest(tmp_path / "latents") == {}
+
+
+def test_two_jobs_do_not_write_one_cache(tmp_path, model, capsys):
+    from sdxl_trainer.cache.encode.lock import lock_cache
+
+    settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=4))
+    with lock_cache(tmp_path / "latents"):
+        assert run_job(settings) == 2
+        assert "is being written by another job" in capsys.readouterr().err
+        assert run_job(settings, "--dry-run") == 0  # which only looks
+    assert run_job(settings) == 0 and len(hash_items(tmp_path / "latents")) == 4
+
+
+@pytest.mark.parametrize("form", ["npz", "shards"])
+def test_a_full_disk_ends_the_job_and_tears_nothing(many, small_disk, monkeypatch, capsys, form):
+    settings, whole = many
+    usage = shutil.disk_usage(small_disk)._replace(free=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # the check before the start is another test's
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).total - 400_000))
+    words = (f"cache.dir={small_disk / 'latents'}", f"cache.format={form}")
+    assert run_job(settings, *words) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "run the same command again" in said
+    folder = small_disk / "latents"
+    assert check_folder(folder) == []
+    listed = {key for key, sha256 in hash_listed(folder).items() if sha256 == whole[key]}
+    assert 10 < len(listed) < 120 and listed == set(read_latest(folder))
+    ballast.unlink()
+    assert run_job(settings, *words) == 0
+    assert check_folder(folder) == []
+    assert hash_items(folder) == whole
+    assert run_job(settings, *words, "--verify") == 0
+
+
+def hash_listed(folder: Path) -> dict[str, str]:
+    """What the manifest says of each item that verifies, finished shards or not."""
+    entries = read_latest(folder)
+    bad = verify_entries(folder, entries).bad
+    assert bad == {}
+    return {key: entry.sha256 for key, entry in entries.items()}
+
+
+def start(settings: Path, *words: object, ranks: int = 1) -> subprocess.Popen:
+    """bash launch/cache.sh, in a process group of its own."""
+    environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "launch" / "cache.sh"), "--cfg", str(settings), *(str(word) for word in words)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_lines(folder: Path, count: int, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while sum(part.read_bytes().count(b"\n") for part in folder.glob("manifest/part-*")) < count:
+        assert time.monotonic() < deadline and job.poll() is None, job.stderr.read()[-3000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "ranks", "form"), [("SIGTERM", 1, "shards"), ("SIGINT", 2, "npz")])
+def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
+    settings, whole = many
+    words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={form}")
+    for _ in range(5):  # on a busy machine the whole job may be over before the signal is on its way
+        shutil.rmtree(tmp_path / "latents", ignore_errors=True)
+        job = start(settings, *words, ranks=ranks)
+        wait_for_lines(tmp_path / "latents", 10, job)
+        job.send_signal(getattr(signal, number))
+        _, said = job.communicate(timeout=60)
+        if job.returncode:
+            break
+    assert job.returncode == 128 + getattr(signal, number), said[-3000:]
+    assert f"stopped by {number}; everything done so far is kept" in said and "Traceback" not in said
+    assert check_folder(tmp_path / "latents") == []
+    listed = hash_items(tmp_path / "latents")  # no shard is left unfinished
+    assert 10 <= len(listed) < 120 and listed.items() <= whole.items()
+    report = json.loads((tmp_path / "latents" / "cache_report.json").read_text())
+    assert report["encoded"] == len(listed) and report["seconds"] > 0
+    before = list_files(tmp_path / "latents")
+    assert run_job(settings, *words) == 0  # on another number of ranks
+    assert hash_items(tmp_path / "latents") == whole
+    assert len(list(read_entries(tmp_path / "latents"))) == 120  # nothing was done twice
+    after = list_files(tmp_path / "latents")
+    kept = [name for name in before if name.endswith((".npz", ".tar"))]
+    assert kept and all(after[name] == before[name] for name in kept)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """The first is only noted, a repeat within two seconds is the same wish, a later one ends the process there."""
+    code = (
+        "import time; from sdxl_trainer.launch.signals import StopRequest; request = StopRequest();"
+        "print('ready', flush=True); [time.sleep(0.05) for _ in range(1200)]; print('not reached')"
+    )
+    environment = {**os.environ, "RANK": "0", "SDXL_TRAINER_STATUS_FILE": str(tmp_path / "status")}
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert job.stdout is not None and job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(2.2)
+    assert job.poll() is None, "torchrun repeats what the terminal sent: that is no second wish"
+    job.send_signal(signal.SIGINT)
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == 143 and said == "" and (tmp_path / "status").read_text() == "143"
+
+
+def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
+    settings, whole = many
+    words = (f"cache.dir={tmp_path / 'latents'}", "cache.format=shards")
+    job = start(settings, *words, ranks=2)
+    wait_for_lines(tmp_path / "latents", 6, job)
+    os.kill(find_rank(job, 1), signal.SIGKILL)
+    _, said = job.communicate(timeout=90)
+    assert job.returncode == 1 and "ChildFailedError" not in said, said[-3000:]
+    assert said.endswith("torchrun: rank 1 was killed by SIGKILL before any other; what it said is above\n")
+    assert check_folder(tmp_path / "latents") == []
+    assert 6 <= len(hash_listed(tmp_path / "latents")) < 120
+    assert run_job(settings, *words) == 0
+    assert check_folder(tmp_path / "latents") == []
+    assert hash_items(tmp_path / "latents") == whole
+    assert run_job(settings, *words, "--verify") == 0
+    keys = [key for file in list_shards(tmp_path / "latents") for key, suffix, _, _ in
+            iterate_members(tmp_path / "latents" / file) if suffix == "npz"]  # fmt: skip
+    assert len(keys) == len(set(keys)) == 120  # readers of whole shards see every picture once
+
+
+def find_rank(job: subprocess.Popen, rank: int) -> int:
+    """Process id of a rank among a job's descendants."""
+    return next(process for process in list_descendants(job.pid) if get_variable(process, "RANK") == str(rank))
+
+
+def test_kills_at_random_moments_tear_nothing(many, tmp_path):
+    """A short form of tests/campaigns/cache_kill.py."""
+    settings, whole = many
+    trials = [Trial("job", 1, "shards")] * 3
+    for result in run_trials(settings, tmp_path, trials, whole, seed=1):
+        assert result.problems == [], result

@@ -1,0 +1,160 @@
+"""Training over pictures that have no latents: the same order and losses as over a made cache, which it makes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from cache_samples import hash_items, run_job, write_settings
+from programs import TINY, read_losses, run_program
+
+from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder, fill_missing
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.formats.manifest import read_latest
+from sdxl_trainer.data.images.demo_set import draw_demo_set
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.selection import build_bucket_rules
+from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
+from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.launch.distributed import Ranks
+
+RANKS = Ranks(0, 0, 1, torch.device("cpu"))
+NUM_PICTURES = 8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, tiny_folder) -> Path:
+    """Eight pictures, with settings that train over them at two resolutions, flipped half of the time."""
+    folder = tmp_path_factory.mktemp("pictures")
+    settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", NUM_PICTURES), flip=True)
+    content = settings.read_text().replace("resolution_px: 128", "resolution_px: [64, 128]\n  flip_rate: 0.5")
+    settings.write_text(content.replace("min_bucket_px: 64", "min_bucket_px: 32"))
+    return folder
+
+
+def open_run(pictures: Path, folder: Path, *words: str) -> tuple[Config, Index]:
+    config, problems = load_config(
+        pictures / "settings.yaml",
+        [f"cache.dir={folder}", f"run.dir={folder}/runs", "cache.on_missing=encode", *words],
+    )
+    index, found = check_latents(config, resuming=False)
+    assert problems == found == [] and index is not None
+    return config, index
+
+
+def open_dataset(config: Config, index: Index) -> LatentDataset:
+    tokenizers = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    assert config.cache.dir is not None
+    settings = SampleSettings(0, 75, CaptionSettings(), config.data.flip_rate)
+    return LatentDataset(index, config.cache.dir, tokenizers, settings, rules=build_bucket_rules(config.data))
+
+
+def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True) -> dict[str, MicroBatch]:
+    """A micro batch of each sample by itself and one of its bucket's fellows, by key."""
+    dataset, specs = open_dataset(config, index), []
+    for row in range(len(index)):
+        bucket = (int(index.column("bucket_width")[row]), int(index.column("bucket_height")[row]))
+        specs.append(MicroSpec(bucket, np.array([row, row]), np.array([epoch, epoch + 1]), np.array([0, 1])))
+    batches = [dataset[spec] for spec in specs]
+    if fill:
+        filled = fill_missing(iter(batches), build_missing_encoder(config, resolve_model(config.model), dataset, RANKS))
+        batches = list(filled)
+    return dict(zip(index.strings("key").to_pylist(), batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("cache.dtype=float16",), ("cache.posterior=moments", "cache.dtype=bfloat16"), ("cache.posterior=mean",)],
+    ids=["sample", "moments", "mean"],
+)
+def test_what_is_trained_is_what_a_cache_job_would_have_stored(pictures, tmp_path, words):
+    assert run_job(pictures / "settings.yaml", f"cache.dir={tmp_path / 'made'}", *words) == 0
+    made = read_all(*open_run(pictures, tmp_path / "made", *words), fill=False)
+    config, index = open_run(pictures, tmp_path / "new", *words)
+    assert index.note("num_uncached") == len(index) == 2 * NUM_PICTURES
+    new = read_all(config, index)
+    assert list(new) == list(made)  # in the same order
+    flipped = 0
+    for key, batch in new.items():
+        assert batch.bad == [] and batch.pending == []
+        for name in ("latents", "time_ids", "weights", "input_ids"):
+            assert torch.equal(getattr(batch, name), getattr(made[key], name)), (key, name)
+        flipped += int(batch.latents[0].ne(batch.latents[1]).any())
+    assert flipped
+    # What was met is in the cache, byte for byte, and the next epoch reads it.
+    assert hash_items(tmp_path / "new") == hash_items(tmp_path / "made")
+    assert run_job(pictures / "settings.yaml", f"cache.dir={tmp_path / 'new'}", *words, "--verify") == 0
+    assert all(batch.pending == [] for batch in read_all(config, index, fill=False).values())
+    resumed = open_run(pictures, tmp_path / "new", *words)[1]
+    assert resumed.note("num_uncached") == 0 and resumed.content_hash() == index.content_hash()
+
+
+def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path):
+    shutil.copytree(pictures / "data", tmp_path / "data")
+    metadata = tmp_path / "data" / "metadata.json"
+    records = json.loads(metadata.read_text())
+    torn, gone, wrong, *_ = records
+    image = tmp_path / "data" / records[torn]["image_path"]
+    image.write_bytes(image.read_bytes()[:200])
+    (tmp_path / "data" / records[gone]["image_path"]).unlink()
+    records[wrong]["original_size"] = [900, 100]
+    metadata.write_text(json.dumps(records))
+    words = (f"data.metadata=[{metadata}]", "data.max_bad_fraction=1.0", "data.resolution_px=128")
+    config, index = open_run(pictures, tmp_path / "cache", *words)
+    lines = (tmp_path / "cache" / "runs" / "x" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
+    assert [orjson.loads(line)["key"] for line in lines] == [gone]  # that one is told before training
+    batches = read_all(config, index)
+    assert len(batches) == NUM_PICTURES - 1
+    reasons = {key: batch.bad[0][1] for key, batch in batches.items() if batch.bad}
+    assert set(reasons) == {torn, wrong}
+    assert "cannot be decoded" in reasons[torn] and "the metadata say 900x100" in reasons[wrong]
+    assert all(batches[key].weights.tolist() == [0, 0] for key in reasons)
+    assert set(read_latest(tmp_path / "cache")) == set(records) - {torn, gone, wrong}
+
+
+def test_a_cache_of_other_settings_or_in_use_is_refused(pictures, tmp_path):
+    config, index = open_run(pictures, tmp_path, "data.resolution_px=128")
+    dataset, source = open_dataset(config, index), resolve_model(config.model)
+    encoder = build_missing_encoder(config, source, dataset, RANKS)
+    with pytest.raises(UserInputError, match="being written by another job"):
+        build_missing_encoder(config, source, dataset, RANKS)
+    encoder.close()
+    build_missing_encoder(config, source, dataset, RANKS).close()
+    other, _ = open_run(pictures, tmp_path, "data.resolution_px=128", "cache.posterior=mean")
+    with pytest.raises(UserInputError, match="posterior: sample") as caught:
+        build_missing_encoder(other, source, dataset, RANKS)
+    assert [problem.key for problem in caught.value.problems] == ["cache.dir"]
+
+
+def test_a_cache_that_cannot_be_written_does_not_end_training(pictures, tmp_path, monkeypatch):
+    config, index = open_run(pictures, tmp_path, "data.resolution_px=128")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdxl_trainer.cache.encode.sinks.write_atomic", fail)
+    batches = read_all(config, index)
+    assert all(batch.latents.ne(0).any() and batch.bad == [] for batch in batches.values())
+    assert read_latest(tmp_path) == {}
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_losses_are_those_of_a_run_over_a_made_cache(cached_folder, one_rank, tmp_path, ranks):
+    words = (
+        f"cache.dir={tmp_path / 'latents'}", f"data.image_dirs=[{cached_folder / 'pictures-put-away'}]", "run.name=fly",
+        f"run.dir={tmp_path}", "cache.on_missing=encode", "train.max_steps=10", "sample.prompts=[]",
+        "checkpoint.every_steps=0", "data.num_workers=1",
+    )  # fmt: skip
+    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", *words, ranks=ranks)
+    np.testing.assert_allclose(read_losses(tmp_path / "fly"), read_losses(one_rank)[:10], rtol=0, atol=1e-5)
+    assert {key: entry.sha256 for key, entry in read_latest(tmp_path / "latents").items()}.items() <= {
+        key: entry.sha256 for key, entry in read_latest(cached_folder / "latents").items()
+    }.items()

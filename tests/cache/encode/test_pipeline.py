@@ -1,0 +1,321 @@
+"""The pipeline: batches of one bucket, in order, whatever the pictures are; and latents that no batch has a say in."""
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cache_samples import BUCKETS, RULE, hash_items
+from PIL import Image
+
+from sdxl_trainer.cache.encode.decoder import WorkItem
+from sdxl_trainer.cache.encode.latent_encoder import Encoded, VaeEncoder, enable_tiling
+from sdxl_trainer.cache.encode.pipeline import Pipeline
+from sdxl_trainer.cache.encode.progress import RankProgress
+from sdxl_trainer.cache.encode.sinks import NpzSink
+from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.data.formats.latents import read_latents
+from sdxl_trainer.data.formats.manifest import ManifestWriter, read_latest
+from sdxl_trainer.data.images.bucket import place_image
+from sdxl_trainer.data.images.transforms import prepare_image
+
+SIZES = [(128, 128), (200, 100), (100, 200), (130, 120), (64, 64), (300, 60)]
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_folder):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(tiny_folder / "model", subfolder="vae").eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[WorkItem]:
+    """Twenty-three pictures of noise, of four buckets."""
+    folder = tmp_path_factory.mktemp("pictures")
+    items = []
+    for number in range(23):
+        size = SIZES[number * number % len(SIZES)]
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 4, size[0] // 4, 3), np.uint8)
+        path = folder / f"p{number:02d}.png"
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+        items.append(WorkItem(path.stem, str(path), f"{path.stem}.npz", size))
+    return items
+
+
+@dataclass
+class FakeEncoder:
+    """A device whose latents are the mean of each block of pixels; it remembers its batches."""
+
+    batches: list[list[str]] = field(default_factory=list)
+    waited: list[list[str]] = field(default_factory=list)
+    fail_at: int | None = None
+
+    def launch(self, pixels: np.ndarray, keys: list[str]) -> "FakePending":
+        if len(self.batches) == self.fail_at:
+            raise RuntimeError("out of memory")
+        assert pixels.dtype == np.uint8 and pixels.ndim == 4 and len(pixels) == len(keys)
+        self.batches.append(keys)
+        return FakePending(self, pixels, keys)
+
+
+@dataclass
+class FakePending:
+    encoder: FakeEncoder
+    pixels: np.ndarray
+    keys: list[str]
+
+    def wait(self) -> Encoded:
+        self.encoder.waited.append(self.keys)
+        count, height, width, _ = self.pixels.shape
+        blocks = self.pixels.reshape(count, height // 8, 8, width // 8, 8, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+        return Encoded(np.concatenate([blocks, blocks[:, :1]], 1).astype(np.float32))
+
+
+def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check_stop=lambda: None):
+    """(bad, progress) after the items went through."""
+    bad: list[tuple[str, str]] = []
+    progress = RankProgress(len(items))
+    writer = LatentWriter(NpzSink(folder, "float32"), ManifestWriter(folder, 0))
+    pipeline = Pipeline(
+        encoder, writer, RULE, "identity", batch_size, 3, progress,
+        lambda key, file, reason: bad.append((key, reason)), check_stop,
+    )  # fmt: skip
+    try:
+        pipeline.run(items)
+    finally:
+        writer.close()
+    return bad, progress
+
+
+def get_bucket(item: WorkItem) -> tuple[int, int]:
+    with Image.open(item.image_path) as image:
+        return place_image(image.size, RULE, BUCKETS).bucket
+
+
+@pytest.mark.parametrize("told", ["right", "unknown", "wrong"])
+def test_batches_are_of_one_bucket_and_full(tmp_path, pictures, told):
+    sizes = {"right": lambda item: item.size, "unknown": lambda _: None, "wrong": lambda item: (item.size[1] * 3, 50)}
+    items = [replace(item, size=sizes[told](item)) for item in pictures]
+    encoder = FakeEncoder()
+    bad, progress = run(tmp_path, items, encoder)
+    buckets = {item.key: get_bucket(item) for item in items}
+    assert bad == [] and (progress.done, progress.bad) == (23, 0)
+    assert sorted(key for batch in encoder.batches for key in batch) == [item.key for item in items]
+    for batch in encoder.batches:
+        assert len({buckets[key] for key in batch}) == 1 and batch == sorted(batch)
+    # No more batches than need be: one broken one for each bucket.
+    counts = [list(buckets.values()).count(bucket) for bucket in set(buckets.values())]
+    assert len(encoder.batches) == sum(-(-count // 4) for count in counts)
+    assert encoder.waited == encoder.batches
+    entries = read_latest(tmp_path)
+    assert {key: entry.bucket for key, entry in entries.items()} == buckets
+    for item in items:
+        entry, image = entries[item.key], prepare_image(Path(item.image_path), RULE, BUCKETS)
+        sample = read_latents(tmp_path / entry.file, entry.bucket)
+        assert sample.latents[0, 0, 0] == pytest.approx(image.pixels[:8, :8, 0].mean(), abs=1e-3)
+        assert (sample.original_size, entry.original_size) == (image.original_size, image.original_size)
+        assert sample.crop_ltrb == entry.crop == image.placement.crop_ltrb
+        assert (entry.source_sha256, entry.identity) == (image.source_sha256, "identity")
+
+
+def test_bad_pictures_in_the_middle_are_named_and_the_rest_go_on(tmp_path, pictures):
+    items = list(pictures)
+    (tmp_path / "broken.png").write_bytes(Path(items[0].image_path).read_bytes()[:200])
+    items.insert(5, WorkItem("broken", str(tmp_path / "broken.png"), "broken.npz", (128, 128)))
+    items.insert(9, WorkItem("absent", str(tmp_path / "absent.png"), "absent.npz", None))
+    items.insert(25, WorkItem("last", str(tmp_path), "last.npz", (128, 128)))
+    bad, progress = run(tmp_path, items, FakeEncoder())
+    assert {key for key, _ in bad} == {"broken", "absent", "last"} and (progress.done, progress.bad) == (23, 3)
+    reasons = dict(bad)
+    assert reasons["broken"].startswith(f"{tmp_path}/broken.png: cannot be decoded")
+    assert reasons["absent"] == f"{tmp_path}/absent.png: cannot be read: No such file or directory"
+    assert set(read_latest(tmp_path)) == {item.key for item in pictures}
+
+
+def test_nothing_but_bad_pictures_and_nothing_at_all(tmp_path):
+    bad, progress = run(tmp_path, [WorkItem("a", "/absent/a.png", "a.npz")] * 3, FakeEncoder())
+    assert len(bad) == progress.bad == 3 and read_latest(tmp_path) == {}
+    assert run(tmp_path, [], FakeEncoder())[1].done == 0
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_what_was_launched_is_written_when_the_work_is_stopped(tmp_path, pictures, after):
+    encoder = FakeEncoder()
+
+    def stop() -> None:
+        if len(encoder.batches) > after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(tmp_path, pictures, encoder, check_stop=stop)
+    assert len(encoder.batches) == after + 1 and encoder.waited == encoder.batches
+    assert set(read_latest(tmp_path)) == {key for batch in encoder.batches for key in batch}
+
+
+def test_what_was_launched_is_written_when_the_device_fails(tmp_path, pictures):
+    encoder = FakeEncoder(fail_at=3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, pictures, encoder)
+    assert set(read_latest(tmp_path)) == {key for batch in encoder.batches for key in batch}
+    assert len(encoder.batches) == 3
+
+
+def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, pictures):
+    encoder, order = FakeEncoder(), []
+    launch = encoder.launch
+
+    def spy(pixels: np.ndarray, keys: list[str]):
+        order.append(len(encoder.waited))
+        return launch(pixels, keys)
+
+    encoder.launch = spy
+    run(tmp_path, pictures, encoder)
+    assert order == [0, 0, *range(1, len(order) - 1)]  # all but the newest one were waited for
+
+
+def test_waiting_for_pictures_is_counted(tmp_path, pictures, monkeypatch):
+    import sdxl_trainer.cache.encode.decoder as module
+
+    prepare = module.prepare_image
+    monkeypatch.setattr(module, "prepare_image", lambda *words: (time.sleep(0.06), prepare(*words))[1])
+    _, progress = run(tmp_path, pictures[:12], FakeEncoder())
+    assert 0.15 < progress.wait_seconds < 1.5  # twelve pictures at 60 ms each on three threads
+
+
+@pytest.mark.parametrize(("posterior", "flip"), [("sample", True), ("moments", True), ("mean", False)])
+def test_latents_do_not_depend_on_the_batch(tmp_path, pictures, vae, posterior, flip):
+    hashes = []
+    for batch_size in (1, 2, 3, 4):
+        folder = tmp_path / str(batch_size)
+        folder.mkdir()
+        items = pictures if batch_size % 2 else pictures[::-1]  # another company, too
+        run(folder, items, VaeEncoder(vae, posterior, flip), batch_size)
+        hashes.append(hash_items(folder))
+    assert len(hashes[0]) == len(set(hashes[0].values())) == 23
+    assert all(other == hashes[0] for other in hashes[1:])
+
+
+def prepare(pictures: list[WorkItem], bucket: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    chosen = [item for item in pictures if get_bucket(item) == bucket]
+    images = [prepare_image(Path(item.image_path), RULE, BUCKETS).pixels for item in chosen]
+    return np.stack(images), [item.key for item in chosen]
+
+
+def test_latents_are_diffusers_own(pictures, vae):
+    from diffusers.image_processor import VaeImageProcessor
+
+    pixels, keys = prepare(pictures, (128, 128))
+    processed = VaeImageProcessor().preprocess([Image.fromarray(image) for image in pixels])
+    distribution = vae.encode(processed).latent_dist
+    encoded = VaeEncoder(vae, "moments", flip=False).launch(pixels, keys).wait()
+    np.testing.assert_allclose(encoded.latents, distribution.mean.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoded.std, distribution.std.numpy(), atol=1e-5)
+    assert encoded.flipped is None and encoded.flipped_std is None
+    mean = VaeEncoder(vae, "mean", flip=False).launch(pixels, keys).wait()
+    assert np.array_equal(mean.latents, encoded.latents) and mean.std is None
+    assert encoded.latents.dtype == np.float32 and np.abs(encoded.latents).max() > 0.1
+    # Not multiplied by the scaling factor: what diffusers decodes after dividing by it is what was encoded.
+    assert vae.config.scaling_factor == pytest.approx(0.13025)
+
+
+def test_samples_are_drawn_from_the_posterior(pictures, vae):
+    pixels, _ = prepare(pictures, (128, 128))
+    keys = [f"k{number}" for number in range(200)]
+    many = np.repeat(pixels[:1], 200, 0)
+    moments = VaeEncoder(vae, "moments", flip=False).launch(pixels[:1], ["x"]).wait()
+    sampled = VaeEncoder(vae, "sample", flip=False).launch(many, keys).wait().latents
+    noise = (sampled - moments.latents) / moments.std
+    assert np.abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(1, abs=0.01)
+    assert np.abs(np.corrcoef(noise.reshape(200, -1)[:20]) - np.eye(20)).max() < 0.2  # each key has its own
+
+
+@pytest.mark.parametrize("posterior", ["mean", "moments"])
+def test_flipped_latents_are_those_of_the_mirrored_picture(pictures, vae, posterior):
+    pixels, keys = prepare(pictures, (128, 128))
+    encoded = VaeEncoder(vae, posterior, flip=True).launch(pixels, keys).wait()
+    mirrored = VaeEncoder(vae, posterior, flip=False).launch(np.ascontiguousarray(pixels[:, :, ::-1]), keys).wait()
+    np.testing.assert_allclose(encoded.flipped, mirrored.latents, atol=1e-6)
+    assert np.abs(encoded.flipped - encoded.latents[..., ::-1]).max() > 1e-4  # which is not the mirrored latent
+    if posterior == "moments":
+        np.testing.assert_allclose(encoded.flipped_std, mirrored.std, atol=1e-6)
+    else:
+        assert encoded.std is None and encoded.flipped_std is None
+
+
+def test_the_flipped_sample_has_noise_of_its_own(pictures, vae):
+    pixels, keys = prepare(pictures, (128, 128))
+    same = np.full_like(pixels, 77)  # its own mirror image
+    encoded = VaeEncoder(vae, "sample", flip=True).launch(same, keys).wait()
+    means = VaeEncoder(vae, "mean", flip=True).launch(same, keys).wait()
+    assert np.array_equal(means.flipped, means.latents)
+    assert np.abs(encoded.flipped - encoded.latents).max() > 1e-3
+
+
+def test_half_precision_stays_near(pictures, vae):
+    import copy
+
+    pixels, keys = prepare(pictures, (128, 128))
+    full = VaeEncoder(vae, "mean", flip=False).launch(pixels, keys).wait().latents
+    half = VaeEncoder(copy.deepcopy(vae).to(torch.bfloat16), "mean", flip=False).launch(pixels, keys).wait().latents
+    assert half.dtype == np.float32 and np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+class SmallDevice(torch.nn.Module):
+    """The VAE on a device that holds so many pictures at once."""
+
+    def __init__(self, vae, most: int):
+        super().__init__()
+        self.vae, self.most, self.sizes = vae, most, []
+
+    def encode(self, images: torch.Tensor):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return self.vae.encode(images)
+
+
+@pytest.mark.parametrize("posterior", ["sample", "moments"])
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(pictures, vae, posterior):
+    pixels, keys = (np.concatenate([part, part])[:7] for part in prepare(pictures, (128, 128)))
+    small = SmallDevice(vae, 2)
+    found = VaeEncoder(small, posterior, flip=True)
+    wanted = VaeEncoder(vae, posterior, flip=True).launch(pixels, list(keys)).wait()
+    first = found.launch(pixels, list(keys)).wait()
+    assert small.sizes[:2] == [7, 3] and max(small.sizes[2:]) <= 4
+    small.sizes.clear()
+    second = found.launch(pixels, list(keys)).wait()
+    assert max(small.sizes) <= 2  # it has learnt
+    for name, part in vars(wanted).items():
+        for encoded in (first, second):
+            assert part is None or np.array_equal(getattr(encoded, name), part), name
+    with pytest.raises(FailedError, match="set cache.tile_above_px: 64"):
+        VaeEncoder(SmallDevice(vae, 0), posterior, flip=False).launch(pixels, list(keys))
+
+
+def test_tiles_give_nearly_what_the_whole_picture_gives(vae):
+    import copy
+
+    # Soft noise: where a picture is alike all over, norms over a tile are those over the whole.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
+    pixels = np.array(noise.resize((512, 384), Image.Resampling.BICUBIC))[None]
+    tiled, sizes = copy.deepcopy(vae), []
+    enable_tiling(tiled, 256)
+    tiled.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    whole = VaeEncoder(vae, "mean", flip=False).launch(pixels, ["a"]).wait().latents
+    parts = VaeEncoder(tiled, "mean", flip=False).launch(pixels, ["a"]).wait().latents
+    assert parts.shape == whole.shape == (1, 4, 48, 64)
+    assert len(sizes) > 1 and max(max(size) for size in sizes) <= 256  # which bounds the memory
+    assert np.abs(parts - whole).mean() < 0.05 * np.abs(whole).mean()
+    small = np.ascontiguousarray(pixels[:, :256, :256])
+    sizes.clear()
+    assert np.array_equal(VaeEncoder(tiled, "mean", flip=False).launch(small, ["a"]).wait().latents,
+                          VaeEncoder(vae, "mean", flip=False).launch(small, ["a"]).wait().latents)  # fmt: skip
+    assert sizes == [(256, 256)]

@@ -1,0 +1,114 @@
+"""Sinks: an item that an entry was returned for is on disk as the entry says, whatever thread and disk do."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from cache_samples import make_entry, make_sample
+
+from sdxl_trainer.cache.encode.items import read_item
+from sdxl_trainer.cache.encode.sinks import EncodedItem, NpzSink, ShardSink, list_shards, recover_shards
+from sdxl_trainer.cache.upkeep.verify import check_shards, verify_entries
+from sdxl_trainer.data.formats.latents import pack_latents, parse_latents, read_latents
+from sdxl_trainer.data.formats.shards import iterate_members
+
+BUCKETS = [(96, 64), (64, 96), (128, 128)]
+
+
+def make_items(count: int) -> list[EncodedItem]:
+    return [
+        EncodedItem(
+            make_entry(f"k{number}", bucket=BUCKETS[number % 3]),
+            make_sample(number, BUCKETS[number % 3]),
+            record=b'{"number": %d}' % number,
+        )
+        for number in range(count)
+    ]
+
+
+def test_npz_files_are_what_their_entries_say(tmp_path):
+    sink = NpzSink(tmp_path, "float16")
+    item = EncodedItem(make_entry("a", file="sub/folder/a.npz", offset=3, record_bytes=2), make_sample())
+    entry = sink.write(item)
+    sink.close()
+    content = (tmp_path / "sub/folder/a.npz").read_bytes()
+    assert content == pack_latents(item.sample, "float16") and os.listdir(tmp_path / "sub/folder") == ["a.npz"]
+    assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert (entry.offset, entry.record_bytes, entry.record_sha256) == (None, None, None)
+    assert read_latents(tmp_path / entry.file, (96, 64)).latents.dtype == np.float16
+
+
+def test_shards_hold_one_bucket_each_and_keep_their_limit(tmp_path):
+    items = make_items(60)
+    limit = 20_000
+    sink = ShardSink(tmp_path, "float32", rank=3, shard_bytes=limit)
+    with ThreadPoolExecutor(8) as pool:
+        entries = {entry.key: entry for entry in pool.map(sink.write, items)}
+    sink.close()
+    assert not list((tmp_path / "shards").glob(".*"))
+    shards = list_shards(tmp_path)
+    assert len(shards) > 6 and {file.split("-")[1] for file in shards} == {"00003"}
+    for file in shards:
+        keys = [key for key, suffix, _, _ in iterate_members(tmp_path / file) if suffix == "npz"]
+        assert {entries[key].file for key in keys} == {file}
+        width, height = entries[keys[0]].bucket
+        assert {entries[key].bucket for key in keys} == {(width, height)}
+        assert file.startswith(f"shards/{width}x{height}-")
+        assert (tmp_path / file).stat().st_size <= limit + 3000
+    result = verify_entries(tmp_path, entries)
+    assert (result.num_items, result.bad, result.bad_shards) == (60, {}, {})
+    for item in items:
+        record, content = read_item(tmp_path, entries[item.entry.key])
+        assert record == item.record
+        assert np.array_equal(parse_latents(content, item.entry.bucket).latents, item.sample.latents)
+
+
+def test_a_later_sink_never_touches_earlier_shards(tmp_path):
+    for _ in range(2):
+        sink = ShardSink(tmp_path, "float32", 0, 1 << 30)
+        sink.write(make_items(1)[0])
+        sink.close()
+    unfinished = ShardSink(tmp_path, "float32", 0, 1 << 30)
+    unfinished.write(make_items(1)[0])
+    beside = ShardSink(tmp_path, "float32", 0, 1 << 30)
+    beside.write(make_items(1)[0])
+    beside.close()
+    unfinished.close()
+    assert list_shards(tmp_path) == [f"shards/96x64-00000-{number:05d}.tar" for number in range(4)]
+
+
+def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
+    sink = ShardSink(tmp_path, "float32", 0, 1 << 30)
+    entries = [sink.write(item) for item in make_items(9)]
+    listed = [entry for entry in entries if entry.bucket == BUCKETS[0]][:2] + [entries[1]]  # nothing of BUCKETS[2]
+    by_key = {entry.key: entry for entry in listed}
+    assert verify_entries(tmp_path, by_key).bad == {}  # before they are finished, too
+    assert {path.name[:6] for path in recover_shards(tmp_path, listed)} == {"96x64-", "64x96-", "128x12"}
+    assert list_shards(tmp_path) == ["shards/64x96-00000-00000.tar", "shards/96x64-00000-00000.tar"]
+    assert not list((tmp_path / "shards").glob(".*"))
+    result = verify_entries(tmp_path, by_key)
+    assert (result.bad, result.bad_shards) == ({}, {})
+    assert recover_shards(tmp_path, listed) == []
+    assert "where its samples" in check_shards(tmp_path, listed[:2])["shards/64x96-00000-00000.tar"]
+
+
+def test_a_shard_that_cannot_be_finished_does_not_hold_the_others_up(tmp_path, monkeypatch):
+    sink = ShardSink(tmp_path, "float32", 0, 1 << 30)
+    entries = [sink.write(item) for item in make_items(3)]
+    replace, calls = os.replace, []
+
+    def fail_once(*paths) -> None:
+        calls.append(paths)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(OSError, match="No space left"):
+        sink.close()
+    assert len(list_shards(tmp_path)) == 2
+    recover_shards(tmp_path, entries)
+    result = verify_entries(tmp_path, {entry.key: entry for entry in entries})
+    assert (result.bad, result.bad_shards) == ({}, {})

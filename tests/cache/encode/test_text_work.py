@@ -1,0 +1,301 @@
+"""The cache job with `cache.text`: what the text encoders make of captions, kept beside latents and as true as they."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cache_samples import hash_items, list_files, run_job, write_settings
+
+from sdxl_trainer.cache.encode import text_work as captioning
+from sdxl_trainer.cache.encode.items import read_item_text
+from sdxl_trainer.cache.encode.sinks import list_shards
+from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.formats.manifest import Entry, read_latest
+from sdxl_trainer.data.formats.shards import iterate_members
+from sdxl_trainer.data.formats.text_outputs import TextOutputs, parse_text
+from sdxl_trainer.data.images.demo_set import draw_demo_set
+from sdxl_trainer.train.networks.conditioning import TextConditioner
+
+TEXT = "cache.text=true"
+SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.text_variants=3")
+OFTEN_CHANGED = (".npz", ".tar")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder) -> Path:
+    return tiny_folder / "model"
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, model) -> Path:
+    """A folder with settings and two whole caches with text of eight pictures, `npz` and `shards`."""
+    folder = tmp_path_factory.mktemp("filled")
+    settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=8))
+    for form in ("npz", "shards"):
+        assert run_job(settings, f"cache.dir={folder / form}", f"cache.format={form}", TEXT) == 0
+    return folder
+
+
+@pytest.fixture(params=["npz", "shards"])
+def cache(request, filled, tmp_path):
+    """(settings, words for the job, cache folder) of a copy of a whole cache, with a metadata file of its own."""
+    shutil.copytree(filled / request.param, tmp_path / "latents")
+    metadata = json.loads((filled / "data" / "metadata.json").read_text())
+    for record in metadata.values():
+        record["image_path"] = str(filled / "data" / record["image_path"])
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={request.param}",
+             f"data.metadata=[{tmp_path / 'metadata.json'}]", TEXT)  # fmt: skip
+    return filled / "settings.yaml", words, tmp_path / "latents"
+
+
+def read_texts(folder: Path) -> dict[str, list[TextOutputs]]:
+    texts = {}
+    for key, entry in read_latest(folder).items():
+        content = read_item_text(folder, entry)
+        assert content is not None and entry.text is not None, key
+        texts[key] = parse_text(content, entry.text.variants)
+    return texts
+
+
+def hash_texts(folder: Path) -> dict[str, str]:
+    return {key: entry.text.sha256 for key, entry in read_latest(folder).items() if entry.text is not None}
+
+
+def get_report(folder: Path) -> dict:
+    return json.loads((folder / "cache_report.json").read_text())
+
+
+def encode(model: Path, caption: str, max_tokens: int = 75) -> TextOutputs:
+    """What training makes of a caption."""
+    source, config = ModelSource(model), ModelConfig(path=str(model))
+    conditioner = TextConditioner(*load_text_encoders(source, config))
+    ids = [
+        torch.from_numpy(tokenizer.encode(caption, max_tokens))[None] for tokenizer in load_tokenizers(source, config)
+    ]
+    hidden, pooled = conditioner.encode(*ids)
+    width = source.read_config("text_encoder")["hidden_size"]
+    return TextOutputs(hidden[0, :, :width].numpy(), hidden[0, :, width:].numpy(), pooled[0].numpy())
+
+
+def assert_near(found: TextOutputs, wanted: TextOutputs) -> None:
+    for name in vars(wanted):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_are_those_that_training_would_make(filled, model):
+    captions = {key: r["caption"] for key, r in json.loads((filled / "data/metadata.json").read_text()).items()}
+    plain, packed = read_texts(filled / "npz"), read_texts(filled / "shards")
+    assert plain.keys() == packed.keys() == captions.keys()
+    assert hash_texts(filled / "npz") == hash_texts(filled / "shards")  # another order, other company: the same bytes
+    for key, (outputs,) in plain.items():
+        assert_near(outputs, encode(model, captions[key]))
+    # As kohya's scripts name and read them.
+    key, entry = next(iter(read_latest(filled / "npz").items()))
+    assert entry.text is not None and entry.text.file == f"{key}_te_outputs.npz" and entry.file == f"{key}.npz"
+    with np.load(filled / "npz" / entry.text.file, allow_pickle=False) as arrays:
+        shapes = {name: (arrays[name].dtype, arrays[name].shape) for name in arrays}
+    assert {name: (np.float32, shape[1]) for name, shape in shapes.items()} == shapes
+    assert list(shapes) == ["hidden_state1", "hidden_state2", "pool2"] and shapes["hidden_state1"][1][0] == 77
+    members = [
+        kind for file in list_shards(filled / "shards") for _, kind, *_ in iterate_members(filled / "shards" / file)
+    ]
+    assert members == ["json", "npz", "te.npz"] * 8
+
+
+def test_encoders_are_loaded_only_where_there_is_work(cache, monkeypatch):
+    settings, words, folder = cache
+
+    def refuse(*_):
+        raise AssertionError("text encoders were loaded")
+
+    monkeypatch.setattr(captioning, "load_text_encoders", refuse)
+    before = list_files(folder)
+    assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 0
+    assert run_job(settings, *words[:-1]) == 0 and get_report(folder)["encoded"] == 0  # cache.text off
+    assert run_job(settings, *words, "--verify") == 0
+    after = list_files(folder)
+    assert all(after[name] == changed for name, changed in before.items() if name.endswith(OFTEN_CHANGED))
+
+
+def test_an_edited_caption_is_encoded_again_and_no_other(cache, tmp_path, model):
+    settings, words, folder = cache
+    latents, texts = hash_items(folder), hash_texts(folder)
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    edited, other, *_ = metadata
+    metadata[edited]["caption"] = "a purple hexagon"
+    metadata[other]["aesthetic_score"] = 5  # which is no caption
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 1
+    now = hash_texts(folder)
+    assert {key for key in texts if now[key] != texts[key]} == {edited} and hash_items(folder) == latents
+    assert_near(read_texts(folder)[edited][0], encode(model, "a purple hexagon"))
+    assert run_job(settings, *words, "--verify") == 0
+    assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 0
+
+
+def test_only_what_decides_the_text_encodes_it_again(cache, model):
+    settings, words, folder = cache
+    latents, texts = hash_items(folder), hash_texts(folder)
+    for word in ("cache.batch_size=3", "data.caption.dropout_rate=0.5", "cache.text_variants=4"):
+        assert run_job(settings, *words, word) == 0 and get_report(folder)["encoded"] == 0, word
+    assert run_job(settings, *words, "data.max_tokens=150") == 0 and get_report(folder)["encoded"] == 8
+    assert hash_items(folder) == latents and all(
+        each[0].hidden_1.shape[0] == 152 for each in read_texts(folder).values()
+    )
+    assert run_job(settings, *words, "data.max_tokens=150", "--verify") == 0
+    assert run_job(settings, *words) == 0 and hash_texts(folder) == texts  # and back
+
+
+def test_text_is_added_to_latents_that_are_there(filled, tmp_path):
+    for form in ("npz", "shards"):
+        folder = tmp_path / form
+        words = (filled / "settings.yaml", f"cache.dir={folder}", f"cache.format={form}")
+        assert run_job(*words) == 0 and hash_texts(folder) == {}
+        latents, before = hash_items(folder), list_files(folder)
+        assert run_job(*words, TEXT) == 0
+        assert hash_texts(folder) == hash_texts(filled / form) and hash_items(folder) == latents
+        assert run_job(*words, TEXT, "--verify") == 0
+        after = list_files(folder)
+        if form == "npz":
+            assert all(after[name] == changed for name, changed in before.items() if name.endswith(".npz"))
+
+
+def test_random_captions_are_kept_in_variants(cache):
+    settings, words, folder = cache
+    assert run_job(settings, *words, *SHUFFLED) == 0
+    entries = read_latest(folder)
+    assert {entry.text.variants for entry in entries.values() if entry.text} == {3}
+    for variants in read_texts(folder).values():
+        assert len(variants) == 3 and not np.allclose(variants[0].hidden_1, variants[1].hidden_1)
+    assert run_job(settings, *words, *SHUFFLED, "--verify") == 0
+    texts = hash_texts(folder)
+    assert run_job(settings, *words, *SHUFFLED, "run.seed=5") == 0 and hash_texts(folder) == texts
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.caption.shuffle=true", "cache.text_variants = 1"),
+        ("data.caption.wildcards=true", "data.caption.wildcards asks for a new one"),
+        ("data.caption.token_warmup_steps=9", "data.caption.token_warmup_steps = 9"),
+    ],
+)
+def test_contradictions_are_refused(filled, tmp_path, capsys, setting, said):
+    assert run_job(filled / "settings.yaml", f"cache.dir={tmp_path}", TEXT, setting) == 2
+    assert said in capsys.readouterr().err and read_latest(tmp_path) == {}
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def list_text_regions(folder: Path, entry: Entry) -> list[tuple[Path, int]]:
+    """A byte of each region of an item's text: tar header, zip header, values, directory, padding."""
+    assert entry.text is not None
+    path, start, end = folder / entry.text.file, entry.text.offset or 0, (entry.text.offset or 0) + entry.text.bytes
+    places = [start + 3, start + 40, start + 900, end - entry.text.bytes // 2, end - 30, end - 1]
+    return [(path, place) for place in places + ([start - 500, end + 1] if entry.text.offset is not None else [])]
+
+
+def test_damage_is_found_and_mended(cache, capsys):
+    settings, words, folder = cache
+    latents, texts = hash_items(folder), hash_texts(folder)
+    entries = sorted(read_latest(folder).values(), key=lambda entry: entry.key)
+    for path, place in list_text_regions(folder, entries[0]):
+        flip(path, place)
+        assert run_job(settings, *words, "--verify") == 1, place
+        assert path.name in capsys.readouterr().err
+        flip(path, place)
+    flip(*list_text_regions(folder, entries[0])[2])
+    flip(folder / "text.json", 30)
+    (folder / "manifest" / "empty_te_outputs.npz").unlink()
+    assert run_job(settings, *words, "--verify") == 1 and "text.json: damaged" in capsys.readouterr().err
+    assert run_job(settings, *words, "--repair") == 0
+    assert run_job(settings, *words, "--verify") == 0
+    assert hash_items(folder) == latents and hash_texts(folder) == texts
+    assert get_report(folder)["encoded"] == 1
+    # Without encoders what is bad is taken off the list.
+    flip(*list_text_regions(folder, read_latest(folder)[entries[0].key])[2])
+    assert run_job(settings, *words[:-1], "--repair") == 0
+    assert run_job(settings, *words[:-1], "--verify") == 0
+    assert hash_items(folder) == latents and entries[0].key not in hash_texts(folder)
+    assert run_job(settings, *words) == 0 and hash_texts(folder) == texts
+
+
+def test_pack_and_unpack_keep_every_byte(cache):
+    settings, words, folder = cache
+    latents, texts = hash_items(folder), hash_texts(folder)
+    for mode in ["--pack", "--unpack", "--pack"] if "format=npz" in words[1] else ["--unpack", "--pack", "--unpack"]:
+        assert run_job(settings, *words, mode) == 0
+        assert (hash_items(folder), hash_texts(folder)) == (latents, texts)
+        assert run_job(settings, *words, "--verify") == 0
+        files = {name for name in list_files(folder) if name.endswith(".npz") and not name.startswith("manifest")}
+        expected = {f"{key}{end}" for key in latents for end in (".npz", "_te_outputs.npz")}
+        assert files == (set() if mode == "--pack" else expected)
+        assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 0
+
+
+def test_stale_latents_keep_their_text(cache):
+    settings, words, folder = cache
+    texts, before = hash_texts(folder), list_files(folder)
+    assert run_job(settings, *words, "cache.posterior=mean") == 0 and get_report(folder)["encoded"] == 8
+    assert hash_texts(folder) == texts and run_job(settings, *words, "--verify") == 0
+    after = list_files(folder)
+    kept = [name for name in before if name.endswith("_te_outputs.npz")]
+    assert all(after[name] == before[name] for name in kept) and ("npz" in words[1]) == (len(kept) > 1)
+    if "shards" in words[1]:
+        assert {entry.text.file for entry in read_latest(folder).values() if entry.text} == set(list_shards(folder))
+
+
+def test_a_cache_that_was_adopted_gets_text_of_kohyas_name(filled, tmp_path):
+    folder = tmp_path / "latents"
+    shutil.copytree(filled / "npz", folder)
+    for entry in read_latest(folder).values():
+        (folder / entry.file).rename(folder / f"{entry.key}_0128x0128_sdxl.npz")
+    for path in (*folder.glob("*_te_outputs.npz"), *folder.glob("manifest/*"), folder / "text.json"):
+        path.unlink()
+    words = (filled / "settings.yaml", f"cache.dir={folder}")
+    assert run_job(*words, "--adopt") == 0 and len(read_latest(folder)) == 8
+    assert run_job(*words, TEXT) == 0 and get_report(folder)["encoded"] == 8
+    assert {entry.text.file for entry in read_latest(folder).values() if entry.text} == {
+        f"{key}_te_outputs.npz" for key in read_latest(folder)
+    }
+    assert all(replace(entry).adopted for entry in read_latest(folder).values())
+    assert run_job(*words, TEXT, "--verify") == 0
+
+
+def test_text_of_other_programs_is_adopted_if_it_fits(filled, tmp_path, capsys):
+    folder = tmp_path / "latents"
+    shutil.copytree(filled / "npz", folder)
+    texts = hash_texts(folder)
+    for path in (*folder.glob("manifest/*"), folder / "text.json"):
+        path.unlink()
+    before = list_files(folder)
+    wrong, gone, torn, *_ = sorted(texts)
+    with np.load(folder / f"{wrong}_te_outputs.npz") as arrays:
+        np.savez(folder / f"{wrong}_te_outputs.npz", **{key: array[:-1] for key, array in arrays.items()})
+    (folder / f"{gone}_te_outputs.npz").unlink()
+    (folder / f"{torn}_te_outputs.npz").write_bytes((folder / f"{torn}_te_outputs.npz").read_bytes()[:-9])
+    words = (filled / "settings.yaml", f"cache.dir={folder}")
+    assert run_job(*words, "--adopt") == 0 and hash_texts(folder) == {}  # not asked for
+    assert run_job(*words, TEXT, *SHUFFLED, "--adopt") == 1
+    assert "hidden_state1_v1" in capsys.readouterr().err and hash_texts(folder) == {}  # three captions each are wanted
+    assert run_job(*words, TEXT, "--adopt") == 1
+    said = capsys.readouterr().err
+    assert f"{wrong} is not adopted" in said and f"{torn} is not adopted" in said and gone not in said
+    assert "the settings give [77, " in said
+    left = {key: digest for key, digest in texts.items() if key not in (wrong, gone, torn)}
+    assert len(left) == 5 and hash_texts(folder) == left
+    assert run_job(*words, TEXT, "--verify") == 0
+    assert run_job(*words, TEXT) == 0 and get_report(folder)["encoded"] == 3 and hash_texts(folder) == texts
+    kept = [f"{key}{end}" for key in left for end in (".npz", "_te_outputs.npz")]
+    assert all(list_files(folder)[name] == before[name] for name in kept)

@@ -1,0 +1,174 @@
+"""What there is to do: every picture on one rank, evenly, and again only when what made its latents is another."""
+
+import json
+import os
+import shutil
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from cache_samples import RULE, make_entry
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdxl_trainer.cache.encode.work_list import (
+    Resolution,
+    choose_share,
+    compute_costs,
+    judge_entry,
+    list_work,
+    share_positions,
+)
+from sdxl_trainer.data.files import MaskFile, hash_file
+from sdxl_trainer.data.formats.manifest import Identity
+from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.index.index import open_record_index
+from sdxl_trainer.data.index.missing_latents import choose_file
+
+IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 128, 64, 256, 32, False)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shares_are_disjoint_complete_and_even(world_size):
+    costs = np.random.default_rng(0).integers(1, 2**21, 1000)
+    shares = [share_positions(costs, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(1000))
+    assert all((np.diff(share) > 0).all() for share in shares)
+    sums = [costs[share].sum() for share in shares]
+    assert max(sums) - min(sums) <= costs.max() and max(sums) / min(sums) < 1.01
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.lists(st.integers(0, 2**40), max_size=50), st.integers(1, 9))
+def test_any_list_is_shared_wholly(costs, world_size):
+    shares = [share_positions(np.array(costs, np.int64), rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(len(costs)))
+    sums = [sum(costs[place] for place in share) for share in shares]
+    assert max(sums) - min(sums) <= 2 * max(costs, default=0)
+
+
+def test_costs_are_pixels_of_the_bucket():
+    sizes = np.array([[0, 0], [50, 50], [5000, 5000]], np.int32)
+    assert compute_costs(sizes[:, 0], sizes[:, 1], RULE).tolist() == [128**2] * 3
+    rule = BucketRule(128, 64, 256, 32, no_upscale=True)
+    assert compute_costs(sizes[:, 0], sizes[:, 1], rule).tolist() == [128**2, 2500, 128**2]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A picture, and a manifest entry that is true of it."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"some bytes of a picture")
+    status = path.stat()
+    entry = make_entry(
+        identity=IDENTITY.name,
+        source_path=str(path),
+        source_bytes=status.st_size,
+        source_mtime_ns=status.st_mtime_ns,
+        source_sha256=hash_file(path),
+    )
+    return path, entry
+
+
+def test_a_true_entry_is_valid(source):
+    path, entry = source
+    assert judge_entry(entry, str(path), IDENTITY.name) == ("valid", None)
+    assert judge_entry(None, str(path), IDENTITY.name) == ("new", None)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Identity)])
+def test_each_part_of_the_identity_makes_it_stale(source, name):
+    path, entry = source
+    value = getattr(IDENTITY, name)
+    other = replace(IDENTITY, **{name: not value if isinstance(value, bool) else value * 2 or ((64, 64),)})
+    assert judge_entry(entry, str(path), other.name) == ("stale", None)
+
+
+def test_a_replaced_picture_is_noticed_and_a_touched_one_is_not(source, tmp_path):
+    path, entry = source
+    content = path.read_bytes()
+    path.write_bytes(content + b"!")
+    assert judge_entry(entry, str(path), IDENTITY.name) == ("changed", None)
+    path.write_bytes(content.replace(b"some", b"same"))  # of the same size: the time tells
+    os.utime(path, ns=(1, 1))
+    assert judge_entry(entry, str(path), IDENTITY.name) == ("changed", None)
+    path.write_bytes(content)
+    os.utime(path, ns=(2, 2))
+    state, refreshed = judge_entry(entry, str(path), IDENTITY.name)
+    assert (state, refreshed) == ("valid", replace(entry, source_mtime_ns=2))
+    assert judge_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # and is not hashed again
+
+
+def test_a_moved_or_missing_picture_is_the_same(source, tmp_path):
+    path, entry = source
+    moved = shutil.copy2(path, tmp_path / "moved.png")
+    assert judge_entry(entry, moved, IDENTITY.name)[0] == "valid"
+    path.unlink()
+    assert judge_entry(entry, str(path), IDENTITY.name) == ("valid", None)
+    vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
+    assert judge_entry(vouched, moved, IDENTITY.name) == ("valid", None)
+
+
+def test_a_mask_counts_as_the_picture_does(source, tmp_path):
+    path, entry = source
+    mask = tmp_path / "a-masklabel.png"
+    mask.write_bytes(b"some mask")
+    status = mask.stat()
+    masked = replace(entry, mask=MaskFile(str(mask), status.st_size, status.st_mtime_ns, hash_file(mask)))
+    assert judge_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # it has appeared
+    assert judge_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # it has vanished
+    assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("valid", None)
+    os.utime(mask, ns=(3, 3))
+    state, refreshed = judge_entry(masked, str(path), IDENTITY.name, str(mask))
+    assert (state, refreshed) == ("valid", replace(masked, mask=replace(masked.mask, mtime_ns=3)))
+    mask.write_bytes(b"same mask")
+    assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
+    assert judge_entry(vouched, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    path.unlink()
+    for known, now in ((masked, None), (masked, str(mask)), (entry, str(mask))):
+        assert judge_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to make it anew from
+
+
+def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
+    content = {f"k{number}": {"caption": "x", "original_size": [100 + number, 90]} for number in range(5)}
+    content["k4"] = {"caption": "x"}
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    index = open_record_index(tmp_path, [tmp_path / "m.json"], [])
+    entries = {key: make_entry(key, identity=IDENTITY.name) for key in ("k0", "k1", "k2", "gone")}
+    entries["k1"] = replace(entries["k1"], identity="another")
+    (tmp_path / "k0.npz").touch()
+    (tmp_path / "k1.npz").touch()  # that of k2 was deleted
+    made = Resolution(RULE, IDENTITY)
+    works = [list_work(index, tmp_path, entries, choose_share(index, made, rank, 2), beside=False) for rank in range(2)]
+    assert works[0].counts + works[1].counts == {"valid": 1, "stale": 1, "missing": 1, "new": 2}
+    items = {item.key: item for work in works for item in work.items}
+    assert sorted(items) == ["k1", "k2", "k3", "k4"] and len(works[0].items) + len(works[1].items) == 4
+    assert items["k3"].size == (103, 90) and items["k4"].size is None
+    assert json.loads(items["k3"].record)["caption"] == "x"
+    totals = works[0].without_items()
+    assert (totals.items, totals.num_items, totals.counts) == ([], len(works[0].items), works[0].counts)
+    assert sum(work.bytes_needed for work in works) >= 4 * 128 * 128 // 64 * 4 * 4
+    entries = {key: replace(entry, file="shards/x.tar", offset=0) for key, entry in entries.items()}
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / ".x.tar.partial").touch()  # a job that was killed, or is at work
+    share = choose_share(index, made, 0, 1)
+    assert share.keys == ["k0", "k1", "k2", "k3", "k4"]
+    assert list_work(index, tmp_path, entries, share, beside=False).counts["missing"] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "file"),
+    [
+        ("a", "a.npz"),
+        ("a.b", "a.b.npz"),
+        ("sub/a", "sub/a.npz"),
+        ("../a", "%2E%2E%2Fa.npz"),
+        ("/etc/a", "%2Fetc%2Fa.npz"),
+        ("a/../../b", "a%2F%2E%2E%2F%2E%2E%2Fb.npz"),
+    ],
+)
+def test_no_key_leads_out_of_the_cache(key, file, tmp_path):
+    assert choose_file(key, "/pictures/x.jpg", beside=False) == file
+    assert (tmp_path / file).resolve().is_relative_to(tmp_path.resolve())
+    assert choose_file(key, "/pictures/x.jpg", beside=True) == "/pictures/x.npz"

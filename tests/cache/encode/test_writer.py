@@ -1,0 +1,141 @@
+"""The writer: bounded, in the background, and no error is lost or lied about."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from cache_samples import make_entry, make_sample
+
+from sdxl_trainer.cache.encode.sinks import EncodedItem
+from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter, read_latest
+
+SAMPLE = make_sample()
+
+
+class GatedSink:
+    """Takes items only when told to, and fails for some keys."""
+
+    def __init__(self, failing: tuple[str, ...] = ()):
+        self.gate = threading.Semaphore(0)
+        self.failing = failing
+        self.written: list[str] = []
+        self.is_closed = False
+
+    def write(self, item: EncodedItem) -> Entry:
+        self.gate.acquire()
+        if item.entry.key in self.failing:
+            raise OSError(28, "No space left on device")
+        self.written.append(item.entry.key)
+        return replace(item.entry, bytes=100, sha256="x")
+
+    def store(self, entry: Entry, content: bytes, record: bytes) -> Entry:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def build(folder, sink, **options) -> LatentWriter:
+    return LatentWriter(sink, ManifestWriter(folder, 0), **options)
+
+
+def make_item(key: object) -> EncodedItem:
+    return EncodedItem(make_entry(str(key)), SAMPLE)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_no_more_than_so_many_are_in_flight(tmp_path):
+    sink = GatedSink()
+    writer = build(tmp_path, sink, num_threads=2, max_in_flight=5)
+    submitted = []
+
+    def submit_all() -> None:
+        for number in range(20):
+            writer.submit(make_item(number))
+            submitted.append(number)
+
+    thread = threading.Thread(target=submit_all)
+    thread.start()
+    wait_until(lambda: len(submitted) == 5)
+    time.sleep(0.1)
+    assert len(submitted) == 5 and sink.written == []  # the sixth waits for the disk
+    for released in range(1, 16):
+        sink.gate.release()
+        wait_until(lambda released=released: len(submitted) == 5 + released)
+        assert len(submitted) - len(sink.written) <= 5
+    sink.gate.release(5)
+    thread.join()
+    writer.close()
+    assert sink.is_closed and (writer.num_written, writer.bytes_written) == (20, 2000)
+    assert set(read_latest(tmp_path)) == {str(number) for number in range(20)}
+
+
+def test_submitting_does_not_wait_for_the_disk(tmp_path):
+    sink = GatedSink()
+    writer = build(tmp_path, sink, max_in_flight=8)
+    start = time.monotonic()
+    for number in range(8):
+        writer.submit(make_item(number))
+    assert time.monotonic() - start < 1 and read_latest(tmp_path) == {}
+    sink.gate.release(8)
+    writer.close()
+    assert len(read_latest(tmp_path)) == 8
+
+
+def test_an_error_reaches_the_next_submit_and_close(tmp_path):
+    sink = GatedSink(failing=("b",))
+    writer = build(tmp_path, sink, num_threads=1, max_in_flight=4)
+    for key in "abc":
+        writer.submit(make_item(key))
+    sink.gate.release(3)
+    wait_until(lambda: writer._error is not None)
+    for _ in range(10):  # and never blocks, however often it is tried
+        with pytest.raises(OSError, match="No space left"):
+            writer.submit(make_item("d"))
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert sink.is_closed
+    # Nothing is listed that is not on disk, and nothing is tried on a full disk.
+    assert sink.written == ["a"] and set(read_latest(tmp_path)) == {"a"}
+
+
+def test_an_error_of_the_last_item_reaches_close(tmp_path):
+    sink = GatedSink(failing=("a",))
+    writer = build(tmp_path, sink)
+    writer.submit(make_item("a"))
+    sink.gate.release()
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert read_latest(tmp_path) == {} and writer.num_written == 0
+
+
+def test_a_full_disk_at_the_manifest_lists_nothing_torn(tmp_path, monkeypatch):
+    sink = GatedSink()
+    sink.gate.release(9)
+    manifest = ManifestWriter(tmp_path, 0)
+    append, lines = manifest.append, []
+
+    def fail_at_third(entry: Entry) -> None:
+        lines.append(entry.key)
+        if len(lines) == 3:
+            raise OSError(28, "No space left on device")
+        append(entry)
+
+    monkeypatch.setattr(manifest, "append", fail_at_third)
+    writer = LatentWriter(sink, manifest, num_threads=1)
+    for key in "abcdef":
+        try:
+            writer.submit(make_item(key))
+        except OSError:
+            break
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert set(read_latest(tmp_path)) == {"a", "b"} and writer.num_written == 2

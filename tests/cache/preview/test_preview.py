@@ -1,0 +1,118 @@
+"""What the preview prints and draws: the counts that training will see, and its samples cropped and flipped."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_samples import run_job, write_settings
+from PIL import Image
+from rich.console import Console
+
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.cache.preview import preview
+from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, Specimen, decode_specimens, draw_sheet
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.images.demo_set import draw_demo_set
+
+NUM_PICTURES = 10
+CAPTIONS = ("data.caption.shuffle=true", "data.flip_rate=1.0", "cache.flip=true", "data.max_tokens=75")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, tiny_folder) -> Path:
+    """A cache of ten demo pictures, one of which was never encoded and another's latents are torn."""
+    folder = tmp_path_factory.mktemp("filled")
+    settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_PICTURES))
+    metadata = folder / "data" / "metadata.json"
+    records = json.loads(metadata.read_text())
+    first, last = list(records)[0], list(records)[-1]
+    for record in records.values():
+        record["caption"] = "red, green, blue, circle, star, square"
+    records[first]["caption"] = ", ".join(["red"] * 60)
+    metadata.write_text(json.dumps({key: record for key, record in records.items() if key != last}))
+    assert run_job(settings, *CAPTIONS) == 0
+    metadata.write_text(json.dumps(records))
+    torn = folder / "latents" / f"{list(records)[1]}.npz"
+    torn.write_bytes(torn.read_bytes()[:999])
+    return folder
+
+
+def run(filled: Path, *words: str, expect: int = 0, pictures: int = 0) -> None:
+    arguments = ["--cfg", str(filled / "settings.yaml"), "--pictures", str(pictures), *CAPTIONS, *words]
+    assert preview.main(arguments) == expect
+
+
+def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    run(filled)
+    printed = capsys.readouterr().out
+    rows = {cells[1].strip(): cells[2].strip() for line in printed.splitlines() if len(cells := line.split("│")) > 3}
+    assert rows["records"] == "10" and rows["with latents"] == "9" and rows["left out: no latents"] == "1"
+    assert rows["bad among 9 looked at"] == "1" and "9 samples" in printed
+    sizes = {key: count for key, count in rows.items() if "x" in key and key[0].isdigit()}
+    assert sizes and "cut short" in printed or "has 999 bytes" in printed
+    # Eight captions of 11 tokens, and one that is cut off.
+    assert rows["1-20"] == "8" and "1 and 1 are longer than data.max_tokens = 75" in printed
+    drawn = [line.split("│")[2:5] for line in printed.splitlines() if "square" in line]
+    assert any(len({text.strip() for text in texts}) > 1 for texts in drawn)  # shuffled anew each epoch
+    assert not (filled / "runs").exists()  # nothing is written
+
+
+def test_no_latents_at_all_is_wrong_input(filled, tmp_path, capsys):
+    run(filled, f"cache.dir={tmp_path}", expect=2)
+    assert "holds no latents of these records" in capsys.readouterr().err
+
+
+def test_the_picture_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
+    file = tmp_path / "deep" / "sheet.png"
+    run(filled, "--out", str(file), pictures=6)
+    sheet = Image.open(file)
+    assert sheet.width > 4 * CELL_PX and sheet.height > 2 * CELL_PX
+    assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 50
+    assert "6 pictures" in capsys.readouterr().out
+
+
+def read_specimens(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[Specimen, np.ndarray]]]:
+    """Each sample of the set with its pixels as the sheet shows them."""
+    config, _ = load_config(filled / "settings.yaml", [*CAPTIONS, *words])
+    console = Console(record=True)
+    shown = {}
+
+    def keep(decoded):
+        shown.update({specimen.key: (specimen, pixels) for specimen, pixels in decoded})
+        return draw_sheet(decoded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "draw_sheet", keep)
+        preview.show(config, [], filled / "sheet.png", 60, console)
+    return config, shown
+
+
+def test_flipped_samples_look_mirrored_and_uncached_ones_are_shown_uncoded(filled, tmp_path):
+    shutil.copytree(filled / "latents", tmp_path / "latents")
+    words = (f"cache.dir={tmp_path / 'latents'}", "train.global_batch_size=1", "cache.on_missing=encode")
+    _, plain = read_specimens(filled, *words, "data.flip_rate=0.0")
+    _, flipped = read_specimens(filled, *words)
+    assert set(plain) == set(flipped) and len(plain) == NUM_PICTURES
+    bad = [key for key, (specimen, _) in plain.items() if specimen.bad]
+    new = [key for key, (specimen, _) in plain.items() if specimen.pixels is not None]
+    assert len(bad) == len(new) == 1
+    for key in set(plain) - {*bad, *new}:
+        difference = np.abs(plain[key][1][:, ::-1].astype(int) - flipped[key][1]).mean()
+        assert difference < 12, key
+    image = Image.open(next((filled / "data" / "images").glob(f"{new[0]}.*"))).convert("RGB")
+    assert abs(np.asarray(image).mean() - plain[new[0]][1].mean()) < 12  # the picture itself
+
+
+def test_the_vae_is_loaded_only_for_latents(filled, monkeypatch):
+    config, _ = load_config(filled / "settings.yaml", [])
+    import torch
+
+    nothing = Specimen("a", "b", "", torch.zeros(4, 8, 8), np.zeros((64, 64, 3), np.uint8), None)
+    monkeypatch.setattr("sdxl_trainer.cache.preview.contact_sheet.load_vae", None)
+    [(_, pixels)] = decode_specimens([nothing], resolve_model(config.model), config.model)
+    assert pixels.shape == (64, 64, 3)
+    run(filled)

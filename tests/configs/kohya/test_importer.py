@@ -1,0 +1,454 @@
+"""Import of kohya's and the first sdxl-trainer's settings: what options become, and that nothing is lost unnamed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdxl_trainer.configs.import_config import main
+from sdxl_trainer.configs.kohya import options as kohya_options
+from sdxl_trainer.configs.kohya.options import KOHYA_GROUPS, KOHYA_OPTIONS
+from sdxl_trainer.configs.kohya.readers import read_command, read_python
+from sdxl_trainer.configs.kohya.seed_options import SEED_OPTIONS
+from sdxl_trainer.configs.kohya.subsets import list_repeated_folders
+from sdxl_trainer.configs.load import build_config, iterate_keys
+
+TRAINING = """
+[model_arguments]
+pretrained_model_name_or_path = "/models/sd_xl_base_1.0.safetensors"
+v_parameterization = true
+zero_terminal_snr = true
+[dataset_arguments]
+dataset_config = "data.toml"
+cache_latents = true
+cache_latents_to_disk = true
+[training_arguments]
+output_dir = "/out"
+output_name = "123"
+save_precision = "fp16"
+save_every_n_steps = 500
+save_last_n_steps = 1500
+train_batch_size = 4
+gradient_accumulation_steps = 8
+max_train_epochs = 10
+max_token_length = 225
+xformers = true
+sdpa = false
+seed = 42
+gradient_checkpointing = true
+mixed_precision = "bf16"
+clip_skip = 2
+loss_type = "huber"
+min_snr_gamma = 5
+debiased_estimation_loss = true
+wandb_api_key = "0123456789abcdef"
+made_up = 3
+[optimizer_arguments]
+optimizer_type = "AdaFactor"
+learning_rate = 4e-7
+lr_scheduler = "constant_with_warmup"
+lr_warmup_steps = 0.1
+max_grad_norm = 0.0
+optimizer_args = ["scale_parameter=False", "relative_step=False", "warmup_init=False", "weight_decay=0.03"]
+"""
+DATASETS = """
+[general]
+enable_bucket = true
+shuffle_caption = true
+caption_extension = ".txt"
+keep_tokens = 1
+[[datasets]]
+resolution = 1024
+batch_size = 2
+max_bucket_reso = 2048
+bucket_reso_steps = 64
+  [[datasets.subsets]]
+  image_dir = "/data/a"
+  num_repeats = 2
+  flip_aug = true
+  [[datasets.subsets]]
+  image_dir = "/data/b"
+  flip_aug = true
+  keep_tokens = 3
+  class_tokens = "dog"
+  [[datasets.subsets]]
+  image_dir = "/data/reg"
+  is_reg = true
+  flip_aug = true
+"""
+COMMAND = r"""#!/bin/bash
+source venv/bin/activate  # the environment
+accelerate launch --num_processes 4 --mixed_precision=fp16 ./sdxl_train_network.py \
+  --pretrained_model_name_or_path="/models/my model.safetensors" --in_json meta.json --train_data_dir=/data/images \
+  --network_module networks.lora --network_dim=32 --network_alpha 16 --network_args "conv_dim=4" "conv_alpha=1" \
+  --unet_lr 1e-4 --text_encoder_lr 5e-5 2.5e-5 --learning_rate 1e-4 --train_batch_size=2 \
+  --optimizer_type AdamW8bit --optimizer_args weight_decay=0.1 betas=0.9,0.99 eps=1e-6 amsgrad=True \
+  --resolution=1024,1024 --enable_bucket --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3 \
+  --max_train_steps 2000 --lr_warmup_steps 0.05 --noise_offset 0.0357 --sample_prompts p.txt \
+  --sample_sampler k_euler_a \
+  && echo --seed 3
+"""
+SEED = """
+import os
+from ml_collections import ConfigDict
+from tools import captions
+
+def cfg(**kwargs):
+    return ConfigDict(initial_dictionary=kwargs)
+
+def get_config():
+    config = ConfigDict()
+    config.pretrained_model_name_or_path = r'/models/x.safetensors'
+    config.metadata_files = ['/data/a.json', '/data/b.json']
+    config.image_dirs = ['/data/images']
+    config.output_dir = 'projects/mine'
+    config.cache_path = os.path.join(config.output_dir, 'cache')
+    config.caption_getter = captions.get_caption
+    config.resolution = 1024
+    config.arb = True
+    config.flip_aug = True
+    config.max_area = 1024 * 1024
+    config.bucket_reso_step = 32
+    config.max_width = None
+    config.num_train_epochs = 100
+    config.batch_size = 2
+    config.gradient_accumulation_steps = 4
+    config.learning_rate = 2e-5
+    config.train_text_encoder = True
+    config.learning_rate_te1 = 1e-5
+    config.learning_rate_te2 = None
+    config.optimizer_type = 'Adafactor'
+    config.optimizer_kwargs = cfg(relative_step=False, scale_parameter=False, warmup_init=False)
+    config.mixed_precision = 'bf16'
+    config.min_snr_gamma = 0
+    config.debiased_estimation_loss = True
+    config.noise_offset = 0
+    config.multires_noise_iterations = 0
+    config.multires_noise_discount = 0
+    config.prediction_type = 'v_prediction'
+    config.timestep_sampler_type = "logit_normal"
+    config.timestep_sampler_kwargs = cfg(mu=1.1, sigma=0.8)
+    config.eval_every_n_steps = 500
+    config.eval_params = cfg(prompt="1girl", steps=28, scale=7.5, width=832, height=1216, batch_size=1)
+    config.save_max_n_models = 5
+    return config
+"""
+
+SGD = {"momentum": 0.8, "nesterov": True}
+
+
+def import_files(folder: Path, files: dict[str, str], *words: str) -> tuple[dict, str]:
+    """The settings of the YAML that is made, and its comment."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    first = next(iter(files))
+    assert main([str(folder / first), "--out", str(folder / "x.yaml"), *words]) == 0
+    text = (folder / "x.yaml").read_text()
+    settings = yaml.safe_load(text)
+    assert build_config(yaml.safe_load(text))[1] == [], text
+    return settings, "\n".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+
+
+def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = {"train.toml": TRAINING, "data.toml": DATASETS}
+    settings, comment = import_files(tmp_path, files, "--ranks", "2", "--samples", "3200")
+    assert settings == {
+        "run": {"name": "123", "dir": "/out", "seed": 42},
+        "model": {"path": "/models/sd_xl_base_1.0.safetensors"},
+        "data": {
+            "image_dirs": ["/data/a", "/data/b"],
+            "weights": [2, 1],
+            "regularisation_dirs": ["/data/reg"],
+            "resolution_px": 1024,
+            "max_bucket_px": 2048,
+            "bucket_step_px": 64,
+            "flip_rate": 0.5,
+            "caption": {"keep_tokens": 1, "shuffle": True},
+            "max_tokens": 225,
+        },
+        "cache": {"flip": True},
+        "objective": {
+            "prediction": "v",
+            "zero_terminal_snr": True,
+            "loss": "huber",
+            "huber_schedule": "snr",
+            "weighting": "min_snr",
+            "weighting_gamma": 5,
+        },
+        "optim": {
+            "name": "adafactor",
+            "lr": 4e-7,
+            "weight_decay": 0.03,
+            "schedule": "constant",
+            "warmup_steps": 100,
+            "max_grad_norm": 0.0,
+        },
+        "engine": {
+            "zero_stage": 0,
+            "precision": "bf16",
+            "gradient_checkpointing": True,
+            "attention": "xformers",
+        },
+        # The dataset file's 2 pictures, not 4; 10 epochs of 3200 samples in batches of 2 x 8 x 2 ranks.
+        "train": {"max_steps": 1000, "global_batch_size": 32, "micro_batch_size": 2},
+        "checkpoint": {"every_steps": 500, "keep_last": 4, "export_dtype": "fp16"},  # of the last 1500 steps
+    }
+    for name in ("clip_skip", "cache_latents", "cache_latents_to_disk", "debiased_estimation_loss", "class_tokens"):
+        assert f"{name} = " in comment, name
+    assert "made_up = 3: is not known" in comment
+    assert "keep_tokens = [1, 3]: differs" in comment
+    assert "0123456789abcdef" not in comment and "wandb_api_key" in comment
+    assert "sdpa" not in comment  # it is off
+    assert "clip_skip = 2" in capsys.readouterr().err
+
+
+def test_a_command_line_of_kohya(tmp_path: Path) -> None:
+    settings, comment = import_files(tmp_path, {"train.sh": COMMAND})
+    assert settings["model"]["path"] == "/models/my model.safetensors"
+    assert settings["data"]["metadata"] == ["meta.json"] and settings["data"]["image_dirs"] == ["/data/images"]
+    assert settings["data"]["resolution_px"] == 1024
+    assert settings["data"]["max_bucket_px"] == 1024  # the default there
+    assert settings["lora"] == {"rank": 32, "alpha": 16}
+    assert settings["optim"] == {
+        "name": "adamw8bit",
+        "kwargs": {"amsgrad": True},
+        "lr": 1e-4,
+        "betas": [0.9, 0.99],
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "text_encoder_lr": 5e-5,
+        "text_encoder_2_lr": 2.5e-5,
+        "schedule": "cosine_with_restarts",
+        "warmup_steps": 100,
+        "num_cycles": 3,
+    }
+    assert settings["train"] == {"max_steps": 2000, "global_batch_size": 8, "micro_batch_size": 2}
+    assert settings["engine"]["precision"] == "fp16"  # accelerate's
+    assert settings["sample"] == {"prompt_file": "p.txt", "scheduler": "euler_a"}
+    assert "seed" not in settings.get("run", {})  # of another command
+    assert "network_args" in comment
+
+
+def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
+    settings, comment = import_files(tmp_path, {"config.py": SEED}, "--samples", "800")
+    assert settings["data"] == {
+        "metadata": ["/data/a.json", "/data/b.json"],
+        "image_dirs": ["/data/images"],
+        "resolution_px": 1024,
+        "bucket_step_px": 32,
+        "flip_rate": 0.5,
+    }
+    assert settings["optim"]["lr"] == 2e-5
+    assert settings["optim"]["text_encoder_lr"] == 1e-5
+    assert settings["optim"]["text_encoder_2_lr"] == 2e-5  # the U-Net's
+    assert settings["objective"] == {
+        "prediction": "v",
+        "weighting": "debiased",
+        "timestep_density": "logit_normal",
+        "logit_mean": 1.1,
+        "logit_std": 0.8,
+        "noise_offset": 0,
+        "multires_noise_iterations": 0,
+    }
+    assert settings["train"] == {"max_steps": 10000, "global_batch_size": 8, "micro_batch_size": 2}
+    assert settings["sample"]["prompts"] == ["1girl"] and settings["sample"]["width_px"] == 832
+    assert settings["checkpoint"]["keep_last"] == 5
+    assert "caption_getter = 'captions.get_caption': is Python" in comment
+    assert "max_area = 1048576" in comment
+    assert "cache_path = 'projects/mine/cache': is not known" in comment
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        ("--resolution 832,1216", "data.buckets", [[832, 1216]]),
+        ("--resolution 832,1216 --enable_bucket", "data.resolution_px", 1006),
+        ("--resolution 512", "data.buckets", [[512, 512]]),
+        ("", "optim.lr", 2e-6),
+        ("", "train.max_steps", 1600),
+        ("", "engine.precision", "fp32"),
+        ("--mixed_precision bf16 --full_bf16", "engine.precision", "bf16_stochastic"),
+        ("--mixed_precision bf16 --full_bf16 --optimizer_type Prodigy", "engine.precision", "bf16"),
+        ("--optimizer_type Prodigy", "engine.zero_stage", 0),
+        ("--optimizer_type Lion", "optim.weight_decay", 0.0),
+        ("--optimizer_type PagedAdamW8bit", "optim.name", "bitsandbytes.optim.PagedAdamW8bit"),
+        ("--optimizer_type my.module.Thing", "optim.name", "my.module.Thing"),
+        ("--optimizer_type RAdam", "optim.name", "torch.optim.RAdam"),
+        ("--optimizer_type RAdam", "optim.weight_decay", 0.0),
+        ("--optimizer_type Adafactor", "optim.name", "adafactor"),
+        ("--optimizer_type Adafactor --optimizer_args weight_decay=0.02", "optim.weight_decay", 0.02),
+        ("--optimizer_type Adafactor --optimizer_args relative_step=False", "optim.kwargs", {"scale_parameter": True}),
+        (
+            "--optimizer_type SGDNesterov --optimizer_args momentum=0.8",
+            "optim.kwargs",
+            {"momentum": 0.8, "nesterov": True},
+        ),
+        ("--use_8bit_adam", "optim.name", "adamw8bit"),
+        ("--save_every_n_epochs 2", "checkpoint.every_steps", 0),
+        ("--save_every_n_epochs 2", "checkpoint.every_epochs", 2),
+        ("--save_every_n_epochs 2 --save_last_n_epochs 5", "checkpoint.keep_last", 5),
+        ("--save_last_n_steps 500", "checkpoint.keep_last", None),  # nothing is saved there
+        ("--zero_stage 3", "engine.zero_stage", None),  # without --deepspeed
+        ("--deepspeed --zero_stage 3 --offload_param_device none", "engine.zero_stage", 3),
+        ("--ddp_timeout 90", "engine.timeout_minutes", 90),
+        ("--network_module networks.lora --network_train_unet_only", "optim.text_encoder_lr", None),
+        ("--network_module networks.lora", "optim.text_encoder_lr", 2e-6),
+        ("--network_module lycoris.kohya --network_dim 8", "lora.rank", 8),
+        ("--network_module lycoris.kohya", "lora.rank", 4),  # and not the whole network
+        ("--network_dim 8", "lora.rank", None),
+        ("--scale_v_pred_loss_like_noise_pred --v_parameterization", "objective.weighting", "v_like_epsilon"),
+        ("--v_pred_like_loss 0.5", "objective.weighting_gamma", 0.5),
+        ("--huber_schedule snr --huber_c 0.2", "objective.huber_c", None),  # the loss is l2
+        ("--huber_schedule constant --loss_type smooth_l1", "objective.huber_schedule", "constant"),
+        ("--alpha_mask", "objective.masked_loss", True),
+        ("--masked_loss --alpha_mask", "data.masks", None),
+        ("--masked_loss", "objective.masked_loss", None),  # there are no masks
+        ("--masked_loss --conditioning_data_dir masks", "objective.masked_loss", True),
+        ("--masked_loss --conditioning_data_dir masks", "data.masks", "masks"),
+        ("--conditioning_data_dir masks", "data.masks", None),
+        ("--log_with wandb", "log.wandb", "finetuning"),  # kohya's name of the tracker
+        ("--log_with all --network_module networks.lora", "log.wandb", "network_train"),
+        ("--log_with wandb --log_tracker_name mine", "log.wandb", "mine"),
+        ("--log_with tensorboard", "log.wandb", None),
+        ("--log_with wandb --wandb_run_name a", "run.name", "a"),
+        ("--log_with wandb --wandb_run_name a --output_name b", "run.name", "b"),
+        ("--bucket_reso_steps 8 --enable_bucket --resolution 1024", "data.bucket_step_px", None),  # against the rules
+        ("--train_text_encoder --learning_rate_te1 0", "optim.text_encoder_lr", 0),
+        ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
+    ],
+)
+def test_values_that_depend_on_others(tmp_path: Path, options: str, key: str, value: object) -> None:
+    settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --seed 1 {options}"})
+    section, name = key.split(".")
+    assert settings.get(section, {}).get(name) == value
+
+
+def test_the_same_pictures_at_several_resolutions(tmp_path: Path) -> None:
+    sets = "".join(
+        f"[[datasets]]\nresolution = {side}\nbatch_size = {batch}\n[[datasets.subsets]]\nimage_dir = '/a'\n"
+        for side, batch in ((512, 8), (1024, 2))
+    )
+    settings, comment = import_files(tmp_path, {"d.toml": sets})
+    assert settings["data"]["resolution_px"] == [512, 1024] and settings["data"]["image_dirs"] == ["/a"]
+    assert settings["train"]["micro_batch_size"] == 8 and "batch_size = [8, 2]: differs" in comment
+    assert "enable_bucket = False" in comment  # one bucket for each resolution there
+
+
+def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
+    """A folder that is given twice comes once, and nothing of it is lost unnamed."""
+    first = "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\nnum_repeats = 2\n"
+    regular = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
+    second = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '/a/'\nnum_repeats = 3\n"
+    settings, comment = import_files(tmp_path, {"d.toml": first + regular + second})
+    data = settings["data"]
+    assert (data["resolution_px"], data["image_dirs"], data["weights"]) == ([1024, 512], ["/a"], [2])
+    assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
+    # As many as all others there too, whatever num_repeats is.
+    assert data["regularisation_dirs"] == ["/r"] and "regularisation_repeats" not in data
+    assert "num_repeats = 7: of is_reg" in comment and "data.regularisation_repeats: 7" in comment
+    other = "[[datasets.subsets]]\nimage_dir = '/b'\n"
+    settings, comment = import_files(tmp_path, {"d.toml": first + other + second})
+    assert settings["data"]["image_dirs"] == ["/a", "/b"] and settings["data"]["weights"] == [5, 1]
+    assert "resolution = [1024, 512]: the data sets have different folders" in comment
+    assert "image_dir = ['/a']: stands in several" in comment
+
+
+def test_what_is_unset_is_compared_by_its_default(tmp_path: Path) -> None:
+    """kohya's default, or the training file's value, and named as unset where there is none; each file is read once."""
+    sets = (
+        "[general]\nenable_bucket = true\n[[datasets]]\nresolution = 1024\nbucket_reso_steps = 64\nbatch_size = 4\n"
+        "[[datasets.subsets]]\nimage_dir = '/a'\n[[datasets.subsets]]\nimage_dir = '/b'\ncaption_prefix = 'x, '\n"
+        "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/c'\nkeep_tokens = 2\n"
+    )
+    files = {"t.toml": "dataset_config = 'd.toml'\ntrain_batch_size = 4\n", "d.toml": sets}
+    settings, comment = import_files(tmp_path, files, str(tmp_path / "d.toml"))
+    assert "bucket_reso_steps" not in comment and "batch_size" not in comment and "False" not in comment
+    assert comment.count("caption_prefix = [unset, 'x, ']: differs") == 1
+    assert comment.count("keep_tokens = [0, 2]: differs") == 1
+    assert settings["train"]["micro_batch_size"] == 4 and "caption" not in settings["data"]
+
+
+def test_a_vae_of_one_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --vae /m/best.safetensors"})
+    assert "model" not in settings and "model.vae: /m/best" in comment
+    assert "from_single_file('/m/best.safetensors', config='stabilityai/" in comment
+    assert "save_pretrained('/m/best')" in comment
+
+
+def test_what_is_always_so_is_not_called_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --cache_latents --color_aug --save_state"})
+    lost, always = comment.split("always so here")
+    assert "color_aug" in lost and "cache_latents" in always and "save_state" in always and "color_aug" not in always
+    assert capsys.readouterr().err.endswith(f"doctor.sh --cfg {tmp_path / 'x.yaml'}\n")
+
+
+def test_a_file_of_data_sets_goes_before_folders_in_the_command(tmp_path: Path) -> None:
+    sets = "".join(
+        f"[[datasets]]\nresolution = [1024, 1024]\n[[datasets.subsets]]\nimage_dir = '/{name}'\n" for name in "ab"
+    )
+    command = "sdxl_train.py --dataset_config d.toml --train_data_dir /c --in_json m.json --enable_bucket"
+    settings, comment = import_files(tmp_path, {"x.txt": command, "d.toml": sets})
+    assert settings["data"]["image_dirs"] == ["/a", "/b"] and "metadata" not in settings["data"]
+    assert "train_data_dir = '/c': has no effect" in comment and "in_json = 'm.json': has no effect" in comment
+
+
+def test_folders_with_repeats(tmp_path: Path) -> None:
+    for name in ("10_dog", "2_a cat", "notes"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    assert list_repeated_folders(tmp_path / "absent") == []
+    settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --train_data_dir {tmp_path / 'train'}"})
+    folders = [str(tmp_path / "train" / name) for name in ("10_dog", "2_a cat")]
+    assert settings["data"]["image_dirs"] == folders and settings["data"]["weights"] == [10, 2]
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --train_data_dir /elsewhere"})
+    assert settings["data"]["image_dirs"] == ["/elsewhere"] and "without weights" in comment
+    assert "counterpart" not in comment
+
+
+def test_commands_of_other_shells(tmp_path: Path) -> None:
+    (tmp_path / "x.bat").write_text(
+        'accelerate launch sdxl_train.py ^\r\n  --output_dir="C:\\out\\new" ^\r\n  --seed=3\r\nREM --seed=4\r\n'
+    )
+    assert read_command(tmp_path / "x.bat") == {"output_dir": "C:\\out\\new", "seed": 3}
+
+
+def test_python_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("config.a = [1, (2, 3)]\nconfig.b = open('/etc/passwd')\nconfig.c = -1 / 0\n")
+    assert read_python(tmp_path / "x.py") == ({"a": [1, [2, 3]]}, {"b": "open('/etc/passwd')", "c": "-1 / 0"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.toml", "a = ", "is not valid TOML"),
+        ("x.sh", "echo hello", "holds no options"),
+        ("x.sh", "sdxl_train.py --a 'b", "is no command line"),
+        ("x.py", "def f(:", "is not valid Python"),
+        ("x.py", "a = 1", "assigns nothing"),
+        ("x.toml", 'dataset_config = "absent.toml"', "No such file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, said: str, capsys) -> None:
+    (tmp_path / name).write_text(text)
+    assert main([str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_frozen_unet_of_the_first_sdxl_trainer(tmp_path: Path) -> None:
+    settings, _ = import_files(tmp_path, {"config.py": "config.train_nnet = False\nconfig.seed = 1\n"})
+    assert settings["optim"]["groups"] == [{"match": "^unet\\.", "lr": 0}]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.txt").write_text("sdxl_train.py --seed 1")
+    assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "absent" / "x.yaml")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_every_option_names_keys_of_the_schema_or_a_reason() -> None:
+    own = [option for option in SEED_OPTIONS.values() if not isinstance(option, str)]
+    known = set(iterate_keys())
+    assert len(KOHYA_OPTIONS) > 180 and len(KOHYA_OPTIONS) == sum(map(len, KOHYA_GROUPS.values()))
+    for option in (*KOHYA_OPTIONS.values(), *own):
+        assert set(option.keys) <= known and (option.keys or option.note), option
+    assert {name for name in SEED_OPTIONS.values() if isinstance(name, str)} <= set(KOHYA_OPTIONS)
+    assert set(kohya_options.KOHYA_DEFAULTS) <= set(KOHYA_OPTIONS)

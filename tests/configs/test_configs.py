@@ -1,0 +1,200 @@
+"""Settings: every mistake is named at once with its key, value and cure; what is right is kept."""
+
+import math
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+from sdxl_trainer.configs.document import build_page
+from sdxl_trainer.configs.load import build_config, iterate_keys, load_config, save_config, suggest_key
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.schema import Config
+
+PAGE, IS = "docs/FROM_KOHYA.md says how kohya's", " is written"
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+OF_KOHYA = {
+    "learning_rate": "optim.lr",
+    "train.learning_rate": "optim.lr",
+    "optim.optimizer_type": "optim.name",
+    "objective.min_snr_gamma": "objective.weighting",
+    "data.train_data_dir": "data.image_dirs",
+    "lora.network_dim": "lora.rank",
+    "model.pretrained_model_name_or_path": "model.path",
+    "train.gradient_accumulation_steps": "train.global_batch_size",
+}
+
+
+def load(folder: Path, text: str, *overrides: str):
+    path = folder / "x.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
+    return [(problem.key, problem.value, problem.cure) for problem in load(folder, text, *overrides)[1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value", "cure"),
+    [
+        ("train: {max_step: 3}", "train.max_step", 3, "did you mean train.max_steps?"),
+        ("train: {lr: 1}", "train.lr", 1, "did you mean optim.lr?"),  # right key, wrong section
+        ("optm: {lr: 1}", "optm", {"lr": 1}, "did you mean optim?"),
+        ("optim: {learning_rate: 1}", "optim.learning_rate", 1, "did you mean optim.lr?"),  # kohya's names
+        (
+            "train: {batch_size: 1}",
+            "train.batch_size",
+            1,
+            f"did you mean train.micro_batch_size? {PAGE} batch_size{IS}",
+        ),
+        (
+            "train: {dataset_repeats: 2}",
+            "train.dataset_repeats",
+            2,
+            "leave it out; of this option of kohya's scripts: all pictures alike: the same as more steps",
+        ),
+        ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # a key of ours before such an option
+        ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
+        ("train: {max_steps: many}", "train.max_steps", "many", "see docs/CONFIG.md"),
+        ("train: {max_steps: 1.5}", "train.max_steps", 1.5, "see docs/CONFIG.md"),
+        ("train: {max_steps: true}", "train.max_steps", True, "see docs/CONFIG.md"),
+        ("optim: {lr: yes}", "optim.lr", True, "see docs/CONFIG.md"),
+        ("optim: {betas: [0.9, on]}", "optim.betas", [0.9, True], "see docs/CONFIG.md"),
+        ("engine: {zero_stage: true}", "engine.zero_stage", True, "see docs/CONFIG.md"),
+        ("train: {max_steps: 0}", "train.max_steps", 0, "see docs/CONFIG.md"),
+        ("optim: {lr: .inf}", "optim.lr", math.inf, "see docs/CONFIG.md"),
+        ("engine: {zero_stage: 4}", "engine.zero_stage", 4, "see docs/CONFIG.md"),
+        ("data: {metadata: 7.5}", "data.metadata", 7.5, "see docs/CONFIG.md"),
+        ("train: 5", "train", 5, "see docs/CONFIG.md"),
+        ("1: 2", "1", 1, "see docs/CONFIG.md"),
+        ("data: {min_bucket_px: 1024, resolution_px: 512}", "data", None, "see docs/CONFIG.md"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_left_at_its_default(tmp_path, text, key, value, cure):
+    config, problems = load(tmp_path, text)
+    assert [(problem.key, problem.value, problem.cure) for problem in problems] == [(key, value, cure)]
+    assert config == Config()
+
+
+def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
+    text = "data: {resolution_px: 64, num_worker: 1}\ntrain: {max_steps: 0, global_batch_size: 6}\n"
+    text += "run: {seed: -1, name: a}"
+    config, problems = load(tmp_path, text, "optim.lr=fast", "nonsense", "objectve.prediction=v")
+    assert {problem.key for problem in problems} == {
+        "nonsense",
+        "run.seed",
+        "data.num_worker",
+        "train.max_steps",
+        "optim.lr",
+        "objectve",
+        "data",
+    }
+    assert len(problems) == 7
+    assert (config.run.name, config.train.global_batch_size) == ("a", 6)
+    message = str(UserInputError(problems))
+    assert message.startswith("7 problems in the settings:")
+    assert "  - data.num_worker = 1\n      is not a known key\n      cure: did you mean data.num_workers?" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: {name: a}\nrun: {name: b}", "key 'run' stands twice"),
+        ("run:\n  name: a\n  seed: 1\n  name: b", "line 4"),
+        ("run: [a", "line 1"),
+        ("run: {name: a}\n\tb: 3", "line 2"),
+        ("[a, b]: 1", "a key must be a word"),
+        ("- a", "must be a mapping"),
+        ("just words", "must be a mapping"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, said):
+    with pytest.raises(UserInputError, match=said) as caught:
+        load(tmp_path, text)
+    assert [problem.key for problem in caught.value.problems] == ["--cfg"]
+    assert "unicode string" not in str(caught.value)
+
+
+def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):
+    with pytest.raises(UserInputError, match="No such file"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"run: {name: \xff}")
+    with pytest.raises(UserInputError, match="not valid YAML"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    words = [
+        "train.max_steps=5",
+        "optim.lr=1e-5",
+        "sample.prompts=[a, 'b, c']",
+        "engine.deepspeed.zero.x=1",
+        "model.path=a=b",
+    ]
+    config, problems = load(tmp_path, "train: {max_steps: 7, micro_batch_size: 3}\nsample:\n", *words)
+    assert problems == []
+    assert (config.train.max_steps, config.train.micro_batch_size, config.optim.lr) == (5, 3, 1e-5)
+    assert (config.sample.prompts, config.model.path) == (["a", "b, c"], "a=b")
+    assert config.engine.deepspeed == {"zero": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("nonsense", "nonsense"),
+        ("=3", "=3"),
+        ("run.name=[", "run.name"),
+        ("train.max_steps.x=3", "train.max_steps"),
+        ("trian.max_steps=3", "trian"),
+        ("optim.lr=", "optim.lr"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path, word, key):
+    assert [problem[0] for problem in list_problems(tmp_path, "", word)] == [key]
+
+
+def test_yaml_anchors_and_merges_work(tmp_path):
+    config, problems = load(tmp_path, "run: &a {name: x, seed: 3}\nengine:\n  deepspeed:\n    <<: *a\n    name: y")
+    assert problems == []
+    assert config.engine.deepspeed == {"name": "y", "seed": 3}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_every_preset_loads_and_survives_being_saved(tmp_path, path):
+    config, problems = load_config(path)
+    assert problems == []
+    assert config != Config()
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == (config, [])
+
+
+def test_saving_keeps_what_a_user_may_write(tmp_path):
+    text = "run: {name: a.b-c}\nsample: {prompts: ['ein Mädchen: \"x\" # y', '']}\ncache: {dir: ~}"
+    config, problems = load(tmp_path, text)
+    assert problems == []
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == (config, [])
+
+
+def test_the_page_of_settings_is_current():
+    page = build_page()
+    assert (ROOT / "docs" / "CONFIG.md").read_text() == page, "python -m sdxl_trainer.configs.document > docs/CONFIG.md"
+    leaves = [key for key in iterate_keys() if "." in key]
+    assert len(leaves) > 40
+    assert [key for key in leaves if f"| `{key}` |" not in page] == []
+    # Every setting is explained: no row ends in an empty cell.
+    assert [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")] == []
+
+
+def test_the_nearest_key_is_one_of_the_schema():
+    assert suggest_key("checkpoint.keep_latest") == "checkpoint.keep_last"
+    assert suggest_key("learning_rte") == ""
+    assert {key: suggest_key(key) for key in OF_KOHYA} == OF_KOHYA
+    known = set(iterate_keys())
+    assert all(suggest_key(key[:-1]) in known for key in known if "." in key and len(key.rsplit(".")[-1]) > 4)
+
+
+def test_one_folder_need_not_be_a_list():
+    config, problems = build_config({}, ["data.image_dirs=../pictures", "data.resolution_px=512"])
+    assert problems == [] and config.data.image_dirs == [Path("../pictures")] and config.data.resolution_px == [512]

@@ -1,0 +1,120 @@
+"""The programs themselves, given settings that contradict each other: status 2 before any weight is read, one problem
+that names the key, and what to change."""
+
+import json
+import shutil
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import TINY
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.train.main import main
+from sdxl_trainer.train.run.job import check_run
+
+BLOCKS = [1e-5] * 23
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings of a run on four latents, and a model whose files of weights are empty: reading one would fail."""
+    folder = tmp_path_factory.mktemp("settings")
+    shutil.copytree(TINY, folder / "model")
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (folder / "model" / name / "x.safetensors").touch()
+    (folder / "data").mkdir()
+    for number in range(4):
+        sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64))
+        write_latents(folder / "data" / f"{number}.npz", sample)
+        (folder / "data" / f"{number}.txt").write_text("a b, c")
+    (folder / "settings.yaml").write_text(
+        json.dumps(
+            {
+                "run": {"dir": str(folder / "runs")},
+                "model": {"path": str(folder / "model")},
+                "data": {"image_dirs": [str(folder / "data")], "resolution_px": 64, "min_bucket_px": 64},
+            }
+        )
+    )
+    return folder / "settings.yaml"
+
+
+def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
+    config, problems = load_config(settings)
+    assert [*problems, *check_run(config, 1)[1]] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "said"),
+    [
+        ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "set it to v"),
+        ("objective.prediction=flow objective.weighting=min_snr", "objective.weighting", "set it to none"),
+        ("objective.weighting=v_like_epsilon", "objective.weighting", "needs objective.prediction v"),
+        ("objective.masked_loss=true", "objective.masked_loss", "set data.masks, or cache.alpha_mask: true"),
+        ("cache.text=true data.caption.shuffle=true", "cache.text_variants", "set cache.text_variants to 2 or more"),
+        ("cache.text=true optim.text_encoder_lr=1e-6", "optim.text_encoder_lr", "set it to 0, or cache.text: false"),
+        ("cache.text=true", "cache.text", "run bash launch/cache.sh with the same settings"),
+        ("data.flip_rate=0.5", "data.flip_rate", "set cache.flip: true"),
+        (f"optim.block_lrs={BLOCKS[1:]}", "optim.block_lrs", "must hold 23 learning rates"),
+        (f"optim.block_lrs={[0] * 23}", "optim", "give one above 0"),
+        ("optim.groups=[{match: atn2}]", "optim.groups.0.match", "names are such as unet.conv_in.weight"),
+        ("optim.groups=[{match: text_encoder}]", "optim.groups.0.match", "finds none of the"),
+        ("optim.groups=[{match: unet, lr: 0}]", "optim", "nothing is trained"),
+        ("optim.name=adamw9", "optim.name", "for a class of your own write module.Class"),
+        ("optim.name=nowhere.Adam", "optim.name", "pip install nowhere"),
+        ("optim.name=adafactor engine.zero_stage=2", "optim.name", "set engine.zero_stage: 0"),
+        ("optim.name=prodigy engine.zero_stage=0", "optim.lr", "set it to 1"),
+        ("optim.schedule=cosine optim.decay_steps=5", "optim.decay_steps", "set that to wsd"),
+        ("optim.min_lr_ratio=0.1", "optim.min_lr_ratio", "choose another, or leave this out"),
+        ("engine.zero_stage=0 engine.precision=fp16", "engine.precision", "needs engine.zero_stage 1, 2 or 3"),
+        ("engine.offload_param=true engine.zero_stage=3", "engine.offload_param", "engine.offload_optimizer: true"),
+        ("engine.initial_loss_scale_power=8", "engine.initial_loss_scale_power", "engine.precision is not fp16"),
+        ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "which engine.zero_stage sets"),
+        ("engine.deepspeed={gradient_clipping: 3}", "engine.deepspeed", "which optim.max_grad_norm sets"),
+        ("engine.deepspeed={bf16: true}", "engine.deepspeed", "must hold a mapping as bf16"),
+        ("lora.alpha=4", "lora.alpha", "lora.rank is 0; set that"),
+        ("lora.rank=4 lora.targets=[to_x]", "lora.targets", "the default names those of kohya's scripts"),
+        ("lora.rank=4 checkpoint.export_format=diffusers", "checkpoint.export_format", "leave it out"),
+        ("validation.every_steps=5", "validation.every_steps", "set validation.share"),
+        ("validation.share=0.00001", "validation.share", "raise it"),
+        ("sample.at_start=true", "sample.at_start", "set sample.prompts"),
+        ("sample.prompts=[a] sample.scheduler=heun objective.prediction=flow", "sample.scheduler", "euler"),
+        ("train.global_batch_size=3 train.micro_batch_size=2", "train.global_batch_size", "set it to a multiple of 2"),
+    ],
+)
+def test_a_contradiction_ends_with_status_2(
+    settings: Path, words: str, key: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    words = words.replace(": ", ":\t").replace(", ", ",\t").split(" ")  # spaces within a word are none between two
+    assert main(["--cfg", str(settings), *(word.replace("\t", " ") for word in words)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and said in printed, printed
+    assert not list(settings.parent.glob("runs/*/config.yaml"))
+
+
+@pytest.mark.skipif("wandb" in packages_distributions(), reason="wandb is installed")
+def test_a_package_that_is_asked_for_and_missing_is_named(settings: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--cfg", str(settings), "log.wandb=mine"]) == 2
+    printed = capsys.readouterr().err
+    assert "\n  - log.wandb = 'mine'" in printed and "cure: pip install wandb, or leave it out" in printed
+    assert not list(settings.parent.glob("runs/*/config.yaml"))
+
+
+def test_one_mask_among_the_latents_is_enough(settings: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(settings.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("index"))
+    mask = np.ones((64, 64), np.float32)
+    sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64), alpha_mask=mask)
+    write_latents(data / "3.npz", sample)
+    config, _ = load_config(settings, ["objective.masked_loss=true", f"data.image_dirs=[{data}]"])
+    assert check_run(config, 1)[1] == []
+
+
+def test_regularisation_settings_need_regularisation_samples(settings: Path, capsys: pytest.CaptureFixture) -> None:
+    """Known when the order of batches is made, still before weights are read."""
+    assert main(["--cfg", str(settings), "objective.prior_loss_weight=0.5", "data.regularisation_repeats=2"]) == 2
+    printed = capsys.readouterr().err
+    assert "2 problems" in printed and "objective.prior_loss_weight = 0.5" in printed
+    assert "give data.regularisation_dirs" in printed

@@ -1,0 +1,38 @@
+"""What is told of the data before any network is loaded."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.data.checks.data import check_records
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    """Settings for a folder of three pictures, none with a caption."""
+    (tmp_path / "pictures").mkdir()
+    for name in "abc":
+        Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / f"{name}.png")
+    file = tmp_path / "x.yaml"
+    file.write_text(f"data: {{image_dirs: [{tmp_path / 'pictures'}]}}\ncache: {{dir: {tmp_path / 'cache'}}}\n")
+    return file
+
+
+def test_pictures_without_one_caption_are_cached_but_not_trained(settings: Path) -> None:
+    config, _ = load_config(settings)
+    index, problems = check_records(config)
+    assert [problem.key for problem in problems] == ["data.image_dirs"] and "not one caption" in problems[0].rule
+    index, problems = check_records(config, need_captions=False)
+    assert index is not None and len(index) == 3 and problems == []
+
+
+@pytest.mark.parametrize(("missing", "keys"), [("empty", []), ("skip", []), ("error", ["data.missing_caption"])])
+def test_some_without_a_caption_are_an_error_where_one_is_asked_for(settings: Path, missing: str, keys: list) -> None:
+    (settings.parent / "pictures" / "b.txt").write_text("a black square")
+    config, _ = load_config(settings, [f"data.missing_caption={missing}"])
+    problems = check_records(config)[1]
+    assert [problem.key for problem in problems] == keys
+    if keys:
+        assert "2 records have no caption: a, c" in problems[0].rule

@@ -1,0 +1,305 @@
+"""Latent files: what is written is read back, other systems' files are read, and every bad one is refused by name."""
+
+import io
+import os
+import time
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import FIXTURES
+
+from sdxl_trainer.data.formats import plain_latents
+from sdxl_trainer.data.formats.latents import (
+    BadLatentError,
+    LatentSample,
+    fill_latents,
+    find_latent_file,
+    pack_latents,
+    parse_latents,
+    read_latents,
+    write_latents,
+)
+
+LATENTS = np.random.default_rng(0).standard_normal((4, 8, 12)).astype(np.float32)
+GOOD = LatentSample(LATENTS, (100, 70), (1.0, 2.0, 97.0, 66.0))
+NUMBERS = {"original_size": np.array([100, 70]), "crop_ltrb": np.array([1, 2, 97, 66])}
+
+
+def save(path: Path, compressed: bool = False, **arrays) -> Path:
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+def add_member(path: Path, name: str, header: str, content: bytes) -> Path:
+    """Append an array to an npz whose header may say anything."""
+    head = np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header.encode()
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, head + content)
+    return path
+
+
+def round_as(dtype: str, values: np.ndarray) -> np.ndarray:
+    """What is left of float32 values in a smaller type; torch says it for bfloat16."""
+    return torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("parts", [(), ("std",), ("flipped",), ("std", "flipped", "flipped_std")])
+def test_round_trip(tmp_path, dtype, parts):
+    arrays = {part: LATENTS[:, ::-1] * (number + 2) for number, part in enumerate(parts)}
+    sample = LatentSample(LATENTS, (1920, 1080), (10.0, 0.0, 106.0, 64.0), **arrays)
+    content = write_latents(tmp_path / "x.npz", sample, dtype)
+    assert (tmp_path / "x.npz").read_bytes() == content
+    assert os.listdir(tmp_path) == ["x.npz"]  # no temporary file is left
+    read = read_latents(tmp_path / "x.npz", (96, 64))
+    assert read.dtype == dtype and read.latents.dtype == ("float32" if dtype == "bfloat16" else dtype)
+    assert (read.original_size, read.crop_ltrb, read.bucket) == ((1920, 1080), (10, 0, 106, 64), (96, 64))
+    for part in ("latents", "std", "flipped", "flipped_std"):
+        given, found = getattr(sample, part), getattr(read, part)
+        assert found is None if given is None else np.array_equal(found, round_as(dtype, given.copy())), part
+
+
+def test_bfloat16_is_read_by_plain_numpy_as_documented(tmp_path):
+    """docs/CACHE.md's recipe; and no program that looks for `latents` takes the integers for latents."""
+    # Ties go to even; what is too large becomes infinity, as in torch.
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1.5e-39, 3.3e38, 0.1, 0.0, -2.7], np.float32)
+    write_latents(tmp_path / "x.npz", LatentSample(values.repeat(4).reshape(4, 2, 4), (1, 1), (0, 0, 1, 1)), "bfloat16")
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert set(arrays) == {"latents_bf16", "original_size", "crop_ltrb"}
+        stored = arrays["latents_bf16"]
+    assert stored.dtype == np.uint16
+    plain = (stored.astype("uint32") << 16).view("float32")
+    assert np.array_equal(plain.ravel()[::4], round_as("bfloat16", values))
+    with pytest.raises(BadLatentError, match="`latents_bf16` is int64, not uint16"):
+        read_latents(save(tmp_path / "y.npz", latents_bf16=stored.astype(np.int64), **NUMBERS))
+
+
+@pytest.mark.parametrize("part", ["latents_std", "latents_flipped", "latents_flipped_std"])
+def test_every_array_is_checked(tmp_path, part):
+    with pytest.raises(BadLatentError, match="not at its bucket's 96x64|unlike latents"):
+        read_latents(save(tmp_path / "x.npz", latents=LATENTS, **{part: LATENTS[:, :7]}), (96, 64))
+    with pytest.raises(BadLatentError, match=rf"`{part}` is \[4, 7, 12\], unlike latents \[4, 8, 12\]"):
+        read_latents(save(tmp_path / "x.npz", latents=LATENTS, **{part: LATENTS[:, :7]}))
+    with pytest.raises(BadLatentError, match="not finite"):
+        read_latents(save(tmp_path / "x.npz", latents=LATENTS, **{part: LATENTS * np.nan}), (96, 64))
+
+
+def test_a_pictures_latents_are_found_under_every_name(tmp_path):
+    pictures, cache = tmp_path / "pictures", tmp_path / "cache"
+    pictures.mkdir()
+    cache.mkdir()
+    image = pictures / "a [1].jpg"
+    assert find_latent_file(image, cache) is None
+    (pictures / "a 1_0100x0070_sdxl.npz").touch()  # the brackets are no pattern
+    assert find_latent_file(image, cache) is None
+    for name in ("cache/a [1]_0100x0070_sdxl.npz", "cache/a [1].npz", "pictures/a [1]_0100x0070_sdxl.npz",
+                 "pictures/a [1].npz"):  # fmt: skip
+        (tmp_path / name).touch()  # each goes before those above it
+        assert find_latent_file(image, cache) == tmp_path / name
+    (pictures / "b.npz").touch()
+    assert find_latent_file(pictures / "b.npz", cache) == pictures / "b.npz"  # an npz may stand in for a picture
+
+
+def test_other_tools_find_what_they_look_for(tmp_path):
+    write_latents(tmp_path / "x.npz", GOOD)
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
+        found = {key: (arrays[key].dtype.str, arrays[key].shape) for key in arrays}
+        assert arrays["original_size"].tolist() == [100, 70] and arrays["crop_ltrb"].tolist() == [1, 2, 97, 66]
+    assert found == {"latents": ("<f4", (4, 8, 12)), "original_size": ("<i8", (2,)), "crop_ltrb": ("<f8", (4,))}
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_the_same_content_gives_the_same_bytes(monkeypatch):
+    first = pack_latents(GOOD)
+    monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((2031, 2, 3, 4, 5, 6, 0, 34, 0)))
+    monkeypatch.setattr(time, "time", lambda: 1.9e9)
+    assert pack_latents(LatentSample(LATENTS.copy(), (100, 70), (1, 2, 97, 66))) == first  # ints or floats
+    assert pack_latents(LatentSample(-LATENTS, (100, 70), (1, 2, 97, 66))) != first
+
+
+@pytest.mark.parametrize(
+    ("file", "bucket", "crop", "mean"),
+    [
+        ("kohya_cache/img000000_0348x0256_sdxl.npz", (288, 224), (0.0, 6.0, 288.0, 217.86206896551724), -0.1495676),
+        ("seed_cache/img000000.npz", (288, 208), (0.0, 0.0, 0.0, 0.0), -0.1503405),
+    ],
+)
+def test_other_systems_caches_are_read(file, bucket, crop, mean):
+    sample = read_latents(FIXTURES / file, bucket)
+    assert (sample.original_size, sample.crop_ltrb, sample.bucket) == ((348, 256), crop, bucket)
+    assert sample.flipped is not None and sample.flipped.shape == sample.latents.shape and sample.std is None
+    assert sample.latents.dtype == np.float32 and sample.latents.mean() == pytest.approx(mean, abs=1e-6)
+    with pytest.raises(BadLatentError, match=f"encoded at {bucket[0]}x{bucket[1]} px, not at its bucket's 256x256"):
+        read_latents(FIXTURES / file, (256, 256))
+
+
+def test_what_may_be_missing_and_what_may_be_more(tmp_path):
+    bare = read_latents(save(tmp_path / "x.npz", latents=LATENTS))
+    assert (bare.original_size, bare.crop_ltrb) == ((96, 64), (0, 0, 96, 64))
+    more = {"latents_flipped": LATENTS, "alpha_mask": np.ones((64, 96), np.float32)}
+    full = read_latents(save(tmp_path / "x.npz", compressed=True, latents=LATENTS.astype(">f8"), **NUMBERS, **more))
+    assert np.array_equal(full.latents, LATENTS) and full.crop_ltrb == (1, 2, 97, 66)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"latents": LATENTS[:3]}, r"float32\[3, 8, 12\], not floats \[4, h, w\]"),
+        ({"latents": LATENTS[None]}, r"\[1, 4, 8, 12\]"),
+        ({"latents": LATENTS.astype(np.int32)}, "int32"),
+        ({"latents": LATENTS.astype(np.complex64)}, "complex64"),
+        ({"latents": LATENTS[:, :7]}, "encoded at 96x56 px, not at its bucket's 96x64 px"),
+        ({"latents": np.where(LATENTS > 2, np.nan, LATENTS)}, "not finite"),
+        ({"latents": np.where(LATENTS > 2, np.inf, LATENTS)}, "not finite"),
+        ({"latents": LATENTS.astype(object)}, "pickled"),
+        ({"latents": LATENTS, "original_size": np.array(["a", None], object)}, "`original_size` is pickled"),
+        (
+            {"latents_8x12": LATENTS},
+            "has no `latents` but latents_8x12, original_size, crop_ltrb: of another model family",
+        ),
+        ({"hidden_state1": LATENTS}, "no latent file"),
+        ({}, "has no `latents` but original_size, crop_ltrb: no latent file"),
+        ({"latents": LATENTS, "original_size": np.array([1, 2, 3])}, "not 2 finite numbers"),
+        ({"latents": LATENTS, "original_size": np.array(7)}, "not 2 finite numbers"),
+        ({"latents": LATENTS, "original_size": np.array([np.inf, 1])}, "not 2 finite numbers"),
+        ({"latents": LATENTS, "crop_ltrb": np.array([0, 0, np.nan, 0])}, "not 4 finite numbers"),
+        ({"latents": LATENTS, "crop_ltrb": np.array(["a", "b", "c", "d"])}, "not 4 finite numbers"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_reason(tmp_path, arrays, reason):
+    path = save(tmp_path / "x.npz", **{**arrays, **NUMBERS, **arrays})
+    with pytest.raises(BadLatentError, match=reason) as caught:
+        read_latents(path, (96, 64))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "absent.npz", tmp_path):
+        with pytest.raises(BadLatentError, match=r"cannot be read: (No such file|Is a directory)"):
+            read_latents(path)
+
+
+def test_bombs_are_refused_before_memory_is_set_aside(tmp_path):
+    claim = "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4000000, 1000000)}\n"  # 64 TB
+    with pytest.raises(BadLatentError, match=r"`latents` claims float32\[4, 4000000, 1000000\] but holds 8 bytes"):
+        read_latents(add_member(save(tmp_path / "claim.npz", **NUMBERS), "latents.npy", claim, bytes(8)))
+    big = "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4096, 4096)}\n"  # 256 MB of zeros in 256 kB
+    path = add_member(save(tmp_path / "big.npz", **NUMBERS), "latents.npy", big, bytes(4 * 4096 * 4096 * 4))
+    assert path.stat().st_size < 400_000
+    with pytest.raises(BadLatentError, match="`latents` claims to unpack to 2684"):
+        read_latents(path)
+    with pytest.raises(BadLatentError, match="`crop_ltrb` claims to unpack to 800"):
+        read_latents(save(tmp_path / "x.npz", compressed=True, latents=LATENTS, crop_ltrb=np.zeros(100_000)))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    return tmp_path_factory.mktemp("damaged") / "x.npz"
+
+
+def make_compressed() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, latents=LATENTS, **NUMBERS)
+    return buffer.getvalue()
+
+
+FULL = LatentSample(LATENTS, (100, 70), GOOD.crop_ltrb, std=LATENTS, flipped=LATENTS, flipped_std=LATENTS)
+
+
+@given(st.sampled_from([pack_latents(GOOD), pack_latents(FULL), make_compressed()]), st.data())
+def test_any_damage_is_refused_or_does_no_harm(damaged, content, data):
+    places = st.integers(0, len(content) - 1) | st.integers(max(0, len(content) - 400), len(content) - 1)
+    torn = bytearray(content)
+    for place in data.draw(st.lists(places, min_size=1, max_size=3)):
+        torn[place] = data.draw(st.integers(0, 255))
+    damaged.write_bytes(torn[: data.draw(st.just(len(torn)) | st.integers(0, len(torn)))])
+    try:
+        sample = read_latents(damaged)
+    except BadLatentError:
+        return
+    assert np.array_equal(sample.latents, LATENTS)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 1000, -1])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    (tmp_path / "x.npz").write_bytes(pack_latents(GOOD)[:kept])
+    with pytest.raises(BadLatentError, match="not a readable npz file"):
+        read_latents(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_file_laid_out_as_others_is_read_as_if_it_were_the_first(monkeypatch, dtype, straight):
+    """Whatever byte is another: what is said of it does not depend on what was read before, nor on where to."""
+    rng = np.random.default_rng(0)
+    shapes = [(4, 4, 8), (4, 8, 4), (4, 4, 8)]
+    contents = [
+        pack_latents(LatentSample(rng.standard_normal(shape).astype(np.float32), (70 + at, 90), (at, 1, 2, 3)), dtype)
+        for at, shape in enumerate(shapes)
+    ]
+    assert len(set(map(len, contents))) == 1  # of one size, but not of one shape
+    layouts: tuple[dict, dict] = {}, {}
+
+    def set_layouts(known: tuple[dict, dict]) -> None:
+        monkeypatch.setattr(plain_latents, "_layouts", known[0])
+        monkeypatch.setattr(plain_latents, "_latest", known[1])
+
+    def read(content: bytes, shape: tuple[int, ...]) -> tuple | str:
+        out = np.empty(shape, np.float32)
+        try:
+            if straight:
+                sample = fill_latents(partial(pour, content), len(content), out)
+            else:
+                sample = parse_latents(content, (8 * shape[2], 8 * shape[1]))
+            assert sample.latents is not out or dtype == "float32"
+            return sample.latents.tobytes(), sample.latents.shape, sample.original_size, sample.crop_ltrb, sample.dtype
+        except BadLatentError as error:
+            return str(error)
+
+    def read_first(content: bytes, shape: tuple[int, ...]) -> tuple | str:
+        set_layouts(({}, {}))
+        return read(content, shape)
+
+    files = list(zip(contents, shapes, strict=True))
+    expected = [read_first(*file) for file in files]
+    set_layouts(layouts)
+    assert [read(*file) for file in files * 2] == expected * 2
+    assert [len(known) for known in layouts] == [2, 2 if dtype == "float32" else 0]
+    for at in range(len(contents[2])):
+        for bit in (1, 64):
+            damaged = bytearray(contents[2])
+            damaged[at] ^= bit
+            set_layouts(layouts)
+            assert read(damaged, shapes[2]) == read_first(damaged, shapes[2]), f"byte {at}"
+    for kept in (0, 100, 1000, len(contents[2]) - 1):
+        set_layouts(layouts)
+        assert read(contents[2][:kept], shapes[2]) == read_first(contents[2][:kept], shapes[2])
+
+
+def pour(content: bytes, buffers: Sequence[Any]) -> int:
+    """What `preadv` does."""
+    left = memoryview(content)
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        some = left[: len(view)]
+        view[: len(some)] = some
+        left = left[len(some) :]
+    return len(content) - len(left)
+
+
+def test_latents_of_a_known_layout_are_read_straight_into_their_place():
+    out = np.zeros((2, *LATENTS.shape), np.float32)
+    content = pack_latents(GOOD)
+    parse_latents(content)  # from now on the layout is known
+    sample = fill_latents(partial(pour, content), len(content), out[1])
+    assert np.shares_memory(sample.latents, out[1]) and np.array_equal(out[1], LATENTS) and not out[0].any()
+    assert (sample.original_size, sample.crop_ltrb) == ((100, 70), GOOD.crop_ltrb)

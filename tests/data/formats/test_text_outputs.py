@@ -1,0 +1,121 @@
+"""Cached text encoder outputs: their file form, their variants, and the captions they are made of."""
+
+import io
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sdxl_trainer.data.formats.manifest import TextIdentity
+from sdxl_trainer.data.formats.shards import ShardWriter, iterate_members
+from sdxl_trainer.data.formats.text_cache import (
+    check_text_state,
+    read_empty_text,
+    read_text_state,
+    write_text_state,
+)
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text, read_text_variant
+from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions, list_random
+
+IDENTITY = TextIdentity("1", "2", "3", "4", 75, "float32")
+TAGS = {"key": "a", "caption": "one, two, three, four, five, six"}
+
+
+def make_outputs(number: int, length: int = 77) -> TextOutputs:
+    rng = np.random.default_rng(number)
+    return TextOutputs(*(rng.standard_normal(shape, np.float32) for shape in ((length, 12), (length, 20), (20,))))
+
+
+def is_same(left: TextOutputs, right: TextOutputs, atol: float = 0) -> bool:
+    pairs = zip(vars(left).values(), vars(right).values(), strict=True)
+    return all(a.shape == b.shape and np.allclose(a, b, rtol=atol, atol=atol) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 0), ("float16", 1e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("variants", [1, 3])
+def test_each_variant_is_read_back_from_file_and_shard(tmp_path, dtype, atol, variants):
+    outputs = [make_outputs(number) for number in range(variants)]
+    content = pack_text(outputs, dtype)
+    (tmp_path / "a_te_outputs.npz").write_bytes(content)
+    writer = ShardWriter(tmp_path / "s.tar")
+    writer.append("first", b"{}", b"other latents", pack_text(outputs[::-1], dtype))
+    place = writer.append("a", b"{}", b"latents", content)
+    writer.close()
+    for number, expected in enumerate(outputs):
+        plain = read_text_variant(tmp_path / "a_te_outputs.npz", (None, len(content)), number, variants)
+        packed = read_text_variant(tmp_path / "s.tar", (place.text_offset, len(content)), number, variants)
+        assert is_same(plain, expected, atol) and is_same(packed, plain)
+    assert all(is_same(a, b, atol) for a, b in zip(parse_text(content, variants), outputs, strict=True))
+    members = [(key, kind) for key, kind, _, _ in iterate_members(tmp_path / "s.tar")]
+    assert members == [(key, kind) for key in ("first", "a") for kind in ("json", "npz", "te.npz")]
+
+
+def test_kohya_finds_the_first_variant():
+    first, second = make_outputs(0, 227), make_outputs(1, 227)
+    with np.load(io.BytesIO(pack_text([first, second])), allow_pickle=False) as arrays:
+        assert is_same(TextOutputs(arrays["hidden_state1"], arrays["hidden_state2"], arrays["pool2"]), first)
+        assert arrays["hidden_state1"].dtype == np.float32 and arrays["hidden_state1_v1"].shape == (227, 12)
+        assert len(arrays.files) == 6
+
+
+@pytest.mark.parametrize("variants", [1, 2])
+def test_what_is_wrong_with_a_file_is_told(tmp_path, variants):
+    outputs = [make_outputs(number) for number in range(variants)]
+    content = bytearray(pack_text(outputs))
+    path = tmp_path / "a.npz"
+
+    def read() -> None:
+        read_text_variant(path, (None, len(content)), variants - 1, variants)
+
+    with pytest.raises(BadTextError, match="cannot be read: No such file"):
+        read()
+    path.write_bytes(content[:-30])
+    with pytest.raises(BadTextError, match="npz"):
+        read()
+    content[3 * len(content) // 4] ^= 1  # among the values of the last variant
+    path.write_bytes(content)
+    with pytest.raises(BadTextError, match="CRC"):
+        read()
+    path.write_bytes(pack_text([replace(each, pooled=np.full(20, np.nan)) for each in outputs]))
+    with pytest.raises(BadTextError, match="pool2.*not finite"):
+        read()
+    np.savez(path, hidden_state1=np.zeros((77, 2)), pool2=np.zeros(3))
+    with pytest.raises(BadTextError, match="has no floats `hidden_state2"):
+        parse_text(path.read_bytes(), variants)
+
+
+def test_variants_are_keyed_to_the_sample_and_leave_dropout_out():
+    settings = CaptionSettings(shuffle=True, dropout_rate=0.9, dropout_every_epochs=1, keep_tokens=1)
+    shaped = CaptionVariants(settings, 8).shape(TAGS)
+    assert len(shaped) == 8 and len(set(shaped)) > 4
+    assert all(sorted(text.split(", ")) == sorted(TAGS["caption"].split(", ")) for text in shaped)
+    assert all(text.startswith("one") for text in shaped)
+    assert shaped == CaptionVariants(replace(settings, dropout_rate=0.0), 8).shape(TAGS)
+    assert shaped[:3] == CaptionVariants(settings, 3).shape(TAGS)  # more of them keeps the first
+    assert shaped != CaptionVariants(settings, 8).shape({**TAGS, "key": "b"})
+    assert CaptionVariants(CaptionSettings(), 8).shape(TAGS) == (TAGS["caption"],)  # all the same: once
+    assert hash_captions(shaped) != hash_captions(shaped[:7])
+
+
+def test_what_makes_captions_random_is_told():
+    assert list_random(CaptionSettings(dropout_rate=0.5, keep_tokens=2, prefix="x", replacements={"a": "b"})) == []
+    random = CaptionSettings(shuffle=True, wildcards=True, tag_dropout_rate=0.1, replacements={"a": ["b", "c"]})
+    assert list_random(random) == ["shuffle", "tag_dropout_rate", "wildcards", "replacements"]
+
+
+def test_every_flipped_byte_of_what_all_outputs_share_is_found(tmp_path):
+    assert check_text_state(tmp_path) is None and read_text_state(tmp_path) is None
+    write_text_state(tmp_path, IDENTITY, ["correct", ["/m", 1, 2]], pack_text([make_outputs(0, 3)]))
+    state = read_text_state(tmp_path)
+    assert state is not None and state.identity == IDENTITY and state.sources == ["correct", ["/m", 1, 2]]
+    assert is_same(read_empty_text(tmp_path, state), make_outputs(0, 3)) and check_text_state(tmp_path) is None
+    for name in ("text.json", "manifest/empty_te_outputs.npz"):
+        whole = (tmp_path / name).read_bytes()
+        for place in range(len(whole)):
+            (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+            assert check_text_state(tmp_path) is not None, (name, place)
+        (tmp_path / name).write_bytes(whole)
+    os.unlink(tmp_path / "manifest" / "empty_te_outputs.npz")
+    assert "cannot be read" in str(check_text_state(tmp_path))

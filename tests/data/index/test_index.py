@@ -1,0 +1,202 @@
+"""The index: built once, built again when its sources change, and shared by processes instead of copied."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+
+from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.index import index as module
+from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.loading.loader import build_plan
+from sdxl_trainer.data.metadata.records import load_record
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Names of the index files that were really built."""
+    names, write = [], module._write
+    monkeypatch.setattr(module, "_write", lambda path, *rest: (names.append(path.name), write(path, *rest)))
+    return names
+
+
+def write_metadata(path: Path, content: dict) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def list_entries(folder: Path, *keys: str, rank: int = 0, bucket: tuple[int, int] = (64, 96)) -> None:
+    writer = ManifestWriter(folder, rank)
+    for key in keys:
+        size = (100 + len(key), 150)
+        place = {"bucket": bucket, "original_size": size, "resized": (70, 96), "crop": (3, 0, 67, 96)}
+        source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
+        writer.append(Entry(key, f"{key}.npz", 1, "", **place, identity="", **source))
+    writer.close()
+
+
+def get_keys(index: Index) -> list[str]:
+    return index.strings("key").to_pylist()
+
+
+def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
+    content = {f"k{number}": {"caption": f"c{number}", "score": number} for number in range(5)}
+    content["k3"] = {"tags": ["ä", "b"]}
+    content["k4"] = {}
+    before = pa.total_allocated_bytes()
+    index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    # The columns lie in the file and not in memory.
+    assert pa.total_allocated_bytes() == before
+    assert str(index.path) in Path("/proc/self/maps").read_text()
+    assert len(index) == 5 and get_keys(index) == list(content)
+    row = index.row(3)
+    assert (row["key"], load_record(row)["caption"], index.record(4)["caption"]) == ("k3", "ä, b", None)
+    assert (~index.column("captioned")).sum() == 1
+    assert orjson.loads(index.row(2)["record"])["score"] == 2  # the whole record is kept
+
+
+def test_many_rows_come_in_several_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_PER_GROUP", 3)
+    content = {f"k{number}": {"caption": str(number)} for number in range(10)}
+    index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
+
+
+def test_it_is_built_again_only_when_its_metadata_changes(tmp_path, builds):
+    first = write_metadata(tmp_path / "1.json", {"a": {"caption": "x"}})
+    second = write_metadata(tmp_path / "2.json", {"b": {"caption": "y"}})
+    paths = [open_record_index(tmp_path, [first, second], []).path for _ in range(3)]
+    assert len(set(paths)) == 1 and builds == [paths[0].name]
+    write_metadata(first, {"a": {"caption": "xx"}})
+    assert open_record_index(tmp_path, [first, second], []).record(0)["caption"] == "xx"
+    assert get_keys(open_record_index(tmp_path, [second, first], [])) == ["b", "a"]
+    assert len(builds) == 3
+    assert sorted(os.listdir(tmp_path / "index")) == sorted(builds)  # no temporary file is left
+
+
+def test_pictures_and_captions_are_watched_and_nothing_else(tmp_path, builds):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.jpg"):
+        (tmp_path / name).touch()
+    # The index lies among the pictures, and latents will: neither is a change.
+    fingerprints = [open_record_index(tmp_path, [], [tmp_path]).fingerprint]
+    (tmp_path / "a.npz").touch()
+    fingerprints.append(open_record_index(tmp_path, [], [tmp_path]).fingerprint)
+    assert fingerprints[0] == fingerprints[1] and len(builds) == 1
+    caption = tmp_path / "sub" / "b.txt"
+    caption.write_text("one")
+    assert open_record_index(tmp_path, [], [tmp_path]).record(1)["caption"] == "one"
+    caption.write_text("other")
+    assert open_record_index(tmp_path, [], [tmp_path]).record(1)["caption"] == "other"
+    (tmp_path / "sub" / "c.webp").touch()
+    assert get_keys(open_record_index(tmp_path, [], [tmp_path])) == ["a", "b", "c"]
+    (tmp_path / "a.png").unlink()
+    assert get_keys(open_record_index(tmp_path, [], [tmp_path])) == ["b", "c"]
+    assert len(builds) == 5
+
+
+def test_pickling_carries_the_path_and_not_the_rows(tmp_path):
+    content = {f"key-{number}": {"caption": "x" * 100} for number in range(1000)}
+    index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    data = pickle.dumps(index)
+    assert len(data) < 500
+    assert pickle.loads(data).row(999) == index.row(999)
+
+
+def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_path, builds):
+    content = {key: {"caption": f"of {key}", "score": 1} for key in ("d", "a", "c", "b")}
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    list_entries(tmp_path, "a", "b", "gone")
+    list_entries(tmp_path, "d", rank=1, bucket=(96, 64))
+    index = open_latent_index(tmp_path, records)
+    assert get_keys(index) == ["d", "a", "b"]
+    row = index.row(1)
+    assert orjson.loads(row.pop("record"))["score"] == 1
+    assert row == {
+        "key": "a",
+        "image_path": str(Path("a").absolute()),
+        "source": 0,
+        "file": "a.npz",
+        "bucket_width": 64,
+        "bucket_height": 96,
+        "original_width": 101,
+        "original_height": 150,
+        "resized_width": 70,
+        "crop_left": 3,
+        "crop_top": 0,
+        "offset": None,
+        "bytes": 1,
+        "sha256": None,
+        "flipped": None,
+        "text": None,
+    }
+    assert index.column("bucket_width").tolist() == [96, 64, 64] and index.column("bucket_width").dtype == np.int32
+    assert build_plan(index, 1, 0).buckets == [64 << 16 | 96, 96 << 16 | 64]
+    # A cache job with nothing to do, on more ranks even, changes nothing; one with a new item does.
+    list_entries(tmp_path)
+    list_entries(tmp_path, rank=2)
+    assert open_latent_index(tmp_path, records).path == index.path and len(builds) == 2
+    list_entries(tmp_path, "c", rank=2)
+    assert get_keys(open_latent_index(tmp_path, records)) == ["d", "a", "c", "b"]
+    assert len(builds) == 3
+
+
+def test_the_newest_entry_of_a_key_is_joined(tmp_path):
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {"caption": "x"}})], [])
+    list_entries(tmp_path, "a")
+    list_entries(tmp_path, "a", bucket=(96, 64))
+    assert open_latent_index(tmp_path, records).row(0)["bucket_width"] == 96
+
+
+def test_old_files_go_but_not_those_that_are_in_use(tmp_path):
+    metadata, indexes = tmp_path / "m.json", []
+    for number in range(6):
+        write_metadata(metadata, {f"k{number}": {"caption": "x" * number}})
+        index = open_record_index(tmp_path, [metadata], [])
+        os.utime(index.path, (number, number))
+        if number in (0, 2):
+            indexes.append(index)  # held open
+    kept = {path.name for path in (tmp_path / "index").iterdir()}
+    assert {index.path.name for index in indexes} <= kept and index.path.name in kept
+    assert len(kept) == len(indexes) + module.KEPT_FILES
+    assert [get_keys(index) for index in indexes] == [["k0"], ["k2"]]
+
+
+def test_processes_that_start_at_once_build_one_index(tmp_path):
+    """None waits for another, none reads half a file, and nothing is left behind."""
+    write_metadata(tmp_path / "m.json", {f"k{row}": {"caption": "x" * 50} for row in range(20_000)})
+    list_entries(tmp_path, *(f"k{row}" for row in range(0, 20_000, 2)))
+    code = (
+        "import sys, pathlib; from sdxl_trainer.data.index.index import open_latent_index, open_record_index;"
+        "folder = pathlib.Path(sys.argv[1]); print('ready', flush=True); sys.stdin.readline();"
+        "index = open_latent_index(folder, open_record_index(folder, [folder / 'm.json'], []));"
+        "print(index.path, len(index), index.content_hash(), index.row(9_999)['key'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    starts = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in starts:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    answers = {process.communicate("go\n")[0] for process in starts}
+    [answer] = answers
+    assert answer.split()[1] == "10000" and answer.split()[3] == "k19998"
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "index").iterdir()) == ["latents", "records"]
+
+
+def test_the_content_hash_names_keys_and_buckets_and_nothing_else(tmp_path):
+    hashes = []
+    for name, caption, bucket in (("a", "x", (64, 96)), ("b", "other", (64, 96)), ("c", "x", (96, 64))):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = open_record_index(
+            folder, [write_metadata(folder / "m.json", {"k1": {"caption": caption}, "k2": {}})], []
+        )
+        list_entries(folder, "k2", "k1", bucket=bucket)
+        hashes.append(open_latent_index(folder, records).content_hash())
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,222 @@
+"""Micro batches: what the networks are given, read from the cache alone, the same whoever reads it."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import TINY
+
+from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter, read_latest
+from sdxl_trainer.data.formats.shards import ShardWriter
+from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.tokens import END, load_tokenizer
+
+TOKENIZERS = TINY
+BUCKETS = [(64, 96), (96, 64)]
+NUM_SAMPLES = 12
+COLOURS = ["red", "green", "blue", "yellow"]
+
+
+def get_latents(number: int) -> np.ndarray:
+    width, height = BUCKETS[number % 2]
+    return np.random.default_rng(number).standard_normal((4, height // 8, width // 8)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Twelve latents of two buckets, listed in a manifest, with captions in a metadata file."""
+    folder = tmp_path_factory.mktemp("cache")
+    captions = {f"s{number}": {"caption": f"a {COLOURS[number % 4]} circle {number}"} for number in range(NUM_SAMPLES)}
+    captions["s5"] = {}
+    (folder / "metadata.json").write_text(json.dumps(captions))
+    writer = ManifestWriter(folder, 0)
+    for number in range(NUM_SAMPLES):
+        bucket, size = BUCKETS[number % 2], (200 + number, 300 + number)
+        crop = (number, 2 * number, number + bucket[0], 2 * number + bucket[1])
+        content = write_latents(folder / f"s{number}.npz", LatentSample(get_latents(number), size, crop))
+        place = {"bucket": bucket, "original_size": size, "resized": size, "crop": crop}
+        source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
+        writer.append(Entry(f"s{number}", f"s{number}.npz", len(content), "", **place, identity="", **source))
+    writer.close()
+    return folder
+
+
+def build_dataset(folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75,
+                  flip_rate: float = 0.0) -> LatentDataset:  # fmt: skip
+    tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
+    index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
+    caption = CaptionSettings(dropout_rate=dropout_rate)
+    return LatentDataset(index, folder, tokenizers, SampleSettings(seed, max_tokens, caption, flip_rate))
+
+
+def make_spec(rows: list[int], bucket: tuple[int, int] = BUCKETS[0], epochs: list[int] | None = None) -> MicroSpec:
+    return MicroSpec(bucket, np.array(rows), np.array(epochs or [0] * len(rows)), np.arange(7, 7 + len(rows)))
+
+
+def read_batches(dataset: LatentDataset, num_workers: int, count: int) -> list[MicroBatch]:
+    specs = iterate_specs(build_plan(dataset.index, 4, seed=3), (0, 0), 0, 1, 2)
+    return list(islice(iterate_batches(dataset, specs, num_workers), count))
+
+
+def test_a_micro_batch_holds_what_the_networks_need(cache):
+    dataset = build_dataset(cache, max_tokens=150)
+    batch = dataset[make_spec([4, 0, 4])]
+    assert batch.latents.dtype == torch.float32 and batch.latents.shape == (3, 4, 12, 8)
+    expected = np.stack([get_latents(4), get_latents(0), get_latents(4)]).astype(np.float32)
+    assert np.array_equal(batch.latents.numpy(), expected)
+    # original h, w; crop top, left; target h, w
+    assert batch.time_ids.tolist() == [[304, 204, 8, 4, 96, 64], [300, 200, 0, 0, 96, 64], [304, 204, 8, 4, 96, 64]]
+    captions = ["a red circle 4", "a red circle 0", "a red circle 4"]
+    for ids, tokenizer in zip((batch.input_ids, batch.input_ids_2), dataset.tokenizers, strict=True):
+        assert ids.dtype == torch.int64 and ids.shape == (3, 2, 77)
+        assert np.array_equal(ids.numpy(), np.stack([tokenizer.encode(caption, 150) for caption in captions]))
+    assert batch.weights.tolist() == [1, 1, 1] and batch.bad == []
+    assert (batch.positions.tolist(), batch.rows.tolist()) == ([7, 8, 9], [4, 0, 4])
+
+
+def test_a_sample_without_a_caption_gets_the_empty_one(cache):
+    dataset = build_dataset(cache)
+    batch = dataset[make_spec([5], BUCKETS[1])]
+    assert np.array_equal(batch.input_ids[0].numpy(), dataset.tokenizers[0].encode(""))
+
+
+def test_a_bad_latent_weighs_nothing_and_is_named(cache):
+    good, original = get_latents(2), (cache / "s2.npz").read_bytes()
+    dataset = build_dataset(cache)
+    try:
+        for damage, reason in (
+            (lambda path: path.write_bytes(original[:100]), "not a readable npz file"),
+            (lambda path: path.unlink(), "cannot be read: No such file"),
+            (lambda path: write_latents(path, LatentSample(good[:, :8], (1, 1), (0, 0, 1, 1))), "encoded at 64x64 px"),
+            (
+                lambda path: write_latents(path, LatentSample(good * np.float16("nan"), (1, 1), (0, 0, 1, 1))),
+                "not finite",
+            ),
+        ):
+            damage(cache / "s2.npz")
+            batch = dataset[make_spec([0, 2, 4])]
+            assert batch.weights.tolist() == [1, 0, 1]
+            assert batch.latents[1].eq(0).all() and batch.latents.shape == (3, 4, 12, 8)
+            assert np.array_equal(batch.latents[2].numpy(), get_latents(4))
+            [(key, said)] = batch.bad
+            assert key == "s2" and said.startswith(f"{cache / 's2.npz'}: ") and reason in said
+    finally:
+        (cache / "s2.npz").write_bytes(original)
+
+
+def list_dropped(dataset: LatentDataset, rows: list[int], epochs: list[int]) -> list[bool]:
+    """Which of the samples came with the empty caption."""
+    empty = torch.from_numpy(dataset.tokenizers[0].encode(""))
+    return [bool(ids.equal(empty)) for ids in dataset[make_spec(rows, BUCKETS[0], epochs)].input_ids]
+
+
+def test_caption_dropout_is_keyed_to_sample_and_epoch(cache):
+    rows, epochs = [0, 2, 4, 6, 8, 10] * 50, [epoch for epoch in range(50) for _ in range(6)]
+    dataset = build_dataset(cache, dropout_rate=0.3)
+    dropped = list_dropped(dataset, rows, epochs)
+    assert 0.2 < np.mean(dropped) < 0.4
+    order = np.random.default_rng(0).permutation(len(rows))  # in another order and company it is the same
+    assert list_dropped(dataset, [rows[i] for i in order], [epochs[i] for i in order]) == [dropped[i] for i in order]
+    by_row = np.array(dropped).reshape(50, 6)
+    assert 0 < by_row.mean(0).min() and by_row.mean(0).max() < 1  # no sample always or never
+    assert list_dropped(build_dataset(cache, dropout_rate=0.3, seed=1), rows, epochs) != dropped
+    assert not any(list_dropped(build_dataset(cache), rows, epochs))
+    assert all(list_dropped(build_dataset(cache, dropout_rate=1.0), rows, epochs))
+
+
+def test_any_number_of_workers_reads_the_same_batches(cache):
+    dataset = build_dataset(cache, dropout_rate=0.5)
+    alone, together = read_batches(dataset, 0, 9), read_batches(dataset, 2, 9)
+    for one, other in zip(alone, together, strict=True):
+        for name, value in vars(one).items():
+            found = getattr(other, name)
+            assert torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found, name
+    assert len({tuple(batch.rows.tolist()) for batch in alone}) > 6  # and they are not all the same batch
+    empty = torch.from_numpy(dataset.tokenizers[0].encode(""))
+    dropped = [ids.equal(empty) for batch in alone for ids in batch.input_ids]
+    assert 3 <= sum(dropped) <= 15
+
+
+def test_samples_in_shards_are_the_same_as_files(cache, tmp_path):
+    """One pread a sample from a tar gives the very batch that the npz files give."""
+    (tmp_path / "metadata.json").write_text((cache / "metadata.json").read_text())
+    manifest = ManifestWriter(tmp_path, 0)
+    shards = {
+        bucket: ShardWriter(tmp_path / "shards" / f"{bucket[0]}x{bucket[1]}-00000-00000.tar") for bucket in BUCKETS
+    }
+    for entry in read_latest(cache).values():
+        place = shards[entry.bucket].append(entry.key, b"{}", (cache / entry.file).read_bytes())
+        manifest.append(replace(entry, file=f"shards/{place.shard}", offset=place.offset))
+    for writer in shards.values():
+        writer.close()
+    manifest.close()
+    files, packed = build_dataset(cache), build_dataset(tmp_path)
+    assert set(packed.index.column("offset")) - {None} and len(packed.index) == NUM_SAMPLES
+    for bucket, rows in ((BUCKETS[0], [0, 4, 8]), (BUCKETS[1], [1, 3, 11])):
+        left, right = files[make_spec(rows, bucket)], packed[make_spec(rows, bucket)]
+        assert (
+            right.bad == [] and torch.equal(left.latents, right.latents) and torch.equal(left.time_ids, right.time_ids)
+        )
+    shard = next((tmp_path / "shards").glob("64x96*.tar"))
+    shard.write_bytes(shard.read_bytes()[:1500])
+    batch = packed[make_spec([0, 4])]
+    assert [key for key, _ in batch.bad] == ["s0", "s4"] and batch.weights.tolist() == [0.0, 0.0]
+
+
+def test_moments_give_a_fresh_sample_each_epoch(cache, tmp_path):
+    """mean + std · noise, with noise keyed to (seed, epoch, row): the same for whoever reads it."""
+    for path in cache.rglob("*"):
+        if path.is_file() and "index" not in path.parts:
+            (tmp_path / path.relative_to(cache)).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path.relative_to(cache)).write_bytes(path.read_bytes())
+    mean, std = get_latents(0).astype(np.float32), np.full((4, 12, 8), 0.5, np.float32)
+    write_latents(tmp_path / "s0.npz", LatentSample(mean, (200, 300), (0, 0, 64, 96), std=std))
+    dataset = build_dataset(tmp_path)
+    first, again, later = (dataset[make_spec([0], epochs=[epoch])].latents[0].numpy() for epoch in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, later)
+    draws = np.stack([dataset[make_spec([0], epochs=[epoch])].latents[0].numpy() for epoch in range(200)])
+    assert abs(((draws - mean) / std).mean()) < 0.02 and abs(((draws - mean) / std).std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_end_with_the_process_that_started_them(tmp_path, end):
+    program = f"""
+import os, signal, time
+from multiprocessing import get_context
+from sdxl_trainer.data.loading.loader import end_with_parent
+
+def work(ready):
+    end_with_parent()
+    ready.set()
+    time.sleep(300)
+
+if __name__ == "__main__":
+    context = get_context("forkserver")
+    ready = context.Event()
+    worker = context.Process(target=work, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    print(worker.pid, flush=True)
+    {end}
+"""
+    (tmp_path / "program.py").write_text(program)
+    with open(tmp_path / "said", "wb") as said:  # a pipe would be held open by a worker that stays
+        subprocess.run([sys.executable, str(tmp_path / "program.py")], stdout=said, timeout=100)
+    worker = Path("/proc") / (tmp_path / "said").read_text().strip()
+    assert worker.name.isdigit()
+    for _ in range(100):
+        if not worker.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlives the process that started it")

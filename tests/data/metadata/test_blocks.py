@@ -1,0 +1,78 @@
+"""Blocks of records: the fast way of reading a JSON object says what the plain one says and refuses what it refuses."""
+
+import json
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdxl_trainer.data.metadata import json_stream
+from sdxl_trainer.data.metadata.blocks import FIELDS, Block, build_block, read_blocks
+from sdxl_trainer.data.metadata.sources import read_source
+
+# A backslash before letters and quotes, halves of surrogate pairs, numbers at the edges of what JSON allows.
+TEXTS = st.text(alphabet='ab"\\/{}[],:é\u2028\U0001f600\n u0d8', max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | TEXTS,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXTS, values, max_size=3),
+    max_leaves=6,
+)
+RECORDS = st.dictionaries(st.sampled_from(FIELDS) | TEXTS, VALUES, max_size=5)
+OBJECTS = st.dictionaries(TEXTS | st.sampled_from(["a.png", "b/c.jpg", "d.e"]), RECORDS | VALUES, max_size=5)
+
+
+def describe(blocks: list[Block]) -> list[tuple]:
+    """All that blocks say, record by record."""
+    return [
+        (key, base, name, place, orjson.loads(content), *values)
+        for block in blocks
+        for key, base, name, place, content, *values in zip(
+            block.keys, block.bases, block.names, block.places, block.contents, *map(block.column, FIELDS), strict=True
+        )
+    ]
+
+
+def read_both(file: Path) -> tuple[list[tuple] | str, list[tuple] | str]:
+    """What the fast and the plain way say of a file: its records, or what is wrong with it."""
+    answers = []
+    for read in (lambda: read_blocks(file), lambda: map(build_block, read_source(file))):
+        try:
+            answers.append(describe(list(read())))
+        except ValueError as error:
+            answers.append(str(error))
+    return answers[0], answers[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(OBJECTS, st.booleans(), st.sampled_from([None, 1]), st.integers(8, 200), st.data())
+def test_the_fast_way_says_what_the_plain_one_says(tmp_path_factory, content, ascii_only, indent, block_bytes, data):
+    text = json.dumps(content, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    damage = data.draw(st.none() | st.tuples(st.integers(0, len(text)), st.sampled_from(b'"{}[],:\\ 0.-eu\xff\xed')))
+    if damage is not None:
+        at, byte = damage
+        text = text[:at] + bytes([byte]) + text[at + data.draw(st.integers(0, 1)) :]
+    file = tmp_path_factory.mktemp("m") / "m.json"
+    file.write_bytes(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "BLOCK_BYTES", block_bytes)
+        fast, plain = read_both(file)
+    assert fast == plain
+
+
+def test_ordinary_records_are_read_the_fast_way(tmp_path):
+    """One dict a record would be five times as slow."""
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps({"a": {"image_path": "a.png", "tags": ["é"], "x": {"y": [1]}}, "b": {"caption": "c"}}))
+    [block] = read_blocks(file)
+    assert not any(isinstance(row, dict) for row in block.rows)
+    assert block.column("tags") == [["é"], None] and block.column("caption") == [None, "c"]
+    assert block.contents == [b'{"image_path": "a.png", "tags": ["\\u00e9"], "x": {"y": [1]}}', b'{"caption": "c"}']
+
+
+def test_a_key_that_is_nothing_but_a_folder_is_an_error(tmp_path):
+    file = tmp_path / "m.json"
+    file.write_text('{"/": {}}')
+    fast, plain = read_both(file)
+    assert fast == plain and "empty key" in fast

@@ -1,0 +1,212 @@
+"""Records: the same facts from every form of metadata, and mistakes named by file, line and key."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from programs import FIXTURES
+
+from sdxl_trainer.data.index.index import open_record_index
+from sdxl_trainer.data.metadata.blocks import build_block
+from sdxl_trainer.data.metadata.merge import iterate_blocks
+from sdxl_trainer.data.metadata.records import PictureFinder, check_sources, finish_block, load_record, read_folders
+
+SEED_METADATA = FIXTURES / "seed_cache" / "metadata.json"
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> dict[str, dict]:
+    """All records by key."""
+    work = Path(tempfile.mkdtemp())
+    blocks = (
+        iterate_blocks([[file] for file in metadata], work) if metadata else map(build_block, read_folders(image_dirs))
+    )
+    finder = PictureFinder(image_dirs)
+    rows = [row for block in blocks for row in finish_block(block, finder, separator).to_pylist()]
+    assert list(work.iterdir()) == []  # what waited there is gone
+    return {row["key"]: load_record(row) for row in rows}
+
+
+def read_captions(*args) -> dict:
+    return {key: record["caption"] for key, record in read_records(*args).items()}
+
+
+def test_the_seeds_metadata(tmp_path):
+    metadata = write(tmp_path / "metadata.json", SEED_METADATA.read_text())
+    write(tmp_path / "img000000.jpg", "")
+    records = read_records([metadata], [])
+    assert list(records) == ["img000000", "img000001"]
+    assert records["img000000"] == {
+        "key": "img000000",
+        "image_path": str(tmp_path / "img000000.jpg"),
+        "original_size": [348, 256],
+        "caption": json.loads(SEED_METADATA.read_text())["img000000"]["caption"],
+    }
+    # The second picture is not there: the record says where it should be.
+    assert records["img000001"]["image_path"] == str(tmp_path / "img000001.jpg")
+
+
+def test_later_files_update_earlier_ones_key_by_key(tmp_path):
+    first = write(
+        tmp_path / "a" / "1.json", {"x": {"image_path": "x.png", "caption": "old", "artist": "b"}, "y": {"tags": "t"}}
+    )
+    second = write(
+        tmp_path / "2.json", {"z": {"caption": "new"}, "x": {"caption": "new", "score": 1.5, "key": "other"}}
+    )
+    write(tmp_path / "a" / "x.png", "")
+    records = read_records([first, second], [])
+    assert list(records) == ["x", "y", "z"]
+    assert records["x"] == {
+        "key": "x",
+        "image_path": str(tmp_path / "a" / "x.png"),
+        "caption": "new",
+        "artist": "b",
+        "score": 1.5,
+    }
+    assert read_captions([second, first], [])["x"] == "old"
+
+
+@pytest.mark.parametrize(
+    ("fields", "caption"),
+    [
+        ({"caption": "a, b"}, "a, b"),
+        ({"tags": "c"}, "c"),
+        ({"tags": ["c", "d e"]}, "c, d e"),
+        ({"caption": "a", "tags": "c", "image_path": "x.png"}, "a"),
+        ({"caption": "a", "tags": "c"}, "a,c"),  # keyed by its path, as kohya's are
+        ({"caption": "", "tags": "c"}, "c"),
+        ({"caption": None}, None),
+        ({}, None),
+        ({"caption": 7}, "7"),
+    ],
+)
+def test_what_a_caption_is_made_of(tmp_path, fields, caption):
+    assert read_captions([write(tmp_path / "m.json", {"x": fields})], []) == {"x": caption}
+
+
+def test_pictures_are_looked_for_by_path_then_name_then_stem(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there" / "deep"
+    for path in (
+        here / "direct.png",
+        there / "direct.png",
+        there / "name.png",
+        there / "name.jpg",
+        there / "stem.webp",
+        there / "a.b.png",
+    ):
+        write(path, "")
+    metadata = write(
+        here / "m.json",
+        {
+            "direct": {"image_path": "direct.png"},
+            "absolute": {"image_path": str(there / "name.jpg")},
+            "name": {"image_path": "/gone/name.png"},
+            "stem": {"image_path": "old/stem.jpg"},
+            "a.b": {"caption": "its key is its stem"},
+            "lost": {"image_path": "lost.png"},
+        },
+    )
+    found = {key: record["image_path"] for key, record in read_records([metadata], [tmp_path / "there"]).items()}
+    assert found == {
+        "direct": str(here / "direct.png"),
+        "absolute": str(there / "name.jpg"),
+        "name": str(there / "name.png"),
+        "stem": str(there / "stem.webp"),
+        "a.b": str(there / "a.b.png"),
+        "lost": str(here / "lost.png"),
+    }
+
+
+def test_a_picture_of_which_there_are_several_is_refused(tmp_path):
+    """Any choice might train a picture with another one's caption."""
+    for path in ("a/x.png", "b/x.png", "a/y.png", "b/y.webp", "b/z.png"):
+        write(tmp_path / path, "")
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path]
+    metadata = write(tmp_path / "m.json", {"x": {"image_path": "/gone/x.png"}, "z": {"image_path": "/gone/z.png"}})
+    with pytest.raises(ValueError) as caught:
+        read_records([metadata], folders)
+    said = str(caught.value)
+    assert said.startswith("1 records name a picture of which there are several under data.image_dirs: 'x.png' (")
+    assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in said and "z.png" not in said
+    metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.webp"}, "x": {"image_path": "b/x.png"}})
+    found = read_records([metadata], folders)  # a name goes before a stem, and a path that is there before all
+    assert found["y"]["image_path"] == f"{tmp_path}/b/y.webp" and found["x"]["image_path"] == f"{tmp_path}/b/x.png"
+    metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.jpg"}})
+    with pytest.raises(ValueError, match="'y.jpg' "):
+        read_records([metadata], folders)
+
+
+def test_a_folder_of_pictures_and_caption_files(tmp_path):
+    for name, caption in (
+        ("b.JPG", None),
+        ("a.png", ".txt"),
+        ("sub/c.webp", ".caption"),
+        ("sub/d.tiff", ".txt"),
+        ("x.y.gif", ".txt"),
+    ):
+        picture = write(tmp_path / name, "")
+        if caption:
+            write(picture.with_suffix(caption), f"  of {picture.stem}\n")
+    write(tmp_path / "a.caption", "not this one")
+    (tmp_path / "sub" / "d.txt").write_bytes("\ufeffvon Möwe\r\n".encode())  # as Windows' editor writes it
+    write(tmp_path / "notes.txt", "no picture")
+    assert read_captions([], [tmp_path]) == {"a": "of a", "b": None, "c": "of c", "d": "von Möwe", "x.y": "of x.y"}
+    record = read_records([], [tmp_path])["c"]
+    assert record == {"key": "c", "image_path": str(tmp_path / "sub" / "c.webp"), "caption": "of c"}
+
+
+def test_all_pictures_of_one_stem_are_listed(tmp_path):
+    for name in ("a/x.png", "a/y.png", "b/x.jpg", "b/z.png", "c/x.png", "c/z.webp"):
+        write(tmp_path / name, "")
+    with pytest.raises(ValueError, match="^3 pictures have the stem of another one") as caught:
+        open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    for pair in (("a/x.png", "b/x.jpg"), ("a/x.png", "c/x.png"), ("b/z.png", "c/z.webp")):
+        assert f"({tmp_path / pair[0]} and {tmp_path / pair[1]})" in str(caught.value)
+    assert list((tmp_path / "cache" / "index").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{\n "x": {"caption": "a"},\n "y" {}\n}', ":3:6: malformed JSON"),
+        ('{"x": {"caption": "a"', ":1:22: malformed JSON"),
+        ("", ":1:1: malformed JSON"),
+        ('[{"caption": "a"}]', "must be a JSON object keyed by file stem, not a list"),
+        ('{"x": "a caption"}', "the record 'x' must be a JSON object, not a str"),
+        ('{"x": {"caption": {"en": "a"}}}', "the record 'x' has a caption that is an object"),
+        ('{"": {"caption": "a"}}', "a record has an empty key"),
+    ],
+)
+def test_malformed_metadata_is_named_with_its_place(tmp_path, text, said):
+    metadata = write(tmp_path / "m.json", text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_records([metadata], [])
+    assert str(caught.value).startswith(str(metadata))
+
+
+def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
+    write(tmp_path / "x.png", "")
+    (tmp_path / "x.txt").write_bytes("Möwe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x\.txt: is not UTF-8: .* at byte 1"):
+        read_records([], [tmp_path])
+    assert read_captions([write(tmp_path / "m.json", {"x": {"caption": "a"}})], [tmp_path]) == {"x": "a"}
+
+
+def test_wrong_sources_are_all_named(tmp_path):
+    file = write(tmp_path / "m.json", "{}")
+    assert [problem.key for problem in check_sources([], [])] == ["data"]
+    assert check_sources([file], [tmp_path]) == []
+    problems = check_sources([file, tmp_path, tmp_path / "no.json"], [file, tmp_path, tmp_path / "no"])
+    assert [(problem.key, problem.rule) for problem in problems] == [
+        ("data.metadata.1", "is not a file"),
+        ("data.metadata.2", "is not a file"),
+        ("data.image_dirs.0", "is not a folder"),
+        ("data.image_dirs.2", "is not a folder"),
+    ]

@@ -1,0 +1,404 @@
+"""Every form of data gives the same records and latents, and what is wrong is named with its place."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import FIXTURES, ROOT
+
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.data import check_latents, leave_out_rows
+from sdxl_trainer.data.checks.latents import find_bad_latents
+from sdxl_trainer.data.formats.latent_header import read_header
+from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
+from sdxl_trainer.data.formats.shards import ShardWriter
+from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.metadata import json_stream
+from sdxl_trainer.data.metadata.records import load_record
+from sdxl_trainer.data.metadata.sources import expand_sources, read_source
+
+PAGE = ROOT / "docs" / "DATA.md"
+RECORD = {"image_path": "images/cat.png", "caption": "cat, on a mat", "original_size": [1500, 1000]}
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read_all(file: Path) -> list[tuple[str, dict]]:
+    return [item for items in read_source(file) for item in items]
+
+
+def list_rows(index: Index) -> list[dict]:
+    return [index.row(number) for number in range(len(index))]
+
+
+def make_latents(path: Path, seed: int = 0, size=(300, 200), bucket=(96, 64)) -> bytes:
+    latents = np.random.default_rng(seed).standard_normal((4, bucket[1] // 8, bucket[0] // 8)).astype(np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_latents(path, LatentSample(latents, size, (0, 0, *bucket)))
+
+
+@pytest.mark.parametrize("name", re.findall(r"^```\w+ (\S+)$", PAGE.read_text(), re.M))
+def test_the_examples_of_the_page_are_read_as_it_says(tmp_path, name):
+    text = re.search(rf"^```\w+ {re.escape(name)}\n(.*?)^```", PAGE.read_text(), re.M | re.S)[1]
+    write(tmp_path / "images" / "cat.png", "")
+    if name.endswith(".parquet"):
+        subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True)
+    else:
+        write(tmp_path / name, text)
+    metadata = [] if name.endswith(".txt") else [tmp_path / name]
+    row = open_record_index(tmp_path / "cache", metadata, [] if metadata else [tmp_path / "images"]).row(0)
+    assert (row["key"], row["image_path"]) == ("cat", str(tmp_path / "images" / "cat.png"))
+    assert load_record(row)["caption"] == ("a cat,cat, on a mat" if name == "meta_cap.json" else "cat, on a mat")
+    assert (row["width"], row["height"]) == ((1500, 1000) if metadata else (0, 0))
+
+
+def test_all_row_forms_give_the_same_records(tmp_path):
+    fields = {**RECORD, "artist": "Ä, b"}
+    table = pa.table({**{name: [value] for name, value in fields.items()}, "empty": pa.array([None], pa.string())})
+    pq.write_table(table, tmp_path / "m.parquet")
+    files = [
+        tmp_path / "m.parquet",
+        write(tmp_path / "m.json", orjson.dumps({"cat": fields})),
+        write(tmp_path / "m.jsonl", b"\xef\xbb\xbf\n" + orjson.dumps(fields) + b"\n\n"),
+        write(tmp_path / "lines.json", orjson.dumps(fields) + b"\n" + orjson.dumps({"image_path": "x.png"}) + b"\n"),
+        write(tmp_path / "m", orjson.dumps({"cat": fields})),
+        write(tmp_path / "m.csv", 'image_path,caption,original_size,artist,none\nimages/cat.png,"cat, on a mat",'
+                                  '"[1500, 1000]","Ä, b",\n'),
+        write(tmp_path / "m.tsv", "artist\timage_path\tcaption\twidth\theight\n"
+                                  "Ä, b\timages/cat.png\tcat, on a mat\t1500\t1000\n"),
+    ]  # fmt: skip
+    rows = [open_record_index(tmp_path / "cache", [file], []).row(0) for file in files]
+    for file, row in zip(files, rows, strict=True):
+        record = load_record(row)
+        row.pop("record")
+        assert (
+            (record["artist"], record["caption"]) == ("Ä, b", "cat, on a mat")
+            and "empty" not in record
+            and "none" not in record
+        ), file
+        assert row == {**rows[0], "record": row.get("record")} or row == rows[0], file
+    assert rows[0]["captioned"] and (rows[0]["width"], rows[0]["height"]) == (1500, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("m.jsonl", '{"image_path": "a.png"}\n{"image_path": }\n', "m.jsonl:2:16: malformed JSON"),
+        ("m.jsonl", '{"image_path": "a.png"}\n[1]\n', "m.jsonl:2: the record must be a JSON object, not a list"),
+        ("m.jsonl", '{"image_path": "a.png"}\n{"caption": "a"}\n', "m.jsonl:2: the record has no `image_path`"),
+        ("m.csv", "image_path,caption\na.png,b\nc.png,d,e\n", "m.csv:3: the row has 3 values under 2 names"),
+        ("m.csv", 'image_path,caption\na.png,"b" c\n', "m.csv:2: malformed CSV"),
+        ("m.csv", "image_path,image_path\na,b\n", "m.csv:1: two columns have the name 'image_path'"),
+        ("m.csv", b"image_path\nM\xf6.png\n", "m.csv: is not UTF-8"),
+        ("m.parquet", "PAR1 no", "m.parquet: no readable Parquet file"),
+        ("m.tar", "x" * 2000, "m.tar: not a readable tar"),
+        ("m.bin", "\x00\x01", "m.bin: has no form that is known"),
+        ("m.json", b'{"a": {},\n "b": {"c": "\xff"}}', "m.json:2:14: malformed JSON: not UTF-8"),
+        ("m.json", '{"a": {}, "a": {}}', "m.json: 1 keys occur twice: 'a'"),
+    ],
+)
+def test_what_is_malformed_is_named_with_its_place(tmp_path, name, content, said):
+    with pytest.raises(ValueError) as caught:
+        read_all(write(tmp_path / name, content))
+    assert str(caught.value).startswith(f"{tmp_path}/{said}")
+
+
+VALUES = st.recursive(
+    st.none() | st.integers(-9, 9) | st.text(max_size=6) | st.sampled_from(['"', "\\", '\\"', "{", "},", "]", "\n"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.dictionaries(st.text(max_size=4), st.dictionaries(st.text(max_size=3), VALUES, max_size=3)),
+       indent=st.sampled_from([None, 1]), block=st.integers(8, 90), hurt=st.integers(0, 400))  # fmt: skip
+def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, indent, block, hurt):
+    """And a damaged one is refused at the place where a whole parse refuses it."""
+    file = tmp_path_factory.getbasetemp() / "blocks.json"
+    text = json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    before, json_stream.BLOCK_BYTES = json_stream.BLOCK_BYTES, block
+    try:
+        file.write_bytes(text)
+        pairs = [pair for piece in json_stream.iterate_pieces(file) for pair in piece.parse().items()]
+        assert pairs == list(content.items())
+        damaged = text[: hurt % len(text)] + text[hurt % len(text) + 1 :]
+        file.write_bytes(damaged)
+        try:
+            whole = json.loads(damaged.decode())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            whole = None
+        if not isinstance(whole, dict):
+            with pytest.raises(ValueError):
+                [piece.parse() for piece in json_stream.iterate_pieces(file)]
+    finally:
+        json_stream.BLOCK_BYTES = before
+
+
+def test_place_of_an_error_far_into_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "BLOCK_BYTES", 64)
+    lines = [f' "k{number}": {{"caption": "ä {number}"}}' for number in range(50)]
+    lines[40] = ' "k40": {"caption" "ä"}'
+    for separator, place in ((",\n", ":42:20:"), (",", f":2:{sum(map(len, lines[:40])) + 40 + 20}:")):
+        file = write(tmp_path / "m.json", "{\n" + separator.join(lines) + "}")
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))}{place} malformed JSON"):
+            read_all(file)
+
+
+def test_patterns_name_many_files(tmp_path):
+    for number in range(9, 12):
+        write(tmp_path / f"s{number:03d}.tar", "")
+    assert [path.name for path in expand_sources([tmp_path / "s{009..011}.tar"])] == [
+        "s009.tar",
+        "s010.tar",
+        "s011.tar",
+    ]
+    assert [path.name for path in expand_sources([tmp_path / "{b,a}-{1..2}"])] == ["b-1", "b-2", "a-1", "a-2"]
+    assert [path.name for path in expand_sources([tmp_path / "s01*.tar"])] == ["s010.tar", "s011.tar"]
+    assert expand_sources([tmp_path / "none*.tar"]) == [tmp_path / "none*.tar"]  # check_sources complains of it
+
+
+@pytest.mark.parametrize("program", ["kohya_cache", "seed_cache"])
+@pytest.mark.parametrize("form", ["metadata", "folder", "cache_dir"])
+def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
+    """With their metadata, without any, and with the latents in another folder than the pictures."""
+    data = tmp_path / "data"
+    shutil.copytree(FIXTURES / program, data)
+    for picture in data.glob("*.jpg"):
+        picture.unlink()
+    cache = data
+    if form == "cache_dir":
+        cache = tmp_path / "cache"
+        cache.mkdir()
+        for file in data.glob("*.npz"):
+            file.rename(cache / file.name)
+    metadata = [] if form == "folder" else [data / "metadata.json"]
+    index = open_latent_index(cache, open_record_index(cache, metadata, [] if metadata else [data]))
+    assert index.strings("key").to_pylist() == ["img000000", "img000001"] and index.note("num_unlisted") == 2
+    for row, size in zip(list_rows(index), ((348, 256), (359, 264)), strict=True):
+        path = find_latent_file(data / f"{row['key']}.jpg", cache)
+        assert path == cache / row["file"]
+        sample = read_latents(path, (row["bucket_width"], row["bucket_height"]))
+        assert (row["original_width"], row["original_height"]) == sample.original_size == size
+        assert row["bytes"] == path.stat().st_size and row["sha256"] is None and row["offset"] is None
+        # kohya's resizes to cover and cuts the middle out, the seed's stretches; neither is what kohya's file says.
+        scale = max(row["bucket_width"] / size[0], row["bucket_height"] / size[1])
+        left = (int(size[0] * scale + 0.5) - row["bucket_width"]) // 2 if program == "kohya_cache" else 0
+        assert row["crop_left"] == left
+    if form == "metadata":
+        expected = json.loads((data / "metadata.json").read_text())
+        assert index.record(0)["caption"] == next(iter(expected.values()))["caption"]
+
+
+def test_latents_that_come_later_are_found(tmp_path):
+    metadata = write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abc"}))
+    cache = tmp_path / "cache"
+    make_latents(cache / "a.npz")
+    write(cache / "c.npz", "no npz")
+    make_latents(cache / "a_te_outputs.npz")
+    records = open_record_index(cache, [metadata], [])
+    index = open_latent_index(cache, records)
+    assert index.strings("key").to_pylist() == ["a"]
+    assert [key for key, reason in index.note("bad") if "no zip" in reason] == ["c"]
+    assert open_latent_index(cache, records).path == index.path
+    make_latents(cache / "b_0300x0200_sdxl.npz", 1)
+    assert open_latent_index(cache, records).strings("key").to_pylist() == ["a", "b"]
+
+
+def test_shards_are_a_source_by_themselves(tmp_path):
+    contents = {}
+    for number in range(2):
+        writer = ShardWriter(tmp_path / f"s-{number}.tar")
+        for key in (f"a{number}", f"b.{number}"):
+            contents[key] = make_latents(tmp_path / "x.npz", len(contents), bucket=(64 + 32 * number, 64))
+            writer.append(key, orjson.dumps({"caption": f"of {key}", "score": number}), contents[key])
+        writer.close()
+    records = open_record_index(tmp_path / "cache", [tmp_path / "s-{0..1}.tar"], [])
+    index = open_latent_index(tmp_path / "cache", records)
+    assert index.strings("key").to_pylist() == list(contents)
+    for row in list_rows(index):
+        content = Path(row["file"]).read_bytes()[row["offset"] :][: row["bytes"]]
+        assert content == contents[row["key"]] and load_record(row)["caption"] == f"of {row['key']}"
+        assert row["bucket_width"] == 64 + 32 * orjson.loads(row["record"])["score"]
+    assert find_bad_latents(index, tmp_path / "cache", "full") == []
+
+
+def test_sizes_that_disagree_with_the_picture_are_counted_and_not_used(tmp_path):
+    sizes = {"right": [300, 200], "wrong": [200, 300], "bucket": [96, 64], "none": None, "odd": [301, 200]}
+    records = {key: {"caption": key, "original_size": size} for key, size in sizes.items()}
+    write(tmp_path / "m.json", orjson.dumps(records))
+    for key in sizes:
+        make_latents(tmp_path / "cache" / f"{key}.npz")
+    index, problems = check_latents(build_config(tmp_path), resuming=False)
+    assert index is not None and problems == []
+    assert set(index.column("original_width")) == {300} and set(index.column("original_height")) == {200}
+    assert index.note("other_sizes") == (
+        "2 records tell another size than their pictures have, wrong first (200x300 and not 300x200)"
+    )
+    write(tmp_path / "m.json", orjson.dumps({"right": records["right"]}))
+    again, _ = check_latents(build_config(tmp_path), resuming=False)
+    assert again is not None and again.note("other_sizes") == ""
+
+
+def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
+    npz = make_latents(tmp_path / "x.npz")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in {
+            "a.json": b'{"caption": "a"}',
+            "a.npz": npz,
+            "b.json": b"{}",
+            "c.npz": npz,
+            "README.md": b"",
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    index, problems = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"), False)
+    assert index is not None and index.strings("key").to_pylist() == ["a", "c"]
+    assert [problem.rule for problem in problems] == ["1 of 3 samples have no latents"]
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"a.npz": b"", "../b.npz": b""}, "'../b.npz' points outside the archive"),
+        ({"a.json": b"[1]", "a.npz": b""}, "member a.json must be a JSON object, not a list"),
+        ({"a.json": b'{"caption": "a",\n "tags": }', "a.npz": b""}, "member a.json:2:10: malformed"),
+        ({"a.npz": None}, "unexpected end of data"),
+    ],
+)
+def test_a_shard_that_cannot_be_trusted_is_a_problem_of_its_entry(tmp_path, members, said):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = 5000 if content is None else len(content)
+            tar.addfile(info, io.BytesIO(content or bytes(5000)))
+    if None in members.values():
+        os.truncate(tmp_path / "s.tar", 2000)
+    index, [problem] = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"]), resuming=False)
+    assert index is None and problem.key == "data.metadata"
+    assert problem.rule.startswith(f"{tmp_path / 's.tar'}: ") and said in problem.rule
+
+
+def test_bad_latents_in_a_shard_are_each_named(tmp_path):
+    good = make_latents(tmp_path / "x.npz", bucket=(64, 64))
+    kinds = {
+        "values that are not finite": {"latents": np.full((4, 8, 8), np.nan, np.float32)},
+        "float32[3, 8, 8]": {"latents": np.ones((3, 8, 8), np.float32)},
+        "int32[4, 8, 8]": {"latents": np.ones((4, 8, 8), np.int32)},
+        "object[1]": {"latents": np.array([{}], object)},
+        "a bomb?": {"latents": np.zeros((4, 8192, 8192), np.float32)},
+        "no `latents` but latents_8x8": {"latents_8x8": np.ones((4, 8, 8), np.float32)},
+    }
+    writer = ShardWriter(tmp_path / "s.tar")
+    writer.append("good", b'{"caption": "c"}', good)
+    for number, (said, arrays) in enumerate(kinds.items()):
+        content = io.BytesIO()
+        (np.savez_compressed if "bomb" in said else np.savez)(content, **arrays)
+        writer.append(f"k{number}", b'{"caption": "c"}', content.getvalue())
+    writer.close()
+    config = build_config(tmp_path, metadata=[tmp_path / "s.tar"], max_bad_fraction=1, check="full")
+    index, problems = check_latents(config, resuming=False)
+    assert problems == [] and index is not None
+    log = (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
+    named = {line["key"]: line["reason"] for line in map(orjson.loads, log)}
+    assert sorted(named) == [f"k{number}" for number in range(len(kinds))]
+    for number, said in enumerate(kinds):
+        assert said in named[f"k{number}"] and f"{tmp_path}/s.tar" in named[f"k{number}"]
+
+
+def test_the_header_says_what_the_whole_file_says(tmp_path):
+    for number, (name, dtype) in enumerate((("a", "float32"), ("b", "float16"), ("c", "bfloat16"))):
+        latents = np.ones((4, 8 + number, 12), np.float32)
+        sample = LatentSample(latents, (300, 200), (1, 2, 97, 66), latents * 2, latents, latents)
+        write_latents(tmp_path / f"{name}.npz", sample, dtype)
+        header = read_header(str(tmp_path / f"{name}.npz"))
+        assert (header.bucket, header.original_size, header.crop_ltrb) == (
+            (96, 64 + 8 * number),
+            (300, 200),
+            (1, 2, 97, 66),
+        )
+    np.savez_compressed(tmp_path / "d.npz", latents=np.zeros((4, 8, 12), np.float32))
+    assert read_header(str(tmp_path / "d.npz")).bucket == (96, 64)
+
+
+def build_config(folder: Path, **data) -> Config:
+    data = {"metadata": [folder / "m.json"], "max_bad_fraction": 0.5, **data}
+    on_missing = data.pop("on_missing", "skip")
+    run = {"name": "run", "dir": folder}
+    return Config.model_validate(
+        {"run": run, "data": data, "cache": {"dir": folder / "cache", "on_missing": on_missing}}
+    )
+
+
+@pytest.mark.parametrize(("level", "found"), [("none", ""), ("stat", "b"), ("header", "bc"), ("full", "bcd")])
+def test_each_level_of_checking_finds_what_it_promises(tmp_path, level, found):
+    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcdefgh"}))
+    for number, key in enumerate("abcdefgh"):
+        make_latents(tmp_path / "cache" / f"{key}.npz", number)
+    config = build_config(tmp_path, check=level)
+    index, _ = check_latents(build_config(tmp_path, check="none"), resuming=False)
+    times = (tmp_path / "cache").stat()
+    (tmp_path / "cache" / "b.npz").write_bytes((tmp_path / "cache" / "b.npz").read_bytes()[:-1])
+    size = (tmp_path / "cache" / "c.npz").stat().st_size
+    (tmp_path / "cache" / "c.npz").write_bytes(make_latents(tmp_path / "c" / "c.npz", bucket=(64, 96)))
+    assert (tmp_path / "cache" / "c.npz").stat().st_size == size
+    content = bytearray((tmp_path / "cache" / "d.npz").read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "cache" / "d.npz").write_bytes(content)
+    assert (tmp_path / "cache").stat().st_mtime_ns == times.st_mtime_ns
+    again, problems = check_latents(config, resuming=False)
+    assert again is not None and again.path == index.path and problems == []
+    used = leave_out_rows(config, again, None)
+    left_out = "" if used is None else "".join("abcdefgh"[row] for row in np.flatnonzero(used == 0))
+    assert left_out == found
+    log = tmp_path / "run" / "logs" / "bad_samples.jsonl"
+    named = [orjson.loads(line)["key"] for line in log.read_bytes().splitlines()] if log.exists() else []
+    assert "".join(named) == found
+    # A resumed run keeps what it left out when it began.
+    (tmp_path / "cache" / "e.npz").unlink()
+    check_latents(config, resuming=True)
+    assert np.array_equal(leave_out_rows(config, again, None), used) or used is None
+
+
+def test_too_many_bad_latents_end_the_start(tmp_path):
+    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "ab"}))
+    make_latents(tmp_path / "cache" / "a.npz")
+    write(tmp_path / "cache" / "b.npz", "")
+    with pytest.raises(RuntimeError, match="1 of 1 latents are bad, more than data.max_bad_fraction"):
+        check_latents(build_config(tmp_path, max_bad_fraction=0.4), resuming=False)
+    assert "b.npz" in (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_text()
+
+
+def test_missing_captions_and_latents_are_what_the_settings_say(tmp_path):
+    write(
+        tmp_path / "m.json", orjson.dumps({"a": {"caption": "a"}, "b": {}, "c": {"nl_caption": "c"}, "d": {"tags": []}})
+    )
+    for key in "abc":
+        make_latents(tmp_path / "cache" / f"{key}.npz")
+    for choice, keys in (("empty", ["a", "b", "c"]), ("skip", ["a", "c"])):
+        index, problems = check_latents(build_config(tmp_path, missing_caption=choice), resuming=False)
+        assert index.strings("key").to_pylist() == keys and problems == []
+    _, problems = check_latents(build_config(tmp_path, missing_caption="error"), resuming=False)
+    assert [problem.rule for problem in problems] == ["2 records have no caption: b, d"]
+    _, problems = check_latents(build_config(tmp_path, on_missing="error"), resuming=False)
+    assert [(problem.key, problem.rule) for problem in problems] == [
+        ("cache.on_missing", "1 of 4 samples have no latents")
+    ]

@@ -1,0 +1,98 @@
+"""Batches from whole shards in turn: every sample in every epoch, the same order for anybody from any position."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.order.shard_plan import ShardPlan
+
+
+def build(seed: int, num_rows: int, num_shards: int, window: int, batch: int, repeats=None) -> ShardPlan:
+    rng = np.random.default_rng(seed)
+    buckets, shards = rng.integers(1, 4, num_rows) << 16, rng.integers(0, num_shards, num_rows)
+    names = [f"s{number}" for number in range(num_shards)]
+    return ShardPlan(buckets, shards, names, window, global_batch_size=batch, seed=seed, repeats=repeats)
+
+
+def walk(plan: Plan, epochs: int) -> list[tuple[tuple[int, int], list[int], list[int]]]:
+    position, found = plan.settle_position(0, 0), []
+    while position[0] < epochs:
+        batch = plan.batch(*position)
+        found.append((position, batch.rows.tolist(), batch.epochs.tolist()))
+        position = plan.next_position(*position)
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), num_rows=st.integers(1, 80), num_shards=st.integers(1, 9), window=st.integers(1, 4),
+       batch=st.integers(1, 6), uneven=st.booleans())  # fmt: skip
+def test_each_epoch_holds_every_sample_as_often_as_it_should(seed, num_rows, num_shards, window, batch, uneven):
+    """What does not fill a batch is carried on and nothing is lost: over 3 epochs every turn is taken or waits."""
+    repeats = np.random.default_rng(seed).choice([0.5, 1, 2.25], num_rows) if uneven else None
+    plan = build(seed, num_rows, num_shards, window, batch, repeats)
+    plain = Plan(np.random.default_rng(seed).integers(1, 4, num_rows) << 16, batch, seed, repeats)
+    epochs = 3
+    taken = Counter((row, epoch) for _, rows, of in walk(plan, epochs) for row, epoch in zip(rows, of, strict=True))
+    expected: Counter = Counter()
+    for _, rows, of in walk(plain, epochs + 40):
+        expected.update((row, epoch) for row, epoch in zip(rows, of, strict=True) if epoch < epochs)
+    assert not taken - expected  # as often as in a plain plan, never more
+    assert (expected - taken).total() == plan.num_carried(epochs - 1) == plain.num_carried(epochs - 1)
+    assert [plan.num_samples(epoch) for epoch in range(epochs)] == [plain.num_samples(e) for e in range(epochs)]
+
+
+def test_batches_are_of_one_bucket_and_of_the_shards_at_hand():
+    plan = build(3, 400, 12, 3, 4)
+    rng = np.random.default_rng(3)
+    buckets, shards = rng.integers(1, 4, 400) << 16, rng.integers(0, 12, 400)
+    orders, at_hand = [], set()
+    for position, rows, _ in walk(plan, 2):
+        assert len(set(buckets[rows])) == 1
+        before, at_hand = at_hand, set(plan.list_shards(*position))
+        own = {f"s{shard}" for shard in shards[rows]}
+        assert len(own - at_hand) <= 3  # but for what was carried on from windows before
+        orders.append(tuple(plan.list_shards(*position)[:3]))
+    assert plan.num_windows == 4
+    windows = list(dict.fromkeys(orders))
+    assert len(windows) == 8 and sorted(sum(windows[:4], ())) == sorted(sum(windows[4:], ()))  # two epochs
+    assert windows[:4] != windows[4:]
+    assert before >= set(orders[-1])
+
+
+def test_any_position_can_be_begun_at():
+    whole = walk(build(5, 100, 7, 2, 3), 3)
+    for at in (0, 1, 40, len(whole) - 1):
+        plan = build(5, 100, 7, 2, 3)
+        position, rows, epochs = whole[at]
+        batch = plan.batch(*position)
+        assert batch.rows.tolist() == rows and batch.epochs.tolist() == epochs
+        if at + 1 < len(whole):
+            assert plan.next_position(*position) == whole[at + 1][0]
+    assert walk(build(6, 100, 7, 2, 3), 1) != walk(build(5, 100, 7, 2, 3), 1)
+
+
+def test_the_next_windows_shards_are_asked_for_in_time():
+    plan = build(1, 600, 12, 4, 4)
+    positions = [position for position, *_ in walk(plan, 1)]
+    windows = {plan._find_window(*position)[0]: position for position in positions}  # the last position of each
+    first = {}
+    for position in positions:
+        first.setdefault(plan._find_window(*position)[0], position)
+    for window in (0, 1):
+        assert len(plan.list_shards(*first[window])) < 8
+        assert set(plan.list_shards(*windows[window])) >= set(plan.list_shards(*first[window + 1])[:4])
+
+
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_samples_are_mixed_within_windows(window):
+    plan = build(2, 300, 5, window, 4)
+    rows = [row for _, batch, _ in walk(plan, 1) for row in batch]
+    shards = np.random.default_rng(2)
+    shards.integers(1, 4, 300)
+    neighbours = np.diff(shards.integers(0, 5, 300)[rows]) == 0
+    assert (neighbours.mean() > 0.9) == (window == 1)
+    assert plan.order_name.endswith(f"-{window}") and Plan(np.ones(3, int), 1, 0).order_name == ""

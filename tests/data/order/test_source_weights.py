@@ -1,0 +1,103 @@
+"""Weights of sources: how often the samples of each come in an epoch, on any number of ranks."""
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.data.checks.data import check_latents, check_records
+from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
+from sdxl_trainer.data.order.source_weights import weigh_sources
+from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.train.run.job import count_repeats
+
+SOURCES = {"a.json": range(0, 8), "b.json": range(8, 13), "c.json": range(3, 16)}  # the last one updates the others
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """16 latents of two buckets, told of by three files: 8 belong to the first, 5 to the second, 3 to the third."""
+    for name, rows in SOURCES.items():
+        (tmp_path / name).write_bytes(orjson.dumps({f"s{row:02d}": {"caption": name} for row in rows}))
+    for row in range(16):
+        side = (64, 96) if row % 2 else (64, 64)
+        write_latents(tmp_path / f"s{row:02d}.npz", LatentSample(np.zeros((4, side[1] // 8, 8), np.float32), side,
+                                                                 (0, 0, *side)))  # fmt: skip
+    return tmp_path
+
+
+def open_index(folder: Path, *names: str) -> Index:
+    return open_latent_index(folder, open_record_index(folder, [folder / name for name in names], []))
+
+
+def test_a_record_belongs_to_the_entry_that_it_first_appears_in(folder: Path) -> None:
+    index = open_index(folder, *SOURCES)
+    assert index.column("source").tolist() == [0] * 8 + [1] * 5 + [2] * 3
+    assert index.record(4)["caption"] == "c.json" and "//source" not in index.record(4)
+    # Files that one entry names are one source; which files those are is part of what an index is made from.
+    (folder / "c.json").unlink()
+    assert open_index(folder, "{a,b}.json").column("source").tolist() == [0] * 13
+    assert open_index(folder, "a.json", "b.json").column("source").tolist() == [0] * 8 + [1] * 5
+
+
+def test_epochs_hold_each_source_as_often_as_it_weighs_on_any_number_of_ranks(folder: Path) -> None:
+    index = open_index(folder, *SOURCES)
+    assert weigh_sources(index, None, []) is None and weigh_sources(index, None, [1, 1, 1]) is None
+    repeats = weigh_sources(index, None, [1, 2.25, 0])
+    assert repeats is not None and repeats.tolist() == [1.0] * 8 + [2.25] * 5 + [0.0] * 3
+    held_out = np.array([0.0] + [2.0] * 15)  # what a strategy or a validation set said goes in
+    assert weigh_sources(index, held_out, [1, 2.25, 0]).tolist() == [0.0] + [2.0] * 7 + [4.5] * 5 + [0.0] * 3  # pyright: ignore
+    plan = build_plan(index, 8, 3, repeats)
+    batches = [plan.batch(epoch, number) for epoch in range(4) for number in range(plan.num_batches(epoch))]
+    turns = Counter(row for batch in batches for row in batch.rows.tolist())
+    wanted = np.array([4] * 8 + [9] * 5 + [0] * 3)  # over the four epochs that make them whole
+    missing = wanted - np.array([turns[row] for row in range(16)])
+    assert missing.min() >= 0 and missing.sum() == plan.num_carried(3) < 2 * 8
+    for world_size in (1, 2, 4, 8):
+        steps = 8 // world_size
+        ranks = [list(islice(iterate_specs(plan, (0, 0), rank, world_size, 1), len(batches) * steps))
+                 for rank in range(world_size)]  # fmt: skip
+        rows = [int(rank[step].rows[0]) for step in range(len(batches) * steps) for rank in ranks]
+        assert rows == [row for batch in batches for row in batch.rows.tolist()]
+
+
+def test_folders_have_weights_too_and_those_of_regularisation_none(tmp_path: Path) -> None:
+    for name in ("one", "two", "prior"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / name / f"{name}.png")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    index = open_record_index(tmp_path, [], folders, ",", [tmp_path / "prior"])
+    assert index.column("source").tolist() == [0, 1, 2]
+    assert weigh_sources(index, None, [0.5, 3]).tolist() == [0.5, 3, 1]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_wrong_weights_are_told(folder: Path) -> None:
+    settings = folder / "x.yaml"
+
+    def write(weights: str, text: str = "") -> None:
+        files = ", ".join(str(folder / name) for name in SOURCES)
+        settings.write_text(f"data: {{metadata: [{files}], weights: {weights}}}\n"
+                            f"run: {{dir: {folder / 'runs'}}}\n{text}")  # fmt: skip
+
+    write("[1, 2]")
+    [problem] = check_records(load_config(settings)[0])[1]
+    assert problem.key == "data.weights" and "2 numbers for the 3 entries of data.metadata" in problem.rule
+    write("[0, 0, 0]")
+    [problem] = check_latents(load_config(settings)[0], resuming=False)[1]
+    assert problem.key == "data.weights" and "nothing to train on" in problem.rule
+    write("[0, 0, 0.5]")
+    config = load_config(settings)[0]
+    index, problems = check_latents(config, resuming=False)
+    assert problems == [] and index is not None
+    repeats = count_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
+    assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last one is held out
+    write("[1, -1, 1]")
+    assert [problem.key for problem in load_config(settings)[1]] == ["data.weights"]

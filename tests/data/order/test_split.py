@@ -1,0 +1,44 @@
+"""The held-out split: by each key's own hash, so stable under whatever happens to other samples."""
+
+import numpy as np
+import pyarrow as pa
+
+from sdxl_trainer.data.order.split import find_common, hash_keys, leave_out, select_share
+
+
+def chunk(*chunks: list[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(keys, pa.string()) for keys in chunks], pa.string())
+
+
+KEYS = [f"img_{number:05d}" for number in range(20_000)] + ["", "a", "ä", "猫", "a" * 500]
+
+
+def test_a_hash_is_the_keys_own_and_evenly_spread() -> None:
+    hashes = hash_keys(chunk(KEYS), 0)
+    assert len(np.unique(hashes)) == len(KEYS)
+    counts, _ = np.histogram(hashes.astype(np.float64), 20, (0, 2.0**64))
+    assert abs(counts - len(KEYS) / 20).max() < 5 * (len(KEYS) / 20) ** 0.5
+    # In other company, in other chunks, in a slice: the same.
+    some = [KEYS[number] for number in (5, 20_003, 17, 20_000)]
+    cut = pa.chunked_array([pa.array(["x", *some[:2]]).slice(1), pa.array(some[2:])])
+    assert hash_keys(cut, 0).tolist() == hashes[[5, 20_003, 17, 20_000]].tolist()
+    assert not np.any(hash_keys(chunk(KEYS), 1) == hashes)
+
+
+def test_a_share_is_stable_when_samples_come_and_go() -> None:
+    hashes = hash_keys(chunk(KEYS), 7)
+    held = {KEYS[row] for row in select_share(hashes, 0.1)}
+    assert abs(len(held) - 0.1 * len(KEYS)) < 5 * (0.09 * len(KEYS)) ** 0.5
+    fewer = KEYS[::3]
+    assert {fewer[row] for row in select_share(hash_keys(chunk(fewer), 7), 0.1)} == held & set(fewer)
+    longer, shorter = select_share(hashes, 0.1), select_share(hashes, 0.05)
+    assert longer[: len(shorter)].tolist() == shorter.tolist()
+    assert len(select_share(hashes, 0)) == 0
+
+
+def test_what_is_held_out_is_used_no_more() -> None:
+    rows = find_common(chunk(["a", "b"], ["c", "d"]), chunk(["d", "x", "b"]))
+    assert rows.tolist() == [1, 3]
+    assert leave_out(rows, 4, None).tolist() == [1, 0, 1, 0]
+    assert leave_out(rows, 4, np.array([2, 2, 0.5, 1])).tolist() == [2, 0, 0.5, 0]
+    assert leave_out(np.empty(0, int), 4, None) is None

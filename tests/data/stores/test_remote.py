@@ -1,0 +1,338 @@
+"""Shards and metadata on an S3 server on loopback give the very batches that local files give, and faults are named."""
+
+import io
+import json
+import os
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from programs import TINY
+
+pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+import s3fs  # noqa: E402
+import torch  # noqa: E402
+
+from sdxl_trainer.configs.problems import Problem  # noqa: E402
+from sdxl_trainer.configs.schema import Config  # noqa: E402
+from sdxl_trainer.data.checks.data import check_latents, check_records  # noqa: E402
+from sdxl_trainer.data.formats.latents import LatentSample, pack_latents  # noqa: E402
+from sdxl_trainer.data.formats.shards import ShardWriter  # noqa: E402
+from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index  # noqa: E402
+from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings  # noqa: E402
+from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs  # noqa: E402
+from sdxl_trainer.data.metadata.records import load_record  # noqa: E402
+from sdxl_trainer.data.stores import remote  # noqa: E402
+from sdxl_trainer.data.stores.localize import name_version  # noqa: E402
+from sdxl_trainer.data.stores.shard_copies import ShardCopies  # noqa: E402
+from sdxl_trainer.data.text.captions import CaptionSettings  # noqa: E402
+from sdxl_trainer.data.text.tokens import END, load_tokenizer  # noqa: E402
+
+TOKENIZERS = TINY
+BUCKETS = [(64, 96), (96, 64)]
+NUM_SHARDS, PER_SHARD = 3, 8
+
+
+@pytest.fixture(scope="module")
+def server():
+    """An S3 server; its address and made-up credentials are where s3fs looks for them."""
+    settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
+    running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    settings["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*running.get_host_and_port())
+    before = dict(os.environ)
+    os.environ.update(settings)
+    forkserver._forkserver._stop()  # loader workers have the environment of when it started
+    yield settings["AWS_ENDPOINT_URL"]
+    running.stop()
+    os.environ.clear()
+    os.environ.update(before)
+    forkserver._forkserver._stop()
+
+
+@pytest.fixture(scope="module")
+def store(server) -> s3fs.S3FileSystem:
+    store = s3fs.S3FileSystem()
+    store.mkdir("bucket")
+    return store
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, store) -> Path:
+    """Three shards of two buckets each, the same on disk and as `s3://bucket/set/s-<n>.tar`."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(NUM_SHARDS):
+        writer = ShardWriter(folder / f"s-{number}.tar")
+        for item in range(PER_SHARD):
+            bucket = BUCKETS[item % 2]
+            shape = (4, bucket[1] // 8, bucket[0] // 8)
+            latents = np.random.default_rng(number * PER_SHARD + item).standard_normal(shape).astype(np.float32)
+            crop = (item, 0, item + bucket[0], bucket[1])
+            npz = pack_latents(LatentSample(latents, (200 + item, 300), crop, flipped=latents[..., ::-1]))
+            writer.append(f"k{number}.{item}", orjson.dumps({"caption": f"a {number} b {item}", "n": item}), npz)
+        writer.close()
+        store.put_file(str(writer.path), f"bucket/set/s-{number}.tar")
+    return folder
+
+
+def open_index(cache: Path, *metadata: Path | str) -> Index:
+    return open_latent_index(cache, open_record_index(cache, list(metadata), []))
+
+
+def build_dataset(cache: Path, index: Index, copies: ShardCopies | None = None) -> LatentDataset:
+    tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
+    settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings())
+    return LatentDataset(index, cache, tokenizers, settings, copies=copies)
+
+
+def read_epoch(dataset: LatentDataset, num_workers: int = 0, size: int = 2) -> list[MicroBatch]:
+    plan = build_plan(dataset.index, size, seed=1)
+    batches = iterate_batches(dataset, iterate_specs(plan, (0, 0), 0, 1, size), num_workers)
+    return [next(batches) for _ in range(plan.num_batches(0))]
+
+
+def assert_same(one: list[MicroBatch], other: list[MicroBatch]) -> None:
+    assert len(one) == len(other) > 0
+    for left, right in zip(one, other, strict=True):
+        for name, value in vars(left).items():
+            found = getattr(right, name)
+            assert torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found, name
+
+
+def make_copies(cache: Path, folder: Path, limit_bytes: int = 1 << 30) -> ShardCopies:
+    return ShardCopies(folder, limit_bytes, partial(name_version, cache / "index"))
+
+
+def test_shards_on_a_store_give_the_batches_of_local_ones(tmp_path, shards, store):
+    local = read_epoch(build_dataset(tmp_path / "a", open_index(tmp_path / "a", shards / "s-{0..2}.tar")))
+    index = open_index(tmp_path / "b", "s3://bucket/set/s-{0..2}.tar")
+    assert index.strings("file").to_pylist()[0] == "s3://bucket/set/s-0.tar"
+    dataset = build_dataset(tmp_path / "b", index)
+    assert_same(local, read_epoch(dataset))
+    assert sorted(row for batch in local for row in batch.rows.tolist()) == list(range(NUM_SHARDS * PER_SHARD))
+    assert_same(local, read_epoch(dataset, num_workers=1))  # spawned: it finds the store by itself
+    everything = open_index(tmp_path / "b", "s3://bucket/set/*.tar")
+    assert everything.strings("key").to_pylist() == index.strings("key").to_pylist()
+
+
+def test_the_index_reads_little_of_the_shards_and_only_once(tmp_path, store, monkeypatch):
+    """The latents are not read for it."""
+    latents = np.ones((4, 128, 128), np.float32)
+    writer = ShardWriter(tmp_path / "big.tar")
+    for item in range(6):
+        npz = pack_latents(LatentSample(latents, (1024, 1024), (0, 0, 1024, 1024)))
+        writer.append(f"k{item}", orjson.dumps({"caption": "c" * 1500}), npz)
+    writer.close()
+    store.put_file(str(writer.path), "bucket/one/big.tar")
+    read, once = [], remote._read_once
+    monkeypatch.setattr(remote, "_read_once", lambda spans: (read.extend(spans), once(spans))[1])
+    index = open_index(tmp_path / "cache", "s3://bucket/one/big.tar")
+    assert len(index) == 6 and index.row(5)["original_width"] == 1024
+    assert len(read) <= 2 * 6 + 2
+    assert sum(size for _, _, size in read) < 0.1 * writer.path.stat().st_size
+    read.clear()
+    (tmp_path / "m.jsonl").write_text('{"key": "k0", "caption": "another"}\n')
+    again = open_index(tmp_path / "cache", "s3://bucket/one/big.tar", tmp_path / "m.jsonl")
+    assert again.record(0)["caption"] == "another" and read == []
+    # Another object under the name is noticed, and read.
+    store.pipe_file("bucket/one/big.tar", (tmp_path / "big.tar").read_bytes().replace(b"cc", b"dd"))
+    store.invalidate_cache()
+    changed = open_index(tmp_path / "cache", "s3://bucket/one/big.tar")
+    assert changed.record(5)["caption"].startswith("dd") and read
+
+
+def test_metadata_on_a_store(tmp_path, store):
+    records = [{"image_path": f"{key}.png", "caption": key, "width": 9, "height": 8} for key in "ab"]
+    contents = {
+        "m.json": json.dumps({"a": records[0], "b": records[1]}),
+        "m.jsonl": "\n".join(map(json.dumps, records)),
+        "m.csv": "image_path,caption,width,height\na.png,a,9,8\nb.png,b,9,8\n",
+    }
+    for name, content in contents.items():
+        store.pipe_file(f"bucket/meta/{name}", content.encode())
+        index = open_record_index(tmp_path, [f"s3://bucket/meta/{name}"], [])
+        rows = [(load_record(row), row["width"]) for row in map(index.row, range(2))]
+        assert [(record["key"], record["caption"], width) for record, width in rows] == [
+            ("a", "a", 9),
+            ("b", "b", 9),
+        ], name
+    store.pipe_file("bucket/meta/bad.jsonl", b'{"image_path": "a.png"}\n{"x": }\n')
+    with pytest.raises(ValueError, match=r"^s3://bucket/meta/bad.jsonl:2:7: malformed JSON"):
+        open_record_index(tmp_path, ["s3://bucket/meta/bad.jsonl"], [])
+
+
+def check(tmp_path: Path, *metadata: str) -> list[Problem]:
+    data = {"metadata": list(metadata), "max_bad_fraction": 1.0}
+    config = Config.model_validate({"data": data, "cache": {"dir": str(tmp_path / "cache")}})
+    return check_records(config)[1]
+
+
+def test_what_is_not_there_is_named_before_the_start(tmp_path, shards, store, monkeypatch):
+    [problem] = check(tmp_path, "s3://bucket/set/s-{0..3}.tar")
+    assert problem.key == "data.metadata.0" and "names 1 that are no files, s3://bucket/set/s-3.tar" in problem.rule
+    [problem] = check(tmp_path, "s3://no-such-bucket/s-0.tar")
+    assert "is not there: The specified bucket does not exist" in problem.rule
+    [problem] = check(tmp_path, "s3://bucket/nothing/*.tar")
+    assert "s3://bucket/nothing/*.tar" in str(problem) and "is not there" in problem.rule
+    [problem] = check(tmp_path, "gs://bucket/s-0.tar")
+    assert "gs:// needs a package that is not installed: Please install gcsfs" in problem.rule
+    [problem] = check(tmp_path, "tape://x/y.tar")
+    assert "Protocol not known: tape" in problem.rule
+    config = Config.model_validate({"data": {"metadata": ["s3://bucket/set/s-0.tar"]}})
+    [problem] = check_records(config)[1]
+    assert problem.key == "cache.dir"
+    store.pipe_file("bucket/bad/cut.tar", (shards / "s-0.tar").read_bytes()[:9000])
+    [problem] = check(tmp_path, "s3://bucket/bad/cut.tar")
+    assert "s3://bucket/bad/cut.tar: " in problem.rule and "unexpected end of data" in problem.rule
+
+
+def test_a_store_that_cannot_be_reached_ends_the_job_and_no_sample(tmp_path, shards, store, monkeypatch):
+    index = open_index(tmp_path, "s3://bucket/set/s-0.tar")
+    dataset = build_dataset(tmp_path, index)
+    whole = read_epoch(dataset)
+    once, calls = remote._read_once, []
+
+    def fail_twice(spans):
+        calls.append(len(spans))
+        return [ConnectionResetError("gone") for _ in spans] if len(calls) < 3 else once(spans)
+
+    monkeypatch.setattr(remote, "_read_once", fail_twice)
+    assert_same(whole, read_epoch(dataset))
+    assert len(calls) == len(whole) + 2
+    monkeypatch.setattr(remote, "_read_once", lambda spans: [TimeoutError("no answer") for _ in spans])
+    with pytest.raises(remote.StoreError, match="s3://bucket/set/s-0.tar at byte .*: TimeoutError: no answer"):
+        read_epoch(dataset)
+    monkeypatch.setattr(remote, "_read_once", lambda spans: [PermissionError("denied") for _ in spans])
+    with pytest.raises(remote.StoreError, match="PermissionError: denied"):
+        read_epoch(dataset)
+
+
+def test_shards_that_change_while_training_make_bad_samples(tmp_path, shards, store):
+    content = (shards / "s-0.tar").read_bytes()
+    store.pipe_file("bucket/gone/a.tar", content)
+    store.put_file(str(shards / "s-1.tar"), "bucket/gone/b.tar")
+    index = open_index(tmp_path, "s3://bucket/gone/{a,b}.tar")
+    dataset = build_dataset(tmp_path, index)
+    keys = index.strings("key").to_pylist()
+    last = index.row(PER_SHARD - 1)
+    store.pipe_file("bucket/gone/a.tar", content[: last["offset"] + 100])
+    batches = read_epoch(dataset)
+    [(key, reason)] = [item for batch in batches for item in batch.bad]
+    assert key == last["key"] and "s3://bucket/gone/a.tar at byte" in reason and "is cut short: 100 of" in reason
+    store.pipe_file("bucket/gone/a.tar", content[:2000])
+    bad = [item for batch in read_epoch(dataset) for item in batch.bad]
+    assert sorted(key for key, _ in bad) == keys[:PER_SHARD] and all("is cut short: " in reason for _, reason in bad)
+    store.rm("bucket/gone/a.tar")
+    batches = read_epoch(dataset)
+    bad = [item for batch in batches for item in batch.bad]
+    assert sorted(key for key, _ in bad) == keys[:PER_SHARD] and all("key does not exist" in said for _, said in bad)
+    assert sum(batch.weights.sum().item() for batch in batches) == len(index) - len(bad)
+
+
+def test_full_checking_reads_from_the_store(tmp_path, shards, store):
+    content = bytearray((shards / "s-2.tar").read_bytes())
+    place = open_index(tmp_path, shards / "s-2.tar").row(3)
+    content[place["offset"] + 500] ^= 1
+    store.pipe_file("bucket/flipped/x.tar", bytes(content))
+    data = {"metadata": ["s3://bucket/flipped/x.tar"], "check": "full", "max_bad_fraction": 0.5}
+    settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
+    _, problems = check_latents(Config.model_validate(settings), resuming=False)
+    assert problems == []
+    [line] = (tmp_path / "r" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
+    assert orjson.loads(line)["key"] == "k2.3" and "CRC-32" in orjson.loads(line)["reason"]
+
+
+def test_copies_are_read_instead_of_the_store(tmp_path, shards, store, monkeypatch):
+    index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
+    plain = read_epoch(build_dataset(tmp_path, index))
+    dataset = build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies"))
+    assert_same(plain, read_epoch(dataset))
+    files = sorted((tmp_path / "copies").iterdir())
+    assert len(files) == NUM_SHARDS
+    reads, once = [], remote._read_once
+    monkeypatch.setattr(remote, "_read_once", lambda spans: (reads.extend(spans), once(spans))[1])
+    assert_same(plain, read_epoch(dataset))
+    assert reads == []
+    content = bytearray(files[0].read_bytes())
+    content[-700] ^= 1  # a torn copy is read anew
+    files[0].write_bytes(content)
+    assert_same(plain, read_epoch(dataset))
+    assert len(reads) == 1
+    assert_same(plain, read_epoch(dataset))
+    assert len(reads) == 1
+    make_copies(tmp_path, tmp_path / "copies", limit_bytes=1).keep("s3://bucket/set/s-0.tar", 0, b"x")
+    assert len(list((tmp_path / "copies").iterdir())) == 1  # too little room: the others went
+
+
+def read_streamed(dataset: LatentDataset, num_epochs: int, rank: int = 0, ranks: int = 1, at=(0, 0)) -> dict:
+    """(key, epoch) of what each batch of the epochs holds for a rank, by position in its stream."""
+    plan = build_plan(dataset.index, 4, seed=1, shuffle_shards=1)
+    specs = iterate_specs(plan, at, rank, ranks, 4 // ranks)
+    keys, found, position = dataset.index.strings("key").to_pylist(), {}, plan.settle_position(*at)
+    while position[0] < num_epochs:
+        spec = next(specs)
+        batch = dataset[spec]
+        assert batch.bad == [] and batch.weights.min() == 1
+        found[position] = [(keys[row], int(e)) for row, e in zip(batch.rows.tolist(), spec.epochs, strict=True)]
+        position = plan.next_position(*position)
+    return found
+
+
+def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, store, monkeypatch):
+    index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
+    dataset = build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies"))
+    whole = read_streamed(dataset, 2)
+    taken = sorted(item for batch in whole.values() for item in batch)
+    assert taken == sorted((key, epoch) for key in index.strings("key").to_pylist() for epoch in (0, 1))
+    for future in dataset.store._coming.values():
+        future.result()
+    assert len(list((tmp_path / "copies").glob("*.tar"))) == NUM_SHARDS
+    reads, once = [], remote._read_once
+    monkeypatch.setattr(remote, "_read_once", lambda spans: (reads.extend(spans), once(spans))[1])
+    for rank in (0, 1):  # the ranks' shares, in their order, are the batches of one rank
+        share = read_streamed(dataset, 2, rank, 2)
+        assert {at: batch[2 * rank :][:2] for at, batch in whole.items()} == share
+    middle = list(whole)[5]
+    assert list(read_streamed(dataset, 2, at=middle).values()) == list(whole.values())[5:]
+    assert reads == []
+
+
+def test_a_server_without_ranges_is_read_by_whole_shards(tmp_path, shards, store, monkeypatch):
+    def send_all(spans):
+        return [remote._trim(store.cat_file(url), url, offset, size) for url, offset, size in spans]
+
+    monkeypatch.setattr(remote, "_read_once", send_all)
+    index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
+    with pytest.raises(remote.NoRangesError, match="sends whole files only; set data.stream.shuffle_shards"):
+        read_epoch(build_dataset(tmp_path, index))
+    streamed = read_streamed(build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies")), 1)
+    assert len({key for batch in streamed.values() for key, _ in batch}) == NUM_SHARDS * PER_SHARD
+
+
+def test_too_little_room_for_copies_is_an_error_at_the_start(tmp_path, shards, store):
+    stream = {"shuffle_shards": 2, "copies_gb": 1e-4}
+    data = {"metadata": ["s3://bucket/set/s-{0..2}.tar"], "stream": stream}
+    settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
+    [problem] = check_latents(Config.model_validate(settings), resuming=False)[1]
+    assert problem.key == "data.stream.copies_gb" and "less than two windows" in problem.rule
+
+
+def test_a_file_window_reads_any_place(store):
+    content = bytes(range(256)) * 20
+    store.pipe_file("bucket/window", content)
+    [item] = remote.describe_objects(["s3://bucket/window"])
+    file, plain = remote.RemoteFile(item, 50, 100), io.BytesIO(content)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        place, count = int(rng.integers(0, len(content) + 50)), int(rng.integers(0, 400))
+        assert file.seek(place) == plain.seek(place) and file.read(count) == plain.read(count)

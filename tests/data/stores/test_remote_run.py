@@ -1,0 +1,82 @@
+"""A store that goes away in the middle of a run: tried again, then an error that names it, with the state saved."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+from programs import ROOT
+
+pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+import s3fs  # noqa: E402
+
+from sdxl_trainer.data.formats.manifest import read_entries  # noqa: E402
+from sdxl_trainer.data.formats.shards import ShardWriter  # noqa: E402
+from sdxl_trainer.train.checkpoint.folder import list_checkpoints, settle_partials  # noqa: E402
+from sdxl_trainer.train.checkpoint.state import TrainState  # noqa: E402
+from sdxl_trainer.train.report.metrics import read_metrics  # noqa: E402
+
+# The program as it is, but that its patience with a store ends after a second.
+IMPATIENT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from sdxl_trainer.data.stores import remote
+remote.FIRST_WAIT_SECONDS, remote.PATIENCE_SECONDS = 0.05, 1.0
+from sdxl_trainer.train.main import main
+from sdxl_trainer.launch.program import end_program
+end_program(main())
+"""
+
+
+def make_shard(cached_folder: Path, path: Path) -> None:
+    """The latents of `cached_folder` with their captions as one shard."""
+    metadata = orjson.loads((cached_folder / "data" / "metadata.json").read_bytes())
+    writer = ShardWriter(path)
+    for entry in read_entries(cached_folder / "latents"):
+        content = (cached_folder / "latents" / entry.file).read_bytes()
+        writer.append(entry.key, orjson.dumps({"caption": metadata[entry.key]["caption"]}), content)
+    writer.close()
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, number: int) -> None:
+    """Until so many steps are logged, or the program has ended."""
+    log = run / "logs" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < number):
+        time.sleep(0.05)
+
+
+def test_a_store_that_goes_away_ends_the_run_with_its_state_saved(cached_folder, tmp_path):
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    access = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1",
+              "AWS_MAX_ATTEMPTS": "1"}  # fmt: skip
+    store = s3fs.S3FileSystem(key="x", secret="y", endpoint_url=address, skip_instance_cache=True)
+    store.mkdir("lost")
+    make_shard(cached_folder, tmp_path / "a.tar")
+    store.put_file(str(tmp_path / "a.tar"), "lost/a.tar")
+    words = ("data.metadata=[s3://lost/a.tar]", f"cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path}",
+             "run.name=run", "train.max_steps=5000", "sample.prompts=[]", "checkpoint.every_steps=0")  # fmt: skip
+    command = [sys.executable, "-c", IMPATIENT, str(ROOT / "train"), "--cfg", str(cached_folder / "tiny.yaml"), *words]
+    environment = {**os.environ, **access, "AWS_ENDPOINT_URL": address, "OMP_NUM_THREADS": "1"}
+    run = tmp_path / "run"
+    with open(tmp_path / "printed", "wb") as printed:
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
+        wait_for_steps(process, run, 3)
+        server.stop()
+        try:
+            status = process.wait(120)
+        finally:
+            process.kill()
+    said = (tmp_path / "printed").read_text()
+    assert status == 1, said[-4000:]
+    assert "StoreError: s3://lost/a.tar at byte" in said and "shard of step" in said
+    settle_partials(run / "checkpoints")
+    [folder] = list_checkpoints(run / "checkpoints")
+    assert TrainState.load(folder).step == len(list(read_metrics(run / "logs" / "metrics.jsonl"))) >= 3
+    assert not (run / "logs" / "bad_samples.jsonl").exists()  # nothing is wrong with the samples

@@ -1,0 +1,63 @@
+"""How programs take their command line: a mistake in it is wrong input, and told once."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+from sdxl_trainer.cache.main import main as cache_main
+from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.launch import program
+from sdxl_trainer.launch.status import STATUS_FILE_VARIABLE
+from sdxl_trainer.train.main import main as train_main
+
+
+@pytest.mark.parametrize("words", [[], ["--cfg", "x.yaml", "--bogus"]])
+def test_a_wrong_command_line_is_status_2_and_told_by_rank_0_alone(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(program, "COURTESY_SECONDS", 0)
+    monkeypatch.setenv(STATUS_FILE_VARIABLE, str(tmp_path / "status"))
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        (tmp_path / "status").write_text("")
+        with pytest.raises(SystemExit) as ended:
+            program.build_parser("x").parse_args(words)
+        assert ended.value.code == 2 and (tmp_path / "status").read_text() == "2"
+        assert capsys.readouterr().err.count("usage: ") == (rank == "0")
+
+
+def test_a_program_outside_its_environment_names_the_one_that_there_is(tmp_path: Path) -> None:
+    for name in ("train/main.py", "cache/main.py", "train/sample_main.py"):
+        copy, activate = tmp_path / name, tmp_path / ".venv" / "bin" / "activate"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text((ROOT / name).read_text())
+        command = [sys.executable, "-I", "-S", str(copy)]  # without site-packages
+        said = [subprocess.run(command, capture_output=True, text=True, check=False).stderr]
+        activate.parent.mkdir(parents=True, exist_ok=True)
+        activate.touch()
+        said.append(subprocess.run(command, capture_output=True, text=True, check=False).stderr)
+        activate.unlink()
+        assert "run: pip install -e ." in said[0] and f"run: source {activate}\n" in said[1]
+
+
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_model(ModelConfig(path="runs/none", vae="runs/none")) == []  # might be a hub id
+    (tmp_path / "runs").mkdir()
+    found = {problem.key: problem for problem in check_model(ModelConfig(path="runs/none", vae="runs/none"))}
+    assert set(found) == {"model.path", "model.vae"} and found["model.path"].cure == "check the path"
+    for path in ("./runs/none", "../none", "/none/at/all"):
+        assert [problem.key for problem in check_model(ModelConfig(path=path))] == ["model.path"]
+
+
+@pytest.mark.parametrize("main", [cache_main, train_main])
+def test_settings_may_stand_before_and_after_options(main: Callable[[list[str]], int], capsys) -> None:
+    assert main(["run.name=x", "--cfg", "absent.yaml", "--dry-run", "log.level=INFO"]) == 2
+    assert "absent.yaml" in capsys.readouterr().err

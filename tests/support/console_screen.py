@@ -1,0 +1,128 @@
+"""A process in a real pseudo-terminal for the tests, and a terminal simple enough to know all that rich may ask of it.
+
+As a program, what test_console.py starts there: a display with log lines above it, which ends as the second word says.
+"""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+import time
+
+CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
+SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "NO_COLOR", "COLUMNS", "LINES")  # or pytest
+
+
+def run_in_terminal(
+    *words: object,
+    columns: int = 80,
+    then: tuple[str, int] | None = None,
+    nohup: bool = True,
+    environment: dict[str, str] | None = None,
+) -> tuple[int, str]:
+    """(exit status, all that was written) of a program on a terminal of 24 rows.
+
+    Args:
+        then: as soon as it has written the first, the terminal has the second for its columns; with 0 it goes away.
+    """
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what runs in its background without it
+        kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
+        command = [sys.executable, *(str(word) for word in words)]
+        os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
+    set_columns(terminal, columns)
+    written = bytearray()
+    try:
+        while (then is None or then[1] or then[0].encode() not in written) and (read := os.read(terminal, 1 << 16)):
+            written += read
+            if then and then[0].encode() in read:
+                set_columns(terminal, then[1])
+    except OSError:  # the other end is closed
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
+
+
+def set_columns(terminal: int, columns: int) -> None:
+    """Give a terminal its width."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+class Terminal:
+    """What is on the screen, as endless rows. Knows carriage return, line feed, colours, erasing a line, going up, and
+    hiding the cursor; anything else is an error, so that nothing is done to a terminal that must be undone."""
+
+    def __init__(self, written: str, columns: int = 80):
+        self.rows, self.row, self.column, self.cursor_is_visible = [""], 0, 0, True
+        self._columns, end = columns, 0
+        for match in CODE.finditer(written):
+            assert match.start() == end, f"unknown: {written[end : end + 20]!r}"
+            end = match.end()
+            self._obey(*match.groups())
+        assert end == len(written)
+
+    def _obey(self, number: str | None, code: str | None, control: str | None, text: str | None) -> None:
+        if text:
+            for character in text:
+                if self.column == self._columns:
+                    self._obey(None, None, "\n", None)
+                    self.column = 0
+                row = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = row[: self.column] + character + row[self.column + 1 :]
+                self.column += 1
+        elif control == "\n":
+            self.row += 1
+            self.rows += [""] * (self.row == len(self.rows))
+        elif control == "\r":
+            self.column = 0
+        elif code == "A":
+            self.row -= int(number or 1)
+        elif (number, code) == ("2", "K"):
+            self.rows[self.row] = ""
+        elif number == "?25":
+            self.cursor_is_visible = code == "h"
+        else:
+            assert code == "m", f"unknown: {number}{code}"
+
+    def __str__(self) -> str:
+        return "\n".join(self.rows)
+
+
+def show(rank: int, ending: str) -> None:
+    """A display for a little while."""
+    from loguru import logger
+    from rich.table import Table
+
+    from sdxl_trainer.launch.logger import SCREEN, init_logger, log_table
+    from sdxl_trainer.train.run.display import Display
+
+    init_logger(rank)
+    table = Table(title="a table")
+    table.add_row("its cell")
+    log_table(table)
+    display = Display("the title", "its end", 0.5, [(("first", "1"), ("second", "2"))], {"third": "3"})
+    with SCREEN.show_live(display, 6, rank):
+        logger.bind(displayed=True).info("what the display shows")
+        for number in range(3):
+            logger.warning("{} {}", number, "x" * 150)
+            print("printed", number, "[/no markup]")
+            while (ending == "narrow" and os.get_terminal_size(2).columns > 40) or (ending == "gone" and os.isatty(2)):
+                time.sleep(0.01)
+        sys.stdout.write("[/half a line] ")
+        sys.stdout.flush()
+        if ending == "raise":
+            raise ValueError("broken")
+        if ending == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if ending == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    show(int(sys.argv[1]), sys.argv[2])

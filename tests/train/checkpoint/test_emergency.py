@@ -1,0 +1,219 @@
+"""The emergency save of one rank: once, of whole steps only, without hiding what ended the job."""
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from loguru import logger
+from reshard_ranks import build_engine, train
+
+from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.launch.distributed import Ranks, init_ranks
+from sdxl_trainer.launch.signals import Interrupted
+from sdxl_trainer.train.checkpoint import emergency
+from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
+from sdxl_trainer.train.checkpoint.folder import find_checkpoint, settle_partials
+from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine.engine import Engine
+
+FIRST_STEP = 10  # of the run, when this engine was made
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return init_ranks()
+
+
+@pytest.fixture
+def engine(ranks: Ranks) -> Engine:
+    """Three steps old."""
+    engine = build_engine(2, ranks)
+    train(engine, ranks, range(3))
+    return engine
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    lines: list[str] = []
+    sink = logger.add(lambda line: lines.append(str(line)), format="{message}")
+    yield lines
+    logger.remove(sink)
+
+
+def build_saver(engine: Engine, folder: Path, export: Callable[[Path], None] | None = None) -> EmergencySaver:
+    writer = CheckpointWriter(folder / "checkpoints", 0, 1, "t", keep_last=1)
+
+    def read_state(completed: int) -> TrainState:
+        return TrainState(step=FIRST_STEP + completed, world_size=1)
+
+    return EmergencySaver(engine, writer, read_state, export, folder / "models")
+
+
+def find_step(folder: Path) -> int | None:
+    """The step that the next start goes on from."""
+    settle_partials(folder / "checkpoints")
+    found = find_checkpoint(folder / "checkpoints")
+    return TrainState.load(found).step if found else None
+
+
+def write_model(path: Path) -> None:
+    assert path.with_suffix(".claim").exists(), "no other rank may begin it now"
+    path.write_bytes(b"weights")
+
+
+def test_an_error_is_let_through_once_the_state_and_the_weights_are_saved(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="planted"), build_saver(engine, tmp_path, write_model):
+        raise KeyError("planted")
+    assert find_step(tmp_path) == FIRST_STEP + 3
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [
+        f"emergency-step-{FIRST_STEP + 3:08d}.safetensors"
+    ]
+
+
+@pytest.mark.parametrize("end", [None, Interrupted(signal.SIGTERM), FailedError("told in full")])
+def test_an_end_in_good_order_saves_nothing(engine: Engine, tmp_path: Path, end: Exception | None) -> None:
+    try:
+        with build_saver(engine, tmp_path, write_model):
+            if end:
+                raise end
+    except (Interrupted, FailedError) as error:
+        assert error is end
+    assert list(tmp_path.iterdir()) == []
+    assert signal.set_wakeup_fd(-1) == -1, "signals are nobody's any more"
+
+
+def test_a_half_done_update_is_not_saved(engine: Engine, tmp_path: Path, said: list[str], monkeypatch) -> None:
+    """Neither while it is under way nor after an error in its middle; what remains is the checkpoint before."""
+    monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
+    engine._updating.acquire()
+    assert build_saver(engine, tmp_path).save("planted") is None
+    engine._updating.release()
+    step = engine._engine.optimizer.optimizer.step
+    monkeypatch.setattr(engine._engine.optimizer.optimizer, "step", lambda *_: (step(), 1 / 0))
+    with pytest.raises(ZeroDivisionError), build_saver(engine, tmp_path):
+        train(engine, init_ranks(), range(3, 4))
+    assert find_step(tmp_path) is None
+    assert len([line for line in said if "an update is under way" in line]) == 2
+
+
+def test_what_is_saved_already_or_untouched_is_not_written(engine: Engine, ranks, tmp_path: Path, said) -> None:
+    saver = build_saver(engine, tmp_path, write_model)
+    saver._writer.last_step = FIRST_STEP + 3
+    assert saver.save("planted") is None and f"step {FIRST_STEP + 3} is saved already" in said[-1]
+    assert build_saver(build_engine(2, ranks), tmp_path, write_model).save("no step yet") is None
+    assert not (tmp_path / "models").exists() and find_step(tmp_path) is None
+
+
+def test_the_checkpoint_in_hand_comes_first(engine: Engine, tmp_path: Path) -> None:
+    saver, order = build_saver(engine, tmp_path), []
+    write = saver._writer.write
+
+    def write_slowly(files, state):
+        time.sleep(0.3 if state.step == FIRST_STEP + 2 else 0)
+        order.append(state.step)
+        return write(files, state)
+
+    saver._writer.write = write_slowly
+    saver._writer.start_writing(engine.capture_state(), TrainState(step=FIRST_STEP + 2, world_size=1))
+    saver.save("planted")
+    assert order == [FIRST_STEP + 2, FIRST_STEP + 3] and find_step(tmp_path) == FIRST_STEP + 3
+
+
+def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one waits until the first one is done, so that it does not end the process under it."""
+    monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 3.0)
+    saver, entered, go_on = build_saver(engine, tmp_path), threading.Event(), threading.Event()
+    capture = engine.capture_state
+
+    def capture_late(**choices):
+        entered.set()
+        assert go_on.wait(20)
+        return capture(**choices)
+
+    monkeypatch.setattr(engine, "capture_state", capture_late)
+    results: list[Path | None] = []
+    threads = [threading.Thread(target=lambda: results.append(saver.save("planted"))) for _ in range(2)]
+    threads[0].start()
+    assert entered.wait(20)
+    threads[1].start()
+    threads[1].join(1.2)  # longer than it would wait for an update
+    assert threads[1].is_alive() and results == []
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(map(str, results)) == sorted(["None", str(tmp_path / "checkpoints" / ".step-00000013.t.partial")])
+    assert find_step(tmp_path) == FIRST_STEP + 3
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("device error")])
+@pytest.mark.parametrize("place", ["shard", "weights"])
+def test_what_cannot_be_saved_hides_no_error(engine, tmp_path, said, monkeypatch, fault: Exception, place: str) -> None:
+    def fail(*_, **__):
+        raise fault
+
+    saver = build_saver(engine, tmp_path, fail)
+    if place == "shard":
+        monkeypatch.setattr(engine, "capture_state", fail)
+    with pytest.raises(KeyError, match="planted"), saver:
+        raise KeyError("planted")
+    assert f"the {place} cannot be written: {fault}" in said[-1]
+    assert find_step(tmp_path) == (FIRST_STEP + 3 if place == "weights" else None)
+    assert not (tmp_path / "models").exists() or list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_fault_of_the_save_itself_ends_the_process_all_the_same(engine, tmp_path, monkeypatch) -> None:
+    ends = []
+    monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
+    monkeypatch.setattr(emergency, "exit_at_once", ends.append)
+    monkeypatch.setattr(engine, "capture_state", lambda **_: {}["planted"])
+    saver = build_saver(engine, tmp_path)
+    os.write(saver._sender, bytes([signal.SIGTERM]))
+    with pytest.raises(KeyError, match="planted"):
+        saver._run()
+    assert ends == [signal.SIGTERM]
+
+
+def test_one_of_the_ranks_writes_the_model_and_leftovers_go_at_a_start(engine: Engine, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    claim, other = models / "emergency-step-00000013.claim", models / ".emergency-step-00000009.x.tmp"
+    claim.touch()
+    build_saver(engine, tmp_path, write_model).save("another rank is at it")
+    assert list(models.iterdir()) == [claim]
+    other.touch()
+    with build_saver(engine, tmp_path, write_model):
+        assert list(models.iterdir()) == []
+
+
+@pytest.mark.parametrize("loop_ends", [False, True])
+def test_a_signal_gives_the_loop_time_then_saves_without_it(engine: Engine, tmp_path, monkeypatch, loop_ends) -> None:
+    """A second thread reads the signal, as the main one may be blocked in a collective."""
+    ends, ended = [], threading.Event()
+    monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(emergency, "exit_at_once", lambda number: (ends.append(number), ended.set()))
+    before = signal.signal(signal.SIGTERM, lambda *_: None), signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with build_saver(engine, tmp_path):
+            os.kill(os.getpid(), signal.SIGUSR1)  # is no wish to stop
+            if not loop_ends:
+                assert not ended.wait(0.6)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert loop_ends or ended.wait(20)
+        assert not loop_ends or not ended.wait(1.0)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+    assert ends == ([] if loop_ends else [signal.SIGTERM])
+    assert find_step(tmp_path) == (None if loop_ends else FIRST_STEP + 3)
+
+
+def test_there_is_time_before_torchrun_kills() -> None:
+    """30 s after SIGTERM; the shares of waiting must leave some for writing."""
+    waiting = emergency.PATIENCE_SHARE + emergency.CHECKPOINT_SHARE + emergency.UPDATE_SHARE
+    assert emergency.DEADLINE_SECONDS <= 25 and waiting <= 0.8

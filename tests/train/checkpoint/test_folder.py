@@ -1,0 +1,194 @@
+"""Checkpoints: sealed only when every rank's part is there, any wrong byte found, deleted in the right order."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from loguru import logger
+
+from sdxl_trainer.train.checkpoint import folder as checkpoints
+from sdxl_trainer.train.checkpoint import writer as checkpoint_writer
+from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.checkpoint.writer import CheckpointWriter, count_tensor_bytes, estimate_bytes
+
+
+def write_rank(folder: Path, rank: int, step: int, world_size: int = 2, token: str = "t") -> Path:
+    writer = CheckpointWriter(folder, rank, world_size, token, keep_last=2)
+    files = {f"state/rank_{rank}.pt": {"weights": torch.full((5, 3), float(rank)), "step": step}}
+    return writer.write(files, TrainState(step=step, epoch=1, index=2, world_size=world_size))
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    for rank in range(2):
+        partial = write_rank(folder, rank, step)
+    sealed = checkpoints.seal_checkpoint(partial)
+    assert sealed is not None
+    return sealed
+
+
+def test_sealed_only_when_every_rank_is_there(tmp_path: Path) -> None:
+    partial = write_rank(tmp_path, 0, 7)
+    assert checkpoints.seal_checkpoint(partial) is None
+    assert checkpoints.find_checkpoint(tmp_path) is None
+    write_rank(tmp_path, 1, 7)
+    sealed = checkpoints.seal_checkpoint(partial)
+    assert sealed == tmp_path / "step-00000007" == checkpoints.find_checkpoint(tmp_path)
+    assert not partial.exists() and not (sealed / "parts").exists()
+    assert TrainState.load(sealed) == TrainState(step=7, epoch=1, index=2, world_size=2)
+    loaded = torch.load(sealed / "state" / "rank_1.pt", weights_only=True)
+    assert loaded["step"] == 7 and torch.equal(loaded["weights"], torch.ones(5, 3))
+    files = orjson.loads((sealed / "manifest.json").read_bytes())["files"]
+    assert sorted(files) == ["state/rank_0.pt", "state/rank_1.pt", "trainer_state.json"]
+
+
+def test_a_start_seals_what_is_whole_and_removes_the_rest(tmp_path: Path) -> None:
+    for rank in range(2):
+        write_rank(tmp_path, rank, 4, token="whole")
+    half = write_rank(tmp_path, 1, 6, token="half")
+    empty = tmp_path / ".step-00000008.x.partial"
+    empty.mkdir()
+    checkpoints.settle_partials(tmp_path)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-00000004"]
+    assert not half.exists() and not empty.exists()
+
+
+def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    for name in ("state/rank_0.pt", "state/rank_1.pt", "trainer_state.json", "manifest.json"):
+        path = second / name
+        content = path.read_bytes()
+        for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+            flipped = bytearray(content)
+            flipped[place] ^= 0x10
+            path.write_bytes(flipped)
+            found = checkpoints.find_checkpoint(tmp_path)
+            # A flipped bit in the manifest's own white space alters nothing that it says.
+            harmless = name == "manifest.json" and found == second and _same_json(flipped, content)
+            assert found == first or harmless, f"{name}, byte {place}"
+        path.write_bytes(content[:-1])
+        assert checkpoints.find_checkpoint(tmp_path) == first
+        problem = checkpoints.verify_manifest(second)
+        assert name == "manifest.json" or problem == f"{name} has {len(content) - 1} bytes instead of {len(content)}"
+        path.unlink()
+        assert checkpoints.find_checkpoint(tmp_path) == first
+        path.write_bytes(content)
+        assert checkpoints.find_checkpoint(tmp_path) == second
+
+
+def test_a_manifest_that_lists_nothing_is_none(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 1)
+    (folder / "manifest.json").write_bytes(b'{"files": {}}')
+    assert checkpoints.verify_manifest(folder) == "manifest.json does not list trainer_state.json"
+    assert checkpoints.find_checkpoint(tmp_path) is None
+
+
+def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the manifest was written, before the folder has its name; another of that step is there already."""
+    make_checkpoint(tmp_path, 7)
+    for rank in range(2):
+        partial = write_rank(tmp_path, rank, 7, token="again")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.os, "replace", lambda *_: sys.exit("killed"))
+        patch.setattr(checkpoints, "write_atomic", lambda path, content: path.write_bytes(content))
+        with pytest.raises(SystemExit):
+            checkpoints.seal_checkpoint(partial)
+    assert checkpoints.find_checkpoint(tmp_path) is None
+    checkpoints.settle_partials(tmp_path)
+    assert checkpoints.find_checkpoint(tmp_path) == tmp_path / "step-00000007"
+
+
+def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    """After falling back to step 4, the checkpoint of step 6 must outlive the damaged one of step 8."""
+    make_checkpoint(tmp_path, 4)
+    (make_checkpoint(tmp_path, 8) / "state" / "rank_0.pt").write_bytes(b"damaged")
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest == tmp_path / "step-00000004"
+    checkpoints.set_aside_damaged(tmp_path, newest)
+    make_checkpoint(tmp_path, 6)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=0)
+    assert checkpoints.find_checkpoint(tmp_path) == tmp_path / "step-00000006"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000008", "step-00000006"]
+
+
+def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
+    for step in (2, 4, 5, 6, 8, 9):
+        make_checkpoint(tmp_path, step)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
+        f"step-{step:08d}" for step in (4, 8, 9)
+    ]  # fmt: skip
+    assert not (tmp_path / "step-00000002").exists()
+
+
+def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path / "c", 1, 4, "t", keep_last=1)
+    files = {"state/pp_rank_0": {"a": [torch.zeros(1000), (torch.zeros(500, dtype=torch.bfloat16),)]}}
+    assert count_tensor_bytes(files) == 5000
+    assert estimate_bytes({**files, "state/module": torch.zeros(10)}, world_size=4) == 4 * 5000 + 40
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    writer.start_writing(files, TrainState())
+    with pytest.raises(OSError, match=r"needs about .* bytes, 20,000 are free"):
+        writer.wait()
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up in the middle of a save: what was begun is deleted, and written once there is room."""
+    monkeypatch.setattr(checkpoint_writer, "SPACE_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(checkpoint_writer, "SPARE_BYTES", 0)
+    usage = shutil.disk_usage(small_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # others take it meanwhile
+    folder = small_disk / "c"
+    writer = CheckpointWriter(folder, 0, 1, "t", keep_last=1, wait_for_space_seconds=60)
+    small, large = torch.zeros(20_000), torch.ones(200_000)
+    writer.start_writing({"state/x.pt": small}, TrainState(step=1, world_size=1))
+    writer.wait()
+    said: list[str] = []
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(300_000))
+    writer.start_writing({"state/x.pt": large}, TrainState(step=2, world_size=1))
+    deadline = time.monotonic() + 30
+    while not said:
+        assert time.monotonic() < deadline, "nothing is said of the full disk"
+        time.sleep(0.01)
+    assert "No space left on device" in said[0] and "step 2 waits" in said[0]
+    assert checkpoints.find_checkpoint(folder) == folder / "step-00000001", "the one before is kept"
+    ballast.unlink()
+    writer.wait()
+    logger.remove(sink)
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["step-00000002"]
+    assert checkpoints.find_checkpoint(folder) and torch.equal(torch.load(folder / "step-00000002/state/x.pt"), large)
+    ballast.write_bytes(bytes(100_000))
+    writer.wait_for_space_seconds = 0.1
+    writer.start_writing({"state/x.pt": large}, TrainState(step=3, world_size=1))
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.wait()
+    assert checkpoints.find_checkpoint(folder) == folder / "step-00000002"
+    assert list(folder.glob(".step-00000003.*/state/*")) == [], "what was begun is deleted"
+
+
+def test_an_error_in_the_background_reaches_the_next_wait(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "c", 0, 1, "t", keep_last=1)
+    writer.start_writing({"a/b": 1}, TrainState(step=1, world_size=1))
+    writer.wait()
+    (tmp_path / "c" / ".step-00000002.t.partial").write_text("in the way")
+    writer.start_writing({"a/b": 1}, TrainState(step=2, world_size=1))
+    with pytest.raises(OSError):
+        writer.wait()
+    writer.wait()
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "c")] == ["step-00000001"]
+
+
+def _same_json(left: bytes | bytearray, right: bytes) -> bool:
+    try:
+        return orjson.loads(bytes(left)) == orjson.loads(right)
+    except ValueError:
+        return False

@@ -1,0 +1,180 @@
+"""The doctor: what is in order is said so, and what is wrong has a cure."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from programs import ROOT
+
+from sdxl_trainer.cache.models import encoders
+from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.launch.machine import (
+    Finding,
+    check_disk,
+    check_gpus,
+    check_ranks,
+    check_versions,
+    judge_probe,
+    measure_write_speed,
+)
+from sdxl_trainer.launch.program import FailedError
+from sdxl_trainer.train.doctor.doctor import (
+    check_memory,
+    check_settings,
+    explain,
+    read_num_ranks,
+    tell,
+)
+from sdxl_trainer.train.engine.defaults import settle_engine
+from sdxl_trainer.train.estimates.memory import compute_checkpoint_bytes, count_unet_weights, estimate_memory
+
+CONFIGS = ROOT / "configs"
+
+
+def test_versions_that_are_missing_or_wrong() -> None:
+    wanted = ["numpy>=1", "torch>=99", "no-such-package", "another>=3; extra == 'x'", "older; python_version < '3'"]
+    findings = {finding.name: finding for finding in check_versions(wanted)}
+    assert set(findings) == {"torch", "no-such-package", "versions"}
+    assert findings["torch"].detail.endswith("and must be >=99") and "torch>=99" in findings["torch"].cure
+    assert "pip install -e ." in findings["no-such-package"].cure
+    assert findings["versions"].is_ok and f"torch {torch.__version__.split('+')[0]}" in findings["versions"].detail
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines on which PyTorch sees no GPU")
+def test_gpus_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert check_gpus([]).is_ok
+    found = check_gpus(["NVIDIA H200"] * 2)
+    assert "2 x NVIDIA H200" in found.detail and "torch is built" in found.cure
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check_gpus(["NVIDIA H200"]).cure == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_ranks_that_fail_or_do_not_meet() -> None:
+    python = [sys.executable, "-c"]
+    fine = check_ranks(0, [*python, "print('note\\n{\"gb_per_second\": 1.5}')"])
+    assert fine == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s")
+    failed = check_ranks(0, [*python, "raise ValueError('no network')"])
+    assert "ValueError: no network" in failed.detail and "127.0.0.1" in failed.cure
+    start = time.monotonic()
+    hanging = "import os, time\nos.fork()\ntime.sleep(60)"  # its child must not live on
+    assert "did not meet" in check_ranks(0, [*python, hanging], timeout_seconds=0.5).detail
+    assert time.monotonic() - start < 30
+    assert "NCCL_DEBUG=INFO" in judge_probe(1, "", "NCCL", 8).cure
+
+
+def test_disks(tmp_path: Path) -> None:
+    found = check_disk("run.dir", tmp_path / "not" / "yet", 10)
+    assert found.is_ok and "GB free, writes" in found.detail and str(tmp_path) in found.detail
+    assert list(tmp_path.iterdir()) == []  # nothing is left, and nothing made
+    assert measure_write_speed(tmp_path, 1 << 20) > 0
+    assert check_disk("run.dir", tmp_path, 1 << 62).cure == "free some space, or give another run.dir"
+    (tmp_path / "file").touch()
+    assert "Not a directory" in check_disk("run.dir", tmp_path / "file" / "runs").detail
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "rank_bytes", "checkpoint_bytes"),
+    [
+        ("", 1, 2 + 2 + 12, 14),  # bf16: weight, gradient, and master with two moments
+        ("", 4, 2 + 0.5 + 3, 14),
+        ("engine.zero_stage=0", 4, 2 + 2 + 12, 14),
+        ("engine.zero_stage=1", 4, 2 + 2 + 3, 14),
+        ("engine.zero_stage=3", 4, 0.5 + 0.5 + 3, 14),
+        ("engine.offload_optimizer=true", 4, 2 + 0.5, 14),
+        ("engine.precision=bf16_stochastic", 1, 2 + 2 + 6, 8),
+        ("engine.precision=fp32", 1, 4 + 4 + 8, 12),
+        ("engine.precision=fp32", 2, 4 + 2 + 6, 16),  # ZeRO has masters of its own in fp32 too
+        ("optim.name=adamw8bit", 1, 2 + 2 + 6, 8),
+        ("ema.decays=[0.9,0.99]", 2, 2 + 1 + 10, 22),
+        ("lora.rank=4", 2, 2, 0),
+    ],
+)
+def test_bytes_of_a_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:
+    config, problems = build_config({}, words.split())
+    config, _ = settle_engine(config, ranks)
+    assert problems == []
+    memory = estimate_memory(config, 1000, ranks)
+    assert memory.total - memory.buffers == 1000 * rank_bytes
+    assert compute_checkpoint_bytes(config, 1000) == 1000 * checkpoint_bytes
+
+
+def test_memory_of_sdxl() -> None:
+    model = {"path": str(CONFIGS / "sdxl")}
+    config, _ = build_config({"model": model})
+    config, _ = settle_engine(config, 1)
+    assert count_unet_weights(config) == 2_567_463_684  # SDXL base's U-Net
+    assert "2.57 billion" in check_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
+    assert check_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
+    assert "engine.zero_stage: 3" in check_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
+    assert count_unet_weights(build_config({"model": {"path": "stabilityai/absent"}})[0]) == 0
+
+
+def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training would say, and a run folder that is not touched."""
+    shutil.copytree(CONFIGS / "tiny", tmp_path / "model")
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (tmp_path / "model" / name / "x.safetensors").touch()
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64))
+        write_latents(tmp_path / "data" / f"{number}.npz", sample)
+        (tmp_path / "data" / f"{number}.txt").write_text("a")
+    raw = {
+        "run": {"dir": str(tmp_path / "runs")},
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"image_dirs": [str(tmp_path / "data")], "resolution_px": 64, "min_bucket_px": 64},
+    }
+    config, problems = build_config(yaml.safe_load(yaml.safe_dump(raw)))
+    found = list(check_settings(config, problems, world_size=2))
+    assert [finding.name for finding in found] == ["settings", "data"] and all(finding.is_ok for finding in found)
+    assert found[1].detail == "4 samples to train on"
+    config, problems = build_config(raw, ["train.global_batch_size=3", "optim.lr=fast"])
+    wrong = {finding.name: finding for finding in check_settings(config, problems, world_size=2) if not finding.is_ok}
+    assert set(wrong) == {"train.global_batch_size", "optim.lr"}
+    assert wrong["train.global_batch_size"].cure == "set it to a multiple of 2"
+    assert not (tmp_path / "runs").exists()
+    shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # as of a single file, which carries no vocabulary
+    monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
+    wrong = {finding.name: finding for finding in check_settings(config, [], world_size=2) if not finding.is_ok}
+    assert "open_clip_torch" in wrong["model.tokenizer"].cure
+
+
+def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"run: {{dir: {tmp_path}}}\nmodel: {{path: {tmp_path}/absent}}\n")
+    command = ["bash", str(ROOT / "launch" / "doctor.sh"), "--cfg", str(tmp_path / "x.yaml"), "train.globl=3"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two ranks on the CPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "ok     ranks: 2 by gloo, sums of 64 MB at " in done.stdout
+    assert "WRONG  train.globl: 3 is not a known key\n       cure: did you mean train.global_batch_size?" in done.stdout
+    assert f"WRONG  model.path: {tmp_path}/absent is neither a file nor a folder\n" in done.stdout
+    assert "ok     engine.zero_stage: 1 is taken, for a single rank" in done.stdout and "INFO" not in done.stderr
+    assert "ok     run.dir: " in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"]
+
+
+@pytest.mark.parametrize(("nproc", "expected"), [("", None), ("gpu", None), ("2", 2)])
+def test_ranks_are_those_that_the_other_scripts_start(monkeypatch, nproc: str, expected: int | None) -> None:
+    monkeypatch.setenv("NPROC", nproc)
+    assert read_num_ranks() == expected
+
+
+def test_each_finding_is_a_line(capsys: pytest.CaptureFixture) -> None:
+    tell([Finding("a", "fine")])
+    assert capsys.readouterr().out == "ok     a: fine\n"
+    problem = explain(Problem("data.image_dirs.0", Path("/x"), "is not a folder"))
+    with pytest.raises(FailedError, match="1 of 2"):
+        tell([Finding("a", "fine"), problem])
+    assert capsys.readouterr().out.endswith(
+        f"WRONG  data.image_dirs.0: {os.sep}x is not a folder\n       cure: see docs/CONFIG.md\n"
+    )

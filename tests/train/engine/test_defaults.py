@@ -1,0 +1,70 @@
+"""What of the engine is chosen by the number of ranks, and what training takes of memory."""
+
+import pytest
+import torch
+from loguru import logger
+
+from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.train.engine.deepspeed_config import build_deepspeed_config, describe_deepspeed
+from sdxl_trainer.train.engine.defaults import choose_communication, settle_engine
+from sdxl_trainer.train.estimates.memory import StepMemory
+from sdxl_trainer.train.optim.optimizers import check_optimizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "stage"),
+    [
+        ("", 8, 2),
+        ("", 1, 1),  # fp32 masters are kept by stages 1 to 3
+        ("engine.precision=fp32", 1, 0),
+        ("engine.precision=fp32", 2, 2),
+        ("engine.precision=fp16", 1, 1),
+        ("optim.name=adafactor", 8, 0),
+        ("optim.name=torch.optim.Adafactor", 8, 0),
+        ("engine.offload_optimizer=true", 1, 2),
+        ("engine.offload_optimizer=true engine.offload_param=true", 4, 3),
+        ("engine.zero_stage=3", 1, 3),
+    ],
+)
+def test_stage_by_ranks(words: str, ranks: int, stage: int) -> None:
+    config, problems = build_config({}, words.split())
+    assert problems == []
+    settled, chosen = settle_engine(config, ranks)
+    assert settled.engine.zero_stage == stage
+    assert chosen == "" if "zero_stage" in words else chosen.startswith(f"{stage} is taken, for ")
+    assert list(check_optimizer(settled.optim, settled.engine)) == []
+
+
+def test_whole_tensors_and_shards_at_once_are_refused() -> None:
+    config, _ = build_config({}, ["optim.name=adafactor", "engine.precision=fp16"])
+    config, _ = settle_engine(config, 1)
+    assert [problem.key for problem in check_optimizer(config.optim, config.engine)] == ["optim.name"]
+
+
+def test_communication_by_ranks() -> None:
+    config, _ = build_config({}, ["engine.zero_stage=2"])
+    alone, several = (choose_communication(config.engine, ranks) for ranks in (1, 8))
+    assert alone["reduce_bucket_size"] < several["reduce_bucket_size"]  # pyright: ignore
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    own = {"zero_optimization": {"reduce_bucket_size": 7}}
+    engine = config.engine.model_copy(update={"deepspeed": own})
+    settings = build_deepspeed_config(engine, (16, 2, 1), 1.0, optimizer)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7  # what the user says holds
+    assert settings["zero_optimization"]["allgather_bucket_size"] == several["allgather_bucket_size"]
+    assert describe_deepspeed(settings) == "ZeRO-2, reduce_bucket_size 7e+00, allgather_bucket_size 2e+08"
+
+
+def test_memory_of_a_step_is_measured_in_the_second_one() -> None:
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    memory = StepMemory(CPU)
+    try:
+        for size_mb in (300, 150, 600):  # 300 MB come before the measurement, 600 after it
+            torch.ones(size_mb * 250_000)
+            memory.note_step()
+    finally:
+        logger.remove(sink)
+    assert len(lines) == 1
+    assert 0.14 < float(lines[0].split("and ")[1].split()[0]) < 0.2

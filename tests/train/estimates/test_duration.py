@@ -1,0 +1,63 @@
+"""How long the doctor says that training will take, and that it says so only where it can know."""
+
+import json
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.estimates.duration import count_flops_per_image, describe_duration, measure_pace
+
+SDXL = ROOT / "configs" / "sdxl"
+H100, UNKNOWN = ["NVIDIA H100 80GB HBM3"], "not known before this run has made some"
+
+
+def settle(folder: Path, *words: str) -> Config:
+    raw = {"run": {"dir": str(folder), "name": "x"}, "model": {"path": str(SDXL)}}
+    config, problems = build_config(raw, ["train.max_steps=10000", "train.global_batch_size=64", *words])
+    assert problems == []
+    return config
+
+
+def test_before_a_run_by_the_flops_of_its_images(tmp_path: Path) -> None:
+    """10,000 steps of 64 images of 20.28 TFLOP at 30 % of eight times 989.5 TFLOP/s."""
+    told = describe_duration(settle(tmp_path, "engine.precision=bf16"), 8, H100)
+    seconds = 640_000 * 20.2837 / (0.3 * 989.5 * 8)
+    assert told.startswith("10,000 steps to do, 640,000 images: about ") and "30% of their peak" in told
+    assert f"about {seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min on 8 x NVIDIA H100" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu_names"),
+    [
+        ([], []),
+        ([], ["NVIDIA some other"]),
+        (["engine.precision=fp32"], H100),
+        (["lora.rank=4"], H100),
+        (["optim.groups=[{match: x, lr: 0}]"], H100),
+        (["model.path=stabilityai/absent"], H100),
+    ],
+)
+def test_what_cannot_be_known_is_not_told(tmp_path: Path, words: list[str], gpu_names: list[str]) -> None:
+    assert UNKNOWN in describe_duration(settle(tmp_path, *words), 1, gpu_names)
+
+
+def test_several_resolutions_count_alike(tmp_path: Path) -> None:
+    one, other, both = (count_flops_per_image(settle(tmp_path, f"data.resolution_px={px}"))
+                        for px in ("512", "1024", "[512,1024]"))  # fmt: skip
+    assert one and other and both == (one + other) / 2
+
+
+def test_a_run_that_has_begun_tells_its_own_pace(tmp_path: Path) -> None:
+    logs = tmp_path / "x" / "logs"
+    logs.mkdir(parents=True)
+    assert measure_pace(logs / "metrics.jsonl") == (0, 0.0)
+    lines = [{"step": step, "loss": 1.0, "samples_per_second": 1e-3 if step <= 20 else 16.0} for step in range(1, 121)]
+    lines += [{"step": 120, "validation/loss": 1.0}]
+    (logs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measure_pace(logs / "metrics.jsonl") == (120, 16.0)  # by the last steps, and not by the first
+    told = describe_duration(settle(tmp_path, "train.max_steps=1020"), 1, H100)
+    assert told.startswith("900 steps to do, 57,600 images: 1 h 0 min at 16 images/s"), told
+    assert describe_duration(settle(tmp_path, "train.max_steps=120"), 1, []) == "all 120 steps are done"

@@ -1,0 +1,92 @@
+"""Models leave the project and come back bit-equal, in every form; other programs draw the same pictures with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sdxl_trainer.train.export.convert import main
+
+
+def assert_same(left: Path, right: Path) -> None:
+    one, other = load_file(left), load_file(right)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture(scope="module")
+def forms(one_rank: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's newest checkpoint as a file, and that file as a diffusers folder, both in fp32."""
+    folder = tmp_path_factory.mktemp("forms")
+    assert main([str(one_rank), str(folder / "model.safetensors"), "--dtype", "fp32"]) == 0
+    words = ["--dtype", "fp32", f"model.config={one_rank.parent.parent / 'model'}"]
+    assert main([str(folder / "model.safetensors"), str(folder / "model"), *words]) == 0
+    return folder
+
+
+def test_a_checkpoint_gives_the_file_that_training_wrote(forms: Path, one_rank: Path) -> None:
+    assert_same(forms / "model.safetensors", one_rank / "models" / "step-00000020.safetensors")
+
+
+def test_an_older_checkpoint_by_name(one_rank: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.safetensors"
+    assert main([str(one_rank / "checkpoints" / "step-00000004"), str(target), "--dtype", "bf16"]) == 0
+    now, newest = load_file(target), load_file(one_rank / "models" / "step-00000020.safetensors")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    assert now[name].dtype == torch.bfloat16 and not torch.equal(now[name].float(), newest[name])
+
+
+def test_file_to_folder_and_back_is_bit_equal(forms: Path, tmp_path: Path) -> None:
+    assert main([str(forms / "model"), str(tmp_path / "again.safetensors"), "--dtype", "fp32"]) == 0
+    assert_same(forms / "model.safetensors", tmp_path / "again.safetensors")
+
+
+def test_diffusers_draws_the_pictures_of_training_from_the_folder(forms: Path, one_rank: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(forms / "model", add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        prompt="a red circle on a white background",
+        negative_prompt="",
+        width=128,
+        height=96,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    drawn = np.asarray(Image.open(one_rank / "samples" / "step-00000020" / "000.png"), np.int16)
+    assert np.abs(np.asarray(picture, np.int16) - drawn).max() <= 2
+
+
+def test_what_it_predicts_is_told_in_both_forms(forms: Path, tmp_path: Path) -> None:
+    words = ["objective.prediction=v", "objective.zero_terminal_snr=true", "run.name=mine"]
+    file, folder = tmp_path / "v.safetensors", tmp_path / "v"
+    assert main([str(forms / "model"), str(file), *words]) == 0
+    assert main([str(forms / "model"), str(folder), *words]) == 0
+    with safe_open(file, framework="pt") as opened:
+        assert {"v_pred", "ztsnr"} < set(opened.keys())
+        metadata = opened.metadata()
+    assert metadata["modelspec.prediction_type"] == "v" and metadata["modelspec.title"] == "mine"
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    assert scheduler["timestep_spacing"] == "trailing"
+    assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
+
+
+def test_a_source_that_is_none_is_status_2(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(one_rank / "checkpoints" / "step-00000020", damaged)
+    weights = next((damaged / "state").glob("*_model_states.pt"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main([str(damaged), str(tmp_path / "x.safetensors")]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), str(tmp_path / "x.safetensors")]) == 2
+    assert "is neither a file nor a folder" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()

@@ -1,0 +1,93 @@
+"""Export of the live model: tensor by tensor whatever the ZeRO stage, weights or averages."""
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.launch.distributed import Ranks, init_ranks
+from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.export.export import export_model, get_model_path
+from sdxl_trainer.train.run.job import build_networks
+
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.fixture(scope="module")
+def built(tiny_folder: Path):
+    """(settings, engine, text encoders, model) under ZeRO-3, with an average that is the weights and 1."""
+    words = ["engine.zero_stage=3", "ema.decays=[0.9]", "run.name=exported"]
+    words += ["optim.text_encoder_lr=1e-4", "optim.text_encoder_2_lr=1e-4"]
+    config, problems = load_config(tiny_folder / "tiny.yaml", words)
+    assert problems == []
+    source = resolve_model(config.model)
+    engine, conditioner = build_networks(config, source, init_ranks())
+    assert engine.ema is not None
+    for average in engine.ema.averages["0.9"]:
+        average.add_(1.0)
+    return config, engine, conditioner, source
+
+
+@pytest.mark.parametrize("average", [None, "0.9"])
+def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_path: Path, monkeypatch) -> None:
+    """Of what is gathered one tensor is alive at a time, or the three that the file has as one."""
+    config, engine, conditioner, source = built
+    alive: set[str] = set()
+    most, gather = [], Engine.gather_weight
+
+    def gather_counted(self: Engine, name: str, average: str | None = None) -> torch.Tensor:
+        weight = gather(self, name, average)
+        alive.add(name)
+        weakref.finalize(weight, alive.discard, name)
+        most.append(len(alive))
+        return weight
+
+    monkeypatch.setattr(Engine, "gather_weight", gather_counted)
+    path = tmp_path / "model.safetensors"
+    export_model(path, engine, conditioner, source, config, init_ranks(), average)
+    assert len(most) > 600 and max(most) <= 4  # the next one comes while those before are let go
+    written, begun = load_file(path), engine.gather_weight("unet.conv_in.weight")
+    assert torch.equal(written[CONV_IN], begun + (1.0 if average else 0.0))
+    encoder = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.layer_norm1.weight"
+    name = next(
+        n for n in engine.trained if n.startswith("text_encoder.") and n.endswith("layers.0.layer_norm1.weight")
+    )
+    trained = gather(engine, name, average)
+    assert torch.equal(written[encoder], trained), "what is trained of the text encoders goes with it"
+    assert {name.split(".")[0] for name in written} == {"model", "conditioner", "first_stage_model"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_other_ranks_know_the_order_in_which_weights_are_gathered(
+    built, name: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Each is a collective: rank 0 asks as the writer of the format wants them, the others go by `list_sources`."""
+    config, engine, conditioner, source = built
+    asked, gather = [], Engine.gather_weight
+
+    def gather_noted(self: Engine, name: str, average: str | None = None) -> torch.Tensor:
+        asked.append(name)
+        return gather(self, name, average)
+
+    monkeypatch.setattr(Engine, "gather_weight", gather_noted)
+    export_model(tmp_path / name, engine, conditioner, source, config, init_ranks())
+    main, asked[:] = list(asked), []
+    export_model(tmp_path / name, engine, conditioner, source, config, Ranks(1, 1, 2, torch.device("cpu")))
+    assert main == asked and len(main) == len(set(main)) > 600
+
+
+def test_files_are_named_by_step_and_average(built) -> None:
+    config = built[0]
+    folder = config.run.folder / "models"
+    assert get_model_path(config, 12) == folder / "step-00000012.safetensors"
+    assert get_model_path(config, 12, "0.9") == folder / "step-00000012-ema-0.9.safetensors"
+    as_folder = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"export_format": "diffusers"})}
+    )
+    assert get_model_path(as_folder, 12) == folder / "step-00000012"
+    adapters = as_folder.model_copy(update={"lora": config.lora.model_copy(update={"rank": 4})})
+    assert get_model_path(adapters, 12) == folder / "step-00000012-lora.safetensors"

@@ -1,0 +1,168 @@
+"""Adapters: what they train, and that diffusers loads the file with its own code and computes the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from programs import run_program
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.lora import LoraConfig
+from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.train.export.convert import main
+from sdxl_trainer.train.networks.adapters import add_adapters, find_layers, map_layers, rename_layer, write_adapters
+from sdxl_trainer.train.networks.networks import Networks, unlock_encoder
+from sdxl_trainer.train.networks.parameter_groups import build_groups
+from sdxl_trainer.train.report.metrics import read_metrics
+from sdxl_trainer.train.run.trained import build_shapes
+from sdxl_trainer.train.sampling.job import load_painter
+from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
+
+CONFIG = LoraConfig(rank=4, alpha=2.0)
+
+
+def build_networks() -> tuple[Networks, dict]:
+    torch.manual_seed(0)
+    unet, encoders = build_tiny_unet(), build_tiny_text_encoders()
+    for encoder in encoders.values():
+        unlock_encoder(encoder, gradient_checkpointing=False)
+    networks = Networks(unet, **encoders)
+    add_adapters(dict(networks.named_children()), CONFIG, seed=5)
+    return networks, encoders
+
+
+def test_adapters_alone_are_trained_and_change_nothing_at_first():
+    networks, _ = build_networks()
+    trained = {name: parameter for name, parameter in networks.named_parameters() if parameter.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    assert not any(".layers.1." in name for name in trained if name.startswith("text_encoder.")), (
+        "has no part in the loss"
+    )
+    assert any(".layers.1." in name for name in trained if name.startswith("text_encoder_2."))
+    assert not any(parameter.any() for name, parameter in trained.items() if "lora_B" in name)
+    assert all(
+        parameter.equal(trained[name]) for name, parameter in build_networks()[0].named_parameters() if name in trained
+    )
+    rates = [float(block) for block in range(23)]
+    config = OptimConfig(lr=1.0, block_lrs=rates, text_encoder_lr=0.5)
+    groups = build_groups(networks, config, networks.unet.config)
+    assert {group["lr"] for group in groups} == {0.5, 5.0, 6.0, 8.0, 9.0, 11.0, 13.0, 14.0, 15.0, 16.0, 17.0, 18.0}
+    with pytest.raises(UserInputError, match="lora.targets = .*\n.*names no layer of the unet"):
+        add_adapters({"unet": build_tiny_unet()}, LoraConfig(rank=4, targets=["to_x"]))
+
+
+def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path):
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = build_tiny_sdxl(tmp_path / "model")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    networks, encoders = build_networks()
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for name, parameter in networks.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            weights[name] = parameter
+    for name, part in parts.items():  # the same base weights in both
+        live = {key.replace(".base_layer", ""): value for key, value in getattr(networks, name).state_dict().items()}
+        part.load_state_dict({key: value for key, value in live.items() if ".lora_" not in key})
+    write_adapters(tmp_path / "x.safetensors", weights, ModelSource(folder), CONFIG, torch.float32)
+
+    names = set(load_file(tmp_path / "x.safetensors"))
+    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in names
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.alpha" in names
+    assert "lora_te2_text_model_encoder_layers_1_mlp_fc2.lora_up.weight" in names
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_dim"] == "4" and file.metadata()["ss_network_alpha"] == "2"
+
+    ids = torch.randint(3, 200, (1, 77), generator=generator)
+    sample, hidden = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 64, generator=generator)
+    hidden = hidden[..., :1].expand(-1, -1, networks.unet.config.cross_attention_dim)
+    pooled_width = (
+        networks.unet.config.projection_class_embeddings_input_dim - 6 * networks.unet.config.addition_time_embed_dim
+    )
+    conditions = {"text_embeds": torch.ones(1, pooled_width), "time_ids": torch.ones(1, 6)}
+
+    def compute(unet, encoder, encoder_2) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [
+                unet(sample, 500, hidden, added_cond_kwargs=conditions).sample,
+                encoder(ids, output_hidden_states=True).hidden_states[-2],
+                encoder_2(ids, output_hidden_states=True).text_embeds,
+            ]
+
+    before = compute(*parts.values())
+    pipeline.load_lora_weights(str(tmp_path / "x.safetensors"))
+    after, live = compute(*parts.values()), compute(networks.unet, *encoders.values())
+    for plain, loaded, own in zip(before, after, live, strict=True):
+        torch.testing.assert_close(loaded, own, rtol=1e-4, atol=1e-4)
+        assert (plain - own).abs().max() > 1e-2
+
+
+def test_sdxl_gets_the_adapters_of_kohyas_scripts():
+    """Which print, for SDXL, 722 modules of the U-Net, 72 of text encoder 1 and 192 of text encoder 2. Six of those of
+    encoder 1 are in its last layer, which has no part in what SDXL uses. The names are what ComfyUI makes of the
+    single file's."""
+    source = ModelSource(SDXL_CONFIG_FOLDER)
+    networks = build_shapes(source, ["text_encoder", "text_encoder_2"])
+    layers = map_layers(source.read_config("unet"))
+    names = {
+        network: {
+            rename_layer(f"{network}.{layer}", layers) for layer in find_layers(getattr(networks, network), targets)
+        }
+        for network, targets in (
+            ("unet", CONFIG.targets),
+            ("text_encoder", CONFIG.text_targets),
+            ("text_encoder_2", CONFIG.text_targets),
+        )
+    }
+    assert {network: len(found) for network, found in names.items()} == {
+        "unet": 722, "text_encoder": 72 - 6, "text_encoder_2": 192
+    }  # fmt: skip
+    prefix = COMPONENT_PREFIXES["unet"]
+    assert names["unet"] == {
+        "lora_unet_" + row.file_name.removeprefix(prefix).removesuffix(".weight").replace(".", "_")
+        for row in build_table("unet", source.read_config("unet"))
+        if len(row.file_shape) == 2 and ("transformer_blocks" in row.file_name or "proj_" in row.file_name)
+    }
+    parts = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")
+    for network, prefix, count in (("text_encoder", "lora_te1", 11), ("text_encoder_2", "lora_te2", 32)):
+        layers_of = [f"{prefix}_text_model_encoder_layers_{number}_{part}" for number in range(count) for part in parts]
+        assert names[network] == set(layers_of)
+
+
+def test_a_run_writes_adapters_in_place_of_the_model_and_resumes(cached_folder: Path):
+    settings = cached_folder / "tiny.yaml"
+    words = ("lora.rank=2", "optim.text_encoder_2_lr=1e-3", "ema.decays=[0.5]", "sample.prompts=[]")
+    whole = ("train", settings, "run.name=lora", "train.max_steps=6", *words)
+    parts = [("train", settings, "run.name=lora-twice", f"train.max_steps={steps}", *words) for steps in (4, 6)]
+    run_program("tests/support/several_runs.py", *whole, "+", *parts[0], "+", *parts[1])
+    models, twice = (cached_folder / "runs" / name / "models" for name in ("lora", "lora-twice"))
+    names = ["step-00000006-lora-ema-0.5.safetensors", "step-00000006-lora.safetensors"]
+    assert sorted(path.name for path in models.iterdir()) == names
+    for name in names:
+        one, other = load_file(models / name), load_file(twice / name)
+        assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one), name
+    losses = [
+        [line["loss"] for line in read_metrics(folder.parent / "logs" / "metrics.jsonl")] for folder in (models, twice)
+    ]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 6
+    tensors = load_file(models / names[1])
+    assert any(name.startswith("lora_te2_") for name in tensors) and not any("lora_te1_" in name for name in tensors)
+    assert all(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+    run = cached_folder / "runs" / "lora"
+    assert main([str(run), str(models / "again.safetensors"), "--dtype", "fp32"]) == 0
+    again = load_file(models / "again.safetensors")
+    assert again.keys() == tensors.keys() and all(again[name].equal(tensors[name]) for name in tensors)
+    config, _ = load_config(run / "config.yaml")
+    painter = load_painter(config, run / "checkpoints" / "step-00000006", torch.device("cpu"))
+    layer = painter.unet.mid_block.attentions[0].proj_in
+    up = layer.lora_B["default"].weight
+    assert up.equal(tensors["lora_unet_middle_block_1_proj_in.lora_up.weight"]) and layer.scaling["default"] == 1

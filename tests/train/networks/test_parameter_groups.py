@@ -1,0 +1,100 @@
+"""Parameter groups: blocks as kohya's scripts count them, patterns, decay, and what a rate of 0 freezes."""
+
+import json
+
+import pytest
+import torch
+
+from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.train.networks.networks import Networks
+from sdxl_trainer.train.networks.parameter_groups import build_groups, map_blocks
+from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, build_tiny_text_encoders, build_tiny_unet
+
+UNET_CONFIG = json.loads((CONFIG_FOLDER / "unet" / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unet() -> torch.nn.Module:
+    return build_tiny_unet()
+
+
+def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
+    """Name of each trained parameter to its (learning rate, weight decay)."""
+    networks = Networks(unet.requires_grad_(True))
+    names = {id(parameter): name for name, parameter in networks.named_parameters()}
+    groups = build_groups(networks, OptimConfig(lr=0.5, weight_decay=0.1, **settings), UNET_CONFIG)
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    assert all(group["lr_scale"] == group["lr"] / 0.5 for group in groups)
+    assert found.keys() == {name for name, parameter in networks.named_parameters() if parameter.requires_grad}
+    return found
+
+
+def test_blocks_are_counted_as_kohyas_scripts_do(unet):
+    blocks = map_blocks(UNET_CONFIG)
+    # diffusers' names and, by the layout of the LDM U-Net, the block each is in.
+    expected = {
+        "time_embedding.linear_1": 0,
+        "add_embedding.linear_2": 0,
+        "conv_in": 1,
+        "down_blocks.0.resnets.1.conv1": 3,
+        "down_blocks.0.downsamplers.0.conv": 4,
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 5,
+        "down_blocks.2.resnets.1.norm1": 9,
+        "mid_block.resnets.0.conv1": 10,
+        "mid_block.attentions.0.proj_in": 11,
+        "mid_block.resnets.1.conv2": 12,
+        "up_blocks.0.resnets.0.conv_shortcut": 13,
+        "up_blocks.0.upsamplers.0.conv": 15,
+        "up_blocks.2.resnets.2.time_emb_proj": 21,
+        "conv_norm_out": 22,
+        "conv_out": 22,
+    }
+    assert {name: blocks[f"unet.{name}"] for name in expected} == expected
+    assert set(blocks.values()) == set(range(23))
+
+    rates = [0.0 if block == 10 else 1 + block for block in range(23)]
+    found = build(unet, block_lrs=rates)
+    assert found["unet.conv_in.weight"] == (2.0, 0.1) and found["unet.conv_out.bias"] == (23.0, 0.0)
+    assert not any(name.startswith("unet.mid_block.resnets.0.") for name in found)
+    assert {rate for rate, _ in found.values()} == set(rates) - {0.0}
+
+
+def test_biases_and_norms_do_not_decay(unet):
+    found = build(unet)
+    assert len(found) == len(list(unet.parameters()))
+    assert {name for name, (_, decay) in found.items() if decay == 0} == {
+        f"unet.{name}" for name, parameter in unet.named_parameters() if name.endswith("bias") or "norm" in name
+    }  # fmt: skip
+
+
+def test_the_first_pattern_that_finds_a_name_counts(unet):
+    groups = [
+        {"match": r"attn2\.to_k\.weight$", "lr": 0.25},
+        {"match": r"\.attn2\.", "lr": 0},
+        {"match": "norm", "weight_decay": 0.3},
+    ]
+    found = build(unet, groups=groups)
+    cross = {name: setting for name, setting in found.items() if ".attn2." in name}
+    assert cross and set(cross.values()) == {(0.25, 0.1)} and all("to_k" in name for name in cross)
+    assert found["unet.conv_norm_out.weight"] == (0.5, 0.3)
+    frozen = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+    assert not frozen.to_q.weight.requires_grad and frozen.to_k.weight.requires_grad
+
+
+def test_what_trains_nothing_is_refused(unet):
+    with pytest.raises(UserInputError, match="optim.groups.1.match = 'atn'\n.*finds none of the"):
+        build(unet, groups=[{"match": "attn", "lr": 0.1}, {"match": "atn", "lr": 0.1}])
+    with pytest.raises(UserInputError, match="nothing is trained"):
+        build(unet, groups=[{"match": "unet", "lr": 0}])
+
+
+def test_text_encoders_have_their_own_rates(unet):
+    encoders = build_tiny_text_encoders()
+    networks = Networks(unet.requires_grad_(True), **encoders)
+    config = OptimConfig(lr=0.5, text_encoder_lr=0.1, text_encoder_2_lr=0.2)
+    groups = build_groups(networks, config, UNET_CONFIG)
+    of_parameter = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, rate in (("unet", 0.5), ("text_encoder", 0.1), ("text_encoder_2", 0.2)):
+        assert {of_parameter[id(p)] for p in getattr(networks, name).parameters()} == {rate}

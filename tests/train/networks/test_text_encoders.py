@@ -1,0 +1,120 @@
+"""Text encoders trained with the U-Net: what learns, what stays, resumed, exported, averaged."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import run_program
+from safetensors.torch import load_file
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.train.engine.saved_weights import check_average
+from sdxl_trainer.train.export.convert import main
+from sdxl_trainer.train.networks.conditioning import TextConditioner
+from sdxl_trainer.train.networks.networks import Networks, unlock_encoder
+from sdxl_trainer.train.report.metrics import read_metrics
+from sdxl_trainer.train.sampling.job import load_painter
+from sdxl_trainer.train.tiny.build import build_tiny_text_encoders, build_tiny_unet
+
+SETTINGS = (
+    "optim.text_encoder_lr=1e-3",
+    "optim.text_encoder_2_lr=5e-4",
+    "optim.groups=[{match: 'unet.mid_block', lr: 0}]",
+    "ema.decays=[0.9]",
+    "data.max_tokens=150",
+    "objective.text_dropout_rate=0.2",
+    "train.max_steps=4",
+    "checkpoint.every_steps=2",
+    "sample.num_inference_steps=1",
+)
+
+
+def make_text(windows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 200, (2, windows, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, :, 0], ids[:, :, 40:] = 0, 1
+    return ids, ids.clone()
+
+
+@pytest.mark.parametrize("trained", [("text_encoder",), ("text_encoder_2",), ("text_encoder", "text_encoder_2")])
+def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
+    torch.manual_seed(0)
+    encoders = build_tiny_text_encoders()
+    for name, encoder in encoders.items():
+        encoder.requires_grad_(False)
+        if name in trained:
+            unlock_encoder(encoder, gradient_checkpointing=False)
+    networks = Networks(build_tiny_unet(), **{name: encoders[name] for name in trained})
+    text = TextConditioner(*encoders.values(), trained=trained).prepare(*make_text())
+    prediction = networks(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), text, torch.ones(2, 6))
+    prediction.square().mean().backward()
+    learning = {name for name, parameter in networks.named_parameters() if parameter.grad is not None}
+    assert learning == {name for name, parameter in networks.named_parameters() if parameter.requires_grad}
+    still = {name for name, parameter in networks.named_parameters() if not parameter.requires_grad}
+    assert len(still) == (18 if "text_encoder" in trained else 0)  # 16 of the last layer, 2 of the norm after it
+    assert all("text_encoder.encoder.layers.1." in name or "final_layer_norm" in name for name in still)
+    # What is trained is encoded as what is frozen is.
+    with torch.no_grad():
+        frozen = TextConditioner(*encoders.values()).encode(*make_text())
+        live = networks.encode(text)
+    assert live[0].equal(frozen[0]) and live[1].equal(frozen[1])
+
+
+@pytest.fixture(scope="module")
+def trained_run(cached_folder: Path) -> Path:
+    """Four steps on two ranks under ZeRO 2."""
+    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te", *SETTINGS, ranks=2)
+    return cached_folder / "runs" / "te"
+
+
+def read_losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
+
+
+def test_another_stage_and_number_of_ranks_goes_on_the_same(trained_run: Path, cached_folder: Path) -> None:
+    part = cached_folder / "runs" / "te-resumed"
+    shutil.copytree(trained_run / "checkpoints" / "step-00000002", part / "checkpoints" / "step-00000002")
+    shutil.copytree(trained_run / "logs", part / "logs", ignore=shutil.ignore_patterns("tensorboard"))
+    words = (*SETTINGS, "engine.zero_stage=1", "sample.prompts=[]")
+    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te-resumed", *words)
+    losses, expected = read_losses(part), read_losses(trained_run)
+    assert len(losses) == 4
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+    for name in ("step-00000004.safetensors", "step-00000004-ema-0.9.safetensors"):
+        one, other = load_file(part / "models" / name), load_file(trained_run / "models" / name)
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=0, atol=2e-4, msg=f"{name}: {key}")
+
+
+def test_the_exported_file_holds_what_was_trained(trained_run: Path, one_rank: Path) -> None:
+    """The encoders of `one_rank` were frozen, so its file has them as they were."""
+    now = load_file(trained_run / "models" / "step-00000004.safetensors")
+    mean = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
+    before = load_file(one_rank / "models" / "step-00000020.safetensors")
+    changed = {key for key in now if not now[key].equal(before[key])}
+    encoder, encoder_2 = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+    assert f"{encoder}encoder.layers.0.mlp.fc1.weight" in changed
+    assert {f"{encoder_2}text_projection", f"{encoder_2}transformer.resblocks.1.mlp.c_fc.weight"} <= changed
+    assert not any(key.startswith((f"{encoder}encoder.layers.1.", f"{encoder}final_layer_norm")) for key in changed)
+    assert not any(key.startswith("first_stage_model.") for key in changed)
+    for key in (f"{encoder}encoder.layers.0.mlp.fc1.weight", "model.diffusion_model.out.2.weight"):
+        assert not mean[key].equal(now[key]) and (mean[key] - now[key]).abs().max() < 5e-3, key
+
+
+def test_an_average_is_taken_out_of_a_checkpoint(trained_run: Path, tmp_path: Path, capsys) -> None:
+    """By `convert.py`, as training exported it, and for samples; one that was not kept is refused."""
+    exported = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
+    target = tmp_path / "average.safetensors"
+    assert main([str(trained_run), str(target), "--ema", "0.9", "--dtype", "fp32"]) == 0
+    taken = load_file(target)
+    assert taken.keys() == exported.keys() and all(taken[key].equal(exported[key]) for key in taken)
+    checkpoint = trained_run / "checkpoints" / "step-00000004"
+    config, _ = load_config(trained_run / "config.yaml")
+    painter = load_painter(config, checkpoint, torch.device("cpu"), "0.9")
+    assert painter.unet.conv_out.weight.equal(exported["model.diffusion_model.out.2.weight"])
+    projection = painter.conditioner.encoder_2.text_projection.weight
+    assert projection.T.equal(exported["conditioner.embedders.1.model.text_projection"])
+    assert main([str(trained_run), str(target), "--ema", "0.99"]) == 2
+    assert "give one of 0.9" in capsys.readouterr().err
+    assert "needs a checkpoint" in check_average(None, "0.9")[0].rule

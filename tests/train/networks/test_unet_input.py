@@ -1,0 +1,83 @@
+"""The U-Net is given in training what diffusers' own SDXL pipeline gives it for the same prompt and sizes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.loading.dataset import MicroSpec
+from sdxl_trainer.data.loading.loader import build_dataset
+from sdxl_trainer.data.text.strategy import load_strategy
+from sdxl_trainer.train.networks.conditioning import TextConditioner
+from sdxl_trainer.train.networks.networks import Networks, load_unet, unlock_encoder
+
+
+class SeenError(Exception):
+    """The U-Net has been called."""
+
+
+@torch.no_grad()
+def catch_input(unet: torch.nn.Module, call: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """What `call` gives the U-Net besides latents and timestep."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        seen.update(hidden=hidden, **kwargs["added_cond_kwargs"])
+        raise SeenError
+
+    handle = unet.register_forward_pre_hook(look, with_kwargs=True)
+    with pytest.raises(SeenError):
+        call()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("trained", [(), ("text_encoder", "text_encoder_2")])
+@pytest.mark.parametrize("caption", ["a red circle on a white background", ("a blue star " * 40).strip(), ""])
+def test_conditions_are_those_of_diffusers(cached_folder: Path, tmp_path: Path, caption: str, trained: tuple) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    (tmp_path / "own.py").write_text(f"class Own:\n    def caption(self, record, rng):\n        return {caption!r}\n")
+    config, _ = load_config(cached_folder / "tiny.yaml", ["data.caption.dropout_rate=0"])
+    source = resolve_model(config.model)
+    index, _ = check_latents(config, resuming=False)
+    assert index is not None
+    strategy = load_strategy(f"{tmp_path / 'own.py'}:Own")
+    dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)
+    row = next(row for row in range(len(index)) if index.row(row)["crop_left"] or index.row(row)["crop_top"])
+    record = index.row(row)
+    bucket = (record["bucket_width"], record["bucket_height"])
+    batch = dataset[MicroSpec(bucket, np.array([row]), np.zeros(1, int), np.zeros(1, int))]
+    encoders = dict(zip(("text_encoder", "text_encoder_2"), load_text_encoders(source, config.model), strict=True))
+    for name in trained:
+        unlock_encoder(encoders[name].eval(), gradient_checkpointing=False)
+    networks = Networks(load_unet(source, config.engine), **{name: encoders[name] for name in trained}).eval()
+    text = TextConditioner(*encoders.values(), trained=trained).condition(batch, torch.device("cpu"))
+    ours = catch_input(networks.unet, lambda: networks(batch.latents, torch.tensor([7]), text, batch.time_ids))
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(cached_folder / "model", add_watermarker=False)
+    theirs = catch_input(
+        pipeline.unet,
+        lambda: pipeline(
+            caption,
+            width=bucket[0],
+            height=bucket[1],
+            original_size=(record["original_height"], record["original_width"]),
+            crops_coords_top_left=(record["crop_top"], record["crop_left"]),
+            target_size=bucket[::-1],
+            num_inference_steps=1,
+            guidance_scale=1.0,
+        ),
+    )
+    assert ours.keys() == theirs.keys() == {"hidden", "text_embeds", "time_ids"}
+    assert len(set(ours["time_ids"][0].tolist())) > 3 and ours["hidden"].shape[1] == 77
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6, msg=name)

@@ -1,0 +1,244 @@
+"""The objective as configured: what the step computes, what batches carry for it, and which settings are refused."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from programs import TINY
+
+from sdxl_trainer.configs.load import load_config, save_config
+from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
+from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
+from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
+from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.train.main import main
+from sdxl_trainer.train.networks.networks import Networks
+from sdxl_trainer.train.objective import diffusion
+from sdxl_trainer.train.objective.objective import Objective, SampleKeys
+
+STATISTICS = (torch.zeros(1), torch.tensor([0.5]))
+KEYS = SampleKeys(3, 11, [4, 5, 6])
+
+
+def build(**settings) -> Objective:
+    return Objective(ObjectiveConfig(**settings), STATISTICS, global_batch_size=8)
+
+
+def draw_latents() -> torch.Tensor:
+    return torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+def test_the_step_from_latent_to_loss(prediction):
+    """Every piece of the equation recomputed here from the definitions."""
+    objective = build(prediction=prediction)
+    x0 = objective.normalize_latents(draw_latents())
+    assert x0.equal(0.5 * draw_latents())
+    noise, timesteps = objective.sample_noise(x0, KEYS), objective.sample_timesteps(KEYS)
+    x_t, target = objective.add_noise(x0, noise, timesteps, KEYS), objective.compute_target(x0, noise, timesteps)
+    if prediction == "flow":
+        share = (timesteps / 1000).view(3, 1, 1, 1)
+        signal, level, velocity = 1 - share, share, noise - x0
+    else:
+        abar = diffusion.compute_alphas_cumprod()[timesteps].float().view(3, 1, 1, 1)
+        signal, level = abar.sqrt(), (1 - abar).sqrt()
+        velocity = signal * noise - level * x0
+    torch.testing.assert_close(x_t, signal * x0 + level * noise)
+    torch.testing.assert_close(target, noise if prediction == "epsilon" else velocity)
+    guess = target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+    assert objective.compute_losses(guess, target, timesteps).tolist() == pytest.approx([1, 4, 9], rel=1e-5)
+
+
+def test_losses_carry_their_timesteps_weight_and_c():
+    settings = {"weighting": "min_snr", "loss": "huber", "huber_schedule": "exponential", "huber_c": 0.25}
+    timesteps, target = torch.tensor([0, 500, 999]), torch.zeros(3, 4, 2, 2)
+    snr = diffusion.compute_snr(diffusion.compute_alphas_cumprod())[timesteps]
+    losses = build(**settings).compute_losses(target + 2, target, timesteps)
+    c = 0.25 ** (timesteps.double() / 1000)
+    expected = 2 * c * ((4 + c**2).sqrt() - c) * snr.clamp(max=5) / snr
+    torch.testing.assert_close(losses, expected.float())
+
+
+def test_zero_terminal_snr_is_applied_before_the_snr_is_computed():
+    timesteps, target = torch.tensor([998, 999]), torch.zeros(2, 4, 2, 2)
+    losses = build(prediction="v", zero_terminal_snr=True, weighting="min_snr").compute_losses(
+        target + 1, target, timesteps
+    )
+    snr = diffusion.build_diffusion(zero_terminal_snr=True).snr[998].item()
+    assert losses.tolist() == pytest.approx([snr / (snr + 1), 0])
+
+
+def test_masks_count_only_with_masked_loss():
+    masks, target = torch.zeros(3, 48, 64), torch.zeros(3, 4, 6, 8)
+    masks[0] = 1
+    masks[1, :, :32] = 0.5
+    timesteps = torch.tensor([1, 2, 3])
+    assert build().compute_losses(target + 1, target, timesteps, masks).tolist() == [1, 1, 1]
+    masked = build(masked_loss=True)
+    assert masked.compute_losses(target + 1, target, timesteps, masks).tolist() == [1, 0.25, 0]
+    assert masked.compute_losses(target + 1, target, timesteps).tolist() == [1, 1, 1]
+
+
+def test_text_dropout_zeroes_both_embeddings_of_its_share():
+    keys = SampleKeys(0, 0, list(range(4000)))
+    kept = build(text_dropout_rate=0.2).sample_text_keep(keys)
+    assert kept is not None and set(kept.tolist()) == {0, 1} and kept.mean().item() == pytest.approx(0.8, abs=0.02)
+    assert build().sample_text_keep(keys) is None
+    none = build(text_dropout_rate=1).sample_text_keep(keys)
+    assert none is not None and not none.any()
+
+    unet = Echo()
+    text = {"hidden": torch.ones(3, 4, 2), "hidden_2": torch.ones(3, 4, 3), "pooled": torch.ones(3, 5)}
+    keep = torch.tensor([1.0, 0, 1])
+    Networks(unet)(torch.zeros(3, 4, 2, 2), torch.zeros(3), text, torch.zeros(3, 6), keep)
+    assert unet.hidden.equal(keep.view(3, 1, 1).expand(3, 4, 5))
+    assert unet.pooled.equal(keep[:, None].expand(3, 5))
+
+
+class Echo(torch.nn.Module):
+    """In place of a U-Net: keeps what it is told."""
+
+    def forward(self, x_t, timesteps, hidden, added_cond_kwargs):
+        self.hidden, self.pooled = hidden, added_cond_kwargs["text_embeds"]
+        return SimpleNamespace(sample=x_t)
+
+
+class Rows:
+    """In place of an index: four samples of 64 x 32 px."""
+
+    records = ({}, {"is_reg": False}, {"is_reg": True}, {"is_reg": True})
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def row(self, number: int) -> dict:
+        sizes = {"bucket_width": 64, "bucket_height": 32, "original_width": 64, "original_height": 32}
+        place = {"file": f"{number}.npz", "offset": None, "bytes": 1, "crop_left": 0, "crop_top": 0}
+        record = orjson.dumps({"key": str(number), "caption": "a", **self.records[number]})
+        return {"key": str(number), "image_path": "", "record": record, "resized_width": 64, **sizes, **place}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> LatentDataset:
+    """Four samples: plain, masked, for regularisation, and both of these."""
+    folder = tmp_path_factory.mktemp("cache")
+    for number in range(4):
+        mask = np.linspace(0, 1, 32 * 64, dtype=np.float32).reshape(32, 64) if number % 2 else None
+        latents = np.full((4, 4, 8), number, np.float32)
+        write_latents(folder / f"{number}.npz", LatentSample(latents, (64, 32), (0, 0, 64, 32), alpha_mask=mask))
+    tokenizers = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), prior_loss_weight=0.25)
+    return LatentDataset(Rows(), folder, tokenizers, settings)
+
+
+def read(dataset: LatentDataset, rows: list[int]):
+    return dataset[MicroSpec((64, 32), np.array(rows), np.zeros(len(rows), int), np.arange(len(rows)))]
+
+
+def test_regularisation_samples_weigh_the_prior_loss_weight(dataset):
+    assert read(dataset, [0, 1, 2, 3, 2]).weights.tolist() == [1, 1, 0.25, 0.25, 0.25]
+
+
+def test_masks_come_with_the_batch_and_ones_for_samples_without(dataset):
+    assert read(dataset, [0, 2]).masks is None
+    masks = read(dataset, [2, 1]).masks
+    assert masks is not None and masks.dtype == torch.float32 and masks.shape == (2, 32, 64)
+    assert masks[0].eq(1).all() and masks[1].flatten().tolist() == pytest.approx(np.linspace(0, 1, 2048), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mask", [np.ones((4, 8)), np.full((32, 64), 2.0), np.full((32, 64), np.nan), -np.ones((32, 64))]
+)
+def test_a_wrong_mask_is_a_bad_latent(mask):
+    sample = LatentSample(np.zeros((4, 4, 8), np.float32), (64, 32), (0, 0, 64, 32), alpha_mask=mask)
+    with pytest.raises(BadLatentError, match="`alpha_mask` is float32"):
+        parse_latents(pack_latents(sample))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "said"),
+    [
+        ("zero_terminal_snr: true", "zero_terminal_snr", "set it to v"),
+        ("{prediction: flow, zero_terminal_snr: true}", "zero_terminal_snr", "leave it out"),
+        ("{prediction: flow, weighting: min_snr}", "weighting", "set it to none"),
+        ("{prediction: flow, weighting: debiased}", "weighting", "objective.timestep_density"),
+        ("weighting: v_like_epsilon", "weighting", "needs objective.prediction v, which is epsilon"),
+        ("{prediction: v, weighting: v_pred_like}", "weighting", "needs objective.prediction epsilon, which is v"),
+        ("{prediction: flow, loss: huber, huber_schedule: snr}", "huber_schedule", "choose constant or exponential"),
+        ("weighting_gamma: 5", "weighting_gamma", "set that to min_snr or soft_min_snr or p2"),
+        ("{weighting: min_snr, sigma_data: 2}", "sigma_data", "objective.weighting is min_snr"),
+        ("{weighting: min_snr, weighting_gamma: 0}", "weighting_gamma", "greater than 0"),
+        ("huber_c: 0.5", "huber_c", "has no effect: objective.loss is l2"),
+        ("{loss: l1, huber_schedule: exponential}", "huber_schedule", "set that to huber or smooth_l1"),
+        ("{min_timestep: 500, max_timestep: 500}", "max_timestep", "must be above objective.min_timestep"),
+        ("max_timestep: 1001", "max_timestep", "less than or equal to 1000"),
+        ("logit_mean: 1", "logit_mean", "objective.timestep_density is uniform"),
+        ("{timestep_density: [1, 2], logit_std: 2}", "logit_std", "set that to logit_normal"),
+        ("timestep_density: [0, 0]", "timestep_density", "not all 0"),
+        ("timestep_density: [2, -1]", "timestep_density", "0 or more"),
+        ("timestep_density: []", "timestep_density", "not all 0"),
+        ("noise_offset_random_strength: true", "noise_offset_random_strength", "set that to above 0"),
+        ("multires_noise_discount: 0.5", "multires_noise_discount", "multires_noise_iterations is 0"),
+        ("ip_noise_gamma_random_strength: true", "ip_noise_gamma_random_strength", "ip_noise_gamma is 0"),
+        ("prior_loss_weight: 0", "prior_loss_weight", "greater than 0"),
+        ("text_dropout_rate: 2", "text_dropout_rate", "less than or equal to 1"),
+        ("prediction: x", "prediction", "'epsilon', 'v' or 'flow'"),
+    ],
+)
+def test_a_contradictory_choice_is_one_problem_that_says_what_to_change(tmp_path, settings, key, said):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"objective:\n  {settings}")
+    _, problems = load_config(path)
+    # A list of numbers may be refused as each of the forms that the key can have.
+    assert {problem.key.split(".")[1] for problem in problems} == {key}
+    assert said in " ".join(problem.rule for problem in problems)
+
+
+def test_latent_statistics_need_each_other(tmp_path):
+    path = tmp_path / "x.yaml"
+    for settings, said in (
+        ("latents_mean: [0, 0, 0, 0]", "must both be given"),
+        ("latents_std: [1, 1, 1, 1]", "must both be given"),
+        ("{latents_mean: [0, 0, 0, 0], latents_std: [1, 1, 0, 1]}", "must be above 0"),
+    ):
+        path.write_text(f"model:\n  {settings}")
+        assert said in load_config(path)[1][0].rule
+    path.write_text("model: {latents_mean: [0, 0, 0], latents_std: [1, 1, 1, 1]}")
+    assert load_config(path)[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "{prediction: v, zero_terminal_snr: true, weighting: min_snr, loss: huber, huber_schedule: snr, huber_c: 0.2}",
+        "{prediction: flow, timestep_density: logit_normal, logit_mean: 1, timestep_shift: 2.5, low_discrepancy: true}",
+        "{weighting: soft_min_snr, weighting_gamma: 0.2, sigma_data: 0.5, timestep_density: [1, 2.5]}",
+        "{noise_offset: 0.1, noise_offset_random_strength: true, adaptive_noise_scale: -0.1, ip_noise_gamma: 0.1}",
+        "{adaptive_noise_scale: 0.1, multires_noise_iterations: 6, multires_noise_discount: 0.4, masked_loss: true}",
+    ],
+)
+def test_what_goes_together_is_accepted_saved_and_read_again(tmp_path, settings):
+    (tmp_path / "x.yaml").write_text(
+        f"objective: {settings}\nmodel: {{latents_mean: [0,0,0,0], latents_std: [1,1,1,1]}}"
+    )
+    config, problems = load_config(tmp_path / "x.yaml")
+    assert problems == []
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == (config, [])
+    Objective(config.objective, STATISTICS, 8).sample_timesteps(KEYS)
+
+
+def test_settings_are_checked_after_those_they_depend_on():
+    order = list(ObjectiveConfig.model_fields)
+    assert [name for name, (other, _) in USED_WITH.items() if order.index(other) > order.index(name)] == []
+
+
+def test_the_program_ends_with_status_2(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("objective: {zero_terminal_snr: true, weighting: v_like_epsilon}")
+    assert main(["--cfg", str(tmp_path / "x.yaml")]) == 2
+    printed = capsys.readouterr().err
+    assert "objective.zero_terminal_snr = True" in printed and "objective.weighting = 'v_like_epsilon'" in printed
+    assert "Traceback" not in printed

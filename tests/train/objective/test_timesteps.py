@@ -1,0 +1,162 @@
+"""Timesteps: that their distribution is the one asked for, alone and spread over a global batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.train.objective.objective import Objective, SampleKeys
+from sdxl_trainer.train.objective.timesteps import (
+    build_histogram,
+    build_logit_normal,
+    draw_low_discrepancy,
+    draw_uniform,
+    scale_timesteps,
+    shift_draws,
+)
+
+STATISTICS = (torch.zeros(1), torch.ones(1))
+COUNT = 20_000
+KS_LIMIT = 1.95 / math.sqrt(COUNT)  # Kolmogorov-Smirnov at 0.1 %; the draws are fixed, so it holds for good
+
+
+def build(global_batch_size: int = 16, **settings) -> Objective:
+    return Objective(ObjectiveConfig(**settings), STATISTICS, global_batch_size)
+
+
+def draw(objective: Objective, steps: int, positions: int) -> np.ndarray:
+    """[steps, positions] timesteps."""
+    keys = (SampleKeys(3, step, list(range(positions))) for step in range(steps))
+    return np.stack([objective.sample_timesteps(one).numpy() for one in keys])
+
+
+def measure_distance(values: np.ndarray, cdf) -> float:
+    """Largest distance between the distribution of `values` and `cdf` (Kolmogorov-Smirnov)."""
+    values = np.sort(values.ravel())
+    expected = cdf(values)
+    ranks = np.arange(len(values) + 1) / len(values)
+    return max(np.abs(ranks[1:] - expected).max(), np.abs(ranks[:-1] - expected).max())
+
+
+def compute_normal_cdf(z: np.ndarray) -> np.ndarray:
+    return np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in z])
+
+
+def test_keyed_draws_are_uniform_and_below_one():
+    draws = draw_uniform([mix_keys(0, Stream.TIMESTEP, step, 1) for step in range(COUNT)]).numpy()
+    assert measure_distance(draws, lambda u: u) < KS_LIMIT
+    assert draw_uniform([2**63 - 1]).item() < 1 and draw_uniform([0]).item() == 0
+    assert draw_uniform([2**10]).item() == 2**-53  # as fine as can be
+
+
+@pytest.mark.parametrize("low_discrepancy", [False, True])
+def test_uniform_timesteps_cover_the_range_and_no_more(low_discrepancy):
+    objective = build(min_timestep=200, max_timestep=220, low_discrepancy=low_discrepancy)
+    values = draw(objective, COUNT // 16, 16)
+    assert values.dtype == np.int64
+    counts = np.bincount(values.ravel(), minlength=221)
+    assert counts[:200].sum() == 0 and len(counts) == 221 and counts[220] == 0
+    assert np.abs(counts[200:220] / values.size - 1 / 20).max() < 0.006
+    # Each place by itself, too: 1250 draws into 4 parts.
+    by_place = np.stack([np.bincount((values[:, place] - 200) // 5, minlength=4) for place in range(16)]) / len(values)
+    assert np.abs(by_place - 0.25).max() < 0.05
+
+
+def test_the_whole_range_is_the_schedule():
+    values = draw(build(), COUNT // 16, 16)
+    assert (values.min(), values.max()) == (0, 999)
+    assert measure_distance(values + 0.5, lambda t: t / 1000) < KS_LIMIT + 0.0005
+
+
+@pytest.mark.parametrize("low_discrepancy", [False, True])
+def test_logit_normal_has_its_distribution(low_discrepancy):
+    objective = build(
+        prediction="flow",
+        timestep_density="logit_normal",
+        logit_mean=0.5,
+        logit_std=1.5,
+        min_timestep=100,
+        max_timestep=900,
+        low_discrepancy=low_discrepancy,
+    )
+    values = draw(objective, COUNT // 16, 16)
+    assert values.dtype == np.float32 and len(np.unique(values)) > 0.99 * values.size  # 1000·s, not whole numbers
+
+    def cdf(t: np.ndarray) -> np.ndarray:
+        share = (t.astype(np.float64) - 100) / 800
+        return compute_normal_cdf((np.log(share / (1 - share)) - 0.5) / 1.5)
+
+    assert measure_distance(values, cdf) < KS_LIMIT
+
+
+def test_logit_normal_by_hand():
+    invert = build_logit_normal(mean=1.0, std=2.0)
+    draws = torch.tensor([0.0, 0.5, compute_normal_cdf(np.array([1.0])).item(), 1.0], dtype=torch.float64)
+    expected = [0, 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3)), 1]
+    assert invert(draws).tolist() == pytest.approx(expected)
+
+
+def test_a_histogram_is_any_density():
+    invert = build_histogram([1, 0, 3])
+    draws = torch.tensor([0, 0.125, 0.2499999, 0.25, 0.625, 0.9999999], dtype=torch.float64)
+    assert invert(draws).tolist() == pytest.approx([0, 1 / 6, 1 / 3, 2 / 3, 5 / 6, 1], abs=1e-6)
+    values = draw(build(timestep_density=[1.0, 0.0, 3.0], max_timestep=300), COUNT // 16, 16)
+    counts = np.bincount(values.ravel() // 100, minlength=3) / values.size
+    assert counts == pytest.approx([0.25, 0, 0.75], abs=0.01)
+    zeros = build_histogram([0, 1, 0])(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64))
+    assert zeros.tolist() == pytest.approx([1 / 3, 1 / 2, 2 / 3])
+
+
+def test_shift_moves_draws_towards_noise():
+    draws = torch.tensor([0.0, 0.5, 1.0])
+    assert shift_draws(draws, 3.0).tolist() == pytest.approx([0, 0.75, 1])
+    assert shift_draws(draws, 1.0).equal(draws)
+    assert build(timestep_shift=3.0).sample_timesteps(SampleKeys(0, 0, [1])) > build().sample_timesteps(
+        SampleKeys(0, 0, [1])
+    )
+
+
+def test_the_shift_comes_after_the_density():
+    """A density over the first half, s of 0 to 1/2, shifted by 3: 3·s/(1 + 2·s), 0 to 3/4."""
+    values = draw(build(timestep_density=[1.0, 0.0], timestep_shift=3.0), COUNT // 16, 16) / 1000
+    assert values.max() == pytest.approx(0.75, abs=0.002)
+    assert measure_distance(values + 0.0005, lambda t: 2 * t / (3 - 2 * t)) < KS_LIMIT + 0.001
+
+
+def test_rounding_does_not_leave_the_range():
+    ends = torch.tensor([0.0, 1 - 2.0**-53, 1.0], dtype=torch.float64)
+    assert scale_timesteps(ends, 0, 1000).long().tolist() == [0, 999, 999]
+    assert scale_timesteps(ends, 999, 1000).long().tolist() == [999, 999, 999]
+    assert scale_timesteps(ends, 0, 1).long().tolist() == [0, 0, 0]
+    assert (scale_timesteps(ends, 0, 1000).float() < 1000).all()
+
+
+def test_low_discrepancy_spreads_evenly_whoever_draws():
+    seed = mix_keys(5)
+    whole = draw_low_discrepancy(seed, range(12), 12)
+    assert np.diff(np.sort(whole.numpy())) == pytest.approx([1 / 12] * 11)
+    assert ((0 <= whole) & (whole < 1)).all()
+    # Two ranks with micro batches of 3 and two accumulation steps draw the very same.
+    shares = {rank: [range(s, s + 3) for s in range(3 * rank, 12, 6)] for rank in (0, 1)}
+    parts = [draw_low_discrepancy(seed, share, 12) for rank in (0, 1) for share in shares[rank]]
+    assert torch.cat(parts).sort().values.equal(whole.sort().values)
+    assert not draw_low_discrepancy(mix_keys(6), range(12), 12).equal(whole)
+
+
+def test_low_discrepancy_over_ranks_and_accumulation_through_the_objective():
+    objective = build(global_batch_size=40, low_discrepancy=True)
+    for step in range(20):
+        micro = [objective.sample_timesteps(SampleKeys(0, step, list(range(s, s + 5)))) for s in range(0, 40, 5)]
+        counts = np.bincount(torch.cat(micro).numpy() // 25, minlength=40)
+        assert (np.abs(counts - 1) <= 1).all()  # each fortieth of the schedule once, but for where its edge is
+        assert np.bincount(torch.cat(micro).numpy() // 250, minlength=4) == pytest.approx([10] * 4, abs=1)
+    one_place = draw(objective, 1000, 40)[:, 7]
+    assert measure_distance(one_place + 0.5, lambda t: t / 1000) < 1.95 / math.sqrt(1000)
+
+
+def test_low_discrepancy_lowers_the_variance_of_a_batch():
+    spread = draw(build(low_discrepancy=True), 300, 16).mean(1).std()
+    assert spread < 0.3 * draw(build(), 300, 16).mean(1).std()

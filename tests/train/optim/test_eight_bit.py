@@ -1,0 +1,121 @@
+"""AdamW with moments in 8 bit: the form they are stored in, and bitsandbytes under the engine where it is installed."""
+
+import importlib.util
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from eight_bit_updates import STAGES, build_engine, save, train
+from programs import run_program
+
+from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.launch.distributed import Ranks, init_ranks
+from sdxl_trainer.train.engine.engine import map_file
+from sdxl_trainer.train.engine.quantised import BLOCK, WRAPPED, Quantised, list_moments, list_parts, quantise
+from sdxl_trainer.train.engine.resharding import SavedState
+from sdxl_trainer.train.optim.optimizers import check_optimizer
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="pip install --no-deps bitsandbytes (0.50 runs on CPUs)"
+)
+TABLE = torch.linspace(-1, 1, 256)
+Saved = dict[tuple[int, int], tuple[Path, list[float]]]  # (ranks, ZeRO stage) → checkpoint, losses of six steps
+
+
+def draw(count: int) -> torch.Tensor:
+    """Values whose size differs from block to block."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    return values * 10.0 ** (torch.arange(count) // BLOCK % 7 - 3)
+
+
+def test_values_are_kept_to_the_nearest_code_of_their_block():
+    values = draw(5 * BLOCK + 17)
+    values[BLOCK : 2 * BLOCK] = 0
+    moment = quantise(values, TABLE)
+    assert moment.codes.dtype == torch.uint8 and moment.numel() == len(values) and moment.scales.shape == (6,)
+    again = moment.read(0, len(values))
+    for start in range(0, len(values), BLOCK):
+        block = slice(start, start + BLOCK)
+        half_a_code = values[block].abs().max() / 255
+        assert (again[block] - values[block]).abs().max() <= half_a_code * 1.001
+    assert again[BLOCK : 2 * BLOCK].eq(0).all()
+    for start, stop in ((0, 1), (255, 257), (300, 1290), (len(values) - 1, len(values)), (512, 512)):
+        assert moment.read(start, stop).equal(again[start:stop])
+
+
+def test_what_bitsandbytes_saves_is_found_wrapped_and_not():
+    moment = quantise(draw(4096), TABLE)
+    parts = list_parts("state2", moment)
+    assert set(parts) == {"state2", "qmap2", "absmax2"}
+    for state in ({"step": 4, **parts}, {"step": 4, WRAPPED: parts}):
+        found = list_moments(state)
+        assert set(found) == {"step", "state2"} and found["step"] == 4
+        assert isinstance(found["state2"], Quantised) and found["state2"].read(7, 300).equal(moment.read(7, 300))
+    small = {"step": 1, WRAPPED: {"state1": torch.ones(8)}}
+    assert list_moments(small)["state1"].equal(torch.ones(8))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return init_ranks()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Saved:
+    """What one rank and two ranks saved after three steps, and their losses. Their own resume was exact."""
+    folder, made = tmp_path_factory.mktemp("saved"), {}
+    for line in run_program("tests/support/eight_bit_updates.py", folder, ranks=2).splitlines():
+        if line.startswith("{"):
+            told = json.loads(line)
+            assert told["resumed"] == told["losses"][3:], told
+            made[2, told["stage"]] = folder / str(told["stage"]) / "step-00000003", told["losses"]
+    for stage in STAGES:
+        engine = build_engine(stage, ranks)
+        losses = train(engine, range(3), ranks)
+        path = save(engine, folder / f"one-{stage}", ranks)
+        made[1, stage] = path, losses + train(engine, range(3, 6), ranks)
+    return made
+
+
+@needs_bitsandbytes
+def test_losses_are_those_of_adamw_to_eight_bit_on_any_ranks_and_stage(saved: Saved, ranks: Ranks) -> None:
+    assert list(check_optimizer(OptimConfig(name="adamw8bit"), EngineConfig())) == []
+    exact = train(build_engine(2, ranks, "adamw"), range(6), ranks)
+    assert max(exact) - min(exact) > 0.3
+    assert saved.keys() == set(product((1, 2), STAGES))
+    for key, (_, losses) in saved.items():
+        assert losses == pytest.approx(exact, abs=4e-3), key
+        assert losses[3:] != exact[3:], key  # the moments are in 8 bit
+        assert losses == pytest.approx(saved[1, 0][1], abs=1e-3), key
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("old", STAGES)
+@pytest.mark.parametrize("old_ranks", [1, 2])
+def test_other_ranks_and_stages_take_it_up(saved: Saved, ranks: Ranks, old_ranks: int, old: int) -> None:
+    path, losses = saved[old_ranks, old]
+    for new in STAGES:
+        engine = build_engine(new, ranks)
+        engine.load(path)
+        resumed = train(engine, range(3, 6), ranks)
+        assert resumed == pytest.approx(losses[3:], abs=4e-3), new
+        if (old_ranks, old) == (1, new):
+            assert resumed == losses[3:]
+        types = {state["state1"].dtype for state in engine._engine.basic_optimizer.state.values()}
+        assert torch.uint8 in types and types <= {torch.uint8, torch.float32}, new
+
+
+@needs_bitsandbytes
+def test_moments_stay_what_they_are_value_by_value(saved: Saved, ranks: Ranks, tmp_path: Path) -> None:
+    path, _ = saved[2, 2]
+    engine = build_engine(0, ranks)
+    engine.load(path)
+    before, after = (SavedState(folder / "state", map_file) for folder in (path, save(engine, tmp_path, ranks)))
+    for name in ("0.weight", "2.weight", "0.bias"):
+        for key in ("state1", "state2"):
+            old, new = before.read(name, key), after.read(name, key)
+            assert old.abs().max() > 0
+            torch.testing.assert_close(new, old, rtol=0.06, atol=old.abs().max().item() * 0.01)

@@ -1,0 +1,89 @@
+"""Rounding by chance: right on average, and the optimizers that round so compute what the plain ones do."""
+
+import pytest
+import torch
+from optimi import Lion
+
+from sdxl_trainer.train.optim import stochastic_rounding as stochastic
+
+
+def make_generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_value_is_right_on_average(sign: int) -> None:
+    """Between 1 and its successor 1 + 2^-7, at a quarter, a half, and one part in 2^16 of the way."""
+    count = 2**20
+    for share in (0.25, 0.5, 2.0**-16):
+        values = torch.full((count,), sign * (1 + share * 2**-7))
+        rounded = stochastic.round_stochastically(values, make_generator())
+        assert rounded.dtype == torch.bfloat16
+        upper = rounded == sign * (1 + 2**-7)
+        assert (upper | (rounded == sign)).all()
+        deviation = (share * (1 - share) / count) ** 0.5
+        assert upper.double().mean().item() == pytest.approx(share, abs=4 * deviation)
+
+
+def test_the_mean_of_many_roundings_is_the_value_at_any_size() -> None:
+    values = torch.randn(1000, generator=make_generator(1)) * 10.0 ** torch.linspace(-30, 30, 1000)
+    rounded = [stochastic.round_stochastically(values, make_generator(seed)).double() for seed in range(400)]
+    error = (torch.stack(rounded).mean(0) - values) / values.abs()  # at most 2^-8·0.5/20 of a deviation
+    assert error.abs().max() < 1.5e-3 and error.mean().abs() < 2e-5
+    exact = values.bfloat16().float()
+    assert stochastic.round_stochastically(exact, make_generator()).float().equal(exact)
+    nothing = torch.tensor([0.0, -0.0, torch.inf])
+    assert stochastic.round_stochastically(nothing, make_generator()).tolist() == nothing.tolist()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_updates_are_those_of_the_plain_optimizers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rounding, and in chunks: the numbers of PyTorch's AdamW and optimi's Lion."""
+    monkeypatch.setattr(stochastic, "round_stochastically", lambda values, generator: values)
+    monkeypatch.setattr(stochastic, "CHUNK", 7)
+    settings = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.02}
+    plain = {"AdamW": torch.optim.AdamW, "Lion": lambda *args, **kwargs: Lion(*args, **kwargs, kahan_sum=False)}[name]
+    weights = []
+    for kind in (getattr(stochastic, name), plain):
+        weight = torch.nn.Parameter(torch.randn(4, 5, generator=make_generator(2)))
+        optimizer = kind([weight], **settings)
+        for step in range(5):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+            weight.grad = torch.randn(4, 5, generator=make_generator(3 + step))
+            optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_small_updates_add_up_and_the_second_moment_falls() -> None:
+    """1000 steps of 1/400 of what a weight of 1 is rounded to; a gradient that was large is forgotten."""
+    weight = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+    optimizer = stochastic.AdamW([weight], lr=1e-5, weight_decay=0.0)
+    for step in range(1000):
+        weight.grad = torch.full_like(weight, 1.0 if step < 2 else 2.0**-6)
+        optimizer.step()
+    state = optimizer.state[weight]
+    assert {value.dtype for value in state.values() if isinstance(value, torch.Tensor)} == {torch.bfloat16}
+    exact = torch.nn.Parameter(torch.ones(1))
+    plain = torch.optim.AdamW([exact], lr=1e-5, weight_decay=0.0)
+    for step in range(1000):
+        exact.grad = torch.full_like(exact, 1.0 if step < 2 else 2.0**-6)
+        plain.step()
+    moved, expected = 1 - weight.detach().float().mean(), 1 - exact.detach()
+    assert moved.item() == pytest.approx(expected.item(), rel=0.1)
+    second = plain.state[exact]["exp_avg_sq"].item()
+    assert state["exp_avg_sq"].float().mean().item() == pytest.approx(second, rel=0.02)
+
+
+def test_seeds_and_steps_draw_anew() -> None:
+    def update(seed: int, steps: int = 1) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
+        optimizer = stochastic.Lion([weight], lr=1e-3, weight_decay=0.0, seed=seed)
+        for _ in range(steps):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return weight.detach()
+
+    assert update(1).equal(update(1)) and not update(1).equal(update(2))
+    changed = [1 - update(1), update(1) - update(1, steps=2)]
+    assert not (changed[0] > 0).equal(changed[1] > 0)

@@ -1,0 +1,56 @@
+"""Numbers at Weights & Biases from the package itself, offline. Without it, see test_contradictions.py."""
+
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.report.wandb_log import check_wandb
+
+LOG = """
+import sys
+from pathlib import Path
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.train.report.metrics import MetricsLog
+from sdxl_trainer.train.report.wandb_log import open_wandb
+config, _ = load_config(Path(sys.argv[1]))
+first = int(sys.argv[2])
+log = MetricsLog(config.run.folder / "logs", first)
+log.wandb_log = open_wandb(config)
+for step in (first + 1, first + 2):
+    log.write(step, {"loss": step / 1024})
+log.write(step, {"validation/loss": 7.25})
+log.close()
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"{{run: {{dir: {tmp_path}, name: shown}}, model: {{path: x}}, log: {{wandb: my-project}}}}")
+    return file
+
+
+def test_nothing_is_asked_of_it_by_default() -> None:
+    assert Config().log.wandb is None and list(check_wandb(Config())) == []
+
+
+@pytest.mark.skipif("wandb" not in packages_distributions(), reason="wandb is not installed")
+def test_a_resumed_run_goes_on_under_its_id(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config, _ = load_config(settings)
+    assert list(check_wandb(config)) == []
+    logs = config.run.folder / "logs"
+    names = []
+    for first in (0, 1):  # the second repeats step 2
+        subprocess.run([sys.executable, "-c", LOG, str(settings), str(first)], check=True, timeout=120)
+        names.append((logs / "wandb_id.txt").read_text())
+    files = sorted(logs.glob("wandb/offline-run-*/*.wandb"))
+    assert names[0] == names[1] and {file.stem for file in files} == {f"run-{names[0]}"} and len(files) == 2
+    for file, step in zip(files, (2, 3), strict=True):
+        content = file.read_bytes()
+        assert b"my-project" in content and b"7.25" in content and str(step / 1024).encode() in content

@@ -1,0 +1,184 @@
+"""Nothing done is lost: ranks that are killed, that raise or hang, and requests to stop; the resumed losses equal the
+unbroken run's."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from campaigns.cache_kill import get_variable, list_descendants
+from programs import ROOT, run_program
+from rank_port import find_rank_port
+
+from sdxl_trainer.train.checkpoint.folder import find_checkpoint, list_checkpoints, settle_partials
+from sdxl_trainer.train.engine.engine import map_file
+from sdxl_trainer.train.engine.resharding import SavedState
+from sdxl_trainer.train.report.metrics import read_metrics
+
+# What happens to rank 1 as it reads its samples, by the number of times torchrun has started it. It reads two
+# samples a step. `Fault` is no Exception, so that it passes for a fault of the program and not of the user's caption.
+PLANTED = """
+import os, signal, time
+
+class Fault(BaseException):
+    pass
+
+def fail():
+    raise Fault("planted")
+
+def hang():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Captions:
+    calls = 0
+
+    def caption(self, record, rng):
+        plan = os.environ.get("PLAN", "").split()
+        start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if os.environ.get("RANK") == "1" and start < len(plan):
+            what, calls = plan[start].split(":")
+            if Captions.calls == int(calls):
+                {"die": die, "fail": fail, "hang": hang}[what]()
+        Captions.calls += 1
+        if os.path.exists(os.environ.get("HANG", "")):
+            os.remove(os.environ["HANG"])
+            time.sleep(600)
+        return record["caption"]
+"""
+
+
+def read_losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
+
+
+def plant(folder: Path, name: str, **settings: object) -> list[str]:
+    """Words for a run with the planted class."""
+    (folder / "planted.py").write_text(PLANTED)
+    given = {"run.name": name, "sample.prompts": "[]", "data.strategy": f"{folder / 'planted.py'}:Captions", **settings}
+    return ["--cfg", str(folder / "tiny.yaml"), *(f"{key}={value}" for key, value in given.items())]
+
+
+def start_job(command: list[object], **environment: str) -> subprocess.Popen:
+    variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env={**variables, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_two_ranks(words: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Without a launcher, which would end the one when the other has ended."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, ROOT / "train/main.py", *words]
+    return [start_job(command, **place, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline, "the job did not come so far"
+        time.sleep(0.02)
+
+
+def count_steps(run: Path) -> int:
+    metrics = run / "logs" / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+
+def test_restarts_go_on_after_a_killed_and_after_a_failed_rank(cached_folder: Path, two_ranks: Path, monkeypatch):
+    """torchrun starts the job three times. First rank 1 is killed in step 7, then it raises in step 7, then in step 10.
+
+    The killed rank took its shard with it: what remains is the checkpoint of step 4, and the weights of step 6 as a
+    file. The failed rank lost no step: each rank wrote its shard of step 6, and the third start goes on from there.
+    """
+    words = plant(cached_folder, "restarted", **{"train.max_steps": 10})
+    monkeypatch.setenv("PLAN", "die:12 fail:4 fail:6")
+    printed = run_program("train/main.py", *words, ranks=2, restarts=2, expect=1)
+    run = cached_folder / "runs" / "restarted"
+    resumed = [line.split("checkpoints/")[1] for line in printed.splitlines() if "resuming from" in line]
+    assert resumed == ["step-00000004", "step-00000006"], printed
+    assert printed.count("shard of step 6 written") == 3 and printed.count("shard of step 9 written") == 2, printed
+    assert printed.count("Fault: planted") >= 2
+    assert (run / "models" / "emergency-step-00000006.safetensors").is_file()
+    assert read_losses(run) == read_losses(two_ranks)[:9]
+
+
+def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: Path, two_ranks: Path) -> None:
+    """SIGUSR1 to one rank saves and goes on; SIGTERM to train.sh: the step in hand is finished, saved, status 143."""
+    run = cached_folder / "runs" / "stopped"
+    words = ["--cfg", cached_folder / "tiny.yaml", "run.name=stopped", "sample.prompts=[]", "checkpoint.every_steps=0"]
+    job = start_job(["bash", ROOT / "launch/train.sh", *words], NPROC="2")
+    wait_for(lambda: count_steps(run) >= 3, job)
+    ranks = [pid for pid in list_descendants(job.pid) if get_variable(pid, "RANK") == "1"]
+    os.kill(ranks[0], signal.SIGUSR1)
+    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 1, job)
+    job.send_signal(signal.SIGTERM)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == 143 and "Traceback" not in printed and "leaked" not in printed, printed
+    assert "Training stopped was stopped" in printed and "stopped by SIGTERM; " in printed, printed
+    done = count_steps(run)
+    saved = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert len(saved) == 2 and saved[1] == f"step-{done:08d}" and done < 18, printed
+    (run / "save").touch()
+    run_program("train/main.py", *words, f"train.max_steps={done + 3}", ranks=2)
+    assert read_losses(run) == read_losses(two_ranks)[: done + 3]
+    assert f"step-{done + 1:08d}" in [path.name for path in list_checkpoints(run / "checkpoints")], "the save file"
+
+
+def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None:
+    """SIGTERM while a step hangs: the emergency thread writes the state of the one before, and exits with 143."""
+    run, hang = cached_folder / "runs" / "hung", cached_folder / "hang"
+    words = plant(cached_folder, "hung", **{"checkpoint.every_steps": 0})
+    job = start_job([sys.executable, ROOT / "train/main.py", *words], HANG=str(hang))
+    wait_for(lambda: count_steps(run) >= 3, job)
+    hang.touch()
+    wait_for(lambda: not hang.exists(), job)
+    done = count_steps(run)
+    job.send_signal(signal.SIGTERM)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == 143 and f"shard of step {done} written" in printed, printed
+    assert list_checkpoints(run / "checkpoints") == [] and count_steps(run) == done
+    settle_partials(run / "checkpoints")  # as the next start does
+    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step-{done:08d}"
+    trained = SavedState(run / "checkpoints" / f"step-{done:08d}" / "state", map_file)
+    assert trained.shapes and all(trained.read_whole(name).isfinite().all() for name in trained.shapes)
+
+
+def test_a_rank_that_hangs_is_given_up_and_may_come_back(cached_folder: Path, two_ranks: Path) -> None:
+    """Rank 1 is stopped in step 4, as on a node that hangs. Rank 0 waits as long as it is told to, then saves its shard
+    and the weights, and ends. Once rank 1 goes on it finds nobody there, and saves its own: no step is lost."""
+    run = cached_folder / "runs" / "hanging"
+    words = plant(cached_folder, "hanging", **{"checkpoint.every_steps": 0, "engine.timeout_minutes": 0.15})
+    ranks = start_two_ranks(words, PLAN="hang:6")
+    printed, _ = ranks[0].communicate(timeout=120)
+    assert ranks[0].returncode == 1 and "shard of step 3 written" in printed, printed
+    assert (run / "models" / "emergency-step-00000003.safetensors").is_file()
+    assert ranks[1].poll() is None
+    ranks[1].send_signal(signal.SIGCONT)
+    printed, _ = ranks[1].communicate(timeout=120)
+    assert ranks[1].returncode == 1 and "shard of step 3 written" in printed, printed
+    settle_partials(run / "checkpoints")  # as the next start does
+    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-00000003"
+    assert read_losses(run) == read_losses(two_ranks)[:3]
+
+
+def test_ends_while_saving_and_while_sampling_lose_nothing() -> None:
+    """A short form of tests/campaigns/train_kill.py: it ends a run under ZeRO-1 twice, lets it reach its end, and
+    compares its losses with those of a run that nobody disturbed."""
+    words = ["--stages", "1", "--steps", "9", "--seed", "3", "--ends", "saving:kill", "sampling:int"]
+    job = start_job([sys.executable, ROOT / "tests/campaigns/train_kill.py", *words])
+    printed, _ = job.communicate(timeout=400)
+    ends = re.findall(r"^ +\d+ +1 +(\w+) +(\w+) .*\[(.*)\]", printed, re.MULTILINE)
+    assert job.returncode == 0 and "2 ends, 1 runs compared with an unbroken one; 0 problems" in printed, printed
+    assert [end[:2] for end in ends] == [("saving", "kill"), ("sampling", "int")]
+    assert "-9" in ends[0][2] and ends[1][2] == "130, 130", "each was ended in the midst"

@@ -1,0 +1,146 @@
+"""Validation and samples: the same on any number of ranks, and training does not notice them."""
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from programs import MIXED_PROMPTS, run_program
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.checks.held_out import (
+    check_validation,
+    derive_validation_config,
+    find_held_out,
+    open_validation_index,
+)
+from sdxl_trainer.data.loading.loader import build_plan
+from sdxl_trainer.data.order.split import leave_out
+from sdxl_trainer.train.objective.objective import Objective, SampleKeys
+from sdxl_trainer.train.report.metrics import read_metrics
+from sdxl_trainer.train.run.validate import spread_timesteps, summarize_losses
+from sdxl_trainer.train.sampling.job import draw_prompt_file, load_painter
+from sdxl_trainer.train.sampling.prompts import load_prompts
+
+
+def read_numbers(run: Path, name: str) -> list[dict]:
+    return list(read_metrics(run / "logs" / "metrics.jsonl", having=name))
+
+
+def test_training_does_not_notice(validated: dict[int, Path], one_rank: Path) -> None:
+    alone = [line["loss"] for line in read_numbers(one_rank, "loss")][:2]
+    assert [line["loss"] for line in read_numbers(validated[1], "loss")] == alone
+    np.testing.assert_allclose([line["loss"] for line in read_numbers(validated[2], "loss")], alone, rtol=0, atol=1e-5)
+
+
+def test_the_validation_loss_is_the_same_on_any_number_of_ranks(validated: dict[int, Path]) -> None:
+    one, two = (read_numbers(validated[ranks], "validation/loss") for ranks in (1, 2))
+    assert [line["step"] for line in one] == [0, 1, 2] and len({line["validation/loss"] for line in one}) == 3
+    for first, second in zip((one[0], one[2]), two, strict=True):
+        assert first.keys() == second.keys() and any("128x128" in name for name in first)
+        for name, value in first.items():  # the weights themselves agree to rounding only, once they were trained
+            assert value == pytest.approx(second[name], rel=1e-6 if first["step"] == 0 else 1e-5), name
+    bins = {name: value for name, value in one[0].items() if re.fullmatch(r"validation/loss_t[\d-]+", name)}
+    assert 6 <= len(bins) <= 10 and min(bins.values()) < one[0]["validation/loss"] < max(bins.values())
+
+
+def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -> None:
+    first, _, last = read_numbers(validated[1], "validation/loss")
+    names = {name for name in first if name.startswith("validation/") and "_ema_" not in name}
+    assert {f"{name}_ema_0.5" for name in names} == {name for name in first if "_ema_" in name} and len(names) > 8
+    assert all(first[f"{name}_ema_0.5"] == first[name] for name in names)  # it begins as the weights
+    assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
+
+
+def test_pictures_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(validated: dict[int, Path]) -> None:
+    samples = validated[1] / "samples"
+    assert sorted(path.name for path in samples.glob("step-*.png")) == [f"step-{s:08d}.png" for s in (1, 2)]
+    assert Image.open(samples / "strip.png").size[0] == 2 * (128 + 4) - 4
+    assert "Sampler: euler_a" in Image.open(samples / "step-00000002" / "002.png").text["parameters"]
+    out = validated[1] / "drawn"
+    run_program("train/sample_main.py", "--model", validated[1], "--prompts", validated[1].parent / "prompts.txt",
+                "--out", out, ranks=2)  # fmt: skip
+    for number, size in enumerate(((128, 96), (64, 128), (128, 96))):
+        live = np.asarray(Image.open(samples / "step-00000002" / f"{number:03d}.png"), np.int16)
+        assert live.shape[:2] == size[::-1]
+        for folder in (out, validated[2] / "samples" / "step-00000002"):
+            other = np.asarray(Image.open(folder / f"{number:03d}.png"), np.int16)
+            assert np.abs(live - other).max() <= 2, (folder, number)
+    assert Image.open(out / "contact_sheet.png").width > 256
+
+
+def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path], cached_folder: Path) -> None:
+    """And drawing leaves every global random state as it was."""
+    file = validated[1] / "models" / "step-00000002.safetensors"
+    model = cached_folder / "model"
+    words = [f"model.path={file}", f"model.config={model}", f"model.tokenizer={model / 'tokenizer'}"]
+    config, problems = load_config(cached_folder / "tiny.yaml", [*words, "sample.num_inference_steps=2"])
+    assert problems == []
+    painter = load_painter(config, None, torch.device("cpu"))
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    prompts, _ = load_prompts(
+        config.sample.model_copy(update={"prompts": MIXED_PROMPTS.splitlines()}), config.objective
+    )
+    drawn = [painter.draw(prompt) for prompt in prompts]
+    assert torch.get_rng_state().equal(states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    for number, picture in enumerate(drawn):
+        live = np.asarray(Image.open(validated[1] / "samples" / "step-00000002" / f"{number:03d}.png"), np.int16)
+        assert np.abs(live - np.asarray(picture, np.int16)).max() <= 1
+
+
+def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:
+    config, problems = load_config(cached_folder / "tiny.yaml", ["validation.share=0.2"])
+    index, _ = check_latents(config, resuming=False)
+    assert problems == [] and index is not None and open_validation_index(config) == (None, [])
+    held_out = find_held_out(config, index, None)
+    assert 1 <= len(held_out) <= 10
+    plan = build_plan(index, 4, 0, leave_out(held_out, len(index), None))
+    used = {
+        row for epoch in range(8) for number in range(plan.num_batches(epoch)) for row in plan.batch(epoch, number).rows
+    }
+    assert used == set(range(len(index))) - set(held_out.tolist())
+    derived = derive_validation_config(config)
+    assert derived.data.caption.dropout_rate == 0 and derived.data.metadata == config.data.metadata
+
+
+def test_what_is_wrong_with_a_validation_set_is_told(cached_folder: Path, tmp_path: Path) -> None:
+    config, _ = load_config(
+        cached_folder / "tiny.yaml", ["validation.share=0.2", f"validation.image_dirs=[{tmp_path}]"]
+    )
+    assert [problem.key for problem in open_validation_index(config)[1]] == ["validation.share"]
+    config, _ = load_config(cached_folder / "tiny.yaml", ["validation.metadata=[no.json]"])
+    assert [problem.key for problem in open_validation_index(config)[1]] == ["validation.metadata.0"]
+    for share, said in ((0.0001, "holds out none of 24"), (0.9999, "leaves none of 24")):
+        config, _ = load_config(cached_folder / "tiny.yaml", [f"validation.share={share}"])
+        index, _ = check_latents(config, resuming=False)
+        assert said in check_validation(config, index)[0].rule
+    (tmp_path / "bad.txt").write_text("a --w 3")
+    with pytest.raises(UserInputError, match=r"bad.txt:1: has --w = '3'"):
+        draw_prompt_file(str(cached_folder / "model"), tmp_path / "bad.txt", tmp_path / "out", None, [])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(prediction: str) -> None:
+    settings = ObjectiveConfig(prediction=prediction, min_timestep=200, max_timestep=600)
+    objective = Objective(settings, (torch.zeros(1), torch.ones(1)), 4)
+    turns = [spread_timesteps(objective, SampleKeys(1, turn, [5, 6, 7]), 4) for turn in range(4)]
+    for turn, timesteps in enumerate(turns):
+        assert (timesteps >= 200 + 100 * turn).all() and (timesteps < 300 + 100 * turn).all()
+        assert len(set(timesteps.tolist())) == 3
+        torch.testing.assert_close(timesteps - 100 * turn, turns[0], rtol=0, atol=1)
+    alone = spread_timesteps(objective, SampleKeys(1, 2, [6]), 4)
+    assert alone[0] == turns[2][1]
+
+
+def test_losses_are_told_by_part_and_by_bucket() -> None:
+    losses = [(0.0, (64, 32), 1.0), (499.9, (64, 32), 2.0), (500, (32, 64), 6.0), (1000, (32, 64), 7.0)]
+    assert summarize_losses(losses, 2) == {
+        "loss": 4.0, "loss_32x64": 6.5, "loss_64x32": 1.5, "loss_t000-499": 1.5, "loss_t500-999": 6.5,
+    }  # fmt: skip

@@ -1,0 +1,110 @@
+"""The whole product, as users start it: cache on two ranks, train on one and two, resume, export, sample."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from programs import read_losses, run_program
+
+from sdxl_trainer.data.formats.manifest import read_entries
+
+PROMPTS = ["a red circle on a white background", "a blue star on a grey background"]
+
+
+def test_cache_lists_every_picture_once(cached_folder: Path) -> None:
+    keys = [entry.key for entry in read_entries(cached_folder / "latents")]
+    assert len(keys) == len(set(keys)) == 24
+    report = json.loads((cached_folder / "latents" / "cache_report.json").read_text())
+    assert report["encoded"] == 24 and report["bad"] == 0 and [r["done"] for r in report["ranks"]] == [12, 12]
+
+
+def test_one_and_two_ranks_have_the_same_losses(one_rank: Path, two_ranks: Path) -> None:
+    one, two = read_losses(one_rank), read_losses(two_ranks)
+    assert len(one) == len(two) == 20
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+    assert one[0] != one[1] and one[-1] < 0.8 * one[0], "the model did not learn"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resume_is_exact(ranks: int, request: pytest.FixtureRequest, cached_folder: Path) -> None:
+    whole = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
+    part = cached_folder / "runs" / f"resumed-{ranks}"
+    shutil.copytree(whole / "checkpoints" / "step-00000004", part / "checkpoints" / "step-00000004")
+    shutil.copytree(whole / "logs", part / "logs", ignore=shutil.ignore_patterns("tensorboard"))
+    run_program(
+        "train/main.py",
+        "--cfg",
+        cached_folder / "tiny.yaml",
+        f"run.name=resumed-{ranks}",
+        "train.max_steps=6",
+        "sample.prompts=[]",
+        ranks=ranks,
+    )
+    assert read_losses(part) == read_losses(whole)[:6]
+
+
+def test_results_are_all_there(one_rank: Path) -> None:
+    assert [path.name for path in sorted((one_rank / "checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in (4, 8, 12, 16, 20)
+    ]
+    assert Image.open(one_rank / "samples" / "step-00000020.png").size == (128 + 4 + 128, 96)
+    assert Image.open(one_rank / "report" / "loss.png").width > 400
+    assert list((one_rank / "logs" / "tensorboard").glob("events.out.tfevents.*"))
+    assert "max_steps: 20" in (one_rank / "config.yaml").read_text()
+
+
+def test_exported_file_draws_the_live_models_pictures(one_rank: Path, cached_folder: Path) -> None:
+    """diffusers loads the single file with its own code and its own tokenizer, and draws what the live model drew."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    model = cached_folder / "model"
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        str(one_rank / "models" / "step-00000020.safetensors"), config=str(model), local_files_only=True
+    )
+    pipeline.scheduler = EulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    for number, prompt in enumerate(PROMPTS):
+        drawn = pipeline(
+            prompt,
+            negative_prompt="",
+            width=128,
+            height=96,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(number),
+        ).images[0]
+        live = Image.open(one_rank / "samples" / "step-00000020" / f"{number:03d}.png")
+        difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(live, np.int16))
+        assert difference.max() <= 1, f"picture {number} differs by up to {difference.max()} of 255"
+
+
+def test_bad_inputs_are_all_named_at_once(cached_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sd15" / "unet").mkdir(parents=True)
+    printed = run_program(
+        "train/main.py",
+        "--cfg",
+        cached_folder / "tiny.yaml",
+        "run.nmae=x",
+        f"model.path={tmp_path}/sd15",
+        "data.image_dirs=[no/such/folder]",
+        "train.global_batch_size=5",
+        "optim.lr=fast",
+        expect=2,
+    )
+    for expected in (
+        "run.nmae",
+        "did you mean run.name?",
+        "model.path",
+        "is not an SDXL model",
+        "data.image_dirs.0",
+        "is not a folder",
+        "train.global_batch_size",
+        "is not a multiple",
+        "optim.lr",
+    ):
+        assert expected in printed, printed
+    assert "Traceback" not in printed

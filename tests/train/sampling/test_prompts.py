@@ -1,0 +1,123 @@
+"""Prompt files: kohya's flags, JSON, what the settings add, and every mistake with its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
+from sdxl_trainer.train.sampling.pipeline import share_prompts
+from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
+
+SETTINGS = {"width_px": 512, "height_px": 768, "num_inference_steps": 20, "guidance_scale": 5.0, "seed": 40}
+
+
+def load(prompts: list[str], file: Path | None = None, **objective) -> tuple[list[Prompt], list[str]]:
+    config = SampleConfig(prompts=prompts, prompt_file=file, negative_prompt="dull", **SETTINGS)
+    found, problems = load_prompts(config, ObjectiveConfig(**objective))
+    return found, [f"{problem.key}: {problem.rule}" for problem in problems]
+
+
+def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(
+        "\ufeff# a comment\n\na cat, well-made -- really --n ugly, bad --w 1024 --h 832 --s 30 --l 7.5 --d 9\n"
+        "  a dog --ss k_euler_a\n"
+    )
+    prompts, problems = load(["a {mouse}, {b|c}", ""], file)
+    assert problems == []
+    assert prompts == [
+        Prompt("a {mouse}, {b|c}", "dull", 512, 768, 20, 5.0, 40, "euler"),
+        Prompt("", "dull", 512, 768, 20, 5.0, 41, "euler"),
+        Prompt("a cat, well-made -- really", "ugly, bad", 1024, 832, 30, 7.5, 9, "euler"),
+        Prompt("a dog", "dull", 512, 768, 20, 5.0, 43, "euler_a"),
+    ]
+    assert prompts[2].describe() == (
+        "a cat, well-made -- really\nNegative prompt: ugly, bad\n"
+        "Steps: 30, Sampler: euler, CFG scale: 7.5, Seed: 9, Size: 1024x832"
+    )
+
+
+def test_json_means_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.json"
+    entry = {"prompt": "a cat", "negative_prompt": "", "width": 1024, "height": 832, "sample_steps": 30, "scale": 7,
+             "seed": 9, "sample_sampler": "DDIMScheduler"}  # fmt: skip
+    file.write_text(json.dumps([entry, "a dog --w 64", {"prompt": "a fox"}]))
+    prompts, problems = load([], file)
+    assert problems == []
+    assert prompts == [
+        Prompt("a cat", "", 1024, 832, 30, 7.0, 9, "ddim"),
+        Prompt("a dog", "dull", 64, 768, 20, 5.0, 41, "euler"),
+        Prompt("a fox", "dull", 512, 768, 20, 5.0, 42, "euler"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a\nb --q 3", ":2: has the unknown flag --q"),
+        ("a --w 100", ":1: has --w = '100', which is not a multiple of 8 from 64 on"),
+        ("a --w", ":1: has --w = '', which is not a whole number"),
+        ("a --s 0", "--s = '0', which is not a whole number from 1 on"),
+        ("a --d -1", "--d = '-1', which is not a whole number from 0 on"),
+        ("a --l x", "--l = 'x', which is not a number from 0 on"),
+        ("a --l inf", "--l = 'inf', which is not a number"),
+        ("a --ss best", "is none of the schedulers euler, euler_a"),
+        ("a --d 1 --d 2", "has --d twice"),
+        ("--w 64", ":1: has no prompt before its flags"),
+        ("# nothing\n", "holds no prompt"),
+        (b"\xff\xfe", "is not UTF-8"),
+        ("[", ".json:1:2: malformed JSON"),
+        ("{}", "is not a JSON list"),
+        ("[3]", "is not a JSON list"),
+        ('["a", {"text": "b"}]', ", entry 2: has no `prompt`"),
+        ('[{"prompt": "b", "steps": 3}]', ", entry 1: has the unknown name `steps`; known are prompt, negative_prompt"),
+        ('[{"prompt": "b", "width": 64.5}]', "has `width` = 64.5, which is not a whole number"),
+        ('[{"prompt": "b", "scale": true}]', "has `scale` = True, which is not a number"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, content: str | bytes | None, said: str) -> None:
+    is_json = isinstance(content, str) and content[0] in "[{"
+    file = tmp_path / ("prompts.json" if is_json else "prompts.txt")
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    _, problems = load([], file)
+    assert len(problems) == 1 and problems[0].startswith("sample.prompt_file: ") and said in problems[0], problems
+
+
+def test_the_cure_of_a_missing_file_is_its_path(tmp_path: Path) -> None:
+    _, problems = load_prompts(SampleConfig(prompt_file=tmp_path / "absent.txt"), ObjectiveConfig())
+    assert [problem.cure for problem in problems] == ["check the path"]
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a --w 3\nb\nc --x\n")
+    prompts, problems = load(["d --y"], file)
+    assert [prompt.text for prompt in prompts] == ["b"]
+    assert [problem.split(":")[0] for problem in problems] == ["sample.prompts.0", *["sample.prompt_file"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("objective", "able", "said"),
+    [
+        ({"prediction": "v", "zero_terminal_snr": True}, ZERO_SNR_SCHEDULERS, "does not know zero terminal SNR"),
+        ({"prediction": "flow"}, FLOW_SCHEDULERS, "cannot follow a flow"),
+    ],
+)
+def test_a_scheduler_must_be_able_to_follow_the_model(objective: dict, able: frozenset, said: str) -> None:
+    for name in SCHEDULERS:
+        _, problems = load([f"a --ss {name}"], **objective)
+        assert problems == [] if name in able else said in problems[0], name
+
+
+def test_prompts_are_shared_out() -> None:
+    prompts, _ = load([f"p --s {steps}" for steps in (1, 2, 1, 1, 2, 3)])
+    assert [share_prompts(prompts, rank, 4, in_step=False) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
+    for world_size in (1, 2, 3, 5):
+        shares = [share_prompts(prompts, rank, world_size, in_step=True) for rank in range(world_size)]
+        assert {number for share in shares for number in share} == set(range(6))
+        for turn in zip(*shares, strict=True):  # at each turn all ranks make equally many forward passes
+            assert len({prompts[number].num_inference_steps for number in turn}) == 1

@@ -1,0 +1,114 @@
+"""Sampling: a U-Net that knows the one picture there is must draw exactly that one, whatever it predicts."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from programs import TINY
+
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.schema import Config, ModelConfig
+from sdxl_trainer.train.objective import diffusion
+from sdxl_trainer.train.objective.objective import read_latent_statistics
+from sdxl_trainer.train.sampling.pipeline import build_pipeline, decode_latents
+
+STEPS = 10
+
+
+class AllKnowing:
+    """In place of a U-Net's forward: what a perfect model of one latent says. Keeps what it was given."""
+
+    def __init__(self, objective: ObjectiveConfig, latent: torch.Tensor):
+        self.prediction, self.latent = objective.prediction, latent
+        self.process = (
+            diffusion.FlowProcess()
+            if objective.prediction == "flow"
+            else diffusion.build_diffusion(objective.zero_terminal_snr)
+        )
+        self.timesteps: list[float] = []
+        self.inputs: list[torch.Tensor] = []
+
+    def __call__(self, sample: torch.Tensor, timestep: torch.Tensor, **kwargs) -> tuple[torch.Tensor]:
+        self.timesteps.append(float(timestep))
+        self.inputs.append(sample)
+        time = timestep.expand(len(sample)) if self.prediction == "flow" else timestep.long().expand(len(sample))
+        signal, level = self.process.compute_levels(time)
+        noise = (sample - signal * self.latent) / level
+        return (diffusion.compute_target(self.prediction, self.latent, noise, signal, level),)
+
+
+def build(objective: ObjectiveConfig, model: ModelConfig | None = None):
+    unet = UNet2DConditionModel.from_config(json.loads((TINY / "unet" / "config.json").read_text()))
+    vae = AutoencoderKL.from_config(json.loads((TINY / "vae" / "config.json").read_text()))
+    config = Config(objective=objective, model=model or ModelConfig())
+    return build_pipeline(unet, vae, ModelSource(TINY.parent / "sdxl"), config)
+
+
+def draw(pipeline) -> torch.Tensor:
+    width = pipeline.unet.config.cross_attention_dim
+    pooled = pipeline.unet.add_embedding.linear_1.in_features - 6 * pipeline.unet.config.addition_time_embed_dim
+    return pipeline(
+        prompt_embeds=torch.zeros(1, 77, width),
+        pooled_prompt_embeds=torch.zeros(1, pooled),
+        width=64,
+        height=64,
+        num_inference_steps=STEPS,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "last"),
+    [
+        ({}, 901, 1),
+        ({"prediction": "v"}, 901, 1),
+        ({"prediction": "v", "zero_terminal_snr": True}, 999, 99),
+        ({"prediction": "flow"}, 1000, 100),
+        ({"prediction": "flow", "timestep_shift": 3.0}, 1000, 250),  # 3·0.1/(1 + 2·0.1)
+    ],
+    ids=str,
+)
+def test_the_one_picture_is_drawn(settings, first, last):
+    objective = ObjectiveConfig(**settings)
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipeline = build(objective)
+    pipeline.unet.forward = model = AllKnowing(objective, latent)
+    torch.testing.assert_close(draw(pipeline), latent, rtol=0, atol=2e-3)
+    assert (len(model.timesteps), model.timesteps[0], model.timesteps[-1]) == (STEPS, first, pytest.approx(last))
+    assert model.timesteps == sorted(model.timesteps, reverse=True)
+    # What the U-Net sees has the deviation that it had in training: noise at the start, the latent at the end.
+    assert model.inputs[0].std().item() == pytest.approx(1, abs=0.15)
+    signal, level = model.process.compute_levels(torch.tensor([last]))
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.inputs[-1], signal * latent + level * start, rtol=0, atol=0.05)
+
+
+def test_latent_statistics_go_in_and_come_out_again():
+    model = ModelConfig(latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0))
+    vae_latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x0 = diffusion.normalize_latents(vae_latent, *read_latent_statistics(model, {"scaling_factor": 0.5}))
+    objective = ObjectiveConfig()
+    pipeline = build(objective, model)
+    pipeline.unet.forward = AllKnowing(objective, x0)
+    with torch.no_grad():
+        pixels = decode_latents(pipeline.vae, draw(pipeline), model)
+        torch.testing.assert_close(pixels, pipeline.vae.decode(vae_latent).sample, rtol=0, atol=5e-3)
+        # A U-Net in bf16 hands the VAE, which is always in fp32, what it makes.
+        rounded = decode_latents(pipeline.vae, x0.bfloat16(), model)
+    torch.testing.assert_close(rounded, pixels, rtol=0, atol=5e-2)
+
+
+def test_where_latent_statistics_come_from():
+    mean, scale = read_latent_statistics(ModelConfig(), {"scaling_factor": 0.18215})
+    assert (mean.tolist(), scale.tolist()) == ([0], pytest.approx([0.18215]))
+    assert read_latent_statistics(ModelConfig(), {})[1].tolist() == pytest.approx([0.13025])
+    own = {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
+    mean, scale = read_latent_statistics(ModelConfig(), own)  # diffusers decodes x0·std/factor + mean
+    assert (mean.tolist(), scale.tolist()) == ([1, 2, 3, 4], [0.5, 0.25, 0.125, 0.0625])
+    given = ModelConfig(latents_mean=(0, 0, 0, 1), latents_std=(1, 1, 1, 2))
+    mean, scale = read_latent_statistics(given, own)
+    assert (mean.tolist(), scale.tolist()) == ([0, 0, 0, 1], [1, 1, 1, 0.5])

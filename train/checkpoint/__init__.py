@@ -1,0 +1,1 @@
+"""Checkpoints: state, seal, search, background writer, resume, and emergency saves."""

@@ -1,0 +1,202 @@
+"""Writes checkpoints while training goes on: the state is copied to host memory, a thread brings it to disk."""
+
+import errno
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from loguru import logger
+
+from sdxl_trainer.train.checkpoint.direct_file import DirectFile
+from sdxl_trainer.train.checkpoint.folder import get_partial_folder, prune_checkpoints, seal_checkpoint, write_part
+from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.engine.engine import Engine
+
+SEAL_PATIENCE_SECONDS = 1800.0
+# What a save needs besides the tensors themselves.
+SPARE_BYTES = 64 << 20
+SPACE_POLL_SECONDS = 5.0
+WRITER_NICENESS = 10
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class CheckpointWriter:
+    """Saves checkpoints of one rank, one at a time; rank 0 seals each when all ranks' parts are there.
+
+    Args:
+        folder: of all checkpoints of the run.
+        token: names this start of the job, the same on all ranks.
+        wait_for_space_seconds: how long a checkpoint waits for room on a full disk before that is an error.
+        blocking: write before `save` returns, instead of on a thread.
+    """
+
+    folder: Path
+    rank: int
+    world_size: int
+    token: str
+    keep_last: int
+    keep_every_steps: int = 0
+    wait_for_space_seconds: float = 0.0
+    blocking: bool = False
+    last_step: int = -1  # of the newest checkpoint whose part this rank has written
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Copy the state now, write it in the background. All ranks call it at the same step.
+
+        Waits for the checkpoint before, if it is still being written.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        self.wait()
+        files = engine.capture_state(reuse=True)  # nothing reads the one before any more
+        self.start_writing(files, replace(state))
+        if self.blocking:
+            self.wait()
+
+    def start_writing(self, files: dict[str, Any], state: TrainState) -> None:
+        """Write captured files on a thread."""
+        self._thread = threading.Thread(target=self._run, args=(files, state), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint in hand is on disk, and on rank 0 sealed.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        thread = self._thread  # the console asks from a thread of its own
+        return thread is not None and thread.is_alive()
+
+    def join(self, timeout_seconds: float) -> None:
+        """Give the checkpoint in hand some time, whatever becomes of it."""
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+
+    def write(self, files: dict[str, Any], state: TrainState) -> Path:
+        """Write this rank's files and its part, and rank 0's the state. Returns the partial folder. No collectives."""
+        partial = get_partial_folder(self.folder, state.step, self.token)
+        partial.mkdir(parents=True, exist_ok=True)
+        written = {}
+        for name, content in files.items():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sha256, size = write_file(path, content)
+            written[name] = {"bytes": size, "sha256": sha256}
+        state.save(partial)  # the same on every rank, so whoever lives writes it
+        write_part(partial, self.rank, self.world_size, written)
+        self.last_step = state.step
+        return partial
+
+    def describe_lack_of_space(self, files: dict[str, Any]) -> str | None:
+        """What the ranks' files together need and the disk does not have, or None if they fit."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = estimate_bytes(files, self.world_size) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if needed <= free:
+            return None
+        return f"{self.folder}: a checkpoint needs about {needed:,} bytes, {free:,} are free"
+
+    def _run(self, files: dict[str, Any], state: TrainState) -> None:
+        # Training goes first where it and the writer want the same core.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
+        try:
+            partial = self._write_when_there_is_space(files, state)
+            if self.rank == 0:
+                self._seal(partial)
+        except (OSError, RuntimeError) as error:
+            self._error = error
+        except BaseException as error:  # a fault of the program, which the main thread must not miss either
+            self._error = error
+            raise
+
+    def _write_when_there_is_space(self, files: dict[str, Any], state: TrainState) -> Path:
+        """Wait for room first, and again if others take it meanwhile. What was begun is deleted before waiting.
+
+        Raises:
+            OSError: there is none after `wait_for_space_seconds`.
+        """
+        deadline, told = time.monotonic() + self.wait_for_space_seconds, False
+        while True:
+            lack = self.describe_lack_of_space(files)
+            if lack is None:
+                try:
+                    return self.write(files, state)
+                except OSError as error:
+                    if error.errno not in FULL_DISK:
+                        raise
+                    lack = f"{self.folder}: {error}"
+                    self._discard(files, state.step)
+            if time.monotonic() >= deadline:
+                raise OSError(errno.ENOSPC, lack)
+            if not told:
+                logger.warning("{}; the checkpoint of step {} waits for space", lack, state.step)
+                told = True
+            time.sleep(min(SPACE_POLL_SECONDS, self.wait_for_space_seconds))
+
+    def _discard(self, files: dict[str, Any], step: int) -> None:
+        """Delete this rank's files of a checkpoint that could not be written."""
+        partial = get_partial_folder(self.folder, step, self.token)
+        for name in files:
+            (partial / name).unlink(missing_ok=True)
+
+    def _seal(self, partial: Path) -> None:
+        """Wait for the other ranks' parts on the shared folder, then seal."""
+        deadline = time.monotonic() + SEAL_PATIENCE_SECONDS + self.wait_for_space_seconds
+        while (sealed := seal_checkpoint(partial)) is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{partial}: not every rank has written its part")
+            time.sleep(0.05)
+        logger.info("checkpoint {}", sealed)
+        prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
+
+
+def write_file(path: Path, content: Any) -> tuple[str, int]:
+    """Write `content` as torch does. Returns (SHA-256, bytes).
+
+    Raises:
+        OSError: of the file, which torch would hide behind an error of its own.
+    """
+    file = DirectFile(path)
+    try:
+        torch.save(content, cast(Any, file))
+        return file.close(), file.size
+    except RuntimeError as error:
+        raise file.error or error from None
+    finally:
+        file.abandon()
+
+
+def estimate_bytes(files: dict[str, Any], world_size: int) -> int:
+    """What all ranks' files take, told from one rank's: shares of the optimizer's state are of one size, and what else
+    there is (the module's weights) is written once."""
+    shared = [content for name, content in files.items() if "pp_rank_" not in name]
+    return count_tensor_bytes(list(files.values())) * world_size - count_tensor_bytes(shared) * (world_size - 1)
+
+
+def count_tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        return sum(count_tensor_bytes(value) for value in content.values())
+    if isinstance(content, (list, tuple)):
+        return sum(count_tensor_bytes(value) for value in content)
+    return 0

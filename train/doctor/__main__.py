@@ -1,0 +1,7 @@
+"""Check machine, settings and data: `python -m sdxl_trainer.train.doctor [--cfg x.yaml]`."""
+
+from sdxl_trainer.launch.program import end_program
+from sdxl_trainer.train.doctor.doctor import main
+
+if __name__ == "__main__":
+    end_program(main())

@@ -1,0 +1,128 @@
+"""Is everything in order to train, and if not, what to do: `bash launch/doctor.sh --cfg x.yaml`.
+
+Each thing that is looked at is a line: ok, or what is wrong with its cure. Without settings only the machine is looked
+at. It is here and not in launch/, whose part is launch/machine.py, because what training would say of settings and data
+is training's to say.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.launch.machine import Finding, check_disk, check_machine
+from sdxl_trainer.launch.program import FailedError, run_program
+from sdxl_trainer.train.engine.defaults import settle_engine
+from sdxl_trainer.train.estimates.duration import describe_duration
+from sdxl_trainer.train.estimates.memory import (
+    TOO_LITTLE_MEMORY,
+    compute_checkpoint_bytes,
+    count_unet_weights,
+    estimate_memory,
+    list_device_bytes,
+)
+
+
+def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
+    """The machine, then the settings if there are any, and what they need of it."""
+    yield from check_machine()
+    if cfg is None:
+        yield check_disk("run.dir", Path("runs"))
+        return
+    try:
+        config, problems = load_config(cfg, overrides)
+    except UserInputError as error:
+        yield from map(explain, error.problems)
+        return
+    world_size = num_ranks or max(1, torch.cuda.device_count())
+    config, chosen = settle_engine(config, world_size)
+    if chosen:
+        yield Finding("engine.zero_stage", chosen)
+    yield from check_settings(config, problems, world_size)
+    num_weights = count_unet_weights(config)
+    yield check_memory(config, num_weights, world_size, list_device_bytes())
+    gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    yield Finding("time", describe_duration(config, world_size, gpu_names))
+    saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
+    yield check_disk("run.dir", config.run.folder, saved)
+    yield check_disk("cache.dir", get_cache_folder(config))
+
+
+def check_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
+    """What training would say before it loads a network, in a run folder that is thrown away."""
+    from sdxl_trainer.train.run.job import check_run  # not at the top: what the machine lacks is told before this loads
+
+    yield from map(explain, problems)
+    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+        run = config.run.model_copy(update={"dir": Path(folder)})
+        try:
+            index, found = check_run(config.model_copy(update={"run": run}), world_size)
+        except RuntimeError as error:  # more is bad than data.max_bad_fraction allows
+            yield Finding("data", str(error), "mend the samples named, or bash launch/cache.sh with --repair")
+            return
+        yield from map(explain, found)
+        if not problems and not found:
+            yield Finding("settings", f"nothing contradicts on {world_size} ranks")
+        if index is not None:
+            yield Finding("data", f"{len(index)} samples to train on")
+
+
+def explain(problem: Problem) -> Finding:
+    """A problem of the settings as a finding."""
+    value = "" if problem.value is None else f"{problem.value!s:.100} "
+    return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md")
+
+
+def check_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
+    """Whether weights, gradients and optimizer state fit; activations come on top, and cannot be told beforehand."""
+    if not num_weights:
+        return Finding("memory", "the model's size is not known here")
+    needed = estimate_memory(config, num_weights, world_size)
+    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB a rank on {world_size} ranks"
+    detail += f" ({needed}), besides activations"
+    if gpu_bytes and needed.total > min(gpu_bytes):
+        return Finding("memory", f"{detail}; a GPU has {min(gpu_bytes) / 1e9:.3g} GB", TOO_LITTLE_MEMORY)
+    return Finding("memory", detail)
+
+
+def tell(findings: Iterable[Finding]) -> None:
+    """Print each finding as it comes.
+
+    Raises:
+        FailedError: something is wrong.
+    """
+    total = wrong = 0
+    for finding in findings:
+        total, wrong = total + 1, wrong + (not finding.is_ok)
+        sys.stdout.write(f"{'ok' if finding.is_ok else 'WRONG':<7}{finding.name}: {finding.detail}\n")
+        sys.stdout.write(f"{'':<7}cure: {finding.cure}\n" if finding.cure else "")
+        sys.stdout.flush()
+    if wrong:
+        raise FailedError(f"{wrong} of {total} things that were looked at are wrong")
+
+
+def read_num_ranks() -> int | None:
+    """What NPROC says, as the launch scripts take it; None if it is no number."""
+    number = os.environ.get("NPROC", "")
+    return int(number) if number.isdecimal() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Look at everything; return the exit status (0 all is well, 1 something is wrong)."""
+    parser = argparse.ArgumentParser(description="Is everything in order to train, and if not, what to do.")
+    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is looked at")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", default=read_num_ranks(),
+        help="ranks that will train (default: what NPROC says, else one per GPU, or 1 without GPUs)",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    options = parser.parse_intermixed_args(arguments)
+    return run_program(lambda: tell(find_everything(options.cfg, options.overrides, options.ranks)))

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine. The only room that talks to DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Estimates made before and during a run: memory, FLOPs, and duration."""

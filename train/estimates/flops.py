@@ -1,0 +1,124 @@
+"""Model FLOPs utilisation (MFU): what of the devices' peak the U-Net's arithmetic makes use of."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdxl_trainer.cache.models.single_file_names import build_table
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.launch.distributed import Ranks
+
+# Dense TFLOP/s in bf16 with fp32 accumulation, by the name that the driver gives: NVIDIA's data sheets (half of what
+# they give with sparsity) and, for GeForce, the white papers of the Ampere GA102 and Ada architectures. Names must be
+# the whole of it: laptop chips, parts of a GPU (MIG, vGPU) and relatives with fewer cores have names that begin alike.
+PEAK_TFLOPS = {
+    "NVIDIA B200": 2250.0,
+    "NVIDIA H200": 989.5,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA H100 80GB HBM3": 989.5,  # SXM
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A40": 149.7,
+    "NVIDIA A30": 165.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA L40": 181.05,
+    "NVIDIA L4": 121.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+}
+BACKWARD_SHARE = 2  # a backward pass multiplies by each weight for its input's gradient, and for its own
+
+
+def find_peak_flops(device_name: str) -> float | None:
+    """A device's dense bf16 FLOP/s; None for what is not in the table."""
+    tflops = PEAK_TFLOPS.get(device_name)
+    return None if tflops is None else tflops * 1e12
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of training the whole U-Net on one image: forward and backward, without what checkpointing computes again.
+
+    Self-attention grows with the square of the latent's area, convolutions and projections with the area.
+    """
+
+    per_area_squared: float
+    per_area: float
+    constant: float
+
+    def compute(self, latent_size: tuple[int, int]) -> float:
+        """FLOPs of an image of this latent (height, width)."""
+        area = latent_size[0] * latent_size[1]
+        return (self.per_area_squared * area + self.per_area) * area + self.constant
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """What MFU is reckoned with."""
+
+    count: FlopCount
+    peak_flops: float  # of all ranks' devices together, per second
+
+
+def find_utilisation(
+    unet: torch.nn.Module, unet_config: Mapping[str, Any], config: Config, ranks: Ranks
+) -> Utilisation | None:
+    """What MFU needs, or None where a number would say nothing: a device whose peak is not known, fp32, or a U-Net
+    that is trained in part, whose backward pass is a part of the whole too."""
+    if ranks.device.type != "cuda" or config.engine.precision == "fp32":
+        return None
+    peak_flops = find_peak_flops(torch.cuda.get_device_name(ranks.device))
+    if peak_flops is None or not all(parameter.requires_grad for parameter in unet.parameters()):
+        return None
+    return Utilisation(count_training_flops(unet_config, config.data.max_tokens + 2), peak_flops * ranks.world_size)
+
+
+def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -> FlopCount:
+    """Count by the shapes of the weights: each multiplies once at every place of what it is used on.
+
+    For SDXL at 1024² and 77 tokens that is 20.28 TFLOP an image, as torch counts a forward pass, three times.
+
+    Raises:
+        ValueError: the U-Net is not of SDXL's topology.
+    """
+    rows, num_levels = build_table("unet", unet_config), len(unet_config["block_out_channels"])
+    per_area_squared = per_area = constant = 0.0
+    for row in rows:
+        if len(row.source_shape) == 1:  # biases and norms
+            continue
+        name, num_weights = row.sources[0], math.prod(row.source_shape)
+        places_per_area = 0.25 ** _find_level(name, num_levels)
+        if "time_emb" in name or "add_embedding" in name:
+            constant += 2 * num_weights
+        elif "attn2.to_k" in name or "attn2.to_v" in name:
+            constant += 2 * num_weights * num_text_tokens
+        else:
+            per_area += 2 * num_weights * places_per_area
+        # A query meets all keys, and the weights that makes meet all values.
+        if "attn1.to_q" in name:
+            per_area_squared += 4 * row.source_shape[0] * places_per_area**2
+        elif "attn2.to_q" in name:
+            per_area += 4 * row.source_shape[0] * places_per_area * num_text_tokens
+    passes = 1 + BACKWARD_SHARE
+    return FlopCount(passes * per_area_squared, passes * per_area, passes * constant)
+
+
+def _find_level(name: str, num_levels: int) -> int:
+    """How often the latent's sides have been halved where a weight is used."""
+    if name.startswith("mid_block."):
+        return num_levels - 1
+    block = re.match(r"(down|up)_blocks\.(\d+)\.(downsamplers|upsamplers)?", name)
+    if block is None:
+        return 0
+    direction, number, sampler = block.groups()
+    level = int(number) if direction == "down" else num_levels - 1 - int(number)
+    return level + {None: 0, "downsamplers": 1, "upsamplers": -1}[sampler]

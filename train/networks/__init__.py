@@ -1,0 +1,1 @@
+"""The trained networks: U-Net, text encoders, conditioning, adapters, and parameter groups."""

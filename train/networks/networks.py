@@ -1,0 +1,123 @@
+"""The networks that are trained, as one module under one engine."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from sdxl_trainer.cache.encode.text_encoder import encode_text
+from sdxl_trainer.cache.models.single_file import build_component
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.data.files import read_patiently
+from sdxl_trainer.train.networks.conditioning import TextInputs
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class Networks(torch.nn.Module):
+    """The U-Net, and those text encoders that are trained with it.
+
+    One forward pass runs them all, because DeepSpeed counts a micro step by its engine's forward passes. Parameters
+    are named `unet.…`, `text_encoder.…`, `text_encoder_2.…`.
+    """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        text_encoder: torch.nn.Module | None = None,
+        text_encoder_2: torch.nn.Module | None = None,
+    ):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: TextInputs,
+        time_ids: torch.Tensor,
+        text_keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The U-Net's prediction, like `x_t` [B, 4, h, w].
+
+        Args:
+            text: what `TextConditioner.prepare` made of the captions.
+            time_ids: [B, 6] sizes and crop.
+            text_keep: [B] 1, or 0 for samples whose text is zeroed; None keeps all.
+        """
+        hidden, pooled = self.encode(text)
+        if text_keep is not None:
+            keep = text_keep.to(hidden.dtype)
+            hidden, pooled = hidden * keep[:, None, None], pooled * keep[:, None]
+        conditions = {"text_embeds": pooled.to(x_t.dtype), "time_ids": time_ids}
+        return self.unet(x_t, timesteps, hidden.to(x_t.dtype), added_cond_kwargs=conditions).sample
+
+    def encode(self, text: TextInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [B, L, C], pooled [B, P]); what `text` has as token ids is encoded here, with gradient."""
+        hidden, hidden_2, pooled = (text.get(name) for name in ("hidden", "hidden_2", "pooled"))
+        if self.text_encoder is not None:
+            hidden, _ = encode_text(self.text_encoder, text["input_ids"])
+        if self.text_encoder_2 is not None:
+            hidden_2, pooled = encode_text(self.text_encoder_2, text["input_ids_2"])
+        assert hidden is not None and hidden_2 is not None and pooled is not None, "text of both encoders is needed"
+        return torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled
+
+
+def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """SDXL's U-Net in fp32 on a device, ready to train, and run in the way that the settings say."""
+    from diffusers import UNet2DConditionModel
+
+    unet: Any  # diffusers' from_pretrained is typed as a union that is never returned
+    if source.file is None:
+        load = partial(UNet2DConditionModel.from_pretrained, subfolder="unet", use_safetensors=True)
+        unet = read_patiently(lambda: load(source.folder), source.folder)
+    else:
+        settings = source.read_config("unet")
+        build = partial(UNet2DConditionModel.from_config, settings)
+        unet = build_component(build, source.file, "unet", settings, device=device)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    if config.channels_last:
+        for layer in unet.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_pre_hook(to_channels_last)
+    if config.compile:
+        unet.compile()
+    return unet.to(device, torch.float32).train()
+
+
+def list_trained(config: OptimConfig) -> list[str]:
+    """The text encoders that are trained."""
+    return [name for name in ENCODERS if getattr(config, f"{name}_lr")]
+
+
+def unlock_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
+    """Make a text encoder ready to train.
+
+    The U-Net is told the hidden states before the last layer. Of encoder 1, whose pooled state is not used, what comes
+    after them has no part in the loss and stays frozen.
+    """
+    encoder.train()
+    if gradient_checkpointing:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    unused = (
+        ()
+        if hasattr(encoder, "text_projection")
+        else (f".layers.{encoder.config.num_hidden_layers - 1}.", "final_layer_norm.")
+    )
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(not any(part in f".{name}" for part in unused))
+
+
+def to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A hook: the input of a convolution decides on its layout, and on that of what follows up to the next attention.
+
+    Weights stay as they are: ZeRO keeps them in flat buffers, and DeepSpeed 0.19 cannot broadcast others.
+    """
+    return tuple(image.contiguous(memory_format=torch.channels_last) for image in inputs)

@@ -1,0 +1,1 @@
+"""The objective: pure functions for diffusion, timesteps, noise, losses and weightings, and their user."""

@@ -1,0 +1,1 @@
+"""Metrics, charts, and the report page of a run."""

@@ -1,0 +1,171 @@
+"""The report of a run as one page: `python -m sdxl_trainer.train.report RUN_FOLDER`.
+
+`report/report.html` holds all its pictures and asks for nothing else. It shows what lies in the run folder: numbers
+from `logs/metrics.jsonl`, counts from `report/data.json`, pictures from `samples/`. A run starts this program by itself
+(train/report/reporter.py), as a process of its own: training neither waits for it nor fails with it. Imports no torch.
+"""
+
+import argparse
+import base64
+import io
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import orjson
+from PIL import Image
+
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.train.report.charts import (
+    DOTS_PER_INCH,
+    SIZE_INCHES,
+    Chart,
+    Numbers,
+    draw_charts,
+    read_series,
+    smooth,
+)
+from sdxl_trainer.train.sampling.image_grid import choose_steps
+
+NICENESS = 10  # of a report drawn while the run goes on: the loader's workers go first
+THUMBNAIL_PX, QUALITY = 160, 75  # of samples: longest side, and WebP's quality
+MAX_PROMPTS, MAX_STEPS = 8, 10  # whose samples are shown
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture within the page: its content as a URI, its size on the page, and what it shows in words."""
+
+    uri: str
+    width: int
+    height: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The samples of a prompt over the steps; None where there is no picture."""
+
+    prompt: str
+    pictures: list[Picture | None]
+
+
+def write_report(folder: Path) -> Path:
+    """Write the charts of a run as PNG, and all of the report as `report.html`, into `report/` of the run folder.
+
+    Raises:
+        OSError: something cannot be read or written.
+    """
+    target = folder / "report"
+    target.mkdir(parents=True, exist_ok=True)
+    numbers = Numbers(read_series(folder / "logs" / "metrics.jsonl"), read_counts(target / "data.json"))
+    charts = [(chart, write_chart(chart, target / f"{chart.name}.png")) for chart in draw_charts(numbers)]
+    steps, strips = read_strips(folder / "samples")
+    page = load_template().render(
+        name=folder.resolve().name,
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        facts=list_facts(numbers),
+        charts=charts,
+        steps=steps,
+        strips=strips,
+    )
+    write_atomic(target / "report.html", page)
+    return target / "report.html"
+
+
+def load_template() -> jinja2.Template:
+    """The page; every value that is put into it is escaped."""
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return jinja2.Environment(**options).from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
+
+
+def read_counts(file: Path) -> dict:
+    """What the run has written down of its data; nothing if there is no such file."""
+    return orjson.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def list_facts(numbers: Numbers) -> dict[str, str]:
+    """What the page says at its top, of those numbers that there are."""
+    loss, validation = numbers.get("loss"), numbers.get("validation/loss")
+    facts = {"steps": f"{loss.steps[-1]:,}"} if len(loss.steps) else {}
+    if len(loss.finite.values):
+        facts["loss, moving average"] = f"{smooth(loss.finite.values)[-1]:.4f}"
+    if len(validation.finite.values):
+        facts["validation loss"] = f"{validation.last:.4f}"
+    forms = {"samples_per_second": ("samples per second", "{:.3g}"), "data_wait_share": ("waits for data", "{:.1%}")}
+    for name, (title, form) in forms.items():
+        if len(values := numbers.get(name).finite.values):
+            facts[f"{title}, median"] = form.format(np.median(values))
+    for name, title in {"epoch": "epoch", "num_bad": "bad samples", "num_non_finite": "steps not finite"}.items():
+        if len(numbers.get(name).finite.values):
+            facts[title] = f"{numbers.get(name).last:,.0f}"
+    return facts
+
+
+def write_chart(chart: Chart, file: Path) -> Picture:
+    """Write a chart as PNG; its ground is transparent, and the page's shows through."""
+    buffer = io.BytesIO()
+    chart.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, transparent=True)
+    write_atomic(file, buffer.getvalue())
+    width, height = (round(side * DOTS_PER_INCH) for side in SIZE_INCHES)
+    return Picture(make_uri(buffer.getvalue(), "png"), width, height, f"{chart.title}: {chart.text}")
+
+
+def read_strips(folder: Path) -> tuple[list[int], list[Strip]]:
+    """The steps that have samples, and each prompt's samples at them."""
+    folders = choose_steps(folder, MAX_STEPS)
+    steps = [int(path.name.removeprefix("step-")) for path in folders]
+    names = sorted({file.name for path in folders for file in path.glob("*.png")})[:MAX_PROMPTS]
+    strips = []
+    for name in names:
+        read = [read_sample(path / name, step) for path, step in zip(folders, steps, strict=True)]
+        prompt = next((prompt for _, prompt in reversed(read) if prompt), name)
+        strips.append(Strip(prompt, [picture for picture, _ in read]))
+    return steps, strips
+
+
+def read_sample(file: Path, step: int) -> tuple[Picture | None, str]:
+    """A sample, made small, and its prompt; None of one that is not there or cannot be read."""
+    try:
+        with Image.open(file) as picture:
+            prompt = str(picture.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
+            picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
+    except OSError:
+        return None, ""
+    uri, (width, height) = make_uri(buffer.getvalue(), "webp"), picture.size
+    return Picture(uri, width, height, f"step {step}: {prompt or file.name}"), prompt
+
+
+def make_uri(content: bytes, kind: str) -> str:
+    """A picture as a URI that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report of a run, finished or not, into its folder; return the exit status (0 done, 1 failed, 2 wrong
+    input)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
+    parser.add_argument("--background", action="store_true", help="leave processors to what else runs")
+    options = parser.parse_args(arguments)
+    folder = options.folder
+    if not (folder / "logs" / "metrics.jsonl").is_file():
+        parser.error(f"{folder} is not the folder of a run: it holds no logs/metrics.jsonl")
+    if options.background:
+        os.nice(NICENESS)
+    started = time.monotonic()
+    try:
+        file = write_report(folder)
+    except OSError as error:
+        sys.stderr.write(f"the report cannot be written: {error}\n")
+        return 1
+    sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.1f} s)\n")
+    return 0

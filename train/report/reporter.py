@@ -1,0 +1,99 @@
+"""Has a run's report drawn by a process of its own: no step waits for it, and no failure of it counts."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+from loguru import logger
+
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.loading.counts import count_buckets, count_tokens
+from sdxl_trainer.data.loading.loader import build_dataset
+from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.text.strategy import load_strategy
+from sdxl_trainer.data.text.tokens import CaptionTokenizer
+
+SECONDS_BETWEEN = 180  # two reports, while training
+MAX_SECONDS = 120  # that the end of a run waits for one
+
+
+class Reporter:
+    """Starts `train/report/page.py` on a run folder.
+
+    Args:
+        folder: the run folder.
+        seconds_between: two reports that `update` starts, and the start of the run and the first.
+    """
+
+    def __init__(self, folder: Path, seconds_between: float = SECONDS_BETWEEN):
+        self._folder, self._seconds_between = folder, seconds_between
+        self._process: subprocess.Popen[str] | None = None
+        self._started = time.monotonic()
+
+    def update(self) -> None:
+        """Start a report, unless one was started lately or is being drawn."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        if time.monotonic() - self._started >= self._seconds_between:
+            self._collect()
+            self._start("--background")
+
+    def finish(self) -> None:
+        """Draw the last report, and wait for it."""
+        self._collect()
+        self._start()
+        self._collect()
+
+    def _start(self, *options: str) -> None:
+        self._started = time.monotonic()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sdxl_trainer.train.report", str(self._folder), *options],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the training alone
+            )
+        except OSError as error:
+            logger.warning("the report cannot be drawn: {}", error)
+
+    def _collect(self) -> None:
+        """Wait for a report that was started, and say how it ended."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        try:
+            _, said = process.communicate(timeout=MAX_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, said = process.communicate()
+            said = f"{said}\nstopped after {MAX_SECONDS} s"
+        if process.returncode == 0:
+            logger.info("report {}", self._folder / "report" / "report.html")
+        else:
+            logger.warning("the report could not be drawn: {}", said.strip() or f"status {process.returncode}")
+
+
+def open_reporter(
+    config: Config, index: Index, plan: Plan, tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+) -> Reporter:
+    """A reporter on a run that is about to start; writes down what it will show of the data."""
+    # A strategy of its own: the one that trains must not be asked more often on this rank than on others.
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    dataset = build_dataset(config, index, tokenizers, strategy)
+    counts = {"buckets": count_buckets(plan), "tokens": asdict(count_tokens(dataset))}
+    folder = config.run.folder / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "data.json", orjson.dumps(counts, option=orjson.OPT_INDENT_2))
+    except OSError as error:
+        logger.warning("the report will not show the data: {}", error)
+    return Reporter(config.run.folder)

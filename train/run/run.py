@@ -1,0 +1,54 @@
+"""A run in the making: what its steps, samples, validations and checkpoints share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.text.tokens import CaptionTokenizer
+from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.networks.conditioning import TextConditioner
+from sdxl_trainer.train.objective.objective import Objective
+from sdxl_trainer.train.report.metrics import MetricsLog
+from sdxl_trainer.train.report.reporter import Reporter
+from sdxl_trainer.train.run.console import Progress
+from sdxl_trainer.train.run.interruption import Requests
+from sdxl_trainer.train.run.validation_set import ValidationSet
+
+
+@dataclass
+class Run:
+    """Everything that a step, a sample or a checkpoint needs."""
+
+    config: Config
+    ranks: Ranks
+    source: ModelSource
+    index: Index
+    plan: Plan
+    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+    engine: Engine
+    conditioner: TextConditioner
+    objective: Objective
+    state: TrainState
+    checkpoints: CheckpointWriter
+    requests: Requests
+    progress: Progress
+    metrics: MetricsLog | None  # rank 0 only
+    validation: ValidationSet | None = None
+    reporter: Reporter | None = None  # rank 0 only
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.run.folder
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro steps per optimizer step."""
+        train = self.config.train
+        return train.global_batch_size // (train.micro_batch_size * self.ranks.world_size)

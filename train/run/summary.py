@@ -1,0 +1,92 @@
+"""Tables of what a run is about to do, and of what it has done."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from rich.box import ROUNDED
+from rich.table import Table
+from rich.text import Text
+
+from sdxl_trainer.launch.logger import log_table
+from sdxl_trainer.train.run.console import describe_left_out, describe_memory, format_seconds
+from sdxl_trainer.train.run.run import Run
+
+MOST_BUCKETS = 6
+
+
+def show_start(run: Run) -> None:
+    """Say what is about to be trained, with the batch arithmetic. Rank 0 shows it; the others' files get it too."""
+    config, state, train = run.config, run.state, run.config.train
+    trained = [f"{name}: {count:,} weights" for name, count in count_weights(run.engine.model).items()]
+    held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
+    begun = f", from step {state.step}" if state.step else ""
+    rows = {
+        "data": f"{len(run.index):,} samples in the index{held_out}; {run.plan.num_batches(state.epoch):,} batches in "
+                f"epoch {state.epoch}, {run.plan.num_carried(state.epoch)} samples carried on",
+        "buckets": describe_buckets(run),
+        "model": f"{config.model.path}, {config.objective.prediction} prediction",
+        "trained": "; ".join(trained),
+        "by": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; {config.engine.precision}, "
+              f"ZeRO-{run.engine.zero_stage}",
+        "memory": f"{describe_memory(run.ranks.device)} on rank 0 before the first step",
+        "batch": f"{train.micro_batch_size} micro x {run.accumulation_steps} accumulation x {run.ranks.world_size} "
+                 f"ranks = {train.global_batch_size} global",
+        "steps": f"{train.max_steps:,}{begun}: {train.max_steps * train.global_batch_size:,} samples",
+        "folder": str(run.folder),
+    }  # fmt: skip
+    log_table(build_table(f"Training {config.run.name}", rows))
+
+
+def show_end(run: Run, was_stopped: bool = False) -> None:
+    """Say what was trained, how fast, and where it lies. Rank 0 only: the others have no numbers."""
+    if not run.ranks.is_main:
+        return
+    progress, state = run.progress, run.state
+    averages, seconds = progress.averages, max(time.monotonic() - progress.started, 1e-9)
+    num_steps, train_seconds = state.step - progress.first_step, progress.train_seconds or 1e-9
+    images_per_second = num_steps * run.config.train.global_batch_size / train_seconds
+    mfu = f", MFU {progress.describe_mfu(averages)}" if progress.has_mfu else ""
+    models = sorted(path.name for path in (run.folder / "models").glob(f"step-{state.step:08d}*"))
+    rows = {
+        "steps": f"{state.step:,} of {run.config.train.max_steps:,}, {num_steps:,} of them now; epoch {state.epoch}",
+        "loss": f"{averages.loss:.4f}, average of the last {averages.num_steps} steps",
+        "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, samples, "
+                "checkpoints and export",
+        "speed": f"{images_per_second:.1f} images/s, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
+        "memory": f"{describe_memory(run.ranks.device)} at most, on rank 0",
+        "left out": describe_left_out(state),
+        "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none now",
+        "models": ", ".join(models) or "none: training is not done",
+        "folder": str(run.folder),
+    }  # fmt: skip
+    name = run.config.run.name
+    log_table(build_table(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows))
+
+
+def build_table(title: str, rows: Mapping[str, str]) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=ROUNDED, border_style="cyan")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def count_weights(networks: torch.nn.Module) -> dict[str, int]:
+    """Of each network, the weights that are trained; ZeRO-3 tells the whole of what it shards."""
+    counts = {
+        name: sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters() if p.requires_grad)
+        for name, network in networks.named_children()
+    }
+    names = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
+    return {names.get(name, name): count for name, count in counts.items() if count}
+
+
+def describe_buckets(run: Run) -> str:
+    """How many there are, and the most used with their samples in this epoch."""
+    counts = run.plan.count_samples(run.state.epoch)
+    most = sorted(counts, key=lambda bucket: -counts[bucket])[:MOST_BUCKETS]
+    shown = ", ".join(f"{bucket >> 16}x{bucket & 0xFFFF}: {counts[bucket]:,}" for bucket in most)
+    return f"{len(counts)}: {shown}" if len(counts) <= MOST_BUCKETS else f"{len(counts)}, most of all {shown}"

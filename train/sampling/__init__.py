@@ -1,0 +1,1 @@
+"""Generated images: prompts, samplers, the pipeline, and image grids."""

@@ -1,0 +1,122 @@
+"""Builds the tiny SDXL: a complete model folder in diffusers layout with SDXL's exact topology and about 3 M weights.
+
+Made for tests, the quick start and the learning benchmark, so that all of them run the real programs on a CPU.
+The VAE is trained (train/tiny/vae.py wrote its weights), the U-Net and the text encoders are random from a seed.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sdxl_trainer.configs
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FOLDER = Path(sdxl_trainer.configs.__file__).parent / "tiny"
+VAE_WEIGHTS = CONFIG_FOLDER / "vae" / "diffusion_pytorch_model.safetensors"
+# Standard deviation of a text encoder's random weights times the root of their fan-in, by part of the name.
+WORD_GAINS = {
+    "token_embedding": 1.0,
+    "position_embedding": 0.3,
+    "q_proj": 0.5,
+    "k_proj": 0.5,
+    "fc1": 0.5,
+    "fc2": 0.5,
+    "": 1.5,  # all others
+}
+COPIED = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
+
+
+def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+    """Write the tiny SDXL into folder in fp32 safetensors and return folder.
+
+    `StableDiffusionXLPipeline.from_pretrained(folder)` loads it. One seed gives the same weights each time; the
+    caller's random state stays as it was.
+    """
+    import torch
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source = CONFIG_FOLDER / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, folder / name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        build_tiny_unet().save_pretrained(folder / "unet")
+        for name, model in build_tiny_text_encoders().items():
+            model.save_pretrained(folder / name)
+        load_tiny_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+def build_tiny_unet() -> Any:
+    """Return the U-Net (UNet2DConditionModel), initialised from torch's global random state."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(_read_config("unet"))
+
+
+def build_tiny_vae() -> Any:
+    """Return the VAE (AutoencoderKL) untrained, initialised from torch's global random state."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(_read_config("vae"))
+
+
+def build_tiny_text_encoders() -> dict[str, Any]:
+    """Return both text encoders by folder name, initialised from torch's global random state."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    encoders = {}
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        model = kind(CLIPTextConfig.from_pretrained(CONFIG_FOLDER / name))
+        _spread_words(model)
+        encoders[name] = model.eval()
+    return encoders
+
+
+def load_tiny_vae(weights: Path = VAE_WEIGHTS) -> Any:
+    """Return the trained VAE (AutoencoderKL) in fp32; its weights ship in fp16."""
+    from safetensors.torch import load_file
+
+    vae = build_tiny_vae()
+    vae.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    return vae.eval()
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    return json.loads((CONFIG_FOLDER / name / "config.json").read_text(encoding="utf-8"))
+
+
+def _spread_words(model: "torch.nn.Module") -> None:
+    """Initialise a frozen text encoder so that different words give clearly different hidden and pooled states.
+
+    CLIP's own initialisation (std 0.02) is meant for training: its states differ in the third decimal. Here a word's
+    embedding has std 1 and dominates its state, and attention averages over the words before it (queries and keys
+    are small), so later positions, the pooled EOS among them, carry a bag of the caption's words.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:  # biases and norms stay zeros and ones, as built
+            gain = next(gain for part, gain in WORD_GAINS.items() if part in name)
+            fan_in = 1 if "embedding" in name else parameter.shape[1]
+            torch.nn.init.normal_(parameter, std=gain / math.sqrt(fan_in))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: write the tiny SDXL into a folder."""
+    parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny", description="Write the tiny SDXL.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")
+    options = parser.parse_args(arguments)
+    sys.stdout.write(f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}\n")

@@ -1,0 +1,236 @@
+"""Trains the tiny SDXL's VAE: the script that wrote configs/tiny/vae/diffusion_pytorch_model.safetensors.
+
+    python -m sdxl_trainer.train.tiny.vae --out DIR --minutes 20
+
+It draws demo pictures with seeds that the demo set does not use, learns to reconstruct them from 4 noisy latent
+channels at an eighth of the size, and scales the latents to SDXL's statistics: mean 0, std 1/0.13025.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_picture
+from sdxl_trainer.train.tiny.build import build_tiny_vae, load_tiny_vae
+
+Vae = Any  # an AutoencoderKL; diffusers' own annotations do not survive its decorators
+
+SCALING_FACTOR = 0.13025
+FIRST_SEED = 1_000_000  # far from any demo set's seed
+BATCH_SIZE = 8
+LEARNING_RATE = 2e-3
+WARM_UP_STEPS = 50
+KL_WEIGHT = 1e-5
+# Noise on the latents (relative to their std) while decoding. The decoder learns that near latents mean near
+# pictures, so a diffusion model's small errors stay small.
+LATENT_NOISE = 0.15
+FULL_SIZE_SHARE = 0.5  # share of the time, at the end, on whole pictures; before that, half size is 4 × faster
+NUM_STATISTICS_BATCHES = 24
+OTHER_COLOURS_SHARE = 0.25  # share of training pictures in colours outside the demo set, so that those work too
+SIZES_PX = ((128, 128), (160, 96), (96, 160), (192, 64))  # (width, height): the demo set's buckets
+HALF_SIZES_PX = ((64, 64), (80, 48), (48, 80), (96, 32))
+# Brightness and two colour differences. Standardised each on its own, they give colour as much of the latents' energy
+# as brightness, which pictures of black, white and grey would otherwise dominate.
+OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
+REFERENCE = 4.0  # constant channels ±4 next to ±RGB keep the last group norm's divisor nearly constant
+
+
+def draw_batch(
+    rng: random.Random, size_px: tuple[int, int], batch_size: int = BATCH_SIZE, other_colours_share: float = 0.0
+) -> torch.Tensor:
+    """Return pictures [B, 3, H, W] in −1..1 of size_px = (width, height)."""
+    pictures = []
+    for _ in range(batch_size):
+        colour, background = rng.choice(list(COLOURS.values())), rng.choice(list(BACKGROUNDS.values()))
+        if rng.random() < other_colours_share:
+            colour, background = _any_colour(rng), _any_colour(rng)
+        pictures.append(np.asarray(draw_picture(colour, rng.choice(SHAPES), background, size_px, rng)))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _any_colour(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+
+@torch.no_grad()
+def start_as_box_filter(vae: Vae) -> None:
+    """Initialise the VAE so that it begins as mean colour per 8×8 block, and what training adds are the edges.
+
+    From the default initialisation 20 CPU minutes go by before the colours are right. Here every residual branch
+    starts at 0 and three channels carry RGB through the shortcuts; silu(x) − silu(−x) = x passes the last activation.
+    """
+    for name, module in vae.named_modules():
+        for ending, start in LAYER_STARTS.items():
+            if name.endswith(ending):
+                start(module.weight)
+    opponent = torch.tensor(OPPONENT)
+    encoder, decoder = vae.encoder, vae.decoder
+    _start_last_layers(encoder, encoder.down_blocks[-1].resnets[0].conv_shortcut, opponent)
+    _start_last_layers(decoder, decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.eye(3))
+    encoder.conv_out.weight[4:] = 0  # log variances, the same everywhere at first
+    encoder.conv_out.bias[4:] = -6
+    decoder.conv_in.weight[:3] = 0
+    decoder.conv_in.weight[:3, :3, 1, 1] = torch.linalg.inv(opponent)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        conv.weight.copy_(torch.eye(len(conv.weight))[:, :, None, None])
+        conv.bias.zero_()
+
+
+def _pass_rgb(weight: torch.Tensor, value: float, taps: slice = slice(None)) -> None:
+    """Make output channels 0..2 of a convolution [out, in, k, k] copies of input channels 0..2."""
+    weight[:3] = 0
+    for channel in range(3):
+        weight[channel, channel, taps, taps] = value
+
+
+# How layers begin, by the end of their name.
+LAYER_STARTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "conv2": torch.nn.init.zeros_,
+    "to_out.0": torch.nn.init.zeros_,
+    "conv_shortcut": partial(_pass_rgb, value=1.0),
+    "downsamplers.0.conv": partial(_pass_rgb, value=0.25, taps=slice(0, 2)),
+    "upsamplers.0.conv": partial(_pass_rgb, value=1.0, taps=slice(1, 2)),
+    "encoder.conv_in": partial(_pass_rgb, value=1.0, taps=slice(1, 2)),
+}
+
+
+def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
+    """Make the shortcut give RGB, −RGB, ±REFERENCE and zeros, and norm, SiLU and conv_out give matrix @ RGB."""
+    shortcut.weight.zero_()
+    shortcut.bias.zero_()
+    for channel in range(3):
+        shortcut.weight[channel, channel] = 1
+        shortcut.weight[channel + 3, channel] = -1
+    shortcut.bias[6], shortcut.bias[7] = REFERENCE, -REFERENCE
+    half.conv_norm_out.weight.fill_(REFERENCE * math.sqrt(2 / shortcut.out_channels))
+    half.conv_out.weight[:3] = 0
+    half.conv_out.weight[:3, :3, 1, 1] = matrix
+    half.conv_out.weight[:3, 3:6, 1, 1] = -matrix
+
+
+def compute_loss(vae: Vae, images: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return (loss, PSNR in dB) of one batch [B, 3, H, W]: L1 + 4·L2 + KL, decoded from noisy latents."""
+    posterior = vae.encode(images).latent_dist
+    latents = posterior.sample()  # [B, 4, H/8, W/8]
+    std = latents.detach().std(dim=(0, 2, 3), keepdim=True)  # [1, 4, 1, 1]
+    noisy = latents + LATENT_NOISE * std * torch.randn_like(latents)
+    error = vae.decode(noisy).sample - images
+    squared = error.square().mean()
+    kl = posterior.kl().mean() / latents[0].numel()
+    return error.abs().mean() + 4 * squared + KL_WEIGHT * kl, compute_psnr(squared.item())
+
+
+def compute_psnr(mean_squared_error: float) -> float:
+    """Return the peak signal-to-noise ratio in dB of pictures in −1..1 (peak to peak 2)."""
+    return 10 * math.log10(4 / mean_squared_error)
+
+
+def train_steps(vae: Vae, seconds: float, seed: int) -> Iterator[tuple[int, float, float]]:
+    """Train the VAE for so many seconds; yield (step, loss, PSNR) after each step."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    start = time.monotonic()
+    step = 0
+    while (progress := (time.monotonic() - start) / seconds) < 1:
+        # Half-cosine to zero: the sharpness of edges comes in the last, slow part.
+        rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = rate
+        full = progress > 1 - FULL_SIZE_SHARE
+        size_px = rng.choice(SIZES_PX if full else HALF_SIZES_PX)
+        images = draw_batch(rng, size_px, other_colours_share=OTHER_COLOURS_SHARE)
+        loss, psnr = compute_loss(vae, images.contiguous(memory_format=torch.channels_last))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        yield step, loss.item(), psnr
+
+
+@torch.no_grad()
+def scale_latents(vae: Vae, seed: int) -> None:
+    """Change quant_conv and post_quant_conv so that each latent channel has mean 0 and std 1/0.13025.
+
+    Both are 1×1 convolutions next to the latents, so the decoded pictures stay the same.
+    """
+    rng = random.Random(seed)
+    # As often as in the demo set: half squares, the other half of each other bucket a third.
+    sizes_px = [SIZES_PX[0] if index % 2 else SIZES_PX[1 + index // 2 % 3] for index in range(NUM_STATISTICS_BATCHES)]
+    latents = [vae.encode(draw_batch(rng, size_px)).latent_dist.mode() for size_px in sizes_px]  # [B, 4, h, w] each
+    channels = torch.cat([latent.transpose(0, 1).flatten(1) for latent in latents], dim=1)  # [4, pixels]
+    mean = channels.mean(dim=1)  # [4]
+    gain = 1 / (SCALING_FACTOR * channels.std(dim=1))  # [4]
+    quant, post_quant = vae.quant_conv, vae.post_quant_conv  # moments [8] = means [4], log variances [4]
+    quant.weight[:4] *= gain[:, None, None, None]
+    quant.bias[:4] = (quant.bias[:4] - mean) * gain
+    quant.bias[4:] += 2 * gain.log()
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight /= gain[None, :, None, None]
+
+
+@torch.no_grad()
+def measure_psnr(vae: Vae, seed: int, num_pictures: int = 24) -> float:
+    """Return the PSNR in dB over fresh 128² pictures, decoded from the posterior's mean and rounded to 8 bits."""
+    images = draw_batch(random.Random(seed), (128, 128), num_pictures)
+    decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    rounded = torch.round((decoded + 1) * 127.5) / 127.5 - 1
+    return compute_psnr((rounded - images).square().mean().item())
+
+
+def save_samples(vae: Vae, path: Path) -> None:
+    """Write a picture of eight drawings over their reconstructions."""
+    images = draw_batch(random.Random(FIRST_SEED + 2), (128, 128), other_colours_share=OTHER_COLOURS_SHARE)
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    rows = torch.cat([torch.cat(list(images), dim=2), torch.cat(list(decoded), dim=2)], dim=1)  # [3, 2·H, 8·W]
+    Image.fromarray(((rows + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path | None = None) -> Path:
+    """Train the VAE for so many minutes, write its fp16 weights into folder and return their path."""
+    torch.manual_seed(seed)
+    if start_from is None:
+        vae = build_tiny_vae()
+        start_as_box_filter(vae)
+    else:
+        vae = load_tiny_vae(start_from)
+    vae = vae.to(memory_format=torch.channels_last).train()
+    for step, loss, psnr in train_steps(vae, minutes * 60, FIRST_SEED + seed):
+        if step % 50 == 0:
+            sys.stdout.write(f"step {step}  loss {loss:.4f}  PSNR {psnr:.1f} dB\n")
+            sys.stdout.flush()
+    vae.eval()
+    scale_latents(vae, FIRST_SEED + 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, path)
+    shipped = load_tiny_vae(path)
+    save_samples(shipped, folder / "reconstructions.png")
+    sys.stdout.write(f"PSNR {measure_psnr(shipped, FIRST_SEED + 3):.2f} dB, {path.stat().st_size} bytes in {path}\n")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: train the VAE and write it into a folder."""
+    parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny.vae", description="Train the tiny VAE.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights")
+    parser.add_argument("--minutes", type=float, default=20, metavar="M", help="how long to train (20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights and pictures (0)")
+    parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to continue from")
+    options = parser.parse_args(arguments)
+    train_tiny_vae(options.out, options.minutes, options.seed, options.start_from)
+
+
+if __name__ == "__main__":
+    main()
