@@ -3,7 +3,8 @@
 An epoch takes the shards in a random order of its own, some at a time: a window. Within a window each bucket's samples
 are in random order, as those of an epoch are in data/order/plan.py, and all else is as there: a bucket's stream runs on
 from window to window and from epoch to epoch, a batch belongs to the window in which its last sample falls, and it is
-a pure function of its position. So every sample comes in every epoch, and resuming and the number of ranks change nothing.
+a pure function of its position. So every sample comes in every epoch, and resuming and the number of ranks change
+nothing.
 What is less than with a plain plan is how well samples are mixed: only over the shards of a window.
 """
 
