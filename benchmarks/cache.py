@@ -1,6 +1,6 @@
 """How close does the cache job come to the device's speed, and at what cost to the host?
 
-The mixed set: 200 pictures with sides of 256 to 1536 px, 60 % JPEG, 20 % PNG, 20 % WebP, of soft colours, shapes and
+The mixed set: 200 images with sides of 256 to 1536 px, 60 % JPEG, 20 % PNG, 20 % WebP, of soft colours, shapes and
 some grain, cached at 1024². The stand-in device sleeps 40 ms a megapixel, so only the pipeline is judged. Beside it, in
 the same run: a plain pipe of two threads (one decodes, one encodes and writes), the bare encode loop, and `sha256sum`.
 """
@@ -82,35 +82,35 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        pictures = draw_mixed_set(work / "pictures", 40 if options.quick else 200)
-        note(measure_pipeline(pictures, work, 1 if options.quick else 5))
-        note(measure_plain_pipe(pictures, work / "plain"))
-        note(measure_memory(pictures, work / "memory", 2 if options.quick else 10))
+        images = draw_mixed_set(work / "images", 40 if options.quick else 200)
+        note(measure_pipeline(images, work, 1 if options.quick else 5))
+        note(measure_plain_pipe(images, work / "plain"))
+        note(measure_memory(images, work / "memory", 2 if options.quick else 10))
         note(measure_verify(work / "memory"))
         if not options.quick:
-            note(measure_vae(pictures, work / "vae"))
+            note(measure_vae(images, work / "vae"))
         if torch.cuda.is_available():
-            note(measure_gpu(pictures, work / "gpu"))
+            note(measure_gpu(images, work / "gpu"))
     return finish("cache", figures)
 
 
 def draw_mixed_set(folder: Path, count: int) -> list[Path]:
-    """Write the pictures and return their paths."""
+    """Write the images and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     paths = []
     for number in range(count):
         width, height = rng.integers(256, 1537, 2).tolist()
         coarse = rng.integers(0, 256, (max(2, height // 96), max(2, width // 96), 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        pen = ImageDraw.Draw(picture)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(image)
         for _ in range(12):
             x, y, size = *rng.integers(0, [width, height]).tolist(), int(rng.integers(20, 200))
             pen.ellipse((x, y, x + size, y + size), fill=tuple(rng.integers(0, 256, 3).tolist()))
         grain = rng.normal(0, 1.5, (height, width, 1))
-        picture = Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
         paths.append(folder / f"{number:04d}.{FORMATS[number % len(FORMATS)]}")
-        picture.save(paths[-1], quality=90)
+        image.save(paths[-1], quality=90)
     return paths
 
 
@@ -131,20 +131,20 @@ def run_pipeline(pipeline: Pipeline, items: list[WorkItem]) -> tuple[float, floa
     return time.monotonic() - wall, time.process_time() - cpu
 
 
-def list_items(pictures: list[Path], turn: int = 0) -> list[WorkItem]:
-    """Work items; sizes are not told, as with a folder of pictures."""
-    return [WorkItem(f"{turn}-{path.stem}", str(path), f"{turn}-{path.stem}.npz") for path in pictures]
+def list_items(images: list[Path], turn: int = 0) -> list[WorkItem]:
+    """Work items; sizes are not told, as with a folder of images."""
+    return [WorkItem(f"{turn}-{path.stem}", str(path), f"{turn}-{path.stem}.npz") for path in images]
 
 
-def measure_pipeline(pictures: list[Path], work: Path, runs: int) -> dict[str, Figure]:
-    """Share of the stand-in device's limit, and host CPU time a picture; medians over runs, with the extremes."""
+def measure_pipeline(images: list[Path], work: Path, runs: int) -> dict[str, Figure]:
+    """Share of the stand-in device's limit, and host CPU time an image; medians over runs, with the extremes."""
     shares, cpu_ms = [], []
     for number in range(runs):
         device = StandIn()
         pipeline = build_pipeline(device, work / f"stand-in-{number}", RULE)
-        wall, cpu = run_pipeline(pipeline, list_items(pictures))
+        wall, cpu = run_pipeline(pipeline, list_items(images))
         shares.append(device.busy_seconds / wall)
-        cpu_ms.append(cpu * 1000 / len(pictures))
+        cpu_ms.append(cpu * 1000 / len(images))
     return {
         "share_of_device_limit": Figure(float(np.median(shares)), ">=", 0.95),
         "share_of_device_limit_least": Figure(min(shares)),
@@ -155,7 +155,7 @@ def measure_pipeline(pictures: list[Path], work: Path, runs: int) -> dict[str, F
     }
 
 
-def measure_plain_pipe(pictures: list[Path], folder: Path) -> dict[str, Figure]:
+def measure_plain_pipe(images: list[Path], folder: Path) -> dict[str, Figure]:
     """The same for a plain pipe: one thread decodes, the other encodes one by one and writes, as scripts do it.
 
     That is Pillow with LANCZOS and `np.savez`; no hash, no checksum, no flush to disk.
@@ -164,7 +164,7 @@ def measure_plain_pipe(pictures: list[Path], folder: Path) -> dict[str, Figure]:
     device, ready, buckets = StandIn(), queue.Queue(maxsize=16), list_buckets(RULE)
 
     def decode() -> None:
-        for path in pictures:
+        for path in images:
             image = Image.open(path).convert("RGB")
             placement = place_image(image.size, RULE, buckets)
             cut = image.resize(placement.resized, Image.Resampling.LANCZOS).crop(placement.crop_ltrb)
@@ -181,14 +181,14 @@ def measure_plain_pipe(pictures: list[Path], folder: Path) -> dict[str, Figure]:
         )
     return {
         "share_of_plain_two_thread_pipe": Figure(device.busy_seconds / (time.monotonic() - wall)),
-        "host_cpu_ms_of_plain_pipe": Figure((time.process_time() - cpu) * 1000 / len(pictures)),
+        "host_cpu_ms_of_plain_pipe": Figure((time.process_time() - cpu) * 1000 / len(images)),
     }
 
 
-def measure_memory(pictures: list[Path], folder: Path, turns: int) -> dict[str, Figure]:
+def measure_memory(images: list[Path], folder: Path, turns: int) -> dict[str, Figure]:
     """Growth between the first turn over the set and the last, and the peak above what was there before."""
     before = read_rss_bytes()
-    items = [item for turn in range(turns) for item in list_items(pictures, turn)]
+    items = [item for turn in range(turns) for item in list_items(images, turn)]
     pipeline = build_pipeline(StandIn(0.0), folder, RULE)
     levels: list[int] = []
 
@@ -225,13 +225,13 @@ def measure_verify(folder: Path) -> dict[str, Figure]:
     }
 
 
-def measure_vae(pictures: list[Path], folder: Path, count: int = 8) -> dict[str, Figure]:
+def measure_vae(files: list[Path], folder: Path, count: int = 8) -> dict[str, Figure]:
     """Bare encode loop against the job, with SDXL's VAE in full size (random weights) at 256 px; median of pairs."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SDXL_CONFIG_FOLDER / "vae")).eval()
     buckets = list_buckets(SMALL_RULE)
-    images = [prepare_image(path, SMALL_RULE, buckets).pixels for path in pictures[:count]]
+    images = [prepare_image(path, SMALL_RULE, buckets).pixels for path in files[:count]]
     batches = [np.stack(images[start : start + BATCH_SIZE]) for start in range(0, count, BATCH_SIZE)]
     encoder = VaeEncoder(vae, "sample", flip=False)
 
@@ -244,7 +244,7 @@ def measure_vae(pictures: list[Path], folder: Path, count: int = 8) -> dict[str,
     for turn in range(3):
         bare = time_call(loop)
         pipeline = build_pipeline(encoder, folder / str(turn), SMALL_RULE)
-        ratios.append(bare / run_pipeline(pipeline, list_items(pictures[:count], turn))[0])
+        ratios.append(bare / run_pipeline(pipeline, list_items(files[:count], turn))[0])
     return {
         "share_of_bare_vae_loop_256px": Figure(float(np.median(ratios)), ">=", 0.98),
         "share_of_bare_vae_loop_256px_least": Figure(min(ratios)),
@@ -252,7 +252,7 @@ def measure_vae(pictures: list[Path], folder: Path, count: int = 8) -> dict[str,
     }
 
 
-def measure_gpu(pictures: list[Path], folder: Path) -> dict[str, Figure]:
+def measure_gpu(images: list[Path], folder: Path) -> dict[str, Figure]:
     """The same on a GPU: SDXL's VAE in bfloat16 at 1024², and its rate (encoding 1024² costs 4.88 TFLOP)."""
     from diffusers import AutoencoderKL
 
@@ -265,8 +265,8 @@ def measure_gpu(pictures: list[Path], folder: Path) -> dict[str, Figure]:
     bare = time_call(lambda: [encoder.launch(pixels, ["key"] * BATCH_SIZE) for _ in range(rounds)][-1].wait())
     per_pixel = bare / (rounds * pixels.size / 3)
     buckets = list_buckets(RULE)
-    total = sum(int(np.prod(prepare_image(path, RULE, buckets).placement.bucket)) for path in pictures)
-    wall, _ = run_pipeline(build_pipeline(encoder, folder, RULE), list_items(pictures))
+    total = sum(int(np.prod(prepare_image(path, RULE, buckets).placement.bucket)) for path in images)
+    wall, _ = run_pipeline(build_pipeline(encoder, folder, RULE), list_items(images))
     rate = rounds * BATCH_SIZE / bare
     return {
         "gpu_share_of_bare_loop": Figure(per_pixel * total / wall, ">=", 0.95),
@@ -294,7 +294,7 @@ def _expect_clean(folder: Path, entries: dict) -> None:
 
 
 def _refuse_bad(key: str, file: str, reason: str) -> None:
-    raise AssertionError(f"the benchmark's own picture is bad: {reason}")
+    raise AssertionError(f"the benchmark's own image is bad: {reason}")
 
 
 if __name__ == "__main__":

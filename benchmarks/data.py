@@ -7,7 +7,7 @@ Samples: latents of 1024² px in float32, as npz files and in shards, with capti
 has, that are shuffled and tokenised for both encoders: by the vocabulary of an installed open_clip_torch, else by that
 of the tiny model, which splits words into three times as many tokens. All of it lies in the page cache.
 Beside it, in the same run: bare reads of the same bytes, `np.load`, and webdataset's reader.
-Checks: what looking at 200 thousand latent files, or placing as many pictures without latents, takes at the start.
+Checks: what looking at 200 thousand latent files, or placing as many images without latents, takes at the start.
 """
 
 import argparse

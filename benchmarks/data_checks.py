@@ -1,4 +1,4 @@
-"""Looking at many latent files and pictures before training: what `data.check` and `cache.on_missing: encode` cost at
+"""Looking at many latent files and images before training: what `data.check` and `cache.on_missing: encode` cost at
 the start. Part of data.py."""
 
 import os
@@ -39,7 +39,7 @@ def time_checks(folder: Path, number: int) -> dict[str, float]:
 
 
 def make_files(folder: Path, number: int) -> None:
-    """Latent files of 1024² px with a hole where the values are; their metadata, which call them pictures, and their
+    """Latent files of 1024² px with a hole where the values are; their metadata, which call them images, and their
     manifest."""
     latents = LatentSample(np.zeros((4, 128, 128), np.float32), (1500, 1000), (0, 0, 1024, 1024))
     content, records, writer = pack_latents(latents), {}, ManifestWriter(folder, 0)

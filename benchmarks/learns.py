@@ -1,7 +1,7 @@
 """Does training teach? The tiny SDXL learns from random U-Net weights to paint the colour that the prompt names.
 
 Runs the real programs (cache on two ranks, training on two ranks under ZeRO-2) on the demo set with the settings of
-configs/tiny.yaml and more steps, draws 4 pictures for each of 6 colours, and counts in how many the named colour is the
+configs/tiny.yaml and more steps, draws 4 images for each of 6 colours, and counts in how many the named colour is the
 nearest of the six. The untrained model's share is measured the same way. About 8 minutes on two cores.
 `--prediction v` or `flow` teaches it to predict that instead of the noise.
 """
@@ -53,7 +53,7 @@ def main() -> int:
         start("cache.sh", *words, ranks=2)
         start("train.sh", *words, ranks=2)
         folder = next(path for path in (work / "runs" / "tiny" / "samples").iterdir() if path.is_dir())
-        trained = [np.asarray(Image.open(picture)) for picture in sorted(folder.glob("*.png"))]
+        trained = [np.asarray(Image.open(image)) for image in sorted(folder.glob("*.png"))]
         figures = {
             "share_of_named_colour_nearest": Figure(compute_share(trained, prompts), ">=", TARGET),
             "minutes": Figure((time.monotonic() - started) / 60, "<=", 10),
@@ -83,10 +83,10 @@ def draw_untrained(model: Path, prompts: list[tuple[str, str]]) -> list[np.ndarr
     ]
 
 
-def compute_share(pictures: list[np.ndarray], prompts: list[tuple[str, str]]) -> float:
-    """Share of pictures whose colour is nearest to the one named."""
-    assert len(pictures) == len(prompts), f"{len(pictures)} pictures for {len(prompts)} prompts"
-    right = [nearest_colour(picture) == colour for picture, (colour, _) in zip(pictures, prompts, strict=True)]
+def compute_share(images: list[np.ndarray], prompts: list[tuple[str, str]]) -> float:
+    """Share of images whose colour is nearest to the one named."""
+    assert len(images) == len(prompts), f"{len(images)} images for {len(prompts)} prompts"
+    right = [nearest_colour(image) == colour for image, (colour, _) in zip(images, prompts, strict=True)]
     return sum(right) / len(right)
 
 

@@ -24,7 +24,7 @@ FIRST_START_CPU_SECONDS_A_MILLION = 19.6  # of 10 million records; 13.3 of one m
 LATER_START_SECONDS_AT_10_MILLION = 1.1
 INDEX_GB_A_MILLION = 1.6
 SAMPLES_A_SECOND_OF_A_WORKER = 1644  # whole samples, through the pipe to the rank
-CACHE_CPU_MS_A_PICTURE = 16.6
+CACHE_CPU_MS_A_IMAGE = 16.6
 MICRO_BATCH = 8
 
 
@@ -100,7 +100,7 @@ def tabulate_cache() -> str:
     """What the cache takes."""
     rows = ["| images | latents | CPU of the cache job | on 64 cores |", "|---|---|---|---|"]
     for images in IMAGES:
-        hours = images * CACHE_CPU_MS_A_PICTURE / 1e3 / 3600
+        hours = images * CACHE_CPU_MS_A_IMAGE / 1e3 / 3600
         rows.append(f"| {images:,.0f} | {images * LATENT_BYTES / 1e12:.3g} TB | {hours:,.3g} h | {hours / 64:.2g} h |")
     return "\n".join(rows)
 

@@ -71,7 +71,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
 
     Raises:
         UserInputError: anything wrong with the user's settings or data, all of it at once.
-        FailedError: the disk is full, or more pictures are bad than `data.max_bad_fraction` allows.
+        FailedError: the disk is full, or more images are bad than `data.max_bad_fraction` allows.
         Interrupted: a stop signal came; everything encoded by then is in the cache.
     """
     rank, _, _ = read_environment()
@@ -111,7 +111,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             result = encode_work(config, works, (encoder, captioner), ranks, stop)
             finish(config, folder, len(index) * len(works), gather_objects(result), ranks)
         elif ranks.is_main:
-            logger.info("dry run: all is well up to the first picture; nothing was written")
+            logger.info("dry run: all is well up to the first image; nothing was written")
     close_ranks()
 
 
@@ -178,11 +178,11 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkL
         needed, free = sum(work.bytes_needed for work in works), shutil.disk_usage(folder).free
         to_do = sum(work.num_items for work in works)
         states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-        logger.info("{} pictures ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
+        logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
         if config.data.masks is not None:
             tell_masks(config.data.masks, counts["masked"], len(index))
         if counts["text"]:
-            logger.info("captions of {} pictures are to be encoded", counts["text"])
+            logger.info("captions of {} images are to be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
         raise_if_any([Problem("cache.dir", folder, f"has {free:,} bytes free and the latents need about {needed:,}",
                               "free some space, give another cache.dir, or cache.dtype: float16")]
@@ -198,19 +198,19 @@ def announce_time(own: Estimate, ranks: Ranks) -> None:
             slowest.seconds, slowest.decode_seconds, slowest.encode_seconds, slowest.text_seconds,
         ))  # fmt: skip
         captions = f", captions {text}" if slowest.text_seconds else ""
-        logger.info("estimated time: {} (pictures {}{}; decoding at the same time {})", whole, encode, captions, decode)
+        logger.info("estimated time: {} (images {}{}; decoding at the same time {})", whole, encode, captions, decode)
 
 
-def tell_masks(masks: str, num_masked: int, num_pictures: int) -> None:
-    """Say how many pictures have a mask file.
+def tell_masks(masks: str, num_masked: int, num_images: int) -> None:
+    """Say how many images have a mask file.
 
     Raises:
         UserInputError: not one.
     """
-    cure = "check it: as a folder it holds masks with the pictures' stems, else masks lie beside the pictures"
-    raise_if_any([Problem("data.masks", masks, "names the mask of no picture", cure)] if not num_masked else [])
-    others = num_pictures - num_masked
-    logger.info("{} pictures have a mask; the loss of the {} others counts everywhere", num_masked, others)
+    cure = "check it: as a folder it holds masks with the images' stems, else masks lie beside the images"
+    raise_if_any([Problem("data.masks", masks, "names the mask of no image", cure)] if not num_masked else [])
+    others = num_images - num_masked
+    logger.info("{} images have a mask; the loss of the {} others counts everywhere", num_masked, others)
 
 
 def start_captioning(config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks, dry_run: bool
@@ -236,7 +236,7 @@ def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncode
 
     def report_bad(key: str, file: str, reason: str) -> None:
         bad.append({"key": key, "file": file, "reason": reason})
-        logger.warning("bad picture skipped: {}", reason)
+        logger.warning("bad image skipped: {}", reason)
 
     manifest = ManifestWriter(folder, ranks.rank)
     for work in works:
@@ -271,12 +271,12 @@ def build_sink(config: Config, folder: Path, rank: int) -> Sink:
     return ShardSink(folder, config.cache.dtype, rank, config.cache.shard_mb * 1_000_000)
 
 
-def finish(config: Config, folder: Path, num_pictures: int, results: list[RankResult], ranks: Ranks) -> None:
+def finish(config: Config, folder: Path, num_images: int, results: list[RankResult], ranks: Ranks) -> None:
     """Tidy up, report, and end as the work ended.
 
     Raises:
         Interrupted: a rank was stopped by a signal.
-        FailedError: too many pictures were bad (on rank 0, which speaks for all).
+        FailedError: too many images were bad (on rank 0, which speaks for all).
     """
     signals = [result.interrupted for result in results if result.interrupted is not None]
     bad = [line for result in results for line in result.bad]
@@ -290,9 +290,9 @@ def finish(config: Config, folder: Path, num_pictures: int, results: list[RankRe
     if signals:
         close_ranks()
         raise Interrupted(signals[0])
-    if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_pictures:
+    if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_images:
         raise FailedError(
-            f"{len(bad)} of {num_pictures} pictures are bad, more than data.max_bad_fraction = "
+            f"{len(bad)} of {num_images} images are bad, more than data.max_bad_fraction = "
             f"{config.data.max_bad_fraction:g}; they are named in {file}; all others are cached. Mend or remove "
             "them and run the same command again, or raise data.max_bad_fraction"
         )

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="YAML", help="where to write (default: the console)")
     parser.add_argument("--ranks", type=int, help="processes there; accelerate's --num_processes by default")
-    parser.add_argument("--samples", type=int, help="samples of an epoch (pictures x repeats), for epochs as steps")
+    parser.add_argument("--samples", type=int, help="samples of an epoch (images x repeats), for epochs as steps")
     options = parser.parse_intermixed_args(arguments)  # files may stand after --out too
     try:
         _import_files(options)

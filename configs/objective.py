@@ -32,7 +32,7 @@ class ObjectiveConfig(Section):
     """`epsilon`: the noise, as SDXL base was trained; `v`: sqrt(abar)·noise - sqrt(1 - abar)·latent; `flow`: rectified
     flow, noise - latent on a straight line between them. Samples and exported files follow."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891); for `v`. Pictures may then be
+    """Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891); for `v`. Images may then be
     all dark or all bright."""
 
     loss: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
@@ -72,15 +72,15 @@ class ObjectiveConfig(Section):
     logit_std: float = Field(1.0, gt=0)
     """Standard deviation of `logit_normal` before the sigmoid."""
     timestep_shift: float = Field(1.0, gt=0)
-    """Moves the timesteps: s becomes shift·s/(1 + (shift - 1)·s); above 1 means more noise, as large pictures need it
+    """Moves the timesteps: s becomes shift·s/(1 + (shift - 1)·s); above 1 means more noise, as large images need it
     with `flow`. Samples of a `flow` model are drawn with the same shift."""
     low_discrepancy: bool = False
     """Spread the timesteps of a global batch evenly over their density instead of drawing each by itself: a steadier
     loss and gradient. Each sample's own timestep is as random as before."""
 
     noise_offset: float = Field(0.0, ge=0)
-    """Strength of a shift of the noise that is the same all over the picture, drawn for each channel; 0.05 to 0.1 is
-    usual. Lets `epsilon` learn dark and bright pictures."""
+    """Strength of a shift of the noise that is the same all over the image, drawn for each channel; 0.05 to 0.1 is
+    usual. Lets `epsilon` learn dark and bright images."""
     noise_offset_random_strength: bool = False
     """Draw the strength of the offset for each sample, from 0 to `noise_offset`."""
     adaptive_noise_scale: float = 0.0

@@ -1,4 +1,4 @@
-"""Settings of the pictures drawn while training, `sample`, and the names of diffusers' schedulers."""
+"""Settings of the images drawn while training, `sample`, and the names of diffusers' schedulers."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ FLOW_SCHEDULERS = frozenset({"euler", "dpmsolver++", "unipc"})
 
 
 class SampleConfig(Section):
-    """Pictures drawn from fixed prompts during and after training."""
+    """Images drawn from fixed prompts during and after training."""
 
     prompts: list[str] = []
     """Prompts, which may carry the flags that `sample.prompt_file` explains. None at all draws nothing."""

@@ -84,20 +84,20 @@ class DataConfig(Section):
     webdataset shards of latents (docs/DATA.md shows each). Paths, or URLs that fsspec opens (`s3://`, `gs://`,
     `https://`). `{000..012}`, `{a,b}` and `*` name many at once. Later entries update earlier ones key by key."""
     image_dirs: list[Path] = []
-    """Image folders. Without `data.metadata` every picture in them is used, captioned by the `.txt` or `.caption` file
-    beside it; with it, they are where pictures are looked for whose `image_path` does not exist. In a folder without
-    pictures latent files (.npz) stand in for them."""
+    """Image folders. Without `data.metadata` every image in them is used, captioned by the `.txt` or `.caption` file
+    beside it; with it, they are where images are looked for whose `image_path` does not exist. In a folder without
+    images latent files (.npz) stand in for them."""
     masks: str | None = None
-    """Where mask files are: grey pictures that say where the loss counts, for `objective.masked_loss`. Either how their
-    names end beside the pictures, as `-masklabel.png` for OneTrainer's, or a folder in which they have the pictures'
-    stems, as kohya's `conditioning_data_dir`. They are no pictures to train on, and the cache job stores them with the
-    latents, as float32 in pixels: 4 MB at 1024 px. Where a picture has none, its loss counts everywhere."""
+    """Where mask files are: grey images that say where the loss counts, for `objective.masked_loss`. Either how their
+    names end beside the images, as `-masklabel.png` for OneTrainer's, or a folder in which they have the images'
+    stems, as kohya's `conditioning_data_dir`. They are no images to train on, and the cache job stores them with the
+    latents, as float32 in pixels: 4 MB at 1024 px. Where an image has none, its loss counts everywhere."""
     weights: list[NonNegativeFloat] = []
     """How often samples of each entry of `data.metadata` come in an epoch, or, without metadata, of each folder of
     `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Multiplied with the repeats of `data.strategy`; a
     fraction is kept over the epochs, and 0 leaves an entry out. Empty: once each."""
     regularisation_dirs: list[Path] = []
-    """Folders of regularisation pictures (prior preservation), besides `data.image_dirs`. In metadata such records have
+    """Folders of regularisation images (prior preservation), besides `data.image_dirs`. In metadata such records have
     `is_reg: true` instead. Their loss counts `objective.prior_loss_weight`."""
     regularisation_repeats: Literal["balanced"] | PositiveFloat = "balanced"
     """How often regularisation samples come in an epoch, relative to once: a number, or `balanced`: as often as makes
@@ -109,7 +109,7 @@ class DataConfig(Section):
     """How latents are looked at before training: not at all, that each is there and has its size, that its header
     agrees with its bucket, or that its bytes have the manifest's checksum. Bad ones are named and left out."""
     resolution_px: list[Annotated[int, Field(ge=64, le=8192)]] = Field([1024], min_length=1)
-    """Side of the square whose area every bucket keeps to. Several, such as `[512, 1024]`, train every picture at each
+    """Side of the square whose area every bucket keeps to. Several, such as `[512, 1024]`, train every image at each
     of them: they are so many samples, and an epoch holds them all."""
     buckets: list[tuple[int, int]] = []
     """Buckets as [width, height], such as `[[1024, 1024], [832, 1216]]`, in place of the list that the resolution,
@@ -121,9 +121,9 @@ class DataConfig(Section):
     bucket_step_px: int = Field(64, ge=32, multiple_of=32)
     """Bucket sides are multiples of this; SDXL's U-Net needs multiples of 32."""
     no_upscale: bool = False
-    """Never enlarge a picture: those smaller than the area get a bucket of their own size, rounded down to the step."""
+    """Never enlarge an image: those smaller than the area get a bucket of their own size, rounded down to the step."""
     flip_rate: float = Field(0.0, ge=0, le=1)
-    """Probability, drawn for each sample and epoch, that the latents of the mirrored picture are trained instead. Needs
+    """Probability, drawn for each sample and epoch, that the latents of the mirrored image are trained instead. Needs
     a cache made with `cache.flip: true`; samples without such latents are never flipped, and counted in a warning."""
     caption: CaptionConfig = CaptionConfig()  # pyright: ignore[reportCallIssue]
     """What is done to captions."""
@@ -178,10 +178,10 @@ class CacheConfig(Section):
     """The latent cache: written by the cache job, read by training."""
 
     dir: Path | None = None
-    """Folder of the cache. Without it latents are written beside the pictures, and the manifest into the folder of the
+    """Folder of the cache. Without it latents are written beside the images, and the manifest into the folder of the
     first metadata file or image folder."""
     format: Literal["npz", "shards"] = "npz"
-    """`npz`: one file a picture, as kohya's scripts read them; `shards`: webdataset tars of one bucket each."""
+    """`npz`: one file an image, as kohya's scripts read them; `shards`: webdataset tars of one bucket each."""
     shard_mb: int = Field(1000, ge=1)
     """Size at which a shard is full, in megabytes."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -190,28 +190,28 @@ class CacheConfig(Section):
     """What is stored of the VAE's posterior: one sample (as other tools do), its mean, or its two moments, from which
     training draws a fresh sample at each read."""
     flip: bool = False
-    """Also store the latents of the mirrored picture, as kohya's `flip_aug` does."""
+    """Also store the latents of the mirrored image, as kohya's `flip_aug` does."""
     alpha_mask: bool = False
-    """Also store the opacity of pictures that have one, as kohya's `alpha_mask` does: where the loss counts, for
-    `objective.masked_loss`. As float32 in pixels it takes 4 MB at 1024 px. Pictures are laid on white either way. A
-    picture's mask file (`data.masks`) goes before its opacity."""
+    """Also store the opacity of images that have one, as kohya's `alpha_mask` does: where the loss counts, for
+    `objective.masked_loss`. As float32 in pixels it takes 4 MB at 1024 px. Images are laid on white either way. A
+    image's mask file (`data.masks`) goes before its opacity."""
     batch_size: int = Field(4, ge=1)
-    """Pictures encoded at once on a rank. What a device has no memory for is encoded in halves."""
+    """Images encoded at once on a rank. What a device has no memory for is encoded in halves."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the VAE runs. SDXL's own VAE overflows in fp16, which is therefore not offered."""
     num_workers: int = Field(4, ge=1)
-    """Threads per rank that decode and resize pictures."""
+    """Threads per rank that decode and resize images."""
     text: bool = False
     """Also store what the text encoders make of the captions, so that training needs no text encoder. In the type of
     `cache.dtype`: at SDXL's size and 75 tokens 0.6 MB a caption in float32, more than latents of 1024 px take."""
     text_variants: int = Field(1, ge=1, le=64)
-    """Captions stored of each picture, for captions that are drawn at random (`data.caption`, or your own class).
+    """Captions stored of each image, for captions that are drawn at random (`data.caption`, or your own class).
     Training draws one of them for each sample and epoch. With 1, captions must not be random."""
     on_missing: Literal["skip", "error", "encode"] = "skip"
-    """What training does about pictures that have no latents: leave them out with a warning, stop, or encode each when
+    """What training does about images that have no latents: leave them out with a warning, stop, or encode each when
     it is first met, and keep the latents in the cache. `encode` loads the VAE only if something is missing."""
     tile_above_px: int = Field(0, ge=0)
-    """Encode pictures with a longer side than this in overlapping tiles, which takes less memory; 0 never does."""
+    """Encode images with a longer side than this in overlapping tiles, which takes less memory; 0 never does."""
 
 
 class TrainConfig(Section):

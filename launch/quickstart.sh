@@ -16,7 +16,7 @@ bash launch/train.sh --cfg configs/tiny.yaml "$@"
 cat <<'TEXT'
 
 Done. What was made, under runs/tiny/:
-  samples/      pictures of the prompts in configs/tiny.yaml; open the newest step-*.png
+  samples/      images of the prompts in configs/tiny.yaml; open the newest step-*.png
   models/       the model as one .safetensors file, for ComfyUI, diffusers and others
   report/       report.html: charts and samples in one page
   logs/         metrics.jsonl, tensorboard/, train.log
@@ -25,7 +25,7 @@ Done. What was made, under runs/tiny/:
 For real SDXL copy one of configs/sdxl_*.yaml and change the four lines marked in it:
   (1) run.name             the name of the run's folder
   (2) model.path           your sd_xl_base_1.0.safetensors, diffusers folder, or stabilityai/stable-diffusion-xl-base-1.0
-  (3) data.image_dirs      your folders, with a .txt caption beside each picture; or data.metadata
-  (4) cache.dir            where the latents go, 0.26 MB a picture of 1024 px
-Then README.md, "Real SDXL, real pictures".
+  (3) data.image_dirs      your folders, with a .txt caption beside each image; or data.metadata
+  (4) cache.dir            where the latents go, 0.26 MB an image of 1024 px
+Then README.md, "Real SDXL, real images".
 TEXT

@@ -41,7 +41,7 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 24 demo pictures (`data/`), the tiny SDXL (`model/`) and a config for both (`tiny.yaml`)."""
+    """A folder with 24 demo images (`data/`), the tiny SDXL (`model/`) and a config for both (`tiny.yaml`)."""
     return make_once(tmp_path_factory, "tiny", make_tiny_folder)
 
 
@@ -86,11 +86,11 @@ def make_tiny_folder(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def cached_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_folder` after the cache job ran on two ranks, with the pictures removed: training must not need them."""
+    """`tiny_folder` after the cache job ran on two ranks, with the images removed: training must not need them."""
 
     def make(_: Path) -> None:
         run_program("cache/main.py", "--cfg", tiny_folder / "tiny.yaml", ranks=2)
-        (tiny_folder / "data" / "images").rename(tiny_folder / "pictures-put-away")
+        (tiny_folder / "data" / "images").rename(tiny_folder / "images-put-away")
 
     make_once(tmp_path_factory, "cached", make)
     return tiny_folder

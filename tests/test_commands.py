@@ -66,23 +66,23 @@ def list_commands() -> list[str]:
 
 
 def fill_stage(stage: Path, tiny_folder: Path, run: Path) -> None:
-    """A folder with all that the commands speak of: the checkout, models, pictures, settings, a run, prompts."""
+    """A folder with all that the commands speak of: the checkout, models, images, settings, a run, prompts."""
     for folder in ("launch", "configs", "cache", "train", "docs", "tests"):
         (stage / folder).symlink_to(ROOT / folder)
-    models, pictures = stage / "models", stage / "data" / "pictures"
+    models, images = stage / "models", stage / "data" / "images"
     models.mkdir()
     (models / "sdxl-diffusers").symlink_to(tiny_folder / "model")
     (models / "clip-tokenizer").symlink_to(tiny_folder / "model" / "tokenizer")
     assert convert.main([str(tiny_folder / "model"), str(models / "sd_xl_base_1.0.safetensors"), "--dtype=fp32"]) == 0
-    metadata = json.loads(draw_demo_set(pictures, num_images=8).read_text())
+    metadata = json.loads(draw_demo_set(images, num_images=8).read_text())
     for record in metadata.values():
-        (pictures / record["image_path"]).with_suffix(".txt").write_text(record["caption"])
-        record["image_path"] = str(pictures / record["image_path"])
+        (images / record["image_path"]).with_suffix(".txt").write_text(record["caption"])
+        record["image_path"] = str(images / record["image_path"])
     (stage / "val.json").write_text(json.dumps(metadata))
     (stage / "my-cache").symlink_to(stage / "data" / "latents")
     (stage / "my.yaml").write_text((ROOT / "configs" / "sdxl_full.yaml").read_text())
     (stage / "train.toml").write_text(TOML)
-    (stage / "dataset.toml").write_text(DATASET_TOML.format(pictures))
+    (stage / "dataset.toml").write_text(DATASET_TOML.format(images))
     (stage / "config.py").write_text(SEED_CONFIG)
     (stage / "prompts.txt").write_text("a red circle on a white background\n")
     mine = stage / "runs" / "my"

@@ -120,9 +120,9 @@ def test_contributing_a_form_of_metadata(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sources, "SUFFIXES", dict(sources.SUFFIXES))
     exec(read_examples()["data/metadata/sources.py"], dict(vars(sources)))
     with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as database:
-        database.execute("CREATE TABLE pictures (image_path, caption, score)")
+        database.execute("CREATE TABLE images (image_path, caption, score)")
         database.executemany(
-            "INSERT INTO pictures VALUES (?, ?, ?)", [(f"/data/{at}.png", "a cat", None) for at in range(9000)]
+            "INSERT INTO images VALUES (?, ?, ?)", [(f"/data/{at}.png", "a cat", None) for at in range(9000)]
         )
         database.commit()
     pieces = list(sources.read_source(tmp_path / "x.sqlite"))

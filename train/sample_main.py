@@ -1,4 +1,4 @@
-"""Draws pictures with any SDXL model: `bash launch/sample.sh --model PATH --prompts FILE --out DIR`."""
+"""Draws images with any SDXL model: `bash launch/sample.sh --model PATH --prompts FILE --out DIR`."""
 
 import argparse
 import sys
@@ -14,13 +14,13 @@ except ImportError:
 
 def build_arguments() -> RankParser:
     """What the program takes."""
-    parser = RankParser(description="Draw the pictures of a prompt file, and a contact sheet of them.")
+    parser = RankParser(description="Draw the images of a prompt file, and a contact sheet of them.")
     parser.add_argument(
         "--model", required=True, metavar="PATH",
         help="a single .safetensors file, a diffusers folder, a hub id, or a run's folder or one of its checkpoints",
     )  # fmt: skip
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/TRAINING.md)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images go")
     parser.add_argument("--ema", metavar="DECAY", help="take this moving average of a checkpoint, such as 0.999")
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the run by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's

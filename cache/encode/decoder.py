@@ -1,4 +1,4 @@
-"""Pictures to batches of one bucket, on threads, a few batches ahead of the device."""
+"""Images to batches of one bucket, on threads, a few batches ahead of the device."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +14,12 @@ from sdxl_trainer.data.images.masks import add_mask
 from sdxl_trainer.data.images.transforms import BadImageError, PreparedImage, prepare_image, read_image_size
 from sdxl_trainer.data.text.strategy import StrategyError
 
-PROBED_AT_ONCE = 32  # pictures whose sizes are read ahead; the first batch waits for twice as many
+PROBED_AT_ONCE = 32  # images whose sizes are read ahead; the first batch waits for twice as many
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One picture to encode. `file` is where its latents go, relative to the cache folder."""
+    """One image to encode. `file` is where its latents go, relative to the cache folder."""
 
     key: str
     image_path: str
@@ -43,7 +43,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one bucket: pixels [B, H, W, 3] uint8, and what is known of each."""
+    """Images of one bucket: pixels [B, H, W, 3] uint8, and what is known of each."""
 
     pixels: np.ndarray
     entries: list[Prepared]
@@ -51,22 +51,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A batch whose pictures are being decoded into `pixels`, if its bucket is known."""
+    """A batch whose images are being decoded into `pixels`, if its bucket is known."""
 
     pixels: np.ndarray | None
-    pictures: list[tuple[WorkItem, "Future[Prepared]"]]
+    images: list[tuple[WorkItem, "Future[Prepared]"]]
 
 
 @dataclass
 class Decoder:
-    """Decodes pictures into batches.
+    """Decodes images into batches.
 
     Batches are planned by the sizes that headers or metadata tell, and threads decode straight into them, so that
-    nothing is left to copy. Pictures that turn out to be of another bucket than planned make batches of their own.
+    nothing is left to copy. Images that turn out to be of another bucket than planned make batches of their own.
 
     Args:
         shape_captions: the captions to encode of a record.
-        pass_over: told of each picture that cannot be used, and why.
+        pass_over: told of each image that cannot be used, and why.
     """
 
     rule: BucketRule
@@ -86,7 +86,7 @@ class Decoder:
             try:
                 for bucket, group in self._plan(self._probe(items, pool), buckets):
                     planned.append(self._start(bucket, group, buckets, pool))
-                    if sum(len(batch.pictures) for batch in planned) > ahead:
+                    if sum(len(batch.images) for batch in planned) > ahead:
                         yield from self._finish(planned.popleft(), strays)
                 while planned:
                     yield from self._finish(planned.popleft(), strays)
@@ -128,12 +128,12 @@ class Decoder:
 
     def _prepare(self, item: WorkItem, buckets: list[Size], slot: np.ndarray | None) -> Prepared:
         captions = self.shape_captions(item.record) if item.with_text else ()
-        return Prepared(item, prepare_picture(item, self.rule, buckets, self.with_alpha, slot), captions)
+        return Prepared(item, prepare_item(item, self.rule, buckets, self.with_alpha, slot), captions)
 
     def _finish(self, batch: _Planned, strays: dict[Size, list[Prepared]]) -> Iterator[Batch]:
         """Wait for a batch; what of it is of its bucket, and whatever it made whole of the others."""
         entries, places = [], []
-        for place, (item, future) in enumerate(batch.pictures):
+        for place, (item, future) in enumerate(batch.images):
             try:
                 prepared = future.result()
             except (BadImageError, StrategyError) as error:
@@ -149,13 +149,13 @@ class Decoder:
                 yield _stack(strays.pop(bucket))
         if entries:
             assert batch.pixels is not None, "entries of a batch have a bucket"
-            whole = len(entries) == len(batch.pictures)
+            whole = len(entries) == len(batch.images)
             yield Batch(batch.pixels if whole else batch.pixels[places], entries)
 
 
-def prepare_picture(item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
+def prepare_item(item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
                     out: np.ndarray | None = None) -> PreparedImage:  # fmt: skip
-    """An item's picture cut to its bucket, with its mask. Arguments as for `prepare_image`.
+    """An item's image cut to its bucket, with its mask. Arguments as for `prepare_image`.
 
     Raises:
         BadImageError: one of the two cannot be used.

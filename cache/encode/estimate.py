@@ -1,4 +1,4 @@
-"""How long the work will take, told before it starts: a few pictures are decoded and one batch encoded for nothing."""
+"""How long the work will take, told before it starts: a few images are decoded and one batch encoded for nothing."""
 
 import math
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_trainer.cache.encode.decoder import WorkItem, prepare_picture
+from sdxl_trainer.cache.encode.decoder import WorkItem, prepare_item
 from sdxl_trainer.cache.encode.latent_encoder import Encoder
 from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CAPTIONS_AT_ONCE
@@ -17,7 +17,7 @@ from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError
 
-PICTURES_PER_WORKER = 4  # enough to even out a picture that is dearer than the others
+IMAGES_PER_WORKER = 4  # enough to even out an image that is dearer than the others
 SIDE_STEP_PX = 64
 
 Clock = Callable[[], float]
@@ -56,14 +56,14 @@ def estimate_work(works: Sequence[WorkList], encoder: Encoder, text: TextJob | N
 
 def time_decoding(items: Sequence[WorkItem], rule: BucketRule, num_workers: int, clock: Clock = time.monotonic
                   ) -> float:  # fmt: skip
-    """Seconds a picture takes with so many threads at work, by a spread of them; broken ones are told of later."""
+    """Seconds an image takes with so many threads at work, by a spread of them; broken ones are told of later."""
     buckets = list_buckets(rule)
-    count = min(len(items), num_workers * PICTURES_PER_WORKER)
+    count = min(len(items), num_workers * IMAGES_PER_WORKER)
     chosen = [items[place * len(items) // count] for place in range(count)]
 
     def decode(item: WorkItem) -> None:
         try:
-            prepare_picture(item, rule, buckets)
+            prepare_item(item, rule, buckets)
         except BadImageError:
             pass
 

@@ -39,7 +39,7 @@ class Encoder(Protocol):
     """A device that encodes. `launch` returns at once where the device can work by itself."""
 
     def launch(self, pixels: np.ndarray, keys: list[str]) -> PendingBatch:
-        """Start on pixels [B, H, W, 3] uint8; `keys` name the pictures."""
+        """Start on pixels [B, H, W, 3] uint8; `keys` name the images."""
         ...
 
 
@@ -49,7 +49,7 @@ class VaeEncoder:
     Args:
         vae: diffusers' AutoencoderKL on its device, frozen.
         posterior: what to keep of the latent distribution.
-        flip: also encode the mirrored pixels (a mirrored latent is not the latent of the mirrored picture).
+        flip: also encode the mirrored pixels (a mirrored latent is not the latent of the mirrored image).
     """
 
     def __init__(self, vae: Any, posterior: Posterior, flip: bool):
@@ -64,7 +64,7 @@ class VaeEncoder:
         """A batch that the device has no memory for is encoded in halves, and so are further ones of its size.
 
         Raises:
-            FailedError: not even one picture of this size can be encoded.
+            FailedError: not even one image of this size can be encoded.
         """
         if pixels.size < self._too_much:
             try:
@@ -74,7 +74,7 @@ class VaeEncoder:
                 self._too_much = pixels.size
         if len(keys) == 1:
             raise FailedError(
-                f"the device has too little memory for a picture of {pixels.shape[2]}x{pixels.shape[1]} "
+                f"the device has too little memory for an image of {pixels.shape[2]}x{pixels.shape[1]} "
                 f"px: set cache.tile_above_px: {max(pixels.shape[1:3]) // 2}, or vae_precision: bf16"
             )
         logger.info("a batch of {} is more than the device's memory holds: it is halved", pixels.shape[:3])
@@ -103,7 +103,7 @@ class VaeEncoder:
             return [mean]
         if self._posterior == "moments":
             return [mean, std]
-        # Keyed to the picture, so encoding again gives the same latents whatever the batch or the number of ranks.
+        # Keyed to the image, so encoding again gives the same latents whatever the batch or the number of ranks.
         noise = [_draw_noise(tuple(mean.shape[1:]), mix_keys(mirrored, *key.encode())) for key in keys]
         return [mean + std * torch.stack(noise).to(mean.device, non_blocking=True)]
 

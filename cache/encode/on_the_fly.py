@@ -1,6 +1,6 @@
-"""Latents of pictures that have none, made while training (`cache.on_missing: encode`) and kept for the next epoch.
+"""Latents of images that have none, made while training (`cache.on_missing: encode`) and kept for the next epoch.
 
-What is trained on is what is stored: the same VAE, noise and rounding as in the cache job, so a run over pictures has
+What is trained on is what is stored: the same VAE, noise and rounding as in the cache job, so a run over images has
 the losses of a run over their cache.
 """
 
@@ -33,7 +33,7 @@ from sdxl_trainer.launch.distributed import Ranks
 
 
 class MissingEncoder:
-    """Encodes the pictures in micro batches on this rank's device and stores them on threads of their own.
+    """Encodes the images in micro batches on this rank's device and stores them on threads of their own.
 
     Args:
         identities: what the items of each resolution are made under, by the prefix of their keys.
@@ -78,7 +78,7 @@ class MissingEncoder:
 
     def _settle(self, batch: MicroBatch, image: PendingImage, item: EncodedItem) -> None:
         key = image.record["key"]
-        assert item.sample is not None, "pictures are encoded whole"
+        assert item.sample is not None, "images are encoded whole"
         try:
             stored = parse_latents(pack_latents(item.sample, self._settings.dtype), item.entry.bucket, check_crc=False)
         except BadLatentError as error:

@@ -25,7 +25,7 @@ from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
-TEXTS_AT_ONCE = 16  # pictures whose captions are encoded together
+TEXTS_AT_ONCE = 16  # images whose captions are encoded together
 WITHDRAWN = ".withdrawn"
 
 
@@ -52,7 +52,7 @@ class Pipeline:
     """What one rank's data path is made of.
 
     Args:
-        report_bad: told the key and the file of each picture that cannot be used, and why; the rest go on.
+        report_bad: told the key and the file of each image that cannot be used, and why; the rest go on.
         check_stop: called between batches; raises to end the work with all that was encoded written.
     """
 
@@ -69,14 +69,14 @@ class Pipeline:
     with_alpha: bool = False
 
     def run(self, items: Sequence[WorkItem], texts: Sequence[TextItem] = ()) -> None:
-        """Encode pictures, then captions of pictures that are encoded already, and hand the results to the writer.
+        """Encode images, then captions of images that are encoded already, and hand the results to the writer.
 
         One batch is on the device while the one before it is handed over, the next ones are decoded and the last ones
         are written. What was launched is handed over also when the work is stopped.
         """
         pending: deque[Callable[[], list[EncodedItem]]] = deque()
         try:
-            for finish in chain(self._launch_pictures(items), self._launch_texts(texts)):
+            for finish in chain(self._launch_images(items), self._launch_texts(texts)):
                 pending.append(finish)
                 if len(pending) > 1:
                     self._hand_over(pending.popleft())
@@ -85,11 +85,11 @@ class Pipeline:
             while pending:
                 self._hand_over(pending.popleft())
 
-    def _launch_pictures(self, items: Sequence[WorkItem]) -> Iterator[Callable[[], list[EncodedItem]]]:
+    def _launch_images(self, items: Sequence[WorkItem]) -> Iterator[Callable[[], list[EncodedItem]]]:
         """Start batch after batch, yielding what waits for each and returns it."""
         decoder = Decoder(
             self.rule, self.batch_size, self.num_workers, self.with_alpha, self._shape_captions,
-            self._pass_over_picture,
+            self._pass_over_image,
         )  # fmt: skip
         batches = decoder.decode(items)
         while True:
@@ -100,7 +100,7 @@ class Pipeline:
                 return
             pending = self.encoder.launch(batch.pixels, [entry.item.key for entry in batch.entries])
             texts = self._launch_captions([entry.captions for entry in batch.entries])
-            yield partial(self._finish_pictures, batch.entries, pending, texts)
+            yield partial(self._finish_images, batch.entries, pending, texts)
 
     def _launch_texts(self, items: Sequence[TextItem]) -> Iterator[Callable[[], list[EncodedItem]]]:
         for start in range(0, len(items), TEXTS_AT_ONCE):
@@ -131,7 +131,7 @@ class Pipeline:
         assert self.text is not None, "captions are only asked for with encoders"
         return self.text.variants.shape(orjson.loads(record))
 
-    def _pass_over_picture(self, item: WorkItem, error: Exception) -> None:
+    def _pass_over_image(self, item: WorkItem, error: Exception) -> None:
         if isinstance(error, BadMaskError) and item.unmasked is not None:
             self.writer.list_entry(withdraw(item.unmasked, item))
         self._pass_over(item.key, item.image_path, error)
@@ -147,7 +147,7 @@ class Pipeline:
         self.progress.done += len(items)
         self.progress.bytes_written = self.writer.bytes_written
 
-    def _finish_pictures(self, batch: list[Prepared], pending: PendingBatch,
+    def _finish_images(self, batch: list[Prepared], pending: PendingBatch,
                          texts: Callable[[], list[tuple[TextOutputs, ...]]]) -> list[EncodedItem]:  # fmt: skip
         encoded, items = pending.wait(), []
         for place, (prepared, outputs) in enumerate(zip(batch, texts(), strict=True)):
@@ -172,7 +172,7 @@ class Pipeline:
 
 
 def choose_text_file(file: str) -> str:
-    """Where the text encoder outputs go of a picture whose latents go to the npz file `file`, as kohya names them."""
+    """Where the text encoder outputs go of an image whose latents go to the npz file `file`, as kohya names them."""
     return file.removesuffix(".npz") + TEXT_CACHE
 
 
@@ -184,7 +184,7 @@ def withdraw(entry: Entry, item: WorkItem) -> Entry:
 
 
 def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) -> EncodedItem:
-    """One picture's latents of a batch, with what the manifest will say of them."""
+    """One image's latents of a batch, with what the manifest will say of them."""
     item, image = prepared.item, prepared.image
     placement = image.placement
     std, flipped, flipped_std = (

@@ -98,11 +98,11 @@ class ProgressReporter:
         )
         rate = whole.done / whole.seconds
         left = f", {(whole.total - whole.done) / rate:.0f} s left" if rate else ""
-        logger.info("{} of {} pictures, {}{}", whole.done, whole.total, describe(whole), left)
+        logger.info("{} of {} images, {}{}", whole.done, whole.total, describe(whole), left)
 
 
 def describe(numbers: RankProgress) -> str:
-    """Rate, device idle share, bytes written and bad pictures in words."""
+    """Rate, device idle share, bytes written and bad images in words."""
     bad = f", {numbers.bad} bad" if numbers.bad else ""
     return (
         f"{numbers.done / numbers.seconds:.1f}/s, device waits {numbers.wait_seconds / numbers.seconds:.0%}, "

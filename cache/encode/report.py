@@ -39,9 +39,9 @@ def print_report(folder: Path, report: dict) -> None:
     rows = {
         "latents in the cache": report["cached"],
         "encoded now": report["encoded"],
-        "bad pictures": report["bad"],
+        "bad images": report["bad"],
         "seconds": f"{report['seconds']:.1f}",
-        "pictures per second": f"{report['images_per_second']:.1f}",
+        "images per second": f"{report['images_per_second']:.1f}",
         "device idle": f"{report['device_idle_share']:.1%}",
         "written": f"{report['bytes_written'] / 1e6:.1f} MB",
     }

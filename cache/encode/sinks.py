@@ -20,7 +20,7 @@ SHARD_FOLDER = "shards"
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """What was encoded of one picture, with the line it will have in the manifest, all but places, sizes, checksums.
+    """What was encoded of one image, with the line it will have in the manifest, all but places, sizes, checksums.
 
     Without a sample the latents stay as they are in the cache. With texts, `entry.text` says what they are of.
     """

@@ -26,7 +26,7 @@ from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES = ("valid", "new", "stale", "changed", "missing")
-LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of a picture has nothing to encode
+LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of an image has nothing to encode
 MASK_BYTES_PER_PX = 4
 ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the manifest
 
@@ -62,7 +62,7 @@ def share_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray
     exists: ranks never overlap, and a restart with any number of ranks covers everything once.
 
     Args:
-        costs: [N] pixels of each picture's bucket.
+        costs: [N] pixels of each image's bucket.
     """
     order = np.argsort(-costs, kind="stable")
     turn = np.arange(len(order)) % (2 * world_size)
@@ -100,7 +100,7 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's pictures at one resolution: their rows in the index, and the keys of their latents."""
+    """A rank's images at one resolution: their rows in the index, and the keys of their latents."""
 
     resolution: Resolution
     rows: list[int]
@@ -123,9 +123,9 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
     Args:
         folder: of the cache.
         entries: the newest manifest entry of each key of the share, or of more.
-        beside: latents go beside the pictures instead of under the cache folder.
+        beside: latents go beside the images instead of under the cache folder.
         text: None: captions are not encoded.
-        known_only: pictures without an entry are counted, but not to do.
+        known_only: images without an entry are counted, but not to do.
         masks: None: there are no mask files.
     """
     resolution = share.resolution
@@ -176,7 +176,7 @@ def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: S
 
 
 def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> np.ndarray:
-    """[N] pixels that encoding each picture costs: about one area for all, unless pictures may stay smaller."""
+    """[N] pixels that encoding each image costs: about one area for all, unless images may stay smaller."""
     area = np.full(len(widths), rule.area_px, np.int64)
     if rule.no_upscale:
         known = widths > 0
@@ -194,7 +194,7 @@ def judge_entry(
     adopted nothing is known.
 
     Args:
-        mask_path: of the mask file that the picture has now.
+        mask_path: of the mask file that the image has now.
     """
     if entry is None:
         return "new", None

@@ -1,4 +1,4 @@
-"""A picture of samples with their captions, as the model will see them."""
+"""An image of samples with their captions, as the model will see them."""
 
 import textwrap
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def decode_specimens(
 
 
 def draw_sheet(decoded: Sequence[tuple[Specimen, np.ndarray]]) -> Image.Image:
-    """Pictures in rows, each scaled into a square cell with its number, sizes and caption below."""
+    """Images in rows, each scaled into a square cell with its number, sizes and caption below."""
     font = ImageFont.load_default(FONT_PX)
     line_px = FONT_PX + 3
     height = CELL_PX + (NUM_LINES + 1) * line_px

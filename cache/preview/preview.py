@@ -1,6 +1,6 @@
 """Shows what the model will see: `bash launch/preview.sh --cfg x.yaml`.
 
-Bucket counts, lengths of captions in tokens, captions as they will be drawn, what is missing or bad; and a picture of
+Bucket counts, lengths of captions in tokens, captions as they will be drawn, what is missing or bad; and an image of
 the first samples of the run, decoded from their latents, cropped and flipped as they are trained, with their captions.
 """
 
@@ -37,8 +37,8 @@ NUM_SHOWN, NUM_DRAWS = 5, 3  # samples whose captions are shown, and how often e
 MAX_BUCKETS = 60
 
 
-def show(config: Config, problems: list[Problem], file: Path | None, num_pictures: int, console: Console) -> None:
-    """Print the tables, and write the picture to `file` (`preview.png` in the run folder).
+def show(config: Config, problems: list[Problem], file: Path | None, num_images: int, console: Console) -> None:
+    """Print the tables, and write the image to `file` (`preview.png` in the run folder).
 
     Raises:
         UserInputError: anything wrong with the settings or the data, all of it at once.
@@ -62,8 +62,8 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_picture
     console.print(tabulate_buckets(plan))
     console.print(tabulate_lengths(dataset))
     console.print(tabulate_captions(dataset))
-    if num_pictures:
-        write_sheet(config, source, dataset, plan, (file or config.run.folder / "preview.png", num_pictures), console)
+    if num_images:
+        write_sheet(config, source, dataset, plan, (file or config.run.folder / "preview.png", num_images), console)
 
 
 def tabulate_state(config: Config, records: Index, index: Index) -> Table:
@@ -133,7 +133,7 @@ def tabulate_captions(dataset: LatentDataset) -> Table:
 
 def write_sheet(config: Config, source: ModelSource, dataset: LatentDataset, plan: Plan, target: tuple[Path, int],
                 console: Console) -> None:  # fmt: skip
-    """Write a picture of the first samples that the run will train on."""
+    """Write an image of the first samples that the run will train on."""
     file, number = target
     specimens = list(islice(iterate_specimens(dataset, plan), min(number, len(dataset.index))))
     sheet = draw_sheet(decode_specimens(specimens, source, config.model))
@@ -142,7 +142,7 @@ def write_sheet(config: Config, source: ModelSource, dataset: LatentDataset, pla
         sheet.save(stream, "PNG")
     for place, specimen in enumerate(specimens):
         console.print(f"{place:3d} {specimen.key}: {specimen.note}", markup=False)
-    console.print(f"{len(specimens)} pictures: {file}", markup=False)
+    console.print(f"{len(specimens)} images: {file}", markup=False)
 
 
 def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
@@ -160,13 +160,15 @@ def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
     parser = build_parser(main.__doc__ or "")
-    parser.add_argument("--out", type=Path, help="the picture's file (default: preview.png in the run folder)")
-    parser.add_argument("--pictures", type=int, default=16, help="samples in the picture; 0 draws none")
+    parser.add_argument("--out", type=Path, help="the image's file (default: preview.png in the run folder)")
+    parser.add_argument(
+        "--images", "--pictures", dest="images", type=int, default=16, help="samples in the image; 0 draws none"
+    )
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         config, problems = load_config(options.cfg, options.overrides)
         init_logger(0, config.log.level)
-        show(config, problems, options.out, options.pictures, Console())
+        show(config, problems, options.out, options.images, Console())
 
     return run_program(work)

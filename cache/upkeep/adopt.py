@@ -22,7 +22,7 @@ from sdxl_trainer.data.text.variants import hash_captions
 
 @dataclass(frozen=True)
 class TextAdopter:
-    """Finds and checks `<stem>_te_outputs.npz` beside pictures or in the cache folder.
+    """Finds and checks `<stem>_te_outputs.npz` beside images or in the cache folder.
 
     Args:
         shapes: of the three arrays as the settings' encoders and token number make them.
@@ -33,7 +33,7 @@ class TextAdopter:
     folder: Path
 
     def adopt(self, image: Path, record: bytes) -> TextPart | None:
-        """What to list of a picture's text, or None if there is no file of it.
+        """What to list of an image's text, or None if there is no file of it.
 
         Raises:
             BadTextError: it is not of the form that these settings would make.
@@ -76,7 +76,7 @@ def adopt_files(
     rule: BucketRule,
     text: TextAdopter | None = None,
 ) -> Iterator[tuple[str, Entry | str]]:
-    """Files of other programs that lie beside the pictures or in the cache folder, as entries of our manifest.
+    """Files of other programs that lie beside the images or in the cache folder, as entries of our manifest.
 
     Yields (key, entry), or (key, reason) for a file that does not fit the settings. Which VAE made a file, and which
     encoders and caption, cannot be told from it: adopting means vouching that it was the configured ones.
@@ -112,10 +112,10 @@ def adopt_files(
 def _check_fit(
     sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]
 ) -> Placement:
-    """How the picture of latents must have been placed.
+    """How the image of latents must have been placed.
 
     Raises:
-        BadLatentError: they are not what these settings would make of the picture.
+        BadLatentError: they are not what these settings would make of the image.
     """
     placement = place_image(sample.original_size, rule, buckets)
     wanted = (identity.flip, identity.posterior == "moments")
@@ -123,7 +123,7 @@ def _check_fit(
     if placement.bucket != sample.bucket:
         raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {placement.bucket}")
     if wanted[0] and not found[0]:
-        raise BadLatentError("has no latents of the mirrored picture, which cache.flip asks for")
+        raise BadLatentError("has no latents of the mirrored image, which cache.flip asks for")
     if wanted[1] != found[1]:
         raise BadLatentError(f"{'holds' if found[1] else 'lacks'} moments, cache.posterior is {identity.posterior}")
     if sample.dtype != identity.dtype:
@@ -133,7 +133,7 @@ def _check_fit(
     except BadImageError as error:
         raise BadLatentError(str(error)) from None
     if size != sample.original_size:
-        raise BadLatentError(f"was made of a picture of {sample.original_size} px, which has {size} now")
+        raise BadLatentError(f"was made of an image of {sample.original_size} px, which has {size} now")
     return placement
 
 

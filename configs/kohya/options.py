@@ -86,7 +86,7 @@ ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it takes kohya's files as they are"
 MEMORY = "a way of kohya's scripts to save memory; here ZeRO, offload and the precision do (docs/TRAINING.md)"
-PIXELS = "pictures are encoded beforehand, so nothing can be done to their pixels while training"
+PIXELS = "images are encoded beforehand, so nothing can be done to their pixels while training"
 UPLOAD = "nothing is uploaded; send the file when it is done"
 RESUME = "the same command goes on from where training stood; kohya's states cannot be read"
 LOGS = "logs lie in the run folder, as TensorBoard's and as metrics.jsonl"
@@ -125,8 +125,8 @@ DATA = {
     "is_reg": same("data.regularisation_dirs", "of a subset"),
     "num_repeats": same("data.weights", "of a subset; one for each entry of `data.metadata` or `data.image_dirs`; "
                         "with `is_reg` named only: these come as often as all others together, there too"),
-    "dataset_repeats": none("all pictures alike: the same as more steps"),
-    "class_tokens": none("a picture without a caption is trained with the empty one; write .txt files"),
+    "dataset_repeats": none("all images alike: the same as more steps"),
+    "class_tokens": none("an image without a caption is trained with the empty one; write .txt files"),
     "caption_extension": made(
         choose({".txt": None, ".caption": None}), "data.image_dirs", note="`.txt` and `.caption` files are read"
     ),
@@ -158,13 +158,13 @@ DATA = {
     "color_aug": none(PIXELS),
     "random_crop": none(PIXELS),
     "face_crop_aug_range": none(PIXELS),
-    "resize_interpolation": none("pictures are resized by Pillow's bicubic filter"),
-    "skip_image_resolution": none("leave small pictures out of the metadata, or give them 0 repeats by a strategy"),
+    "resize_interpolation": none("images are resized by Pillow's bicubic filter"),
+    "skip_image_resolution": none("leave small images out of the metadata, or give them 0 repeats by a strategy"),
     "cache_latents": always(CACHED),
     "cache_latents_to_disk": always(CACHED),
     "vae_batch_size": same("cache.batch_size"),
     "skip_cache_check": made(say("none"), "data.check", note="`none`"),
-    "cache_info": always("what is known of pictures is always indexed"),
+    "cache_info": always("what is known of images is always indexed"),
     "cache_text_encoder_outputs": made(say(True), "cache.text"),
     "cache_text_encoder_outputs_to_disk": made(say(True), "cache.text"),
     "text_encoder_batch_size": none("goes by `cache.batch_size`"),
@@ -387,7 +387,7 @@ OUTPUT = {
 
 KOHYA_GROUPS: dict[str, dict[str, Option]] = {
     "Model": MODEL,
-    "Pictures, latents and validation": DATA,
+    "Images, latents and validation": DATA,
     "Captions": CAPTIONS,
     "Objective": OBJECTIVE,
     "Training": TRAINING,

@@ -40,7 +40,7 @@ def convert_sample_params(value: Any, given: Given) -> dict[str, Any]:
 
 
 def convert_sources(value: Any, given: Given) -> dict[str, Any]:
-    """Files of metadata and folders of pictures, each a path or a dict with `name_or_path`."""
+    """Files of metadata and folders of images, each a path or a dict with `name_or_path`."""
     items = value if isinstance(value, list) else [value]
     paths = [str(item.get("name_or_path", "") if isinstance(item, dict) else item) for item in items]
     if any(path.endswith((".sqlite3", ".db")) for path in paths):
@@ -80,7 +80,7 @@ SEED_OPTIONS: dict[str, str | Option] = {
     "max_height": made(convert_largest_side, "data.max_bucket_px"),
     "max_area": none("buckets keep to the area of `data.resolution_px`"),
     "max_aspect_ratio": none("`data.min_bucket_px` and `data.max_bucket_px` bound it"),
-    "allow_crop": none("pictures are resized to cover their bucket, and cut in the middle"),
+    "allow_crop": none("images are resized to cover their bucket, and cut in the middle"),
     "max_dataset_n_workers": none("metadata are read by one process, into an index"),
     "max_dataloader_n_workers": "max_data_loader_n_workers",
     "cache_latents_max_dataloader_n_workers": same("cache.num_workers"),

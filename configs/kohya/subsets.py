@@ -1,4 +1,4 @@
-"""Where kohya's pictures are: dataset files with their subsets, and folders named `N_name`.
+"""Where kohya's images are: dataset files with their subsets, and folders named `N_name`.
 
 Subsets may differ in every option there; here most hold for all data, so the first one's is taken and the others named.
 """
@@ -106,7 +106,7 @@ def list_places(subsets: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Rem
     remarks: list[Remark] = []
     if listed and len(listed) < len(trained):
         bare = _list_folders(subset for subset in trained if not subset.get("metadata_file"))
-        why = "beside metadata, folders are only where pictures are looked for; write metadata for these too"
+        why = "beside metadata, folders are only where images are looked for; write metadata for these too"
         remarks.append(("image_dir", bare, why))
     keys = [_key(subset) for subset in listed or trained]
     if twice := [key for key in repeats if keys.count(key) > 1]:
@@ -116,7 +116,7 @@ def list_places(subsets: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Rem
     regular = [subset.get("num_repeats", 1) for subset in subsets if subset.get("is_reg")]
     if any(number != 1 for number in regular):
         why = (
-            "of is_reg: kohya's scripts use regularisation pictures until they are as many as all others, whatever it "
+            "of is_reg: kohya's scripts use regularisation images until they are as many as all others, whatever it "
             f"says, and so they are here; data.regularisation_repeats: {regular[0]} has each just so often"
         )
         remarks.append(("num_repeats", regular if len(set(regular)) > 1 else regular[0], why))
@@ -129,7 +129,7 @@ def _train_at_each(groups: list[list[dict[str, Any]]], is_fixed: bool) -> tuple[
     settings, remarks = list_places(groups[0] + regular)
     repeats = [_sum_repeats(subset for subset in group if not subset.get("is_reg")) for group in groups]
     if any(numbers != repeats[0] for numbers in repeats):
-        why = "differs between resolutions; here pictures come as often at each: those of the first data set are taken"
+        why = "differs between resolutions; here images come as often at each: those of the first data set are taken"
         remarks.append(("num_repeats", [list(numbers.values()) for numbers in repeats], why))
     if is_fixed:
         why = "has one bucket for each resolution there; several resolutions have buckets of all shapes here"

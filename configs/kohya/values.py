@@ -184,7 +184,7 @@ def read_pairs(value: Any) -> dict[str, Any]:
 
 
 def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
-    """An area for buckets, or one size for all pictures, as kohya's scripts have it without `enable_bucket`."""
+    """An area for buckets, or one size for all images, as kohya's scripts have it without `enable_bucket`."""
     if isinstance(value, list) and value and isinstance(value[0], list):  # of several data sets, made by kohya_data.py
         return {"data.resolution_px": list(dict.fromkeys(_compute_side(size) for size in value))}
     sizes = [int(side) for side in read_numbers(value)]
@@ -219,7 +219,7 @@ def convert_epochs(value: Any, given: Given) -> int:
     samples = given.get("num_samples")
     if not samples:
         raise NoCounterpart(
-            "counts epochs, and how many samples one has is not known here: repeat this with --samples N (pictures x "
+            "counts epochs, and how many samples one has is not known here: repeat this with --samples N (images x "
             "repeats), or write steps (epochs x samples / global batch size)"
         )
     batch = convert_batch(given.get("train_batch_size") or 1, given)["train.global_batch_size"]

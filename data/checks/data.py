@@ -1,4 +1,4 @@
-"""What can be told of the data before any network is loaded: sources, pictures, captions, latents."""
+"""What can be told of the data before any network is loaded: sources, images, captions, latents."""
 
 from pathlib import Path
 
@@ -51,13 +51,13 @@ def check_records(config: Config, need_captions: bool = True) -> tuple[Index | N
     except ValueError as error:
         return None, [Problem(source, shown, str(error), "mend the data")]
     if len(index) == 0:
-        return None, [Problem(source, shown, "holds no pictures", "check the path and the file types")]
+        return None, [Problem(source, shown, "holds no images", "check the path and the file types")]
     if clash := find_clash(index, list(rules)):
         rule, cure = f"a record has the key '{clash}'", "rename it: such keys name latents of that resolution"
         return index, [Problem("data.resolution_px", config.data.resolution_px, rule, cure)]
     unsized = int((index.column("width") == 0).sum()) if config.data.metadata else 0
     if unsized:
-        logger.warning("{} of {} records do not tell their picture's original_size", unsized, len(index))
+        logger.warning("{} of {} records do not tell their image's original_size", unsized, len(index))
     problem = check_captions(index, config.data.missing_caption, source, shown)
     if problem and not need_captions:
         logger.warning("{}: {}; training will not start so", problem.key, problem.rule)
@@ -69,8 +69,8 @@ def check_captions(index: Index, missing_caption: str, source: str, shown: str) 
     """What is wrong with the captions as a whole: `shown` are the paths under the key `source`."""
     uncaptioned = int((~index.column("captioned")).sum())
     if uncaptioned == len(index):
-        cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each picture"
-        return Problem(source, shown, f"holds {len(index)} pictures and not one caption", cure)
+        cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each image"
+        return Problem(source, shown, f"holds {len(index)} images and not one caption", cure)
     if uncaptioned and missing_caption == "error":
         return _refuse_uncaptioned(index, uncaptioned)
     if uncaptioned:
@@ -80,7 +80,7 @@ def check_captions(index: Index, missing_caption: str, source: str, shown: str) 
 
 
 def find_clash(index: Index, prefixes: list[str]) -> str | None:
-    """The key of a picture that reads like that of another picture's latents at a further resolution, or None."""
+    """The key of an image that reads like that of another image's latents at a further resolution, or None."""
     keys = index.strings("key").filter(index.strings("offset").is_null())
     for prefix in filter(None, prefixes):
         first = pc.call_function("index", [pc.call_function("starts_with", [keys], pc.MatchSubstringOptions(prefix))],
@@ -122,7 +122,7 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
     if index.note("num_unlisted"):
         logger.info("{} latent files were found that no manifest lists", index.note("num_unlisted"))
     if index.note("other_sizes"):
-        logger.warning("{}: the pictures' is used", index.note("other_sizes"))
+        logger.warning("{}: the images' is used", index.note("other_sizes"))
     if index.note("num_assumed_sizes"):
         logger.warning(
             "{} latent files do not tell the original size: their bucket's is used", index.note("num_assumed_sizes")
@@ -188,16 +188,16 @@ def check_copies(config: Config, index: Index) -> list[Problem]:
 
 
 def check_flip(config: Config, index: Index) -> list[Problem]:
-    """Whether `data.flip_rate` has latents of mirrored pictures to work with; some may lack them."""
+    """Whether `data.flip_rate` has latents of mirrored images to work with; some may lack them."""
     if config.data.flip_rate == 0:
         return []
     unflipped = count_unflipped(index, get_cache_folder(config))
     if unflipped == len(index):
-        rule = "no sample has latents of its mirrored picture (a mirrored latent is not one)"
+        rule = "no sample has latents of its mirrored image (a mirrored latent is not one)"
         cure = "set cache.flip: true and run bash launch/cache.sh, or data.flip_rate: 0"
         return [Problem("data.flip_rate", config.data.flip_rate, rule, cure)]
     if unflipped:
-        logger.warning("{} of {} samples have no latents of the mirrored picture and are never flipped",
+        logger.warning("{} of {} samples have no latents of the mirrored image and are never flipped",
                        unflipped, len(index))  # fmt: skip
     return []
 

@@ -17,7 +17,7 @@ QUIET = {"dropout_rate": 0.0, "dropout_every_epochs": 0, "token_warmup_steps": 0
 
 
 def derive_validation_config(config: Config) -> Config:
-    """The settings as the validation set sees them: its sources, cache and seed, captions and pictures as they are."""
+    """The settings as the validation set sees them: its sources, cache and seed, captions and images as they are."""
     own = config.validation
     # Text that is cached is of captions as training has them; all but dropout stays, which is drawn at reading.
     quiet = {name: value for name, value in QUIET.items() if name.startswith("dropout")} if config.cache.text else QUIET

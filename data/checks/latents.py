@@ -65,7 +65,7 @@ def find_bad_latents(
 
 
 def count_unflipped(index: Index, folder: Path) -> int:
-    """Samples without latents of the mirrored picture. Headers tell where the manifest does not."""
+    """Samples without latents of the mirrored image. Headers tell where the manifest does not."""
     flipped = index.strings("flipped")
     known = pc.call_function("sum", [flipped]).as_py() or 0
     unknown = pc.call_function("indices_nonzero", [flipped.is_null()]).to_pylist()

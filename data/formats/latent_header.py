@@ -37,7 +37,7 @@ class Header:
     original_size: Size | None  # None: it does not tell
     crop_ltrb: tuple[float, ...]  # empty: it does not tell
     bytes: int
-    flipped: bool  # it holds latents of the mirrored picture too
+    flipped: bool  # it holds latents of the mirrored image too
     masked: bool = False  # it holds an `alpha_mask`
 
 

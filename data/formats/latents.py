@@ -7,7 +7,7 @@
 | `latents_std`, `latents_flipped_std` | the same | of the posterior; `latents` is then its mean |
 | `alpha_mask` | float32 [H, W] = bucket in pixels | optional: 0 to 1, where the loss counts (unflipped) |
 | `original_size` | int64 [2] | (width, height) before any resize |
-| `crop_ltrb` | float64 [4] | left, top, right, bottom in the pixel grid of the resized picture |
+| `crop_ltrb` | float64 [4] | left, top, right, bottom in the pixel grid of the resized image |
 
 numpy knows no bfloat16. Arrays of it have the suffix `_bf16` and are uint16;
 `(a.astype("uint32") << 16).view("float32")` gives the values. Programs that expect
@@ -34,7 +34,7 @@ ARRAY_KEYS = {
     "flipped": "latents_flipped",
     "flipped_std": "latents_flipped_std",
 }
-# The latents of a 16384 x 16384 picture in float64, and what the few numbers need; what claims more is no latent file.
+# The latents of a 16384 x 16384 image in float64, and what the few numbers need; what claims more is no latent file.
 MAX_BYTES = {
     **{key + suffix: 4 * 2048 * 2048 * 8 for key in ARRAY_KEYS.values() for suffix in ("", BF16_SUFFIX)},
     "alpha_mask": 4096 * 4096 * 8,
@@ -62,7 +62,7 @@ class LatentSample:
 
     @property
     def bucket(self) -> tuple[int, int]:
-        """(width, height) in pixels of the picture that was encoded."""
+        """(width, height) in pixels of the image that was encoded."""
         return (self.latents.shape[2] * VAE_FACTOR, self.latents.shape[1] * VAE_FACTOR)
 
 
@@ -175,9 +175,9 @@ def compute_shape(bucket: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def find_latent_file(image: Path, folder: Path) -> Path | None:
-    """The latent file of a picture, under any name that kohya's scripts or ours give it, beside it or in `folder`.
+    """The latent file of an image, under any name that kohya's scripts or ours give it, beside it or in `folder`.
 
-    `{stem}.npz` goes before `{stem}_{W:04d}x{H:04d}_sdxl.npz`, as kohya's scripts have it. A "picture" may be an npz.
+    `{stem}.npz` goes before `{stem}_{W:04d}x{H:04d}_sdxl.npz`, as kohya's scripts have it. A "image" may be an npz.
     """
     if image.suffix == ".npz" and image.is_file():
         return image

@@ -28,7 +28,7 @@ LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the latents of a picture besides its pixels. An item made under another identity is stale."""
+    """What decides the latents of an image besides its pixels. An item made under another identity is stale."""
 
     vae_sha256: str
     vae_precision: str
@@ -97,7 +97,7 @@ class Entry:
     bucket: tuple[int, int]
     original_size: tuple[int, int]
     resized: tuple[int, int]
-    crop: tuple[int, int, int, int]  # left, top, right, bottom in the resized picture
+    crop: tuple[int, int, int, int]  # left, top, right, bottom in the resized image
     identity: str  # name of the Identity it was made under
     source_path: str
     source_bytes: int
@@ -107,7 +107,7 @@ class Entry:
     record_bytes: int | None = None  # of the JSON before it
     record_sha256: str | None = None
     adopted: bool = False  # made by another program; its VAE is the user's word
-    flipped: bool | None = None  # whether it holds latents of the mirrored picture too; None: the line does not tell
+    flipped: bool | None = None  # whether it holds latents of the mirrored image too; None: the line does not tell
     text: TextPart | None = None  # None: not encoded
     mask: MaskFile | None = None  # None: from no file
     listed_ns: int = 0  # when the line was written: of several lines with one key the latest counts

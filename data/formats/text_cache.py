@@ -17,7 +17,7 @@ from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text
 
 STATE_FILE = "text.json"
-EMPTY_FILE = "manifest/empty_te_outputs.npz"  # where no key of a picture is likely to lead
+EMPTY_FILE = "manifest/empty_te_outputs.npz"  # where no key of an image is likely to lead
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and how it is cut to it.
+"""Aspect-ratio buckets: which size an image is trained at, and how it is cut to it.
 
 Sizes are (width, height) in pixels. The rules are kohya-ss/sd-scripts', so that caches and habits carry over.
 """
@@ -29,7 +29,7 @@ class BucketRule:
 
 @dataclass(frozen=True)
 class Placement:
-    """How a picture gets into its bucket: resize to `resized`, then cut `bucket` out at (`left`, `top`)."""
+    """How an image gets into its bucket: resize to `resized`, then cut `bucket` out at (`left`, `top`)."""
 
     bucket: Size
     resized: Size
@@ -38,7 +38,7 @@ class Placement:
 
     @property
     def crop_ltrb(self) -> tuple[int, int, int, int]:
-        """The cut (left, top, right, bottom) in the pixel grid of the resized picture."""
+        """The cut (left, top, right, bottom) in the pixel grid of the resized image."""
         return (self.left, self.top, self.left + self.bucket[0], self.top + self.bucket[1])
 
 
@@ -61,9 +61,9 @@ def list_buckets(rule: BucketRule) -> list[Size]:
 
 
 def place_image(size: Size, rule: BucketRule, buckets: list[Size]) -> Placement:
-    """Choose the bucket for a picture of `size` and the resize and centred cut that fill it.
+    """Choose the bucket for an image of `size` and the resize and centred cut that fill it.
 
-    `buckets` is `list_buckets(rule)`, passed in because it is the same for every picture.
+    `buckets` is `list_buckets(rule)`, passed in because it is the same for every image.
     """
     if rule.no_upscale:
         resized = _shrink_to_area(size, rule)
@@ -83,7 +83,7 @@ def name_prefix(resolution_px: int) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key as (prefix of its resolution, the picture's key); most have no prefix."""
+    """A key as (prefix of its resolution, the image's key); most have no prefix."""
     match = re.match(r"\d+px/", key)
     return (match[0], key[match.end() :]) if match else ("", key)
 
@@ -98,7 +98,7 @@ def choose_bucket(size: Size, buckets: list[Size]) -> Size:
 
 
 def _cover(size: Size, bucket: Size) -> Size:
-    """The smallest size of the picture's aspect ratio that covers the bucket; the free side rounds half up."""
+    """The smallest size of the image's aspect ratio that covers the bucket; the free side rounds half up."""
     if size[0] / size[1] > bucket[0] / bucket[1]:
         scale = bucket[1] / size[1]
     else:
@@ -107,7 +107,7 @@ def _cover(size: Size, bucket: Size) -> Size:
 
 
 def _shrink_to_area(size: Size, rule: BucketRule) -> Size:
-    """The picture's size if it fits the area, else about the area with one side on the step.
+    """The image's size if it fits the area, else about the area with one side on the step.
 
     Of the two sides that could be put on the step, the one that distorts the aspect ratio less is taken.
     """

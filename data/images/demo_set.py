@@ -1,4 +1,4 @@
-"""The demo set: pictures of coloured shapes that say in their caption what is drawn, and the measure of their colour.
+"""The demo set: images of coloured shapes that say in their caption what is drawn, and the measure of their colour.
 
 A set small enough to learn in minutes and plain enough to check: whether a model paints the colour that a prompt
 names needs no human eye, just `nearest_colour`.
@@ -45,27 +45,27 @@ FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
     (".webp", {"quality": 95}),
 )
 SUPERSAMPLING = 4  # Pillow draws polygons with hard edges; drawing large and shrinking smooths them
-CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its picture, so the background never enters
+CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its image, so the background never enters
 
 
 def demo_caption(colour: str, shape: str, background: str) -> str:
-    """Return the caption of one picture: "a red circle on a white background"."""
+    """Return the caption of one image: "a red circle on a white background"."""
     return f"a {colour} {shape} on a {background} background"
 
 
-def draw_picture(
+def draw_image(
     colour: Colour, shape: str, background: Colour, size_px: tuple[int, int], rng: random.Random
 ) -> Image.Image:
-    """Draw one shape near the middle of a picture of size_px = (width, height); rng varies its place and size."""
+    """Draw one shape near the middle of an image of size_px = (width, height); rng varies its place and size."""
     width, height = (side * SUPERSAMPLING for side in size_px)
     radius = min(width, height) * rng.uniform(0.30, 0.38)
     centre = (
         width / 2 + min(width, height) * rng.uniform(-0.04, 0.04),
         height / 2 + min(width, height) * rng.uniform(-0.04, 0.04),
     )
-    picture = Image.new("RGB", (width, height), background)
-    ImageDraw.Draw(picture).polygon(_outline(shape, centre, radius), fill=colour)
-    return picture.resize(size_px, Image.Resampling.BOX)
+    image = Image.new("RGB", (width, height), background)
+    ImageDraw.Draw(image).polygon(_outline(shape, centre, radius), fill=colour)
+    return image.resize(size_px, Image.Resampling.BOX)
 
 
 def draw_demo_set(folder: Path, num_images: int = 96, seed: int = 0) -> Path:
@@ -81,10 +81,10 @@ def draw_demo_set(folder: Path, num_images: int = 96, seed: int = 0) -> Path:
     formats = _shuffled_cycle(FORMATS, num_images, rng)
     metadata = {}
     for index, (colour, shape, background) in enumerate(_draw_subjects(num_images, rng)):
-        picture = draw_picture(COLOURS[colour], shape, BACKGROUNDS[background], sizes_px[index], rng)
+        image = draw_image(COLOURS[colour], shape, BACKGROUNDS[background], sizes_px[index], rng)
         suffix, options = formats[index]
         stem = f"{index:04d}_{colour}_{shape}"
-        picture.save(folder / "images" / f"{stem}{suffix}", **options)
+        image.save(folder / "images" / f"{stem}{suffix}", **options)
         metadata[stem] = {
             "image_path": f"images/{stem}{suffix}",
             "caption": demo_caption(colour, shape, background),
@@ -96,7 +96,7 @@ def draw_demo_set(folder: Path, num_images: int = 96, seed: int = 0) -> Path:
 
 
 def nearest_colour(image: np.ndarray) -> str:
-    """Return which of the six colours a picture [H, W, 3] (uint8, or float 0..1) shows.
+    """Return which of the six colours an image [H, W, 3] (uint8, or float 0..1) shows.
 
     Its most chromatic pixels (largest max − min over RGB) are averaged; the colour nearest to that mean in RGB wins.
     """
@@ -110,11 +110,11 @@ def nearest_colour(image: np.ndarray) -> str:
 
 
 def _draw_subjects(num_images: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """Return (colour, shape, background) for each picture: each run of six pictures has all six colours."""
+    """Return (colour, shape, background) for each image: each run of six images has all six colours."""
     subjects: list[tuple[str, str, str]] = []
     scenes = [(shape, background) for shape in SHAPES for background in BACKGROUNDS]
     while len(subjects) < num_images:
-        # Within a round of 72 pictures each colour meets each scene once.
+        # Within a round of 72 images each colour meets each scene once.
         orders = [rng.sample(scenes, len(scenes)) for _ in COLOURS]
         for scenes_of_block in zip(*orders, strict=True):
             block = [(colour, *scene) for colour, scene in zip(COLOURS, scenes_of_block, strict=True)]
@@ -156,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: draw the demo set into a folder."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.data.demo", description="Draw the demo set.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument("--num-images", type=int, default=96, metavar="N", help="how many pictures (96)")
+    parser.add_argument("--num-images", type=int, default=96, metavar="N", help="how many images (96)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="one seed gives the same bytes (0)")
     options = parser.parse_args(arguments)
     path = draw_demo_set(options.out, options.num_images, options.seed)
-    sys.stdout.write(f"{options.num_images} pictures, metadata in {path}\n")
+    sys.stdout.write(f"{options.num_images} images, metadata in {path}\n")

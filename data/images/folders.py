@@ -1,4 +1,4 @@
-"""Folders of pictures: what is in them, where a picture is that a record names, and the caption file beside it.
+"""Folders of images: what is in them, where an image is that a record names, and the caption file beside it.
 
 Folders are listed, not asked for one file after the other: over a network that is a thousand times fewer questions.
 """
@@ -23,7 +23,7 @@ NO_HASHES = np.empty(0, np.int64)
 
 
 def strip_suffix(path: str, always: bool = False) -> str:
-    """The stem of a picture's path, which may be a latent file's, or have no suffix: `a/b.c.png` is `b.c`, and so is
+    """The stem of an image's path, which may be a latent file's, or have no suffix: `a/b.c.png` is `b.c`, and so is
     `a/b.c`, unless there is `always` a suffix. Of a latent file, the size that kohya puts into the name goes too."""
     name = path.replace("\\", "/").rsplit("/", 1)[-1] if "/" in path or "\\" in path else path
     stem, suffix = os.path.splitext(name)
@@ -48,15 +48,15 @@ def walk_files(roots: Sequence[Path], masks: str | None = None) -> Iterator[tupl
 
 def is_ending(masks: str) -> bool:
     """Whether masks are told by the ending of their names, such as `-masklabel.png`, and not by their folder."""
-    return "/" not in masks and is_picture(masks)
+    return "/" not in masks and is_image(masks)
 
 
-def walk_pictures(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str], set[str]]]:
-    """(absolute folder, names of its pictures, names of all its files). Below a root that holds no pictures, latent
-    files stand in for them; of two for one picture, the one of the plain name. `masks` as for `walk_files`."""
+def walk_images(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str], set[str]]]:
+    """(absolute folder, names of its images, names of all its files). Below a root that holds no images, latent
+    files stand in for them; of two for one image, the one of the plain name. `masks` as for `walk_files`."""
     for root in roots:
         suffixes = IMAGE_SUFFIXES
-        if not any(is_picture(name) for _, names in walk_files([root], masks) for name in names):
+        if not any(is_image(name) for _, names in walk_files([root], masks) for name in names):
             suffixes = frozenset({LATENT_SUFFIX})
         for folder, names in walk_files([root], masks):
             everything = set(names)
@@ -67,7 +67,7 @@ def walk_pictures(roots: Sequence[Path], masks: str | None = None) -> Iterator[t
 
 
 def choose_latents(names: Sequence[str]) -> dict[str, str]:
-    """Stem of the picture → name of its latent file, of one folder's sorted names; `{stem}.npz` goes before kohya's
+    """Stem of the image → name of its latent file, of one folder's sorted names; `{stem}.npz` goes before kohya's
     `{stem}_{W:04d}x{H:04d}_sdxl.npz`."""
     chosen: dict[str, str] = {}
     for name in names:
@@ -80,13 +80,13 @@ def choose_latents(names: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file is a picture, told by its suffix."""
+def is_image(name: str) -> bool:
+    """Whether a file is an image, told by its suffix."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def read_sidecar(folder: str, name: str, everything: set[str]) -> str | None:
-    """The caption in the `.txt` or `.caption` file beside a picture.
+    """The caption in the `.txt` or `.caption` file beside an image.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -137,16 +137,16 @@ class FileChecker:
         return listing
 
 
-class AmbiguousPictureError(ValueError):
-    """Records whose picture might be one of several."""
+class AmbiguousImageError(ValueError):
+    """Records whose image might be one of several."""
 
 
-class PictureTable:
-    """Pictures below folders by file name and by stem. Compact: 50 bytes and the path each."""
+class ImageTable:
+    """Images below folders by file name and by stem. Compact: 50 bytes and the path each."""
 
     def __init__(self, roots: Sequence[Path], masks: str | None = None):
         paths, names, stems, seen = [], [], [], set()
-        for folder, chosen, _ in walk_pictures(roots, masks):
+        for folder, chosen, _ in walk_images(roots, masks):
             if folder in seen:  # one root lies in another
                 continue
             seen.add(folder)
@@ -160,17 +160,17 @@ class PictureTable:
         return len(self._paths)
 
     def find_twins(self) -> tuple[str, str] | None:
-        """Two pictures of one stem, or None."""
+        """Two images of one stem, or None."""
         hashes, order = self._stems
         same = np.flatnonzero(hashes[1:] == hashes[:-1])[:1]
         twins = [self._paths[int(order[at])].as_py() for place in same.tolist() for at in (place, place + 1)]
         return (twins[0], twins[1]) if twins else None
 
     def find(self, names: Sequence[str], stems: Sequence[str]) -> list[str | None]:
-        """The picture of each name, else of each stem, else None.
+        """The image of each name, else of each stem, else None.
 
         Raises:
-            AmbiguousPictureError: there are two of a name, or of a stem where none has the name.
+            AmbiguousImageError: there are two of a name, or of a stem where none has the name.
         """
         by_name, by_stem = (_search(*table, hash_texts(texts)) for table, texts in
                             ((self._names, names), (self._stems, stems)))  # fmt: skip
@@ -184,8 +184,8 @@ class PictureTable:
             pairs = [(names[at], self._paths[int(firsts[at])], self._paths[int(seconds[at])]) for at in several[:FEW]]
             shown = ", ".join(f"'{name}' ({first} and {second})" for name, first, second in pairs)
             more = ", ..." if len(several) > FEW else ""
-            raise AmbiguousPictureError(
-                f"{len(several)} records name a picture of which there are several under data.image_dirs: "
+            raise AmbiguousImageError(
+                f"{len(several)} records name an image of which there are several under data.image_dirs: "
                 f"{shown}{more}; give their whole path as image_path, or leave a folder out"
             )
 

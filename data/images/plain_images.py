@@ -1,4 +1,4 @@
-"""The fast way through pictures that are nothing but RGB: nearly all of a set.
+"""The fast way through images that are nothing but RGB: nearly all of a set.
 
 libjpeg-turbo, libspng and libwebp, called without Pillow around them, give the same bits in two thirds of the time, for
 Pillow packs them four bytes a pixel and copies them once more. Whatever is out of the ordinary, damage too, is left to
@@ -26,17 +26,17 @@ PNG_SIGNATURE_BYTES, PNG_CRC_BYTES = 8, 4
 
 
 def decode_plain(content: bytes, image: Image.Image) -> np.ndarray | None:
-    """[H, W, 3] uint8 of a picture, as Pillow would decode it, or None: Pillow has to.
+    """[H, W, 3] uint8 of an image, as Pillow would decode it, or None: Pillow has to.
 
     Args:
-        image: the picture opened by Pillow, not loaded, not drafted.
+        image: the image opened by Pillow, not loaded, not drafted.
     """
     decode = DECODERS.get(image.format or "")
     if decode is None or image.mode != "RGB" or "transparency" in image.info or getattr(image, "is_animated", False):
         return None
     if image.format == "PNG" and not _ends_with_pixels(content):
         return None
-    if Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) != 1:  # not PNG's own way, which loads the picture
+    if Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) != 1:  # not PNG's own way, which loads the image
         return None
     try:
         pixels = decode(content)

@@ -44,12 +44,12 @@ DECODE_ERRORS = (
 
 
 class BadImageError(ValueError):
-    """A picture that cannot be used; the message is the reason."""
+    """An image that cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A picture cut to its bucket, and where it came from."""
+    """An image cut to its bucket, and where it came from."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
     original_size: Size  # (width, height) as a person sees it, after EXIF rotation
@@ -58,22 +58,22 @@ class PreparedImage:
     source_mtime_ns: int
     source_sha256: str
     mask: np.ndarray | None = None  # [H, W] uint8, cut like the pixels: where the loss counts; None: everywhere
-    mask_file: MaskFile | None = None  # None: the mask, if there is one, is the picture's opacity
+    mask_file: MaskFile | None = None  # None: the mask, if there is one, is the image's opacity
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture as a person sees it, but for what brings its colours to sRGB: that takes less time on the cut."""
+    """An image as a person sees it, but for what brings its colours to sRGB: that takes less time on the cut."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
-    size: Size  # of the picture; a JPEG may have been decoded smaller
+    size: Size  # of the image; a JPEG may have been decoded smaller
     transform: ImageCms.ImageCmsTransform | None = None
-    alpha: np.ndarray | None = None  # [H, W] uint8; None: a picture that cannot be transparent
+    alpha: np.ndarray | None = None  # [H, W] uint8; None: an image that cannot be transparent
 
 
 def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
                   out: np.ndarray | None = None) -> PreparedImage:  # fmt: skip
-    """Read, decode, orient, resize and cut one picture.
+    """Read, decode, orient, resize and cut one image.
 
     Args:
         with_alpha: keep the opacity as a mask.
@@ -123,7 +123,7 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> Decoded:
-    """`choose_size` tells of a picture's size which one it will be resized to.
+    """`choose_size` tells of an image's size which one it will be resized to.
 
     Raises:
         one of DECODE_ERRORS: it cannot be decoded.
@@ -131,9 +131,9 @@ def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = 
     try:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:  # Pillow's words name the buffer, by its address
-        raise UnidentifiedImageError("not a picture in a format that Pillow knows") from None
+        raise UnidentifiedImageError("not an image in a format that Pillow knows") from None
     size = image.size
-    # Pillow only warns of pictures up to twice its limit, and filters of warnings are not safe on threads.
+    # Pillow only warns of images up to twice its limit, and filters of warnings are not safe on threads.
     if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {Image.MAX_IMAGE_PIXELS} (a bomb?)")
     if choose_size is not None and image.format == "JPEG":
@@ -205,14 +205,14 @@ def cut_image(pixels: np.ndarray, placement: Placement, mode: str = "bicubic") -
 
 
 def read_image_size(path: Path, exact: bool = True) -> Size:
-    """(width, height) of a picture as a person sees it, from its header alone.
+    """(width, height) of an image as a person sees it, from its header alone.
 
     Args:
         exact: a PNG may say behind its pixels that it is to be turned, and is decoded to find out; False takes it as
             not turned, in a twentieth of the time.
 
     Raises:
-        BadImageError: missing, or no picture.
+        BadImageError: missing, or no image.
     """
     try:
         with Image.open(path) as image:
@@ -222,7 +222,7 @@ def read_image_size(path: Path, exact: bool = True) -> Size:
 
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey: Pillow's own conversion clips, and all but the darkest pictures turn white."""
+    """16-bit grey as 8-bit grey: Pillow's own conversion clips, and all but the darkest images turn white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -23,14 +23,14 @@ import pyarrow.compute as pc
 from sdxl_trainer.data.allocator import give_freed_memory_back, keep_freed_memory
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.manifest import list_parts
-from sdxl_trainer.data.images.folders import CAPTION_SUFFIXES, walk_pictures
+from sdxl_trainer.data.images.folders import CAPTION_SUFFIXES, walk_images
 from sdxl_trainer.data.index.join import EVERYTHING, LATENT_SCHEMA, Selection, iterate_joined, join_latents
 from sdxl_trainer.data.index.rows import RowReader
 from sdxl_trainer.data.metadata.blocks import build_block
 from sdxl_trainer.data.metadata.merge import iterate_blocks, raise_twins
 from sdxl_trainer.data.metadata.records import (
     RECORD_SCHEMA,
-    PictureFinder,
+    ImageFinder,
     Record,
     finish_block,
     load_record,
@@ -140,25 +140,25 @@ def open_record_index(
     Args:
         separator: between caption and tags in kohya's metadata (data/metadata/records.py).
         regularisation_dirs: further image folders, whose records get `is_reg`; not with metadata.
-        masks: as in `data.masks`, which are no pictures of their own.
+        masks: as in `data.masks`, which are no images of their own.
 
     Raises:
-        ValueError: the metadata is malformed (data/metadata/sources.py says where), or two pictures have one stem.
+        ValueError: the metadata is malformed (data/metadata/sources.py says where), or two images have one stem.
         FileNotFoundError: a source is not there.
         StoreError: a source lies on a store that cannot be read.
     """
     local = [localize_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
     names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
-    sources = files or sidecars  # with metadata, folders only say where pictures are
+    sources = files or sidecars  # with metadata, folders only say where images are
     counts = [str(len(source.files)) for source in local]  # which files are one source
     words = [*map(str, [*files, *image_dirs]), *counts, names, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]
-        pictures = read_folders(image_dirs, regularisation_dirs, masks)
-        blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, pictures)
-        finder = PictureFinder(image_dirs, masks)
+        images = read_folders(image_dirs, regularisation_dirs, masks)
+        blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, images)
+        finder = ImageFinder(image_dirs, masks)
         with rename_errors(local):
             _write(path, RECORD_SCHEMA, (finish_block(block, finder, separator) for block in blocks))
     return _open(path)
@@ -166,13 +166,13 @@ def open_record_index(
 
 def open_latent_index(folder: Path, records: Index, selection: Selection = EVERYTHING) -> Index:
     """The index of the records that have latents: those that the manifest of the cache at `folder` lists, and those of
-    other programs that lie beside the pictures or in `folder`. In the order of the records; of several resolutions one
+    other programs that lie beside the images or in `folder`. In the order of the records; of several resolutions one
     after the other. With `selection.encoding` also those that have none, planned for when these are made.
 
     Notes: `num_wanted` (samples that were looked for), `num_unlisted` (not from the manifest), `num_uncached` (to be
     encoded), `num_assumed_sizes` (their original size is not known), `other_sizes` (what metadata say wrongly of it),
     `identities` (for each resolution, how many from the manifest were made under which), and `bad` (latent files or
-    pictures with a reason why they are left out).
+    images with a reason why they are left out).
     """
     words = [records.fingerprint, str(folder.absolute()), repr(selection)]
     name = f"latents-{_fingerprint(list_parts(folder), words)}"
@@ -269,13 +269,13 @@ def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
 
 
 def _hash_folders(roots: Sequence[Path], masks: str | None) -> tuple[str, list[str]]:
-    """(hash of the paths of all pictures, paths of the caption files) below folders.
+    """(hash of the paths of all images, paths of the caption files) below folders.
 
-    Not the folders' times: an index or latents written among the pictures change those, and an edited caption does not.
+    Not the folders' times: an index or latents written among the images change those, and an edited caption does not.
     """
     digest, sidecars = hashlib.sha256(), []
-    for folder, pictures, everything in walk_pictures(roots, masks):
-        if pictures:
-            digest.update(orjson.dumps([folder, pictures]))
+    for folder, images, everything in walk_images(roots, masks):
+        if images:
+            digest.update(orjson.dumps([folder, images]))
         sidecars += [os.path.join(folder, name) for name in sorted(everything) if name.endswith(CAPTION_SUFFIXES)]
     return digest.hexdigest(), sidecars

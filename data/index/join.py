@@ -45,7 +45,7 @@ PLACE_FIELDS = [
     ("offset", pa.int64()),  # of the npz in the shard; null: a file of its own
     ("bytes", pa.int64()),  # null: there are none yet, `file` is where they will be
     ("sha256", pa.binary()),  # of the npz; null: no manifest lists it
-    ("flipped", pa.bool_()),  # it holds latents of the mirrored picture too; null: the manifest does not tell
+    ("flipped", pa.bool_()),  # it holds latents of the mirrored image too; null: the manifest does not tell
     ("text", TEXT_FIELDS),  # where the text encoders' outputs are, and of what; null: not cached
 ]
 RECORD_COLUMNS = ["key", "image_path", "record", "source"]
@@ -92,7 +92,7 @@ class Selection:
 
     captioned_only: bool = False  # leave out records without a caption
     prefixes: tuple[str, ...] = ("",)  # of each resolution, before the keys of its latents
-    encoding: Encoding | None = None  # how those of other pictures will be made; None: such are left out
+    encoding: Encoding | None = None  # how those of other images will be made; None: such are left out
 
 
 EVERYTHING = Selection()
@@ -159,7 +159,7 @@ def _describe_other_sizes(records: pa.Table, places: list[pa.Table], matched: di
     key, *sizes = records.column("key")[int(rows[0])], *told[:, rows[0]], *found[:, at[0]]
     differing = np.zeros(len(records), bool)
     differing[rows] = True  # a record counts once, at however many resolutions
-    return "{} records tell another size than their pictures have, {} first ({}x{} and not {}x{})".format(
+    return "{} records tell another size than their images have, {} first ({}x{} and not {}x{})".format(
         int(differing.sum()), key, *sizes
     )
 
@@ -174,11 +174,11 @@ def _list_wanted(records: pa.Table, captioned_only: bool, prefix: str) -> np.nda
     wanted = np.ones(len(records), bool)
     if captioned_only:
         wanted &= records.column("captioned").to_numpy()
-    return wanted & _are_pictures(records) if prefix else wanted
+    return wanted & _are_images(records) if prefix else wanted
 
 
-def _are_pictures(records: pa.Table) -> np.ndarray:
-    """[N] bool: whether each record names a picture, and not latents in place of it."""
+def _are_images(records: pa.Table) -> np.ndarray:
+    """[N] bool: whether each record names an image, and not latents in place of it."""
     given = pc.call_function("ends_with", [records.column("image_path")], pc.MatchSubstringOptions(LATENT_SUFFIX))
     return records.column("offset").is_null().to_numpy() & ~given.to_numpy()
 
@@ -342,12 +342,12 @@ def _list_found(headers: Iterator[tuple[Place, Header | Exception]], records: pa
 
 def _list_uncached(records: pa.Table, missing: dict[str, np.ndarray], encoding: Encoding | None, notes: dict[str, Any]
                    ) -> Iterator[pa.RecordBatch]:  # fmt: skip
-    """Where the latents of pictures that have none will be, as columns. Pictures that cannot be used are noted."""
+    """Where the latents of images that have none will be, as columns. Images that cannot be used are noted."""
     if encoding is None:
         return
-    pictures = _are_pictures(records)
+    images = _are_images(records)
     places = chain.from_iterable(
-        place_uncached(records, np.flatnonzero(rows & pictures), prefix, encoding) for prefix, rows in missing.items()
+        place_uncached(records, np.flatnonzero(rows & images), prefix, encoding) for prefix, rows in missing.items()
     )
     while some := list(islice(places, ENTRIES_AT_ONCE)):
         rows = []

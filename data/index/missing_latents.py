@@ -1,4 +1,4 @@
-"""Pictures that have no latents yet: in which bucket each will be trained, and where its latents will lie.
+"""Images that have no latents yet: in which bucket each will be trained, and where its latents will lie.
 
 With `cache.on_missing: encode` they are planned like all others, and encoded when training meets them
 (cache/encode/on_the_fly.py).
@@ -19,22 +19,22 @@ from sdxl_trainer.data.formats.shards import encode_key
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image, split_key
 
 NUM_THREADS = 16
-MAX_SIZES = 65_536  # of pictures that are kept with their buckets: many have the same
-AT_ONCE, A_TASK = 16_384, 256  # pictures: a task for each would cost more than asking for its file
+MAX_SIZES = 65_536  # of images that are kept with their buckets: many have the same
+AT_ONCE, A_TASK = 16_384, 256  # images: a task for each would cost more than asking for its file
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How latents will be made of pictures that have none."""
+    """How latents will be made of images that have none."""
 
     rules: tuple[tuple[str, BucketRule], ...]  # with the prefix of the keys
-    beside: bool  # latents go beside the pictures instead of under the cache folder
+    beside: bool  # latents go beside the images instead of under the cache folder
     flip: bool
 
 
 @dataclass(frozen=True)
 class Uncached:
-    """A picture without latents at one resolution."""
+    """An image without latents at one resolution."""
 
     row: int  # of the record
     prefix: str
@@ -44,7 +44,7 @@ class Uncached:
 
 
 def choose_file(key: str, image_path: str, beside: bool) -> str:
-    """Where a picture's latents go as npz: beside it, or under the cache folder, which no key may lead out of. Those of
+    """Where an image's latents go as npz: beside it, or under the cache folder, which no key may lead out of. Those of
     further resolutions go into a folder of their own there."""
     prefix, name = split_key(key)
     if beside:
@@ -56,9 +56,9 @@ def choose_file(key: str, image_path: str, beside: bool) -> str:
 
 def place_uncached(records: pa.Table, rows: np.ndarray, prefix: str, encoding: Encoding
                    ) -> Iterator[Uncached | tuple[str, str]]:  # fmt: skip
-    """Where each picture of the given rows of the records belongs, or (key, reason) of one that cannot be used.
+    """Where each image of the given rows of the records belongs, or (key, reason) of one that cannot be used.
 
-    The metadata's size is believed as long as the picture is there: if it is wrong, training finds out.
+    The metadata's size is believed as long as the image is there: if it is wrong, training finds out.
     """
     from sdxl_trainer.data.images.transforms import BadImageError, read_image_size  # megabytes that most programs spare
 
@@ -81,6 +81,6 @@ def place_uncached(records: pa.Table, rows: np.ndarray, prefix: str, encoding: E
         for start in range(0, len(rows), AT_ONCE):
             some = rows[start : start + AT_ONCE]
             values = [column.take(pa.array(some)).to_pylist() for column in columns]
-            pictures = list(zip(some.tolist(), *values, strict=True))
-            tasks = [pictures[first : first + A_TASK] for first in range(0, len(pictures), A_TASK)]
+            images = list(zip(some.tolist(), *values, strict=True))
+            tasks = [images[first : first + A_TASK] for first in range(0, len(images), A_TASK)]
             yield from chain.from_iterable(pool.map(lambda task: list(starmap(place, task)), tasks))

@@ -42,7 +42,7 @@ class Place:
 def find_unlisted(
     records: pa.Table, rows: np.ndarray, folder: Path, watched: set[str], prefix: str = ""
 ) -> Iterator[Place]:
-    """Latents of the given rows of the records: in the shard that the record came from, in place of its picture, beside
+    """Latents of the given rows of the records: in the shard that the record came from, in place of its image, beside
     that, or in the cache folder.
 
     Args:
@@ -89,11 +89,11 @@ def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place,
 
 
 def place_unlisted(header: Header, original_size: Size) -> Placement:
-    """How a picture was brought into its bucket, as far as a file of whatever program tells.
+    """How an image was brought into its bucket, as far as a file of whatever program tells.
 
-    Our crop is in the resized picture and as large as the bucket. kohya's scripts note the letterbox of the picture in
+    Our crop is in the resized image and as large as the bucket. kohya's scripts note the letterbox of the image in
     the bucket, though they resize to cover and cut the middle out. Zeros are of the first sdxl-trainer, which stretched
-    the picture to the bucket.
+    the image to the bucket.
     """
     crop, bucket = header.crop_ltrb, header.bucket
     if crop and not any(crop):
@@ -115,7 +115,7 @@ def _read_part(folder: Path, places: list[Place]) -> list[Header | BadLatentErro
 
 
 def _list_latents(folder: str) -> dict[str, str]:
-    """Stem of the picture → name of the latent file in a folder."""
+    """Stem of the image → name of the latent file in a folder."""
     try:
         return choose_latents(sorted(os.listdir(folder)))
     except OSError:

@@ -55,7 +55,7 @@ class MicroBatch:
     text: dict[str, torch.Tensor] | None = None  # cached: hidden [B, L, C1], hidden_2 [B, L, C2], pooled [B, C2]
     masks: torch.Tensor | None = None  # [B, H, W] float32, 0 to 1, where the loss counts; None: everywhere
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-    pending: list["PendingImage"] = field(default_factory=list)  # pictures whose latents are still zeros
+    pending: list["PendingImage"] = field(default_factory=list)  # images whose latents are still zeros
 
     def __getstate__(self) -> dict[str, Any]:
         """For the way from a worker: tensors as arrays, which go through its pipe.
@@ -103,7 +103,7 @@ class SampleSettings:
     seed: int
     max_tokens: int
     caption: CaptionSettings
-    flip_rate: float = 0.0  # how often the mirrored picture's latents are taken, where there are some
+    flip_rate: float = 0.0  # how often the mirrored image's latents are taken, where there are some
     prior_loss_weight: float = 1.0  # of samples whose record has a true `is_reg` (prior preservation)
 
 
@@ -112,16 +112,16 @@ class DrawnLatents:
     """What the networks are given of a latent file this time."""
 
     latents: np.ndarray  # [4, h, w] floats
-    crop_left: int  # px, in the resized picture as it is seen: mirrored if the latents are
+    crop_left: int  # px, in the resized image as it is seen: mirrored if the latents are
     mask: np.ndarray | None  # [H, W] float32
 
 
 @dataclass(frozen=True)
 class PendingImage:
-    """A picture that has no latents yet: what they are made from, and what is then drawn of them."""
+    """An image that has no latents yet: what they are made from, and what is then drawn of them."""
 
     place: int  # in the micro batch
-    record: dict[str, Any]  # the index's row, with the sizes that the picture really has
+    record: dict[str, Any]  # the index's row, with the sizes that the image really has
     epoch: int
     row: int
     pixels: torch.Tensor  # [H, W, 3] uint8; a tensor, because those come from a worker without being copied
@@ -129,7 +129,7 @@ class PendingImage:
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """Reads micro batches from cached latents; the pictures themselves are not needed, but for what the index says has
+    """Reads micro batches from cached latents; the images themselves are not needed, but for what the index says has
     no latents yet.
 
     Args:
@@ -137,7 +137,7 @@ class LatentDataset(torch.utils.data.Dataset):
         cache_folder: what the index's file names are relative to.
         tokenizers: of text encoder 1 and 2.
         strategy: the user's class, which may give captions and weights.
-        rules: how pictures without latents are cut, by the prefix of their keys.
+        rules: how images without latents are cut, by the prefix of their keys.
         copies: where copies are kept of what is read from stores.
     """
 
@@ -174,7 +174,7 @@ class LatentDataset(torch.utils.data.Dataset):
             ),
             strict=True,
         )
-        pictures = [sample for sample in samples if isinstance(sample, PendingImage)]
+        images = [sample for sample in samples if isinstance(sample, PendingImage)]
         samples = [sample if isinstance(sample, DrawnLatents) else None for sample in samples]
         captions, weights, failed = zip(
             *(
@@ -210,14 +210,14 @@ class LatentDataset(torch.utils.data.Dataset):
             text=texts,
             masks=_stack_masks(samples, spec.bucket),
             bad=[item for item in bad if item is not None],
-            pending=[picture for picture in pictures if bad[picture.place] is None],
+            pending=[image for image in images if bad[image.place] is None],
         )
 
     def _read(
         self, records: list[dict], bucket: tuple[int, int], out: np.ndarray
     ) -> "list[LatentSample | PreparedImage | BadLatentError]":
         """The latents of each of the index's rows, in their places of `out` [B, 4, h, w] if they can be read straight
-        into them, or the picture of which they are still to be made."""
+        into them, or the image of which they are still to be made."""
         missing = [record["bytes"] is None and not (self.cache_folder / record["file"]).is_file() for record in records]
         there = [place for place, is_missing in enumerate(missing) if not is_missing]
         places = out if len(there) == len(records) else [out[place] for place in there]
@@ -233,7 +233,7 @@ class LatentDataset(torch.utils.data.Dataset):
         """(latents, None), or (None, (key, reason)) for what cannot be trained on.
 
         Args:
-            record: the index's row; that of a picture without latents gets the sizes that the picture really has.
+            record: the index's row; that of an image without latents gets the sizes that the image really has.
             number: place in the micro batch, epoch, row.
         """
         place, epoch, row = number
@@ -251,7 +251,7 @@ class LatentDataset(torch.utils.data.Dataset):
         ), None
 
     def _prepare(self, record: dict, bucket: tuple[int, int]) -> "PreparedImage | BadLatentError":
-        """Decode and cut a picture, unless it cannot be used, or the metadata's size promised another bucket."""
+        """Decode and cut an image, unless it cannot be used, or the metadata's size promised another bucket."""
         from sdxl_trainer.data.images.transforms import (  # megabytes that cached latents spare
             BadImageError,
             prepare_image,

@@ -1,4 +1,4 @@
-"""Blocks of records as columns: what every form of metadata becomes before pictures are found and captions settled.
+"""Blocks of records as columns: what every form of metadata becomes before images are found and captions settled.
 
 A JSON object of records, the form of the largest sets, is decoded by msgspec into the few fields that the index needs,
 and each record's bytes are kept as they stand in the file. That is five times as fast as a dict for each.
@@ -36,7 +36,7 @@ class Block:
     keys: list[str]
     contents: list[bytes]  # the record as JSON
     bases: list[str]  # folder that a relative path of the record is relative to
-    names: list[str | None]  # the picture's path, where it was the record's key
+    names: list[str | None]  # the image's path, where it was the record's key
     places: list[Place | None]
     sources: list[int]  # number of the setting's entry
     rows: list[Any]  # holds the FIELDS: dicts, or Fields

@@ -22,7 +22,7 @@ MAX_SHOWN = 20  # items that an error lists
 
 
 class TwinError(ValueError):
-    """Pictures of one source that have the same stem."""
+    """Images of one source that have the same stem."""
 
 
 def iterate_blocks(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Block]:
@@ -54,7 +54,7 @@ def iterate_blocks(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[
 
 
 def raise_twins(keys: pa.ChunkedArray, describe: Callable[[int], str]) -> None:
-    """Stop if a key occurs twice; `describe` tells the picture of a row.
+    """Stop if a key occurs twice; `describe` tells the image of a row.
 
     Raises:
         TwinError: it lists them, each with the one it is a twin of.
@@ -68,7 +68,7 @@ def raise_twins(keys: pa.ChunkedArray, describe: Callable[[int], str]) -> None:
     pairs = sorted(zip(order[again].tolist(), order[firsts].tolist(), strict=True))
     shown = [f"'{keys[row]}' ({describe(first)} and {describe(row)})" for row, first in pairs[:MAX_SHOWN]]
     more = ", ..." if len(pairs) > MAX_SHOWN else ""
-    raise TwinError(f"{len(pairs)} pictures have the stem of another one: {', '.join(shown)}{more}")
+    raise TwinError(f"{len(pairs)} images have the stem of another one: {', '.join(shown)}{more}")
 
 
 def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
@@ -116,6 +116,6 @@ def _merge(table: pa.Table, starts: list[int]) -> Iterator[Items]:
 
 
 def _describe(content: pa.Scalar) -> str:
-    """What a waiting record says its picture is."""
+    """What a waiting record says its image is."""
     fields = orjson.loads(content.as_py())
     return str(fields.get("image_path") or fields.get(NAME) or fields.get(NPZ) or "no path")

@@ -1,8 +1,8 @@
-"""Records: what is known of each picture, from metadata of any form or from image folders.
+"""Records: what is known of each image, from metadata of any form or from image folders.
 
 A record is a dict with `key` (the file stem), `image_path` (absolute), `caption`, and whatever else its source holds.
 sources.py reads the forms, blocks.py makes columns of them, merge.py puts several sources together; here
-pictures are found and captions and sizes settled.
+images are found and captions and sizes settled.
 """
 
 import os
@@ -20,10 +20,10 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.folders import (
     FileChecker,
-    PictureTable,
+    ImageTable,
     read_sidecar,
     strip_suffix,
-    walk_pictures,
+    walk_images,
 )
 from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, Block
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SOURCE, Items, expand_sources
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 RECORD_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("image_path", pa.string()),  # the picture, or the latent file or shard in place of it
+        ("image_path", pa.string()),  # the image, or the latent file or shard in place of it
         ("captioned", pa.bool_()),  # whether the record has a caption; what it is, the record tells
         ("record", pa.binary()),  # JSON as the source has it; `load_record` completes it
         ("width", pa.int32()),  # 0: the metadata do not say
@@ -48,7 +48,7 @@ RECORD_SCHEMA = pa.schema(
 def check_sources(metadata: Sequence[Path | str], image_dirs: list[Path]) -> list[Problem]:
     """What is wrong with the data settings before anything is read."""
     if not metadata and not image_dirs:
-        cure = "set data.metadata to a metadata file, or data.image_dirs to folders with pictures"
+        cure = "set data.metadata to a metadata file, or data.image_dirs to folders with images"
         return [Problem("data", None, "names neither metadata nor image folders", cure)]
     cure = "check the path (relative to the working directory)"
     problems = []
@@ -85,11 +85,11 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
 
 def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
                  ) -> Iterator[Items]:  # fmt: skip
-    """Pictures with the captions beside them, each folder a source; those of the second kind have `is_reg`. `masks`, as
+    """Images with the captions beside them, each folder a source; those of the second kind have `is_reg`. `masks`, as
     in `data.masks`, are none."""
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
     for source, (root, marks) in enumerate(roots):
-        for folder, names, everything in walk_pictures([root], masks):
+        for folder, names, everything in walk_images([root], masks):
             for start in range(0, len(names), ROWS_AT_ONCE):
                 yield [
                     (strip_suffix(name, always=True), {"image_path": os.path.join(folder, name),
@@ -99,8 +99,8 @@ def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path]
                 ]  # fmt: skip
 
 
-def finish_block(block: Block, finder: "PictureFinder", separator: str) -> pa.RecordBatch:
-    """Rows of the index from what sources hold: find pictures, settle captions and sizes.
+def finish_block(block: Block, finder: "ImageFinder", separator: str) -> pa.RecordBatch:
+    """Rows of the index from what sources hold: find images, settle captions and sizes.
 
     Args:
         separator: stands between caption and tags where a record has both and is of kohya's form, keyed by its path.
@@ -158,7 +158,7 @@ def _settle_captions(block: Block, named: list[str | None], separator: str) -> l
 
 
 def _read_sizes(block: Block) -> np.ndarray:
-    """[N, 2] int32 (width, height) of the pictures as the metadata tell, (0, 0) where they do not."""
+    """[N, 2] int32 (width, height) of the images as the metadata tell, (0, 0) where they do not."""
     values = block.column(SIZE_FIELDS[0])
     if set(map(type, values)) == {list} and set(map(len, values)) == {2}:
         sizes = np.array(list(chain.from_iterable(values)))
@@ -176,17 +176,17 @@ def _read_sizes(block: Block) -> np.ndarray:
     return sizes
 
 
-class PictureFinder:
-    """Finds the picture of a record: where it says, else by file name, else by stem under the image folders."""
+class ImageFinder:
+    """Finds the image of a record: where it says, else by file name, else by stem under the image folders."""
 
     def __init__(self, image_dirs: Sequence[Path], masks: str | None = None):
         self._masks = masks
         self._image_dirs = [str(folder) for folder in image_dirs]
         self._checker = FileChecker()
-        self._table: PictureTable | None = None
+        self._table: ImageTable | None = None
 
     def find(self, paths: Sequence[str], bases: Sequence[str], are_keys: Sequence[bool]) -> list[str]:
-        """Absolute paths of pictures; of one that is nowhere, where it should be (its latents may still be there).
+        """Absolute paths of images; of one that is nowhere, where it should be (its latents may still be there).
 
         Args:
             bases: folders of the metadata that name them.
@@ -216,7 +216,7 @@ class PictureFinder:
             lost[relative] = ~there
         missing = np.flatnonzero(lost).tolist()
         if missing and self._image_dirs:
-            self._table = self._table or PictureTable([Path(folder) for folder in self._image_dirs], self._masks)
+            self._table = self._table or ImageTable([Path(folder) for folder in self._image_dirs], self._masks)
             names = [paths[at].replace("\\", "/").rsplit("/", 1)[-1] for at in missing]
             stems = [strip_suffix(name, always=not is_key) for name in names]
             for at, path in zip(missing, self._table.find(names, stems), strict=True):

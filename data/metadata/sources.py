@@ -1,6 +1,6 @@
 """Forms of metadata, each read a few thousand records at a time. docs/DATA.md shows an example of each.
 
-A reader yields (key, fields) pairs; the key is the file stem of the picture. What a record must remember of where it
+A reader yields (key, fields) pairs; the key is the file stem of the image. What a record must remember of where it
 was read is kept under names that no metadata have, until data/metadata/records.py has made use of it.
 """
 
@@ -25,7 +25,7 @@ Items = list[tuple[str, dict[str, Any]]]
 Reader = Callable[[Path], Iterator[Items]]
 
 BASE = "//base"  # folder that a relative path of the record is relative to
-NAME = "//name"  # the picture's path, where it was the record's key
+NAME = "//name"  # the image's path, where it was the record's key
 SOURCE = "//source"  # number of the setting's entry that the record comes from
 NPZ = "//npz"  # (tar, offset, bytes) of the latents that came with the record
 ROWS_AT_ONCE = 8192
@@ -81,7 +81,7 @@ def detect_form(file: Path) -> str:
 
 
 def read_piece(file: Path, piece: Piece) -> Items:
-    """Some records of a JSON object, keyed by stem and holding `image_path`, or keyed by the picture's path.
+    """Some records of a JSON object, keyed by stem and holding `image_path`, or keyed by the image's path.
 
     Raises:
         ValueError: malformed; the file and the place in it are named.
@@ -188,7 +188,7 @@ def _list_items(shard: str, samples: list[ShardSample]) -> Iterator[Items]:
 
 
 def _key_row(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
-    """A row's key: the stem of its picture's path, else its `key`."""
+    """A row's key: the stem of its image's path, else its `key`."""
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:
         fields[PATH_FIELDS[0]] = name

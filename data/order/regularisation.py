@@ -15,12 +15,12 @@ MARK = r'"is_reg"\s*:\s*true'
 
 
 def check_regularisation(data: DataConfig) -> list[Problem]:
-    """What is wrong with the folders of regularisation pictures."""
+    """What is wrong with the folders of regularisation images."""
     key, cure = "data.regularisation_dirs", "check the path (relative to the working directory)"
     problems = [Problem(f"{key}.{number}", path, "is not a folder", cure)
                 for number, path in enumerate(data.regularisation_dirs) if not path.is_dir()]  # fmt: skip
     if data.regularisation_dirs and data.metadata:
-        cure = 'give the metadata of these pictures to data.metadata, with "is_reg": true in each record'
+        cure = 'give the metadata of these images to data.metadata, with "is_reg": true in each record'
         problems.append(
             Problem(key, data.regularisation_dirs, "goes with data.image_dirs, not with data.metadata", cure)
         )

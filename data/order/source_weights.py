@@ -34,7 +34,7 @@ def weigh_sources(index: Index, repeats: np.ndarray | None, weights: Sequence[fl
     """How often each row is used in an epoch when each source has a weight; [N], or None for once each.
 
     Args:
-        weights: of each source. Those beyond, which are folders of regularisation pictures, keep their repeats.
+        weights: of each source. Those beyond, which are folders of regularisation images, keep their repeats.
     """
     if all(weight == 1 for weight in weights):
         return repeats

@@ -7,10 +7,10 @@ WEIGHTS = {"general": 1.0, "sensitive": 1.0, "questionable": 0.7, "explicit": 0.
 
 
 class Strategy:
-    """Better pictures come more often, frequent artists less; the artist leads the caption; weight by rating."""
+    """Better images come more often, frequent artists less; the artist leads the caption; weight by rating."""
 
     def repeats(self, record, counts):
-        """Samples an epoch: 0 to 3 by aesthetic score, less for artists with more than 100 pictures."""
+        """Samples an epoch: 0 to 3 by aesthetic score, less for artists with more than 100 images."""
         score = record.get("aesthetic_score")
         if score is None:
             repeats = 1.0
@@ -18,8 +18,8 @@ class Strategy:
             return 0  # never used
         else:
             repeats = 1.0 + (score - 4) / 3  # 4 once, 7 twice, 10 three times
-        num_pictures = counts["artist"][record.get("artist")]
-        return repeats / math.sqrt(max(1.0, num_pictures / 100))
+        num_images = counts["artist"][record.get("artist")]
+        return repeats / math.sqrt(max(1.0, num_images / 100))
 
     def caption(self, record, rng):
         """The artist and the quality in front, where `keep_tokens_separator: "|||"` keeps them; then all other tags."""
@@ -32,5 +32,5 @@ class Strategy:
         return ", ".join(front) + " ||| " + ", ".join(others)
 
     def loss_weight(self, record):
-        """Sensitive pictures count less."""
+        """Sensitive images count less."""
         return WEIGHTS.get(record.get("safe_rating", "general"), 1.0)

@@ -1,6 +1,6 @@
 """Kills the cache job with SIGKILL at random moments and looks for anything torn.
 
-    python tests/campaigns/cache_kill.py [--trials 30] [--pictures 400] [--seed 0]
+    python tests/campaigns/cache_kill.py [--trials 30] [--images 400] [--seed 0]
 
 Trials take turns over npz files and shards, one rank and two, the whole job and one rank of it. They go on in each
 other's cache, so what one left is what the next has to cope with; a finished cache is begun anew. After each kill every
@@ -215,7 +215,7 @@ def _is_of_job(path: Path, settings: Path) -> bool:
         return False
 
 
-def build_set(folder: Path, num_pictures: int) -> tuple[Path, dict[str, str]]:
+def build_set(folder: Path, num_images: int) -> tuple[Path, dict[str, str]]:
     """(settings, key → SHA-256 of what an unbroken job makes) of a demo set."""
     from sdxl_trainer.data.images.demo_set import draw_demo_set
     from sdxl_trainer.train.tiny.build import build_tiny_sdxl
@@ -224,7 +224,7 @@ def build_set(folder: Path, num_pictures: int) -> tuple[Path, dict[str, str]]:
     config = {
         "model": {"path": str(folder / "model")},
         "data": {
-            "metadata": [str(draw_demo_set(folder / "data", num_pictures))],
+            "metadata": [str(draw_demo_set(folder / "data", num_images))],
             "resolution_px": 128,
             "min_bucket_px": 64,
             "max_bucket_px": 256,
@@ -239,7 +239,7 @@ def build_set(folder: Path, num_pictures: int) -> tuple[Path, dict[str, str]]:
     hashes = {
         key: hashlib.sha256((folder / "whole" / entry.file).read_bytes()).hexdigest() for key, entry in entries.items()
     }
-    assert len(hashes) == num_pictures
+    assert len(hashes) == num_images
     return settings, hashes
 
 
@@ -247,7 +247,7 @@ def main() -> int:
     """Run the campaign and print a table; 1 if anything was torn."""
     parser = argparse.ArgumentParser(description="Kill the cache job at random moments and look for anything torn.")
     parser.add_argument("--trials", type=int, default=30, help="kills (30)")
-    parser.add_argument("--pictures", type=int, default=400, help="pictures in the set (400)")
+    parser.add_argument("--images", type=int, default=400, help="images in the set (400)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     options = parser.parse_args()
     kinds = [Trial("job", 1, "npz"), Trial("job", 1, "shards"), Trial("job", 2, "npz"), Trial("job", 2, "shards"),
@@ -258,14 +258,14 @@ def main() -> int:
     )
     num_bad, results = 0, []
     with tempfile.TemporaryDirectory() as folder:
-        settings, whole = build_set(Path(folder), options.pictures)
+        settings, whole = build_set(Path(folder), options.images)
         for number, result in enumerate(run_trials(settings, Path(folder) / "caches", trials, whole, options.seed), 1):
             trial, listed = result.trial, f"{result.listed_before} -> {result.listed}"
             print(f"{number:5}  {trial.form:6}  {trial.ranks:5}  {trial.victim:6}  {result.moment_seconds:6.2f}s  "
                   f"{listed:>12}  {result.status:6}  {'; '.join(result.problems) or 'none'}", flush=True)  # fmt: skip
             num_bad += bool(result.problems)
             results.append(result)
-    hit = sum(result.listed < options.pictures for result in results if result.trial.victim != "nobody")
+    hit = sum(result.listed < options.images for result in results if result.trial.victim != "nobody")
     gained = np.mean([result.listed - result.listed_before for result in results[: options.trials]])
     print(f"{options.trials} kills, {hit} before the set was done, {gained:.0f} items a kill; {num_bad} with problems")
     return 1 if num_bad else 0

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the trials here: the tiny model, a cached demo set and settings in $WORK, with the pictures put away.
+# Sourced by the trials here: the tiny model, a cached demo set and settings in $WORK, with the images put away.
 # Run from the root of a checkout in an environment where it is installed:  bash tests/cluster/NAME.sh [work folder]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -52,7 +52,7 @@ def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
             "train: {dataset_repeats: 2}",
             "train.dataset_repeats",
             2,
-            "leave it out; of this option of kohya's scripts: all pictures alike: the same as more steps",
+            "leave it out; of this option of kohya's scripts: all images alike: the same as more steps",
         ),
         ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # a key of ours before such an option
         ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
@@ -196,5 +196,5 @@ def test_the_nearest_key_is_one_of_the_schema():
 
 
 def test_one_folder_need_not_be_a_list():
-    config, problems = build_config({}, ["data.image_dirs=../pictures", "data.resolution_px=512"])
-    assert problems == [] and config.data.image_dirs == [Path("../pictures")] and config.data.resolution_px == [512]
+    config, problems = build_config({}, ["data.image_dirs=../images", "data.resolution_px=512"])
+    assert problems == [] and config.data.image_dirs == [Path("../images")] and config.data.resolution_px == [512]

@@ -1,4 +1,4 @@
-"""For the tests of the cache job: a set of pictures with settings, and ways to run the job on it."""
+"""For the tests of the cache job: a set of images with settings, and ways to run the job on it."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 def write_settings(folder: Path, model: Path, metadata: Path | None = None, **cache: object) -> Path:
-    """A settings file in `folder` for the pictures in `folder/pictures`, or for those of a metadata file."""
+    """A settings file in `folder` for the images in `folder/images`, or for those of a metadata file."""
     config = {
         "run": {"name": "x", "dir": str(folder / "runs")},
         "model": {"path": str(model)},
         "data": {
-            **({"metadata": [str(metadata)]} if metadata else {"image_dirs": [str(folder / "pictures")]}),
+            **({"metadata": [str(metadata)]} if metadata else {"image_dirs": [str(folder / "images")]}),
             "resolution_px": 128,
             "min_bucket_px": 64,
             "max_bucket_px": 256,
@@ -59,7 +59,7 @@ def make_entry(key: str = "a", **changes: object) -> Entry:
         "resized": (96, 67),
         "crop": (0, 1, 96, 65),
         "identity": "0123456789abcdef",
-        "source_path": f"/pictures/{key}.jpg",
+        "source_path": f"/images/{key}.jpg",
         "source_bytes": 9,
         "source_mtime_ns": 17,
         "source_sha256": "1" * 64,

@@ -44,13 +44,13 @@ DRAWN = ["sample.width_px=64", "sample.height_px=64", "sample.num_inference_step
 
 
 def list_stand_ins(stage: Path) -> list[str]:
-    """The tiny SDXL as a single file, and eight pictures."""
+    """The tiny SDXL as a single file, and eight images."""
     return [
         f"run.dir={stage / 'runs'}",
         f"model.path={stage / 'models/sd_xl_base_1.0.safetensors'}",
         f"model.config={stage / 'models/sdxl-diffusers'}",
         "data.metadata=[]",
-        f"data.image_dirs=[{stage / 'data/pictures'}]",
+        f"data.image_dirs=[{stage / 'data/images'}]",
         *SMALL,
         "data.num_workers=0",
         f"cache.dir={stage / 'data/latents'}",

@@ -20,9 +20,9 @@ def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device 
 def add_offset(
     noise: torch.Tensor, x0: torch.Tensor, strength: torch.Tensor, adaptive_scale: float, seeds: Sequence[int]
 ) -> torch.Tensor:
-    """Noise whose mean over the picture varies too: n + k·randn(B, C, 1, 1), so that very dark and bright are learnt.
+    """Noise whose mean over the image varies too: n + k·randn(B, C, 1, 1), so that very dark and bright are learnt.
 
-    With `adaptive_scale` a, k becomes max(0, k + a·|mean of x0 over the picture|) for each channel. [B, C, h, w] in and
+    With `adaptive_scale` a, k becomes max(0, k + a·|mean of x0 over the image|) for each channel. [B, C, h, w] in and
     out; `strength` k is [B]. Source: crosslabs.org/blog/diffusion-with-offset-noise; the adaptive form is kohya's.
     """
     strengths = expand(strength, noise) + adaptive_scale * x0.mean(dim=(2, 3), keepdim=True).abs()  # [B, C, 1, 1]

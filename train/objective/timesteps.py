@@ -58,7 +58,7 @@ def build_histogram(weights: Sequence[float]) -> InverseCdf:
 
 
 def shift_draws(draws: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move draws towards noise (shift > 1): shift·s / (1 + (shift - 1)·s), as SD3 does for large pictures."""
+    """Move draws towards noise (shift > 1): shift·s / (1 + (shift - 1)·s), as SD3 does for large images."""
     return shift * draws / (1 + (shift - 1) * draws)
 
 

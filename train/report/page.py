@@ -1,7 +1,7 @@
 """The report of a run as one page: `python -m sdxl_trainer.train.report RUN_FOLDER`.
 
-`report/report.html` holds all its pictures and asks for nothing else. It shows what lies in the run folder: numbers
-from `logs/metrics.jsonl`, counts from `report/data.json`, pictures from `samples/`. A run starts this program by itself
+`report/report.html` holds all its images and asks for nothing else. It shows what lies in the run folder: numbers
+from `logs/metrics.jsonl`, counts from `report/data.json`, images from `samples/`. A run starts this program by itself
 (train/report/reporter.py), as a process of its own: training neither waits for it nor fails with it. Imports no torch.
 """
 
@@ -39,8 +39,8 @@ MAX_PROMPTS, MAX_STEPS = 8, 10  # whose samples are shown
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture within the page: its content as a URI, its size on the page, and what it shows in words."""
+class EmbeddedImage:
+    """An image within the page: its content as a URI, its size on the page, and what it shows in words."""
 
     uri: str
     width: int
@@ -50,10 +50,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Strip:
-    """The samples of a prompt over the steps; None where there is no picture."""
+    """The samples of a prompt over the steps; None where there is no image."""
 
     prompt: str
-    pictures: list[Picture | None]
+    images: list[EmbeddedImage | None]
 
 
 def write_report(folder: Path) -> Path:
@@ -108,13 +108,13 @@ def list_facts(numbers: Numbers) -> dict[str, str]:
     return facts
 
 
-def write_chart(chart: Chart, file: Path) -> Picture:
+def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
     """Write a chart as PNG; its ground is transparent, and the page's shows through."""
     buffer = io.BytesIO()
     chart.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, transparent=True)
     write_atomic(file, buffer.getvalue())
     width, height = (round(side * DOTS_PER_INCH) for side in SIZE_INCHES)
-    return Picture(make_uri(buffer.getvalue(), "png"), width, height, f"{chart.title}: {chart.text}")
+    return EmbeddedImage(make_uri(buffer.getvalue(), "png"), width, height, f"{chart.title}: {chart.text}")
 
 
 def read_strips(folder: Path) -> tuple[list[int], list[Strip]]:
@@ -126,26 +126,26 @@ def read_strips(folder: Path) -> tuple[list[int], list[Strip]]:
     for name in names:
         read = [read_sample(path / name, step) for path, step in zip(folders, steps, strict=True)]
         prompt = next((prompt for _, prompt in reversed(read) if prompt), name)
-        strips.append(Strip(prompt, [picture for picture, _ in read]))
+        strips.append(Strip(prompt, [image for image, _ in read]))
     return steps, strips
 
 
-def read_sample(file: Path, step: int) -> tuple[Picture | None, str]:
+def read_sample(file: Path, step: int) -> tuple[EmbeddedImage | None, str]:
     """A sample, made small, and its prompt; None of one that is not there or cannot be read."""
     try:
-        with Image.open(file) as picture:
-            prompt = str(picture.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
-            picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        with Image.open(file) as image:
+            prompt = str(image.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
+            image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
             buffer = io.BytesIO()
-            picture.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
+            image.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
     except OSError:
         return None, ""
-    uri, (width, height) = make_uri(buffer.getvalue(), "webp"), picture.size
-    return Picture(uri, width, height, f"step {step}: {prompt or file.name}"), prompt
+    uri, (width, height) = make_uri(buffer.getvalue(), "webp"), image.size
+    return EmbeddedImage(uri, width, height, f"step {step}: {prompt or file.name}"), prompt
 
 
 def make_uri(content: bytes, kind: str) -> str:
-    """A picture as a URI that holds it."""
+    """An image as a URI that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

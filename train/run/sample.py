@@ -1,4 +1,4 @@
-"""Pictures of the live model, drawn while it is trained."""
+"""Images of the live model, drawn while it is trained."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from loguru import logger
 
 from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.train.run.run import Run
-from sdxl_trainer.train.sampling.image_grid import make_grid, make_strip, write_picture
+from sdxl_trainer.train.sampling.image_grid import make_grid, make_strip, write_image
 from sdxl_trainer.train.sampling.pipeline import Painter, draw_prompts
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
 def draw_samples(run: Run) -> Path:
-    """Draw all prompts with the live model, or its first moving average if the settings say so: each picture, the grid
+    """Draw all prompts with the live model, or its first moving average if the settings say so: each image, the grid
     of the step, and the strip over all steps.
 
     All ranks call it together. Returns the grid's path.
@@ -24,16 +24,16 @@ def draw_samples(run: Run) -> Path:
     average = next(iter(engine.averages), None) if run.config.ema.sample else None
     engine.model.eval()
     with engine.use_average(average):
-        pictures = draw_prompts(painter, prompts, run.ranks, in_step=engine.zero_stage == 3)
+        images = draw_prompts(painter, prompts, run.ranks, in_step=engine.zero_stage == 3)
     engine.model.train()
     run.conditioner.release()
     name = f"step-{run.state.step:08d}"
     if run.ranks.is_main:
-        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            write_picture(folder / name / f"{number:03d}.png", picture, prompt.describe())
-        write_picture(folder / f"{name}.png", make_grid(pictures))
+        for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            write_image(folder / name / f"{number:03d}.png", image, prompt.describe())
+        write_image(folder / f"{name}.png", make_grid(images))
         strip = make_strip(folder)
         if strip is not None:
-            write_picture(folder / "strip.png", strip)
+            write_image(folder / "strip.png", strip)
         logger.info("samples {}", folder / f"{name}.png")
     return folder / f"{name}.png"

@@ -22,7 +22,7 @@ class ValidationSet:
     batches: list[MicroSpec]  # each of one bucket
     ids: np.ndarray  # [rows of the index] int64, what a row's draws are keyed to
     config: ValidationConfig
-    fill: Callable[[MicroBatch], None] | None = None  # encodes pictures that have no latents yet
+    fill: Callable[[MicroBatch], None] | None = None  # encodes images that have no latents yet
 
     def read(self, specs: Sequence[MicroSpec]) -> Iterator[MicroBatch]:
         """Micro batches in order."""

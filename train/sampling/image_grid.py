@@ -1,4 +1,4 @@
-"""Pictures side by side: the grid of one step, the strip over all steps, and the contact sheet with its prompts."""
+"""Images side by side: the grid of one step, the strip over all steps, and the contact sheet with its prompts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from sdxl_trainer.data.files import open_atomic
 GAP_PX = 4
 LABEL_PX = 14  # height of a line of text
 LABEL_LINES = 3
-STRIP_SIDE_PX = 256  # longest side of a picture in a strip
+STRIP_SIDE_PX = 256  # longest side of an image in a strip
 MAX_COLUMNS = 16
 
 
-def make_grid(pictures: Sequence[Image.Image], columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
-    """Pictures in rows, each in the middle of a cell that the largest fills; about square without `columns`.
+def make_grid(images: Sequence[Image.Image], columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
+    """Images in rows, each in the middle of a cell that the largest fills; about square without `columns`.
 
     Args:
-        labels: a text under each picture, cut after three lines.
+        labels: a text under each image, cut after three lines.
     """
-    columns = columns or -(-len(pictures) // max(1, int(len(pictures) ** 0.5)))
-    width = max(picture.width for picture in pictures)
-    tallest = max(picture.height for picture in pictures)
+    columns = columns or -(-len(images) // max(1, int(len(images) ** 0.5)))
+    width = max(image.width for image in images)
+    tallest = max(image.height for image in images)
     height = tallest + (LABEL_LINES * LABEL_PX if labels else 0)
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + GAP_PX) - GAP_PX, rows * (height + GAP_PX) - GAP_PX), "white")
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         left, top = number % columns * (width + GAP_PX), number // columns * (height + GAP_PX)
-        grid.paste(picture, (left + (width - picture.width) // 2, top + (tallest - picture.height) // 2))
+        grid.paste(image, (left + (width - image.width) // 2, top + (tallest - image.height) // 2))
         if labels:
             write_label(grid, labels[number], (left, top + tallest), width)
     return grid
@@ -47,7 +47,7 @@ def write_label(sheet: Image.Image, text: str, place: tuple[int, int], width_px:
 
 
 def make_strip(folder: Path) -> Image.Image | None:
-    """Training over time: a row for each prompt, a column for each step whose pictures are in `folder`; None without.
+    """Training over time: a row for each prompt, a column for each step whose images are in `folder`; None without.
 
     Of more than 16 steps an even choice, the first and the last among them.
     """
@@ -62,7 +62,7 @@ def make_strip(folder: Path) -> Image.Image | None:
 
 
 def choose_steps(folder: Path, most: int) -> list[Path]:
-    """Folders of the steps whose pictures are in `folder`: at most so many, evenly, the first and the last of them."""
+    """Folders of the steps whose images are in `folder`: at most so many, evenly, the first and the last of them."""
     steps = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
     if len(steps) <= most:
         return steps
@@ -70,19 +70,19 @@ def choose_steps(folder: Path, most: int) -> list[Path]:
 
 
 def read_thumbnail(path: Path) -> Image.Image:
-    """A small copy of a picture; of one that is not there, a white spot."""
+    """A small copy of an image; of one that is not there, a white spot."""
     if not path.is_file():
         return Image.new("RGB", (1, 1), "white")
-    with Image.open(path) as picture:
-        picture.thumbnail((STRIP_SIDE_PX, STRIP_SIDE_PX))
-        return picture.convert("RGB")
+    with Image.open(path) as image:
+        image.thumbnail((STRIP_SIDE_PX, STRIP_SIDE_PX))
+        return image.convert("RGB")
 
 
-def write_picture(path: Path, picture: Image.Image, description: str = "") -> None:
+def write_image(path: Path, image: Image.Image, description: str = "") -> None:
     """Write a PNG, whole or not at all. A description goes into it as `parameters`, where viewers look for it."""
     notes = PngImagePlugin.PngInfo()
     if description:
         notes.add_text("parameters", description)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomic(path) as file:
-        picture.save(file, "PNG", pnginfo=notes)
+        image.save(file, "PNG", pnginfo=notes)

@@ -1,4 +1,4 @@
-"""Sampling as a program of its own: from a model in any form and a prompt file to pictures and a contact sheet."""
+"""Sampling as a program of its own: from a model in any form and a prompt file to images and a contact sheet."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from sdxl_trainer.train.engine.saved_weights import check_average, open_weights
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.networks import list_trained, load_unet, unlock_encoder
-from sdxl_trainer.train.sampling.image_grid import make_grid, write_picture
+from sdxl_trainer.train.sampling.image_grid import make_grid, write_image
 from sdxl_trainer.train.sampling.pipeline import Painter, draw_prompts
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
@@ -32,7 +32,7 @@ PREDICTIONS = {"v_prediction": "v", "flow_prediction": "flow", "epsilon": "epsil
 def draw_prompt_file(
     model: str, prompt_file: Path, out: Path, cfg: Path | None, words: Sequence[str], average: str | None = None
 ) -> None:
-    """Draw every prompt of a file, the ranks sharing them, and write each picture and a contact sheet to `out`.
+    """Draw every prompt of a file, the ranks sharing them, and write each image and a contact sheet to `out`.
 
     Args:
         model: single file, diffusers folder, hub id, run folder, or a checkpoint in one.
@@ -52,12 +52,12 @@ def draw_prompt_file(
     if rank == 0:  # the others wait for it in init_ranks
         raise_if_any([*problems, *found, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
-    pictures = draw_prompts(load_painter(config, checkpoint, ranks.device, average), prompts, ranks)
+    images = draw_prompts(load_painter(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
-        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            write_picture(out / f"{number:03d}.png", picture, prompt.describe())
-        write_picture(out / "contact_sheet.png", make_grid(pictures, labels=[prompt.text for prompt in prompts]))
-        logger.info("{} pictures in {}", len(pictures), out)
+        for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            write_image(out / f"{number:03d}.png", image, prompt.describe())
+        write_image(out / "contact_sheet.png", make_grid(images, labels=[prompt.text for prompt in prompts]))
+        logger.info("{} images in {}", len(images), out)
     close_ranks()
 
 
@@ -80,7 +80,7 @@ def find_run_checkpoint(path: Path) -> Path | None:
 def load_settings(
     model: str, checkpoint: Path | None, cfg: Path | None, words: Sequence[str]
 ) -> tuple[Config, list[Problem]]:
-    """The settings that pictures are drawn with, and what is wrong with them.
+    """The settings that images are drawn with, and what is wrong with them.
 
     Those of the run for a checkpoint. Else the model is what `--model` says, and its prediction what it says itself;
     its precision is bf16 on a GPU, fp32 without one.

@@ -1,4 +1,4 @@
-"""Draws pictures from prompts, through diffusers' own SDXL pipeline. Touches no global random state."""
+"""Draws images from prompts, through diffusers' own SDXL pipeline. Touches no global random state."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sdxl_trainer.train.sampling.prompts import Prompt
 
 @dataclass(frozen=True)
 class Painter:
-    """The networks that draw pictures, and what the settings say of them."""
+    """The networks that draw images, and what the settings say of them."""
 
     unet: Any
     vae: Any
@@ -29,7 +29,7 @@ class Painter:
     dtype: torch.dtype  # of the U-Net
 
     def draw(self, prompt: Prompt) -> Image.Image:
-        """One picture. Its noise is drawn on the CPU, and so is the same on any device."""
+        """One image. Its noise is drawn on the CPU, and so is the same on any device."""
         pipeline = build_pipeline(self.unet, self.vae, self.source, self.config, prompt.scheduler)
         hidden, pooled = self._encode(prompt.text)
         negative_hidden, negative_pooled = self._encode(prompt.negative)
@@ -68,12 +68,12 @@ def decode_latents(vae: Any, x0: torch.Tensor, model: ModelConfig) -> torch.Tens
 
 
 def draw_prompts(painter: Painter, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False) -> list[Image.Image]:
-    """Every prompt's picture, drawn by the ranks together; on every rank, in the order of the prompts."""
+    """Every prompt's image, drawn by the ranks together; on every rank, in the order of the prompts."""
     mine = share_prompts(prompts, ranks.rank, ranks.world_size, in_step)
-    pictures: dict[int, Image.Image] = {}
+    images: dict[int, Image.Image] = {}
     for part in gather_objects({number: painter.draw(prompts[number]) for number in mine}):
-        pictures |= part
-    return [pictures[number] for number in range(len(prompts))]
+        images |= part
+    return [images[number] for number in range(len(prompts))]
 
 
 def share_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_step: bool) -> list[int]:

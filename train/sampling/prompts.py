@@ -19,7 +19,7 @@ KEY = "sample.prompt_file"
 
 @dataclass(frozen=True)
 class Prompt:
-    """All that decides a picture, besides the model."""
+    """All that decides an image, besides the model."""
 
     text: str
     negative: str
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def read_side(value: Any) -> int:
-    """A picture's side. Raises ValueError."""
+    """An image's side. Raises ValueError."""
     side = read_count(value)
     if side < 64 or side % 8:
         raise ValueError("is not a multiple of 8 from 64 on")

@@ -2,7 +2,7 @@
 
     python -m sdxl_trainer.train.tiny.vae --out DIR --minutes 20
 
-It draws demo pictures with seeds that the demo set does not use, learns to reconstruct them from 4 noisy latent
+It draws demo images with seeds that the demo set does not use, learns to reconstruct them from 4 noisy latent
 channels at an eighth of the size, and scales the latents to SDXL's statistics: mean 0, std 1/0.13025.
 """
 
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_picture
+from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_image
 from sdxl_trainer.train.tiny.build import build_tiny_vae, load_tiny_vae
 
 Vae = Any  # an AutoencoderKL; diffusers' own annotations do not survive its decorators
@@ -33,15 +33,15 @@ LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 50
 KL_WEIGHT = 1e-5
 # Noise on the latents (relative to their std) while decoding. The decoder learns that near latents mean near
-# pictures, so a diffusion model's small errors stay small.
+# images, so a diffusion model's small errors stay small.
 LATENT_NOISE = 0.15
-FULL_SIZE_SHARE = 0.5  # share of the time, at the end, on whole pictures; before that, half size is 4 × faster
+FULL_SIZE_SHARE = 0.5  # share of the time, at the end, on whole images; before that, half size is 4 × faster
 NUM_STATISTICS_BATCHES = 24
-OTHER_COLOURS_SHARE = 0.25  # share of training pictures in colours outside the demo set, so that those work too
+OTHER_COLOURS_SHARE = 0.25  # share of training images in colours outside the demo set, so that those work too
 SIZES_PX = ((128, 128), (160, 96), (96, 160), (192, 64))  # (width, height): the demo set's buckets
 HALF_SIZES_PX = ((64, 64), (80, 48), (48, 80), (96, 32))
 # Brightness and two colour differences. Standardised each on its own, they give colour as much of the latents' energy
-# as brightness, which pictures of black, white and grey would otherwise dominate.
+# as brightness, which images of black, white and grey would otherwise dominate.
 OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
 REFERENCE = 4.0  # constant channels ±4 next to ±RGB keep the last group norm's divisor nearly constant
 
@@ -49,14 +49,14 @@ REFERENCE = 4.0  # constant channels ±4 next to ±RGB keep the last group norm'
 def draw_batch(
     rng: random.Random, size_px: tuple[int, int], batch_size: int = BATCH_SIZE, other_colours_share: float = 0.0
 ) -> torch.Tensor:
-    """Return pictures [B, 3, H, W] in −1..1 of size_px = (width, height)."""
-    pictures = []
+    """Return images [B, 3, H, W] in −1..1 of size_px = (width, height)."""
+    images = []
     for _ in range(batch_size):
         colour, background = rng.choice(list(COLOURS.values())), rng.choice(list(BACKGROUNDS.values()))
         if rng.random() < other_colours_share:
             colour, background = _any_colour(rng), _any_colour(rng)
-        pictures.append(np.asarray(draw_picture(colour, rng.choice(SHAPES), background, size_px, rng)))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images.append(np.asarray(draw_image(colour, rng.choice(SHAPES), background, size_px, rng)))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _any_colour(rng: random.Random) -> tuple[int, int, int]:
@@ -132,7 +132,7 @@ def compute_loss(vae: Vae, images: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def compute_psnr(mean_squared_error: float) -> float:
-    """Return the peak signal-to-noise ratio in dB of pictures in −1..1 (peak to peak 2)."""
+    """Return the peak signal-to-noise ratio in dB of images in −1..1 (peak to peak 2)."""
     return 10 * math.log10(4 / mean_squared_error)
 
 
@@ -162,7 +162,7 @@ def train_steps(vae: Vae, seconds: float, seed: int) -> Iterator[tuple[int, floa
 def scale_latents(vae: Vae, seed: int) -> None:
     """Change quant_conv and post_quant_conv so that each latent channel has mean 0 and std 1/0.13025.
 
-    Both are 1×1 convolutions next to the latents, so the decoded pictures stay the same.
+    Both are 1×1 convolutions next to the latents, so the decoded images stay the same.
     """
     rng = random.Random(seed)
     # As often as in the demo set: half squares, the other half of each other bucket a third.
@@ -180,16 +180,16 @@ def scale_latents(vae: Vae, seed: int) -> None:
 
 
 @torch.no_grad()
-def measure_psnr(vae: Vae, seed: int, num_pictures: int = 24) -> float:
-    """Return the PSNR in dB over fresh 128² pictures, decoded from the posterior's mean and rounded to 8 bits."""
-    images = draw_batch(random.Random(seed), (128, 128), num_pictures)
+def measure_psnr(vae: Vae, seed: int, num_images: int = 24) -> float:
+    """Return the PSNR in dB over fresh 128² images, decoded from the posterior's mean and rounded to 8 bits."""
+    images = draw_batch(random.Random(seed), (128, 128), num_images)
     decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
     rounded = torch.round((decoded + 1) * 127.5) / 127.5 - 1
     return compute_psnr((rounded - images).square().mean().item())
 
 
 def save_samples(vae: Vae, path: Path) -> None:
-    """Write a picture of eight drawings over their reconstructions."""
+    """Write an image of eight drawings over their reconstructions."""
     images = draw_batch(random.Random(FIRST_SEED + 2), (128, 128), other_colours_share=OTHER_COLOURS_SHARE)
     with torch.no_grad():
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny.vae", description="Train the tiny VAE.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights")
     parser.add_argument("--minutes", type=float, default=20, metavar="M", help="how long to train (20)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights and pictures (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights and images (0)")
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to continue from")
     options = parser.parse_args(arguments)
     train_tiny_vae(options.out, options.minutes, options.seed, options.start_from)

@@ -43,14 +43,14 @@ def test_a_pixels_time_leaves_out_the_first_batch(side, tried):
     assert device.shape == (3, tried, tried, 3)
 
 
-def test_a_spread_of_pictures_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
+def test_a_spread_of_images_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
     ticks = iter((5.0, 13.0))
     items = []
     for number in range(100):
         path = tmp_path / f"{number}.png"
         items.append(WorkItem(path.stem, str(path), f"{number}.npz"))
         if number % 25 == 0:  # the ones that are looked at; one is broken
-            Image.new("RGB", (128, 128)).save(path) if number else path.write_bytes(b"no picture")
+            Image.new("RGB", (128, 128)).save(path) if number else path.write_bytes(b"no image")
         else:
             path.symlink_to(path)  # reading it would be an error that nobody expects
     assert time_decoding(items, RULE, 1, lambda: next(ticks)) == 8 / 4
@@ -72,12 +72,12 @@ def test_a_time_in_words(seconds, words):
 
 @pytest.mark.parametrize("text", [False, True])
 def test_it_is_told_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, capsys, text):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in "ab":
-        Image.new("RGB", (128, 128)).save(tmp_path / "pictures" / f"{name}.png")
-        (tmp_path / "pictures" / f"{name}.txt").write_text("a picture")
+        Image.new("RGB", (128, 128)).save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "images" / f"{name}.txt").write_text("an image")
     settings = write_settings(tmp_path, tiny_folder / "model", text=text)
-    told = r"estimated time: \d+ s \(pictures \d+ s" + (r", captions \d+ s;" if text else ";")
+    told = r"estimated time: \d+ s \(images \d+ s" + (r", captions \d+ s;" if text else ";")
     assert run_job(settings, "--dry-run") == 0
     said = capsys.readouterr().err
     assert re.search(told, said) and said.rstrip().endswith("nothing was written")

@@ -1,4 +1,4 @@
-"""The cache job when things go wrong: bad pictures, full disks, signals, dead ranks. Whole runs of the real program."""
+"""The cache job when things go wrong: bad images, full disks, signals, dead ranks. Whole runs of the real program."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, model) -> tuple[Path, dict[str, str]]:
-    """A folder with settings for 120 pictures, and what an unbroken job makes of them: key → SHA-256."""
+    """A folder with settings for 120 images, and what an unbroken job makes of them: key → SHA-256."""
     folder = tmp_path_factory.mktemp("many")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=120), batch_size=2)
     assert run_job(settings, f"cache.dir={folder / 'whole'}") == 0
@@ -62,7 +62,7 @@ def encode(image: Image.Image, form: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def make_good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
+def make_good_images() -> dict[str, tuple[bytes, Image.Image]]:
     """File name → (content, what a person sees)."""
     size = (128, 128)
     gradient = np.zeros((128, 128, 3), np.uint8)
@@ -96,7 +96,7 @@ def make_good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
     }
 
 
-def make_bad_pictures() -> dict[str, bytes]:
+def make_bad_images() -> dict[str, bytes]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8))
     whole = encode(noise, "JPEG", quality=95)
     return {
@@ -108,17 +108,17 @@ def make_bad_pictures() -> dict[str, bytes]:
     }
 
 
-def test_odd_pictures_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, model, capsys):
-    good, bad = make_good_pictures(), make_bad_pictures()
-    (tmp_path / "pictures").mkdir()
+def test_odd_images_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, model, capsys):
+    good, bad = make_good_images(), make_bad_images()
+    (tmp_path / "images").mkdir()
     (tmp_path / "seen").mkdir()
     for name, (content, seen) in good.items():
-        (tmp_path / "pictures" / f"{name}{Path(name).suffix}").write_bytes(content)
+        (tmp_path / "images" / f"{name}{Path(name).suffix}").write_bytes(content)
         seen.save(tmp_path / "seen" / f"{name}.png")
         (tmp_path / "seen" / f"{name}.txt").write_text("x")
     for name, content in bad.items():
-        (tmp_path / "pictures" / f"{name}{Path(name).suffix}").write_bytes(content)
-    (tmp_path / "pictures" / "plain.png.txt").write_text("a caption")
+        (tmp_path / "images" / f"{name}{Path(name).suffix}").write_bytes(content)
+    (tmp_path / "images" / "plain.png.txt").write_text("a caption")
     settings = write_settings(tmp_path, model, posterior="mean")
     assert run_job(settings, "data.max_bad_fraction=0.5") == 0
     assert run_job(settings, f"data.image_dirs=[{tmp_path}/seen]", f"cache.dir={tmp_path}/seen") == 0
@@ -132,7 +132,7 @@ def test_odd_pictures_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, mo
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == sorted(bad)
     reasons = {line["key"]: line["reason"] for line in lines}
-    assert all(reason.startswith(f"{tmp_path}/pictures/{name}") for name, reason in reasons.items())
+    assert all(reason.startswith(f"{tmp_path}/images/{name}") for name, reason in reasons.items())
     assert not any(" object at " in reason for reason in reasons.values())
     assert "(a bomb?)" in reasons["bomb.png"] or "decompression bomb" in reasons["bomb.png"]
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
@@ -272,7 +272,7 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
     assert run_job(settings, *words, "--verify") == 0
     keys = [key for file in list_shards(tmp_path / "latents") for key, suffix, _, _ in
             iterate_members(tmp_path / "latents" / file) if suffix == "npz"]  # fmt: skip
-    assert len(keys) == len(set(keys)) == 120  # readers of whole shards see every picture once
+    assert len(keys) == len(set(keys)) == 120  # readers of whole shards see every image once
 
 
 def find_rank(job: subprocess.Popen, rank: int) -> int:

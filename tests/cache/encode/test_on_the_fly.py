@@ -1,4 +1,4 @@
-"""Training over pictures that have no latents: the same order and losses as over a made cache, which it makes."""
+"""Training over images that have no latents: the same order and losses as over a made cache, which it makes."""
 
 import json
 import shutil
@@ -27,22 +27,22 @@ from sdxl_trainer.data.text.tokens import END, load_tokenizer
 from sdxl_trainer.launch.distributed import Ranks
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
-NUM_PICTURES = 8
+NUM_IMAGES = 8
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, tiny_folder) -> Path:
-    """Eight pictures, with settings that train over them at two resolutions, flipped half of the time."""
-    folder = tmp_path_factory.mktemp("pictures")
-    settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", NUM_PICTURES), flip=True)
+def images(tmp_path_factory, tiny_folder) -> Path:
+    """Eight images, with settings that train over them at two resolutions, flipped half of the time."""
+    folder = tmp_path_factory.mktemp("images")
+    settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", NUM_IMAGES), flip=True)
     content = settings.read_text().replace("resolution_px: 128", "resolution_px: [64, 128]\n  flip_rate: 0.5")
     settings.write_text(content.replace("min_bucket_px: 64", "min_bucket_px: 32"))
     return folder
 
 
-def open_run(pictures: Path, folder: Path, *words: str) -> tuple[Config, Index]:
+def open_run(images: Path, folder: Path, *words: str) -> tuple[Config, Index]:
     config, problems = load_config(
-        pictures / "settings.yaml",
+        images / "settings.yaml",
         [f"cache.dir={folder}", f"run.dir={folder}/runs", "cache.on_missing=encode", *words],
     )
     index, found = check_latents(config, resuming=False)
@@ -75,11 +75,11 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
     [("cache.dtype=float16",), ("cache.posterior=moments", "cache.dtype=bfloat16"), ("cache.posterior=mean",)],
     ids=["sample", "moments", "mean"],
 )
-def test_what_is_trained_is_what_a_cache_job_would_have_stored(pictures, tmp_path, words):
-    assert run_job(pictures / "settings.yaml", f"cache.dir={tmp_path / 'made'}", *words) == 0
-    made = read_all(*open_run(pictures, tmp_path / "made", *words), fill=False)
-    config, index = open_run(pictures, tmp_path / "new", *words)
-    assert index.note("num_uncached") == len(index) == 2 * NUM_PICTURES
+def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path, words):
+    assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'made'}", *words) == 0
+    made = read_all(*open_run(images, tmp_path / "made", *words), fill=False)
+    config, index = open_run(images, tmp_path / "new", *words)
+    assert index.note("num_uncached") == len(index) == 2 * NUM_IMAGES
     new = read_all(config, index)
     assert list(new) == list(made)  # in the same order
     flipped = 0
@@ -91,14 +91,14 @@ def test_what_is_trained_is_what_a_cache_job_would_have_stored(pictures, tmp_pat
     assert flipped
     # What was met is in the cache, byte for byte, and the next epoch reads it.
     assert hash_items(tmp_path / "new") == hash_items(tmp_path / "made")
-    assert run_job(pictures / "settings.yaml", f"cache.dir={tmp_path / 'new'}", *words, "--verify") == 0
+    assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'new'}", *words, "--verify") == 0
     assert all(batch.pending == [] for batch in read_all(config, index, fill=False).values())
-    resumed = open_run(pictures, tmp_path / "new", *words)[1]
+    resumed = open_run(images, tmp_path / "new", *words)[1]
     assert resumed.note("num_uncached") == 0 and resumed.content_hash() == index.content_hash()
 
 
-def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path):
-    shutil.copytree(pictures / "data", tmp_path / "data")
+def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):
+    shutil.copytree(images / "data", tmp_path / "data")
     metadata = tmp_path / "data" / "metadata.json"
     records = json.loads(metadata.read_text())
     torn, gone, wrong, *_ = records
@@ -108,11 +108,11 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path):
     records[wrong]["original_size"] = [900, 100]
     metadata.write_text(json.dumps(records))
     words = (f"data.metadata=[{metadata}]", "data.max_bad_fraction=1.0", "data.resolution_px=128")
-    config, index = open_run(pictures, tmp_path / "cache", *words)
+    config, index = open_run(images, tmp_path / "cache", *words)
     lines = (tmp_path / "cache" / "runs" / "x" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
     assert [orjson.loads(line)["key"] for line in lines] == [gone]  # that one is told before training
     batches = read_all(config, index)
-    assert len(batches) == NUM_PICTURES - 1
+    assert len(batches) == NUM_IMAGES - 1
     reasons = {key: batch.bad[0][1] for key, batch in batches.items() if batch.bad}
     assert set(reasons) == {torn, wrong}
     assert "cannot be decoded" in reasons[torn] and "the metadata say 900x100" in reasons[wrong]
@@ -120,22 +120,22 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path):
     assert set(read_latest(tmp_path / "cache")) == set(records) - {torn, gone, wrong}
 
 
-def test_a_cache_of_other_settings_or_in_use_is_refused(pictures, tmp_path):
-    config, index = open_run(pictures, tmp_path, "data.resolution_px=128")
+def test_a_cache_of_other_settings_or_in_use_is_refused(images, tmp_path):
+    config, index = open_run(images, tmp_path, "data.resolution_px=128")
     dataset, source = open_dataset(config, index), resolve_model(config.model)
     encoder = build_missing_encoder(config, source, dataset, RANKS)
     with pytest.raises(UserInputError, match="being written by another job"):
         build_missing_encoder(config, source, dataset, RANKS)
     encoder.close()
     build_missing_encoder(config, source, dataset, RANKS).close()
-    other, _ = open_run(pictures, tmp_path, "data.resolution_px=128", "cache.posterior=mean")
+    other, _ = open_run(images, tmp_path, "data.resolution_px=128", "cache.posterior=mean")
     with pytest.raises(UserInputError, match="posterior: sample") as caught:
         build_missing_encoder(other, source, dataset, RANKS)
     assert [problem.key for problem in caught.value.problems] == ["cache.dir"]
 
 
-def test_a_cache_that_cannot_be_written_does_not_end_training(pictures, tmp_path, monkeypatch):
-    config, index = open_run(pictures, tmp_path, "data.resolution_px=128")
+def test_a_cache_that_cannot_be_written_does_not_end_training(images, tmp_path, monkeypatch):
+    config, index = open_run(images, tmp_path, "data.resolution_px=128")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_training(pictures, tmp_path
 @pytest.mark.parametrize("ranks", [2])
 def test_losses_are_those_of_a_run_over_a_made_cache(cached_folder, one_rank, tmp_path, ranks):
     words = (
-        f"cache.dir={tmp_path / 'latents'}", f"data.image_dirs=[{cached_folder / 'pictures-put-away'}]", "run.name=fly",
+        f"cache.dir={tmp_path / 'latents'}", f"data.image_dirs=[{cached_folder / 'images-put-away'}]", "run.name=fly",
         f"run.dir={tmp_path}", "cache.on_missing=encode", "train.max_steps=10", "sample.prompts=[]",
         "checkpoint.every_steps=0", "data.num_workers=1",
     )  # fmt: skip

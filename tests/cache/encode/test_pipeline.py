@@ -1,4 +1,4 @@
-"""The pipeline: batches of one bucket, in order, whatever the pictures are; and latents that no batch has a say in."""
+"""The pipeline: batches of one bucket, in order, whatever the images are; and latents that no batch has a say in."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -33,9 +33,9 @@ def vae(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[WorkItem]:
-    """Twenty-three pictures of noise, of four buckets."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> list[WorkItem]:
+    """Twenty-three images of noise, of four buckets."""
+    folder = tmp_path_factory.mktemp("images")
     items = []
     for number in range(23):
         size = SIZES[number * number % len(SIZES)]
@@ -97,9 +97,9 @@ def get_bucket(item: WorkItem) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("told", ["right", "unknown", "wrong"])
-def test_batches_are_of_one_bucket_and_full(tmp_path, pictures, told):
+def test_batches_are_of_one_bucket_and_full(tmp_path, images, told):
     sizes = {"right": lambda item: item.size, "unknown": lambda _: None, "wrong": lambda item: (item.size[1] * 3, 50)}
-    items = [replace(item, size=sizes[told](item)) for item in pictures]
+    items = [replace(item, size=sizes[told](item)) for item in images]
     encoder = FakeEncoder()
     bad, progress = run(tmp_path, items, encoder)
     buckets = {item.key: get_bucket(item) for item in items}
@@ -122,8 +122,8 @@ def test_batches_are_of_one_bucket_and_full(tmp_path, pictures, told):
         assert (entry.source_sha256, entry.identity) == (image.source_sha256, "identity")
 
 
-def test_bad_pictures_in_the_middle_are_named_and_the_rest_go_on(tmp_path, pictures):
-    items = list(pictures)
+def test_bad_images_in_the_middle_are_named_and_the_rest_go_on(tmp_path, images):
+    items = list(images)
     (tmp_path / "broken.png").write_bytes(Path(items[0].image_path).read_bytes()[:200])
     items.insert(5, WorkItem("broken", str(tmp_path / "broken.png"), "broken.npz", (128, 128)))
     items.insert(9, WorkItem("absent", str(tmp_path / "absent.png"), "absent.npz", None))
@@ -133,10 +133,10 @@ def test_bad_pictures_in_the_middle_are_named_and_the_rest_go_on(tmp_path, pictu
     reasons = dict(bad)
     assert reasons["broken"].startswith(f"{tmp_path}/broken.png: cannot be decoded")
     assert reasons["absent"] == f"{tmp_path}/absent.png: cannot be read: No such file or directory"
-    assert set(read_latest(tmp_path)) == {item.key for item in pictures}
+    assert set(read_latest(tmp_path)) == {item.key for item in images}
 
 
-def test_nothing_but_bad_pictures_and_nothing_at_all(tmp_path):
+def test_nothing_but_bad_images_and_nothing_at_all(tmp_path):
     bad, progress = run(tmp_path, [WorkItem("a", "/absent/a.png", "a.npz")] * 3, FakeEncoder())
     assert len(bad) == progress.bad == 3 and read_latest(tmp_path) == {}
     assert run(tmp_path, [], FakeEncoder())[1].done == 0
@@ -147,7 +147,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_what_was_launched_is_written_when_the_work_is_stopped(tmp_path, pictures, after):
+def test_what_was_launched_is_written_when_the_work_is_stopped(tmp_path, images, after):
     encoder = FakeEncoder()
 
     def stop() -> None:
@@ -155,20 +155,20 @@ def test_what_was_launched_is_written_when_the_work_is_stopped(tmp_path, picture
             raise StopError
 
     with pytest.raises(StopError):
-        run(tmp_path, pictures, encoder, check_stop=stop)
+        run(tmp_path, images, encoder, check_stop=stop)
     assert len(encoder.batches) == after + 1 and encoder.waited == encoder.batches
     assert set(read_latest(tmp_path)) == {key for batch in encoder.batches for key in batch}
 
 
-def test_what_was_launched_is_written_when_the_device_fails(tmp_path, pictures):
+def test_what_was_launched_is_written_when_the_device_fails(tmp_path, images):
     encoder = FakeEncoder(fail_at=3)
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(tmp_path, pictures, encoder)
+        run(tmp_path, images, encoder)
     assert set(read_latest(tmp_path)) == {key for batch in encoder.batches for key in batch}
     assert len(encoder.batches) == 3
 
 
-def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, pictures):
+def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, images):
     encoder, order = FakeEncoder(), []
     launch = encoder.launch
 
@@ -177,42 +177,42 @@ def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, pictures):
         return launch(pixels, keys)
 
     encoder.launch = spy
-    run(tmp_path, pictures, encoder)
+    run(tmp_path, images, encoder)
     assert order == [0, 0, *range(1, len(order) - 1)]  # all but the newest one were waited for
 
 
-def test_waiting_for_pictures_is_counted(tmp_path, pictures, monkeypatch):
+def test_waiting_for_images_is_counted(tmp_path, images, monkeypatch):
     import sdxl_trainer.cache.encode.decoder as module
 
     prepare = module.prepare_image
     monkeypatch.setattr(module, "prepare_image", lambda *words: (time.sleep(0.06), prepare(*words))[1])
-    _, progress = run(tmp_path, pictures[:12], FakeEncoder())
-    assert 0.15 < progress.wait_seconds < 1.5  # twelve pictures at 60 ms each on three threads
+    _, progress = run(tmp_path, images[:12], FakeEncoder())
+    assert 0.15 < progress.wait_seconds < 1.5  # twelve images at 60 ms each on three threads
 
 
 @pytest.mark.parametrize(("posterior", "flip"), [("sample", True), ("moments", True), ("mean", False)])
-def test_latents_do_not_depend_on_the_batch(tmp_path, pictures, vae, posterior, flip):
+def test_latents_do_not_depend_on_the_batch(tmp_path, images, vae, posterior, flip):
     hashes = []
     for batch_size in (1, 2, 3, 4):
         folder = tmp_path / str(batch_size)
         folder.mkdir()
-        items = pictures if batch_size % 2 else pictures[::-1]  # another company, too
+        items = images if batch_size % 2 else images[::-1]  # another company, too
         run(folder, items, VaeEncoder(vae, posterior, flip), batch_size)
         hashes.append(hash_items(folder))
     assert len(hashes[0]) == len(set(hashes[0].values())) == 23
     assert all(other == hashes[0] for other in hashes[1:])
 
 
-def prepare(pictures: list[WorkItem], bucket: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
-    chosen = [item for item in pictures if get_bucket(item) == bucket]
+def prepare(prepared: list[WorkItem], bucket: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    chosen = [item for item in prepared if get_bucket(item) == bucket]
     images = [prepare_image(Path(item.image_path), RULE, BUCKETS).pixels for item in chosen]
     return np.stack(images), [item.key for item in chosen]
 
 
-def test_latents_are_diffusers_own(pictures, vae):
+def test_latents_are_diffusers_own(images, vae):
     from diffusers.image_processor import VaeImageProcessor
 
-    pixels, keys = prepare(pictures, (128, 128))
+    pixels, keys = prepare(images, (128, 128))
     processed = VaeImageProcessor().preprocess([Image.fromarray(image) for image in pixels])
     distribution = vae.encode(processed).latent_dist
     encoded = VaeEncoder(vae, "moments", flip=False).launch(pixels, keys).wait()
@@ -226,8 +226,8 @@ def test_latents_are_diffusers_own(pictures, vae):
     assert vae.config.scaling_factor == pytest.approx(0.13025)
 
 
-def test_samples_are_drawn_from_the_posterior(pictures, vae):
-    pixels, _ = prepare(pictures, (128, 128))
+def test_samples_are_drawn_from_the_posterior(images, vae):
+    pixels, _ = prepare(images, (128, 128))
     keys = [f"k{number}" for number in range(200)]
     many = np.repeat(pixels[:1], 200, 0)
     moments = VaeEncoder(vae, "moments", flip=False).launch(pixels[:1], ["x"]).wait()
@@ -238,8 +238,8 @@ def test_samples_are_drawn_from_the_posterior(pictures, vae):
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_flipped_latents_are_those_of_the_mirrored_picture(pictures, vae, posterior):
-    pixels, keys = prepare(pictures, (128, 128))
+def test_flipped_latents_are_those_of_the_mirrored_image(images, vae, posterior):
+    pixels, keys = prepare(images, (128, 128))
     encoded = VaeEncoder(vae, posterior, flip=True).launch(pixels, keys).wait()
     mirrored = VaeEncoder(vae, posterior, flip=False).launch(np.ascontiguousarray(pixels[:, :, ::-1]), keys).wait()
     np.testing.assert_allclose(encoded.flipped, mirrored.latents, atol=1e-6)
@@ -250,8 +250,8 @@ def test_flipped_latents_are_those_of_the_mirrored_picture(pictures, vae, poster
         assert encoded.std is None and encoded.flipped_std is None
 
 
-def test_the_flipped_sample_has_noise_of_its_own(pictures, vae):
-    pixels, keys = prepare(pictures, (128, 128))
+def test_the_flipped_sample_has_noise_of_its_own(images, vae):
+    pixels, keys = prepare(images, (128, 128))
     same = np.full_like(pixels, 77)  # its own mirror image
     encoded = VaeEncoder(vae, "sample", flip=True).launch(same, keys).wait()
     means = VaeEncoder(vae, "mean", flip=True).launch(same, keys).wait()
@@ -259,17 +259,17 @@ def test_the_flipped_sample_has_noise_of_its_own(pictures, vae):
     assert np.abs(encoded.flipped - encoded.latents).max() > 1e-3
 
 
-def test_half_precision_stays_near(pictures, vae):
+def test_half_precision_stays_near(images, vae):
     import copy
 
-    pixels, keys = prepare(pictures, (128, 128))
+    pixels, keys = prepare(images, (128, 128))
     full = VaeEncoder(vae, "mean", flip=False).launch(pixels, keys).wait().latents
     half = VaeEncoder(copy.deepcopy(vae).to(torch.bfloat16), "mean", flip=False).launch(pixels, keys).wait().latents
     assert half.dtype == np.float32 and np.abs(half - full).max() < 0.05 * np.abs(full).max()
 
 
 class SmallDevice(torch.nn.Module):
-    """The VAE on a device that holds so many pictures at once."""
+    """The VAE on a device that holds so many images at once."""
 
     def __init__(self, vae, most: int):
         super().__init__()
@@ -283,8 +283,8 @@ class SmallDevice(torch.nn.Module):
 
 
 @pytest.mark.parametrize("posterior", ["sample", "moments"])
-def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(pictures, vae, posterior):
-    pixels, keys = (np.concatenate([part, part])[:7] for part in prepare(pictures, (128, 128)))
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(images, vae, posterior):
+    pixels, keys = (np.concatenate([part, part])[:7] for part in prepare(images, (128, 128)))
     small = SmallDevice(vae, 2)
     found = VaeEncoder(small, posterior, flip=True)
     wanted = VaeEncoder(vae, posterior, flip=True).launch(pixels, list(keys)).wait()
@@ -300,10 +300,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(pictures, vae, p
         VaeEncoder(SmallDevice(vae, 0), posterior, flip=False).launch(pixels, list(keys))
 
 
-def test_tiles_give_nearly_what_the_whole_picture_gives(vae):
+def test_tiles_give_nearly_what_the_whole_image_gives(vae):
     import copy
 
-    # Soft noise: where a picture is alike all over, norms over a tile are those over the whole.
+    # Soft noise: where an image is alike all over, norms over a tile are those over the whole.
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
     pixels = np.array(noise.resize((512, 384), Image.Resampling.BICUBIC))[None]
     tiled, sizes = copy.deepcopy(vae), []

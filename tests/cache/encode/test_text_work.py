@@ -34,7 +34,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, model) -> Path:
-    """A folder with settings and two whole caches with text of eight pictures, `npz` and `shards`."""
+    """A folder with settings and two whole caches with text of eight images, `npz` and `shards`."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=8))
     for form in ("npz", "shards"):

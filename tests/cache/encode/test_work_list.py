@@ -1,4 +1,4 @@
-"""What there is to do: every picture on one rank, evenly, and again only when what made its latents is another."""
+"""What there is to do: every image on one rank, evenly, and again only when what made its latents is another."""
 
 import json
 import os
@@ -56,9 +56,9 @@ def test_costs_are_pixels_of_the_bucket():
 
 @pytest.fixture
 def source(tmp_path):
-    """A picture, and a manifest entry that is true of it."""
+    """An image, and a manifest entry that is true of it."""
     path = tmp_path / "a.png"
-    path.write_bytes(b"some bytes of a picture")
+    path.write_bytes(b"some bytes of an image")
     status = path.stat()
     entry = make_entry(
         identity=IDENTITY.name,
@@ -84,7 +84,7 @@ def test_each_part_of_the_identity_makes_it_stale(source, name):
     assert judge_entry(entry, str(path), other.name) == ("stale", None)
 
 
-def test_a_replaced_picture_is_noticed_and_a_touched_one_is_not(source, tmp_path):
+def test_a_replaced_image_is_noticed_and_a_touched_one_is_not(source, tmp_path):
     path, entry = source
     content = path.read_bytes()
     path.write_bytes(content + b"!")
@@ -99,7 +99,7 @@ def test_a_replaced_picture_is_noticed_and_a_touched_one_is_not(source, tmp_path
     assert judge_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # and is not hashed again
 
 
-def test_a_moved_or_missing_picture_is_the_same(source, tmp_path):
+def test_a_moved_or_missing_image_is_the_same(source, tmp_path):
     path, entry = source
     moved = shutil.copy2(path, tmp_path / "moved.png")
     assert judge_entry(entry, moved, IDENTITY.name)[0] == "valid"
@@ -109,7 +109,7 @@ def test_a_moved_or_missing_picture_is_the_same(source, tmp_path):
     assert judge_entry(vouched, moved, IDENTITY.name) == ("valid", None)
 
 
-def test_a_mask_counts_as_the_picture_does(source, tmp_path):
+def test_a_mask_counts_as_the_image_does(source, tmp_path):
     path, entry = source
     mask = tmp_path / "a-masklabel.png"
     mask.write_bytes(b"some mask")
@@ -169,6 +169,6 @@ def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
     ],
 )
 def test_no_key_leads_out_of_the_cache(key, file, tmp_path):
-    assert choose_file(key, "/pictures/x.jpg", beside=False) == file
+    assert choose_file(key, "/images/x.jpg", beside=False) == file
     assert (tmp_path / file).resolve().is_relative_to(tmp_path.resolve())
-    assert choose_file(key, "/pictures/x.jpg", beside=True) == "/pictures/x.npz"
+    assert choose_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"

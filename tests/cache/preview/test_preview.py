@@ -17,15 +17,15 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 
-NUM_PICTURES = 10
+NUM_IMAGES = 10
 CAPTIONS = ("data.caption.shuffle=true", "data.flip_rate=1.0", "cache.flip=true", "data.max_tokens=75")
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, tiny_folder) -> Path:
-    """A cache of ten demo pictures, one of which was never encoded and another's latents are torn."""
+    """A cache of ten demo images, one of which was never encoded and another's latents are torn."""
     folder = tmp_path_factory.mktemp("filled")
-    settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_PICTURES))
+    settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_IMAGES))
     metadata = folder / "data" / "metadata.json"
     records = json.loads(metadata.read_text())
     first, last = list(records)[0], list(records)[-1]
@@ -40,8 +40,8 @@ def filled(tmp_path_factory, tiny_folder) -> Path:
     return folder
 
 
-def run(filled: Path, *words: str, expect: int = 0, pictures: int = 0) -> None:
-    arguments = ["--cfg", str(filled / "settings.yaml"), "--pictures", str(pictures), *CAPTIONS, *words]
+def run(filled: Path, *words: str, expect: int = 0, images: int = 0) -> None:
+    arguments = ["--cfg", str(filled / "settings.yaml"), "--images", str(images), *CAPTIONS, *words]
     assert preview.main(arguments) == expect
 
 
@@ -66,13 +66,13 @@ def test_no_latents_at_all_is_wrong_input(filled, tmp_path, capsys):
     assert "holds no latents of these records" in capsys.readouterr().err
 
 
-def test_the_picture_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
+def test_the_image_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
     file = tmp_path / "deep" / "sheet.png"
-    run(filled, "--out", str(file), pictures=6)
+    run(filled, "--out", str(file), images=6)
     sheet = Image.open(file)
     assert sheet.width > 4 * CELL_PX and sheet.height > 2 * CELL_PX
     assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 50
-    assert "6 pictures" in capsys.readouterr().out
+    assert "6 images" in capsys.readouterr().out
 
 
 def read_specimens(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[Specimen, np.ndarray]]]:
@@ -96,7 +96,7 @@ def test_flipped_samples_look_mirrored_and_uncached_ones_are_shown_uncoded(fille
     words = (f"cache.dir={tmp_path / 'latents'}", "train.global_batch_size=1", "cache.on_missing=encode")
     _, plain = read_specimens(filled, *words, "data.flip_rate=0.0")
     _, flipped = read_specimens(filled, *words)
-    assert set(plain) == set(flipped) and len(plain) == NUM_PICTURES
+    assert set(plain) == set(flipped) and len(plain) == NUM_IMAGES
     bad = [key for key, (specimen, _) in plain.items() if specimen.bad]
     new = [key for key, (specimen, _) in plain.items() if specimen.pixels is not None]
     assert len(bad) == len(new) == 1
@@ -104,7 +104,7 @@ def test_flipped_samples_look_mirrored_and_uncached_ones_are_shown_uncoded(fille
         difference = np.abs(plain[key][1][:, ::-1].astype(int) - flipped[key][1]).mean()
         assert difference < 12, key
     image = Image.open(next((filled / "data" / "images").glob(f"{new[0]}.*"))).convert("RGB")
-    assert abs(np.asarray(image).mean() - plain[new[0]][1].mean()) < 12  # the picture itself
+    assert abs(np.asarray(image).mean() - plain[new[0]][1].mean()) < 12  # the image itself
 
 
 def test_the_vae_is_loaded_only_for_latents(filled, monkeypatch):

@@ -32,7 +32,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, model) -> Path:
-    """A folder with settings and two whole caches of eight pictures, `npz` and `shards`."""
+    """A folder with settings and two whole caches of eight images, `npz` and `shards`."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=8))
     for form in ("npz", "shards"):
@@ -214,21 +214,21 @@ def read_item_dtype(folder: Path, entry) -> str:
     return parse_latents(read_item(folder, entry)[1], entry.bucket).dtype
 
 
-def test_a_replaced_picture_is_encoded_again_and_no_other(filled, model, tmp_path):
+def test_a_replaced_image_is_encoded_again_and_no_other(filled, model, tmp_path):
     metadata = draw_demo_set(tmp_path / "data", num_images=8)
     settings = write_settings(tmp_path, model, metadata, format="shards")
     assert run_job(settings) == 0
     whole = hash_items(tmp_path / "latents")
-    picture = sorted((tmp_path / "data" / "images").iterdir())[0]
-    with Image.open(picture) as image:
+    image_file = sorted((tmp_path / "data" / "images").iterdir())[0]
+    with Image.open(image_file) as image:
         turned = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    turned.save(picture)
+    turned.save(image_file)
     others = sorted((tmp_path / "data" / "images").iterdir())[1:]
     os.utime(others[0])  # touched and the same
     assert run_job(settings) == 0
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["encoded"] == 1
     now = hash_items(tmp_path / "latents")
-    assert {key for key in whole if now[key] != whole[key]} == {picture.stem}
+    assert {key for key in whole if now[key] != whole[key]} == {image_file.stem}
     assert run_job(settings, "--verify") == 0  # and the old sample is in no shard
     assert run_job(settings) == 0
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["encoded"] == 0
@@ -283,8 +283,8 @@ def test_an_audit_of_nothing_is_wrong_input(tmp_path, model, capsys):
 
 @pytest.fixture
 def foreign(tmp_path, model):
-    """(settings, folder) of pictures with kohya's latents beside them."""
-    folder = tmp_path / "pictures"
+    """(settings, folder) of images with kohya's latents beside them."""
+    folder = tmp_path / "images"
     shutil.copytree(FIXTURES / "kohya_cache", folder)
     (folder / "metadata.json").unlink()
     return write_settings(tmp_path, model, dir=None), folder
@@ -337,15 +337,15 @@ def test_settings_that_would_make_other_latents_are_told(foreign, capsys, word, 
     assert reason in capsys.readouterr().err and read_latest(folder) == {}
 
 
-def test_latents_of_another_picture_and_without_a_mirror_are_told(foreign, capsys):
+def test_latents_of_another_image_and_without_a_mirror_are_told(foreign, capsys):
     settings, folder = foreign
     sample = read_latents(folder / "img000000_0348x0256_sdxl.npz")
     (folder / "img000000.npz").write_bytes(pack_latents(replace(sample, flipped=None)))  # goes before the other name
     Image.new("RGB", (400, 264)).save(folder / "img000001.jpg")
     assert run_job(settings, *KOHYA, "--adopt") == 1
     said = capsys.readouterr().err
-    assert "has no latents of the mirrored picture" in said
-    assert "was made of a picture of (359, 264) px, which has (400, 264) now" in said
+    assert "has no latents of the mirrored image" in said
+    assert "was made of an image of (359, 264) px, which has (400, 264) now" in said
 
 
 def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:
@@ -384,28 +384,26 @@ def test_other_programs_read_what_we_write(tmp_path, model, flipped):
         assert entry.crop[2] - entry.crop[0] == entry.bucket[0] and entry.crop[3] - entry.crop[1] == entry.bucket[1]
 
 
-def test_latents_lie_beside_the_pictures_if_no_folder_is_given(tmp_path, model):
+def test_latents_lie_beside_the_images_if_no_folder_is_given(tmp_path, model):
     settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=4), dir=None)
     assert run_job(settings) == 0
-    pictures = [path for path in (tmp_path / "data" / "images").iterdir() if path.suffix != ".npz"]
-    assert len(pictures) == 4 and all(path.with_suffix(".npz").is_file() for path in pictures)
+    images = [path for path in (tmp_path / "data" / "images").iterdir() if path.suffix != ".npz"]
+    assert len(images) == 4 and all(path.with_suffix(".npz").is_file() for path in images)
     folder = tmp_path / "data"
     assert (folder / "cache.json").is_file() and run_job(settings, "--verify") == 0
     whole = hash_items(folder)
     assert run_job(settings, "--pack") == 0 and not list((folder / "images").glob("*.npz"))
     assert run_job(settings, "--unpack") == 0 and hash_items(folder) == whole
-    assert all(path.with_suffix(".npz").is_file() for path in pictures)
+    assert all(path.with_suffix(".npz").is_file() for path in images)
 
 
 def test_opacity_is_kept_when_asked_for(tmp_path, model):
-    """As kohya's `alpha_mask`: float32 of 0 to 1 in the bucket's pixels, cut like the picture."""
-    (tmp_path / "pictures").mkdir()
+    """As kohya's `alpha_mask`: float32 of 0 to 1 in the bucket's pixels, cut like the image."""
+    (tmp_path / "images").mkdir()
     ramp = np.linspace(0, 255, 200).astype(np.uint8)[None].repeat(100, 0)
-    Image.merge("RGBA", [Image.new("L", (200, 100), 90)] * 3 + [Image.fromarray(ramp)]).save(
-        tmp_path / "pictures/a.png"
-    )
-    Image.new("RGB", (200, 100), "red").save(tmp_path / "pictures" / "b.png")
-    (tmp_path / "pictures" / "a.txt").write_text("a caption")
+    Image.merge("RGBA", [Image.new("L", (200, 100), 90)] * 3 + [Image.fromarray(ramp)]).save(tmp_path / "images/a.png")
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "images" / "b.png")
+    (tmp_path / "images" / "a.txt").write_text("a caption")
     settings = write_settings(tmp_path, model, flip=True)
     folder = tmp_path / "latents"
     assert run_job(settings) == 0

@@ -189,7 +189,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "gradient_checkpointing": True,
             "attention": "xformers",
         },
-        # The dataset file's 2 pictures, not 4; 10 epochs of 3200 samples in batches of 2 x 8 x 2 ranks.
+        # The dataset file's 2 images, not 4; 10 epochs of 3200 samples in batches of 2 x 8 x 2 ranks.
         "train": {"max_steps": 1000, "global_batch_size": 32, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 500, "keep_last": 4, "export_dtype": "fp16"},  # of the last 1500 steps
     }
@@ -323,7 +323,7 @@ def test_values_that_depend_on_others(tmp_path: Path, options: str, key: str, va
     assert settings.get(section, {}).get(name) == value
 
 
-def test_the_same_pictures_at_several_resolutions(tmp_path: Path) -> None:
+def test_the_same_images_at_several_resolutions(tmp_path: Path) -> None:
     sets = "".join(
         f"[[datasets]]\nresolution = {side}\nbatch_size = {batch}\n[[datasets.subsets]]\nimage_dir = '/a'\n"
         for side, batch in ((512, 8), (1024, 2))

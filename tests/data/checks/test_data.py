@@ -11,16 +11,16 @@ from sdxl_trainer.data.checks.data import check_records
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Path:
-    """Settings for a folder of three pictures, none with a caption."""
-    (tmp_path / "pictures").mkdir()
+    """Settings for a folder of three images, none with a caption."""
+    (tmp_path / "images").mkdir()
     for name in "abc":
-        Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / f"{name}.png")
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{name}.png")
     file = tmp_path / "x.yaml"
-    file.write_text(f"data: {{image_dirs: [{tmp_path / 'pictures'}]}}\ncache: {{dir: {tmp_path / 'cache'}}}\n")
+    file.write_text(f"data: {{image_dirs: [{tmp_path / 'images'}]}}\ncache: {{dir: {tmp_path / 'cache'}}}\n")
     return file
 
 
-def test_pictures_without_one_caption_are_cached_but_not_trained(settings: Path) -> None:
+def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -> None:
     config, _ = load_config(settings)
     index, problems = check_records(config)
     assert [problem.key for problem in problems] == ["data.image_dirs"] and "not one caption" in problems[0].rule
@@ -30,7 +30,7 @@ def test_pictures_without_one_caption_are_cached_but_not_trained(settings: Path)
 
 @pytest.mark.parametrize(("missing", "keys"), [("empty", []), ("skip", []), ("error", ["data.missing_caption"])])
 def test_some_without_a_caption_are_an_error_where_one_is_asked_for(settings: Path, missing: str, keys: list) -> None:
-    (settings.parent / "pictures" / "b.txt").write_text("a black square")
+    (settings.parent / "images" / "b.txt").write_text("a black square")
     config, _ = load_config(settings, [f"data.missing_caption={missing}"])
     problems = check_records(config)[1]
     assert [problem.key for problem in problems] == keys

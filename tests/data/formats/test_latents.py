@@ -92,20 +92,20 @@ def test_every_array_is_checked(tmp_path, part):
         read_latents(save(tmp_path / "x.npz", latents=LATENTS, **{part: LATENTS * np.nan}), (96, 64))
 
 
-def test_a_pictures_latents_are_found_under_every_name(tmp_path):
-    pictures, cache = tmp_path / "pictures", tmp_path / "cache"
-    pictures.mkdir()
+def test_a_images_latents_are_found_under_every_name(tmp_path):
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
     cache.mkdir()
-    image = pictures / "a [1].jpg"
+    image = images / "a [1].jpg"
     assert find_latent_file(image, cache) is None
-    (pictures / "a 1_0100x0070_sdxl.npz").touch()  # the brackets are no pattern
+    (images / "a 1_0100x0070_sdxl.npz").touch()  # the brackets are no pattern
     assert find_latent_file(image, cache) is None
-    for name in ("cache/a [1]_0100x0070_sdxl.npz", "cache/a [1].npz", "pictures/a [1]_0100x0070_sdxl.npz",
-                 "pictures/a [1].npz"):  # fmt: skip
+    for name in ("cache/a [1]_0100x0070_sdxl.npz", "cache/a [1].npz", "images/a [1]_0100x0070_sdxl.npz",
+                 "images/a [1].npz"):  # fmt: skip
         (tmp_path / name).touch()  # each goes before those above it
         assert find_latent_file(image, cache) == tmp_path / name
-    (pictures / "b.npz").touch()
-    assert find_latent_file(pictures / "b.npz", cache) == pictures / "b.npz"  # an npz may stand in for a picture
+    (images / "b.npz").touch()
+    assert find_latent_file(images / "b.npz", cache) == images / "b.npz"  # an npz may stand in for an image
 
 
 def test_other_tools_find_what_they_look_for(tmp_path):

@@ -32,7 +32,7 @@ ENTRY = Entry(
     resized=(305, 224),
     crop=(8, 0, 296, 224),
     identity="0123456789abcdef",
-    source_path="/pictures/ä.jpg",
+    source_path="/images/ä.jpg",
     source_bytes=9,
     source_mtime_ns=17,
     source_sha256="1" * 64,
@@ -109,7 +109,7 @@ def test_a_line_is_plain_json(tmp_path):
         "crop": [8, 0, 296, 224],
         "identity": "0123456789abcdef",
         "adopted": False,
-        "source": {"path": "/pictures/ä.jpg", "size": 9, "mtime_ns": 17, "sha256": "1" * 64},
+        "source": {"path": "/images/ä.jpg", "size": 9, "mtime_ns": 17, "sha256": "1" * 64},
         "crc32": compute_crc(content),
     }
     inside = append(tmp_path, 8, "b", file="shards/x.tar", offset=1536, record_bytes=2, record_sha256="2" * 64)

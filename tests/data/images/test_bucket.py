@@ -1,4 +1,4 @@
-"""Buckets: kohya's numbers, and what must hold of any picture."""
+"""Buckets: kohya's numbers, and what must hold of any image."""
 
 import pytest
 from hypothesis import given
@@ -101,7 +101,7 @@ def test_no_upscale(size, bucket, resized):
         st.booleans(),
     ),
 )
-def test_any_picture_covers_its_bucket_and_is_cut_inside(size, rule):
+def test_any_image_covers_its_bucket_and_is_cut_inside(size, rule):
     buckets = list_buckets(rule)
     placement = place_image(size, rule, buckets)
     (width, height), (resized_width, resized_height) = placement.bucket, placement.resized

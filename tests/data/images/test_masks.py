@@ -1,4 +1,4 @@
-"""Mask files: found beside the pictures or in a folder, cut as the picture is, stored with its latents, and true."""
+"""Mask files: found beside the images or in a folder, cut as the image is, stored with its latents, and true."""
 
 import json
 import os
@@ -25,11 +25,11 @@ from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.objective.objective import Objective
 
 ENDING = "-masklabel.png"
-WIDE = (300, 200)  # a picture's size, which is resized to 160x107 and cut to 160x96
+WIDE = (300, 200)  # an image's size, which is resized to 160x107 and cut to 160x96
 
 
 def save(path: Path, content: np.ndarray | int, size: tuple[int, int] = WIDE, **options) -> Path:
-    """A grey picture of some values, or of one."""
+    """A grey image of some values, or of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grey = np.full((size[1], size[0]), content, np.uint8) if isinstance(content, int) else content
     Image.fromarray(grey.astype(np.uint8)).save(path, **options)
@@ -56,12 +56,12 @@ def list_keys(index: Index) -> list[str]:
     return index.strings("key").to_pylist()
 
 
-def test_masks_are_found_and_are_no_pictures(tmp_path):
+def test_masks_are_found_and_are_no_images(tmp_path):
     images, apart = tmp_path / "images", tmp_path / "images" / "masks"
-    pictures = [save(images / name, 9) for name in ("a.jpg", "b.png", "c.png", "sub/d.png")]
+    image_files = [save(images / name, 9) for name in ("a.jpg", "b.png", "c.png", "sub/d.png")]
     beside = [save(images / name, 9) for name in (f"a{ENDING}", f"sub/d{ENDING}", f"lonely{ENDING}")]
     inside = [save(apart / name, 9) for name in ("b.png", "deep/c.webp")]
-    paths = [str(picture) for picture in pictures]
+    paths = [str(image) for image in image_files]
     assert list(MaskFinder(ENDING).find(paths)) == [str(beside[0]), None, None, str(beside[1])]
     assert list(MaskFinder(str(apart)).find(paths)) == [None, str(inside[0]), str(inside[1]), None]
     assert list_keys(open_record_index(tmp_path / "1", [], [images / "sub"])) == ["d-masklabel", "d"]
@@ -81,20 +81,20 @@ def test_a_setting_that_cannot_be_meant_is_refused(tmp_path):
     save(tmp_path / "masks" / "a.png", 9)
     assert check_masks(str(tmp_path / "masks")) == []
     save(tmp_path / "masks" / "old" / "a.jpg", 9)
-    for masks, said in ((".png", "is not a folder"), (str(tmp_path / "empty"), "holds no pictures"),
+    for masks, said in ((".png", "is not a folder"), (str(tmp_path / "empty"), "holds no images"),
                         (str(tmp_path / "masks"), "two masks of one stem")):  # fmt: skip
         problem, *others = check_masks(masks)
         assert (problem.key, problem.value, others) == ("data.masks", masks, []) and said in problem.rule
 
 
 @pytest.mark.parametrize("scale", [1, 2, 0.5, 0.25])
-def test_a_mask_is_cut_where_its_picture_is_at_any_scale(tmp_path, scale):
-    picture = save(tmp_path / "a.png", 9)
-    placement = prepare_image(picture, RULE, BUCKETS).placement
+def test_a_mask_is_cut_where_its_image_is_at_any_scale(tmp_path, scale):
+    image = save(tmp_path / "a.png", 9)
+    placement = prepare_image(image, RULE, BUCKETS).placement
     assert (placement.resized, placement.bucket, placement.crop_ltrb) == ((160, 107), (160, 96), (0, 5, 160, 101))
     size = (round(WIDE[0] * scale), round(WIDE[1] * scale))
-    across = get_mask(picture, save(tmp_path / "m.png", draw_ramp(*size)))
-    down = get_mask(picture, save(tmp_path / "m.png", draw_ramp(*size[::-1]).T))
+    across = get_mask(image, save(tmp_path / "m.png", draw_ramp(*size)))
+    down = get_mask(image, save(tmp_path / "m.png", draw_ramp(*size[::-1]).T))
     expected = (np.arange(160) + 0.5) / 160 * 255, (np.arange(5, 101) + 0.5) / 107 * 255
     tolerance = 1.5 if scale >= 0.5 else 2.5
     np.testing.assert_allclose(across[:, 2:-2], np.broadcast_to(expected[0], (96, 160))[:, 2:-2], atol=tolerance)
@@ -102,27 +102,27 @@ def test_a_mask_is_cut_where_its_picture_is_at_any_scale(tmp_path, scale):
 
 
 def test_grey_levels_stay_and_edges_do_not_ring(tmp_path):
-    picture = save(tmp_path / "a.png", 9)
-    assert (get_mask(picture, save(tmp_path / "m.png", 77)) == 77).all()
+    image = save(tmp_path / "a.png", 9)
+    assert (get_mask(image, save(tmp_path / "m.png", 77)) == 77).all()
     halves = np.where(np.arange(300) < 150, 50, 200)[None].repeat(200, 0)
-    mask = get_mask(picture, save(tmp_path / "m.png", halves))
+    mask = get_mask(image, save(tmp_path / "m.png", halves))
     assert (mask[:, :78] == 50).all() and (mask[:, 82:] == 200).all()
     assert mask.min() == 50 and mask.max() == 200
     coloured = np.dstack([halves, np.zeros_like(halves), np.full_like(halves, 255)]).astype(np.uint8)
     Image.fromarray(coloured).save(tmp_path / "red.png")
-    assert (get_mask(picture, tmp_path / "red.png") == mask).all()  # as kohya's scripts: the red channel
+    assert (get_mask(image, tmp_path / "red.png") == mask).all()  # as kohya's scripts: the red channel
     Image.fromarray(np.full((200, 300), 77 << 8, np.uint16)).save(tmp_path / "deep.png")
-    assert (get_mask(picture, tmp_path / "deep.png") == 77).all()
+    assert (get_mask(image, tmp_path / "deep.png") == 77).all()
 
 
-def test_a_mask_drawn_on_the_stored_pixels_is_turned_as_its_picture_is(tmp_path):
+def test_a_mask_drawn_on_the_stored_pixels_is_turned_as_its_image_is(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a person sees it turned by a quarter clockwise
-    picture = save(tmp_path / "a.jpg", 9, exif=exif)
-    assert prepare_image(picture, RULE, BUCKETS).original_size == (200, 300)
-    seen = get_mask(picture, save(tmp_path / "m.png", draw_ramp(300, 200).T))  # dark above
-    stored = get_mask(picture, save(tmp_path / "m.png", draw_ramp(300, 200)))  # dark at the left: above when turned
-    told = get_mask(picture, save(tmp_path / "m.png", draw_ramp(300, 200), exif=exif))
+    image = save(tmp_path / "a.jpg", 9, exif=exif)
+    assert prepare_image(image, RULE, BUCKETS).original_size == (200, 300)
+    seen = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200).T))  # dark above
+    stored = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200)))  # dark at the left: above when turned
+    told = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200), exif=exif))
     assert (seen == stored).all() and (seen == told).all()
     assert seen.shape == (160, 96) and seen[0].max() < 3 and seen[-1].min() > 252
 
@@ -133,28 +133,28 @@ def test_a_mask_drawn_on_the_stored_pixels_is_turned_as_its_picture_is(tmp_path)
         (lambda mask: mask.write_bytes(mask.read_bytes()[:60]), "m.png: cannot be decoded"),
         (lambda mask: mask.write_bytes(b""), "m.png: cannot be decoded"),
         (lambda mask: mask.unlink(), "m.png: cannot be read"),
-        (lambda mask: save(mask, 9, (200, 200)), "200x200, which is not the shape of its picture of 300x200 px"),
+        (lambda mask: save(mask, 9, (200, 200)), "200x200, which is not the shape of its image of 300x200 px"),
         (lambda mask: save(mask, 9, (200, 300)), "200x300, which is not the shape"),
         (lambda mask: Image.new("RGBA", WIDE, (255, 255, 255, 128)).save(mask), "transparent in places"),
     ],
 )
 def test_a_broken_mask_is_an_error_that_names_it(tmp_path, spoil, said):
-    picture, mask = save(tmp_path / "a.png", 9), save(tmp_path / "m.png", 9)
+    image, mask = save(tmp_path / "a.png", 9), save(tmp_path / "m.png", 9)
     spoil(mask)
     with pytest.raises(BadMaskError, match=said) as caught:
-        prepare(picture, mask)
+        prepare(image, mask)
     assert str(caught.value).startswith("mask ")
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_folder) -> Path:
-    """Settings for four pictures without masks: a, b and c grey, and d with its left half transparent."""
+    """Settings for four images without masks: a, b and c grey, and d with its left half transparent."""
     for key, level in zip("abc", (40, 120, 200), strict=True):
-        save(tmp_path / "pictures" / f"{key}.png", level)
-        (tmp_path / "pictures" / f"{key}.txt").write_text("a caption")
+        save(tmp_path / "images" / f"{key}.png", level)
+        (tmp_path / "images" / f"{key}.txt").write_text("a caption")
     alpha = np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0).astype(np.uint8)
     grey = Image.new("L", WIDE, 90)
-    Image.merge("RGBA", [grey, grey, grey, Image.fromarray(alpha)]).save(tmp_path / "pictures" / "d.png")
+    Image.merge("RGBA", [grey, grey, grey, Image.fromarray(alpha)]).save(tmp_path / "images" / "d.png")
     write_settings(tmp_path, tiny_folder / "model")
     return tmp_path
 
@@ -174,17 +174,17 @@ def read_mask(folder: Path, key: str) -> np.ndarray | None:
     return read_latents(folder / "latents" / f"{key}.npz").alpha_mask
 
 
-def test_exactly_the_pictures_whose_masks_changed_are_encoded_again(folder, capsys):
-    settings, pictures = folder / "settings.yaml", folder / "pictures"
+def test_exactly_the_images_whose_masks_changed_are_encoded_again(folder, capsys):
+    settings, images = folder / "settings.yaml", folder / "images"
     assert run_job(settings) == 0
     identity = read_identity(folder / "latents")
     plain = {key: entry.sha256 for key, entry in read_latest(folder / "latents").items()}
     assert run_job(settings, f"data.masks={ENDING}") == 2
     assert "data.masks = '-masklabel.png'" in (said := capsys.readouterr().err) and "names the mask of no" in said
     left = np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0)
-    mask = save(pictures / f"a{ENDING}", left)
+    mask = save(images / f"a{ENDING}", left)
     assert encode(folder) == ["a"]  # those that have none are as they were
-    assert "1 pictures have a mask; the loss of the 3 others counts everywhere" in capsys.readouterr().err
+    assert "1 images have a mask; the loss of the 3 others counts everywhere" in capsys.readouterr().err
     stored, entry = read_mask(folder, "a"), read_latest(folder / "latents")["a"]
     assert stored is not None and stored.shape == (96, 160) and stored.dtype == np.float32
     assert (stored[:, :78] == 0).all() and (stored[:, 82:] == 1).all()
@@ -195,40 +195,40 @@ def test_exactly_the_pictures_whose_masks_changed_are_encoded_again(folder, caps
     assert encode(folder) == []  # touched, not changed
     assert read_latest(folder / "latents")["a"].mask.mtime_ns == 1
     save(mask, 255 - left)
-    save(pictures / f"b{ENDING}", 102)
+    save(images / f"b{ENDING}", 102)
     assert encode(folder) == ["a", "b"]
     stored = read_mask(folder, "a")
     assert (stored[:, :78] == 1).all() and (stored[:, 82:] == 0).all()
     np.testing.assert_allclose(read_mask(folder, "b"), 0.4, atol=1e-6)
     mask.unlink()
     assert encode(folder) == ["a"] and read_mask(folder, "a") is None
-    (pictures / f"b{ENDING}").unlink()
+    (images / f"b{ENDING}").unlink()
     assert encode(folder, masks=str(save(folder / "apart" / "c.jpg", 255).parent)) == ["b", "c"]
     assert (read_mask(folder, "c") == 1).all()
-    for file in (pictures, folder / "apart"):
+    for file in (images, folder / "apart"):
         file.rename(file.with_name(f"{file.name}-away"))
     assert run_job(settings, "--verify", f"data.masks={folder / 'apart'}") == 0
-    (folder / "pictures-away").rename(pictures)
+    (folder / "images-away").rename(images)
     assert run_job(settings) == 0  # without masks it is as it was at first
     assert {key: entry.sha256 for key, entry in read_latest(folder / "latents").items()} == plain
 
 
 def test_a_mask_file_goes_before_opacity(folder):
-    save(folder / "pictures" / f"a{ENDING}", 51)
+    save(folder / "images" / f"a{ENDING}", 51)
     assert encode(folder, "cache.alpha_mask=true") == ["a", "b", "c", "d"]
     opacity = read_mask(folder, "d")
     assert (opacity[:, :76] == 0).all() and (opacity[:, 84:] == 1).all() and read_mask(folder, "b") is None
-    save(folder / "pictures" / f"d{ENDING}", 51)
+    save(folder / "images" / f"d{ENDING}", 51)
     assert encode(folder, "cache.alpha_mask=true") == ["d"]
     np.testing.assert_allclose(read_mask(folder, "d"), 0.2, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["npz", "shards"])
-def test_a_picture_whose_mask_is_broken_is_bad_and_never_trained_unmasked(folder, form):
+def test_a_image_whose_mask_is_broken_is_bad_and_never_trained_unmasked(folder, form):
     words = (f"cache.format={form}", "data.max_bad_fraction=0.5")
     assert run_job(folder / "settings.yaml", *words) == 0
-    whole = save(folder / "pictures" / f"a{ENDING}", 255)
-    broken = save(folder / "pictures" / f"b{ENDING}", 0)
+    whole = save(folder / "images" / f"a{ENDING}", 255)
+    broken = save(folder / "images" / f"b{ENDING}", 0)
     content = broken.read_bytes()
     broken.write_bytes(content[:50])
     encode(folder, *words)
@@ -262,7 +262,7 @@ def name_bad_latents(folder: Path, *words: str) -> list[dict]:
 
 def test_nothing_is_learnt_where_a_mask_is_black(folder):
     """From the mask file to the gradient of what the U-Net predicts."""
-    save(folder / "pictures" / f"a{ENDING}", np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0))
+    save(folder / "images" / f"a{ENDING}", np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0))
     assert encode(folder) == ["a", "b", "c", "d"]
     sample = read_latents(folder / "latents" / "a.npz")
     prediction = torch.zeros(2, *sample.latents.shape, requires_grad=True)
@@ -280,7 +280,7 @@ def test_nothing_is_learnt_where_a_mask_is_black(folder):
 def test_masks_need_the_cache_job(folder):
     words = [f"data.masks={ENDING}", "cache.on_missing=encode"]
     config, _ = load_config(folder / "settings.yaml", words)
-    index = open_latent_index(folder / "latents", open_record_index(folder, [], [folder / "pictures"]))
+    index = open_latent_index(folder / "latents", open_record_index(folder, [], [folder / "images"]))
     with pytest.raises(UserInputError, match="goes with latents that the cache job makes") as caught:
         build_missing_encoder(config, resolve_model(config.model), index, Ranks(0, 0, 1, torch.device("cpu")))
     assert [problem.key for problem in caught.value.problems] == ["data.masks"]

@@ -10,12 +10,12 @@ from PIL import ExifTags, Image, PngImagePlugin
 from sdxl_trainer.data.images.plain_images import decode_plain
 
 RGB = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8).repeat(3, 0)
-PICTURE = Image.fromarray(RGB)
+IMAGE = Image.fromarray(RGB)
 
 
-def encode(form: str, picture: Image.Image = PICTURE, **options: Any) -> bytes:
+def encode(form: str, image: Image.Image = IMAGE, **options: Any) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
@@ -58,17 +58,17 @@ def add_behind_pixels(content: bytes, kind: bytes) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        encode("JPEG", PICTURE.convert("L")),
-        encode("JPEG", PICTURE.convert("CMYK")),
+        encode("JPEG", IMAGE.convert("L")),
+        encode("JPEG", IMAGE.convert("CMYK")),
         encode("JPEG", exif=turn()),
-        encode("PNG", PICTURE.convert("P")),
-        encode("PNG", PICTURE.convert("RGBA")),
+        encode("PNG", IMAGE.convert("P")),
+        encode("PNG", IMAGE.convert("RGBA")),
         encode("PNG", transparency=(1, 2, 3)),
         encode("PNG", exif=turn()),
         add_behind_pixels(encode("PNG"), b"eXIf"),
-        encode("WEBP", Image.merge("RGBA", [*PICTURE.split(), PICTURE.convert("L")]), lossless=True),
+        encode("WEBP", Image.merge("RGBA", [*IMAGE.split(), IMAGE.convert("L")]), lossless=True),
         encode("WEBP", exif=turn()),
-        encode("WEBP", save_all=True, append_images=[Image.new("RGB", PICTURE.size)]),
+        encode("WEBP", save_all=True, append_images=[Image.new("RGB", IMAGE.size)]),
         encode("BMP"),
     ],
 )
@@ -77,7 +77,7 @@ def test_what_is_not_plain_is_left_to_pillow(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_torn_pictures_are_left_to_pillow(form: str) -> None:
+def test_torn_images_are_left_to_pillow(form: str) -> None:
     content = encode(form)
     for share in (0.5, 0.9, 0.99):
         assert decode_plain(content[: int(share * len(content))], Image.open(io.BytesIO(content))) is None

@@ -1,4 +1,4 @@
-"""Pictures: decoded as a person sees them, cut where the bucket says, and refused with a reason when they are bad."""
+"""Images: decoded as a person sees them, cut where the bucket says, and refused with a reason when they are bad."""
 
 import hashlib
 import io
@@ -293,7 +293,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_truncated_picture_is_refused_by_name(tmp_path, form):
+def test_a_truncated_image_is_refused_by_name(tmp_path, form):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     content = encode(noise, form)
     path = tmp_path / "x"
@@ -321,7 +321,7 @@ WHOLE = {form: encode(draw_quarters(), form, **({} if form == "GIF" else {"exif"
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.sampled_from(FORMS), st.data())
-def test_no_damage_does_more_than_make_a_picture_bad(damaged, form, data):
+def test_no_damage_does_more_than_make_a_image_bad(damaged, form, data):
     content = bytearray(WHOLE[form])
     for place in data.draw(st.lists(st.integers(0, min(len(content), 400) - 1), min_size=1, max_size=4)):
         content[place] = data.draw(st.integers(0, 255))

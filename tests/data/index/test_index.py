@@ -81,11 +81,11 @@ def test_it_is_built_again_only_when_its_metadata_changes(tmp_path, builds):
     assert sorted(os.listdir(tmp_path / "index")) == sorted(builds)  # no temporary file is left
 
 
-def test_pictures_and_captions_are_watched_and_nothing_else(tmp_path, builds):
+def test_images_and_captions_are_watched_and_nothing_else(tmp_path, builds):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.jpg"):
         (tmp_path / name).touch()
-    # The index lies among the pictures, and latents will: neither is a change.
+    # The index lies among the images, and latents will: neither is a change.
     fingerprints = [open_record_index(tmp_path, [], [tmp_path]).fingerprint]
     (tmp_path / "a.npz").touch()
     fingerprints.append(open_record_index(tmp_path, [], [tmp_path]).fingerprint)

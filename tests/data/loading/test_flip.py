@@ -1,4 +1,4 @@
-"""Mirrored pictures: latents of the mirrored pixels, with the crop and the mask as they are then seen."""
+"""Mirrored images: latents of the mirrored pixels, with the crop and the mask as they are then seen."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def make_spec(rows: list[int], epochs: list[int]) -> MicroSpec:
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_flipped_sample_is_what_the_mirrored_picture_gives(tmp_path, shards):
+def test_a_flipped_sample_is_what_the_mirrored_image_gives(tmp_path, shards):
     fill_cache(tmp_path, [True, True, False], shards=shards)
     batch = open_dataset(tmp_path, 1.0)[make_spec([0, 1, 2], [0, 0, 0])]
     assert batch.bad == [] and batch.masks is not None
@@ -111,7 +111,7 @@ def check(folder: Path, rate: float) -> tuple[list[tuple[str, str]], str]:
 def test_samples_without_flipped_latents_are_counted(tmp_path, shards, listed):
     fill_cache(tmp_path, [True, False, False], shards=shards, listed=listed)
     problems, warnings = check(tmp_path, 0.5)
-    assert problems == [] and "2 of 3 samples have no latents of the mirrored picture" in warnings
+    assert problems == [] and "2 of 3 samples have no latents of the mirrored image" in warnings
     problems, warnings = check(tmp_path, 0.0)
     assert problems == [] and "mirrored" not in warnings
     fill_cache(tmp_path / "none", [False, False], listed=listed)

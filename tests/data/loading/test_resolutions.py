@@ -1,4 +1,4 @@
-"""Several resolutions of one picture in one cache, and buckets of the user's own list."""
+"""Several resolutions of one image in one cache, and buckets of the user's own list."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from sdxl_trainer.data.index.join import Selection
 from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.data.loading.loader import build_plan
 
-NUM_PICTURES = 6
+NUM_IMAGES = 6
 LOW = BucketRule(64, 32, 256, 32)
 HIGH = BucketRule(128, 32, 256, 32)
 BOTH = Selection(prefixes=("", "64px/"))
@@ -34,10 +34,10 @@ WORDS = ("data.min_bucket_px=32", "data.resolution_px=[64, 128]")
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, tiny_folder) -> Path:
-    """Settings, pictures, and whole caches of both resolutions in both forms: `npz` and `shards`."""
+    """Settings, images, and whole caches of both resolutions in both forms: `npz` and `shards`."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(
-        folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_PICTURES), flip=True
+        folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_IMAGES), flip=True
     )
     for form in ("npz", "shards"):
         assert run_job(settings, f"cache.dir={folder / form}", f"cache.format={form}", *WORDS) == 0
@@ -88,7 +88,7 @@ def test_of_two_fixed_buckets_of_one_ratio_the_first_is_used():
     assert choose_bucket((1024, 1024), [(512, 512), (1024, 1024)]) == (1024, 1024)
 
 
-def test_both_resolutions_of_each_picture_are_cached(cache, filled):
+def test_both_resolutions_of_each_image_are_cached(cache, filled):
     _, _, folder = cache
     entries = read_latest(folder)
     sizes = json.loads((filled / "data" / "metadata.json").read_text())
@@ -106,19 +106,19 @@ def test_both_resolutions_of_each_picture_are_cached(cache, filled):
         assert read_latents(folder / entry.file, entry.bucket, span).bucket == entry.bucket
 
 
-def test_the_index_holds_each_picture_at_each_resolution(cache, filled):
+def test_the_index_holds_each_image_at_each_resolution(cache, filled):
     _, _, folder = cache
     index = open_index(filled, folder)
     keys = index.strings("key").to_pylist()
-    assert len(index) == index.note("num_wanted") == 2 * NUM_PICTURES
-    assert keys == [*keys[:NUM_PICTURES], *(f"64px/{key}" for key in keys[:NUM_PICTURES])]
+    assert len(index) == index.note("num_wanted") == 2 * NUM_IMAGES
+    assert keys == [*keys[:NUM_IMAGES], *(f"64px/{key}" for key in keys[:NUM_IMAGES])]
     records = [index.record(row) for row in range(len(index))]
-    assert [record["key"] for record in records] == keys[:NUM_PICTURES] * 2
+    assert [record["key"] for record in records] == keys[:NUM_IMAGES] * 2
     plan = build_plan(index, 1, 0)
     rows = [plan.batch(0, number).rows[0] for number in range(plan.num_batches(0))]
-    assert sorted(rows) == list(range(2 * NUM_PICTURES))
+    assert sorted(rows) == list(range(2 * NUM_IMAGES))
     # A run at one resolution takes its own.
-    assert open_index(filled, folder, Selection()).strings("key").to_pylist() == keys[:NUM_PICTURES]
+    assert open_index(filled, folder, Selection()).strings("key").to_pylist() == keys[:NUM_IMAGES]
 
 
 def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
@@ -126,7 +126,7 @@ def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
     whole = open_index(filled, tmp_path / "latents")
     shutil.rmtree(tmp_path / "latents" / "manifest")
     found = open_index(filled, tmp_path / "latents")
-    assert found.note("num_unlisted") == 2 * NUM_PICTURES and found.content_hash() == whole.content_hash()
+    assert found.note("num_unlisted") == 2 * NUM_IMAGES and found.content_hash() == whole.content_hash()
     for name in ("original_width", "resized_width", "crop_left", "crop_top"):
         assert np.array_equal(found.column(name), whole.column(name)), name
 
@@ -143,7 +143,7 @@ def test_every_item_is_verified_and_just_the_bad_one_mended(cache, capfd):
     assert run_job(settings, *words, "--verify") == 1 and entry.file in capfd.readouterr().err
     assert run_job(settings, *words, "--repair") == 0
     report = json.loads((folder / "cache_report.json").read_text())
-    assert report["encoded"] == 1 and report["cached"] == 2 * NUM_PICTURES
+    assert report["encoded"] == 1 and report["cached"] == 2 * NUM_IMAGES
     assert hash_items(folder) == before
 
 
@@ -154,24 +154,24 @@ def test_packing_and_unpacking_keep_both(cache):
         assert run_job(settings, *words, mode) == 0
         assert hash_items(folder) == before
         files = [name for name in list_files(folder) if name.endswith(".npz")]
-        assert len(files) == (2 * NUM_PICTURES if mode == "--unpack" else 0)
+        assert len(files) == (2 * NUM_IMAGES if mode == "--unpack" else 0)
 
 
 def test_a_further_resolution_leaves_what_is_there(filled, tmp_path):
     settings, single = filled / "settings.yaml", (f"cache.dir={tmp_path}", "data.min_bucket_px=32")
     assert run_job(settings, *single) == 0
     before = {name: time for name, time in list_files(tmp_path).items() if name.endswith(".npz")}
-    assert len(before) == NUM_PICTURES and "further" not in (read_identity(tmp_path) or {})
+    assert len(before) == NUM_IMAGES and "further" not in (read_identity(tmp_path) or {})
     assert run_job(settings, *single, "data.resolution_px=[128, 64]") == 0
     after = {name: time for name, time in list_files(tmp_path).items() if name.endswith(".npz")}
-    assert len(after) == 2 * NUM_PICTURES and after.items() >= before.items()
+    assert len(after) == 2 * NUM_IMAGES and after.items() >= before.items()
     assert hash_items(tmp_path) == hash_items(filled / "npz")
     # And back: nothing to do.
     assert run_job(settings, *single) == 0
     assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == 0
 
 
-def test_beside_the_pictures_they_lie_in_a_folder_of_their_own(filled, tmp_path):
+def test_beside_the_images_they_lie_in_a_folder_of_their_own(filled, tmp_path):
     shutil.copytree(filled / "data", tmp_path / "data")
     metadata = tmp_path / "data" / "metadata.json"
     words = (f"data.metadata=[{metadata}]", "cache.dir=null", *WORDS)
@@ -181,7 +181,7 @@ def test_beside_the_pictures_they_lie_in_a_folder_of_their_own(filled, tmp_path)
     assert {path.stem for path in (tmp_path / "data" / "images" / "64px").glob("*.npz")} == stems
     config, _ = load_config(filled / "settings.yaml", [*words, f"run.dir={tmp_path}"])
     index, problems = check_latents(config, resuming=False)
-    assert problems == [] and index is not None and len(index) == 2 * NUM_PICTURES
+    assert problems == [] and index is not None and len(index) == 2 * NUM_IMAGES
 
 
 def test_a_fixed_list_makes_another_cache(filled, tmp_path):
@@ -191,7 +191,7 @@ def test_a_fixed_list_makes_another_cache(filled, tmp_path):
     assert run_job(filled / "settings.yaml", *words, "data.resolution_px=256", "data.min_bucket_px=32") == 0
     assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == 0  # they play no part
     assert run_job(filled / "settings.yaml", f"cache.dir={tmp_path}", "data.buckets=[[64, 64]]") == 0
-    assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == NUM_PICTURES
+    assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == NUM_IMAGES
 
 
 def test_a_key_that_reads_like_anothers_latents_is_told(tmp_path):

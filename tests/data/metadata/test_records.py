@@ -11,7 +11,7 @@ from programs import FIXTURES
 from sdxl_trainer.data.index.index import open_record_index
 from sdxl_trainer.data.metadata.blocks import build_block
 from sdxl_trainer.data.metadata.merge import iterate_blocks
-from sdxl_trainer.data.metadata.records import PictureFinder, check_sources, finish_block, load_record, read_folders
+from sdxl_trainer.data.metadata.records import ImageFinder, check_sources, finish_block, load_record, read_folders
 
 SEED_METADATA = FIXTURES / "seed_cache" / "metadata.json"
 
@@ -28,7 +28,7 @@ def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = 
     blocks = (
         iterate_blocks([[file] for file in metadata], work) if metadata else map(build_block, read_folders(image_dirs))
     )
-    finder = PictureFinder(image_dirs)
+    finder = ImageFinder(image_dirs)
     rows = [row for block in blocks for row in finish_block(block, finder, separator).to_pylist()]
     assert list(work.iterdir()) == []  # what waited there is gone
     return {row["key"]: load_record(row) for row in rows}
@@ -49,7 +49,7 @@ def test_the_seeds_metadata(tmp_path):
         "original_size": [348, 256],
         "caption": json.loads(SEED_METADATA.read_text())["img000000"]["caption"],
     }
-    # The second picture is not there: the record says where it should be.
+    # The second image is not there: the record says where it should be.
     assert records["img000001"]["image_path"] == str(tmp_path / "img000001.jpg")
 
 
@@ -91,7 +91,7 @@ def test_what_a_caption_is_made_of(tmp_path, fields, caption):
     assert read_captions([write(tmp_path / "m.json", {"x": fields})], []) == {"x": caption}
 
 
-def test_pictures_are_looked_for_by_path_then_name_then_stem(tmp_path):
+def test_images_are_looked_for_by_path_then_name_then_stem(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there" / "deep"
     for path in (
         here / "direct.png",
@@ -124,8 +124,8 @@ def test_pictures_are_looked_for_by_path_then_name_then_stem(tmp_path):
     }
 
 
-def test_a_picture_of_which_there_are_several_is_refused(tmp_path):
-    """Any choice might train a picture with another one's caption."""
+def test_a_image_of_which_there_are_several_is_refused(tmp_path):
+    """Any choice might train an image with another one's caption."""
     for path in ("a/x.png", "b/x.png", "a/y.png", "b/y.webp", "b/z.png"):
         write(tmp_path / path, "")
     folders = [tmp_path / "a", tmp_path / "b", tmp_path]
@@ -133,7 +133,7 @@ def test_a_picture_of_which_there_are_several_is_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         read_records([metadata], folders)
     said = str(caught.value)
-    assert said.startswith("1 records name a picture of which there are several under data.image_dirs: 'x.png' (")
+    assert said.startswith("1 records name an image of which there are several under data.image_dirs: 'x.png' (")
     assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in said and "z.png" not in said
     metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.webp"}, "x": {"image_path": "b/x.png"}})
     found = read_records([metadata], folders)  # a name goes before a stem, and a path that is there before all
@@ -143,7 +143,7 @@ def test_a_picture_of_which_there_are_several_is_refused(tmp_path):
         read_records([metadata], folders)
 
 
-def test_a_folder_of_pictures_and_caption_files(tmp_path):
+def test_a_folder_of_images_and_caption_files(tmp_path):
     for name, caption in (
         ("b.JPG", None),
         ("a.png", ".txt"),
@@ -151,21 +151,21 @@ def test_a_folder_of_pictures_and_caption_files(tmp_path):
         ("sub/d.tiff", ".txt"),
         ("x.y.gif", ".txt"),
     ):
-        picture = write(tmp_path / name, "")
+        image = write(tmp_path / name, "")
         if caption:
-            write(picture.with_suffix(caption), f"  of {picture.stem}\n")
+            write(image.with_suffix(caption), f"  of {image.stem}\n")
     write(tmp_path / "a.caption", "not this one")
     (tmp_path / "sub" / "d.txt").write_bytes("\ufeffvon Möwe\r\n".encode())  # as Windows' editor writes it
-    write(tmp_path / "notes.txt", "no picture")
+    write(tmp_path / "notes.txt", "no image")
     assert read_captions([], [tmp_path]) == {"a": "of a", "b": None, "c": "of c", "d": "von Möwe", "x.y": "of x.y"}
     record = read_records([], [tmp_path])["c"]
     assert record == {"key": "c", "image_path": str(tmp_path / "sub" / "c.webp"), "caption": "of c"}
 
 
-def test_all_pictures_of_one_stem_are_listed(tmp_path):
+def test_all_images_of_one_stem_are_listed(tmp_path):
     for name in ("a/x.png", "a/y.png", "b/x.jpg", "b/z.png", "c/x.png", "c/z.webp"):
         write(tmp_path / name, "")
-    with pytest.raises(ValueError, match="^3 pictures have the stem of another one") as caught:
+    with pytest.raises(ValueError, match="^3 images have the stem of another one") as caught:
         open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     for pair in (("a/x.png", "b/x.jpg"), ("a/x.png", "c/x.png"), ("b/z.png", "c/z.webp")):
         assert f"({tmp_path / pair[0]} and {tmp_path / pair[1]})" in str(caught.value)

@@ -178,11 +178,11 @@ def test_patterns_name_many_files(tmp_path):
 @pytest.mark.parametrize("program", ["kohya_cache", "seed_cache"])
 @pytest.mark.parametrize("form", ["metadata", "folder", "cache_dir"])
 def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
-    """With their metadata, without any, and with the latents in another folder than the pictures."""
+    """With their metadata, without any, and with the latents in another folder than the images."""
     data = tmp_path / "data"
     shutil.copytree(FIXTURES / program, data)
-    for picture in data.glob("*.jpg"):
-        picture.unlink()
+    for image in data.glob("*.jpg"):
+        image.unlink()
     cache = data
     if form == "cache_dir":
         cache = tmp_path / "cache"
@@ -240,7 +240,7 @@ def test_shards_are_a_source_by_themselves(tmp_path):
     assert find_bad_latents(index, tmp_path / "cache", "full") == []
 
 
-def test_sizes_that_disagree_with_the_picture_are_counted_and_not_used(tmp_path):
+def test_sizes_that_disagree_with_the_image_are_counted_and_not_used(tmp_path):
     sizes = {"right": [300, 200], "wrong": [200, 300], "bucket": [96, 64], "none": None, "odd": [301, 200]}
     records = {key: {"caption": key, "original_size": size} for key, size in sizes.items()}
     write(tmp_path / "m.json", orjson.dumps(records))
@@ -250,7 +250,7 @@ def test_sizes_that_disagree_with_the_picture_are_counted_and_not_used(tmp_path)
     assert index is not None and problems == []
     assert set(index.column("original_width")) == {300} and set(index.column("original_height")) == {200}
     assert index.note("other_sizes") == (
-        "2 records tell another size than their pictures have, wrong first (200x300 and not 300x200)"
+        "2 records tell another size than their images have, wrong first (200x300 and not 300x200)"
     )
     write(tmp_path / "m.json", orjson.dumps({"right": records["right"]}))
     again, _ = check_latents(build_config(tmp_path), resuming=False)

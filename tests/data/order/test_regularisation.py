@@ -16,7 +16,7 @@ from sdxl_trainer.data.order.regularisation import balance_regularisation, find_
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Six pictures in `own/` and four in `prior/`; a caption speaks of the mark and does not make it."""
+    """Six images in `own/` and four in `prior/`; a caption speaks of the mark and does not make it."""
     for name, number in (("own", 6), ("prior", 4)):
         (tmp_path / name).mkdir()
         for at in range(number):
@@ -25,7 +25,7 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pictures_of_regularisation_folders_are_marked(folders: Path) -> None:
+def test_images_of_regularisation_folders_are_marked(folders: Path) -> None:
     index = open_record_index(folders / "cache", [], [folders / "own"], ",", [folders / "prior"])
     rows = find_regularisation(index)
     assert [index.row(row)["key"] for row in rows.tolist()] == ["prior0", "prior1", "prior2", "prior3"]
@@ -44,7 +44,7 @@ def test_balanced_means_as_many_as_all_others() -> None:
     regular = np.array([6, 7, 8, 9])
     balanced = balance_regularisation(regular, 10, None, "balanced")
     assert balanced.tolist() == [1] * 6 + [1.5] * 4
-    # One picture held out and one used twice: still as many as the others. Few are repeated, many are thinned out.
+    # One image held out and one used twice: still as many as the others. Few are repeated, many are thinned out.
     repeats = np.array([0, 1, 1, 1, 1, 2, 1, 1, 2, 0])
     assert balance_regularisation(regular, 10, repeats, "balanced").tolist() == [0, 1, 1, 1, 1, 2, 1.5, 1.5, 3, 0]
     assert balance_regularisation(np.arange(2, 10), 10, None, "balanced").tolist() == [1, 1] + [0.25] * 8

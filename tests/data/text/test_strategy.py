@@ -318,7 +318,7 @@ def test_the_example_of_the_docs_does_what_they_say(cache, index):
     assert seen == {encode(dataset, text).tobytes() for text in texts}
 
 
-def test_artists_with_many_pictures_come_less_often():
+def test_artists_with_many_images_come_less_often():
     spec = load_strategy(f"{EXAMPLE}:Strategy")
     counts = {"artist": Counter(many=400, few=3)}
     records = [{"key": name, "artist": name, "aesthetic_score": 7} for name in ("many", "few")]

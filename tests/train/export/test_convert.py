@@ -1,4 +1,4 @@
-"""Models leave the project and come back bit-equal, in every form; other programs draw the same pictures with them."""
+"""Models leave the project and come back bit-equal, in every form; other programs draw the same images with them."""
 
 import json
 import shutil
@@ -47,12 +47,12 @@ def test_file_to_folder_and_back_is_bit_equal(forms: Path, tmp_path: Path) -> No
     assert_same(forms / "model.safetensors", tmp_path / "again.safetensors")
 
 
-def test_diffusers_draws_the_pictures_of_training_from_the_folder(forms: Path, one_rank: Path) -> None:
+def test_diffusers_draws_the_images_of_training_from_the_folder(forms: Path, one_rank: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(forms / "model", add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(
+    image = pipeline(
         prompt="a red circle on a white background",
         negative_prompt="",
         width=128,
@@ -62,7 +62,7 @@ def test_diffusers_draws_the_pictures_of_training_from_the_folder(forms: Path, o
         generator=torch.Generator().manual_seed(0),
     ).images[0]
     drawn = np.asarray(Image.open(one_rank / "samples" / "step-00000020" / "000.png"), np.int16)
-    assert np.abs(np.asarray(picture, np.int16) - drawn).max() <= 2
+    assert np.abs(np.asarray(image, np.int16) - drawn).max() <= 2
 
 
 def test_what_it_predicts_is_told_in_both_forms(forms: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_min_snr_is_that_of_diffusers_training_scripts():
 
 
 def test_weighting_turns_one_error_into_the_other():
-    """v's squared error is epsilon's times (snr + 1)/snr, where both come from the same picture of x0."""
+    """v's squared error is epsilon's times (snr + 1)/snr, where both come from the same image of x0."""
     x0, noise = draw_pair()
     process = diffusion.build_diffusion()
     signal, level = (diffusion.expand(values, x0) for values in process.compute_levels(ALL))

@@ -25,15 +25,15 @@ BROKEN = """<!DOCTYPE html><title>broken</title><img alt="gone" src="gone.png">
 
 
 def write_run(folder: Path, lines: list[dict | str], samples: int = 0) -> Path:
-    """A run folder with such lines of metrics, and with pictures of noise, which no codec makes small."""
+    """A run folder with such lines of metrics, and with images of noise, which no codec makes small."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     (folder / "logs" / "metrics.jsonl").write_text(text)
     noise = np.random.default_rng(0)
     for number in range(9 if samples else 0):
-        picture = Image.fromarray(noise.integers(0, 256, (160, 160, 3), np.uint8))
+        image = Image.fromarray(noise.integers(0, 256, (160, 160, 3), np.uint8))
         path = folder / "samples" / "step-00000000" / f"{number:03d}.png"
-        sheets.write_picture(path, picture, f"prompt {number} <b>&\nNegative prompt: none\nSteps: 4")
+        sheets.write_image(path, image, f"prompt {number} <b>&\nNegative prompt: none\nSteps: 4")
     for step in range(1, samples):
         shutil.copytree(folder / "samples" / "step-00000000", folder / "samples" / f"step-{step:08d}")
     return folder
@@ -118,15 +118,15 @@ def test_little_is_enough(tmp_path: Path, lines: list[dict], names: list[str]) -
     assert page.count("<img") == len(names) and ("No step has been finished" in page) == (not names)
 
 
-def test_pictures_that_are_many_missing_or_torn(tmp_path: Path) -> None:
+def test_images_that_are_many_missing_or_torn(tmp_path: Path) -> None:
     run = write_run(tmp_path, [{"step": 1, "loss": 0.5}], samples=14)
     (run / "samples" / "step-00000000" / "000.png").unlink()
     torn = run / "samples" / "step-00000013" / "000.png"
     torn.write_bytes(torn.read_bytes()[:9000])
     steps, strips = read_strips(run / "samples")
     assert len(steps) == 10 and (steps[0], steps[-1]) == (0, 13) and len(strips) == 8
-    assert [picture is None for picture in strips[0].pictures] == [True, *[False] * 8, True]
-    assert strips[0].prompt == "prompt 0 <b>&" and None not in strips[1].pictures
+    assert [image is None for image in strips[0].images] == [True, *[False] * 8, True]
+    assert strips[0].prompt == "prompt 0 <b>&" and None not in strips[1].images
     file = write_report(run)
     assert file.stat().st_size < 3e6 and "prompt 0 &lt;b&gt;&amp;" in file.read_text()
 

@@ -37,7 +37,7 @@ def texted(cached_folder, tmp_path_factory) -> Path:
     config["cache"] |= {"dir": str(folder / "latents"), "text": True}
     config["run"]["dir"] = str(folder / "runs")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    assert run_job(folder / "tiny.yaml") == 0  # the pictures are not needed
+    assert run_job(folder / "tiny.yaml") == 0  # the images are not needed
     return folder / "tiny.yaml"
 
 

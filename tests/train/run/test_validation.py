@@ -58,7 +58,7 @@ def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -
     assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
 
 
-def test_pictures_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(validated: dict[int, Path]) -> None:
+def test_images_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(validated: dict[int, Path]) -> None:
     samples = validated[1] / "samples"
     assert sorted(path.name for path in samples.glob("step-*.png")) == [f"step-{s:08d}.png" for s in (1, 2)]
     assert Image.open(samples / "strip.png").size[0] == 2 * (128 + 4) - 4
@@ -90,9 +90,9 @@ def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path]
     drawn = [painter.draw(prompt) for prompt in prompts]
     assert torch.get_rng_state().equal(states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
-    for number, picture in enumerate(drawn):
+    for number, image in enumerate(drawn):
         live = np.asarray(Image.open(validated[1] / "samples" / "step-00000002" / f"{number:03d}.png"), np.int16)
-        assert np.abs(live - np.asarray(picture, np.int16)).max() <= 1
+        assert np.abs(live - np.asarray(image, np.int16)).max() <= 1
 
 
 def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:

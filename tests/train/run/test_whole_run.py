@@ -15,7 +15,7 @@ from sdxl_trainer.data.formats.manifest import read_entries
 PROMPTS = ["a red circle on a white background", "a blue star on a grey background"]
 
 
-def test_cache_lists_every_picture_once(cached_folder: Path) -> None:
+def test_cache_lists_every_image_once(cached_folder: Path) -> None:
     keys = [entry.key for entry in read_entries(cached_folder / "latents")]
     assert len(keys) == len(set(keys)) == 24
     report = json.loads((cached_folder / "latents" / "cache_report.json").read_text())
@@ -57,7 +57,7 @@ def test_results_are_all_there(one_rank: Path) -> None:
     assert "max_steps: 20" in (one_rank / "config.yaml").read_text()
 
 
-def test_exported_file_draws_the_live_models_pictures(one_rank: Path, cached_folder: Path) -> None:
+def test_exported_file_draws_the_live_models_images(one_rank: Path, cached_folder: Path) -> None:
     """diffusers loads the single file with its own code and its own tokenizer, and draws what the live model drew."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
@@ -79,7 +79,7 @@ def test_exported_file_draws_the_live_models_pictures(one_rank: Path, cached_fol
         ).images[0]
         live = Image.open(one_rank / "samples" / "step-00000020" / f"{number:03d}.png")
         difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(live, np.int16))
-        assert difference.max() <= 1, f"picture {number} differs by up to {difference.max()} of 255"
+        assert difference.max() <= 1, f"image {number} differs by up to {difference.max()} of 255"
 
 
 def test_bad_inputs_are_all_named_at_once(cached_folder: Path, tmp_path: Path) -> None:

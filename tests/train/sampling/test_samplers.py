@@ -1,4 +1,4 @@
-"""Sampling: a U-Net that knows the one picture there is must draw exactly that one, whatever it predicts."""
+"""Sampling: a U-Net that knows the one image there is must draw exactly that one, whatever it predicts."""
 
 import json
 
@@ -72,7 +72,7 @@ def draw(pipeline) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_the_one_picture_is_drawn(settings, first, last):
+def test_the_one_image_is_drawn(settings, first, last):
     objective = ObjectiveConfig(**settings)
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     pipeline = build(objective)

@@ -41,7 +41,7 @@ def pipeline(model_folder):
 
 
 def _resized(path: Path) -> torch.Tensor:
-    """Read a picture, resize it to cover its bucket, crop the centre; return [1, 3, H, W] in −1..1."""
+    """Read an image, resize it to cover its bucket, crop the centre; return [1, 3, H, W] in −1..1."""
     image = Image.open(path).convert("RGB")
     width, height = min(BUCKETS_PX, key=lambda bucket: abs(bucket[0] / bucket[1] - image.width / image.height))
     scale = max(width / image.width, height / image.height)
@@ -69,7 +69,7 @@ def test_demo_set_holds_what_its_metadata_says(demo):
     assert Counter(caption.split()[1] for caption in captions.elements()) == dict.fromkeys(COLOURS, 16)
 
 
-def test_nearest_colour_is_right_on_every_demo_picture(demo):
+def test_nearest_colour_is_right_on_every_demo_image(demo):
     path, metadata = demo
     for record in metadata.values():
         image = np.asarray(Image.open(path.parent / record["image_path"]).convert("RGB"))
@@ -88,7 +88,7 @@ def test_demo_set_is_the_same_for_one_seed_and_another_for_another(tmp_path):
     assert first != read("other", 4)
 
 
-def test_vae_reconstructs_demo_pictures_and_has_sdxl_latent_scale(demo):
+def test_vae_reconstructs_demo_images_and_has_sdxl_latent_scale(demo):
     path, metadata = demo
     assert VAE_WEIGHTS.stat().st_size <= 2_000_000
     with safe_open(VAE_WEIGHTS, "pt") as file:
@@ -137,7 +137,7 @@ def test_tokenizer_files_are_what_the_code_writes(tmp_path):
     assert learn_merges(["aab", "ab"]) == [("a", "b</w>"), ("a", "ab</w>")]
 
 
-def test_tiny_sdxl_has_sdxl_topology_and_makes_a_picture(pipeline):
+def test_tiny_sdxl_has_sdxl_topology_and_makes_a_image(pipeline):
     unet, first, second = pipeline.unet.config, pipeline.text_encoder.config, pipeline.text_encoder_2.config
     assert unet.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     assert unet.addition_embed_type == "text_time"
