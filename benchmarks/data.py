@@ -147,8 +147,10 @@ def make_samples(folder: Path, number: int) -> list[Path | str]:
 
     rng, shards = np.random.default_rng(0), []
     (folder / "npz").mkdir(parents=True, exist_ok=True)
-    records = {f"s{row:06d}": {"caption": text, "image_path": f"npz/s{row:06d}.npz"}
-               for row, text in enumerate(make_captions(number))}  # fmt: skip
+    records = {
+        f"s{row:06d}": {"caption": text, "image_path": f"npz/s{row:06d}.npz"}
+        for row, text in enumerate(make_captions(number))
+    }
     (folder / "metadata.json").write_bytes(orjson.dumps(records))
     writer = None
     for row, (key, record) in enumerate(records.items()):

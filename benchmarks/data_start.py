@@ -43,9 +43,17 @@ def make_set(folder: Path, number: int) -> None:
         place = {"bucket": bucket, "original_size": (1500, 1000), "resized": bucket, "crop": (0, 0, *bucket)}
         source = {"source_path": f"/x/img_{row:08d}.jpg", "source_bytes": 1, "source_mtime_ns": 1}
         writer.append(
-            Entry(f"img_{row:08d}", f"img_{row:08d}.npz", 262_600, f"{row:064x}", identity="0", **place, **source,
-                  source_sha256=f"{row:064x}")
-        )  # fmt: skip
+            Entry(
+                f"img_{row:08d}",
+                f"img_{row:08d}.npz",
+                262_600,
+                f"{row:064x}",
+                identity="0",
+                **place,
+                **source,
+                source_sha256=f"{row:064x}",
+            )
+        )
     writer.close()
 
 
@@ -69,8 +77,13 @@ def start(folder: Path) -> dict[str, float]:
     peak_mb, began = _peak_mb(), time.process_time()
     sum(number * number for number in range(5_000_000))  # how fast this machine is just now
     reference = time.process_time() - began
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak_mb, "added_mb": peak_mb - before_mb,
-            "reference_seconds": reference}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_mb": peak_mb,
+        "added_mb": peak_mb - before_mb,
+        "reference_seconds": reference,
+    }
 
 
 def _peak_mb() -> float:

@@ -69,8 +69,10 @@ def tabulate_step() -> str:
         bandwidth = NVLINK_GBS if gpus <= NODE else NETWORK_GBS
         sent = [compute_traffic_gb(stage, 1) * (gpus - 1) / gpus / bandwidth for stage in (2, 3)]
         hours = ", ".join(f"{images / (gpus * compute_rate()) / 3600:,.3g}" for images in IMAGES)
-        rows.append(f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate():,.0f} | {seconds * 1e3:.0f} ms | "
-                    f"{sent[0] * 1e3:.0f} ms | {sent[1] * 1e3:.0f} ms | {hours} |")  # fmt: skip
+        rows.append(
+            f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate():,.0f} | {seconds * 1e3:.0f} ms | "
+            f"{sent[0] * 1e3:.0f} ms | {sent[1] * 1e3:.0f} ms | {hours} |"
+        )
     return "\n".join(rows)
 
 
@@ -111,9 +113,11 @@ def tabulate_start() -> str:
     rows.append("|---|---|---|---|---|")
     for images in IMAGES:
         later = LATER_START_SECONDS_AT_10_MILLION * images / 1e7
-        rows.append(f"| {images:,.0f} | {images / 1e6 * FIRST_START_CPU_SECONDS_A_MILLION / 60:.2g} min | "
-                    f"{images / 1e6 * INDEX_GB_A_MILLION:.3g} GB | {later:.2g} s | "
-                    f"{images * 8 / 1e6:,.0f} MB, {images * 40 / 1e6:,.0f} MB with uneven repeats |")  # fmt: skip
+        rows.append(
+            f"| {images:,.0f} | {images / 1e6 * FIRST_START_CPU_SECONDS_A_MILLION / 60:.2g} min | "
+            f"{images / 1e6 * INDEX_GB_A_MILLION:.3g} GB | {later:.2g} s | "
+            f"{images * 8 / 1e6:,.0f} MB, {images * 40 / 1e6:,.0f} MB with uneven repeats |"
+        )
     return "\n".join(rows)
 
 

@@ -184,9 +184,18 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkL
         if counts["text"]:
             logger.info("captions of {} images are to be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
-        raise_if_any([Problem("cache.dir", folder, f"has {free:,} bytes free and the latents need about {needed:,}",
-                              "free some space, give another cache.dir, or cache.dtype: float16")]
-                     if needed > free else [])  # fmt: skip
+        raise_if_any(
+            [
+                Problem(
+                    "cache.dir",
+                    folder,
+                    f"has {free:,} bytes free and the latents need about {needed:,}",
+                    "free some space, give another cache.dir, or cache.dtype: float16",
+                )
+            ]
+            if needed > free
+            else []
+        )
     barrier()
 
 
@@ -194,9 +203,15 @@ def announce_time(own: Estimate, ranks: Ranks) -> None:
     """Say how long the slowest rank will take, by its own trial."""
     slowest = max(gather_objects(own), key=lambda estimate: estimate.seconds)
     if ranks.is_main and slowest.seconds:
-        whole, decode, encode, text = map(describe_seconds, (
-            slowest.seconds, slowest.decode_seconds, slowest.encode_seconds, slowest.text_seconds,
-        ))  # fmt: skip
+        whole, decode, encode, text = map(
+            describe_seconds,
+            (
+                slowest.seconds,
+                slowest.decode_seconds,
+                slowest.encode_seconds,
+                slowest.text_seconds,
+            ),
+        )
         captions = f", captions {text}" if slowest.text_seconds else ""
         logger.info("estimated time: {} (images {}{}; decoding at the same time {})", whole, encode, captions, decode)
 
@@ -213,8 +228,9 @@ def tell_masks(masks: str, num_masked: int, num_images: int) -> None:
     logger.info("{} images have a mask; the loss of the {} others counts everywhere", num_masked, others)
 
 
-def start_captioning(config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks, dry_run: bool
-                     ) -> TextJob | None:  # fmt: skip
+def start_captioning(
+    config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks, dry_run: bool
+) -> TextJob | None:
     """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date.
 
     It is brought up to date here, except by a dry run.
@@ -228,8 +244,9 @@ def start_captioning(config: Config, works: list[WorkList], text: TextPlan | Non
     return start_text(config, text.identity, folder, ranks.device, out_of_date and not dry_run)
 
 
-def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncoder, TextJob | None], ranks: Ranks,
-                stop: StopRequest) -> RankResult:  # fmt: skip
+def encode_work(
+    config: Config, works: list[WorkList], encoders: tuple[VaeEncoder, TextJob | None], ranks: Ranks, stop: StopRequest
+) -> RankResult:
     """Encode this rank's items. A stop signal ends the work between two batches, with all that was encoded written."""
     folder, cache, bad = get_cache_folder(config), config.cache, []
     reporter = ProgressReporter(ranks, sum(len(work.items) + len(work.texts) for work in works))
@@ -247,9 +264,18 @@ def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncode
     try:
         for work in works:
             pipeline = Pipeline(
-                encoders[0], writer, work.rule, work.identity, cache.batch_size, cache.num_workers, reporter.progress,
-                report_bad, stop.raise_if_received, encoders[1], cache.alpha_mask,
-            )  # fmt: skip
+                encoders[0],
+                writer,
+                work.rule,
+                work.identity,
+                cache.batch_size,
+                cache.num_workers,
+                reporter.progress,
+                report_bad,
+                stop.raise_if_received,
+                encoders[1],
+                cache.alpha_mask,
+            )
             pipeline.run(work.items, work.texts)
     except Interrupted as request:
         interrupted = request.signal_number
@@ -258,8 +284,10 @@ def encode_work(config: Config, works: list[WorkList], encoders: tuple[VaeEncode
         try:
             writer.close()
         except OSError as error:
-            raise FailedError(f"{folder}: {error.strerror}. What the manifest lists is whole; mend that and run "
-                              f"the same command again") from error  # fmt: skip
+            raise FailedError(
+                f"{folder}: {error.strerror}. What the manifest lists is whole; mend that and run "
+                f"the same command again"
+            ) from error
     reporter.progress.bytes_written = writer.bytes_written
     return RankResult(reporter.progress, bad, interrupted)
 

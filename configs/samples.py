@@ -8,8 +8,19 @@ from pydantic import Field, ValidationInfo, field_validator
 from sdxl_trainer.configs.section import Section
 
 SchedulerName = Literal[
-    "euler", "euler_a", "ddim", "ddpm", "pndm", "heun", "dpm_2", "dpm_2_a", "dpmsolver++", "dpmsingle", "deis", "unipc",
-]  # fmt: skip
+    "euler",
+    "euler_a",
+    "ddim",
+    "ddpm",
+    "pndm",
+    "heun",
+    "dpm_2",
+    "dpm_2_a",
+    "dpmsolver++",
+    "dpmsingle",
+    "deis",
+    "unipc",
+]
 # The names that kohya's scripts use → diffusers' classes, whose own names are understood as well.
 SCHEDULERS: dict[SchedulerName, str] = {
     "euler": "EulerDiscreteScheduler",

@@ -110,8 +110,11 @@ def check_ranks(num_gpus: int, command: list[str] | None = None, timeout_seconds
     with tempfile.TemporaryFile("w+") as output:
         probe = subprocess.Popen(
             command or [*start, "-m", "sdxl_trainer.launch.probe"],
-            env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             status = probe.wait(timeout_seconds)
         except subprocess.TimeoutExpired:

@@ -130,11 +130,22 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             shutil.copy(latents, own / f"own_{number}.npz")
             (own / f"own_{number}.txt").write_text("a " + latents.stem.replace("_", " ")[5:])
         (folder / "prompts.txt").write_text(MIXED_PROMPTS)
-        words = ("--cfg", cached_folder / "tiny.yaml", f"run.dir={folder}", f"validation.image_dirs=[{own}]",
-                 f"validation.cache_dir={own}", "validation.timesteps_per_sample=2",
-                 "validation.at_start=true", "sample.prompts=[]", f"sample.prompt_file={folder / 'prompts.txt'}",
-                 "sample.num_inference_steps=2", "train.max_steps=2", "checkpoint.every_steps=0",
-                 "ema.decays=[0.5]", "ema.sample=false")  # fmt: skip
+        words = (
+            "--cfg",
+            cached_folder / "tiny.yaml",
+            f"run.dir={folder}",
+            f"validation.image_dirs=[{own}]",
+            f"validation.cache_dir={own}",
+            "validation.timesteps_per_sample=2",
+            "validation.at_start=true",
+            "sample.prompts=[]",
+            f"sample.prompt_file={folder / 'prompts.txt'}",
+            "sample.num_inference_steps=2",
+            "train.max_steps=2",
+            "checkpoint.every_steps=0",
+            "ema.decays=[0.5]",
+            "ema.sample=false",
+        )
         run_program("train/main.py", *words, "run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
         run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
 

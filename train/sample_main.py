@@ -16,9 +16,11 @@ def build_arguments() -> RankParser:
     """What the program takes."""
     parser = RankParser(description="Draw the images of a prompt file, and a contact sheet of them.")
     parser.add_argument(
-        "--model", required=True, metavar="PATH",
+        "--model",
+        required=True,
+        metavar="PATH",
         help="a single .safetensors file, a diffusers folder, a hub id, or a run's folder or one of its checkpoints",
-    )  # fmt: skip
+    )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/TRAINING.md)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images go")
     parser.add_argument("--ema", metavar="DECAY", help="take this moving average of a checkpoint, such as 0.999")

@@ -105,8 +105,9 @@ class Decoder:
         while waiting:
             yield from _tell_sizes(waiting.popleft())
 
-    def _plan(self, sized: Iterator[tuple[WorkItem, Size | None]], buckets: list[Size]
-              ) -> Iterator[tuple[Size | None, list[WorkItem]]]:  # fmt: skip
+    def _plan(
+        self, sized: Iterator[tuple[WorkItem, Size | None]], buckets: list[Size]
+    ) -> Iterator[tuple[Size | None, list[WorkItem]]]:
         """Groups of one bucket, as large as a batch but for the last ones; None: only decoding can tell."""
         groups: dict[Size | None, list[WorkItem]] = defaultdict(list)
         for item, size in sized:
@@ -117,8 +118,9 @@ class Decoder:
                 yield bucket, groups.pop(bucket)
         yield from groups.items()
 
-    def _start(self, bucket: Size | None, group: list[WorkItem], buckets: list[Size],
-               pool: ThreadPoolExecutor) -> _Planned:  # fmt: skip
+    def _start(
+        self, bucket: Size | None, group: list[WorkItem], buckets: list[Size], pool: ThreadPoolExecutor
+    ) -> _Planned:
         pixels = None if bucket is None else np.empty((len(group), bucket[1], bucket[0], 3), np.uint8)
         slots: Sequence[np.ndarray | None] = [None] * len(group) if pixels is None else list(pixels)
         return _Planned(
@@ -153,8 +155,9 @@ class Decoder:
             yield Batch(batch.pixels if whole else batch.pixels[places], entries)
 
 
-def prepare_item(item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
-                    out: np.ndarray | None = None) -> PreparedImage:  # fmt: skip
+def prepare_item(
+    item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
+) -> PreparedImage:
     """An item's image cut to its bucket, with its mask. Arguments as for `prepare_image`.
 
     Raises:

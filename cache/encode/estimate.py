@@ -54,8 +54,9 @@ def estimate_work(works: Sequence[WorkList], encoder: Encoder, text: TextJob | N
     return Estimate(decode, encode, captions * text.variants.count * time_captions(text))
 
 
-def time_decoding(items: Sequence[WorkItem], rule: BucketRule, num_workers: int, clock: Clock = time.monotonic
-                  ) -> float:  # fmt: skip
+def time_decoding(
+    items: Sequence[WorkItem], rule: BucketRule, num_workers: int, clock: Clock = time.monotonic
+) -> float:
     """Seconds an image takes with so many threads at work, by a spread of them; broken ones are told of later."""
     buckets = list_buckets(rule)
     count = min(len(items), num_workers * IMAGES_PER_WORKER)

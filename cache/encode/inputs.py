@@ -35,12 +35,21 @@ def build_identities(config: Config, vae_sha256: str) -> dict[str, Identity]:
     cache = config.cache
     return {
         prefix: Identity(
-            vae_sha256=vae_sha256, vae_precision=cache.vae_precision, dtype=cache.dtype, posterior=cache.posterior,
-            flip=cache.flip, resolution_px=rule.resolution_px, min_bucket_px=rule.min_px, max_bucket_px=rule.max_px,
-            bucket_step_px=rule.step_px, no_upscale=rule.no_upscale, buckets=rule.fixed, alpha_mask=cache.alpha_mask,
+            vae_sha256=vae_sha256,
+            vae_precision=cache.vae_precision,
+            dtype=cache.dtype,
+            posterior=cache.posterior,
+            flip=cache.flip,
+            resolution_px=rule.resolution_px,
+            min_bucket_px=rule.min_px,
+            max_bucket_px=rule.max_px,
+            bucket_step_px=rule.step_px,
+            no_upscale=rule.no_upscale,
+            buckets=rule.fixed,
+            alpha_mask=cache.alpha_mask,
         )
         for prefix, rule in build_bucket_rules(config.data).items()
-    }  # fmt: skip
+    }
 
 
 def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:

@@ -88,9 +88,13 @@ class Pipeline:
     def _launch_images(self, items: Sequence[WorkItem]) -> Iterator[Callable[[], list[EncodedItem]]]:
         """Start batch after batch, yielding what waits for each and returns it."""
         decoder = Decoder(
-            self.rule, self.batch_size, self.num_workers, self.with_alpha, self._shape_captions,
+            self.rule,
+            self.batch_size,
+            self.num_workers,
+            self.with_alpha,
+            self._shape_captions,
             self._pass_over_image,
-        )  # fmt: skip
+        )
         batches = decoder.decode(items)
         while True:
             asked = time.monotonic()
@@ -147,8 +151,9 @@ class Pipeline:
         self.progress.done += len(items)
         self.progress.bytes_written = self.writer.bytes_written
 
-    def _finish_images(self, batch: list[Prepared], pending: PendingBatch,
-                         texts: Callable[[], list[tuple[TextOutputs, ...]]]) -> list[EncodedItem]:  # fmt: skip
+    def _finish_images(
+        self, batch: list[Prepared], pending: PendingBatch, texts: Callable[[], list[tuple[TextOutputs, ...]]]
+    ) -> list[EncodedItem]:
         encoded, items = pending.wait(), []
         for place, (prepared, outputs) in enumerate(zip(batch, texts(), strict=True)):
             item = build_item(prepared, encoded, place, self.identity)
@@ -158,8 +163,9 @@ class Pipeline:
             items.append(item)
         return items
 
-    def _finish_texts(self, batch: list[tuple[TextItem, tuple[str, ...]]],
-                      texts: Callable[[], list[tuple[TextOutputs, ...]]]) -> list[EncodedItem]:  # fmt: skip
+    def _finish_texts(
+        self, batch: list[tuple[TextItem, tuple[str, ...]]], texts: Callable[[], list[tuple[TextOutputs, ...]]]
+    ) -> list[EncodedItem]:
         return [
             EncodedItem(self._describe_text(item.entry, item.file, captions), None, outputs, item.record)
             for (item, captions), outputs in zip(batch, texts(), strict=True)
@@ -200,9 +206,21 @@ def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) 
         alpha_mask=None if image.mask is None else image.mask.astype(np.float32) / 255,
     )
     entry = Entry(
-        key=item.key, file=item.file, bytes=0, sha256="", bucket=placement.bucket, original_size=image.original_size,
-        resized=placement.resized, crop=placement.crop_ltrb, identity=identity, source_path=item.image_path,
-        source_bytes=image.source_bytes, source_mtime_ns=image.source_mtime_ns, source_sha256=image.source_sha256,
-        flipped=flipped is not None, text=item.text, mask=image.mask_file,
-    )  # fmt: skip
+        key=item.key,
+        file=item.file,
+        bytes=0,
+        sha256="",
+        bucket=placement.bucket,
+        original_size=image.original_size,
+        resized=placement.resized,
+        crop=placement.crop_ltrb,
+        identity=identity,
+        source_path=item.image_path,
+        source_bytes=image.source_bytes,
+        source_mtime_ns=image.source_mtime_ns,
+        source_sha256=image.source_sha256,
+        flipped=flipped is not None,
+        text=item.text,
+        mask=image.mask_file,
+    )
     return EncodedItem(entry, sample, record=item.record)

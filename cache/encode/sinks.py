@@ -128,9 +128,15 @@ class ShardSink:
             assert entry.text is not None, "the line says what the text is of"
             part = replace(entry.text, file=file, bytes=len(text), sha256=text_digest, offset=place.text_offset)
         return replace(
-            entry, file=file, bytes=place.size, sha256=digest, offset=place.offset, record_bytes=len(record),
-            record_sha256=record_digest, text=part,
-        )  # fmt: skip
+            entry,
+            file=file,
+            bytes=place.size,
+            sha256=digest,
+            offset=place.offset,
+            record_bytes=len(record),
+            record_sha256=record_digest,
+            text=part,
+        )
 
     def close(self) -> None:
         """Finish all open shards; one that cannot be (the disk is full) is left for `recover_shards`.
@@ -160,8 +166,9 @@ class ShardSink:
 def list_shards(folder: Path) -> list[str]:
     """The finished shards of a cache, as entries name them."""
     pattern = re.compile(r"\d+x\d+-\d+-\d+\.tar")
-    return sorted(f"{SHARD_FOLDER}/{path.name}" for path in (folder / SHARD_FOLDER).glob("*.tar")
-                  if pattern.fullmatch(path.name))  # fmt: skip
+    return sorted(
+        f"{SHARD_FOLDER}/{path.name}" for path in (folder / SHARD_FOLDER).glob("*.tar") if pattern.fullmatch(path.name)
+    )
 
 
 def recover_shards(folder: Path, entries: Iterable[Entry]) -> list[Path]:

@@ -115,9 +115,17 @@ def choose_share(index: Index, resolution: Resolution, rank: int, world_size: in
     return Share(resolution, rows.tolist(), [resolution.prefix + key for key in keys])
 
 
-def list_work(index: Index, folder: Path, entries: Mapping[str, Entry], share: Share, *, beside: bool,
-              text: TextPlan | None = None, known_only: bool = False,
-              masks: MaskFinder | None = None) -> WorkList:  # fmt: skip
+def list_work(
+    index: Index,
+    folder: Path,
+    entries: Mapping[str, Entry],
+    share: Share,
+    *,
+    beside: bool,
+    text: TextPlan | None = None,
+    known_only: bool = False,
+    masks: MaskFinder | None = None,
+) -> WorkList:
     """What a rank has to encode of its share.
 
     Args:

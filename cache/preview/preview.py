@@ -49,8 +49,16 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
     index = open_latent_index(get_cache_folder(config), records, build_selection(config))
     console.print(tabulate_state(config, records, index))
     if len(index) == 0:
-        raise UserInputError([Problem("cache.dir", get_cache_folder(config), "holds no latents of these records",
-                                      "run bash launch/cache.sh first, or set cache.on_missing: encode")])  # fmt: skip
+        raise UserInputError(
+            [
+                Problem(
+                    "cache.dir",
+                    get_cache_folder(config),
+                    "holds no latents of these records",
+                    "run bash launch/cache.sh first, or set cache.on_missing: encode",
+                )
+            ]
+        )
     raise_if_any(check_flip(config, index) + check_use(config.data, index))
     source = resolve_model(config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
@@ -114,8 +122,14 @@ def tabulate_lengths(dataset: LatentDataset) -> Table:
     table = Table("tokens", "encoder 1", "", "encoder 2", "", title=title)
     for name, counted in counts.classes.items():
         shares = [count / max(1, number) for count in counted]
-        table.add_row(name, *(cell for count, share in zip(counted, shares, strict=True)
-                              for cell in (str(count), "█" * round(20 * share))))  # fmt: skip
+        table.add_row(
+            name,
+            *(
+                cell
+                for count, share in zip(counted, shares, strict=True)
+                for cell in (str(count), "█" * round(20 * share))
+            ),
+        )
     return table
 
 
@@ -125,14 +139,16 @@ def tabulate_captions(dataset: LatentDataset) -> Table:
     table = Table("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS)), title="captions", show_lines=True)
     drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
     for row, *captions in zip(rows.tolist(), *drawn, strict=True):
-        table.add_row(str(dataset.index.strings("key")[row]), *(
-            "(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions
-        ))  # fmt: skip
+        table.add_row(
+            str(dataset.index.strings("key")[row]),
+            *("(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions),
+        )
     return table
 
 
-def write_sheet(config: Config, source: ModelSource, dataset: LatentDataset, plan: Plan, target: tuple[Path, int],
-                console: Console) -> None:  # fmt: skip
+def write_sheet(
+    config: Config, source: ModelSource, dataset: LatentDataset, plan: Plan, target: tuple[Path, int], console: Console
+) -> None:
     """Write an image of the first samples that the run will train on."""
     file, number = target
     specimens = list(islice(iterate_specimens(dataset, plan), min(number, len(dataset.index))))

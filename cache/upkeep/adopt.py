@@ -137,15 +137,33 @@ def _check_fit(
     return placement
 
 
-def _build_entry(key: str, path: Path, folder: Path, content: bytes, image: Path, identity: Identity,
-                 crop: tuple[int, int, int, int], resized: tuple[int, int]) -> Entry:  # fmt: skip
+def _build_entry(
+    key: str,
+    path: Path,
+    folder: Path,
+    content: bytes,
+    image: Path,
+    identity: Identity,
+    crop: tuple[int, int, int, int],
+    resized: tuple[int, int],
+) -> Entry:
     sample = parse_latents(content)
     inside = path.is_relative_to(folder)
     status = image.stat() if image.is_file() and image.suffix != path.suffix else None
     return Entry(
-        key=key, file=str(path.relative_to(folder) if inside else path.absolute()), bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(), bucket=sample.bucket, original_size=sample.original_size,
-        resized=resized, crop=crop, identity=identity.name, source_path=str(image),
-        source_bytes=status.st_size if status else 0, source_mtime_ns=status.st_mtime_ns if status else 0,
-        source_sha256=hash_file(image) if status else "", adopted=True, flipped=sample.flipped is not None,
-    )  # fmt: skip
+        key=key,
+        file=str(path.relative_to(folder) if inside else path.absolute()),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        bucket=sample.bucket,
+        original_size=sample.original_size,
+        resized=resized,
+        crop=crop,
+        identity=identity.name,
+        source_path=str(image),
+        source_bytes=status.st_size if status else 0,
+        source_mtime_ns=status.st_mtime_ns if status else 0,
+        source_sha256=hash_file(image) if status else "",
+        adopted=True,
+        flipped=sample.flipped is not None,
+    )

@@ -103,8 +103,9 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     logger.info("{} images' files adopted, {} not, {} were listed before", adopted, len(bad), len(known))
     if not (adopted or bad or known):
         names = ADOPTED_NAMES if config.cache.text else ADOPTED_NAMES[:2]
-        logger.warning("no files to adopt were found: {} is looked for beside each image and in {}",
-                       " or ".join(names), folder)  # fmt: skip
+        logger.warning(
+            "no files to adopt were found: {} is looked for beside each image and in {}", " or ".join(names), folder
+        )
     if bad:
         raise BadCacheError(f"{len(bad)} files do not fit the settings and were not adopted")
 

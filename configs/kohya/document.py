@@ -68,8 +68,10 @@ reads what `get_config` assigns, without running it. Names that are not in this 
 
 def build_page() -> str:
     """The whole page as Markdown."""
-    defaults = ", ".join(f"`{name}` {value:g}" if isinstance(value, float) else f"`{name}` {value}"
-                         for name, value in KOHYA_DEFAULTS.items())  # fmt: skip
+    defaults = ", ".join(
+        f"`{name}` {value:g}" if isinstance(value, float) else f"`{name}` {value}"
+        for name, value in KOHYA_DEFAULTS.items()
+    )
     parts = [HEADER.replace("DEFAULTS", defaults)]
     for title, options in KOHYA_GROUPS.items():
         parts.append(f"\n## {title}\n\n| option | here | |\n|---|---|---|\n")

@@ -102,7 +102,8 @@ MODEL = {
         refuse_suffixes(".ckpt", ".pt", why="weights are read from safetensors only; convert the file"), "model.path"
     ),
     "vae": made(
-        convert_vae, "model.vae",
+        convert_vae,
+        "model.vae",
         note=f"a folder in diffusers' form or a hub id; convert a single file once: `{VAE_CONVERSION}`",
     ),
     "no_half_vae": always("the VAE runs in fp32 unless `cache.vae_precision: bf16` is set"),
@@ -113,7 +114,7 @@ MODEL = {
     "disable_mmap_load_safetensors": none("files are read tensor by tensor"),
     "lowram": none(MEMORY),
     "highvram": none(MEMORY),
-}  # fmt: skip
+}
 DATA = {
     "train_data_dir": made(
         as_list, "data.image_dirs", note="its `N_name` folders become folders with weights N; the name is no caption"
@@ -123,8 +124,11 @@ DATA = {
     "image_dir": made(as_list, "data.image_dirs", note="of a subset"),
     "metadata_file": made(as_list, "data.metadata", note="of a subset"),
     "is_reg": same("data.regularisation_dirs", "of a subset"),
-    "num_repeats": same("data.weights", "of a subset; one for each entry of `data.metadata` or `data.image_dirs`; "
-                        "with `is_reg` named only: these come as often as all others together, there too"),
+    "num_repeats": same(
+        "data.weights",
+        "of a subset; one for each entry of `data.metadata` or `data.image_dirs`; "
+        "with `is_reg` named only: these come as often as all others together, there too",
+    ),
     "dataset_repeats": none("all images alike: the same as more steps"),
     "class_tokens": none("an image without a caption is trained with the empty one; write .txt files"),
     "caption_extension": made(
@@ -132,11 +136,15 @@ DATA = {
     ),
     "caption_extention": none("misspelt caption_extension; `.txt` and `.caption` files are read"),
     "resolution": made(
-        convert_resolution, "data.resolution_px", "data.buckets",
+        convert_resolution,
+        "data.resolution_px",
+        "data.buckets",
         note="with `enable_bucket` the side of a square of the same area; several for data sets of the same folders",
     ),
     "enable_bucket": made(
-        say(None), "data.resolution_px", "data.buckets",
+        say(None),
+        "data.resolution_px",
+        "data.buckets",
         note="without it `data.buckets` has one bucket of `resolution`'s size, as there",
     ),
     "min_bucket_reso": made(needs("enable_bucket"), "data.min_bucket_px"),
@@ -144,12 +152,16 @@ DATA = {
     "bucket_reso_steps": made(needs("enable_bucket"), "data.bucket_step_px", note="multiples of 32"),
     "bucket_no_upscale": made(needs("enable_bucket"), "data.no_upscale"),
     "flip_aug": made(
-        lambda value, given: {"cache.flip": True, "data.flip_rate": 0.5}, "cache.flip", "data.flip_rate",
+        lambda value, given: {"cache.flip": True, "data.flip_rate": 0.5},
+        "cache.flip",
+        "data.flip_rate",
         note="every other time, as there",
     ),
     "alpha_mask": made(
         lambda value, given: {"cache.alpha_mask": True, "objective.masked_loss": True},
-        "cache.alpha_mask", "objective.masked_loss", note="without `masked_loss` too, as there",
+        "cache.alpha_mask",
+        "objective.masked_loss",
+        note="without `masked_loss` too, as there",
     ),
     "masked_loss": made(
         convert_masked_loss, "objective.masked_loss", "data.masks", note="with `conditioning_data_dir` or `alpha_mask`"
@@ -178,7 +190,7 @@ DATA = {
     "validate_every_n_steps": same("validation.every_steps"),
     "validate_every_n_epochs": made(convert_epochs, "validation.every_steps", note="with `--samples`"),
     "max_validation_steps": none("`validation.max_samples` counts samples"),
-}  # fmt: skip
+}
 CAPTIONS = {
     "caption_prefix": made(as_text, "data.caption.prefix"),
     "caption_suffix": made(as_text, "data.caption.suffix"),
@@ -213,34 +225,49 @@ OBJECTIVE = {
     "min_timestep": same("objective.min_timestep"),
     "max_timestep": same("objective.max_timestep"),
     "loss_type": made(
-        lambda value, given: {"objective.loss": value}
-        | ({"objective.huber_schedule": "snr"} if value in ("huber", "smooth_l1") else {}),
-        "objective.loss", "objective.huber_schedule", note="kohya's schedule without `huber_schedule` is `snr`",
+        lambda value, given: (
+            {"objective.loss": value} | ({"objective.huber_schedule": "snr"} if value in ("huber", "smooth_l1") else {})
+        ),
+        "objective.loss",
+        "objective.huber_schedule",
+        note="kohya's schedule without `huber_schedule` is `snr`",
     ),
     "huber_schedule": made(for_huber, "objective.huber_schedule"),
     "huber_c": made(for_huber, "objective.huber_c"),
     "huber_scale": none("errors are not scaled; `huber_c` alone says where the loss turns linear"),
     "prior_loss_weight": same("objective.prior_loss_weight"),
-}  # fmt: skip
+}
 OPTIMIZER = {
     "learning_rate": same("optim.lr"),
     "unet_lr": made(needs("network_module"), "optim.lr"),
     "optimizer_type": made(
-        convert_optimizer, "optim.name", "optim.weight_decay", "optim.kwargs", "engine.zero_stage",
+        convert_optimizer,
+        "optim.name",
+        "optim.weight_decay",
+        "optim.kwargs",
+        "engine.zero_stage",
         note="with its default weight decay, which biases and norms do not get here; of classes not listed: 0.01 of "
         "AdamW's kind, else 0; Adafactor only with a learning rate; ZeRO 0 for those that look at whole weights",
     ),
     "use_8bit_adam": made(say("adamw8bit"), "optim.name", note="`adamw8bit`"),
     "use_lion_optimizer": made(say("lion"), "optim.name", note="`lion`"),
-    "optimizer_args": made(
-        convert_optimizer_args, "optim.weight_decay", "optim.betas", "optim.eps", "optim.kwargs"
-    ),
+    "optimizer_args": made(convert_optimizer_args, "optim.weight_decay", "optim.betas", "optim.eps", "optim.kwargs"),
     "max_grad_norm": same("optim.max_grad_norm"),
     "lr_scheduler": made(
-        choose({"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
-                "cosine_with_restarts": "cosine_with_restarts", "polynomial": "polynomial",
-                "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}),
-        "optim.schedule", note="with or without warm-up; `warmup_stable_decay` is `wsd`, which falls along a line",
+        choose(
+            {
+                "constant": "constant",
+                "constant_with_warmup": "constant",
+                "linear": "linear",
+                "cosine": "cosine",
+                "cosine_with_restarts": "cosine_with_restarts",
+                "polynomial": "polynomial",
+                "cosine_with_min_lr": "cosine",
+                "warmup_stable_decay": "wsd",
+            }
+        ),
+        "optim.schedule",
+        note="with or without warm-up; `warmup_stable_decay` is `wsd`, which falls along a line",
     ),
     "lr_warmup_steps": made(convert_steps, "optim.warmup_steps"),
     "lr_decay_steps": made(convert_steps, "optim.decay_steps"),
@@ -258,7 +285,7 @@ OPTIMIZER = {
     "fused_backward_pass": none(MEMORY),
     "fused_optimizer_groups": none(MEMORY),
     "blockwise_fused_optimizers": none(MEMORY),
-}  # fmt: skip
+}
 ADAPTERS = {
     "network_module": made(
         convert_network, "lora.rank", "lora.alpha", *ENCODERS, note="`networks.lora`; rank 4 and alpha 1 by default"
@@ -288,7 +315,8 @@ TRAINING = {
     "num_processes": made(say(None), *BATCH, note="accelerate's; `NPROC` here, by default one for each GPU"),
     "seed": same("run.seed"),
     "mixed_precision": made(
-        choose({"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16"}), "engine.precision",
+        choose({"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16"}),
+        "engine.precision",
         note="`no`, the default there, is fp32",
     ),
     "full_bf16": made(
@@ -317,15 +345,18 @@ TRAINING = {
     "ddp_timeout": made(lambda value, given: value or None, "engine.timeout_minutes", note="in minutes there too"),
     "ddp_gradient_as_bucket_view": none("gradients are DeepSpeed's"),
     "ddp_static_graph": none("gradients are DeepSpeed's"),
-}  # fmt: skip
+}
 OUTPUT = {
     "output_dir": same("run.dir", "the run folder is `<run.dir>/<run.name>`"),
     "output_name": made(as_text, "run.name"),
     "save_every_n_steps": same("checkpoint.every_steps", "of the whole state; `train/convert.py` makes models of it"),
     "save_every_n_epochs": made(
-        lambda value, given: {"checkpoint.every_epochs": value}
-        | ({} if given.get("save_every_n_steps") else {"checkpoint.every_steps": 0}),
-        "checkpoint.every_epochs", "checkpoint.every_steps",
+        lambda value, given: (
+            {"checkpoint.every_epochs": value}
+            | ({} if given.get("save_every_n_steps") else {"checkpoint.every_steps": 0})
+        ),
+        "checkpoint.every_epochs",
+        "checkpoint.every_steps",
     ),
     "save_n_epoch_ratio": none("write `checkpoint.every_epochs`"),
     "save_last_n_steps": made(
@@ -336,9 +367,11 @@ OUTPUT = {
     "save_last_n_epochs_state": made(needs("save_every_n_epochs"), "checkpoint.keep_last"),
     "save_precision": made(choose({"float": "fp32", "fp16": "fp16", "bf16": "bf16"}), "checkpoint.export_dtype"),
     "save_model_as": made(
-        choose({"safetensors": "single", "ckpt": "single", "diffusers": "diffusers",
-                "diffusers_safetensors": "diffusers"}),
-        "checkpoint.export_format", note="weights are always written as safetensors",
+        choose(
+            {"safetensors": "single", "ckpt": "single", "diffusers": "diffusers", "diffusers_safetensors": "diffusers"}
+        ),
+        "checkpoint.export_format",
+        note="weights are always written as safetensors",
     ),
     "use_safetensors": always(),
     "save_state": always(),
@@ -350,8 +383,10 @@ OUTPUT = {
     "initial_step": none(RESUME),
     "skip_until_initial_step": none(RESUME),
     **{f"metadata_{name}": none(MODEL_NOTES) for name in ("title", "author", "description", "license", "tags")},
-    **{f"huggingface_{name}": none(UPLOAD)
-       for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility")},
+    **{
+        f"huggingface_{name}": none(UPLOAD)
+        for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility")
+    },
     "async_upload": none(UPLOAD),
     "sample_prompts": made(
         refuse_suffixes(".toml", why="is a text file or .json here; write one prompt a line"), "sample.prompt_file"
@@ -362,13 +397,34 @@ OUTPUT = {
     ),
     "sample_at_first": made(needs("sample_prompts"), "sample.at_start"),
     "sample_sampler": made(
-        needs("sample_prompts", choose({
-            **{name: name for name in ("ddim", "pndm", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver++",
-                                       "dpmsingle")},
-            "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm_2", "k_dpm_2_a": "dpm_2_a",
-            "dpmsolver": "dpmsolver++",
-        })),
-        "sample.scheduler", note="`ddim` there by default, `euler` here",
+        needs(
+            "sample_prompts",
+            choose(
+                {
+                    **{
+                        name: name
+                        for name in (
+                            "ddim",
+                            "pndm",
+                            "euler",
+                            "euler_a",
+                            "heun",
+                            "dpm_2",
+                            "dpm_2_a",
+                            "dpmsolver++",
+                            "dpmsingle",
+                        )
+                    },
+                    "k_euler": "euler",
+                    "k_euler_a": "euler_a",
+                    "k_dpm_2": "dpm_2",
+                    "k_dpm_2_a": "dpm_2_a",
+                    "dpmsolver": "dpmsolver++",
+                }
+            ),
+        ),
+        "sample.scheduler",
+        note="`ddim` there by default, `euler` here",
     ),
     "logging_dir": always(LOGS),
     "log_with": made(convert_log_with, "log.wandb", note="`wandb` and `all`; TensorBoard's files are always written"),
@@ -377,13 +433,13 @@ OUTPUT = {
     ),
     "wandb_run_name": made(convert_wandb_run, "run.name", note="a run has one name, there too: `output_name` if given"),
     "wandb_api_key": none("run `wandb login` once, or set WANDB_API_KEY in the environment"),
-    **{name: none(LOGS) for name in ("log_prefix", "log_tracker_config", "log_config", "console_log_file",
-                                     "console_log_simple")},
-    "console_log_level": made(
-        choose({name.lower(): name for name in ("DEBUG", "INFO", "WARNING")}), "log.level"
-    ),
+    **{
+        name: none(LOGS)
+        for name in ("log_prefix", "log_tracker_config", "log_config", "console_log_file", "console_log_simple")
+    },
+    "console_log_level": made(choose({name.lower(): name for name in ("DEBUG", "INFO", "WARNING")}), "log.level"),
     "output_config": always("the settings of a run are saved in its folder"),
-}  # fmt: skip
+}
 
 KOHYA_GROUPS: dict[str, dict[str, Option]] = {
     "Model": MODEL,

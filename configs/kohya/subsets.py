@@ -25,16 +25,29 @@ SUBSET_DEFAULTS = {
     "caption_extension": ".caption",
     "token_warmup_min": 1,
     **dict.fromkeys(
-        ("keep_tokens", "token_warmup_step", "caption_dropout_every_n_epochs", "caption_dropout_rate",
-         "caption_tag_dropout_rate"),
+        (
+            "keep_tokens",
+            "token_warmup_step",
+            "caption_dropout_every_n_epochs",
+            "caption_dropout_rate",
+            "caption_tag_dropout_rate",
+        ),
         0,
     ),
     **dict.fromkeys(
-        ("enable_bucket", "bucket_no_upscale", "shuffle_caption", "enable_wildcard", "flip_aug", "color_aug",
-         "random_crop", "alpha_mask"),
+        (
+            "enable_bucket",
+            "bucket_no_upscale",
+            "shuffle_caption",
+            "enable_wildcard",
+            "flip_aug",
+            "color_aug",
+            "random_crop",
+            "alpha_mask",
+        ),
         False,
     ),
-}  # fmt: skip
+}
 
 
 class _Unset:

@@ -83,8 +83,11 @@ def find_clash(index: Index, prefixes: list[str]) -> str | None:
     """The key of an image that reads like that of another image's latents at a further resolution, or None."""
     keys = index.strings("key").filter(index.strings("offset").is_null())
     for prefix in filter(None, prefixes):
-        first = pc.call_function("index", [pc.call_function("starts_with", [keys], pc.MatchSubstringOptions(prefix))],
-                                 pc.IndexOptions(pa.scalar(True))).as_py()  # fmt: skip
+        first = pc.call_function(
+            "index",
+            [pc.call_function("starts_with", [keys], pc.MatchSubstringOptions(prefix))],
+            pc.IndexOptions(pa.scalar(True)),
+        ).as_py()
         if first >= 0:
             return keys[first].as_py()
     return None
@@ -197,8 +200,9 @@ def check_flip(config: Config, index: Index) -> list[Problem]:
         cure = "set cache.flip: true and run bash launch/cache.sh, or data.flip_rate: 0"
         return [Problem("data.flip_rate", config.data.flip_rate, rule, cure)]
     if unflipped:
-        logger.warning("{} of {} samples have no latents of the mirrored image and are never flipped",
-                       unflipped, len(index))  # fmt: skip
+        logger.warning(
+            "{} of {} samples have no latents of the mirrored image and are never flipped", unflipped, len(index)
+        )
     return []
 
 

@@ -12,8 +12,13 @@ from sdxl_trainer.data.index.selection import build_selection, get_cache_folder
 from sdxl_trainer.data.order.split import find_common, hash_keys, select_share
 
 # Nothing of a caption is left to chance that could be left out.
-QUIET = {"dropout_rate": 0.0, "dropout_every_epochs": 0, "token_warmup_steps": 0, "shuffle": False,
-         "tag_dropout_rate": 0.0}  # fmt: skip
+QUIET = {
+    "dropout_rate": 0.0,
+    "dropout_every_epochs": 0,
+    "token_warmup_steps": 0,
+    "shuffle": False,
+    "tag_dropout_rate": 0.0,
+}
 
 
 def derive_validation_config(config: Config) -> Config:

@@ -126,16 +126,24 @@ def learn_layout(content: memoryview, arrays: dict[str, np.ndarray]) -> None:
     crcs = [(header + CRC_PLACE, "L") for header in headers]
     # All but times, checksums and values, as far as the directory's signature; and the last record's signature.
     ends = [0, *(member.end for member in members)]
-    spans = [span for end, header, start in zip(ends[:-1], headers, starts, strict=True)
-             for span in ((end, header + CHANGING.start), (header + CHANGING.stop, start))]  # fmt: skip
+    spans = [
+        span
+        for end, header, start in zip(ends[:-1], headers, starts, strict=True)
+        for span in ((end, header + CHANGING.start), (header + CHANGING.stop, start))
+    ]
     spans += [(ends[-1], ends[-1] + 4), (len(content) - END_SIZE, len(content) - END_SIZE + 4)]
     start, end = starts[0], members[0].end
     layout = _Layout(
-        latents.dtype, latents.dtype.name, latents.shape, start, end, members[0].start,
+        latents.dtype,
+        latents.dtype.name,
+        latents.shape,
+        start,
+        end,
+        members[0].start,
         tuple((member.start - end, member.end - end) for member in members[1:]),
         _build_part(content, 0, [span for span in spans if span[1] <= start], crcs[:1]),
         _build_part(content, end, [span for span in spans if span[0] >= end], sorted([*crcs[1:], *values])),
-    )  # fmt: skip
+    )
     _layouts[len(content), bytes(content[HEAD])] = layout
     if latents.dtype == np.float32:
         _latest[len(content), latents.shape] = layout

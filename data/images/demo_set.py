@@ -34,11 +34,15 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
 # (width, height) in px, near 128² px of area; not multiples of 32, because real sets are not either. Each group is
 # one bucket of the kohya list for 128² in steps of 32 (128×128, 160×96, 96×160, 192×64).
 SIZES_PX: tuple[tuple[int, int], ...] = (
-    (128, 128), (144, 144), (120, 136),
-    (160, 96), (176, 104),
-    (96, 160), (104, 168),
+    (128, 128),
+    (144, 144),
+    (120, 136),
+    (160, 96),
+    (176, 104),
+    (96, 160),
+    (104, 168),
     (192, 72),
-)  # fmt: skip
+)
 FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
     (".jpg", {"quality": 95, "subsampling": 0}),
     (".png", {}),

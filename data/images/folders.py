@@ -172,8 +172,9 @@ class ImageTable:
         Raises:
             AmbiguousImageError: there are two of a name, or of a stem where none has the name.
         """
-        by_name, by_stem = (_search(*table, hash_texts(texts)) for table, texts in
-                            ((self._names, names), (self._stems, stems)))  # fmt: skip
+        by_name, by_stem = (
+            _search(*table, hash_texts(texts)) for table, texts in ((self._names, names), (self._stems, stems))
+        )
         firsts, seconds = np.where(by_name[0] >= 0, by_name, by_stem)
         self._refuse_several(names, firsts, seconds)
         return [self._paths[row].as_py() if row >= 0 else None for row in firsts.tolist()]

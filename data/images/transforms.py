@@ -71,8 +71,9 @@ class Decoded:
     alpha: np.ndarray | None = None  # [H, W] uint8; None: an image that cannot be transparent
 
 
-def prepare_image(path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False,
-                  out: np.ndarray | None = None) -> PreparedImage:  # fmt: skip
+def prepare_image(
+    path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
+) -> PreparedImage:
     """Read, decode, orient, resize and cut one image.
 
     Args:

@@ -315,8 +315,12 @@ def _match_found(found: pa.Table, start: int, matched: dict[str, np.ndarray]) ->
         place_of_record[rows[those]] = start + np.flatnonzero(those)
 
 
-def _list_found(headers: Iterator[tuple[Place, Header | Exception]], records: pa.Table, missing: dict[str, np.ndarray],
-                notes: dict[str, Any]) -> Iterator[pa.RecordBatch]:  # fmt: skip
+def _list_found(
+    headers: Iterator[tuple[Place, Header | Exception]],
+    records: pa.Table,
+    missing: dict[str, np.ndarray],
+    notes: dict[str, Any],
+) -> Iterator[pa.RecordBatch]:
     """Unlisted latents as columns. Bad ones, and those whose original size is assumed, are noted. None of these is
     `missing` any more."""
     keys = records.column("key")
@@ -334,14 +338,28 @@ def _list_found(headers: Iterator[tuple[Place, Header | Exception]], records: pa
             size = header.original_size or (known if known != (0, 0) else header.bucket)
             placement = place_unlisted(header, size)
             rows.append(
-                (place.row, place.prefix, place.file, *header.bucket, *size, placement.resized[0], placement.left,
-                 placement.top, place.offset, header.bytes, None, header.flipped, None)
-            )  # fmt: skip
+                (
+                    place.row,
+                    place.prefix,
+                    place.file,
+                    *header.bucket,
+                    *size,
+                    placement.resized[0],
+                    placement.left,
+                    placement.top,
+                    place.offset,
+                    header.bytes,
+                    None,
+                    header.flipped,
+                    None,
+                )
+            )
         yield _build_batch(rows, FOUND_SCHEMA)
 
 
-def _list_uncached(records: pa.Table, missing: dict[str, np.ndarray], encoding: Encoding | None, notes: dict[str, Any]
-                   ) -> Iterator[pa.RecordBatch]:  # fmt: skip
+def _list_uncached(
+    records: pa.Table, missing: dict[str, np.ndarray], encoding: Encoding | None, notes: dict[str, Any]
+) -> Iterator[pa.RecordBatch]:
     """Where the latents of images that have none will be, as columns. Images that cannot be used are noted."""
     if encoding is None:
         return
@@ -357,9 +375,22 @@ def _list_uncached(records: pa.Table, missing: dict[str, np.ndarray], encoding: 
                 continue
             placement = place.placement
             rows.append(
-                (place.row, place.prefix, place.file, *placement.bucket, *place.size, placement.resized[0],
-                 placement.left, placement.top, None, None, None, encoding.flip, None)
-            )  # fmt: skip
+                (
+                    place.row,
+                    place.prefix,
+                    place.file,
+                    *placement.bucket,
+                    *place.size,
+                    placement.resized[0],
+                    placement.left,
+                    placement.top,
+                    None,
+                    None,
+                    None,
+                    encoding.flip,
+                    None,
+                )
+            )
         yield _build_batch(rows, FOUND_SCHEMA)
 
 

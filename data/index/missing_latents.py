@@ -54,8 +54,9 @@ def choose_file(key: str, image_path: str, beside: bool) -> str:
     return prefix + (encode_key(name) + ".npz" if path.is_absolute() or ".." in path.parts else str(path))
 
 
-def place_uncached(records: pa.Table, rows: np.ndarray, prefix: str, encoding: Encoding
-                   ) -> Iterator[Uncached | tuple[str, str]]:  # fmt: skip
+def place_uncached(
+    records: pa.Table, rows: np.ndarray, prefix: str, encoding: Encoding
+) -> Iterator[Uncached | tuple[str, str]]:
     """Where each image of the given rows of the records belongs, or (key, reason) of one that cannot be used.
 
     The metadata's size is believed as long as the image is there: if it is wrong, training finds out.

@@ -83,8 +83,9 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
     return missing + [(url, f"is not there: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
 
 
-def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
-                 ) -> Iterator[Items]:  # fmt: skip
+def read_folders(
+    image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
+) -> Iterator[Items]:
     """Images with the captions beside them, each folder a source; those of the second kind have `is_reg`. `masks`, as
     in `data.masks`, are none."""
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
@@ -92,11 +93,17 @@ def read_folders(image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path]
         for folder, names, everything in walk_images([root], masks):
             for start in range(0, len(names), ROWS_AT_ONCE):
                 yield [
-                    (strip_suffix(name, always=True), {"image_path": os.path.join(folder, name),
-                                                       "caption": read_sidecar(folder, name, everything),
-                                                       SOURCE: source, **marks})
+                    (
+                        strip_suffix(name, always=True),
+                        {
+                            "image_path": os.path.join(folder, name),
+                            "caption": read_sidecar(folder, name, everything),
+                            SOURCE: source,
+                            **marks,
+                        },
+                    )
                     for name in names[start : start + ROWS_AT_ONCE]
-                ]  # fmt: skip
+                ]
 
 
 def finish_block(block: Block, finder: "ImageFinder", separator: str) -> pa.RecordBatch:

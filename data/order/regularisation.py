@@ -17,8 +17,11 @@ MARK = r'"is_reg"\s*:\s*true'
 def check_regularisation(data: DataConfig) -> list[Problem]:
     """What is wrong with the folders of regularisation images."""
     key, cure = "data.regularisation_dirs", "check the path (relative to the working directory)"
-    problems = [Problem(f"{key}.{number}", path, "is not a folder", cure)
-                for number, path in enumerate(data.regularisation_dirs) if not path.is_dir()]  # fmt: skip
+    problems = [
+        Problem(f"{key}.{number}", path, "is not a folder", cure)
+        for number, path in enumerate(data.regularisation_dirs)
+        if not path.is_dir()
+    ]
     if data.regularisation_dirs and data.metadata:
         cure = 'give the metadata of these images to data.metadata, with "is_reg": true in each record'
         problems.append(

@@ -73,8 +73,9 @@ def localize_sources(names: Sequence[Path | str], folder: Path) -> Localized:
                     logger.info("{} of {} are read", done, len(missing))
         find_catalogue.cache_clear()
         _load_headers.cache_clear()
-    return Localized([targets.get(str(name)) or Path(name) for name in names],
-                     {str(target): url for url, target in targets.items()})  # fmt: skip
+    return Localized(
+        [targets.get(str(name)) or Path(name) for name in names], {str(target): url for url, target in targets.items()}
+    )
 
 
 @contextmanager

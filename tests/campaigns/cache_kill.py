@@ -250,8 +250,14 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=400, help="images in the set (400)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     options = parser.parse_args()
-    kinds = [Trial("job", 1, "npz"), Trial("job", 1, "shards"), Trial("job", 2, "npz"), Trial("job", 2, "shards"),
-             Trial("rank", 2, "npz"), Trial("rank", 2, "shards")]  # fmt: skip
+    kinds = [
+        Trial("job", 1, "npz"),
+        Trial("job", 1, "shards"),
+        Trial("job", 2, "npz"),
+        Trial("job", 2, "shards"),
+        Trial("rank", 2, "npz"),
+        Trial("rank", 2, "shards"),
+    ]
     trials = [kinds[number % len(kinds)] for number in range(options.trials)]
     print(
         f"{'trial':>5}  {'form':6}  {'ranks':>5}  {'killed':6}  {'after':>7}  {'listed':>12}  {'status':>6}  problems"
@@ -261,8 +267,11 @@ def main() -> int:
         settings, whole = build_set(Path(folder), options.images)
         for number, result in enumerate(run_trials(settings, Path(folder) / "caches", trials, whole, options.seed), 1):
             trial, listed = result.trial, f"{result.listed_before} -> {result.listed}"
-            print(f"{number:5}  {trial.form:6}  {trial.ranks:5}  {trial.victim:6}  {result.moment_seconds:6.2f}s  "
-                  f"{listed:>12}  {result.status:6}  {'; '.join(result.problems) or 'none'}", flush=True)  # fmt: skip
+            print(
+                f"{number:5}  {trial.form:6}  {trial.ranks:5}  {trial.victim:6}  {result.moment_seconds:6.2f}s  "
+                f"{listed:>12}  {result.status:6}  {'; '.join(result.problems) or 'none'}",
+                flush=True,
+            )
             num_bad += bool(result.problems)
             results.append(result)
     hit = sum(result.listed < options.images for result in results if result.trial.victim != "nobody")

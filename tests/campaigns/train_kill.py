@@ -316,10 +316,16 @@ def draw_trials(pairs: list[tuple[str, str]], stages: list[int], rng: random.Ran
     """The moment of each end, and the rank that it hits."""
     turns = {"loading": 1, "saving": 2, "sampling": 2}
     return [
-        Trial(stages[number % len(stages)], phase, end, rng.randrange(RANKS), rng.randint(1, turns.get(phase, 6)),
-              rng.uniform(0, 0.2))
+        Trial(
+            stages[number % len(stages)],
+            phase,
+            end,
+            rng.randrange(RANKS),
+            rng.randint(1, turns.get(phase, 6)),
+            rng.uniform(0, 0.2),
+        )
         for number, (phase, end) in enumerate(pairs)
-    ]  # fmt: skip
+    ]
 
 
 def main() -> int:
@@ -356,9 +362,12 @@ def main() -> int:
             result.problems += finish(words, run, log, whole[trial.stage])
             attempts[trial.stage] += 1
         lost += result.problems
-        print(f"{number:5}  {trial.stage:4}  {trial.phase:8}  {trial.end:5}  {trial.victim:4}  {trial.turn:4}   "
-              f"{result.before:13}, {result.completed:9}, {result.resumed:12}  {str(result.statuses):10}  "
-              f"{'; '.join(result.problems) or 'none'}", flush=True)  # fmt: skip
+        print(
+            f"{number:5}  {trial.stage:4}  {trial.phase:8}  {trial.end:5}  {trial.victim:4}  {trial.turn:4}   "
+            f"{result.before:13}, {result.completed:9}, {result.resumed:12}  {str(result.statuses):10}  "
+            f"{'; '.join(result.problems) or 'none'}",
+            flush=True,
+        )
     for stage in stages:
         run = folder / "runs" / f"zero-{stage}-{attempts[stage]}"
         lost += finish([*base, f"engine.zero_stage={stage}"], run, folder / "end.log", whole[stage])

@@ -78,8 +78,11 @@ def find_thawed(run: Any, before: dict[str, Any]) -> list[str]:
     layout = next(content for name, content in run.engine.capture_state().items() if "layout" in name)
     wrong = [f"{name} has a gradient" for name in frozen if parameters[name].grad is not None]
     wrong += [f"{name} is frozen and has changed" for name in frozen if name in changed]
-    wrong += [f"{name} is trained and has not changed" for name in looked_at
-              if name not in changed and name not in frozen and name.endswith("weight")]  # fmt: skip
+    wrong += [
+        f"{name} is trained and has not changed"
+        for name in looked_at
+        if name not in changed and name not in frozen and name.endswith("weight")
+    ]
     if not any("mid_block" in name for name in frozen) or not any("text_encoder." in name for name in frozen):
         wrong.append("nothing is frozen")
     if set(layout["shapes"]) != parameters.keys() - set(frozen):

@@ -79,8 +79,10 @@ def train(engine: Engine, ranks: Ranks, steps: range) -> list[float]:
 def gather_all(engine: Engine) -> dict[str, torch.Tensor]:
     """Weights and averages, whole."""
     names = engine.trained
-    return {**{name: engine.gather_weight(name) for name in names},
-            **{f"{name} {AVERAGE}": engine.gather_weight(name, AVERAGE) for name in names}}  # fmt: skip
+    return {
+        **{name: engine.gather_weight(name) for name in names},
+        **{f"{name} {AVERAGE}": engine.gather_weight(name, AVERAGE) for name in names},
+    }
 
 
 def save(folder: Path, ranks: Ranks) -> None:

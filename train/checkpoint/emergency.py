@@ -41,8 +41,14 @@ class EmergencySaver:
         export: writes the weights as a model file from this rank alone, or None where no rank has them whole (ZeRO-3).
     """
 
-    def __init__(self, engine: Engine, writer: CheckpointWriter, read_state: Callable[[int], TrainState],
-                 export: Callable[[Path], None] | None, models_folder: Path):  # fmt: skip
+    def __init__(
+        self,
+        engine: Engine,
+        writer: CheckpointWriter,
+        read_state: Callable[[int], TrainState],
+        export: Callable[[Path], None] | None,
+        models_folder: Path,
+    ):
         self._engine = engine
         self._writer = writer
         self._read_state = read_state

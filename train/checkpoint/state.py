@@ -17,8 +17,13 @@ class TrainState:
 
     # What the settings, the data and the ranks of now say in a resumed run; everything else goes on as it was saved.
     MADE_WITH: ClassVar[tuple[str, ...]] = (
-        "seed", "global_batch_size", "world_size", "zero_stage", "index_fingerprint", "config",
-    )  # fmt: skip
+        "seed",
+        "global_batch_size",
+        "world_size",
+        "zero_stage",
+        "index_fingerprint",
+        "config",
+    )
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # position of the next global batch

@@ -120,9 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Is everything in order to train, and if not, what to do.")
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is looked at")
     parser.add_argument(
-        "--ranks", type=int, metavar="N", default=read_num_ranks(),
+        "--ranks",
+        type=int,
+        metavar="N",
+        default=read_num_ranks(),
         help="ranks that will train (default: what NPROC says, else one per GPU, or 1 without GPUs)",
-    )  # fmt: skip
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     options = parser.parse_intermixed_args(arguments)
     return run_program(lambda: tell(find_everything(options.cfg, options.overrides, options.ranks)))

@@ -214,8 +214,13 @@ class Engine:
             shard = SavedState(folder / STATE_TAG, read_file).load_shard(fitting)
             shard = replace(shard, model=shard.model or saved.load_shard(0).model)
         else:
-            logger.info("the checkpoint of {} ranks at ZeRO stage {} is taken up by {} at stage {}", saved.world_size,
-                        saved.layouts[0].zero_stage, layout.world_size, layout.zero_stage)  # fmt: skip
+            logger.info(
+                "the checkpoint of {} ranks at ZeRO stage {} is taken up by {} at stage {}",
+                saved.world_size,
+                saved.layouts[0].zero_stage,
+                layout.world_size,
+                layout.zero_stage,
+            )
             shard = build_shard(layout, self._capture_template())
             reshard(shard, saved)
         settings = [dict(group) for group in self._optimizer.param_groups]

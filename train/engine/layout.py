@@ -79,8 +79,9 @@ def _describe_partitions(optimizer: Any, names: Mapping[int, str], rank: int) ->
     return groups, flats
 
 
-def _describe_parameter_shares(optimizer: Any, names: Mapping[int, str], rank: int
-                               ) -> tuple[list[list[Any]], list[Flat]]:  # fmt: skip
+def _describe_parameter_shares(
+    optimizer: Any, names: Mapping[int, str], rank: int
+) -> tuple[list[list[Any]], list[Flat]]:
     """Stage 3: each rank has an equal share of every parameter; the last one's may end in padding."""
     flats = []
     for group in optimizer.fp16_groups:

@@ -122,8 +122,11 @@ class StepMemory:
         elif self._num_steps == 2:
             _, peak = read_memory(self._device)
             held, peak_gb = self._held / 1e9, peak / 1e9
-            logger.info("memory: {:.3g} GB between steps, and {:.3g} more within one, for activations and gradients",
-                        held, peak_gb - held)  # fmt: skip
+            logger.info(
+                "memory: {:.3g} GB between steps, and {:.3g} more within one, for activations and gradients",
+                held,
+                peak_gb - held,
+            )
 
 
 def read_memory(device: torch.device) -> tuple[int, int]:

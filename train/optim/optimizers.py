@@ -176,8 +176,12 @@ def check_arguments(kind: Any, config: OptimConfig) -> Iterator[Problem]:
             yield Problem(f"optim.{key}", getattr(config, key), f"{config.name} takes none", "leave it out")
     for key, value in config.kwargs.items():
         if key not in known:
-            yield Problem(f"optim.kwargs.{key}", value, f"{config.name} takes no such argument",
-                          f"it takes {', '.join(sorted(known))}")  # fmt: skip
+            yield Problem(
+                f"optim.kwargs.{key}",
+                value,
+                f"{config.name} takes no such argument",
+                f"it takes {', '.join(sorted(known))}",
+            )
 
 
 def check_prodigy(config: OptimConfig) -> Iterator[Problem]:

@@ -119,8 +119,16 @@ def draw_loss(numbers: Numbers) -> Chart | None:
         said.append(f"the validation loss from {validations.values[0]:.4g} to {validations.last:.4g}")
     lost = every.steps[~np.isfinite(every.values)]
     if len(lost):
-        axes.plot(lost, np.zeros(len(lost)), "|", color="#d01020", ms=12, label="not finite", clip_on=False,
-                  transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.plot(
+            lost,
+            np.zeros(len(lost)),
+            "|",
+            color="#d01020",
+            ms=12,
+            label="not finite",
+            clip_on=False,
+            transform=axes.get_xaxis_transform(),
+        )
         said.append(f"of {len(lost)} steps it was not finite")
     axes.legend(frameon=False)
     return Chart("loss", "Loss", "; ".join(said), figure)

@@ -63,8 +63,15 @@ class Progress:
         utilisation: for MFU; None where it is not told.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, state: TrainState, checkpoints: CheckpointWriter,
-                 requests: Requests, utilisation: Utilisation | None):  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        state: TrainState,
+        checkpoints: CheckpointWriter,
+        requests: Requests,
+        utilisation: Utilisation | None,
+    ):
         self.started = self._updated = time.monotonic()
         self.first_step = state.step
         self.train_seconds = self.data_wait_seconds = 0.0
@@ -120,11 +127,19 @@ class Progress:
         logger.bind(displayed=True).info(
             "step {}/{} loss {:.4f} (average {:.4f}) lr {} |g| {:.3f}, {:.1f} images/s, waits for data {:.0%}{}, {}, "
             "{} left, next checkpoint {}",
-            self._state.step, self._config.train.max_steps, values["loss"], averages.loss,
-            describe_rates(self._config.optim, values["lr"]), values["grad_norm"], averages.images_per_second,
-            averages.data_wait_share, mfu, describe_memory(self._ranks.device), self.describe_time_left(averages),
+            self._state.step,
+            self._config.train.max_steps,
+            values["loss"],
+            averages.loss,
+            describe_rates(self._config.optim, values["lr"]),
+            values["grad_norm"],
+            averages.images_per_second,
+            averages.data_wait_share,
+            mfu,
+            describe_memory(self._ranks.device),
+            self.describe_time_left(averages),
             self.describe_next_save(averages),
-        )  # fmt: skip
+        )
 
     def __rich__(self) -> Display:
         """The display of the moment."""

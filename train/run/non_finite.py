@@ -77,8 +77,12 @@ def give_up_update(run: Run, loss: float, suspects: list[Suspect]) -> None:
         state.num_non_finite += 1
         logger.warning(
             "step {} made no update: its {}; samples: {} ({} of at most {} such steps)",
-            state.step, what, shown, state.num_non_finite, train.max_non_finite_steps,
-        )  # fmt: skip
+            state.step,
+            what,
+            shown,
+            state.num_non_finite,
+            train.max_non_finite_steps,
+        )
         return
     run.checkpoints.wait()
     if run.checkpoints.last_step != state.step:

@@ -23,18 +23,18 @@ def show_start(run: Run) -> None:
     begun = f", from step {state.step}" if state.step else ""
     rows = {
         "data": f"{len(run.index):,} samples in the index{held_out}; {run.plan.num_batches(state.epoch):,} batches in "
-                f"epoch {state.epoch}, {run.plan.num_carried(state.epoch)} samples carried on",
+        f"epoch {state.epoch}, {run.plan.num_carried(state.epoch)} samples carried on",
         "buckets": describe_buckets(run),
         "model": f"{config.model.path}, {config.objective.prediction} prediction",
         "trained": "; ".join(trained),
         "by": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; {config.engine.precision}, "
-              f"ZeRO-{run.engine.zero_stage}",
+        f"ZeRO-{run.engine.zero_stage}",
         "memory": f"{describe_memory(run.ranks.device)} on rank 0 before the first step",
         "batch": f"{train.micro_batch_size} micro x {run.accumulation_steps} accumulation x {run.ranks.world_size} "
-                 f"ranks = {train.global_batch_size} global",
+        f"ranks = {train.global_batch_size} global",
         "steps": f"{train.max_steps:,}{begun}: {train.max_steps * train.global_batch_size:,} samples",
         "folder": str(run.folder),
-    }  # fmt: skip
+    }
     log_table(build_table(f"Training {config.run.name}", rows))
 
 
@@ -52,14 +52,14 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
         "steps": f"{state.step:,} of {run.config.train.max_steps:,}, {num_steps:,} of them now; epoch {state.epoch}",
         "loss": f"{averages.loss:.4f}, average of the last {averages.num_steps} steps",
         "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, samples, "
-                "checkpoints and export",
+        "checkpoints and export",
         "speed": f"{images_per_second:.1f} images/s, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
         "memory": f"{describe_memory(run.ranks.device)} at most, on rank 0",
         "left out": describe_left_out(state),
         "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none now",
         "models": ", ".join(models) or "none: training is not done",
         "folder": str(run.folder),
-    }  # fmt: skip
+    }
     name = run.config.run.name
     log_table(build_table(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows))
 

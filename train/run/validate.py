@@ -53,8 +53,11 @@ def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[Loss]:
     for number, batch in zip(numbers, held_out.read([batches[number] for number in numbers]), strict=True):
         for _, reason in batch.bad:
             logger.warning("bad sample left out of the validation: {}", reason)
-        found[number] = [loss for turn in range(held_out.config.timesteps_per_sample)
-                         for loss in compute_batch_losses(run, held_out, batches[number], batch, turn)]  # fmt: skip
+        found[number] = [
+            loss
+            for turn in range(held_out.config.timesteps_per_sample)
+            for loss in compute_batch_losses(run, held_out, batches[number], batch, turn)
+        ]
     everyone: dict[int, list[Loss]] = {}
     for part in gather_objects(found):
         everyone |= part

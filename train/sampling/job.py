@@ -46,8 +46,9 @@ def draw_prompt_file(
     rank, _, _ = read_environment()
     init_logger(rank)
     checkpoint = find_run_checkpoint(Path(model))
-    config, problems = load_settings(model, checkpoint, cfg, [f"sample.prompt_file={json.dumps(str(prompt_file))}",
-                                                              "sample.prompts=[]", *words])  # fmt: skip
+    config, problems = load_settings(
+        model, checkpoint, cfg, [f"sample.prompt_file={json.dumps(str(prompt_file))}", "sample.prompts=[]", *words]
+    )
     prompts, found = load_prompts(config.sample, config.objective)
     if rank == 0:  # the others wait for it in init_ranks
         raise_if_any([*problems, *found, *check_model(config.model), *check_average(checkpoint, average)])

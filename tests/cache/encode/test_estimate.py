@@ -63,9 +63,16 @@ def test_the_slower_of_decoding_and_encoding_decides():
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "1 s"), (89.0, "89 s"), (91, "2 min"), (3569, "59 min"), (3600, "1 h 0 min"), (12_000, "3 h 20 min"),
-     (172_800 + 4 * 3600, "2 d 4 h")],
-)  # fmt: skip
+    [
+        (0.2, "1 s"),
+        (89.0, "89 s"),
+        (91, "2 min"),
+        (3569, "59 min"),
+        (3600, "1 h 0 min"),
+        (12_000, "3 h 20 min"),
+        (172_800 + 4 * 3600, "2 d 4 h"),
+    ],
+)
 def test_a_time_in_words(seconds, words):
     assert describe_seconds(seconds) == words
 

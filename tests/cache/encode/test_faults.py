@@ -270,8 +270,12 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
     assert check_folder(tmp_path / "latents") == []
     assert hash_items(tmp_path / "latents") == whole
     assert run_job(settings, *words, "--verify") == 0
-    keys = [key for file in list_shards(tmp_path / "latents") for key, suffix, _, _ in
-            iterate_members(tmp_path / "latents" / file) if suffix == "npz"]  # fmt: skip
+    keys = [
+        key
+        for file in list_shards(tmp_path / "latents")
+        for key, suffix, _, _ in iterate_members(tmp_path / "latents" / file)
+        if suffix == "npz"
+    ]
     assert len(keys) == len(set(keys)) == 120  # readers of whole shards see every image once
 
 

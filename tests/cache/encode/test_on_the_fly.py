@@ -149,10 +149,16 @@ def test_a_cache_that_cannot_be_written_does_not_end_training(images, tmp_path, 
 @pytest.mark.parametrize("ranks", [2])
 def test_losses_are_those_of_a_run_over_a_made_cache(cached_folder, one_rank, tmp_path, ranks):
     words = (
-        f"cache.dir={tmp_path / 'latents'}", f"data.image_dirs=[{cached_folder / 'images-put-away'}]", "run.name=fly",
-        f"run.dir={tmp_path}", "cache.on_missing=encode", "train.max_steps=10", "sample.prompts=[]",
-        "checkpoint.every_steps=0", "data.num_workers=1",
-    )  # fmt: skip
+        f"cache.dir={tmp_path / 'latents'}",
+        f"data.image_dirs=[{cached_folder / 'images-put-away'}]",
+        "run.name=fly",
+        f"run.dir={tmp_path}",
+        "cache.on_missing=encode",
+        "train.max_steps=10",
+        "sample.prompts=[]",
+        "checkpoint.every_steps=0",
+        "data.num_workers=1",
+    )
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", *words, ranks=ranks)
     np.testing.assert_allclose(read_losses(tmp_path / "fly"), read_losses(one_rank)[:10], rtol=0, atol=1e-5)
     assert {key: entry.sha256 for key, entry in read_latest(tmp_path / "latents").items()}.items() <= {

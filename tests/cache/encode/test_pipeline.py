@@ -81,9 +81,16 @@ def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check
     progress = RankProgress(len(items))
     writer = LatentWriter(NpzSink(folder, "float32"), ManifestWriter(folder, 0))
     pipeline = Pipeline(
-        encoder, writer, RULE, "identity", batch_size, 3, progress,
-        lambda key, file, reason: bad.append((key, reason)), check_stop,
-    )  # fmt: skip
+        encoder,
+        writer,
+        RULE,
+        "identity",
+        batch_size,
+        3,
+        progress,
+        lambda key, file, reason: bad.append((key, reason)),
+        check_stop,
+    )
     try:
         pipeline.run(items)
     finally:
@@ -316,6 +323,8 @@ def test_tiles_give_nearly_what_the_whole_image_gives(vae):
     assert np.abs(parts - whole).mean() < 0.05 * np.abs(whole).mean()
     small = np.ascontiguousarray(pixels[:, :256, :256])
     sizes.clear()
-    assert np.array_equal(VaeEncoder(tiled, "mean", flip=False).launch(small, ["a"]).wait().latents,
-                          VaeEncoder(vae, "mean", flip=False).launch(small, ["a"]).wait().latents)  # fmt: skip
+    assert np.array_equal(
+        VaeEncoder(tiled, "mean", flip=False).launch(small, ["a"]).wait().latents,
+        VaeEncoder(vae, "mean", flip=False).launch(small, ["a"]).wait().latents,
+    )
     assert sizes == [(256, 256)]

@@ -50,8 +50,12 @@ def cache(request, filled, tmp_path):
     for record in metadata.values():
         record["image_path"] = str(filled / "data" / record["image_path"])
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))
-    words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={request.param}",
-             f"data.metadata=[{tmp_path / 'metadata.json'}]", TEXT)  # fmt: skip
+    words = (
+        f"cache.dir={tmp_path / 'latents'}",
+        f"cache.format={request.param}",
+        f"data.metadata=[{tmp_path / 'metadata.json'}]",
+        TEXT,
+    )
     return filled / "settings.yaml", words, tmp_path / "latents"
 
 

@@ -21,8 +21,13 @@ from sdxl_trainer.data.formats.manifest import read_identity, read_latest
 from sdxl_trainer.data.formats.shards import compute_sample_span, iterate_members
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 
-KOHYA = ("data.resolution_px=256", "data.min_bucket_px=64", "data.max_bucket_px=512", "data.bucket_step_px=32",
-         "cache.flip=true")  # fmt: skip
+KOHYA = (
+    "data.resolution_px=256",
+    "data.min_bucket_px=64",
+    "data.max_bucket_px=512",
+    "data.bucket_step_px=32",
+    "cache.flip=true",
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +123,13 @@ def list_regions(folder: Path, form: str) -> list[tuple[Path, int]]:
     start, _ = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes)
     path = folder / entry.file
     last = next(folder / other.file for other in entries if other.file != entry.file)
-    return [(path, start + 2), (path, start + 515), (path, entry.offset - 500), (path, entry.offset + 700),
-            (last, last.stat().st_size - 5)]  # fmt: skip
+    return [
+        (path, start + 2),
+        (path, start + 515),
+        (path, entry.offset - 500),
+        (path, entry.offset + 700),
+        (last, last.stat().st_size - 5),
+    ]
 
 
 def test_repair_mends_exactly_what_is_bad(cache, capsys):
@@ -245,8 +255,12 @@ def test_pack_and_unpack_keep_every_byte(cache):
         npz = {name for name in list_files(folder) if name.endswith(".npz")}
         if mode == "--pack":
             assert npz == set() and {entry.file for entry in read_latest(folder).values()} == set(list_shards(folder))
-            records = {key for file in list_shards(folder) for key, kind, *_ in iterate_members(folder / file)
-                       if kind == "json"}  # fmt: skip
+            records = {
+                key
+                for file in list_shards(folder)
+                for key, kind, *_ in iterate_members(folder / file)
+                if kind == "json"
+            }
             assert records == set(whole)
         else:
             assert npz == {f"{key}.npz" for key in whole} and list_shards(folder) == []
@@ -296,8 +310,9 @@ def test_kohyas_cache_is_adopted_as_it_is(foreign, capsys):
     assert run_job(settings, *KOHYA, "--adopt") == 0
     entries = read_latest(folder)
     assert {entry.file for entry in entries.values()} == {
-        "img000000_0348x0256_sdxl.npz", "img000001_0359x0264_sdxl.npz",
-    }  # fmt: skip
+        "img000000_0348x0256_sdxl.npz",
+        "img000001_0359x0264_sdxl.npz",
+    }
     entry = entries["img000000"]
     assert entry.adopted and entry.bucket == (288, 224) and entry.original_size == (348, 256)
     assert entry.resized == (305, 224) and entry.crop == (8, 0, 296, 224)  # what kohya did, not what it wrote

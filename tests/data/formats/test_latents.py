@@ -100,8 +100,12 @@ def test_a_images_latents_are_found_under_every_name(tmp_path):
     assert find_latent_file(image, cache) is None
     (images / "a 1_0100x0070_sdxl.npz").touch()  # the brackets are no pattern
     assert find_latent_file(image, cache) is None
-    for name in ("cache/a [1]_0100x0070_sdxl.npz", "cache/a [1].npz", "images/a [1]_0100x0070_sdxl.npz",
-                 "images/a [1].npz"):  # fmt: skip
+    for name in (
+        "cache/a [1]_0100x0070_sdxl.npz",
+        "cache/a [1].npz",
+        "images/a [1]_0100x0070_sdxl.npz",
+        "images/a [1].npz",
+    ):
         (tmp_path / name).touch()  # each goes before those above it
         assert find_latent_file(image, cache) == tmp_path / name
     (images / "b.npz").touch()

@@ -261,8 +261,11 @@ def test_a_write_that_failed_half_way_leaves_no_trace(tmp_path, monkeypatch):
     end = writer.bytes_written
     writer.close()
     assert [(key, suffix) for key, suffix, _, _ in iterate_members(writer.path)] == [
-        ("a", "json"), ("a", "npz"), ("c", "json"), ("c", "npz"),
-    ]  # fmt: skip
+        ("a", "json"),
+        ("a", "npz"),
+        ("c", "json"),
+        ("c", "npz"),
+    ]
     assert read_sample(writer.path, "c", 2, place.offset, 100)[1] == b"3" * 100
     assert check_end(writer.path, end) is None
     room[0] = 0

@@ -81,8 +81,11 @@ def test_a_setting_that_cannot_be_meant_is_refused(tmp_path):
     save(tmp_path / "masks" / "a.png", 9)
     assert check_masks(str(tmp_path / "masks")) == []
     save(tmp_path / "masks" / "old" / "a.jpg", 9)
-    for masks, said in ((".png", "is not a folder"), (str(tmp_path / "empty"), "holds no images"),
-                        (str(tmp_path / "masks"), "two masks of one stem")):  # fmt: skip
+    for masks, said in (
+        (".png", "is not a folder"),
+        (str(tmp_path / "empty"), "holds no images"),
+        (str(tmp_path / "masks"), "two masks of one stem"),
+    ):
         problem, *others = check_masks(masks)
         assert (problem.key, problem.value, others) == ("data.masks", masks, []) and said in problem.rule
 

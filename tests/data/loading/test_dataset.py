@@ -52,8 +52,9 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def build_dataset(folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75,
-                  flip_rate: float = 0.0) -> LatentDataset:  # fmt: skip
+def build_dataset(
+    folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75, flip_rate: float = 0.0
+) -> LatentDataset:
     tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)

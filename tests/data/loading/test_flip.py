@@ -98,9 +98,12 @@ def check(folder: Path, rate: float) -> tuple[list[tuple[str, str]], str]:
     lines = []
     sink = logger.add(lines.append, level="WARNING", format="{message}")
     config = Config.model_validate(
-        {"run": {"dir": folder / "runs"}, "data": {"metadata": [folder / "metadata.json"], "flip_rate": rate},
-         "cache": {"dir": folder}}
-    )  # fmt: skip
+        {
+            "run": {"dir": folder / "runs"},
+            "data": {"metadata": [folder / "metadata.json"], "flip_rate": rate},
+            "cache": {"dir": folder},
+        }
+    )
     _, problems = check_latents(config, resuming=False)
     logger.remove(sink)
     return [(problem.key, problem.cure) for problem in problems], "".join(lines)

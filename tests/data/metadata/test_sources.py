@@ -79,11 +79,15 @@ def test_all_row_forms_give_the_same_records(tmp_path):
         write(tmp_path / "m.jsonl", b"\xef\xbb\xbf\n" + orjson.dumps(fields) + b"\n\n"),
         write(tmp_path / "lines.json", orjson.dumps(fields) + b"\n" + orjson.dumps({"image_path": "x.png"}) + b"\n"),
         write(tmp_path / "m", orjson.dumps({"cat": fields})),
-        write(tmp_path / "m.csv", 'image_path,caption,original_size,artist,none\nimages/cat.png,"cat, on a mat",'
-                                  '"[1500, 1000]","Ä, b",\n'),
-        write(tmp_path / "m.tsv", "artist\timage_path\tcaption\twidth\theight\n"
-                                  "Ä, b\timages/cat.png\tcat, on a mat\t1500\t1000\n"),
-    ]  # fmt: skip
+        write(
+            tmp_path / "m.csv",
+            'image_path,caption,original_size,artist,none\nimages/cat.png,"cat, on a mat","[1500, 1000]","Ä, b",\n',
+        ),
+        write(
+            tmp_path / "m.tsv",
+            "artist\timage_path\tcaption\twidth\theight\nÄ, b\timages/cat.png\tcat, on a mat\t1500\t1000\n",
+        ),
+    ]
     rows = [open_record_index(tmp_path / "cache", [file], []).row(0) for file in files]
     for file, row in zip(files, rows, strict=True):
         record = load_record(row)
@@ -128,8 +132,12 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.dictionaries(st.text(max_size=4), st.dictionaries(st.text(max_size=3), VALUES, max_size=3)),
-       indent=st.sampled_from([None, 1]), block=st.integers(8, 90), hurt=st.integers(0, 400))  # fmt: skip
+@given(
+    content=st.dictionaries(st.text(max_size=4), st.dictionaries(st.text(max_size=3), VALUES, max_size=3)),
+    indent=st.sampled_from([None, 1]),
+    block=st.integers(8, 90),
+    hurt=st.integers(0, 400),
+)
 def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, indent, block, hurt):
     """And a damaged one is refused at the place where a whole parse refuses it."""
     file = tmp_path_factory.getbasetemp() / "blocks.json"

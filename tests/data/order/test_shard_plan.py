@@ -28,8 +28,14 @@ def walk(plan: Plan, epochs: int) -> list[tuple[tuple[int, int], list[int], list
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 99), num_rows=st.integers(1, 80), num_shards=st.integers(1, 9), window=st.integers(1, 4),
-       batch=st.integers(1, 6), uneven=st.booleans())  # fmt: skip
+@given(
+    seed=st.integers(0, 99),
+    num_rows=st.integers(1, 80),
+    num_shards=st.integers(1, 9),
+    window=st.integers(1, 4),
+    batch=st.integers(1, 6),
+    uneven=st.booleans(),
+)
 def test_each_epoch_holds_every_sample_as_often_as_it_should(seed, num_rows, num_shards, window, batch, uneven):
     """What does not fill a batch is carried on and nothing is lost: over 3 epochs every turn is taken or waits."""
     repeats = np.random.default_rng(seed).choice([0.5, 1, 2.25], num_rows) if uneven else None

@@ -29,8 +29,9 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).write_bytes(orjson.dumps({f"s{row:02d}": {"caption": name} for row in rows}))
     for row in range(16):
         side = (64, 96) if row % 2 else (64, 64)
-        write_latents(tmp_path / f"s{row:02d}.npz", LatentSample(np.zeros((4, side[1] // 8, 8), np.float32), side,
-                                                                 (0, 0, *side)))  # fmt: skip
+        write_latents(
+            tmp_path / f"s{row:02d}.npz", LatentSample(np.zeros((4, side[1] // 8, 8), np.float32), side, (0, 0, *side))
+        )
     return tmp_path
 
 
@@ -63,8 +64,10 @@ def test_epochs_hold_each_source_as_often_as_it_weighs_on_any_number_of_ranks(fo
     assert missing.min() >= 0 and missing.sum() == plan.num_carried(3) < 2 * 8
     for world_size in (1, 2, 4, 8):
         steps = 8 // world_size
-        ranks = [list(islice(iterate_specs(plan, (0, 0), rank, world_size, 1), len(batches) * steps))
-                 for rank in range(world_size)]  # fmt: skip
+        ranks = [
+            list(islice(iterate_specs(plan, (0, 0), rank, world_size, 1), len(batches) * steps))
+            for rank in range(world_size)
+        ]
         rows = [int(rank[step].rows[0]) for step in range(len(batches) * steps) for rank in ranks]
         assert rows == [row for batch in batches for row in batch.rows.tolist()]
 
@@ -84,8 +87,9 @@ def test_wrong_weights_are_told(folder: Path) -> None:
 
     def write(weights: str, text: str = "") -> None:
         files = ", ".join(str(folder / name) for name in SOURCES)
-        settings.write_text(f"data: {{metadata: [{files}], weights: {weights}}}\n"
-                            f"run: {{dir: {folder / 'runs'}}}\n{text}")  # fmt: skip
+        settings.write_text(
+            f"data: {{metadata: [{files}], weights: {weights}}}\nrun: {{dir: {folder / 'runs'}}}\n{text}"
+        )
 
     write("[1, 2]")
     [problem] = check_records(load_config(settings)[0])[1]

@@ -54,14 +54,25 @@ def test_a_store_that_goes_away_ends_the_run_with_its_state_saved(cached_folder,
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
-    access = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1",
-              "AWS_MAX_ATTEMPTS": "1"}  # fmt: skip
+    access = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
     store = s3fs.S3FileSystem(key="x", secret="y", endpoint_url=address, skip_instance_cache=True)
     store.mkdir("lost")
     make_shard(cached_folder, tmp_path / "a.tar")
     store.put_file(str(tmp_path / "a.tar"), "lost/a.tar")
-    words = ("data.metadata=[s3://lost/a.tar]", f"cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path}",
-             "run.name=run", "train.max_steps=5000", "sample.prompts=[]", "checkpoint.every_steps=0")  # fmt: skip
+    words = (
+        "data.metadata=[s3://lost/a.tar]",
+        f"cache.dir={tmp_path / 'cache'}",
+        f"run.dir={tmp_path}",
+        "run.name=run",
+        "train.max_steps=5000",
+        "sample.prompts=[]",
+        "checkpoint.every_steps=0",
+    )
     command = [sys.executable, "-c", IMPATIENT, str(ROOT / "train"), "--cfg", str(cached_folder / "tiny.yaml"), *words]
     environment = {**os.environ, **access, "AWS_ENDPOINT_URL": address, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "run"

@@ -58,28 +58,31 @@ def test_every_nth_epoch_goes_without_captions():
     assert [shape("a", epoch=epoch, dropout_every_epochs=1) for epoch in range(2)] == ["", ""]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("{a|b}", {"a", "b"}),
-    ("x {a|b} {c|d}", {"x a c", "x a d", "x b c", "x b d"}),
-    ("{a|{b|c}}", {"a", "b", "c"}),
-    ("{{b|c} d|a}", {"{b|c} d|a}"}),  # `{{` is a literal brace, as kohya reads it
-    ("{ {b|c} d|a}", {" b d", " c d", "a"}),
-    ("{a|}", {"a", ""}),
-    ("{a}", {"a"}),
-    ("{{a|b}}", {"{a|b}"}),
-    ("{x{{1}}|y}", {"x{1}", "y"}),
-    ("}} {{", {"} {"}),
-    ("{}", {"{}"}),
-    ("a | b", {"a | b"}),
-    ("{a|b", {"{a|b"}),
-    ("{a|{b|c}", {"{a|b", "{a|c"}),
-    ("a} b", {"a} b"}),
-    ("{2$$a|b}", {"a, b", "b, a"}),
-    ("{1-2$$ and $$a|b}", {"a", "b", "a and b", "b and a"}),
-    ("{9$$a|b}", {"a, b", "b, a"}),
-    ("{0$$a|b}", {""}),
-    ("{2$$$$a|b}", {"ab", "ba"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{a|b}", {"a", "b"}),
+        ("x {a|b} {c|d}", {"x a c", "x a d", "x b c", "x b d"}),
+        ("{a|{b|c}}", {"a", "b", "c"}),
+        ("{{b|c} d|a}", {"{b|c} d|a}"}),  # `{{` is a literal brace, as kohya reads it
+        ("{ {b|c} d|a}", {" b d", " c d", "a"}),
+        ("{a|}", {"a", ""}),
+        ("{a}", {"a"}),
+        ("{{a|b}}", {"{a|b}"}),
+        ("{x{{1}}|y}", {"x{1}", "y"}),
+        ("}} {{", {"} {"}),
+        ("{}", {"{}"}),
+        ("a | b", {"a | b"}),
+        ("{a|b", {"{a|b"}),
+        ("{a|{b|c}", {"{a|b", "{a|c"}),
+        ("a} b", {"a} b"}),
+        ("{2$$a|b}", {"a, b", "b, a"}),
+        ("{1-2$$ and $$a|b}", {"a", "b", "a and b", "b and a"}),
+        ("{9$$a|b}", {"a, b", "b, a"}),
+        ("{0$$a|b}", {""}),
+        ("{2$$$$a|b}", {"ab", "ba"}),
+    ],
+)
 def test_wildcards(text, expected):
     assert {expand_wildcards(text, np.random.default_rng(seed)) for seed in range(100)} == expected
 
@@ -186,7 +189,9 @@ def test_the_order_of_the_steps():
     assert shape("{a, b|a, b}, c", wildcards=True, keep_tokens=2, tag_dropout_rate=1.0) == "a, b"
     # Kept tags before the warm-up, the warm-up before the shuffle.
     assert set(draw("a, b, c, d", keep_tokens=1, token_warmup_steps=9, token_warmup_min=2, shuffle=True)) == {
-        "a, b, c", "a, c, b"}  # fmt: skip
+        "a, b, c",
+        "a, c, b",
+    }
     # The secondary separator after the shuffle, replacements after that.
     assert shape("a;;;b, c", secondary_separator=";;;", tag_dropout_rate=1.0, keep_tokens=1) == "a,b"
     assert shape("a;;;b", secondary_separator=";;;", replacements={";;;": "!", ",": "?"}) == "a?b"
@@ -204,10 +209,20 @@ def test_one_generator_gives_one_caption():
     assert {""} == {one for one, other in zip(with_dropout, without, strict=True) if one != other}
 
 
-@pytest.mark.parametrize("wrong", [
-    {"dropout_rate": 1.1}, {"tag_dropout_rate": -0.1}, {"keep_tokens": -1}, {"separator": ""}, {"source": "x"},
-    {"replacements": {"a": []}}, {"replacements": {"a": 3}}, {"caption_prefix": "x"}, {"token_warmup_steps": 0.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dropout_rate": 1.1},
+        {"tag_dropout_rate": -0.1},
+        {"keep_tokens": -1},
+        {"separator": ""},
+        {"source": "x"},
+        {"replacements": {"a": []}},
+        {"replacements": {"a": 3}},
+        {"caption_prefix": "x"},
+        {"token_warmup_steps": 0.5},
+    ],
+)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CaptionConfig(**wrong)

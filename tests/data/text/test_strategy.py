@@ -107,11 +107,14 @@ def test_attributes_are_counted_once_a_record(index):
 
 
 def test_repeats_reach_the_plan(index, tmp_path):
-    spec = write_class(tmp_path, """
+    spec = write_class(
+        tmp_path,
+        """
 def repeats(self, record, counts):
     assert set(counts) == {"artist", "characters", "styles", "quality"}
     return {"s0": 3, "s1": 0, "s2": np.float32(0.5), "s3": counts["artist"]["alice"]}[record["key"]]
-""")  # fmt: skip
+""",
+    )
     repeats = compute_repeats(load_strategy(spec), index)
     assert repeats.tolist() == [3, 0, 0.5, 2]
     save_repeats(tmp_path / "repeats.npy", repeats)
@@ -126,13 +129,16 @@ def repeats(self, record, counts):
 
 
 def test_captions_and_weights_reach_the_batch(cache, index, tmp_path):
-    spec = write_class(tmp_path, """
+    spec = write_class(
+        tmp_path,
+        """
 def caption(self, record, rng):
     return f"{record['key']} {rng.integers(1000)}"
 def loss_weight(self, record):
     weight = 0.25 if record.get("extra") == {"deep": [1]} else np.float64(2)
     return 0 if record["key"] == "s1" else weight
-""")  # fmt: skip
+""",
+    )
     dataset = build_dataset(cache, index, load_strategy(spec))
     rows = np.arange(4)
     first, second = (dataset[MicroSpec(BUCKET, rows, rows * 0 + epoch, rows)] for epoch in (0, 1))
@@ -174,7 +180,9 @@ def test_the_step_of_a_batch_drives_the_warm_up_on_any_rank_and_after_a_resume(c
 
 
 def test_a_spawned_worker_loads_the_class_anew(cache, index, tmp_path):
-    spec = write_class(tmp_path, """
+    spec = write_class(
+        tmp_path,
+        """
 def __init__(self):
     import os
     self.process = os.getpid()
@@ -186,7 +194,8 @@ def loss_weight(self, record):
     import os
     assert self.process == os.getpid()
     return 1 + int(record["key"][1])
-""")  # fmt: skip
+""",
+    )
     dataset = build_dataset(cache, index, load_strategy(spec), shuffle=True, dropout_rate=0.2)
     plan = build_plan(index, 4, 0)
     alone, spawned = (
@@ -198,16 +207,25 @@ def loss_weight(self, record):
     assert sum(len(batch.bad) for batch in spawned) == 3  # once an epoch, in 3 epochs
 
 
-@pytest.mark.parametrize(("body", "said"), [
-    ("def caption(self, record, rng): return {}['x']", "caption of data.strategy = SPEC raised KeyError: 'x'\nT"),
-    ("def loss_weight(self, record): return 1 / 0", "s2: Mine.loss_weight of data.strategy = SPEC raised ZeroDiv"),
-    ("def caption(self, record, rng): return None", "s2: Mine.caption of data.strategy = SPEC returned None, which"),
-    ("def loss_weight(self, record): return '2'", "Mine.loss_weight of data.strategy = SPEC returned '2', which"),
-    ("def loss_weight(self, record): return float('nan')", "returned nan, which is not a finite number of 0 or more"),
-    ("def loss_weight(self, record): return -1", "returned -1, which is not a finite number of 0 or more"),
-    ("def caption(self, record, rng):\n    class Own(Exception): pass\n    raise Own('mine')", "raised Own: mine"),
-    ("def caption(self, record, rng): return self.caption(record, rng)", "raised RecursionError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def caption(self, record, rng): return {}['x']", "caption of data.strategy = SPEC raised KeyError: 'x'\nT"),
+        ("def loss_weight(self, record): return 1 / 0", "s2: Mine.loss_weight of data.strategy = SPEC raised ZeroDiv"),
+        (
+            "def caption(self, record, rng): return None",
+            "s2: Mine.caption of data.strategy = SPEC returned None, which",
+        ),
+        ("def loss_weight(self, record): return '2'", "Mine.loss_weight of data.strategy = SPEC returned '2', which"),
+        (
+            "def loss_weight(self, record): return float('nan')",
+            "returned nan, which is not a finite number of 0 or more",
+        ),
+        ("def loss_weight(self, record): return -1", "returned -1, which is not a finite number of 0 or more"),
+        ("def caption(self, record, rng):\n    class Own(Exception): pass\n    raise Own('mine')", "raised Own: mine"),
+        ("def caption(self, record, rng): return self.caption(record, rng)", "raised RecursionError"),
+    ],
+)
 def test_a_strategy_that_fails_makes_a_bad_sample(cache, index, tmp_path, body, said):
     strategy = load_strategy(write_class(tmp_path, body))
     dataset = build_dataset(cache, index, strategy, prefix="p")
@@ -241,13 +259,22 @@ def test_a_strategy_that_fails_now_and_then_may_start(index, tmp_path):
     assert try_strategy(load_strategy(write_class(tmp_path, body)), index) == []
 
 
-@pytest.mark.parametrize(("body", "said"), [
-    ("return {'s2': 0}.get(record['key']) or counts['x']", "s0: Mine.repeats of data.strategy = SPEC raised KeyError"),
-    ("return 1 if record['key'] < 's2' else -1", "s2: Mine.repeats of data.strategy = SPEC returned -1, which is not"),
-    ("return 1 if record['key'] < 's3' else '1'", "s3: Mine.repeats of data.strategy = SPEC returned '1', which"),
-    ("return float('inf')", "s0: Mine.repeats of data.strategy = SPEC returned inf"),
-    ("return 0", "repeats() is 0 for all 4 samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "return {'s2': 0}.get(record['key']) or counts['x']",
+            "s0: Mine.repeats of data.strategy = SPEC raised KeyError",
+        ),
+        (
+            "return 1 if record['key'] < 's2' else -1",
+            "s2: Mine.repeats of data.strategy = SPEC returned -1, which is not",
+        ),
+        ("return 1 if record['key'] < 's3' else '1'", "s3: Mine.repeats of data.strategy = SPEC returned '1', which"),
+        ("return float('inf')", "s0: Mine.repeats of data.strategy = SPEC returned inf"),
+        ("return 0", "repeats() is 0 for all 4 samples"),
+    ],
+)
 def test_repeats_that_fail_stop_the_start(index, tmp_path, body, said):
     spec = write_class(tmp_path, f"def repeats(self, record, counts):\n    {body}")
     with pytest.raises(UserInputError) as caught:
@@ -256,20 +283,26 @@ def test_repeats_that_fail_stop_the_start(index, tmp_path, body, said):
     assert ("Traceback" in str(caught.value)) == ("raised" in said)
 
 
-@pytest.mark.parametrize(("spec", "said"), [
-    ("no_colon.py", "is not path/to/file.py:ClassName"),
-    ("x.py:", "is not path/to/file.py:ClassName"),
-    ("absent.py:Mine", "absent.py is not a file"),
-    ("FOLDER/broken.py:Mine", "cannot be loaded: SyntaxError"),
-    ("FOLDER/raises.py:Mine", "cannot be loaded: RuntimeError: at import\nTraceback"),
-    ("FOLDER/user.py:Yours", "has no class Yours\n      cure: its classes: Mine"),
-    ("FOLDER/user.py:np", "has no class np"),
-    ("FOLDER/user.py:Mine", "none of the methods repeats(record, counts), caption(record, rng), loss_weight(record)\n"
-     "      cure: is repeat meant as repeats?, is captions meant as caption?"),
-    ("FOLDER/init.py:Mine", "Mine() raised TypeError"),
-    ("no.such.module:Mine", "cannot be loaded: ModuleNotFoundError: No module named 'no'"),
-    ("collections:OrderedDict", "has none of the methods"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("no_colon.py", "is not path/to/file.py:ClassName"),
+        ("x.py:", "is not path/to/file.py:ClassName"),
+        ("absent.py:Mine", "absent.py is not a file"),
+        ("FOLDER/broken.py:Mine", "cannot be loaded: SyntaxError"),
+        ("FOLDER/raises.py:Mine", "cannot be loaded: RuntimeError: at import\nTraceback"),
+        ("FOLDER/user.py:Yours", "has no class Yours\n      cure: its classes: Mine"),
+        ("FOLDER/user.py:np", "has no class np"),
+        (
+            "FOLDER/user.py:Mine",
+            "none of the methods repeats(record, counts), caption(record, rng), loss_weight(record)\n"
+            "      cure: is repeat meant as repeats?, is captions meant as caption?",
+        ),
+        ("FOLDER/init.py:Mine", "Mine() raised TypeError"),
+        ("no.such.module:Mine", "cannot be loaded: ModuleNotFoundError: No module named 'no'"),
+        ("collections:OrderedDict", "has none of the methods"),
+    ],
+)
 def test_what_cannot_be_loaded_is_explained(tmp_path, spec, said):
     write_class(tmp_path, "def repeat(self): pass\ndef captions(self): pass\nother = 3")
     write_class(tmp_path, "def __init__(self, needed): pass\ndef repeats(self, r, c): return 1", "init.py")
@@ -294,7 +327,10 @@ def test_files_of_one_name_do_not_mix_and_modules_load_too(tmp_path, monkeypatch
     write_class(tmp_path, "def loss_weight(self, record): return 3", "my_strategy_module.py")
     module = pickle.loads(pickle.dumps(load_strategy("my_strategy_module:Mine")))
     assert module.loss_weight({}) == 3 and [module.has(method) for method in ("repeats", "caption", "loss_weight")] == [
-        False, False, True]  # fmt: skip
+        False,
+        False,
+        True,
+    ]
     assert one.loss_weight({}) == 1
     with pytest.raises(StrategyError, match="k: Mine.caption .* not a string"):
         load_strategy(write_class(tmp_path, "def caption(self, *a): return 3")).caption({"key": "k"}, rng)

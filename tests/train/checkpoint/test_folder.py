@@ -118,9 +118,7 @@ def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
     for step in (2, 4, 5, 6, 8, 9):
         make_checkpoint(tmp_path, step)
     checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
-        f"step-{step:08d}" for step in (4, 8, 9)
-    ]  # fmt: skip
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (4, 8, 9)]
     assert not (tmp_path / "step-00000002").exists()
 
 

@@ -45,8 +45,9 @@ def test_what_cannot_be_known_is_not_told(tmp_path: Path, words: list[str], gpu_
 
 
 def test_several_resolutions_count_alike(tmp_path: Path) -> None:
-    one, other, both = (count_flops_per_image(settle(tmp_path, f"data.resolution_px={px}"))
-                        for px in ("512", "1024", "[512,1024]"))  # fmt: skip
+    one, other, both = (
+        count_flops_per_image(settle(tmp_path, f"data.resolution_px={px}")) for px in ("512", "1024", "[512,1024]")
+    )
     assert one and other and both == (one + other) / 2
 
 

@@ -124,8 +124,10 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
         )
     }
     assert {network: len(found) for network, found in names.items()} == {
-        "unet": 722, "text_encoder": 72 - 6, "text_encoder_2": 192
-    }  # fmt: skip
+        "unet": 722,
+        "text_encoder": 72 - 6,
+        "text_encoder_2": 192,
+    }
     prefix = COMPONENT_PREFIXES["unet"]
     assert names["unet"] == {
         "lora_unet_" + row.file_name.removeprefix(prefix).removesuffix(".weight").replace(".", "_")

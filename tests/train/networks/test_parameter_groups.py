@@ -66,7 +66,7 @@ def test_biases_and_norms_do_not_decay(unet):
     assert len(found) == len(list(unet.parameters()))
     assert {name for name, (_, decay) in found.items() if decay == 0} == {
         f"unet.{name}" for name, parameter in unet.named_parameters() if name.endswith("bias") or "norm" in name
-    }  # fmt: skip
+    }
 
 
 def test_the_first_pattern_that_finds_a_name_counts(unet):

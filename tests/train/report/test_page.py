@@ -65,8 +65,15 @@ def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tm
 def test_a_real_runs_report_is_drawn_by_the_run(validated: dict[int, Path]) -> None:
     folder = validated[1] / "report"
     assert sorted(path.stem for path in folder.glob("*.png")) == [
-        "buckets", "data_wait_share", "grad_norm", "loss", "loss_by_timestep", "lr", "samples_per_second", "tokens",
-    ]  # fmt: skip
+        "buckets",
+        "data_wait_share",
+        "grad_norm",
+        "loss",
+        "loss_by_timestep",
+        "lr",
+        "samples_per_second",
+        "tokens",
+    ]
     counts = json.loads((folder / "data.json").read_text())
     assert sum(counts["buckets"].values()) == counts["tokens"]["num_captions"] == 24
     assert sum(first for first, _ in counts["tokens"]["classes"].values()) == 24

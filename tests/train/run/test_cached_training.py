@@ -55,8 +55,9 @@ def make_spec(dataset: LatentDataset, epoch: int) -> MicroSpec:
     """Two samples of one bucket."""
     row = dataset.index.row(0)
     bucket = (row["bucket_width"], row["bucket_height"])
-    same = np.flatnonzero((dataset.index.column("bucket_width") == bucket[0])
-                          & (dataset.index.column("bucket_height") == bucket[1]))[:2]  # fmt: skip
+    same = np.flatnonzero(
+        (dataset.index.column("bucket_width") == bucket[0]) & (dataset.index.column("bucket_height") == bucket[1])
+    )[:2]
     return MicroSpec(bucket, same, np.array([epoch, epoch]), np.arange(2))
 
 

@@ -125,8 +125,10 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
 
 @pytest.mark.parametrize("columns", [80, 40])
 def test_nothing_is_cut_off(columns: int) -> None:
-    values = {"rates": "U-Net 5.00e-05 to 1.00e-04, text 1 5.00e-06, text 2 5.00e-06, patterns 1.50e-04",
-              "now": "copying the state for a checkpoint, writing a checkpoint"}  # fmt: skip
+    values = {
+        "rates": "U-Net 5.00e-05 to 1.00e-04, text 1 5.00e-06, text 2 5.00e-06, patterns 1.50e-04",
+        "now": "copying the state for a checkpoint, writing a checkpoint",
+    }
     pairs = (("average of 100", "0.1234"), ("memory", "141.2 of 139.8 GiB"))
     drawn = io.StringIO()
     Console(file=drawn, width=columns).print(Display("step 123456 of 1000000", "name", 0.7, [pairs], values))
@@ -145,14 +147,19 @@ def test_no_terminal_is_too_narrow(columns: int) -> None:
 
 
 def test_averages_leave_out_losses_that_are_not_finite() -> None:
-    steps = [StepNumbers(1.0, 2.0, 0.5, 8, 4e12), StepNumbers(float("nan"), 1.0, 0.0, 8, 2e12),
-             StepNumbers(3.0, 1.0, 0.5, 8, 2e12)]  # fmt: skip
+    steps = [
+        StepNumbers(1.0, 2.0, 0.5, 8, 4e12),
+        StepNumbers(float("nan"), 1.0, 0.0, 8, 2e12),
+        StepNumbers(3.0, 1.0, 0.5, 8, 2e12),
+    ]
     averages = Averages(steps)
     assert (averages.loss, averages.images_per_second, averages.data_wait_share) == (2.0, 6.0, 0.25)
     assert averages.step_seconds == pytest.approx(4 / 3) and averages.flops_per_second == 2e12
     assert [format_seconds(seconds) for seconds in (Averages([]).step_seconds, 59.6, 90_000)] == [
-        "-", "0:01:00", "1 day, 1:00:00",
-    ]  # fmt: skip
+        "-",
+        "0:01:00",
+        "1 day, 1:00:00",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,8 +179,9 @@ def test_the_next_checkpoint(settings: dict[str, Any], expected: int) -> None:
 
 def test_all_learning_rates_are_told() -> None:
     assert describe_rates(OptimConfig(lr=1e-4), 5e-5) == "5.00e-05"
-    rates = OptimConfig(lr=1e-4, text_encoder_2_lr=1e-5, block_lrs=[0, *[1e-4] * 21, 2e-4],
-                        groups=[{"match": "x", "lr": 3e-4}])  # pyright: ignore  # fmt: skip
+    rates = OptimConfig(
+        lr=1e-4, text_encoder_2_lr=1e-5, block_lrs=[0, *[1e-4] * 21, 2e-4], groups=[{"match": "x", "lr": 3e-4}]
+    )  # pyright: ignore
     assert describe_rates(rates, 5e-5) == "U-Net 5.00e-05 to 1.00e-04, text 2 5.00e-06, patterns 1.50e-04"
 
 

@@ -62,8 +62,14 @@ def test_samples_are_named_and_the_policy_is_kept(cached_folder: Path, spoilt_ca
     """One rank skips each bad step and goes on; two ranks may skip one, and stop before the second with the state
     before it saved."""
     cache, key = spoilt_cache
-    words = ("--cfg", cached_folder / "tiny.yaml", f"cache.dir={cache}", "sample.prompts=[]", "objective.prediction=v",
-             "checkpoint.every_steps=0")  # fmt: skip
+    words = (
+        "--cfg",
+        cached_folder / "tiny.yaml",
+        f"cache.dir={cache}",
+        "sample.prompts=[]",
+        "objective.prediction=v",
+        "checkpoint.every_steps=0",
+    )
     skipping, stopping = (cached_folder / "runs" / name for name in ("skipping", "stopping"))
     printed = run_program("train/main.py", *words, "run.name=skipping")
     named = read_named(skipping)

@@ -64,8 +64,16 @@ def test_images_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(vali
     assert Image.open(samples / "strip.png").size[0] == 2 * (128 + 4) - 4
     assert "Sampler: euler_a" in Image.open(samples / "step-00000002" / "002.png").text["parameters"]
     out = validated[1] / "drawn"
-    run_program("train/sample_main.py", "--model", validated[1], "--prompts", validated[1].parent / "prompts.txt",
-                "--out", out, ranks=2)  # fmt: skip
+    run_program(
+        "train/sample_main.py",
+        "--model",
+        validated[1],
+        "--prompts",
+        validated[1].parent / "prompts.txt",
+        "--out",
+        out,
+        ranks=2,
+    )
     for number, size in enumerate(((128, 96), (64, 128), (128, 96))):
         live = np.asarray(Image.open(samples / "step-00000002" / f"{number:03d}.png"), np.int16)
         assert live.shape[:2] == size[::-1]
@@ -142,5 +150,9 @@ def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(predic
 def test_losses_are_told_by_part_and_by_bucket() -> None:
     losses = [(0.0, (64, 32), 1.0), (499.9, (64, 32), 2.0), (500, (32, 64), 6.0), (1000, (32, 64), 7.0)]
     assert summarize_losses(losses, 2) == {
-        "loss": 4.0, "loss_32x64": 6.5, "loss_64x32": 1.5, "loss_t000-499": 1.5, "loss_t500-999": 6.5,
-    }  # fmt: skip
+        "loss": 4.0,
+        "loss_32x64": 6.5,
+        "loss_64x32": 1.5,
+        "loss_t000-499": 1.5,
+        "loss_t500-999": 6.5,
+    }

@@ -41,8 +41,16 @@ def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
 
 def test_json_means_the_same(tmp_path: Path) -> None:
     file = tmp_path / "prompts.json"
-    entry = {"prompt": "a cat", "negative_prompt": "", "width": 1024, "height": 832, "sample_steps": 30, "scale": 7,
-             "seed": 9, "sample_sampler": "DDIMScheduler"}  # fmt: skip
+    entry = {
+        "prompt": "a cat",
+        "negative_prompt": "",
+        "width": 1024,
+        "height": 832,
+        "sample_steps": 30,
+        "scale": 7,
+        "seed": 9,
+        "sample_sampler": "DDIMScheduler",
+    }
     file.write_text(json.dumps([entry, "a dog --w 64", {"prompt": "a fox"}]))
     prompts, problems = load([], file)
     assert problems == []
