@@ -42,7 +42,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodedBatch:
     """Images of one bucket: pixels [B, H, W, 3] uint8, and what is known of each."""
 
     pixels: np.ndarray
@@ -76,7 +76,7 @@ class Decoder:
     shape_captions: Callable[[bytes], tuple[str, ...]]
     pass_over: Callable[[WorkItem, Exception], None]
 
-    def decode(self, items: Sequence[WorkItem]) -> Iterator[Batch]:
+    def decode(self, items: Sequence[WorkItem]) -> Iterator[DecodedBatch]:
         """Batches of at most `batch_size`, each as soon as it is whole."""
         buckets = list_buckets(self.rule)
         ahead = 2 * self.batch_size + self.num_workers
@@ -132,7 +132,7 @@ class Decoder:
         captions = self.shape_captions(item.record) if item.with_text else ()
         return Prepared(item, prepare_item(item, self.rule, buckets, self.with_alpha, slot), captions)
 
-    def _finish(self, batch: _Planned, strays: dict[Size, list[Prepared]]) -> Iterator[Batch]:
+    def _finish(self, batch: _Planned, strays: dict[Size, list[Prepared]]) -> Iterator[DecodedBatch]:
         """Wait for a batch; what of it is of its bucket, and whatever it made whole of the others."""
         entries, places = [], []
         for place, (item, future) in enumerate(batch.images):
@@ -152,7 +152,7 @@ class Decoder:
         if entries:
             assert batch.pixels is not None, "entries of a batch have a bucket"
             whole = len(entries) == len(batch.images)
-            yield Batch(batch.pixels if whole else batch.pixels[places], entries)
+            yield DecodedBatch(batch.pixels if whole else batch.pixels[places], entries)
 
 
 def prepare_item(
@@ -180,5 +180,5 @@ def _probe_size(item: WorkItem) -> Size | None:
         return None
 
 
-def _stack(entries: list[Prepared]) -> Batch:
-    return Batch(np.stack([entry.image.pixels for entry in entries]), entries)
+def _stack(entries: list[Prepared]) -> DecodedBatch:
+    return DecodedBatch(np.stack([entry.image.pixels for entry in entries]), entries)

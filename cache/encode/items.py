@@ -32,7 +32,7 @@ def read_item(folder: Path, entry: Entry) -> tuple[Content, Content]:
     return record, content
 
 
-def read_item_text(folder: Path, entry: Entry) -> Content | None:
+def read_text_item(folder: Path, entry: Entry) -> Content | None:
     """The npz with an item's text encoder outputs, or None if it has none.
 
     Raises:
@@ -50,7 +50,7 @@ def read_item_text(folder: Path, entry: Entry) -> Content | None:
     return content
 
 
-def check_item(folder: Path, entry: Entry) -> str | None:
+def verify_item(folder: Path, entry: Entry) -> str | None:
     """What is wrong with an item's latents, or None."""
     try:
         parse_latents(read_item(folder, entry)[1], entry.bucket, check_crc=False)  # the checksum said more already
@@ -59,10 +59,10 @@ def check_item(folder: Path, entry: Entry) -> str | None:
     return None
 
 
-def check_item_text(folder: Path, entry: Entry) -> str | None:
+def verify_text_item(folder: Path, entry: Entry) -> str | None:
     """What is wrong with an item's text encoder outputs, or None, also if it has none."""
     try:
-        content = read_item_text(folder, entry)
+        content = read_text_item(folder, entry)
         if entry.text is not None and content is not None:
             parse_text(content, entry.text.variants, check_crc=False)
     except ITEM_ERRORS as error:

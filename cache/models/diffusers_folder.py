@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table, canonical_name
-from sdxl_trainer.cache.models.tensor_stream import Item, TensorSource, write_items
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
+from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
 from sdxl_trainer.data.files import sync_folder
 
 WEIGHTS = {
@@ -39,7 +39,7 @@ def open_folder_component(folder: Path, component: str) -> dict[str, TensorSourc
     for path in chosen:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if not name.endswith("position_ids")]
-        sources |= {canonical_name(component, name): lambda at=(path, name): _read(*at) for name in names}
+        sources |= {get_canonical_name(component, name): lambda at=(path, name): _read(*at) for name in names}
     return sources
 
 
@@ -72,7 +72,7 @@ def write_diffusers_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     for component in COMPONENT_PREFIXES:
         items = _plan_items(component, components[component], configs[component], dtype)
-        write_items(temporary / component / WEIGHTS[component], items, {})
+        write_safetensors(temporary / component / WEIGHTS[component], items, {})
         _write_json(temporary / component / "config.json", configs[component])
     _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
     for name in COPIED:
@@ -88,14 +88,14 @@ def write_diffusers_folder(
 
 def _plan_items(
     component: str, given: Mapping[str, TensorSource], config: Mapping[str, Any], dtype: torch.dtype
-) -> Sequence[Item]:
-    sources = {canonical_name(component, name): source for name, source in given.items()}
-    rows = [row for row in build_table(component, config) if not row.carried]
+) -> Sequence[TensorItem]:
+    sources = {get_canonical_name(component, name): source for name, source in given.items()}
+    rows = [row for row in build_name_table(component, config) if not row.carried]
     shapes = {name: row.source_shape for row in rows for name in row.sources}
     lacking = [name for name in shapes if name not in sources]
     if lacking:
         raise ValueError(f"{component} lacks {', '.join(lacking[:5])}" + (" and more" if len(lacking) > 5 else ""))
-    return [Item(name, shape, dtype, (sources[name],), shape) for name, shape in shapes.items()]
+    return [TensorItem(name, shape, dtype, (sources[name],), shape) for name, shape in shapes.items()]
 
 
 def _name_scheduler(index: Path, scheduler: Mapping[str, Any]) -> None:

@@ -15,32 +15,32 @@ import torch
 from safetensors import safe_open
 
 from sdxl_trainer.cache.models.single_file_check import (
-    describe_single_file,
-    find_problems,
+    find_component_problems,
+    find_single_file_problems,
     guess_foreign_format,
-    read_header,
+    read_safetensors_header,
 )
 from sdxl_trainer.cache.models.single_file_names import (
     COMPONENT_PREFIXES,
     LOGIT_SCALE_FILE_NAME,
     TableRow,
     TextProjection,
-    build_table,
-    canonical_name,
-    list_sources,
+    build_name_table,
+    get_canonical_name,
+    list_source_names,
 )
-from sdxl_trainer.cache.models.tensor_stream import Item, TensorSource, write_items
+from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
 from sdxl_trainer.data.files import read_patiently
 
 __all__ = [
     "build_component",
     "build_modelspec",
-    "describe_single_file",
-    "list_sources",
+    "find_single_file_problems",
+    "list_source_names",
     "load_component",
     "open_single_file",
-    "prediction_marks",
-    "read_carried",
+    "list_prediction_marks",
+    "read_carried_tensors",
     "read_single_file",
     "write_single_file",
 ]
@@ -66,9 +66,9 @@ def read_single_file(
     them to a module. Everything is checked before the first tensor: raises FileNotFoundError, or one ValueError that
     lists the missing, unexpected and misshapen tensors and says what the file looks like instead.
     """
-    rows = build_table(component, config, text_projection)
-    header = read_header(path)
-    problems = find_problems(header, component, rows)
+    rows = build_name_table(component, config, text_projection)
+    header = read_safetensors_header(path)
+    problems = find_component_problems(header, component, rows)
     if problems:
         foreign = guess_foreign_format(header.shapes)
         verdict = f"it looks like {foreign}; " if foreign else ""
@@ -85,7 +85,7 @@ def open_single_file(
 ) -> dict[str, TensorSource]:
     """Source name → function that reads the tensor. Raises like `read_single_file`."""
     read_single_file(path, component, config, text_projection=text_projection)  # for its checks
-    rows = [row for row in build_table(component, config, text_projection) if not row.carried]
+    rows = [row for row in build_name_table(component, config, text_projection) if not row.carried]
     places = {name: (row, place) for row in rows for place, name in enumerate(row.sources)}
     return {name: lambda at=at: list(_iterate_tensors(path, [at[0]]))[at[1]][1] for name, at in places.items()}
 
@@ -112,7 +112,7 @@ def load_component(
 
     Raises like `read_single_file`, and RuntimeError when the module is not the one that `config` describes.
     """
-    names = {canonical_name(component, name): name for name in module.state_dict()}
+    names = {get_canonical_name(component, name): name for name in module.state_dict()}
     tensors = read_single_file(path, component, config, text_projection=text_projection)
     module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors}, strict=True)
 
@@ -144,7 +144,7 @@ def build_component(
     return module
 
 
-def read_carried(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_carried_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Tensors that belong to no model and live on in the next file: give them to `write_single_file` as `extra`."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name == LOGIT_SCALE_FILE_NAME}
@@ -164,17 +164,17 @@ def write_single_file(
     """Write the four components as one file, atomically, and return its `modelspec.hash_sha256`.
 
     `components` maps `unet`, `vae`, `text_encoder`, `text_encoder_2` to name → tensor, or name → function that returns
-    the tensor (on any device); a function is called once, in the order of `list_sources`, and its tensor is dropped
-    before the next is asked for. `marks` are those of `prediction_marks`; `extra` are file names → tensors that are
-    written as they are. Raises ValueError before the first byte when names or shapes are not those of `configs`, and
+    the tensor (on any device). A function is called once, in the order of `list_source_names`, and its tensor is
+    dropped before the next call. `marks` come from `list_prediction_marks`; `extra` maps file names to tensors that are
+    written unchanged. Raises ValueError before the first byte when names or shapes are not those of `configs`, and
     when float16 cannot hold a value. Whatever is raised, nothing stays under the final name.
     """
     items = _plan_items(components, configs, dtype, text_projection, dict(extra or {}))
-    items += [Item(mark, (0,), dtype, (), (0,)) for mark in _check_marks(marks)]
-    return write_items(Path(path), items, metadata, HASH_KEY)
+    items += [TensorItem(mark, (0,), dtype, (), (0,)) for mark in _check_marks(marks)]
+    return write_safetensors(Path(path), items, metadata, HASH_KEY)
 
 
-def prediction_marks(prediction_type: str, zero_terminal_snr: bool = False) -> tuple[str, ...]:
+def list_prediction_marks(prediction_type: str, zero_terminal_snr: bool = False) -> tuple[str, ...]:
     """Marks of a model by its objective: `v_pred` for v-prediction, and `ztsnr` with zero terminal SNR."""
     if prediction_type != "v":
         return ()
@@ -194,7 +194,7 @@ def _plan_items(
     dtype: torch.dtype,
     text_projection: TextProjection,
     extra: dict[str, torch.Tensor],
-) -> list[Item]:
+) -> list[TensorItem]:
     """All tensors of the file in their order; raises one ValueError that lists every name and shape that is wrong."""
     problems = [
         f"no {what} for {component}"
@@ -204,23 +204,24 @@ def _plan_items(
     ]
     if problems:
         raise ValueError(f"a single file needs all components: {'; '.join(problems)}")
-    items: list[Item] = []
+    items: list[TensorItem] = []
     for component in COMPONENT_PREFIXES:
-        sources = {canonical_name(component, name): source for name, source in components[component].items()}
+        sources = {get_canonical_name(component, name): source for name, source in components[component].items()}
         sources.pop("text_model.embeddings.position_ids", None)  # arange(77), which transformers kept as a buffer once
-        rows = build_table(component, configs[component], text_projection)
+        rows = build_name_table(component, configs[component], text_projection)
         problems += _compare_sources(component, rows, sources)
         for row in rows:
             if row.carried and row.file_name in extra:
                 continue
             pieces = tuple(sources[name] for name in row.sources if name in sources) or (_default_logit_scale,)
-            items.append(Item(row.file_name, row.file_shape, dtype, pieces, row.source_shape, row.transposed))
+            items.append(TensorItem(row.file_name, row.file_shape, dtype, pieces, row.source_shape, row.transposed))
     taken = {item.name for item in items}.union(MARKS)
     problems += [f"extra holds {name}, which is written from elsewhere" for name in extra if name in taken]
     if problems:
         raise ValueError(f"the tensors do not fit their configs: {'; '.join(problems)}")
     extras = [
-        Item(name, tuple(tensor.shape), tensor.dtype, (tensor,), tuple(tensor.shape)) for name, tensor in extra.items()
+        TensorItem(name, tuple(tensor.shape), tensor.dtype, (tensor,), tuple(tensor.shape))
+        for name, tensor in extra.items()
     ]
     # Widest type first keeps every tensor aligned to its own size, which memory-mapping readers like.
     return sorted([*items, *extras], key=lambda item: -item.dtype.itemsize)

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import configs as configs_package
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, Shape, TableRow, TextProjection, build_table
+from sdxl_trainer.cache.models.single_file_names import (
+    COMPONENT_PREFIXES,
+    Shape,
+    TableRow,
+    TextProjection,
+    build_name_table,
+)
 
 SDXL_CONFIG_FOLDER = Path(configs_package.__file__).parent / "sdxl"
 ITEM_BYTES = {
@@ -49,7 +55,7 @@ _IGNORED_FILE_NAMES = frozenset(
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """Header of a safetensors file: type and shape of every tensor, the metadata, and where the data begin (bytes)."""
 
     types: dict[str, str]
@@ -58,7 +64,7 @@ class Header:
     data_start: int
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """Read and check the header of a safetensors file without touching its tensors.
 
     Raises OSError (FileNotFoundError, IsADirectoryError, …), and ValueError when the file is no safetensors file, is
@@ -93,7 +99,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         data_bytes = end
     if size != 8 + length + data_bytes:
         raise ValueError(f"{path} is damaged: its header tells of {8 + length + data_bytes} bytes, the file has {size}")
-    return Header(types, shapes, metadata, 8 + length)
+    return SafetensorsHeader(types, shapes, metadata, 8 + length)
 
 
 def load_component_configs(folder: str | os.PathLike[str] = SDXL_CONFIG_FOLDER) -> dict[str, dict[str, Any]]:
@@ -104,7 +110,7 @@ def load_component_configs(folder: str | os.PathLike[str] = SDXL_CONFIG_FOLDER) 
     }
 
 
-def describe_single_file(
+def find_single_file_problems(
     path: str | os.PathLike[str],
     configs: Mapping[str, Mapping[str, Any]] | None = None,
     *,
@@ -115,7 +121,7 @@ def describe_single_file(
     `configs` maps component names to their configs (default: SDXL base 1.0); components left out are not checked.
     """
     try:
-        header = read_header(path)
+        header = read_safetensors_header(path)
     except FileNotFoundError:
         return [f"{path} does not exist"]
     except (OSError, ValueError) as error:
@@ -123,14 +129,14 @@ def describe_single_file(
     problems = []
     for component, config in (load_component_configs() if configs is None else configs).items():
         try:
-            problems += find_problems(header, component, build_table(component, config, text_projection))
+            problems += find_component_problems(header, component, build_name_table(component, config, text_projection))
         except ValueError as error:  # the config is not SDXL's
             problems.append(str(error))
     foreign = guess_foreign_format(header.shapes) if problems else None
     return [f"it looks like {foreign}", *problems] if foreign else problems
 
 
-def find_problems(header: Header, component: str, rows: Sequence[TableRow]) -> list[str]:
+def find_component_problems(header: SafetensorsHeader, component: str, rows: Sequence[TableRow]) -> list[str]:
     """Names of one component that lack, that are too many, of a wrong shape or type; empty when the file fits."""
     prefix = COMPONENT_PREFIXES[component]
     if not any(name.startswith(prefix) for name in header.shapes):

@@ -6,7 +6,7 @@ reading from left to right. Needs neither torch nor the model classes.
 
 Words: *file* names are those of the single file (LDM for the U-Net and the VAE, OpenCLIP for text encoder 2),
 *source* names are those of diffusers and transformers. Text encoders are spelled with the classic `text_model.`
-prefix, which newer transformers releases drop for `CLIPTextModel` (see `canonical_name`).
+prefix, which newer transformers releases drop for `CLIPTextModel` (see `get_canonical_name`).
 
 Source: the key layout of Stability's generative-models and of OpenCLIP, checked against diffusers' own loader.
 """
@@ -88,7 +88,7 @@ class _Table:
             self.add(f"{source}.bias", f"{file}.bias", shape[:1])
 
 
-def build_table(
+def build_name_table(
     component: str, config: Mapping[str, Any], text_projection: TextProjection = "correct"
 ) -> list[TableRow]:
     """Table of one component (`unet`, `vae`, `text_encoder`, `text_encoder_2`) from its diffusers config.
@@ -112,12 +112,12 @@ def build_table(
     return table.rows
 
 
-def list_sources(component: str, config: Mapping[str, Any]) -> list[str]:
+def list_source_names(component: str, config: Mapping[str, Any]) -> list[str]:
     """Source names of one component in the order in which the writer asks for them."""
-    return [name for row in build_table(component, config) if not row.carried for name in row.sources]
+    return [name for row in build_name_table(component, config) if not row.carried for name in row.sources]
 
 
-def canonical_name(component: str, name: str) -> str:
+def get_canonical_name(component: str, name: str) -> str:
     """Source name with the classic `text_model.` prefix, whatever the installed transformers calls it."""
     outside = ("text_model.", "text_projection.", "logit_scale")
     if component in ("text_encoder", "text_encoder_2") and not name.startswith(outside):

@@ -5,7 +5,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER, describe_single_file, load_component_configs
+from sdxl_trainer.cache.models.single_file_check import (
+    SDXL_CONFIG_FOLDER,
+    find_single_file_problems,
+    load_component_configs,
+)
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
 
@@ -113,7 +117,7 @@ def _check_single_file(config: ModelConfig, path: Path, cure: str) -> list[Probl
         cure += "; for one of another shape than SDXL base, set model.config to the folder of its components' configs"
     return [
         Problem("model.path", config.path, rule, cure)
-        for rule in describe_single_file(path, load_component_configs(folder))
+        for rule in find_single_file_problems(path, load_component_configs(folder))
     ]
 
 

@@ -34,7 +34,7 @@ _TYPE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Item:
+class TensorItem:
     """One tensor of the file to be: its pieces are written one behind the other (q, k, v of a stacked weight)."""
 
     name: str
@@ -45,7 +45,9 @@ class Item:
     transposed: bool = False
 
 
-def write_items(path: Path, items: Sequence[Item], metadata: Mapping[str, str], hash_key: str | None = None) -> str:
+def write_safetensors(
+    path: Path, items: Sequence[TensorItem], metadata: Mapping[str, str], hash_key: str | None = None
+) -> str:
     """Write the items in their order, atomically, and return the SHA-256 of their bytes as `0x…`.
 
     A piece that is a function is called once, and its tensor is dropped before the next is asked for. The hash also
@@ -72,7 +74,7 @@ def write_items(path: Path, items: Sequence[Item], metadata: Mapping[str, str], 
     return tensor_hash
 
 
-def _build_header(items: Sequence[Item], metadata: Mapping[str, str], hash_key: str | None) -> bytes:
+def _build_header(items: Sequence[TensorItem], metadata: Mapping[str, str], hash_key: str | None) -> bytes:
     """Length and JSON header of the file, padded to 8 bytes; the hash is a placeholder of its final width."""
     strings = {"format": "pt", **metadata, **({hash_key: _HASH_PLACEHOLDER} if hash_key else {})}
     wrong = [key for key, value in strings.items() if not isinstance(value, str)]
@@ -95,7 +97,7 @@ def _build_header(items: Sequence[Item], metadata: Mapping[str, str], hash_key: 
     return len(text).to_bytes(8, "little") + text
 
 
-def _to_bytes(item: Item, source: TensorSource) -> memoryview:
+def _to_bytes(item: TensorItem, source: TensorSource) -> memoryview:
     """Bytes of one piece in the file's type and layout; the source tensor is free when this returns."""
     tensor = (source if isinstance(source, torch.Tensor) else source()).detach()
     if tuple(tensor.shape) != item.piece_shape:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sdxl_trainer.cache.encode.items import ITEM_ERRORS, check_item, check_item_text, read_item, read_item_text
+from sdxl_trainer.cache.encode.items import ITEM_ERRORS, read_item, read_text_item, verify_item, verify_text_item
 from sdxl_trainer.cache.encode.pipeline import choose_text_file
 from sdxl_trainer.cache.encode.sinks import NpzSink, Sink
 from sdxl_trainer.cache.upkeep.verify import check_shards
@@ -35,7 +35,7 @@ def repack(
             continue
         try:
             _, content = read_item(folder, entry)
-            text = read_item_text(folder, entry)
+            text = read_text_item(folder, entry)
         except ITEM_ERRORS as error:
             bad[key] = f"{entry.file}: {error}"
             continue
@@ -59,13 +59,13 @@ def tidy_shards(folder: Path, entries: Mapping[str, Entry], sink: Sink, manifest
         if entry.file in uneven:
             listed[entry.file].append(entry)
     for file, held in listed.items():
-        if any(check_item(folder, entry) or check_item_text(folder, entry) for entry in held):
+        if any(verify_item(folder, entry) or verify_text_item(folder, entry) for entry in held):
             uneven.remove(file)
             continue
         for entry in sorted(held, key=lambda entry: entry.offset or 0):
             record, content = read_item(folder, entry)
             beside = entry.text is not None and entry.text.offset is not None
-            text = read_item_text(folder, entry) if beside else None
+            text = read_text_item(folder, entry) if beside else None
             manifest.append(sink.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
     sink.close()
     for file in uneven:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trainer.cache.encode.items import check_item, check_item_text
+from sdxl_trainer.cache.encode.items import verify_item, verify_text_item
 from sdxl_trainer.cache.encode.sinks import list_shards
 from sdxl_trainer.data.formats.manifest import Entry
 from sdxl_trainer.data.formats.shards import check_end, compute_sample_span, compute_text_span
@@ -65,7 +65,7 @@ def check_shards(folder: Path, entries: Iterable[Entry]) -> dict[str, str]:
 def _check_chunk(folder: Path, entries: Iterable[Entry]) -> tuple[dict[str, str], dict[str, str], int]:
     bad, bad_text, size = {}, {}, 0
     for entry in entries:
-        for found, reason in ((bad, check_item(folder, entry)), (bad_text, check_item_text(folder, entry))):
+        for found, reason in ((bad, verify_item(folder, entry)), (bad_text, verify_text_item(folder, entry))):
             if reason is not None:
                 found[entry.key] = reason
         size += entry.bytes + (entry.text.bytes if entry.text else 0)

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_trainer.cache.models.single_file_check import load_component_configs
-from sdxl_trainer.cache.models.single_file_names import build_table
+from sdxl_trainer.cache.models.single_file_names import build_name_table
 
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
@@ -92,5 +92,5 @@ def fake_tensors(configs):
     return {
         row.file_name: ("F16", row.file_shape)
         for component, config in configs.items()
-        for row in build_table(component, config)
+        for row in build_name_table(component, config)
     }

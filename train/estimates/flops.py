@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer.cache.models.single_file_names import build_table
+from sdxl_trainer.cache.models.single_file_names import build_name_table
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import Ranks
 
@@ -90,7 +90,7 @@ def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -
     Raises:
         ValueError: the U-Net is not of SDXL's topology.
     """
-    rows, num_levels = build_table("unet", unet_config), len(unet_config["block_out_channels"])
+    rows, num_levels = build_name_table("unet", unet_config), len(unet_config["block_out_channels"])
     per_area_squared = per_area = constant = 0.0
     for row in rows:
         if len(row.source_shape) == 1:  # biases and norms

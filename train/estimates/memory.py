@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.models.single_file_names import build_table
+from sdxl_trainer.cache.models.single_file_names import build_name_table
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.engine import PURE_BF16
 from sdxl_trainer.configs.schema import Config
@@ -47,7 +47,7 @@ def count_unet_weights(config: Config) -> int:
     if not is_local(config.model):
         return 0
     try:
-        rows = build_table("unet", resolve_model(config.model).read_config("unet"))
+        rows = build_name_table("unet", resolve_model(config.model).read_config("unet"))
     except (OSError, ValueError, KeyError):
         return 0  # the settings' part has said what is wrong
     return sum(math.prod(row.source_shape) * len(row.sources) for row in rows)

@@ -80,11 +80,11 @@ def find_source_checkpoint(source: Path) -> Path | None:
 
 def replace_trained(components: Mapping[str, dict[str, Any]], trained: Mapping[str, Any]) -> None:
     """Put what was trained in the place of what training started from."""
-    from sdxl_trainer.cache.models.single_file_names import canonical_name
+    from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 
     for name, read in trained.items():
         component, _, inner = name.partition(".")
-        components[component][canonical_name(component, inner)] = read
+        components[component][get_canonical_name(component, inner)] = read
 
 
 def load_settings(options: argparse.Namespace, checkpoint: Path | None) -> "Config":

@@ -12,12 +12,12 @@ from sdxl_trainer.cache.models.diffusers_folder import open_folder_component, wr
 from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.cache.models.single_file import (
     build_modelspec,
+    list_prediction_marks,
     open_single_file,
-    prediction_marks,
-    read_carried,
+    read_carried_tensors,
     write_single_file,
 )
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, canonical_name, list_sources
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, get_canonical_name, list_source_names
 from sdxl_trainer.cache.models.source import COMPONENTS, ModelSource
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.schema import Config, ModelConfig
@@ -76,8 +76,8 @@ def list_gathered(engine: Engine, conditioner: TextConditioner, source: ModelSou
     for component in COMPONENT_PREFIXES:
         if component == "unet" or component in conditioner.trained:
             parameters = getattr(engine.model, component).named_parameters()
-            held = {canonical_name(component, name): f"{component}.{name}" for name, _ in parameters}
-            names = list_sources(component, source.read_config(component))
+            held = {get_canonical_name(component, name): f"{component}.{name}" for name, _ in parameters}
+            names = list_source_names(component, source.read_config(component))
             found[component] = {name: held[name] for name in names if name in held}
     return found
 
@@ -143,8 +143,8 @@ def write_components(
         dtype=dtype,
         metadata=metadata,
         text_projection=config.model.text_projection,
-        marks=prediction_marks(objective.prediction, objective.zero_terminal_snr),
-        extra=read_carried(source.file) if source.file else None,
+        marks=list_prediction_marks(objective.prediction, objective.zero_terminal_snr),
+        extra=read_carried_tensors(source.file) if source.file else None,
     )
     logger.info("model {}", path)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table, canonical_name
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -93,7 +93,7 @@ def map_layers(unet_config: Mapping[str, Any]) -> dict[str, str]:
     prefix = COMPONENT_PREFIXES["unet"]
     return {
         row.sources[0].removesuffix(".weight"): row.file_name.removeprefix(prefix).removesuffix(".weight")
-        for row in build_table("unet", unet_config)
+        for row in build_name_table("unet", unet_config)
         if row.file_name.endswith(".weight")
     }
 
@@ -101,5 +101,5 @@ def map_layers(unet_config: Mapping[str, Any]) -> dict[str, str]:
 def rename_layer(layer: str, layers: Mapping[str, str]) -> str:
     """`unet.mid_block.….to_q` to `lora_unet_middle_block_…_to_q`; text encoders keep the names of transformers."""
     component, _, inner = layer.partition(".")
-    inner = layers[inner] if component == "unet" else canonical_name(component, inner)
+    inner = layers[inner] if component == "unet" else get_canonical_name(component, inner)
     return f"{PREFIXES[component]}_{inner.replace('.', '_')}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 
@@ -72,7 +72,7 @@ def find_idle_patterns(names: list[str], config: OptimConfig) -> Iterator[Proble
 def map_blocks(unet_config: Mapping[str, Any]) -> dict[str, int]:
     """Layer of the U-Net, `unet.…` without `.weight`, to its number among kohya's 23 blocks."""
     prefix, blocks = COMPONENT_PREFIXES["unet"], {}
-    for row in build_table("unet", unet_config):
+    for row in build_name_table("unet", unet_config):
         head, number, *_ = row.file_name.removeprefix(prefix).split(".")
         block = BLOCK_STARTS[head] + (int(number) if head in BLOCK_LISTS else 0)
         blocks |= {get_layer(f"unet.{source}"): block for source in row.sources}

@@ -11,7 +11,7 @@ import torch
 from cache_samples import hash_items, list_files, run_job, write_settings
 
 from sdxl_trainer.cache.encode import text_work as captioning
-from sdxl_trainer.cache.encode.items import read_item_text
+from sdxl_trainer.cache.encode.items import read_text_item
 from sdxl_trainer.cache.encode.sinks import list_shards
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource
@@ -62,7 +62,7 @@ def cache(request, filled, tmp_path):
 def read_texts(folder: Path) -> dict[str, list[TextOutputs]]:
     texts = {}
     for key, entry in read_latest(folder).items():
-        content = read_item_text(folder, entry)
+        content = read_text_item(folder, entry)
         assert content is not None and entry.text is not None, key
         texts[key] = parse_text(content, entry.text.variants)
     return texts

@@ -15,16 +15,16 @@ from single_file_samples import LOGIT_SCALE, POSITION_IDS, TINY, build_modules, 
 
 from sdxl_trainer.cache.models.single_file import (
     build_modelspec,
-    describe_single_file,
-    list_sources,
+    find_single_file_problems,
+    list_prediction_marks,
+    list_source_names,
     load_component,
-    prediction_marks,
-    read_carried,
+    read_carried_tensors,
     read_single_file,
     write_single_file,
 )
-from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER, read_header
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table, canonical_name
+from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER, read_safetensors_header
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def make_diffusers_folder(folder):
 
 def test_diffusers_loads_the_file_with_identical_weights(tmp_path, tiny_modules):
     path = tmp_path / "model.safetensors"
-    write_tiny(path, tiny_modules, marks=prediction_marks("v", zero_terminal_snr=True))
+    write_tiny(path, tiny_modules, marks=list_prediction_marks("v", zero_terminal_snr=True))
     folder = make_diffusers_folder(tmp_path / "configs")
     pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=str(folder), local_files_only=True)
     for component, module in tiny_modules.items():
@@ -74,15 +74,15 @@ def test_diffusers_loads_the_file_with_identical_weights(tmp_path, tiny_modules)
 def test_reading_back_is_bit_equal(tmp_path, tiny_modules):
     path = tmp_path / "folder" / "model.safetensors"
     write_tiny(path, tiny_modules)
-    assert describe_single_file(path, TINY) == []
+    assert find_single_file_problems(path, TINY) == []
     fresh = build_modules(TINY, "cpu")
     for component, module in tiny_modules.items():
-        expected = {canonical_name(component, name): tensor for name, tensor in module.state_dict().items()}
+        expected = {get_canonical_name(component, name): tensor for name, tensor in module.state_dict().items()}
         found = dict(read_single_file(path, component, TINY[component]))
-        assert list(found) == list_sources(component, TINY[component]) and found.keys() == expected.keys()
+        assert list(found) == list_source_names(component, TINY[component]) and found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         load_component(fresh[component], path, component, TINY[component])
-        copied = {canonical_name(component, name): tensor for name, tensor in fresh[component].state_dict().items()}
+        copied = {get_canonical_name(component, name): tensor for name, tensor in fresh[component].state_dict().items()}
         assert all(torch.equal(copied[name], expected[name]) for name in expected)
     again = tmp_path / "again.safetensors"
     write_tiny(again, fresh)
@@ -96,7 +96,7 @@ def test_types_are_rounded_once(tmp_path, tiny_modules, dtype):
     for component, module in tiny_modules.items():
         found = dict(read_single_file(path, component, TINY[component]))
         for name, tensor in module.state_dict().items():
-            assert torch.equal(found[canonical_name(component, name)], tensor.to(dtype))
+            assert torch.equal(found[get_canonical_name(component, name)], tensor.to(dtype))
 
 
 def test_fused_and_transposed_tensors_by_hand(tmp_path, tiny_modules):
@@ -124,18 +124,18 @@ def test_legacy_text_projection(tmp_path, tiny_modules):
         assert torch.equal(file.get_tensor(COMPONENT_PREFIXES["text_encoder_2"] + "text_projection"), weight)
     found = dict(read_single_file(path, "text_encoder_2", TINY["text_encoder_2"], text_projection="legacy"))
     assert torch.equal(found["text_projection.weight"], weight)
-    assert describe_single_file(path, TINY, text_projection="legacy") == []
+    assert find_single_file_problems(path, TINY, text_projection="legacy") == []
     with pytest.raises(ValueError, match=r"text_projection is \[56, 40\], not \[40, 56\]"):
         read_single_file(path, "text_encoder_2", TINY["text_encoder_2"])
     with pytest.raises(ValueError, match="must be 'correct' or 'legacy'"):
-        build_table("text_encoder_2", TINY["text_encoder_2"], "transposed")
+        build_name_table("text_encoder_2", TINY["text_encoder_2"], "transposed")
 
 
 def test_old_and_new_transformers_names_give_one_file(tmp_path, tiny_modules):
     hashes = set()
     for spell in (
-        lambda name: canonical_name("text_encoder", name),
-        lambda name: canonical_name("text_encoder", name).removeprefix("text_model."),
+        lambda name: get_canonical_name("text_encoder", name),
+        lambda name: get_canonical_name("text_encoder", name).removeprefix("text_model."),
     ):
         state = state_of(tiny_modules)
         state["text_encoder"] = {spell(name): tensor for name, tensor in state["text_encoder"].items()}
@@ -148,17 +148,17 @@ def test_carried_tensors_and_extra(tmp_path, tiny_modules):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     extra = {LOGIT_SCALE: torch.tensor(4.25), POSITION_IDS: torch.arange(77)[None]}
     write_tiny(first, tiny_modules, dtype=torch.float16, extra=extra)
-    header = read_header(first)
+    header = read_safetensors_header(first)
     assert header.types[LOGIT_SCALE] == "F32" and header.types[POSITION_IDS] == "I64"
-    assert describe_single_file(first, TINY) == []
+    assert find_single_file_problems(first, TINY) == []
     dict(read_single_file(first, "text_encoder", TINY["text_encoder"]))  # position_ids do not disturb
-    write_tiny(second, tiny_modules, extra=read_carried(first))
-    assert read_carried(second) == {LOGIT_SCALE: torch.tensor(4.25)}
-    assert POSITION_IDS not in read_header(second).shapes
+    write_tiny(second, tiny_modules, extra=read_carried_tensors(first))
+    assert read_carried_tensors(second) == {LOGIT_SCALE: torch.tensor(4.25)}
+    assert POSITION_IDS not in read_safetensors_header(second).shapes
     state = state_of(tiny_modules)
     state["text_encoder_2"]["logit_scale"] = torch.tensor(2.5)
     write_single_file(second, state, TINY, dtype=torch.float32, metadata={})
-    assert read_carried(second) == {LOGIT_SCALE: torch.tensor(2.5)}
+    assert read_carried_tensors(second) == {LOGIT_SCALE: torch.tensor(2.5)}
     with pytest.raises(ValueError, match="extra holds v_pred, which is written from elsewhere"):
         write_tiny(second, tiny_modules, extra={"v_pred": torch.zeros(0)})
 
@@ -173,7 +173,7 @@ def test_metadata_and_hash(tmp_path, tiny_modules):
         about={"author": "somebody", "license": None, "tags": "a, b"},
     )
     returned = write_tiny(path, tiny_modules, metadata=metadata, marks=("v_pred",))
-    header = read_header(path)
+    header = read_safetensors_header(path)
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == header.metadata
     assert header.metadata == {
@@ -205,7 +205,7 @@ def test_marks(tmp_path, tiny_modules):
         ("v", False, {"v_pred"}),
         ("v", True, {"v_pred", "ztsnr"}),
     ):
-        write_tiny(path, tiny_modules, marks=prediction_marks(prediction, zero_snr))
+        write_tiny(path, tiny_modules, marks=list_prediction_marks(prediction, zero_snr))
         with safe_open(path, framework="pt") as file:
             marks = {name for name in file.keys() if "." not in name}
             assert marks == expected and all(file.get_tensor(name).shape == (0,) for name in marks)
@@ -221,7 +221,7 @@ def test_one_tensor_at_a_time_in_the_promised_order(tmp_path, tiny_modules):
         def load():
             assert not any(reference() is not None for reference in alive), f"{asked[-1]} is still held"
             array = np.array(tensor.numpy())
-            asked.append((component, canonical_name(component, name)))
+            asked.append((component, get_canonical_name(component, name)))
             alive[:] = [weakref.ref(array)]  # torch keeps the array as long as its memory is in use
             return torch.from_numpy(array)
 
@@ -234,7 +234,7 @@ def test_one_tensor_at_a_time_in_the_promised_order(tmp_path, tiny_modules):
     streamed = write_single_file(tmp_path / "a.safetensors", loaders, TINY, dtype=torch.float32, metadata={})
     assert streamed == write_tiny(tmp_path / "b.safetensors", tiny_modules)
     assert asked == [
-        (component, name) for component in COMPONENT_PREFIXES for name in list_sources(component, TINY[component])
+        (component, name) for component in COMPONENT_PREFIXES for name in list_source_names(component, TINY[component])
     ]
 
 

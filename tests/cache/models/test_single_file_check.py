@@ -6,15 +6,15 @@ import pytest
 from single_file_samples import FULL, POSITION_IDS, TINY, fake_tensors, write_fake
 
 from sdxl_trainer.cache.models.single_file import read_single_file
-from sdxl_trainer.cache.models.single_file_check import describe_single_file
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table
+from sdxl_trainer.cache.models.single_file_check import find_single_file_problems
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table
 
 
 def test_the_full_size_header_is_recognised(tmp_path):
     tensors = {POSITION_IDS: ("I64", (1, 77)), **fake_tensors(FULL)}
     path = write_fake(tmp_path / "sdxl.safetensors", tensors)
     assert path.stat().st_size > 6_900_000_000
-    assert describe_single_file(path) == []
+    assert find_single_file_problems(path) == []
 
 
 UNET = COMPONENT_PREFIXES["unet"]
@@ -34,7 +34,7 @@ FOREIGN_FILES = {
 def test_foreign_files_are_called_by_their_name(tmp_path, kind):
     tensors = {name: ("F16", shape) for name, shape in FOREIGN_FILES[kind].items()}
     path = write_fake(tmp_path / "other.safetensors", tensors)
-    problems = describe_single_file(path)
+    problems = find_single_file_problems(path)
     assert problems[0].startswith(f"it looks like {kind}") and len(problems) > len(COMPONENT_PREFIXES)
     with pytest.raises(ValueError, match=f"cannot be read as SDXL unet: it looks like {kind}"):
         read_single_file(path, "unet", FULL["unet"])
@@ -44,7 +44,7 @@ def test_unets_of_other_families_without_text_encoders(tmp_path):
     for width, kind in ((768, "an SD1.5 model"), (1024, "an SD2 model"), (1280, "an SDXL refiner")):
         name = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
         path = write_fake(tmp_path / "unet.safetensors", {name: ("F16", (320, width))})
-        assert describe_single_file(path)[0].startswith(f"it looks like {kind}")
+        assert find_single_file_problems(path)[0].startswith(f"it looks like {kind}")
 
 
 def test_inpainting_model(tmp_path):
@@ -62,9 +62,9 @@ def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
     tensors[f"{UNET}out.0.weight"] = ("F16", (17,))
     tensors[f"{UNET}time_embed.0.weight"] = ("I8", tensors[f"{UNET}time_embed.0.weight"][1])
     path = write_fake(tmp_path / "model.safetensors", tensors)
-    problems = describe_single_file(path, TINY)
+    problems = find_single_file_problems(path, TINY)
     assert problems == [
-        f"unet: 1 of {len(build_table('unet', TINY['unet']))} names missing ({UNET}out.2.bias)",
+        f"unet: 1 of {len(build_name_table('unet', TINY['unet']))} names missing ({UNET}out.2.bias)",
         f"unet: 1 names not known ({UNET}out.3.bias)",
         f"unet: 1 of another shape ({UNET}out.0.weight is [17], not [16])",
         f"unet: 1 of a type that cannot be trained ({UNET}time_embed.0.weight is I8)",
@@ -73,12 +73,14 @@ def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
         read_single_file(path, "unet", TINY["unet"])
     assert all(problem in str(error.value) for problem in problems)
     wrong_config = {"unet": {**TINY["unet"], "class_embed_type": "timestep"}}
-    assert describe_single_file(path, wrong_config) == [
+    assert find_single_file_problems(path, wrong_config) == [
         "unet config is not of SDXL's topology: class_embed_type is 'timestep'"
     ]
     no_vae = {name: entry for name, entry in fake_tensors(TINY).items() if not name.startswith("first_stage")}
     path = write_fake(tmp_path / "no_vae.safetensors", no_vae)
-    assert describe_single_file(path, TINY) == ["vae: none of its tensors (no name begins with first_stage_model.)"]
+    assert find_single_file_problems(path, TINY) == [
+        "vae: none of its tensors (no name begins with first_stage_model.)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,24 +98,24 @@ def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
 def test_files_that_are_no_safetensors(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    assert len(describe_single_file(path)) == 1 and message in describe_single_file(path)[0]
+    assert len(find_single_file_problems(path)) == 1 and message in find_single_file_problems(path)[0]
     with pytest.raises(ValueError, match=re.escape(message)):
         read_single_file(path, "unet", FULL["unet"])
 
 
 def test_damaged_and_absent_files(tmp_path):
     path = tmp_path / "model.safetensors"
-    assert describe_single_file(path) == [f"{path} does not exist"]
+    assert find_single_file_problems(path) == [f"{path} does not exist"]
     with pytest.raises(FileNotFoundError):
         read_single_file(path, "unet", FULL["unet"])
-    assert "directory" in describe_single_file(tmp_path)[0].lower()
+    assert "directory" in find_single_file_problems(tmp_path)[0].lower()
     write_fake(path, fake_tensors(TINY))
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 5)
-    assert "is damaged: its header tells of" in describe_single_file(path, TINY)[0]
+    assert "is damaged: its header tells of" in find_single_file_problems(path, TINY)[0]
     text = b'{"a":{"dtype":"F16","shape":[2],"data_offsets":[0,2]}}'
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
-    assert "offsets and shape of a do not fit" in describe_single_file(path)[0]
+    assert "offsets and shape of a do not fit" in find_single_file_problems(path)[0]
 
 
 def test_matrices_pass_for_one_by_one_convolutions(tmp_path):
@@ -122,6 +124,6 @@ def test_matrices_pass_for_one_by_one_convolutions(tmp_path):
     name = "first_stage_model.decoder.mid.attn_1.q.weight"
     assert tensors[name][1] == (32, 32, 1, 1)
     path = write_fake(tmp_path / "vae.safetensors", {**tensors, name: ("F16", (32, 32))})
-    assert describe_single_file(path, {"vae": TINY["vae"]}) == []
+    assert find_single_file_problems(path, {"vae": TINY["vae"]}) == []
     found = dict(read_single_file(path, "vae", TINY["vae"]))
     assert found["decoder.mid_block.attentions.0.to_q.weight"].shape == (32, 32)

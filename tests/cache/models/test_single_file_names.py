@@ -9,7 +9,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils as judge
 from single_file_samples import FULL, LOGIT_SCALE, TINY, build_modules, fake_tensors
 
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table, canonical_name, list_sources
+from sdxl_trainer.cache.models.single_file_names import (
+    COMPONENT_PREFIXES,
+    build_name_table,
+    get_canonical_name,
+    list_source_names,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +23,7 @@ def modules():
 
 
 def test_full_size_has_the_tensors_of_sdxl_base():
-    rows = [row for component, config in FULL.items() for row in build_table(component, config)]
+    rows = [row for component, config in FULL.items() for row in build_name_table(component, config)]
     assert len(rows) == len({row.file_name for row in rows}) == 2514
     assert sum(math.prod(row.file_shape) for row in rows) == 3_468_837_868
     assert [row.file_name for row in rows if row.carried] == [LOGIT_SCALE]
@@ -52,13 +57,13 @@ def test_tables_are_bijections_onto_the_models(size, modules):
     configs = FULL if size == "full" else TINY
     for component, module in modules[size].items():
         expected = {
-            canonical_name(component, name): tuple(tensor.shape) for name, tensor in module.state_dict().items()
+            get_canonical_name(component, name): tuple(tensor.shape) for name, tensor in module.state_dict().items()
         }
-        rows = [row for row in build_table(component, configs[component]) if not row.carried]
+        rows = [row for row in build_name_table(component, configs[component]) if not row.carried]
         sources = [(name, row.source_shape) for row in rows for name in row.sources]
         assert len(sources) == len(dict(sources)) and dict(sources) == expected
         assert len({row.file_name for row in rows}) == len(rows)
-        assert list_sources(component, configs[component]) == [name for name, _ in sources]
+        assert list_source_names(component, configs[component]) == [name for name, _ in sources]
         for row in rows:
             assert math.prod(row.file_shape) == len(row.sources) * math.prod(row.source_shape)
 
@@ -76,7 +81,7 @@ def test_diffusers_converters_find_every_name(size, modules):
         ),
     }
     for component, module in modules[size].items():
-        expected = {canonical_name(component, name): tensor.shape for name, tensor in module.state_dict().items()}
+        expected = {get_canonical_name(component, name): tensor.shape for name, tensor in module.state_dict().items()}
         assert {name: tensor.shape for name, tensor in converted[component].items()} == expected
 
 
@@ -84,7 +89,7 @@ def test_one_number_for_all_blocks_and_convolutional_projections():
     config = {**TINY["unet"], "transformer_layers_per_block": 2, "layers_per_block": 1, "use_linear_projection": False}
     with torch.device("meta"):
         module = UNet2DConditionModel.from_config(config)
-    rows = build_table("unet", config)
+    rows = build_name_table("unet", config)
     assert {row.sources[0]: row.file_shape for row in rows} == {
         name: tuple(tensor.shape) for name, tensor in module.state_dict().items()
     }
@@ -104,4 +109,4 @@ def test_one_number_for_all_blocks_and_convolutional_projections():
 )
 def test_configs_of_another_topology_are_refused(component, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_table(component, {**TINY.get(component, {}), **change})
+        build_name_table(component, {**TINY.get(component, {}), **change})

@@ -13,7 +13,7 @@ from cache_samples import hash_items, list_files, make_entry, make_sample, run_j
 from PIL import Image
 from programs import FIXTURES
 
-from sdxl_trainer.cache.encode.items import check_item, read_item
+from sdxl_trainer.cache.encode.items import read_item, verify_item
 from sdxl_trainer.cache.encode.sinks import EncodedItem, NpzSink, ShardSink, list_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.formats.latents import pack_latents, read_latents
@@ -85,7 +85,7 @@ def test_every_flipped_byte_is_found(tmp_path, form, dtype):
         result = verify_entries(tmp_path, entries)
         assert result.bad or result.bad_shards
     path.unlink()
-    assert "cannot be read: No such file" in check_item(tmp_path, entries["k1"])
+    assert "cannot be read: No such file" in verify_item(tmp_path, entries["k1"])
 
 
 def get_owner(place: int, entries: dict, name: str, size: int) -> str:
@@ -109,7 +109,7 @@ def test_wrong_latents_with_a_right_checksum_are_found(tmp_path):
         content = pack_latents(replace(good, latents=latents))
         (tmp_path / "a.npz").write_bytes(content)
         entry = make_entry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        assert reason in check_item(tmp_path, entry)
+        assert reason in verify_item(tmp_path, entry)
 
 
 def list_regions(folder: Path, form: str) -> list[tuple[Path, int]]:

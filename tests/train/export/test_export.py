@@ -65,7 +65,7 @@ def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_p
 def test_other_ranks_know_the_order_in_which_weights_are_gathered(
     built, name: str, tmp_path: Path, monkeypatch
 ) -> None:
-    """Each is a collective: rank 0 asks as the writer of the format wants them, the others go by `list_sources`."""
+    """Each is a collective: rank 0 follows the format writer, the others `list_source_names`."""
     config, engine, conditioner, source = built
     asked, gather = [], Engine.gather_weight
 

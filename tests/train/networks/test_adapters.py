@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_table
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.lora import LoraConfig
@@ -131,7 +131,7 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
     prefix = COMPONENT_PREFIXES["unet"]
     assert names["unet"] == {
         "lora_unet_" + row.file_name.removeprefix(prefix).removesuffix(".weight").replace(".", "_")
-        for row in build_table("unet", source.read_config("unet"))
+        for row in build_name_table("unet", source.read_config("unet"))
         if len(row.file_shape) == 2 and ("transformer_blocks" in row.file_name or "proj_" in row.file_name)
     }
     parts = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")
