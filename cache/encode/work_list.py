@@ -50,6 +50,13 @@ class WorkList:
         """Whether there are captions to encode."""
         return bool(self.texts) or any(item.with_text for item in self.items)
 
+    def add_item(self, item: WorkItem, num_pixels: int, block_bytes: int) -> None:
+        """Add an image of `num_pixels` whose latents take `block_bytes` for each 8x8 block of pixels."""
+        self.items.append(item)
+        self.num_pixels += num_pixels
+        self.bytes_needed += num_pixels * block_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
+        self.bytes_needed += num_pixels * MASK_BYTES_PER_PX if item.mask_path is not None else 0
+
     def without_items(self) -> "WorkList":
         """Its totals alone: what other ranks are told of it. The items may be millions."""
         return replace(self, items=[], texts=[], refreshed=[], num_items=len(self.items) + len(self.texts))
@@ -151,16 +158,15 @@ def list_work(
             continue
         known = entries.get(key)
         state, entry = judge_entry(known, image, work.identity, mask)
-        if state == "valid" and known is not None and not present.have(known.file):
-            state = "missing"
+        is_missing = state == "valid" and known is not None and not present.have(known.file)
+        state = "missing" if is_missing else state
         work.counts[state] += 1
         work.counts["masked"] += not prefix and (mask is not None or (known is not None and known.mask is not None))
         if known_only and known is None:
             continue
         record = index.record_json(row) if text is not None or state != "valid" else b""
         file, kept = choose_file(key, image, beside), known.text if known else None
-        if kept is not None and not present.have(kept.file):
-            kept = None
+        kept = kept if kept is not None and present.have(kept.file) else None
         text_due = text is not None and not text.is_valid(record, kept)
         if text is not None and text_due:
             work.counts["text"] += 1
@@ -175,11 +181,8 @@ def list_work(
         if kept is not None and (kept.offset is not None or (text is not None and text.in_shards)):
             kept, text_due = None, text is not None  # beside its latents in a shard: it is made again with them
         unmasked = known if mask is not None and known is not None and known.mask is None else None
-        work.items.append(WorkItem(key, image, file, size, record, text_due, kept, mask, unmasked))
         area = int(np.prod(place_image(size, rule, buckets).bucket)) if size else rule.area_px
-        work.num_pixels += area
-        work.bytes_needed += area * item_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
-        work.bytes_needed += area * MASK_BYTES_PER_PX if mask is not None else 0
+        work.add_item(WorkItem(key, image, file, size, record, text_due, kept, mask, unmasked), area, item_bytes)
     return work
 
 
