@@ -10,7 +10,7 @@ import orjson
 
 from sdxl_trainer.data.checks.latents import find_bad_latents
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_latent_index, open_record_index
 from sdxl_trainer.data.index.missing_latents import Encoding, place_uncached
@@ -59,6 +59,6 @@ def make_files(folder: Path, number: int) -> None:
             "crop": (256, 0, 1280, 1024),
         }
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        writer.append(Entry(key, file, len(content), "", identity="0", **place, **source))
+        writer.append(ManifestEntry(key, file, len(content), "", identity="0", **place, **source))
     writer.close()
     (folder / "metadata.json").write_bytes(orjson.dumps(records))

@@ -19,7 +19,7 @@ NUM_CAPTIONS = 50_000  # different ones, in larger sets again and again
 
 def make_set(folder: Path, number: int) -> None:
     """`metadata.json` in the seed's form and a cache's manifest, in another order, as several ranks would write it."""
-    from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+    from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     rng, sides = random.Random(0), np.random.default_rng(0).integers(512, 2048, (number, 2)).tolist()
@@ -43,7 +43,7 @@ def make_set(folder: Path, number: int) -> None:
         place = {"bucket": bucket, "original_size": (1500, 1000), "resized": bucket, "crop": (0, 0, *bucket)}
         source = {"source_path": f"/x/img_{row:08d}.jpg", "source_bytes": 1, "source_mtime_ns": 1}
         writer.append(
-            Entry(
+            ManifestEntry(
                 f"img_{row:08d}",
                 f"img_{row:08d}.npz",
                 262_600,

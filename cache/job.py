@@ -35,7 +35,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import (
-    Entry,
+    ManifestEntry,
     ManifestWriter,
     drop_damaged_lines,
     read_entries,
@@ -124,7 +124,7 @@ def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextPlan | None
 
 def open_cache(
     folder: Path, ranks: Ranks, keys: Container[str], repair: bool, dry_run: bool
-) -> tuple[Mapping[str, Entry], bool]:
+) -> tuple[Mapping[str, ManifestEntry], bool]:
     """(newest entry of each of this rank's keys, whether lines of the manifest were damaged, if it was to be repaired).
 
     Rank 0 first finishes what a killed job left, and with `repair` reads every byte. An item found bad is given an
@@ -149,7 +149,7 @@ def open_cache(
     return {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}, lines_lost
 
 
-def list_again(folder: Path, entries: Sequence[Entry]) -> None:
+def list_again(folder: Path, entries: Sequence[ManifestEntry]) -> None:
     """Append lines that hold from now on."""
     manifest = ManifestWriter(folder, 0)
     for entry in entries:

@@ -121,8 +121,8 @@ def hash_file(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class MaskFile:
-    """The file that an item's mask was read from."""
+class HashedFile:
+    """A file with the size, time and checksum that it had when it was read."""
 
     path: str
     bytes: int

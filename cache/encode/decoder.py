@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_trainer.data.formats.manifest import Entry, TextPart
+from sdxl_trainer.data.formats.manifest import ManifestEntry, TextPart
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.masks import add_mask
 from sdxl_trainer.data.images.transforms import BadImageError, PreparedImage, prepare_image, read_image_size
@@ -29,7 +29,7 @@ class WorkItem:
     with_text: bool = False  # its captions are encoded too
     text: TextPart | None = None  # that it has and keeps
     mask_path: str | None = None
-    unmasked: Entry | None = None  # what the cache holds of it, made without a mask; of no use if the mask is bad
+    unmasked: ManifestEntry | None = None  # its item encoded without a mask, withdrawn if the mask is bad
 
 
 @dataclass(frozen=True)

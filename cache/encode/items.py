@@ -5,15 +5,15 @@ import os
 from pathlib import Path
 
 from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
-from sdxl_trainer.data.formats.manifest import Entry
-from sdxl_trainer.data.formats.shards import BadShardError, locate_shard, read_sample, read_text
+from sdxl_trainer.data.formats.manifest import ManifestEntry
+from sdxl_trainer.data.formats.shards import BadShardError, locate_shard, read_sample, read_text_member
 from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
 
 Content = bytes | memoryview
 ITEM_ERRORS = (OSError, BadLatentError, BadShardError, BadTextError)
 
 
-def read_item(folder: Path, entry: Entry) -> tuple[Content, Content]:
+def read_item(folder: Path, entry: ManifestEntry) -> tuple[Content, Content]:
     """(record, npz) of an item; an npz file of its own has an empty record.
 
     Raises:
@@ -32,7 +32,7 @@ def read_item(folder: Path, entry: Entry) -> tuple[Content, Content]:
     return record, content
 
 
-def read_text_item(folder: Path, entry: Entry) -> Content | None:
+def read_text_item(folder: Path, entry: ManifestEntry) -> Content | None:
     """The npz with an item's text encoder outputs, or None if it has none.
 
     Raises:
@@ -45,12 +45,12 @@ def read_text_item(folder: Path, entry: Entry) -> Content | None:
     if text.offset is None:
         content = _read_file(folder / text.file, text.bytes)
     else:
-        content = read_text(locate_shard(folder / text.file), entry.key, text.offset, text.bytes)
+        content = read_text_member(locate_shard(folder / text.file), entry.key, text.offset, text.bytes)
     _check_bytes(content, text.bytes, text.sha256, BadTextError)
     return content
 
 
-def verify_item(folder: Path, entry: Entry) -> str | None:
+def verify_item(folder: Path, entry: ManifestEntry) -> str | None:
     """What is wrong with an item's latents, or None."""
     try:
         parse_latents(read_item(folder, entry)[1], entry.bucket, check_crc=False)  # the checksum said more already
@@ -59,7 +59,7 @@ def verify_item(folder: Path, entry: Entry) -> str | None:
     return None
 
 
-def verify_text_item(folder: Path, entry: Entry) -> str | None:
+def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
     """What is wrong with an item's text encoder outputs, or None, also if it has none."""
     try:
         content = read_text_item(folder, entry)

@@ -17,10 +17,10 @@ from sdxl_trainer.cache.encode.sinks import EncodedItem
 from sdxl_trainer.cache.encode.text_encoder import TextEncoder
 from sdxl_trainer.cache.encode.writer import LatentWriter
 from sdxl_trainer.data.formats.latents import LatentSample
-from sdxl_trainer.data.formats.manifest import Entry, TextPart
+from sdxl_trainer.data.formats.manifest import ManifestEntry, TextPart
 from sdxl_trainer.data.formats.text_outputs import TextOutputs
 from sdxl_trainer.data.images.bucket import BucketRule
-from sdxl_trainer.data.images.folders import TEXT_CACHE
+from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
@@ -33,7 +33,7 @@ WITHDRAWN = ".withdrawn"
 class TextItem:
     """An item of the cache whose captions are to be encoded; its latents stay. `file` is where an npz of them goes."""
 
-    entry: Entry
+    entry: ManifestEntry
     file: str
     record: bytes
 
@@ -171,7 +171,7 @@ class Pipeline:
             for (item, captions), outputs in zip(batch, texts(), strict=True)
         ]
 
-    def _describe_text(self, entry: Entry, file: str, captions: tuple[str, ...]) -> Entry:
+    def _describe_text(self, entry: ManifestEntry, file: str, captions: tuple[str, ...]) -> ManifestEntry:
         assert self.text is not None, "captions are only encoded with encoders"
         part = TextPart(file, 0, "", self.text.identity, hash_captions(captions), len(captions))
         return replace(entry, text=part)
@@ -179,10 +179,10 @@ class Pipeline:
 
 def choose_text_file(file: str) -> str:
     """Where the text encoder outputs go of an image whose latents go to the npz file `file`, as kohya names them."""
-    return file.removesuffix(".npz") + TEXT_CACHE
+    return file.removesuffix(".npz") + TEXT_OUTPUTS_SUFFIX
 
 
-def withdraw(entry: Entry, item: WorkItem) -> Entry:
+def withdraw(entry: ManifestEntry, item: WorkItem) -> ManifestEntry:
     """An entry that holds in place of one whose latents must not be trained on any more: of a file that is not there,
     which training names as a bad sample, and made otherwise than any settings would, so that it is encoded again."""
     file = item.file + WITHDRAWN
@@ -205,7 +205,7 @@ def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) 
         flipped_std=flipped_std,
         alpha_mask=None if image.mask is None else image.mask.astype(np.float32) / 255,
     )
-    entry = Entry(
+    entry = ManifestEntry(
         key=item.key,
         file=item.file,
         bytes=0,

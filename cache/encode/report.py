@@ -11,10 +11,10 @@ from rich.table import Table
 
 from sdxl_trainer.cache.encode.progress import RankProgress
 from sdxl_trainer.data.files import write_atomic
-from sdxl_trainer.data.formats.manifest import Entry
+from sdxl_trainer.data.formats.manifest import ManifestEntry
 
 
-def write_report(folder: Path, ranks: list[RankProgress], entries: Mapping[str, Entry]) -> None:
+def write_report(folder: Path, ranks: list[RankProgress], entries: Mapping[str, ManifestEntry]) -> None:
     """Write `cache_report.json` and print the same as tables."""
     buckets = Counter(f"{entry.bucket[0]}x{entry.bucket[1]}" for entry in entries.values())
     encoded, seconds = sum(rank.done for rank in ranks), max(rank.seconds for rank in ranks)

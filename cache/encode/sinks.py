@@ -11,7 +11,7 @@ from typing import Protocol
 from sdxl_trainer.cache.encode.items import read_item
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
-from sdxl_trainer.data.formats.manifest import Entry
+from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import ShardWriter, list_partial_shards, recover_shard
 from sdxl_trainer.data.formats.text_outputs import TextOutputs, pack_text
 
@@ -25,7 +25,7 @@ class EncodedItem:
     Without a sample the latents stay as they are in the cache. With texts, `entry.text` says what they are of.
     """
 
-    entry: Entry
+    entry: ManifestEntry
     sample: LatentSample | None
     texts: tuple[TextOutputs, ...] = ()  # of each caption
     record: bytes = b"{}"  # JSON, travels with the latents in a shard
@@ -34,11 +34,11 @@ class EncodedItem:
 class Sink(Protocol):
     """Takes items from several threads at once; an item that `write` returned an entry for is on disk."""
 
-    def write(self, item: EncodedItem) -> Entry:
+    def write(self, item: EncodedItem) -> ManifestEntry:
         """Store one item and return its finished entry."""
         ...
 
-    def store(self, entry: Entry, content: bytes, record: bytes, text: bytes | None = None) -> Entry:
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
         """The same with the npz made already, and that of its text if it has one."""
         ...
 
@@ -55,21 +55,21 @@ class NpzSink:
         self._folder = folder
         self._dtype = dtype
 
-    def write(self, item: EncodedItem) -> Entry:
+    def write(self, item: EncodedItem) -> ManifestEntry:
         text = pack_text(item.texts, self._dtype) if item.texts else None
         if item.sample is None:
             assert text is not None, "an item is latents, or text, or both"
             return self._store_text(item.entry, text)
         return self.store(item.entry, pack_latents(item.sample, self._dtype), item.record, text)
 
-    def store(self, entry: Entry, content: bytes, record: bytes, text: bytes | None = None) -> Entry:
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
         """Without `text`, `entry.text` is kept: it lies in a file of its own."""
         self._write(entry.file, content)
         entry = entry if text is None else self._store_text(entry, text)
         digest = hashlib.sha256(content).hexdigest()
         return replace(entry, bytes=len(content), sha256=digest, offset=None, record_bytes=None, record_sha256=None)
 
-    def _store_text(self, entry: Entry, text: bytes) -> Entry:
+    def _store_text(self, entry: ManifestEntry, text: bytes) -> ManifestEntry:
         assert entry.text is not None, "the line says what the text is of"
         self._write(entry.text.file, text)
         digest = hashlib.sha256(text).hexdigest()
@@ -97,7 +97,7 @@ class ShardSink:
         self._open: dict[tuple[int, int], ShardWriter] = {}
         self._lock = threading.Lock()
 
-    def write(self, item: EncodedItem) -> Entry:
+    def write(self, item: EncodedItem) -> ManifestEntry:
         if item.sample is None and item.entry.offset is None:  # latents in a file of their own stay there
             return self._files.write(item)
         text = pack_text(item.texts, self._dtype) if item.texts else None
@@ -107,7 +107,7 @@ class ShardSink:
             content = pack_latents(item.sample, self._dtype)
         return self.store(item.entry, content, item.record, text)
 
-    def store(self, entry: Entry, content: bytes, record: bytes, text: bytes | None = None) -> Entry:
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
         """Without `text` the entry keeps only one that lies in a file of its own."""
         digest, record_digest = hashlib.sha256(content).hexdigest(), hashlib.sha256(record).hexdigest()
         text_digest = "" if text is None else hashlib.sha256(text).hexdigest()
@@ -171,7 +171,7 @@ def list_shards(folder: Path) -> list[str]:
     )
 
 
-def recover_shards(folder: Path, entries: Iterable[Entry]) -> list[Path]:
+def recover_shards(folder: Path, entries: Iterable[ManifestEntry]) -> list[Path]:
     """Finish the shards that a killed job left, keeping every sample that the manifest lists. Returns their paths."""
     unfinished = list_partial_shards(folder / SHARD_FOLDER)
     ends = dict.fromkeys((f"{SHARD_FOLDER}/{path.name}" for path in unfinished), 0)

@@ -20,9 +20,9 @@ from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_cache import (
     STATE_FILE,
-    check_text_state,
     describe_file,
     read_text_state,
+    verify_text_state,
     write_text_state,
 )
 from sdxl_trainer.data.formats.text_outputs import BadTextError, pack_text
@@ -70,7 +70,9 @@ def check_cached_text(config: Config, index: Index | None) -> list[Problem]:
     if problems or index is None:
         return problems
     folder = get_cache_folder(config)
-    damage = check_text_state(folder) or (None if (folder / STATE_FILE).is_file() else f"{folder} holds no cached text")
+    damage = verify_text_state(folder) or (
+        None if (folder / STATE_FILE).is_file() else f"{folder} holds no cached text"
+    )
     rule = damage or _describe_stale(config, folder, index)
     cure = "run bash launch/cache.sh with the same settings, or set cache.text: false"
     return [Problem("cache.text", True, rule, cure)] if rule else []
@@ -170,7 +172,7 @@ def start_text(config: Config, identity: TextIdentity, folder: Path, device: tor
 def is_text_state_current(folder: Path, identity: TextIdentity) -> bool:
     """Whether `text.json` and the empty caption's outputs are there, whole, and of this identity."""
     state = read_text_state(folder)
-    return state is not None and state.identity == identity and check_text_state(folder) is None
+    return state is not None and state.identity == identity and verify_text_state(folder) is None
 
 
 def _hash_tokenizer(tokenizer: CaptionTokenizer) -> str:

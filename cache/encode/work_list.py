@@ -15,7 +15,7 @@ from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.pipeline import TextItem, choose_text_file
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import LATENT_CHANNELS, VAE_FACTOR
-from sdxl_trainer.data.formats.manifest import Entry, Identity, TextIdentity, TextPart
+from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextIdentity, TextPart
 from sdxl_trainer.data.formats.shards import get_partial_path
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image
 from sdxl_trainer.data.images.masks import MaskFinder
@@ -40,7 +40,7 @@ class WorkList:
     items: list[WorkItem] = field(default_factory=list)
     texts: list[TextItem] = field(default_factory=list)  # whose latents are valid
     counts: Counter = field(default_factory=Counter)  # of each of STATES
-    refreshed: list[Entry] = field(default_factory=list)  # touched but not changed: only their line is out of date
+    refreshed: list[ManifestEntry] = field(default_factory=list)  # content unchanged, mtime new: only the line is old
     bytes_needed: int = 0
     num_pixels: int = 0  # of the items' buckets
     num_items: int = 0  # of items and texts, where they are left out
@@ -125,7 +125,7 @@ def choose_share(index: Index, resolution: Resolution, rank: int, world_size: in
 def list_work(
     index: Index,
     folder: Path,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, ManifestEntry],
     share: Share,
     *,
     beside: bool,
@@ -196,8 +196,8 @@ def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> 
 
 
 def judge_entry(
-    entry: Entry | None, image_path: str, identity_name: str, mask_path: str | None = None
-) -> tuple[str, Entry | None]:
+    entry: ManifestEntry | None, image_path: str, identity_name: str, mask_path: str | None = None
+) -> tuple[str, ManifestEntry | None]:
     """(state, refreshed entry): `new`, `stale` (made otherwise), `changed` (another source or mask), or `valid`.
 
     A source or mask of another size or time is hashed; if the bytes are the same, the entry stays valid and gets a line

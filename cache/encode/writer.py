@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from sdxl_trainer.cache.encode.sinks import EncodedItem, Sink
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
 
 class LatentWriter:
@@ -39,7 +39,7 @@ class LatentWriter:
             raise self._error
         self._pool.submit(self._write, item).add_done_callback(self._finish)
 
-    def list_entry(self, entry: Entry) -> None:
+    def list_entry(self, entry: ManifestEntry) -> None:
         """Add a line to the manifest that holds as it is."""
         with self._lock:
             self._manifest.append(entry)

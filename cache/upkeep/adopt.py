@@ -10,10 +10,10 @@ import orjson
 from sdxl_trainer.cache.encode.work_list import TextPlan
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
-from sdxl_trainer.data.formats.manifest import Entry, Identity, TextPart
+from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
 from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image
-from sdxl_trainer.data.images.folders import TEXT_CACHE
+from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.text.strategy import StrategyError
@@ -39,7 +39,7 @@ class TextAdopter:
             BadTextError: it is not of the form that these settings would make.
             StrategyError: the user's class failed on the record.
         """
-        name = image.stem + TEXT_CACHE
+        name = image.stem + TEXT_OUTPUTS_SUFFIX
         path = next((path for path in (image.with_name(name), self.folder / name) if path.is_file()), None)
         if path is None:
             return None
@@ -71,11 +71,11 @@ def _list_shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
 def adopt_files(
     folder: Path,
     index: Index,
-    known: Mapping[str, Entry],
+    known: Mapping[str, ManifestEntry],
     identity: Identity,
     rule: BucketRule,
     text: TextAdopter | None = None,
-) -> Iterator[tuple[str, Entry | str]]:
+) -> Iterator[tuple[str, ManifestEntry | str]]:
     """Files of other programs that lie beside the images or in the cache folder, as entries of our manifest.
 
     Yields (key, entry), or (key, reason) for a file that does not fit the settings. Which VAE made a file, and which
@@ -146,11 +146,11 @@ def _build_entry(
     identity: Identity,
     crop: tuple[int, int, int, int],
     resized: tuple[int, int],
-) -> Entry:
+) -> ManifestEntry:
     sample = parse_latents(content)
     inside = path.is_relative_to(folder)
     status = image.stat() if image.is_file() and image.suffix != path.suffix else None
-    return Entry(
+    return ManifestEntry(
         key=key,
         file=str(path.relative_to(folder) if inside else path.absolute()),
         bytes=len(content),

@@ -23,17 +23,17 @@ from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter, check_identity, read_latest
-from sdxl_trainer.data.formats.text_cache import check_text_state
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest, verify_identity
+from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
-from sdxl_trainer.data.images.folders import TEXT_CACHE
+from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.index.missing_latents import choose_file
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
 
 # Latents by kohya's scripts or ours, and what they make of captions.
-ADOPTED_NAMES = ("<stem>.npz", "<stem>_<width>x<height>_sdxl.npz", f"<stem>{TEXT_CACHE}")
+ADOPTED_NAMES = ("<stem>.npz", "<stem>_<width>x<height>_sdxl.npz", f"<stem>{TEXT_OUTPUTS_SUFFIX}")
 
 
 class BadCacheError(FailedError):
@@ -52,7 +52,7 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     damaged: list[str] = []
     result = verify_entries(folder, read_latest(folder, damaged))
     others = [f"{place}: damaged line of the manifest" for place in damaged]
-    states = (check_identity(folder), check_text_state(folder), *result.bad_shards.values())
+    states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
     others += [reason for reason in states if reason is not None]
     for reason in (*result.reasons, *others):
         logger.error("bad: {}", reason)
@@ -93,7 +93,7 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         known = read_latest(folder)
         adopted, bad = 0, []
         for key, found in adopt_files(folder, index, known, identities[""], rule, text):
-            if isinstance(found, Entry):
+            if isinstance(found, ManifestEntry):
                 manifest.append(found)
                 adopted += 1
             else:

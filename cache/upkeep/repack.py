@@ -8,15 +8,15 @@ from sdxl_trainer.cache.encode.items import ITEM_ERRORS, read_item, read_text_it
 from sdxl_trainer.cache.encode.pipeline import choose_text_file
 from sdxl_trainer.cache.encode.sinks import NpzSink, Sink
 from sdxl_trainer.cache.upkeep.verify import check_shards
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
 
 def repack(
     folder: Path,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, ManifestEntry],
     sink: Sink,
     manifest: ManifestWriter,
-    name_file: Callable[[Entry], str],
+    name_file: Callable[[ManifestEntry], str],
     get_record: Callable[[str], bytes],
 ) -> tuple[int, dict[str, str]]:
     """Copy every item's bytes into another form and list it there; then the old files may go (`remove_replaced`).
@@ -47,14 +47,14 @@ def repack(
     return done, bad
 
 
-def tidy_shards(folder: Path, entries: Mapping[str, Entry], sink: Sink, manifest: ManifestWriter) -> list[str]:
+def tidy_shards(folder: Path, entries: Mapping[str, ManifestEntry], sink: Sink, manifest: ManifestWriter) -> list[str]:
     """Copy what counts of shards that are not as they should be into new ones, and delete the old ones: those with
     samples that have been encoded again elsewhere, or with a damaged end. Returns their names.
 
     One that holds an item which cannot be read is left as it is.
     """
     uneven = set(check_shards(folder, entries.values()))
-    listed: dict[str, list[Entry]] = {file: [] for file in uneven}
+    listed: dict[str, list[ManifestEntry]] = {file: [] for file in uneven}
     for entry in entries.values():
         if entry.file in uneven:
             listed[entry.file].append(entry)
@@ -73,7 +73,7 @@ def tidy_shards(folder: Path, entries: Mapping[str, Entry], sink: Sink, manifest
     return sorted(uneven)
 
 
-def remove_replaced(folder: Path, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> int:
+def remove_replaced(folder: Path, before: Mapping[str, ManifestEntry], after: Mapping[str, ManifestEntry]) -> int:
     """Delete the files of `before` that no entry of `after` needs any more. Returns how many went.
 
     Adopted files stay: they belong to the program that made them.
@@ -86,11 +86,11 @@ def remove_replaced(folder: Path, before: Mapping[str, Entry], after: Mapping[st
     return len(replaced)
 
 
-def _list_entry_files(entry: Entry) -> list[str]:
+def _list_entry_files(entry: ManifestEntry) -> list[str]:
     return [entry.file] if entry.text is None else [entry.file, entry.text.file]
 
 
-def _name_files(entry: Entry, file: str) -> Entry:
+def _name_files(entry: ManifestEntry, file: str) -> ManifestEntry:
     """An entry whose latents will be at `file`, and its text beside them."""
     text = None if entry.text is None else replace(entry.text, file=choose_text_file(file))
     return replace(entry, file=file, text=text)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sdxl_trainer.cache.encode.items import verify_item, verify_text_item
 from sdxl_trainer.cache.encode.sinks import list_shards
-from sdxl_trainer.data.formats.manifest import Entry
-from sdxl_trainer.data.formats.shards import check_end, compute_sample_span, compute_text_span
+from sdxl_trainer.data.formats.manifest import ManifestEntry
+from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
 
 CHUNK = 64  # items a thread takes at once; one by one, handing out work would cost more than checking it
 
@@ -30,7 +30,7 @@ class VerifyResult:
         return [*self.bad.values(), *self.bad_text.values()]
 
 
-def verify_entries(folder: Path, entries: Mapping[str, Entry], num_threads: int | None = None) -> VerifyResult:
+def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threads: int | None = None) -> VerifyResult:
     """Check each item's bytes against the manifest, and that they are of the right form and shape with finite values.
 
     Hashing and reading let go of the interpreter's lock, so threads use all cores.
@@ -48,7 +48,7 @@ def verify_entries(folder: Path, entries: Mapping[str, Entry], num_threads: int 
     return VerifyResult(len(listed), bytes_read, bad, bad_text, check_shards(folder, entries.values()))
 
 
-def check_shards(folder: Path, entries: Iterable[Entry]) -> dict[str, str]:
+def check_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:
     """What is wrong with finished shards as a whole, file → reason: bytes that no item accounts for, a wrong end."""
     taken = dict.fromkeys(list_shards(folder), 0)
     for entry in entries:
@@ -58,11 +58,11 @@ def check_shards(folder: Path, entries: Iterable[Entry]) -> dict[str, str]:
         if entry.text is not None and entry.text.offset is not None and entry.text.file in taken:
             start, end = compute_text_span(entry.key, entry.text.offset, entry.text.bytes)
             taken[entry.text.file] += end - start
-    reasons = {file: check_end(folder / file, end) for file, end in taken.items()}
+    reasons = {file: verify_shard_end(folder / file, end) for file, end in taken.items()}
     return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
 
 
-def _check_chunk(folder: Path, entries: Iterable[Entry]) -> tuple[dict[str, str], dict[str, str], int]:
+def _check_chunk(folder: Path, entries: Iterable[ManifestEntry]) -> tuple[dict[str, str], dict[str, str], int]:
     bad, bad_text, size = {}, {}, 0
     for entry in entries:
         for found, reason in ((bad, verify_item(folder, entry)), (bad_text, verify_text_item(folder, entry))):

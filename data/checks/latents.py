@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from sdxl_trainer.data.formats.latent_header import Header, read_header
+from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.formats.shards import locate_shard
 from sdxl_trainer.data.index.index import Index
@@ -111,7 +111,7 @@ def check_header(latents: Latents) -> None:
     """Raises BadLatentError if the header names no latents of SDXL's, or another bucket."""
     if isinstance(latents.path, str):  # its header made the index
         return
-    header = read_header(str(latents.path), latents.offset or 0, latents.num_bytes)
+    header = read_latent_header(str(latents.path), latents.offset or 0, latents.num_bytes)
     if header.bucket != latents.bucket:
         found, bucket = ("x".join(map(str, size)) for size in (header.bucket, latents.bucket))
         raise BadLatentError(f"was encoded at {found} px, not at its bucket's {bucket} px")
@@ -148,12 +148,12 @@ CHECKS: dict[str, Callable[[Latents], None] | None] = {
 }
 
 
-def _read_local_header(row: dict[str, Any], folder: Path) -> Header | None:
+def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None:
     """The header of local latents, None of others and of bad ones."""
     path = folder / row["file"]
     try:
         span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])
-        return read_header(str(path if row["offset"] is None else locate_shard(path)), *span)
+        return read_latent_header(str(path if row["offset"] is None else locate_shard(path)), *span)
     except BadLatentError:
         return None
 

@@ -30,7 +30,7 @@ NUMBERS = {"original_size": 2, "crop_ltrb": 4}
 
 
 @dataclass(frozen=True)
-class Header:
+class LatentHeader:
     """What the header of a latent file tells. Sizes are (width, height) px."""
 
     bucket: Size
@@ -41,7 +41,7 @@ class Header:
     masked: bool = False  # it holds an `alpha_mask`
 
 
-def read_header(path: str, offset: int = 0, size: int | None = None) -> Header:
+def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> LatentHeader:
     """The header of an npz file, or of one within a shard.
 
     Raises:
@@ -54,14 +54,14 @@ def read_header(path: str, offset: int = 0, size: int | None = None) -> Header:
             end = length if size is None else offset + size
             if end > length:
                 raise BadLatentError(f"is cut short: {length} bytes of {end}")
-            return parse_header(lambda place, count: os.pread(descriptor, count, place), offset, end)
+            return parse_latent_header(lambda place, count: os.pread(descriptor, count, place), offset, end)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise BadLatentError(f"cannot be read: {error.strerror}") from None
 
 
-def parse_header(read: Callable[[int, int], bytes], offset: int, end: int) -> Header:
+def parse_latent_header(read: Callable[[int, int], bytes], offset: int, end: int) -> LatentHeader:
     """The same of bytes [offset, end) of whatever `read(place, count)` reads from."""
     try:
         members = _read_members(read, offset, end)
@@ -107,7 +107,7 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, shape
 
 
-def _build_header(members: dict[str, tuple[np.dtype, tuple, bytes]], size: int) -> Header:
+def _build_header(members: dict[str, tuple[np.dtype, tuple, bytes]], size: int) -> LatentHeader:
     key = "latents" + BF16_SUFFIX if "latents" + BF16_SUFFIX in members else "latents"
     if key not in members:
         raise BadLatentError(f"has no `latents` but {', '.join(members)}")
@@ -123,12 +123,12 @@ def _build_header(members: dict[str, tuple[np.dtype, tuple, bytes]], size: int) 
     original = (width, height) if min(width, height) > 0 else None
     bucket, flipped = (shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR), key.replace("latents", ARRAY_KEYS["flipped"])
     crop, masked = tuple(numbers["crop_ltrb"]), "alpha_mask" in members
-    return Header(bucket, original, crop, size, flipped in members, masked)
+    return LatentHeader(bucket, original, crop, size, flipped in members, masked)
 
 
-def _read_whole(content: bytes) -> Header:
+def _read_whole(content: bytes) -> LatentHeader:
     sample = parse_latents(content)
     masked = sample.alpha_mask is not None
-    return Header(
+    return LatentHeader(
         sample.bucket, sample.original_size, sample.crop_ltrb, len(content), sample.flipped is not None, masked
     )

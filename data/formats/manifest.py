@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from loguru import logger
 
-from sdxl_trainer.data.files import MaskFile, write_atomic
+from sdxl_trainer.data.files import HashedFile, write_atomic
 
 FORMAT_VERSION = 1
 STALE = ""  # the name of no identity
@@ -77,7 +77,7 @@ class TextIdentity:
 class TextPart:
     """An item's text encoder outputs."""
 
-    file: str  # npz file or the item's shard, as in Entry
+    file: str  # npz file or the item's shard, as in ManifestEntry
     bytes: int
     sha256: str
     identity: str  # name of the TextIdentity they were made under
@@ -87,7 +87,7 @@ class TextPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ManifestEntry:
     """One cached item. Sizes in pixels, (width, height)."""
 
     key: str
@@ -109,10 +109,10 @@ class Entry:
     adopted: bool = False  # made by another program; its VAE is the user's word
     flipped: bool | None = None  # whether it holds latents of the mirrored image too; None: the line does not tell
     text: TextPart | None = None  # None: not encoded
-    mask: MaskFile | None = None  # None: from no file
+    mask: HashedFile | None = None  # None: from no file
     listed_ns: int = 0  # when the line was written: of several lines with one key the latest counts
 
-    def as_stale(self) -> "Entry":
+    def as_stale(self) -> "ManifestEntry":
         """The same, as if made under settings that nobody has: it will be encoded again."""
         return replace(self, identity=STALE)
 
@@ -144,7 +144,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return fields
 
 
-def check_identity(folder: Path) -> str | None:
+def verify_identity(folder: Path) -> str | None:
     """What is wrong with `cache.json`, or None: its name is a hash of the rest."""
     try:
         fields = read_identity(folder) or {}
@@ -168,13 +168,15 @@ def _dump_identity(fields: dict[str, Any]) -> bytes:
     return orjson.dumps(fields, option=orjson.OPT_INDENT_2)
 
 
-def list_parts(folder: Path) -> list[Path]:
+def list_manifest_parts(folder: Path) -> list[Path]:
     """The manifest's parts that hold lines, oldest first, so that the newest line of a key is read last."""
     parts = [part for part in folder.glob("manifest/part-*.jsonl") if part.stat().st_size]
     return sorted(parts, key=lambda part: (part.stat().st_mtime_ns, part.name))
 
 
-def read_entries(folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None) -> Iterator[Entry]:
+def read_entries(
+    folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
+) -> Iterator[ManifestEntry]:
     """Every line of every part, in order. A damaged line is passed over with a warning: its item is done again.
 
     A torn last line is passed over silently, because the job may be writing it just now.
@@ -184,7 +186,7 @@ def read_entries(folder: Path, damaged: list[str] | None = None, keys: Container
         keys: only entries of these; the lines of others are hardly looked at, in a tenth of the time.
     """
     damaged = [] if damaged is None else damaged
-    for part in list_parts(folder):
+    for part in list_manifest_parts(folder):
         with open(part, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if keys is not None and _is_of_others(line, keys):
@@ -203,7 +205,7 @@ def _is_of_others(line: bytes, keys: Container[str]) -> bool:
     return line.startswith(KEY_MARK) and b"\\" not in key and key.decode("utf-8", "replace") not in keys
 
 
-def _parse_entry(line: bytes, place: str) -> Entry | None:
+def _parse_entry(line: bytes, place: str) -> ManifestEntry | None:
     try:
         fields = _load_line(line)
         source = fields.pop("source")
@@ -212,8 +214,8 @@ def _parse_entry(line: bytes, place: str) -> Entry | None:
         if "text" in fields:
             fields["text"] = TextPart(**fields["text"])
         if "mask" in fields:
-            fields["mask"] = MaskFile(**fields["mask"])
-        return Entry(
+            fields["mask"] = HashedFile(**fields["mask"])
+        return ManifestEntry(
             **fields,
             source_path=source["path"],
             source_bytes=source["size"],
@@ -238,9 +240,11 @@ def _dump_line(content: bytes) -> bytes:
     return content[:-1] + CRC_MARK + b'"%08x"}\n' % zlib.crc32(content)
 
 
-def read_latest(folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None) -> dict[str, Entry]:
+def read_latest(
+    folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
+) -> dict[str, ManifestEntry]:
     """The entry of each key that was listed last. `damaged` and `keys` as in `read_entries`."""
-    latest: dict[str, Entry] = {}
+    latest: dict[str, ManifestEntry] = {}
     for entry in read_entries(folder, damaged, keys):
         known = latest.get(entry.key)
         if known is None or entry.listed_ns >= known.listed_ns:
@@ -250,7 +254,7 @@ def read_latest(folder: Path, damaged: list[str] | None = None, keys: Container[
 
 def drop_damaged_lines(folder: Path) -> None:
     """Write each part that has damaged lines anew without them."""
-    for part in list_parts(folder):
+    for part in list_manifest_parts(folder):
         lines = part.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, str(part)) is not None]
         if len(whole) != len(lines):
@@ -267,7 +271,7 @@ class ManifestWriter:
             _cut_torn_line(path)
         self._file = open(path, "ab")
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: ManifestEntry) -> None:
         """Add one line and hand it to the operating system. The item it names must be on disk already."""
         fields = {name: value for name, value in asdict(entry).items() if value is not None}
         fields["listed_ns"] = time.time_ns()

@@ -11,7 +11,7 @@ from typing import IO, Any
 import orjson
 
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.formats.latent_header import Header, parse_header
+from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.formats.shards import BadShardError, iterate_members
 
@@ -28,7 +28,7 @@ class ShardSample:
     record: dict[str, Any]
     offset: int | None
     size: int | None
-    header: Header | None = None  # None: not looked at, or bad
+    header: LatentHeader | None = None  # None: not looked at, or bad
     bad: str | None = None  # why its latents are bad
 
 
@@ -43,7 +43,7 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
         BadShardError: torn, no tar, two members of one name, or a record that is no JSON object.
     """
     members: dict[str, dict[str, Any]] = {}
-    headers: dict[str, Header | str] = {}
+    headers: dict[str, LatentHeader | str] = {}
     pending: tuple[str, int, int] | None = None
     for key, suffix, offset, size in iterate_members(name, stream):
         # A header is read when the next member's is at hand: the end of an npz file lies in the same window.
@@ -87,11 +87,11 @@ def _parse_sample(line: bytes) -> ShardSample:
     header = fields.pop("header")
     if header is not None:
         tuples: dict[str, Any] = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
-        header = Header(**{**header, **tuples})
+        header = LatentHeader(**{**header, **tuples})
     return ShardSample(**fields, header=header)
 
 
-def _look_at(stream: IO[bytes], pending: tuple[str, int, int] | None) -> dict[str, Header | str]:
+def _look_at(stream: IO[bytes], pending: tuple[str, int, int] | None) -> dict[str, LatentHeader | str]:
     if pending is None:
         return {}
     key, offset, end = pending
@@ -101,7 +101,7 @@ def _look_at(stream: IO[bytes], pending: tuple[str, int, int] | None) -> dict[st
         return stream.read(count)
 
     try:
-        return {key: parse_header(read, offset, end)}
+        return {key: parse_latent_header(read, offset, end)}
     except BadLatentError as error:
         return {key: str(error)}
 

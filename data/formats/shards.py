@@ -153,7 +153,7 @@ def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes:
     return content[len(first) : record_end], content[npz_start : npz_start + npz_bytes]
 
 
-def read_text(path: Path, key: str, offset: int, text_bytes: int) -> memoryview:
+def read_text_member(path: Path, key: str, offset: int, text_bytes: int) -> memoryview:
     """The text encoder outputs of one sample of a shard, with all that tar puts around them checked.
 
     Raises:
@@ -266,7 +266,7 @@ def recover_shard(path: Path, end: int) -> None:
     os.replace(partial, path)
 
 
-def check_end(path: Path, end: int) -> str | None:
+def verify_shard_end(path: Path, end: int) -> str | None:
     """What is wrong with a finished shard behind its samples, which end at `end`, or None.
 
     Raises:

@@ -63,7 +63,7 @@ def read_empty_text(folder: Path, state: TextState) -> TextOutputs:
     return parse_text(content, 1, check_crc=False)[0]
 
 
-def check_text_state(folder: Path) -> str | None:
+def verify_text_state(folder: Path) -> str | None:
     """What is wrong with `text.json` or the empty caption's outputs, or None, also if no text is cached."""
     if not (folder / STATE_FILE).is_file():
         return None

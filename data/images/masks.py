@@ -11,9 +11,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.data.files import MaskFile
+from sdxl_trainer.data.files import HashedFile
 from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.data.images.folders import FileChecker, ImageTable, is_ending, strip_suffix
+from sdxl_trainer.data.images.image_files import FileChecker, ImageTable, is_ending, strip_suffix
 from sdxl_trainer.data.images.transforms import (
     DECODE_ERRORS,
     BadImageError,
@@ -108,7 +108,7 @@ def add_mask(image: PreparedImage, image_file: Path, mask: Path) -> PreparedImag
         sizes = "{}x{}, which is not the shape of its image of {}x{}".format(*grey.shape[::-1], *image.original_size)
         raise BadMaskError(f"mask {mask}: is of {sizes} px")
     cut = np.ascontiguousarray(cut_image(grey, image.placement, "bilinear"))
-    file = MaskFile(str(mask), len(content), mtime_ns, hashlib.sha256(content).hexdigest())
+    file = HashedFile(str(mask), len(content), mtime_ns, hashlib.sha256(content).hexdigest())
     return replace(image, mask=cut, mask_file=file)
 
 

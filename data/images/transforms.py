@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from sdxl_trainer.data.files import MaskFile
+from sdxl_trainer.data.files import HashedFile
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
 from sdxl_trainer.data.images.plain_images import decode_plain
 
@@ -58,7 +58,7 @@ class PreparedImage:
     source_mtime_ns: int
     source_sha256: str
     mask: np.ndarray | None = None  # [H, W] uint8, cut like the pixels: where the loss counts; None: everywhere
-    mask_file: MaskFile | None = None  # None: the mask, if there is one, is the image's opacity
+    mask_file: HashedFile | None = None  # None: the mask, if there is one, is the image's opacity
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 
 from sdxl_trainer.data.allocator import give_freed_memory_back, keep_freed_memory
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.formats.manifest import list_parts
-from sdxl_trainer.data.images.folders import CAPTION_SUFFIXES, walk_images
+from sdxl_trainer.data.formats.manifest import list_manifest_parts
+from sdxl_trainer.data.images.image_files import CAPTION_SUFFIXES, walk_images
 from sdxl_trainer.data.index.join import EVERYTHING, LATENT_SCHEMA, Selection, iterate_joined, join_latents
 from sdxl_trainer.data.index.rows import RowReader
 from sdxl_trainer.data.metadata.blocks import build_block
@@ -37,7 +37,7 @@ from sdxl_trainer.data.metadata.records import (
     read_folders,
 )
 from sdxl_trainer.data.metadata.sources import expand_sources
-from sdxl_trainer.data.stores.localize import localize_sources, rename_errors
+from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
 VERSION = 11  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
@@ -147,7 +147,7 @@ def open_record_index(
         FileNotFoundError: a source is not there.
         StoreError: a source lies on a store that cannot be read.
     """
-    local = [localize_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
+    local = [fetch_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
     names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
     sources = files or sidecars  # with metadata, folders only say where images are
@@ -159,7 +159,7 @@ def open_record_index(
         images = read_folders(image_dirs, regularisation_dirs, masks)
         blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, images)
         finder = ImageFinder(image_dirs, masks)
-        with rename_errors(local):
+        with show_urls_in_errors(local):
             _write(path, RECORD_SCHEMA, (finish_block(block, finder, separator) for block in blocks))
     return _open(path)
 
@@ -175,7 +175,7 @@ def open_latent_index(folder: Path, records: Index, selection: Selection = EVERY
     images with a reason why they are left out).
     """
     words = [records.fingerprint, str(folder.absolute()), repr(selection)]
-    name = f"latents-{_fingerprint(list_parts(folder), words)}"
+    name = f"latents-{_fingerprint(list_manifest_parts(folder), words)}"
     for path in (folder / "index").glob(f"{name}-*.arrow"):
         index = _open(path)
         if _watch(index.note("watched")) == index.fingerprint:

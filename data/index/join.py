@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from isal.isal_zlib import crc32
 
-from sdxl_trainer.data.formats.manifest import CRC_MARK, list_parts, read_entries
-from sdxl_trainer.data.images.folders import LATENT_SUFFIX
+from sdxl_trainer.data.formats.manifest import CRC_MARK, list_manifest_parts, read_entries
+from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.missing_latents import Encoding, place_uncached
-from sdxl_trainer.data.index.unlisted_latents import Header, Place, find_unlisted, place_unlisted, read_headers
+from sdxl_trainer.data.index.unlisted_latents import LatentHeader, Place, find_unlisted, place_unlisted, read_headers
 from sdxl_trainer.data.metadata.merge import stage
 from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
 
@@ -61,7 +61,7 @@ class DamagedLineError(ValueError):
 
 
 class Line(msgspec.Struct, gc=False):
-    """What of a manifest's line is wanted; `Entry` of data/formats/manifest.py says what it means."""
+    """What of a manifest's line is wanted; `ManifestEntry` of data/formats/manifest.py says what it means."""
 
     key: str
     file: str
@@ -219,7 +219,7 @@ def _parse_parts(folder: Path) -> Iterator[pa.RecordBatch]:
     Raises:
         DamagedLineError: a line is damaged, and `read_entries` has to tell which.
     """
-    for part in list_parts(folder):
+    for part in list_manifest_parts(folder):
         with open(part, "rb") as stream:
             while lines := stream.readlines(PART_BYTES):
                 if not lines[-1].endswith(b"\n"):  # torn, or being written just now
@@ -316,7 +316,7 @@ def _match_found(found: pa.Table, start: int, matched: dict[str, np.ndarray]) ->
 
 
 def _list_found(
-    headers: Iterator[tuple[Place, Header | Exception]],
+    headers: Iterator[tuple[Place, LatentHeader | Exception]],
     records: pa.Table,
     missing: dict[str, np.ndarray],
     notes: dict[str, Any],

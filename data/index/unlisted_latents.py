@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sdxl_trainer.data.formats.latent_header import Header, read_header
+from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
-from sdxl_trainer.data.images.folders import LATENT_SUFFIX, choose_latents, strip_suffix
-from sdxl_trainer.data.stores.localize import find_header
+from sdxl_trainer.data.images.image_files import LATENT_SUFFIX, choose_latents, strip_suffix
 from sdxl_trainer.data.stores.remote import is_remote
+from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
 NUM_THREADS = 16
 AT_ONCE = 4096
@@ -72,7 +72,7 @@ def find_unlisted(
                     break
 
 
-def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place, Header | BadLatentError]]:
+def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place, LatentHeader | BadLatentError]]:
     """The header of each, or why it has none, in order.
 
     Args:
@@ -88,7 +88,7 @@ def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place,
                 yield from zip(part, headers, strict=True)
 
 
-def place_unlisted(header: Header, original_size: Size) -> Placement:
+def place_unlisted(header: LatentHeader, original_size: Size) -> Placement:
     """How an image was brought into its bucket, as far as a file of whatever program tells.
 
     Our crop is in the resized image and as large as the bucket. kohya's scripts note the letterbox of the image in
@@ -101,14 +101,14 @@ def place_unlisted(header: Header, original_size: Size) -> Placement:
     return place_image(original_size, ANY_RULE, [bucket])
 
 
-def _read_part(folder: Path, places: list[Place]) -> list[Header | BadLatentError]:
-    headers: list[Header | BadLatentError] = []
+def _read_part(folder: Path, places: list[Place]) -> list[LatentHeader | BadLatentError]:
+    headers: list[LatentHeader | BadLatentError] = []
     for place in places:
         try:
             if is_remote(place.file):
-                headers.append(find_header(folder, place.file, place.offset or 0))
+                headers.append(find_latent_header(folder, place.file, place.offset or 0))
             else:
-                headers.append(read_header(place.file, place.offset or 0, place.bytes))
+                headers.append(read_latent_header(place.file, place.offset or 0, place.bytes))
         except BadLatentError as error:
             headers.append(error)
     return headers

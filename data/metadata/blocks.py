@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from sdxl_trainer.data.images.folders import strip_suffix
+from sdxl_trainer.data.images.image_files import strip_suffix
 from sdxl_trainer.data.metadata.json_stream import Piece, iterate_pieces
 from sdxl_trainer.data.metadata.sources import BASE, NAME, NPZ, SOURCE, Items, detect_form, read_piece, read_source
 

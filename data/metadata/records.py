@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.images.bucket import split_key
-from sdxl_trainer.data.images.folders import (
+from sdxl_trainer.data.images.image_files import (
     FileChecker,
     ImageTable,
     read_sidecar,

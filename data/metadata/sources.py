@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, load_catalogue, read_shard
-from sdxl_trainer.data.images.folders import strip_suffix
+from sdxl_trainer.data.images.image_files import strip_suffix
 from sdxl_trainer.data.metadata.json_stream import Piece, is_lines, iterate_lines, iterate_pieces
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sdxl_trainer.configs.remote_shards import StreamConfig
 from sdxl_trainer.data.formats.shards import read_span
-from sdxl_trainer.data.stores.localize import name_version
 from sdxl_trainer.data.stores.remote import download
+from sdxl_trainer.data.stores.remote_sources import name_shard_version
 
 WHOLE, HOLES = ".tar", ".holes"
 KEPT_BETWEEN_CLEANUPS = 1000  # samples
@@ -29,7 +29,7 @@ def open_copies(settings: StreamConfig, index_folder: Path) -> "ShardCopies | No
     folder = settings.copies_dir or (index_folder.parent / "copies" if settings.shuffle_shards else None)
     if folder is None:
         return None
-    return ShardCopies(folder, int(settings.copies_gb * 1e9), partial(name_version, index_folder))
+    return ShardCopies(folder, int(settings.copies_gb * 1e9), partial(name_shard_version, index_folder))
 
 
 class ShardCopies:

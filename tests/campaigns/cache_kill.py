@@ -30,7 +30,7 @@ from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.formats.shards import BadShardError, iterate_members
 from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
-from sdxl_trainer.data.images.folders import TEXT_CACHE
+from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 120
@@ -62,7 +62,7 @@ def check_folder(folder: Path, whole: dict[str, str] | None = None) -> list[str]
     problems = []
     for path in sorted(folder.rglob("*.npz")):
         if not path.name.startswith("."):
-            problems += _check_npz(path.read_bytes(), str(path), is_text=path.name.endswith(TEXT_CACHE))
+            problems += _check_npz(path.read_bytes(), str(path), is_text=path.name.endswith(TEXT_OUTPUTS_SUFFIX))
     for path in sorted(folder.glob("shards/*.tar")):
         if path.name.startswith("."):
             continue

@@ -9,7 +9,7 @@ import yaml
 
 from sdxl_trainer.cache.main import main
 from sdxl_trainer.data.formats.latents import LatentSample
-from sdxl_trainer.data.formats.manifest import Entry, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.launch.distributed import close_ranks
 
@@ -47,7 +47,7 @@ def run_job(settings: Path, *words: object) -> int:
             os.environ.pop(name, None)
 
 
-def make_entry(key: str = "a", **changes: object) -> Entry:
+def make_entry(key: str = "a", **changes: object) -> ManifestEntry:
     """A manifest entry of a 96 x 64 px bucket."""
     fields = {
         "key": key,
@@ -64,7 +64,7 @@ def make_entry(key: str = "a", **changes: object) -> Entry:
         "source_mtime_ns": 17,
         "source_sha256": "1" * 64,
     }
-    return Entry(**{**fields, **changes})
+    return ManifestEntry(**{**fields, **changes})
 
 
 def make_sample(number: int = 0, bucket: tuple[int, int] = (96, 64)) -> LatentSample:

@@ -16,7 +16,7 @@ from sdxl_trainer.cache.encode.sinks import list_shards
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import ModelConfig
-from sdxl_trainer.data.formats.manifest import Entry, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest
 from sdxl_trainer.data.formats.shards import iterate_members
 from sdxl_trainer.data.formats.text_outputs import TextOutputs, parse_text
 from sdxl_trainer.data.images.demo_set import draw_demo_set
@@ -202,7 +202,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def list_text_regions(folder: Path, entry: Entry) -> list[tuple[Path, int]]:
+def list_text_regions(folder: Path, entry: ManifestEntry) -> list[tuple[Path, int]]:
     """A byte of each region of an item's text: tar header, zip header, values, directory, padding."""
     assert entry.text is not None
     path, start, end = folder / entry.text.file, entry.text.offset or 0, (entry.text.offset or 0) + entry.text.bytes

@@ -19,7 +19,7 @@ from sdxl_trainer.cache.encode.work_list import (
     list_work,
     share_positions,
 )
-from sdxl_trainer.data.files import MaskFile, hash_file
+from sdxl_trainer.data.files import HashedFile, hash_file
 from sdxl_trainer.data.formats.manifest import Identity
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_record_index
@@ -114,7 +114,7 @@ def test_a_mask_counts_as_the_image_does(source, tmp_path):
     mask = tmp_path / "a-masklabel.png"
     mask.write_bytes(b"some mask")
     status = mask.stat()
-    masked = replace(entry, mask=MaskFile(str(mask), status.st_size, status.st_mtime_ns, hash_file(mask)))
+    masked = replace(entry, mask=HashedFile(str(mask), status.st_size, status.st_mtime_ns, hash_file(mask)))
     assert judge_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # it has appeared
     assert judge_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # it has vanished
     assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("valid", None)

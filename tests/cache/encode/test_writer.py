@@ -9,7 +9,7 @@ from cache_samples import make_entry, make_sample
 
 from sdxl_trainer.cache.encode.sinks import EncodedItem
 from sdxl_trainer.cache.encode.writer import LatentWriter
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 
 SAMPLE = make_sample()
 
@@ -23,14 +23,14 @@ class GatedSink:
         self.written: list[str] = []
         self.is_closed = False
 
-    def write(self, item: EncodedItem) -> Entry:
+    def write(self, item: EncodedItem) -> ManifestEntry:
         self.gate.acquire()
         if item.entry.key in self.failing:
             raise OSError(28, "No space left on device")
         self.written.append(item.entry.key)
         return replace(item.entry, bytes=100, sha256="x")
 
-    def store(self, entry: Entry, content: bytes, record: bytes) -> Entry:
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes) -> ManifestEntry:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ def test_a_full_disk_at_the_manifest_lists_nothing_torn(tmp_path, monkeypatch):
     manifest = ManifestWriter(tmp_path, 0)
     append, lines = manifest.append, []
 
-    def fail_at_third(entry: Entry) -> None:
+    def fail_at_third(entry: ManifestEntry) -> None:
         lines.append(entry.key)
         if len(lines) == 3:
             raise OSError(28, "No space left on device")

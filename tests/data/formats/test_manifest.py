@@ -10,19 +10,19 @@ import pytest
 from loguru import logger
 
 from sdxl_trainer.data.formats.manifest import (
-    Entry,
     Identity,
+    ManifestEntry,
     ManifestWriter,
-    check_identity,
     drop_damaged_lines,
-    list_parts,
+    list_manifest_parts,
     read_entries,
     read_identity,
     read_latest,
+    verify_identity,
     write_identity,
 )
 
-ENTRY = Entry(
+ENTRY = ManifestEntry(
     key="a",
     file="a.npz",
     bytes=33342,
@@ -190,8 +190,8 @@ def test_a_job_with_nothing_to_do_leaves_the_parts_as_they_are(tmp_path):
     os.utime(part, ns=(5, 5))
     append(tmp_path, 0)
     append(tmp_path, 1)  # a rank more than before, with nothing to do either
-    assert list_parts(tmp_path) == [part] and part.stat().st_mtime_ns == 5
-    assert list_parts(tmp_path / "absent") == [] and list_keys(tmp_path / "absent") == []
+    assert list_manifest_parts(tmp_path) == [part] and part.stat().st_mtime_ns == 5
+    assert list_manifest_parts(tmp_path / "absent") == [] and list_keys(tmp_path / "absent") == []
 
 
 def test_identity_is_read_back(tmp_path):
@@ -230,10 +230,10 @@ def test_every_flipped_byte_of_the_identity_is_noticed(tmp_path):
     write_identity(tmp_path, IDENTITY)
     file = tmp_path / "cache.json"
     whole = file.read_bytes()
-    assert check_identity(tmp_path) is None
+    assert verify_identity(tmp_path) is None
     for place in range(len(whole)):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert check_identity(tmp_path), place
+        assert verify_identity(tmp_path), place
     for content in (b"", b"[]", b"null", whole[:-1]):
         file.write_bytes(content)
-        assert check_identity(tmp_path)
+        assert verify_identity(tmp_path)

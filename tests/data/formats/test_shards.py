@@ -13,7 +13,6 @@ from sdxl_trainer.data.formats.shards import (
     BLOCK,
     BadShardError,
     ShardWriter,
-    check_end,
     compute_sample_span,
     decode_key,
     encode_key,
@@ -23,6 +22,7 @@ from sdxl_trainer.data.formats.shards import (
     locate_shard,
     read_sample,
     recover_shard,
+    verify_shard_end,
 )
 
 KEYS = [
@@ -107,7 +107,7 @@ def test_spans_are_what_tar_takes(shard):
         span = compute_sample_span(key, len(record), place.offset, place.size)
         assert span[0] == end, key
         end = span[1]
-    assert check_end(path, end) is None
+    assert verify_shard_end(path, end) is None
     assert path.stat().st_size == end + 2 * BLOCK
 
 
@@ -165,7 +165,7 @@ def test_every_truncation_of_a_tar_is_noticed(tmp_path):
     for kept in (end + BLOCK, end + BLOCK + 1, len(content) - 1):  # readers stop at the first block of zeros
         writer.path.write_bytes(content[:kept])
         assert len(list(iterate_members(writer.path))) == 6
-        assert "bytes where its samples and the end of the tar take" in check_end(writer.path, end)
+        assert "bytes where its samples and the end of the tar take" in verify_shard_end(writer.path, end)
     writer.path.write_bytes(content[:BLOCK] + b"\1" + content[BLOCK + 1 :])
     assert len(list(iterate_members(writer.path))) == 6  # a record's content is the manifest's business
     writer.path.write_bytes(content[: 2 * BLOCK] + b"\1" + content[2 * BLOCK + 1 :])
@@ -195,7 +195,7 @@ def test_every_flipped_byte_of_a_sample_or_of_the_end_is_noticed(tmp_path):
         else:
             # The record's and the npz's own bytes have checksums in the manifest.
             assert (read != (record, npz)) == (place < last), place
-            assert (check_end(writer.path, end) is not None) == (place >= end), place
+            assert (verify_shard_end(writer.path, end) is not None) == (place >= end), place
     os.close(file)
 
 
@@ -227,7 +227,7 @@ def test_a_cut_partial_is_finished_wherever_it_was_cut(tmp_path):
             assert list_partial_shards(tmp_path) == [path] and locate_shard(path) == partial
             recover_shard(path, end)
             assert os.listdir(tmp_path) == ["x.tar"] and locate_shard(path) == path
-            assert check_end(path, end + -end % BLOCK) is None
+            assert verify_shard_end(path, end + -end % BLOCK) is None
             samples = list(webdataset.WebDataset(str(path), shardshuffle=False)) if kept == end else []
             assert [sample["__key__"] for sample in samples] == list(items)[: len(samples)]
             assert len(list(iterate_members(path))) == 2 * listed
@@ -267,7 +267,7 @@ def test_a_write_that_failed_half_way_leaves_no_trace(tmp_path, monkeypatch):
         ("c", "npz"),
     ]
     assert read_sample(writer.path, "c", 2, place.offset, 100)[1] == b"3" * 100
-    assert check_end(writer.path, end) is None
+    assert verify_shard_end(writer.path, end) is None
     room[0] = 0
     full = ShardWriter(tmp_path / "y.tar")
     with pytest.raises(OSError, match="No space left"):

@@ -10,9 +10,9 @@ import pytest
 from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.shards import ShardWriter, iterate_members
 from sdxl_trainer.data.formats.text_cache import (
-    check_text_state,
     read_empty_text,
     read_text_state,
+    verify_text_state,
     write_text_state,
 )
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text, read_text_variant
@@ -106,16 +106,16 @@ def test_what_makes_captions_random_is_told():
 
 
 def test_every_flipped_byte_of_what_all_outputs_share_is_found(tmp_path):
-    assert check_text_state(tmp_path) is None and read_text_state(tmp_path) is None
+    assert verify_text_state(tmp_path) is None and read_text_state(tmp_path) is None
     write_text_state(tmp_path, IDENTITY, ["correct", ["/m", 1, 2]], pack_text([make_outputs(0, 3)]))
     state = read_text_state(tmp_path)
     assert state is not None and state.identity == IDENTITY and state.sources == ["correct", ["/m", 1, 2]]
-    assert is_same(read_empty_text(tmp_path, state), make_outputs(0, 3)) and check_text_state(tmp_path) is None
+    assert is_same(read_empty_text(tmp_path, state), make_outputs(0, 3)) and verify_text_state(tmp_path) is None
     for name in ("text.json", "manifest/empty_te_outputs.npz"):
         whole = (tmp_path / name).read_bytes()
         for place in range(len(whole)):
             (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-            assert check_text_state(tmp_path) is not None, (name, place)
+            assert verify_text_state(tmp_path) is not None, (name, place)
         (tmp_path / name).write_bytes(whole)
     os.unlink(tmp_path / "manifest" / "empty_te_outputs.npz")
-    assert "cannot be read" in str(check_text_state(tmp_path))
+    assert "cannot be read" in str(verify_text_state(tmp_path))

@@ -12,7 +12,7 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.index import index as module
 from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.loading.loader import build_plan
@@ -38,7 +38,7 @@ def list_entries(folder: Path, *keys: str, rank: int = 0, bucket: tuple[int, int
         size = (100 + len(key), 150)
         place = {"bucket": bucket, "original_size": size, "resized": (70, 96), "crop": (3, 0, 67, 96)}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        writer.append(Entry(key, f"{key}.npz", 1, "", **place, identity="", **source))
+        writer.append(ManifestEntry(key, f"{key}.npz", 1, "", **place, identity="", **source))
     writer.close()
 
 

@@ -12,7 +12,7 @@ import pytest
 from programs import TINY
 
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_latent_index, open_record_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
@@ -96,7 +96,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
             (folder / file).write_bytes(content)
         place = {"bucket": bucket, "original_size": bucket, "resized": bucket, "crop": (0, 0, *bucket)}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        manifest.append(Entry(key, file, len(content), "", **place, identity="", **source, offset=offset))
+        manifest.append(ManifestEntry(key, file, len(content), "", **place, identity="", **source, offset=offset))
     shard.close()
     manifest.close()
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))

@@ -14,7 +14,7 @@ import torch
 from programs import TINY
 
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_latent_index, open_record_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
@@ -47,7 +47,7 @@ def cache(tmp_path_factory) -> Path:
         content = write_latents(folder / f"s{number}.npz", LatentSample(get_latents(number), size, crop))
         place = {"bucket": bucket, "original_size": size, "resized": size, "crop": crop}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        writer.append(Entry(f"s{number}", f"s{number}.npz", len(content), "", **place, identity="", **source))
+        writer.append(ManifestEntry(f"s{number}", f"s{number}.npz", len(content), "", **place, identity="", **source))
     writer.close()
     return folder
 

@@ -12,7 +12,7 @@ from programs import TINY
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.data import check_latents
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_latent_index, open_record_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
@@ -47,7 +47,9 @@ def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, liste
         place = {"bucket": BUCKET, "original_size": (750, 960), "resized": RESIZED, "crop": CROP, "offset": offset}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": "", "identity": ""}
         manifest.append(
-            Entry(f"s{number}", file, len(content), "", **place, **source, flipped=has_flipped if listed else None)
+            ManifestEntry(
+                f"s{number}", file, len(content), "", **place, **source, flipped=has_flipped if listed else None
+            )
         )
     manifest.close()
     if tar:

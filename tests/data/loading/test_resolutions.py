@@ -17,7 +17,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.data import check_latents, check_records
 from sdxl_trainer.data.formats.latents import read_latents
-from sdxl_trainer.data.formats.manifest import ManifestWriter, check_identity, read_identity, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestWriter, read_identity, read_latest, verify_identity
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, choose_bucket, list_buckets, place_image, split_key
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
@@ -94,7 +94,7 @@ def test_both_resolutions_of_each_image_are_cached(cache, filled):
     sizes = json.loads((filled / "data" / "metadata.json").read_text())
     assert set(entries) == {*sizes, *(f"64px/{key}" for key in sizes)}
     identity = read_identity(folder)
-    assert identity is not None and check_identity(folder) is None
+    assert identity is not None and verify_identity(folder) is None
     for key, entry in entries.items():
         prefix, name = split_key(key)
         rule = LOW if prefix else HIGH

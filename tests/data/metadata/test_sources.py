@@ -22,7 +22,7 @@ from programs import FIXTURES, ROOT
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.data import check_latents, leave_out_rows
 from sdxl_trainer.data.checks.latents import find_bad_latents
-from sdxl_trainer.data.formats.latent_header import read_header
+from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
@@ -337,14 +337,14 @@ def test_the_header_says_what_the_whole_file_says(tmp_path):
         latents = np.ones((4, 8 + number, 12), np.float32)
         sample = LatentSample(latents, (300, 200), (1, 2, 97, 66), latents * 2, latents, latents)
         write_latents(tmp_path / f"{name}.npz", sample, dtype)
-        header = read_header(str(tmp_path / f"{name}.npz"))
+        header = read_latent_header(str(tmp_path / f"{name}.npz"))
         assert (header.bucket, header.original_size, header.crop_ltrb) == (
             (96, 64 + 8 * number),
             (300, 200),
             (1, 2, 97, 66),
         )
     np.savez_compressed(tmp_path / "d.npz", latents=np.zeros((4, 8, 12), np.float32))
-    assert read_header(str(tmp_path / "d.npz")).bucket == (96, 64)
+    assert read_latent_header(str(tmp_path / "d.npz")).bucket == (96, 64)
 
 
 def build_config(folder: Path, **data) -> Config:

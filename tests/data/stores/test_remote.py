@@ -28,7 +28,7 @@ from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleS
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs  # noqa: E402
 from sdxl_trainer.data.metadata.records import load_record  # noqa: E402
 from sdxl_trainer.data.stores import remote  # noqa: E402
-from sdxl_trainer.data.stores.localize import name_version  # noqa: E402
+from sdxl_trainer.data.stores.remote_sources import name_shard_version  # noqa: E402
 from sdxl_trainer.data.stores.shard_copies import ShardCopies  # noqa: E402
 from sdxl_trainer.data.text.captions import CaptionSettings  # noqa: E402
 from sdxl_trainer.data.text.tokens import END, load_tokenizer  # noqa: E402
@@ -110,7 +110,7 @@ def assert_same(one: list[MicroBatch], other: list[MicroBatch]) -> None:
 
 
 def make_copies(cache: Path, folder: Path, limit_bytes: int = 1 << 30) -> ShardCopies:
-    return ShardCopies(folder, limit_bytes, partial(name_version, cache / "index"))
+    return ShardCopies(folder, limit_bytes, partial(name_shard_version, cache / "index"))
 
 
 def test_shards_on_a_store_give_the_batches_of_local_ones(tmp_path, shards, store):

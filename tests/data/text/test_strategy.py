@@ -14,7 +14,7 @@ from programs import ROOT, run_program
 
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
-from sdxl_trainer.data.formats.manifest import Entry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
@@ -52,7 +52,7 @@ def cache(tmp_path_factory) -> Path:
         content = write_latents(folder / f"{key}.npz", LatentSample(latents, BUCKET, (0, 0, *BUCKET)))
         sizes = dict(bucket=BUCKET, original_size=BUCKET, resized=BUCKET, crop=(0, 0, *BUCKET), bytes=len(content))
         source = dict(source_path="", source_bytes=1, source_mtime_ns=1, source_sha256="")
-        writer.append(Entry(key=key, file=f"{key}.npz", sha256="", identity="", **sizes, **source))
+        writer.append(ManifestEntry(key=key, file=f"{key}.npz", sha256="", identity="", **sizes, **source))
     writer.close()
     return folder
 

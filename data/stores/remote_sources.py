@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from sdxl_trainer.data.formats.latent_header import Header
+from sdxl_trainer.data.formats.latent_header import LatentHeader
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.formats.shard_samples import (
     CATALOGUE_SUFFIX,
@@ -38,14 +38,14 @@ SHARD_SUFFIX = ".tar"
 
 
 @dataclass(frozen=True)
-class Localized:
+class LocalSources:
     """The local files of a source, and what they stand for."""
 
     files: list[Path]
-    names: dict[str, str]  # local file → URL
+    urls: dict[str, str]  # local file → URL
 
 
-def localize_sources(names: Sequence[Path | str], folder: Path) -> Localized:
+def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
     """Local files for sources: paths as they are, and for URLs what stands for them, made now unless it is there.
 
     Args:
@@ -68,18 +68,18 @@ def localize_sources(names: Sequence[Path | str], folder: Path) -> Localized:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         logger.info("reading {} of {} remote files for the index", len(missing), len(urls))
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for done, _ in enumerate(pool.map(lambda item: _localize(item, targets[item.url]), missing), 1):
+            for done, _ in enumerate(pool.map(lambda item: _fetch_source(item, targets[item.url]), missing), 1):
                 if done % 100 == 0:
                     logger.info("{} of {} are read", done, len(missing))
         find_catalogue.cache_clear()
         _load_headers.cache_clear()
-    return Localized(
+    return LocalSources(
         [targets.get(str(name)) or Path(name) for name in names], {str(target): url for url, target in targets.items()}
     )
 
 
 @contextmanager
-def rename_errors(sources: Sequence[Localized]) -> Iterator[None]:
+def show_urls_in_errors(sources: Sequence[LocalSources]) -> Iterator[None]:
     """Make an error about a local file one about the object that it stands for.
 
     Raises:
@@ -89,14 +89,14 @@ def rename_errors(sources: Sequence[Localized]) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        for local, url in (pair for source in sources for pair in source.names.items()):
+        for local, url in (pair for source in sources for pair in source.urls.items()):
             message = message.replace(local, url)
         if message == str(error):
             raise
         raise ValueError(message) from None
 
 
-def find_header(folder: Path, url: str, offset: int) -> Header:
+def find_latent_header(folder: Path, url: str, offset: int) -> LatentHeader:
     """The header of the npz at a place of a remote shard, from its catalogue.
 
     Raises:
@@ -119,14 +119,14 @@ def find_catalogue(folder: Path, url: str) -> Path | None:
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
-def name_version(folder: Path, url: str) -> str:
+def name_shard_version(folder: Path, url: str) -> str:
     """A name for the version of a remote shard that the index was made from."""
     file = find_catalogue(folder, url)
     return file.stem if file else _hash(url)
 
 
 @lru_cache(maxsize=64)
-def _load_headers(folder: Path, url: str) -> dict[int, Header | str]:
+def _load_headers(folder: Path, url: str) -> dict[int, LatentHeader | str]:
     """Offset → header of each npz of a shard, or why it is bad."""
     file = find_catalogue(folder, url)
     _, samples = load_catalogue(file) if file else ("", [])
@@ -134,7 +134,7 @@ def _load_headers(folder: Path, url: str) -> dict[int, Header | str]:
     return {offset: header for offset, header in found if offset is not None}
 
 
-def _localize(item: StoredObject, target: Path) -> None:
+def _fetch_source(item: StoredObject, target: Path) -> None:
     if target.suffix == CATALOGUE_SUFFIX:
         _make_catalogue(item, target)
     else:

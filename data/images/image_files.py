@@ -16,7 +16,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 CAPTION_SUFFIXES = (".txt", ".caption")
 LATENT_SUFFIX = ".npz"
 SIZED = re.compile(r"_\d{4,}x\d{4,}_sdxl$")  # what kohya's scripts put behind a latent file's stem
-TEXT_CACHE = "_te_outputs.npz"  # kohya's cache of text encoder outputs: no latents
+TEXT_OUTPUTS_SUFFIX = "_te_outputs.npz"  # kohya's cache of text encoder outputs: no latents
 FEW = 32  # names for which a folder is not listed
 MAX_LISTINGS = 256
 NO_HASHES = np.empty(0, np.int64)
@@ -71,7 +71,7 @@ def choose_latents(names: Sequence[str]) -> dict[str, str]:
     `{stem}_{W:04d}x{H:04d}_sdxl.npz`."""
     chosen: dict[str, str] = {}
     for name in names:
-        if name.endswith(LATENT_SUFFIX) and not name.endswith(TEXT_CACHE):
+        if name.endswith(LATENT_SUFFIX) and not name.endswith(TEXT_OUTPUTS_SUFFIX):
             stem = strip_suffix(name)
             if len(name) == len(stem) + len(LATENT_SUFFIX):
                 chosen[stem] = name
