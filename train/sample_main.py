@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_arguments().parse_intermixed_args(arguments)
 
     def work() -> None:
-        from sdxl_trainer.train.sampling.job import draw_prompt_file
+        from sdxl_trainer.train.sampling.job import run_sampling
 
-        draw_prompt_file(options.model, options.prompts, options.out, options.cfg, options.overrides, options.ema)
+        run_sampling(options.model, options.prompts, options.out, options.cfg, options.overrides, options.ema)
 
     return run_program(work)
 

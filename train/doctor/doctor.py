@@ -25,9 +25,9 @@ from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.memory import (
     TOO_LITTLE_MEMORY,
     compute_checkpoint_bytes,
-    count_unet_weights,
+    count_unet_parameters,
     estimate_memory,
-    list_device_bytes,
+    list_gpu_memory_bytes,
 )
 
 
@@ -47,8 +47,8 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
     if chosen:
         yield Finding("engine.zero_stage", chosen)
     yield from check_settings(config, problems, world_size)
-    num_weights = count_unet_weights(config)
-    yield check_memory(config, num_weights, world_size, list_device_bytes())
+    num_weights = count_unet_parameters(config)
+    yield check_memory(config, num_weights, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))
     saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)

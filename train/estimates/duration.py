@@ -9,7 +9,7 @@ from sdxl_trainer.cache.encode.estimate import describe_seconds
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
-from sdxl_trainer.train.estimates.flops import count_training_flops, find_peak_flops
+from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
 from sdxl_trainer.train.report.metrics import read_metrics
 
 MEASURED_STEPS = 100
@@ -22,7 +22,7 @@ def describe_duration(config: Config, world_size: int, gpu_names: Sequence[str])
 
     Samples, validation and checkpoints come on top. A rank's GPU is taken to be like the first of `gpu_names`.
     """
-    done, images_per_second = measure_pace(config.run.folder / "logs" / "metrics.jsonl")
+    done, images_per_second = read_throughput(config.run.folder / "logs" / "metrics.jsonl")
     steps = max(0, config.train.max_steps - done)
     images = steps * config.train.global_batch_size
     to_do = f"{steps:,} steps to do, {images:,} images"
@@ -32,7 +32,7 @@ def describe_duration(config: Config, world_size: int, gpu_names: Sequence[str])
         pace = f"{images_per_second:.3g} images/s, as this run's last steps had it on the ranks it had"
         return f"{to_do}: {describe_seconds(images / images_per_second)} at {pace}"
     unknown = f"{to_do}; how long they take is not known before this run has made some"
-    peak_flops = find_peak_flops(gpu_names[0]) if gpu_names else None
+    peak_flops = get_peak_flops(gpu_names[0]) if gpu_names else None
     flops = count_flops_per_image(config)
     if peak_flops is None or flops is None or config.engine.precision == "fp32":
         return unknown
@@ -41,7 +41,7 @@ def describe_duration(config: Config, world_size: int, gpu_names: Sequence[str])
     return f"{to_do}: about {describe_seconds(seconds)} on {gpus}, if {ASSUMED_MFU:.0%} of their peak is made use of"
 
 
-def measure_pace(metrics_file: Path) -> tuple[int, float]:
+def read_throughput(metrics_file: Path) -> tuple[int, float]:
     """(the last step, the median of the last steps' images a second) of a run; zeros of one that has not begun."""
     if not metrics_file.is_file():
         return 0, 0.0

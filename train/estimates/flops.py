@@ -38,7 +38,7 @@ PEAK_TFLOPS = {
 BACKWARD_SHARE = 2  # a backward pass multiplies by each weight for its input's gradient, and for its own
 
 
-def find_peak_flops(device_name: str) -> float | None:
+def get_peak_flops(device_name: str) -> float | None:
     """A device's dense bf16 FLOP/s; None for what is not in the table."""
     tflops = PEAK_TFLOPS.get(device_name)
     return None if tflops is None else tflops * 1e12
@@ -62,24 +62,24 @@ class FlopCount:
 
 
 @dataclass(frozen=True)
-class Utilisation:
+class MfuReference:
     """What MFU is reckoned with."""
 
     count: FlopCount
     peak_flops: float  # of all ranks' devices together, per second
 
 
-def find_utilisation(
+def build_mfu_reference(
     unet: torch.nn.Module, unet_config: Mapping[str, Any], config: Config, ranks: Ranks
-) -> Utilisation | None:
+) -> MfuReference | None:
     """What MFU needs, or None where a number would say nothing: a device whose peak is not known, fp32, or a U-Net
     that is trained in part, whose backward pass is a part of the whole too."""
     if ranks.device.type != "cuda" or config.engine.precision == "fp32":
         return None
-    peak_flops = find_peak_flops(torch.cuda.get_device_name(ranks.device))
+    peak_flops = get_peak_flops(torch.cuda.get_device_name(ranks.device))
     if peak_flops is None or not all(parameter.requires_grad for parameter in unet.parameters()):
         return None
-    return Utilisation(count_training_flops(unet_config, config.data.max_tokens + 2), peak_flops * ranks.world_size)
+    return MfuReference(count_training_flops(unet_config, config.data.max_tokens + 2), peak_flops * ranks.world_size)
 
 
 def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -> FlopCount:

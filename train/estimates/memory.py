@@ -42,7 +42,7 @@ class Memory:
         return " + ".join(f"{number / 1e9:.3g} {name}" for name, number in parts if number)
 
 
-def count_unet_weights(config: Config) -> int:
+def count_unet_parameters(config: Config) -> int:
     """Weights of the U-Net, by its config; 0 where there is no local one of SDXL's kind."""
     if not is_local(config.model):
         return 0
@@ -89,21 +89,21 @@ def compute_checkpoint_bytes(config: Config, num_weights: int) -> int:
     return int(num_weights * (each + AVERAGE_BYTES * len(config.ema.decays)))
 
 
-def list_device_bytes() -> list[int]:
+def list_gpu_memory_bytes() -> list[int]:
     """Memory of each GPU."""
     return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
 
 
-def warn_of_memory(config: Config, world_size: int) -> None:
+def log_memory_estimate(config: Config, world_size: int) -> None:
     """Tell what a rank will hold besides activations, and warn if that is more than a GPU has."""
-    if num_weights := count_unet_weights(config):
-        needed, gpus = estimate_memory(config, num_weights, world_size), list_device_bytes()
+    if num_weights := count_unet_parameters(config):
+        needed, gpus = estimate_memory(config, num_weights, world_size), list_gpu_memory_bytes()
         logger.info("memory of a rank: about {:.3g} GB ({}), besides activations", needed.total / 1e9, needed)
         if gpus and needed.total > min(gpus):
             logger.warning("a GPU has {:.3g} GB: it will not fit; {}", min(gpus) / 1e9, TOO_LITTLE_MEMORY)
 
 
-class StepMemory:
+class StepMemoryLogger:
     """Measures once, in the second step of a job, what a step takes besides what is there between steps.
 
     In the first one the optimizer makes its state. Without a GPU it is the memory of the process that is looked at.
@@ -117,10 +117,10 @@ class StepMemory:
         """A step has ended."""
         self._num_steps += 1
         if self._num_steps == 1:
-            reset_peak(self._device)
-            self._held, _ = read_memory(self._device)
+            reset_peak_memory(self._device)
+            self._held, _ = measure_memory(self._device)
         elif self._num_steps == 2:
-            _, peak = read_memory(self._device)
+            _, peak = measure_memory(self._device)
             held, peak_gb = self._held / 1e9, peak / 1e9
             logger.info(
                 "memory: {:.3g} GB between steps, and {:.3g} more within one, for activations and gradients",
@@ -129,8 +129,8 @@ class StepMemory:
             )
 
 
-def read_memory(device: torch.device) -> tuple[int, int]:
-    """(bytes held now, most since `reset_peak`): of a GPU in tensors, or of this process without one."""
+def measure_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes held now, most since `reset_peak_memory`): of a GPU in tensors, or of this process without one."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -138,7 +138,7 @@ def read_memory(device: torch.device) -> tuple[int, int]:
     return int(kilobytes["VmRSS"]) * 1024, int(kilobytes["VmHWM"]) * 1024
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Begin to look for the most from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -26,7 +26,9 @@ def build_convert_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def convert(source: Path, checkpoint: Path | None, target: Path, config: "Config", average: str | None = None) -> None:
+def convert_model(
+    source: Path, checkpoint: Path | None, target: Path, config: "Config", average: str | None = None
+) -> None:
     """Write a model as `target`, with the objective, type and names that `config` says, tensor by tensor.
 
     Args:
@@ -52,7 +54,7 @@ def convert(source: Path, checkpoint: Path | None, target: Path, config: "Config
         write_adapters(target, weights, model, config.lora, DTYPES[config.checkpoint.export_dtype])
         return
     components = open_components(model, config.model)
-    replace_trained(components, trained)
+    replace_trained_weights(components, trained)
     write_components(target, components, model, config)
 
 
@@ -78,7 +80,7 @@ def find_source_checkpoint(source: Path) -> Path | None:
     return None
 
 
-def replace_trained(components: Mapping[str, dict[str, Any]], trained: Mapping[str, Any]) -> None:
+def replace_trained_weights(components: Mapping[str, dict[str, Any]], trained: Mapping[str, Any]) -> None:
     """Put what was trained in the place of what training started from."""
     from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 
@@ -87,7 +89,7 @@ def replace_trained(components: Mapping[str, dict[str, Any]], trained: Mapping[s
         components[component][get_canonical_name(component, inner)] = read
 
 
-def load_settings(options: argparse.Namespace, checkpoint: Path | None) -> "Config":
+def load_export_config(options: argparse.Namespace, checkpoint: Path | None) -> "Config":
     """The settings that a checkpoint was trained with, or those of a file; words of the command line over them."""
     from loguru import logger
 
@@ -118,6 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
 
         init_logger(rank=0)
         checkpoint = find_source_checkpoint(options.source)
-        convert(options.source, checkpoint, options.target, load_settings(options, checkpoint), options.ema)
+        convert_model(options.source, checkpoint, options.target, load_export_config(options, checkpoint), options.ema)
 
     return run_program(work)

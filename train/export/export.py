@@ -54,7 +54,7 @@ def export_model(
             write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
         barrier()
         return
-    names = list_gathered(engine, conditioner, source)
+    names = list_gathered_parameters(engine, conditioner, source)
     if ranks.is_main:
         weights = {
             component: {name: partial(engine.gather_weight, parameter, average) for name, parameter in found.items()}
@@ -67,7 +67,9 @@ def export_model(
     barrier()
 
 
-def list_gathered(engine: Engine, conditioner: TextConditioner, source: ModelSource) -> dict[str, dict[str, str]]:
+def list_gathered_parameters(
+    engine: Engine, conditioner: TextConditioner, source: ModelSource
+) -> dict[str, dict[str, str]]:
     """Component → name → the engine's parameter, of the U-Net and of text encoders that are trained.
 
     In the order in which the writers of both forms ask for them: each is a collective, which the other ranks join.
@@ -82,7 +84,7 @@ def list_gathered(engine: Engine, conditioner: TextConditioner, source: ModelSou
     return found
 
 
-def write_live_model(
+def export_local_model(
     path: Path, engine: Engine, conditioner: TextConditioner, source: ModelSource, config: Config
 ) -> None:
     """Write what this rank's networks hold, in the precision of training and without the other ranks."""

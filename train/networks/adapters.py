@@ -35,7 +35,7 @@ def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0)
     alpha: Any = config.alpha or config.rank  # peft asks for a whole number, and takes any
     for place, (name, network) in enumerate(networks.items()):
         key, targets = ("targets", config.targets) if name == "unet" else ("text_targets", config.text_targets)
-        layers = find_layers(network, targets)
+        layers = find_target_layers(network, targets)
         if not layers:
             rule, cure = f"names no layer of the {name} that is trained", "the default names those of kohya's scripts"
             raise UserInputError([Problem(f"lora.{key}", targets, rule, cure)])
@@ -45,7 +45,7 @@ def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0)
             network.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
 
 
-def find_layers(network: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+def find_target_layers(network: torch.nn.Module, targets: Sequence[str]) -> list[str]:
     """Layers with weights that are trained, by names that end in a target."""
     learning = {name.rpartition(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
     ends = tuple(f".{target}" for target in targets)
@@ -66,12 +66,12 @@ def write_adapters(
     Args:
         weights: by name, `unet.….lora_A.default.weight` and so on.
     """
-    layers = map_layers(source.read_config("unet"))
+    layers = map_layer_names(source.read_config("unet"))
     alpha = torch.tensor(float(config.alpha or config.rank))
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         layer = name.removesuffix(DOWN).removesuffix(UP)
-        base = rename_layer(layer, layers)
+        base = build_kohya_name(layer, layers)
         tensors[f"{base}.{'lora_down' if name.endswith(DOWN) else 'lora_up'}.weight"] = weight.detach().to("cpu", dtype)
         tensors[f"{base}.alpha"] = alpha.clone()  # safetensors writes no tensor under two names
     metadata = {
@@ -88,7 +88,7 @@ def write_adapters(
     write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def map_layers(unet_config: Mapping[str, Any]) -> dict[str, str]:
+def map_layer_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
     """Layers of the U-Net by diffusers' names to their LDM names, which kohya's scripts use."""
     prefix = COMPONENT_PREFIXES["unet"]
     return {
@@ -98,7 +98,7 @@ def map_layers(unet_config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def rename_layer(layer: str, layers: Mapping[str, str]) -> str:
+def build_kohya_name(layer: str, layers: Mapping[str, str]) -> str:
     """`unet.mid_block.….to_q` to `lora_unet_middle_block_…_to_q`; text encoders keep the names of transformers."""
     component, _, inner = layer.partition(".")
     inner = layers[inner] if component == "unet" else get_canonical_name(component, inner)

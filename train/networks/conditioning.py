@@ -41,7 +41,7 @@ class TextConditioner:
 
     @torch.no_grad()
     def prepare(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextInputs:
-        """Token ids [B, windows, 77] of each encoder to what `Networks` takes: states, or ids of what is trained."""
+        """Return the text inputs of `TrainedNetworks` for token ids [B, windows, 77] of each encoder."""
         text: TextInputs = {}
         if "text_encoder" in self.trained:
             text["input_ids"] = input_ids
@@ -61,7 +61,7 @@ class TextConditioner:
         return torch.cat([hidden, hidden_2], dim=-1), pooled
 
 
-class DeferredConditioner(TextConditioner):
+class LazyTextConditioner(TextConditioner):
     """The same for cached text: the encoders are loaded when prompts or the written model ask for them, not before.
 
     Args:

@@ -26,13 +26,13 @@ def build_groups(networks: torch.nn.Module, config: OptimConfig, unet_config: Ma
     Raises:
         UserInputError: a pattern matches nothing, or nothing is left to train.
     """
-    blocks = map_blocks(unet_config) if config.block_lrs else {}
+    blocks = map_layers_to_blocks(unet_config) if config.block_lrs else {}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     names = [name for name, parameter in networks.named_parameters() if parameter.requires_grad]
-    raise_if_any(find_idle_patterns(names, config))
+    raise_if_any(check_patterns(names, config))
     for name, parameter in networks.named_parameters():
         if parameter.requires_grad:
-            lr, weight_decay = choose_settings(name, parameter, config, blocks)
+            lr, weight_decay = resolve_group_settings(name, parameter, config, blocks)
             parameter.requires_grad_(lr > 0)
             if lr > 0:
                 parameter.use_muon = parameter.dim() == 2 and "embedding" not in name  # pyright: ignore  (DeepSpeed asks)
@@ -45,14 +45,14 @@ def build_groups(networks: torch.nn.Module, config: OptimConfig, unet_config: Ma
     ]
 
 
-def choose_settings(
+def resolve_group_settings(
     name: str, parameter: torch.nn.Parameter, config: OptimConfig, blocks: Mapping[str, int]
 ) -> tuple[float, float]:
     """(peak learning rate, weight decay) of a parameter: of the first pattern that finds it, its block, its network."""
     network = name.partition(".")[0]
     lr = {"text_encoder": config.text_encoder_lr, "text_encoder_2": config.text_encoder_2_lr}.get(network, config.lr)
     if config.block_lrs and network == "unet":
-        lr = config.block_lrs[blocks[get_layer(name)]]
+        lr = config.block_lrs[blocks[get_layer_name(name)]]
     weight_decay = config.weight_decay if parameter.dim() > 1 else 0.0
     group = next((group for group in config.groups if re.search(group.match, name)), None)
     if group is not None:
@@ -61,7 +61,7 @@ def choose_settings(
     return lr, weight_decay
 
 
-def find_idle_patterns(names: list[str], config: OptimConfig) -> Iterator[Problem]:
+def check_patterns(names: list[str], config: OptimConfig) -> Iterator[Problem]:
     """Patterns that find none of the names: surely a slip."""
     for number, group in enumerate(config.groups):
         if not any(re.search(group.match, name) for name in names):
@@ -69,16 +69,16 @@ def find_idle_patterns(names: list[str], config: OptimConfig) -> Iterator[Proble
             yield Problem(f"optim.groups.{number}.match", group.match, rule, f"names are such as {names[0]}")
 
 
-def map_blocks(unet_config: Mapping[str, Any]) -> dict[str, int]:
+def map_layers_to_blocks(unet_config: Mapping[str, Any]) -> dict[str, int]:
     """Layer of the U-Net, `unet.…` without `.weight`, to its number among kohya's 23 blocks."""
     prefix, blocks = COMPONENT_PREFIXES["unet"], {}
     for row in build_name_table("unet", unet_config):
         head, number, *_ = row.file_name.removeprefix(prefix).split(".")
         block = BLOCK_STARTS[head] + (int(number) if head in BLOCK_LISTS else 0)
-        blocks |= {get_layer(f"unet.{source}"): block for source in row.sources}
+        blocks |= {get_layer_name(f"unet.{source}"): block for source in row.sources}
     return blocks
 
 
-def get_layer(name: str) -> str:
+def get_layer_name(name: str) -> str:
     """A parameter's name without what it is within its layer, peft's additions included."""
     return LORA_PART.sub("", name.removesuffix(".weight").removesuffix(".bias"))

@@ -69,7 +69,7 @@ class FlowProcess:
         return (signals / noise_levels).square()
 
 
-def build_diffusion(zero_terminal_snr: bool = False, device: torch.device | str = "cpu") -> DiffusionProcess:
+def build_diffusion_process(zero_terminal_snr: bool = False, device: torch.device | str = "cpu") -> DiffusionProcess:
     """SDXL's process, its tables computed in float64: 1 - abar cancels where little noise is added."""
     alphas_cumprod = compute_alphas_cumprod(zero_terminal_snr)
     tables = (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), compute_snr(alphas_cumprod))

@@ -24,7 +24,7 @@ from sdxl_trainer.train.objective.timesteps import (
     build_uniform,
     draw_low_discrepancy,
     draw_uniform,
-    scale_timesteps,
+    scale_to_range,
     shift_draws,
 )
 from sdxl_trainer.train.objective.weightings import WEIGHTINGS
@@ -54,7 +54,7 @@ class Objective:
 
     Args:
         config: the `objective` section.
-        latent_statistics: (mean [C], scale [C]) as `read_latent_statistics` gives them.
+        latent_statistics: (mean [C], scale [C]) as `resolve_latent_statistics` gives them.
         global_batch_size: how many samples the low-discrepancy timesteps of a step are spread over.
         device: where batches will be.
     """
@@ -74,7 +74,7 @@ class Objective:
         self._process = (
             diffusion.FlowProcess()
             if self._is_flow
-            else diffusion.build_diffusion(config.zero_terminal_snr, self.device)
+            else diffusion.build_diffusion_process(config.zero_terminal_snr, self.device)
         )
         self._invert_cdf = build_inverse_cdf(config)
         self._weigh = build_weighting(config)
@@ -92,11 +92,11 @@ class Objective:
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
             draws = draw_uniform(keys.make_seeds(Stream.TIMESTEP))
-        return self.place_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
+        return self.draws_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
 
-    def place_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
+    def draws_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
         """Numbers in [0, 1], [B] float64, to timesteps of the trained range, as `sample_timesteps` gives them."""
-        values = scale_timesteps(draws, self.config.min_timestep, self.config.max_timestep)
+        values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
         return (values.float() if self._is_flow else values.long()).to(self.device)
 
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
@@ -176,7 +176,7 @@ def build_weighting(config: ObjectiveConfig) -> Callable[[torch.Tensor], torch.T
     return partial(weigh, **{name: value for name, value in settings.items() if name in wanted})
 
 
-def read_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def resolve_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, scale), [C] or [1] float32 each, so that x0 = (latent - mean)·scale.
 
     From `model.latents_mean` and `model.latents_std` (scale 1/std), else from the VAE's config as diffusers uses it:

@@ -62,7 +62,7 @@ def shift_draws(draws: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * draws / (1 + (shift - 1) * draws)
 
 
-def scale_timesteps(draws: torch.Tensor, minimum: int, maximum: int) -> torch.Tensor:
+def scale_to_range(draws: torch.Tensor, minimum: int, maximum: int) -> torch.Tensor:
     """[0, 1] to real timesteps in [minimum, maximum), [B] float64; 1, which rounding can reach, stays below maximum."""
     timesteps = minimum + draws * (maximum - minimum)
     return timesteps.clamp(minimum, maximum * (1 - 2.0**-20))

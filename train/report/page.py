@@ -31,7 +31,7 @@ from sdxl_trainer.train.report.charts import (
     read_series,
     smooth,
 )
-from sdxl_trainer.train.sampling.image_grid import choose_steps
+from sdxl_trainer.train.sampling.image_grid import select_step_folders
 
 NICENESS = 10  # of a report drawn while the run goes on: the loader's workers go first
 THUMBNAIL_PX, QUALITY = 160, 75  # of samples: longest side, and WebP's quality
@@ -119,7 +119,7 @@ def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
 
 def read_strips(folder: Path) -> tuple[list[int], list[Strip]]:
     """The steps that have samples, and each prompt's samples at them."""
-    folders = choose_steps(folder, MAX_STEPS)
+    folders = select_step_folders(folder, MAX_STEPS)
     steps = [int(path.name.removeprefix("step-")) for path in folders]
     names = sorted({file.name for path in folders for file in path.glob("*.png")})[:MAX_PROMPTS]
     strips = []

@@ -22,7 +22,7 @@ from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.logger import SCREEN
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
-from sdxl_trainer.train.estimates.flops import Utilisation
+from sdxl_trainer.train.estimates.flops import MfuReference
 from sdxl_trainer.train.run.display import Display
 from sdxl_trainer.train.run.interruption import Requests
 
@@ -60,7 +60,7 @@ class Progress:
     """What the console shows of a run. On ranks other than 0 nothing is shown, and no numbers come.
 
     Args:
-        utilisation: for MFU; None where it is not told.
+        mfu_reference: for MFU; None where it is not told.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Progress:
         state: TrainState,
         checkpoints: CheckpointWriter,
         requests: Requests,
-        utilisation: Utilisation | None,
+        mfu_reference: MfuReference | None,
     ):
         self.started = self._updated = time.monotonic()
         self.first_step = state.step
         self.train_seconds = self.data_wait_seconds = 0.0
         self._config, self._ranks, self._state = config, ranks, state
-        self._checkpoints, self._requests, self._utilisation = checkpoints, requests, utilisation
+        self._checkpoints, self._requests, self._mfu_reference = checkpoints, requests, mfu_reference
         self._recent: deque[StepNumbers] = deque(maxlen=AVERAGED_STEPS)
         self._values: Mapping[str, float] = {}  # of the last step
         self._doing = "training"
@@ -89,7 +89,7 @@ class Progress:
     @property
     def has_mfu(self) -> bool:
         """Whether MFU is told."""
-        return self._utilisation is not None
+        return self._mfu_reference is not None
 
     @contextmanager
     def show(self) -> Iterator[None]:
@@ -113,7 +113,7 @@ class Progress:
     def update(self, values: Mapping[str, float], latent_size: tuple[int, int]) -> None:
         """Take in the numbers of a finished step, by their names in metrics.jsonl, and its images' latent (h, w)."""
         num_images, seconds = self._config.train.global_batch_size, values["step_seconds"]
-        flops = num_images * self._utilisation.count.compute(latent_size) if self._utilisation else 0.0
+        flops = num_images * self._mfu_reference.count.compute(latent_size) if self._mfu_reference else 0.0
         wait_seconds = values["data_wait_share"] * seconds
         self._recent.append(StepNumbers(values["loss"], seconds, wait_seconds, num_images, flops))
         self._values, self._updated = values, time.monotonic()
@@ -176,7 +176,7 @@ class Progress:
 
     def describe_mfu(self, averages: Averages) -> str:
         """What of all devices' peak was made use of."""
-        return f"{averages.flops_per_second / self._utilisation.peak_flops:.1%}" if self._utilisation else UNKNOWN
+        return f"{averages.flops_per_second / self._mfu_reference.peak_flops:.1%}" if self._mfu_reference else UNKNOWN
 
     def describe_time_left(self, averages: Averages) -> str:
         """By the last steps, and by what validation, samples and checkpoints have taken between steps so far."""

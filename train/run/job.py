@@ -48,14 +48,20 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES
 from sdxl_trainer.train.engine.defaults import settle_engine
 from sdxl_trainer.train.engine.engine import Engine
-from sdxl_trainer.train.estimates.flops import find_utilisation
-from sdxl_trainer.train.estimates.memory import warn_of_memory
-from sdxl_trainer.train.export.export import write_live_model
+from sdxl_trainer.train.estimates.flops import build_mfu_reference
+from sdxl_trainer.train.estimates.memory import log_memory_estimate
+from sdxl_trainer.train.export.export import export_local_model
 from sdxl_trainer.train.networks.adapters import add_adapters, check_adapters
-from sdxl_trainer.train.networks.conditioning import DeferredConditioner, TextConditioner
-from sdxl_trainer.train.networks.networks import ENCODERS, Networks, list_trained, load_unet, unlock_encoder
+from sdxl_trainer.train.networks.conditioning import LazyTextConditioner, TextConditioner
 from sdxl_trainer.train.networks.parameter_groups import build_groups
-from sdxl_trainer.train.objective.objective import Objective, read_latent_statistics
+from sdxl_trainer.train.networks.trained_networks import (
+    ENCODERS,
+    TrainedNetworks,
+    list_trained_encoders,
+    load_unet,
+    unfreeze_text_encoder,
+)
+from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
 from sdxl_trainer.train.optim.optimizers import build_optimizer, check_engine, check_optimizer
 from sdxl_trainer.train.report.metrics import MetricsLog
 from sdxl_trainer.train.report.reporter import open_reporter
@@ -111,7 +117,7 @@ def guard(run: Run) -> EmergencySaver:
         return state_at(run, first_step + completed)
 
     def export(path: Path) -> None:
-        write_live_model(path, run.engine, run.conditioner, run.source, run.config)
+        export_local_model(path, run.engine, run.conditioner, run.source, run.config)
 
     whole = run.engine.zero_stage < 3
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
@@ -134,7 +140,7 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Config, Index, Rank
         if chosen:
             logger.info("engine.zero_stage: {}", chosen)
         warn_of_prediction(config)
-        warn_of_memory(config, world_size)
+        log_memory_estimate(config, world_size)
         assert index is not None, "a run without problems has an index"
         path = index.path
         config.run.folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +193,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
 
 def check_encoders(config: Config) -> list[Problem]:
     """An encoder cannot learn from text that was encoded beforehand."""
-    rates = {f"optim.{name}_lr": getattr(config.optim, f"{name}_lr") for name in list_trained(config.optim)}
+    rates = {f"optim.{name}_lr": getattr(config.optim, f"{name}_lr") for name in list_trained_encoders(config.optim)}
     rule, cure = "trains an encoder, and with cache.text it is not run", "set it to 0, or cache.text: false"
     return [Problem(key, rate, rule, cure) for key, rate in rates.items() if config.cache.text]
 
@@ -238,11 +244,11 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
         load_engine(engine, checkpoint)
-    statistics = read_latent_statistics(config.model, source.read_config("vae"))
+    statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     objective = Objective(config.objective, statistics, config.train.global_batch_size, ranks.device)
     requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
     unet_config = source.read_config("unet")
-    utilisation = find_utilisation(engine.model.unet, unet_config, config, ranks) if ranks.is_main else None
+    mfu_reference = build_mfu_reference(engine.model.unet, unet_config, config, ranks) if ranks.is_main else None
     metrics = MetricsLog(config.run.folder / "logs", state.step) if ranks.is_main else None
     run = Run(
         config,
@@ -257,7 +263,7 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         state,
         checkpoints,
         requests,
-        Progress(config, ranks, state, checkpoints, requests, utilisation),
+        Progress(config, ranks, state, checkpoints, requests, mfu_reference),
         metrics,
         build_validation(config, own or index, None if own else held_out, tokenizers, strategy),
     )
@@ -292,13 +298,15 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
 
     loaded = () if config.cache.text else load_text_encoders(source, config.model)
     encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=False))
-    trained = list_trained(config.optim)
+    trained = list_trained_encoders(config.optim)
     for name, encoder in encoders.items():
         if name in trained:
-            unlock_encoder(encoder, config.engine.gradient_checkpointing)
+            unfreeze_text_encoder(encoder, config.engine.gradient_checkpointing)
         else:
             encoder.to(ranks.device, dtype)
-    networks = Networks(load_unet(source, config.engine, ranks.device), **{name: encoders[name] for name in trained})
+    networks = TrainedNetworks(
+        load_unet(source, config.engine, ranks.device), **{name: encoders[name] for name in trained}
+    )
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora, mix_keys(config.run.seed, Stream.ADAPTER))
     networks.to(ranks.device)
@@ -314,7 +322,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         config.ema,
     )
     if not encoders:
-        return engine, DeferredConditioner(load_frozen)
+        return engine, LazyTextConditioner(load_frozen)
     return engine, TextConditioner(*encoders.values(), trained=trained)
 
 

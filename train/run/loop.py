@@ -12,7 +12,7 @@ from sdxl_trainer.data.loading.dataset import MicroBatch
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.estimates.memory import StepMemory
+from sdxl_trainer.train.estimates.memory import StepMemoryLogger
 from sdxl_trainer.train.export.export import export_model, get_model_path
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
@@ -43,7 +43,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         Interrupted: a rank was asked to stop; the state is saved.
         NonFiniteError: of more steps than allowed the loss or the gradient was not finite; the state is saved.
     """
-    config, state, memory = run.config, run.state, StepMemory(run.ranks.device)
+    config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
     if state.step == 0:
         show_progress(run)
     while state.step < config.train.max_steps:

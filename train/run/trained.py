@@ -8,8 +8,8 @@ from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_mode
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.networks.adapters import add_adapters
-from sdxl_trainer.train.networks.networks import Networks, list_trained, unlock_encoder
 from sdxl_trainer.train.networks.parameter_groups import build_groups
+from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, list_trained_encoders, unfreeze_text_encoder
 
 
 def check_trained(config: Config) -> list[Problem]:
@@ -19,7 +19,7 @@ def check_trained(config: Config) -> list[Problem]:
     if not (optim.groups or optim.block_lrs or config.lora.rank) or not is_local(config.model):
         return []
     source = resolve_model(config.model)
-    networks = build_shapes(source, list_trained(optim))
+    networks = build_shapes(source, list_trained_encoders(optim))
     try:
         if config.lora.rank:
             add_adapters(dict(networks.named_children()), config.lora)
@@ -29,7 +29,7 @@ def check_trained(config: Config) -> list[Problem]:
     return []
 
 
-def build_shapes(source: ModelSource, trained: list[str]) -> Networks:
+def build_shapes(source: ModelSource, trained: list[str]) -> TrainedNetworks:
     """The networks that are trained, without values: names and shapes alone."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -39,5 +39,5 @@ def build_shapes(source: ModelSource, trained: list[str]) -> Networks:
         unet: Any = UNet2DConditionModel.from_config(source.read_config("unet"))
         encoders = {name: kinds[name](CLIPTextConfig(**source.read_config(name))) for name in trained}
     for encoder in encoders.values():
-        unlock_encoder(encoder, gradient_checkpointing=False)
-    return Networks(unet, **encoders)
+        unfreeze_text_encoder(encoder, gradient_checkpointing=False)
+    return TrainedNetworks(unet, **encoders)

@@ -87,7 +87,7 @@ def compute_batch_losses(
 def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> torch.Tensor:
     """[B] timesteps of a turn: part number `turn` of the trained range, each sample's at a place of its own in it."""
     own = SampleKeys(keys.seed, 0, keys.positions)  # the same in every turn
-    return objective.place_timesteps((keys.step + draw_uniform(own.make_seeds(Stream.TIMESTEP))) / num_turns)
+    return objective.draws_to_timesteps((keys.step + draw_uniform(own.make_seeds(Stream.TIMESTEP))) / num_turns)
 
 
 def summarize_losses(losses: list[Loss], num_bins: int) -> dict[str, float]:

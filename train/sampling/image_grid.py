@@ -15,7 +15,7 @@ STRIP_SIDE_PX = 256  # longest side of an image in a strip
 MAX_COLUMNS = 16
 
 
-def make_grid(images: Sequence[Image.Image], columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
+def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
     """Images in rows, each in the middle of a cell that the largest fills; about square without `columns`.
 
     Args:
@@ -31,11 +31,11 @@ def make_grid(images: Sequence[Image.Image], columns: int = 0, labels: Sequence[
         left, top = number % columns * (width + GAP_PX), number // columns * (height + GAP_PX)
         grid.paste(image, (left + (width - image.width) // 2, top + (tallest - image.height) // 2))
         if labels:
-            write_label(grid, labels[number], (left, top + tallest), width)
+            draw_label(grid, labels[number], (left, top + tallest), width)
     return grid
 
 
-def write_label(sheet: Image.Image, text: str, place: tuple[int, int], width_px: int) -> None:
+def draw_label(sheet: Image.Image, text: str, place: tuple[int, int], width_px: int) -> None:
     """Write a text into a sheet, from the top left corner on, over as many lines as a label has."""
     lines = textwrap.wrap(text, max(8, width_px // 6))
     if len(lines) > LABEL_LINES:
@@ -46,22 +46,22 @@ def write_label(sheet: Image.Image, text: str, place: tuple[int, int], width_px:
     ImageDraw.Draw(sheet).multiline_text(place, shown, fill="black", font=font, spacing=2)
 
 
-def make_strip(folder: Path) -> Image.Image | None:
+def build_progress_strip(folder: Path) -> Image.Image | None:
     """Training over time: a row for each prompt, a column for each step whose images are in `folder`; None without.
 
     Of more than 16 steps an even choice, the first and the last among them.
     """
-    steps = choose_steps(folder, MAX_COLUMNS)
+    steps = select_step_folders(folder, MAX_COLUMNS)
     names = sorted({path.name for step in steps for path in step.glob("*.png")})
     cells, labels = [], []
     for name in names:
         for step in steps:
-            cells.append(read_thumbnail(step / name))
+            cells.append(load_thumbnail(step / name))
             labels.append(f"step {int(step.name.removeprefix('step-'))}" if name == names[-1] else "")
-    return make_grid(cells, len(steps), labels) if cells else None
+    return build_image_grid(cells, len(steps), labels) if cells else None
 
 
-def choose_steps(folder: Path, most: int) -> list[Path]:
+def select_step_folders(folder: Path, most: int) -> list[Path]:
     """Folders of the steps whose images are in `folder`: at most so many, evenly, the first and the last of them."""
     steps = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
     if len(steps) <= most:
@@ -69,7 +69,7 @@ def choose_steps(folder: Path, most: int) -> list[Path]:
     return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]
 
 
-def read_thumbnail(path: Path) -> Image.Image:
+def load_thumbnail(path: Path) -> Image.Image:
     """A small copy of an image; of one that is not there, a white spot."""
     if not path.is_file():
         return Image.new("RGB", (1, 1), "white")

@@ -20,16 +20,16 @@ from sdxl_trainer.train.engine.deepspeed_config import DTYPES
 from sdxl_trainer.train.engine.saved_weights import check_average, open_weights
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.conditioning import TextConditioner
-from sdxl_trainer.train.networks.networks import list_trained, load_unet, unlock_encoder
-from sdxl_trainer.train.sampling.image_grid import make_grid, write_image
-from sdxl_trainer.train.sampling.pipeline import Painter, draw_prompts
+from sdxl_trainer.train.networks.trained_networks import list_trained_encoders, load_unet, unfreeze_text_encoder
+from sdxl_trainer.train.sampling.image_grid import build_image_grid, write_image
+from sdxl_trainer.train.sampling.pipeline import ImageGenerator, generate_images
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 # diffusers' names of predictions in scheduler_config.json, and ours.
 PREDICTIONS = {"v_prediction": "v", "flow_prediction": "flow", "epsilon": "epsilon"}
 
 
-def draw_prompt_file(
+def run_sampling(
     model: str, prompt_file: Path, out: Path, cfg: Path | None, words: Sequence[str], average: str | None = None
 ) -> None:
     """Draw every prompt of a file, the ranks sharing them, and write each image and a contact sheet to `out`.
@@ -45,24 +45,24 @@ def draw_prompt_file(
     """
     rank, _, _ = read_environment()
     init_logger(rank)
-    checkpoint = find_run_checkpoint(Path(model))
-    config, problems = load_settings(
+    checkpoint = find_model_checkpoint(Path(model))
+    config, problems = load_sampling_config(
         model, checkpoint, cfg, [f"sample.prompt_file={json.dumps(str(prompt_file))}", "sample.prompts=[]", *words]
     )
     prompts, found = load_prompts(config.sample, config.objective)
     if rank == 0:  # the others wait for it in init_ranks
         raise_if_any([*problems, *found, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
-    images = draw_prompts(load_painter(config, checkpoint, ranks.device, average), prompts, ranks)
+    images = generate_images(load_image_generator(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             write_image(out / f"{number:03d}.png", image, prompt.describe())
-        write_image(out / "contact_sheet.png", make_grid(images, labels=[prompt.text for prompt in prompts]))
+        write_image(out / "contact_sheet.png", build_image_grid(images, labels=[prompt.text for prompt in prompts]))
         logger.info("{} images in {}", len(images), out)
     close_ranks()
 
 
-def find_run_checkpoint(path: Path) -> Path | None:
+def find_model_checkpoint(path: Path) -> Path | None:
     """The checkpoint that a path names: itself, or the newest whole one of a run folder; None for any other model.
 
     Raises:
@@ -78,7 +78,7 @@ def find_run_checkpoint(path: Path) -> Path | None:
     return newest
 
 
-def load_settings(
+def load_sampling_config(
     model: str, checkpoint: Path | None, cfg: Path | None, words: Sequence[str]
 ) -> tuple[Config, list[Problem]]:
     """The settings that images are drawn with, and what is wrong with them.
@@ -113,7 +113,9 @@ def read_prediction(model: Path) -> list[str]:
     return [*words, "objective.zero_terminal_snr=true"] if has_zero_snr and prediction == "v" else words
 
 
-def load_painter(config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None) -> Painter:
+def load_image_generator(
+    config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None
+) -> ImageGenerator:
     """The networks on a device, with a checkpoint's weights in the place of the model's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
     unet, (encoder, encoder_2) = load_unet(source, config.engine, device), load_text_encoders(source, config.model)
@@ -124,7 +126,7 @@ def load_painter(config: Config, checkpoint: Path | None, device: torch.device, 
         network.to(device, dtype).eval().requires_grad_(False)
     vae = load_vae(source, config.model).to(device)
     tokenizers = load_tokenizers(source, config.model)
-    return Painter(unet, vae, TextConditioner(encoder, encoder_2), tokenizers, source, config, dtype)
+    return ImageGenerator(unet, vae, TextConditioner(encoder, encoder_2), tokenizers, source, config, dtype)
 
 
 def load_trained_weights(
@@ -134,9 +136,9 @@ def load_trained_weights(
     them adapters if those are what it holds."""
     weights = open_weights(checkpoint, average)
     if config.lora.rank:
-        trained = list_trained(config.optim)
+        trained = list_trained_encoders(config.optim)
         for name in trained:
-            unlock_encoder(networks[name], gradient_checkpointing=False)
+            unfreeze_text_encoder(networks[name], gradient_checkpointing=False)
         add_adapters({name: networks[name] for name in ("unet", *trained)}, config.lora)
     for prefix, network in networks.items():
         for name, parameter in network.named_parameters():

@@ -12,12 +12,12 @@ from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.text.tokens import CaptionTokenizer
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.train.networks.conditioning import TextConditioner
-from sdxl_trainer.train.objective.objective import read_latent_statistics
+from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.sampling.prompts import Prompt
 
 
 @dataclass(frozen=True)
-class Painter:
+class ImageGenerator:
     """The networks that draw images, and what the settings say of them."""
 
     unet: Any
@@ -28,7 +28,7 @@ class Painter:
     config: Config
     dtype: torch.dtype  # of the U-Net
 
-    def draw(self, prompt: Prompt) -> Image.Image:
+    def generate(self, prompt: Prompt) -> Image.Image:
         """One image. Its noise is drawn on the CPU, and so is the same on any device."""
         pipeline = build_pipeline(self.unet, self.vae, self.source, self.config, prompt.scheduler)
         hidden, pooled = self._encode(prompt.text)
@@ -63,20 +63,22 @@ def decode_latents(vae: Any, x0: torch.Tensor, model: ModelConfig) -> torch.Tens
 
     diffusers' pipeline would hand a VAE in fp32, the precision that SDXL's needs, the latents of a U-Net in bf16.
     """
-    mean, scale = (values.to(x0.device).view(1, -1, 1, 1) for values in read_latent_statistics(model, vae.config))
+    mean, scale = (values.to(x0.device).view(1, -1, 1, 1) for values in resolve_latent_statistics(model, vae.config))
     return vae.decode(x0.to(vae.dtype) / scale + mean, return_dict=False)[0]
 
 
-def draw_prompts(painter: Painter, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False) -> list[Image.Image]:
+def generate_images(
+    generator: ImageGenerator, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False
+) -> list[Image.Image]:
     """Every prompt's image, drawn by the ranks together; on every rank, in the order of the prompts."""
-    mine = share_prompts(prompts, ranks.rank, ranks.world_size, in_step)
+    mine = assign_prompts(prompts, ranks.rank, ranks.world_size, in_step)
     images: dict[int, Image.Image] = {}
-    for part in gather_objects({number: painter.draw(prompts[number]) for number in mine}):
+    for part in gather_objects({number: generator.generate(prompts[number]) for number in mine}):
         images |= part
     return [images[number] for number in range(len(prompts))]
 
 
-def share_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_step: bool) -> list[int]:
+def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_step: bool) -> list[int]:
     """The numbers of the prompts that a rank draws.
 
     Args:

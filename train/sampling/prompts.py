@@ -39,43 +39,43 @@ class Prompt:
         )
 
 
-def read_side(value: Any) -> int:
+def parse_side(value: Any) -> int:
     """An image's side. Raises ValueError."""
-    side = read_count(value)
+    side = parse_count(value)
     if side < 64 or side % 8:
         raise ValueError("is not a multiple of 8 from 64 on")
     return side
 
 
-def read_count(value: Any) -> int:
+def parse_count(value: Any) -> int:
     """A whole number from 1 on. Raises ValueError."""
-    if (number := read_seed(value)) < 1:
+    if (number := parse_seed(value)) < 1:
         raise ValueError("is not a whole number from 1 on")
     return number
 
 
-def read_seed(value: Any) -> int:
+def parse_seed(value: Any) -> int:
     """A whole number from 0 on. Raises ValueError."""
     if isinstance(value, (bool, float)) or not re.fullmatch(r"\d{1,19}", str(value)):
         raise ValueError("is not a whole number from 0 on")
     return int(value)
 
 
-def read_scale(value: Any) -> float:
+def parse_scale(value: Any) -> float:
     """A finite number from 0 on. Raises ValueError."""
     if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", str(value)):
         raise ValueError("is not a number from 0 on")
     return float(value)
 
 
-def read_text(value: Any) -> str:
+def parse_text(value: Any) -> str:
     """A text. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError("is not a text")
     return value.strip()
 
 
-def read_scheduler(value: Any) -> str:
+def parse_scheduler(value: Any) -> str:
     """The name of a scheduler: kohya's, with or without `k_`, or that of the class. Raises ValueError."""
     name = str(value).removeprefix("k_")
     classes = {kind: known for known, kind in SCHEDULERS.items()}
@@ -86,16 +86,16 @@ def read_scheduler(value: Any) -> str:
 
 # Of each flag and of each name in JSON: the field of Prompt and how its value is read.
 FLAGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "n": ("negative", read_text),
-    "w": ("width_px", read_side),
-    "h": ("height_px", read_side),
-    "s": ("num_inference_steps", read_count),
-    "l": ("guidance_scale", read_scale),
-    "d": ("seed", read_seed),
-    "ss": ("scheduler", read_scheduler),
+    "n": ("negative", parse_text),
+    "w": ("width_px", parse_side),
+    "h": ("height_px", parse_side),
+    "s": ("num_inference_steps", parse_count),
+    "l": ("guidance_scale", parse_scale),
+    "d": ("seed", parse_seed),
+    "ss": ("scheduler", parse_scheduler),
 }
 NAMES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "prompt": ("text", read_text),
+    "prompt": ("text", parse_text),
     "negative_prompt": FLAGS["n"],
     "width": FLAGS["w"],
     "height": FLAGS["h"],
@@ -121,7 +121,7 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
             cure = "see the setting in docs/CONFIG.md" if config.prompt_file.exists() else "check the path"
             problems.append(Problem(KEY, config.prompt_file, str(error), cure))
     try:
-        check_scheduler(config.scheduler, objective)
+        validate_scheduler(config.scheduler, objective)
     except ValueError as error:
         problems.append(Problem("sample.scheduler", config.scheduler, str(error), "see docs/CONFIG.md"))
     for key, place, entry in entries:
@@ -129,7 +129,7 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
             given = parse_object(entry) if isinstance(entry, dict) else parse_line(entry)
             prompt = build_prompt(given, config, number=len(prompts))
             if "scheduler" in given:
-                check_scheduler(prompt.scheduler, objective)
+                validate_scheduler(prompt.scheduler, objective)
             prompts.append(prompt)
         except ValueError as error:
             problems.append(Problem(key, entry, f"{place}{error}", "flags: " + " ".join(f"--{flag}" for flag in FLAGS)))
@@ -143,7 +143,7 @@ def build_prompt(given: dict[str, Any], config: SampleConfig, number: int) -> Pr
     return Prompt(**{**defaults, **given})
 
 
-def check_scheduler(name: str, objective: ObjectiveConfig) -> None:
+def validate_scheduler(name: str, objective: ObjectiveConfig) -> None:
     """Raise ValueError if diffusers' scheduler of that name cannot follow what the model predicts."""
     if objective.prediction == "flow" and name not in FLOW_SCHEDULERS:
         raise ValueError(f"the scheduler {name} cannot follow a flow; choose {' or '.join(sorted(FLOW_SCHEDULERS))}")
@@ -207,7 +207,7 @@ def read_json(file: Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
 
 def _read_file(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.parse_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

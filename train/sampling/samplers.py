@@ -45,7 +45,7 @@ def build_scheduler(source: ModelSource, objective: ObjectiveConfig, name: str =
     """diffusers' scheduler of that name (configs/samples.py), for what the U-Net was trained to predict.
 
     With zero terminal SNR sampling begins at the last timestep, the only one that is pure noise. The choice is one that
-    train/sampling/prompts.py: check_scheduler lets pass.
+    train/sampling/prompts.py: validate_scheduler lets pass.
     """
     if objective.prediction == "flow" and name == "euler":
         return FlowEulerScheduler(shift=objective.timestep_shift)

@@ -7,7 +7,7 @@ from loguru import logger
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.train.engine.deepspeed_config import build_deepspeed_config, describe_deepspeed
 from sdxl_trainer.train.engine.defaults import choose_communication, settle_engine
-from sdxl_trainer.train.estimates.memory import StepMemory
+from sdxl_trainer.train.estimates.memory import StepMemoryLogger
 from sdxl_trainer.train.optim.optimizers import check_optimizer
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_communication_by_ranks() -> None:
 def test_memory_of_a_step_is_measured_in_the_second_one() -> None:
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(message.record["message"]))
-    memory = StepMemory(CPU)
+    memory = StepMemoryLogger(CPU)
     try:
         for size_mb in (300, 150, 600):  # 300 MB come before the measurement, 600 after it
             torch.ones(size_mb * 250_000)

@@ -8,7 +8,7 @@ from programs import ROOT
 
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.train.estimates.duration import count_flops_per_image, describe_duration, measure_pace
+from sdxl_trainer.train.estimates.duration import count_flops_per_image, describe_duration, read_throughput
 
 SDXL = ROOT / "configs" / "sdxl"
 H100, UNKNOWN = ["NVIDIA H100 80GB HBM3"], "not known before this run has made some"
@@ -54,11 +54,11 @@ def test_several_resolutions_count_alike(tmp_path: Path) -> None:
 def test_a_run_that_has_begun_tells_its_own_pace(tmp_path: Path) -> None:
     logs = tmp_path / "x" / "logs"
     logs.mkdir(parents=True)
-    assert measure_pace(logs / "metrics.jsonl") == (0, 0.0)
+    assert read_throughput(logs / "metrics.jsonl") == (0, 0.0)
     lines = [{"step": step, "loss": 1.0, "samples_per_second": 1e-3 if step <= 20 else 16.0} for step in range(1, 121)]
     lines += [{"step": 120, "validation/loss": 1.0}]
     (logs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measure_pace(logs / "metrics.jsonl") == (120, 16.0)  # by the last steps, and not by the first
+    assert read_throughput(logs / "metrics.jsonl") == (120, 16.0)  # by the last steps, and not by the first
     told = describe_duration(settle(tmp_path, "train.max_steps=1020"), 1, H100)
     assert told.startswith("900 steps to do, 57,600 images: 1 h 0 min at 16 images/s"), told
     assert describe_duration(settle(tmp_path, "train.max_steps=120"), 1, []) == "all 120 steps are done"

@@ -16,23 +16,29 @@ from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.train.export.convert import main
-from sdxl_trainer.train.networks.adapters import add_adapters, find_layers, map_layers, rename_layer, write_adapters
-from sdxl_trainer.train.networks.networks import Networks, unlock_encoder
+from sdxl_trainer.train.networks.adapters import (
+    add_adapters,
+    build_kohya_name,
+    find_target_layers,
+    map_layer_names,
+    write_adapters,
+)
 from sdxl_trainer.train.networks.parameter_groups import build_groups
+from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.trained import build_shapes
-from sdxl_trainer.train.sampling.job import load_painter
+from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
 
 CONFIG = LoraConfig(rank=4, alpha=2.0)
 
 
-def build_networks() -> tuple[Networks, dict]:
+def build_networks() -> tuple[TrainedNetworks, dict]:
     torch.manual_seed(0)
     unet, encoders = build_tiny_unet(), build_tiny_text_encoders()
     for encoder in encoders.values():
-        unlock_encoder(encoder, gradient_checkpointing=False)
-    networks = Networks(unet, **encoders)
+        unfreeze_text_encoder(encoder, gradient_checkpointing=False)
+    networks = TrainedNetworks(unet, **encoders)
     add_adapters(dict(networks.named_children()), CONFIG, seed=5)
     return networks, encoders
 
@@ -112,10 +118,11 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
     single file's."""
     source = ModelSource(SDXL_CONFIG_FOLDER)
     networks = build_shapes(source, ["text_encoder", "text_encoder_2"])
-    layers = map_layers(source.read_config("unet"))
+    layers = map_layer_names(source.read_config("unet"))
     names = {
         network: {
-            rename_layer(f"{network}.{layer}", layers) for layer in find_layers(getattr(networks, network), targets)
+            build_kohya_name(f"{network}.{layer}", layers)
+            for layer in find_target_layers(getattr(networks, network), targets)
         }
         for network, targets in (
             ("unet", CONFIG.targets),
@@ -164,7 +171,7 @@ def test_a_run_writes_adapters_in_place_of_the_model_and_resumes(cached_folder: 
     again = load_file(models / "again.safetensors")
     assert again.keys() == tensors.keys() and all(again[name].equal(tensors[name]) for name in tensors)
     config, _ = load_config(run / "config.yaml")
-    painter = load_painter(config, run / "checkpoints" / "step-00000006", torch.device("cpu"))
-    layer = painter.unet.mid_block.attentions[0].proj_in
+    generator = load_image_generator(config, run / "checkpoints" / "step-00000006", torch.device("cpu"))
+    layer = generator.unet.mid_block.attentions[0].proj_in
     up = layer.lora_B["default"].weight
     assert up.equal(tensors["lora_unet_middle_block_1_proj_in.lora_up.weight"]) and layer.scaling["default"] == 1

@@ -7,8 +7,8 @@ import torch
 
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.train.networks.networks import Networks
-from sdxl_trainer.train.networks.parameter_groups import build_groups, map_blocks
+from sdxl_trainer.train.networks.parameter_groups import build_groups, map_layers_to_blocks
+from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, build_tiny_text_encoders, build_tiny_unet
 
 UNET_CONFIG = json.loads((CONFIG_FOLDER / "unet" / "config.json").read_text())
@@ -21,7 +21,7 @@ def unet() -> torch.nn.Module:
 
 def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
     """Name of each trained parameter to its (learning rate, weight decay)."""
-    networks = Networks(unet.requires_grad_(True))
+    networks = TrainedNetworks(unet.requires_grad_(True))
     names = {id(parameter): name for name, parameter in networks.named_parameters()}
     groups = build_groups(networks, OptimConfig(lr=0.5, weight_decay=0.1, **settings), UNET_CONFIG)
     found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -32,7 +32,7 @@ def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
 
 
 def test_blocks_are_counted_as_kohyas_scripts_do(unet):
-    blocks = map_blocks(UNET_CONFIG)
+    blocks = map_layers_to_blocks(UNET_CONFIG)
     # diffusers' names and, by the layout of the LDM U-Net, the block each is in.
     expected = {
         "time_embedding.linear_1": 0,
@@ -92,7 +92,7 @@ def test_what_trains_nothing_is_refused(unet):
 
 def test_text_encoders_have_their_own_rates(unet):
     encoders = build_tiny_text_encoders()
-    networks = Networks(unet.requires_grad_(True), **encoders)
+    networks = TrainedNetworks(unet.requires_grad_(True), **encoders)
     config = OptimConfig(lr=0.5, text_encoder_lr=0.1, text_encoder_2_lr=0.2)
     groups = build_groups(networks, config, UNET_CONFIG)
     of_parameter = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}

@@ -13,9 +13,9 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.train.engine.saved_weights import check_average
 from sdxl_trainer.train.export.convert import main
 from sdxl_trainer.train.networks.conditioning import TextConditioner
-from sdxl_trainer.train.networks.networks import Networks, unlock_encoder
+from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.sampling.job import load_painter
+from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_text_encoders, build_tiny_unet
 
 SETTINGS = (
@@ -44,8 +44,8 @@ def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
     for name, encoder in encoders.items():
         encoder.requires_grad_(False)
         if name in trained:
-            unlock_encoder(encoder, gradient_checkpointing=False)
-    networks = Networks(build_tiny_unet(), **{name: encoders[name] for name in trained})
+            unfreeze_text_encoder(encoder, gradient_checkpointing=False)
+    networks = TrainedNetworks(build_tiny_unet(), **{name: encoders[name] for name in trained})
     text = TextConditioner(*encoders.values(), trained=trained).prepare(*make_text())
     prediction = networks(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), text, torch.ones(2, 6))
     prediction.square().mean().backward()
@@ -111,9 +111,9 @@ def test_an_average_is_taken_out_of_a_checkpoint(trained_run: Path, tmp_path: Pa
     assert taken.keys() == exported.keys() and all(taken[key].equal(exported[key]) for key in taken)
     checkpoint = trained_run / "checkpoints" / "step-00000004"
     config, _ = load_config(trained_run / "config.yaml")
-    painter = load_painter(config, checkpoint, torch.device("cpu"), "0.9")
-    assert painter.unet.conv_out.weight.equal(exported["model.diffusion_model.out.2.weight"])
-    projection = painter.conditioner.encoder_2.text_projection.weight
+    generator = load_image_generator(config, checkpoint, torch.device("cpu"), "0.9")
+    assert generator.unet.conv_out.weight.equal(exported["model.diffusion_model.out.2.weight"])
+    projection = generator.conditioner.encoder_2.text_projection.weight
     assert projection.T.equal(exported["conditioner.embedders.1.model.text_projection"])
     assert main([str(trained_run), str(target), "--ema", "0.99"]) == 2
     assert "give one of 0.9" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def weigh(snr: list[float], **settings) -> list[float]:
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_schedule_noise_and_targets_are_diffusers_own(zero_terminal_snr):
     scheduler = DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=zero_terminal_snr)
-    process = diffusion.build_diffusion(zero_terminal_snr)
+    process = diffusion.build_diffusion_process(zero_terminal_snr)
     torch.testing.assert_close(process.signals**2, scheduler.alphas_cumprod, rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(process.snr, compute_snr_of_diffusers(scheduler, ALL), rtol=2e-4, atol=1e-7)
     x0, noise = draw_pair()
@@ -45,11 +45,11 @@ def test_schedule_noise_and_targets_are_diffusers_own(zero_terminal_snr):
 
 
 def test_the_schedule_at_its_ends():
-    process = diffusion.build_diffusion()
+    process = diffusion.build_diffusion_process()
     assert process.signals[0].item() ** 2 == pytest.approx(1 - 0.00085, rel=1e-7)
     assert process.snr[0].item() == pytest.approx((1 - 0.00085) / 0.00085, rel=1e-6)  # 1 - abar has not cancelled
     assert process.snr[-1].item() == pytest.approx(0.004682, rel=1e-3)  # SDXL never sees pure noise ...
-    zero = diffusion.build_diffusion(zero_terminal_snr=True)
+    zero = diffusion.build_diffusion_process(zero_terminal_snr=True)
     assert zero.signals[-1] == zero.snr[-1] == 0 and zero.noise_levels[-1] == 1  # ... unless it is rescaled
     assert zero.signals[0] == process.signals[0]
     assert (zero.snr[1:] < process.snr[1:]).all()  # the SNR is that of the rescaled schedule
@@ -117,7 +117,7 @@ def test_min_snr_is_that_of_diffusers_training_scripts():
     """diffusers' train_text_to_image_sdxl.py: min(snr, γ), divided by snr or by snr + 1, over the whole schedule."""
     snr = compute_snr_of_diffusers(DDPMScheduler(**SCHEDULE), ALL)
     least = torch.stack([snr, 5 * torch.ones(1000)], dim=1).min(dim=1)[0]
-    own = diffusion.build_diffusion().snr
+    own = diffusion.build_diffusion_process().snr
     for prediction, expected in (("epsilon", least / snr), ("v", least / (snr + 1))):
         weights = build_weighting(ObjectiveConfig(prediction=prediction, weighting="min_snr"))(own)
         torch.testing.assert_close(weights, expected, rtol=2e-4, atol=0)
@@ -126,7 +126,7 @@ def test_min_snr_is_that_of_diffusers_training_scripts():
 def test_weighting_turns_one_error_into_the_other():
     """v's squared error is epsilon's times (snr + 1)/snr, where both come from the same image of x0."""
     x0, noise = draw_pair()
-    process = diffusion.build_diffusion()
+    process = diffusion.build_diffusion_process()
     signal, level = (diffusion.expand(values, x0) for values in process.compute_levels(ALL))
     guess = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     x_t = signal * x0 + level * noise
@@ -143,7 +143,7 @@ def test_weighting_turns_one_error_into_the_other():
 
 
 def test_weights_are_finite_with_zero_terminal_snr():
-    snr = diffusion.build_diffusion(zero_terminal_snr=True).snr
+    snr = diffusion.build_diffusion_process(zero_terminal_snr=True).snr
     for name in set(WEIGHTINGS) - {"v_pred_like"}:
         weights = build_weighting(ObjectiveConfig(prediction="v", zero_terminal_snr=True, weighting=name))(snr)
         assert weights.isfinite().all() and (weights >= 0).all(), name
@@ -164,7 +164,7 @@ def test_huber_schedules():
     assert got["constant"] == [0.25] * 3
     assert got["exponential"] == pytest.approx([1, 0.5, math.exp(999 * math.log(0.25) / 1000)])
     assert got["snr"] == pytest.approx([1, 0.75 / 4 + 0.25, 0.75 / 16 + 0.25])
-    zero = diffusion.build_diffusion(zero_terminal_snr=True).snr[-1:]
+    zero = diffusion.build_diffusion_process(zero_terminal_snr=True).snr[-1:]
     assert HUBER_SCHEDULES["snr"](0.1, ALL[-1:], zero).item() == pytest.approx(0.1)
 
 

@@ -15,7 +15,7 @@ from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSe
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, load_tokenizer
 from sdxl_trainer.train.main import main
-from sdxl_trainer.train.networks.networks import Networks
+from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
@@ -67,7 +67,7 @@ def test_zero_terminal_snr_is_applied_before_the_snr_is_computed():
     losses = build(prediction="v", zero_terminal_snr=True, weighting="min_snr").compute_losses(
         target + 1, target, timesteps
     )
-    snr = diffusion.build_diffusion(zero_terminal_snr=True).snr[998].item()
+    snr = diffusion.build_diffusion_process(zero_terminal_snr=True).snr[998].item()
     assert losses.tolist() == pytest.approx([snr / (snr + 1), 0])
 
 
@@ -93,7 +93,7 @@ def test_text_dropout_zeroes_both_embeddings_of_its_share():
     unet = Echo()
     text = {"hidden": torch.ones(3, 4, 2), "hidden_2": torch.ones(3, 4, 3), "pooled": torch.ones(3, 5)}
     keep = torch.tensor([1.0, 0, 1])
-    Networks(unet)(torch.zeros(3, 4, 2, 2), torch.zeros(3), text, torch.zeros(3, 6), keep)
+    TrainedNetworks(unet)(torch.zeros(3, 4, 2, 2), torch.zeros(3), text, torch.zeros(3, 6), keep)
     assert unet.hidden.equal(keep.view(3, 1, 1).expand(3, 4, 5))
     assert unet.pooled.equal(keep[:, None].expand(3, 5))
 

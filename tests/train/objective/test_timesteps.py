@@ -14,7 +14,7 @@ from sdxl_trainer.train.objective.timesteps import (
     build_logit_normal,
     draw_low_discrepancy,
     draw_uniform,
-    scale_timesteps,
+    scale_to_range,
     shift_draws,
 )
 
@@ -128,10 +128,10 @@ def test_the_shift_comes_after_the_density():
 
 def test_rounding_does_not_leave_the_range():
     ends = torch.tensor([0.0, 1 - 2.0**-53, 1.0], dtype=torch.float64)
-    assert scale_timesteps(ends, 0, 1000).long().tolist() == [0, 999, 999]
-    assert scale_timesteps(ends, 999, 1000).long().tolist() == [999, 999, 999]
-    assert scale_timesteps(ends, 0, 1).long().tolist() == [0, 0, 0]
-    assert (scale_timesteps(ends, 0, 1000).float() < 1000).all()
+    assert scale_to_range(ends, 0, 1000).long().tolist() == [0, 999, 999]
+    assert scale_to_range(ends, 999, 1000).long().tolist() == [999, 999, 999]
+    assert scale_to_range(ends, 0, 1).long().tolist() == [0, 0, 0]
+    assert (scale_to_range(ends, 0, 1000).float() < 1000).all()
 
 
 def test_low_discrepancy_spreads_evenly_whoever_draws():

@@ -20,7 +20,7 @@ from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, load_tokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants
-from sdxl_trainer.train.networks.conditioning import DeferredConditioner
+from sdxl_trainer.train.networks.conditioning import LazyTextConditioner
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.job import check_run
 
@@ -81,7 +81,7 @@ def test_encoders_are_loaded_when_they_are_asked_for():
         loaded.append(1)
         return torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
 
-    conditioner = DeferredConditioner(load)
+    conditioner = LazyTextConditioner(load)
     text = {"hidden": torch.zeros(1, 77, 3), "hidden_2": torch.zeros(1, 77, 4), "pooled": torch.zeros(1, 4)}
     batch = type("Batch", (), {"text": text})()
     assert conditioner.condition(batch, torch.device("cpu")).keys() == text.keys() and not loaded

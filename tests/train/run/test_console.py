@@ -18,7 +18,7 @@ from rich.console import Console
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.estimates.flops import count_training_flops, find_peak_flops
+from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
 from sdxl_trainer.train.run.console import Averages, StepNumbers, describe_rates, find_next_save, format_seconds
 from sdxl_trainer.train.run.display import Display
 
@@ -230,4 +230,4 @@ def test_flops_are_those_that_torch_counts() -> None:
     ],
 )
 def test_mfu_is_told_only_where_the_peak_is_known(name: str, tflops: float | None) -> None:
-    assert find_peak_flops(name) == (None if tflops is None else tflops * 1e12)
+    assert get_peak_flops(name) == (None if tflops is None else tflops * 1e12)

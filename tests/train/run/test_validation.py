@@ -25,7 +25,7 @@ from sdxl_trainer.data.order.split import leave_out
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.validate import spread_timesteps, summarize_losses
-from sdxl_trainer.train.sampling.job import draw_prompt_file, load_painter
+from sdxl_trainer.train.sampling.job import load_image_generator, run_sampling
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
@@ -90,12 +90,12 @@ def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path]
     words = [f"model.path={file}", f"model.config={model}", f"model.tokenizer={model / 'tokenizer'}"]
     config, problems = load_config(cached_folder / "tiny.yaml", [*words, "sample.num_inference_steps=2"])
     assert problems == []
-    painter = load_painter(config, None, torch.device("cpu"))
+    generator = load_image_generator(config, None, torch.device("cpu"))
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
     prompts, _ = load_prompts(
         config.sample.model_copy(update={"prompts": MIXED_PROMPTS.splitlines()}), config.objective
     )
-    drawn = [painter.draw(prompt) for prompt in prompts]
+    drawn = [generator.draw(prompt) for prompt in prompts]
     assert torch.get_rng_state().equal(states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     for number, image in enumerate(drawn):
@@ -131,7 +131,7 @@ def test_what_is_wrong_with_a_validation_set_is_told(cached_folder: Path, tmp_pa
         assert said in check_validation(config, index)[0].rule
     (tmp_path / "bad.txt").write_text("a --w 3")
     with pytest.raises(UserInputError, match=r"bad.txt:1: has --w = '3'"):
-        draw_prompt_file(str(cached_folder / "model"), tmp_path / "bad.txt", tmp_path / "out", None, [])
+        run_sampling(str(cached_folder / "model"), tmp_path / "bad.txt", tmp_path / "out", None, [])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])

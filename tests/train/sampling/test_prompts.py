@@ -7,7 +7,7 @@ import pytest
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
-from sdxl_trainer.train.sampling.pipeline import share_prompts
+from sdxl_trainer.train.sampling.pipeline import assign_prompts
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
 SETTINGS = {"width_px": 512, "height_px": 768, "num_inference_steps": 20, "guidance_scale": 5.0, "seed": 40}
@@ -123,9 +123,9 @@ def test_a_scheduler_must_be_able_to_follow_the_model(objective: dict, able: fro
 
 def test_prompts_are_shared_out() -> None:
     prompts, _ = load([f"p --s {steps}" for steps in (1, 2, 1, 1, 2, 3)])
-    assert [share_prompts(prompts, rank, 4, in_step=False) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
+    assert [assign_prompts(prompts, rank, 4, in_step=False) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
     for world_size in (1, 2, 3, 5):
-        shares = [share_prompts(prompts, rank, world_size, in_step=True) for rank in range(world_size)]
+        shares = [assign_prompts(prompts, rank, world_size, in_step=True) for rank in range(world_size)]
         assert {number for share in shares for number in share} == set(range(6))
         for turn in zip(*shares, strict=True):  # at each turn all ranks make equally many forward passes
             assert len({prompts[number].num_inference_steps for number in turn}) == 1

@@ -11,7 +11,7 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.train.objective import diffusion
-from sdxl_trainer.train.objective.objective import read_latent_statistics
+from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.sampling.pipeline import build_pipeline, decode_latents
 
 STEPS = 10
@@ -25,7 +25,7 @@ class AllKnowing:
         self.process = (
             diffusion.FlowProcess()
             if objective.prediction == "flow"
-            else diffusion.build_diffusion(objective.zero_terminal_snr)
+            else diffusion.build_diffusion_process(objective.zero_terminal_snr)
         )
         self.timesteps: list[float] = []
         self.inputs: list[torch.Tensor] = []
@@ -90,7 +90,7 @@ def test_the_one_image_is_drawn(settings, first, last):
 def test_latent_statistics_go_in_and_come_out_again():
     model = ModelConfig(latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0))
     vae_latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    x0 = diffusion.normalize_latents(vae_latent, *read_latent_statistics(model, {"scaling_factor": 0.5}))
+    x0 = diffusion.normalize_latents(vae_latent, *resolve_latent_statistics(model, {"scaling_factor": 0.5}))
     objective = ObjectiveConfig()
     pipeline = build(objective, model)
     pipeline.unet.forward = AllKnowing(objective, x0)
@@ -103,12 +103,12 @@ def test_latent_statistics_go_in_and_come_out_again():
 
 
 def test_where_latent_statistics_come_from():
-    mean, scale = read_latent_statistics(ModelConfig(), {"scaling_factor": 0.18215})
+    mean, scale = resolve_latent_statistics(ModelConfig(), {"scaling_factor": 0.18215})
     assert (mean.tolist(), scale.tolist()) == ([0], pytest.approx([0.18215]))
-    assert read_latent_statistics(ModelConfig(), {})[1].tolist() == pytest.approx([0.13025])
+    assert resolve_latent_statistics(ModelConfig(), {})[1].tolist() == pytest.approx([0.13025])
     own = {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
-    mean, scale = read_latent_statistics(ModelConfig(), own)  # diffusers decodes x0·std/factor + mean
+    mean, scale = resolve_latent_statistics(ModelConfig(), own)  # diffusers decodes x0·std/factor + mean
     assert (mean.tolist(), scale.tolist()) == ([1, 2, 3, 4], [0.5, 0.25, 0.125, 0.0625])
     given = ModelConfig(latents_mean=(0, 0, 0, 1), latents_std=(1, 1, 1, 2))
-    mean, scale = read_latent_statistics(given, own)
+    mean, scale = resolve_latent_statistics(given, own)
     assert (mean.tolist(), scale.tolist()) == ([0, 0, 0, 1], [1, 1, 1, 0.5])

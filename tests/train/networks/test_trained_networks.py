@@ -6,7 +6,7 @@ import torch
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
-from sdxl_trainer.train.networks.networks import load_unet
+from sdxl_trainer.train.networks.trained_networks import load_unet
 
 
 def test_checkpointing_and_layout_change_no_number(tiny_folder: Path) -> None:

@@ -16,7 +16,7 @@ from sdxl_trainer.train.networks.conditioning import TextInputs
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-class Networks(torch.nn.Module):
+class TrainedNetworks(torch.nn.Module):
     """The U-Net, and those text encoders that are trained with it.
 
     One forward pass runs them all, because DeepSpeed counts a micro step by its engine's forward passes. Parameters
@@ -92,12 +92,12 @@ def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | 
     return unet.to(device, torch.float32).train()
 
 
-def list_trained(config: OptimConfig) -> list[str]:
+def list_trained_encoders(config: OptimConfig) -> list[str]:
     """The text encoders that are trained."""
     return [name for name in ENCODERS if getattr(config, f"{name}_lr")]
 
 
-def unlock_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
+def unfreeze_text_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     """Make a text encoder ready to train.
 
     The U-Net is told the hidden states before the last layer. Of encoder 1, whose pooled state is not used, what comes
