@@ -95,7 +95,7 @@ def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path]
     prompts, _ = load_prompts(
         config.sample.model_copy(update={"prompts": MIXED_PROMPTS.splitlines()}), config.objective
     )
-    drawn = [generator.draw(prompt) for prompt in prompts]
+    drawn = [generator.generate(prompt) for prompt in prompts]
     assert torch.get_rng_state().equal(states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     for number, image in enumerate(drawn):
