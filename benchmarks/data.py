@@ -35,7 +35,7 @@ from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleS
 from sdxl_trainer.data.loading.latent_store import LatentStore
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, CaptionTokenizer, find_installed_vocabulary, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, find_installed_vocabulary, load_tokenizer
 
 MILLION = 1_000_000
 BUCKET = (1024, 1024)
@@ -169,13 +169,13 @@ def make_samples(folder: Path, number: int) -> list[Path | str]:
     return shards
 
 
-def load_tokenizers() -> tuple[CaptionTokenizer, CaptionTokenizer]:
+def load_tokenizers() -> Tokenizers:
     folder = ROOT / "configs" / "tiny"
     sources = [find_installed_vocabulary() or folder / name for name in ("tokenizer", "tokenizer_2")]
-    return load_tokenizer(sources[0], END), load_tokenizer(sources[1], "!")
+    return Tokenizers(load_tokenizer(sources[0], END), load_tokenizer(sources[1], "!"))
 
 
-def build_dataset(index: Index, folder: Path, tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]) -> LatentDataset:
+def build_dataset(index: Index, folder: Path, tokenizers: Tokenizers) -> LatentDataset:
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(shuffle=True))
     return LatentDataset(index, folder, tokenizers, settings)
 

@@ -11,7 +11,7 @@ from sdxl_trainer.cache.models.single_file import build_component
 from sdxl_trainer.cache.models.source import ModelSource, fetch_from_hub, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
-from sdxl_trainer.data.text.tokens import CaptionTokenizer, find_installed_vocabulary, load_tokenizer
+from sdxl_trainer.data.text.tokens import Tokenizers, find_installed_vocabulary, load_tokenizer
 
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 
@@ -48,15 +48,14 @@ def load_text_encoders(source: ModelSource, config: ModelConfig) -> tuple[torch.
     return encoders[0], encoders[1]
 
 
-def load_tokenizers(source: ModelSource, config: ModelConfig) -> tuple[CaptionTokenizer, CaptionTokenizer]:
-    """The tokenizers of text encoders 1 and 2.
+def load_tokenizers(source: ModelSource, config: ModelConfig) -> Tokenizers:
+    """Load the tokenizers of both text encoders.
 
     Raises:
         UserInputError: a single file carries no vocabulary, and none was given or is installed.
     """
     folders = [find_vocabulary(source, config, name) for name in PAD_TOKENS]
-    first, second = (load_tokenizer(folder, pad) for folder, pad in zip(folders, PAD_TOKENS.values(), strict=True))
-    return first, second
+    return Tokenizers(*(load_tokenizer(folder, pad) for folder, pad in zip(folders, PAD_TOKENS.values(), strict=True)))
 
 
 def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path:

@@ -19,7 +19,7 @@ from sdxl_trainer.data.stores.shard_copies import ShardCopies
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.text.strategy import Strategy, StrategyError
-from sdxl_trainer.data.text.tokens import WINDOW, CaptionTokenizer, encode_captions, share_vocabulary
+from sdxl_trainer.data.text.tokens import WINDOW, Tokenizers, encode_captions, share_vocabulary
 
 if TYPE_CHECKING:
     from sdxl_trainer.data.images.transforms import PreparedImage
@@ -145,7 +145,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self,
         index: Index,
         cache_folder: Path,
-        tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+        tokenizers: Tokenizers,
         settings: SampleSettings,
         strategy: Strategy | None = None,
         rules: Mapping[str, BucketRule] | None = None,

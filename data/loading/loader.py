@@ -20,7 +20,7 @@ from sdxl_trainer.data.stores.shard_copies import open_copies
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import Strategy
-from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, CaptionTokenizer
+from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, Tokenizers
 from sdxl_trainer.data.text.variants import CaptionVariants
 
 PREFETCH_PER_WORKER = 4
@@ -47,7 +47,7 @@ def build_plan(
 def build_dataset(
     config: Config,
     index: Index,
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+    tokenizers: Tokenizers,
     strategy: Strategy | None,
 ) -> LatentDataset:
     """What the loader's workers read samples from."""

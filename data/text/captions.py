@@ -57,8 +57,8 @@ def shape_caption(
 
 def pick_texts(record: Mapping[str, Any], settings: CaptionSettings, rng: np.random.Generator) -> tuple[str, str]:
     """(tags, description) that a record is trained with this time; one of them, or both, may be empty."""
-    tags = read_text(record, TAG_FIELDS, settings.separator)
-    description = read_text(record, DESCRIPTION_FIELDS, settings.separator)
+    tags = read_caption_fields(record, TAG_FIELDS, settings.separator)
+    description = read_caption_fields(record, DESCRIPTION_FIELDS, settings.separator)
     if settings.source == "tags":
         description = ""
     elif settings.source == "description":
@@ -97,7 +97,7 @@ def draw_dropout(settings: CaptionSettings, rng: np.random.Generator, epoch: int
     return dropped or bool(settings.dropout_every_epochs and (epoch + 1) % settings.dropout_every_epochs == 0)
 
 
-def read_text(record: Mapping[str, Any], fields: tuple[str, ...], separator: str = ",") -> str:
+def read_caption_fields(record: Mapping[str, Any], fields: tuple[str, ...], separator: str = ",") -> str:
     """The first of a record's `fields` that holds anything; a list of tags becomes one string."""
     value = next((record[name] for name in fields if record.get(name)), "")
     if isinstance(value, (list, tuple)):

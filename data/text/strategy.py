@@ -24,7 +24,7 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.metadata.records import Record, load_record
-from sdxl_trainer.data.text.captions import TAG_FIELDS, read_text
+from sdxl_trainer.data.text.captions import TAG_FIELDS, read_caption_fields
 
 KEY = "data.strategy"
 METHODS = {"repeats": "(record, counts)", "caption": "(record, rng)", "loss_weight": "(record)"}
@@ -63,7 +63,7 @@ class AttributeCounts(dict[str, Counter]):
             raise KeyError(f"{name}; there are {', '.join([*ATTRIBUTES, TAGS])}")
         self[TAGS] = counter = Counter()
         for record in iterate_records(self._index):
-            counter.update(set(_split(read_text(record, TAG_FIELDS))))
+            counter.update(set(_split(read_caption_fields(record, TAG_FIELDS))))
         return counter
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
@@ -84,6 +85,20 @@ class CaptionTokenizer:
         return len(self.split(caption))
 
 
+class Tokenizers(NamedTuple):
+    """The tokenizers of SDXL's two text encoders."""
+
+    tokenizer: CaptionTokenizer
+    tokenizer_2: CaptionTokenizer
+
+
+class TokenIds(NamedTuple):
+    """Token ids of captions for both text encoders, with start and end marks and padding."""
+
+    input_ids: np.ndarray  # [B, windows, 77] int64, encoder 1
+    input_ids_2: np.ndarray  # [B, windows, 77] int64, encoder 2
+
+
 def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
     """Build a tokenizer from CLIP's vocabulary.
 
@@ -134,29 +149,28 @@ def restore_tokenizer(source: Path, vocabulary: str, pad_id: int) -> CaptionToke
     return replace(loaded, pad_id=pad_id)
 
 
-def share_vocabulary(
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
-) -> tuple[CaptionTokenizer, CaptionTokenizer]:
-    """The same with one vocabulary in memory where both have the same; it takes some 14 MB of each process."""
+def share_vocabulary(tokenizers: Tokenizers) -> Tokenizers:
+    """Let both tokenizers use one vocabulary in memory if their vocabularies are equal; each takes about 14 MB."""
     first, second = tokenizers
-    is_shared = first.vocabulary == second.vocabulary
-    return first, replace(second, tokenizer=first.tokenizer, source=first.source) if is_shared else second
+    if first.vocabulary != second.vocabulary:
+        return tokenizers
+    return Tokenizers(first, replace(second, tokenizer=first.tokenizer, source=first.source))
 
 
-def encode_captions(
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer], captions: Sequence[str], max_tokens: int = WINDOW
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of captions for both encoders, [B, max_tokens / 75, 77] int64 each.
+def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens: int = WINDOW) -> TokenIds:
+    """Tokenize captions for both encoders, into [B, max_tokens / 75, 77] ids each.
 
-    Splitting takes most of a sample's time, so it is done once where both share a vocabulary, as SDXL's own two do.
+    Splitting takes most of a sample's time, so captions are split once if both tokenizers have the same vocabulary, as
+    SDXL's two have.
     """
     first, second = tokenizers
     ids = [first.split(caption) for caption in captions]
     is_shared = first.vocabulary == second.vocabulary
     ids_2 = ids if is_shared else [second.split(caption) for caption in captions]
-    pairs = ((first, ids), (second, ids_2))
-    windows, windows_2 = (np.stack([one.cut_windows(part, max_tokens) for part in parts]) for one, parts in pairs)
-    return windows, windows_2
+    return TokenIds(
+        np.stack([first.cut_windows(each, max_tokens) for each in ids]),
+        np.stack([second.cut_windows(each, max_tokens) for each in ids_2]),
+    )
 
 
 def find_installed_vocabulary() -> Path | None:

@@ -17,7 +17,7 @@ from sdxl_trainer.data.loading.counts import count_buckets, count_tokens
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
-from sdxl_trainer.data.text.tokens import CaptionTokenizer
+from sdxl_trainer.data.text.tokens import Tokenizers
 
 SECONDS_BETWEEN = 180  # two reports, while training
 MAX_SECONDS = 120  # that the end of a run waits for one
@@ -82,9 +82,7 @@ class Reporter:
             logger.warning("the report could not be drawn: {}", said.strip() or f"status {process.returncode}")
 
 
-def open_reporter(
-    config: Config, index: Index, plan: Plan, tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
-) -> Reporter:
+def open_reporter(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> Reporter:
     """A reporter on a run that is about to start; writes down what it will show of the data."""
     # A strategy of its own: the one that trains must not be asked more often on this rank than on others.
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None

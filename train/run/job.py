@@ -37,7 +37,7 @@ from sdxl_trainer.data.text.strategy import (
     save_repeats,
     try_strategy,
 )
-from sdxl_trainer.data.text.tokens import CaptionTokenizer
+from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted
@@ -330,7 +330,7 @@ def build_validation(
     config: Config,
     index: Index,
     rows: np.ndarray | None,
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer],
+    tokenizers: Tokenizers,
     strategy: Strategy | None,
 ) -> ValidationSet | None:
     """What is validated on: `rows` of an index, or all of it; None if that is nothing."""

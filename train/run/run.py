@@ -7,7 +7,7 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.plan import Plan
-from sdxl_trainer.data.text.tokens import CaptionTokenizer
+from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
@@ -30,7 +30,7 @@ class Run:
     source: ModelSource
     index: Index
     plan: Plan
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+    tokenizers: Tokenizers
     engine: Engine
     conditioner: TextConditioner
     objective: Objective

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import Config, ModelConfig
-from sdxl_trainer.data.text.tokens import CaptionTokenizer
+from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
@@ -23,7 +23,7 @@ class ImageGenerator:
     unet: Any
     vae: Any
     conditioner: TextConditioner
-    tokenizers: tuple[CaptionTokenizer, CaptionTokenizer]
+    tokenizers: Tokenizers
     source: ModelSource
     config: Config
     dtype: torch.dtype  # of the U-Net

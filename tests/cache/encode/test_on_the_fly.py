@@ -23,7 +23,7 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.launch.distributed import Ranks
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
@@ -51,7 +51,7 @@ def open_run(images: Path, folder: Path, *words: str) -> tuple[Config, Index]:
 
 
 def open_dataset(config: Config, index: Index) -> LatentDataset:
-    tokenizers = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     assert config.cache.dir is not None
     settings = SampleSettings(0, 75, CaptionSettings(), config.data.flip_rate)
     return LatentDataset(index, config.cache.dir, tokenizers, settings, rules=build_bucket_rules(config.data))

@@ -19,7 +19,7 @@ from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import load_strategy
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
@@ -107,7 +107,9 @@ def dataset(tmp_path_factory) -> LatentDataset:
     content = bytearray((folder / "a.tar").read_bytes())
     content[places["s21"] : places["s21"] + 4] = b"junk"
     (folder / "a.tar").write_bytes(content)
-    tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(
+        load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
+    )
     strategy = load_strategy(f"{folder / 'fails.py'}:Fails")
     return LatentDataset(index, folder, tokenizers, SampleSettings(0, 75, CaptionSettings()), strategy)
 

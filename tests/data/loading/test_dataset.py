@@ -20,7 +20,7 @@ from sdxl_trainer.data.index.index import open_latent_index, open_record_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
@@ -55,7 +55,9 @@ def cache(tmp_path_factory) -> Path:
 def build_dataset(
     folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75, flip_rate: float = 0.0
 ) -> LatentDataset:
-    tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(
+        load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
+    )
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)
     return LatentDataset(index, folder, tokenizers, SampleSettings(seed, max_tokens, caption, flip_rate))

@@ -17,7 +17,7 @@ from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_latent_index, open_record_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 BUCKET, RESIZED, CROP = (64, 96), (75, 96), (5, 0, 69, 96)
 SHAPE = (4, 12, 8)
@@ -57,7 +57,7 @@ def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, liste
 
 
 def open_dataset(folder: Path, rate: float) -> LatentDataset:
-    tokenizers = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     return LatentDataset(index, folder, tokenizers, SampleSettings(3, 75, CaptionSettings(shuffle=True), rate))
 

@@ -31,7 +31,7 @@ from sdxl_trainer.data.stores import remote  # noqa: E402
 from sdxl_trainer.data.stores.remote_sources import name_shard_version  # noqa: E402
 from sdxl_trainer.data.stores.shard_copies import ShardCopies  # noqa: E402
 from sdxl_trainer.data.text.captions import CaptionSettings  # noqa: E402
-from sdxl_trainer.data.text.tokens import END, load_tokenizer  # noqa: E402
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer  # noqa: E402
 
 TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
@@ -90,7 +90,9 @@ def open_index(cache: Path, *metadata: Path | str) -> Index:
 
 
 def build_dataset(cache: Path, index: Index, copies: ShardCopies | None = None) -> LatentDataset:
-    tokenizers = (load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(
+        load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
+    )
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings())
     return LatentDataset(index, cache, tokenizers, settings, copies=copies)
 

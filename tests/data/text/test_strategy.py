@@ -30,7 +30,7 @@ from sdxl_trainer.data.text.strategy import (
     save_repeats,
     try_strategy,
 )
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 EXAMPLE = ROOT / "docs" / "examples" / "strategy.py"
 BUCKET = (64, 96)
@@ -71,7 +71,7 @@ def write_class(folder: Path, body: str, name: str = "user.py") -> str:
 
 def build_dataset(cache: Path, index: Index, strategy: Strategy | None, **caption) -> LatentDataset:
     folder = ROOT / "configs" / "tiny"
-    tokenizers = (load_tokenizer(folder / "tokenizer", END), load_tokenizer(folder / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(load_tokenizer(folder / "tokenizer", END), load_tokenizer(folder / "tokenizer_2", "!"))
     settings = CaptionSettings(**caption)
     return LatentDataset(index, cache, tokenizers, SampleSettings(5, 75, settings), strategy)
 

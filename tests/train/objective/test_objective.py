@@ -13,7 +13,7 @@ from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.train.main import main
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.objective import diffusion
@@ -129,7 +129,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
         mask = np.linspace(0, 1, 32 * 64, dtype=np.float32).reshape(32, 64) if number % 2 else None
         latents = np.full((4, 4, 8), number, np.float32)
         write_latents(folder / f"{number}.npz", LatentSample(latents, (64, 32), (0, 0, 64, 32), alpha_mask=mask))
-    tokenizers = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), prior_loss_weight=0.25)
     return LatentDataset(Rows(), folder, tokenizers, settings)
 

@@ -18,13 +18,13 @@ from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSe
 from sdxl_trainer.data.metadata.records import load_record
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.job import check_run
 
-TOKENIZERS = (load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+TOKENIZERS = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
 SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.text_variants=4")
 
 
