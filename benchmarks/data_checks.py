@@ -1,5 +1,5 @@
-"""Looking at many latent files and images before training: what `data.check` and `cache.on_missing: encode` cost at
-the start. Part of data.py."""
+"""Cost of looking at many latent files and images at the start: `data.verify_latents` and `cache.on_missing:
+encode`. Part of data.py."""
 
 import os
 import time

@@ -1,5 +1,6 @@
 """YAML file and `key.sub=value` words in, one checked `Config` out, with every problem named at once."""
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
 
 if TYPE_CHECKING:
@@ -24,26 +26,35 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list
     return build_config(_read_yaml(path), overrides)
 
 
-def build_config(raw: dict, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
-    """Apply `overrides` to nested dicts of settings, in place, and check the result against the schema.
+def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
+    """Apply `overrides` to nested dicts of settings, and check the result against the schema.
+
+    Settings with an old name (configs/renames.py) are accepted with a warning.
 
     Returns the config with each wrong value left at its default, and the problems found, so that the caller can look
     for further ones (missing folders, a world size that does not fit) and report all of them together.
 
     Raises:
-        UserInputError: so much is wrong that no config can be made of the rest.
+        UserInputError: so much is wrong that no config can be built from the rest.
     """
-    problems = [problem for word in overrides for problem in _apply_override(raw, word)]
+    settings = copy.deepcopy(raw)
+    in_file = rename_settings(settings)
+    settings = _fill_sections(settings, Config)
+    in_overrides = find_old_keys(word.partition("=")[0] for word in overrides)
+    problems = [problem for word in overrides for problem in _apply_override(settings, word)]
+    in_values = rename_settings(settings)  # of overrides that set a whole section: data={check: full}
+    warn_of_old_names([*in_file.used, *in_overrides.used, *in_values.used])
+    problems = [*in_file.problems, *in_overrides.problems, *in_values.problems, *problems]
     while True:
         try:
-            return Config.model_validate(raw), problems
+            return Config.model_validate(settings), problems
         except ValidationError as error:
-            found, removable = _explain(error, raw)
+            found, removable = _explain(error, settings)
             problems += [problem for problem in found if problem not in problems]
             if not removable:
                 raise UserInputError(problems) from None
             for location in removable:
-                _remove(raw, location)
+                _remove(settings, location)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -70,7 +81,7 @@ def iterate_sections(model: type[BaseModel] = Config) -> Iterator[tuple[str, typ
 def suggest_key(key: str) -> str:
     """The known dotted key that is meant by `key`, by its name in kohya's scripts or by its looks, or an empty
     string."""
-    known = list(iterate_keys())
+    known = [*iterate_keys(), *RENAMED]
     last = key.rsplit(".", 1)[-1]
     option = _find_kohya_option(last)
     if option is not None and option.keys:
@@ -81,7 +92,7 @@ def suggest_key(key: str) -> str:
     if not near:
         leaves = {name.rsplit(".", 1)[-1]: name for name in known}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
-    return near[0] if near else ""
+    return rename_key(near[0]) if near else ""
 
 
 def suggest_cure(key: str) -> str:
@@ -135,7 +146,7 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(raw, dict):
         rule = "must be a mapping of sections"
         raise UserInputError([Problem("--cfg", path, rule, "start from one of configs/*.yaml")])
-    return _fill_sections(raw, Config)
+    return raw
 
 
 def _fill_sections(raw: dict, model: type[BaseModel]) -> dict:
@@ -158,7 +169,7 @@ def _apply_override(raw: dict, word: str) -> list[Problem]:
     except yaml.YAMLError:
         return [Problem(key, text, "is not valid YAML", "quote the value")]
     node = raw
-    *parents, last = key.split(".")
+    *parents, last = rename_key(key).split(".")
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):

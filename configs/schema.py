@@ -16,7 +16,7 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.remote_shards import StreamConfig
+from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
@@ -92,7 +92,7 @@ class DataConfig(Section):
     names end beside the images, as `-masklabel.png` for OneTrainer's, or a folder in which they have the images'
     stems, as kohya's `conditioning_data_dir`. They are no images to train on, and the cache job stores them with the
     latents, as float32 in pixels: 4 MB at 1024 px. Where an image has none, its loss counts everywhere."""
-    weights: list[NonNegativeFloat] = []
+    source_weights: list[NonNegativeFloat] = []
     """How often samples of each entry of `data.metadata` come in an epoch, or, without metadata, of each folder of
     `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Multiplied with the repeats of `data.strategy`; a
     fraction is kept over the epochs, and 0 leaves an entry out. Empty: once each."""
@@ -102,10 +102,10 @@ class DataConfig(Section):
     regularisation_repeats: Literal["balanced"] | PositiveFloat = "balanced"
     """How often regularisation samples come in an epoch, relative to once: a number, or `balanced`: as often as makes
     them as many as all other samples together."""
-    missing_caption: Literal["empty", "skip", "error"] = "empty"
+    on_missing_caption: Literal["empty", "skip", "error"] = "empty"
     """What happens to samples without a caption: they are trained with the empty one, left out, or an error. They are
     counted in a warning."""
-    check: Literal["none", "stat", "header", "full"] = "stat"
+    verify_latents: Literal["none", "stat", "header", "full"] = "stat"
     """How latents are looked at before training: not at all, that each is there and has its size, that its header
     agrees with its bucket, or that its bytes have the manifest's checksum. Bad ones are named and left out."""
     resolution_px: list[Annotated[int, Field(ge=64, le=8192)]] = Field([1024], min_length=1)
@@ -132,7 +132,7 @@ class DataConfig(Section):
     caption is and what its loss weighs. See docs/STRATEGY.md."""
     max_tokens: Literal[75, 150, 225] = 75
     """Longest caption, in tokens without the start and end marks; more than 75 are encoded in windows of 75."""
-    stream: StreamConfig = StreamConfig()  # pyright: ignore[reportCallIssue]
+    remote_shards: RemoteShardsConfig = RemoteShardsConfig()  # pyright: ignore[reportCallIssue]
     """How shards on a store are read."""
     num_workers: int = Field(2, ge=0)
     """Processes per rank that read latents and tokenise; 0 does it in the training process."""
@@ -223,12 +223,12 @@ class TrainConfig(Section):
     """Samples per optimizer step over all ranks; the order of batches depends on it and not on the number of ranks."""
     micro_batch_size: int = Field(1, ge=1)
     """Samples per forward pass on a rank. Accumulation is what remains: global / (micro x ranks)."""
-    non_finite: Literal["skip", "stop"] = "skip"
+    on_non_finite: Literal["skip", "stop"] = "skip"
     """What happens when the loss or the gradient of a step is not finite (NaN or infinite). The weights are never
     updated by it, and the samples are named in `logs/bad_samples.jsonl`. `skip` goes on with the next global batch,
     `stop` saves a checkpoint of the state before the step and ends with status 1."""
     max_non_finite_steps: int = Field(10, ge=0)
-    """Steps of the whole run that `train.non_finite: skip` may skip; one more stops as `stop` does."""
+    """Steps of the whole run that `train.on_non_finite: skip` may skip; one more stops as `stop` does."""
 
 
 class LogConfig(Section):

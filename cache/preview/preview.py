@@ -63,8 +63,8 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
     source = resolve_model(config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None
-    repeats = weigh_sources(index, repeats, config.data.weights)
-    shuffle_shards = config.data.stream.shuffle_shards
+    repeats = weigh_sources(index, repeats, config.data.source_weights)
+    shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)
     console.print(tabulate_buckets(plan))

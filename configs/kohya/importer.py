@@ -31,7 +31,7 @@ FOLLOWED = ("config_file", "dataset_config")  # name further files
 RENAMED = {name: ours for name, ours in SEED_OPTIONS.items() if isinstance(ours, str)}
 NO_FOLDER = (
     "is no folder on this machine, so its `N_name` folders could not be read: taken as one folder, without weights; "
-    "import where it is, or list them in data.image_dirs, with their N in data.weights"
+    "import where it is, or list them in data.image_dirs, with their N in data.source_weights"
 )
 NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts look for images: taken as one, without weights"
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")

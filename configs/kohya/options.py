@@ -125,7 +125,7 @@ DATA = {
     "metadata_file": made(as_list, "data.metadata", note="of a subset"),
     "is_reg": same("data.regularisation_dirs", "of a subset"),
     "num_repeats": same(
-        "data.weights",
+        "data.source_weights",
         "of a subset; one for each entry of `data.metadata` or `data.image_dirs`; "
         "with `is_reg` named only: these come as often as all others together, there too",
     ),
@@ -175,7 +175,7 @@ DATA = {
     "cache_latents": always(CACHED),
     "cache_latents_to_disk": always(CACHED),
     "vae_batch_size": same("cache.batch_size"),
-    "skip_cache_check": made(say("none"), "data.check", note="`none`"),
+    "skip_cache_check": made(say("none"), "data.verify_latents", note="`none`"),
     "cache_info": always("what is known of images is always indexed"),
     "cache_text_encoder_outputs": made(say(True), "cache.text"),
     "cache_text_encoder_outputs_to_disk": made(say(True), "cache.text"),

@@ -85,7 +85,7 @@ SEED_OPTIONS: dict[str, str | Option] = {
     "max_dataloader_n_workers": "max_data_loader_n_workers",
     "cache_latents_max_dataloader_n_workers": same("cache.num_workers"),
     "cache_only": none("`bash launch/cache.sh` only caches"),
-    "check_cache_validity": always("every latent is checked (`data.check`)"),
+    "check_cache_validity": always("every latent is checked (`data.verify_latents`)"),
     "keep_cached_latents_in_memory": none("latents are read as they are needed"),
     "async_cache": always(),
     "dataset_cache_path": always("an index is always kept in the cache folder"),

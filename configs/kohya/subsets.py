@@ -113,7 +113,7 @@ def list_places(subsets: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Rem
     settings: dict[str, Any] = {
         "data.metadata": list(repeats) if listed else [],
         "data.image_dirs": _list_folders(trained) if listed else list(repeats),
-        "data.weights": list(repeats.values()) if any(number != 1 for number in repeats.values()) else [],
+        "data.source_weights": list(repeats.values()) if any(number != 1 for number in repeats.values()) else [],
         "data.regularisation_dirs": _list_folders(subset for subset in subsets if subset.get("is_reg")),
     }
     remarks: list[Remark] = []
@@ -124,7 +124,7 @@ def list_places(subsets: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Rem
     keys = [_key(subset) for subset in listed or trained]
     if twice := [key for key in repeats if keys.count(key) > 1]:
         name = "metadata_file" if listed else "image_dir"
-        why = "stands in several data sets or subsets, and here once: their num_repeats are added up in data.weights"
+        why = "is in several data sets or subsets; here once, with the sum of their num_repeats in data.source_weights"
         remarks.append((name, twice, why))
     regular = [subset.get("num_repeats", 1) for subset in subsets if subset.get("is_reg")]
     if any(number != 1 for number in regular):

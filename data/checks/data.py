@@ -58,7 +58,7 @@ def check_records(config: Config, need_captions: bool = True) -> tuple[Index | N
     unsized = int((index.column("width") == 0).sum()) if config.data.metadata else 0
     if unsized:
         logger.warning("{} of {} records do not tell their image's original_size", unsized, len(index))
-    problem = check_captions(index, config.data.missing_caption, source, shown)
+    problem = check_captions(index, config.data.on_missing_caption, source, shown)
     if problem and not need_captions:
         logger.warning("{}: {}; training will not start so", problem.key, problem.rule)
         return index, []
@@ -94,7 +94,7 @@ def find_clash(index: Index, prefixes: list[str]) -> str | None:
 
 
 def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Problem]]:
-    """Open the index of what is trained on, look at the latents as `data.check` says, and name and leave out bad ones.
+    """Open the index of the training set, verify its latents by `data.verify_latents`, and report and drop bad ones.
 
     What is left out is noted in the run folder and holds as long as the run: a resumed run keeps its order of batches,
     and meets what has become bad since like any bad sample.
@@ -176,7 +176,7 @@ def _describe_rule(rule: BucketRule) -> str:
 
 def check_copies(config: Config, index: Index) -> list[Problem]:
     """Whether the copies of two windows of shards have room: the one that is read, and the next."""
-    settings = config.data.stream
+    settings = config.data.remote_shards
     if not settings.shuffle_shards:
         return []
     _, names = index.number_shards()
@@ -186,8 +186,8 @@ def check_copies(config: Config, index: Index) -> list[Problem]:
     needed_gb = 2 * min(settings.shuffle_shards, len(names)) * float(ends.max()) / 1e9
     if needed_gb <= settings.copies_gb:
         return []
-    rule = f"is less than two windows of data.stream.shuffle_shards shards take: {needed_gb:.3g} GB"
-    return [Problem("data.stream.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")]
+    rule = f"is less than two windows of data.remote_shards.shuffle_shards shards take: {needed_gb:.3g} GB"
+    return [Problem("data.remote_shards.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")]
 
 
 def check_flip(config: Config, index: Index) -> list[Problem]:
@@ -212,7 +212,7 @@ def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
     Raises:
         RuntimeError: too many are bad.
     """
-    bad = find_bad_latents(index, get_cache_folder(config), config.data.check)
+    bad = find_bad_latents(index, get_cache_folder(config), config.data.verify_latents)
     keys = index.strings("key")
     named = [*index.note("bad"), *((keys[row].as_py(), reason) for row, reason in bad)]
     logs, left_out = config.run.folder / "logs", get_left_out_file(config, index)
@@ -254,5 +254,5 @@ def leave_out_rows(config: Config, index: Index, repeats: np.ndarray | None) -> 
 def _refuse_uncaptioned(index: Index, number: int) -> Problem:
     rows = np.flatnonzero(~index.column("captioned"))[:MAX_SHOWN]
     shown = ", ".join(str(index.strings("key")[row]) for row in rows.tolist()) + (", ..." if number > MAX_SHOWN else "")
-    cure = "give them captions, or set data.missing_caption: skip, or empty"
-    return Problem("data.missing_caption", "error", f"{number} records have no caption: {shown}", cure)
+    cure = "give them captions, or set data.on_missing_caption: skip, or empty"
+    return Problem("data.on_missing_caption", "error", f"{number} records have no caption: {shown}", cure)

@@ -29,7 +29,7 @@ def derive_validation_config(config: Config) -> Config:
     data = {"caption": config.data.caption.model_copy(update=quiet), "flip_rate": 0.0}
     cache = {}
     if own.has_own_set:
-        data |= {"metadata": own.metadata, "image_dirs": own.image_dirs, "weights": []}
+        data |= {"metadata": own.metadata, "image_dirs": own.image_dirs, "source_weights": []}
         cache = {"dir": own.cache_dir or get_cache_folder(config)}
     changes = {"run": {"seed": own.seed}, "data": data, "cache": cache}
     return config.model_copy(

@@ -33,7 +33,7 @@ def build_selection(config: Config) -> Selection:
     rules = build_bucket_rules(config.data)
     encoding = Encoding(tuple(rules.items()), beside=config.cache.dir is None, flip=config.cache.flip)
     return Selection(
-        config.data.missing_caption == "skip",
+        config.data.on_missing_caption == "skip",
         tuple(rules),
         encoding if config.cache.on_missing == "encode" else None,
     )

@@ -59,7 +59,7 @@ def build_dataset(
         prior_loss_weight=config.objective.prior_loss_weight,
     )
     rules = build_bucket_rules(config.data)
-    folder, copies = get_cache_folder(config), open_copies(config.data.stream, index.path.parent)
+    folder, copies = get_cache_folder(config), open_copies(config.data.remote_shards, index.path.parent)
     dataset = LatentDataset(index, folder, tokenizers, settings, strategy, rules, copies)
     if config.cache.text:
         variants = CaptionVariants(settings.caption, config.cache.text_variants, strategy)

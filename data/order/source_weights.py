@@ -11,23 +11,24 @@ from sdxl_trainer.data.index.index import Index
 
 
 def check_weights(data: DataConfig) -> list[Problem]:
-    """Whether `data.weights` has a number for each source."""
+    """Whether `data.source_weights` has a number for each source."""
     name = "metadata" if data.metadata else "image_dirs"
     entries = getattr(data, name)
-    if data.weights and len(data.weights) != len(entries):
-        rule = f"holds {len(data.weights)} numbers for the {len(entries)} entries of data.{name}"
+    if data.source_weights and len(data.source_weights) != len(entries):
+        rule = f"holds {len(data.source_weights)} numbers for the {len(entries)} entries of data.{name}"
         cure = "give one number per entry; files that one entry names by a pattern share it"
-        return [Problem("data.weights", data.weights, rule, cure)]
+        return [Problem("data.source_weights", data.source_weights, rule, cure)]
     return []
 
 
 def check_use(data: DataConfig, index: Index) -> list[Problem]:
     """Whether the weights leave any sample."""
     sources = np.unique(index.column("source")).tolist()
-    if not data.weights or any(source >= len(data.weights) or data.weights[source] for source in sources):
+    weights = data.source_weights
+    if not weights or any(source >= len(weights) or weights[source] for source in sources):
         return []
     cure = "raise that of an entry which holds samples with latents"
-    return [Problem("data.weights", data.weights, "leaves nothing to train on", cure)]
+    return [Problem("data.source_weights", data.source_weights, "leaves nothing to train on", cure)]
 
 
 def weigh_sources(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:

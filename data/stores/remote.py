@@ -226,7 +226,7 @@ def _trim(result: Any, url: str, offset: int, size: int) -> Any:
     if isinstance(result, Exception) and re.search("range.*not satisfiable|\\b416\\b", str(result), re.I):
         return b""  # the object ends before
     if not isinstance(result, Exception) and len(result) > size:
-        return NoRangesError(f"{url}: the server sends whole files only; set data.stream.shuffle_shards")
+        return NoRangesError(f"{url}: the server sends whole files only; set data.remote_shards.shuffle_shards")
     return result
 
 

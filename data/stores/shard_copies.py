@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from sdxl_trainer.configs.remote_shards import StreamConfig
+from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.data.formats.shards import read_span
 from sdxl_trainer.data.stores.remote import download
 from sdxl_trainer.data.stores.remote_sources import name_shard_version
@@ -20,7 +20,7 @@ WHOLE, HOLES = ".tar", ".holes"
 KEPT_BETWEEN_CLEANUPS = 1000  # samples
 
 
-def open_copies(settings: StreamConfig, index_folder: Path) -> "ShardCopies | None":
+def open_copies(settings: RemoteShardsConfig, index_folder: Path) -> "ShardCopies | None":
     """The folder of copies that the settings ask for, if they do.
 
     Args:

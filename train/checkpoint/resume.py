@@ -27,7 +27,7 @@ from sdxl_trainer.train.engine.resharding import ReshardingError
 HARMLESS_SECTIONS = ("checkpoint", "log", "sample", "validation")
 HARMLESS_KEYS = frozenset(
     {"run.name", "run.dir", "run.resume", "run.on_data_change"}
-    | {"data.metadata", "data.image_dirs", "data.missing_caption", "data.check"}
+    | {"data.metadata", "data.image_dirs", "data.on_missing_caption", "data.verify_latents"}
     | {"data.num_workers", "data.max_bad_fraction"}
     | {"cache.dir", "cache.format", "cache.shard_mb", "cache.batch_size", "cache.num_workers", "cache.on_missing"}
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import orjson
 
+from sdxl_trainer.configs.renames import rename_settings
 from sdxl_trainer.data.files import write_atomic
 
 FILE = "trainer_state.json"
@@ -46,5 +47,7 @@ class TrainState:
 
     @staticmethod
     def load(folder: Path) -> "TrainState":
-        """Read `trainer_state.json`."""
-        return TrainState(**orjson.loads((folder / FILE).read_bytes()))
+        """Read `trainer_state.json`; settings that were saved with an old name get their current one."""
+        state = orjson.loads((folder / FILE).read_bytes())
+        rename_settings(state["config"])
+        return TrainState(**state)

@@ -229,7 +229,7 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     own = Index(path) if (path := broadcast_object(own and own.path)) else None
     held_out = find_held_out(config, index, own)
     repeats = count_repeats(config, index, held_out, strategy, ranks)
-    shuffle_shards = config.data.stream.shuffle_shards
+    shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     checkpoint, checkpoints = open_checkpoints(config, ranks)
     state = build_state(config, index, plan, ranks, repeats)
@@ -282,7 +282,7 @@ def count_repeats(
     if len(held_out):
         logger.info("{} of {} samples are held out of training", len(held_out), len(index))
     repeats = leave_out(held_out, len(index), leave_out_rows(config, index, repeats))
-    repeats = weigh_sources(index, repeats, config.data.weights)
+    repeats = weigh_sources(index, repeats, config.data.source_weights)
     regular = broadcast_object(find_regularisation(index) if ranks.is_main else None)
     raise_if_any(check_regularisation_use(config, len(regular)))
     return balance_regularisation(regular, len(index), repeats, config.data.regularisation_repeats)

@@ -62,7 +62,7 @@ def give_up_update(run: Run, loss: float, suspects: list[Suspect]) -> None:
     """Deal with a step that made no update, before it is counted: name its samples, and go on or stop.
 
     Raises:
-        NonFiniteError: by `train.non_finite` or its budget. The state before the step is saved.
+        NonFiniteError: by `train.on_non_finite` or its budget. The state before the step is saved.
     """
     if run.engine.loss_scale is not None and math.isfinite(loss):
         logger.info("step {}: a gradient overflowed, the loss scale is now {:g}", run.state.step, run.engine.loss_scale)
@@ -73,7 +73,7 @@ def give_up_update(run: Run, loss: float, suspects: list[Suspect]) -> None:
     shown = ", ".join(keys[:MAX_SHOWN]) + (", ..." if len(keys) > MAX_SHOWN else "")
     what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
     train, state = run.config.train, run.state
-    if train.non_finite == "skip" and state.num_non_finite < train.max_non_finite_steps:
+    if train.on_non_finite == "skip" and state.num_non_finite < train.max_non_finite_steps:
         state.num_non_finite += 1
         logger.warning(
             "step {} made no update: its {}; samples: {} ({} of at most {} such steps)",
@@ -89,8 +89,8 @@ def give_up_update(run: Run, loss: float, suspects: list[Suspect]) -> None:
         run.checkpoints.save(run.engine, state)
         run.checkpoints.wait()
     cure = (
-        "train.non_finite: skip leaves such steps out"
-        if train.non_finite == "stop"
+        "train.on_non_finite: skip leaves such steps out"
+        if train.on_non_finite == "stop"
         else f"train.max_non_finite_steps = {train.max_non_finite_steps} are used up"
     )
     raise NonFiniteError(

@@ -157,7 +157,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
         "model": {"path": "/models/sd_xl_base_1.0.safetensors"},
         "data": {
             "image_dirs": ["/data/a", "/data/b"],
-            "weights": [2, 1],
+            "source_weights": [2, 1],
             "regularisation_dirs": ["/data/reg"],
             "resolution_px": 1024,
             "max_bucket_px": 2048,
@@ -341,16 +341,16 @@ def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
     second = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '/a/'\nnum_repeats = 3\n"
     settings, comment = import_files(tmp_path, {"d.toml": first + regular + second})
     data = settings["data"]
-    assert (data["resolution_px"], data["image_dirs"], data["weights"]) == ([1024, 512], ["/a"], [2])
+    assert (data["resolution_px"], data["image_dirs"], data["source_weights"]) == ([1024, 512], ["/a"], [2])
     assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
     # As many as all others there too, whatever num_repeats is.
     assert data["regularisation_dirs"] == ["/r"] and "regularisation_repeats" not in data
     assert "num_repeats = 7: of is_reg" in comment and "data.regularisation_repeats: 7" in comment
     other = "[[datasets.subsets]]\nimage_dir = '/b'\n"
     settings, comment = import_files(tmp_path, {"d.toml": first + other + second})
-    assert settings["data"]["image_dirs"] == ["/a", "/b"] and settings["data"]["weights"] == [5, 1]
+    assert settings["data"]["image_dirs"] == ["/a", "/b"] and settings["data"]["source_weights"] == [5, 1]
     assert "resolution = [1024, 512]: the data sets have different folders" in comment
-    assert "image_dir = ['/a']: stands in several" in comment
+    assert "image_dir = ['/a']: is in several" in comment
 
 
 def test_what_is_unset_is_compared_by_its_default(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_folders_with_repeats(tmp_path: Path) -> None:
     assert list_repeated_folders(tmp_path / "absent") == []
     settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --train_data_dir {tmp_path / 'train'}"})
     folders = [str(tmp_path / "train" / name) for name in ("10_dog", "2_a cat")]
-    assert settings["data"]["image_dirs"] == folders and settings["data"]["weights"] == [10, 2]
+    assert settings["data"]["image_dirs"] == folders and settings["data"]["source_weights"] == [10, 2]
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --train_data_dir /elsewhere"})
     assert settings["data"]["image_dirs"] == ["/elsewhere"] and "without weights" in comment
     assert "counterpart" not in comment

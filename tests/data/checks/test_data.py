@@ -28,10 +28,10 @@ def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -
     assert index is not None and len(index) == 3 and problems == []
 
 
-@pytest.mark.parametrize(("missing", "keys"), [("empty", []), ("skip", []), ("error", ["data.missing_caption"])])
+@pytest.mark.parametrize(("missing", "keys"), [("empty", []), ("skip", []), ("error", ["data.on_missing_caption"])])
 def test_some_without_a_caption_are_an_error_where_one_is_asked_for(settings: Path, missing: str, keys: list) -> None:
     (settings.parent / "images" / "b.txt").write_text("a black square")
-    config, _ = load_config(settings, [f"data.missing_caption={missing}"])
+    config, _ = load_config(settings, [f"data.on_missing_caption={missing}"])
     problems = check_records(config)[1]
     assert [problem.key for problem in problems] == keys
     if keys:

@@ -322,7 +322,7 @@ def test_bad_latents_in_a_shard_are_each_named(tmp_path):
         (np.savez_compressed if "bomb" in said else np.savez)(content, **arrays)
         writer.append(f"k{number}", b'{"caption": "c"}', content.getvalue())
     writer.close()
-    config = build_config(tmp_path, metadata=[tmp_path / "s.tar"], max_bad_fraction=1, check="full")
+    config = build_config(tmp_path, metadata=[tmp_path / "s.tar"], max_bad_fraction=1, verify_latents="full")
     index, problems = check_latents(config, resuming=False)
     assert problems == [] and index is not None
     log = (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
@@ -361,8 +361,8 @@ def test_each_level_of_checking_finds_what_it_promises(tmp_path, level, found):
     write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcdefgh"}))
     for number, key in enumerate("abcdefgh"):
         make_latents(tmp_path / "cache" / f"{key}.npz", number)
-    config = build_config(tmp_path, check=level)
-    index, _ = check_latents(build_config(tmp_path, check="none"), resuming=False)
+    config = build_config(tmp_path, verify_latents=level)
+    index, _ = check_latents(build_config(tmp_path, verify_latents="none"), resuming=False)
     times = (tmp_path / "cache").stat()
     (tmp_path / "cache" / "b.npz").write_bytes((tmp_path / "cache" / "b.npz").read_bytes()[:-1])
     size = (tmp_path / "cache" / "c.npz").stat().st_size
@@ -402,9 +402,9 @@ def test_missing_captions_and_latents_are_what_the_settings_say(tmp_path):
     for key in "abc":
         make_latents(tmp_path / "cache" / f"{key}.npz")
     for choice, keys in (("empty", ["a", "b", "c"]), ("skip", ["a", "c"])):
-        index, problems = check_latents(build_config(tmp_path, missing_caption=choice), resuming=False)
+        index, problems = check_latents(build_config(tmp_path, on_missing_caption=choice), resuming=False)
         assert index.strings("key").to_pylist() == keys and problems == []
-    _, problems = check_latents(build_config(tmp_path, missing_caption="error"), resuming=False)
+    _, problems = check_latents(build_config(tmp_path, on_missing_caption="error"), resuming=False)
     assert [problem.rule for problem in problems] == ["2 records have no caption: b, d"]
     _, problems = check_latents(build_config(tmp_path, on_missing="error"), resuming=False)
     assert [(problem.key, problem.rule) for problem in problems] == [

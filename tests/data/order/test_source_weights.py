@@ -88,15 +88,15 @@ def test_wrong_weights_are_told(folder: Path) -> None:
     def write(weights: str, text: str = "") -> None:
         files = ", ".join(str(folder / name) for name in SOURCES)
         settings.write_text(
-            f"data: {{metadata: [{files}], weights: {weights}}}\nrun: {{dir: {folder / 'runs'}}}\n{text}"
+            f"data: {{metadata: [{files}], source_weights: {weights}}}\nrun: {{dir: {folder / 'runs'}}}\n{text}"
         )
 
     write("[1, 2]")
     [problem] = check_records(load_config(settings)[0])[1]
-    assert problem.key == "data.weights" and "2 numbers for the 3 entries of data.metadata" in problem.rule
+    assert problem.key == "data.source_weights" and "2 numbers for the 3 entries of data.metadata" in problem.rule
     write("[0, 0, 0]")
     [problem] = check_latents(load_config(settings)[0], resuming=False)[1]
-    assert problem.key == "data.weights" and "nothing to train on" in problem.rule
+    assert problem.key == "data.source_weights" and "nothing to train on" in problem.rule
     write("[0, 0, 0.5]")
     config = load_config(settings)[0]
     index, problems = check_latents(config, resuming=False)
@@ -104,4 +104,4 @@ def test_wrong_weights_are_told(folder: Path) -> None:
     repeats = count_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
     assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last one is held out
     write("[1, -1, 1]")
-    assert [problem.key for problem in load_config(settings)[1]] == ["data.weights"]
+    assert [problem.key for problem in load_config(settings)[1]] == ["data.source_weights"]

@@ -246,7 +246,7 @@ def test_full_checking_reads_from_the_store(tmp_path, shards, store):
     place = open_index(tmp_path, shards / "s-2.tar").row(3)
     content[place["offset"] + 500] ^= 1
     store.pipe_file("bucket/flipped/x.tar", bytes(content))
-    data = {"metadata": ["s3://bucket/flipped/x.tar"], "check": "full", "max_bad_fraction": 0.5}
+    data = {"metadata": ["s3://bucket/flipped/x.tar"], "verify_latents": "full", "max_bad_fraction": 0.5}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
     _, problems = check_latents(Config.model_validate(settings), resuming=False)
     assert problems == []
@@ -315,7 +315,7 @@ def test_a_server_without_ranges_is_read_by_whole_shards(tmp_path, shards, store
 
     monkeypatch.setattr(remote, "_read_once", send_all)
     index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
-    with pytest.raises(remote.NoRangesError, match="sends whole files only; set data.stream.shuffle_shards"):
+    with pytest.raises(remote.NoRangesError, match="sends whole files only; set data.remote_shards.shuffle_shards"):
         read_epoch(build_dataset(tmp_path, index))
     streamed = read_streamed(build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies")), 1)
     assert len({key for batch in streamed.values() for key, _ in batch}) == NUM_SHARDS * PER_SHARD
@@ -323,10 +323,10 @@ def test_a_server_without_ranges_is_read_by_whole_shards(tmp_path, shards, store
 
 def test_too_little_room_for_copies_is_an_error_at_the_start(tmp_path, shards, store):
     stream = {"shuffle_shards": 2, "copies_gb": 1e-4}
-    data = {"metadata": ["s3://bucket/set/s-{0..2}.tar"], "stream": stream}
+    data = {"metadata": ["s3://bucket/set/s-{0..2}.tar"], "remote_shards": stream}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
     [problem] = check_latents(Config.model_validate(settings), resuming=False)[1]
-    assert problem.key == "data.stream.copies_gb" and "less than two windows" in problem.rule
+    assert problem.key == "data.remote_shards.copies_gb" and "less than two windows" in problem.rule
 
 
 def test_a_file_window_reads_any_place(store):
