@@ -30,10 +30,11 @@ from harness import ROOT, Figure, finish
 
 from sdxl_trainer.data.formats.latents import LatentSample, compute_shape, pack_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings
 from sdxl_trainer.data.loading.latent_store import LatentStore
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, find_installed_vocabulary, load_tokenizer
 
@@ -102,8 +103,8 @@ def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
     shards = make_samples(folder, number)
     files = sorted((folder / "npz").glob("*.npz"))
     indexes = {
-        "shards": open_latent_index(folder / "packed", open_record_index(folder / "packed", shards, [])),
-        "npz": open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], [])),
+        "shards": open_sample_index(folder / "packed", open_record_index(folder / "packed", shards, [])),
+        "npz": open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], [])),
     }
     tokenizers = load_tokenizers()
     dataset = build_dataset(indexes["shards"], folder / "packed", tokenizers)
@@ -182,7 +183,7 @@ def build_dataset(index: Index, folder: Path, tokenizers: Tokenizers) -> LatentD
 
 def iterate(dataset: LatentDataset, num_workers: int) -> Iterator[MicroBatch]:
     """Shuffled micro batches, as training gets them."""
-    specs = iterate_specs(build_plan(dataset.index, GLOBAL_BATCH, 0), (0, 0), 0, 1, MICRO_BATCH)
+    specs = iterate_specs(build_plan(dataset.index, GLOBAL_BATCH, 0), Position(0, 0), 0, 1, MICRO_BATCH)
     return iterate_batches(dataset, specs, num_workers)
 
 
@@ -193,7 +194,7 @@ def drain(batches: Iterator[MicroBatch], number: int) -> None:
 
 def list_rows(index: Index) -> Iterator[list[int]]:
     """Rows of one epoch in the plan's order, by micro batch."""
-    specs = iterate_specs(build_plan(index, GLOBAL_BATCH, 0), (0, 0), 0, 1, MICRO_BATCH)
+    specs = iterate_specs(build_plan(index, GLOBAL_BATCH, 0), Position(0, 0), 0, 1, MICRO_BATCH)
     return (spec.rows.tolist() for spec in islice(specs, len(index) // MICRO_BATCH))
 
 

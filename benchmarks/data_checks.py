@@ -12,8 +12,8 @@ from sdxl_trainer.data.checks.latents import find_bad_latents
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.images.bucket import BucketRule
-from sdxl_trainer.data.index.index import open_latent_index, open_record_index
-from sdxl_trainer.data.index.missing_latents import Encoding, place_uncached
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
+from sdxl_trainer.data.index.missing_latents import EncodingSettings, plan_missing_latents
 
 FILES_A_FOLDER = 1000
 RULE = BucketRule(1024, 256, 2048, 64, False)
@@ -24,7 +24,7 @@ def time_checks(folder: Path, number: int) -> dict[str, float]:
     """Microseconds a file, of files that nothing is wrong with and whose folders the system knows."""
     make_files(folder, number)
     records = open_record_index(folder, [folder / "metadata.json"], [])
-    index = open_latent_index(folder, records)
+    index = open_sample_index(folder, records)
     assert len(index) == number, len(index)
     seconds: dict[str, float] = {}
     for level in ("stat", "header"):
@@ -32,7 +32,9 @@ def time_checks(folder: Path, number: int) -> dict[str, float]:
         assert find_bad_latents(index, folder, level) == []
         seconds[f"check_{level}"] = time.perf_counter() - began
     began = time.perf_counter()
-    placed = place_uncached(records.table, np.arange(number), "", Encoding((("", RULE),), beside=False, flip=False))
+    placed = plan_missing_latents(
+        records.table, np.arange(number), "", EncodingSettings((("", RULE),), beside=False, flip=False)
+    )
     assert sum(1 for place in placed if not isinstance(place, tuple)) == number
     seconds["on_missing_encode"] = time.perf_counter() - began
     return {f"{name}_microseconds_a_file": 1e6 * value / number for name, value in seconds.items()}

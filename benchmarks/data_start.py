@@ -67,12 +67,13 @@ def start_process(folder: Path) -> dict[str, float]:
 
 def start(folder: Path) -> dict[str, float]:
     """Index, plan and first micro batch's spec; times and memory beyond the imports."""
-    from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+    from sdxl_trainer.data.index.index import open_record_index, open_sample_index
     from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
+    from sdxl_trainer.data.order.plan import Position
 
     before_mb, began, cpu = _peak_mb(), time.perf_counter(), time.process_time()
-    index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
-    next(iterate_specs(build_plan(index, 64, 0), (0, 0), 0, 1, 4))
+    index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
+    next(iterate_specs(build_plan(index, 64, 0), Position(0, 0), 0, 1, 4))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak_mb, began = _peak_mb(), time.process_time()
     sum(number * number for number in range(5_000_000))  # how fast this machine is just now

@@ -125,7 +125,7 @@ def test_contributing_a_form_of_metadata(tmp_path: Path, monkeypatch: pytest.Mon
             "INSERT INTO images VALUES (?, ?, ?)", [(f"/data/{at}.png", "a cat", None) for at in range(9000)]
         )
         database.commit()
-    pieces = list(sources.read_source(tmp_path / "x.sqlite"))
+    pieces = list(sources.read_metadata_file(tmp_path / "x.sqlite"))
     assert [len(items) for items in pieces] == [8192, 808]
     key, fields = pieces[1][-1]
     assert (key, fields["image_path"], fields["caption"]) == (
@@ -135,7 +135,7 @@ def test_contributing_a_form_of_metadata(tmp_path: Path, monkeypatch: pytest.Mon
     ) and "score" not in fields
     (tmp_path / "y.sqlite3").write_bytes(b"no database, but long enough to be looked at")
     with pytest.raises(ValueError, match="no readable SQLite"):
-        list(sources.read_source(tmp_path / "y.sqlite3"))
+        list(sources.read_metadata_file(tmp_path / "y.sqlite3"))
 
 
 def test_contributing_a_launcher(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sdxl_trainer.cache.encode.host_copy import HostCopy
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
-from sdxl_trainer.data.order.plan import mix_keys
+from sdxl_trainer.data.order.keyed_random import derive_seed
 
 Posterior = Literal["sample", "mean", "moments"]
 
@@ -104,7 +104,7 @@ class VaeEncoder:
         if self._posterior == "moments":
             return [mean, std]
         # Keyed to the image, so encoding again gives the same latents whatever the batch or the number of ranks.
-        noise = [_draw_noise(tuple(mean.shape[1:]), mix_keys(mirrored, *key.encode())) for key in keys]
+        noise = [_draw_noise(tuple(mean.shape[1:]), derive_seed(mirrored, *key.encode())) for key in keys]
         return [mean + std * torch.stack(noise).to(mean.device, non_blocking=True)]
 
 

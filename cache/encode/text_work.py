@@ -28,7 +28,7 @@ from sdxl_trainer.data.formats.text_cache import (
 from sdxl_trainer.data.formats.text_outputs import BadTextError, pack_text
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
-from sdxl_trainer.data.metadata.records import load_record
+from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import StrategyError, load_strategy
@@ -81,7 +81,7 @@ def check_cached_text(config: Config, index: Index | None) -> list[Problem]:
 def _describe_stale(config: Config, folder: Path, index: Index) -> str | None:
     """How many samples have no text or text of other settings or captions, or None if all is well."""
     identity = identify_text(config, folder)
-    made = pc.call_function("struct_field", [index.strings("text")], pc.StructFieldOptions(["identity"]))
+    made = pc.call_function("struct_field", [index.arrow_column("text")], pc.StructFieldOptions(["identity"]))
     missing = made.null_count
     stale = len(made) - missing - made.to_pylist().count(identity.name)
     if missing or stale:
@@ -95,7 +95,7 @@ def _describe_stale(config: Config, folder: Path, index: Index) -> str | None:
 
 def _describe_row(text: CachedText, row: dict[str, Any]) -> str | None:
     try:
-        text.check(row, load_record(row))
+        text.check(row, parse_record(row))
     except (BadTextError, StrategyError) as error:
         return f"{row['key']}: {error}"
     return None

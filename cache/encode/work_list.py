@@ -20,7 +20,7 @@ from sdxl_trainer.data.formats.shards import get_partial_path
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image
 from sdxl_trainer.data.images.masks import MaskFinder
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.index.missing_latents import choose_file
+from sdxl_trainer.data.index.missing_latents import choose_latent_file
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
@@ -118,7 +118,7 @@ def choose_share(index: Index, resolution: Resolution, rank: int, world_size: in
     """A rank's share of the full list."""
     costs = compute_costs(index.column("width"), index.column("height"), resolution.rule)
     rows = share_positions(costs, rank, world_size)
-    keys = index.strings("key").take(pa.array(rows)).to_pylist()
+    keys = index.arrow_column("key").take(pa.array(rows)).to_pylist()
     return Share(resolution, rows.tolist(), [resolution.prefix + key for key in keys])
 
 
@@ -149,7 +149,7 @@ def list_work(
     buckets = list_buckets(rule)
     present = _Folders(folder)
     item_bytes = estimate_item_bytes(resolution.identity)
-    images, widths, heights = index.strings("image_path"), index.column("width"), index.column("height")
+    images, widths, heights = index.arrow_column("image_path"), index.column("width"), index.column("height")
     mask_paths = repeat(None) if masks is None else masks.find(images[row].as_py() for row in share.rows)
     for row, key, mask in zip(share.rows, share.keys, mask_paths, strict=False):
         image = images[row].as_py()
@@ -165,7 +165,7 @@ def list_work(
         if known_only and known is None:
             continue
         record = index.record_json(row) if text is not None or state != "valid" else b""
-        file, kept = choose_file(key, image, beside), known.text if known else None
+        file, kept = choose_latent_file(key, image, beside), known.text if known else None
         kept = kept if kept is not None and present.have(kept.file) else None
         text_due = text is not None and not text.is_valid(record, kept)
         if text is not None and text_due:

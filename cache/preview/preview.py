@@ -21,13 +21,13 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.data import check_flip, check_records
 from sdxl_trainer.data.checks.latents import ROWS_A_TASK, find_bad_latents
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.index.index import Index, open_latent_index
-from sdxl_trainer.data.index.selection import build_selection, get_cache_folder
+from sdxl_trainer.data.index.index import Index, open_sample_index
+from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
 from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions, spread
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
-from sdxl_trainer.data.order.plan import Plan
-from sdxl_trainer.data.order.source_weights import check_use, weigh_sources
+from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_sources
 from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, run_program
@@ -46,7 +46,7 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
     records, found = check_records(config)
     raise_if_any([*problems, *found, *check_model(config.model)])
     assert records is not None, "records without problems have an index"
-    index = open_latent_index(get_cache_folder(config), records, build_selection(config))
+    index = open_sample_index(get_cache_folder(config), records, build_latent_selection(config))
     console.print(tabulate_state(config, records, index))
     if len(index) == 0:
         raise UserInputError(
@@ -59,11 +59,11 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
                 )
             ]
         )
-    raise_if_any(check_flip(config, index) + check_use(config.data, index))
+    raise_if_any([*check_flip(config, index), *check_weighted_sources(config.data.source_weights, index)])
     source = resolve_model(config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None
-    repeats = weigh_sources(index, repeats, config.data.source_weights)
+    repeats = apply_source_weights(index, repeats, config.data.source_weights)
     shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
     dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)
@@ -140,7 +140,7 @@ def tabulate_captions(dataset: LatentDataset) -> Table:
     drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
     for row, *captions in zip(rows.tolist(), *drawn, strict=True):
         table.add_row(
-            str(dataset.index.strings("key")[row]),
+            str(dataset.index.arrow_column("key")[row]),
             *("(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions),
         )
     return table
@@ -163,7 +163,7 @@ def write_sheet(
 
 def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
     """Samples in the order of training."""
-    for spec in iterate_specs(plan, (0, 0), 0, 1, 1):
+    for spec in iterate_specs(plan, Position(0, 0), 0, 1, 1):
         batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
         caption, _, _ = dataset.describe(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
         left = int(batch.time_ids[0, 3])

@@ -27,7 +27,7 @@ from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, re
 from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
-from sdxl_trainer.data.index.missing_latents import choose_file
+from sdxl_trainer.data.index.missing_latents import choose_latent_file
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
@@ -128,7 +128,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
         dtype = config.cache.dtype  # of no effect: bytes are copied as they are
         sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
         index = open_index(config, [])
-        rows = {key: row for row, key in enumerate(index.strings("key").to_pylist())}
+        rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
 
         def get_record(key: str) -> bytes:
             row = rows.get(key, rows.get(split_key(key)[1]))
@@ -140,7 +140,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
             entries,
             sink,
             manifest,
-            lambda entry: choose_file(entry.key, entry.source_path, beside=config.cache.dir is None),
+            lambda entry: choose_latent_file(entry.key, entry.source_path, beside=config.cache.dir is None),
             get_record,
         )
         manifest.close()

@@ -14,12 +14,12 @@ from sdxl_trainer.data.checks.latents import count_unflipped, find_bad_latents
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.manifest import STALE, read_identity
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
-from sdxl_trainer.data.index.selection import build_bucket_rules, build_selection, get_cache_folder
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
+from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
 from sdxl_trainer.data.metadata.merge import MAX_SHOWN
 from sdxl_trainer.data.metadata.records import check_sources
 from sdxl_trainer.data.order.regularisation import check_regularisation
-from sdxl_trainer.data.order.source_weights import check_use, check_weights
+from sdxl_trainer.data.order.source_weights import check_weighted_sources, check_weights
 from sdxl_trainer.data.stores.remote import is_remote
 
 
@@ -29,8 +29,11 @@ def check_records(config: Config, need_captions: bool = True) -> tuple[Index | N
     Args:
         need_captions: False only warns where there are none.
     """
-    problems = check_sources(config.data.metadata, config.data.image_dirs)
-    problems += check_regularisation(config.data) + check_weights(config.data)
+    problems = [
+        *check_sources(config.data.metadata, config.data.image_dirs),
+        *check_regularisation(config.data),
+        *check_weights(config.data),
+    ]
     if config.cache.dir is None and config.data.metadata and is_remote(config.data.metadata[0]):
         rule = "must be set where data.metadata is a URL: a local folder for the index"
         problems.append(Problem("cache.dir", None, rule, "set it to a folder with some space"))
@@ -81,7 +84,7 @@ def check_captions(index: Index, missing_caption: str, source: str, shown: str) 
 
 def find_clash(index: Index, prefixes: list[str]) -> str | None:
     """The key of an image that reads like that of another image's latents at a further resolution, or None."""
-    keys = index.strings("key").filter(index.strings("offset").is_null())
+    keys = index.arrow_column("key").filter(index.arrow_column("offset").is_null())
     for prefix in filter(None, prefixes):
         first = pc.call_function(
             "index",
@@ -106,7 +109,7 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
     if records is None:
         return None, problems
     folder = get_cache_folder(config)
-    index = open_latent_index(folder, records, build_selection(config))
+    index = open_sample_index(folder, records, build_latent_selection(config))
     if len(index) == 0:
         rule = "holds no latent cache" if read_identity(folder) is None else "holds the latents of none of the records"
         cure = "run bash launch/cache.sh with the same settings first"
@@ -132,7 +135,7 @@ def check_latents(config: Config, resuming: bool) -> tuple[Index | None, list[Pr
         )
     problems += check_identity(config, folder, index)
     problems += check_copies(config, index)
-    problems += check_flip(config, index) + check_use(config.data, index)
+    problems += [*check_flip(config, index), *check_weighted_sources(config.data.source_weights, index)]
     leave_out_bad(config, index, resuming)
     return index, problems
 
@@ -179,7 +182,7 @@ def check_copies(config: Config, index: Index) -> list[Problem]:
     settings = config.data.remote_shards
     if not settings.shuffle_shards:
         return []
-    _, names = index.number_shards()
+    names = index.group_by_shard().names
     if not any(map(is_remote, names)):
         return []
     ends = np.nan_to_num(index.column("bytes")) + np.nan_to_num(index.column("offset"))
@@ -213,7 +216,7 @@ def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
         RuntimeError: too many are bad.
     """
     bad = find_bad_latents(index, get_cache_folder(config), config.data.verify_latents)
-    keys = index.strings("key")
+    keys = index.arrow_column("key")
     named = [*index.note("bad"), *((keys[row].as_py(), reason) for row, reason in bad)]
     logs, left_out = config.run.folder / "logs", get_left_out_file(config, index)
     if named:
@@ -237,7 +240,7 @@ def leave_out_bad(config: Config, index: Index, resuming: bool) -> None:
 
 def get_left_out_file(config: Config, index: Index) -> Path:
     """Rows of the index that a run does not use, found bad when the run, or its going on with these data, began."""
-    return config.run.folder / f"left_out-{index.content_hash()}.npy"
+    return config.run.folder / f"left_out-{index.hash_rows()}.npy"
 
 
 def leave_out_rows(config: Config, index: Index, repeats: np.ndarray | None) -> np.ndarray | None:
@@ -253,6 +256,8 @@ def leave_out_rows(config: Config, index: Index, repeats: np.ndarray | None) -> 
 
 def _refuse_uncaptioned(index: Index, number: int) -> Problem:
     rows = np.flatnonzero(~index.column("captioned"))[:MAX_SHOWN]
-    shown = ", ".join(str(index.strings("key")[row]) for row in rows.tolist()) + (", ..." if number > MAX_SHOWN else "")
+    shown = ", ".join(str(index.arrow_column("key")[row]) for row in rows.tolist()) + (
+        ", ..." if number > MAX_SHOWN else ""
+    )
     cure = "give them captions, or set data.on_missing_caption: skip, or empty"
     return Problem("data.on_missing_caption", "error", f"{number} records have no caption: {shown}", cure)

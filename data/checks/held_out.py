@@ -7,9 +7,9 @@ import numpy as np
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.data import check_records
-from sdxl_trainer.data.index.index import Index, open_latent_index
-from sdxl_trainer.data.index.selection import build_selection, get_cache_folder
-from sdxl_trainer.data.order.split import find_common, hash_keys, select_share
+from sdxl_trainer.data.index.index import Index, open_sample_index
+from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
+from sdxl_trainer.data.order.split import find_matching_rows, hash_keys, select_by_hash
 
 # Nothing of a caption is left to chance that could be left out.
 QUIET = {
@@ -51,7 +51,7 @@ def open_validation_index(config: Config) -> tuple[Index | None, list[Problem]]:
     if records is None or problems:
         return None, problems
     folder = get_cache_folder(derived)
-    index = open_latent_index(folder, records, replace(build_selection(derived), encoding=None))
+    index = open_sample_index(folder, records, replace(build_latent_selection(derived), encoding=None))
     if len(index) == 0:
         cure = "fill it: bash launch/cache.sh with data.metadata (or data.image_dirs) and cache.dir set to these"
         return None, [Problem("validation.cache_dir", folder, "holds the latents of none of its records", cure)]
@@ -61,10 +61,10 @@ def open_validation_index(config: Config) -> tuple[Index | None, list[Problem]]:
 def find_held_out(config: Config, index: Index, own: Index | None) -> np.ndarray:
     """Rows of the training index that must not be trained on, those to validate on first coming first."""
     if own is not None:
-        return find_common(index.strings("key"), own.strings("key"))
+        return find_matching_rows(index.arrow_column("key"), own.arrow_column("key"))
     if not config.validation.share:
         return np.empty(0, np.int64)
-    return select_share(hash_keys(index.strings("key"), config.validation.seed), config.validation.share)
+    return select_by_hash(hash_keys(index.arrow_column("key"), config.validation.seed), config.validation.share)
 
 
 def check_validation(config: Config, index: Index | None) -> list[Problem]:

@@ -66,7 +66,7 @@ def find_bad_latents(
 
 def count_unflipped(index: Index, folder: Path) -> int:
     """Samples without latents of the mirrored image. Headers tell where the manifest does not."""
-    flipped = index.strings("flipped")
+    flipped = index.arrow_column("flipped")
     known = pc.call_function("sum", [flipped]).as_py() or 0
     unknown = pc.call_function("indices_nonzero", [flipped.is_null()]).to_pylist()
 
@@ -159,7 +159,7 @@ def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None
 
 
 def _list_latents(index: Index, folder: Path, start: int) -> Iterator[Latents]:
-    columns = [index.strings(name).slice(start, ROWS_A_TASK).to_pylist() for name in COLUMNS]
+    columns = [index.arrow_column(name).slice(start, ROWS_A_TASK).to_pylist() for name in COLUMNS]
     paths: dict[str, Path | str] = {}
     for file, offset, size, width, height, digest in zip(*columns, strict=True):
         path = paths.get(file)

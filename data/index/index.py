@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -24,25 +24,32 @@ from sdxl_trainer.data.allocator import give_freed_memory_back, keep_freed_memor
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.manifest import list_manifest_parts
 from sdxl_trainer.data.images.image_files import CAPTION_SUFFIXES, walk_images
-from sdxl_trainer.data.index.join import EVERYTHING, LATENT_SCHEMA, Selection, iterate_joined, join_latents
+from sdxl_trainer.data.index.join import ALL_LATENTS, LATENT_SCHEMA, LatentSelection, iterate_sample_rows, join_latents
 from sdxl_trainer.data.index.rows import RowReader
 from sdxl_trainer.data.metadata.blocks import build_block
-from sdxl_trainer.data.metadata.merge import iterate_blocks, raise_twins
+from sdxl_trainer.data.metadata.merge import merge_sources, raise_duplicate_keys
 from sdxl_trainer.data.metadata.records import (
     RECORD_SCHEMA,
     ImageFinder,
     Record,
-    finish_block,
-    load_record,
-    read_folders,
+    build_record_rows,
+    parse_record,
+    read_image_folders,
 )
-from sdxl_trainer.data.metadata.sources import expand_sources
+from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
 VERSION = 11  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
 KEPT_FILES = 3  # of records and of latents, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
+
+
+class ShardGroups(NamedTuple):
+    """Rows of an index by the shard that holds their latents."""
+
+    shard_of_row: np.ndarray  # [N] int64 number of each row's shard
+    names: list[str]  # name of each number, sorted
 
 
 class Index:
@@ -69,7 +76,7 @@ class Index:
 
     def record(self, number: int) -> Record:
         """The whole record of a row."""
-        return load_record(self.row(number))
+        return parse_record(self.row(number))
 
     def record_json(self, number: int) -> bytes:
         """The same as JSON, for files that are read without this index."""
@@ -79,20 +86,19 @@ class Index:
         """A numeric column, [N]."""
         return self.table.column(name).to_numpy()
 
-    def strings(self, name: str) -> pa.ChunkedArray:
+    def arrow_column(self, name: str) -> pa.ChunkedArray:
         """A text or binary column, still in the mapped file."""
         return self.table.column(name)
 
-    def number_shards(self) -> tuple[np.ndarray, list[str]]:
-        """([N] number of the shard that each row's latents lie in, the shards' names, sorted).
-
-        All files of their own together are the shard "".
-        """
-        names = pc.call_function("if_else", [self.strings("offset").is_valid(), self.strings("file"), pa.scalar("")])
+    def group_by_shard(self) -> ShardGroups:
+        """Return which shard holds each row's latents. All npz files together count as the shard ""."""
+        names = pc.call_function(
+            "if_else", [self.arrow_column("offset").is_valid(), self.arrow_column("file"), pa.scalar("")]
+        )
         encoded = pa.concat_arrays(names.chunks).dictionary_encode()
         dictionary = encoded.dictionary.to_pylist()
         numbers = np.argsort(np.argsort(np.array(dictionary, object)))
-        return numbers[encoded.indices.to_numpy()], sorted(dictionary)
+        return ShardGroups(numbers[encoded.indices.to_numpy()], sorted(dictionary))
 
     def note(self, name: str) -> Any:
         """What was noted when the index was made, or None."""
@@ -103,7 +109,7 @@ class Index:
         """Give the pages read so far back, which count as this process' memory although all share them."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
-    def content_hash(self) -> str:
+    def hash_rows(self) -> str:
         """Names the rows by their keys and buckets: the same wherever the data lie and whatever else changes.
 
         It decides what a plan's row numbers mean, so a resume is right as long as it stays.
@@ -147,7 +153,7 @@ def open_record_index(
         FileNotFoundError: a source is not there.
         StoreError: a source lies on a store that cannot be read.
     """
-    local = [fetch_sources(expand_sources([pattern]), folder / "index") for pattern in metadata]
+    local = [fetch_sources(list_source_files([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
     names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
     sources = files or sidecars  # with metadata, folders only say where images are
@@ -156,15 +162,15 @@ def open_record_index(
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]
-        images = read_folders(image_dirs, regularisation_dirs, masks)
-        blocks = iterate_blocks(groups, path.parent) if metadata else map(build_block, images)
+        images = read_image_folders(image_dirs, regularisation_dirs, masks)
+        blocks = merge_sources(groups, path.parent) if metadata else map(build_block, images)
         finder = ImageFinder(image_dirs, masks)
         with show_urls_in_errors(local):
-            _write(path, RECORD_SCHEMA, (finish_block(block, finder, separator) for block in blocks))
+            _write(path, RECORD_SCHEMA, (build_record_rows(block, finder, separator) for block in blocks))
     return _open(path)
 
 
-def open_latent_index(folder: Path, records: Index, selection: Selection = EVERYTHING) -> Index:
+def open_sample_index(folder: Path, records: Index, selection: LatentSelection = ALL_LATENTS) -> Index:
     """The index of the records that have latents: those that the manifest of the cache at `folder` lists, and those of
     other programs that lie beside the images or in `folder`. In the order of the records; of several resolutions one
     after the other. With `selection.encoding` also those that have none, planned for when these are made.
@@ -184,7 +190,7 @@ def open_latent_index(folder: Path, records: Index, selection: Selection = EVERY
     with _building(), join_latents(folder, records.table, selection) as (joined, notes):
         path = folder / "index" / f"{name}-{_watch(notes['watched'])}.arrow"
         schema = LATENT_SCHEMA.with_metadata({name: orjson.dumps(note) for name, note in notes.items()})
-        batches = iterate_joined(joined, records.table, records.release)
+        batches = iterate_sample_rows(joined, records.table, records.release)
         _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
     return _open(path)
 
@@ -193,7 +199,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
     """Write an index and clean up old ones.
 
     Raises:
-        TwinError: a key occurs twice.
+        DuplicateKeyError: a key occurs twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _building(), open_atomic(path) as file:
@@ -204,7 +210,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
         if schema == RECORD_SCHEMA:  # of latents keys are those of records, with another prefix at each resolution
             table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
             paths = table.column("image_path")
-            raise_twins(table.column("key"), lambda row: str(paths[row]))
+            raise_duplicate_keys(table.column("key"), lambda row: str(paths[row]))
     _clean_up(path)
 
 

@@ -16,9 +16,15 @@ from isal.isal_zlib import crc32
 
 from sdxl_trainer.data.formats.manifest import CRC_MARK, list_manifest_parts, read_entries
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
-from sdxl_trainer.data.index.missing_latents import Encoding, place_uncached
-from sdxl_trainer.data.index.unlisted_latents import LatentHeader, Place, find_unlisted, place_unlisted, read_headers
-from sdxl_trainer.data.metadata.merge import stage
+from sdxl_trainer.data.index.missing_latents import EncodingSettings, plan_missing_latents
+from sdxl_trainer.data.index.unlisted_latents import (
+    LatentHeader,
+    LatentLocation,
+    find_unlisted_latents,
+    infer_placement,
+    read_latent_headers,
+)
+from sdxl_trainer.data.metadata.merge import spill_batches
 from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
 
 ENTRIES_AT_ONCE = 16_384
@@ -60,7 +66,7 @@ class DamagedLineError(ValueError):
     """A line of the manifest is not whole."""
 
 
-class Line(msgspec.Struct, gc=False):
+class ManifestLine(msgspec.Struct, gc=False):
     """What of a manifest's line is wanted; `ManifestEntry` of data/formats/manifest.py says what it means."""
 
     key: str
@@ -78,7 +84,7 @@ class Line(msgspec.Struct, gc=False):
     text: dict[str, Any] | None = None  # as TEXT_FIELDS
 
 
-DECODER = msgspec.json.Decoder(Line)
+DECODER = msgspec.json.Decoder(ManifestLine)
 GET_SIZES = attrgetter("bucket", "original_size", "resized", "crop")
 NUM_SIDES, INDEXED_SIDES = (
     10,
@@ -87,19 +93,19 @@ NUM_SIDES, INDEXED_SIDES = (
 
 
 @dataclass(frozen=True)
-class Selection:
+class LatentSelection:
     """Which latents are looked for."""
 
     captioned_only: bool = False  # leave out records without a caption
     prefixes: tuple[str, ...] = ("",)  # of each resolution, before the keys of its latents
-    encoding: Encoding | None = None  # how those of other images will be made; None: such are left out
+    encoding: EncodingSettings | None = None  # how those of other images will be made; None: such are left out
 
 
-EVERYTHING = Selection()
+ALL_LATENTS = LatentSelection()
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedLatents:
     """Which latents each record has at each resolution."""
 
     places: list[pa.Table]  # with the PLACE_FIELDS, one after the other
@@ -107,8 +113,10 @@ class Joined:
 
 
 @contextmanager
-def join_latents(folder: Path, records: pa.Table, selection: Selection) -> Iterator[tuple[Joined, dict[str, Any]]]:
-    """Find the latents of all records; also what is to be noted about it (data/index/index.py, `open_latent_index`).
+def join_latents(
+    folder: Path, records: pa.Table, selection: LatentSelection
+) -> Iterator[tuple[JoinedLatents, dict[str, Any]]]:
+    """Find the latents of all records; also what is to be noted about it (data/index/index.py, `open_sample_index`).
 
     Args:
         folder: the cache's.
@@ -126,17 +134,20 @@ def join_latents(folder: Path, records: pa.Table, selection: Selection) -> Itera
             notes["num_wanted"] += int(wanted.sum())
             notes["identities"][prefix] = _count_identities(listed, matched[prefix])
         places = chain.from_iterable(
-            find_unlisted(records, np.flatnonzero(rows), folder, watched, prefix) for prefix, rows in missing.items()
+            find_unlisted_latents(records, np.flatnonzero(rows), folder, watched, prefix)
+            for prefix, rows in missing.items()
         )
-        with stage(work, FOUND_SCHEMA, _list_found(read_headers(places, work), records, missing, notes)) as found:
+        with spill_batches(
+            work, FOUND_SCHEMA, _list_found(read_latent_headers(places, work), records, missing, notes)
+        ) as found:
             _match_found(found, len(listed), matched)
             uncached = _list_uncached(records, missing, selection.encoding, notes)
-            with stage(work, FOUND_SCHEMA, uncached) as planned:
+            with spill_batches(work, FOUND_SCHEMA, uncached) as planned:
                 _match_found(planned, len(listed) + len(found), matched)
                 notes |= {"num_unlisted": len(found), "num_uncached": len(planned), "watched": sorted(watched)}
                 tables = [table.select([name for name, _ in PLACE_FIELDS]) for table in (listed, found, planned)]
                 notes["other_sizes"] = _describe_other_sizes(records, tables, matched)
-                yield Joined(tables, matched), notes
+                yield JoinedLatents(tables, matched), notes
 
 
 def _describe_other_sizes(records: pa.Table, places: list[pa.Table], matched: dict[str, np.ndarray]) -> str:
@@ -183,7 +194,9 @@ def _are_images(records: pa.Table) -> np.ndarray:
     return records.column("offset").is_null().to_numpy() & ~given.to_numpy()
 
 
-def iterate_joined(joined: Joined, records: pa.Table, release: Callable[[], None]) -> Iterator[pa.RecordBatch]:
+def iterate_sample_rows(
+    joined: JoinedLatents, records: pa.Table, release: Callable[[], None]
+) -> Iterator[pa.RecordBatch]:
     """The records that have latents, with them, in their order.
 
     Args:
@@ -208,9 +221,9 @@ def _stage_entries(folder: Path, work: Path) -> Iterator[pa.Table]:
     """The manifest's lines as columns."""
     with ExitStack() as stack:
         try:
-            yield stack.enter_context(stage(work, LISTED_SCHEMA, _parse_parts(folder)))
+            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _parse_parts(folder)))
         except DamagedLineError:
-            yield stack.enter_context(stage(work, LISTED_SCHEMA, _list_entries(folder)))
+            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _list_entries(folder)))
 
 
 def _parse_parts(folder: Path) -> Iterator[pa.RecordBatch]:
@@ -316,7 +329,7 @@ def _match_found(found: pa.Table, start: int, matched: dict[str, np.ndarray]) ->
 
 
 def _list_found(
-    headers: Iterator[tuple[Place, LatentHeader | Exception]],
+    headers: Iterator[tuple[LatentLocation, LatentHeader | Exception]],
     records: pa.Table,
     missing: dict[str, np.ndarray],
     notes: dict[str, Any],
@@ -336,7 +349,7 @@ def _list_found(
             known = (int(widths[place.row]), int(heights[place.row]))
             notes["num_assumed_sizes"] += header.original_size is None and known == (0, 0)
             size = header.original_size or (known if known != (0, 0) else header.bucket)
-            placement = place_unlisted(header, size)
+            placement = infer_placement(header, size)
             rows.append(
                 (
                     place.row,
@@ -358,14 +371,15 @@ def _list_found(
 
 
 def _list_uncached(
-    records: pa.Table, missing: dict[str, np.ndarray], encoding: Encoding | None, notes: dict[str, Any]
+    records: pa.Table, missing: dict[str, np.ndarray], encoding: EncodingSettings | None, notes: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """Where the latents of images that have none will be, as columns. Images that cannot be used are noted."""
     if encoding is None:
         return
     images = _are_images(records)
     places = chain.from_iterable(
-        place_uncached(records, np.flatnonzero(rows & images), prefix, encoding) for prefix, rows in missing.items()
+        plan_missing_latents(records, np.flatnonzero(rows & images), prefix, encoding)
+        for prefix, rows in missing.items()
     )
     while some := list(islice(places, ENTRIES_AT_ONCE)):
         rows = []

@@ -24,7 +24,7 @@ AT_ONCE, A_TASK = 16_384, 256  # images: a task for each would cost more than as
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodingSettings:
     """How latents will be made of images that have none."""
 
     rules: tuple[tuple[str, BucketRule], ...]  # with the prefix of the keys
@@ -33,7 +33,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Uncached:
+class PlannedLatents:
     """An image without latents at one resolution."""
 
     row: int  # of the record
@@ -43,7 +43,7 @@ class Uncached:
     placement: Placement
 
 
-def choose_file(key: str, image_path: str, beside: bool) -> str:
+def choose_latent_file(key: str, image_path: str, beside: bool) -> str:
     """Where an image's latents go as npz: beside it, or under the cache folder, which no key may lead out of. Those of
     further resolutions go into a folder of their own there."""
     prefix, name = split_key(key)
@@ -54,9 +54,9 @@ def choose_file(key: str, image_path: str, beside: bool) -> str:
     return prefix + (encode_key(name) + ".npz" if path.is_absolute() or ".." in path.parts else str(path))
 
 
-def place_uncached(
-    records: pa.Table, rows: np.ndarray, prefix: str, encoding: Encoding
-) -> Iterator[Uncached | tuple[str, str]]:
+def plan_missing_latents(
+    records: pa.Table, rows: np.ndarray, prefix: str, encoding: EncodingSettings
+) -> Iterator[PlannedLatents | tuple[str, str]]:
     """Where each image of the given rows of the records belongs, or (key, reason) of one that cannot be used.
 
     The metadata's size is believed as long as the image is there: if it is wrong, training finds out.
@@ -67,15 +67,15 @@ def place_uncached(
     buckets = list_buckets(rule)
     choose = lru_cache(maxsize=MAX_SIZES)(lambda size: place_image(size, rule, buckets))
 
-    def place(row: int, key: str, image: str, width: int, height: int) -> Uncached | tuple[str, str]:
+    def place(row: int, key: str, image: str, width: int, height: int) -> PlannedLatents | tuple[str, str]:
         size = (width, height)
         if width <= 0 or not os.path.isfile(image):
             try:
                 size = read_image_size(Path(image))
             except BadImageError as error:
                 return prefix + key, str(error)
-        file = choose_file(prefix + key, image, encoding.beside)
-        return Uncached(row, prefix, file, size, choose(size))
+        file = choose_latent_file(prefix + key, image, encoding.beside)
+        return PlannedLatents(row, prefix, file, size, choose(size))
 
     columns = [records.column(name) for name in ("key", "image_path", "width", "height")]
     with ThreadPoolExecutor(NUM_THREADS) as pool:

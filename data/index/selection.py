@@ -4,8 +4,8 @@ from pathlib import Path
 
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.images.bucket import BucketRule, name_prefix
-from sdxl_trainer.data.index.join import Selection
-from sdxl_trainer.data.index.missing_latents import Encoding
+from sdxl_trainer.data.index.join import LatentSelection
+from sdxl_trainer.data.index.missing_latents import EncodingSettings
 from sdxl_trainer.data.stores.remote import is_remote
 
 
@@ -28,11 +28,11 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
     return {"": BucketRule(largest, *sides)} | {name_prefix(side): BucketRule(side, *sides) for side in others}
 
 
-def build_selection(config: Config) -> Selection:
+def build_latent_selection(config: Config) -> LatentSelection:
     """Which latents a run trains on."""
     rules = build_bucket_rules(config.data)
-    encoding = Encoding(tuple(rules.items()), beside=config.cache.dir is None, flip=config.cache.flip)
-    return Selection(
+    encoding = EncodingSettings(tuple(rules.items()), beside=config.cache.dir is None, flip=config.cache.flip)
+    return LatentSelection(
         config.data.on_missing_caption == "skip",
         tuple(rules),
         encoding if config.cache.on_missing == "encode" else None,

@@ -29,7 +29,7 @@ ANY_RULE = BucketRule(1024, 64, 2048, 64)  # place_image asks the rule for nothi
 
 
 @dataclass(frozen=True)
-class Place:
+class LatentLocation:
     """Where a record's latents lie."""
 
     row: int  # of the record
@@ -39,9 +39,9 @@ class Place:
     prefix: str = ""  # of the resolution
 
 
-def find_unlisted(
+def find_unlisted_latents(
     records: pa.Table, rows: np.ndarray, folder: Path, watched: set[str], prefix: str = ""
-) -> Iterator[Place]:
+) -> Iterator[LatentLocation]:
     """Latents of the given rows of the records: in the shard that the record came from, in place of its image, beside
     that, or in the cache folder.
 
@@ -57,22 +57,24 @@ def find_unlisted(
         values = (column.take(pa.array(some)).to_pylist() for column in columns)
         for row, path, offset, size in zip(some.tolist(), *values, strict=True):
             if offset is not None:
-                yield Place(row, path, offset, size)
+                yield LatentLocation(row, path, offset, size)
                 continue
             if path.endswith(LATENT_SUFFIX) and os.path.isfile(path):
                 watched.add(os.path.dirname(path))
-                yield Place(row, path, None, None)
+                yield LatentLocation(row, path, None, None)
                 continue
             where, name = os.path.split(path)
             for place in dict.fromkeys(base + "/" * bool(prefix) + prefix.rstrip("/") for base in (where, cache)):
                 watched.add(place)
                 found = list_latents(place).get(strip_suffix(name))
                 if found is not None:
-                    yield Place(row, os.path.join(place, found), None, None, prefix)
+                    yield LatentLocation(row, os.path.join(place, found), None, None, prefix)
                     break
 
 
-def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place, LatentHeader | BadLatentError]]:
+def read_latent_headers(
+    places: Iterator[LatentLocation], folder: Path
+) -> Iterator[tuple[LatentLocation, LatentHeader | BadLatentError]]:
     """The header of each, or why it has none, in order.
 
     Args:
@@ -88,7 +90,7 @@ def read_headers(places: Iterator[Place], folder: Path) -> Iterator[tuple[Place,
                 yield from zip(part, headers, strict=True)
 
 
-def place_unlisted(header: LatentHeader, original_size: Size) -> Placement:
+def infer_placement(header: LatentHeader, original_size: Size) -> Placement:
     """How an image was brought into its bucket, as far as a file of whatever program tells.
 
     Our crop is in the resized image and as large as the bucket. kohya's scripts note the letterbox of the image in
@@ -101,7 +103,7 @@ def place_unlisted(header: LatentHeader, original_size: Size) -> Placement:
     return place_image(original_size, ANY_RULE, [bucket])
 
 
-def _read_part(folder: Path, places: list[Place]) -> list[LatentHeader | BadLatentError]:
+def _read_part(folder: Path, places: list[LatentLocation]) -> list[LatentHeader | BadLatentError]:
     headers: list[LatentHeader | BadLatentError] = []
     for place in places:
         try:

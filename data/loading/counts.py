@@ -26,7 +26,7 @@ class TokenCounts:
 
 def count_buckets(plan: Plan) -> dict[str, int]:
     """Samples of each bucket in epoch 0, the fullest first."""
-    sizes = plan.count_samples(0)
+    sizes = plan.count_samples_by_bucket(0)
     ordered = sorted(sizes, key=lambda bucket: -sizes[bucket])
     return {f"{bucket >> 16}x{bucket & 0xFFFF}": sizes[bucket] for bucket in ordered}
 

@@ -13,8 +13,8 @@ from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image, split_key
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.latent_store import LatentStore
-from sdxl_trainer.data.metadata.records import load_record
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.metadata.records import parse_record
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings, shape_caption, shape_text
@@ -279,13 +279,13 @@ class LatentDataset(torch.utils.data.Dataset):
             left = record["resized_width"] - left - sample.bucket[0]
             mask = None if mask is None else mask[:, ::-1]
         if std is not None:  # both moments are kept: a fresh sample of the posterior each time
-            rng = np.random.default_rng(mix_keys(self.settings.seed, Stream.POSTERIOR, epoch, row))
+            rng = np.random.default_rng(derive_seed(self.settings.seed, RandomStream.POSTERIOR, epoch, row))
             latents = latents + std * rng.standard_normal(latents.shape, np.float32)
         return DrawnLatents(latents, left, None if mask is None else mask.astype(np.float32))
 
     def _is_flipped(self, epoch: int, row: int) -> bool:
         rate = self.settings.flip_rate
-        return rate > 0 and mix_keys(self.settings.seed, Stream.FLIP, epoch, row) < rate * 2**63
+        return rate > 0 and derive_seed(self.settings.seed, RandomStream.FLIP, epoch, row) < rate * 2**63
 
     def describe(self, row: dict, step: int, epoch: int, number: int) -> tuple[str, float, tuple[str, str] | None]:
         """Caption and weight of a sample, and what is wrong with it: the strategy failed on it.
@@ -293,8 +293,8 @@ class LatentDataset(torch.utils.data.Dataset):
         Args:
             row: the index's row `number`.
         """
-        settings, strategy, record = self.settings, self.strategy, load_record(row)
-        rng = np.random.default_rng(mix_keys(settings.seed, Stream.CAPTION, epoch, number))
+        settings, strategy, record = self.settings, self.strategy, parse_record(row)
+        rng = np.random.default_rng(derive_seed(settings.seed, RandomStream.CAPTION, epoch, number))
         try:
             if strategy is not None and strategy.has("caption"):
                 caption = shape_text(strategy.caption(record, rng), "", settings.caption, rng, step, epoch)
@@ -315,7 +315,7 @@ class LatentDataset(torch.utils.data.Dataset):
             return None, bad
         for place, (row, epoch, number) in enumerate(zip(rows, spec.epochs, spec.rows, strict=True)):
             try:
-                outputs.append(self.text.read(row, load_record(row), int(epoch), int(number)))
+                outputs.append(self.text.read(row, parse_record(row), int(epoch), int(number)))
             except (BadTextError, StrategyError) as error:
                 bad[place] = (row["key"], str(error))
                 outputs.append(self.text.empty)

@@ -14,7 +14,7 @@ from sdxl_trainer.data.allocator import give_freed_memory_back
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
-from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 from sdxl_trainer.data.stores.shard_copies import open_copies
 from sdxl_trainer.data.text.cached_text import CachedText
@@ -38,9 +38,15 @@ def build_plan(
     buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
     if not shuffle_shards:
         return Plan(buckets, global_batch_size, seed, repeats)
-    shards, names = index.number_shards()
+    shards = index.group_by_shard()
     return ShardPlan(
-        buckets, shards, names, shuffle_shards, global_batch_size=global_batch_size, seed=seed, repeats=repeats
+        buckets,
+        shards.shard_of_row,
+        shards.names,
+        shuffle_shards,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        repeats=repeats,
     )
 
 
@@ -68,7 +74,7 @@ def build_dataset(
 
 
 def iterate_specs(
-    plan: Plan, position: tuple[int, int], rank: int, world_size: int, micro_batch_size: int, step: int = 0
+    plan: Plan, position: Position, rank: int, world_size: int, micro_batch_size: int, step: int = 0
 ) -> Iterator[MicroSpec]:
     """What a rank reads, micro step by micro step, without end, from the global batch at `position` on.
 
@@ -78,9 +84,9 @@ def iterate_specs(
     """
     stride = micro_batch_size * world_size
     assert plan.global_batch_size % stride == 0, "ranks x micro batch size must divide the global batch size"
-    position = plan.settle_position(*position)
+    position = plan.skip_empty_epochs(position)
     while True:
-        batch, shards = plan.batch(*position), plan.list_shards(*position)
+        batch, shards = plan.batch(position), plan.list_shards(position)
         for start in range(rank * micro_batch_size, plan.global_batch_size, stride):
             share = slice(start, start + micro_batch_size)
             yield MicroSpec(
@@ -91,7 +97,7 @@ def iterate_specs(
                 step,
                 shards,
             )
-        position, step = plan.next_position(*position), step + 1
+        position, step = plan.next_position(position), step + 1
 
 
 def iterate_batches(

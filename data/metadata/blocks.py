@@ -14,8 +14,17 @@ import msgspec
 import orjson
 
 from sdxl_trainer.data.images.image_files import strip_suffix
-from sdxl_trainer.data.metadata.json_stream import Piece, iterate_pieces
-from sdxl_trainer.data.metadata.sources import BASE, NAME, NPZ, SOURCE, Items, detect_form, read_piece, read_source
+from sdxl_trainer.data.metadata.json_stream import JsonChunk, iterate_chunks
+from sdxl_trainer.data.metadata.sources import (
+    BASE,
+    NAME,
+    NPZ,
+    SOURCE,
+    KeyedRecords,
+    detect_format,
+    parse_chunk,
+    read_metadata_file,
+)
 
 Place = tuple[str, int, int]  # tar, offset and bytes of latents that came with a record
 
@@ -48,7 +57,7 @@ class Block:
         return list(map(attrgetter(name), self.rows))
 
 
-def build_block(items: Items) -> Block:
+def build_block(items: KeyedRecords) -> Block:
     """Records of any form as a block."""
     special = (BASE, NAME, NPZ, SOURCE)
     bases, names, places, sources = ([fields.pop(name, None) for _, fields in items] for name in special)
@@ -69,14 +78,14 @@ def read_blocks(file: Path) -> Iterator[Block]:
     Raises:
         ValueError: malformed; the file and the place in it are named.
     """
-    if detect_form(file) != "json":
-        yield from map(build_block, read_source(file))
+    if detect_format(file) != "json":
+        yield from map(build_block, read_metadata_file(file))
         return
-    for piece in iterate_pieces(file):
-        yield _decode_piece(piece, str(file.parent)) or build_block(read_piece(file, piece))
+    for piece in iterate_chunks(file):
+        yield _decode_piece(piece, str(file.parent)) or build_block(parse_chunk(file, piece))
 
 
-def _decode_piece(piece: Piece, base: str) -> Block | None:
+def _decode_piece(piece: JsonChunk, base: str) -> Block | None:
     """The fast way, or None where something is out of the ordinary: orjson then tells what."""
     escaped = b"\\u" in piece.text  # most texts have none, and are searched but once
     if (escaped and any(mark in piece.text for mark in SURROGATES)) or not _is_utf8(piece.text):

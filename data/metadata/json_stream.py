@@ -49,7 +49,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class Piece:
+class JsonChunk:
     """Some members of a JSON object: `text` is an object of its own. Good until the next one is asked for."""
 
     text: bytes
@@ -67,7 +67,7 @@ class Piece:
         return _parse_members(self.text, self.place, self.prefix, len(self.ends))
 
 
-def iterate_pieces(file: Path) -> Iterator[Piece]:
+def iterate_chunks(file: Path) -> Iterator[JsonChunk]:
     """A JSON object in pieces of some thousand members, in order. What a key says that occurs in two pieces, the caller
     sees twice.
 
@@ -84,7 +84,7 @@ def iterate_pieces(file: Path) -> Iterator[Piece]:
                 text += more
                 continue
             piece = text if cut < 0 else text[:cut] + b"}"
-            yield Piece(prefix + piece, starts + len(prefix), ends + len(prefix), place, len(prefix))
+            yield JsonChunk(prefix + piece, starts + len(prefix), ends + len(prefix), place, len(prefix))
             if cut < 0:
                 return
             place.move(text[: cut + 1])
@@ -106,7 +106,7 @@ def iterate_lines(file: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
             number += len(lines)
 
 
-def is_lines(file: Path) -> bool:
+def is_json_lines(file: Path) -> bool:
     """Whether a file holds an object a line, whatever it is called: more follows its first line, which is one."""
     with open(file, "rb") as stream:
         first, second = stream.readline(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), stream.read(64).lstrip()

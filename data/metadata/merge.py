@@ -15,17 +15,17 @@ import orjson
 import pyarrow as pa
 
 from sdxl_trainer.data.metadata.blocks import Block, build_block, read_blocks
-from sdxl_trainer.data.metadata.sources import NAME, NPZ, ROWS_AT_ONCE, SOURCE, Items, read_source
+from sdxl_trainer.data.metadata.sources import NAME, NPZ, ROWS_AT_ONCE, SOURCE, KeyedRecords, read_metadata_file
 
 STAGE_SCHEMA = pa.schema([("key", pa.string()), ("fields", pa.binary())])
 MAX_SHOWN = 20  # items that an error lists
 
 
-class TwinError(ValueError):
+class DuplicateKeyError(ValueError):
     """Images of one source that have the same stem."""
 
 
-def iterate_blocks(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Block]:
+def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[Block]:
     """The records of all sources, each key once, in the order of their first appearance, of which their source tells.
 
     Args:
@@ -43,23 +43,23 @@ def iterate_blocks(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[
     def list_batches() -> Iterator[pa.RecordBatch]:
         for source in sources:
             starts.append(starts[-1])
-            for items in chain.from_iterable(map(read_source, source)):
+            for items in chain.from_iterable(map(read_metadata_file, source)):
                 starts[-1] += len(items)
                 keys = [key for key, _ in items]
                 fields = [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in items]
                 yield pa.record_batch([pa.array(keys, pa.string()), pa.array(fields, pa.binary())], STAGE_SCHEMA)
 
-    with stage(folder, STAGE_SCHEMA, list_batches()) as table:
+    with spill_batches(folder, STAGE_SCHEMA, list_batches()) as table:
         yield from map(build_block, _merge(table, starts))
 
 
-def raise_twins(keys: pa.ChunkedArray, describe: Callable[[int], str]) -> None:
+def raise_duplicate_keys(keys: pa.ChunkedArray, describe: Callable[[int], str]) -> None:
     """Stop if a key occurs twice; `describe` tells the image of a row.
 
     Raises:
-        TwinError: it lists them, each with the one it is a twin of.
+        DuplicateKeyError: it lists them, each with the one it is a twin of.
     """
-    numbers, num_keys = number_keys(keys)
+    numbers, num_keys = factorize_keys(keys)
     if num_keys == len(keys):
         return
     order = np.argsort(numbers, kind="stable")
@@ -68,10 +68,10 @@ def raise_twins(keys: pa.ChunkedArray, describe: Callable[[int], str]) -> None:
     pairs = sorted(zip(order[again].tolist(), order[firsts].tolist(), strict=True))
     shown = [f"'{keys[row]}' ({describe(first)} and {describe(row)})" for row, first in pairs[:MAX_SHOWN]]
     more = ", ..." if len(pairs) > MAX_SHOWN else ""
-    raise TwinError(f"{len(pairs)} images have the stem of another one: {', '.join(shown)}{more}")
+    raise DuplicateKeyError(f"{len(pairs)} images have the stem of another one: {', '.join(shown)}{more}")
 
 
-def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+def factorize_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     """([N] the number of each key, in the order of their first appearance; how many different ones there are)."""
     encoded = keys.dictionary_encode()
     parts = [np.empty(0, np.int32), *(chunk.indices.to_numpy() for chunk in encoded.chunks)]
@@ -79,7 +79,7 @@ def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
 
 
 @contextmanager
-def stage(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+def spill_batches(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     """Record batches as a table that lies in a file and not in memory, while the block lasts."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".stage.{uuid.uuid4().hex[:8]}.tmp"
@@ -92,17 +92,19 @@ def stage(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) ->
         path.unlink(missing_ok=True)
 
 
-def _merge(table: pa.Table, starts: list[int]) -> Iterator[Items]:
+def _merge(table: pa.Table, starts: list[int]) -> Iterator[KeyedRecords]:
     """Args: starts: where each source's rows begin, and the end."""
     keys, contents = table.column("key"), table.column("fields")
-    numbers, num_keys = number_keys(keys)
+    numbers, num_keys = factorize_keys(keys)
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         if end > start and np.bincount(numbers[start:end]).max() > 1:
-            raise_twins(keys.slice(start, end - start), lambda row, start=start: _describe(contents[start + row]))
+            raise_duplicate_keys(
+                keys.slice(start, end - start), lambda row, start=start: _describe(contents[start + row])
+            )
     order = np.argsort(numbers, kind="stable")
     ends = np.searchsorted(numbers[order], np.arange(num_keys), side="right")
     for first in range(0, num_keys, ROWS_AT_ONCE):
-        items: Items = []
+        items: KeyedRecords = []
         begin = int(ends[first - 1]) if first else 0
         for end in ends[first : first + ROWS_AT_ONCE].tolist():
             fields: dict = {}

@@ -26,7 +26,7 @@ from sdxl_trainer.data.images.image_files import (
     walk_images,
 )
 from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, Block
-from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SOURCE, Items, expand_sources
+from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SOURCE, KeyedRecords, list_source_files
 from sdxl_trainer.data.stores.remote import StoreError, describe_objects, is_remote
 
 Record = dict[str, Any]
@@ -35,7 +35,7 @@ RECORD_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("image_path", pa.string()),  # the image, or the latent file or shard in place of it
         ("captioned", pa.bool_()),  # whether the record has a caption; what it is, the record tells
-        ("record", pa.binary()),  # JSON as the source has it; `load_record` completes it
+        ("record", pa.binary()),  # JSON as the source has it; `parse_record` completes it
         ("width", pa.int32()),  # 0: the metadata do not say
         ("height", pa.int32()),
         ("offset", pa.int64()),  # of the latents in the shard; null: no shard
@@ -45,29 +45,28 @@ RECORD_SCHEMA = pa.schema(
 )
 
 
-def check_sources(metadata: Sequence[Path | str], image_dirs: list[Path]) -> list[Problem]:
-    """What is wrong with the data settings before anything is read."""
+def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) -> Iterator[Problem]:
+    """Yield a problem for each metadata file and image folder of the settings that does not exist."""
     if not metadata and not image_dirs:
         cure = "set data.metadata to a metadata file, or data.image_dirs to folders with images"
-        return [Problem("data", None, "names neither metadata nor image folders", cure)]
+        yield Problem("data", None, "names neither metadata nor image folders", cure)
+        return
     cure = "check the path (relative to the working directory)"
-    problems = []
     for number, pattern in enumerate(metadata):
         try:
             missing = _find_missing(pattern)
         except StoreError as error:
             cure_store = "check the URL, the credentials and the network (docs/DATA.md says where they are set)"
-            problems.append(Problem(f"data.metadata.{number}", pattern, str(error), cure_store))
+            yield Problem(f"data.metadata.{number}", pattern, str(error), cure_store)
             continue
         if missing and missing[0][0] == str(pattern):
-            problems.append(Problem(f"data.metadata.{number}", pattern, missing[0][1], cure))
+            yield Problem(f"data.metadata.{number}", pattern, missing[0][1], cure)
         elif missing:
             rule = f"names {len(missing)} that are no files, {missing[0][0]} first"
-            problems.append(Problem(f"data.metadata.{number}", pattern, rule, cure))
+            yield Problem(f"data.metadata.{number}", pattern, rule, cure)
     for number, path in enumerate(image_dirs):
         if not path.is_dir():
-            problems.append(Problem(f"data.image_dirs.{number}", path, "is not a folder", cure))
-    return problems
+            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", cure)
 
 
 def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
@@ -76,16 +75,16 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
     Raises:
         StoreError: a store cannot be asked.
     """
-    files = expand_sources([pattern])
+    files = list_source_files([pattern])
     missing = [(str(file), "is not a file") for file in files if not is_remote(file) and not Path(file).is_file()]
     urls = [str(file) for file in files if is_remote(file)]
     answers = zip(urls, describe_objects(urls), strict=True)
     return missing + [(url, f"is not there: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
 
 
-def read_folders(
+def read_image_folders(
     image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
-) -> Iterator[Items]:
+) -> Iterator[KeyedRecords]:
     """Images with the captions beside them, each folder a source; those of the second kind have `is_reg`. `masks`, as
     in `data.masks`, are none."""
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
@@ -106,7 +105,7 @@ def read_folders(
                 ]
 
 
-def finish_block(block: Block, finder: "ImageFinder", separator: str) -> pa.RecordBatch:
+def build_record_rows(block: Block, finder: "ImageFinder", separator: str) -> pa.RecordBatch:
     """Rows of the index from what sources hold: find images, settle captions and sizes.
 
     Args:
@@ -137,7 +136,7 @@ def finish_block(block: Block, finder: "ImageFinder", separator: str) -> pa.Reco
     return pa.record_batch(arrays, RECORD_SCHEMA)
 
 
-def load_record(row: Mapping[str, Any]) -> Record:
+def parse_record(row: Mapping[str, Any]) -> Record:
     """The whole record of a row of an index, with what the index has found out."""
     record = orjson.loads(row["record"])
     # A field of that name (img2dataset writes one) is not the stem; nor are latents at a further resolution a record.

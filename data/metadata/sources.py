@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, load_catalogue, read_shard
 from sdxl_trainer.data.images.image_files import strip_suffix
-from sdxl_trainer.data.metadata.json_stream import Piece, is_lines, iterate_lines, iterate_pieces
+from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
 
-Items = list[tuple[str, dict[str, Any]]]
-Reader = Callable[[Path], Iterator[Items]]
+KeyedRecords = list[tuple[str, dict[str, Any]]]
+Reader = Callable[[Path], Iterator[KeyedRecords]]
 
 BASE = "//base"  # folder that a relative path of the record is relative to
 NAME = "//name"  # the image's path, where it was the record's key
@@ -34,7 +34,7 @@ MAX_CSV_FIELD = 1 << 24
 KNOWN = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
 
 
-def expand_sources(patterns: Sequence[Path | str]) -> list[Path | str]:
+def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
     """The files that metadata settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up.
 
     URLs stay text, in which only `*` is looked up; those of `file://` become paths.
@@ -57,17 +57,17 @@ def expand_sources(patterns: Sequence[Path | str]) -> list[Path | str]:
     return files
 
 
-def read_source(file: Path) -> Iterator[Items]:
+def read_metadata_file(file: Path) -> Iterator[KeyedRecords]:
     """The records of one metadata file, in its order.
 
     Raises:
         ValueError: malformed; the file and the place in it are named.
     """
-    for items in READERS[detect_form(file)](file):
+    for items in READERS[detect_format(file)](file):
         yield _note_base(items, file)
 
 
-def detect_form(file: Path) -> str:
+def detect_format(file: Path) -> str:
     """The name of a file's form, told by its suffix, and by its content where that is not enough."""
     suffix = file.suffix.lower()
     form = SUFFIXES.get(suffix)
@@ -77,10 +77,10 @@ def detect_form(file: Path) -> str:
         form = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
     if form is None:
         raise ValueError(f"{file}: has no form that is known; files may be called {KNOWN}")
-    return "json_lines" if form == "json" and is_lines(file) else form
+    return "json_lines" if form == "json" and is_json_lines(file) else form
 
 
-def read_piece(file: Path, piece: Piece) -> Items:
+def parse_chunk(file: Path, piece: JsonChunk) -> KeyedRecords:
     """Some records of a JSON object, keyed by stem and holding `image_path`, or keyed by the image's path.
 
     Raises:
@@ -98,12 +98,12 @@ def read_piece(file: Path, piece: Piece) -> Items:
     return _note_base(items, file)
 
 
-def _read_object(file: Path) -> Iterator[Items]:
-    for piece in iterate_pieces(file):
-        yield read_piece(file, piece)
+def _read_object(file: Path) -> Iterator[KeyedRecords]:
+    for piece in iterate_chunks(file):
+        yield parse_chunk(file, piece)
 
 
-def _note_base(items: Items, file: Path) -> Items:
+def _note_base(items: KeyedRecords, file: Path) -> KeyedRecords:
     """The same, with the folder that relative paths in them are relative to.
 
     Raises:
@@ -120,12 +120,12 @@ def _note_base(items: Items, file: Path) -> Items:
     return items
 
 
-def _read_lines(file: Path) -> Iterator[Items]:
+def _read_lines(file: Path) -> Iterator[KeyedRecords]:
     for lines in iterate_lines(file):
-        yield [_key_row(fields, f"{file}:{number}") for number, fields in lines]
+        yield [_key_record(fields, f"{file}:{number}") for number, fields in lines]
 
 
-def _read_csv(file: Path) -> Iterator[Items]:
+def _read_csv(file: Path) -> Iterator[KeyedRecords]:
     """Comma-separated values (tab in a .tsv) under a line of names. An empty cell is no field; values stay text."""
     csv.field_size_limit(MAX_CSV_FIELD)
     try:
@@ -147,19 +147,19 @@ def _zip_rows(rows: Any, names: list[str], place: Callable[[], str]) -> Iterator
             if row and len(row) != len(names):
                 raise ValueError(f"{place()}: the row has {len(row)} values under {len(names)} names")
             if row:
-                yield _key_row({name: value for name, value in zip(names, row, strict=True) if value != ""}, place())
+                yield _key_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place())
     except csv.Error as error:
         raise ValueError(f"{place()}: malformed CSV: {error}") from None
 
 
-def _read_parquet(file: Path) -> Iterator[Items]:
+def _read_parquet(file: Path) -> Iterator[KeyedRecords]:
     """A Parquet table, a row a record; a null is no field."""
     try:
         number = 0
         for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
             rows = batch.to_pylist()
             yield [
-                _key_row(
+                _key_record(
                     {name: value for name, value in row.items() if value is not None}, f"{file}, row {number + at}"
                 )
                 for at, row in enumerate(rows)
@@ -169,25 +169,25 @@ def _read_parquet(file: Path) -> Iterator[Items]:
         raise ValueError(f"{file}: no readable Parquet file: {error}") from None
 
 
-def _read_shard(file: Path) -> Iterator[Items]:
+def _read_shard(file: Path) -> Iterator[KeyedRecords]:
     """A webdataset shard: `key.npz` with `key.json` (the record), or with `key.txt` (the caption)."""
     with open(file, "rb") as stream:
         yield from _list_items(str(file.absolute()), read_shard(str(file), stream))
 
 
-def _read_catalogue(file: Path) -> Iterator[Items]:
+def _read_catalogue(file: Path) -> Iterator[KeyedRecords]:
     """What is known of a shard that lies on a store (data/catalogue.py)."""
     yield from _list_items(*load_catalogue(file))
 
 
-def _list_items(shard: str, samples: list[ShardSample]) -> Iterator[Items]:
+def _list_items(shard: str, samples: list[ShardSample]) -> Iterator[KeyedRecords]:
     for start in range(0, len(samples), ROWS_AT_ONCE):
         some = samples[start : start + ROWS_AT_ONCE]
         places = [{} if each.offset is None else {NPZ: (shard, each.offset, each.size)} for each in some]
         yield [(each.key, {**each.record, **place}) for each, place in zip(some, places, strict=True)]
 
 
-def _key_row(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
+def _key_record(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
     """A row's key: the stem of its image's path, else its `key`."""
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:

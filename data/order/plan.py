@@ -10,65 +10,24 @@ data set is ever shuffled or kept.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed, permute
 
 
-class Stream(IntEnum):
-    """What a keyed random draw is for: the second key, after the seed, so that no two uses share numbers."""
+class Position(NamedTuple):
+    """Position of a global batch in the order of a run."""
 
-    BATCH_ORDER = 0
-    SAMPLE_ORDER = 1
-    REPEATS = 2
-    CAPTION = 3
-    NOISE = 4
-    TIMESTEP = 5
-    NOISE_OFFSET = 6
-    PYRAMID_NOISE = 7
-    INPUT_PERTURBATION = 8
-    TEXT_DROPOUT = 9
-    POSTERIOR = 10
-    FLIP = 11
-    VALIDATION = 12
-    SHARD_ORDER = 14
-    ADAPTER = 15
-    CAPTION_VARIANT = 16
-    TEXT_VARIANT = 17
-    ROUNDING = 18
-
-
-def mix_keys(*keys: int) -> int:
-    """Hash integers into one of 63 bits, the seed of what is keyed to them. Order matters; near keys are unrelated."""
-    state = 0x9E3779B97F4A7C15
-    for key in keys:
-        state = _splitmix((state ^ (key & _MASK)) & _MASK)
-    return state >> 1
-
-
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each of `index` goes in a random permutation of range(size) that `key` names. int64 in, int64 out.
-
-    A Feistel network permutes the next power of four; indices that leave the range walk on until they are back in it
-    (four steps at most on average), which keeps it a permutation of the range.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    round_keys = [np.uint64(mix_keys(key, number)) for number in range(6)]
-    result = _feistel(index.astype(np.uint64), half, mask, round_keys)
-    outside = np.flatnonzero(result >= size)
-    while outside.size:
-        result[outside] = _feistel(result[outside], half, mask, round_keys)
-        outside = outside[result[outside] >= size]
-    return result.astype(np.int64)
+    epoch: int
+    index: int  # of the global batch within its epoch
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One global batch: `rows` of the data set, all of one `bucket`, and the epoch that each of them belongs to."""
+class GlobalBatch:
+    """One global batch: `rows` of the index, all of one `bucket`, and the epoch that each of them belongs to."""
 
     bucket: int
     rows: np.ndarray  # [global batch size] int64
@@ -99,7 +58,7 @@ class Plan:
         assert len(bucket_of_row) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self._members = sort_stably(bucket_of_row) if members is None else members
+        self._members = argsort_stable(bucket_of_row) if members is None else members
         in_order = bucket_of_row[self._members]
         starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
         self.buckets = [int(bucket) for bucket in in_order[starts]]
@@ -108,7 +67,8 @@ class Plan:
         # A phase per row spreads the extra turns of fractional repeats over the epochs. It lies within 0..1, clear of
         # both by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
         self._phases = (
-            (permute(self._members, len(self._members), mix_keys(seed, Stream.REPEATS)) + 0.5) / len(self._members)
+            (permute(self._members, len(self._members), derive_seed(seed, RandomStream.REPEATS)) + 0.5)
+            / len(self._members)
             if self._repeats is not None
             else None
         )
@@ -122,7 +82,7 @@ class Plan:
         """Names what decides the order besides the rows, their buckets and the seed; nothing here."""
         return ""
 
-    def list_shards(self, epoch: int, index: int) -> tuple[str, ...]:
+    def list_shards(self, position: Position) -> tuple[str, ...]:
         """Shards to have at hand at a position; none here, where any sample may come next."""
         return ()
 
@@ -133,9 +93,9 @@ class Plan:
 
     def num_samples(self, epoch: int) -> int:
         """Samples that an epoch's own share of the stream holds (what its batches hold differs by what is carried)."""
-        return sum(self.count_samples(epoch).values())
+        return sum(self.count_samples_by_bucket(epoch).values())
 
-    def count_samples(self, epoch: int) -> dict[int, int]:
+    def count_samples_by_bucket(self, epoch: int) -> dict[int, int]:
         """Samples that an epoch's own share of each bucket's stream holds."""
         numbers = range(len(self.buckets))
         return {self.buckets[b]: self._count_until(b, epoch + 1) - self._count_until(b, epoch) for b in numbers}
@@ -144,27 +104,31 @@ class Plan:
         """Samples that do not fill a batch by the end of an epoch and are carried into the next."""
         return sum(self._count_until(b, epoch + 1) % self.global_batch_size for b in range(len(self.buckets)))
 
-    def next_position(self, epoch: int, index: int) -> tuple[int, int]:
-        """The (epoch, index) that follows."""
-        epoch, index = self.settle_position(epoch, index)
-        return self.settle_position(epoch, index + 1)
+    def next_position(self, position: Position) -> Position:
+        """Return the position of the global batch that follows."""
+        epoch, index = self.skip_empty_epochs(position)
+        return self.skip_empty_epochs(Position(epoch, index + 1))
 
-    def settle_position(self, epoch: int, index: int) -> tuple[int, int]:
-        """The position itself, or the next one that holds a batch: a small set completes none in its first epochs."""
+    def skip_empty_epochs(self, position: Position) -> Position:
+        """Return `position`, or the next one that holds a batch: a small set completes none in its first epochs."""
+        epoch, index = position
         while index >= self.num_batches(epoch):
             epoch, index = epoch + 1, 0
-        return epoch, index
+        return Position(epoch, index)
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        """The global batch at a position. Costs O(global batch size), wherever the position is."""
+    def batch(self, position: Position) -> GlobalBatch:
+        """Return the global batch at a position. Costs O(global batch size), wherever the position is."""
+        epoch, index = position
         first, last = self._batch_numbers(epoch)
         cumulative = np.cumsum(last - first)
         assert 0 <= index < cumulative[-1], f"epoch {epoch} has {cumulative[-1]} batches, there is no batch {index}"
-        chosen = int(permute(np.array([index]), int(cumulative[-1]), mix_keys(self.seed, Stream.BATCH_ORDER, epoch))[0])
+        chosen = int(
+            permute(np.array([index]), int(cumulative[-1]), derive_seed(self.seed, RandomStream.BATCH_ORDER, epoch))[0]
+        )
         bucket = int(np.searchsorted(cumulative, chosen, side="right"))
         number = int(last[bucket] - (cumulative[bucket] - chosen))
         rows, epochs = self._read_stream(bucket, number * self.global_batch_size, self.global_batch_size, epoch)
-        return Batch(self.buckets[bucket], rows, epochs)
+        return GlobalBatch(self.buckets[bucket], rows, epochs)
 
     def _read_stream(self, bucket: int, start: int, length: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples [start, start + length) of a bucket's stream, whose last sample falls in `epoch`."""
@@ -174,7 +138,7 @@ class Plan:
             if begin < end:
                 size = self._count_until(bucket, epoch + 1) - begin
                 offsets = np.arange(max(start, begin) - begin, end - begin)
-                key = mix_keys(self.seed, Stream.SAMPLE_ORDER, epoch, self.buckets[bucket])
+                key = derive_seed(self.seed, RandomStream.SAMPLE_ORDER, epoch, self.buckets[bucket])
                 rows.insert(0, self._find_rows(bucket, epoch, permute(offsets, size, key)))
                 epochs.insert(0, np.full(len(offsets), epoch))
                 end = max(start, begin)
@@ -210,7 +174,7 @@ class Plan:
         return numbers[0], numbers[1]
 
 
-def sort_stably(values: np.ndarray) -> np.ndarray:
+def argsort_stable(values: np.ndarray) -> np.ndarray:
     """[N] what np.argsort(values, kind="stable") gives of numbers from 0 on: an order that the data alone decide.
 
     numpy sorts 16-bit numbers by radix, in linear time, so it is given one digit after the other.
@@ -221,21 +185,3 @@ def sort_stably(values: np.ndarray) -> np.ndarray:
         if digits.min() != digits.max():
             order = order[np.argsort(digits[order], kind="stable")]
     return order
-
-
-def _splitmix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele et al., 2014): 64 well-mixed bits."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def _feistel(values: np.ndarray, half: int, mask: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
-    """Permute `values` of 2·half bits: each round mixes one half into the other, which can always be undone."""
-    left, right = values >> np.uint64(half), values & mask
-    for key in round_keys:
-        mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-    return (left << np.uint64(half)) | right

@@ -1,5 +1,6 @@
 """Regularisation samples (prior preservation): which ones they are, and how often they are used."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -14,26 +15,21 @@ from sdxl_trainer.data.index.index import Index
 MARK = r'"is_reg"\s*:\s*true'
 
 
-def check_regularisation(data: DataConfig) -> list[Problem]:
-    """What is wrong with the folders of regularisation images."""
+def check_regularisation(data: DataConfig) -> Iterator[Problem]:
+    """Yield a problem for each folder of regularisation images that does not exist, or if they cannot be used."""
     key, cure = "data.regularisation_dirs", "check the path (relative to the working directory)"
-    problems = [
-        Problem(f"{key}.{number}", path, "is not a folder", cure)
-        for number, path in enumerate(data.regularisation_dirs)
-        if not path.is_dir()
-    ]
+    for number, path in enumerate(data.regularisation_dirs):
+        if not path.is_dir():
+            yield Problem(f"{key}.{number}", path, "is not a folder", cure)
     if data.regularisation_dirs and data.metadata:
         cure = 'give the metadata of these images to data.metadata, with "is_reg": true in each record'
-        problems.append(
-            Problem(key, data.regularisation_dirs, "goes with data.image_dirs, not with data.metadata", cure)
-        )
-    return problems
+        yield Problem(key, data.regularisation_dirs, "goes with data.image_dirs, not with data.metadata", cure)
 
 
-def find_regularisation(index: Index) -> np.ndarray:
+def find_regularisation_rows(index: Index) -> np.ndarray:
     """Rows whose record has a true `is_reg`."""
     rows, start = [], 0
-    for chunk in index.strings("record").chunks:
+    for chunk in index.arrow_column("record").chunks:
         marked = pc.call_function("match_substring_regex", [chunk], pc.MatchSubstringOptions(MARK))
         found = np.flatnonzero(marked.to_numpy(zero_copy_only=False))
         rows += [start + row for row in found.tolist() if orjson.loads(chunk[row].as_py()).get("is_reg") is True]

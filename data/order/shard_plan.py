@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from sdxl_trainer.data.order.plan import Batch, Plan, Stream, mix_keys, permute, sort_stably
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed, permute
+from sdxl_trainer.data.order.plan import GlobalBatch, Plan, Position, argsort_stable
 
 FETCHED_BY = 0.75  # of a window, by when the next one's shards are asked for
 
@@ -42,7 +43,7 @@ class ShardPlan(Plan):
         repeats: np.ndarray | None = None,
     ):
         num_shards = len(shard_names)
-        members = sort_stably(bucket_of_row.astype(np.int64) * num_shards + shard_of_row)
+        members = argsort_stable(bucket_of_row.astype(np.int64) * num_shards + shard_of_row)
         super().__init__(bucket_of_row, global_batch_size, seed, repeats, members)
         self._names = shard_names
         self._per_window = shards_per_window
@@ -64,7 +65,7 @@ class ShardPlan(Plan):
     def num_batches(self, epoch: int) -> int:
         return int(self._window_ends(epoch)[-1])
 
-    def count_samples(self, epoch: int) -> dict[int, int]:
+    def count_samples_by_bucket(self, epoch: int) -> dict[int, int]:
         first, last = epoch * self.num_windows, (epoch + 1) * self.num_windows
         numbers = range(len(self.buckets))
         return {self.buckets[b]: self._count_until(b, last) - self._count_until(b, first) for b in numbers}
@@ -72,25 +73,25 @@ class ShardPlan(Plan):
     def num_carried(self, epoch: int) -> int:
         return super().num_carried((epoch + 1) * self.num_windows - 1)
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        window, number = self._find_window(epoch, index)
-        batch = super().batch(epoch * self.num_windows + window, number)
-        return Batch(batch.bucket, batch.rows, batch.epochs // self.num_windows)
+    def batch(self, position: Position) -> GlobalBatch:
+        window, number = self._find_window(position)
+        batch = super().batch(Position(position.epoch * self.num_windows + window, number))
+        return GlobalBatch(batch.bucket, batch.rows, batch.epochs // self.num_windows)
 
-    def list_shards(self, epoch: int, index: int) -> tuple[str, ...]:
+    def list_shards(self, position: Position) -> tuple[str, ...]:
         """Shards to have at hand at a position: those of its window, and ever more of the next one's."""
-        window, number = self._find_window(epoch, index)
+        epoch, (window, number) = position.epoch, self._find_window(position)
         ends = self._window_ends(epoch)
         length = int(ends[window]) - (int(ends[window - 1]) if window else 0)
         coming = self._list_window(*divmod(epoch * self.num_windows + window + 1, self.num_windows))
         share = round(len(coming) * min(1.0, (number + 1) / (FETCHED_BY * length)))
         return tuple(self._names[shard] for shard in [*self._list_window(epoch, window), *coming[:share]])
 
-    def _find_window(self, epoch: int, index: int) -> tuple[int, int]:
+    def _find_window(self, position: Position) -> tuple[int, int]:
         """(window, number of the batch in it)."""
-        ends = self._window_ends(epoch)
-        window = int(np.searchsorted(ends, index, side="right"))
-        return window, index - (int(ends[window - 1]) if window else 0)
+        ends = self._window_ends(position.epoch)
+        window = int(np.searchsorted(ends, position.index, side="right"))
+        return window, position.index - (int(ends[window - 1]) if window else 0)
 
     def _list_window(self, epoch: int, window: int) -> list[int]:
         return self._shard_order(epoch)[window * self._per_window :][: self._per_window].tolist()
@@ -104,7 +105,7 @@ class ShardPlan(Plan):
 
     def _compute_shard_order(self, epoch: int) -> np.ndarray:
         size = len(self._names)
-        return permute(np.arange(size), size, mix_keys(self.seed, Stream.SHARD_ORDER, epoch))
+        return permute(np.arange(size), size, derive_seed(self.seed, RandomStream.SHARD_ORDER, epoch))
 
     def _compute_window_starts(self, epoch: int) -> np.ndarray:
         """[buckets, windows] samples of each bucket that an epoch's windows before each one hold."""

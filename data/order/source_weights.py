@@ -1,6 +1,6 @@
 """Weights of the sources of records: how often the samples of each come in an epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from loguru import logger
@@ -10,28 +10,25 @@ from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
 
 
-def check_weights(data: DataConfig) -> list[Problem]:
-    """Whether `data.source_weights` has a number for each source."""
+def check_weights(data: DataConfig) -> Iterator[Problem]:
+    """Yield a problem unless `data.source_weights` is empty or has a number for each source."""
     name = "metadata" if data.metadata else "image_dirs"
     entries = getattr(data, name)
     if data.source_weights and len(data.source_weights) != len(entries):
         rule = f"holds {len(data.source_weights)} numbers for the {len(entries)} entries of data.{name}"
         cure = "give one number per entry; files that one entry names by a pattern share it"
-        return [Problem("data.source_weights", data.source_weights, rule, cure)]
-    return []
+        yield Problem("data.source_weights", data.source_weights, rule, cure)
 
 
-def check_use(data: DataConfig, index: Index) -> list[Problem]:
-    """Whether the weights leave any sample."""
+def check_weighted_sources(weights: Sequence[float], index: Index) -> Iterator[Problem]:
+    """Yield a problem if every source with samples has the weight 0."""
     sources = np.unique(index.column("source")).tolist()
-    weights = data.source_weights
-    if not weights or any(source >= len(weights) or weights[source] for source in sources):
-        return []
-    cure = "raise that of an entry which holds samples with latents"
-    return [Problem("data.source_weights", data.source_weights, "leaves nothing to train on", cure)]
+    if weights and not any(source >= len(weights) or weights[source] for source in sources):
+        cure = "raise the weight of an entry that has samples with latents"
+        yield Problem("data.source_weights", list(weights), "leaves nothing to train on", cure)
 
 
-def weigh_sources(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:
+def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:
     """How often each row is used in an epoch when each source has a weight; [N], or None for once each.
 
     Args:

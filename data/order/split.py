@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdxl_trainer.data.order.plan import mix_keys
+from sdxl_trainer.data.order.keyed_random import derive_seed
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -14,24 +14,24 @@ def hash_keys(keys: pa.ChunkedArray, seed: int) -> np.ndarray:
 
     A polynomial of the key's bytes, finished as splitmix64 does, computed for a chunk of keys at once.
     """
-    hashes = [_hash_chunk(chunk, np.uint64(mix_keys(seed))) for chunk in keys.chunks]
+    hashes = [_hash_chunk(chunk, np.uint64(derive_seed(seed))) for chunk in keys.chunks]
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
-def select_share(hashes: np.ndarray, share: float) -> np.ndarray:
+def select_by_hash(hashes: np.ndarray, share: float) -> np.ndarray:
     """Rows whose hash lies in the first `share` of all values, in order of their hashes: a shorter list is always the
     beginning of a longer one."""
     rows = np.flatnonzero(hashes < np.uint64(int(share * 2.0**64)))
     return rows[np.argsort(hashes[rows], kind="stable")]
 
 
-def find_common(keys: pa.ChunkedArray, others: pa.ChunkedArray) -> np.ndarray:
+def find_matching_rows(keys: pa.ChunkedArray, others: pa.ChunkedArray) -> np.ndarray:
     """Rows of `keys` that are among `others`."""
     found = pc.call_function("is_in", [keys], pc.SetLookupOptions(others.combine_chunks()))
     return np.flatnonzero(found.to_numpy())
 
 
-def leave_out(rows: np.ndarray, num_rows: int, repeats: np.ndarray | None) -> np.ndarray | None:
+def exclude_rows(rows: np.ndarray, num_rows: int, repeats: np.ndarray | None) -> np.ndarray | None:
     """How often each row is used when some are not used at all; [num_rows], or None for once each."""
     if len(rows) == 0:
         return repeats

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdxl_trainer.data.formats.text_cache import read_empty_text, read_text_state
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, read_text_variant
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.text.captions import draw_dropout, pick_texts
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
@@ -50,7 +50,7 @@ class CachedText:
         if self._is_dropped(record, epoch, number):
             return self.empty
         text = row["text"]
-        variant = mix_keys(self.seed, Stream.TEXT_VARIANT, epoch, number) % text["variants"]
+        variant = derive_seed(self.seed, RandomStream.TEXT_VARIANT, epoch, number) % text["variants"]
         return read_text_variant(self.folder / text["file"], (text["offset"], text["bytes"]), variant, text["variants"])
 
     def check(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class CachedText:
     def _is_dropped(self, record: Mapping[str, Any], epoch: int, number: int) -> bool:
         """Drawn as for a caption that is encoded while training, so that the same samples go without."""
         settings = self.variants.settings
-        rng = np.random.default_rng(mix_keys(self.seed, Stream.CAPTION, epoch, number))
+        rng = np.random.default_rng(derive_seed(self.seed, RandomStream.CAPTION, epoch, number))
         if self.variants.strategy is None or not self.variants.strategy.has("caption"):
             pick_texts(record, settings, rng)
         return draw_dropout(settings, rng, epoch)

@@ -23,7 +23,7 @@ import numpy as np
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.metadata.records import Record, load_record
+from sdxl_trainer.data.metadata.records import Record, parse_record
 from sdxl_trainer.data.text.captions import TAG_FIELDS, read_caption_fields
 
 KEY = "data.strategy"
@@ -90,7 +90,7 @@ def count_attributes(index: Index) -> AttributeCounts:
 def iterate_records(index: Index) -> Iterator[Record]:
     """All records of an index in its order, each decoded once, a few thousand in memory at a time."""
     for batch in index.table.select(["key", "image_path", "record"]).to_batches(max_chunksize=ROWS_AT_ONCE):
-        yield from map(load_record, batch.to_pylist())
+        yield from map(parse_record, batch.to_pylist())
 
 
 class Strategy:

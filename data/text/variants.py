@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.text.captions import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.text.strategy import Strategy
 
@@ -40,7 +40,7 @@ class CaptionVariants:
 
     def _draw(self, record: Mapping[str, Any], number: int) -> str:
         settings = replace(self.settings, dropout_rate=0.0, dropout_every_epochs=0)
-        rng = np.random.default_rng(mix_keys(Stream.CAPTION_VARIANT, number, *str(record["key"]).encode()))
+        rng = np.random.default_rng(derive_seed(RandomStream.CAPTION_VARIANT, number, *str(record["key"]).encode()))
         if self.strategy is not None and self.strategy.has("caption"):
             return shape_text(self.strategy.caption(dict(record), rng), "", settings, rng)
         return shape_caption(record, settings, rng)

@@ -92,21 +92,22 @@ def measure(folder: Path) -> dict[str, object]:
 
 def measure_plan(folder: Path) -> dict[str, float]:
     """Seconds and added megabytes of a plan, without repeats and with uneven ones, and what it says of itself."""
-    from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+    from sdxl_trainer.data.index.index import open_record_index, open_sample_index
     from sdxl_trainer.data.loading.loader import build_plan
+    from sdxl_trainer.data.order.plan import Position
 
-    index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
+    index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     figures: dict[str, float] = {"samples": len(index)}
     uneven = np.random.default_rng(0).choice([0.25, 1.0, 1.5, 3.0], len(index))
     for name, repeats in (("even", None), ("uneven", uneven)):
         before = _read_rss_mb()
         seconds, plan = _time(lambda repeats=repeats: build_plan(index, GLOBAL_BATCH, 0, repeats))
         figures[f"{name}_build_seconds"] = seconds
-        figures[f"{name}_first_batch_seconds"] = _time(lambda plan=plan: plan.batch(0, 0))[0]
+        figures[f"{name}_first_batch_seconds"] = _time(lambda plan=plan: plan.batch(Position(0, 0)))[0]
         figures[f"{name}_batches_an_epoch"] = plan.num_batches(0)
-        figures[f"{name}_resume_at_epoch_50_seconds"] = _time(lambda plan=plan: plan.batch(50, 1))[0]
+        figures[f"{name}_resume_at_epoch_50_seconds"] = _time(lambda plan=plan: plan.batch(Position(50, 1)))[0]
         numbers = np.random.default_rng(1).integers(plan.num_batches(50), size=NUM_BATCHES).tolist()
-        seconds, _ = _time(lambda plan=plan, numbers=numbers: [plan.batch(50, number) for number in numbers])
+        seconds, _ = _time(lambda plan=plan, numbers=numbers: [plan.batch(Position(50, number)) for number in numbers])
         figures[f"{name}_microseconds_a_batch"] = 1e6 * seconds / NUM_BATCHES
         figures[f"{name}_carried"] = plan.num_carried(50)
         figures[f"{name}_added_mb"] = _read_rss_mb() - before

@@ -12,7 +12,7 @@ from loguru import logger
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.text.strategy import hash_repeats
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.launch.logger import warn_once
@@ -67,7 +67,7 @@ def build_state(config: Config, index: Index, plan: Plan, ranks: Ranks, repeats:
         world_size=ranks.world_size,
         zero_stage=config.engine.zero_stage,
         index_fingerprint="-".join(
-            filter(None, [index.content_hash(), "" if repeats is None else hash_repeats(repeats), plan.order_name])
+            filter(None, [index.hash_rows(), "" if repeats is None else hash_repeats(repeats), plan.order_name])
         ),
         config=config.model_dump(mode="json"),
     )
@@ -97,7 +97,7 @@ def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: st
     epoch, index = saved.epoch, saved.index
     if new_data or saved.global_batch_size != fresh.global_batch_size:
         share = saved.index / max(1, saved.epoch_batches)
-        epoch, index = plan.settle_position(epoch, round(share * plan.num_batches(epoch)))
+        epoch, index = plan.skip_empty_epochs(Position(epoch, round(share * plan.num_batches(epoch))))
         warn_once(
             "{} changed: step {} goes on at batch {} of {} in epoch {} instead of {} of {}",
             "the data have" if new_data else "train.global_batch_size has",

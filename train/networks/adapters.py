@@ -13,7 +13,7 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import write_atomic
-from sdxl_trainer.data.order.plan import mix_keys
+from sdxl_trainer.data.order.keyed_random import derive_seed
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -41,7 +41,7 @@ def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0)
             raise UserInputError([Problem(f"lora.{key}", targets, rule, cure)])
         network.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_keys(seed, place))
+            torch.manual_seed(derive_seed(seed, place))
             network.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
 
 

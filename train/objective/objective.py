@@ -13,7 +13,7 @@ import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import ModelConfig
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss
 from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_noise, perturb_noise
@@ -40,13 +40,13 @@ class SampleKeys:
     step: int
     positions: list[int]  # [B], of the samples in the global batch
 
-    def make_seeds(self, stream: Stream, part: int = 0) -> list[int]:
+    def make_seeds(self, stream: RandomStream, part: int = 0) -> list[int]:
         """A seed for each sample; `part` tells several draws of one stream apart."""
-        return [mix_keys(self.seed, stream, self.step, position, part) for position in self.positions]
+        return [derive_seed(self.seed, stream, self.step, position, part) for position in self.positions]
 
-    def make_step_seed(self, stream: Stream) -> int:
+    def make_step_seed(self, stream: RandomStream) -> int:
         """A seed that all samples of the global batch share."""
-        return mix_keys(self.seed, stream, self.step)
+        return derive_seed(self.seed, stream, self.step)
 
 
 class Objective:
@@ -88,10 +88,10 @@ class Objective:
         """[B] timesteps as the U-Net is told them: int64, or for flow float32, as 1000·s is no whole number."""
         config = self.config
         if config.low_discrepancy:
-            seed = keys.make_step_seed(Stream.TIMESTEP)
+            seed = keys.make_step_seed(RandomStream.TIMESTEP)
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
-            draws = draw_uniform(keys.make_seeds(Stream.TIMESTEP))
+            draws = draw_uniform(keys.make_seeds(RandomStream.TIMESTEP))
         return self.draws_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
 
     def draws_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
@@ -102,15 +102,15 @@ class Objective:
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
         """The noise of the target, like `x0`."""
         config = self.config
-        noise = draw_noise(x0.shape[1:], keys.make_seeds(Stream.NOISE), self.device)
+        noise = draw_noise(x0.shape[1:], keys.make_seeds(RandomStream.NOISE), self.device)
         if config.noise_offset or config.adaptive_noise_scale:
             strength = self._draw_strength(
-                config.noise_offset, config.noise_offset_random_strength, Stream.NOISE_OFFSET, keys
+                config.noise_offset, config.noise_offset_random_strength, RandomStream.NOISE_OFFSET, keys
             )
-            seeds = keys.make_seeds(Stream.NOISE_OFFSET)
+            seeds = keys.make_seeds(RandomStream.NOISE_OFFSET)
             noise = add_offset(noise, x0, strength, config.adaptive_noise_scale, seeds)
         if config.multires_noise_iterations:
-            seeds = keys.make_seeds(Stream.PYRAMID_NOISE)
+            seeds = keys.make_seeds(RandomStream.PYRAMID_NOISE)
             noise = add_pyramid(noise, config.multires_noise_iterations, config.multires_noise_discount, seeds)
         return noise
 
@@ -121,16 +121,16 @@ class Objective:
         config = self.config
         if config.ip_noise_gamma:
             strength = self._draw_strength(
-                config.ip_noise_gamma, config.ip_noise_gamma_random_strength, Stream.INPUT_PERTURBATION, keys
+                config.ip_noise_gamma, config.ip_noise_gamma_random_strength, RandomStream.INPUT_PERTURBATION, keys
             )
-            noise = perturb_noise(noise, strength, keys.make_seeds(Stream.INPUT_PERTURBATION))
+            noise = perturb_noise(noise, strength, keys.make_seeds(RandomStream.INPUT_PERTURBATION))
         return diffusion.add_noise(x0, noise, *self._process.compute_levels(timesteps))
 
     def sample_text_keep(self, keys: SampleKeys) -> torch.Tensor | None:
         """[B] float32: 0 for the samples whose text embeddings are to be zeroed, else 1; None keeps all."""
         if not self.config.text_dropout_rate:
             return None
-        draws = draw_uniform(keys.make_seeds(Stream.TEXT_DROPOUT))
+        draws = draw_uniform(keys.make_seeds(RandomStream.TEXT_DROPOUT))
         return (draws >= self.config.text_dropout_rate).float().to(self.device)
 
     def compute_target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ class Objective:
         masks = masks.to(self.device) if config.masked_loss and masks is not None else None
         return compute_sample_loss(prediction, target, config.loss, c, masks) * self._weigh(snr)
 
-    def _draw_strength(self, strength: float, is_random: bool, stream: Stream, keys: SampleKeys) -> torch.Tensor:
+    def _draw_strength(self, strength: float, is_random: bool, stream: RandomStream, keys: SampleKeys) -> torch.Tensor:
         """[B] float32: the strength itself, or a share of it that is drawn for each sample."""
         shares = draw_uniform(keys.make_seeds(stream, 1)) if is_random else torch.ones(len(keys.positions))
         return (strength * shares).float().to(self.device)

@@ -12,7 +12,7 @@ BITS = 53  # of a float64's fraction
 
 
 def draw_uniform(seeds: Sequence[int]) -> torch.Tensor:
-    """One number in [0, 1) for each seed of 63 well-mixed bits (data/order/plan.py: mix_keys), [B] float64."""
+    """One number in [0, 1) for each seed of 63 well-mixed bits (data/order/plan.py: derive_seed), [B] float64."""
     return torch.tensor([seed >> (63 - BITS) for seed in seeds], dtype=torch.float64) * 2.0**-BITS
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer.data.order.plan import mix_keys
+from sdxl_trainer.data.order.keyed_random import derive_seed
 
 CHUNK = 2**22  # values updated at once, in fp32; whole tensors of ZeRO's would take the memory that bf16 saves
 
@@ -73,7 +73,7 @@ class StochasticOptimizer(torch.optim.Optimizer):
     def _get_generator(self, step: int, device: torch.device) -> torch.Generator:
         if self._drawing != (step, device):
             self._drawing = (step, device)
-            self._generator = torch.Generator(device).manual_seed(mix_keys(self._seed, step))
+            self._generator = torch.Generator(device).manual_seed(derive_seed(self._seed, step))
         return self._generator
 
 

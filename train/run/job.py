@@ -25,10 +25,11 @@ from sdxl_trainer.data.checks.held_out import (
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_batches, iterate_specs
-from sdxl_trainer.data.order.plan import Plan, Stream, mix_keys
-from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation
-from sdxl_trainer.data.order.source_weights import weigh_sources
-from sdxl_trainer.data.order.split import leave_out
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
+from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation_rows
+from sdxl_trainer.data.order.source_weights import apply_source_weights
+from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.data.text.strategy import (
     Strategy,
     compute_repeats,
@@ -281,9 +282,9 @@ def count_repeats(
     repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
     if len(held_out):
         logger.info("{} of {} samples are held out of training", len(held_out), len(index))
-    repeats = leave_out(held_out, len(index), leave_out_rows(config, index, repeats))
-    repeats = weigh_sources(index, repeats, config.data.source_weights)
-    regular = broadcast_object(find_regularisation(index) if ranks.is_main else None)
+    repeats = exclude_rows(held_out, len(index), leave_out_rows(config, index, repeats))
+    repeats = apply_source_weights(index, repeats, config.data.source_weights)
+    regular = broadcast_object(find_regularisation_rows(index) if ranks.is_main else None)
     raise_if_any(check_regularisation_use(config, len(regular)))
     return balance_regularisation(regular, len(index), repeats, config.data.regularisation_repeats)
 
@@ -308,11 +309,11 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         load_unet(source, config.engine, ranks.device), **{name: encoders[name] for name in trained}
     )
     if config.lora.rank:
-        add_adapters(dict(networks.named_children()), config.lora, mix_keys(config.run.seed, Stream.ADAPTER))
+        add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
     networks.to(ranks.device)
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * ranks.world_size)
     groups = build_groups(networks, config.optim, source.read_config("unet"))
-    seed = mix_keys(config.run.seed, Stream.ROUNDING, ranks.rank)
+    seed = derive_seed(config.run.seed, RandomStream.ROUNDING, ranks.rank)
     engine = Engine(
         networks,
         build_optimizer(groups, config.optim, config.engine, seed),
@@ -346,7 +347,7 @@ def start_reading(
     """This rank's micro batches from the state's position on."""
     specs = iterate_specs(
         plan,
-        (state.epoch, state.index),
+        Position(state.epoch, state.index),
         ranks.rank,
         ranks.world_size,
         config.train.micro_batch_size,

@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.data.loading.dataset import MicroBatch
-from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.memory import StepMemoryLogger
@@ -128,7 +128,7 @@ def advance(run: Run, result: StepResult) -> None:
 
 def move_on(state: TrainState, plan: Plan) -> None:
     """Count a finished step and set the position of the next global batch."""
-    state.epoch, state.index = plan.next_position(state.epoch, state.index)
+    state.epoch, state.index = plan.next_position(Position(state.epoch, state.index))
     state.epoch_batches = plan.num_batches(state.epoch)
     state.step += 1
     state.samples_seen += plan.global_batch_size

@@ -86,7 +86,7 @@ def count_weights(networks: torch.nn.Module) -> dict[str, int]:
 
 def describe_buckets(run: Run) -> str:
     """How many there are, and the most used with their samples in this epoch."""
-    counts = run.plan.count_samples(run.state.epoch)
+    counts = run.plan.count_samples_by_bucket(run.state.epoch)
     most = sorted(counts, key=lambda bucket: -counts[bucket])[:MOST_BUCKETS]
     shown = ", ".join(f"{bucket >> 16}x{bucket & 0xFFFF}: {counts[bucket]:,}" for bucket in most)
     return f"{len(counts)}: {shown}" if len(counts) <= MOST_BUCKETS else f"{len(counts)}, most of all {shown}"

@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.data.loading.dataset import MicroBatch, MicroSpec
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
@@ -70,7 +70,7 @@ def compute_batch_losses(
     """The loss of each readable sample of a batch at its timestep number `turn`, without weights of samples."""
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
     ids = held_out.ids[spec.rows].tolist()
-    keys = SampleKeys(mix_keys(held_out.config.seed, Stream.VALIDATION), turn, ids)
+    keys = SampleKeys(derive_seed(held_out.config.seed, RandomStream.VALIDATION), turn, ids)
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
     noise = objective.sample_noise(x0, keys)
     timesteps = spread_timesteps(objective, keys, held_out.config.timesteps_per_sample)
@@ -79,7 +79,7 @@ def compute_batch_losses(
     prediction = run.engine.model(x_t.to(dtype), timesteps, text, batch.time_ids.to(device))
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
-    bad, rows = {key for key, _ in batch.bad}, held_out.dataset.index.strings("key")
+    bad, rows = {key for key, _ in batch.bad}, held_out.dataset.index.arrow_column("key")
     triples = zip(timesteps.tolist(), [spec.bucket] * len(ids), losses.tolist(), strict=True)
     return [triple for row, triple in zip(spec.rows.tolist(), triples, strict=True) if rows[row].as_py() not in bad]
 
@@ -87,7 +87,7 @@ def compute_batch_losses(
 def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> torch.Tensor:
     """[B] timesteps of a turn: part number `turn` of the trained range, each sample's at a place of its own in it."""
     own = SampleKeys(keys.seed, 0, keys.positions)  # the same in every turn
-    return objective.draws_to_timesteps((keys.step + draw_uniform(own.make_seeds(Stream.TIMESTEP))) / num_turns)
+    return objective.draws_to_timesteps((keys.step + draw_uniform(own.make_seeds(RandomStream.TIMESTEP))) / num_turns)
 
 
 def summarize_losses(losses: list[Loss], num_bins: int) -> dict[str, float]:

@@ -48,7 +48,7 @@ def build_validation_set(
 ) -> ValidationSet:
     """The first `validation.max_samples` of `rows`, or of all of the data set in the order of their keys' hashes."""
     index = dataset.index
-    hashes = hash_keys(index.strings("key"), config.seed)
+    hashes = hash_keys(index.arrow_column("key"), config.seed)
     ids = (hashes >> np.uint64(1)).astype(np.int64)
     rows = np.argsort(hashes, kind="stable") if rows is None else rows
     rows = rows[: config.max_samples]

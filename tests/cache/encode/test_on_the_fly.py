@@ -67,7 +67,7 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
     if fill:
         filled = fill_missing(iter(batches), build_missing_encoder(config, resolve_model(config.model), dataset, RANKS))
         batches = list(filled)
-    return dict(zip(index.strings("key").to_pylist(), batches, strict=True))
+    return dict(zip(index.arrow_column("key").to_pylist(), batches, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path,
     assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'new'}", *words, "--verify") == 0
     assert all(batch.pending == [] for batch in read_all(config, index, fill=False).values())
     resumed = open_run(images, tmp_path / "new", *words)[1]
-    assert resumed.note("num_uncached") == 0 and resumed.content_hash() == index.content_hash()
+    assert resumed.note("num_uncached") == 0 and resumed.hash_rows() == index.hash_rows()
 
 
 def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):

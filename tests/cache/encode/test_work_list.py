@@ -23,7 +23,7 @@ from sdxl_trainer.data.files import HashedFile, hash_file
 from sdxl_trainer.data.formats.manifest import Identity
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_record_index
-from sdxl_trainer.data.index.missing_latents import choose_file
+from sdxl_trainer.data.index.missing_latents import choose_latent_file
 
 IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 128, 64, 256, 32, False)
 
@@ -169,6 +169,6 @@ def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
     ],
 )
 def test_no_key_leads_out_of_the_cache(key, file, tmp_path):
-    assert choose_file(key, "/images/x.jpg", beside=False) == file
+    assert choose_latent_file(key, "/images/x.jpg", beside=False) == file
     assert (tmp_path / file).resolve().is_relative_to(tmp_path.resolve())
-    assert choose_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"
+    assert choose_latent_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"

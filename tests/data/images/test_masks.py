@@ -20,7 +20,7 @@ from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import read_identity, read_latest
 from sdxl_trainer.data.images.masks import BadMaskError, MaskFinder, add_mask, check_masks
 from sdxl_trainer.data.images.transforms import PreparedImage, prepare_image
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.objective.objective import Objective
 
@@ -53,7 +53,7 @@ def get_mask(path: Path, mask: Path) -> np.ndarray:
 
 
 def list_keys(index: Index) -> list[str]:
-    return index.strings("key").to_pylist()
+    return index.arrow_column("key").to_pylist()
 
 
 def test_masks_are_found_and_are_no_images(tmp_path):
@@ -283,7 +283,7 @@ def test_nothing_is_learnt_where_a_mask_is_black(folder):
 def test_masks_need_the_cache_job(folder):
     words = [f"data.masks={ENDING}", "cache.on_missing=encode"]
     config, _ = load_config(folder / "settings.yaml", words)
-    index = open_latent_index(folder / "latents", open_record_index(folder, [], [folder / "images"]))
+    index = open_sample_index(folder / "latents", open_record_index(folder, [], [folder / "images"]))
     with pytest.raises(UserInputError, match="goes with latents that the cache job makes") as caught:
         build_missing_encoder(config, resolve_model(config.model), index, Ranks(0, 0, 1, torch.device("cpu")))
     assert [problem.key for problem in caught.value.problems] == ["data.masks"]

@@ -14,9 +14,9 @@ import pytest
 
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.index import index as module
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.loader import build_plan
-from sdxl_trainer.data.metadata.records import load_record
+from sdxl_trainer.data.metadata.records import parse_record
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def list_entries(folder: Path, *keys: str, rank: int = 0, bucket: tuple[int, int
 
 
 def get_keys(index: Index) -> list[str]:
-    return index.strings("key").to_pylist()
+    return index.arrow_column("key").to_pylist()
 
 
 def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
@@ -57,7 +57,7 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
     assert str(index.path) in Path("/proc/self/maps").read_text()
     assert len(index) == 5 and get_keys(index) == list(content)
     row = index.row(3)
-    assert (row["key"], load_record(row)["caption"], index.record(4)["caption"]) == ("k3", "ä, b", None)
+    assert (row["key"], parse_record(row)["caption"], index.record(4)["caption"]) == ("k3", "ä, b", None)
     assert (~index.column("captioned")).sum() == 1
     assert orjson.loads(index.row(2)["record"])["score"] == 2  # the whole record is kept
 
@@ -115,7 +115,7 @@ def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_pat
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
     list_entries(tmp_path, "a", "b", "gone")
     list_entries(tmp_path, "d", rank=1, bucket=(96, 64))
-    index = open_latent_index(tmp_path, records)
+    index = open_sample_index(tmp_path, records)
     assert get_keys(index) == ["d", "a", "b"]
     row = index.row(1)
     assert orjson.loads(row.pop("record"))["score"] == 1
@@ -142,9 +142,9 @@ def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_pat
     # A cache job with nothing to do, on more ranks even, changes nothing; one with a new item does.
     list_entries(tmp_path)
     list_entries(tmp_path, rank=2)
-    assert open_latent_index(tmp_path, records).path == index.path and len(builds) == 2
+    assert open_sample_index(tmp_path, records).path == index.path and len(builds) == 2
     list_entries(tmp_path, "c", rank=2)
-    assert get_keys(open_latent_index(tmp_path, records)) == ["d", "a", "c", "b"]
+    assert get_keys(open_sample_index(tmp_path, records)) == ["d", "a", "c", "b"]
     assert len(builds) == 3
 
 
@@ -152,7 +152,7 @@ def test_the_newest_entry_of_a_key_is_joined(tmp_path):
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {"caption": "x"}})], [])
     list_entries(tmp_path, "a")
     list_entries(tmp_path, "a", bucket=(96, 64))
-    assert open_latent_index(tmp_path, records).row(0)["bucket_width"] == 96
+    assert open_sample_index(tmp_path, records).row(0)["bucket_width"] == 96
 
 
 def test_old_files_go_but_not_those_that_are_in_use(tmp_path):
@@ -174,10 +174,10 @@ def test_processes_that_start_at_once_build_one_index(tmp_path):
     write_metadata(tmp_path / "m.json", {f"k{row}": {"caption": "x" * 50} for row in range(20_000)})
     list_entries(tmp_path, *(f"k{row}" for row in range(0, 20_000, 2)))
     code = (
-        "import sys, pathlib; from sdxl_trainer.data.index.index import open_latent_index, open_record_index;"
+        "import sys, pathlib; from sdxl_trainer.data.index.index import open_sample_index, open_record_index;"
         "folder = pathlib.Path(sys.argv[1]); print('ready', flush=True); sys.stdin.readline();"
-        "index = open_latent_index(folder, open_record_index(folder, [folder / 'm.json'], []));"
-        "print(index.path, len(index), index.content_hash(), index.row(9_999)['key'])"
+        "index = open_sample_index(folder, open_record_index(folder, [folder / 'm.json'], []));"
+        "print(index.path, len(index), index.hash_rows(), index.row(9_999)['key'])"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     starts = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
@@ -198,5 +198,5 @@ def test_the_content_hash_names_keys_and_buckets_and_nothing_else(tmp_path):
             folder, [write_metadata(folder / "m.json", {"k1": {"caption": caption}, "k2": {}})], []
         )
         list_entries(folder, "k2", "k1", bucket=bucket)
-        hashes.append(open_latent_index(folder, records).content_hash())
+        hashes.append(open_sample_index(folder, records).hash_rows())
     assert hashes[0] == hashes[1] != hashes[2]

@@ -14,9 +14,10 @@ from programs import TINY
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.formats.shards import ShardWriter
-from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
@@ -99,7 +100,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
         manifest.append(ManifestEntry(key, file, len(content), "", **place, identity="", **source, offset=offset))
     shard.close()
     manifest.close()
-    index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
+    index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     assert len(index) == NUM_SAMPLES
     for key, (damage, _) in DAMAGES.items():
         (folder / f"{key}.npz").write_bytes(damage((folder / f"{key}.npz").read_bytes()))
@@ -119,12 +120,12 @@ def test_samples_planned_are_samples_trained_and_samples_reported(dataset, num_w
     plan = build_plan(dataset.index, GLOBAL_BATCH, seed=1)
     num_batches = sum(plan.num_batches(epoch) for epoch in range(NUM_EPOCHS))
     num_micro = num_batches * GLOBAL_BATCH // MICRO_BATCH
-    keys = dataset.index.strings("key").to_pylist()
+    keys = dataset.index.arrow_column("key").to_pylist()
     planned, trained, reported, reasons = Counter(), Counter(), Counter(), {}
-    for spec in islice(iterate_specs(plan, (0, 0), 0, 1, MICRO_BATCH), num_micro):
+    for spec in islice(iterate_specs(plan, Position(0, 0), 0, 1, MICRO_BATCH), num_micro):
         planned.update(keys[row] for row in spec.rows)
     for batch in islice(
-        iterate_batches(dataset, iterate_specs(plan, (0, 0), 0, 1, MICRO_BATCH), num_workers), num_micro
+        iterate_batches(dataset, iterate_specs(plan, Position(0, 0), 0, 1, MICRO_BATCH), num_workers), num_micro
     ):
         used = batch.weights > 0
         trained.update(keys[row] for row in batch.rows[used].tolist())

@@ -16,9 +16,10 @@ from programs import TINY
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 from sdxl_trainer.data.formats.shards import ShardWriter
-from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
@@ -58,7 +59,7 @@ def build_dataset(
     tokenizers = Tokenizers(
         load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
     )
-    index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
+    index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)
     return LatentDataset(index, folder, tokenizers, SampleSettings(seed, max_tokens, caption, flip_rate))
 
@@ -68,7 +69,7 @@ def make_spec(rows: list[int], bucket: tuple[int, int] = BUCKETS[0], epochs: lis
 
 
 def read_batches(dataset: LatentDataset, num_workers: int, count: int) -> list[MicroBatch]:
-    specs = iterate_specs(build_plan(dataset.index, 4, seed=3), (0, 0), 0, 1, 2)
+    specs = iterate_specs(build_plan(dataset.index, 4, seed=3), Position(0, 0), 0, 1, 2)
     return list(islice(iterate_batches(dataset, specs, num_workers), count))
 
 

@@ -14,7 +14,7 @@ from sdxl_trainer.data.checks.data import check_latents
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.formats.shards import ShardWriter
-from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
@@ -58,7 +58,7 @@ def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, liste
 
 def open_dataset(folder: Path, rate: float) -> LatentDataset:
     tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
-    index = open_latent_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
+    index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     return LatentDataset(index, folder, tokenizers, SampleSettings(3, 75, CaptionSettings(shuffle=True), rate))
 
 
@@ -128,7 +128,7 @@ def test_headers_of_unlisted_latents_tell(tmp_path):
     fill_cache(tmp_path, [True, False])
     for part in (tmp_path / "manifest").iterdir():
         part.unlink()
-    assert open_dataset(tmp_path, 1.0).index.strings("flipped").to_pylist() == [True, False]
+    assert open_dataset(tmp_path, 1.0).index.arrow_column("flipped").to_pylist() == [True, False]
     (tmp_path / "s0.npz").write_bytes(pack_latents(make_sample(0, True), "bfloat16"))
     (tmp_path / "new.npz").touch()  # the folder changed: it is looked at anew
-    assert open_dataset(tmp_path, 1.0).index.strings("flipped").to_pylist() == [True, False]
+    assert open_dataset(tmp_path, 1.0).index.arrow_column("flipped").to_pylist() == [True, False]

@@ -20,15 +20,16 @@ from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import ManifestWriter, read_identity, read_latest, verify_identity
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, choose_bucket, list_buckets, place_image, split_key
 from sdxl_trainer.data.images.demo_set import draw_demo_set
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
-from sdxl_trainer.data.index.join import Selection
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
+from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.data.loading.loader import build_plan
+from sdxl_trainer.data.order.plan import Position
 
 NUM_IMAGES = 6
 LOW = BucketRule(64, 32, 256, 32)
 HIGH = BucketRule(128, 32, 256, 32)
-BOTH = Selection(prefixes=("", "64px/"))
+BOTH = LatentSelection(prefixes=("", "64px/"))
 WORDS = ("data.min_bucket_px=32", "data.resolution_px=[64, 128]")
 
 
@@ -52,9 +53,9 @@ def cache(request, filled, tmp_path):
     return filled / "settings.yaml", words, tmp_path / "latents"
 
 
-def open_index(filled: Path, folder: Path, selection: Selection = BOTH) -> Index:
+def open_index(filled: Path, folder: Path, selection: LatentSelection = BOTH) -> Index:
     records = open_record_index(folder, [filled / "data" / "metadata.json"], [])
-    return open_latent_index(folder, records, selection)
+    return open_sample_index(folder, records, selection)
 
 
 def test_rules_are_the_same_in_any_order_and_the_largest_is_the_plain_one():
@@ -109,16 +110,16 @@ def test_both_resolutions_of_each_image_are_cached(cache, filled):
 def test_the_index_holds_each_image_at_each_resolution(cache, filled):
     _, _, folder = cache
     index = open_index(filled, folder)
-    keys = index.strings("key").to_pylist()
+    keys = index.arrow_column("key").to_pylist()
     assert len(index) == index.note("num_wanted") == 2 * NUM_IMAGES
     assert keys == [*keys[:NUM_IMAGES], *(f"64px/{key}" for key in keys[:NUM_IMAGES])]
     records = [index.record(row) for row in range(len(index))]
     assert [record["key"] for record in records] == keys[:NUM_IMAGES] * 2
     plan = build_plan(index, 1, 0)
-    rows = [plan.batch(0, number).rows[0] for number in range(plan.num_batches(0))]
+    rows = [plan.batch(Position(0, number)).rows[0] for number in range(plan.num_batches(0))]
     assert sorted(rows) == list(range(2 * NUM_IMAGES))
     # A run at one resolution takes its own.
-    assert open_index(filled, folder, Selection()).strings("key").to_pylist() == keys[:NUM_IMAGES]
+    assert open_index(filled, folder, LatentSelection()).arrow_column("key").to_pylist() == keys[:NUM_IMAGES]
 
 
 def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
@@ -126,7 +127,7 @@ def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
     whole = open_index(filled, tmp_path / "latents")
     shutil.rmtree(tmp_path / "latents" / "manifest")
     found = open_index(filled, tmp_path / "latents")
-    assert found.note("num_unlisted") == 2 * NUM_IMAGES and found.content_hash() == whole.content_hash()
+    assert found.note("num_unlisted") == 2 * NUM_IMAGES and found.hash_rows() == whole.hash_rows()
     for name in ("original_width", "resized_width", "crop_left", "crop_top"):
         assert np.array_equal(found.column(name), whole.column(name)), name
 

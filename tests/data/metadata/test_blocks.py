@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdxl_trainer.data.metadata import json_stream
 from sdxl_trainer.data.metadata.blocks import FIELDS, Block, build_block, read_blocks
-from sdxl_trainer.data.metadata.sources import read_source
+from sdxl_trainer.data.metadata.sources import read_metadata_file
 
 # A backslash before letters and quotes, halves of surrogate pairs, numbers at the edges of what JSON allows.
 TEXTS = st.text(alphabet='ab"\\/{}[],:é\u2028\U0001f600\n u0d8', max_size=8)
@@ -37,7 +37,7 @@ def describe(blocks: list[Block]) -> list[tuple]:
 def read_both(file: Path) -> tuple[list[tuple] | str, list[tuple] | str]:
     """What the fast and the plain way say of a file: its records, or what is wrong with it."""
     answers = []
-    for read in (lambda: read_blocks(file), lambda: map(build_block, read_source(file))):
+    for read in (lambda: read_blocks(file), lambda: map(build_block, read_metadata_file(file))):
         try:
             answers.append(describe(list(read())))
         except ValueError as error:

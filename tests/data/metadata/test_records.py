@@ -10,8 +10,14 @@ from programs import FIXTURES
 
 from sdxl_trainer.data.index.index import open_record_index
 from sdxl_trainer.data.metadata.blocks import build_block
-from sdxl_trainer.data.metadata.merge import iterate_blocks
-from sdxl_trainer.data.metadata.records import ImageFinder, check_sources, finish_block, load_record, read_folders
+from sdxl_trainer.data.metadata.merge import merge_sources
+from sdxl_trainer.data.metadata.records import (
+    ImageFinder,
+    build_record_rows,
+    check_sources,
+    parse_record,
+    read_image_folders,
+)
 
 SEED_METADATA = FIXTURES / "seed_cache" / "metadata.json"
 
@@ -26,12 +32,14 @@ def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = 
     """All records by key."""
     work = Path(tempfile.mkdtemp())
     blocks = (
-        iterate_blocks([[file] for file in metadata], work) if metadata else map(build_block, read_folders(image_dirs))
+        merge_sources([[file] for file in metadata], work)
+        if metadata
+        else map(build_block, read_image_folders(image_dirs))
     )
     finder = ImageFinder(image_dirs)
-    rows = [row for block in blocks for row in finish_block(block, finder, separator).to_pylist()]
+    rows = [row for block in blocks for row in build_record_rows(block, finder, separator).to_pylist()]
     assert list(work.iterdir()) == []  # what waited there is gone
-    return {row["key"]: load_record(row) for row in rows}
+    return {row["key"]: parse_record(row) for row in rows}
 
 
 def read_captions(*args) -> dict:
@@ -202,7 +210,7 @@ def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
 def test_wrong_sources_are_all_named(tmp_path):
     file = write(tmp_path / "m.json", "{}")
     assert [problem.key for problem in check_sources([], [])] == ["data"]
-    assert check_sources([file], [tmp_path]) == []
+    assert list(check_sources([file], [tmp_path])) == []
     problems = check_sources([file, tmp_path, tmp_path / "no.json"], [file, tmp_path, tmp_path / "no"])
     assert [(problem.key, problem.rule) for problem in problems] == [
         ("data.metadata.1", "is not a file"),

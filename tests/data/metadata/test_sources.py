@@ -25,10 +25,10 @@ from sdxl_trainer.data.checks.latents import find_bad_latents
 from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.metadata import json_stream
-from sdxl_trainer.data.metadata.records import load_record
-from sdxl_trainer.data.metadata.sources import expand_sources, read_source
+from sdxl_trainer.data.metadata.records import parse_record
+from sdxl_trainer.data.metadata.sources import list_source_files, read_metadata_file
 
 PAGE = ROOT / "docs" / "DATA.md"
 RECORD = {"image_path": "images/cat.png", "caption": "cat, on a mat", "original_size": [1500, 1000]}
@@ -41,7 +41,7 @@ def write(path: Path, content) -> Path:
 
 
 def read_all(file: Path) -> list[tuple[str, dict]]:
-    return [item for items in read_source(file) for item in items]
+    return [item for items in read_metadata_file(file) for item in items]
 
 
 def list_rows(index: Index) -> list[dict]:
@@ -65,7 +65,7 @@ def test_the_examples_of_the_page_are_read_as_it_says(tmp_path, name):
     metadata = [] if name.endswith(".txt") else [tmp_path / name]
     row = open_record_index(tmp_path / "cache", metadata, [] if metadata else [tmp_path / "images"]).row(0)
     assert (row["key"], row["image_path"]) == ("cat", str(tmp_path / "images" / "cat.png"))
-    assert load_record(row)["caption"] == ("a cat,cat, on a mat" if name == "meta_cap.json" else "cat, on a mat")
+    assert parse_record(row)["caption"] == ("a cat,cat, on a mat" if name == "meta_cap.json" else "cat, on a mat")
     assert (row["width"], row["height"]) == ((1500, 1000) if metadata else (0, 0))
 
 
@@ -90,7 +90,7 @@ def test_all_row_forms_give_the_same_records(tmp_path):
     ]
     rows = [open_record_index(tmp_path / "cache", [file], []).row(0) for file in files]
     for file, row in zip(files, rows, strict=True):
-        record = load_record(row)
+        record = parse_record(row)
         row.pop("record")
         assert (
             (record["artist"], record["caption"]) == ("Ä, b", "cat, on a mat")
@@ -145,7 +145,7 @@ def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, inde
     before, json_stream.BLOCK_BYTES = json_stream.BLOCK_BYTES, block
     try:
         file.write_bytes(text)
-        pairs = [pair for piece in json_stream.iterate_pieces(file) for pair in piece.parse().items()]
+        pairs = [pair for piece in json_stream.iterate_chunks(file) for pair in piece.parse().items()]
         assert pairs == list(content.items())
         damaged = text[: hurt % len(text)] + text[hurt % len(text) + 1 :]
         file.write_bytes(damaged)
@@ -155,7 +155,7 @@ def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, inde
             whole = None
         if not isinstance(whole, dict):
             with pytest.raises(ValueError):
-                [piece.parse() for piece in json_stream.iterate_pieces(file)]
+                [piece.parse() for piece in json_stream.iterate_chunks(file)]
     finally:
         json_stream.BLOCK_BYTES = before
 
@@ -173,14 +173,14 @@ def test_place_of_an_error_far_into_a_file(tmp_path, monkeypatch):
 def test_patterns_name_many_files(tmp_path):
     for number in range(9, 12):
         write(tmp_path / f"s{number:03d}.tar", "")
-    assert [path.name for path in expand_sources([tmp_path / "s{009..011}.tar"])] == [
+    assert [path.name for path in list_source_files([tmp_path / "s{009..011}.tar"])] == [
         "s009.tar",
         "s010.tar",
         "s011.tar",
     ]
-    assert [path.name for path in expand_sources([tmp_path / "{b,a}-{1..2}"])] == ["b-1", "b-2", "a-1", "a-2"]
-    assert [path.name for path in expand_sources([tmp_path / "s01*.tar"])] == ["s010.tar", "s011.tar"]
-    assert expand_sources([tmp_path / "none*.tar"]) == [tmp_path / "none*.tar"]  # check_sources complains of it
+    assert [path.name for path in list_source_files([tmp_path / "{b,a}-{1..2}"])] == ["b-1", "b-2", "a-1", "a-2"]
+    assert [path.name for path in list_source_files([tmp_path / "s01*.tar"])] == ["s010.tar", "s011.tar"]
+    assert list_source_files([tmp_path / "none*.tar"]) == [tmp_path / "none*.tar"]  # check_sources complains of it
 
 
 @pytest.mark.parametrize("program", ["kohya_cache", "seed_cache"])
@@ -198,8 +198,8 @@ def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
         for file in data.glob("*.npz"):
             file.rename(cache / file.name)
     metadata = [] if form == "folder" else [data / "metadata.json"]
-    index = open_latent_index(cache, open_record_index(cache, metadata, [] if metadata else [data]))
-    assert index.strings("key").to_pylist() == ["img000000", "img000001"] and index.note("num_unlisted") == 2
+    index = open_sample_index(cache, open_record_index(cache, metadata, [] if metadata else [data]))
+    assert index.arrow_column("key").to_pylist() == ["img000000", "img000001"] and index.note("num_unlisted") == 2
     for row, size in zip(list_rows(index), ((348, 256), (359, 264)), strict=True):
         path = find_latent_file(data / f"{row['key']}.jpg", cache)
         assert path == cache / row["file"]
@@ -222,12 +222,12 @@ def test_latents_that_come_later_are_found(tmp_path):
     write(cache / "c.npz", "no npz")
     make_latents(cache / "a_te_outputs.npz")
     records = open_record_index(cache, [metadata], [])
-    index = open_latent_index(cache, records)
-    assert index.strings("key").to_pylist() == ["a"]
+    index = open_sample_index(cache, records)
+    assert index.arrow_column("key").to_pylist() == ["a"]
     assert [key for key, reason in index.note("bad") if "no zip" in reason] == ["c"]
-    assert open_latent_index(cache, records).path == index.path
+    assert open_sample_index(cache, records).path == index.path
     make_latents(cache / "b_0300x0200_sdxl.npz", 1)
-    assert open_latent_index(cache, records).strings("key").to_pylist() == ["a", "b"]
+    assert open_sample_index(cache, records).arrow_column("key").to_pylist() == ["a", "b"]
 
 
 def test_shards_are_a_source_by_themselves(tmp_path):
@@ -239,11 +239,11 @@ def test_shards_are_a_source_by_themselves(tmp_path):
             writer.append(key, orjson.dumps({"caption": f"of {key}", "score": number}), contents[key])
         writer.close()
     records = open_record_index(tmp_path / "cache", [tmp_path / "s-{0..1}.tar"], [])
-    index = open_latent_index(tmp_path / "cache", records)
-    assert index.strings("key").to_pylist() == list(contents)
+    index = open_sample_index(tmp_path / "cache", records)
+    assert index.arrow_column("key").to_pylist() == list(contents)
     for row in list_rows(index):
         content = Path(row["file"]).read_bytes()[row["offset"] :][: row["bytes"]]
-        assert content == contents[row["key"]] and load_record(row)["caption"] == f"of {row['key']}"
+        assert content == contents[row["key"]] and parse_record(row)["caption"] == f"of {row['key']}"
         assert row["bucket_width"] == 64 + 32 * orjson.loads(row["record"])["score"]
     assert find_bad_latents(index, tmp_path / "cache", "full") == []
 
@@ -279,7 +279,7 @@ def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     index, problems = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"), False)
-    assert index is not None and index.strings("key").to_pylist() == ["a", "c"]
+    assert index is not None and index.arrow_column("key").to_pylist() == ["a", "c"]
     assert [problem.rule for problem in problems] == ["1 of 3 samples have no latents"]
 
 
@@ -403,7 +403,7 @@ def test_missing_captions_and_latents_are_what_the_settings_say(tmp_path):
         make_latents(tmp_path / "cache" / f"{key}.npz")
     for choice, keys in (("empty", ["a", "b", "c"]), ("skip", ["a", "c"])):
         index, problems = check_latents(build_config(tmp_path, on_missing_caption=choice), resuming=False)
-        assert index.strings("key").to_pylist() == keys and problems == []
+        assert index.arrow_column("key").to_pylist() == keys and problems == []
     _, problems = check_latents(build_config(tmp_path, on_missing_caption="error"), resuming=False)
     assert [problem.rule for problem in problems] == ["2 records have no caption: b, d"]
     _, problems = check_latents(build_config(tmp_path, on_missing="error"), resuming=False)

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sdxl_trainer.data.loading.loader import iterate_specs
-from sdxl_trainer.data.order.plan import Plan, mix_keys, permute
+from sdxl_trainer.data.order.keyed_random import derive_seed, permute
+from sdxl_trainer.data.order.plan import Plan, Position
 
 # Bucket number of each row, as data/loading/loader.py makes them: width << 16 | height.
 BUCKETS = st.lists(st.sampled_from([(64 << 16) | 64, (96 << 16) | 64, (64 << 16) | 96]), min_size=1, max_size=60).map(
@@ -18,7 +19,7 @@ BUCKETS = st.lists(st.sampled_from([(64 << 16) | 64, (96 << 16) | 64, (64 << 16)
 
 
 def list_epoch(plan: Plan, epoch: int) -> list:
-    return [plan.batch(epoch, index) for index in range(plan.num_batches(epoch))]
+    return [plan.batch(Position(epoch, index)) for index in range(plan.num_batches(epoch))]
 
 
 def count_turns(plan: Plan, num_epochs: int) -> Counter:
@@ -126,7 +127,7 @@ def test_any_number_of_ranks_reads_the_same_global_batches(micro):
     for world_size in (1, 2, 4, 8):
         num_micro = 16 // (micro * world_size)
         ranks = [
-            list(islice(iterate_specs(plan, (0, 0), rank, world_size, micro), num_batches * num_micro))
+            list(islice(iterate_specs(plan, Position(0, 0), rank, world_size, micro), num_batches * num_micro))
             for rank in range(world_size)
         ]
         for number, batch in enumerate(expected):
@@ -139,17 +140,17 @@ def test_any_number_of_ranks_reads_the_same_global_batches(micro):
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(AssertionError, match="must divide"):
-        next(iterate_specs(make_plan(), (0, 0), 0, 3, 1))
+        next(iterate_specs(make_plan(), Position(0, 0), 0, 3, 1))
 
 
 @settings(max_examples=25, deadline=None)
 @given(BUCKETS, st.sampled_from([2, 8, 40]), st.integers(0, 12), st.integers(0, 2**63 - 1))
 def test_resuming_anywhere_gives_the_same_rest(buckets, size, num_done, seed):
     plan = Plan(buckets, size, seed)
-    position = (0, 0)  # even where the first epochs complete no batch
+    position = Position(0, 0)  # even where the first epochs complete no batch
     straight = list(islice(iterate_specs(plan, position, 0, 1, size), num_done + 5))
     for _ in range(num_done):
-        position = plan.next_position(*position)
+        position = plan.next_position(position)
     resumed = list(islice(iterate_specs(Plan(buckets, size, seed), position, 0, 1, size), 5))
     assert [spec.rows.tolist() for spec in resumed] == [spec.rows.tolist() for spec in straight[num_done:]]
     assert [spec.epochs.tolist() for spec in resumed] == [spec.epochs.tolist() for spec in straight[num_done:]]
@@ -158,12 +159,12 @@ def test_resuming_anywhere_gives_the_same_rest(buckets, size, num_done, seed):
 def test_a_set_smaller_than_a_batch_is_gone_through_until_it_fills_one():
     plan = Plan(np.zeros(3, int), 8, 0)
     assert [plan.num_batches(epoch) for epoch in range(6)] == [0, 0, 1, 0, 0, 1]
-    assert plan.settle_position(0, 0) == (2, 0) and plan.next_position(0, 0) == (5, 0)
-    batch = plan.batch(2, 0)
+    assert plan.skip_empty_epochs(Position(0, 0)) == (2, 0) and plan.next_position(Position(0, 0)) == (5, 0)
+    batch = plan.batch(Position(2, 0))
     assert batch.epochs.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert sorted(batch.rows[:3]) == sorted(batch.rows[3:6]) == [0, 1, 2]
     with pytest.raises(AssertionError, match="no batch 0"):
-        plan.batch(0, 0)
+        plan.batch(Position(0, 0))
     with pytest.raises(AssertionError, match="needs a sample"):
         Plan(np.zeros(0, int), 8, 0)
 
@@ -179,12 +180,12 @@ def test_seeds_epochs_and_keys_differ():
     # Not only what is in a batch changes, but also which bucket comes when.
     kinds = [[batch.bucket for batch in list_epoch(make_plan(240), epoch)] for epoch in range(2)]
     assert kinds[0] != kinds[1] and Counter(kinds[0]) == Counter(kinds[1])
-    keys = {mix_keys(*keys) for keys in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,), (2**64 - 2,)]}
+    keys = {derive_seed(*keys) for keys in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,), (2**64 - 2,)]}
     assert len(keys) == 8 and all(0 <= key < 2**63 for key in keys)
 
 
 def test_the_order_is_pinned():
     # A change here makes every run that is resumed after it see another order than it began with.
-    assert mix_keys(1, 2, 3) == 2623250113353451629
+    assert derive_seed(1, 2, 3) == 2623250113353451629
     assert permute(np.arange(8), 8, 5).tolist() == [6, 2, 0, 1, 4, 5, 3, 7]
-    assert make_plan(20, 4, 7).batch(1, 0).rows.tolist() == [7, 10, 16, 4]
+    assert make_plan(20, 4, 7).batch(Position(1, 0)).rows.tolist() == [7, 10, 16, 4]

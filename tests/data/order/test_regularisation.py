@@ -10,8 +10,8 @@ from PIL import Image
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.checks.data import check_records
 from sdxl_trainer.data.index.index import open_record_index
-from sdxl_trainer.data.order.plan import Plan
-from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation
+from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation_rows
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def folders(tmp_path: Path) -> Path:
 
 def test_images_of_regularisation_folders_are_marked(folders: Path) -> None:
     index = open_record_index(folders / "cache", [], [folders / "own"], ",", [folders / "prior"])
-    rows = find_regularisation(index)
+    rows = find_regularisation_rows(index)
     assert [index.row(row)["key"] for row in rows.tolist()] == ["prior0", "prior1", "prior2", "prior3"]
-    assert find_regularisation(open_record_index(folders / "cache", [], [folders / "own"])).tolist() == []
+    assert find_regularisation_rows(open_record_index(folders / "cache", [], [folders / "own"])).tolist() == []
 
 
 def test_records_of_metadata_mark_themselves(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_records_of_metadata_mark_themselves(tmp_path: Path) -> None:
     items = {key: {"image_path": f"{key}.png", "caption": key, **fields} for key, fields in marks.items()}
     (tmp_path / "metadata.json").write_bytes(orjson.dumps(items, option=orjson.OPT_INDENT_2))
     index = open_record_index(tmp_path, [tmp_path / "metadata.json"], [])
-    assert [index.row(row)["key"] for row in find_regularisation(index).tolist()] == ["a"]
+    assert [index.row(row)["key"] for row in find_regularisation_rows(index).tolist()] == ["a"]
 
 
 def test_balanced_means_as_many_as_all_others() -> None:
@@ -52,7 +52,9 @@ def test_balanced_means_as_many_as_all_others() -> None:
     assert balance_regularisation(np.empty(0, int), 10, None, "balanced") is None
     assert balance_regularisation(regular, 10, None, 3.0)[6:].tolist() == [3] * 4
     plan = Plan(np.zeros(10, np.int64), 4, 0, balanced)
-    rows = np.concatenate([plan.batch(epoch, at).rows for epoch in range(2) for at in range(plan.num_batches(epoch))])
+    rows = np.concatenate(
+        [plan.batch(Position(epoch, at)).rows for epoch in range(2) for at in range(plan.num_batches(epoch))]
+    )
     assert np.bincount(rows, minlength=10).tolist() == [2] * 6 + [3] * 4
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 
 
@@ -19,11 +19,11 @@ def build(seed: int, num_rows: int, num_shards: int, window: int, batch: int, re
 
 
 def walk(plan: Plan, epochs: int) -> list[tuple[tuple[int, int], list[int], list[int]]]:
-    position, found = plan.settle_position(0, 0), []
+    position, found = plan.skip_empty_epochs(Position(0, 0)), []
     while position[0] < epochs:
-        batch = plan.batch(*position)
+        batch = plan.batch(position)
         found.append((position, batch.rows.tolist(), batch.epochs.tolist()))
-        position = plan.next_position(*position)
+        position = plan.next_position(position)
     return found
 
 
@@ -58,10 +58,10 @@ def test_batches_are_of_one_bucket_and_of_the_shards_at_hand():
     orders, at_hand = [], set()
     for position, rows, _ in walk(plan, 2):
         assert len(set(buckets[rows])) == 1
-        before, at_hand = at_hand, set(plan.list_shards(*position))
+        before, at_hand = at_hand, set(plan.list_shards(position))
         own = {f"s{shard}" for shard in shards[rows]}
         assert len(own - at_hand) <= 3  # but for what was carried on from windows before
-        orders.append(tuple(plan.list_shards(*position)[:3]))
+        orders.append(tuple(plan.list_shards(position)[:3]))
     assert plan.num_windows == 4
     windows = list(dict.fromkeys(orders))
     assert len(windows) == 8 and sorted(sum(windows[:4], ())) == sorted(sum(windows[4:], ()))  # two epochs
@@ -74,23 +74,23 @@ def test_any_position_can_be_begun_at():
     for at in (0, 1, 40, len(whole) - 1):
         plan = build(5, 100, 7, 2, 3)
         position, rows, epochs = whole[at]
-        batch = plan.batch(*position)
+        batch = plan.batch(position)
         assert batch.rows.tolist() == rows and batch.epochs.tolist() == epochs
         if at + 1 < len(whole):
-            assert plan.next_position(*position) == whole[at + 1][0]
+            assert plan.next_position(position) == whole[at + 1][0]
     assert walk(build(6, 100, 7, 2, 3), 1) != walk(build(5, 100, 7, 2, 3), 1)
 
 
 def test_the_next_windows_shards_are_asked_for_in_time():
     plan = build(1, 600, 12, 4, 4)
     positions = [position for position, *_ in walk(plan, 1)]
-    windows = {plan._find_window(*position)[0]: position for position in positions}  # the last position of each
+    windows = {plan._find_window(position)[0]: position for position in positions}  # the last position of each
     first = {}
     for position in positions:
-        first.setdefault(plan._find_window(*position)[0], position)
+        first.setdefault(plan._find_window(position)[0], position)
     for window in (0, 1):
-        assert len(plan.list_shards(*first[window])) < 8
-        assert set(plan.list_shards(*windows[window])) >= set(plan.list_shards(*first[window + 1])[:4])
+        assert len(plan.list_shards(first[window])) < 8
+        assert set(plan.list_shards(windows[window])) >= set(plan.list_shards(first[window + 1])[:4])
 
 
 @pytest.mark.parametrize("window", [1, 5, 100])

@@ -13,9 +13,10 @@ from PIL import Image
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.checks.data import check_latents, check_records
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
-from sdxl_trainer.data.order.source_weights import weigh_sources
+from sdxl_trainer.data.order.plan import Position
+from sdxl_trainer.data.order.source_weights import apply_source_weights
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.run.job import count_repeats
 
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_index(folder: Path, *names: str) -> Index:
-    return open_latent_index(folder, open_record_index(folder, [folder / name for name in names], []))
+    return open_sample_index(folder, open_record_index(folder, [folder / name for name in names], []))
 
 
 def test_a_record_belongs_to_the_entry_that_it_first_appears_in(folder: Path) -> None:
@@ -51,13 +52,13 @@ def test_a_record_belongs_to_the_entry_that_it_first_appears_in(folder: Path) ->
 
 def test_epochs_hold_each_source_as_often_as_it_weighs_on_any_number_of_ranks(folder: Path) -> None:
     index = open_index(folder, *SOURCES)
-    assert weigh_sources(index, None, []) is None and weigh_sources(index, None, [1, 1, 1]) is None
-    repeats = weigh_sources(index, None, [1, 2.25, 0])
+    assert apply_source_weights(index, None, []) is None and apply_source_weights(index, None, [1, 1, 1]) is None
+    repeats = apply_source_weights(index, None, [1, 2.25, 0])
     assert repeats is not None and repeats.tolist() == [1.0] * 8 + [2.25] * 5 + [0.0] * 3
     held_out = np.array([0.0] + [2.0] * 15)  # what a strategy or a validation set said goes in
-    assert weigh_sources(index, held_out, [1, 2.25, 0]).tolist() == [0.0] + [2.0] * 7 + [4.5] * 5 + [0.0] * 3  # pyright: ignore
+    assert apply_source_weights(index, held_out, [1, 2.25, 0]).tolist() == [0.0] + [2.0] * 7 + [4.5] * 5 + [0.0] * 3  # pyright: ignore
     plan = build_plan(index, 8, 3, repeats)
-    batches = [plan.batch(epoch, number) for epoch in range(4) for number in range(plan.num_batches(epoch))]
+    batches = [plan.batch(Position(epoch, number)) for epoch in range(4) for number in range(plan.num_batches(epoch))]
     turns = Counter(row for batch in batches for row in batch.rows.tolist())
     wanted = np.array([4] * 8 + [9] * 5 + [0] * 3)  # over the four epochs that make them whole
     missing = wanted - np.array([turns[row] for row in range(16)])
@@ -65,7 +66,7 @@ def test_epochs_hold_each_source_as_often_as_it_weighs_on_any_number_of_ranks(fo
     for world_size in (1, 2, 4, 8):
         steps = 8 // world_size
         ranks = [
-            list(islice(iterate_specs(plan, (0, 0), rank, world_size, 1), len(batches) * steps))
+            list(islice(iterate_specs(plan, Position(0, 0), rank, world_size, 1), len(batches) * steps))
             for rank in range(world_size)
         ]
         rows = [int(rank[step].rows[0]) for step in range(len(batches) * steps) for rank in ranks]
@@ -79,7 +80,7 @@ def test_folders_have_weights_too_and_those_of_regularisation_none(tmp_path: Pat
     folders = [tmp_path / "one", tmp_path / "two"]
     index = open_record_index(tmp_path, [], folders, ",", [tmp_path / "prior"])
     assert index.column("source").tolist() == [0, 1, 2]
-    assert weigh_sources(index, None, [0.5, 3]).tolist() == [0.5, 3, 1]  # pyright: ignore[reportOptionalMemberAccess]
+    assert apply_source_weights(index, None, [0.5, 3]).tolist() == [0.5, 3, 1]  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_wrong_weights_are_told(folder: Path) -> None:

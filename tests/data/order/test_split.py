@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from sdxl_trainer.data.order.split import find_common, hash_keys, leave_out, select_share
+from sdxl_trainer.data.order.split import exclude_rows, find_matching_rows, hash_keys, select_by_hash
 
 
 def chunk(*chunks: list[str]) -> pa.ChunkedArray:
@@ -27,18 +27,18 @@ def test_a_hash_is_the_keys_own_and_evenly_spread() -> None:
 
 def test_a_share_is_stable_when_samples_come_and_go() -> None:
     hashes = hash_keys(chunk(KEYS), 7)
-    held = {KEYS[row] for row in select_share(hashes, 0.1)}
+    held = {KEYS[row] for row in select_by_hash(hashes, 0.1)}
     assert abs(len(held) - 0.1 * len(KEYS)) < 5 * (0.09 * len(KEYS)) ** 0.5
     fewer = KEYS[::3]
-    assert {fewer[row] for row in select_share(hash_keys(chunk(fewer), 7), 0.1)} == held & set(fewer)
-    longer, shorter = select_share(hashes, 0.1), select_share(hashes, 0.05)
+    assert {fewer[row] for row in select_by_hash(hash_keys(chunk(fewer), 7), 0.1)} == held & set(fewer)
+    longer, shorter = select_by_hash(hashes, 0.1), select_by_hash(hashes, 0.05)
     assert longer[: len(shorter)].tolist() == shorter.tolist()
-    assert len(select_share(hashes, 0)) == 0
+    assert len(select_by_hash(hashes, 0)) == 0
 
 
 def test_what_is_held_out_is_used_no_more() -> None:
-    rows = find_common(chunk(["a", "b"], ["c", "d"]), chunk(["d", "x", "b"]))
+    rows = find_matching_rows(chunk(["a", "b"], ["c", "d"]), chunk(["d", "x", "b"]))
     assert rows.tolist() == [1, 3]
-    assert leave_out(rows, 4, None).tolist() == [1, 0, 1, 0]
-    assert leave_out(rows, 4, np.array([2, 2, 0.5, 1])).tolist() == [2, 0, 0.5, 0]
-    assert leave_out(np.empty(0, int), 4, None) is None
+    assert exclude_rows(rows, 4, None).tolist() == [1, 0, 1, 0]
+    assert exclude_rows(rows, 4, np.array([2, 2, 0.5, 1])).tolist() == [2, 0, 0.5, 0]
+    assert exclude_rows(np.empty(0, int), 4, None) is None

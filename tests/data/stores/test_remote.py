@@ -23,10 +23,11 @@ from sdxl_trainer.configs.schema import Config  # noqa: E402
 from sdxl_trainer.data.checks.data import check_latents, check_records  # noqa: E402
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents  # noqa: E402
 from sdxl_trainer.data.formats.shards import ShardWriter  # noqa: E402
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index  # noqa: E402
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index  # noqa: E402
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings  # noqa: E402
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs  # noqa: E402
-from sdxl_trainer.data.metadata.records import load_record  # noqa: E402
+from sdxl_trainer.data.metadata.records import parse_record  # noqa: E402
+from sdxl_trainer.data.order.plan import Position  # noqa: E402
 from sdxl_trainer.data.stores import remote  # noqa: E402
 from sdxl_trainer.data.stores.remote_sources import name_shard_version  # noqa: E402
 from sdxl_trainer.data.stores.shard_copies import ShardCopies  # noqa: E402
@@ -35,6 +36,7 @@ from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer  # noq
 
 TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
+START = Position(0, 0)
 NUM_SHARDS, PER_SHARD = 3, 8
 
 
@@ -86,7 +88,7 @@ def shards(tmp_path_factory, store) -> Path:
 
 
 def open_index(cache: Path, *metadata: Path | str) -> Index:
-    return open_latent_index(cache, open_record_index(cache, list(metadata), []))
+    return open_sample_index(cache, open_record_index(cache, list(metadata), []))
 
 
 def build_dataset(cache: Path, index: Index, copies: ShardCopies | None = None) -> LatentDataset:
@@ -99,7 +101,7 @@ def build_dataset(cache: Path, index: Index, copies: ShardCopies | None = None) 
 
 def read_epoch(dataset: LatentDataset, num_workers: int = 0, size: int = 2) -> list[MicroBatch]:
     plan = build_plan(dataset.index, size, seed=1)
-    batches = iterate_batches(dataset, iterate_specs(plan, (0, 0), 0, 1, size), num_workers)
+    batches = iterate_batches(dataset, iterate_specs(plan, Position(0, 0), 0, 1, size), num_workers)
     return [next(batches) for _ in range(plan.num_batches(0))]
 
 
@@ -118,13 +120,13 @@ def make_copies(cache: Path, folder: Path, limit_bytes: int = 1 << 30) -> ShardC
 def test_shards_on_a_store_give_the_batches_of_local_ones(tmp_path, shards, store):
     local = read_epoch(build_dataset(tmp_path / "a", open_index(tmp_path / "a", shards / "s-{0..2}.tar")))
     index = open_index(tmp_path / "b", "s3://bucket/set/s-{0..2}.tar")
-    assert index.strings("file").to_pylist()[0] == "s3://bucket/set/s-0.tar"
+    assert index.arrow_column("file").to_pylist()[0] == "s3://bucket/set/s-0.tar"
     dataset = build_dataset(tmp_path / "b", index)
     assert_same(local, read_epoch(dataset))
     assert sorted(row for batch in local for row in batch.rows.tolist()) == list(range(NUM_SHARDS * PER_SHARD))
     assert_same(local, read_epoch(dataset, num_workers=1))  # spawned: it finds the store by itself
     everything = open_index(tmp_path / "b", "s3://bucket/set/*.tar")
-    assert everything.strings("key").to_pylist() == index.strings("key").to_pylist()
+    assert everything.arrow_column("key").to_pylist() == index.arrow_column("key").to_pylist()
 
 
 def test_the_index_reads_little_of_the_shards_and_only_once(tmp_path, store, monkeypatch):
@@ -163,7 +165,7 @@ def test_metadata_on_a_store(tmp_path, store):
     for name, content in contents.items():
         store.pipe_file(f"bucket/meta/{name}", content.encode())
         index = open_record_index(tmp_path, [f"s3://bucket/meta/{name}"], [])
-        rows = [(load_record(row), row["width"]) for row in map(index.row, range(2))]
+        rows = [(parse_record(row), row["width"]) for row in map(index.row, range(2))]
         assert [(record["key"], record["caption"], width) for record, width in rows] == [
             ("a", "a", 9),
             ("b", "b", 9),
@@ -225,7 +227,7 @@ def test_shards_that_change_while_training_make_bad_samples(tmp_path, shards, st
     store.put_file(str(shards / "s-1.tar"), "bucket/gone/b.tar")
     index = open_index(tmp_path, "s3://bucket/gone/{a,b}.tar")
     dataset = build_dataset(tmp_path, index)
-    keys = index.strings("key").to_pylist()
+    keys = index.arrow_column("key").to_pylist()
     last = index.row(PER_SHARD - 1)
     store.pipe_file("bucket/gone/a.tar", content[: last["offset"] + 100])
     batches = read_epoch(dataset)
@@ -276,17 +278,17 @@ def test_copies_are_read_instead_of_the_store(tmp_path, shards, store, monkeypat
     assert len(list((tmp_path / "copies").iterdir())) == 1  # too little room: the others went
 
 
-def read_streamed(dataset: LatentDataset, num_epochs: int, rank: int = 0, ranks: int = 1, at=(0, 0)) -> dict:
+def read_streamed(dataset: LatentDataset, num_epochs: int, rank: int = 0, ranks: int = 1, at: Position = START) -> dict:
     """(key, epoch) of what each batch of the epochs holds for a rank, by position in its stream."""
     plan = build_plan(dataset.index, 4, seed=1, shuffle_shards=1)
     specs = iterate_specs(plan, at, rank, ranks, 4 // ranks)
-    keys, found, position = dataset.index.strings("key").to_pylist(), {}, plan.settle_position(*at)
+    keys, found, position = dataset.index.arrow_column("key").to_pylist(), {}, plan.skip_empty_epochs(at)
     while position[0] < num_epochs:
         spec = next(specs)
         batch = dataset[spec]
         assert batch.bad == [] and batch.weights.min() == 1
         found[position] = [(keys[row], int(e)) for row, e in zip(batch.rows.tolist(), spec.epochs, strict=True)]
-        position = plan.next_position(*position)
+        position = plan.next_position(position)
     return found
 
 
@@ -295,7 +297,7 @@ def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, 
     dataset = build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies"))
     whole = read_streamed(dataset, 2)
     taken = sorted(item for batch in whole.values() for item in batch)
-    assert taken == sorted((key, epoch) for key in index.strings("key").to_pylist() for epoch in (0, 1))
+    assert taken == sorted((key, epoch) for key in index.arrow_column("key").to_pylist() for epoch in (0, 1))
     for future in dataset.store._coming.values():
         future.result()
     assert len(list((tmp_path / "copies").glob("*.tar"))) == NUM_SHARDS

@@ -15,9 +15,10 @@ from programs import ROOT, run_program
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
-from sdxl_trainer.data.index.index import Index, open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import (
     Strategy,
@@ -59,7 +60,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def index(cache) -> Index:
-    return open_latent_index(cache, open_record_index(cache, [cache / "metadata.json"], []))
+    return open_sample_index(cache, open_record_index(cache, [cache / "metadata.json"], []))
 
 
 def write_class(folder: Path, body: str, name: str = "user.py") -> str:
@@ -123,7 +124,9 @@ def repeats(self, record, counts):
     assert hash_repeats(repeats + 1) != hash_repeats(repeats)
     plan = build_plan(index, 1, 0, loaded)
     drawn = Counter(
-        int(plan.batch(epoch, number).rows[0]) for epoch in range(4) for number in range(plan.num_batches(epoch))
+        int(plan.batch(Position(epoch, number)).rows[0])
+        for epoch in range(4)
+        for number in range(plan.num_batches(epoch))
     )
     assert drawn == {0: 12, 2: 2, 3: 8}
 
@@ -169,9 +172,9 @@ def test_the_step_of_a_batch_drives_the_warm_up_on_any_rank_and_after_a_resume(c
     dataset = build_dataset(cache, index, None, token_warmup_steps=2, token_warmup_min=1)
     plan = build_plan(index, 4, 0)
     for rank in (0, 1):
-        specs = list(islice(iterate_specs(plan, (0, 0), rank, 2, 1), 6))
+        specs = list(islice(iterate_specs(plan, Position(0, 0), rank, 2, 1), 6))
         assert [spec.step for spec in specs] == [0, 0, 1, 1, 2, 2]
-        resumed = next(iterate_specs(plan, (1, 0), rank, 2, 1, step=1))
+        resumed = next(iterate_specs(plan, Position(1, 0), rank, 2, 1, step=1))
         assert resumed.step == 1 and np.array_equal(resumed.rows, specs[2].rows)
     text = {0: "1girl", 1: "1girl, best quality", 2: "1girl, best quality, solo"}
     for step, expected in text.items():
@@ -199,7 +202,8 @@ def loss_weight(self, record):
     dataset = build_dataset(cache, index, load_strategy(spec), shuffle=True, dropout_rate=0.2)
     plan = build_plan(index, 4, 0)
     alone, spawned = (
-        list(islice(iterate_batches(dataset, iterate_specs(plan, (0, 0), 0, 1, 2), workers), 6)) for workers in (0, 1)
+        list(islice(iterate_batches(dataset, iterate_specs(plan, Position(0, 0), 0, 1, 2), workers), 6))
+        for workers in (0, 1)
     )
     for one, other in zip(alone, spawned, strict=True):
         assert one.input_ids.equal(other.input_ids) and one.weights.equal(other.weights) and one.bad == other.bad

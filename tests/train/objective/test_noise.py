@@ -5,17 +5,17 @@ import torch
 from torch.nn.functional import interpolate
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_noise, make_generator, perturb_noise
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
 STATISTICS = (torch.zeros(1), torch.ones(1))
 SHAPE = (4, 16, 24)
-SEEDS = [mix_keys(number) for number in range(6)]
+SEEDS = [derive_seed(number) for number in range(6)]
 
 
 def draw_x0(count: int = 6) -> torch.Tensor:
-    return draw_noise(SHAPE, [mix_keys(99, number) for number in range(count)]) + 0.5
+    return draw_noise(SHAPE, [derive_seed(99, number) for number in range(count)]) + 0.5
 
 
 def build(**settings) -> Objective:
@@ -72,9 +72,9 @@ def test_pyramid_noise_has_unit_deviation_and_more_low_frequencies():
 def test_the_objective_adds_offset_and_pyramid_from_draws_of_their_own():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain = build().sample_noise(x0, keys)
-    offset = add_offset(plain, x0, torch.zeros(6), 0.2, keys.make_seeds(Stream.NOISE_OFFSET))
+    offset = add_offset(plain, x0, torch.zeros(6), 0.2, keys.make_seeds(RandomStream.NOISE_OFFSET))
     assert build(adaptive_noise_scale=0.2).sample_noise(x0, keys).equal(offset) and not offset.equal(plain)
-    pyramid = add_pyramid(offset, 4, 0.5, keys.make_seeds(Stream.PYRAMID_NOISE))
+    pyramid = add_pyramid(offset, 4, 0.5, keys.make_seeds(RandomStream.PYRAMID_NOISE))
     both = build(adaptive_noise_scale=0.2, multires_noise_iterations=4, multires_noise_discount=0.5)
     assert both.sample_noise(x0, keys).equal(pyramid)
 
@@ -87,7 +87,7 @@ def test_perturbation_reaches_the_input_alone():
     assert perturbed.compute_target(x0, noise, timesteps).equal(noise)
     x_t, levels = plain.add_noise(x0, noise, timesteps, keys), plain._process.compute_levels(timesteps)
     added = (perturbed.add_noise(x0, noise, timesteps, keys) - x_t) / levels[1].view(-1, 1, 1, 1)
-    expected = 0.1 * draw_noise(SHAPE, keys.make_seeds(Stream.INPUT_PERTURBATION))
+    expected = 0.1 * draw_noise(SHAPE, keys.make_seeds(RandomStream.INPUT_PERTURBATION))
     torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-5)
     assert perturb_noise(noise, torch.zeros(6), SEEDS).equal(noise)
 
@@ -96,7 +96,7 @@ def test_perturbation_reaches_the_input_alone():
 def test_random_strengths_are_uniform_up_to_the_setting(name):
     objective = build(**{name: 0.2, f"{name}_random_strength": True})
     is_offset, x0 = name == "noise_offset", torch.zeros(500, 1, 1, 1)
-    stream = Stream.NOISE_OFFSET if is_offset else Stream.INPUT_PERTURBATION
+    stream = RandomStream.NOISE_OFFSET if is_offset else RandomStream.INPUT_PERTURBATION
     keys = SampleKeys(0, 0, list(range(500)))
     strengths = objective._draw_strength(0.2, True, stream, keys)
     assert 0 <= strengths.min() and strengths.max() < 0.2 and strengths.mean().item() == pytest.approx(0.1, abs=0.01)

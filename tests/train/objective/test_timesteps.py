@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.data.order.plan import Stream, mix_keys
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import (
     build_histogram,
@@ -46,7 +46,7 @@ def compute_normal_cdf(z: np.ndarray) -> np.ndarray:
 
 
 def test_keyed_draws_are_uniform_and_below_one():
-    draws = draw_uniform([mix_keys(0, Stream.TIMESTEP, step, 1) for step in range(COUNT)]).numpy()
+    draws = draw_uniform([derive_seed(0, RandomStream.TIMESTEP, step, 1) for step in range(COUNT)]).numpy()
     assert measure_distance(draws, lambda u: u) < KS_LIMIT
     assert draw_uniform([2**63 - 1]).item() < 1 and draw_uniform([0]).item() == 0
     assert draw_uniform([2**10]).item() == 2**-53  # as fine as can be
@@ -135,7 +135,7 @@ def test_rounding_does_not_leave_the_range():
 
 
 def test_low_discrepancy_spreads_evenly_whoever_draws():
-    seed = mix_keys(5)
+    seed = derive_seed(5)
     whole = draw_low_discrepancy(seed, range(12), 12)
     assert np.diff(np.sort(whole.numpy())) == pytest.approx([1 / 12] * 11)
     assert ((0 <= whole) & (whole < 1)).all()
@@ -143,7 +143,7 @@ def test_low_discrepancy_spreads_evenly_whoever_draws():
     shares = {rank: [range(s, s + 3) for s in range(3 * rank, 12, 6)] for rank in (0, 1)}
     parts = [draw_low_discrepancy(seed, share, 12) for rank in (0, 1) for share in shares[rank]]
     assert torch.cat(parts).sort().values.equal(whole.sort().values)
-    assert not draw_low_discrepancy(mix_keys(6), range(12), 12).equal(whole)
+    assert not draw_low_discrepancy(derive_seed(6), range(12), 12).equal(whole)
 
 
 def test_low_discrepancy_over_ranks_and_accumulation_through_the_objective():

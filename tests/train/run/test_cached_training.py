@@ -13,9 +13,9 @@ from programs import TINY, run_program
 
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.manifest import read_latest
-from sdxl_trainer.data.index.index import open_latent_index, open_record_index
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
-from sdxl_trainer.data.metadata.records import load_record
+from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
@@ -45,7 +45,7 @@ def open_dataset(settings: Path, caption: CaptionSettings, variants: int) -> Lat
     config, _ = load_config(settings)
     folder = config.cache.dir
     assert folder is not None
-    index = open_latent_index(folder, open_record_index(folder, config.data.metadata, []))
+    index = open_sample_index(folder, open_record_index(folder, config.data.metadata, []))
     dataset = LatentDataset(index, folder, TOKENIZERS, SampleSettings(3, 75, caption))
     dataset.text = CachedText(folder, CaptionVariants(caption, variants), seed=3)
     return dataset
@@ -113,7 +113,7 @@ def test_variants_are_drawn_by_epoch_and_dropped_captions_are_empty(texted, tmp_
     dropping = CachedText(dataset.cache_folder, CaptionVariants(plain, 1), seed=3)
     shaped = LatentDataset(dataset.index, dataset.cache_folder, TOKENIZERS, SampleSettings(3, 75, plain))
     row = dataset.index.row(0)
-    record = load_record(row)
+    record = parse_record(row)
     for epoch in range(30):
         assert dropping._is_dropped(record, epoch, 0) == (shaped.describe(row, 0, epoch, 0)[0] == "")
 

@@ -21,7 +21,8 @@ from sdxl_trainer.data.checks.held_out import (
     open_validation_index,
 )
 from sdxl_trainer.data.loading.loader import build_plan
-from sdxl_trainer.data.order.split import leave_out
+from sdxl_trainer.data.order.plan import Position
+from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.validate import spread_timesteps, summarize_losses
@@ -109,9 +110,12 @@ def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:
     assert problems == [] and index is not None and open_validation_index(config) == (None, [])
     held_out = find_held_out(config, index, None)
     assert 1 <= len(held_out) <= 10
-    plan = build_plan(index, 4, 0, leave_out(held_out, len(index), None))
+    plan = build_plan(index, 4, 0, exclude_rows(held_out, len(index), None))
     used = {
-        row for epoch in range(8) for number in range(plan.num_batches(epoch)) for row in plan.batch(epoch, number).rows
+        row
+        for epoch in range(8)
+        for number in range(plan.num_batches(epoch))
+        for row in plan.batch(Position(epoch, number)).rows
     }
     assert used == set(range(len(index))) - set(held_out.tolist())
     derived = derive_validation_config(config)
