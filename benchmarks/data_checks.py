@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from sdxl_trainer.data.checks.latents import find_bad_latents
+from sdxl_trainer.data.checks.latent_files import find_bad_latents
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.images.bucket import BucketRule

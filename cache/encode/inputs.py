@@ -9,7 +9,7 @@ from sdxl_trainer.cache.encode.text_work import (
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.data import check_records
+from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.formats.manifest import (
     Identity,
     write_identity,
@@ -24,7 +24,7 @@ def open_index(config: Config, problems: list[Problem]) -> Index:
     Raises:
         UserInputError: something is; all of it is named.
     """
-    index, found = check_records(config, need_captions=config.cache.text)
+    index, found = open_checked_records(config, need_captions=config.cache.text)
     raise_if_any([*problems, *found, *check_model(config.model), *check_captioning(config)])
     assert index is not None, "records without problems have an index"
     return index

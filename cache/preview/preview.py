@@ -18,8 +18,9 @@ from sdxl_trainer.cache.preview.contact_sheet import Specimen, decode_specimens,
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.data import check_flip, check_records
-from sdxl_trainer.data.checks.latents import ROWS_A_TASK, find_bad_latents
+from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, count_unflipped, find_bad_latents
+from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipped
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
@@ -43,7 +44,7 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
     Raises:
         UserInputError: anything wrong with the settings or the data, all of it at once.
     """
-    records, found = check_records(config)
+    records, found = open_checked_records(config)
     raise_if_any([*problems, *found, *check_model(config.model)])
     assert records is not None, "records without problems have an index"
     index = open_sample_index(get_cache_folder(config), records, build_latent_selection(config))
@@ -59,7 +60,15 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
                 )
             ]
         )
-    raise_if_any([*check_flip(config, index), *check_weighted_sources(config.data.source_weights, index)])
+    data = config.data
+    num_unflipped = count_unflipped(index, get_cache_folder(config)) if data.flip_rate else 0
+    warn_about_unflipped(num_unflipped, len(index))
+    raise_if_any(
+        [
+            *check_flip(data.flip_rate, num_unflipped, len(index)),
+            *check_weighted_sources(data.source_weights, index),
+        ]
+    )
     source = resolve_model(config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None

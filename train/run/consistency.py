@@ -7,7 +7,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.latents import find_mask
+from sdxl_trainer.data.checks.latent_files import has_masks
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.train.report.wandb_log import check_wandb
@@ -20,7 +20,7 @@ def check_consistency(config: Config, index: Index | None) -> Iterator[Problem]:
     if config.lora.rank and config.checkpoint.export_format != "single":
         rule = "is not for adapters, which are one file"
         yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
-    if config.objective.masked_loss and index is not None and find_mask(index, get_cache_folder(config)) is False:
+    if config.objective.masked_loss and index is not None and has_masks(index, get_cache_folder(config)) is False:
         rule = "has no effect: the latents hold no masks"
         cure = "set data.masks, or cache.alpha_mask: true, and run bash launch/cache.sh, or leave it out"
         yield Problem("objective.masked_loss", True, rule, cure)

@@ -15,12 +15,13 @@ from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_m
 from sdxl_trainer.configs.load import save_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.data import check_latents, leave_out_rows
-from sdxl_trainer.data.checks.held_out import (
-    check_validation,
+from sdxl_trainer.data.checks.left_out import leave_out_bad_latents, load_left_out_rows
+from sdxl_trainer.data.checks.training_set import open_training_set
+from sdxl_trainer.data.checks.validation_set import (
+    check_held_out,
     derive_validation_config,
-    find_held_out,
-    open_validation_index,
+    find_held_out_rows,
+    open_validation_set,
 )
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch
@@ -182,12 +183,16 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
                 "give another run.name, or remove the folder",
             )
         )
-    index, found = check_latents(config, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
-    problems += found + check_validation(config, index) + check_strategy(config, index)
+    index, found = open_training_set(config)
+    own, validation_problems = open_validation_set(config)
+    problems += found + validation_problems
+    if index is not None:
+        leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
+        problems += check_held_out(config, index, own)
+    problems += check_strategy(config, index)
     problems += check_consistency(config, index)
     if config.cache.text and not problems:
         problems = check_cached_text(config, index)
-        own, _ = open_validation_index(config)
         problems += check_cached_text(derive_validation_config(config), own) if own else []
     return index, problems
 
@@ -226,9 +231,9 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     source = resolve_model(config.model)
     tokenizers = load_tokenizers(source, config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
-    own = open_validation_index(config)[0] if ranks.is_main else None
+    own = open_validation_set(config).index if ranks.is_main else None
     own = Index(path) if (path := broadcast_object(own and own.path)) else None
-    held_out = find_held_out(config, index, own)
+    held_out = find_held_out_rows(config, index, own)
     repeats = count_repeats(config, index, held_out, strategy, ranks)
     shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
@@ -282,7 +287,8 @@ def count_repeats(
     repeats = load_repeats(get_repeats_file(config)) if strategy and strategy.has("repeats") else None
     if len(held_out):
         logger.info("{} of {} samples are held out of training", len(held_out), len(index))
-    repeats = exclude_rows(held_out, len(index), leave_out_rows(config, index, repeats))
+    repeats = exclude_rows(load_left_out_rows(config.run.folder, index), len(index), repeats)
+    repeats = exclude_rows(held_out, len(index), repeats)
     repeats = apply_source_weights(index, repeats, config.data.source_weights)
     regular = broadcast_object(find_regularisation_rows(index) if ranks.is_main else None)
     raise_if_any(check_regularisation_use(config, len(regular)))

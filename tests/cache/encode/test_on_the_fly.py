@@ -16,7 +16,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.data.index.index import Index
@@ -45,7 +45,7 @@ def open_run(images: Path, folder: Path, *words: str) -> tuple[Config, Index]:
         images / "settings.yaml",
         [f"cache.dir={folder}", f"run.dir={folder}/runs", "cache.on_missing=encode", *words],
     )
-    index, found = check_latents(config, resuming=False)
+    index, found = open_training_set(config)
     assert problems == found == [] and index is not None
     return config, index
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.data.checks.data import check_records
+from sdxl_trainer.data.checks.records import open_checked_records
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def settings(tmp_path: Path) -> Path:
 
 def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -> None:
     config, _ = load_config(settings)
-    index, problems = check_records(config)
+    index, problems = open_checked_records(config)
     assert [problem.key for problem in problems] == ["data.image_dirs"] and "not one caption" in problems[0].rule
-    index, problems = check_records(config, need_captions=False)
+    index, problems = open_checked_records(config, need_captions=False)
     assert index is not None and len(index) == 3 and problems == []
 
 
@@ -32,7 +32,7 @@ def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -
 def test_some_without_a_caption_are_an_error_where_one_is_asked_for(settings: Path, missing: str, keys: list) -> None:
     (settings.parent / "images" / "b.txt").write_text("a black square")
     config, _ = load_config(settings, [f"data.on_missing_caption={missing}"])
-    problems = check_records(config)[1]
+    problems = open_checked_records(config)[1]
     assert [problem.key for problem in problems] == keys
     if keys:
         assert "2 records have no caption: a, c" in problems[0].rule

@@ -15,7 +15,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import read_identity, read_latest
 from sdxl_trainer.data.images.masks import BadMaskError, MaskFinder, add_mask, check_masks
@@ -257,7 +257,7 @@ def name_bad_latents(folder: Path, *words: str) -> list[dict]:
     """What training says at its start of latents that it leaves out."""
     run = (f"run.name=run-{len(list(folder.glob('runs/*')))}", f"data.masks={ENDING}")
     config, problems = load_config(folder / "settings.yaml", [*words, *run])
-    index, found = check_latents(config, resuming=False)
+    index, found = open_training_set(config)
     assert problems == found == [] and index is not None and len(index) == 4
     log = config.run.folder / "logs" / "bad_samples.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []

@@ -10,7 +10,7 @@ from loguru import logger
 from programs import TINY
 
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.formats.shards import ShardWriter
@@ -106,7 +106,7 @@ def check(folder: Path, rate: float) -> tuple[list[tuple[str, str]], str]:
             "cache": {"dir": folder},
         }
     )
-    _, problems = check_latents(config, resuming=False)
+    _, problems = open_training_set(config)
     logger.remove(sink)
     return [(problem.key, problem.cure) for problem in problems], "".join(lines)
 

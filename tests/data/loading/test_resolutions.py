@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config, DataConfig
-from sdxl_trainer.data.checks.data import check_latents, check_records
+from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import ManifestWriter, read_identity, read_latest, verify_identity
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, choose_bucket, list_buckets, place_image, split_key
@@ -181,7 +182,7 @@ def test_beside_the_images_they_lie_in_a_folder_of_their_own(filled, tmp_path):
     assert {path.stem for path in (tmp_path / "data" / "images").glob("*.npz")} == stems
     assert {path.stem for path in (tmp_path / "data" / "images" / "64px").glob("*.npz")} == stems
     config, _ = load_config(filled / "settings.yaml", [*words, f"run.dir={tmp_path}"])
-    index, problems = check_latents(config, resuming=False)
+    index, problems = open_training_set(config)
     assert problems == [] and index is not None and len(index) == 2 * NUM_IMAGES
 
 
@@ -201,7 +202,7 @@ def test_a_key_that_reads_like_anothers_latents_is_told(tmp_path):
     data = {"metadata": [tmp_path / "m.json"], "min_bucket_px": 32}
     for resolutions, expected in (([128], []), ([64, 128], ["a record has the key '64px/a'"])):
         config = Config.model_validate({"data": {**data, "resolution_px": resolutions}})
-        assert [problem.rule for problem in check_records(config)[1]] == expected
+        assert [problem.rule for problem in open_checked_records(config)[1]] == expected
 
 
 def test_latents_of_other_settings_are_not_trained_on(filled):
@@ -215,7 +216,7 @@ def test_latents_of_other_settings_are_not_trained_on(filled):
         config, _ = load_config(
             settings, [*words, f"cache.dir={filled / 'npz'}", f"run.dir={filled}", "cache.on_missing=skip"]
         )
-        _, problems = check_latents(config, resuming=False)
+        _, problems = open_training_set(config)
         assert [problem.key for problem in problems] == ["cache.dir"], words
         assert made in problems[0].rule and wanted in problems[0].rule and "launch/cache.sh" in problems[0].cure
 
@@ -228,7 +229,7 @@ def test_latents_that_were_not_made_anew_yet_are_not_trained_on(filled, tmp_path
     with closing(ManifestWriter(tmp_path, 0)) as manifest:
         manifest.append(replace(entry, identity="0" * 16, listed_ns=time.time_ns()))
     config, _ = load_config(filled / "settings.yaml", [*words, f"run.dir={tmp_path}"])
-    [problem] = check_latents(config, resuming=False)[1]
+    [problem] = open_training_set(config)[1]
     assert problem.key == "cache.dir" and problem.rule.startswith("holds 1 latents of other settings")
     assert run_job(filled / "settings.yaml", *words) == 0
-    assert check_latents(config, resuming=False)[1] == []
+    assert open_training_set(config)[1] == []

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from programs import FIXTURES, ROOT
 
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks.data import check_latents, leave_out_rows
-from sdxl_trainer.data.checks.latents import find_bad_latents
+from sdxl_trainer.data.checks.latent_files import find_bad_latents
+from sdxl_trainer.data.checks.left_out import leave_out_bad_latents, load_left_out_rows
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
@@ -254,14 +255,14 @@ def test_sizes_that_disagree_with_the_image_are_counted_and_not_used(tmp_path):
     write(tmp_path / "m.json", orjson.dumps(records))
     for key in sizes:
         make_latents(tmp_path / "cache" / f"{key}.npz")
-    index, problems = check_latents(build_config(tmp_path), resuming=False)
+    index, problems = open_training_set(build_config(tmp_path))
     assert index is not None and problems == []
     assert set(index.column("original_width")) == {300} and set(index.column("original_height")) == {200}
     assert index.note("other_sizes") == (
         "2 records tell another size than their images have, wrong first (200x300 and not 300x200)"
     )
     write(tmp_path / "m.json", orjson.dumps({"right": records["right"]}))
-    again, _ = check_latents(build_config(tmp_path), resuming=False)
+    again, _ = open_training_set(build_config(tmp_path))
     assert again is not None and again.note("other_sizes") == ""
 
 
@@ -278,7 +279,7 @@ def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    index, problems = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"), False)
+    index, problems = open_training_set(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"))
     assert index is not None and index.arrow_column("key").to_pylist() == ["a", "c"]
     assert [problem.rule for problem in problems] == ["1 of 3 samples have no latents"]
 
@@ -300,7 +301,7 @@ def test_a_shard_that_cannot_be_trusted_is_a_problem_of_its_entry(tmp_path, memb
             tar.addfile(info, io.BytesIO(content or bytes(5000)))
     if None in members.values():
         os.truncate(tmp_path / "s.tar", 2000)
-    index, [problem] = check_latents(build_config(tmp_path, metadata=[tmp_path / "s.tar"]), resuming=False)
+    index, [problem] = open_training_set(build_config(tmp_path, metadata=[tmp_path / "s.tar"]))
     assert index is None and problem.key == "data.metadata"
     assert problem.rule.startswith(f"{tmp_path / 's.tar'}: ") and said in problem.rule
 
@@ -323,8 +324,9 @@ def test_bad_latents_in_a_shard_are_each_named(tmp_path):
         writer.append(f"k{number}", b'{"caption": "c"}', content.getvalue())
     writer.close()
     config = build_config(tmp_path, metadata=[tmp_path / "s.tar"], max_bad_fraction=1, verify_latents="full")
-    index, problems = check_latents(config, resuming=False)
+    index, problems = open_training_set(config)
     assert problems == [] and index is not None
+    leave_out_bad_latents(config, index, resuming=False)
     log = (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
     named = {line["key"]: line["reason"] for line in map(orjson.loads, log)}
     assert sorted(named) == [f"k{number}" for number in range(len(kinds))]
@@ -362,7 +364,7 @@ def test_each_level_of_checking_finds_what_it_promises(tmp_path, level, found):
     for number, key in enumerate("abcdefgh"):
         make_latents(tmp_path / "cache" / f"{key}.npz", number)
     config = build_config(tmp_path, verify_latents=level)
-    index, _ = check_latents(build_config(tmp_path, verify_latents="none"), resuming=False)
+    index, _ = open_training_set(build_config(tmp_path, verify_latents="none"))
     times = (tmp_path / "cache").stat()
     (tmp_path / "cache" / "b.npz").write_bytes((tmp_path / "cache" / "b.npz").read_bytes()[:-1])
     size = (tmp_path / "cache" / "c.npz").stat().st_size
@@ -372,26 +374,29 @@ def test_each_level_of_checking_finds_what_it_promises(tmp_path, level, found):
     content[1000] ^= 1
     (tmp_path / "cache" / "d.npz").write_bytes(content)
     assert (tmp_path / "cache").stat().st_mtime_ns == times.st_mtime_ns
-    again, problems = check_latents(config, resuming=False)
+    again, problems = open_training_set(config)
     assert again is not None and again.path == index.path and problems == []
-    used = leave_out_rows(config, again, None)
-    left_out = "" if used is None else "".join("abcdefgh"[row] for row in np.flatnonzero(used == 0))
-    assert left_out == found
+    leave_out_bad_latents(config, again, resuming=False)
+    rows = load_left_out_rows(config.run.folder, again)
+    assert "".join("abcdefgh"[row] for row in rows) == found
     log = tmp_path / "run" / "logs" / "bad_samples.jsonl"
     named = [orjson.loads(line)["key"] for line in log.read_bytes().splitlines()] if log.exists() else []
     assert "".join(named) == found
     # A resumed run keeps what it left out when it began.
     (tmp_path / "cache" / "e.npz").unlink()
-    check_latents(config, resuming=True)
-    assert np.array_equal(leave_out_rows(config, again, None), used) or used is None
+    leave_out_bad_latents(config, again, resuming=True)
+    assert np.array_equal(load_left_out_rows(config.run.folder, again), rows)
 
 
 def test_too_many_bad_latents_end_the_start(tmp_path):
     write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "ab"}))
     make_latents(tmp_path / "cache" / "a.npz")
     write(tmp_path / "cache" / "b.npz", "")
+    config = build_config(tmp_path, max_bad_fraction=0.4)
+    index, problems = open_training_set(config)
+    assert index is not None and problems == []
     with pytest.raises(RuntimeError, match="1 of 1 latents are bad, more than data.max_bad_fraction"):
-        check_latents(build_config(tmp_path, max_bad_fraction=0.4), resuming=False)
+        leave_out_bad_latents(config, index, resuming=False)
     assert "b.npz" in (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_text()
 
 
@@ -402,11 +407,11 @@ def test_missing_captions_and_latents_are_what_the_settings_say(tmp_path):
     for key in "abc":
         make_latents(tmp_path / "cache" / f"{key}.npz")
     for choice, keys in (("empty", ["a", "b", "c"]), ("skip", ["a", "c"])):
-        index, problems = check_latents(build_config(tmp_path, on_missing_caption=choice), resuming=False)
+        index, problems = open_training_set(build_config(tmp_path, on_missing_caption=choice))
         assert index.arrow_column("key").to_pylist() == keys and problems == []
-    _, problems = check_latents(build_config(tmp_path, on_missing_caption="error"), resuming=False)
+    _, problems = open_training_set(build_config(tmp_path, on_missing_caption="error"))
     assert [problem.rule for problem in problems] == ["2 records have no caption: b, d"]
-    _, problems = check_latents(build_config(tmp_path, on_missing="error"), resuming=False)
+    _, problems = open_training_set(build_config(tmp_path, on_missing="error"))
     assert [(problem.key, problem.rule) for problem in problems] == [
         ("cache.on_missing", "1 of 4 samples have no latents")
     ]

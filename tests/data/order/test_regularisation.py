@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.data.checks.data import check_records
+from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.index.index import open_record_index
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation_rows
@@ -62,8 +62,8 @@ def test_wrong_folders_are_told(folders: Path) -> None:
     (folders / "x.yaml").write_text(f"data: {{image_dirs: [{folders}/own], regularisation_dirs: [{folders}/nothing]}}")
     config, problems = load_config(folders / "x.yaml")
     assert problems == []
-    assert [problem.key for problem in check_records(config)[1]] == ["data.regularisation_dirs.0"]
+    assert [problem.key for problem in open_checked_records(config)[1]] == ["data.regularisation_dirs.0"]
     (folders / "x.yaml").write_text(f"data: {{metadata: [x.json], regularisation_dirs: [{folders}/prior]}}")
-    problems = check_records(load_config(folders / "x.yaml")[0])[1]
+    problems = open_checked_records(load_config(folders / "x.yaml")[0])[1]
     assert [problem.key for problem in problems] == ["data.metadata.0", "data.regularisation_dirs"]
     assert '"is_reg": true' in problems[1].cure

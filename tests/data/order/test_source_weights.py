@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.data.checks.data import check_latents, check_records
+from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
@@ -93,14 +94,14 @@ def test_wrong_weights_are_told(folder: Path) -> None:
         )
 
     write("[1, 2]")
-    [problem] = check_records(load_config(settings)[0])[1]
+    [problem] = open_checked_records(load_config(settings)[0])[1]
     assert problem.key == "data.source_weights" and "2 numbers for the 3 entries of data.metadata" in problem.rule
     write("[0, 0, 0]")
-    [problem] = check_latents(load_config(settings)[0], resuming=False)[1]
+    [problem] = open_training_set(load_config(settings)[0])[1]
     assert problem.key == "data.source_weights" and "nothing to train on" in problem.rule
     write("[0, 0, 0.5]")
     config = load_config(settings)[0]
-    index, problems = check_latents(config, resuming=False)
+    index, problems = open_training_set(config)
     assert problems == [] and index is not None
     repeats = count_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
     assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last one is held out

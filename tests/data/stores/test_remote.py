@@ -20,7 +20,8 @@ import torch  # noqa: E402
 
 from sdxl_trainer.configs.problems import Problem  # noqa: E402
 from sdxl_trainer.configs.schema import Config  # noqa: E402
-from sdxl_trainer.data.checks.data import check_latents, check_records  # noqa: E402
+from sdxl_trainer.data.checks.records import open_checked_records  # noqa: E402
+from sdxl_trainer.data.checks.training_set import open_training_set  # noqa: E402
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents  # noqa: E402
 from sdxl_trainer.data.formats.shards import ShardWriter  # noqa: E402
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index  # noqa: E402
@@ -178,7 +179,7 @@ def test_metadata_on_a_store(tmp_path, store):
 def check(tmp_path: Path, *metadata: str) -> list[Problem]:
     data = {"metadata": list(metadata), "max_bad_fraction": 1.0}
     config = Config.model_validate({"data": data, "cache": {"dir": str(tmp_path / "cache")}})
-    return check_records(config)[1]
+    return open_checked_records(config)[1]
 
 
 def test_what_is_not_there_is_named_before_the_start(tmp_path, shards, store, monkeypatch):
@@ -193,7 +194,7 @@ def test_what_is_not_there_is_named_before_the_start(tmp_path, shards, store, mo
     [problem] = check(tmp_path, "tape://x/y.tar")
     assert "Protocol not known: tape" in problem.rule
     config = Config.model_validate({"data": {"metadata": ["s3://bucket/set/s-0.tar"]}})
-    [problem] = check_records(config)[1]
+    [problem] = open_checked_records(config)[1]
     assert problem.key == "cache.dir"
     store.pipe_file("bucket/bad/cut.tar", (shards / "s-0.tar").read_bytes()[:9000])
     [problem] = check(tmp_path, "s3://bucket/bad/cut.tar")
@@ -250,7 +251,7 @@ def test_full_checking_reads_from_the_store(tmp_path, shards, store):
     store.pipe_file("bucket/flipped/x.tar", bytes(content))
     data = {"metadata": ["s3://bucket/flipped/x.tar"], "verify_latents": "full", "max_bad_fraction": 0.5}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
-    _, problems = check_latents(Config.model_validate(settings), resuming=False)
+    _, problems = open_training_set(Config.model_validate(settings))
     assert problems == []
     [line] = (tmp_path / "r" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
     assert orjson.loads(line)["key"] == "k2.3" and "CRC-32" in orjson.loads(line)["reason"]
@@ -327,7 +328,7 @@ def test_too_little_room_for_copies_is_an_error_at_the_start(tmp_path, shards, s
     stream = {"shuffle_shards": 2, "copies_gb": 1e-4}
     data = {"metadata": ["s3://bucket/set/s-{0..2}.tar"], "remote_shards": stream}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
-    [problem] = check_latents(Config.model_validate(settings), resuming=False)[1]
+    [problem] = open_training_set(Config.model_validate(settings))[1]
     assert problem.key == "data.remote_shards.copies_gb" and "less than two windows" in problem.rule
 
 

@@ -11,7 +11,7 @@ import torch
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.data.checks.data import check_latents
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.loading.dataset import MicroSpec
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.text.strategy import load_strategy
@@ -48,7 +48,7 @@ def test_conditions_are_those_of_diffusers(cached_folder: Path, tmp_path: Path, 
     (tmp_path / "own.py").write_text(f"class Own:\n    def caption(self, record, rng):\n        return {caption!r}\n")
     config, _ = load_config(cached_folder / "tiny.yaml", ["data.caption.dropout_rate=0"])
     source = resolve_model(config.model)
-    index, _ = check_latents(config, resuming=False)
+    index, _ = open_training_set(config)
     assert index is not None
     strategy = load_strategy(f"{tmp_path / 'own.py'}:Own")
     dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)

@@ -13,12 +13,12 @@ from programs import MIXED_PROMPTS, run_program
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.data.checks.data import check_latents
-from sdxl_trainer.data.checks.held_out import (
-    check_validation,
+from sdxl_trainer.data.checks.training_set import open_training_set
+from sdxl_trainer.data.checks.validation_set import (
+    check_held_out,
     derive_validation_config,
-    find_held_out,
-    open_validation_index,
+    find_held_out_rows,
+    open_validation_set,
 )
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.order.plan import Position
@@ -106,9 +106,9 @@ def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path]
 
 def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:
     config, problems = load_config(cached_folder / "tiny.yaml", ["validation.share=0.2"])
-    index, _ = check_latents(config, resuming=False)
-    assert problems == [] and index is not None and open_validation_index(config) == (None, [])
-    held_out = find_held_out(config, index, None)
+    index, _ = open_training_set(config)
+    assert problems == [] and index is not None and open_validation_set(config) == (None, [])
+    held_out = find_held_out_rows(config, index, None)
     assert 1 <= len(held_out) <= 10
     plan = build_plan(index, 4, 0, exclude_rows(held_out, len(index), None))
     used = {
@@ -126,13 +126,13 @@ def test_what_is_wrong_with_a_validation_set_is_told(cached_folder: Path, tmp_pa
     config, _ = load_config(
         cached_folder / "tiny.yaml", ["validation.share=0.2", f"validation.image_dirs=[{tmp_path}]"]
     )
-    assert [problem.key for problem in open_validation_index(config)[1]] == ["validation.share"]
+    assert [problem.key for problem in open_validation_set(config)[1]] == ["validation.share"]
     config, _ = load_config(cached_folder / "tiny.yaml", ["validation.metadata=[no.json]"])
-    assert [problem.key for problem in open_validation_index(config)[1]] == ["validation.metadata.0"]
+    assert [problem.key for problem in open_validation_set(config)[1]] == ["validation.metadata.0"]
     for share, said in ((0.0001, "holds out none of 24"), (0.9999, "leaves none of 24")):
         config, _ = load_config(cached_folder / "tiny.yaml", [f"validation.share={share}"])
-        index, _ = check_latents(config, resuming=False)
-        assert said in check_validation(config, index)[0].rule
+        index, _ = open_training_set(config)
+        assert index is not None and said in next(check_held_out(config, index, None)).rule
     (tmp_path / "bad.txt").write_text("a --w 3")
     with pytest.raises(UserInputError, match=r"bad.txt:1: has --w = '3'"):
         run_sampling(str(cached_folder / "model"), tmp_path / "bad.txt", tmp_path / "out", None, [])

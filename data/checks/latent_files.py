@@ -1,0 +1,192 @@
+"""Verify latent files before training: their presence, size, header and content. Files are read by many threads."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+
+from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_header
+from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
+from sdxl_trainer.data.formats.shards import locate_shard
+from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.stores.remote import is_remote, read_spans
+
+NUM_THREADS = 16
+ROWS_A_TASK = 512
+NUM_MASKS_SAMPLED = 10_000
+COLUMNS = ("file", "offset", "bytes", "bucket_width", "bucket_height", "sha256")
+
+
+@dataclass(frozen=True)
+class IndexedLatents:
+    """One sample's latents as the index describes them."""
+
+    path: Path | str  # a URL is a str
+    offset: int | None  # in a shard; None: a file of its own
+    num_bytes: int | None  # None: not encoded yet
+    bucket: Size
+    sha256: bytes | None  # None: no manifest lists the latents
+
+
+class BadRow(NamedTuple):
+    """A row of the index whose latents failed verification."""
+
+    row: int
+    reason: str  # begins with the file's path
+
+
+def find_bad_latents(index: Index, folder: Path, level: str, starts: Sequence[int] | None = None) -> list[BadRow]:
+    """Return the samples whose latents fail verification, in the order of the index.
+
+    Args:
+        folder: the cache folder.
+        level: a value of `data.verify_latents`: `none`, `stat`, `header` or `full`; each includes those before it.
+        starts: first rows of the blocks of ROWS_A_TASK samples to verify; None verifies all samples.
+    """
+    verify = VERIFIERS[level]
+    if verify is None:
+        return []
+
+    def verify_block(start: int) -> list[BadRow]:
+        bad, file_sizes = [], {}
+        for row, latents in enumerate(_list_latents(index, folder, start), start):
+            if latents.num_bytes is None:  # not encoded yet
+                continue
+            try:
+                verify_size(latents, file_sizes)
+                verify(latents)
+            except BadLatentError as error:
+                bad.append(BadRow(row, f"{latents.path}: {error}"))
+        return bad
+
+    starts = range(0, len(index), ROWS_A_TASK) if starts is None else starts
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return [item for bad in pool.map(verify_block, starts) for item in bad]
+
+
+def count_unflipped(index: Index, folder: Path) -> int:
+    """Return the number of samples without latents of the mirrored image; reads headers where no manifest says."""
+    flipped = index.arrow_column("flipped")
+    num_known = pc.call_function("sum", [flipped]).as_py() or 0
+    unknown_rows = pc.call_function("indices_nonzero", [flipped.is_null()]).to_pylist()
+
+    def is_flipped(row: int) -> bool:
+        header = _read_local_header(index.row(row), folder)
+        return header is not None and header.flipped
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return len(index) - num_known - sum(pool.map(is_flipped, unknown_rows))
+
+
+def has_masks(index: Index, folder: Path) -> bool | None:
+    """Return whether any of NUM_MASKS_SAMPLED evenly spaced samples has an `alpha_mask` by its header.
+
+    None if no header could be read, as with shards on stores.
+    """
+    rows = sorted({place * len(index) // NUM_MASKS_SAMPLED for place in range(NUM_MASKS_SAMPLED)})
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        headers = list(filter(None, pool.map(lambda row: _read_local_header(index.row(row), folder), rows)))
+    return any(header.masked for header in headers) if headers else None
+
+
+def verify_size(latents: IndexedLatents, file_sizes: dict[Path | str, int]) -> None:
+    """Verify that the latents' file is there and has the size that the index says.
+
+    Remote shards pass: opening the index compared their size and version with the store's.
+
+    Args:
+        file_sizes: sizes of files met before, in bytes; the function adds this file's.
+
+    Raises:
+        BadLatentError: the file is missing or has another size.
+    """
+    assert latents.num_bytes is not None, "latents that are not encoded yet have no file"
+    if isinstance(latents.path, str):
+        return
+    if latents.path not in file_sizes:
+        try:
+            file_sizes[latents.path] = os.stat(latents.path).st_size
+        except OSError as error:
+            raise BadLatentError(f"cannot be read: {error.strerror}") from None
+    size, end = file_sizes[latents.path], (latents.offset or 0) + latents.num_bytes
+    if size < end or (latents.offset is None and size != end):
+        raise BadLatentError(f"has {size} bytes, not {end}")
+
+
+def verify_header(latents: IndexedLatents) -> None:
+    """Verify that the latents' header describes SDXL latents of the sample's bucket.
+
+    Remote shards pass: the index was built from their headers.
+
+    Raises:
+        BadLatentError: the header describes something else, or another bucket.
+    """
+    if isinstance(latents.path, str):
+        return
+    header = read_latent_header(str(latents.path), latents.offset or 0, latents.num_bytes)
+    if header.bucket != latents.bucket:
+        found, bucket = ("x".join(map(str, size)) for size in (header.bucket, latents.bucket))
+        raise BadLatentError(f"was encoded at {found} px, not at its bucket's {bucket} px")
+
+
+def verify_content(latents: IndexedLatents) -> None:
+    """Verify the latents' bytes against the manifest's SHA-256, and that they hold latents of the sample's bucket.
+
+    Raises:
+        BadLatentError: the hash differs, or the bytes are not valid latents.
+    """
+    content = _read_content(latents)
+    if latents.sha256 and hashlib.sha256(content).digest() != latents.sha256:
+        raise BadLatentError("has another SHA-256 than the manifest says")
+    parse_latents(content, latents.bucket, check_crc=not latents.sha256)
+
+
+def _read_content(latents: IndexedLatents) -> bytes:
+    assert latents.num_bytes is not None, "latents that are not encoded yet have no content"
+    try:
+        if isinstance(latents.path, Path):
+            with open(latents.path, "rb") as stream:
+                stream.seek(latents.offset or 0)
+                return stream.read(latents.num_bytes)
+        [content] = read_spans([(latents.path, latents.offset or 0, latents.num_bytes)])
+    except OSError as error:
+        raise BadLatentError(f"cannot be read: {error.strerror}") from None
+    if isinstance(content, FileNotFoundError):
+        raise BadLatentError(f"cannot be read: {content}")
+    return content
+
+
+VERIFIERS: dict[str, Callable[[IndexedLatents], None] | None] = {
+    "none": None,
+    "stat": lambda latents: None,
+    "header": verify_header,
+    "full": verify_content,
+}
+
+
+def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None:
+    """Read the header of local latents; None for remote and for bad ones."""
+    path = folder / row["file"]
+    try:
+        span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])
+        return read_latent_header(str(path if row["offset"] is None else locate_shard(path)), *span)
+    except BadLatentError:
+        return None
+
+
+def _list_latents(index: Index, folder: Path, start: int) -> Iterator[IndexedLatents]:
+    """Yield the latents of ROWS_A_TASK rows of the index from `start` on."""
+    columns = [index.arrow_column(name).slice(start, ROWS_A_TASK).to_pylist() for name in COLUMNS]
+    paths: dict[str, Path | str] = {}
+    for file, offset, size, width, height, digest in zip(*columns, strict=True):
+        path = paths.get(file)
+        if path is None:
+            path = file if is_remote(file) else folder / file if offset is None else locate_shard(folder / file)
+            paths[file] = path
+        yield IndexedLatents(path=path, offset=offset, num_bytes=size, bucket=(width, height), sha256=digest)

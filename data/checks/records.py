@@ -1,0 +1,133 @@
+"""Open and check the records of a data set: its sources, bucket rules, keys and captions."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from loguru import logger
+
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.schema import Config, DataConfig
+from sdxl_trainer.data.images.bucket import list_buckets
+from sdxl_trainer.data.index.index import Index, open_record_index
+from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.metadata.merge import MAX_SHOWN
+from sdxl_trainer.data.metadata.records import check_sources
+from sdxl_trainer.data.order.regularisation import check_regularisation
+from sdxl_trainer.data.order.source_weights import check_weights
+from sdxl_trainer.data.stores.remote import is_remote
+
+
+class OpenedIndex(NamedTuple):
+    """An index and all problems found in it; `index` is None if it cannot be opened or is empty."""
+
+    index: Index | None
+    problems: list[Problem]
+
+
+def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIndex:
+    """Open the index of all records, check it, and log warnings about it.
+
+    Args:
+        need_captions: False logs a warning instead of a problem if captions are missing, for a cache without text.
+    """
+    data = config.data
+    problems = list(check_data_settings(data, config.cache.dir))
+    if problems:
+        return OpenedIndex(None, problems)
+    try:
+        index = open_record_index(
+            get_cache_folder(config),
+            data.metadata,
+            data.image_dirs,
+            data.caption.separator,
+            data.regularisation_dirs,
+            data.masks,
+        )
+    except ValueError as error:
+        return OpenedIndex(None, [_build_source_problem(data, str(error), "correct the data")])
+    if len(index) == 0:
+        cure = "check the path and the file types"
+        return OpenedIndex(None, [_build_source_problem(data, "holds no images", cure)])
+    warn_about_records(data, index)
+    caption_problems = list(check_captions(data, index))
+    if not need_captions:
+        for problem in caption_problems:
+            logger.warning("{}: {}; training will not start with these data", problem.key, problem.rule)
+        caption_problems = []
+    return OpenedIndex(index, [*check_keys(data, index), *caption_problems])
+
+
+def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Problem]:
+    """Yield the problems of the `data` section that show without opening an index."""
+    yield from check_sources(data.metadata, data.image_dirs)
+    yield from check_regularisation(data)
+    yield from check_weights(data)
+    if cache_dir is None and data.metadata and is_remote(data.metadata[0]):
+        rule = "must be set if data.metadata is a URL: the index needs a local folder"
+        yield Problem("cache.dir", None, rule, "set it to a folder with free disk space")
+    for rule in build_bucket_rules(data).values():
+        if not list_buckets(rule):
+            yield Problem("data.resolution_px", rule.resolution_px, "gives no bucket", "raise it")
+
+
+def check_keys(data: DataConfig, index: Index) -> Iterator[Problem]:
+    """Yield a problem if a record's key is also the name of latents at a further resolution."""
+    if clash := find_key_clash(index, list(build_bucket_rules(data))):
+        cure = "rename the image: keys with this prefix name latents of that resolution"
+        yield Problem("data.resolution_px", data.resolution_px, f"a record has the key '{clash}'", cure)
+
+
+def check_captions(data: DataConfig, index: Index) -> Iterator[Problem]:
+    """Yield a problem if no record has a caption, or if some lack one and `data.on_missing_caption` is `error`."""
+    num_uncaptioned = count_uncaptioned(index)
+    if num_uncaptioned == len(index):
+        cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each image"
+        yield _build_source_problem(data, f"holds {len(index)} images and not one caption", cure)
+    elif num_uncaptioned and data.on_missing_caption == "error":
+        rows = np.flatnonzero(~index.column("captioned"))[:MAX_SHOWN].tolist()
+        keys = index.arrow_column("key")
+        shown = ", ".join(str(keys[row]) for row in rows) + (", ..." if num_uncaptioned > MAX_SHOWN else "")
+        cure = "give them captions, or set data.on_missing_caption: skip, or empty"
+        rule = f"{num_uncaptioned} records have no caption: {shown}"
+        yield Problem("data.on_missing_caption", "error", rule, cure)
+
+
+def warn_about_records(data: DataConfig, index: Index) -> None:
+    """Log how many records lack an image size or a caption, if training goes ahead without them."""
+    num_unsized = int((index.column("width") == 0).sum()) if data.metadata else 0
+    if num_unsized:
+        logger.warning("{} of {} records have no original_size", num_unsized, len(index))
+    num_uncaptioned, choice = count_uncaptioned(index), data.on_missing_caption
+    if 0 < num_uncaptioned < len(index) and choice != "error":
+        fate = {"empty": "are trained with the empty caption", "skip": "are skipped"}[choice]
+        logger.warning("{} of {} records have no caption and {}", num_uncaptioned, len(index), fate)
+
+
+def count_uncaptioned(index: Index) -> int:
+    """Return the number of records without a caption."""
+    return int((~index.column("captioned")).sum())
+
+
+def find_key_clash(index: Index, prefixes: Sequence[str]) -> str | None:
+    """Return the first key of an image that begins with the prefix of a further resolution, or None.
+
+    Such a key would be read as the key of another image's latents at that resolution.
+    """
+    keys = index.arrow_column("key").filter(index.arrow_column("offset").is_null())
+    for prefix in filter(None, prefixes):
+        matches = pc.call_function("starts_with", [keys], pc.MatchSubstringOptions(prefix))
+        first = pc.call_function("index", [matches], pc.IndexOptions(pa.scalar(True))).as_py()
+        if first >= 0:
+            return keys[first].as_py()
+    return None
+
+
+def _build_source_problem(data: DataConfig, rule: str, cure: str) -> Problem:
+    """Build a problem of `data.metadata`, or of `data.image_dirs` where there is no metadata."""
+    key = "data.metadata" if data.metadata else "data.image_dirs"
+    paths: Sequence[Any] = data.metadata or data.image_dirs
+    return Problem(key, ", ".join(map(str, paths)), rule, cure)

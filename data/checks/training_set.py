@@ -1,0 +1,157 @@
+"""Open and check the training set: the records that have latents, against the settings that use them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from loguru import logger
+
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.latent_files import count_unflipped
+from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
+from sdxl_trainer.data.formats.manifest import STALE, read_identity
+from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.index.index import Index, open_sample_index
+from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
+from sdxl_trainer.data.order.source_weights import check_weighted_sources
+from sdxl_trainer.data.stores.remote import is_remote
+
+
+def open_training_set(config: Config) -> OpenedIndex:
+    """Open the index of the training set, check it, and log warnings about it.
+
+    Latent files are not read, but for the headers of files that no manifest lists (data/checks/left_out.py reads them).
+    """
+    records, problems = open_checked_records(config)
+    if records is None:
+        return OpenedIndex(None, problems)
+    folder = get_cache_folder(config)
+    index = open_sample_index(folder, records, build_latent_selection(config))
+    if len(index) == 0:
+        rule = "holds no latent cache" if read_identity(folder) is None else "holds the latents of none of the records"
+        cure = "run bash launch/cache.sh with the same settings first"
+        return OpenedIndex(None, [*problems, Problem("cache.dir", folder, rule, cure)])
+    num_unflipped = count_unflipped(index, folder) if config.data.flip_rate else 0
+    warn_about_samples(index, config.cache.on_missing)
+    warn_about_unflipped(num_unflipped, len(index))
+    return OpenedIndex(index, [*problems, *check_training_set(config, index, num_unflipped)])
+
+
+def check_training_set(config: Config, index: Index, num_unflipped: int) -> Iterator[Problem]:
+    """Yield the problems of a training set with at least one sample.
+
+    Args:
+        num_unflipped: samples without latents of the mirrored image.
+    """
+    folder, rule = get_cache_folder(config), build_bucket_rules(config.data)[""]
+    if config.cache.on_missing == "error":
+        yield from check_missing(index)
+    yield from check_identity(folder, rule, index)
+    yield from check_copies(config.data.remote_shards, index)
+    yield from check_flip(config.data.flip_rate, num_unflipped, len(index))
+    yield from check_weighted_sources(config.data.source_weights, index)
+
+
+def check_missing(index: Index) -> Iterator[Problem]:
+    """Yield a problem if samples have no latents, for `cache.on_missing: error`."""
+    if num_missing := count_missing(index):
+        rule = f"{num_missing} of {index.note('num_wanted')} samples have no latents"
+        yield Problem("cache.on_missing", "error", rule, "run bash launch/cache.sh, or set it to encode or skip")
+
+
+def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[Problem]:
+    """Yield a problem if the cache was made with another bucket rule, or only in part with its last settings."""
+    identity = read_identity(folder)
+    if identity is None:  # another program made the latents
+        return
+    made = BucketRule(
+        resolution_px=identity.get("resolution_px", 0),
+        min_px=identity.get("min_bucket_px", 0),
+        max_px=identity.get("max_bucket_px", 0),
+        step_px=identity.get("bucket_step_px", 0),
+        no_upscale=identity.get("no_upscale", False),
+        fixed=tuple((width, height) for width, height in identity.get("buckets", ())),
+    )
+    if made != wanted:
+        rule = f"holds latents made with {_describe_rule(made)}, and the settings have {_describe_rule(wanted)}"
+        cure = "run bash launch/cache.sh with these settings, or use the cache's; another cache.dir keeps both"
+        yield Problem("cache.dir", folder, rule, cure)
+    elif num_stale := _count_stale(identity, index):
+        rule = f"holds {num_stale} latents of other settings than the cache job's last ones: it did not finish"
+        yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh again")
+
+
+def check_copies(settings: RemoteShardsConfig, index: Index) -> Iterator[Problem]:
+    """Yield a problem if `copies_gb` holds less than two windows of shards: the one being read, and the next."""
+    if not settings.shuffle_shards:
+        return
+    names = index.group_by_shard().names
+    if not any(map(is_remote, names)):
+        return
+    ends = np.nan_to_num(index.column("bytes")) + np.nan_to_num(index.column("offset"))
+    needed_gb = 2 * min(settings.shuffle_shards, len(names)) * float(ends.max()) / 1e9
+    if needed_gb > settings.copies_gb:
+        rule = f"is less than two windows of data.remote_shards.shuffle_shards shards take: {needed_gb:.3g} GB"
+        yield Problem("data.remote_shards.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")
+
+
+def check_flip(flip_rate: float, num_unflipped: int, num_samples: int) -> Iterator[Problem]:
+    """Yield a problem if `data.flip_rate` is set and no sample has latents of the mirrored image."""
+    if flip_rate and num_unflipped == num_samples:
+        rule = "no sample has latents of its mirrored image, and mirroring latents does not mirror the image"
+        cure = "set cache.flip: true and run bash launch/cache.sh, or data.flip_rate: 0"
+        yield Problem("data.flip_rate", flip_rate, rule, cure)
+
+
+def warn_about_samples(index: Index, on_missing: str) -> None:
+    """Log how many samples have no latents, and which latents no manifest describes in full.
+
+    Args:
+        on_missing: `cache.on_missing`; missing latents are a problem instead of a warning if it is `error`.
+    """
+    num_missing = count_missing(index)
+    if num_missing and on_missing != "error":
+        logger.warning("{} of {} samples have no latents and are skipped", num_missing, index.note("num_wanted"))
+    if index.note("num_uncached"):
+        logger.info("{} samples have no latents and are encoded when training reads them", index.note("num_uncached"))
+    if index.note("num_unlisted"):
+        logger.info("{} latent files are in no manifest and are used", index.note("num_unlisted"))
+    if index.note("other_sizes"):
+        logger.warning("{}: the images' sizes are used", index.note("other_sizes"))
+    if index.note("num_assumed_sizes"):
+        logger.warning(
+            "{} latent files hold no original size: the bucket's size is used", index.note("num_assumed_sizes")
+        )
+
+
+def warn_about_unflipped(num_unflipped: int, num_samples: int) -> None:
+    """Log how many samples are never flipped, if others are."""
+    if 0 < num_unflipped < num_samples:
+        logger.warning(
+            "{} of {} samples have no latents of the mirrored image and are never flipped", num_unflipped, num_samples
+        )
+
+
+def count_missing(index: Index) -> int:
+    """Return the number of samples that the index leaves out because they have no latents."""
+    return index.note("num_wanted") - len(index) - len(index.note("bad"))
+
+
+def _count_stale(identity: dict, index: Index) -> int:
+    """Return the number of latents of other settings than `identity`; those marked STALE count as bad latents."""
+    names = {"": identity.get("name"), **identity.get("further", {})}
+    return sum(
+        count
+        for prefix, counts in index.note("identities").items()
+        for name, count in counts.items()
+        if name not in (names.get(prefix), STALE)
+    )
+
+
+def _describe_rule(rule: BucketRule) -> str:
+    if rule.fixed:
+        return f"data.buckets {[list(size) for size in rule.fixed]}"
+    sides = f"data.resolution_px {rule.resolution_px}, buckets of {rule.min_px} to {rule.max_px} px by {rule.step_px}"
+    return f"{sides}, no_upscale" if rule.no_upscale else sides

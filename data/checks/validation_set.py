@@ -1,0 +1,97 @@
+"""Derive and open the validation set: a share of the training data, or a set with metadata of its own."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
+from sdxl_trainer.data.index.index import Index, open_sample_index
+from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
+from sdxl_trainer.data.order.split import find_matching_rows, hash_keys, select_by_hash
+
+# Caption settings that switch off what is random or depends on the step.
+DETERMINISTIC_CAPTIONS = {
+    "dropout_rate": 0.0,
+    "dropout_every_epochs": 0,
+    "token_warmup_steps": 0,
+    "shuffle": False,
+    "tag_dropout_rate": 0.0,
+}
+# Cached text holds captions as training shapes them, so only dropout, which is drawn at reading, can be switched off.
+DETERMINISTIC_CACHED_CAPTIONS = {"dropout_rate": 0.0, "dropout_every_epochs": 0}
+
+
+def derive_validation_config(config: Config) -> Config:
+    """Return the settings of the validation set: its sources, cache and seed, and no caption dropout, shuffle or flips."""
+    own = config.validation
+    captions = DETERMINISTIC_CACHED_CAPTIONS if config.cache.text else DETERMINISTIC_CAPTIONS
+    data = {"caption": config.data.caption.model_copy(update=captions), "flip_rate": 0.0}
+    cache = {}
+    if own.has_own_set:
+        data |= {"metadata": own.metadata, "image_dirs": own.image_dirs, "source_weights": []}
+        cache = {"dir": own.cache_dir or get_cache_folder(config)}
+    changes = {"run": {"seed": own.seed}, "data": data, "cache": cache}
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=update) for section, update in changes.items()}
+    )
+
+
+def open_validation_set(config: Config) -> OpenedIndex:
+    """Open and check the index of a validation set of its own; without such a set, there is no index and no problem."""
+    own = config.validation
+    if not own.has_own_set:
+        return OpenedIndex(None, [])
+    if own.share:
+        cure = "set it to 0, or leave validation.metadata and validation.image_dirs out"
+        return OpenedIndex(
+            None, [Problem("validation.share", own.share, "cannot be combined with a set of its own", cure)]
+        )
+    derived = derive_validation_config(config)
+    records, problems = open_checked_records(derived)
+    problems = [replace(problem, key=problem.key.replace("data", "validation", 1)) for problem in problems]
+    if records is None or problems:
+        return OpenedIndex(None, problems)
+    folder = get_cache_folder(derived)
+    index = open_sample_index(folder, records, replace(build_latent_selection(derived), encoding=None))
+    if len(index) == 0:
+        cure = "run bash launch/cache.sh with data.metadata (or data.image_dirs) and cache.dir set to these"
+        problem = Problem("validation.cache_dir", folder, "holds the latents of none of its records", cure)
+        return OpenedIndex(None, [problem])
+    return OpenedIndex(index, [])
+
+
+def find_held_out_rows(config: Config, index: Index, validation_index: Index | None) -> np.ndarray:
+    """Return the rows of the training index that must not be trained on, [K] int64.
+
+    With `validation.share`, they are in the order in which validation uses them.
+
+    Args:
+        validation_index: of a validation set of its own; None without such a set.
+    """
+    if validation_index is not None:
+        return find_matching_rows(index.arrow_column("key"), validation_index.arrow_column("key"))
+    if not config.validation.share:
+        return np.empty(0, np.int64)
+    hashes = hash_keys(index.arrow_column("key"), config.validation.seed)
+    return select_by_hash(hashes, config.validation.share)
+
+
+def check_held_out(config: Config, index: Index, validation_index: Index | None) -> Iterator[Problem]:
+    """Yield a problem if validation holds out none or all of the training samples.
+
+    Args:
+        validation_index: of a validation set of its own; None without such a set.
+    """
+    own = config.validation
+    if validation_index is None and (own.has_own_set or not own.share):
+        return
+    num_held_out = len(find_held_out_rows(config, index, validation_index))
+    is_share = validation_index is None
+    key, value = ("validation.share", own.share) if is_share else ("validation.metadata", own.metadata)
+    if num_held_out == 0 and is_share:
+        yield Problem(key, value, f"holds out none of {len(index)} samples", "raise it")
+    if num_held_out == len(index):
+        yield Problem(key, value, f"leaves none of {len(index)} samples to train on", "hold out fewer samples")
