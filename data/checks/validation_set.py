@@ -25,7 +25,7 @@ DETERMINISTIC_CACHED_CAPTIONS = {"dropout_rate": 0.0, "dropout_every_epochs": 0}
 
 
 def derive_validation_config(config: Config) -> Config:
-    """Return the settings of the validation set: its sources, cache and seed, and no caption dropout, shuffle or flips."""
+    """Return the validation set's settings: its sources, cache and seed, and no caption dropout, shuffle or flip."""
     own = config.validation
     captions = DETERMINISTIC_CACHED_CAPTIONS if config.cache.text else DETERMINISTIC_CAPTIONS
     data = {"caption": config.data.caption.model_copy(update=captions), "flip_rate": 0.0}

@@ -15,6 +15,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import read_identity, read_latest
@@ -259,6 +260,7 @@ def name_bad_latents(folder: Path, *words: str) -> list[dict]:
     config, problems = load_config(folder / "settings.yaml", [*words, *run])
     index, found = open_training_set(config)
     assert problems == found == [] and index is not None and len(index) == 4
+    leave_out_bad_latents(config, index, resuming=False)
     log = config.run.folder / "logs" / "bad_samples.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
