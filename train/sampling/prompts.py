@@ -207,7 +207,7 @@ def read_json(file: Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
 
 def _read_file(file: Path) -> str:
     try:
-        return file.parse_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
