@@ -13,7 +13,7 @@ from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
-from sdxl_trainer.data.index.missing_latents import EncodingSettings, plan_missing_latents
+from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, plan_missing_latents
 
 FILES_A_FOLDER = 1000
 RULE = BucketRule(1024, 256, 2048, 64, False)
@@ -35,7 +35,7 @@ def time_checks(folder: Path, number: int) -> dict[str, float]:
     placed = plan_missing_latents(
         records.table, np.arange(number), "", EncodingSettings((("", RULE),), beside=False, flip=False)
     )
-    assert sum(1 for place in placed if not isinstance(place, tuple)) == number
+    assert sum(1 for place in placed if not isinstance(place, BadImage)) == number
     seconds["on_missing_encode"] = time.perf_counter() - began
     return {f"{name}_microseconds_a_file": 1e6 * value / number for name, value in seconds.items()}
 

@@ -85,7 +85,7 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
 
 def tabulate_state(config: Config, records: Index, index: Index) -> Table:
     """How many samples there are, and what is missing or bad."""
-    num_wanted, num_bad = index.note("num_wanted"), len(index.note("bad"))
+    num_wanted, num_bad = index.summary.num_wanted, len(index.summary.bad)
     blocks = spread(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
     num_seen = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
     bad = find_bad_latents(index, get_cache_folder(config), "header", blocks.tolist())
@@ -94,8 +94,8 @@ def tabulate_state(config: Config, records: Index, index: Index) -> Table:
         "records": len(records),
         "without a caption": int((~records.column("captioned")).sum()),
         "samples (records x resolutions)": num_wanted,
-        "with latents": len(index) - index.note("num_uncached"),
-        "to be encoded while training": index.note("num_uncached"),
+        "with latents": len(index) - index.summary.num_uncached,
+        "to be encoded while training": index.summary.num_uncached,
         "left out: no latents": num_wanted - len(index) - num_bad,
         "left out: bad": num_bad,
     }

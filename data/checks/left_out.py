@@ -24,7 +24,7 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
         FailedError: more latents are bad than `data.max_bad_fraction` allows.
     """
     bad = find_bad_latents(index, get_cache_folder(config), config.data.verify_latents)
-    keys, listed = index.arrow_column("key"), index.note("bad")
+    keys, listed = index.arrow_column("key"), index.summary.bad
     reasons = [*listed, *((keys[row].as_py(), reason) for row, reason in bad)]
     log = config.run.folder / "logs" / "bad_samples.jsonl"
     if reasons:

@@ -113,16 +113,16 @@ def warn_about_samples(index: Index, on_missing: str) -> None:
     """
     num_missing = count_missing(index)
     if num_missing and on_missing != "error":
-        logger.warning("{} of {} samples have no latents and are skipped", num_missing, index.note("num_wanted"))
-    if index.note("num_uncached"):
-        logger.info("{} samples have no latents and are encoded when training reads them", index.note("num_uncached"))
-    if index.note("num_unlisted"):
-        logger.info("{} latent files are in no manifest and are used", index.note("num_unlisted"))
-    if index.note("other_sizes"):
-        logger.warning("{}: the images' sizes are used", index.note("other_sizes"))
-    if index.note("num_assumed_sizes"):
+        logger.warning("{} of {} samples have no latents and are skipped", num_missing, index.summary.num_wanted)
+    if index.summary.num_uncached:
+        logger.info("{} samples have no latents and are encoded when training reads them", index.summary.num_uncached)
+    if index.summary.num_unlisted:
+        logger.info("{} latent files are in no manifest and are used", index.summary.num_unlisted)
+    if index.summary.other_sizes:
+        logger.warning("{}: the images' sizes are used", index.summary.other_sizes)
+    if index.summary.num_assumed_sizes:
         logger.warning(
-            "{} latent files hold no original size: the bucket's size is used", index.note("num_assumed_sizes")
+            "{} latent files hold no original size: the bucket's size is used", index.summary.num_assumed_sizes
         )
 
 
@@ -136,7 +136,7 @@ def warn_about_unflipped(num_unflipped: int, num_samples: int) -> None:
 
 def count_missing(index: Index) -> int:
     """Return the number of samples that the index leaves out because they have no latents."""
-    return index.note("num_wanted") - len(index) - len(index.note("bad"))
+    return index.summary.num_wanted - len(index) - len(index.summary.bad)
 
 
 def _count_stale(identity: dict, index: Index) -> int:
@@ -144,7 +144,7 @@ def _count_stale(identity: dict, index: Index) -> int:
     names = {"": identity.get("name"), **identity.get("further", {})}
     return sum(
         count
-        for prefix, counts in index.note("identities").items()
+        for prefix, counts in index.summary.identities.items()
         for name, count in counts.items()
         if name not in (names.get(prefix), STALE)
     )

@@ -1,8 +1,8 @@
-"""The index: all records in one memory-mapped Arrow file, and the same joined with what the latent cache holds.
+"""The index: records in a memory-mapped Arrow file, and the samples that records and their latents are joined into.
 
-Processes that open an index share its pages; nothing is kept in Python per sample. Each file's name carries a
-fingerprint of what it was made from, so a changed source makes a new index and an unchanged one is found again.
-Whoever finds none builds it under a temporary name; if many do at once, that costs time and nothing else.
+Processes that open an index share its pages, and no Python object is kept for a row. The name of each file holds a
+fingerprint of what the index was built from: a changed source leads to a new index, an unchanged one finds the old.
+A process that finds no index builds one under a temporary name. Several may do so at once: it costs only time.
 """
 
 import fcntl
@@ -10,8 +10,11 @@ import gc
 import hashlib
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +27,8 @@ from sdxl_trainer.data.allocator import give_freed_memory_back, keep_freed_memor
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.manifest import list_manifest_parts
 from sdxl_trainer.data.images.image_files import CAPTION_SUFFIXES, walk_images
-from sdxl_trainer.data.index.join import ALL_LATENTS, LATENT_SCHEMA, LatentSelection, iterate_sample_rows, join_latents
-from sdxl_trainer.data.index.rows import RowReader
+from sdxl_trainer.data.index.join import ALL_LATENTS, JoinSummary, LatentSelection, iterate_sample_rows, join_latents
+from sdxl_trainer.data.index.schema import SAMPLE_SCHEMA
 from sdxl_trainer.data.metadata.blocks import build_block
 from sdxl_trainer.data.metadata.merge import merge_sources, raise_duplicate_keys
 from sdxl_trainer.data.metadata.records import (
@@ -41,7 +44,7 @@ from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_
 
 VERSION = 11  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
-KEPT_FILES = 3  # of records and of latents, besides those that are in use
+KEPT_FILES = 3  # of each kind, besides those that are in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
 
 
@@ -53,15 +56,16 @@ class ShardGroups(NamedTuple):
 
 
 class Index:
-    """An open index: `len`, one row as a dict, one column as numpy."""
+    """An open index. While it is open, no process deletes its file."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = os.open(path, os.O_RDONLY)  # as long as it is held, the file is not cleaned up
+        self._lock = os.open(path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._map = mmap.mmap(self._lock, 0, prot=mmap.PROT_READ)
         self.table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
-        self._rows = RowReader(self.table)
+        self._groups = self.table.to_batches()
+        self._ends = list(accumulate(map(len, self._groups)))
 
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
@@ -70,24 +74,31 @@ class Index:
     def __len__(self) -> int:
         return self.table.num_rows
 
+    def __reduce__(self) -> tuple:
+        return (Index, (self.path,))  # a worker maps the file anew instead of receiving a copy
+
     def row(self, number: int) -> dict[str, Any]:
-        """All columns of a row."""
-        return self._rows.read(number)
+        """Return all columns of a row."""
+        # One group's columns: a column of the whole table searches its hundreds of groups for each value.
+        group = bisect_right(self._ends, number)
+        batch = self._groups[group]
+        at = number - self._ends[group] + len(batch)
+        return {name: column[at].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
     def record(self, number: int) -> Record:
-        """The whole record of a row."""
+        """Return the whole record of a row."""
         return parse_record(self.row(number))
 
     def record_json(self, number: int) -> bytes:
-        """The same as JSON, for files that are read without this index."""
+        """Return the whole record of a row as JSON, for files that are read without the index."""
         return orjson.dumps(self.record(number))
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column, [N]."""
+        """Return a numeric column, [N]."""
         return self.table.column(name).to_numpy()
 
     def arrow_column(self, name: str) -> pa.ChunkedArray:
-        """A text or binary column, still in the mapped file."""
+        """Return a column of any type; its values stay in the mapped file."""
         return self.table.column(name)
 
     def group_by_shard(self) -> ShardGroups:
@@ -100,19 +111,21 @@ class Index:
         numbers = np.argsort(np.argsort(np.array(dictionary, object)))
         return ShardGroups(numbers[encoded.indices.to_numpy()], sorted(dictionary))
 
-    def note(self, name: str) -> Any:
-        """What was noted when the index was made, or None."""
-        notes = self.table.schema.metadata or {}
-        return orjson.loads(notes[name.encode()]) if name.encode() in notes else None
+    @cached_property
+    def summary(self) -> JoinSummary:
+        """Counts and findings of the join that built a sample index."""
+        return JoinSummary.from_metadata(self.table.schema.metadata)
 
-    def release(self) -> None:
-        """Give the pages read so far back, which count as this process' memory although all share them."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the index was built from, the end of its file's name."""
+        return self.path.stem.rsplit("-", 1)[-1]
 
     def hash_rows(self) -> str:
-        """Names the rows by their keys and buckets: the same wherever the data lie and whatever else changes.
+        """Hash all keys and buckets in their order.
 
-        It decides what a plan's row numbers mean, so a resume is right as long as it stays.
+        They decide which sample a plan's row number means: a resumed run has the same order of batches as long as the
+        hash stays. Where the data lie and whatever else changes has no influence.
         """
         digest = hashlib.sha256()
         for chunk in self.table.column("key").chunks:
@@ -124,13 +137,9 @@ class Index:
             digest.update(self.column(name).tobytes())
         return digest.hexdigest()[:16]
 
-    def __reduce__(self) -> tuple:
-        return (Index, (self.path,))  # workers map the file anew instead of copying it
-
-    @property
-    def fingerprint(self) -> str:
-        """Names what it was made from: part of the file's name."""
-        return self.path.stem.rsplit("-", 1)[-1]
+    def release_pages(self) -> None:
+        """Drop the pages read so far. All processes share them, but they count as each process' own memory."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def open_record_index(
@@ -141,24 +150,24 @@ def open_record_index(
     regularisation_dirs: Sequence[Path] = (),
     masks: str | None = None,
 ) -> Index:
-    """The index of all records, built under `folder` unless it is there already.
+    """Open the index of all records under `folder`, and build it first if it does not exist.
 
     Args:
-        separator: between caption and tags in kohya's metadata (data/metadata/records.py).
+        separator: between caption and tags of kohya's metadata (data/metadata/records.py).
         regularisation_dirs: further image folders, whose records get `is_reg`; not with metadata.
-        masks: as in `data.masks`, which are no images of their own.
+        masks: as in `data.masks`; mask files are not images.
 
     Raises:
-        ValueError: the metadata is malformed (data/metadata/sources.py says where), or two images have one stem.
-        FileNotFoundError: a source is not there.
+        ValueError: the metadata is malformed (the message names the file and the place), or two images have one stem.
+        FileNotFoundError: a source does not exist.
         StoreError: a source lies on a store that cannot be read.
     """
     local = [fetch_sources(list_source_files([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
-    names, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
+    images_hash, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
     sources = files or sidecars  # with metadata, folders only say where images are
     counts = [str(len(source.files)) for source in local]  # which files are one source
-    words = [*map(str, [*files, *image_dirs]), *counts, names, separator, *map(str, regularisation_dirs)]
+    words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
         groups = [source.files for source in local]
@@ -171,43 +180,41 @@ def open_record_index(
 
 
 def open_sample_index(folder: Path, records: Index, selection: LatentSelection = ALL_LATENTS) -> Index:
-    """The index of the records that have latents: those that the manifest of the cache at `folder` lists, and those of
-    other programs that lie beside the images or in `folder`. In the order of the records; of several resolutions one
-    after the other. With `selection.encoding` also those that have none, planned for when these are made.
+    """Open the index of the samples of `records`, and build it first if it does not exist.
 
-    Notes: `num_wanted` (samples that were looked for), `num_unlisted` (not from the manifest), `num_uncached` (to be
-    encoded), `num_assumed_sizes` (their original size is not known), `other_sizes` (what metadata say wrongly of it),
-    `identities` (for each resolution, how many from the manifest were made under which), and `bad` (latent files or
-    images with a reason why they are left out).
+    A sample is a record at one resolution with latents: those that the manifest of the cache at `folder` lists, and
+    those of other programs that lie beside the images or in `folder`. With `selection.encoding`, images without latents
+    are samples too. Rows are in the order of the records, one resolution after the other.
     """
     words = [records.fingerprint, str(folder.absolute()), repr(selection)]
     name = f"latents-{_fingerprint(list_manifest_parts(folder), words)}"
     for path in (folder / "index").glob(f"{name}-*.arrow"):
         index = _open(path)
-        if _watch(index.note("watched")) == index.fingerprint:
+        if _hash_folder_times(index.summary.watched) == index.fingerprint:
             return index
     (folder / "index").mkdir(parents=True, exist_ok=True)
-    with _building(), join_latents(folder, records.table, selection) as (joined, notes):
-        path = folder / "index" / f"{name}-{_watch(notes['watched'])}.arrow"
-        schema = LATENT_SCHEMA.with_metadata({name: orjson.dumps(note) for name, note in notes.items()})
-        batches = iterate_sample_rows(joined, records.table, records.release)
+    with _bulk_memory(), join_latents(folder, records.table, selection) as joined:
+        path = folder / "index" / f"{name}-{_hash_folder_times(joined.summary.watched)}.arrow"
+        schema = SAMPLE_SCHEMA.with_metadata(joined.summary.to_metadata())
+        batches = iterate_sample_rows(joined, records.table, records.release_pages)
         _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
     return _open(path)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write an index and clean up old ones.
+    """Write an index and delete old ones.
 
     Raises:
-        DuplicateKeyError: a key occurs twice.
+        DuplicateKeyError: two records have one key.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _building(), open_atomic(path) as file:
+    with _bulk_memory(), open_atomic(path) as file:
         with pa.ipc.new_file(file, schema) as writer:
             for batch in _regroup(batches):
                 writer.write_batch(batch)
         file.flush()
-        if schema == RECORD_SCHEMA:  # of latents keys are those of records, with another prefix at each resolution
+        # The keys of samples need no check: each is a record's key with the prefix of a resolution.
+        if schema == RECORD_SCHEMA:
             table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
             paths = table.column("image_path")
             raise_duplicate_keys(table.column("key"), lambda row: str(paths[row]))
@@ -215,9 +222,12 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
 
 
 @contextmanager
-def _building() -> Iterator[None]:
-    """Millions of records pass by and none is part of a cycle: looking for cycles takes a fifth of the time, and
-    clearing the memory of each block anew a tenth."""
+def _bulk_memory() -> Iterator[None]:
+    """Switch off garbage collection, and keep freed memory in the process, while millions of records are read.
+
+    No record is part of a reference cycle: searching for cycles takes a fifth of the time, and clearing fresh pages for
+    each block a tenth.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     keep_freed_memory()
@@ -230,7 +240,7 @@ def _building() -> Iterator[None]:
 
 
 def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of at least ROWS_PER_GROUP: a file of many small ones opens slowly."""
+    """Yield the same rows in batches of at least ROWS_PER_GROUP: a file of many small batches opens slowly."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
@@ -243,12 +253,12 @@ def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def _open(path: Path) -> Index:
     index = Index(path)
-    os.utime(path)  # when it was used last
+    os.utime(path)  # the time of its last use, for _clean_up
     return index
 
 
 def _clean_up(path: Path) -> None:
-    """Delete indexes of the same kind, but neither this one, nor the last used, nor those that a process has open."""
+    """Delete indexes of the same kind, except this one, those used last, and those that a process has open."""
     files = list(path.parent.glob(f"{path.name.split('-', 1)[0]}-*.arrow"))
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-KEPT_FILES]:
         with open(file, "rb") as stream:
@@ -259,14 +269,14 @@ def _clean_up(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _watch(folders: Sequence[str]) -> str:
-    """Names the state of folders in which latent files of other programs were looked for."""
+def _hash_folder_times(folders: Sequence[str]) -> str:
+    """Hash the times of the folders that were searched for latents of other programs."""
     times = [os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0 for folder in folders]
     return hashlib.sha256(orjson.dumps([folders, times])).hexdigest()[:16]
 
 
 def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
-    """Names what an index was made from: its files' paths, sizes and times."""
+    """Hash `words`, and the paths, sizes and times of files."""
     digest = hashlib.sha256(orjson.dumps([VERSION, words]))
     for file in files:
         status = os.stat(file)
@@ -275,9 +285,10 @@ def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
 
 
 def _hash_folders(roots: Sequence[Path], masks: str | None) -> tuple[str, list[str]]:
-    """(hash of the paths of all images, paths of the caption files) below folders.
+    """Return a hash of the paths of all images below folders, and the paths of the caption files there.
 
-    Not the folders' times: an index or latents written among the images change those, and an edited caption does not.
+    The folders' own times would not do: an index or latents written among the images change them, and an edited caption
+    does not.
     """
     digest, sidecars = hashlib.sha256(), []
     for folder, images, everything in walk_images(roots, masks):

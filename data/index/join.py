@@ -1,22 +1,32 @@
-"""Records joined with their latents: those that the cache's manifest lists, and those that no manifest does."""
+"""The join of records with their latents.
 
-from collections.abc import Callable, Iterator
+Latents are looked for in this order: in the cache's manifest (listed_latents.py), as files or shards that no manifest
+lists (unlisted_latents.py), and, if the settings say so, planned for images that have none (missing_latents.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-from isal.isal_zlib import crc32
 
-from sdxl_trainer.data.formats.manifest import CRC_MARK, list_manifest_parts, read_entries
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
-from sdxl_trainer.data.index.missing_latents import EncodingSettings, plan_missing_latents
+from sdxl_trainer.data.index.listed_latents import open_listed_latents
+from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
+from sdxl_trainer.data.index.schema import (
+    FOUND_SCHEMA,
+    LATENT_COLUMNS,
+    RECORD_COLUMNS,
+    SAMPLE_SCHEMA,
+    FoundLatents,
+    build_found_batch,
+)
 from sdxl_trainer.data.index.unlisted_latents import (
     LatentHeader,
     LatentLocation,
@@ -25,393 +35,279 @@ from sdxl_trainer.data.index.unlisted_latents import (
     read_latent_headers,
 )
 from sdxl_trainer.data.metadata.merge import spill_batches
-from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
 
-ENTRIES_AT_ONCE = 16_384
-MAX_NAMED = 100_000  # bad files that are named
-TEXT_FIELDS = pa.struct(
-    [
-        ("file", pa.string()),
-        ("offset", pa.int64()),
-        ("bytes", pa.int64()),
-        ("variants", pa.int32()),
-        ("identity", pa.string()),
-        ("captions_sha256", pa.string()),
-    ]
-)
-PLACE_FIELDS = [
-    ("file", pa.string()),  # relative to the cache folder, or absolute
-    ("bucket_width", pa.int32()),
-    ("bucket_height", pa.int32()),
-    ("original_width", pa.int32()),
-    ("original_height", pa.int32()),
-    ("resized_width", pa.int32()),
-    ("crop_left", pa.int32()),
-    ("crop_top", pa.int32()),
-    ("offset", pa.int64()),  # of the npz in the shard; null: a file of its own
-    ("bytes", pa.int64()),  # null: there are none yet, `file` is where they will be
-    ("sha256", pa.binary()),  # of the npz; null: no manifest lists it
-    ("flipped", pa.bool_()),  # it holds latents of the mirrored image too; null: the manifest does not tell
-    ("text", TEXT_FIELDS),  # where the text encoders' outputs are, and of what; null: not cached
-]
-RECORD_COLUMNS = ["key", "image_path", "record", "source"]
-LATENT_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *PLACE_FIELDS])
-LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), ("identity", pa.string()), *PLACE_FIELDS])
-PART_BYTES = 8 << 20
-CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')
-FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *PLACE_FIELDS])
-
-
-class DamagedLineError(ValueError):
-    """A line of the manifest is not whole."""
-
-
-class ManifestLine(msgspec.Struct, gc=False):
-    """What of a manifest's line is wanted; `ManifestEntry` of data/formats/manifest.py says what it means."""
-
-    key: str
-    file: str
-    bytes: int
-    sha256: str
-    bucket: tuple[int, int]
-    original_size: tuple[int, int]
-    resized: tuple[int, int]
-    crop: tuple[int, int, int, int]
-    identity: str
-    listed_ns: int = 0
-    offset: int | None = None
-    flipped: bool | None = None
-    text: dict[str, Any] | None = None  # as TEXT_FIELDS
-
-
-DECODER = msgspec.json.Decoder(ManifestLine)
-GET_SIZES = attrgetter("bucket", "original_size", "resized", "crop")
-NUM_SIDES, INDEXED_SIDES = (
-    10,
-    (0, 1, 2, 3, 4, 6, 7),
-)  # all of them together; those that have a column: not resized's height
+LATENTS_AT_ONCE = 16_384
+MAX_BAD = 100_000  # bad samples that the summary lists
 
 
 @dataclass(frozen=True)
 class LatentSelection:
-    """Which latents are looked for."""
+    """The latents that a run trains on."""
 
     captioned_only: bool = False  # leave out records without a caption
-    prefixes: tuple[str, ...] = ("",)  # of each resolution, before the keys of its latents
-    encoding: EncodingSettings | None = None  # how those of other images will be made; None: such are left out
+    prefixes: tuple[str, ...] = ("",)  # of the keys of each resolution's latents
+    encoding: EncodingSettings | None = None  # for images without latents; None leaves them out
 
 
 ALL_LATENTS = LatentSelection()
 
 
+class BadSample(NamedTuple):
+    """A sample that cannot be trained on."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class JoinSummary:
+    """Counts and findings of a join. The index stores them, each field as JSON under its name."""
+
+    num_wanted: int  # samples looked for: the selected records at each resolution
+    num_unlisted: int  # samples whose latents no manifest lists
+    num_uncached: int  # samples whose latents are encoded during training
+    num_assumed_sizes: int  # samples whose original size is unknown and taken to be their bucket's
+    other_sizes: str  # a message about records whose size is not their image's; "" if there are none
+    identities: dict[str, dict[str, int]]  # prefix → name of a cache identity → number of samples made under it
+    bad: list[BadSample]  # at most MAX_BAD of them
+    watched: list[str]  # folders that were searched for unlisted latents
+
+    def to_metadata(self) -> dict[str, bytes]:
+        """Return the summary as metadata of an Arrow schema."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: orjson.dumps(value) for name, value in {**values, "bad": list(map(list, self.bad))}.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes]) -> "JoinSummary":
+        """Return the summary that `to_metadata` stored."""
+        values = {field.name: orjson.loads(metadata[field.name.encode()]) for field in fields(cls)}
+        return cls(**{**values, "bad": [BadSample(*each) for each in values["bad"]]})
+
+
 @dataclass(frozen=True)
 class JoinedLatents:
-    """Which latents each record has at each resolution."""
+    """The latents of each record at each resolution."""
 
-    places: list[pa.Table]  # with the PLACE_FIELDS, one after the other
-    place_of_record: dict[str, np.ndarray]  # prefix → [N] row of the places, -1 without latents
+    latents: pa.Table  # the columns of LATENT_FIELDS
+    row_of_record: dict[str, np.ndarray]  # prefix → [N] int64 row of `latents`, -1 for none
+    summary: JoinSummary
 
 
 @contextmanager
-def join_latents(
-    folder: Path, records: pa.Table, selection: LatentSelection
-) -> Iterator[tuple[JoinedLatents, dict[str, Any]]]:
-    """Find the latents of all records; also what is to be noted about it (data/index/index.py, `open_sample_index`).
+def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelection) -> Iterator[JoinedLatents]:
+    """Find the latents of all records. The tables lie in files that are deleted when the block ends."""
+    work, keys = cache_folder / "index", records.column("key")
+    wanted = {prefix: _select_records(records, selection.captioned_only, prefix) for prefix in selection.prefixes}
+    with ExitStack() as stack:
+        listed = stack.enter_context(open_listed_latents(cache_folder, work))
+        row_of_record = {
+            prefix: np.where(rows, _find_newest_entries(listed, add_prefix(prefix, keys)), -1)
+            for prefix, rows in wanted.items()
+        }
+        identities = {prefix: _count_identities(listed, rows) for prefix, rows in row_of_record.items()}
+
+        missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
+        search = _Search(records, missing)
+        found = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.find_unlisted_latents(cache_folder)))
+        _assign_rows(row_of_record, found, len(listed))
+
+        planned = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.plan_missing(selection.encoding)))
+        _assign_rows(row_of_record, planned, len(listed) + len(found))
+
+        latents = pa.concat_tables([table.select(LATENT_COLUMNS) for table in (listed, found, planned)])
+        summary = JoinSummary(
+            num_wanted=sum(int(rows.sum()) for rows in wanted.values()),
+            num_unlisted=len(found),
+            num_uncached=len(planned),
+            num_assumed_sizes=search.num_assumed_sizes,
+            other_sizes=_describe_other_sizes(records, latents, row_of_record),
+            identities=identities,
+            bad=search.bad,
+            watched=sorted(search.watched),
+        )
+        yield JoinedLatents(latents, row_of_record, summary)
+
+
+def iterate_sample_rows(
+    joined: JoinedLatents, records: pa.Table, release_pages: Callable[[], None]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of the sample index: each resolution's samples in the order of their records.
 
     Args:
-        folder: the cache's.
+        release_pages: drops the pages of the record index that have been copied from this process' memory.
     """
-    work = folder / "index"
-    watched: set[str] = set()
-    notes: dict[str, Any] = {"num_wanted": 0, "num_assumed_sizes": 0, "bad": [], "identities": {}}
-    with _stage_entries(folder, work) as listed:
-        matched, missing = {}, {}
-        for prefix in selection.prefixes:
-            wanted = _list_wanted(records, selection.captioned_only, prefix)
-            place_of_record = _match_entries(listed, add_prefix(prefix, records.column("key")))
-            matched[prefix] = np.where(wanted, place_of_record, -1)
-            missing[prefix] = wanted & (place_of_record < 0)
-            notes["num_wanted"] += int(wanted.sum())
-            notes["identities"][prefix] = _count_identities(listed, matched[prefix])
-        places = chain.from_iterable(
-            find_unlisted_latents(records, np.flatnonzero(rows), folder, watched, prefix)
-            for prefix, rows in missing.items()
-        )
-        with spill_batches(
-            work, FOUND_SCHEMA, _list_found(read_latent_headers(places, work), records, missing, notes)
-        ) as found:
-            _match_found(found, len(listed), matched)
-            uncached = _list_uncached(records, missing, selection.encoding, notes)
-            with spill_batches(work, FOUND_SCHEMA, uncached) as planned:
-                _match_found(planned, len(listed) + len(found), matched)
-                notes |= {"num_unlisted": len(found), "num_uncached": len(planned), "watched": sorted(watched)}
-                tables = [table.select([name for name, _ in PLACE_FIELDS]) for table in (listed, found, planned)]
-                notes["other_sizes"] = _describe_other_sizes(records, tables, matched)
-                yield JoinedLatents(tables, matched), notes
+    columns = [joined.latents.column(name).combine_chunks() for name in LATENT_COLUMNS]
+    for prefix, row_of_record in joined.row_of_record.items():
+        start = 0
+        for batch in records.select(RECORD_COLUMNS).to_batches():
+            rows = row_of_record[start : start + len(batch)]
+            start += len(batch)
+            has_latents = np.flatnonzero(rows >= 0)
+            some = batch if len(has_latents) == len(batch) else batch.take(pa.array(has_latents))
+            keys, *left = some.columns
+            right = [column.take(pa.array(rows[has_latents])) for column in columns]
+            yield pa.record_batch([add_prefix(prefix, keys), *left, *right], SAMPLE_SCHEMA)
+            release_pages()
 
 
-def _describe_other_sizes(records: pa.Table, places: list[pa.Table], matched: dict[str, np.ndarray]) -> str:
-    """Which records' metadata tell another size than their latents, or "". Not those that tell the bucket's, as kohya's
-    `train_resolution` does."""
-    tables = {"": [records], "original_": places, "bucket_": places}
-    told, found, bucket = (
-        np.stack([pa.concat_tables(some).column(f"{name}{side}").to_numpy() for side in ("width", "height")])
-        for name, some in tables.items()
+def add_prefix(prefix: str, keys: Any) -> Any:
+    """Return the keys of samples at a resolution, given the keys of their records."""
+    return pc.call_function("binary_join_element_wise", [pa.scalar(prefix), keys, pa.scalar("")]) if prefix else keys
+
+
+def _select_records(records: pa.Table, captioned_only: bool, prefix: str) -> np.ndarray:
+    """Return a mask of the records that a resolution's samples are made of, [N] bool.
+
+    A record that names latents in place of an image has them at one resolution, the one without a prefix.
+    """
+    selected = np.ones(len(records), bool)
+    if captioned_only:
+        selected &= records.column("captioned").to_numpy()
+    return selected & _find_images(records) if prefix else selected
+
+
+def _find_images(records: pa.Table) -> np.ndarray:
+    """Return a mask of the records that name an image, and not latents in place of one, [N] bool."""
+    is_latents = pc.call_function("ends_with", [records.column("image_path")], pc.MatchSubstringOptions(LATENT_SUFFIX))
+    return records.column("offset").is_null().to_numpy() & ~is_latents.to_numpy()
+
+
+def _find_newest_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
+    """Return for each key the row of the manifest's newest entry, or -1, [N] int64."""
+    key_of_entry = pc.call_function("index_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
+    key_of_entry = key_of_entry.fill_null(-1).to_numpy()
+    oldest_first = np.argsort(listed.column("listed_ns").to_numpy(), kind="stable")
+    oldest_first = oldest_first[key_of_entry[oldest_first] >= 0]
+    entry_of_key = np.full(len(keys), -1, np.int64)
+    # Of several entries of a key, numpy keeps the last assignment: the newest entry.
+    entry_of_key[key_of_entry[oldest_first]] = oldest_first
+    return entry_of_key
+
+
+def _count_identities(listed: pa.Table, row_of_record: np.ndarray) -> dict[str, int]:
+    """Count the entries that records use by the cache identity they were made under."""
+    names = listed.column("identity").take(pa.array(row_of_record[row_of_record >= 0]))
+    return {each["values"]: each["counts"] for each in pc.call_function("value_counts", [names]).to_pylist()}
+
+
+def _assign_rows(row_of_record: dict[str, np.ndarray], found: pa.Table, start: int) -> None:
+    """Store which records have their latents in `found`, whose first row is row `start` of all latents."""
+    records = found.column("row").to_numpy()
+    for prefix, rows in row_of_record.items():
+        own = pc.call_function("equal", [found.column("prefix"), pa.scalar(prefix)]).to_numpy()
+        rows[records[own]] = start + np.flatnonzero(own)
+
+
+def _describe_other_sizes(records: pa.Table, latents: pa.Table, row_of_record: dict[str, np.ndarray]) -> str:
+    """Describe the records whose size contradicts their latents, or return "".
+
+    A record may also hold the bucket's size, as kohya's `train_resolution` does: that is no contradiction.
+    """
+    recorded, original, bucket = (
+        np.stack([table.column(f"{name}{side}").to_numpy() for side in ("width", "height")])
+        for name, table in (("", records), ("original_", latents), ("bucket_", latents))
     )
     parts = []
-    for place_of_record in matched.values():
-        rows = np.flatnonzero((place_of_record >= 0) & (told[0] > 0))
-        at = place_of_record[rows]
-        differs = (told[:, rows] != found[:, at]).any(0) & (told[:, rows] != bucket[:, at]).any(0)
+    for row_of_latents in row_of_record.values():
+        rows = np.flatnonzero((row_of_latents >= 0) & (recorded[0] > 0))
+        at = row_of_latents[rows]
+        differs = (recorded[:, rows] != original[:, at]).any(0) & (recorded[:, rows] != bucket[:, at]).any(0)
         parts.append(np.stack([rows[differs], at[differs]]))
     rows, at = np.concatenate(parts, axis=1)
     if len(rows) == 0:
         return ""
-    key, *sizes = records.column("key")[int(rows[0])], *told[:, rows[0]], *found[:, at[0]]
-    differing = np.zeros(len(records), bool)
-    differing[rows] = True  # a record counts once, at however many resolutions
-    return "{} records tell another size than their images have, {} first ({}x{} and not {}x{})".format(
-        int(differing.sum()), key, *sizes
+    number = len(np.unique(rows))  # a record counts once, at however many resolutions
+    key, *sizes = records.column("key")[int(rows[0])], *recorded[:, rows[0]], *original[:, at[0]]
+    text = "{} records have another size than their images; the first is {} ({}x{} instead of {}x{})"
+    return text.format(number, key, *sizes)
+
+
+class _Search:
+    """Search for the latents of records that the manifest does not list.
+
+    Attributes:
+        bad: samples that were found and cannot be used.
+        num_assumed_sizes: samples whose original size is unknown.
+        watched: folders in which latents were looked for.
+    """
+
+    def __init__(self, records: pa.Table, missing: dict[str, np.ndarray]):
+        self._records = records
+        self._missing = missing  # prefix → [N] bool, the records without latents; falls as they are found
+        self._keys = records.column("key")
+        self._widths, self._heights = (records.column(name).to_numpy() for name in ("width", "height"))
+        self.bad: list[BadSample] = []
+        self.num_assumed_sizes = 0
+        self.watched: set[str] = set()
+
+    def find_unlisted_latents(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
+        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. Bad files are no longer missing either."""
+        locations = chain.from_iterable(
+            find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix)
+            for prefix, rows in self._missing.items()
+        )
+        headers = read_latent_headers(locations, cache_folder / "index")
+        while some := list(islice(headers, LATENTS_AT_ONCE)):
+            yield build_found_batch([found for each in some if (found := self._examine(*each)) is not None])
+
+    def plan_missing(self, encoding: EncodingSettings | None) -> Iterator[pa.RecordBatch]:
+        """Yield the latents that training will encode of the images that have none, as columns of FOUND_SCHEMA."""
+        if encoding is None:
+            return
+        images = _find_images(self._records)
+        plans = chain.from_iterable(
+            plan_missing_latents(self._records, np.flatnonzero(rows & images), prefix, encoding)
+            for prefix, rows in self._missing.items()
+        )
+        while some := list(islice(plans, LATENTS_AT_ONCE)):
+            for image in (plan for plan in some if isinstance(plan, BadImage)):
+                self._add_bad(image.key, image.reason)
+            planned = [plan for plan in some if isinstance(plan, PlannedLatents)]
+            yield build_found_batch([_describe_plan(plan, encoding) for plan in planned])
+
+    def _examine(self, location: LatentLocation, header: LatentHeader | Exception) -> FoundLatents | None:
+        """Return the row of latents, or None if they are bad."""
+        self._missing[location.prefix][location.row] = False
+        if isinstance(header, Exception):
+            self._add_bad(location.prefix + self._keys[location.row].as_py(), f"{location.file}: {header}")
+            return None
+        recorded = (int(self._widths[location.row]), int(self._heights[location.row]))
+        self.num_assumed_sizes += header.original_size is None and recorded == (0, 0)
+        size = header.original_size or (recorded if recorded != (0, 0) else header.bucket)
+        placement = infer_placement(header, size)
+        return FoundLatents(
+            row=location.row,
+            prefix=location.prefix,
+            file=location.file,
+            bucket_width=header.bucket[0],
+            bucket_height=header.bucket[1],
+            original_width=size[0],
+            original_height=size[1],
+            resized_width=placement.resized[0],
+            crop_left=placement.left,
+            crop_top=placement.top,
+            offset=location.offset,
+            bytes=header.bytes,
+            flipped=header.flipped,
+        )
+
+    def _add_bad(self, key: str, reason: str) -> None:
+        if len(self.bad) < MAX_BAD:
+            self.bad.append(BadSample(key, reason))
+
+
+def _describe_plan(plan: PlannedLatents, encoding: EncodingSettings) -> FoundLatents:
+    placement = plan.placement
+    return FoundLatents(
+        row=plan.row,
+        prefix=plan.prefix,
+        file=plan.file,
+        bucket_width=placement.bucket[0],
+        bucket_height=placement.bucket[1],
+        original_width=plan.size[0],
+        original_height=plan.size[1],
+        resized_width=placement.resized[0],
+        crop_left=placement.left,
+        crop_top=placement.top,
+        flipped=encoding.flip,
     )
-
-
-def add_prefix(prefix: str, keys: Any) -> Any:
-    """Keys of latents at a resolution from the keys of the records."""
-    return pc.call_function("binary_join_element_wise", [pa.scalar(prefix), keys, pa.scalar("")]) if prefix else keys
-
-
-def _list_wanted(records: pa.Table, captioned_only: bool, prefix: str) -> np.ndarray:
-    """[N] bool: whether latents of each record are looked for; of one that names latents at one resolution only."""
-    wanted = np.ones(len(records), bool)
-    if captioned_only:
-        wanted &= records.column("captioned").to_numpy()
-    return wanted & _are_images(records) if prefix else wanted
-
-
-def _are_images(records: pa.Table) -> np.ndarray:
-    """[N] bool: whether each record names an image, and not latents in place of it."""
-    given = pc.call_function("ends_with", [records.column("image_path")], pc.MatchSubstringOptions(LATENT_SUFFIX))
-    return records.column("offset").is_null().to_numpy() & ~given.to_numpy()
-
-
-def iterate_sample_rows(
-    joined: JoinedLatents, records: pa.Table, release: Callable[[], None]
-) -> Iterator[pa.RecordBatch]:
-    """The records that have latents, with them, in their order.
-
-    Args:
-        release: gives the mapped pages of the records back, which have been copied.
-    """
-    table = pa.concat_tables(joined.places)
-    columns = [table.column(name).combine_chunks() for name, _ in PLACE_FIELDS]
-    for prefix, place_of_record in joined.place_of_record.items():
-        start = 0
-        for batch in records.select(RECORD_COLUMNS).to_batches():
-            places = place_of_record[start : start + len(batch)]
-            start += len(batch)
-            rows = np.flatnonzero(places >= 0)
-            keys, *left = (batch if len(rows) == len(batch) else batch.take(pa.array(rows))).columns
-            right = [column.take(pa.array(places[rows])) for column in columns]
-            yield pa.record_batch([add_prefix(prefix, keys), *left, *right], LATENT_SCHEMA)
-            release()
-
-
-@contextmanager
-def _stage_entries(folder: Path, work: Path) -> Iterator[pa.Table]:
-    """The manifest's lines as columns."""
-    with ExitStack() as stack:
-        try:
-            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _parse_parts(folder)))
-        except DamagedLineError:
-            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _list_entries(folder)))
-
-
-def _parse_parts(folder: Path) -> Iterator[pa.RecordBatch]:
-    """The manifest's lines, many at once: five times as fast as one by one. Their CRC-32 is checked as ever.
-
-    Raises:
-        DamagedLineError: a line is damaged, and `read_entries` has to tell which.
-    """
-    for part in list_manifest_parts(folder):
-        with open(part, "rb") as stream:
-            while lines := stream.readlines(PART_BYTES):
-                if not lines[-1].endswith(b"\n"):  # torn, or being written just now
-                    lines.pop()
-                if lines:
-                    yield _build_listed(lines)
-
-
-def check_lines(lines: list[bytes]) -> None:
-    """Raises DamagedLineError unless each line's last field is the CRC-32 of the rest. One without may be whole too."""
-    crcs = np.array([crc32(line[:-CRC_TAIL] + b"}") for line in lines], np.uint32)
-    tails = b"".join([line[-CRC_TAIL:] for line in lines])
-    if tails != b"".join([CRC_MARK + b'"%08x"}\n' % crc for crc in crcs.tolist()]):
-        raise DamagedLineError
-
-
-def _build_listed(lines: list[bytes]) -> pa.RecordBatch:
-    """Columns of LISTED_SCHEMA.
-
-    Raises:
-        DamagedLineError: a line is not whole, or of another form.
-    """
-    check_lines(lines)
-    try:
-        listed = DECODER.decode_lines(b"".join(lines))
-        digests = [bytes.fromhex(line.sha256) or None for line in listed]
-    except (ValueError, msgspec.MsgspecError):
-        raise DamagedLineError from None
-    sides = chain.from_iterable(chain.from_iterable(map(GET_SIZES, listed)))
-    numbers = np.fromiter(sides, np.int32, NUM_SIDES * len(listed)).reshape(-1, NUM_SIDES)
-    columns = [
-        [line.key for line in listed],
-        [line.listed_ns for line in listed],
-        [line.identity for line in listed],
-        [line.file for line in listed],
-        *(np.ascontiguousarray(numbers[:, side]) for side in INDEXED_SIDES),
-        [line.offset for line in listed],
-        [line.bytes for line in listed],
-        digests,
-        [line.flipped for line in listed],
-        [line.text for line in listed],
-    ]
-    return _build_columns(columns, LISTED_SCHEMA)
-
-
-def _list_entries(folder: Path) -> Iterator[pa.RecordBatch]:
-    """The manifest's lines as columns."""
-    entries = read_entries(folder)
-    while some := list(islice(entries, ENTRIES_AT_ONCE)):
-        rows = [
-            (
-                entry.key,
-                entry.listed_ns,
-                entry.identity,
-                entry.file,
-                *entry.bucket,
-                *entry.original_size,
-                entry.resized[0],
-                *entry.crop[:2],
-                entry.offset,
-                entry.bytes,
-                bytes.fromhex(entry.sha256) or None,
-                entry.flipped,
-                entry.text and {field.name: getattr(entry.text, field.name) for field in TEXT_FIELDS},
-            )
-            for entry in some
-        ]
-        yield _build_batch(rows, LISTED_SCHEMA)
-
-
-def _match_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
-    """[N] for each key the row of its entry that was listed last, or -1."""
-    rows = pc.call_function("index_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
-    rows = rows.fill_null(-1).to_numpy()
-    order = np.argsort(listed.column("listed_ns").to_numpy(), kind="stable")
-    order = order[rows[order] >= 0]
-    place_of_record = np.full(len(keys), -1, np.int64)
-    place_of_record[rows[order]] = order  # of several, the last assignment stays
-    return place_of_record
-
-
-def _count_identities(listed: pa.Table, place_of_record: np.ndarray) -> dict[str, int]:
-    """How many of the entries that were found were made under each identity."""
-    made = listed.column("identity").take(pa.array(place_of_record[place_of_record >= 0]))
-    return {each["values"]: each["counts"] for each in pc.call_function("value_counts", [made]).to_pylist()}
-
-
-def _match_found(found: pa.Table, start: int, matched: dict[str, np.ndarray]) -> None:
-    """Note of each record that its place is among `found`, the first of which is row `start` of all places."""
-    rows = found.column("row").to_numpy()
-    for prefix, place_of_record in matched.items():
-        those = pc.call_function("equal", [found.column("prefix"), pa.scalar(prefix)]).to_numpy()
-        place_of_record[rows[those]] = start + np.flatnonzero(those)
-
-
-def _list_found(
-    headers: Iterator[tuple[LatentLocation, LatentHeader | Exception]],
-    records: pa.Table,
-    missing: dict[str, np.ndarray],
-    notes: dict[str, Any],
-) -> Iterator[pa.RecordBatch]:
-    """Unlisted latents as columns. Bad ones, and those whose original size is assumed, are noted. None of these is
-    `missing` any more."""
-    keys = records.column("key")
-    widths, heights = (records.column(name).to_numpy() for name in ("width", "height"))
-    while some := list(islice(headers, ENTRIES_AT_ONCE)):
-        rows = []
-        for place, header in some:
-            missing[place.prefix][place.row] = False
-            if isinstance(header, Exception):
-                if len(notes["bad"]) < MAX_NAMED:
-                    notes["bad"].append([place.prefix + keys[place.row].as_py(), f"{place.file}: {header}"])
-                continue
-            known = (int(widths[place.row]), int(heights[place.row]))
-            notes["num_assumed_sizes"] += header.original_size is None and known == (0, 0)
-            size = header.original_size or (known if known != (0, 0) else header.bucket)
-            placement = infer_placement(header, size)
-            rows.append(
-                (
-                    place.row,
-                    place.prefix,
-                    place.file,
-                    *header.bucket,
-                    *size,
-                    placement.resized[0],
-                    placement.left,
-                    placement.top,
-                    place.offset,
-                    header.bytes,
-                    None,
-                    header.flipped,
-                    None,
-                )
-            )
-        yield _build_batch(rows, FOUND_SCHEMA)
-
-
-def _list_uncached(
-    records: pa.Table, missing: dict[str, np.ndarray], encoding: EncodingSettings | None, notes: dict[str, Any]
-) -> Iterator[pa.RecordBatch]:
-    """Where the latents of images that have none will be, as columns. Images that cannot be used are noted."""
-    if encoding is None:
-        return
-    images = _are_images(records)
-    places = chain.from_iterable(
-        plan_missing_latents(records, np.flatnonzero(rows & images), prefix, encoding)
-        for prefix, rows in missing.items()
-    )
-    while some := list(islice(places, ENTRIES_AT_ONCE)):
-        rows = []
-        for place in some:
-            if isinstance(place, tuple):
-                notes["bad"] += [list(place)] if len(notes["bad"]) < MAX_NAMED else []
-                continue
-            placement = place.placement
-            rows.append(
-                (
-                    place.row,
-                    place.prefix,
-                    place.file,
-                    *placement.bucket,
-                    *place.size,
-                    placement.resized[0],
-                    placement.left,
-                    placement.top,
-                    None,
-                    None,
-                    None,
-                    encoding.flip,
-                    None,
-                )
-            )
-        yield _build_batch(rows, FOUND_SCHEMA)
-
-
-def _build_batch(rows: list[tuple], schema: pa.Schema) -> pa.RecordBatch:
-    return _build_columns(list(zip(*rows, strict=True)) if rows else [[] for _ in schema], schema)
-
-
-def _build_columns(columns: list[Any], schema: pa.Schema) -> pa.RecordBatch:
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-    return pa.record_batch(arrays, schema)

@@ -1,6 +1,6 @@
-"""Images that have no latents yet: in which bucket each will be trained, and where its latents will lie.
+"""Images that have no latents yet: the bucket of each, and the file its latents will be written to.
 
-With `cache.on_missing: encode` they are planned like all others, and encoded when training meets them
+With `cache.on_missing: encode` they are part of the sample index, and encoded when training reaches them
 (cache/encode/on_the_fly.py).
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, starmap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,33 +20,44 @@ from sdxl_trainer.data.formats.shards import encode_key
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image, split_key
 
 NUM_THREADS = 16
-MAX_SIZES = 65_536  # of images that are kept with their buckets: many have the same
-AT_ONCE, A_TASK = 16_384, 256  # images: a task for each would cost more than asking for its file
+MAX_CACHED_SIZES = 65_536  # image sizes whose placement is kept: many images share a size
+IMAGES_AT_ONCE = 16_384
+IMAGES_PER_TASK = 256  # a thread's task for each image would cost more than the check of its file
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How latents will be made of images that have none."""
+    """How the latents of images that have none will be encoded."""
 
-    rules: tuple[tuple[str, BucketRule], ...]  # with the prefix of the keys
-    beside: bool  # latents go beside the images instead of under the cache folder
-    flip: bool
+    rules: tuple[tuple[str, BucketRule], ...]  # (prefix of the keys, rule) of each resolution
+    beside: bool  # write latents beside the images instead of into the cache folder
+    flip: bool  # encode the mirrored image too
 
 
 @dataclass(frozen=True)
 class PlannedLatents:
-    """An image without latents at one resolution."""
+    """Latents to be encoded of an image at one resolution."""
 
-    row: int  # of the record
-    prefix: str
-    file: str  # where its latents will be: relative to the cache folder, or absolute
-    size: Size
+    row: int  # of the image's record
+    prefix: str  # of the resolution
+    file: str  # where they will be written: relative to the cache folder, or absolute
+    size: Size  # (width, height) px of the image
     placement: Placement
 
 
+class BadImage(NamedTuple):
+    """An image that cannot be encoded."""
+
+    key: str
+    reason: str
+
+
 def choose_latent_file(key: str, image_path: str, beside: bool) -> str:
-    """Where an image's latents go as npz: beside it, or under the cache folder, which no key may lead out of. Those of
-    further resolutions go into a folder of their own there."""
+    """Return the npz file for a sample's latents: absolute beside the image, else relative to the cache folder.
+
+    Latents of further resolutions lie in a folder of their own, named by the key's prefix. No key leads out of the
+    cache folder.
+    """
     prefix, name = split_key(key)
     if beside:
         image = Path(image_path)
@@ -56,32 +68,33 @@ def choose_latent_file(key: str, image_path: str, beside: bool) -> str:
 
 def plan_missing_latents(
     records: pa.Table, rows: np.ndarray, prefix: str, encoding: EncodingSettings
-) -> Iterator[PlannedLatents | tuple[str, str]]:
-    """Where each image of the given rows of the records belongs, or (key, reason) of one that cannot be used.
+) -> Iterator[PlannedLatents | BadImage]:
+    """Yield the latents to be encoded of the given rows of the records, at one resolution.
 
-    The metadata's size is believed as long as the image is there: if it is wrong, training finds out.
+    Where the metadata hold an image's size and the image exists, it is not opened: training finds a wrong size.
     """
-    from sdxl_trainer.data.images.transforms import BadImageError, read_image_size  # megabytes that most programs spare
+    # Importing transforms costs megabytes, which programs that plan nothing should not pay.
+    from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
 
     rule = dict(encoding.rules)[prefix]
     buckets = list_buckets(rule)
-    choose = lru_cache(maxsize=MAX_SIZES)(lambda size: place_image(size, rule, buckets))
+    place = lru_cache(maxsize=MAX_CACHED_SIZES)(lambda size: place_image(size, rule, buckets))
 
-    def place(row: int, key: str, image: str, width: int, height: int) -> PlannedLatents | tuple[str, str]:
+    def plan(row: int, key: str, image: str, width: int, height: int) -> PlannedLatents | BadImage:
         size = (width, height)
         if width <= 0 or not os.path.isfile(image):
             try:
                 size = read_image_size(Path(image))
             except BadImageError as error:
-                return prefix + key, str(error)
+                return BadImage(prefix + key, str(error))
         file = choose_latent_file(prefix + key, image, encoding.beside)
-        return PlannedLatents(row, prefix, file, size, choose(size))
+        return PlannedLatents(row, prefix, file, size, place(size))
 
     columns = [records.column(name) for name in ("key", "image_path", "width", "height")]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for start in range(0, len(rows), AT_ONCE):
-            some = rows[start : start + AT_ONCE]
+        for start in range(0, len(rows), IMAGES_AT_ONCE):
+            some = rows[start : start + IMAGES_AT_ONCE]
             values = [column.take(pa.array(some)).to_pylist() for column in columns]
             images = list(zip(some.tolist(), *values, strict=True))
-            tasks = [images[first : first + A_TASK] for first in range(0, len(images), A_TASK)]
-            yield from chain.from_iterable(pool.map(lambda task: list(starmap(place, task)), tasks))
+            tasks = [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)]
+            yield from chain.from_iterable(pool.map(lambda task: list(starmap(plan, task)), tasks))

@@ -1,4 +1,4 @@
-"""Which latents a run reads, from its settings: cache folder, bucket rules, and selection."""
+"""The latents that a run reads, as its settings choose them: cache folder, bucket rules, and selection."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from sdxl_trainer.data.stores.remote import is_remote
 
 
 def get_cache_folder(config: Config) -> Path:
-    """Folder of the cache: `cache.dir`, else that of the first metadata file or image folder."""
+    """Return the cache folder: `cache.dir`, else the folder of the first metadata file, else the first image folder."""
     if config.cache.dir is not None:
         return config.cache.dir
     if config.data.metadata and not is_remote(config.data.metadata[0]):
@@ -19,8 +19,10 @@ def get_cache_folder(config: Config) -> Path:
 
 
 def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
-    """The bucket rules of the `data` section, by what stands before the keys of their latents: nothing for the largest
-    resolution, so that its latents are found by the same names whether there are others or not."""
+    """Build the bucket rule of each resolution, by the prefix of its latents' keys.
+
+    The largest resolution has no prefix, so that its latents have the same names with and without further resolutions.
+    """
     if data.buckets:
         return {"": BucketRule(0, 0, 0, 0, fixed=tuple(data.buckets))}
     largest, *others = sorted(data.resolution_px, reverse=True)
@@ -29,11 +31,11 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
 
 
 def build_latent_selection(config: Config) -> LatentSelection:
-    """Which latents a run trains on."""
+    """Build the selection of latents that a run trains on."""
     rules = build_bucket_rules(config.data)
     encoding = EncodingSettings(tuple(rules.items()), beside=config.cache.dir is None, flip=config.cache.flip)
     return LatentSelection(
-        config.data.on_missing_caption == "skip",
-        tuple(rules),
-        encoding if config.cache.on_missing == "encode" else None,
+        captioned_only=config.data.on_missing_caption == "skip",
+        prefixes=tuple(rules),
+        encoding=encoding if config.cache.on_missing == "encode" else None,
     )

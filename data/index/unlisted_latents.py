@@ -1,8 +1,7 @@
-"""Latents that no manifest lists: made by other programs, or ours without the manifest.
+"""Latents that no manifest lists: made by other programs, or by this one and moved without their manifest.
 
-They are found by name, as `find_latent_file` of data/formats/latents.py does it, but each folder is listed once. Where
-and at what size each was encoded is read from the headers of the npz files, on many threads, because storage may be far
-away.
+They are found by name, as `find_latent_file` of data/formats/latents.py finds one file, but each folder is listed only
+once. Their bucket and crop are read from the headers of the npz files, on many threads, because storage may be slow.
 """
 
 import os
@@ -24,36 +23,38 @@ from sdxl_trainer.data.stores.remote import is_remote
 from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
 NUM_THREADS = 16
-AT_ONCE = 4096
-ANY_RULE = BucketRule(1024, 64, 2048, 64)  # place_image asks the rule for nothing when there is but one bucket
+ROWS_AT_ONCE = 4096
+MAX_LISTED_FOLDERS = 64  # whose listing is kept
+ANY_RULE = BucketRule(1024, 64, 2048, 64)  # place_image does not use the rule where there is only one bucket
 
 
 @dataclass(frozen=True)
 class LatentLocation:
-    """Where a record's latents lie."""
+    """The npz that holds a record's latents."""
 
     row: int  # of the record
-    file: str  # absolute
-    offset: int | None  # of the npz in a shard; None: a file of its own
-    bytes: int | None
+    file: str  # absolute path of the npz or its shard, or the shard's URL
+    offset: int | None  # of the npz in its shard; None: an npz file of its own
+    bytes: int | None  # of the npz in its shard
     prefix: str = ""  # of the resolution
 
 
 def find_unlisted_latents(
-    records: pa.Table, rows: np.ndarray, folder: Path, watched: set[str], prefix: str = ""
+    records: pa.Table, rows: np.ndarray, cache_folder: Path, watched: set[str], prefix: str = ""
 ) -> Iterator[LatentLocation]:
-    """Latents of the given rows of the records: in the shard that the record came from, in place of its image, beside
-    that, or in the cache folder.
+    """Yield the latents of the given rows of the records at one resolution.
+
+    They may lie in the shard that the record came from, in place of the image, beside it, or in the cache folder.
 
     Args:
-        watched: gets the folders whose files decided it.
-        prefix: of a further resolution, whose latents lie in a folder of that name.
+        watched: receives the folders that were searched; the result holds until one of them changes.
+        prefix: of a further resolution, whose latents lie in a subfolder of this name.
     """
-    list_latents = lru_cache(maxsize=64)(_list_latents)
-    cache = os.path.abspath(folder)
+    list_latents = lru_cache(maxsize=MAX_LISTED_FOLDERS)(_list_latents)
+    cache = os.path.abspath(cache_folder)
     columns = [records.column(name) for name in ("image_path", "offset", "bytes")]
-    for start in range(0, len(rows), AT_ONCE):
-        some = rows[start : start + AT_ONCE]
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
         values = (column.take(pa.array(some)).to_pylist() for column in columns)
         for row, path, offset, size in zip(some.tolist(), *values, strict=True):
             if offset is not None:
@@ -63,39 +64,38 @@ def find_unlisted_latents(
                 watched.add(os.path.dirname(path))
                 yield LatentLocation(row, path, None, None)
                 continue
-            where, name = os.path.split(path)
-            for place in dict.fromkeys(base + "/" * bool(prefix) + prefix.rstrip("/") for base in (where, cache)):
-                watched.add(place)
-                found = list_latents(place).get(strip_suffix(name))
+            image_folder, name = os.path.split(path)
+            for base in dict.fromkeys((image_folder, cache)):
+                folder = base + "/" * bool(prefix) + prefix.rstrip("/")
+                watched.add(folder)
+                found = list_latents(folder).get(strip_suffix(name))
                 if found is not None:
-                    yield LatentLocation(row, os.path.join(place, found), None, None, prefix)
+                    yield LatentLocation(row, os.path.join(folder, found), None, None, prefix)
                     break
 
 
 def read_latent_headers(
-    places: Iterator[LatentLocation], folder: Path
+    locations: Iterator[LatentLocation], index_folder: Path
 ) -> Iterator[tuple[LatentLocation, LatentHeader | BadLatentError]]:
-    """The header of each, or why it has none, in order.
+    """Yield each location with its npz's header, or with the error of reading it, in order.
 
     Args:
-        folder: of the indexes, where the headers of remote shards are kept.
+        index_folder: folder of the indexes, which also holds the headers of remote shards.
     """
-    read = partial(_read_part, folder)
+    read, rows_per_task = partial(_read_headers, index_folder), ROWS_AT_ONCE // NUM_THREADS
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        while some := list(islice(places, AT_ONCE)):
-            parts = [
-                some[start : start + AT_ONCE // NUM_THREADS] for start in range(0, len(some), AT_ONCE // NUM_THREADS)
-            ]
-            for part, headers in zip(parts, pool.map(read, parts), strict=True):
-                yield from zip(part, headers, strict=True)
+        while some := list(islice(locations, ROWS_AT_ONCE)):
+            tasks = [some[start : start + rows_per_task] for start in range(0, len(some), rows_per_task)]
+            for task, headers in zip(tasks, pool.map(read, tasks), strict=True):
+                yield from zip(task, headers, strict=True)
 
 
 def infer_placement(header: LatentHeader, original_size: Size) -> Placement:
-    """How an image was brought into its bucket, as far as a file of whatever program tells.
+    """Infer how an image was resized and cropped into its bucket, from latents of any program.
 
-    Our crop is in the resized image and as large as the bucket. kohya's scripts note the letterbox of the image in
-    the bucket, though they resize to cover and cut the middle out. Zeros are of the first sdxl-trainer, which stretched
-    the image to the bucket.
+    This project's crop is as large as the bucket, in the resized image. kohya's scripts store the letterbox of the
+    image in the bucket instead, although they resize the image to cover the bucket and cut out the middle. A crop of
+    zeros comes from the first sdxl-trainer, which stretched the image to the bucket.
     """
     crop, bucket = header.crop_ltrb, header.bucket
     if crop and not any(crop):
@@ -103,21 +103,21 @@ def infer_placement(header: LatentHeader, original_size: Size) -> Placement:
     return place_image(original_size, ANY_RULE, [bucket])
 
 
-def _read_part(folder: Path, places: list[LatentLocation]) -> list[LatentHeader | BadLatentError]:
+def _read_headers(index_folder: Path, locations: list[LatentLocation]) -> list[LatentHeader | BadLatentError]:
     headers: list[LatentHeader | BadLatentError] = []
-    for place in places:
+    for location in locations:
         try:
-            if is_remote(place.file):
-                headers.append(find_latent_header(folder, place.file, place.offset or 0))
+            if is_remote(location.file):
+                headers.append(find_latent_header(index_folder, location.file, location.offset or 0))
             else:
-                headers.append(read_latent_header(place.file, place.offset or 0, place.bytes))
+                headers.append(read_latent_header(location.file, location.offset or 0, location.bytes))
         except BadLatentError as error:
             headers.append(error)
     return headers
 
 
 def _list_latents(folder: str) -> dict[str, str]:
-    """Stem of the image → name of the latent file in a folder."""
+    """Return the latent files in a folder: stem of the image → file name."""
     try:
         return choose_latents(sorted(os.listdir(folder)))
     except OSError:

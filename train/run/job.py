@@ -244,7 +244,7 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_reading(config, dataset, plan, state, ranks)
-    missing = build_missing_encoder(config, source, dataset, ranks) if index.note("num_uncached") else None
+    missing = build_missing_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
         batches = fill_missing(batches, missing)
     engine, conditioner = build_networks(config, source, ranks)

@@ -79,7 +79,7 @@ def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path,
     assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'made'}", *words) == 0
     made = read_all(*open_run(images, tmp_path / "made", *words), fill=False)
     config, index = open_run(images, tmp_path / "new", *words)
-    assert index.note("num_uncached") == len(index) == 2 * NUM_IMAGES
+    assert index.summary.num_uncached == len(index) == 2 * NUM_IMAGES
     new = read_all(config, index)
     assert list(new) == list(made)  # in the same order
     flipped = 0
@@ -94,7 +94,7 @@ def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path,
     assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'new'}", *words, "--verify") == 0
     assert all(batch.pending == [] for batch in read_all(config, index, fill=False).values())
     resumed = open_run(images, tmp_path / "new", *words)[1]
-    assert resumed.note("num_uncached") == 0 and resumed.hash_rows() == index.hash_rows()
+    assert resumed.summary.num_uncached == 0 and resumed.hash_rows() == index.hash_rows()
 
 
 def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):

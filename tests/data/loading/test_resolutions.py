@@ -112,7 +112,7 @@ def test_the_index_holds_each_image_at_each_resolution(cache, filled):
     _, _, folder = cache
     index = open_index(filled, folder)
     keys = index.arrow_column("key").to_pylist()
-    assert len(index) == index.note("num_wanted") == 2 * NUM_IMAGES
+    assert len(index) == index.summary.num_wanted == 2 * NUM_IMAGES
     assert keys == [*keys[:NUM_IMAGES], *(f"64px/{key}" for key in keys[:NUM_IMAGES])]
     records = [index.record(row) for row in range(len(index))]
     assert [record["key"] for record in records] == keys[:NUM_IMAGES] * 2
@@ -128,7 +128,7 @@ def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
     whole = open_index(filled, tmp_path / "latents")
     shutil.rmtree(tmp_path / "latents" / "manifest")
     found = open_index(filled, tmp_path / "latents")
-    assert found.note("num_unlisted") == 2 * NUM_IMAGES and found.hash_rows() == whole.hash_rows()
+    assert found.summary.num_unlisted == 2 * NUM_IMAGES and found.hash_rows() == whole.hash_rows()
     for name in ("original_width", "resized_width", "crop_left", "crop_top"):
         assert np.array_equal(found.column(name), whole.column(name)), name
 

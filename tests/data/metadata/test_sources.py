@@ -200,7 +200,7 @@ def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
             file.rename(cache / file.name)
     metadata = [] if form == "folder" else [data / "metadata.json"]
     index = open_sample_index(cache, open_record_index(cache, metadata, [] if metadata else [data]))
-    assert index.arrow_column("key").to_pylist() == ["img000000", "img000001"] and index.note("num_unlisted") == 2
+    assert index.arrow_column("key").to_pylist() == ["img000000", "img000001"] and index.summary.num_unlisted == 2
     for row, size in zip(list_rows(index), ((348, 256), (359, 264)), strict=True):
         path = find_latent_file(data / f"{row['key']}.jpg", cache)
         assert path == cache / row["file"]
@@ -225,7 +225,7 @@ def test_latents_that_come_later_are_found(tmp_path):
     records = open_record_index(cache, [metadata], [])
     index = open_sample_index(cache, records)
     assert index.arrow_column("key").to_pylist() == ["a"]
-    assert [key for key, reason in index.note("bad") if "no zip" in reason] == ["c"]
+    assert [key for key, reason in index.summary.bad if "no zip" in reason] == ["c"]
     assert open_sample_index(cache, records).path == index.path
     make_latents(cache / "b_0300x0200_sdxl.npz", 1)
     assert open_sample_index(cache, records).arrow_column("key").to_pylist() == ["a", "b"]
@@ -258,12 +258,12 @@ def test_sizes_that_disagree_with_the_image_are_counted_and_not_used(tmp_path):
     index, problems = open_training_set(build_config(tmp_path))
     assert index is not None and problems == []
     assert set(index.column("original_width")) == {300} and set(index.column("original_height")) == {200}
-    assert index.note("other_sizes") == (
-        "2 records tell another size than their images have, wrong first (200x300 and not 300x200)"
+    assert index.summary.other_sizes == (
+        "2 records have another size than their images; the first is wrong (200x300 instead of 300x200)"
     )
     write(tmp_path / "m.json", orjson.dumps({"right": records["right"]}))
     again, _ = open_training_set(build_config(tmp_path))
-    assert again is not None and again.note("other_sizes") == ""
+    assert again is not None and again.summary.other_sizes == ""
 
 
 def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):

@@ -1,0 +1,70 @@
+"""Columns of the sample index, and of the tables of latents that are joined into it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
+
+TEXT_FIELDS = pa.struct(
+    [
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("variants", pa.int32()),
+        ("identity", pa.string()),
+        ("captions_sha256", pa.string()),
+    ]
+)
+LATENT_FIELDS = [
+    ("file", pa.string()),  # npz file or shard: relative to the cache folder, or absolute
+    ("bucket_width", pa.int32()),
+    ("bucket_height", pa.int32()),
+    ("original_width", pa.int32()),
+    ("original_height", pa.int32()),
+    ("resized_width", pa.int32()),
+    ("crop_left", pa.int32()),
+    ("crop_top", pa.int32()),
+    ("offset", pa.int64()),  # of the npz in its shard; null: an npz file of its own
+    ("bytes", pa.int64()),  # null: the latents do not exist yet, and `file` is where they will be written
+    ("sha256", pa.binary()),  # of the npz; null: no manifest lists it
+    ("flipped", pa.bool_()),  # whether it also holds latents of the mirrored image; null: the manifest does not say
+    ("text", TEXT_FIELDS),  # the cached text encoder outputs; null: not cached
+]
+LATENT_COLUMNS = [name for name, _ in LATENT_FIELDS]
+RECORD_COLUMNS = ["key", "image_path", "record", "source"]
+SAMPLE_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *LATENT_FIELDS])
+LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), ("identity", pa.string()), *LATENT_FIELDS])
+FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *LATENT_FIELDS])
+
+
+class FoundLatents(NamedTuple):
+    """Latents of a record that no manifest lists. The fields are those of FOUND_SCHEMA, in the same order."""
+
+    row: int  # of the record in the record index
+    prefix: str  # of the resolution
+    file: str
+    bucket_width: int
+    bucket_height: int
+    original_width: int
+    original_height: int
+    resized_width: int
+    crop_left: int
+    crop_top: int
+    offset: int | None = None
+    bytes: int | None = None
+    sha256: None = None
+    flipped: bool | None = None
+    text: dict[str, Any] | None = None
+
+
+def build_found_batch(found: Sequence[FoundLatents]) -> pa.RecordBatch:
+    """Return latents that no manifest lists as columns of FOUND_SCHEMA."""
+    return build_batch(zip(*found, strict=True) if found else [[] for _ in FOUND_SCHEMA], FOUND_SCHEMA)
+
+
+def build_batch(columns: Iterable[Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Return columns, lists or arrays of one length, as a record batch of `schema`."""
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+    return pa.record_batch(arrays, schema)
