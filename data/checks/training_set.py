@@ -57,7 +57,7 @@ def check_training_set(config: Config, index: Index, num_unflipped: int) -> Iter
 def check_missing(index: Index) -> Iterator[Problem]:
     """Yield a problem if samples have no latents, for `cache.on_missing: error`."""
     if num_missing := count_missing(index):
-        rule = f"{num_missing} of {index.note('num_wanted')} samples have no latents"
+        rule = f"{num_missing} of {index.summary.num_wanted} samples have no latents"
         yield Problem("cache.on_missing", "error", rule, "run bash launch/cache.sh, or set it to encode or skip")
 
 
