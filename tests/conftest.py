@@ -114,7 +114,7 @@ def one_rank(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def two_ranks(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same 20 steps on two ranks under torchrun."""
     words = ("--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]")
-    make_once(tmp_path_factory, "two", lambda _: run_program("train/main.py", *words, ranks=2))
+    make_once(tmp_path_factory, "two", lambda _: run_program("train/main.py", *words, ranks=2, restarts=0))
     return cached_folder / "runs" / "two"
 
 

@@ -9,7 +9,7 @@ from sdxl_trainer.configs.kohya.seed_options import SEED_OPTIONS
 HEADER = """# From kohya's scripts, option by option
 
 ```bash
-python -m sdxl_trainer.configs.kohya.importer train.toml dataset.toml --out my.yaml
+python -m sdxl_trainer.configs.import_config train.toml dataset.toml --out my.yaml
 ```
 
 makes a YAML file of what `sdxl_train.py` or `sdxl_train_network.py` is started with: TOML files of training arguments
@@ -56,7 +56,7 @@ SEED = """
 ## Settings of the first sdxl-trainer
 
 ```bash
-python -m sdxl_trainer.configs.kohya.importer config.py --out my.yaml
+python -m sdxl_trainer.configs.import_config config.py --out my.yaml
 ```
 
 reads what `get_config` assigns, without running it. Names that are not in this table are those of kohya's options.

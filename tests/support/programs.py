@@ -5,34 +5,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked_ranks import run_forked
+
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ROOT / "configs" / "tiny"
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
+TIMEOUT_SECONDS = 600
 MIXED_PROMPTS = """a red circle on a white background
 a blue star on a grey background --w 64 --h 128 --s 3 --d 77
 a green square on a black background --ss euler_a --n a circle
 """
 
 
-def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0, restarts: int = 0) -> str:
-    """Start train/main.py or cache/main.py the way users do and return all it printed.
+def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0, restarts: int | None = None) -> str:
+    """Run train/main.py or another program on `ranks` ranks and return what it printed.
 
-    One rank runs without a launcher, more run under torchrun, so that both ways are tried.
+    Args:
+        restarts: starts the ranks under torchrun, which restarts them so often; None forks them from a process that has
+            the libraries imported.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    start = [sys.executable] if ranks == 1 else [sys.executable, *launcher, f"--max-restarts={restarts}"]
-    command = [*start, str(ROOT / program), *(str(word) for word in words)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(
-        command,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == expect, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
-    return done.stdout
+    environment = {name: value for name, value in os.environ.items() if name not in PLACE}
+    environment["OMP_NUM_THREADS"] = "1"
+    arguments = [str(word) for word in words]
+    if restarts is None:
+        status, printed = run_forked(ROOT / program, arguments, ranks, environment, TIMEOUT_SECONDS)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *torchrun, f"--max-restarts={restarts}", str(ROOT / program), *arguments]
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+        status, printed = done.returncode, done.stdout
+    assert status == expect, f"{program} {' '.join(arguments)} ended with {status}:\n{printed[-6000:]}"
+    return printed
 
 
 def read_losses(run: Path) -> list[float]:

@@ -16,7 +16,7 @@ from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 MAX_LENGTH = 77
-OTHER_WORDS = "a an the on in of and with background image photo drawing small large black white grey orange purple"
+OTHER_WORDS = "a an the on in of and with background picture photo drawing small large black white grey orange purple"
 # Encoder 1 (OpenAI) pads with EOS, encoder 2 (OpenCLIP) with id 0, which in CLIP's byte order is "!".
 PADS = {"tokenizer": EOS, "tokenizer_2": "!"}
 
