@@ -22,12 +22,12 @@ import torch
 from harness import Figure, finish, parse_arguments
 from PIL import Image, ImageDraw
 
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.decoder import WorkItem
-from sdxl_trainer.cache.encode.latent_encoder import Encoded, VaeEncoder
+from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch, VaeEncoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline
 from sdxl_trainer.cache.encode.progress import RankProgress
-from sdxl_trainer.cache.encode.sinks import NpzSink
-from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.cache.encode.storage import NpzStorage
 from sdxl_trainer.cache.models.source import SDXL_CONFIG_FOLDER
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.allocator import keep_freed_memory
@@ -64,8 +64,8 @@ class Ready:
 
     latents: np.ndarray
 
-    def wait(self) -> Encoded:
-        return Encoded(self.latents)
+    def wait(self) -> EncodedBatch:
+        return EncodedBatch(self.latents)
 
 
 def main() -> int:
@@ -117,9 +117,17 @@ def draw_mixed_set(folder: Path, count: int) -> list[Path]:
 def build_pipeline(encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule) -> Pipeline:
     """The job's own data path around an encoder."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = LatentWriter(NpzSink(folder, "float32"), ManifestWriter(folder, 0))
+    writer = BackgroundWriter(NpzStorage(folder, "float32"), ManifestWriter(folder, 0))
     return Pipeline(
-        encoder, writer, rule, "benchmark", BATCH_SIZE, NUM_WORKERS, RankProgress(0), _refuse_bad, lambda: None
+        encoder=encoder,
+        writer=writer,
+        rule=rule,
+        identity="benchmark",
+        batch_size=BATCH_SIZE,
+        num_workers=NUM_WORKERS,
+        progress=RankProgress(0),
+        report_bad=_refuse_bad,
+        check_stop=lambda: None,
     )
 
 

@@ -10,22 +10,29 @@ from pathlib import Path
 import orjson
 from loguru import logger
 
-from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estimate_work
-from sdxl_trainer.cache.encode.inputs import build_identities, open_index, write_identities
-from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
-from sdxl_trainer.cache.encode.lock import lock_cache
-from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
-from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress
-from sdxl_trainer.cache.encode.report import write_report
-from sdxl_trainer.cache.encode.sinks import NpzSink, ShardSink, Sink, recover_shards
-from sdxl_trainer.cache.encode.text_work import (
-    identify_text,
-    is_text_state_current,
-    plan_text,
-    start_text,
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
+from sdxl_trainer.cache.encode.cache_setup import build_identities, lock_cache, open_checked_index, write_identities
+from sdxl_trainer.cache.encode.encode_plan import (
+    STATES,
+    EncodePlan,
+    EncodePlanner,
+    PlanTotals,
+    Resolution,
+    TextRequirement,
+    build_share,
 )
-from sdxl_trainer.cache.encode.work_list import STATES, Resolution, TextPlan, WorkList, choose_share, list_work
-from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estimate_work
+from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
+from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
+from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress, write_report
+from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, Storage, recover_shards
+from sdxl_trainer.cache.encode.text_caching import (
+    build_text_requirement,
+    compute_text_identity,
+    is_text_state_valid,
+    load_text_job,
+    save_text_state,
+)
 from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import tidy_shards
@@ -81,15 +88,15 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     init_logger(rank, config.log.level, folder / "logs", "cache")
     masks = config.data.masks
     # the other ranks wait for it in init_ranks
-    path = open_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
+    path = open_checked_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
     ranks = init_ranks(config.engine.timeout_minutes)
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
-    identities = build_identities(config, hash_weights(vae))
+    identities = build_identities(config.cache, config.data, hash_weights(vae))
     text = agree_on_text(config, folder, ranks)
     with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
         shares = [
-            choose_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
+            build_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
             for prefix, rule in build_bucket_rules(config.data).items()
         ]
         own = frozenset(key for share in shares for key in share.keys)
@@ -97,29 +104,29 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         beside = config.cache.dir is None
         known_only = repair and not lines_lost
         finder = None if masks is None else MaskFinder(masks)
-        works = [
-            list_work(index, folder, entries, share, beside=beside, text=text, known_only=known_only, masks=finder)
-            for share in shares
-        ]
-        announce(config, folder, index, gather_objects([work.without_items() for work in works]), ranks)
-        encoder = build_vae_encoder(config, vae, ranks.device)
-        captioner = start_captioning(config, works, text, ranks, dry_run)
-        announce_time(estimate_work(works, encoder, captioner, config.cache), ranks)
+        planner = EncodePlanner(index, folder, entries, beside=beside, text=text, known_only=known_only, masks=finder)
+        plans = [planner.plan(share) for share in shares]
+        announce(config, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
+        encoder = build_vae_encoder(config.cache, vae, ranks.device)
+        captioner = start_captioning(config, plans, text, ranks, dry_run)
+        announce_time(estimate_work(plans, encoder, captioner, config.cache), ranks)
         if not dry_run:
             if ranks.is_main:
                 write_identities(folder, identities)
-            result = encode_work(config, works, (encoder, captioner), ranks, stop)
-            finish(config, folder, len(index) * len(works), gather_objects(result), ranks)
+            result = encode_work(config, plans, (encoder, captioner), ranks, stop)
+            finish(config, folder, len(index) * len(plans), gather_objects(result), ranks)
         elif ranks.is_main:
             logger.info("dry run: all is well up to the first image; nothing was written")
     close_ranks()
 
 
-def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextPlan | None:
+def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextRequirement | None:
     """The text encoder outputs that are wanted, the same on all ranks; None if `cache.text` is off."""
     if not config.cache.text:
         return None
-    return plan_text(config, broadcast_object(identify_text(config, folder) if ranks.is_main else None))
+    model, data, cache = config.model, config.data, config.cache
+    own = compute_text_identity(model, data.max_tokens, cache.dtype, folder) if ranks.is_main else None
+    return build_text_requirement(model, data, cache, broadcast_object(own))
 
 
 def open_cache(
@@ -166,17 +173,17 @@ def clear_leftovers(folder: Path) -> None:
             file.unlink()
 
 
-def announce(config: Config, folder: Path, index: Index, shares: list[list[WorkList]], ranks: Ranks) -> None:
+def announce(config: Config, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
     """Say what is found, valid and to do, and stop if it cannot fit on the disk.
 
     Raises:
         UserInputError: too little space.
     """
-    works = [work for share in shares for work in share]
+    totals = [each for share in shares for each in share]
     if ranks.is_main:
-        counts = sum((work.counts for work in works), Counter())
-        needed, free = sum(work.bytes_needed for work in works), shutil.disk_usage(folder).free
-        to_do = sum(work.num_items for work in works)
+        counts = sum((each.counts for each in totals), Counter())
+        needed, free = sum(each.bytes_needed for each in totals), shutil.disk_usage(folder).free
+        to_do = sum(each.num_items for each in totals)
         states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
         logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
         if config.data.masks is not None:
@@ -229,7 +236,7 @@ def tell_masks(masks: str, num_masked: int, num_images: int) -> None:
 
 
 def start_captioning(
-    config: Config, works: list[WorkList], text: TextPlan | None, ranks: Ranks, dry_run: bool
+    config: Config, plans: list[EncodePlan], text: TextRequirement | None, ranks: Ranks, dry_run: bool
 ) -> TextJob | None:
     """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date.
 
@@ -238,45 +245,52 @@ def start_captioning(
     folder = get_cache_folder(config)
     if text is None:
         return None
-    out_of_date = ranks.is_main and not is_text_state_current(folder, text.identity)
-    if not (out_of_date or any(work.has_captions for work in works)):
+    out_of_date = ranks.is_main and not is_text_state_valid(folder, text.identity)
+    if not (out_of_date or any(plan.has_captions for plan in plans)):
         return None
-    return start_text(config, text.identity, folder, ranks.device, out_of_date and not dry_run)
+    job = load_text_job(config.model, config.data, config.cache, text.identity, ranks.device)
+    if out_of_date and not dry_run:
+        save_text_state(folder, text.identity, job, config.model)
+    return job
 
 
 def encode_work(
-    config: Config, works: list[WorkList], encoders: tuple[VaeEncoder, TextJob | None], ranks: Ranks, stop: StopRequest
+    config: Config,
+    plans: list[EncodePlan],
+    encoders: tuple[VaeEncoder, TextJob | None],
+    ranks: Ranks,
+    stop: StopRequest,
 ) -> RankResult:
     """Encode this rank's items. A stop signal ends the work between two batches, with all that was encoded written."""
     folder, cache, bad = get_cache_folder(config), config.cache, []
-    reporter = ProgressReporter(ranks, sum(len(work.items) + len(work.texts) for work in works))
+    reporter = ProgressReporter(ranks, sum(plan.num_items for plan in plans))
 
     def report_bad(key: str, file: str, reason: str) -> None:
         bad.append({"key": key, "file": file, "reason": reason})
         logger.warning("bad image skipped: {}", reason)
 
     manifest = ManifestWriter(folder, ranks.rank)
-    for work in works:
-        for entry in work.refreshed:
+    for plan in plans:
+        for entry in plan.refreshed:
             manifest.append(entry)
-    writer = LatentWriter(build_sink(config, folder, ranks.rank), manifest)
+    writer = BackgroundWriter(build_storage(config, folder, ranks.rank), manifest)
     interrupted = None
     try:
-        for work in works:
+        for plan in plans:
             pipeline = Pipeline(
-                encoders[0],
-                writer,
-                work.rule,
-                work.identity,
-                cache.batch_size,
-                cache.num_workers,
-                reporter.progress,
-                report_bad,
-                stop.raise_if_received,
-                encoders[1],
-                cache.alpha_mask,
+                encoder=encoders[0],
+                writer=writer,
+                rule=plan.rule,
+                identity=plan.identity,
+                batch_size=cache.batch_size,
+                num_workers=cache.num_workers,
+                progress=reporter.progress,
+                report_bad=report_bad,
+                check_stop=stop.raise_if_received,
+                text=encoders[1],
+                with_alpha=cache.alpha_mask,
             )
-            pipeline.run(work.items, work.texts)
+            pipeline.run(plan.items, plan.texts)
     except Interrupted as request:
         interrupted = request.signal_number
     finally:
@@ -292,11 +306,11 @@ def encode_work(
     return RankResult(reporter.progress, bad, interrupted)
 
 
-def build_sink(config: Config, folder: Path, rank: int) -> Sink:
+def build_storage(config: Config, folder: Path, rank: int) -> Storage:
     """Where items go, by `cache.format`."""
     if config.cache.format == "npz":
-        return NpzSink(folder, config.cache.dtype)
-    return ShardSink(folder, config.cache.dtype, rank, config.cache.shard_mb * 1_000_000)
+        return NpzStorage(folder, config.cache.dtype)
+    return ShardStorage(folder, config.cache.dtype, rank, config.cache.shard_mb * 1_000_000)
 
 
 def finish(config: Config, folder: Path, num_images: int, results: list[RankResult], ranks: Ranks) -> None:
@@ -329,7 +343,7 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
 def tidy(config: Config, folder: Path) -> None:
     """Take out of the shards what has been encoded again."""
     manifest = ManifestWriter(folder, 0)
-    sink = ShardSink(folder, config.cache.dtype, 0, config.cache.shard_mb * 1_000_000)
-    for shard in tidy_shards(folder, read_latest(folder), sink, manifest):
+    storage = ShardStorage(folder, config.cache.dtype, 0, config.cache.shard_mb * 1_000_000)
+    for shard in tidy_shards(folder, read_latest(folder), storage, manifest):
         logger.info("{} was out of date in parts and is replaced", shard)
     manifest.close()

@@ -1,1 +1,1 @@
-"""The encoding pipeline: work list, decoder, encoders, writer, sinks, progress, and time estimate."""
+"""Encoding of images and captions into the cache: plan, decoder, encoders, pipeline, storage, and progress."""

@@ -1,10 +1,11 @@
-"""Images to batches of one bucket, on threads, a few batches ahead of the device."""
+"""Decoding of images into batches of one bucket, on threads, a few batches ahead of the device."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,27 +15,37 @@ from sdxl_trainer.data.images.masks import add_mask
 from sdxl_trainer.data.images.transforms import BadImageError, PreparedImage, prepare_image, read_image_size
 from sdxl_trainer.data.text.strategy import StrategyError
 
-PROBED_AT_ONCE = 32  # images whose sizes are read ahead; the first batch waits for twice as many
+# Sizes are read ahead in groups of this many images; the first batch waits for two groups.
+PROBE_GROUP = 32
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One image to encode. `file` is where its latents go, relative to the cache folder."""
+    """One image to encode.
+
+    Args:
+        file: file of its latents, relative to the cache folder.
+        size: (width, height) by the metadata; a wrong size only costs time.
+        record: JSON of the image's record.
+        with_text: its captions are encoded too.
+        text: cached text encoder outputs that it keeps.
+        unmasked: its entry encoded without a mask, withdrawn if the mask is bad.
+    """
 
     key: str
     image_path: str
     file: str
-    size: Size | None = None  # (width, height) as the metadata tell; a wrong one costs a little time, no more
+    size: Size | None = None
     record: bytes = b"{}"
-    with_text: bool = False  # its captions are encoded too
-    text: TextPart | None = None  # that it has and keeps
+    with_text: bool = False
+    text: TextPart | None = None
     mask_path: str | None = None
-    unmasked: ManifestEntry | None = None  # its item encoded without a mask, withdrawn if the mask is bad
+    unmasked: ManifestEntry | None = None
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A work item with its pixels, and its captions if they are to be encoded."""
+class PreparedItem:
+    """A work item with its pixels, and with its captions if they are to be encoded."""
 
     item: WorkItem
     image: PreparedImage
@@ -43,30 +54,40 @@ class Prepared:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Images of one bucket: pixels [B, H, W, 3] uint8, and what is known of each."""
+    """Images of one bucket: pixels [B, H, W, 3] uint8 and the prepared item of each."""
 
     pixels: np.ndarray
-    entries: list[Prepared]
+    items: list[PreparedItem]
+
+
+class _SizedItem(NamedTuple):
+    item: WorkItem
+    size: Size | None  # None: unknown until the image is decoded
+
+
+class _DecodingItem(NamedTuple):
+    item: WorkItem
+    future: "Future[PreparedItem]"
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """A batch whose images are being decoded into `pixels`, if its bucket is known."""
+class _PlannedBatch:
+    """A batch whose images are being decoded into `pixels`, which is None if the bucket is unknown."""
 
     pixels: np.ndarray | None
-    images: list[tuple[WorkItem, "Future[Prepared]"]]
+    images: list[_DecodingItem]
 
 
 @dataclass
 class Decoder:
     """Decodes images into batches.
 
-    Batches are planned by the sizes that headers or metadata tell, and threads decode straight into them, so that
-    nothing is left to copy. Images that turn out to be of another bucket than planned make batches of their own.
+    Batches are planned by the sizes in metadata or file headers, and threads decode directly into their arrays, so
+    that nothing is copied. Images that turn out to have another bucket are grouped into batches of their own.
 
     Args:
-        shape_captions: the captions to encode of a record.
-        pass_over: told of each image that cannot be used, and why.
+        shape_captions: returns the captions to encode of a record.
+        skip_item: called with each image that cannot be used and the reason.
     """
 
     rule: BucketRule
@@ -74,14 +95,14 @@ class Decoder:
     num_workers: int
     with_alpha: bool
     shape_captions: Callable[[bytes], tuple[str, ...]]
-    pass_over: Callable[[WorkItem, Exception], None]
+    skip_item: Callable[[WorkItem, Exception], None]
 
     def decode(self, items: Sequence[WorkItem]) -> Iterator[DecodedBatch]:
-        """Batches of at most `batch_size`, each as soon as it is whole."""
+        """Yield batches of at most `batch_size` images, each as soon as it is complete."""
         buckets = list_buckets(self.rule)
         ahead = 2 * self.batch_size + self.num_workers
-        planned: deque[_Planned] = deque()
-        strays: dict[Size, list[Prepared]] = defaultdict(list)
+        planned: deque[_PlannedBatch] = deque()
+        strays: dict[Size, list[PreparedItem]] = defaultdict(list)
         with ThreadPoolExecutor(self.num_workers, thread_name_prefix="decoder") as pool:
             try:
                 for bucket, group in self._plan(self._probe(items, pool), buckets):
@@ -94,21 +115,19 @@ class Decoder:
                 pool.shutdown(cancel_futures=True)
         yield from (_stack(group) for group in strays.values() if group)
 
-    def _probe(self, items: Sequence[WorkItem], pool: ThreadPoolExecutor) -> Iterator[tuple[WorkItem, Size | None]]:
-        """The items with their sizes as far as they can be told; headers are read before they are asked for."""
+    def _probe(self, items: Sequence[WorkItem], pool: ThreadPoolExecutor) -> Iterator[_SizedItem]:
+        """Yield the items with their sizes, reading the headers of files ahead."""
         waiting: deque[Sequence[tuple[WorkItem, Future | None]]] = deque()
-        for start in range(0, len(items), PROBED_AT_ONCE):
-            window = items[start : start + PROBED_AT_ONCE]
-            waiting.append([(item, None if item.size else pool.submit(_probe_size, item)) for item in window])
+        for start in range(0, len(items), PROBE_GROUP):
+            group = items[start : start + PROBE_GROUP]
+            waiting.append([(item, None if item.size else pool.submit(_probe_size, item)) for item in group])
             if len(waiting) > 1:
-                yield from _tell_sizes(waiting.popleft())
+                yield from _collect_sizes(waiting.popleft())
         while waiting:
-            yield from _tell_sizes(waiting.popleft())
+            yield from _collect_sizes(waiting.popleft())
 
-    def _plan(
-        self, sized: Iterator[tuple[WorkItem, Size | None]], buckets: list[Size]
-    ) -> Iterator[tuple[Size | None, list[WorkItem]]]:
-        """Groups of one bucket, as large as a batch but for the last ones; None: only decoding can tell."""
+    def _plan(self, sized: Iterator[_SizedItem], buckets: list[Size]) -> Iterator[tuple[Size | None, list[WorkItem]]]:
+        """Yield (bucket, items) for each batch; only the last batch of a bucket may be smaller than `batch_size`."""
         groups: dict[Size | None, list[WorkItem]] = defaultdict(list)
         for item, size in sized:
             bucket = place_image(size, self.rule, buckets).bucket if size else None
@@ -120,65 +139,66 @@ class Decoder:
 
     def _start(
         self, bucket: Size | None, group: list[WorkItem], buckets: list[Size], pool: ThreadPoolExecutor
-    ) -> _Planned:
+    ) -> _PlannedBatch:
         pixels = None if bucket is None else np.empty((len(group), bucket[1], bucket[0], 3), np.uint8)
         slots: Sequence[np.ndarray | None] = [None] * len(group) if pixels is None else list(pixels)
-        return _Planned(
-            pixels,
-            [(item, pool.submit(self._prepare, item, buckets, slot)) for item, slot in zip(group, slots, strict=True)],
-        )
+        images = [
+            _DecodingItem(item, pool.submit(self._prepare, item, buckets, slot))
+            for item, slot in zip(group, slots, strict=True)
+        ]
+        return _PlannedBatch(pixels, images)
 
-    def _prepare(self, item: WorkItem, buckets: list[Size], slot: np.ndarray | None) -> Prepared:
+    def _prepare(self, item: WorkItem, buckets: list[Size], slot: np.ndarray | None) -> PreparedItem:
         captions = self.shape_captions(item.record) if item.with_text else ()
-        return Prepared(item, prepare_item(item, self.rule, buckets, self.with_alpha, slot), captions)
+        return PreparedItem(item, prepare_item(item, self.rule, buckets, self.with_alpha, slot), captions)
 
-    def _finish(self, batch: _Planned, strays: dict[Size, list[Prepared]]) -> Iterator[DecodedBatch]:
-        """Wait for a batch; what of it is of its bucket, and whatever it made whole of the others."""
-        entries, places = [], []
+    def _finish(self, batch: _PlannedBatch, strays: dict[Size, list[PreparedItem]]) -> Iterator[DecodedBatch]:
+        """Wait for a batch, and yield its images of the planned bucket and every batch of strays that it completes."""
+        items, places = [], []
         for place, (item, future) in enumerate(batch.images):
             try:
                 prepared = future.result()
             except (BadImageError, StrategyError) as error:
-                self.pass_over(item, error)
+                self.skip_item(item, error)
                 continue
             if batch.pixels is not None and prepared.image.pixels.shape == batch.pixels.shape[1:]:
-                entries.append(prepared)
+                items.append(prepared)
                 places.append(place)
                 continue
             bucket = prepared.image.placement.bucket
             strays[bucket].append(prepared)
             if len(strays[bucket]) == self.batch_size:
                 yield _stack(strays.pop(bucket))
-        if entries:
-            assert batch.pixels is not None, "entries of a batch have a bucket"
-            whole = len(entries) == len(batch.images)
-            yield DecodedBatch(batch.pixels if whole else batch.pixels[places], entries)
+        if items:
+            assert batch.pixels is not None, "items of a batch have a bucket"
+            is_whole = len(items) == len(batch.images)
+            yield DecodedBatch(batch.pixels if is_whole else batch.pixels[places], items)
 
 
 def prepare_item(
     item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
 ) -> PreparedImage:
-    """An item's image cut to its bucket, with its mask. Arguments as for `prepare_image`.
+    """Decode an item's image, cut it to its bucket, and add its mask. The arguments are those of `prepare_image`.
 
     Raises:
-        BadImageError: one of the two cannot be used.
+        BadImageError: the image or the mask cannot be used.
     """
     image = prepare_image(Path(item.image_path), rule, buckets, with_alpha, out)
     return image if item.mask_path is None else add_mask(image, Path(item.image_path), Path(item.mask_path))
 
 
-def _tell_sizes(window: Sequence[tuple[WorkItem, Future | None]]) -> Iterator[tuple[WorkItem, Size | None]]:
-    for item, future in window:
-        yield item, item.size if future is None else future.result()
+def _collect_sizes(group: Sequence[tuple[WorkItem, Future | None]]) -> Iterator[_SizedItem]:
+    for item, future in group:
+        yield _SizedItem(item, item.size if future is None else future.result())
 
 
 def _probe_size(item: WorkItem) -> Size | None:
-    """Size by the file's header, or None where decoding will say what is wrong. A wrong one costs a little time."""
+    """Read an image's size from the file's header; None for a bad file, which decoding reports later."""
     try:
         return read_image_size(Path(item.image_path), exact=False)
     except BadImageError:
         return None
 
 
-def _stack(entries: list[Prepared]) -> DecodedBatch:
-    return DecodedBatch(np.stack([entry.image.pixels for entry in entries]), entries)
+def _stack(items: list[PreparedItem]) -> DecodedBatch:
+    return DecodedBatch(np.stack([item.image.pixels for item in items]), items)

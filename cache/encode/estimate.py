@@ -1,4 +1,4 @@
-"""How long the work will take, told before it starts: a few images are decoded and one batch encoded for nothing."""
+"""Estimate of the job's duration before it starts, from decoding a few images and encoding one batch as a trial."""
 
 import math
 import time
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdxl_trainer.cache.encode.decoder import WorkItem, prepare_item
+from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.cache.encode.latent_encoder import Encoder
 from sdxl_trainer.cache.encode.pipeline import TextJob
-from sdxl_trainer.cache.encode.text_encoder import CAPTIONS_AT_ONCE
-from sdxl_trainer.cache.encode.work_list import WorkList
+from sdxl_trainer.cache.encode.text_encoder import CAPTION_GROUP
 from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError
 
-IMAGES_PER_WORKER = 4  # enough to even out an image that is dearer than the others
+IMAGES_PER_WORKER = 4  # enough to even out an image that takes longer than the others
 SIDE_STEP_PX = 64
 
 Clock = Callable[[], float]
@@ -25,7 +25,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one rank's work. Decoding goes on beside the rest."""
+    """Seconds of one rank's work. Decoding runs at the same time as the encoding."""
 
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -33,22 +33,22 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The whole."""
+        """Duration of the whole work."""
         return max(self.decode_seconds, self.encode_seconds + self.text_seconds)
 
 
-def estimate_work(works: Sequence[WorkList], encoder: Encoder, text: TextJob | None, cache: CacheConfig) -> Estimate:
-    """What this rank's work will take, by trying a little of it.
+def estimate_work(plans: Sequence[EncodePlan], encoder: Encoder, text: TextJob | None, cache: CacheConfig) -> Estimate:
+    """Estimate the duration of this rank's work from a small trial.
 
-    Ranks of one machine should try at the same time, so that each sees what the others leave it.
+    Ranks of one machine should run their trials at the same time, because they share its cores and disks.
     """
     decode = encode = captions = 0.0
-    for work in works:
-        if work.items:
-            decode += len(work.items) * time_decoding(work.items, work.rule, cache.num_workers)
-            side = math.isqrt(work.num_pixels // len(work.items))
-            encode += work.num_pixels * time_encoding(encoder, side, cache.batch_size)
-        captions += len(work.texts) + sum(item.with_text for item in work.items)
+    for plan in plans:
+        if plan.items:
+            decode += len(plan.items) * time_decoding(plan.items, plan.rule, cache.num_workers)
+            side = math.isqrt(plan.num_pixels // len(plan.items))
+            encode += plan.num_pixels * time_encoding(encoder, side, cache.batch_size)
+        captions += len(plan.texts) + sum(item.with_text for item in plan.items)
     if text is None or not captions:
         return Estimate(decode, encode)
     return Estimate(decode, encode, captions * text.variants.count * time_captions(text))
@@ -57,7 +57,7 @@ def estimate_work(works: Sequence[WorkList], encoder: Encoder, text: TextJob | N
 def time_decoding(
     items: Sequence[WorkItem], rule: BucketRule, num_workers: int, clock: Clock = time.monotonic
 ) -> float:
-    """Seconds an image takes with so many threads at work, by a spread of them; broken ones are told of later."""
+    """Measure the seconds for each image with `num_workers` threads, on evenly spread items."""
     buckets = list_buckets(rule)
     count = min(len(items), num_workers * IMAGES_PER_WORKER)
     chosen = [items[place * len(items) // count] for place in range(count)]
@@ -66,7 +66,7 @@ def time_decoding(
         try:
             prepare_item(item, rule, buckets)
         except BadImageError:
-            pass
+            pass  # the job itself reports bad images
 
     with ThreadPoolExecutor(num_workers) as pool:
         started = clock()
@@ -75,27 +75,28 @@ def time_decoding(
 
 
 def time_encoding(encoder: Encoder, side_px: int, batch_size: int, clock: Clock = time.monotonic) -> float:
-    """Seconds a pixel takes, by a batch of half the side in both directions: a CPU is slow enough with that."""
+    """Measure the seconds for each pixel, on a batch with half the side length so that a CPU does not take long."""
     side = max(SIDE_STEP_PX, side_px // 2 // SIDE_STEP_PX * SIDE_STEP_PX)
     pixels = np.zeros((batch_size, side, side, 3), np.uint8)
     keys = [""] * batch_size
-    encoder.launch(pixels, keys).wait()  # the first one also chooses kernels and takes memory
+    # The first batch also chooses kernels and allocates memory.
+    encoder.launch(pixels, keys).wait()
     started = clock()
     encoder.launch(pixels, keys).wait()
     return (clock() - started) / (batch_size * side * side)
 
 
 def time_captions(text: TextJob, clock: Clock = time.monotonic) -> float:
-    """Seconds a caption takes; all are padded to one length."""
-    captions = [""] * CAPTIONS_AT_ONCE
+    """Measure the seconds for each caption; all captions are padded to one length."""
+    captions = [""] * CAPTION_GROUP
     text.encoder.launch(captions).wait()
     started = clock()
     text.encoder.launch(captions).wait()
-    return (clock() - started) / CAPTIONS_AT_ONCE
+    return (clock() - started) / CAPTION_GROUP
 
 
 def describe_seconds(seconds: float) -> str:
-    """As a person says it: "40 s", "12 min", "3 h 20 min", "2 d 4 h"."""
+    """Return a duration as text, such as "40 s", "12 min", "3 h 20 min" or "2 d 4 h"."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)

@@ -1,6 +1,7 @@
-"""Pixels to latents on the device: uint8 in, arrays out, one batch computing while the last one travels back."""
+"""VAE encoding on the device: uint8 pixels in, latent arrays out, with copies to the host that nothing waits for."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -8,18 +9,17 @@ import numpy as np
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.encode.host_copy import HostCopy
+from sdxl_trainer.cache.patches import enable_tiling
 from sdxl_trainer.configs.problems import FailedError
-from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.formats.latents import VAE_FACTOR
+from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.order.keyed_random import derive_seed
 
 Posterior = Literal["sample", "mean", "moments"]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What is stored of a batch. `std` only for moments, `flipped` and `flipped_std` only with flip."""
+class EncodedBatch:
+    """Arrays of a batch that are stored. `std` is set only for moments, the flipped arrays only with flip."""
 
     latents: np.ndarray  # [B, 4, h, w] float32, not multiplied by the scaling factor
     std: np.ndarray | None = None
@@ -28,27 +28,32 @@ class Encoded:
 
 
 class PendingBatch(Protocol):
-    """A batch on its way through the device."""
+    """A batch that the device is encoding."""
 
-    def wait(self) -> Encoded:
-        """Wait for it and return it on the host."""
+    def wait(self) -> EncodedBatch:
+        """Wait for the batch and return its arrays on the host."""
         ...
 
 
 class Encoder(Protocol):
-    """A device that encodes. `launch` returns at once where the device can work by itself."""
+    """A device that encodes images."""
 
     def launch(self, pixels: np.ndarray, keys: list[str]) -> PendingBatch:
-        """Start on pixels [B, H, W, 3] uint8; `keys` name the images."""
+        """Start encoding; returns at once if the device runs asynchronously.
+
+        Args:
+            pixels: [B, H, W, 3] uint8.
+            keys: [B] keys of the images.
+        """
         ...
 
 
 class VaeEncoder:
-    """The VAE.
+    """Encodes images with the VAE.
 
     Args:
         vae: diffusers' AutoencoderKL on its device, frozen.
-        posterior: what to keep of the latent distribution.
+        posterior: part of the latent distribution to keep.
         flip: also encode the mirrored pixels (a mirrored latent is not the latent of the mirrored image).
     """
 
@@ -56,45 +61,46 @@ class VaeEncoder:
         self._vae = vae
         self._posterior: Posterior = posterior
         self._flip = flip
-        self._too_much = math.inf  # values of a batch that went beyond the device's memory
+        self._max_values: float = math.inf  # batches of this many values or more exceed the device's memory
         weight = next(vae.parameters())
         self._device, self._dtype = weight.device, weight.dtype
 
     def launch(self, pixels: np.ndarray, keys: list[str]) -> PendingBatch:
-        """A batch that the device has no memory for is encoded in halves, and so are further ones of its size.
+        """Start encoding. A batch that exceeds the device's memory is split in half, as are later ones of its size.
 
         Raises:
-            FailedError: not even one image of this size can be encoded.
+            FailedError: a single image of this size exceeds the device's memory.
         """
-        if pixels.size < self._too_much:
+        if pixels.size < self._max_values:
             try:
                 return self._launch(pixels, keys)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                self._too_much = pixels.size
+                self._max_values = pixels.size
         if len(keys) == 1:
             raise FailedError(
                 f"the device has too little memory for an image of {pixels.shape[2]}x{pixels.shape[1]} "
-                f"px: set cache.tile_above_px: {max(pixels.shape[1:3]) // 2}, or vae_precision: bf16"
+                f"px: set cache.tile_above_px: {max(pixels.shape[1:3]) // 2}, or cache.vae_precision: bf16"
             )
-        logger.info("a batch of {} is more than the device's memory holds: it is halved", pixels.shape[:3])
+        logger.info("batch {} exceeds the device's memory and is split in half", pixels.shape[:3])
         half = len(keys) // 2
-        return _Halves(self.launch(pixels[:half], keys[:half]), self.launch(pixels[half:], keys[half:]))
+        return _SplitBatch(self.launch(pixels[:half], keys[:half]), self.launch(pixels[half:], keys[half:]))
 
     @torch.inference_mode()
-    def _launch(self, pixels: np.ndarray, keys: list[str]) -> "_Transfer":
+    def _launch(self, pixels: np.ndarray, keys: list[str]) -> "_LaunchedBatch":
         images = torch.from_numpy(pixels)
         if self._device.type == "cuda":
             images = images.pin_memory()
-        images = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)  # channels last, as decoded
+        # The permuted view is channels last in memory, which is also the layout of the weights on a GPU.
+        images = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         images = (images.float() / 127.5 - 1).to(self._dtype)
         parts = self._encode(images, keys, 0)
         if self._flip:
             parts += self._encode(images.flip(3), keys, 1)
-        return _Transfer(parts, self._posterior == "moments", self._flip)
+        return _LaunchedBatch(parts, self._posterior == "moments", self._flip)
 
     def _encode(self, images: torch.Tensor, keys: list[str], mirrored: int) -> list[torch.Tensor]:
-        # On a CPU a batch of one takes other kernels, which round differently: two give the bits that any batch gives.
+        # On a CPU a batch of one runs other kernels, which round differently. Two images give the same bits as more do.
         alone = len(images) == 1 and images.device.type == "cpu"
         padded = torch.cat([images, images]) if alone else images
         distribution = self._vae.encode(padded).latent_dist
@@ -103,45 +109,69 @@ class VaeEncoder:
             return [mean]
         if self._posterior == "moments":
             return [mean, std]
-        # Keyed to the image, so encoding again gives the same latents whatever the batch or the number of ranks.
+        # The noise is keyed to the image, so that latents do not depend on the batch or on the number of ranks.
         noise = [_draw_noise(tuple(mean.shape[1:]), derive_seed(mirrored, *key.encode())) for key in keys]
         return [mean + std * torch.stack(noise).to(mean.device, non_blocking=True)]
 
 
-class _Transfer:
-    """Latents on their way to the host."""
+class HostCopy:
+    """Asynchronous copies of tensors to the host; tensors of a CPU are not copied."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self._event: torch.cuda.Event | None = None
+        self._host = [_start_copy(tensor) for tensor in tensors]
+        if any(tensor.is_cuda for tensor in tensors):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[np.ndarray]:
+        """Wait for the copies and return them as arrays."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._host]
+
+
+def _start_copy(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+class _LaunchedBatch:
+    """A batch that was launched whole."""
 
     def __init__(self, parts: list[torch.Tensor], moments: bool, flip: bool):
         self._copy = HostCopy(parts)  # [B, 4, h, w] each
         self._moments, self._flip = moments, flip
 
-    def wait(self) -> Encoded:
+    def wait(self) -> EncodedBatch:
         parts = iter(self._copy.wait())
         latents = next(parts)
         std = next(parts) if self._moments else None
         flipped = next(parts) if self._flip else None
         flipped_std = next(parts) if self._flip and self._moments else None
-        return Encoded(latents, std, flipped, flipped_std)
+        return EncodedBatch(latents, std, flipped, flipped_std)
 
 
 @dataclass(frozen=True)
-class _Halves:
-    """A batch that was launched in two."""
+class _SplitBatch:
+    """A batch that was launched in two parts."""
 
     first: PendingBatch
     second: PendingBatch
 
-    def wait(self) -> Encoded:
+    def wait(self) -> EncodedBatch:
         first, second = self.first.wait(), self.second.wait()
-        return Encoded(
+        return EncodedBatch(
             np.concatenate([first.latents, second.latents]),
-            _join(first.std, second.std),
-            _join(first.flipped, second.flipped),
-            _join(first.flipped_std, second.flipped_std),
+            _concatenate(first.std, second.std),
+            _concatenate(first.flipped, second.flipped),
+            _concatenate(first.flipped_std, second.flipped_std),
         )
 
 
-def _join(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+def _concatenate(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
     return None if first is None or second is None else np.concatenate([first, second])
 
 
@@ -149,23 +179,13 @@ def _draw_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build_vae_encoder(config: Config, vae: torch.nn.Module, device: torch.device) -> VaeEncoder:
-    """The VAE on its device, as the settings want it to work."""
-    cache = config.cache
-    torch.nn.Module.to(vae, device, PRECISIONS[cache.vae_precision])  # diffusers' own warns of modules it does not have
+def build_vae_encoder(cache: CacheConfig, vae: torch.nn.Module, device: torch.device) -> VaeEncoder:
+    """Move the VAE to its device and set its precision, memory layout and tiling by the settings."""
+    vae = vae.bfloat16() if cache.vae_precision == "bf16" else vae.float()
+    vae.to(device)
     if device.type == "cuda":
-        # cuDNN's faster layout, and that of the pixels
+        # Channels last is cuDNN's faster layout, and that of the pixels.
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if cache.tile_above_px:
         enable_tiling(vae, cache.tile_above_px)
     return VaeEncoder(vae, cache.posterior, cache.flip)
-
-
-def enable_tiling(vae: Any, above_px: int) -> None:
-    """Let diffusers' VAE encode what has a longer side than `above_px` in overlapping, blended tiles of that side."""
-    vae.tile_sample_min_size = above_px
-    vae.tile_latent_min_size = above_px // VAE_FACTOR
-    vae.enable_tiling()

@@ -1,4 +1,4 @@
-"""The cache job's data path on one rank: decode on threads, encode on the device, write on threads, all at once."""
+"""The cache job's data path on one rank: threads decode, the device encodes and threads write, all at the same time."""
 
 import time
 from collections import deque
@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import orjson
 
-from sdxl_trainer.cache.encode.decoder import Decoder, Prepared, WorkItem
-from sdxl_trainer.cache.encode.latent_encoder import Encoded, Encoder, PendingBatch
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
+from sdxl_trainer.cache.encode.decoder import Decoder, PreparedItem, WorkItem
+from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch, Encoder, PendingBatch
 from sdxl_trainer.cache.encode.progress import RankProgress
-from sdxl_trainer.cache.encode.sinks import EncodedItem
+from sdxl_trainer.cache.encode.storage import EncodedItem
 from sdxl_trainer.cache.encode.text_encoder import TextEncoder
-from sdxl_trainer.cache.encode.writer import LatentWriter
 from sdxl_trainer.data.formats.latents import LatentSample
 from sdxl_trainer.data.formats.manifest import ManifestEntry, TextPart
 from sdxl_trainer.data.formats.text_outputs import TextOutputs
@@ -25,13 +26,18 @@ from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
-TEXTS_AT_ONCE = 16  # images whose captions are encoded together
-WITHDRAWN = ".withdrawn"
+TEXT_BATCH = 16  # images whose captions are encoded together
+WITHDRAWN_SUFFIX = ".withdrawn"
+
+# Waits for a batch on the device and returns its items.
+FinishItems = Callable[[], list[EncodedItem]]
+# Waits for captions on the device and returns the outputs of each image's captions.
+FinishTexts = Callable[[], list[tuple[TextOutputs, ...]]]
 
 
 @dataclass(frozen=True)
 class TextItem:
-    """An item of the cache whose captions are to be encoded; its latents stay. `file` is where an npz of them goes."""
+    """Cached latents whose captions are to be encoded; `file` is the npz file of the text encoder outputs."""
 
     entry: ManifestEntry
     file: str
@@ -40,24 +46,33 @@ class TextItem:
 
 @dataclass(frozen=True)
 class TextJob:
-    """How captions are encoded. `identity` is the name of what decides it."""
+    """Encoder and shaping of captions; `identity` is the name of the outputs' identity."""
 
     encoder: TextEncoder
     variants: CaptionVariants
     identity: str
 
 
-@dataclass
+class _ShapedText(NamedTuple):
+    item: TextItem
+    captions: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
 class Pipeline:
-    """What one rank's data path is made of.
+    """The data path of one rank.
 
     Args:
-        report_bad: told the key and the file of each image that cannot be used, and why; the rest go on.
-        check_stop: called between batches; raises to end the work with all that was encoded written.
+        identity: name of the latents' identity.
+        num_workers: decoding threads.
+        report_bad: called with the key and the file of each image that cannot be used, and the reason.
+        check_stop: called between batches; raises to end the work after everything encoded is written.
+        text: None: no captions are encoded.
+        with_alpha: alpha channels become masks.
     """
 
     encoder: Encoder
-    writer: LatentWriter
+    writer: BackgroundWriter
     rule: BucketRule
     identity: str
     batch_size: int
@@ -69,60 +84,59 @@ class Pipeline:
     with_alpha: bool = False
 
     def run(self, items: Sequence[WorkItem], texts: Sequence[TextItem] = ()) -> None:
-        """Encode images, then captions of images that are encoded already, and hand the results to the writer.
+        """Encode images, then captions of cached latents, and submit the results to the writer.
 
-        One batch is on the device while the one before it is handed over, the next ones are decoded and the last ones
-        are written. What was launched is handed over also when the work is stopped.
+        While the device encodes one batch, the batch before it is submitted, the next ones are decoded and earlier ones
+        are written. Launched batches are submitted even if the work is stopped.
         """
-        pending: deque[Callable[[], list[EncodedItem]]] = deque()
+        pending: deque[FinishItems] = deque()
         try:
             for finish in chain(self._launch_images(items), self._launch_texts(texts)):
                 pending.append(finish)
                 if len(pending) > 1:
-                    self._hand_over(pending.popleft())
+                    self._submit(pending.popleft())
                 self.check_stop()
         finally:
             while pending:
-                self._hand_over(pending.popleft())
+                self._submit(pending.popleft())
 
-    def _launch_images(self, items: Sequence[WorkItem]) -> Iterator[Callable[[], list[EncodedItem]]]:
-        """Start batch after batch, yielding what waits for each and returns it."""
+    def _launch_images(self, items: Sequence[WorkItem]) -> Iterator[FinishItems]:
         decoder = Decoder(
-            self.rule,
-            self.batch_size,
-            self.num_workers,
-            self.with_alpha,
-            self._shape_captions,
-            self._pass_over_image,
+            rule=self.rule,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            with_alpha=self.with_alpha,
+            shape_captions=self._shape_captions,
+            skip_item=self._skip_image,
         )
         batches = decoder.decode(items)
         while True:
-            asked = time.monotonic()
+            started = time.monotonic()
             batch = next(batches, None)
-            self.progress.wait_seconds += time.monotonic() - asked
+            self.progress.wait_seconds += time.monotonic() - started
             if batch is None:
                 return
-            pending = self.encoder.launch(batch.pixels, [entry.item.key for entry in batch.entries])
-            texts = self._launch_captions([entry.captions for entry in batch.entries])
-            yield partial(self._finish_images, batch.entries, pending, texts)
+            pending = self.encoder.launch(batch.pixels, [prepared.item.key for prepared in batch.items])
+            texts = self._launch_captions([prepared.captions for prepared in batch.items])
+            yield partial(self._finish_images, batch.items, pending, texts)
 
-    def _launch_texts(self, items: Sequence[TextItem]) -> Iterator[Callable[[], list[EncodedItem]]]:
-        for start in range(0, len(items), TEXTS_AT_ONCE):
+    def _launch_texts(self, items: Sequence[TextItem]) -> Iterator[FinishItems]:
+        for start in range(0, len(items), TEXT_BATCH):
             batch = []
-            for item in items[start : start + TEXTS_AT_ONCE]:
+            for item in items[start : start + TEXT_BATCH]:
                 try:
-                    batch.append((item, self._shape_captions(item.record)))
+                    batch.append(_ShapedText(item, self._shape_captions(item.record)))
                 except StrategyError as error:
-                    self._pass_over(item.entry.key, item.entry.source_path, error)
-            texts = self._launch_captions([captions for _, captions in batch])
+                    self._skip(item.entry.key, item.entry.source_path, error)
+            texts = self._launch_captions([shaped.captions for shaped in batch])
             yield partial(self._finish_texts, batch, texts)
 
-    def _launch_captions(self, captions: list[tuple[str, ...]]) -> Callable[[], list[tuple[TextOutputs, ...]]]:
-        """Start on the captions of a batch; what it returns waits for them and deals them out again."""
+    def _launch_captions(self, captions: list[tuple[str, ...]]) -> FinishTexts:
+        """Start encoding the captions of a batch of images."""
         flat = [caption for group in captions for caption in group]
         if not flat:
             return lambda: [() for _ in captions]
-        assert self.text is not None, "captions are only asked for with encoders"
+        assert self.text is not None, "captions need text encoders"
         pending = self.text.encoder.launch(flat)
 
         def finish() -> list[tuple[TextOutputs, ...]]:
@@ -132,28 +146,26 @@ class Pipeline:
         return finish
 
     def _shape_captions(self, record: bytes) -> tuple[str, ...]:
-        assert self.text is not None, "captions are only asked for with encoders"
+        assert self.text is not None, "captions need text encoders"
         return self.text.variants.shape(orjson.loads(record))
 
-    def _pass_over_image(self, item: WorkItem, error: Exception) -> None:
+    def _skip_image(self, item: WorkItem, error: Exception) -> None:
         if isinstance(error, BadMaskError) and item.unmasked is not None:
-            self.writer.list_entry(withdraw(item.unmasked, item))
-        self._pass_over(item.key, item.image_path, error)
+            self.writer.list_entry(withdraw_entry(item.unmasked, item))
+        self._skip(item.key, item.image_path, error)
 
-    def _pass_over(self, key: str, file: str, error: Exception) -> None:
+    def _skip(self, key: str, file: str, error: Exception) -> None:
         self.progress.bad += 1
         self.report_bad(key, file, str(error))
 
-    def _hand_over(self, finish: Callable[[], list[EncodedItem]]) -> None:
+    def _submit(self, finish: FinishItems) -> None:
         items = finish()
         for item in items:
             self.writer.submit(item)
         self.progress.done += len(items)
         self.progress.bytes_written = self.writer.bytes_written
 
-    def _finish_images(
-        self, batch: list[Prepared], pending: PendingBatch, texts: Callable[[], list[tuple[TextOutputs, ...]]]
-    ) -> list[EncodedItem]:
+    def _finish_images(self, batch: list[PreparedItem], pending: PendingBatch, texts: FinishTexts) -> list[EncodedItem]:
         encoded, items = pending.wait(), []
         for place, (prepared, outputs) in enumerate(zip(batch, texts(), strict=True)):
             item = build_item(prepared, encoded, place, self.identity)
@@ -163,34 +175,35 @@ class Pipeline:
             items.append(item)
         return items
 
-    def _finish_texts(
-        self, batch: list[tuple[TextItem, tuple[str, ...]]], texts: Callable[[], list[tuple[TextOutputs, ...]]]
-    ) -> list[EncodedItem]:
+    def _finish_texts(self, batch: list[_ShapedText], texts: FinishTexts) -> list[EncodedItem]:
         return [
             EncodedItem(self._describe_text(item.entry, item.file, captions), None, outputs, item.record)
             for (item, captions), outputs in zip(batch, texts(), strict=True)
         ]
 
     def _describe_text(self, entry: ManifestEntry, file: str, captions: tuple[str, ...]) -> ManifestEntry:
-        assert self.text is not None, "captions are only encoded with encoders"
+        assert self.text is not None, "captions need text encoders"
         part = TextPart(file, 0, "", self.text.identity, hash_captions(captions), len(captions))
         return replace(entry, text=part)
 
 
 def choose_text_file(file: str) -> str:
-    """Where the text encoder outputs go of an image whose latents go to the npz file `file`, as kohya names them."""
+    """Return kohya's name for the text encoder outputs beside the latents' npz file `file`."""
     return file.removesuffix(".npz") + TEXT_OUTPUTS_SUFFIX
 
 
-def withdraw(entry: ManifestEntry, item: WorkItem) -> ManifestEntry:
-    """An entry that holds in place of one whose latents must not be trained on any more: of a file that is not there,
-    which training names as a bad sample, and made otherwise than any settings would, so that it is encoded again."""
-    file = item.file + WITHDRAWN
+def withdraw_entry(entry: ManifestEntry, item: WorkItem) -> ManifestEntry:
+    """Return an entry that replaces latents which must no longer be used for training.
+
+    Its file does not exist, so that training reports a bad sample, and its identity matches no settings, so that the
+    next cache job encodes the image again.
+    """
+    file = item.file + WITHDRAWN_SUFFIX
     return replace(entry.as_stale(), file=file, offset=None, record_bytes=None, record_sha256=None, text=item.text)
 
 
-def build_item(prepared: Prepared, encoded: Encoded, place: int, identity: str) -> EncodedItem:
-    """One image's latents of a batch, with what the manifest will say of them."""
+def build_item(prepared: PreparedItem, encoded: EncodedBatch, place: int, identity: str) -> EncodedItem:
+    """Build the item of the image at `place` in a batch, with its latents and its manifest entry."""
     item, image = prepared.item, prepared.image
     placement = image.placement
     std, flipped, flipped_std = (

@@ -1,24 +1,33 @@
-"""How far the cache job is: every rank publishes its numbers, rank 0 shows one bar for each."""
+"""Progress of the cache job: numbers of every rank, bars or log lines on rank 0, and the report at the end."""
 
 import json
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import orjson
 from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.launch.distributed import Ranks, publish, read_published
 
-SHOW_EVERY_SECONDS = 0.5
-FIRST_LINE_SECONDS, LINE_EVERY_SECONDS = 2.0, 10.0  # the first one tells early how long it will take
+BAR_INTERVAL_SECONDS = 0.5
+# The first log line comes early because it holds the time left.
+FIRST_LINE_SECONDS, LINE_INTERVAL_SECONDS = 2.0, 10.0
 
 
 @dataclass
 class RankProgress:
-    """One rank's numbers so far. `wait_seconds`: how long its device had nothing to do."""
+    """Progress of one rank; `wait_seconds` is the time in which its device was idle."""
 
     total: int
     done: int = 0
@@ -29,9 +38,10 @@ class RankProgress:
 
 
 class ProgressReporter:
-    """Publishes this rank's progress, and on rank 0 shows that of all ranks until it is closed.
+    """Publishes this rank's progress; rank 0 also shows the progress of all ranks until `close`.
 
-    On a terminal there is a live bar for each rank; elsewhere (a file, Slurm) a line soon and then every ten seconds.
+    On a terminal each rank has a live bar. Elsewhere (in a file, under Slurm) a log line is printed after two seconds
+    and then every ten seconds.
     """
 
     def __init__(self, ranks: Ranks, total: int):
@@ -43,14 +53,14 @@ class ProgressReporter:
         self._thread.start()
 
     def close(self) -> None:
-        """Show the last numbers and end."""
+        """Publish or show the last numbers and stop the thread."""
         self._closing.set()
         self._thread.join()
         self.progress.seconds = time.monotonic() - self._started
 
     def _run(self) -> None:
         if not self._ranks.is_main:
-            while not self._closing.wait(SHOW_EVERY_SECONDS):
+            while not self._closing.wait(BAR_INTERVAL_SECONDS):
                 self._publish()
             self._publish()
         elif sys.stderr.isatty():
@@ -59,7 +69,7 @@ class ProgressReporter:
             wait_seconds = FIRST_LINE_SECONDS
             while not self._closing.wait(wait_seconds):
                 self._log_line()
-                wait_seconds = LINE_EVERY_SECONDS
+                wait_seconds = LINE_INTERVAL_SECONDS
 
     def _publish(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
@@ -80,31 +90,69 @@ class ProgressReporter:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             tasks = {}
-            while not self._closing.wait(SHOW_EVERY_SECONDS):
-                for rank, numbers in enumerate(self._collect()):
+            while not self._closing.wait(BAR_INTERVAL_SECONDS):
+                for rank, progress in enumerate(self._collect()):
                     if rank not in tasks:
-                        tasks[rank] = bars.add_task("", total=numbers.total, rank=rank, numbers="")
-                    bars.update(tasks[rank], completed=numbers.done, numbers=describe(numbers))
+                        tasks[rank] = bars.add_task("", total=progress.total, rank=rank, numbers="")
+                    bars.update(tasks[rank], completed=progress.done, numbers=describe_progress(progress))
 
     def _log_line(self) -> None:
         ranks = self._collect()
         whole = RankProgress(
-            total=sum(r.total for r in ranks),
-            done=sum(r.done for r in ranks),
-            bad=sum(r.bad for r in ranks),
-            bytes_written=sum(r.bytes_written for r in ranks),
-            wait_seconds=sum(r.wait_seconds for r in ranks) / len(ranks),
-            seconds=max(r.seconds for r in ranks),
+            total=sum(rank.total for rank in ranks),
+            done=sum(rank.done for rank in ranks),
+            bad=sum(rank.bad for rank in ranks),
+            bytes_written=sum(rank.bytes_written for rank in ranks),
+            wait_seconds=sum(rank.wait_seconds for rank in ranks) / len(ranks),
+            seconds=max(rank.seconds for rank in ranks),
         )
         rate = whole.done / whole.seconds
         left = f", {(whole.total - whole.done) / rate:.0f} s left" if rate else ""
-        logger.info("{} of {} images, {}{}", whole.done, whole.total, describe(whole), left)
+        logger.info("{} of {} images, {}{}", whole.done, whole.total, describe_progress(whole), left)
 
 
-def describe(numbers: RankProgress) -> str:
-    """Rate, device idle share, bytes written and bad images in words."""
-    bad = f", {numbers.bad} bad" if numbers.bad else ""
+def describe_progress(progress: RankProgress) -> str:
+    """Return rate, idle share of the device, megabytes written and number of bad images as text."""
+    bad = f", {progress.bad} bad" if progress.bad else ""
     return (
-        f"{numbers.done / numbers.seconds:.1f}/s, device waits {numbers.wait_seconds / numbers.seconds:.0%}, "
-        f"{numbers.bytes_written / 1e6:.0f} MB written{bad}"
+        f"{progress.done / progress.seconds:.1f}/s, device idle {progress.wait_seconds / progress.seconds:.0%}, "
+        f"{progress.bytes_written / 1e6:.0f} MB written{bad}"
     )
+
+
+def write_report(folder: Path, ranks: Sequence[RankProgress], entries: Mapping[str, ManifestEntry]) -> None:
+    """Write the finished job's numbers to `cache_report.json` and print them as tables."""
+    buckets = Counter(f"{entry.bucket[0]}x{entry.bucket[1]}" for entry in entries.values())
+    encoded, seconds = sum(rank.done for rank in ranks), max(rank.seconds for rank in ranks)
+    report = {
+        "cached": len(entries),
+        "encoded": encoded,
+        "bad": sum(rank.bad for rank in ranks),
+        "seconds": round(seconds, 3),
+        "bytes_written": sum(rank.bytes_written for rank in ranks),
+        "images_per_second": round(encoded / seconds, 3),
+        "device_idle_share": round(sum(rank.wait_seconds for rank in ranks) / sum(rank.seconds for rank in ranks), 4),
+        "buckets": dict(sorted(buckets.items())),
+        "ranks": [asdict(rank) for rank in ranks],
+    }
+    write_atomic(folder / "cache_report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    _print_report(folder, report)
+
+
+def _print_report(folder: Path, report: Mapping[str, Any]) -> None:
+    totals = Table(title=f"latent cache {folder}", show_header=False)
+    rows = {
+        "latents in the cache": report["cached"],
+        "encoded now": report["encoded"],
+        "bad images": report["bad"],
+        "seconds": f"{report['seconds']:.1f}",
+        "images per second": f"{report['images_per_second']:.1f}",
+        "device idle": f"{report['device_idle_share']:.1%}",
+        "written": f"{report['bytes_written'] / 1e6:.1f} MB",
+    }
+    for name, value in rows.items():
+        totals.add_row(name, str(value))
+    buckets = Table("bucket", "latents", title="buckets")
+    for name, count in report["buckets"].items():
+        buckets.add_row(name, str(count))
+    Console(stderr=True).print(totals, buckets)

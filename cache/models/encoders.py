@@ -1,9 +1,10 @@
-"""Loads the frozen networks: the VAE and the two text encoders, with their tokenizers, from folder or single file."""
+"""Loading of the frozen networks: the VAE, both text encoders, and their tokenizers, from a folder or a single file."""
 
 import hashlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +17,15 @@ from sdxl_trainer.data.text.tokens import Tokenizers, find_installed_vocabulary,
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 
 
+class TextEncoders(NamedTuple):
+    """SDXL's two text encoders."""
+
+    encoder: torch.nn.Module
+    encoder_2: torch.nn.Module
+
+
 def load_vae(source: ModelSource, config: ModelConfig) -> torch.nn.Module:
-    """The VAE in fp32, frozen: `model.vae` if set, else the model's own."""
+    """Load the VAE in fp32, frozen: `model.vae` if it is set, else the model's own."""
     from diffusers import AutoencoderKL
 
     vae: Any  # diffusers' from_pretrained is typed as a union that is never returned
@@ -32,8 +40,8 @@ def load_vae(source: ModelSource, config: ModelConfig) -> torch.nn.Module:
     return vae.float().eval().requires_grad_(False)
 
 
-def load_text_encoders(source: ModelSource, config: ModelConfig) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Text encoders 1 and 2 in fp32, frozen."""
+def load_text_encoders(source: ModelSource, config: ModelConfig) -> TextEncoders:
+    """Load both text encoders in fp32, frozen."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     encoders = []
@@ -45,22 +53,28 @@ def load_text_encoders(source: ModelSource, config: ModelConfig) -> tuple[torch.
             build = partial(kind, CLIPTextConfig(**settings))
             encoder = build_component(build, source.file, name, settings, text_projection=config.text_projection)
         encoders.append(encoder.float().eval().requires_grad_(False))
-    return encoders[0], encoders[1]
+    return TextEncoders(*encoders)
 
 
 def load_tokenizers(source: ModelSource, config: ModelConfig) -> Tokenizers:
     """Load the tokenizers of both text encoders.
 
     Raises:
-        UserInputError: a single file carries no vocabulary, and none was given or is installed.
+        UserInputError: a single file carries no vocabulary, and none is configured or installed.
     """
     folders = [find_vocabulary(source, config, name) for name in PAD_TOKENS]
     return Tokenizers(*(load_tokenizer(folder, pad) for folder, pad in zip(folders, PAD_TOKENS.values(), strict=True)))
 
 
 def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path:
-    """What to build a tokenizer (`tokenizer` or `tokenizer_2`) from: `model.tokenizer`, the model's own, or what an
-    installed open_clip_torch carries."""
+    """Find the vocabulary of a tokenizer: in `model.tokenizer`, in the model, or in an installed open_clip_torch.
+
+    Args:
+        name: `tokenizer` or `tokenizer_2`.
+
+    Raises:
+        UserInputError: there is none.
+    """
     for folder in (config.tokenizer, source.folder / name):
         if folder is not None and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return folder
@@ -79,21 +93,20 @@ def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path
     )
 
 
-def check_vocabulary(config: ModelConfig) -> list[Problem]:
-    """Whether there is a vocabulary, told before a network is loaded; of a hub id only the hub can tell."""
+def check_vocabulary(config: ModelConfig) -> Iterator[Problem]:
+    """Check that a local model has a vocabulary, before any network is loaded. Hub ids are not checked."""
     if not is_local(config):
-        return []
+        return
     source = resolve_model(config)
     try:
         for name in PAD_TOKENS:
             find_vocabulary(source, config, name)
     except UserInputError as error:
-        return error.problems
-    return []
+        yield from error.problems
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256 over a model's weights by name, in fp32: the same whatever file they came from."""
+    """Return the SHA-256 of a model's names and weights in fp32, which is the same for every file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

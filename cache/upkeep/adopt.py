@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from sdxl_trainer.cache.encode.work_list import TextPlan
+from sdxl_trainer.cache.encode.encode_plan import TextRequirement
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
@@ -28,7 +28,7 @@ class TextAdopter:
         shapes: of the three arrays as the settings' encoders and token number make them.
     """
 
-    plan: TextPlan
+    plan: TextRequirement
     shapes: tuple[tuple[int, ...], ...]
     folder: Path
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.encode.inputs import build_identities, open_index, write_identities
-from sdxl_trainer.cache.encode.lock import lock_cache
-from sdxl_trainer.cache.encode.sinks import NpzSink, ShardSink, recover_shards
-from sdxl_trainer.cache.encode.text_work import (
-    identify_text,
-    is_text_state_current,
-    list_text_shapes,
-    plan_text,
-    start_text,
+from sdxl_trainer.cache.encode.cache_setup import build_identities, lock_cache, open_checked_index, write_identities
+from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, recover_shards
+from sdxl_trainer.cache.encode.text_caching import (
+    build_text_requirement,
+    compute_text_identity,
+    compute_text_shapes,
+    is_text_state_valid,
+    load_text_job,
+    save_text_state,
 )
 from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
@@ -82,10 +82,13 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     if read_environment()[0] != 0:
         return
     folder = get_cache_folder(config)
-    index = open_index(config, problems)
+    index = open_checked_index(config, problems)
     init_logger(0, config.log.level, folder / "logs", "cache")
     vae = load_vae(resolve_model(config.model), config.model)
-    identities, rule = build_identities(config, hash_weights(vae)), build_bucket_rules(config.data)[""]
+    identities, rule = (
+        build_identities(config.cache, config.data, hash_weights(vae)),
+        build_bucket_rules(config.data)[""],
+    )
     with lock_cache(folder):
         write_identities(folder, identities)
         text = build_text_adopter(config, folder) if config.cache.text else None
@@ -112,10 +115,13 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
 
 def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
     """What checks text encoder outputs against the settings; what all of them have in common is made if need be."""
-    identity = identify_text(config, folder)
-    if not is_text_state_current(folder, identity):
-        start_text(config, identity, folder, torch.device("cpu"), write=True)
-    return TextAdopter(plan_text(config, identity), list_text_shapes(config), folder)
+    model, data, cache = config.model, config.data, config.cache
+    identity = compute_text_identity(model, data.max_tokens, cache.dtype, folder)
+    if not is_text_state_valid(folder, identity):
+        job = load_text_job(model, data, cache, identity, torch.device("cpu"))
+        save_text_state(folder, identity, job, model)
+    requirement = build_text_requirement(model, data, cache, identity)
+    return TextAdopter(requirement, compute_text_shapes(model, data.max_tokens), folder)
 
 
 def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
@@ -126,8 +132,12 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
         entries = read_latest(folder)
         recover_shards(folder, entries.values())
         dtype = config.cache.dtype  # of no effect: bytes are copied as they are
-        sink = ShardSink(folder, dtype, 0, config.cache.shard_mb * 1_000_000) if to_shards else NpzSink(folder, dtype)
-        index = open_index(config, [])
+        storage = (
+            ShardStorage(folder, dtype, 0, config.cache.shard_mb * 1_000_000)
+            if to_shards
+            else NpzStorage(folder, dtype)
+        )
+        index = open_checked_index(config, [])
         rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
 
         def get_record(key: str) -> bytes:
@@ -138,7 +148,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
         done, bad = repack(
             folder,
             entries,
-            sink,
+            storage,
             manifest,
             lambda entry: choose_latent_file(entry.key, entry.source_path, beside=config.cache.dir is None),
             get_record,

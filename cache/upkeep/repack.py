@@ -4,9 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sdxl_trainer.cache.encode.items import ITEM_ERRORS, read_item, read_text_item, verify_item, verify_text_item
 from sdxl_trainer.cache.encode.pipeline import choose_text_file
-from sdxl_trainer.cache.encode.sinks import NpzSink, Sink
+from sdxl_trainer.cache.encode.storage import (
+    ITEM_ERRORS,
+    NpzStorage,
+    Storage,
+    read_item,
+    read_text_item,
+    verify_item,
+    verify_text_item,
+)
 from sdxl_trainer.cache.upkeep.verify import check_shards
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
@@ -14,22 +21,22 @@ from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 def repack(
     folder: Path,
     entries: Mapping[str, ManifestEntry],
-    sink: Sink,
+    storage: Storage,
     manifest: ManifestWriter,
     name_file: Callable[[ManifestEntry], str],
     get_record: Callable[[str], bytes],
 ) -> tuple[int, dict[str, str]]:
     """Copy every item's bytes into another form and list it there; then the old files may go (`remove_replaced`).
 
-    Items already in the form that the sink makes are left. Bytes are checked against the manifest on the way, and one
-    that fails is left where it is and returned: key → reason.
+    Items already in the storage's form are left. Bytes are checked against the manifest on the way, and an item that
+    fails is left where it is and returned: key → reason.
 
     Args:
         name_file: where an item's npz file goes.
         get_record: the JSON that goes beside a key's latents in a shard.
     """
     done, bad = 0, {}
-    to_files = isinstance(sink, NpzSink)
+    to_files = isinstance(storage, NpzStorage)
     for key, entry in sorted(entries.items(), key=lambda pair: (pair[1].bucket, pair[1].file, pair[1].offset or 0)):
         if (entry.offset is None) == to_files:
             continue
@@ -41,13 +48,15 @@ def repack(
             continue
         target = _name_files(entry, name_file(entry)) if to_files else entry
         record = b"{}" if to_files else get_record(key)
-        manifest.append(sink.store(target, bytes(content), record, None if text is None else bytes(text)))
+        manifest.append(storage.store(target, bytes(content), record, None if text is None else bytes(text)))
         done += 1
-    sink.close()
+    storage.close()
     return done, bad
 
 
-def tidy_shards(folder: Path, entries: Mapping[str, ManifestEntry], sink: Sink, manifest: ManifestWriter) -> list[str]:
+def tidy_shards(
+    folder: Path, entries: Mapping[str, ManifestEntry], storage: Storage, manifest: ManifestWriter
+) -> list[str]:
     """Copy what counts of shards that are not as they should be into new ones, and delete the old ones: those with
     samples that have been encoded again elsewhere, or with a damaged end. Returns their names.
 
@@ -66,8 +75,8 @@ def tidy_shards(folder: Path, entries: Mapping[str, ManifestEntry], sink: Sink, 
             record, content = read_item(folder, entry)
             beside = entry.text is not None and entry.text.offset is not None
             text = read_text_item(folder, entry) if beside else None
-            manifest.append(sink.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
-    sink.close()
+            manifest.append(storage.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
+    storage.close()
     for file in uneven:
         (folder / file).unlink()
     return sorted(uneven)

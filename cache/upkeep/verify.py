@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trainer.cache.encode.items import verify_item, verify_text_item
-from sdxl_trainer.cache.encode.sinks import list_shards
+from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_text_item
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
 

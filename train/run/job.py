@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder, fill_missing
-from sdxl_trainer.cache.encode.text_work import check_cached_text
+from sdxl_trainer.cache.encode.text_caching import check_cached_text
 from sdxl_trainer.cache.models.encoders import check_vocabulary, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_model
 from sdxl_trainer.configs.load import save_config

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, time_decoding, time_encoding
-from sdxl_trainer.cache.encode.latent_encoder import Encoded
+from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch
 from sdxl_trainer.data.formats.manifest import read_latest
 
 
@@ -32,8 +32,8 @@ class SteadyDevice:
         self.warm = True
         return self
 
-    def wait(self) -> Encoded:
-        return Encoded(np.zeros(0))
+    def wait(self) -> EncodedBatch:
+        return EncodedBatch(np.zeros(0))
 
 
 @pytest.mark.parametrize(("side", "tried"), [(1024, 512), (1000, 448), (100, 64)])

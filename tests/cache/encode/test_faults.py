@@ -20,7 +20,7 @@ from campaigns.cache_kill import Trial, check_folder, get_variable, list_descend
 from PIL import Image
 from programs import ROOT
 
-from sdxl_trainer.cache.encode.sinks import list_shards
+from sdxl_trainer.cache.encode.storage import list_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import read_entries, read_latest
@@ -154,7 +154,7 @@ def test_too_little_space_is_said_before_anything_is_encoded(tmp_path, model, mo
 
 
 def test_two_jobs_do_not_write_one_cache(tmp_path, model, capsys):
-    from sdxl_trainer.cache.encode.lock import lock_cache
+    from sdxl_trainer.cache.encode.cache_setup import lock_cache
 
     settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=4))
     with lock_cache(tmp_path / "latents"):

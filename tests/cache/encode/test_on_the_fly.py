@@ -140,7 +140,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_training(images, tmp_path, 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdxl_trainer.cache.encode.sinks.write_atomic", fail)
+    monkeypatch.setattr("sdxl_trainer.cache.encode.storage.write_atomic", fail)
     batches = read_all(config, index)
     assert all(batch.latents.ne(0).any() and batch.bad == [] for batch in batches.values())
     assert read_latest(tmp_path) == {}

@@ -10,12 +10,13 @@ import torch
 from cache_samples import BUCKETS, RULE, hash_items
 from PIL import Image
 
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.decoder import WorkItem
-from sdxl_trainer.cache.encode.latent_encoder import Encoded, VaeEncoder, enable_tiling
+from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch, VaeEncoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline
 from sdxl_trainer.cache.encode.progress import RankProgress
-from sdxl_trainer.cache.encode.sinks import NpzSink
-from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.cache.encode.storage import NpzStorage
+from sdxl_trainer.cache.patches import enable_tiling
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import ManifestWriter, read_latest
@@ -68,28 +69,28 @@ class FakePending:
     pixels: np.ndarray
     keys: list[str]
 
-    def wait(self) -> Encoded:
+    def wait(self) -> EncodedBatch:
         self.encoder.waited.append(self.keys)
         count, height, width, _ = self.pixels.shape
         blocks = self.pixels.reshape(count, height // 8, 8, width // 8, 8, 3).mean((2, 4)).transpose(0, 3, 1, 2)
-        return Encoded(np.concatenate([blocks, blocks[:, :1]], 1).astype(np.float32))
+        return EncodedBatch(np.concatenate([blocks, blocks[:, :1]], 1).astype(np.float32))
 
 
 def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check_stop=lambda: None):
     """(bad, progress) after the items went through."""
     bad: list[tuple[str, str]] = []
     progress = RankProgress(len(items))
-    writer = LatentWriter(NpzSink(folder, "float32"), ManifestWriter(folder, 0))
+    writer = BackgroundWriter(NpzStorage(folder, "float32"), ManifestWriter(folder, 0))
     pipeline = Pipeline(
-        encoder,
-        writer,
-        RULE,
-        "identity",
-        batch_size,
-        3,
-        progress,
-        lambda key, file, reason: bad.append((key, reason)),
-        check_stop,
+        encoder=encoder,
+        writer=writer,
+        rule=RULE,
+        identity="identity",
+        batch_size=batch_size,
+        num_workers=3,
+        progress=progress,
+        report_bad=lambda key, file, reason: bad.append((key, reason)),
+        check_stop=check_stop,
     )
     try:
         pipeline.run(items)

@@ -13,8 +13,7 @@ from cache_samples import hash_items, list_files, make_entry, make_sample, run_j
 from PIL import Image
 from programs import FIXTURES
 
-from sdxl_trainer.cache.encode.items import read_item, verify_item
-from sdxl_trainer.cache.encode.sinks import EncodedItem, NpzSink, ShardSink, list_shards
+from sdxl_trainer.cache.encode.storage import EncodedItem, NpzStorage, ShardStorage, list_shards, read_item, verify_item
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.formats.latents import pack_latents, read_latents
 from sdxl_trainer.data.formats.manifest import read_identity, read_latest
@@ -63,12 +62,12 @@ def flip(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize(("form", "dtype"), [("npz", "float32"), ("npz", "bfloat16"), ("shards", "bfloat16")])
 def test_every_flipped_byte_is_found(tmp_path, form, dtype):
-    sink = NpzSink(tmp_path, dtype) if form == "npz" else ShardSink(tmp_path, dtype, 0, 1 << 30)
+    storage = NpzStorage(tmp_path, dtype) if form == "npz" else ShardStorage(tmp_path, dtype, 0, 1 << 30)
     items = [
         EncodedItem(make_entry(f"k{n}", bucket=(32, 32)), make_sample(n, (32, 32)), record=b'{"a": 1}') for n in (0, 1)
     ]
-    entries = {entry.key: entry for entry in map(sink.write, items)}
-    sink.close()
+    entries = {entry.key: entry for entry in map(storage.write, items)}
+    storage.close()
     clean = verify_entries(tmp_path, entries)
     assert (clean.bad, clean.bad_shards, clean.num_items) == ({}, {}, 2)
     path = tmp_path / entries["k1"].file
@@ -280,7 +279,7 @@ def test_packing_leaves_what_is_bad(filled, tmp_path, capsys):
     entry = next(iter(read_latest(folder).values()))
     flip(folder / entry.file, 700)
     assert run_job(*words, "--pack") == 1
-    assert f"{entry.file}: has another SHA-256" in capsys.readouterr().err
+    assert f"{entry.file}: SHA-256 differs from the manifest" in capsys.readouterr().err
     assert [name for name in list_files(folder) if name.endswith(".npz")] == [entry.file]
     assert run_job(*words, "--repair") == 0 and run_job(*words, "--verify") == 0
 

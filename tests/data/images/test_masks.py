@@ -286,6 +286,6 @@ def test_masks_need_the_cache_job(folder):
     words = [f"data.masks={ENDING}", "cache.on_missing=encode"]
     config, _ = load_config(folder / "settings.yaml", words)
     index = open_sample_index(folder / "latents", open_record_index(folder, [], [folder / "images"]))
-    with pytest.raises(UserInputError, match="goes with latents that the cache job makes") as caught:
+    with pytest.raises(UserInputError, match="needs latents made by the cache job") as caught:
         build_missing_encoder(config, resolve_model(config.model), index, Ranks(0, 0, 1, torch.device("cpu")))
     assert [problem.key for problem in caught.value.problems] == ["data.masks"]

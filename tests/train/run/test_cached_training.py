@@ -136,11 +136,11 @@ def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path)
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
-        (SHUFFLED, "24 of 24 samples tried do not fit"),
-        (["data.caption.shuffle=true"], "would freeze every caption"),
-        (["data.max_tokens=150"], "24 have text that was made with max_tokens 75"),
-        (["cache.dtype=float16"], "24 have text that was made with dtype float32"),
-        (["cache.on_missing=encode"], "makes latents without text"),
+        (SHUFFLED, "outdated in 24 of 24 checked samples"),
+        (["data.caption.shuffle=true"], "would keep one random form of each caption"),
+        (["data.max_tokens=150"], "24 have text made with max_tokens 75"),
+        (["cache.dtype=float16"], "24 have text made with dtype float32"),
+        (["cache.on_missing=encode"], "encodes latents without text"),
         (["optim.text_encoder_2_lr=1e-6"], "trains an encoder, and with cache.text it is not run"),
         (["data.caption.prefix=a photo of"], "its captions are not those whose text is cached"),
     ],
@@ -160,4 +160,4 @@ def test_missing_text_is_refused(texted, cached_folder, tmp_path):
     part.write_bytes(b"".join(line for line in lines if b'"text"' not in line) + b"".join(lines[-3:]))
     config, _ = load_config(texted, [f"cache.dir={tmp_path / 'latents'}"])
     listed = sum(entry.text is not None for entry in read_latest(tmp_path / "latents").values())
-    assert f"of 24 samples {24 - listed} have no cached text" in str(check_run(config, 1)[1][0])
+    assert f"of 24 samples, {24 - listed} have no cached text" in str(check_run(config, 1)[1][0])

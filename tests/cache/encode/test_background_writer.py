@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from cache_samples import make_entry, make_sample
 
-from sdxl_trainer.cache.encode.sinks import EncodedItem
-from sdxl_trainer.cache.encode.writer import LatentWriter
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
+from sdxl_trainer.cache.encode.storage import EncodedItem
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 
 SAMPLE = make_sample()
@@ -37,8 +37,8 @@ class GatedSink:
         self.is_closed = True
 
 
-def build(folder, sink, **options) -> LatentWriter:
-    return LatentWriter(sink, ManifestWriter(folder, 0), **options)
+def build(folder, storage, **options) -> BackgroundWriter:
+    return BackgroundWriter(storage, ManifestWriter(folder, 0), **options)
 
 
 def make_item(key: object) -> EncodedItem:
@@ -53,8 +53,8 @@ def wait_until(condition) -> None:
 
 
 def test_no_more_than_so_many_are_in_flight(tmp_path):
-    sink = GatedSink()
-    writer = build(tmp_path, sink, num_threads=2, max_in_flight=5)
+    storage = GatedSink()
+    writer = build(tmp_path, storage, num_threads=2, max_in_flight=5)
     submitted = []
 
     def submit_all() -> None:
@@ -66,60 +66,60 @@ def test_no_more_than_so_many_are_in_flight(tmp_path):
     thread.start()
     wait_until(lambda: len(submitted) == 5)
     time.sleep(0.1)
-    assert len(submitted) == 5 and sink.written == []  # the sixth waits for the disk
+    assert len(submitted) == 5 and storage.written == []  # the sixth waits for the disk
     for released in range(1, 16):
-        sink.gate.release()
+        storage.gate.release()
         wait_until(lambda released=released: len(submitted) == 5 + released)
-        assert len(submitted) - len(sink.written) <= 5
-    sink.gate.release(5)
+        assert len(submitted) - len(storage.written) <= 5
+    storage.gate.release(5)
     thread.join()
     writer.close()
-    assert sink.is_closed and (writer.num_written, writer.bytes_written) == (20, 2000)
+    assert storage.is_closed and (writer.num_written, writer.bytes_written) == (20, 2000)
     assert set(read_latest(tmp_path)) == {str(number) for number in range(20)}
 
 
 def test_submitting_does_not_wait_for_the_disk(tmp_path):
-    sink = GatedSink()
-    writer = build(tmp_path, sink, max_in_flight=8)
+    storage = GatedSink()
+    writer = build(tmp_path, storage, max_in_flight=8)
     start = time.monotonic()
     for number in range(8):
         writer.submit(make_item(number))
     assert time.monotonic() - start < 1 and read_latest(tmp_path) == {}
-    sink.gate.release(8)
+    storage.gate.release(8)
     writer.close()
     assert len(read_latest(tmp_path)) == 8
 
 
 def test_an_error_reaches_the_next_submit_and_close(tmp_path):
-    sink = GatedSink(failing=("b",))
-    writer = build(tmp_path, sink, num_threads=1, max_in_flight=4)
+    storage = GatedSink(failing=("b",))
+    writer = build(tmp_path, storage, num_threads=1, max_in_flight=4)
     for key in "abc":
         writer.submit(make_item(key))
-    sink.gate.release(3)
+    storage.gate.release(3)
     wait_until(lambda: writer._error is not None)
     for _ in range(10):  # and never blocks, however often it is tried
         with pytest.raises(OSError, match="No space left"):
             writer.submit(make_item("d"))
     with pytest.raises(OSError, match="No space left"):
         writer.close()
-    assert sink.is_closed
+    assert storage.is_closed
     # Nothing is listed that is not on disk, and nothing is tried on a full disk.
-    assert sink.written == ["a"] and set(read_latest(tmp_path)) == {"a"}
+    assert storage.written == ["a"] and set(read_latest(tmp_path)) == {"a"}
 
 
 def test_an_error_of_the_last_item_reaches_close(tmp_path):
-    sink = GatedSink(failing=("a",))
-    writer = build(tmp_path, sink)
+    storage = GatedSink(failing=("a",))
+    writer = build(tmp_path, storage)
     writer.submit(make_item("a"))
-    sink.gate.release()
+    storage.gate.release()
     with pytest.raises(OSError, match="No space left"):
         writer.close()
     assert read_latest(tmp_path) == {} and writer.num_written == 0
 
 
 def test_a_full_disk_at_the_manifest_lists_nothing_torn(tmp_path, monkeypatch):
-    sink = GatedSink()
-    sink.gate.release(9)
+    storage = GatedSink()
+    storage.gate.release(9)
     manifest = ManifestWriter(tmp_path, 0)
     append, lines = manifest.append, []
 
@@ -130,7 +130,7 @@ def test_a_full_disk_at_the_manifest_lists_nothing_torn(tmp_path, monkeypatch):
         append(entry)
 
     monkeypatch.setattr(manifest, "append", fail_at_third)
-    writer = LatentWriter(sink, manifest, num_threads=1)
+    writer = BackgroundWriter(storage, manifest, num_threads=1)
     for key in "abcdef":
         try:
             writer.submit(make_item(key))

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from cache_samples import make_entry, make_sample
 
-from sdxl_trainer.cache.encode.items import read_item
-from sdxl_trainer.cache.encode.sinks import EncodedItem, NpzSink, ShardSink, list_shards, recover_shards
+from sdxl_trainer.cache.encode.storage import (
+    EncodedItem,
+    NpzStorage,
+    ShardStorage,
+    list_shards,
+    read_item,
+    recover_shards,
+)
 from sdxl_trainer.cache.upkeep.verify import check_shards, verify_entries
 from sdxl_trainer.data.formats.latents import pack_latents, parse_latents, read_latents
 from sdxl_trainer.data.formats.shards import iterate_members
@@ -29,10 +35,10 @@ def make_items(count: int) -> list[EncodedItem]:
 
 
 def test_npz_files_are_what_their_entries_say(tmp_path):
-    sink = NpzSink(tmp_path, "float16")
+    storage = NpzStorage(tmp_path, "float16")
     item = EncodedItem(make_entry("a", file="sub/folder/a.npz", offset=3, record_bytes=2), make_sample())
-    entry = sink.write(item)
-    sink.close()
+    entry = storage.write(item)
+    storage.close()
     content = (tmp_path / "sub/folder/a.npz").read_bytes()
     assert content == pack_latents(item.sample, "float16") and os.listdir(tmp_path / "sub/folder") == ["a.npz"]
     assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
@@ -43,10 +49,10 @@ def test_npz_files_are_what_their_entries_say(tmp_path):
 def test_shards_hold_one_bucket_each_and_keep_their_limit(tmp_path):
     items = make_items(60)
     limit = 20_000
-    sink = ShardSink(tmp_path, "float32", rank=3, shard_bytes=limit)
+    storage = ShardStorage(tmp_path, "float32", rank=3, shard_bytes=limit)
     with ThreadPoolExecutor(8) as pool:
-        entries = {entry.key: entry for entry in pool.map(sink.write, items)}
-    sink.close()
+        entries = {entry.key: entry for entry in pool.map(storage.write, items)}
+    storage.close()
     assert not list((tmp_path / "shards").glob(".*"))
     shards = list_shards(tmp_path)
     assert len(shards) > 6 and {file.split("-")[1] for file in shards} == {"00003"}
@@ -67,12 +73,12 @@ def test_shards_hold_one_bucket_each_and_keep_their_limit(tmp_path):
 
 def test_a_later_sink_never_touches_earlier_shards(tmp_path):
     for _ in range(2):
-        sink = ShardSink(tmp_path, "float32", 0, 1 << 30)
-        sink.write(make_items(1)[0])
-        sink.close()
-    unfinished = ShardSink(tmp_path, "float32", 0, 1 << 30)
+        storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
+        storage.write(make_items(1)[0])
+        storage.close()
+    unfinished = ShardStorage(tmp_path, "float32", 0, 1 << 30)
     unfinished.write(make_items(1)[0])
-    beside = ShardSink(tmp_path, "float32", 0, 1 << 30)
+    beside = ShardStorage(tmp_path, "float32", 0, 1 << 30)
     beside.write(make_items(1)[0])
     beside.close()
     unfinished.close()
@@ -80,8 +86,8 @@ def test_a_later_sink_never_touches_earlier_shards(tmp_path):
 
 
 def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
-    sink = ShardSink(tmp_path, "float32", 0, 1 << 30)
-    entries = [sink.write(item) for item in make_items(9)]
+    storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
+    entries = [storage.write(item) for item in make_items(9)]
     listed = [entry for entry in entries if entry.bucket == BUCKETS[0]][:2] + [entries[1]]  # nothing of BUCKETS[2]
     by_key = {entry.key: entry for entry in listed}
     assert verify_entries(tmp_path, by_key).bad == {}  # before they are finished, too
@@ -95,8 +101,8 @@ def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
 
 
 def test_a_shard_that_cannot_be_finished_does_not_hold_the_others_up(tmp_path, monkeypatch):
-    sink = ShardSink(tmp_path, "float32", 0, 1 << 30)
-    entries = [sink.write(item) for item in make_items(3)]
+    storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
+    entries = [storage.write(item) for item in make_items(3)]
     replace, calls = os.replace, []
 
     def fail_once(*paths) -> None:
@@ -107,7 +113,7 @@ def test_a_shard_that_cannot_be_finished_does_not_hold_the_others_up(tmp_path, m
 
     monkeypatch.setattr(os, "replace", fail_once)
     with pytest.raises(OSError, match="No space left"):
-        sink.close()
+        storage.close()
     assert len(list_shards(tmp_path)) == 2
     recover_shards(tmp_path, entries)
     result = verify_entries(tmp_path, {entry.key: entry for entry in entries})

@@ -11,13 +11,14 @@ from cache_samples import RULE, make_entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_trainer.cache.encode.work_list import (
+from sdxl_trainer.cache.encode.encode_plan import (
+    EncodePlanner,
+    PlanTotals,
     Resolution,
-    choose_share,
+    assign_positions,
+    build_share,
     compute_costs,
     judge_entry,
-    list_work,
-    share_positions,
 )
 from sdxl_trainer.data.files import HashedFile, hash_file
 from sdxl_trainer.data.formats.manifest import Identity
@@ -31,7 +32,7 @@ IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 128, 64, 256, 32, 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_shares_are_disjoint_complete_and_even(world_size):
     costs = np.random.default_rng(0).integers(1, 2**21, 1000)
-    shares = [share_positions(costs, rank, world_size) for rank in range(world_size)]
+    shares = [assign_positions(costs, rank, world_size) for rank in range(world_size)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(1000))
     assert all((np.diff(share) > 0).all() for share in shares)
     sums = [costs[share].sum() for share in shares]
@@ -41,7 +42,7 @@ def test_shares_are_disjoint_complete_and_even(world_size):
 
 @given(st.lists(st.integers(0, 2**40), max_size=50), st.integers(1, 9))
 def test_any_list_is_shared_wholly(costs, world_size):
-    shares = [share_positions(np.array(costs, np.int64), rank, world_size) for rank in range(world_size)]
+    shares = [assign_positions(np.array(costs, np.int64), rank, world_size) for rank in range(world_size)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(costs)))
     sums = [sum(costs[place] for place in share) for share in shares]
     assert max(sums) - min(sums) <= 2 * max(costs, default=0)
@@ -140,21 +141,21 @@ def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
     (tmp_path / "k0.npz").touch()
     (tmp_path / "k1.npz").touch()  # that of k2 was deleted
     made = Resolution(RULE, IDENTITY)
-    works = [list_work(index, tmp_path, entries, choose_share(index, made, rank, 2), beside=False) for rank in range(2)]
+    planner = EncodePlanner(index, tmp_path, entries, beside=False)
+    works = [planner.plan(build_share(index, made, rank, 2)) for rank in range(2)]
     assert works[0].counts + works[1].counts == {"valid": 1, "stale": 1, "missing": 1, "new": 2}
     items = {item.key: item for work in works for item in work.items}
     assert sorted(items) == ["k1", "k2", "k3", "k4"] and len(works[0].items) + len(works[1].items) == 4
     assert items["k3"].size == (103, 90) and items["k4"].size is None
     assert json.loads(items["k3"].record)["caption"] == "x"
-    totals = works[0].without_items()
-    assert (totals.items, totals.num_items, totals.counts) == ([], len(works[0].items), works[0].counts)
+    assert works[0].totals == PlanTotals(works[0].counts, works[0].bytes_needed, len(works[0].items))
     assert sum(work.bytes_needed for work in works) >= 4 * 128 * 128 // 64 * 4 * 4
     entries = {key: replace(entry, file="shards/x.tar", offset=0) for key, entry in entries.items()}
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / ".x.tar.partial").touch()  # a job that was killed, or is at work
-    share = choose_share(index, made, 0, 1)
+    share = build_share(index, made, 0, 1)
     assert share.keys == ["k0", "k1", "k2", "k3", "k4"]
-    assert list_work(index, tmp_path, entries, share, beside=False).counts["missing"] == 0
+    assert EncodePlanner(index, tmp_path, entries, beside=False).plan(share).counts["missing"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,24 @@
-"""Writes encoded items while the next ones are encoded: a bounded number in flight, errors not lost."""
+"""Writing of encoded items on threads while the next ones are encoded."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from sdxl_trainer.cache.encode.sinks import EncodedItem, Sink
+from sdxl_trainer.cache.encode.storage import EncodedItem, Storage
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
 
-class LatentWriter:
-    """Stores items on threads of its own and lists each in the manifest once it is on disk.
+class BackgroundWriter:
+    """Stores items on its own threads and lists each in the manifest once it is on disk.
 
     Args:
-        sink: where items go.
-        manifest: where finished items are listed.
-        num_threads: items written at once.
-        max_in_flight: items accepted and not yet on disk; `submit` waits beyond it, so memory stays flat.
+        manifest: lists the finished items.
+        num_threads: number of items written at once.
+        max_in_flight: number of items accepted and not yet on disk; `submit` waits when it is reached, so that memory
+            stays bounded.
     """
 
-    def __init__(self, sink: Sink, manifest: ManifestWriter, num_threads: int = 4, max_in_flight: int = 32):
-        self._sink = sink
+    def __init__(self, storage: Storage, manifest: ManifestWriter, num_threads: int = 4, max_in_flight: int = 32):
+        self._storage = storage
         self._manifest = manifest
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="latent-writer")
         self._places = threading.Semaphore(max_in_flight)
@@ -28,7 +28,7 @@ class LatentWriter:
         self.bytes_written = 0
 
     def submit(self, item: EncodedItem) -> None:
-        """Hand an item over; returns at once unless too many are in flight.
+        """Accept an item; returns at once unless too many are in flight.
 
         Raises:
             OSError: an earlier item could not be written.
@@ -40,28 +40,29 @@ class LatentWriter:
         self._pool.submit(self._write, item).add_done_callback(self._finish)
 
     def list_entry(self, entry: ManifestEntry) -> None:
-        """Add a line to the manifest that holds as it is."""
+        """Add an entry to the manifest without writing any file."""
         with self._lock:
             self._manifest.append(entry)
 
     def close(self) -> None:
-        """Wait until everything is on disk and listed.
+        """Wait until all items are on disk and in the manifest.
 
         Raises:
             OSError: an item could not be written.
         """
         self._pool.shutdown(wait=True)
         try:
-            self._sink.close()
+            self._storage.close()
         finally:
             self._manifest.close()
         if self._error is not None:
             raise self._error
 
     def _write(self, item: EncodedItem) -> None:
+        # After one error, such as a full disk, the other items in flight would fail too.
         if self._error is not None:
-            return  # the disk is full, say: what is still in flight would only fail too
-        entry = self._sink.write(item)
+            return
+        entry = self._storage.write(item)
         with self._lock:
             self._manifest.append(entry)
             self.num_written += 1

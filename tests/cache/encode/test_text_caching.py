@@ -10,9 +10,8 @@ import pytest
 import torch
 from cache_samples import hash_items, list_files, run_job, write_settings
 
-from sdxl_trainer.cache.encode import text_work as captioning
-from sdxl_trainer.cache.encode.items import read_text_item
-from sdxl_trainer.cache.encode.sinks import list_shards
+from sdxl_trainer.cache.encode import text_caching as captioning
+from sdxl_trainer.cache.encode.storage import list_shards, read_text_item
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import ModelConfig
@@ -187,7 +186,7 @@ def test_random_captions_are_kept_in_variants(cache):
     ("setting", "said"),
     [
         ("data.caption.shuffle=true", "cache.text_variants = 1"),
-        ("data.caption.wildcards=true", "data.caption.wildcards asks for a new one"),
+        ("data.caption.wildcards=true", "data.caption.wildcards makes a new one"),
         ("data.caption.token_warmup_steps=9", "data.caption.token_warmup_steps = 9"),
     ],
 )

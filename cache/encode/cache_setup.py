@@ -1,0 +1,91 @@
+"""Set-up of a cache folder: checks of settings and data, identities of the latents, and the lock."""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import orjson
+
+from sdxl_trainer.cache.encode.text_caching import check_captioning
+from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
+from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.selection import build_bucket_rules
+
+
+def open_checked_index(config: Config, problems: list[Problem]) -> Index:
+    """Check the settings and the data, and open the index of all records.
+
+    Args:
+        problems: problems found so far; they are reported with the others.
+
+    Raises:
+        UserInputError: there are problems; the error lists all of them.
+    """
+    index, found = open_checked_records(config, need_captions=config.cache.text)
+    captioning = check_captioning(config.data.caption, config.cache)
+    raise_if_any([*problems, *found, *check_model(config.model), *captioning])
+    assert index is not None, "records without problems have an index"
+    return index
+
+
+def build_identities(cache: CacheConfig, data: DataConfig, vae_sha256: str) -> dict[str, Identity]:
+    """Build the identity of each resolution's latents, by the prefix of their keys."""
+    return {
+        prefix: Identity(
+            vae_sha256=vae_sha256,
+            vae_precision=cache.vae_precision,
+            dtype=cache.dtype,
+            posterior=cache.posterior,
+            flip=cache.flip,
+            resolution_px=rule.resolution_px,
+            min_bucket_px=rule.min_px,
+            max_bucket_px=rule.max_px,
+            bucket_step_px=rule.step_px,
+            no_upscale=rule.no_upscale,
+            buckets=rule.fixed,
+            alpha_mask=cache.alpha_mask,
+        )
+        for prefix, rule in build_bucket_rules(data).items()
+    }
+
+
+def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
+    """Write the identities of all resolutions to the cache's `cache.json`."""
+    write_identity(folder, identities[""], {prefix: other for prefix, other in identities.items() if prefix})
+
+
+def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterator[Problem]:
+    """Check that new latents would have the identity of those already in the cache."""
+    known, wanted = read_identity(folder), identities[""]
+    if known is None or known.get("name") == wanted.name:
+        return
+    fields = orjson.loads(orjson.dumps(wanted.list_fields()))
+    others = ", ".join(f"{name}: {known.get(name)}" for name, value in fields.items() if known.get(name) != value)
+    rule = f"holds latents made with other settings ({others}), which cannot be mixed with new ones"
+    yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh first, or set another cache.dir")
+
+
+def lock_cache(folder: Path) -> IO[bytes]:
+    """Lock the cache until the returned file is closed or the process ends.
+
+    Two jobs in one cache would finish and delete each other's shards.
+
+    Raises:
+        UserInputError: another job holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        problem = Problem("cache.dir", folder, "is being written by another job", "wait for that job, or stop it")
+        raise UserInputError([problem]) from None
+    except OSError:
+        pass  # some network file systems have no locks; the job runs without one there
+    return file

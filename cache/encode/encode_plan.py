@@ -1,0 +1,376 @@
+"""Planning of the encoding: each rank's share of the records, and which latents and text of it are missing or stale."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from sdxl_trainer.cache.encode.decoder import WorkItem
+from sdxl_trainer.cache.encode.pipeline import TextItem, choose_text_file
+from sdxl_trainer.data.files import hash_file
+from sdxl_trainer.data.formats.latents import LATENT_CHANNELS, VAE_FACTOR
+from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextIdentity, TextPart
+from sdxl_trainer.data.formats.shards import get_partial_path
+from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image
+from sdxl_trainer.data.images.masks import MaskFinder
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.missing_latents import choose_latent_file
+from sdxl_trainer.data.text.strategy import StrategyError
+from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
+
+State = Literal["valid", "new", "stale", "changed", "missing"]
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STATES: tuple[State, ...] = ("valid", "new", "stale", "changed", "missing")
+LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of an image has nothing to encode
+MASK_BYTES_PER_PX = 4
+ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the manifest
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A training resolution: its bucket rule, the identity of its latents, and the prefix of their keys."""
+
+    rule: BucketRule
+    identity: Identity
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's images at one resolution: their rows in the index, and the keys of their latents."""
+
+    resolution: Resolution
+    rows: list[int]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class TextRequirement:
+    """Text encoder outputs that the settings ask for.
+
+    Args:
+        caption_bytes: size on disk of the outputs of one caption.
+        in_shards: new outputs are stored beside the latents in a shard, so both are encoded together.
+    """
+
+    variants: CaptionVariants
+    identity: TextIdentity
+    caption_bytes: int
+    in_shards: bool = False
+
+    @property
+    def item_bytes(self) -> int:
+        """Size on disk of the outputs of all captions of an image."""
+        return self.caption_bytes * self.variants.count
+
+    def is_valid(self, record: bytes, known: TextPart | None) -> bool:
+        """Return whether cached outputs have this identity and are of the record's captions.
+
+        Captions that the user's strategy cannot shape count as invalid; the encoding reports them.
+        """
+        if known is None or known.identity != self.identity.name:
+            return False
+        try:
+            return known.captions_sha256 == hash_captions(self.variants.shape(orjson.loads(record)))
+        except StrategyError:
+            return False
+
+
+@dataclass(frozen=True)
+class PlanTotals:
+    """Numbers of an `EncodePlan`, which ranks exchange instead of its items."""
+
+    counts: Counter
+    bytes_needed: int
+    num_items: int
+
+
+@dataclass
+class EncodePlan:
+    """A rank's work at one resolution.
+
+    Args:
+        identity: name of the latents' identity.
+        items: images to encode.
+        texts: valid latents whose captions are to be encoded.
+        counts: number of images of each of `STATES`, and of `text`, `masked` and `given` ones.
+        refreshed: entries of files with new times and the same content, which only need a new line in the manifest.
+        bytes_needed: estimated size on disk of the new files.
+        num_pixels: pixels of all items' buckets.
+    """
+
+    rule: BucketRule
+    identity: str
+    items: list[WorkItem] = field(default_factory=list)
+    texts: list[TextItem] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    refreshed: list[ManifestEntry] = field(default_factory=list)
+    bytes_needed: int = 0
+    num_pixels: int = 0
+
+    @property
+    def num_items(self) -> int:
+        """Number of images whose latents or captions are to be encoded."""
+        return len(self.items) + len(self.texts)
+
+    @property
+    def has_captions(self) -> bool:
+        """Return whether there are captions to encode."""
+        return bool(self.texts) or any(item.with_text for item in self.items)
+
+    @property
+    def totals(self) -> PlanTotals:
+        """Numbers of the plan without its items, of which there may be millions."""
+        return PlanTotals(self.counts, self.bytes_needed, self.num_items)
+
+    def add_item(self, item: WorkItem, num_pixels: int, block_bytes: int) -> None:
+        """Add an image of `num_pixels` whose latents take `block_bytes` for each 8x8 block of pixels."""
+        self.items.append(item)
+        self.num_pixels += num_pixels
+        self.bytes_needed += num_pixels * block_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
+        self.bytes_needed += num_pixels * MASK_BYTES_PER_PX if item.mask_path is not None else 0
+
+    def count_text(self, num_bytes: int) -> None:
+        """Count an image whose captions are to be encoded, with the size of their outputs."""
+        self.counts["text"] += 1
+        self.bytes_needed += num_bytes
+
+
+class EntryState(NamedTuple):
+    """State of an image's latents, and their entry with new file times if only those have changed."""
+
+    state: State
+    refreshed: ManifestEntry | None
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of a share, and its entry in the manifest."""
+
+    row: int
+    key: str
+    path: str
+    mask_path: str | None
+    known: ManifestEntry | None
+
+
+class EncodePlanner:
+    """Compares a rank's share with the cache.
+
+    Args:
+        folder: cache folder.
+        entries: newest manifest entry of each key of the share; other keys are ignored.
+        beside: latents are stored beside the images instead of under the cache folder.
+        text: None: captions are not encoded.
+        known_only: images without an entry are counted but not encoded.
+        masks: None: there are no mask files.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        folder: Path,
+        entries: Mapping[str, ManifestEntry],
+        *,
+        beside: bool,
+        text: TextRequirement | None = None,
+        known_only: bool = False,
+        masks: MaskFinder | None = None,
+    ):
+        self._index = index
+        self._entries = entries
+        self._beside = beside
+        self._text = text
+        self._known_only = known_only
+        self._masks = masks
+        self._files = _FileLister(folder)
+        self._paths = index.arrow_column("image_path")
+        self._widths, self._heights = index.column("width"), index.column("height")
+
+    def plan(self, share: Share) -> EncodePlan:
+        """List the images and captions of a share that are to be encoded."""
+        resolution = share.resolution
+        plan = EncodePlan(resolution.rule, resolution.identity.name)
+        buckets, block_bytes = list_buckets(resolution.rule), estimate_block_bytes(resolution.identity)
+        is_first = not resolution.prefix  # images are counted once, not at each resolution
+        for image in self._list_images(share):
+            if image.path.endswith(LATENT_SUFFIXES):
+                plan.counts["given"] += is_first
+                continue
+            known = image.known
+            state, refreshed = self._judge(image, plan.identity)
+            plan.counts[state] += 1
+            has_mask = image.mask_path is not None or (known is not None and known.mask is not None)
+            plan.counts["masked"] += is_first and has_mask
+            if self._known_only and known is None:
+                continue
+            if state == "valid" and known is not None:
+                self._plan_text(plan, image, refreshed)
+                continue
+            item = self._build_item(plan, image)
+            area = int(np.prod(place_image(item.size, plan.rule, buckets).bucket)) if item.size else plan.rule.area_px
+            plan.add_item(item, area, block_bytes)
+        return plan
+
+    def _list_images(self, share: Share) -> Iterator[_Image]:
+        paths = (self._paths[row].as_py() for row in share.rows)
+        masks = repeat(None) if self._masks is None else self._masks.find(paths)
+        for row, key, mask in zip(share.rows, share.keys, masks, strict=False):
+            yield _Image(row, key, self._paths[row].as_py(), mask, self._entries.get(key))
+
+    def _judge(self, image: _Image, identity_name: str) -> EntryState:
+        found = judge_entry(image.known, image.path, identity_name, image.mask_path)
+        if found.state == "valid" and image.known is not None and not self._files.exists(image.known.file):
+            return EntryState("missing", found.refreshed)
+        return found
+
+    def _find_text(self, known: ManifestEntry | None) -> TextPart | None:
+        """Return an entry's text encoder outputs if their file exists."""
+        text = None if known is None else known.text
+        return text if text is not None and self._files.exists(text.file) else None
+
+    def _plan_text(self, plan: EncodePlan, image: _Image, refreshed: ManifestEntry | None) -> None:
+        """Add the captions of valid latents if they are due, else their entry if it has new file times."""
+        assert image.known is not None, "valid latents have an entry"
+        text = self._text
+        if text is not None:
+            record = self._index.record_json(image.row)
+            if not text.is_valid(record, self._find_text(image.known)):
+                file = choose_text_file(choose_latent_file(image.key, image.path, self._beside))
+                plan.texts.append(TextItem(refreshed or image.known, file, record))
+                plan.count_text(text.item_bytes)
+                return
+        if refreshed is not None:
+            plan.refreshed.append(refreshed)
+
+    def _build_item(self, plan: EncodePlan, image: _Image) -> WorkItem:
+        record, known, text = self._index.record_json(image.row), image.known, self._text
+        kept = self._find_text(known)
+        text_due = text is not None and not text.is_valid(record, kept)
+        if text is not None and text_due:
+            plan.count_text(text.item_bytes)
+        # Outputs beside the latents in a shard are replaced together with the latents.
+        if kept is not None and (kept.offset is not None or (text is not None and text.in_shards)):
+            kept, text_due = None, text is not None
+        width, height = int(self._widths[image.row]), int(self._heights[image.row])
+        has_new_mask = image.mask_path is not None and known is not None and known.mask is None
+        return WorkItem(
+            key=image.key,
+            image_path=image.path,
+            file=choose_latent_file(image.key, image.path, self._beside),
+            size=(width, height) if width > 0 else None,
+            record=record,
+            with_text=text_due,
+            text=kept,
+            mask_path=image.mask_path,
+            unmasked=known if has_new_mask else None,
+        )
+
+
+def assign_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Return this rank's positions in the full list, in order, so that all ranks have about the same total cost.
+
+    Positions are dealt from the highest cost to the lowest, back and forth between the ranks. The result depends on
+    the list alone and not on the cache: ranks never overlap, and any number of ranks covers every position once.
+
+    Args:
+        costs: [N] pixels of each image's bucket.
+    """
+    order = np.argsort(-costs, kind="stable")
+    turn = np.arange(len(order)) % (2 * world_size)
+    owner = np.minimum(turn, 2 * world_size - 1 - turn)  # 0 1 2 2 1 0 0 1 2 ...
+    return np.sort(order[owner == rank])
+
+
+def build_share(index: Index, resolution: Resolution, rank: int, world_size: int) -> Share:
+    """Build a rank's share of all records."""
+    costs = compute_costs(index.column("width"), index.column("height"), resolution.rule)
+    rows = assign_positions(costs, rank, world_size)
+    keys = index.arrow_column("key").take(pa.array(rows)).to_pylist()
+    return Share(resolution, rows.tolist(), [resolution.prefix + key for key in keys])
+
+
+def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> np.ndarray:
+    """Compute the pixels [N] that encoding each image takes: the rule's area, or less for images kept smaller."""
+    area = np.full(len(widths), rule.area_px, np.int64)
+    if rule.no_upscale:
+        known = widths > 0
+        area[known] = np.minimum(area[known], widths[known].astype(np.int64) * heights[known])
+    return area
+
+
+def judge_entry(
+    entry: ManifestEntry | None, image_path: str, identity_name: str, mask_path: str | None = None
+) -> EntryState:
+    """Return whether latents are `new` (no entry), `stale` (another identity), `changed` (image or mask), or `valid`.
+
+    An image or mask with a new time or size is hashed. If its bytes are unchanged, the entry stays valid and gets the
+    new time. An image that no longer exists counts as unchanged, as does one that did not exist when its latents were
+    adopted.
+
+    Args:
+        mask_path: the image's present mask file.
+    """
+    if entry is None:
+        return EntryState("new", None)
+    if entry.identity != identity_name:
+        return EntryState("stale", None)
+    try:
+        status = os.stat(image_path)
+        mask_status = None if mask_path is None else os.stat(mask_path)
+    except OSError:
+        return EntryState("valid", None)
+    mask, source_ns, mask_ns = entry.mask, entry.source_mtime_ns, 0
+    if (mask is None) != (mask_path is None):
+        return EntryState("changed", None)
+    if entry.source_sha256:
+        known = (entry.source_bytes, entry.source_mtime_ns, entry.source_sha256)
+        source_ns = find_mtime_if_unchanged(image_path, status, *known)
+    if mask is not None and mask_path is not None and mask_status is not None:
+        mask_ns = find_mtime_if_unchanged(mask_path, mask_status, mask.bytes, mask.mtime_ns, mask.sha256)
+    if source_ns is None or mask_ns is None:
+        return EntryState("changed", None)
+    if source_ns == entry.source_mtime_ns and (mask is None or mask_ns == mask.mtime_ns):
+        return EntryState("valid", None)
+    mask = None if mask is None or mask_path is None else replace(mask, path=mask_path, mtime_ns=mask_ns)
+    return EntryState("valid", replace(entry, source_path=image_path, source_mtime_ns=source_ns, mask=mask))
+
+
+def find_mtime_if_unchanged(path: str, status: os.stat_result, size: int, mtime_ns: int, sha256: str) -> int | None:
+    """Return a file's mtime if its bytes are unchanged, else None. A file of the same size and mtime is not hashed."""
+    if status.st_size != size:
+        return None
+    unchanged = status.st_mtime_ns == mtime_ns or hash_file(Path(path)) == sha256
+    return status.st_mtime_ns if unchanged else None
+
+
+def estimate_block_bytes(identity: Identity) -> int:
+    """Return the bytes of latents for each 8x8 block of pixels."""
+    arrays = (2 if identity.posterior == "moments" else 1) * (2 if identity.flip else 1)
+    return LATENT_CHANNELS * DTYPE_BYTES[identity.dtype] * arrays
+
+
+class _FileLister:
+    """Answers whether files exist by listing each folder once, which is far faster than one call for each file."""
+
+    def __init__(self, root: Path):
+        self._root = str(root)
+        self._names: dict[str, set[str]] = {}
+
+    def exists(self, file: str) -> bool:
+        """Return whether `file` (relative to the root, or absolute) or its unfinished shard exists."""
+        folder, name = os.path.split(os.path.join(self._root, file))
+        if folder not in self._names:
+            try:
+                self._names[folder] = set(os.listdir(folder))
+            except OSError:
+                self._names[folder] = set()
+        return name in self._names[folder] or get_partial_path(Path(name)).name in self._names[folder]

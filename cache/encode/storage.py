@@ -1,0 +1,297 @@
+"""Storage of cached items, as one npz file each or in tar shards of one bucket: writing, reading and verifying."""
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents
+from sdxl_trainer.data.formats.manifest import ManifestEntry
+from sdxl_trainer.data.formats.shards import (
+    BadShardError,
+    ShardWriter,
+    list_partial_shards,
+    locate_shard,
+    read_sample,
+    read_text_member,
+    recover_shard,
+)
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text
+
+SHARD_FOLDER = "shards"
+ITEM_ERRORS = (OSError, BadLatentError, BadShardError, BadTextError)
+
+Content = bytes | memoryview
+
+
+class StoredItem(NamedTuple):
+    """The bytes of an item's latents in the cache."""
+
+    record: Content  # JSON; `{}` for an npz file of its own
+    npz: Content
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """An image's encoder outputs and its manifest entry, whose files, sizes and checksums the storage fills in.
+
+    Without `sample` the cached latents stay as they are. With `texts`, `entry.text` describes their captions.
+    """
+
+    entry: ManifestEntry
+    sample: LatentSample | None
+    texts: tuple[TextOutputs, ...] = ()  # one for each caption
+    record: bytes = b"{}"  # JSON, stored beside the latents in a shard
+
+
+class Storage(Protocol):
+    """Stores items from several threads at once. An item is on disk once `write` or `store` returns its entry."""
+
+    def write(self, item: EncodedItem) -> ManifestEntry:
+        """Pack one item, store it, and return its finished entry."""
+        ...
+
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
+        """Store an item that is packed already and return its finished entry.
+
+        Args:
+            content: npz of the latents.
+            record: JSON of the image's record.
+            text: npz of the text encoder outputs.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish all open files."""
+        ...
+
+
+class NpzStorage:
+    """Stores the latents of an item in the npz file `entry.file` under the cache folder, and its text encoder outputs
+    in `entry.text.file`. Each file is written whole or not at all."""
+
+    def __init__(self, folder: Path, dtype: str):
+        self._folder = folder
+        self._dtype = dtype
+
+    def write(self, item: EncodedItem) -> ManifestEntry:
+        text = pack_text(item.texts, self._dtype) if item.texts else None
+        if item.sample is None:
+            assert text is not None, "an item has latents, text, or both"
+            return self._store_text(item.entry, text)
+        return self.store(item.entry, pack_latents(item.sample, self._dtype), item.record, text)
+
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
+        """Store an item that is packed already. Without `text`, `entry.text` is kept, because it has its own file."""
+        self._write(entry.file, content)
+        entry = entry if text is None else self._store_text(entry, text)
+        digest = hashlib.sha256(content).hexdigest()
+        return replace(entry, bytes=len(content), sha256=digest, offset=None, record_bytes=None, record_sha256=None)
+
+    def _store_text(self, entry: ManifestEntry, text: bytes) -> ManifestEntry:
+        assert entry.text is not None, "the entry describes the text"
+        self._write(entry.text.file, text)
+        digest = hashlib.sha256(text).hexdigest()
+        return replace(entry, text=replace(entry.text, bytes=len(text), sha256=digest, offset=None))
+
+    def _write(self, file: str, content: bytes) -> None:
+        path = self._folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+
+    def close(self) -> None:
+        pass
+
+
+class ShardStorage:
+    """Stores items in tar shards `shards/<width>x<height>-<rank>-<n>.tar`, each of one bucket.
+
+    Args:
+        shard_bytes: largest size of a shard.
+    """
+
+    def __init__(self, folder: Path, dtype: str, rank: int, shard_bytes: int):
+        self._root = folder
+        self._folder = folder / SHARD_FOLDER
+        self._files = NpzStorage(folder, dtype)
+        self._dtype = dtype
+        self._rank = rank
+        self._shard_bytes = shard_bytes
+        self._open: dict[tuple[int, int], ShardWriter] = {}
+        self._lock = threading.Lock()
+
+    def write(self, item: EncodedItem) -> ManifestEntry:
+        # Latents that have an npz file of their own stay there.
+        if item.sample is None and item.entry.offset is None:
+            return self._files.write(item)
+        text = pack_text(item.texts, self._dtype) if item.texts else None
+        # The parts of a sample lie side by side in a shard, so its latents move with the text.
+        if item.sample is None:
+            content = bytes(read_item(self._root, item.entry).npz)
+        else:
+            content = pack_latents(item.sample, self._dtype)
+        return self.store(item.entry, content, item.record, text)
+
+    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
+        """Store an item that is packed already. Without `text`, `entry.text` is kept only if it has its own file."""
+        digest, record_digest = hashlib.sha256(content).hexdigest(), hashlib.sha256(record).hexdigest()
+        text_digest = "" if text is None else hashlib.sha256(text).hexdigest()
+        # Threads pack and hash side by side, but a tar grows by one member at a time.
+        with self._lock:
+            writer = self._open.get(entry.bucket)
+            size = len(content) + len(text or b"")
+            if writer is not None and writer.bytes_written + size > self._shard_bytes:
+                self._open.pop(entry.bucket).close()
+                writer = None
+            if writer is None:
+                writer = self._open[entry.bucket] = ShardWriter(self._choose_path(entry.bucket))
+            place = writer.append(entry.key, record, content, text)
+            end = writer.bytes_written
+        writer.flush(end)
+        file = f"{SHARD_FOLDER}/{place.shard}"
+        part = entry.text if entry.text is not None and entry.text.offset is None else None
+        if text is not None:
+            assert entry.text is not None, "the entry describes the text"
+            part = replace(entry.text, file=file, bytes=len(text), sha256=text_digest, offset=place.text_offset)
+        return replace(
+            entry,
+            file=file,
+            bytes=place.size,
+            sha256=digest,
+            offset=place.offset,
+            record_bytes=len(record),
+            record_sha256=record_digest,
+            text=part,
+        )
+
+    def close(self) -> None:
+        """Finish all open shards. `recover_shards` finishes later those that fail, for example on a full disk.
+
+        Raises:
+            OSError: a shard could not be finished; the first such error.
+        """
+        errors = []
+        while self._open:
+            _, writer = self._open.popitem()
+            try:
+                writer.close()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _choose_path(self, bucket: tuple[int, int]) -> Path:
+        prefix = f"{bucket[0]}x{bucket[1]}-{self._rank:05d}-"
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.tar")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        names = (path.name.removeprefix(".").removesuffix(".partial") for path in self._folder.iterdir())
+        used = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+        return self._folder / f"{prefix}{max(used, default=-1) + 1:05d}.tar"
+
+
+def list_shards(folder: Path) -> list[str]:
+    """List the finished shards of a cache by the names that entries use."""
+    pattern = re.compile(r"\d+x\d+-\d+-\d+\.tar")
+    return sorted(
+        f"{SHARD_FOLDER}/{path.name}" for path in (folder / SHARD_FOLDER).glob("*.tar") if pattern.fullmatch(path.name)
+    )
+
+
+def recover_shards(folder: Path, entries: Iterable[ManifestEntry]) -> list[Path]:
+    """Finish the shards of a killed job, keeping every sample in the manifest, and return the paths of the shards."""
+    unfinished = list_partial_shards(folder / SHARD_FOLDER)
+    ends = dict.fromkeys((f"{SHARD_FOLDER}/{path.name}" for path in unfinished), 0)
+    for entry in entries if unfinished else ():
+        if entry.file in ends and entry.offset is not None:
+            ends[entry.file] = max(ends[entry.file], entry.offset + entry.bytes)
+        if entry.text is not None and entry.text.offset is not None and entry.text.file in ends:
+            ends[entry.text.file] = max(ends[entry.text.file], entry.text.offset + entry.text.bytes)
+    for path in unfinished:
+        recover_shard(path, ends[f"{SHARD_FOLDER}/{path.name}"])
+    return unfinished
+
+
+def read_item(folder: Path, entry: ManifestEntry) -> StoredItem:
+    """Read the bytes of an item's latents and check them against the manifest.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        BadLatentError, BadShardError: a byte differs from the manifest.
+    """
+    if entry.offset is None:
+        record, npz = b"{}", _read_file(folder / entry.file, entry.bytes)
+    else:
+        assert entry.record_bytes is not None, "a sample of a shard has a record"
+        path = locate_shard(folder / entry.file)
+        record, npz = read_sample(path, entry.key, entry.record_bytes, entry.offset, entry.bytes)
+        if hashlib.sha256(record).hexdigest() != entry.record_sha256:
+            raise BadShardError("record differs from the manifest")
+    _check_bytes(npz, entry.bytes, entry.sha256, BadLatentError)
+    return StoredItem(record, npz)
+
+
+def read_text_item(folder: Path, entry: ManifestEntry) -> Content | None:
+    """Read the npz of an item's text encoder outputs and check it against the manifest; None if the item has none.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        BadTextError, BadShardError: a byte differs from the manifest.
+    """
+    text = entry.text
+    if text is None:
+        return None
+    if text.offset is None:
+        content = _read_file(folder / text.file, text.bytes)
+    else:
+        content = read_text_member(locate_shard(folder / text.file), entry.key, text.offset, text.bytes)
+    _check_bytes(content, text.bytes, text.sha256, BadTextError)
+    return content
+
+
+def verify_item(folder: Path, entry: ManifestEntry) -> str | None:
+    """Return what is wrong with an item's latents, or None if they are intact."""
+    try:
+        # The manifest's SHA-256 has been compared already, so the weaker checksum is not needed.
+        parse_latents(read_item(folder, entry).npz, entry.bucket, check_crc=False)
+    except ITEM_ERRORS as error:
+        return _describe(entry.file, entry.key if entry.offset is not None else None, error)
+    return None
+
+
+def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
+    """Return what is wrong with an item's text encoder outputs, or None if they are intact or the item has none."""
+    try:
+        content = read_text_item(folder, entry)
+        if entry.text is not None and content is not None:
+            parse_text(content, entry.text.variants, check_crc=False)
+    except ITEM_ERRORS as error:
+        assert entry.text is not None, "an item without text reads nothing"
+        return _describe(entry.text.file, entry.key if entry.text.offset is not None else None, error)
+    return None
+
+
+def _check_bytes(content: Content, size: int, sha256: str, kind: type[ValueError]) -> None:
+    if len(content) != size:
+        found = f"more than {size} bytes" if len(content) > size else f"{len(content)} bytes"
+        raise kind(f"has {found} instead of {size}")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise kind("SHA-256 differs from the manifest")
+
+
+def _describe(file: str, key: str | None, error: Exception) -> str:
+    reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{file}: {reason}" if key is None else f"{file}: {key}: {reason}"
+
+
+def _read_file(path: Path, size: int) -> bytes:
+    """Read a file of at most `size` bytes, and one byte more of a file that is too long."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size + 1, 0)
+    finally:
+        os.close(descriptor)

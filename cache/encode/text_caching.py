@@ -1,0 +1,206 @@
+"""Caching of text encoder outputs: checks of the settings, identity of the outputs, and set-up of the encoders."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow.compute as pc
+import torch
+
+from sdxl_trainer.cache.encode.encode_plan import DTYPE_BYTES, TextRequirement
+from sdxl_trainer.cache.encode.pipeline import TextJob
+from sdxl_trainer.cache.encode.text_encoder import TextEncoder, TextNetworks
+from sdxl_trainer.cache.models.encoders import TextEncoders, hash_weights, load_text_encoders, load_tokenizers
+from sdxl_trainer.cache.models.source import ModelSource, resolve_model
+from sdxl_trainer.configs.captions import CaptionConfig
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig, ModelConfig
+from sdxl_trainer.data.formats.manifest import TextIdentity
+from sdxl_trainer.data.formats.text_cache import (
+    STATE_FILE,
+    describe_file,
+    read_text_state,
+    verify_text_state,
+    write_text_state,
+)
+from sdxl_trainer.data.formats.text_outputs import BadTextError, pack_text
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.metadata.records import parse_record
+from sdxl_trainer.data.text.cached_text import CachedText
+from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.strategy import StrategyError, load_strategy
+from sdxl_trainer.data.text.tokens import CaptionTokenizer
+from sdxl_trainer.data.text.variants import CaptionVariants, list_random
+
+# A check of the cached text before a run looks at the captions of this many samples.
+MAX_CHECKED_SAMPLES = 10_000
+
+
+class TextShapes(NamedTuple):
+    """Shapes of the arrays in `TextOutputs`."""
+
+    hidden_1: tuple[int, ...]
+    hidden_2: tuple[int, ...]
+    pooled: tuple[int, ...]
+
+
+def check_captioning(caption: CaptionConfig, cache: CacheConfig) -> Iterator[Problem]:
+    """Check that the caption settings are possible with cached text."""
+    if not cache.text:
+        return
+    random = list_random(CaptionSettings(**caption.model_dump()))
+    if random and cache.text_variants == 1:
+        named = ", ".join(f"data.caption.{name}" for name in random)
+        rule = f"would keep one random form of each caption, although {named} makes a new one each time"
+        cure = "set cache.text_variants to 2 or more, turn that off, or set cache.text: false"
+        yield Problem("cache.text_variants", 1, rule, cure)
+    if caption.token_warmup_steps:
+        rule = "makes captions depend on the step, which is impossible with cached text"
+        cure = "set it to 0, or cache.text: false"
+        yield Problem("data.caption.token_warmup_steps", caption.token_warmup_steps, rule, cure)
+
+
+def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
+    """Check that the cache holds current text encoder outputs for all samples.
+
+    Captions are compared for at most `MAX_CHECKED_SAMPLES` evenly spread samples; training checks the others when it
+    reads them.
+
+    Args:
+        index: index of the latents; None: only the settings are checked.
+    """
+    problems = list(check_captioning(config.data.caption, config.cache))
+    if config.cache.on_missing == "encode":
+        rule = "encodes latents without text, but cache.text needs text for all samples"
+        problems.append(Problem("cache.on_missing", "encode", rule, "set it to skip or error, or cache.text: false"))
+    yield from problems
+    if problems or index is None:
+        return
+    folder = get_cache_folder(config)
+    damage = verify_text_state(folder)
+    if damage is None and not (folder / STATE_FILE).is_file():
+        damage = f"{folder} holds no cached text"
+    rule = damage or _describe_outdated(config, folder, index)
+    if rule is not None:
+        cure = "run bash launch/cache.sh with the same settings, or set cache.text: false"
+        yield Problem("cache.text", True, rule, cure)
+
+
+def _describe_outdated(config: Config, folder: Path, index: Index) -> str | None:
+    """Return how many samples have no text, or text of other settings or captions; None if all text is current."""
+    identity = compute_text_identity(config.model, config.data.max_tokens, config.cache.dtype, folder)
+    found = pc.call_function("struct_field", [index.arrow_column("text")], pc.StructFieldOptions(["identity"]))
+    missing = found.null_count
+    outdated = len(found) - missing - found.to_pylist().count(identity.name)
+    if missing or outdated:
+        change = _describe_change(folder, identity)
+        return f"of {len(index)} samples, {missing} have no cached text and {outdated} have text made {change}"
+    text = CachedText(folder, build_caption_variants(config.data, config.cache.text_variants), config.run.seed)
+    rows = sorted({place * len(index) // MAX_CHECKED_SAMPLES for place in range(MAX_CHECKED_SAMPLES)})
+    wrong = [reason for reason in (_describe_row(text, index.row(row)) for row in rows) if reason]
+    return f"is outdated in {len(wrong)} of {len(rows)} checked samples, first {wrong[0]}" if wrong else None
+
+
+def _describe_row(text: CachedText, row: dict[str, Any]) -> str | None:
+    try:
+        text.check(row, parse_record(row))
+    except (BadTextError, StrategyError) as error:
+        return f"{row['key']}: {error}"
+    return None
+
+
+def _describe_change(folder: Path, identity: TextIdentity) -> str:
+    """Return the settings under which the cached text was made, as far as they differ."""
+    state = read_text_state(folder)
+    if state is None or state.identity == identity:
+        return "with other settings"
+    known, wanted = asdict(state.identity), asdict(identity)
+    return f"with {', '.join(f'{name} {known[name]}' for name in wanted if known[name] != wanted[name])}"
+
+
+def build_caption_variants(data: DataConfig, num_variants: int) -> CaptionVariants:
+    """Build the object that shapes the captions to cache."""
+    strategy = load_strategy(data.strategy) if data.strategy else None
+    return CaptionVariants(CaptionSettings(**data.caption.model_dump()), num_variants, strategy)
+
+
+def compute_text_shapes(model: ModelConfig, max_tokens: int) -> TextShapes:
+    """Compute the shapes of the text encoder outputs of one caption."""
+    source = resolve_model(model)
+    widths = [source.read_config(name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
+    # The start and end marks between windows are left out.
+    length = max_tokens + 2
+    projected = source.read_config("text_encoder_2")["projection_dim"]
+    return TextShapes((length, widths[0]), (length, widths[1]), (projected,))
+
+
+def build_text_requirement(
+    model: ModelConfig, data: DataConfig, cache: CacheConfig, identity: TextIdentity
+) -> TextRequirement:
+    """Build the description of the text encoder outputs that the settings ask for."""
+    values = sum(math.prod(shape) for shape in compute_text_shapes(model, data.max_tokens))
+    return TextRequirement(
+        variants=build_caption_variants(data, cache.text_variants),
+        identity=identity,
+        caption_bytes=values * DTYPE_BYTES[cache.dtype],
+        in_shards=cache.format == "shards",
+    )
+
+
+def compute_text_identity(model: ModelConfig, max_tokens: int, dtype: str, folder: Path) -> TextIdentity:
+    """Compute the identity of the text encoder outputs under these settings.
+
+    The encoders are loaded and hashed, unless the cache in `folder` was made from the same unchanged files.
+    """
+    source = resolve_model(model)
+    tokenizers = [_hash_tokenizer(tokenizer) for tokenizer in load_tokenizers(source, model)]
+    known = read_text_state(folder)
+    if known is not None and known.sources == list_text_encoder_files(source, model):
+        encoders = [known.identity.encoder_sha256, known.identity.encoder_2_sha256]
+    else:
+        encoders = [hash_weights(encoder) for encoder in load_text_encoders(source, model)]
+    return TextIdentity(*encoders, *tokenizers, max_tokens=max_tokens, dtype=dtype)
+
+
+def list_text_encoder_files(source: ModelSource, model: ModelConfig) -> list[Any]:
+    """List everything that decides the encoders' weights: `model.text_projection`, and each file's size and mtime."""
+    folders = [source.folder / name for name in ("text_encoder", "text_encoder_2")]
+    files = [source.file] if source.file else [file for folder in folders for file in folder.glob("*.safetensors")]
+    configs = [folder / "config.json" for folder in folders]
+    return [model.text_projection, *(describe_file(file) for file in sorted([*files, *configs]))]
+
+
+def load_text_job(
+    model: ModelConfig, data: DataConfig, cache: CacheConfig, identity: TextIdentity, device: torch.device
+) -> TextJob:
+    """Load the text encoders onto their device and build the job that encodes captions with them."""
+    source = resolve_model(model)
+    encoders = TextEncoders(*(encoder.to(device) for encoder in load_text_encoders(source, model)))
+    networks = TextNetworks(encoders, load_tokenizers(source, model))
+    variants = build_caption_variants(data, cache.text_variants)
+    return TextJob(TextEncoder(networks, data.max_tokens), variants, identity.name)
+
+
+def save_text_state(folder: Path, identity: TextIdentity, job: TextJob, model: ModelConfig) -> None:
+    """Write `text.json` and the outputs of the empty caption, which all samples share."""
+    empty = pack_text(job.encoder.launch([""]).wait(), identity.dtype)
+    write_text_state(folder, identity, list_text_encoder_files(resolve_model(model), model), empty)
+
+
+def is_text_state_valid(folder: Path, identity: TextIdentity) -> bool:
+    """Return whether `text.json` and the outputs of the empty caption are intact and have this identity."""
+    state = read_text_state(folder)
+    return state is not None and state.identity == identity and verify_text_state(folder) is None
+
+
+def _hash_tokenizer(tokenizer: CaptionTokenizer) -> str:
+    """Return the SHA-256 of a vocabulary, its merges and the padding, which is the same for every file format."""
+    model = orjson.loads(tokenizer.tokenizer.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    words = [sorted(model["vocab"].items()), merges, tokenizer.pad_id]
+    return hashlib.sha256(orjson.dumps(words)).hexdigest()
