@@ -192,7 +192,7 @@ def check_run(config: Config, world_size: int) -> tuple[Index | None, list[Probl
     problems += check_strategy(config, index)
     problems += check_consistency(config, index)
     if config.cache.text and not problems:
-        problems = check_cached_text(config, index)
+        problems = [*check_cached_text(config, index)]
         problems += check_cached_text(derive_validation_config(config), own) if own else []
     return index, problems
 
