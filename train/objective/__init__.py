@@ -1,1 +1,4 @@
-"""The objective: pure functions for diffusion, timesteps, noise, losses and weightings, and their user."""
+"""The training objective: pure functions for noise, timesteps, targets, losses and weightings, and their one user.
+
+Loading networks, and everything that needs a rank, belongs elsewhere.
+"""

@@ -1,107 +1,147 @@
-"""The diffusion processes: how a latent becomes noise, and what the U-Net is to predict. Tensors in, tensors out.
+"""Forward processes and prediction targets, as pure functions on tensors.
 
-Every process is x_t = signal·x0 + noise_level·n. Diffusion (DDPM, Ho et al. 2020, arXiv 2006.11239) takes
-signal = sqrt(abar_t) and noise_level = sqrt(1 - abar_t) at whole timesteps, with SDXL's schedule; rectified flow (Liu
-et al. 2022, arXiv 2209.03003) takes 1 - s and s, and the U-Net is told t = 1000·s.
+Every forward process mixes a latent x0 with Gaussian noise n:
+
+    x_t = signal·x0 + noise_level·n
+
+- Diffusion (DDPM, Ho et al. 2020, arXiv 2006.11239): signal = sqrt(abar_t) and noise_level = sqrt(1 - abar_t) at the
+  integer timesteps t = 0 … 999, where abar_t is the cumulative product of 1 - beta_t over SDXL's schedule.
+- Rectified flow (Liu et al. 2022, arXiv 2209.03003): signal = 1 - s and noise_level = s for a real s in [0, 1]. The
+  U-Net receives the timestep t = 1000·s.
+
+Symbols used throughout this folder: B samples in a micro batch, T = 1000 timesteps, C latent channels, h x w latent
+size.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 NUM_TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012
+BETA_START, BETA_END = 0.00085, 0.012  # SDXL's
 
-# Shared by all predictions: (x0, n, signal, noise_level) -> target, the last two broadcast over [B, ...].
+# (x0, n, signal, noise_level) -> target; the last two broadcast over [B, ...].
 Target = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Levels(NamedTuple):
+    """The two coefficients of x_t = signal·x0 + noise_level·n, one of each per sample."""
+
+    signal: torch.Tensor  # [B] float32
+    noise_level: torch.Tensor  # [B] float32
+
+
+class LatentStatistics(NamedTuple):
+    """Per-channel statistics that turn latents of the VAE into x0 = (latent - mean)·scale, and back."""
+
+    mean: torch.Tensor  # [C], or [1] for all channels
+    scale: torch.Tensor  # [C], or [1] for all channels
+
+
 def compute_alphas_cumprod(zero_terminal_snr: bool = False) -> torch.Tensor:
-    """abar_t of SDXL's `scaled_linear` schedule, [1000] float64; with zero terminal SNR, abar of the last step is 0."""
+    """Return abar_t of SDXL's `scaled_linear` schedule, [T] float64.
+
+    sqrt(beta_t) grows linearly from sqrt(0.00085) to sqrt(0.012). With `zero_terminal_snr` the schedule is rescaled so
+    that the last abar is 0.
+    """
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
     alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
     return rescale_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod
 
 
 def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Shift sqrt(abar) so that the last is 0 and scale it so that the first stays (Lin et al. 2023, arXiv 2305.08891).
+    """Rescale a schedule to zero terminal SNR, [T] in and out (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
 
-    [T] in and out. The betas that belong to it follow from abar, which is all that training needs.
+    sqrt(abar) is shifted so that its last value becomes 0, then scaled so that its first value stays. The paper also
+    recomputes the betas; training needs only abar.
     """
     roots = alphas_cumprod.sqrt()
     return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
 
 
 def compute_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Signal-to-noise ratio abar / (1 - abar) of each timestep, [T] in and out."""
+    """Return the signal-to-noise ratio abar / (1 - abar) of each timestep, [T] in and out."""
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
 @dataclass(frozen=True)
 class DiffusionProcess:
-    """DDPM by tables over its timesteps."""
+    """DDPM's forward process, as tables indexed by the timestep."""
 
     signals: torch.Tensor  # [T] float32, sqrt(abar)
     noise_levels: torch.Tensor  # [T] float32, sqrt(1 - abar)
     snr: torch.Tensor  # [T] float32
 
-    def compute_levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(signal, noise level) at `timesteps` [B] int64, each [B]."""
-        return self.signals[timesteps], self.noise_levels[timesteps]
+    def compute_levels(self, timesteps: torch.Tensor) -> Levels:
+        """Return the levels at `timesteps` [B] int64."""
+        return Levels(self.signals[timesteps], self.noise_levels[timesteps])
 
     def compute_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """[B] in and out."""
+        """Return the SNR [B] at `timesteps` [B] int64."""
         return self.snr[timesteps]
 
 
 class FlowProcess:
-    """Rectified flow: a straight line from the latent to the noise."""
+    """Rectified flow's forward process: the straight line from the latent to the noise."""
 
-    def compute_levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1 - s, s) at `timesteps` [B] float32 = 1000·s, each [B]."""
+    def compute_levels(self, timesteps: torch.Tensor) -> Levels:
+        """Return the levels 1 - s and s at `timesteps` = 1000·s, [B] float32."""
         levels = timesteps / NUM_TIMESTEPS
-        return 1 - levels, levels
+        return Levels(1 - levels, levels)
 
     def compute_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """((1 - s) / s)², [B] in and out."""
+        """Return the SNR ((1 - s) / s)², [B], at `timesteps` = 1000·s, [B] float32."""
         signals, noise_levels = self.compute_levels(timesteps)
         return (signals / noise_levels).square()
 
 
 def build_diffusion_process(zero_terminal_snr: bool = False, device: torch.device | str = "cpu") -> DiffusionProcess:
-    """SDXL's process, its tables computed in float64: 1 - abar cancels where little noise is added."""
+    """Build SDXL's diffusion process with its tables on `device`.
+
+    The tables are computed in float64, because 1 - abar cancels in float32 at the first timesteps.
+    """
     alphas_cumprod = compute_alphas_cumprod(zero_terminal_snr)
-    tables = (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), compute_snr(alphas_cumprod))
-    return DiffusionProcess(*(table.float().to(device) for table in tables))
+    return DiffusionProcess(
+        signals=alphas_cumprod.sqrt().float().to(device),
+        noise_levels=(1 - alphas_cumprod).sqrt().float().to(device),
+        snr=compute_snr(alphas_cumprod).float().to(device),
+    )
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
-    """x_t = signal·x0 + noise_level·n. `x0`, `noise` [B, ...]; levels [B]."""
-    return expand(signal, x0) * x0 + expand(noise_level, x0) * noise
+    """Return x_t = signal·x0 + noise_level·n.
+
+    Shapes: `x0`, `noise` and the result [B, ...]; `signal` and `noise_level` [B].
+    """
+    return expand_like(signal, x0) * x0 + expand_like(noise_level, x0) * noise
 
 
 def compute_target(
     prediction: str, x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor
 ) -> torch.Tensor:
-    """What the U-Net should have said, [B, ...]; `prediction` is a name in `TARGETS`, levels are [B]."""
-    return TARGETS[prediction](x0, noise, expand(signal, x0), expand(noise_level, x0))
+    """Return the target that the U-Net's output is compared with, for a prediction type named in `TARGETS`.
+
+    Shapes: `x0`, `noise` and the result [B, ...]; `signal` and `noise_level` [B].
+    """
+    return TARGETS[prediction](x0, noise, expand_like(signal, x0), expand_like(noise_level, x0))
 
 
 def target_epsilon(
     x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor
 ) -> torch.Tensor:
-    """The noise."""
+    """Return the target of epsilon prediction: the noise n (Ho et al. 2020, arXiv 2006.11239)."""
     return noise
 
 
 def target_v(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
-    """sqrt(abar)·n - sqrt(1 - abar)·x0 (Salimans & Ho 2022, arXiv 2202.00512)."""
+    """Return the target of v-prediction: sqrt(abar)·n - sqrt(1 - abar)·x0 (Salimans & Ho 2022, arXiv 2202.00512)."""
     return signal * noise - noise_level * x0
 
 
 def target_flow(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
-    """n - x0, the velocity of the straight line."""
+    """Return the target of rectified flow: the velocity n - x0 of the straight line (arXiv 2209.03003)."""
     return noise - x0
 
 
@@ -109,10 +149,18 @@ TARGETS: dict[str, Target] = {"epsilon": target_epsilon, "v": target_v, "flow": 
 
 
 def normalize_latents(latents: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(z - mean)·scale per channel: x0 of what the VAE gave. `latents` [B, C, h, w]; `mean`, `scale` [C] or [1]."""
+    """Return x0 = (latents - mean)·scale for latents of the VAE.
+
+    Shapes: `latents` and the result [B, C, h, w]; `mean` and `scale` [C] or [1].
+    """
     return (latents - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
 
 
-def expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B] to [B, 1, ...] with as many dimensions as `like`."""
+def denormalize_latents(x0: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return x0/scale + mean, the latents that the VAE decodes: the inverse of `normalize_latents`."""
+    return x0 / scale.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+
+
+def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape one value per sample, [B], to [B, 1, ...] with as many dimensions as `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))

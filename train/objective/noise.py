@@ -1,7 +1,8 @@
-"""Noise: plain, offset, pyramid and perturbed. Pure, and drawn sample by sample from a seed of its own.
+"""Noise, as pure functions: plain, offset, pyramid and perturbed.
 
-So a sample's noise does not depend on the rank, micro batch or company it comes in. Each kind of draw has its own
-seeds: turning one on leaves the others as they were.
+Each sample is drawn from a seed of its own, so its noise does not depend on the rank, on the micro batch or on the
+other samples in it. Each kind of noise has its own seeds, so enabling one kind leaves the draws of the others as they
+were.
 """
 
 from collections.abc import Sequence
@@ -9,42 +10,49 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import interpolate
 
-from sdxl_trainer.train.objective.diffusion import expand
+from sdxl_trainer.train.objective.diffusion import expand_like
 
 
 def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
-    """Unit Gaussian noise, [B, *shape] float32, each sample drawn from its own seed."""
-    return torch.stack([torch.randn(*shape, generator=make_generator(seed, device), device=device) for seed in seeds])
+    """Draw standard normal noise, [B, *shape] float32, each sample from its own seed."""
+    return torch.stack([torch.randn(*shape, generator=build_generator(seed, device), device=device) for seed in seeds])
 
 
 def add_offset(
     noise: torch.Tensor, x0: torch.Tensor, strength: torch.Tensor, adaptive_scale: float, seeds: Sequence[int]
 ) -> torch.Tensor:
-    """Noise whose mean over the image varies too: n + k·randn(B, C, 1, 1), so that very dark and bright are learnt.
+    """Add offset noise n + k·randn(B, C, 1, 1), which shifts the mean of each channel.
 
-    With `adaptive_scale` a, k becomes max(0, k + a·|mean of x0 over the image|) for each channel. [B, C, h, w] in and
-    out; `strength` k is [B]. Source: crosslabs.org/blog/diffusion-with-offset-noise; the adaptive form is kohya's.
+    A model trained with it learns very dark and very bright images. With `adaptive_scale` a, the strength k becomes
+    max(0, k + a·|mean of x0 over the image|) for each channel.
+
+    Shapes: `noise`, `x0` and the result [B, C, h, w]; `strength` [B].
+    Source: crosslabs.org/blog/diffusion-with-offset-noise; the adaptive form is kohya's.
     """
-    strengths = expand(strength, noise) + adaptive_scale * x0.mean(dim=(2, 3), keepdim=True).abs()  # [B, C, 1, 1]
+    adaptive = adaptive_scale * x0.mean(dim=(2, 3), keepdim=True).abs()  # [B, C, 1, 1]
+    strengths = expand_like(strength, noise) + adaptive  # [B, C, 1, 1]
     return noise + strengths.clamp(min=0) * draw_noise((noise.shape[1], 1, 1), seeds, noise.device)
 
 
 def add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seeds: Sequence[int]) -> torch.Tensor:
-    """Noise of many resolutions, brought back to a standard deviation of 1 (multires or pyramid noise).
+    """Add pyramid noise (also called multi-resolution noise) and rescale the sum to a standard deviation of 1.
 
-    Level i adds discount^i times noise that is r^i times smaller than the latent, enlarged to it, with a random r of 2
-    to 4 for each level; a side of 1 is the last level. Level 0 has full size. [B, C, h, w] in and out, each sample
-    divided by its own deviation. Source: Whitaker 2023, "Multi-resolution noise for diffusion model training".
+    Level i adds discount^i times noise drawn at 1/r^i of the latent's size and enlarged to it, with a random r in
+    [2, 4) for each level. Level 0 has the full size. The level at which a side reaches 1 is the last. Each sample is
+    divided by its own standard deviation.
+
+    Shapes: `noise` and the result [B, C, h, w].
+    Source: Whitaker 2023, "Multi-resolution noise for diffusion model training".
     """
     return torch.stack([_add_pyramid(one, num_levels, discount, seed) for one, seed in zip(noise, seeds, strict=True)])
 
 
 def _add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seed: int) -> torch.Tensor:
-    """`add_pyramid` of one sample, [C, h, w]."""
+    """Add pyramid noise to one sample, [C, h, w]."""
     channels, height, width = noise.shape
-    # On the CPU, which need not wait for a GPU to know the sizes.
-    ratios = (2 + 2 * torch.rand(num_levels, generator=make_generator(seed))).tolist()
-    generator = make_generator(seed, noise.device)
+    # Drawn on the CPU: the sizes are needed on the host, and a GPU would have to be waited for.
+    ratios = (2 + 2 * torch.rand(num_levels, generator=build_generator(seed))).tolist()
+    generator = build_generator(seed, noise.device)
     for level, ratio in enumerate(ratios):
         size = (max(1, int(height / ratio**level)), max(1, int(width / ratio**level)))
         small = torch.randn(1, channels, *size, generator=generator, device=noise.device)
@@ -55,11 +63,16 @@ def _add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seed: in
 
 
 def perturb_noise(noise: torch.Tensor, strength: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-    """n + γ·randn, used for x_t only, so that the U-Net meets inputs as imperfect as its own (Ning et al. 2023,
-    arXiv 2301.11706). [B, ...] in and out; `strength` γ is [B]."""
-    return noise + expand(strength, noise) * draw_noise(noise.shape[1:], seeds, noise.device)
+    """Return n + γ·randn for input perturbation (Ning et al. 2023, arXiv 2301.11706).
+
+    The result is used for x_t only, not for the target: the U-Net learns to handle inputs that are as imperfect as its
+    own predictions.
+
+    Shapes: `noise` and the result [B, ...]; `strength` γ [B].
+    """
+    return noise + expand_like(strength, noise) * draw_noise(noise.shape[1:], seeds, noise.device)
 
 
-def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that nothing else draws from."""
+def build_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Build a seeded random generator that is independent of torch's global one."""
     return torch.Generator(device).manual_seed(seed)

@@ -1,6 +1,6 @@
-"""The objective as it was configured: everything about the loss that varies, behind methods that the step calls.
+"""The training objective of a run: the formulas that the settings select, with a seed for every random draw.
 
-The formulas are in diffusion.py, timesteps.py, noise.py, losses.py and weightings.py; here they are chosen and keyed.
+The formulas themselves are pure functions in diffusion.py, timesteps.py, noise.py, losses.py and weightings.py.
 """
 
 import inspect
@@ -15,6 +15,7 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective import diffusion
+from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss
 from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_noise, perturb_noise
 from sdxl_trainer.train.objective.timesteps import (
@@ -29,47 +30,47 @@ from sdxl_trainer.train.objective.timesteps import (
 )
 from sdxl_trainer.train.objective.weightings import WEIGHTINGS
 
-SCALING_FACTOR = 0.13025  # of SDXL's VAE, for configs that do not tell
+SCALING_FACTOR = 0.13025  # of SDXL's VAE, for VAE configs without one
 
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """What the draws of a micro batch are keyed to, whoever computes it."""
+    """Keys of the random draws of a micro batch. The draws depend on nothing else, so any rank can make them."""
 
     seed: int
     step: int
-    positions: list[int]  # [B], of the samples in the global batch
+    positions: list[int]  # [B] positions of the samples in the global batch
 
     def make_seeds(self, stream: RandomStream, part: int = 0) -> list[int]:
-        """A seed for each sample; `part` tells several draws of one stream apart."""
+        """Return a seed for each sample, [B]. `part` distinguishes several draws from one stream."""
         return [derive_seed(self.seed, stream, self.step, position, part) for position in self.positions]
 
     def make_step_seed(self, stream: RandomStream) -> int:
-        """A seed that all samples of the global batch share."""
+        """Return a seed that all samples of the global batch share."""
         return derive_seed(self.seed, stream, self.step)
 
 
 class Objective:
-    """Noise, timesteps, targets and losses of a run.
+    """Noise, timesteps, inputs, targets and losses of a run.
 
     Args:
         config: the `objective` section.
-        latent_statistics: (mean [C], scale [C]) as `resolve_latent_statistics` gives them.
-        global_batch_size: how many samples the low-discrepancy timesteps of a step are spread over.
-        device: where batches will be.
+        latent_statistics: per-channel mean and scale of the latents (`resolve_latent_statistics`).
+        global_batch_size: number of samples that the low-discrepancy timesteps of a step are spread over.
+        device: device of the tensors that the methods return.
     """
 
     def __init__(
         self,
         config: ObjectiveConfig,
-        latent_statistics: tuple[torch.Tensor, torch.Tensor],
+        latent_statistics: LatentStatistics,
         global_batch_size: int,
         device: torch.device | str = "cpu",
     ):
         self.config = config
         self.global_batch_size = global_batch_size
         self.device = torch.device(device)
-        self._mean, self._scale = (values.to(device) for values in latent_statistics)
+        self._latent_statistics = LatentStatistics(*(values.to(device) for values in latent_statistics))
         self._is_flow = config.prediction == "flow"
         self._process = (
             diffusion.FlowProcess()
@@ -80,12 +81,12 @@ class Objective:
         self._weigh = build_weighting(config)
 
     def normalize_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE gave to x0, on the device. [B, C, h, w] in and out."""
+        """Return x0 for latents of the VAE, moved to the device. Shape [B, C, h, w] in and out."""
         latents = latents.to(self.device, non_blocking=True)
-        return diffusion.normalize_latents(latents, self._mean, self._scale)
+        return diffusion.normalize_latents(latents, *self._latent_statistics)
 
     def sample_timesteps(self, keys: SampleKeys) -> torch.Tensor:
-        """[B] timesteps as the U-Net is told them: int64, or for flow float32, as 1000·s is no whole number."""
+        """Draw the timesteps that the U-Net receives, [B]: int64, or float32 values 1000·s for rectified flow."""
         config = self.config
         if config.low_discrepancy:
             seed = keys.make_step_seed(RandomStream.TIMESTEP)
@@ -95,12 +96,12 @@ class Objective:
         return self.draws_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
 
     def draws_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
-        """Numbers in [0, 1], [B] float64, to timesteps of the trained range, as `sample_timesteps` gives them."""
+        """Map draws in [0, 1], [B] float64, to timesteps in the trained range, with the dtype of `sample_timesteps`."""
         values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
         return (values.float() if self._is_flow else values.long()).to(self.device)
 
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
-        """The noise of the target, like `x0`."""
+        """Draw the noise n of the target, with the shape of `x0` [B, C, h, w]."""
         config = self.config
         noise = draw_noise(x0.shape[1:], keys.make_seeds(RandomStream.NOISE), self.device)
         if config.noise_offset or config.adaptive_noise_scale:
@@ -117,7 +118,10 @@ class Objective:
     def add_noise(
         self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, keys: SampleKeys
     ) -> torch.Tensor:
-        """x_t, the U-Net's input; with input perturbation from more noise than the target's."""
+        """Return the U-Net's input x_t = signal·x0 + noise_level·n, [B, C, h, w].
+
+        With input perturbation, n contains more noise here than in the target.
+        """
         config = self.config
         if config.ip_noise_gamma:
             strength = self._draw_strength(
@@ -127,14 +131,17 @@ class Objective:
         return diffusion.add_noise(x0, noise, *self._process.compute_levels(timesteps))
 
     def sample_text_keep(self, keys: SampleKeys) -> torch.Tensor | None:
-        """[B] float32: 0 for the samples whose text embeddings are to be zeroed, else 1; None keeps all."""
+        """Draw which samples keep their text embeddings, [B] float32: 1 keeps them, 0 zeroes them.
+
+        Returns None without text dropout.
+        """
         if not self.config.text_dropout_rate:
             return None
         draws = draw_uniform(keys.make_seeds(RandomStream.TEXT_DROPOUT))
         return (draws >= self.config.text_dropout_rate).float().to(self.device)
 
     def compute_target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the U-Net is to predict."""
+        """Return the target of the U-Net's prediction, [B, C, h, w]."""
         levels = self._process.compute_levels(timesteps)
         return diffusion.compute_target(self.config.prediction, x0, noise, *levels)
 
@@ -145,20 +152,26 @@ class Objective:
         timesteps: torch.Tensor,
         masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B] float32: each sample's loss, weighted by timestep. `masks` [B, H, W] count only with `masked_loss`."""
+        """Return the loss of each sample, [B] float32, weighted by its timestep.
+
+        Args:
+            prediction, target: [B, C, h, w].
+            timesteps: [B], as drawn by `sample_timesteps`.
+            masks: [B, H, W]; used only with `objective.masked_loss`.
+        """
         config, snr = self.config, self._process.compute_snr(timesteps)
         c = HUBER_SCHEDULES[config.huber_schedule](config.huber_c, timesteps, snr)
         masks = masks.to(self.device) if config.masked_loss and masks is not None else None
         return compute_sample_loss(prediction, target, config.loss, c, masks) * self._weigh(snr)
 
     def _draw_strength(self, strength: float, is_random: bool, stream: RandomStream, keys: SampleKeys) -> torch.Tensor:
-        """[B] float32: the strength itself, or a share of it that is drawn for each sample."""
+        """Return the strength for each sample, [B] float32: constant, or with `is_random` uniform in [0, strength)."""
         shares = draw_uniform(keys.make_seeds(stream, 1)) if is_random else torch.ones(len(keys.positions))
         return (strength * shares).float().to(self.device)
 
 
 def build_inverse_cdf(config: ObjectiveConfig) -> InverseCdf:
-    """The density of timesteps that the settings name."""
+    """Build the inverse CDF of `objective.timestep_density`."""
     if isinstance(config.timestep_density, list):
         return build_histogram(config.timestep_density)
     builders: dict[str, Callable[[], InverseCdf]] = {
@@ -169,22 +182,24 @@ def build_inverse_cdf(config: ObjectiveConfig) -> InverseCdf:
 
 
 def build_weighting(config: ObjectiveConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The weighting that the settings name, with what it takes of them."""
+    """Build the function SNR [B] → weights [B] of `objective.weighting`, with the settings it takes bound to it."""
     weigh = WEIGHTINGS[config.weighting]
     settings = {"prediction": config.prediction, "gamma": config.gamma, "sigma_data": config.sigma_data}
     wanted = inspect.signature(weigh).parameters
     return partial(weigh, **{name: value for name, value in settings.items() if name in wanted})
 
 
-def resolve_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, scale), [C] or [1] float32 each, so that x0 = (latent - mean)·scale.
+def resolve_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> LatentStatistics:
+    """Return the mean and scale, float32, of x0 = (latent - mean)·scale.
 
-    From `model.latents_mean` and `model.latents_std` (scale 1/std), else from the VAE's config as diffusers uses it:
-    its scaling factor, divided by its `latents_std` if it has statistics.
+    `model.latents_mean` and `model.latents_std` take precedence (scale = 1/std). Otherwise the VAE's config decides, as
+    in diffusers: scale = scaling_factor, or scaling_factor/latents_std with its `latents_mean` as the mean.
     """
     if model.latents_mean and model.latents_std:
-        return torch.tensor(model.latents_mean), 1 / torch.tensor(model.latents_std)
+        return LatentStatistics(torch.tensor(model.latents_mean), 1 / torch.tensor(model.latents_std))
     factor = torch.tensor([vae_config.get("scaling_factor") or SCALING_FACTOR])
     if vae_config.get("latents_mean") and vae_config.get("latents_std"):
-        return torch.tensor(vae_config["latents_mean"]), factor / torch.tensor(vae_config["latents_std"])
-    return torch.zeros(1), factor
+        return LatentStatistics(
+            torch.tensor(vae_config["latents_mean"]), factor / torch.tensor(vae_config["latents_std"])
+        )
+    return LatentStatistics(torch.zeros(1), factor)

@@ -1,6 +1,7 @@
-"""Timesteps: uniform draws, keyed to the sample, through the inverse CDF of the wanted density. All pure.
+"""Timestep sampling, as pure functions: a uniform draw per sample, mapped through the inverse CDF of a density.
 
-A density is given by its inverse CDF, a map of [0, 1) onto itself, so any density works with evenly spread draws too.
+A density is given by its inverse CDF, a map from [0, 1) to [0, 1). Low-discrepancy draws therefore work with every
+density.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,42 +9,45 @@ from collections.abc import Callable, Sequence
 import torch
 
 InverseCdf = Callable[[torch.Tensor], torch.Tensor]
-BITS = 53  # of a float64's fraction
+FRACTION_BITS = 53  # of a float64
 
 
 def draw_uniform(seeds: Sequence[int]) -> torch.Tensor:
-    """One number in [0, 1) for each seed of 63 well-mixed bits (data/order/plan.py: derive_seed), [B] float64."""
-    return torch.tensor([seed >> (63 - BITS) for seed in seeds], dtype=torch.float64) * 2.0**-BITS
+    """Return one number in [0, 1) per 63-bit seed of `derive_seed` (data/order/keyed_random.py), [B] float64."""
+    return torch.tensor([seed >> (63 - FRACTION_BITS) for seed in seeds], dtype=torch.float64) * 2.0**-FRACTION_BITS
 
 
 def draw_low_discrepancy(seed: int, positions: Sequence[int], total: int) -> torch.Tensor:
-    """The numbers of `positions` among `total` points 1/total apart, all shifted by one draw, [B] float64 in [0, 1).
+    """Return evenly spaced numbers, (u + position/total) mod 1 with one shared uniform u, [B] float64 in [0, 1).
 
-    Whoever computes them, together they lie as evenly as can be, and each by itself is uniform (Kingma et al. 2021,
-    arXiv 2107.00630, appendix I).
+    Each number by itself is uniform. Together, the numbers of a global batch cover [0, 1) as evenly as possible, no
+    matter which ranks and micro batches draw them (Kingma et al. 2021, arXiv 2107.00630, appendix I).
 
     Args:
-        seed: of the optimizer step, the same for all its samples.
-        positions: places in the global batch, of `total` samples.
+        seed: seed of the optimizer step, shared by all its samples.
+        positions: the samples' positions in the global batch.
+        total: samples in the global batch.
     """
     shifted = draw_uniform([seed]) + torch.tensor(list(positions), dtype=torch.float64) / total
     return shifted % 1.0
 
 
 def build_uniform() -> InverseCdf:
-    """Every timestep equally often."""
+    """Build the inverse CDF of the uniform density."""
     return lambda draws: draws
 
 
 def build_logit_normal(mean: float, std: float) -> InverseCdf:
-    """sigmoid(mean + std·z) with a normal z (Esser et al. 2024, arXiv 2403.03206)."""
+    """Build the inverse CDF of the logit-normal density: sigmoid(mean + std·z), z standard normal (Esser et al. 2024,
+    arXiv 2403.03206)."""
     return lambda draws: torch.sigmoid(mean + std * torch.special.ndtri(draws))
 
 
 def build_histogram(weights: Sequence[float]) -> InverseCdf:
-    """Any density, as its heights over equal parts of the range; they need not add up to 1.
+    """Build the inverse CDF of a density that is constant on equal parts of [0, 1).
 
-    Within a part all timesteps are equally likely. Parts of height 0 never come.
+    Args:
+        weights: the density's height on each part; the weights need not add up to 1. A part of weight 0 is never drawn.
     """
     heights = torch.tensor(list(weights), dtype=torch.float64)
     edges = torch.cat([torch.zeros(1, dtype=torch.float64), heights.cumsum(0)])  # the CDF at the parts' edges
@@ -58,11 +62,15 @@ def build_histogram(weights: Sequence[float]) -> InverseCdf:
 
 
 def shift_draws(draws: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move draws towards noise (shift > 1): shift·s / (1 + (shift - 1)·s), as SD3 does for large images."""
+    """Return shift·s / (1 + (shift - 1)·s) for draws s: more noise for shift > 1, as SD3 uses for large images
+    (Esser et al. 2024, arXiv 2403.03206)."""
     return shift * draws / (1 + (shift - 1) * draws)
 
 
 def scale_to_range(draws: torch.Tensor, minimum: int, maximum: int) -> torch.Tensor:
-    """[0, 1] to real timesteps in [minimum, maximum), [B] float64; 1, which rounding can reach, stays below maximum."""
+    """Scale draws in [0, 1] to real timesteps in [minimum, maximum), [B] float64.
+
+    A draw of 1, which rounding can produce, gives a timestep just below `maximum`.
+    """
     timesteps = minimum + draws * (maximum - minimum)
     return timesteps.clamp(minimum, maximum * (1 - 2.0**-20))

@@ -1,18 +1,18 @@
-"""Weightings: how much the loss counts at each timestep, by its signal-to-noise ratio. Pure.
+"""Loss weightings, as pure functions: the weight of each timestep's loss by its signal-to-noise ratio (SNR).
 
-Every one is a function of the SNR [B] that gives weights [B]. Those of epsilon and of v belong to different errors: v's
-squared error is epsilon's times (snr + 1)/snr.
+Each function maps an SNR [B] to weights [B]. A weighting that takes `prediction` has one formula for epsilon prediction
+and one for v-prediction, because their squared errors differ: v's is epsilon's times (snr + 1)/snr.
 """
 
 from collections.abc import Callable
 
 import torch
 
-MAX_SNR = 1000.0  # of the weightings that would else follow the SNR without end where there is hardly any noise
+MAX_SNR = 1000.0  # bounds the weightings that would otherwise grow or vanish without limit at the first timesteps
 
 
 def weigh_none(snr: torch.Tensor) -> torch.Tensor:
-    """Every timestep counts the same."""
+    """Return a weight of 1 for every timestep."""
     return torch.ones_like(snr)
 
 
@@ -22,12 +22,12 @@ def weigh_min_snr(snr: torch.Tensor, prediction: str, gamma: float) -> torch.Ten
 
 
 def weigh_soft_min_snr(snr: torch.Tensor, prediction: str, gamma: float, sigma_data: float) -> torch.Tensor:
-    """Min-SNR-γ with (σ·s)²/(σ² + s²)² in the place of the SNR, where σ² = 1/snr and s = `sigma_data`.
+    """Soft Min-SNR: Min-SNR-γ of the soft SNR (σ·s)²/(σ² + s²)², with σ² = 1/snr and s = `sigma_data`.
 
-    That is at most 1/4 (where σ = s), so a larger γ never bites: with epsilon every weight is then 1. The formula is
-    k-diffusion's (Crowson et al. 2024, arXiv 2401.11605).
+    The soft SNR is at most 1/4, at σ = s. A γ above 1/4 therefore clips nothing, and every weight of epsilon prediction
+    is 1. The formula is k-diffusion's (Crowson et al. 2024, arXiv 2401.11605).
     """
-    scaled = snr * sigma_data**2  # written so that SNR 0, an infinite σ, gives 0
+    scaled = snr * sigma_data**2  # written in terms of the SNR so that SNR 0, an infinite σ, gives 0
     return weigh_min_snr(scaled / (1 + scaled).square(), prediction, gamma)
 
 
@@ -38,18 +38,18 @@ def weigh_debiased(snr: torch.Tensor, prediction: str) -> torch.Tensor:
 
 
 def weigh_p2(snr: torch.Tensor, gamma: float) -> torch.Tensor:
-    """P2: (1 + snr)^-γ (Choi et al. 2022, arXiv 2204.00227)."""
+    """P2 weighting: (1 + snr)^-γ (Choi et al. 2022, arXiv 2204.00227)."""
     return (1 + snr) ** -gamma
 
 
 def weigh_v_like_epsilon(snr: torch.Tensor) -> torch.Tensor:
-    """snr/(snr + 1), which makes v's error count as epsilon's does."""
+    """Weight v's squared error like epsilon's: snr/(snr + 1)."""
     clamped = snr.clamp(max=MAX_SNR)
     return clamped / (clamped + 1)
 
 
 def weigh_v_pred_like(snr: torch.Tensor, gamma: float) -> torch.Tensor:
-    """1 + γ/(snr/(snr + 1)): epsilon's error, and γ times v's on top."""
+    """Add γ times v's squared error to epsilon's: 1 + γ·(snr + 1)/snr."""
     return 1 + gamma / weigh_v_like_epsilon(snr)
 
 

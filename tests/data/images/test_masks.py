@@ -23,6 +23,7 @@ from sdxl_trainer.data.images.masks import BadMaskError, MaskFinder, add_mask, c
 from sdxl_trainer.data.images.transforms import PreparedImage, prepare_image
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective
 
 ENDING = "-masklabel.png"
@@ -272,7 +273,11 @@ def test_nothing_is_learnt_where_a_mask_is_black(folder):
     sample = read_latents(folder / "latents" / "a.npz")
     prediction = torch.zeros(2, *sample.latents.shape, requires_grad=True)
     masks = torch.stack([torch.from_numpy(np.array(sample.alpha_mask)), torch.ones(96, 160)])
-    objective = Objective(ObjectiveConfig(masked_loss=True), (torch.zeros(1), torch.ones(1)), global_batch_size=2)
+    objective = Objective(
+        ObjectiveConfig(masked_loss=True),
+        LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1)),
+        global_batch_size=2,
+    )
     target = torch.ones_like(prediction)
     losses = objective.compute_losses(prediction, target, torch.tensor([100, 900]), masks)
     assert losses.tolist() == pytest.approx([0.5, 1], abs=2e-3)  # black counts as no error, over all of the area

@@ -127,7 +127,7 @@ def test_weighting_turns_one_error_into_the_other():
     """v's squared error is epsilon's times (snr + 1)/snr, where both come from the same image of x0."""
     x0, noise = draw_pair()
     process = diffusion.build_diffusion_process()
-    signal, level = (diffusion.expand(values, x0) for values in process.compute_levels(ALL))
+    signal, level = (diffusion.expand_like(values, x0) for values in process.compute_levels(ALL))
     guess = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     x_t = signal * x0 + level * noise
     errors = {}

@@ -6,10 +6,11 @@ from torch.nn.functional import interpolate
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
-from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_noise, make_generator, perturb_noise
+from sdxl_trainer.train.objective.diffusion import LatentStatistics
+from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, build_generator, draw_noise, perturb_noise
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
-STATISTICS = (torch.zeros(1), torch.ones(1))
+STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1))
 SHAPE = (4, 16, 24)
 SEEDS = [derive_seed(number) for number in range(6)]
 
@@ -33,13 +34,13 @@ def test_offset_adds_one_number_to_each_channel():
     x0, noise = draw_x0(), draw_noise(SHAPE, SEEDS)
     strength = torch.tensor([0.1, 0.1, 0.1, 0.2, 0.0, 0.1])
     added = add_offset(noise, x0, strength, 0.0, SEEDS) - noise
-    randn = torch.stack([torch.randn(4, 1, 1, generator=make_generator(seed)) for seed in SEEDS])
+    randn = torch.stack([torch.randn(4, 1, 1, generator=build_generator(seed)) for seed in SEEDS])
     torch.testing.assert_close(added, (strength.view(6, 1, 1, 1) * randn).expand_as(added), rtol=1e-3, atol=1e-6)
 
 
 def test_adaptive_offset_follows_the_mean_of_each_channel():
     x0 = torch.tensor([0.5, -1.0, 0.0, 2.0]).view(1, 4, 1, 1).expand(1, *SHAPE)
-    noise, randn = torch.zeros(1, *SHAPE), torch.randn(4, 1, 1, generator=make_generator(SEEDS[0]))
+    noise, randn = torch.zeros(1, *SHAPE), torch.randn(4, 1, 1, generator=build_generator(SEEDS[0]))
     for scale, strengths in ((0.1, [0.15, 0.2, 0.1, 0.3]), (-0.1, [0.05, 0, 0.1, 0])):  # 0.1 + a·|mean|, at least 0
         added = add_offset(noise, x0, torch.tensor([0.1]), scale, SEEDS[:1])
         expected = torch.tensor(strengths).view(1, 4, 1, 1) * randn
@@ -48,8 +49,8 @@ def test_adaptive_offset_follows_the_mean_of_each_channel():
 
 def test_pyramid_noise_is_the_sum_of_enlarged_levels():
     noise = draw_noise(SHAPE, SEEDS[:1])
-    ratios = 2 + 2 * torch.rand(6, generator=make_generator(SEEDS[0]))
-    generator, expected, sizes = make_generator(SEEDS[0]), noise.clone(), []
+    ratios = 2 + 2 * torch.rand(6, generator=build_generator(SEEDS[0]))
+    generator, expected, sizes = build_generator(SEEDS[0]), noise.clone(), []
     for level in range(6):
         divisor = ratios[level].item() ** level
         sizes.append((max(1, int(16 / divisor)), max(1, int(24 / divisor))))

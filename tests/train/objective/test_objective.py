@@ -17,9 +17,10 @@ from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.train.main import main
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.objective import diffusion
+from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
-STATISTICS = (torch.zeros(1), torch.tensor([0.5]))
+STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.tensor([0.5]))
 KEYS = SampleKeys(3, 11, [4, 5, 6])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
+from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import (
     build_histogram,
@@ -18,7 +19,7 @@ from sdxl_trainer.train.objective.timesteps import (
     shift_draws,
 )
 
-STATISTICS = (torch.zeros(1), torch.ones(1))
+STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1))
 COUNT = 20_000
 KS_LIMIT = 1.95 / math.sqrt(COUNT)  # Kolmogorov-Smirnov at 0.1 %; the draws are fixed, so it holds for good
 

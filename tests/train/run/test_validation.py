@@ -23,6 +23,7 @@ from sdxl_trainer.data.checks.validation_set import (
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.order.split import exclude_rows
+from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.validate import spread_timesteps, summarize_losses
@@ -141,7 +142,7 @@ def test_what_is_wrong_with_a_validation_set_is_told(cached_folder: Path, tmp_pa
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
 def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(prediction: str) -> None:
     settings = ObjectiveConfig(prediction=prediction, min_timestep=200, max_timestep=600)
-    objective = Objective(settings, (torch.zeros(1), torch.ones(1)), 4)
+    objective = Objective(settings, LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1)), 4)
     turns = [spread_timesteps(objective, SampleKeys(1, turn, [5, 6, 7]), 4) for turn in range(4)]
     for turn, timesteps in enumerate(turns):
         assert (timesteps >= 200 + 100 * turn).all() and (timesteps < 300 + 100 * turn).all()
