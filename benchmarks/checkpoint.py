@@ -42,7 +42,7 @@ def measure(folder: Path, num_layers: int) -> dict[str, Figure]:
 
     init_ranks()
     engine = build_engine(num_layers)
-    writer = CheckpointWriter(folder, 0, 1, "t", keep_last=1)
+    writer = CheckpointWriter(folder=folder, rank=0, world_size=1, token="t", keep_last=1)
     step_seconds = statistics.median(time_step(engine) for _ in range(8))
     lost, blocking_seconds = compare_saves(engine, writer, lambda: time_step(engine), step_seconds)
     rest_seconds = statistics.median(rest() for _ in range(8))
@@ -65,13 +65,14 @@ def measure(folder: Path, num_layers: int) -> dict[str, Figure]:
 def build_engine(num_layers: int):
     """The real engine around a plain network that is cheap to run for its size."""
     from sdxl_trainer.configs.engine import EngineConfig
+    from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
     from sdxl_trainer.train.engine.engine import Engine
 
     torch.manual_seed(0)
     layers = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(num_layers)]
     net = torch.nn.Sequential(*(module for layer in layers for module in (layer, torch.nn.GELU())))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
-    return Engine(net, optimizer, EngineConfig(zero_stage=1, precision="fp32"), (BATCH, BATCH, 1), 1.0)
+    return Engine(net, optimizer, EngineConfig(zero_stage=1, precision="fp32"), BatchSizes(BATCH, BATCH, 1), 1.0)
 
 
 def time_step(engine) -> float:
@@ -105,10 +106,9 @@ def save(engine, writer, number: int, blocking: bool, step: Callable[[], float],
     """Seconds that training loses to a save: it goes on until the checkpoint is sealed."""
     from sdxl_trainer.train.checkpoint.state import TrainState
 
-    writer.blocking = blocking
     started, num_steps = time.perf_counter(), 0
     writer.save(engine, TrainState(step=number, world_size=1))
-    while writer.is_writing():
+    while writer.is_writing() and not blocking:
         step()
         num_steps += 1
     writer.wait()

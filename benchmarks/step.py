@@ -158,14 +158,14 @@ def build_bare_deepspeed(run: Any) -> Callable[..., None]:
     """A step of a loop over DeepSpeed's own engine."""
     import deepspeed
 
-    from sdxl_trainer.train.engine.deepspeed_config import build_deepspeed_config
+    from sdxl_trainer.train.engine.deepspeed_config import BatchSizes, build_deepspeed_config
     from sdxl_trainer.train.networks.parameter_groups import build_groups
     from sdxl_trainer.train.optim.optimizers import build_optimizer
 
     config, networks = run.config, deepcopy(run.engine.model).float()
     unet_config = run.source.read_config("unet")
     optimizer = build_optimizer(build_groups(networks, config.optim, unet_config), config.optim, config.engine)
-    batch_sizes = (config.train.global_batch_size, config.train.micro_batch_size, 1)
+    batch_sizes = BatchSizes(config.train.global_batch_size, config.train.micro_batch_size, 1)
     settings = build_deepspeed_config(config.engine, batch_sizes, config.optim.max_grad_norm, optimizer)
     engine, *_ = deepspeed.initialize(model=networks, optimizer=optimizer, config=settings, dist_init_required=False)
 

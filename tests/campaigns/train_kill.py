@@ -199,13 +199,13 @@ def forget_steps(run: Path, last: int) -> None:
 
 def find_step(run: Path) -> int:
     """The step that the next start goes on from, found as a start finds it."""
-    from sdxl_trainer.train.checkpoint.folder import find_checkpoint, settle_partials
+    from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, recover_partial_checkpoints
 
     folder = run / "checkpoints"
     if not folder.is_dir():
         return 0
-    settle_partials(folder)
-    newest = find_checkpoint(folder)
+    recover_partial_checkpoints(folder)
+    newest = find_newest_checkpoint(folder)
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 

@@ -47,7 +47,7 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
         config, index, ranks = set_up(config, [])
         run, batches = build(config, index, ranks)
         if not before:  # the same under every stage; without ZeRO no rank has to ask another
-            before.update({name: run.engine.gather_weight(name) for name, _ in run.engine.model.named_parameters()})
+            before.update({name: run.engine.weights.gather(name) for name, _ in run.engine.model.named_parameters()})
         losses = []
         for step in range(steps):
             result = train_step(run, batches, compute_lr(step, config.optim, config.train.max_steps))

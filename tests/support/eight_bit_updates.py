@@ -18,6 +18,7 @@ from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks, redu
 from sdxl_trainer.launch.program import end_program
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.optim.optimizers import build_optimizer
 
@@ -33,7 +34,9 @@ def build_engine(stage: int, ranks: Ranks, name: str = "adamw8bit", precision: s
     config, settings = OptimConfig(name=name, lr=LR), EngineConfig(zero_stage=stage, precision=precision)
     groups = [{"params": list(net.parameters()), "lr": LR, "weight_decay": 0.01, "lr_scale": 1.0}]
     optimizer = build_optimizer(groups, config, settings)
-    return Engine(net, optimizer, settings, (GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE // ranks.world_size, 1), 1.0)
+    return Engine(
+        net, optimizer, settings, BatchSizes(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE // ranks.world_size, 1), 1.0
+    )
 
 
 def train(engine: Engine, steps: range, ranks: Ranks) -> list[float]:
@@ -51,8 +54,9 @@ def train(engine: Engine, steps: range, ranks: Ranks) -> list[float]:
 
 def save(engine: Engine, folder: Path, ranks: Ranks) -> Path:
     """A checkpoint of step 3."""
-    writer = CheckpointWriter(folder, ranks.rank, ranks.world_size, "t", keep_last=1, blocking=True)
+    writer = CheckpointWriter(folder=folder, rank=ranks.rank, world_size=ranks.world_size, token="t", keep_last=1)
     writer.save(engine, TrainState(step=3, world_size=ranks.world_size))
+    writer.wait()
     return folder / "step-00000003"
 
 
@@ -65,7 +69,7 @@ def main() -> int:
         path = save(engine, folder / str(stage), ranks)
         losses += train(engine, range(3, 6), ranks)
         again = build_engine(stage, ranks)
-        again.load(path)
+        again.load_state(path)
         resumed = train(again, range(3, 6), ranks)
         if ranks.is_main:
             sys.stdout.write(json.dumps({"stage": stage, "losses": losses, "resumed": resumed}) + "\n")

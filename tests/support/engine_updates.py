@@ -14,6 +14,7 @@ import torch
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks
 from sdxl_trainer.launch.program import end_program
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.run.non_finite import spread_non_finite
 
@@ -31,10 +32,10 @@ def train(stage: int, precision: str, steps: list[str], ranks: Ranks) -> tuple[t
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     begun = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    batch = (ranks.world_size * ACCUMULATION_STEPS, 1, ACCUMULATION_STEPS)
+    batch = BatchSizes(ranks.world_size * ACCUMULATION_STEPS, 1, ACCUMULATION_STEPS)
     engine = Engine(model, optimizer, EngineConfig(zero_stage=stage, precision=precision), batch, max_grad_norm=0.5)
     for name, weight in begun.items():
-        assert engine.gather_weight(name).equal(weight), f"the master of {name} was rounded"
+        assert engine.weights.gather(name).equal(weight), f"the master of {name} was rounded"
     updated, norms = [], []
     for number, kind in enumerate(steps):
         for micro_step in range(ACCUMULATION_STEPS):
@@ -46,7 +47,7 @@ def train(stage: int, precision: str, steps: list[str], ranks: Ranks) -> tuple[t
         updated.append(applied)
         norms.append(engine.grad_norm())
     assert engine.completed_steps == len(steps)
-    weights = torch.cat([engine.gather_weight(name).flatten() for name, _ in model.named_parameters()])
+    weights = torch.cat([engine.weights.gather(name).flatten() for name, _ in model.named_parameters()])
     return weights, updated, norms
 
 

@@ -19,9 +19,10 @@ from rank_port import find_rank_port
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import Ranks, init_ranks, reduce_sum
-from sdxl_trainer.train.checkpoint.folder import find_checkpoint, seal_checkpoint
+from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, seal_checkpoint
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 
 STAGES, SAVED_STEPS, ALL_STEPS, GLOBAL_BATCH = (1, 2, 3), 3, 5, 4
@@ -59,7 +60,7 @@ def build_engine(stage: int, ranks: Ranks) -> Engine:
         {"params": [weight for weight in net.parameters() if weight.dim() > 1], "weight_decay": 0.1},
         {"params": [weight for weight in net.parameters() if weight.dim() <= 1], "weight_decay": 0.0},
     ]
-    batch = (GLOBAL_BATCH, GLOBAL_BATCH // ranks.world_size, 1)
+    batch = BatchSizes(GLOBAL_BATCH, GLOBAL_BATCH // ranks.world_size, 1)
     settings, averages = EngineConfig(zero_stage=stage, precision="fp32"), EmaConfig(decays=[float(AVERAGE)])
     return Engine(net, torch.optim.AdamW(groups, lr=0.05), settings, batch, max_grad_norm=1.0, ema=averages)
 
@@ -78,10 +79,10 @@ def train(engine: Engine, ranks: Ranks, steps: range) -> list[float]:
 
 def gather_all(engine: Engine) -> dict[str, torch.Tensor]:
     """Weights and averages, whole."""
-    names = engine.trained
+    names = engine.weights.trained_names
     return {
-        **{name: engine.gather_weight(name) for name in names},
-        **{f"{name} {AVERAGE}": engine.gather_weight(name, AVERAGE) for name in names},
+        **{name: engine.weights.gather(name) for name in names},
+        **{f"{name} {AVERAGE}": engine.weights.gather(name, AVERAGE) for name in names},
     }
 
 
@@ -99,9 +100,11 @@ def save(folder: Path, ranks: Ranks) -> None:
         assert time.monotonic() < deadline, "rank 0 cannot save alone"
         time.sleep(0.01)
     for stage, engine in engines.items():
-        writer = CheckpointWriter(folder / str(stage), ranks.rank, ranks.world_size, "t", keep_last=1)
+        writer = CheckpointWriter(
+            folder=folder / str(stage), rank=ranks.rank, world_size=ranks.world_size, token="t", keep_last=1
+        )
         state = TrainState(step=SAVED_STEPS, world_size=ranks.world_size, zero_stage=stage)
-        partial = writer.write(engine.capture_state(alone=True), state)
+        partial = writer.write_files(engine.capture_state(alone=True), state)
         assert (seal_checkpoint(partial) is not None) == (ranks.rank == 1)
     (folder / f"rank {ranks.rank} has saved").touch()
 
@@ -110,9 +113,9 @@ def go_on(folder: Path, ranks: Ranks) -> None:
     """From each checkpoint under each stage."""
     expected, weights = torch.load(folder / "expected.pt")
     for old, new in product(STAGES, STAGES):
-        engine, checkpoint = build_engine(new, ranks), find_checkpoint(folder / str(old))
+        engine, checkpoint = build_engine(new, ranks), find_newest_checkpoint(folder / str(old))
         assert checkpoint is not None
-        engine.load(checkpoint)
+        engine.load_state(checkpoint)
         losses = train(engine, ranks, range(SAVED_STEPS, ALL_STEPS))
         worst = max(abs(one - other) for one, other in zip(losses, expected, strict=True))
         for name, weight in gather_all(engine).items():

@@ -1,11 +1,11 @@
-"""Saving when nobody can agree any more: a rank raised or died, or the others are stuck in a collective with it.
+"""Emergency saves: the state is kept when a rank raises or dies, or blocks the others in a collective.
 
-Each living rank writes its own shard of the state by itself, in the form that any checkpoint is built in
-(train/checkpoint/folder.py). If all shards of one step come together, the next start seals and resumes them; if a rank
-was killed outright its shard is missing, and the newest sealed checkpoint is used.
+Each living rank writes its own shard of the state alone, in the form in which every checkpoint is built
+(train/checkpoint/folder.py). If the shards of all ranks are of one step, the next start seals and resumes them. If a
+rank was killed, its shard is missing, and the next start uses the newest sealed checkpoint.
 
 A rank that is blocked inside a collective runs no Python signal handler. So signals are also written to a pipe
-(`signal.set_wakeup_fd`), which a thread reads: it gives the loop time to end in good order, then saves without it.
+(`signal.set_wakeup_fd`), which a thread reads: it gives the loop time to end normally, then saves without it.
 """
 
 import os
@@ -23,22 +23,22 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
 
-# torchrun kills its ranks 30 s after it told them to end.
+# torchrun kills its ranks 30 s after SIGTERM.
 DEADLINE_SECONDS = 25.0
-# The part of it in which the loop may still end in good order, and then those for the checkpoint in hand and for the
-# update in hand. The rest is for writing.
+# Shares of the deadline in which the loop may end normally, the current checkpoint be written, and the current update
+# end. The rest is for writing.
 PATIENCE_SHARE, CHECKPOINT_SHARE, UPDATE_SHARE = 0.4, 0.2, 0.2
 
 
 class EmergencySaver:
-    """Writes this rank's shard at most once, from whichever thread comes first. A context around the training loop.
+    """Context around the training loop that writes this rank's shard at most once, from the main or another thread.
 
-    An exception that leaves the loop is let through after the state is saved; a stop on request, and an end that was
-    told in full, have saved already.
+    An exception that leaves the loop is raised again after the state is saved. `Interrupted` and `FailedError` save
+    nothing, because the loop has saved before it raises them.
 
     Args:
-        read_state: the state that belongs to so many completed optimizer steps.
-        export: writes the weights as a model file from this rank alone, or None where no rank has them whole (ZeRO-3).
+        read_state: returns the state after the given number of completed optimizer steps.
+        export: writes the weights as a model file from this rank alone; None under ZeRO-3, where no rank has them all.
     """
 
     def __init__(
@@ -60,8 +60,9 @@ class EmergencySaver:
         os.set_blocking(self._sender, False)
 
     def __enter__(self) -> "EmergencySaver":
-        """Start the thread that reads signals. Entered on the main thread, after the handlers are set."""
-        if self._writer.rank == 0:  # what a job left that was killed while it wrote a model
+        """Start the thread that reads signals. Entered on the main thread, after the signal handlers are set."""
+        # Leftovers of a job that was killed while it wrote a model.
+        if self._writer.rank == 0:
             for leftover in [*self._models_folder.glob("*.claim"), *self._models_folder.glob(".*.tmp")]:
                 leftover.unlink(missing_ok=True)
         signal.set_wakeup_fd(self._sender, warn_on_full_buffer=False)
@@ -75,40 +76,42 @@ class EmergencySaver:
         signal.set_wakeup_fd(-1)
 
     def save(self, reason: str) -> Path | None:
-        """Write this rank's shard without any collective, then the model file; None if it cannot be done soundly.
+        """Write this rank's shard, then the model file, without collectives.
 
-        That is so while an update is under way: half-updated weights would be worse than an older checkpoint. An error
-        of the disk or the device is told and not raised, so that it does not hide the one that ends the job.
+        Returns the partial folder, or None if nothing was written: weights that are halfway through an update would be
+        worse than an older checkpoint. An error of the disk or the device is logged and not raised, so that it does not
+        hide the error that ends the job.
         """
         if not self._once.acquire(blocking=False):
-            self._done.wait(DEADLINE_SECONDS)  # the other thread is at it
+            # Another thread is saving.
+            self._done.wait(DEADLINE_SECONDS)
             return None
         try:
             return self._save(reason)
         except (OSError, RuntimeError) as error:
-            logger.error("the shard cannot be written: {}; the newest checkpoint is what remains", error)
+            logger.error("the shard cannot be written: {}; the next start resumes from the newest checkpoint", error)
             return None
         finally:
             self._done.set()
 
     def _save(self, reason: str) -> Path | None:
         started = time.monotonic()
-        self._writer.join(DEADLINE_SECONDS * CHECKPOINT_SHARE)
+        self._writer.wait_at_most(DEADLINE_SECONDS * CHECKPOINT_SHARE)
         logger.error("{}: writing this rank's shard of the state", reason)
         partial = None
         with self._engine.hold_updates(DEADLINE_SECONDS * UPDATE_SHARE) as completed:
             if completed is None:
-                logger.error("an update is under way; the newest checkpoint is what remains")
+                logger.error("an update is under way; the next start resumes from the newest checkpoint")
             elif (state := self._read_state(completed)).step == self._writer.last_step:
                 logger.error("step {} is saved already", state.step)
             elif completed > 0:
-                partial = self._writer.write(self._engine.capture_state(alone=True), state)
+                partial = self._writer.write_files(self._engine.capture_state(alone=True), state)
                 logger.error("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
                 self._export_once(state.step)
         return partial
 
     def _export_once(self, step: int) -> None:
-        """One of the living ranks writes the weights; the others see that it does."""
+        """Write the model file unless another living rank has claimed it."""
         if self._export is None:
             return
         path = self._models_folder / f"emergency-step-{step:08d}.safetensors"
@@ -120,7 +123,7 @@ class EmergencySaver:
         os.close(claim)
         try:
             self._export(path)
-            logger.error("weights kept in {}", path)
+            logger.error("weights written to {}", path)
         except (OSError, RuntimeError) as error:
             logger.error("the weights cannot be written: {}", error)
         path.with_suffix(".claim").unlink()
@@ -133,6 +136,7 @@ class EmergencySaver:
         if self._done.wait(DEADLINE_SECONDS * PATIENCE_SHARE):
             return
         try:
-            self.save(f"{signal.Signals(numbers[0]).name} came and the step does not end")
-        finally:  # the main thread may be blocked for good
+            self.save(f"{signal.Signals(numbers[0]).name} received and the step does not end")
+        finally:
+            # The main thread may be blocked for ever.
             exit_at_once(numbers[0])

@@ -1,14 +1,15 @@
-"""Going on from a checkpoint: which one, what has changed since, and where the order of batches is taken up."""
+"""Resume from a checkpoint: choose it, report what has changed since, and restore progress and engine."""
 
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from loguru import logger
 
+from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
@@ -16,14 +17,18 @@ from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.text.strategy import hash_repeats
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.launch.logger import warn_once
-from sdxl_trainer.train.checkpoint.folder import find_checkpoint, set_aside_damaged, settle_partials
+from sdxl_trainer.train.checkpoint.folder import (
+    find_newest_checkpoint,
+    recover_partial_checkpoints,
+    rename_damaged_checkpoints,
+)
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
-from sdxl_trainer.train.engine.resharding import ReshardingError
+from sdxl_trainer.train.engine.saved_state import ReshardingError
 
-# Settings that leave the weights as they would have been, but for rounding. What the data are is told by their
-# fingerprint, whatever settings name them. Any other change of a setting is reported.
+# Settings that leave the weights unchanged except for rounding. A change of any other setting is reported. Settings
+# that name the data are harmless, because the fingerprint of the index identifies the data.
 HARMLESS_SECTIONS = ("checkpoint", "log", "sample", "validation")
 HARMLESS_KEYS = frozenset(
     {"run.name", "run.dir", "run.resume", "run.on_data_change"}
@@ -36,30 +41,42 @@ HARMLESS_KEYS = frozenset(
 )
 
 
-def open_checkpoints(config: Config, ranks: Ranks) -> tuple[Path | None, CheckpointWriter]:
-    """The checkpoint to go on from, if there is one, and the writer of further ones; the same on all ranks."""
-    settings, folder = config.checkpoint, config.run.folder / "checkpoints"
+class SettingChange(NamedTuple):
+    """A setting by its dotted key, with its value in the checkpoint and its present value."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def open_checkpoints(folder: Path, settings: CheckpointConfig, ranks: Ranks) -> tuple[Path | None, CheckpointWriter]:
+    """Return the checkpoint to resume from, if there is one, and the writer of further ones; equal on all ranks.
+
+    Rank 0 first seals, renames or deletes what earlier jobs left in the folder.
+    """
     newest, token = None, ""
     if ranks.is_main:
-        settle_partials(folder)
-        newest, token = find_checkpoint(folder), uuid.uuid4().hex[:8]
-        set_aside_damaged(folder, newest)
+        recover_partial_checkpoints(folder)
+        newest, token = find_newest_checkpoint(folder), uuid.uuid4().hex[:8]
+        rename_damaged_checkpoints(folder, newest)
     newest, token = broadcast_object((newest, token))
     writer = CheckpointWriter(
-        folder,
-        ranks.rank,
-        ranks.world_size,
-        token,
-        settings.keep_last,
-        settings.keep_every_steps,
+        folder=folder,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        token=token,
+        keep_last=settings.keep_last,
+        keep_every_steps=settings.keep_every_steps,
         wait_for_space_seconds=60 * settings.wait_for_space_minutes,
     )
     return newest, writer
 
 
-def build_state(config: Config, index: Index, plan: Plan, ranks: Ranks, repeats: np.ndarray | None) -> TrainState:
-    """The state of a run that has not begun. Other repeats make another order, as another index does."""
-    assert config.engine.zero_stage is not None, "settle_engine chooses a stage"
+def build_initial_state(
+    config: Config, index: Index, plan: Plan, ranks: Ranks, repeats: np.ndarray | None
+) -> TrainState:
+    """Build the state of a run that has not started. Its fingerprint covers the index, the repeats and the order."""
+    assert config.engine.zero_stage is not None, "resolve_zero_stage chooses a stage"
     return TrainState(
         epoch_batches=plan.num_batches(0),
         seed=config.run.seed,
@@ -73,25 +90,26 @@ def build_state(config: Config, index: Index, plan: Plan, ranks: Ranks, repeats:
     )
 
 
-def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: str) -> TrainState:
-    """The state to go on with: the saved one's progress, under the settings, data and ranks of now.
+def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: str) -> TrainState:
+    """Return the saved progress under the present settings, data and ranks.
 
-    What has changed and alters training is reported, key by key.
+    Changes that alter training are reported, key by key. If the number of batches in an epoch has changed, the run
+    continues at the same share of the epoch.
 
     Args:
-        saved: as the checkpoint has it.
-        fresh: as it would be at the beginning of a run with the settings of now.
+        saved: state of the checkpoint.
+        fresh: state of a run that starts with the present settings.
 
     Raises:
-        UserInputError: the data have changed, and `run.on_data_change` says to stop.
+        UserInputError: the data have changed, and `run.on_data_change` is `stop`.
     """
     changes = list_changes(saved.config, fresh.config)
     if changes:
-        shown = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, old, new in changes)
+        shown = "".join(f"\n  {change.key}: {change.old!r} -> {change.new!r}" for change in changes)
         warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
     new_data = saved.index_fingerprint != fresh.index_fingerprint
     if new_data and on_data_change == "stop":
-        cure = "set run.on_data_change: continue, or give another run.name, or put the data back"
+        cure = "set run.on_data_change: continue, or another run.name, or restore the data"
         rule = f"the data have changed since step {saved.step}, and with them the order of batches"
         raise UserInputError([Problem("run.on_data_change", on_data_change, rule, cure)])
     epoch, index = saved.epoch, saved.index
@@ -99,7 +117,7 @@ def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: st
         share = saved.index / max(1, saved.epoch_batches)
         epoch, index = plan.skip_empty_epochs(Position(epoch, round(share * plan.num_batches(epoch))))
         warn_once(
-            "{} changed: step {} goes on at batch {} of {} in epoch {} instead of {} of {}",
+            "{} changed: step {} continues at batch {} of {} in epoch {} instead of {} of {}",
             "the data have" if new_data else "train.global_batch_size has",
             saved.step,
             index,
@@ -112,25 +130,28 @@ def take_up(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: st
     return replace(saved, epoch=epoch, index=index, epoch_batches=plan.num_batches(epoch), **now)
 
 
-def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings that alter training and differ: (dotted key, then, now). One that did not exist then had its default."""
+def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[SettingChange]:
+    """List the settings that alter training and differ. A setting that is missing in `old` had its default."""
     defaults = dict(iterate_settings(Config().model_dump(mode="json")))
     before, now = {**defaults, **dict(iterate_settings(old))}, dict(iterate_settings(new))
     keys = [*now, *(key for key in before if key not in now)]
-    differing = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
-    held = "constant" == before.get("optim.schedule") == now.get("optim.schedule")
+    changes = [SettingChange(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    # The number of steps has no effect on a constant learning rate.
+    is_constant = "constant" == before.get("optim.schedule") == now.get("optim.schedule")
     return [
-        change for change in differing if not is_harmless(change[0]) and not (held and change[0] == "train.max_steps")
+        change
+        for change in changes
+        if not is_harmless(change.key) and not (is_constant and change.key == "train.max_steps")
     ]
 
 
 def is_harmless(key: str) -> bool:
-    """Whether a change of this setting leaves the weights as they would have been."""
+    """Return whether a change of this setting leaves the weights unchanged except for rounding."""
     return key.split(".")[0] in HARMLESS_SECTIONS or key in HARMLESS_KEYS or key.startswith("engine.deepspeed")
 
 
 def iterate_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested dicts."""
+    """Yield (dotted key, value) of nested dicts."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from iterate_settings(value, f"{prefix}{key}.")
@@ -138,15 +159,15 @@ def iterate_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tup
             yield f"{prefix}{key}", value
 
 
-def load_engine(engine: Engine, checkpoint: Path) -> None:
-    """Give the engine a checkpoint's weights and optimizer state.
+def restore_engine(engine: Engine, checkpoint: Path) -> None:
+    """Load a checkpoint's weights and optimizer state into the engine.
 
     Raises:
-        UserInputError: these ranks cannot take it up.
+        UserInputError: these ranks cannot load it.
     """
     try:
-        engine.load(checkpoint)
+        engine.load_state(checkpoint)
     except ReshardingError as error:
-        cure = "start it as it was saved, or give another run.name"
-        raise UserInputError([Problem("run.resume", checkpoint, f"cannot be taken up: {error}", cure)]) from None
+        cure = "start with the ranks and ZeRO stage that saved it, or set another run.name"
+        raise UserInputError([Problem("run.resume", checkpoint, f"cannot be loaded: {error}", cure)]) from None
     logger.info("resuming from {}", checkpoint)

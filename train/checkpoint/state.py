@@ -1,4 +1,4 @@
-"""All that a resume needs besides the weights and the optimizer's moments."""
+"""Progress of a run: everything that a resume needs besides the weights and the optimizer's moments."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,14 +9,14 @@ import orjson
 from sdxl_trainer.configs.renames import rename_settings
 from sdxl_trainer.data.files import write_atomic
 
-FILE = "trainer_state.json"
+STATE_FILE = "trainer_state.json"
 
 
 @dataclass
 class TrainState:
-    """Where training stands. All random numbers are functions of the seed and these, so there is no generator state."""
+    """Progress of a run. All random numbers are functions of the seed and of these, so no generator state is kept."""
 
-    # What the settings, the data and the ranks of now say in a resumed run; everything else goes on as it was saved.
+    # Fields that a resumed run takes from its present settings, data and ranks; the others are the checkpoint's.
     MADE_WITH: ClassVar[tuple[str, ...]] = (
         "seed",
         "global_batch_size",
@@ -31,7 +31,7 @@ class TrainState:
     index: int = 0
     epoch_batches: int = 0  # global batches in that epoch
     samples_seen: int = 0
-    num_bad: int = 0  # samples passed over so far
+    num_bad: int = 0  # samples skipped so far
     num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
     # What the state was made with; a resume compares.
     seed: int = 0
@@ -43,11 +43,11 @@ class TrainState:
 
     def save(self, folder: Path) -> None:
         """Write `trainer_state.json`."""
-        write_atomic(folder / FILE, orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+        write_atomic(folder / STATE_FILE, orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
 
     @staticmethod
     def load(folder: Path) -> "TrainState":
         """Read `trainer_state.json`; settings that were saved with an old name get their current one."""
-        state = orjson.loads((folder / FILE).read_bytes())
+        state = orjson.loads((folder / STATE_FILE).read_bytes())
         rename_settings(state["config"])
         return TrainState(**state)

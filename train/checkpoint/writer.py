@@ -1,11 +1,11 @@
-"""Writes checkpoints while training goes on: the state is copied to host memory, a thread brings it to disk."""
+"""Write checkpoints in the background: the state is copied to host memory, and a thread writes it to disk."""
 
 import errno
 import os
 import shutil
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.engine import Engine
 
 SEAL_PATIENCE_SECONDS = 1800.0
-# What a save needs besides the tensors themselves.
-SPARE_BYTES = 64 << 20
+SPARE_BYTES = 64 << 20  # disk space that a save needs besides the tensors
 SPACE_POLL_SECONDS = 5.0
 WRITER_NICENESS = 10
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -27,13 +26,15 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass
 class CheckpointWriter:
-    """Saves checkpoints of one rank, one at a time; rank 0 seals each when all ranks' parts are there.
+    """Write the checkpoints of one rank, one at a time; rank 0 seals each once all ranks' parts are there.
 
     Args:
         folder: of all checkpoints of the run.
-        token: names this start of the job, the same on all ranks.
-        wait_for_space_seconds: how long a checkpoint waits for room on a full disk before that is an error.
-        blocking: write before `save` returns, instead of on a thread.
+        token: names this start of the job, equal on all ranks.
+        wait_for_space_seconds: how long a checkpoint waits for space on a full disk before that is an error.
+
+    Attributes:
+        last_step: step of the newest checkpoint whose part this rank has written, or -1.
     """
 
     folder: Path
@@ -43,24 +44,21 @@ class CheckpointWriter:
     keep_last: int
     keep_every_steps: int = 0
     wait_for_space_seconds: float = 0.0
-    blocking: bool = False
-    last_step: int = -1  # of the newest checkpoint whose part this rank has written
-    _thread: threading.Thread | None = None
-    _error: BaseException | None = None
+    last_step: int = field(default=-1, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Copy the state now, write it in the background. All ranks call it at the same step.
+        """Copy the state and write it in the background. All ranks call it at the same step.
 
-        Waits for the checkpoint before, if it is still being written.
+        Waits for the previous checkpoint, if it is still being written.
 
         Raises:
-            OSError: the checkpoint before could not be written.
+            OSError: the previous checkpoint could not be written.
         """
         self.wait()
-        files = engine.capture_state(reuse=True)  # nothing reads the one before any more
-        self.start_writing(files, replace(state))
-        if self.blocking:
-            self.wait()
+        # The previous copy has been written, so its memory is free.
+        self.start_writing(engine.capture_state(reuse=True), replace(state))
 
     def start_writing(self, files: dict[str, Any], state: TrainState) -> None:
         """Write captured files on a thread."""
@@ -68,7 +66,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the checkpoint in hand is on disk, and on rank 0 sealed.
+        """Wait until the current checkpoint is on disk, and on rank 0 sealed.
 
         Raises:
             OSError: it could not be written.
@@ -81,17 +79,18 @@ class CheckpointWriter:
             raise error
 
     def is_writing(self) -> bool:
-        """Whether a checkpoint is on its way."""
-        thread = self._thread  # the console asks from a thread of its own
+        """Return whether a checkpoint is being written."""
+        # Read once: the console calls this from a thread of its own.
+        thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def join(self, timeout_seconds: float) -> None:
-        """Give the checkpoint in hand some time, whatever becomes of it."""
+    def wait_at_most(self, timeout_seconds: float) -> None:
+        """Wait some time for the current checkpoint, and ignore its errors."""
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
-    def write(self, files: dict[str, Any], state: TrainState) -> Path:
-        """Write this rank's files and its part, and rank 0's the state. Returns the partial folder. No collectives."""
+    def write_files(self, files: dict[str, Any], state: TrainState) -> Path:
+        """Write this rank's files, the state and this rank's part, without collectives. Returns the partial folder."""
         partial = get_partial_folder(self.folder, state.step, self.token)
         partial.mkdir(parents=True, exist_ok=True)
         written = {}
@@ -100,13 +99,14 @@ class CheckpointWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             sha256, size = write_file(path, content)
             written[name] = {"bytes": size, "sha256": sha256}
-        state.save(partial)  # the same on every rank, so whoever lives writes it
+        # Equal on every rank, so every living rank may write it.
+        state.save(partial)
         write_part(partial, self.rank, self.world_size, written)
         self.last_step = state.step
         return partial
 
     def describe_lack_of_space(self, files: dict[str, Any]) -> str | None:
-        """What the ranks' files together need and the disk does not have, or None if they fit."""
+        """Return the space that all ranks' files need and the disk lacks, as a message; None if they fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         needed = estimate_bytes(files, self.world_size) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
@@ -115,7 +115,7 @@ class CheckpointWriter:
         return f"{self.folder}: a checkpoint needs about {needed:,} bytes, {free:,} are free"
 
     def _run(self, files: dict[str, Any], state: TrainState) -> None:
-        # Training goes first where it and the writer want the same core.
+        # Training has priority over the writer on the same core.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             partial = self._write_when_there_is_space(files, state)
@@ -123,22 +123,23 @@ class CheckpointWriter:
                 self._seal(partial)
         except (OSError, RuntimeError) as error:
             self._error = error
-        except BaseException as error:  # a fault of the program, which the main thread must not miss either
+        except BaseException as error:
+            # A bug of the program, which the main thread must see too.
             self._error = error
             raise
 
     def _write_when_there_is_space(self, files: dict[str, Any], state: TrainState) -> Path:
-        """Wait for room first, and again if others take it meanwhile. What was begun is deleted before waiting.
+        """Write the files once the disk has space for them; wait again, without the files, if it fills up meanwhile.
 
         Raises:
-            OSError: there is none after `wait_for_space_seconds`.
+            OSError: there is no space after `wait_for_space_seconds`.
         """
-        deadline, told = time.monotonic() + self.wait_for_space_seconds, False
+        deadline, has_warned = time.monotonic() + self.wait_for_space_seconds, False
         while True:
             lack = self.describe_lack_of_space(files)
             if lack is None:
                 try:
-                    return self.write(files, state)
+                    return self.write_files(files, state)
                 except OSError as error:
                     if error.errno not in FULL_DISK:
                         raise
@@ -146,13 +147,13 @@ class CheckpointWriter:
                     self._discard(files, state.step)
             if time.monotonic() >= deadline:
                 raise OSError(errno.ENOSPC, lack)
-            if not told:
+            if not has_warned:
                 logger.warning("{}; the checkpoint of step {} waits for space", lack, state.step)
-                told = True
+                has_warned = True
             time.sleep(min(SPACE_POLL_SECONDS, self.wait_for_space_seconds))
 
     def _discard(self, files: dict[str, Any], step: int) -> None:
-        """Delete this rank's files of a checkpoint that could not be written."""
+        """Delete this rank's files of a checkpoint that did not fit on the disk."""
         partial = get_partial_folder(self.folder, step, self.token)
         for name in files:
             (partial / name).unlink(missing_ok=True)
@@ -169,10 +170,10 @@ class CheckpointWriter:
 
 
 def write_file(path: Path, content: Any) -> tuple[str, int]:
-    """Write `content` as torch does. Returns (SHA-256, bytes).
+    """Write `content` by torch.save. Returns (SHA-256, bytes).
 
     Raises:
-        OSError: of the file, which torch would hide behind an error of its own.
+        OSError: the file cannot be written; torch alone would raise a RuntimeError that hides the cause.
     """
     file = DirectFile(path)
     try:
@@ -185,14 +186,16 @@ def write_file(path: Path, content: Any) -> tuple[str, int]:
 
 
 def estimate_bytes(files: dict[str, Any], world_size: int) -> int:
-    """What all ranks' files take, told from one rank's: shares of the optimizer's state are of one size, and what else
-    there is (the module's weights) is written once."""
+    """Estimate the bytes of all ranks' files from those of one rank.
+
+    Shares of the optimizer's state have one size; other files, such as the module's weights, are written once.
+    """
     shared = [content for name, content in files.items() if "pp_rank_" not in name]
     return count_tensor_bytes(list(files.values())) * world_size - count_tensor_bytes(shared) * (world_size - 1)
 
 
 def count_tensor_bytes(content: Any) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples."""
+    """Return the bytes of all tensors in nested dicts, lists and tuples."""
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
     if isinstance(content, dict):

@@ -20,7 +20,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, check_disk, check_machine
 from sdxl_trainer.launch.program import FailedError, run_program
-from sdxl_trainer.train.engine.defaults import settle_engine
+from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.memory import (
     TOO_LITTLE_MEMORY,
@@ -43,7 +43,7 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
         yield from map(explain, error.problems)
         return
     world_size = num_ranks or max(1, torch.cuda.device_count())
-    config, chosen = settle_engine(config, world_size)
+    config, chosen = resolve_zero_stage(config, world_size)
     if chosen:
         yield Finding("engine.zero_stage", chosen)
     yield from check_settings(config, problems, world_size)

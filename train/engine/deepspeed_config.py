@@ -1,11 +1,15 @@
-"""The settings of the engine in DeepSpeed's own words."""
+"""DeepSpeed's settings, built from the `engine` section: the default ZeRO stage, buckets, and the JSON."""
 
-from typing import Any
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
-from sdxl_trainer.train.engine.defaults import choose_communication
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.optim.optimizers import explain_whole_tensors
 
 DTYPES = {
     "fp32": torch.float32,
@@ -15,24 +19,91 @@ DTYPES = {
 }
 
 
+class BatchSizes(NamedTuple):
+    """Samples of one optimizer step on all ranks, samples of one forward pass on one rank, forward passes a step."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that share the global batch."""
+        return self.global_batch_size // (self.micro_batch_size * self.accumulation_steps)
+
+
+class StageChoice(NamedTuple):
+    """A ZeRO stage and the reason for it, a clause after "because"."""
+
+    stage: int
+    reason: str
+
+
+def check_engine(engine: EngineConfig) -> Iterator[Problem]:
+    """Yield a problem for each setting whose package is not installed."""
+    if engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        yield Problem("engine.attention", "xformers", "is not installed", "pip install xformers, or set it to sdpa")
+
+
+def resolve_zero_stage(config: Config, world_size: int) -> tuple[Config, str]:
+    """Return the settings with a ZeRO stage, and a line about the choice; "" if the user has set the stage."""
+    if config.engine.zero_stage is not None:
+        return config, ""
+    choice = choose_default_stage(config, world_size)
+    engine = config.engine.model_copy(update={"zero_stage": choice.stage})
+    return config.model_copy(update={"engine": engine}), f"{choice.stage}, chosen because {choice.reason}"
+
+
+def choose_default_stage(config: Config, world_size: int) -> StageChoice:
+    """Choose the lowest ZeRO stage that serves, because every stage adds work for each weight."""
+    engine = config.engine
+    if engine.offload_param:
+        return StageChoice(3, "engine.offload_param needs it")
+    if engine.offload_optimizer:
+        return StageChoice(2, "engine.offload_optimizer needs it")
+    needs_shards = engine.precision in ("fp16", *PURE_BF16)
+    if explain_whole_tensors(config.optim, engine) and not needs_shards:
+        return StageChoice(0, f"{config.optim.name} must see whole weights")
+    if world_size > 1:
+        return StageChoice(2, f"{world_size} ranks share gradients, masters and optimizer state")
+    if engine.precision == "fp32":
+        return StageChoice(0, "a single rank in fp32 has nothing to share")
+    return StageChoice(1, f"engine.precision {engine.precision} needs a ZeRO stage, and one rank has nothing to share")
+
+
+def build_communication_settings(engine: EngineConfig, world_size: int) -> dict[str, object]:
+    """Build the `zero_optimization` settings that decide on the memory and the overlap of communication.
+
+    DeepSpeed's default buckets of 5e8 values are buffers of 1 GB each in 16 bit, a fifth of SDXL's weights.
+    """
+    # A single rank sends nothing, but DeepSpeed fills a bucket all the same.
+    if world_size == 1:
+        alone: dict[str, object] = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+        # Saves a copy of each gradient.
+        return alone if engine.zero_stage != 1 else {**alone, "contiguous_gradients": False}
+    settings: dict[str, object] = {"reduce_bucket_size": 200_000_000, "allgather_bucket_size": 200_000_000}
+    if torch.cuda.is_available() and engine.zero_stage:
+        settings["overlap_comm"] = True
+    return settings
+
+
 def build_deepspeed_config(
-    config: EngineConfig, batch: tuple[int, int, int], max_grad_norm: float, optimizer: torch.optim.Optimizer
+    config: EngineConfig, batch: BatchSizes, max_grad_norm: float, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for our settings, with the user's own merged over it."""
-    global_batch_size, micro_batch_size, accumulation_steps = batch
+    """Build DeepSpeed's JSON from our settings, with `engine.deepspeed` merged over it."""
     pure_bf16 = config.precision in PURE_BF16
-    world_size = global_batch_size // (micro_batch_size * accumulation_steps)
-    zero: dict[str, Any] = {"stage": config.zero_stage, **choose_communication(config, world_size)}
+    zero: dict[str, Any] = {"stage": config.zero_stage, **build_communication_settings(config, batch.world_size)}
     if any("use_muon" in group for group in optimizer.param_groups):
-        zero["reduce_scatter"] = False  # it wants whole gradients on every rank
+        # Muon needs whole gradients on every rank.
+        zero["reduce_scatter"] = False
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_param:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
-        "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.accumulation_steps,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "bf16": {
@@ -42,7 +113,7 @@ def build_deepspeed_config(
             "bf16_optimizer_states": pure_bf16,
         },
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": config.initial_loss_scale_power},
-        # What is unsound on a shard is refused by check_optimizer; the lists of what DeepSpeed allows are shorter.
+        # check_optimizer refuses what is unsound on a shard; DeepSpeed's own lists of optimizers are shorter.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -50,32 +121,12 @@ def build_deepspeed_config(
     return _merge(settings, config.deepspeed)
 
 
-def spare_work(engine: Any, optimizer: Any, config: EngineConfig) -> None:
-    """Keep DeepSpeed from doing at every step what has no use here.
-
-    Args:
-        engine, optimizer: what `deepspeed.initialize` returned.
-    """
-    if config.zero_stage == 0 and engine.world_size == 1:
-        engine.enable_backward_allreduce = False  # each gradient would be copied there and back
-        weights = list(engine.module.parameters())
-
-        def drop_gradients() -> None:  # DeepSpeed's walks through all modules for it
-            for weight in weights:
-                weight.grad = None
-
-        engine.zero_grad = drop_gradients
-    if config.zero_stage in (1, 2) and not config.offload_optimizer and optimizer.compute_grad_norm:
-        # It looks into each gradient for what is not finite. The norm of them all, which every rank has, shows it too.
-        optimizer.check_overflow = lambda **_: None
-
-
-def describe_deepspeed(settings: dict[str, Any]) -> str:
-    """The settings that decide on speed and memory, in a line."""
+def describe_deepspeed_config(settings: dict[str, Any]) -> str:
+    """Return the settings that decide on speed and memory as one line."""
     zero = settings["zero_optimization"]
     parts = [f"ZeRO-{zero['stage']}"]
     parts += [f"{name} {zero[name]:.0e}" for name in ("reduce_bucket_size", "allgather_bucket_size") if zero["stage"]]
-    parts += ["gradients are sent beside the backward pass"] if zero.get("overlap_comm") else []
+    parts += ["gradients are sent during the backward pass"] if zero.get("overlap_comm") else []
     parts += [f"{name[8:]} in host memory" for name in ("offload_optimizer", "offload_param") if name in zero]
     return ", ".join(parts)
 

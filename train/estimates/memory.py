@@ -11,7 +11,7 @@ from sdxl_trainer.cache.models.single_file_names import build_name_table
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.engine import PURE_BF16
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.train.engine.defaults import choose_communication
+from sdxl_trainer.train.engine.deepspeed_config import build_communication_settings
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
 # What an update works on instead of the weight: fp32 masters, or DeepSpeed's copy in bf16 (with Kahan's carry).
@@ -56,14 +56,14 @@ def count_unet_parameters(config: Config) -> int:
 def estimate_memory(config: Config, num_weights: int, world_size: int) -> Memory:
     """What a U-Net of so many weights takes of each rank, by ZeRO's arithmetic (arXiv 1910.02054).
 
-    `engine.zero_stage` must be settled (train/engine/defaults.py). Frozen text encoders and adapters are left out.
+    `engine.zero_stage` must be set (`resolve_zero_stage`). Frozen text encoders and adapters are left out.
     """
     engine, weight = config.engine, WEIGHT_BYTES[config.engine.precision]
     if config.lora.rank:
         return Memory(num_weights * weight, 0, 0, 0, 0)  # adapters, and all that belongs to them, are small beside it
     stage = engine.zero_stage or 0
     shares = {part: world_size if stage >= part else 1 for part in (1, 2, 3)}
-    buckets = choose_communication(engine, world_size) if stage else {}
+    buckets = build_communication_settings(engine, world_size) if stage else {}
     bucket = min(float(str(buckets.get("reduce_bucket_size", 0))), num_weights)
     return Memory(
         weights=0 if engine.offload_param else num_weights * weight / shares[3],

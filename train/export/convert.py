@@ -40,7 +40,7 @@ def convert_model(
     """
     from sdxl_trainer.cache.models.source import check_model, resolve_model
     from sdxl_trainer.configs.problems import raise_if_any
-    from sdxl_trainer.train.engine.saved_weights import check_average, open_weights
+    from sdxl_trainer.train.engine.saved_state import check_average, open_weights
     from sdxl_trainer.train.export.export import DTYPES, open_components, write_components
     from sdxl_trainer.train.networks.adapters import write_adapters
 
@@ -65,7 +65,7 @@ def find_source_checkpoint(source: Path) -> Path | None:
         UserInputError: it is damaged, or the run has none.
     """
     from sdxl_trainer.configs.problems import Problem, UserInputError
-    from sdxl_trainer.train.checkpoint.folder import MANIFEST, find_checkpoint, verify_manifest
+    from sdxl_trainer.train.checkpoint.folder import MANIFEST, find_newest_checkpoint, verify_manifest
 
     if (source / MANIFEST).is_file():
         damage = verify_manifest(source)
@@ -73,7 +73,7 @@ def find_source_checkpoint(source: Path) -> Path | None:
             raise UserInputError([Problem("source", source, f"is damaged: {damage}", "take another checkpoint")])
         return source
     if (source / "checkpoints").is_dir():
-        found = find_checkpoint(source / "checkpoints")
+        found = find_newest_checkpoint(source / "checkpoints")
         if found is None:
             raise UserInputError([Problem("source", source, "holds no whole checkpoint", "give another run folder")])
         return found

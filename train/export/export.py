@@ -49,7 +49,7 @@ def export_model(
         average: write the moving average of this decay instead of the weights of the moment.
     """
     if config.lora.rank:
-        weights = {name: engine.gather_weight(name, average) for name in engine.trained}
+        weights = {name: engine.weights.gather(name, average) for name in engine.weights.trained_names}
         if ranks.is_main:
             write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
         barrier()
@@ -57,13 +57,13 @@ def export_model(
     names = list_gathered_parameters(engine, conditioner, source)
     if ranks.is_main:
         weights = {
-            component: {name: partial(engine.gather_weight, parameter, average) for name, parameter in found.items()}
+            component: {name: partial(engine.weights.gather, parameter, average) for name, parameter in found.items()}
             for component, found in names.items()
         }
         write_model(path, weights, conditioner, source, config)
     else:
         for parameter in (parameter for found in names.values() for parameter in found.values()):
-            engine.gather_weight(parameter, average)
+            engine.weights.gather(parameter, average)
     barrier()
 
 
@@ -89,7 +89,9 @@ def export_local_model(
 ) -> None:
     """Write what this rank's networks hold, in the precision of training and without the other ranks."""
     if config.lora.rank:
-        weights = {name: weight for name, weight in engine.model.state_dict().items() if name in engine.trained}
+        weights = {
+            name: weight for name, weight in engine.model.state_dict().items() if name in engine.weights.trained_names
+        }
         write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
     else:
         write_model(path, {"unet": engine.model.unet.state_dict()}, conditioner, source, config)

@@ -45,10 +45,9 @@ from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
-from sdxl_trainer.train.checkpoint.resume import build_state, load_engine, open_checkpoints, take_up
+from sdxl_trainer.train.checkpoint.resume import build_initial_state, open_checkpoints, restore_engine, restore_progress
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.engine.deepspeed_config import DTYPES
-from sdxl_trainer.train.engine.defaults import settle_engine
+from sdxl_trainer.train.engine.deepspeed_config import DTYPES, BatchSizes, check_engine, resolve_zero_stage
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
 from sdxl_trainer.train.estimates.memory import log_memory_estimate
@@ -64,7 +63,7 @@ from sdxl_trainer.train.networks.trained_networks import (
     unfreeze_text_encoder,
 )
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
-from sdxl_trainer.train.optim.optimizers import build_optimizer, check_engine, check_optimizer
+from sdxl_trainer.train.optim.optimizers import build_optimizer, check_optimizer
 from sdxl_trainer.train.report.metrics import MetricsLog
 from sdxl_trainer.train.report.reporter import open_reporter
 from sdxl_trainer.train.report.wandb_log import open_wandb
@@ -133,7 +132,7 @@ def set_up(config: Config, problems: list[Problem]) -> tuple[Config, Index, Rank
     """
     rank, _, world_size = read_environment()
     init_logger(rank, config.log.level)
-    config, chosen = settle_engine(config, world_size)
+    config, chosen = resolve_zero_stage(config, world_size)
     path = None
     if rank == 0:
         obey_stop_file(config.run.folder)
@@ -237,10 +236,10 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
     repeats = count_repeats(config, index, held_out, strategy, ranks)
     shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
-    checkpoint, checkpoints = open_checkpoints(config, ranks)
-    state = build_state(config, index, plan, ranks, repeats)
+    checkpoint, checkpoints = open_checkpoints(config.run.folder / "checkpoints", config.checkpoint, ranks)
+    state = build_initial_state(config, index, plan, ranks, repeats)
     if checkpoint:
-        state = take_up(TrainState.load(checkpoint), state, plan, config.run.on_data_change)
+        state = restore_progress(TrainState.load(checkpoint), state, plan, config.run.on_data_change)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_reading(config, dataset, plan, state, ranks)
@@ -249,7 +248,7 @@ def build(config: Config, index: Index, ranks: Ranks) -> tuple[Run, Iterator[Mic
         batches = fill_missing(batches, missing)
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
-        load_engine(engine, checkpoint)
+        restore_engine(engine, checkpoint)
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     objective = Objective(config.objective, statistics, config.train.global_batch_size, ranks.device)
     requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
@@ -324,7 +323,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         networks,
         build_optimizer(groups, config.optim, config.engine, seed),
         config.engine,
-        (train.global_batch_size, train.micro_batch_size, accumulation_steps),
+        BatchSizes(train.global_batch_size, train.micro_batch_size, accumulation_steps),
         config.optim.max_grad_norm,
         config.ema,
     )

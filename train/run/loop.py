@@ -188,7 +188,7 @@ def update_report(run: Run) -> None:
 def finish(run: Run) -> None:
     """Export the model and its moving averages and write the report, once the last checkpoint is on disk."""
     with run.progress.doing("writing the model"):
-        for average in (None, *run.engine.averages):
+        for average in (None, *run.engine.weights.average_names):
             path = get_model_path(run.config, run.state.step, average)
             export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
         run.checkpoints.wait()

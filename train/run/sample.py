@@ -23,9 +23,9 @@ def draw_samples(run: Run) -> Path:
     generator = ImageGenerator(
         engine.model.unet, vae, run.conditioner, run.tokenizers, run.source, run.config, engine.dtype
     )
-    average = next(iter(engine.averages), None) if run.config.ema.sample else None
+    average = next(iter(engine.weights.average_names), None) if run.config.ema.sample else None
     engine.model.eval()
-    with engine.use_average(average):
+    with engine.weights.use_average(average):
         images = generate_images(generator, prompts, run.ranks, in_step=engine.zero_stage == 3)
     engine.model.train()
     run.conditioner.release()

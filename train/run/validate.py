@@ -27,10 +27,10 @@ def validate(run: Run) -> None:
     All ranks call it together.
     """
     assert run.validation is not None, "there is something to validate on"
-    values, averages = {}, run.engine.averages
+    values, averages = {}, run.engine.weights.average_names
     run.engine.model.eval()
     for average in (None, *averages):
-        with run.engine.use_average(average), torch.no_grad():
+        with run.engine.weights.use_average(average), torch.no_grad():
             losses = compute_validation_losses(run, run.validation)
         suffix = f"_ema_{average}" if average else ""
         means = summarize_losses(losses, run.validation.config.num_bins)

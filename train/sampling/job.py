@@ -15,9 +15,9 @@ from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.train.checkpoint.folder import MANIFEST, find_checkpoint
+from sdxl_trainer.train.checkpoint.folder import MANIFEST, find_newest_checkpoint
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES
-from sdxl_trainer.train.engine.saved_weights import check_average, open_weights
+from sdxl_trainer.train.engine.saved_state import check_average, open_weights
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders, load_unet, unfreeze_text_encoder
@@ -72,7 +72,7 @@ def find_model_checkpoint(path: Path) -> Path | None:
         return path
     if not (path / "checkpoints").is_dir():
         return None
-    newest = find_checkpoint(path / "checkpoints")
+    newest = find_newest_checkpoint(path / "checkpoints")
     if newest is None:
         raise UserInputError([Problem("--model", path, "is a run without a whole checkpoint", "give a model file")])
     return newest

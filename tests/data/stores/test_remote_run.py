@@ -17,7 +17,7 @@ import s3fs  # noqa: E402
 
 from sdxl_trainer.data.formats.manifest import read_entries  # noqa: E402
 from sdxl_trainer.data.formats.shards import ShardWriter  # noqa: E402
-from sdxl_trainer.train.checkpoint.folder import list_checkpoints, settle_partials  # noqa: E402
+from sdxl_trainer.train.checkpoint.folder import list_checkpoints, recover_partial_checkpoints  # noqa: E402
 from sdxl_trainer.train.checkpoint.state import TrainState  # noqa: E402
 from sdxl_trainer.train.report.metrics import read_metrics  # noqa: E402
 
@@ -87,7 +87,7 @@ def test_a_store_that_goes_away_ends_the_run_with_its_state_saved(cached_folder,
     said = (tmp_path / "printed").read_text()
     assert status == 1, said[-4000:]
     assert "StoreError: s3://lost/a.tar at byte" in said and "shard of step" in said
-    settle_partials(run / "checkpoints")
+    recover_partial_checkpoints(run / "checkpoints")
     [folder] = list_checkpoints(run / "checkpoints")
     assert TrainState.load(folder).step == len(list(read_metrics(run / "logs" / "metrics.jsonl"))) >= 3
     assert not (run / "logs" / "bad_samples.jsonl").exists()  # nothing is wrong with the samples

@@ -17,7 +17,7 @@ from sdxl_trainer.launch.distributed import Ranks, init_ranks
 from sdxl_trainer.launch.signals import Interrupted
 from sdxl_trainer.train.checkpoint import emergency
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
-from sdxl_trainer.train.checkpoint.folder import find_checkpoint, settle_partials
+from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, recover_partial_checkpoints
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
@@ -47,7 +47,7 @@ def said() -> Iterator[list[str]]:
 
 
 def build_saver(engine: Engine, folder: Path, export: Callable[[Path], None] | None = None) -> EmergencySaver:
-    writer = CheckpointWriter(folder / "checkpoints", 0, 1, "t", keep_last=1)
+    writer = CheckpointWriter(folder=folder / "checkpoints", rank=0, world_size=1, token="t", keep_last=1)
 
     def read_state(completed: int) -> TrainState:
         return TrainState(step=FIRST_STEP + completed, world_size=1)
@@ -57,8 +57,8 @@ def build_saver(engine: Engine, folder: Path, export: Callable[[Path], None] | N
 
 def find_step(folder: Path) -> int | None:
     """The step that the next start goes on from."""
-    settle_partials(folder / "checkpoints")
-    found = find_checkpoint(folder / "checkpoints")
+    recover_partial_checkpoints(folder / "checkpoints")
+    found = find_newest_checkpoint(folder / "checkpoints")
     return TrainState.load(found).step if found else None
 
 
@@ -112,14 +112,14 @@ def test_what_is_saved_already_or_untouched_is_not_written(engine: Engine, ranks
 
 def test_the_checkpoint_in_hand_comes_first(engine: Engine, tmp_path: Path) -> None:
     saver, order = build_saver(engine, tmp_path), []
-    write = saver._writer.write
+    write = saver._writer.write_files
 
     def write_slowly(files, state):
         time.sleep(0.3 if state.step == FIRST_STEP + 2 else 0)
         order.append(state.step)
         return write(files, state)
 
-    saver._writer.write = write_slowly
+    saver._writer.write_files = write_slowly
     saver._writer.start_writing(engine.capture_state(), TrainState(step=FIRST_STEP + 2, world_size=1))
     saver.save("planted")
     assert order == [FIRST_STEP + 2, FIRST_STEP + 3] and find_step(tmp_path) == FIRST_STEP + 3

@@ -17,9 +17,9 @@ from sdxl_trainer.train.checkpoint.writer import CheckpointWriter, count_tensor_
 
 
 def write_rank(folder: Path, rank: int, step: int, world_size: int = 2, token: str = "t") -> Path:
-    writer = CheckpointWriter(folder, rank, world_size, token, keep_last=2)
+    writer = CheckpointWriter(folder=folder, rank=rank, world_size=world_size, token=token, keep_last=2)
     files = {f"state/rank_{rank}.pt": {"weights": torch.full((5, 3), float(rank)), "step": step}}
-    return writer.write(files, TrainState(step=step, epoch=1, index=2, world_size=world_size))
+    return writer.write_files(files, TrainState(step=step, epoch=1, index=2, world_size=world_size))
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -33,10 +33,10 @@ def make_checkpoint(folder: Path, step: int) -> Path:
 def test_sealed_only_when_every_rank_is_there(tmp_path: Path) -> None:
     partial = write_rank(tmp_path, 0, 7)
     assert checkpoints.seal_checkpoint(partial) is None
-    assert checkpoints.find_checkpoint(tmp_path) is None
+    assert checkpoints.find_newest_checkpoint(tmp_path) is None
     write_rank(tmp_path, 1, 7)
     sealed = checkpoints.seal_checkpoint(partial)
-    assert sealed == tmp_path / "step-00000007" == checkpoints.find_checkpoint(tmp_path)
+    assert sealed == tmp_path / "step-00000007" == checkpoints.find_newest_checkpoint(tmp_path)
     assert not partial.exists() and not (sealed / "parts").exists()
     assert TrainState.load(sealed) == TrainState(step=7, epoch=1, index=2, world_size=2)
     loaded = torch.load(sealed / "state" / "rank_1.pt", weights_only=True)
@@ -51,7 +51,7 @@ def test_a_start_seals_what_is_whole_and_removes_the_rest(tmp_path: Path) -> Non
     half = write_rank(tmp_path, 1, 6, token="half")
     empty = tmp_path / ".step-00000008.x.partial"
     empty.mkdir()
-    checkpoints.settle_partials(tmp_path)
+    checkpoints.recover_partial_checkpoints(tmp_path)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-00000004"]
     assert not half.exists() and not empty.exists()
 
@@ -65,25 +65,25 @@ def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> N
             flipped = bytearray(content)
             flipped[place] ^= 0x10
             path.write_bytes(flipped)
-            found = checkpoints.find_checkpoint(tmp_path)
+            found = checkpoints.find_newest_checkpoint(tmp_path)
             # A flipped bit in the manifest's own white space alters nothing that it says.
             harmless = name == "manifest.json" and found == second and _same_json(flipped, content)
             assert found == first or harmless, f"{name}, byte {place}"
         path.write_bytes(content[:-1])
-        assert checkpoints.find_checkpoint(tmp_path) == first
+        assert checkpoints.find_newest_checkpoint(tmp_path) == first
         problem = checkpoints.verify_manifest(second)
         assert name == "manifest.json" or problem == f"{name} has {len(content) - 1} bytes instead of {len(content)}"
         path.unlink()
-        assert checkpoints.find_checkpoint(tmp_path) == first
+        assert checkpoints.find_newest_checkpoint(tmp_path) == first
         path.write_bytes(content)
-        assert checkpoints.find_checkpoint(tmp_path) == second
+        assert checkpoints.find_newest_checkpoint(tmp_path) == second
 
 
 def test_a_manifest_that_lists_nothing_is_none(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, 1)
     (folder / "manifest.json").write_bytes(b'{"files": {}}')
     assert checkpoints.verify_manifest(folder) == "manifest.json does not list trainer_state.json"
-    assert checkpoints.find_checkpoint(tmp_path) is None
+    assert checkpoints.find_newest_checkpoint(tmp_path) is None
 
 
 def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,21 +96,21 @@ def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch:
         patch.setattr(checkpoints, "write_atomic", lambda path, content: path.write_bytes(content))
         with pytest.raises(SystemExit):
             checkpoints.seal_checkpoint(partial)
-    assert checkpoints.find_checkpoint(tmp_path) is None
-    checkpoints.settle_partials(tmp_path)
-    assert checkpoints.find_checkpoint(tmp_path) == tmp_path / "step-00000007"
+    assert checkpoints.find_newest_checkpoint(tmp_path) is None
+    checkpoints.recover_partial_checkpoints(tmp_path)
+    assert checkpoints.find_newest_checkpoint(tmp_path) == tmp_path / "step-00000007"
 
 
 def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(tmp_path: Path) -> None:
     """After falling back to step 4, the checkpoint of step 6 must outlive the damaged one of step 8."""
     make_checkpoint(tmp_path, 4)
     (make_checkpoint(tmp_path, 8) / "state" / "rank_0.pt").write_bytes(b"damaged")
-    newest = checkpoints.find_checkpoint(tmp_path)
+    newest = checkpoints.find_newest_checkpoint(tmp_path)
     assert newest == tmp_path / "step-00000004"
-    checkpoints.set_aside_damaged(tmp_path, newest)
+    checkpoints.rename_damaged_checkpoints(tmp_path, newest)
     make_checkpoint(tmp_path, 6)
     checkpoints.prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=0)
-    assert checkpoints.find_checkpoint(tmp_path) == tmp_path / "step-00000006"
+    assert checkpoints.find_newest_checkpoint(tmp_path) == tmp_path / "step-00000006"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000008", "step-00000006"]
 
 
@@ -123,7 +123,7 @@ def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
 
 
 def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = CheckpointWriter(tmp_path / "c", 1, 4, "t", keep_last=1)
+    writer = CheckpointWriter(folder=tmp_path / "c", rank=1, world_size=4, token="t", keep_last=1)
     files = {"state/pp_rank_0": {"a": [torch.zeros(1000), (torch.zeros(500, dtype=torch.bfloat16),)]}}
     assert count_tensor_bytes(files) == 5000
     assert estimate_bytes({**files, "state/module": torch.zeros(10)}, world_size=4) == 4 * 5000 + 40
@@ -144,7 +144,7 @@ def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
     usage = shutil.disk_usage(small_disk)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # others take it meanwhile
     folder = small_disk / "c"
-    writer = CheckpointWriter(folder, 0, 1, "t", keep_last=1, wait_for_space_seconds=60)
+    writer = CheckpointWriter(folder=folder, rank=0, world_size=1, token="t", keep_last=1, wait_for_space_seconds=60)
     small, large = torch.zeros(20_000), torch.ones(200_000)
     writer.start_writing({"state/x.pt": small}, TrainState(step=1, world_size=1))
     writer.wait()
@@ -158,23 +158,25 @@ def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
         assert time.monotonic() < deadline, "nothing is said of the full disk"
         time.sleep(0.01)
     assert "No space left on device" in said[0] and "step 2 waits" in said[0]
-    assert checkpoints.find_checkpoint(folder) == folder / "step-00000001", "the one before is kept"
+    assert checkpoints.find_newest_checkpoint(folder) == folder / "step-00000001", "the one before is kept"
     ballast.unlink()
     writer.wait()
     logger.remove(sink)
     assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["step-00000002"]
-    assert checkpoints.find_checkpoint(folder) and torch.equal(torch.load(folder / "step-00000002/state/x.pt"), large)
+    assert checkpoints.find_newest_checkpoint(folder) and torch.equal(
+        torch.load(folder / "step-00000002/state/x.pt"), large
+    )
     ballast.write_bytes(bytes(100_000))
     writer.wait_for_space_seconds = 0.1
     writer.start_writing({"state/x.pt": large}, TrainState(step=3, world_size=1))
     with pytest.raises(OSError, match="No space left on device"):
         writer.wait()
-    assert checkpoints.find_checkpoint(folder) == folder / "step-00000002"
+    assert checkpoints.find_newest_checkpoint(folder) == folder / "step-00000002"
     assert list(folder.glob(".step-00000003.*/state/*")) == [], "what was begun is deleted"
 
 
 def test_an_error_in_the_background_reaches_the_next_wait(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path / "c", 0, 1, "t", keep_last=1)
+    writer = CheckpointWriter(folder=tmp_path / "c", rank=0, world_size=1, token="t", keep_last=1)
     writer.start_writing({"a/b": 1}, TrainState(step=1, world_size=1))
     writer.wait()
     (tmp_path / "c" / ".step-00000002.t.partial").write_text("in the way")

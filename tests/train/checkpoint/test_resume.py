@@ -16,7 +16,7 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
 from sdxl_trainer.train.checkpoint.folder import verify_manifest
-from sdxl_trainer.train.checkpoint.resume import list_changes, take_up
+from sdxl_trainer.train.checkpoint.resume import list_changes, restore_progress
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run import interruption
@@ -73,12 +73,12 @@ def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks:
     flip_byte(newest / "state" / "layout_rank_00001.pt")
     words = ("--cfg", cached_folder / "tiny.yaml", "run.name=resharded", "sample.prompts=[]")
     printed = run_program("train/main.py", *words, "train.max_steps=6", "engine.zero_stage=3")
-    assert "step-00000008 is damaged and passed over: state/layout_rank_00001.pt has another SHA-256" in printed
+    assert "step-00000008 is damaged and skipped: state/layout_rank_00001.pt has another SHA-256" in printed
     assert (run / "checkpoints" / "damaged-step-00000008").is_dir()
-    assert "of 2 ranks at ZeRO stage 2 is taken up by 1 at stage 3" in printed
+    assert "of 2 ranks at ZeRO stage 2 is resharded for 1 at stage 3" in printed
     more = ("train.max_steps=8", "train.micro_batch_size=1", "engine.zero_stage=1", "train.max_non_finite_steps=7")
     printed = run_program("train/main.py", *words, *more, ranks=4)
-    assert "of 1 ranks at ZeRO stage 3 is taken up by 4 at stage 1" in printed
+    assert "of 1 ranks at ZeRO stage 3 is resharded for 4 at stage 1" in printed
     assert printed.count("settings that alter training have changed") == 1  # and not once from each rank
     state = TrainState.load(run / "checkpoints" / "step-00000008")
     assert (state.world_size, state.zero_stage) == (4, 1)
@@ -141,7 +141,7 @@ def test_progress_goes_on_under_the_settings_of_now(said: list[str]) -> None:
     saved, fresh = build_state(), build_state(optim={"lr": 1.0})
     saved.step, saved.epoch, saved.index, saved.epoch_batches, saved.num_bad = 13, 1, 3, 10, 2
     fresh.world_size, fresh.zero_stage = 4, 3
-    state = take_up(saved, fresh, build_plan(), "stop")
+    state = restore_progress(saved, fresh, build_plan(), "stop")
     assert (state.step, state.epoch, state.index, state.num_bad) == (13, 1, 3, 2)
     assert (state.world_size, state.zero_stage, state.config) == (4, 3, fresh.config)
     assert len(said) == 1 and "optim.lr: 1e-05 -> 1.0" in said[0]
@@ -151,18 +151,18 @@ def test_changed_data_stop_the_run_or_keep_the_share_of_the_epoch(said: list[str
     saved, fresh = build_state("old"), build_state("new")
     saved.step, saved.epoch, saved.index, saved.epoch_batches = 16, 1, 6, 10
     with pytest.raises(UserInputError, match="the data have changed since step 16"):
-        take_up(saved, fresh, build_plan(), "stop")
-    state = take_up(saved, fresh, build_plan(num_samples=80), "continue")
+        restore_progress(saved, fresh, build_plan(), "stop")
+    state = restore_progress(saved, fresh, build_plan(num_samples=80), "continue")
     assert (state.step, state.epoch, state.index, state.epoch_batches) == (16, 1, 12, 20)
     assert state.index_fingerprint == "new" and "at batch 12 of 20 in epoch 1 instead of 6 of 10" in said[-1]
     saved.index = 10  # past the end, as a state at an epoch's last batch never is; it settles in the next epoch
-    assert (lambda s: (s.epoch, s.index))(take_up(saved, fresh, build_plan(), "continue")) == (2, 0)
+    assert (lambda s: (s.epoch, s.index))(restore_progress(saved, fresh, build_plan(), "continue")) == (2, 0)
 
 
 def test_another_global_batch_size_keeps_the_share_of_the_epoch(said: list[str]) -> None:
     saved, fresh = build_state(), build_state(train={"global_batch_size": 8})
     saved.step, saved.epoch, saved.index, saved.epoch_batches = 36, 3, 4, 10
-    state = take_up(saved, fresh, build_plan(80, 8), "stop")
+    state = restore_progress(saved, fresh, build_plan(80, 8), "stop")
     assert (state.step, state.epoch, state.index, state.global_batch_size) == (36, 3, 4, 8)
     assert "train.global_batch_size: 4 -> 8" in said[0] and "train.global_batch_size has changed" in said[1]
 

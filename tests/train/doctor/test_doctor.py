@@ -34,7 +34,7 @@ from sdxl_trainer.train.doctor.doctor import (
     read_num_ranks,
     tell,
 )
-from sdxl_trainer.train.engine.defaults import settle_engine
+from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.memory import compute_checkpoint_bytes, count_unet_parameters, estimate_memory
 
 CONFIGS = ROOT / "configs"
@@ -101,7 +101,7 @@ def test_disks(tmp_path: Path) -> None:
 )
 def test_bytes_of_a_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:
     config, problems = build_config({}, words.split())
-    config, _ = settle_engine(config, ranks)
+    config, _ = resolve_zero_stage(config, ranks)
     assert problems == []
     memory = estimate_memory(config, 1000, ranks)
     assert memory.total - memory.buffers == 1000 * rank_bytes
@@ -111,7 +111,7 @@ def test_bytes_of_a_weight(words: str, ranks: int, rank_bytes: float, checkpoint
 def test_memory_of_sdxl() -> None:
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = build_config({"model": model})
-    config, _ = settle_engine(config, 1)
+    config, _ = resolve_zero_stage(config, 1)
     assert count_unet_parameters(config) == 2_567_463_684  # SDXL base's U-Net
     assert "2.57 billion" in check_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
     assert check_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
@@ -158,7 +158,8 @@ def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
     assert "ok     ranks: 2 by gloo, sums of 64 MB at " in done.stdout
     assert "WRONG  train.globl: 3 is not a known key\n       cure: did you mean train.global_batch_size?" in done.stdout
     assert f"WRONG  model.path: {tmp_path}/absent is neither a file nor a folder\n" in done.stdout
-    assert "ok     engine.zero_stage: 1 is taken, for a single rank" in done.stdout and "INFO" not in done.stderr
+    assert "ok     engine.zero_stage: 1, chosen because engine.precision bf16" in done.stdout
+    assert "INFO" not in done.stderr
     assert "ok     run.dir: " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"]
 

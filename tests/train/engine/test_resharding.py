@@ -13,9 +13,10 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
-from sdxl_trainer.train.engine.engine import Engine, map_file
-from sdxl_trainer.train.engine.layout import Flat, Layout, Piece
-from sdxl_trainer.train.engine.resharding import MASTER, ReshardingError, SavedState
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
+from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.engine.layout import FlatTensor, Fragment, Layout
+from sdxl_trainer.train.engine.saved_state import MASTER, ReshardingError, SavedState, map_state_file
 
 STAGES = (0, 1, 2, 3)
 
@@ -36,7 +37,7 @@ def build_engine(stage: int, precision: str = "fp32", weight_decay: float = 0.1,
         groups = [{"params": trained, "weight_decay": weight_decay}]
     optimizer = choices.get("build", torch.optim.AdamW)(groups, lr=0.05)
     settings = EngineConfig(zero_stage=stage, precision=precision, deepspeed={"zero_allow_untested_optimizer": True})
-    return Engine(net, optimizer, settings, (4, 4, 1), 1.0)
+    return Engine(net, optimizer, settings, BatchSizes(4, 4, 1), 1.0)
 
 
 def train(engine: Engine, steps: range) -> list[float]:
@@ -51,8 +52,9 @@ def train(engine: Engine, steps: range) -> list[float]:
 
 
 def save(engine: Engine, folder: Path) -> Path:
-    writer = CheckpointWriter(folder, 0, 1, "t", keep_last=1, blocking=True)
+    writer = CheckpointWriter(folder=folder, rank=0, world_size=1, token="t", keep_last=1)
     writer.save(engine, TrainState(step=3, world_size=1))
+    writer.wait()
     return folder / "step-00000003"
 
 
@@ -79,7 +81,7 @@ def test_any_stage_goes_on_from_any_other(saved, old: int, precision: str) -> No
     path, expected = saved(old, precision)
     for new in STAGES:
         engine = build_engine(new, precision)
-        engine.load(path)
+        engine.load_state(path)
         losses = train(engine, range(3, 6))
         assert losses == pytest.approx(expected, abs=1e-6 if precision == "fp32" else 2e-2), f"stage {new}"
         if new == old:
@@ -97,12 +99,14 @@ def test_other_groups_and_another_precision(saved) -> None:
     """The state belongs to the parameters, not to the groups in which they were once flattened together."""
     path, expected = saved(2)
     engine = build_engine(1, one_group=True, weight_decay=0.0)
-    engine.load(path)
+    engine.load_state(path)
     assert train(engine, range(3, 4)) == pytest.approx(expected[:1], abs=1e-6)
     in_bf16 = build_engine(2, "bf16")
-    in_bf16.load(path)
-    assert in_bf16.gather_weight("0.weight").dtype == torch.float32
-    assert torch.equal(in_bf16.gather_weight("0.weight"), SavedState(path / "state", map_file).read_whole("0.weight"))
+    in_bf16.load_state(path)
+    assert in_bf16.weights.gather("0.weight").dtype == torch.float32
+    assert torch.equal(
+        in_bf16.weights.gather("0.weight"), SavedState(path / "state", map_state_file).read_whole("0.weight")
+    )
 
 
 def test_settings_are_those_of_now(saved) -> None:
@@ -110,7 +114,7 @@ def test_settings_are_those_of_now(saved) -> None:
     path, _ = saved(2)
     for stage in (2, 3):
         engine = build_engine(stage, weight_decay=0.7)
-        engine.load(path)
+        engine.load_state(path)
         assert [group["weight_decay"] for group in engine._optimizer.param_groups] == [0.7, 0.0]
 
 
@@ -127,18 +131,25 @@ def test_a_state_that_is_not_one_value_per_weight_is_refused_clearly(saved, tmp_
     train(engine, range(1))
     path = save(engine, tmp_path)
     same = build_engine(2, build=Blocks)
-    same.load(path)
+    same.load_state(path)
     with pytest.raises(ReshardingError, match="'scale' has .* by 1 ranks at ZeRO stage 2"):
-        build_engine(1, one_group=True, build=Blocks).load(path)
+        build_engine(1, one_group=True, build=Blocks).load_state(path)
 
 
-def write_shards(folder: Path, shares: list[list[Piece]], weights: torch.Tensor) -> None:
+def write_shards(folder: Path, shares: list[list[Fragment]], weights: torch.Tensor) -> None:
     """Files of ranks at stage 2 that hold the given pieces of one parameter."""
-    for rank, pieces in enumerate(shares):
+    for rank, fragments in enumerate(shares):
         flat = torch.zeros(8)
-        for piece in pieces:
-            flat[piece.offset : piece.offset + piece.numel] = weights[piece.start : piece.start + piece.numel]
-        layout = Layout(rank, len(shares), 2, "x", (Flat(8, tuple(pieces)),), {"w": (3, 4)})
+        for part in fragments:
+            flat[part.offset : part.offset + part.numel] = weights[part.start : part.start + part.numel]
+        layout = Layout(
+            rank=rank,
+            world_size=len(shares),
+            zero_stage=2,
+            kind="x",
+            flats=(FlatTensor(8, tuple(fragments)),),
+            shapes={"w": (3, 4)},
+        )
         torch.save(layout.to_plain(), folder / f"layout_rank_{rank:05d}.pt")
         state = {"single_partition_of_fp32_groups": [flat], "base_optimizer_state": {"state": {}, "param_groups": []}}
         torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -146,13 +157,13 @@ def write_shards(folder: Path, shares: list[list[Piece]], weights: torch.Tensor)
 
 def test_parts_are_read_across_ranks_and_a_gap_is_told(tmp_path: Path) -> None:
     weights = torch.arange(12.0)
-    write_shards(tmp_path, [[Piece("w", 0, 1, 7)], [Piece("w", 7, 0, 5)]], weights)
-    state = SavedState(tmp_path, map_file)
+    write_shards(tmp_path, [[Fragment("w", 0, 1, 7)], [Fragment("w", 7, 0, 5)]], weights)
+    state = SavedState(tmp_path, map_state_file)
     assert torch.equal(state.read_whole("w"), weights.view(3, 4))
     assert torch.equal(state.read("w", MASTER, 5, 4), weights[5:9])
-    write_shards(tmp_path, [[Piece("w", 0, 1, 7)], [Piece("w", 8, 0, 4)]], weights)
+    write_shards(tmp_path, [[Fragment("w", 0, 1, 7)], [Fragment("w", 8, 0, 4)]], weights)
     with pytest.raises(ReshardingError, match="11 of 12 values of w"):
-        SavedState(tmp_path, map_file).read_whole("w")
+        SavedState(tmp_path, map_state_file).read_whole("w")
     (tmp_path / "layout_rank_00001.pt").unlink()
     with pytest.raises(ReshardingError, match="1 of the ranks' layouts"):
-        SavedState(tmp_path, map_file)
+        SavedState(tmp_path, map_state_file)

@@ -12,6 +12,7 @@ from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.optim.optimizers import build_optimizer
 
@@ -42,12 +43,13 @@ def build_engine(stage: int, precision: str = "fp32", name: str = "adamw", lr: f
     net, config = build_net(), EngineConfig(zero_stage=stage, precision=precision, **settings)
     kwargs = {"adam_lr": lr} if name == "muon" else {}
     optimizer = build_optimizer(build_groups(net), OptimConfig(name=name, lr=lr, kwargs=kwargs), config)
-    return Engine(net, optimizer, config, (8, 4, 2), 0.0 if name == "muon" else MAX_NORM, ema)
+    return Engine(net, optimizer, config, BatchSizes(8, 4, 2), 0.0 if name == "muon" else MAX_NORM, ema)
 
 
 def save(engine: Engine, folder: Path) -> Path:
-    writer = CheckpointWriter(folder, 0, 1, "t", keep_last=1, blocking=True)
+    writer = CheckpointWriter(folder=folder, rank=0, world_size=1, token="t", keep_last=1)
     writer.save(engine, TrainState(step=3, world_size=1))
+    writer.wait()
     return folder / "step-00000003"
 
 
@@ -70,7 +72,7 @@ def train(engine: Engine, steps: int | range = STEPS, lr: float = LR) -> torch.T
 
 
 def gather(engine: Engine, average: str | None = None) -> torch.Tensor:
-    return torch.cat([engine.gather_weight(name, average).flatten() for name, _ in build_net().named_parameters()])
+    return torch.cat([engine.weights.gather(name, average).flatten() for name, _ in build_net().named_parameters()])
 
 
 def flatten(net: torch.nn.Module) -> torch.Tensor:
@@ -141,7 +143,7 @@ def test_masters_begin_as_the_very_weights(stage: int) -> None:
     for precision in ("bf16", "fp16")[: 2 if stage else 1]:
         engine = build_engine(stage, precision)
         for name, parameter in build_net().named_parameters():
-            assert not parameter.requires_grad or engine.gather_weight(name).equal(parameter), name
+            assert not parameter.requires_grad or engine.weights.gather(name).equal(parameter), name
 
 
 @pytest.mark.usefixtures("fp16_anywhere")
@@ -175,10 +177,10 @@ def test_rounding_by_chance_is_the_same_after_a_resume(stage: int, tmp_path: Pat
     engine = build_engine(stage, "bf16_stochastic")
     train(engine, 3)
     resumed = build_engine(stage, "bf16_stochastic")
-    resumed.load(save(engine, tmp_path))
+    resumed.load_state(save(engine, tmp_path))
     assert train(resumed, range(3, 5)).equal(whole)
     other = build_engine(3 - stage or 3, "bf16_stochastic")
-    other.load(tmp_path / "step-00000003")
+    other.load_state(tmp_path / "step-00000003")
     torch.testing.assert_close(train(other, range(3, 5)), whole, rtol=0, atol=0.05 * LR)
 
 
@@ -202,7 +204,7 @@ def test_averages_are_those_of_plain_pytorch(stage: int, tmp_path: Path) -> None
         if number == 4:
             path = save(engine, tmp_path)
             engine = build_engine(3 - stage, ema=ema)
-            engine.load(path)
+            engine.load_state(path)
         weights = train(engine, range(number, number + 1))
         for key, average in expected.items():
             decay = min(float(key), (1 + number) / (10 + number))
@@ -220,7 +222,7 @@ def test_the_model_runs_with_an_average_and_is_given_back_whole(stage: int, prec
     inputs = draw_inputs(0)[0].to(engine.dtype)
     with torch.no_grad():
         before, weights = engine.model(inputs), gather(engine)
-        with engine.use_average("0.9"):
+        with engine.weights.use_average("0.9"):
             averaged = engine.model(inputs)
         after = engine.model(inputs)
         net, place = build_net(), 0
@@ -240,7 +242,7 @@ def test_a_rank_that_saves_alone_while_an_average_is_used_saves_the_weights(stag
     engine = build_engine(stage, "bf16", ema=EmaConfig(decays=[0.9]))
     train(engine)
     expected = list_tensors(engine.capture_state())
-    with engine.use_average("0.9"):
+    with engine.weights.use_average("0.9"):
         saved = list_tensors(engine.capture_state(alone=True))
     assert len(saved) == len(expected) > 5
     assert all(one.equal(other) for one, other in zip(saved, expected, strict=True))
@@ -251,7 +253,9 @@ def test_without_a_norm_a_gradient_that_is_not_finite_is_found_all_the_same(stag
     init_ranks()
     settings = {"zero_optimization": {"compute_grad_norm": False}}
     net, config = build_net(), EngineConfig(zero_stage=stage, precision="bf16", deepspeed=settings)
-    engine = Engine(net, build_optimizer(build_groups(net), OptimConfig(lr=LR), config), config, (2, 2, 1), 0.0)
+    engine = Engine(
+        net, build_optimizer(build_groups(net), OptimConfig(lr=LR), config), config, BatchSizes(2, 2, 1), 0.0
+    )
     weights = gather(engine)
     engine.backward(engine(draw_inputs(0)[0].to(engine.dtype)).sum() * float("nan"))
     assert not engine.step() and gather(engine).equal(weights)
@@ -268,5 +272,5 @@ def test_an_average_that_is_new_begins_with_the_weights_of_the_checkpoint(tmp_pa
     engine = build_engine(2)
     weights = train(engine)
     later = build_engine(1, ema=EmaConfig(decays=[0.9]))
-    later.load(save(engine, tmp_path))
+    later.load_state(save(engine, tmp_path))
     assert gather(later, "0.9").equal(weights)

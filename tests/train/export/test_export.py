@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
-from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.engine.weights import Weights
 from sdxl_trainer.train.export.export import export_model, get_model_path
 from sdxl_trainer.train.run.job import build_networks
 
@@ -26,8 +26,8 @@ def built(tiny_folder: Path):
     assert problems == []
     source = resolve_model(config.model)
     engine, conditioner = build_networks(config, source, init_ranks())
-    assert engine.ema is not None
-    for average in engine.ema.averages["0.9"]:
+    assert engine.weights.ema is not None
+    for average in engine.weights.ema.averages["0.9"]:
         average.add_(1.0)
     return config, engine, conditioner, source
 
@@ -37,26 +37,28 @@ def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_p
     """Of what is gathered one tensor is alive at a time, or the three that the file has as one."""
     config, engine, conditioner, source = built
     alive: set[str] = set()
-    most, gather = [], Engine.gather_weight
+    most, gather = [], Weights.gather
 
-    def gather_counted(self: Engine, name: str, average: str | None = None) -> torch.Tensor:
+    def gather_counted(self: Weights, name: str, average: str | None = None) -> torch.Tensor:
         weight = gather(self, name, average)
         alive.add(name)
         weakref.finalize(weight, alive.discard, name)
         most.append(len(alive))
         return weight
 
-    monkeypatch.setattr(Engine, "gather_weight", gather_counted)
+    monkeypatch.setattr(Weights, "gather", gather_counted)
     path = tmp_path / "model.safetensors"
     export_model(path, engine, conditioner, source, config, init_ranks(), average)
     assert len(most) > 600 and max(most) <= 4  # the next one comes while those before are let go
-    written, begun = load_file(path), engine.gather_weight("unet.conv_in.weight")
+    written, begun = load_file(path), engine.weights.gather("unet.conv_in.weight")
     assert torch.equal(written[CONV_IN], begun + (1.0 if average else 0.0))
     encoder = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.layer_norm1.weight"
     name = next(
-        n for n in engine.trained if n.startswith("text_encoder.") and n.endswith("layers.0.layer_norm1.weight")
+        n
+        for n in engine.weights.trained_names
+        if n.startswith("text_encoder.") and n.endswith("layers.0.layer_norm1.weight")
     )
-    trained = gather(engine, name, average)
+    trained = gather(engine.weights, name, average)
     assert torch.equal(written[encoder], trained), "what is trained of the text encoders goes with it"
     assert {name.split(".")[0] for name in written} == {"model", "conditioner", "first_stage_model"}
 
@@ -67,13 +69,13 @@ def test_other_ranks_know_the_order_in_which_weights_are_gathered(
 ) -> None:
     """Each is a collective: rank 0 follows the format writer, the others `list_source_names`."""
     config, engine, conditioner, source = built
-    asked, gather = [], Engine.gather_weight
+    asked, gather = [], Weights.gather
 
-    def gather_noted(self: Engine, name: str, average: str | None = None) -> torch.Tensor:
+    def gather_noted(self: Weights, name: str, average: str | None = None) -> torch.Tensor:
         asked.append(name)
         return gather(self, name, average)
 
-    monkeypatch.setattr(Engine, "gather_weight", gather_noted)
+    monkeypatch.setattr(Weights, "gather", gather_noted)
     export_model(tmp_path / name, engine, conditioner, source, config, init_ranks())
     main, asked[:] = list(asked), []
     export_model(tmp_path / name, engine, conditioner, source, config, Ranks(1, 1, 2, torch.device("cpu")))

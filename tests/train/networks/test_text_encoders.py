@@ -10,7 +10,7 @@ from programs import run_program
 from safetensors.torch import load_file
 
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.train.engine.saved_weights import check_average
+from sdxl_trainer.train.engine.saved_state import check_average
 from sdxl_trainer.train.export.convert import main
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
@@ -117,4 +117,4 @@ def test_an_average_is_taken_out_of_a_checkpoint(trained_run: Path, tmp_path: Pa
     assert projection.T.equal(exported["conditioner.embedders.1.model.text_projection"])
     assert main([str(trained_run), str(target), "--ema", "0.99"]) == 2
     assert "give one of 0.9" in capsys.readouterr().err
-    assert "needs a checkpoint" in check_average(None, "0.9")[0].rule
+    assert "needs a checkpoint" in next(check_average(None, "0.9")).rule

@@ -13,9 +13,8 @@ from programs import run_program
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
-from sdxl_trainer.train.engine.engine import map_file
-from sdxl_trainer.train.engine.quantised import BLOCK, WRAPPED, Quantised, list_moments, list_parts, quantise
-from sdxl_trainer.train.engine.resharding import SavedState
+from sdxl_trainer.train.engine.quantised import BLOCK, WRAPPED, QuantisedMoment, join_moments, quantise, split_moment
+from sdxl_trainer.train.engine.saved_state import SavedState, map_state_file
 from sdxl_trainer.train.optim.optimizers import check_optimizer
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -48,14 +47,14 @@ def test_values_are_kept_to_the_nearest_code_of_their_block():
 
 def test_what_bitsandbytes_saves_is_found_wrapped_and_not():
     moment = quantise(draw(4096), TABLE)
-    parts = list_parts("state2", moment)
+    parts = split_moment("state2", moment)
     assert set(parts) == {"state2", "qmap2", "absmax2"}
     for state in ({"step": 4, **parts}, {"step": 4, WRAPPED: parts}):
-        found = list_moments(state)
+        found = join_moments(state)
         assert set(found) == {"step", "state2"} and found["step"] == 4
-        assert isinstance(found["state2"], Quantised) and found["state2"].read(7, 300).equal(moment.read(7, 300))
+        assert isinstance(found["state2"], QuantisedMoment) and found["state2"].read(7, 300).equal(moment.read(7, 300))
     small = {"step": 1, WRAPPED: {"state1": torch.ones(8)}}
-    assert list_moments(small)["state1"].equal(torch.ones(8))
+    assert join_moments(small)["state1"].equal(torch.ones(8))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_other_ranks_and_stages_take_it_up(saved: Saved, ranks: Ranks, old_ranks
     path, losses = saved[old_ranks, old]
     for new in STAGES:
         engine = build_engine(new, ranks)
-        engine.load(path)
+        engine.load_state(path)
         resumed = train(engine, range(3, 6), ranks)
         assert resumed == pytest.approx(losses[3:], abs=4e-3), new
         if (old_ranks, old) == (1, new):
@@ -112,8 +111,8 @@ def test_other_ranks_and_stages_take_it_up(saved: Saved, ranks: Ranks, old_ranks
 def test_moments_stay_what_they_are_value_by_value(saved: Saved, ranks: Ranks, tmp_path: Path) -> None:
     path, _ = saved[2, 2]
     engine = build_engine(0, ranks)
-    engine.load(path)
-    before, after = (SavedState(folder / "state", map_file) for folder in (path, save(engine, tmp_path, ranks)))
+    engine.load_state(path)
+    before, after = (SavedState(folder / "state", map_state_file) for folder in (path, save(engine, tmp_path, ranks)))
     for name in ("0.weight", "2.weight", "0.bias"):
         for key in ("state1", "state2"):
             old, new = before.read(name, key), after.read(name, key)

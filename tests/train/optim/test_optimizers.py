@@ -16,7 +16,7 @@ def list_problems(engine: dict | None = None, **optim) -> list[tuple[str, str]]:
     return [(problem.key, problem.cure) for problem in problems]
 
 
-WHOLE = "set engine.zero_stage: 0, or take another optimizer"
+WHOLE = "set engine.zero_stage: 0, or another optim.name"
 
 
 def draw(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -125,21 +125,31 @@ def test_arguments_reach_the_class():
             {"zero_stage": 2},
             {"name": "torch.optim.Adafactor"},
             "optim.name",
-            "set engine.zero_stage: 0, or take another optimizer",
+            "set engine.zero_stage: 0, or another optim.name",
         ),
         (
             {"zero_stage": 2},
             {"name": "prodigy", "lr": 1},
             "optim.name",
-            "set engine.zero_stage: 0, or take another optimizer",
+            "set engine.zero_stage: 0, or another optim.name",
         ),
         ({}, {"name": "muon"}, "optim.max_grad_norm", "set it to 0"),
         ({"zero_stage": 0}, {"name": "prodigy"}, "optim.lr", "set it to 1"),
-        ({"zero_stage": 0}, {"name": "prodigy", "lr": 1, "text_encoder_lr": 0.5}, "optim", "give 0 or optim.lr"),
+        (
+            {"zero_stage": 0},
+            {"name": "prodigy", "lr": 1, "text_encoder_lr": 0.5},
+            "optim",
+            "set each to 0 or to optim.lr",
+        ),
         ({"zero_stage": 0}, {"name": "adafactor", "betas": (0.9, 0.9)}, "optim.betas", "leave it out"),
         ({"zero_stage": 0}, {"name": "adafactor", "kwargs": {"relativ": 1}}, "optim.kwargs.relativ", "it takes beta1"),
-        ({"precision": "bf16_kahan"}, {"name": "torch.optim.SGD"}, "optim.name", "take adamw or lion"),
-        ({"precision": "bf16_stochastic"}, {"name": "muon", "max_grad_norm": 0}, "optim.name", "take adamw or lion"),
+        ({"precision": "bf16_kahan"}, {"name": "torch.optim.SGD"}, "optim.name", "set it to adamw or lion"),
+        (
+            {"precision": "bf16_stochastic"},
+            {"name": "muon", "max_grad_norm": 0},
+            "optim.name",
+            "set it to adamw or lion",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(engine, optim, key, cure):

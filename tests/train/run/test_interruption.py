@@ -14,9 +14,8 @@ from campaigns.cache_kill import get_variable, list_descendants
 from programs import ROOT, run_program
 from rank_port import find_rank_port
 
-from sdxl_trainer.train.checkpoint.folder import find_checkpoint, list_checkpoints, settle_partials
-from sdxl_trainer.train.engine.engine import map_file
-from sdxl_trainer.train.engine.resharding import SavedState
+from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, list_checkpoints, recover_partial_checkpoints
+from sdxl_trainer.train.engine.saved_state import SavedState, map_state_file
 from sdxl_trainer.train.report.metrics import read_metrics
 
 # What happens to rank 1 as it reads its samples, by the number of times torchrun has started it. It reads two
@@ -148,9 +147,9 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 143 and f"shard of step {done} written" in printed, printed
     assert list_checkpoints(run / "checkpoints") == [] and count_steps(run) == done
-    settle_partials(run / "checkpoints")  # as the next start does
-    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step-{done:08d}"
-    trained = SavedState(run / "checkpoints" / f"step-{done:08d}" / "state", map_file)
+    recover_partial_checkpoints(run / "checkpoints")  # as the next start does
+    assert find_newest_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step-{done:08d}"
+    trained = SavedState(run / "checkpoints" / f"step-{done:08d}" / "state", map_state_file)
     assert trained.shapes and all(trained.read_whole(name).isfinite().all() for name in trained.shapes)
 
 
@@ -167,8 +166,8 @@ def test_a_rank_that_hangs_is_given_up_and_may_come_back(cached_folder: Path, tw
     ranks[1].send_signal(signal.SIGCONT)
     printed, _ = ranks[1].communicate(timeout=120)
     assert ranks[1].returncode == 1 and "shard of step 3 written" in printed, printed
-    settle_partials(run / "checkpoints")  # as the next start does
-    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-00000003"
+    recover_partial_checkpoints(run / "checkpoints")  # as the next start does
+    assert find_newest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-00000003"
     assert read_losses(run) == read_losses(two_ranks)[:3]
 
 

@@ -5,8 +5,13 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.load import build_config
-from sdxl_trainer.train.engine.deepspeed_config import build_deepspeed_config, describe_deepspeed
-from sdxl_trainer.train.engine.defaults import choose_communication, settle_engine
+from sdxl_trainer.train.engine.deepspeed_config import (
+    BatchSizes,
+    build_communication_settings,
+    build_deepspeed_config,
+    describe_deepspeed_config,
+    resolve_zero_stage,
+)
 from sdxl_trainer.train.estimates.memory import StepMemoryLogger
 from sdxl_trainer.train.optim.optimizers import check_optimizer
 
@@ -31,29 +36,29 @@ CPU = torch.device("cpu")
 def test_stage_by_ranks(words: str, ranks: int, stage: int) -> None:
     config, problems = build_config({}, words.split())
     assert problems == []
-    settled, chosen = settle_engine(config, ranks)
+    settled, chosen = resolve_zero_stage(config, ranks)
     assert settled.engine.zero_stage == stage
-    assert chosen == "" if "zero_stage" in words else chosen.startswith(f"{stage} is taken, for ")
+    assert chosen == "" if "zero_stage" in words else chosen.startswith(f"{stage}, chosen because ")
     assert list(check_optimizer(settled.optim, settled.engine)) == []
 
 
 def test_whole_tensors_and_shards_at_once_are_refused() -> None:
     config, _ = build_config({}, ["optim.name=adafactor", "engine.precision=fp16"])
-    config, _ = settle_engine(config, 1)
+    config, _ = resolve_zero_stage(config, 1)
     assert [problem.key for problem in check_optimizer(config.optim, config.engine)] == ["optim.name"]
 
 
 def test_communication_by_ranks() -> None:
     config, _ = build_config({}, ["engine.zero_stage=2"])
-    alone, several = (choose_communication(config.engine, ranks) for ranks in (1, 8))
+    alone, several = (build_communication_settings(config.engine, ranks) for ranks in (1, 8))
     assert alone["reduce_bucket_size"] < several["reduce_bucket_size"]  # pyright: ignore
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     own = {"zero_optimization": {"reduce_bucket_size": 7}}
     engine = config.engine.model_copy(update={"deepspeed": own})
-    settings = build_deepspeed_config(engine, (16, 2, 1), 1.0, optimizer)
+    settings = build_deepspeed_config(engine, BatchSizes(16, 2, 1), 1.0, optimizer)
     assert settings["zero_optimization"]["reduce_bucket_size"] == 7  # what the user says holds
     assert settings["zero_optimization"]["allgather_bucket_size"] == several["allgather_bucket_size"]
-    assert describe_deepspeed(settings) == "ZeRO-2, reduce_bucket_size 7e+00, allgather_bucket_size 2e+08"
+    assert describe_deepspeed_config(settings) == "ZeRO-2, reduce_bucket_size 7e+00, allgather_bucket_size 2e+08"
 
 
 def test_memory_of_a_step_is_measured_in_the_second_one() -> None:

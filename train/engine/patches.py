@@ -1,0 +1,202 @@
+"""Every change to DeepSpeed's behaviour, and every use of private parts of DeepSpeed and PyTorch.
+
+Written for deepspeed 0.19.8 and torch 2.13.0. Each function states why it is needed and which public way was looked
+for. tests/train/engine/test_patches.py fails when something that a function relies on is gone or has another shape.
+
+Import DeepSpeed from here (`from sdxl_trainer.train.engine.patches import deepspeed`), so that it loads patched.
+Besides these, train/engine/layout.py reads the undocumented attributes in which DeepSpeed's optimizers keep their
+master weights. Rooms below this one (train/networks, train/optim) use public parts only.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+
+# DeepSpeed's documented choice of accelerator, read when it is imported. Without it, DeepSpeed probes for accelerators
+# and warns that there are none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+import deepspeed.runtime.compiler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+# Types in DeepSpeed's checkpoint files besides tensors and plain values; nothing else is unpickled from them.
+# Looked for: a list of DeepSpeed's own. It loads its files with `weights_only=False`.
+SAFE_TYPES: list[Any] = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
+
+
+def skip_op_probe() -> None:
+    """Without a GPU, declare that none of DeepSpeed's compiled operators is compatible.
+
+    Why: DeepSpeed would spend minutes compiling a shared-memory all-reduce that only its inference uses, and would fail
+    on a machine without a compiler. Looked for: an environment variable; DS_BUILD_* act at installation only.
+    """
+    if not torch.cuda.is_available():
+        # A lazy attribute of the module, which type checkers do not see.
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+
+
+def delay_kernel_compilation() -> None:
+    """Let DeepSpeed's Muon kernels import the compiler when they are first called, not when they are defined.
+
+    Why: DeepSpeed imports its Muon module to check the type of every optimizer. The decorator in it loads
+    `torch._dynamo`, 1.5 s of every rank's start. Looked for: a setting; the decorator is unconditional.
+    """
+    deepspeed.runtime.compiler.compile = lambda: compile_at_first_call
+
+
+def compile_at_first_call(function: Callable) -> Callable:
+    """Decorate a function so that `torch.compile` compiles it when it is first called."""
+    compiled = None
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal compiled
+        compiled = compiled or torch.compile(function)
+        return compiled(*arguments, **named)
+
+    return call
+
+
+def silence_renamed_collectives() -> None:
+    """Hide torch's warnings about older names of collectives, which DeepSpeed uses and a user cannot change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+skip_op_probe()
+delay_kernel_compilation()
+silence_renamed_collectives()
+
+
+def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
+    """Replace `step` of a plain torch optimizer by one that clips, and that skips gradients that are not finite.
+
+    Why: for fp32 without ZeRO, DeepSpeed uses the optimizer as it is. Its own optimizers clip, keep the norm in
+    `_global_grad_norm` and report a skipped update in `overflow`; the engine reads both from any optimizer. Looked for:
+    torch's step hooks, which cannot skip a step, and DeepSpeed's `gradient_clipping`, which reports no norm. That
+    setting must be 0 with this guard.
+
+    Args:
+        max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
+    """
+    update = optimizer.step
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def step() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        optimizer._global_grad_norm, optimizer.overflow = norm, not bool(norm.isfinite())
+        if not optimizer.overflow:
+            update()
+
+    optimizer.step = step
+
+
+def skip_gradient_allreduce(engine: Any) -> None:
+    """Stop a single rank from averaging gradients with itself.
+
+    Why: DeepSpeed copies each gradient into a bucket and back. Looked for: a setting; ZeRO 0 always averages.
+    """
+    engine.enable_backward_allreduce = False
+
+
+def replace_zero_grad(engine: Any) -> None:
+    """Replace `zero_grad` of the engine by a loop over a list of the parameters.
+
+    Why: DeepSpeed's walks through the tree of modules at every step. Looked for: `zero_grad(set_to_none)` of the
+    optimizer; with ZeRO 0 in fp32 the engine calls its own method only.
+    """
+    weights = list(engine.module.parameters())
+
+    def zero_grad() -> None:
+        for weight in weights:
+            weight.grad = None
+
+    engine.zero_grad = zero_grad
+
+
+def skip_overflow_scan(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 find gradients that are not finite by their norm alone, which every rank has.
+
+    Why: DeepSpeed scans each gradient first. Looked for: `bf16.check_grad_overflow: false`, which switches off the
+    check of the norm too, so that NaN reaches the weights.
+    """
+    optimizer.check_overflow = lambda **_: None
+
+
+class FragmentOffsets(NamedTuple):
+    """First element of a parameter that lies in this rank's flat tensor, its offset there, and number of elements."""
+
+    start: int
+    offset: int
+    numel: int
+
+
+def read_fragment_offsets(parameter: Any) -> FragmentOffsets | None:
+    """Return where a parameter lies in this rank's flat tensor under ZeRO 1 and 2; None if no part of it does.
+
+    Why: checkpoints name what lies where. Looked for: `safe_get_full_fp32_param` and its siblings gather whole
+    parameters by a collective and report no place; `param_slice_mappings` in the state dict lacks the start.
+    """
+    mapping = parameter._hp_mapping
+    if not mapping:
+        return None
+    address = mapping.hp_fragment_address
+    return FragmentOffsets(mapping.lp_fragment_address.start, address.start, address.numel)
+
+
+def collect_state_files(
+    engine: Any, tag: str, client_state: dict[str, Any], copy: Callable[[Any], Any], with_module: bool
+) -> dict[str, Any]:
+    """Return this rank's files of a checkpoint in DeepSpeed's own format: path → copied content. No collectives.
+
+    Why: the public `save_checkpoint` writes to disk itself, between barriers, at which a rank waits for ever if
+    another one is dead. Looked for: DeepSpeed's checkpoint engines (`checkpoint.writer`), which run between the same
+    barriers. Without ZeRO-3's prologue and epilogue, which the caller owes.
+
+    Args:
+        tag: folder of the files.
+        client_state: further entries of the module's file.
+        copy: copies the content of a file, called before the next file is built.
+        with_module: return the file with the module's weights even if rank 0 alone writes it.
+    """
+    recorder = _Recorder(engine.checkpoint_engine, copy)
+    replaced = engine.checkpoint_engine, engine.save_non_zero_checkpoint
+    engine.checkpoint_engine = recorder
+    engine.save_non_zero_checkpoint |= with_module
+    try:
+        engine._save_checkpoint("", tag, client_state=client_state)
+    finally:
+        engine.checkpoint_engine, engine.save_non_zero_checkpoint = replaced
+    if engine.save_zero_checkpoint:
+        # As `_save_zero_checkpoint`, which besides copies scripts into the working directory.
+        content = {
+            "optimizer_state_dict": engine.optimizer.state_dict(),
+            "ds_config": engine.config,
+            "ds_version": deepspeed.__version__,
+        }
+        recorder.save(content, engine._get_zero_ckpt_name("", tag))
+    return recorder.files
+
+
+class _Recorder:
+    """Stand-in for DeepSpeed's checkpoint engine that keeps what would be written."""
+
+    def __init__(self, replaced: Any, copy: Callable[[Any], Any]):
+        self.files: dict[str, Any] = {}
+        self._replaced = replaced
+        self._copy = copy
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = self._copy(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._replaced, name)

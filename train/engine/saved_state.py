@@ -1,0 +1,240 @@
+"""The state that a checkpoint holds, read parameter by parameter, for resharding and for programs that do not train.
+
+Each rank saves, beside DeepSpeed's own files, its layout: which part of which parameter lies where in its flat tensors.
+Files are mapped into memory, so only the parts that are asked for are read from disk.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.train.engine.layout import Fragment, Layout
+from sdxl_trainer.train.engine.patches import SAFE_TYPES
+from sdxl_trainer.train.engine.quantised import QuantisedMoment, join_moments
+
+STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
+AVERAGE = "average "  # begins the keys of moving averages, which have a file of their own
+MASTER = "master"  # stands for the fp32 weight itself among the keys of the optimizer's state
+
+
+class ReshardingError(ValueError):
+    """The saved state cannot be put together for these ranks; the message states the obstacle."""
+
+
+@dataclass
+class Shard:
+    """One rank's files of DeepSpeed's, whatever the stage, as numbered flat tensors.
+
+    `model` is the file with the module's weights, None on ranks that do not write one; `owner` is the dict with the
+    optimizer's part: the model file itself under stage 0, otherwise the content of the optimizer file.
+    """
+
+    layout: Layout
+    model: dict[str, Any] | None
+    owner: dict[str, Any]
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The master weights, one tensor per flat."""
+        for key in ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups_flat"):
+            if key in self.owner:
+                return list(self.owner[key])
+        if "fp32_groups" in self.owner:
+            return [tensor for group in self.owner["fp32_groups"] for tensor in group]
+        assert self.model is not None, "without ZeRO every file holds the module"
+        return [self.model["module"][flat.fragments[0].name] for flat in self.layout.flats]
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """State dict of the optimizer within DeepSpeed's: `state` by number of the flat tensor, and `param_groups`."""
+        for key in ("base_optimizer_state", "optimizer_state_dict"):
+            if key in self.owner:
+                return self.owner[key]
+        return self.owner
+
+    def read_state(self, number: int) -> dict[str, Any]:
+        """Return the optimizer's state of a flat tensor, 8-bit moments as `QuantisedMoment`."""
+        return join_moments(self.base["state"].get(number, {}))
+
+    def find_group(self, number: int) -> dict[str, Any]:
+        """Return the parameter group of a flat tensor."""
+        return next(group for group in self.base["param_groups"] if number in group["params"])
+
+
+def build_shard(layout: Layout, files: Mapping[str, Any]) -> Shard:
+    """Build a Shard from a rank's files (name → content).
+
+    Raises:
+        ReshardingError: no file holds an optimizer state.
+    """
+    model = next((content for name, content in files.items() if name.endswith("model_states.pt")), None)
+    zero = next((content for name, content in files.items() if name.endswith("optim_states.pt")), None)
+    owner = zero["optimizer_state_dict"] if zero is not None else (model or {}).get("optimizer")
+    if owner is None:
+        raise ReshardingError(f"rank {layout.rank} saved no optimizer state")
+    return Shard(layout, model, owner)
+
+
+class Place(NamedTuple):
+    """A fragment of a parameter, in flat tensor `number` of the rank with this index."""
+
+    rank: int
+    number: int
+    fragment: Fragment
+
+
+class SavedState:
+    """All ranks' shards of a checkpoint, read by parameter.
+
+    Args:
+        folder: DeepSpeed's folder within the checkpoint.
+        read_file: `map_state_file` or `load_state_file`.
+
+    Raises:
+        ReshardingError: the layout of a rank is missing.
+    """
+
+    def __init__(self, folder: Path, read_file: Callable[[Path], Any]):
+        self._folder = folder
+        self._read_file = lru_cache(maxsize=None)(read_file)
+        self._names = sorted(path.name for path in folder.glob("*_states.pt"))
+        self._shards: dict[int, Shard] = {}
+        self.layouts = [Layout.from_plain(read_file(path)) for path in sorted(folder.glob("layout_rank_*.pt"))]
+        if not self.layouts or len(self.layouts) < self._count_needed():
+            raise ReshardingError(f"{folder} holds {len(self.layouts)} of the ranks' layouts")
+        self.shapes = self.layouts[0].shapes
+        self._places: dict[str, list[Place]] = {}
+        for rank, layout in enumerate(self._distinct_layouts()):
+            for number, flat in enumerate(layout.flats):
+                for fragment in flat.fragments:
+                    self._places.setdefault(fragment.name, []).append(Place(rank, number, fragment))
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that saved."""
+        return self.layouts[0].world_size
+
+    def has(self, name: str) -> bool:
+        """Return whether the parameter was trained, and so has a master weight."""
+        return name in self._places
+
+    def load_shard(self, rank: int) -> Shard:
+        """Return a rank's files. Only its own tensors are read from disk, and those only when they are used."""
+        if rank not in self._shards:
+            names = [name for name in self._names if _belongs_to(name, rank)]
+            mine = {name: self._read_file(self._folder / name) for name in names}
+            self._shards[rank] = build_shard(self.layouts[rank], mine)
+        return self._shards[rank]
+
+    def read(self, name: str, key: str = MASTER, start: int = 0, numel: int | None = None) -> torch.Tensor:
+        """Return `numel` values of a parameter, or of the optimizer's state `key` for it, from element `start` on.
+
+        Raises:
+            ReshardingError: the files do not hold all of them.
+        """
+        numel = self.count_values(name) - start if numel is None else numel
+        result, filled = None, 0
+        for rank, number, fragment in self._places[name]:
+            first, last = max(start, fragment.start), min(start + numel, fragment.start + fragment.numel)
+            if first >= last:
+                continue
+            flat, shift = self._get_flat(rank, number, key), fragment.offset - fragment.start
+            if isinstance(flat, QuantisedMoment):
+                part = flat.read(first + shift, last + shift)
+            else:
+                part = flat.reshape(-1)[first + shift : last + shift]
+            if result is None:
+                result = torch.empty(numel, dtype=part.dtype)
+            result[first - start : last - start] = part
+            filled += last - first
+        if result is None or filled != numel:
+            raise ReshardingError(f"{self._folder} holds {filled} of {numel} values of {name} ({key})")
+        return result
+
+    def read_whole(self, name: str, key: str = MASTER) -> torch.Tensor:
+        """Return a parameter's master weight, or what else `key` names, in its own shape."""
+        return self.read(name, key).reshape(self.shapes[name])
+
+    def count_values(self, name: str) -> int:
+        """Return the number of elements of a whole parameter."""
+        return torch.Size(self.shapes[name]).numel()
+
+    def find_home(self, names: Iterable[str]) -> tuple[Shard, int] | None:
+        """Return the shard and the number of a flat tensor that holds the first of the parameters that was trained."""
+        for name in names:
+            if name in self._places:
+                rank, number, _ = self._places[name][0]
+                return self.load_shard(rank), number
+        return None
+
+    def find_table(self, names: Iterable[str], key: str) -> torch.Tensor | None:
+        """Return the table of codes of the optimizer's state `key`, if it was in 8 bit for one of the parameters."""
+        places = {place[:2] for name in names for place in self._places.get(name, ())}
+        states = (self.load_shard(rank).read_state(number).get(key) for rank, number in sorted(places))
+        return next((state.table for state in states if isinstance(state, QuantisedMoment)), None)
+
+    def read_averages(self, rank: int = 0) -> dict[str, Any]:
+        """Return `num_updates` and `averages`, by decay, of a rank's flat tensors; empty if none were kept."""
+        path = self._folder / f"ema_rank_{rank:05d}.pt"
+        return self._read_file(path) if path.is_file() else {"num_updates": 0, "averages": {}}
+
+    def _get_flat(self, rank: int, number: int, key: str) -> "torch.Tensor | QuantisedMoment":
+        if key.startswith(AVERAGE):
+            return self.read_averages(rank)["averages"][key.removeprefix(AVERAGE)][number]
+        shard = self.load_shard(rank)
+        return shard.masters[number] if key == MASTER else shard.read_state(number)[key]
+
+    def _distinct_layouts(self) -> list[Layout]:
+        """Without ZeRO every rank holds everything, so the first rank's layout suffices."""
+        return self.layouts if self.layouts[0].zero_stage else self.layouts[:1]
+
+    def _count_needed(self) -> int:
+        return self.layouts[0].world_size if self.layouts[0].zero_stage else 1
+
+
+def open_weights(checkpoint: Path, average: str | None = None) -> dict[str, Callable[[], torch.Tensor]]:
+    """Map the name of each trained parameter, such as `unet.conv_in.weight`, to a function that reads it in fp32.
+
+    Args:
+        average: read the moving average of this decay; `check_average` finds one that is missing.
+    """
+    saved = SavedState(checkpoint / STATE_TAG, map_state_file)
+    key = AVERAGE + average if average else MASTER
+    return {name: partial(saved.read_whole, name, key) for name in saved.shapes}
+
+
+def check_average(checkpoint: Path | None, average: str | None) -> Iterator[Problem]:
+    """Yield a problem if the checkpoint does not hold the moving average of the command line's `--ema`."""
+    if average is None:
+        return
+    if checkpoint is None:
+        yield Problem("--ema", average, "needs a checkpoint, and the model is none", "leave it out")
+        return
+    kept = list(SavedState(checkpoint / STATE_TAG, map_state_file).read_averages()["averages"])
+    if average not in kept:
+        cure = f"give one of {', '.join(kept)}" if kept else "leave it out: the checkpoint holds no averages"
+        yield Problem("--ema", average, "is not the decay of an average in the checkpoint", cure)
+
+
+def load_state_file(path: Path) -> Any:
+    """Load one of the checkpoint's `.pt` files into memory."""
+    with torch.serialization.safe_globals(SAFE_TYPES):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def map_state_file(path: Path) -> Any:
+    """Load one of the checkpoint's `.pt` files with tensors mapped from disk, read only where they are used."""
+    with torch.serialization.safe_globals(SAFE_TYPES):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _belongs_to(file: str, rank: int) -> bool:
+    """Return whether a file of DeepSpeed's is a rank's own. Rank 0 has the module's weights, except under stage 3."""
+    if "pp_rank_" not in file:
+        return rank == 0
+    return file.split("pp_rank_")[1].split("_")[0] == str(rank)

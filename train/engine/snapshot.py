@@ -1,0 +1,166 @@
+"""Copies of a live engine's state for checkpoints, and their way back into an engine."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+
+from sdxl_trainer.train.engine.patches import collect_state_files
+from sdxl_trainer.train.engine.resharding import reshard
+from sdxl_trainer.train.engine.saved_state import (
+    AVERAGE,
+    STATE_TAG,
+    SavedState,
+    Shard,
+    build_shard,
+    load_state_file,
+    map_state_file,
+)
+from sdxl_trainer.train.engine.weights import Weights, flatten
+
+# DeepSpeed's own converter, should someone want to use it, asks for this in checkpoints of ZeRO 1 and 2.
+UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
+
+class HostMemory:
+    """Host tensors that are reused for copies of the same tensors in the same order.
+
+    Memory that is allocated already takes a copy several times faster.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._next = 0
+
+    def rewind(self) -> "HostMemory":
+        """Reuse the memory from its first tensor on."""
+        self._next = 0
+        return self
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a tensor on the host."""
+        place, self._next = self._next, self._next + 1
+        held = self._tensors[place] if place < len(self._tensors) else None
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            self._tensors[place : place + 1] = [held]
+        return held.copy_(tensor)
+
+
+def copy_to_host(content: Any, memory: HostMemory | None = None) -> Any:
+    """Return a copy of nested dicts, lists and tuples with all tensors on the CPU, sharing no memory with the original.
+
+    A tensor that is a view is copied alone: torch.save would write the whole buffer behind it.
+    """
+    if isinstance(content, torch.Tensor):
+        return memory.copy(content.detach()) if memory else content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return type(content)((key, copy_to_host(value, memory)) for key, value in content.items())
+    if isinstance(content, (list, tuple)) and type(content) in (list, tuple):
+        return type(content)(copy_to_host(value, memory) for value in content)
+    return content
+
+
+def capture_state(
+    engine: Any, weights: Weights, memory: HostMemory | None = None, alone: bool = False, with_module: bool = False
+) -> dict[str, Any]:
+    """Return this rank's files of a checkpoint: path within it → content, copied to the host.
+
+    The files are in DeepSpeed's own format; one more states where each parameter lies in them (layout.py).
+
+    Args:
+        engine: the engine that `deepspeed.initialize` returned.
+        memory: host memory to reuse.
+        alone: take no part in collectives, because other ranks may be dead; training cannot continue afterwards.
+        with_module: return the file with the module's weights even if rank 0 alone writes it.
+    """
+
+    def copy(content: Any) -> Any:
+        return copy_to_host(content, memory)
+
+    layout, ema = weights.layout, weights.ema
+    weights.restore_replaced()
+    weights.release_gathered()
+    files = collect_state_files(engine, STATE_TAG, UNIVERSAL_INFO, copy, with_module)
+    if not alone:
+        weights.gather_persistent()
+    files[f"{STATE_TAG}/layout_rank_{layout.rank:05d}.pt"] = layout.to_plain()
+    if ema and (layout.zero_stage or layout.rank == 0):
+        averages = {"num_updates": ema.num_updates, "averages": ema.averages}
+        files[f"{STATE_TAG}/ema_rank_{layout.rank:05d}.pt"] = copy(averages)
+    return files
+
+
+def load_state(engine: Any, weights: Weights, folder: Path) -> None:
+    """Load a checkpoint that any number of ranks has written at any ZeRO stage. All ranks call it together.
+
+    The optimizer keeps its present settings; its moments and counters are the checkpoint's.
+
+    Raises:
+        ReshardingError: these ranks cannot load the checkpoint.
+    """
+    saved, layout = SavedState(folder / STATE_TAG, map_state_file), weights.layout
+    matching = next((rank for rank, other in enumerate(saved.layouts) if layout.matches(other)), None)
+    if matching is not None:
+        shard = SavedState(folder / STATE_TAG, load_state_file).load_shard(matching)
+        shard = replace(shard, model=shard.model or saved.load_shard(0).model)
+    else:
+        logger.info(
+            "checkpoint of {} ranks at ZeRO stage {} is resharded for {} at stage {}",
+            saved.world_size,
+            saved.layouts[0].zero_stage,
+            layout.world_size,
+            layout.zero_stage,
+        )
+        shard = build_shard(layout, capture_state(engine, weights, with_module=True))
+        reshard(shard, saved)
+    groups = engine.optimizer.param_groups
+    settings = [dict(group) for group in groups]
+    _load_shard(engine, weights, shard)
+    _restore_settings(engine.optimizer.param_groups, settings, engine.basic_optimizer)
+    _load_averages(weights, saved)
+
+
+def _load_shard(engine: Any, weights: Weights, shard: Shard) -> None:
+    """Load a rank's files, which have this very layout, into DeepSpeed."""
+    assert shard.model is not None
+    weights.release_gathered()
+    engine.load_module_state_dict(shard.model)
+    if weights.layout.zero_stage:
+        shards = [None] * engine.world_size
+        shards[engine.global_rank] = shard.owner
+        engine.optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
+    else:
+        engine.optimizer.load_state_dict(shard.owner)
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, shard.model[counter])
+    weights.gather_persistent()
+
+
+def _restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]], optimizer: Any) -> None:
+    """Set the arguments of the optimizer's constructor back to the present settings; a checkpoint brings its own.
+
+    Other entries of a group are memory of the optimizer, such as the step size that Prodigy has found.
+    """
+    names = set(inspect.signature(type(optimizer).__init__).parameters) - {"self", "params"}
+    for group, wanted in zip(groups, settings, strict=True):
+        group.update({name: value for name, value in wanted.items() if name in names})
+
+
+def _load_averages(weights: Weights, saved: SavedState) -> None:
+    """Load the moving averages that the checkpoint holds; the others begin with its weights."""
+    ema = weights.ema
+    if not ema:
+        return
+    kept = saved.read_averages()
+    ema.num_updates = kept["num_updates"]
+    for key, averages in ema.averages.items():
+        for flat, average, master in zip(weights.layout.flats, averages, weights.list_masters(), strict=True):
+            average.copy_(flatten(master))
+            for fragment in flat.fragments if key in kept["averages"] else ():
+                if saved.has(fragment.name):
+                    part = saved.read(fragment.name, AVERAGE + key, fragment.start, fragment.numel)
+                    average[fragment.offset : fragment.offset + fragment.numel] = part.to(average.device)

@@ -1,0 +1,199 @@
+"""The trained weights of a live engine, whole and in fp32, and their moving averages."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sdxl_trainer.configs.ema import EmaConfig
+from sdxl_trainer.launch.distributed import broadcast_tensor, reduce_sum
+from sdxl_trainer.train.engine.layout import Fragment, describe_layout, list_masters
+from sdxl_trainer.train.engine.patches import deepspeed
+
+
+class Weights:
+    """Access to the trained weights by name, whatever the ZeRO stage.
+
+    Args:
+        engine: the engine that `deepspeed.initialize` returned.
+        unrounded: this rank's share of the weights as they were in fp32 (`copy_share`), if DeepSpeed has made the
+            masters from weights in 16 bit; None if the masters are exact.
+        ema: the `ema` section.
+    """
+
+    def __init__(self, engine: Any, unrounded: Mapping[str, torch.Tensor] | None, ema: EmaConfig | None):
+        self._engine = engine
+        self._zero_stage: int = engine.zero_optimization_stage()
+        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self.layout = describe_layout(engine.optimizer, names, engine.global_rank, engine.world_size, self._zero_stage)
+        # Name → (number of the flat tensor, fragment) of each part on this rank.
+        self._fragments: dict[str, list[tuple[int, Fragment]]] = {name: [] for name in self.layout.shapes}
+        for number, flat in enumerate(self.layout.flats):
+            for fragment in flat.fragments:
+                self._fragments[fragment.name].append((number, fragment))
+        if unrounded is not None:
+            self._set_masters(unrounded)
+        self.ema = Ema(ema.decays, ema.warmup, self.list_masters()) if ema and ema.decays else None
+        self._replaced: list[torch.Tensor] = []  # see use_average
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of all trained parameters, equal on every rank."""
+        return list(self._fragments)
+
+    @property
+    def average_names(self) -> list[str]:
+        """Decays of the moving averages as text, such as `"0.999"`."""
+        return list(self.ema.averages) if self.ema else []
+
+    def list_masters(self) -> list[torch.Tensor]:
+        """List this rank's flat tensors of master weights, in the order of the layout."""
+        return list_masters(self._engine.optimizer)
+
+    def update_averages(self) -> None:
+        """Move every average towards the weights, after an update of the weights."""
+        if self.ema:
+            self.ema.update(self.list_masters())
+
+    def gather(self, name: str, average: str | None = None) -> torch.Tensor:
+        """Return a whole parameter in fp32, from the masters, on the CPU. All ranks ask for the same one together.
+
+        Args:
+            average: return the moving average of this decay (a key of `ema.averages`) instead of the weight.
+        """
+        if name in self._fragments:
+            return self._gather(name, self._list_flats(average)).cpu()
+        # A frozen parameter, of which each rank holds a part under ZeRO-3.
+        with deepspeed.zero.GatheredParameters([self._parameters[name]]):
+            return self._parameters[name].detach().float().to("cpu", copy=True)
+
+    @contextmanager
+    def use_average(self, average: str | None) -> Iterator[None]:
+        """Replace the model's weights by a moving average within the context; None keeps them.
+
+        All ranks enter together. Each rank keeps its own part of the weights and puts it back alone, because other
+        ranks may be dead by then.
+        """
+        if average is None:
+            yield
+            return
+        self._replaced = [weight.clone() for weight in self._list_local_weights()]
+        try:
+            self._set_weights(self._list_flats(average))
+            yield
+        finally:
+            self.restore_replaced()
+
+    def restore_replaced(self) -> None:
+        """Put back the weights that `use_average` has replaced, if any."""
+        if self._replaced:
+            for weight, replaced in zip(self._list_local_weights(), self._replaced, strict=True):
+                weight.copy_(replaced)
+            self._replaced = []
+
+    def release_gathered(self) -> None:
+        """Free the whole weights that ZeRO-3 has gathered."""
+        if self._zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()
+
+    def gather_persistent(self) -> None:
+        """Gather the small weights that ZeRO-3 keeps whole on every rank. All ranks call it together."""
+        if self._zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
+
+    def _list_local_weights(self) -> list[torch.Tensor]:
+        """List this rank's trained weights between steps: its share of each under ZeRO-3, otherwise all of them."""
+        self.release_gathered()
+        parameters = [self._parameters[name] for name in self._fragments]
+        return [getattr(parameter, "ds_tensor", parameter).data for parameter in parameters]
+
+    def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
+        """List this rank's part of the masters, or of a moving average, as flat fp32 tensors."""
+        if average is not None:
+            assert self.ema is not None, "no averages are kept"
+            return self.ema.averages[average]
+        return [flatten(master) for master in self.list_masters()]
+
+    def _gather(self, name: str, flats: list[torch.Tensor]) -> torch.Tensor:
+        """Assemble a trained parameter from the fragments in every rank's flat tensors."""
+        shape = self.layout.shapes[name]
+        whole = torch.zeros(torch.Size(shape).numel(), device=self._engine.device)
+        for number, fragment in self._fragments[name]:
+            part = flats[number][fragment.offset : fragment.offset + fragment.numel]
+            whole[fragment.start : fragment.start + fragment.numel] = part.to(whole.device)
+        return (reduce_sum(whole) if self._zero_stage else whole).view(shape)
+
+    @torch.no_grad()
+    def _set_masters(self, unrounded: Mapping[str, torch.Tensor]) -> None:
+        """Overwrite the masters, which DeepSpeed makes from weights that it has cast to 16 bit, with the exact weights.
+
+        Args:
+            unrounded: this rank's share of the weights, which it sends to the others.
+        """
+        masters, engine = self.list_masters(), self._engine
+        trained = (name for name, parameter in self._parameters.items() if parameter.requires_grad)
+        for number, name in enumerate(trained):
+            shape = torch.Size(self.layout.shapes[name])
+            held = unrounded.get(name)
+            whole = torch.empty(shape, device=engine.device) if held is None else held.to(engine.device)
+            broadcast_tensor(whole, number % engine.world_size)
+            for flat, fragment in self._fragments[name]:
+                # A master with the parameter's own shape may have its strides too.
+                if masters[flat].shape == shape:
+                    masters[flat].copy_(whole)
+                else:
+                    part = whole.view(-1)[fragment.start : fragment.start + fragment.numel]
+                    masters[flat][fragment.offset : fragment.offset + fragment.numel] = part
+
+    @torch.no_grad()
+    def _set_weights(self, flats: list[torch.Tensor]) -> None:
+        for name in self._fragments:
+            whole, parameter = self._gather(name, flats), self._parameters[name]
+            # Has an effect under ZeRO-3 only.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(whole)
+
+
+class Ema:
+    """Exponential moving averages of flat tensors, one set for each decay. Each rank averages its own masters only.
+
+    Args:
+        decays: of the averages, each named by its decay as text, `"0.999"`.
+        warmup: see `compute_decay`.
+        masters: the tensors to average, of any shapes; the averages are flat, in fp32, and begin as copies.
+    """
+
+    def __init__(self, decays: Sequence[float], warmup: bool, masters: Sequence[torch.Tensor]):
+        self.warmup = warmup
+        self.num_updates = 0
+        self.averages = {f"{decay:g}": [flatten(master).clone() for master in masters] for decay in decays}
+        self._decays = dict(zip(self.averages, decays, strict=True))
+
+    @torch.no_grad()
+    def update(self, masters: Sequence[torch.Tensor]) -> None:
+        """Move every average towards the weights after they were updated."""
+        self.num_updates += 1
+        values = [flatten(master) for master in masters]
+        for key, averages in self.averages.items():
+            decay = compute_decay(self.num_updates, self._decays[key], self.warmup)
+            get_ema_multi_avg_fn(decay)(averages, values, self.num_updates)
+
+
+def compute_decay(num_updates: int, decay: float, warmup: bool) -> float:
+    """Return the decay of an average at its update number `num_updates` (from 1)."""
+    return min(decay, (1 + num_updates) / (10 + num_updates)) if warmup else decay
+
+
+def flatten(master: torch.Tensor) -> torch.Tensor:
+    """Return [N] fp32, in the order of the tensor's elements whatever its strides; shares memory where it can."""
+    return master.detach().float().reshape(-1)
+
+
+def copy_share(model: torch.nn.Module, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Return host copies in fp32 of every `world_size`-th trained weight, from number `rank` on."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    share = trained[rank::world_size]
+    return {name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in share}
