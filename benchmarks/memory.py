@@ -60,7 +60,7 @@ def measure(settings: dict[str, Any]) -> int:
     run, batches = build(*set_up(config, problems))
     for _ in range(2):
         train_step(run, batches, config.optim.lr)
-    frozen = [*run.conditioner.encoder.parameters(), *run.conditioner.encoder_2.parameters()]
+    frozen = [parameter for encoder in run.conditioner.encoders for parameter in encoder.parameters()]
     held = add_up_storages() - sum(weight.untyped_storage().nbytes() for weight in frozen)
     num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in run.engine.model.parameters())
     theory = estimate_memory(run.config, num_weights, RANKS)

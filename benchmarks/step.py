@@ -121,14 +121,15 @@ def time_call(call: Callable[[], None]) -> tuple[float, float]:
 
 def build_bare_pytorch(run: Any) -> Callable[..., None]:
     """A step of PyTorch's loop."""
-    from sdxl_trainer.train.networks.parameter_groups import build_groups
+    from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
     from sdxl_trainer.train.optim.optimizers import build_optimizer
 
     config, dtype = run.config, run.engine.dtype
     networks = deepcopy(run.engine.model).float()
     weights = list(networks.parameters())
     unet_config = run.source.read_config("unet")
-    optimizer = build_optimizer(build_groups(networks, config.optim, unet_config), config.optim, config.engine)
+    groups = build_parameter_groups(networks, config.optim, unet_config)
+    optimizer = build_optimizer(groups, config.optim, config.engine)
     masters = [weight.detach().clone() for weight in weights] if dtype != torch.float32 else []
     if masters:
         networks.to(dtype)
@@ -138,7 +139,7 @@ def build_bare_pytorch(run: Any) -> Callable[..., None]:
         masters = list(replaced.values())
 
     def step(batch: Any, x_t: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> None:
-        text = run.conditioner.condition(batch, run.ranks.device)
+        text = run.conditioner.build_inputs(batch, run.ranks.device)
         prediction = networks(x_t.to(dtype), timesteps, text, batch.time_ids)
         torch.nn.functional.mse_loss(prediction.float(), noise).backward()
         for master, weight in zip(masters, weights, strict=bool(masters)):
@@ -159,18 +160,19 @@ def build_bare_deepspeed(run: Any) -> Callable[..., None]:
     import deepspeed
 
     from sdxl_trainer.train.engine.deepspeed_config import BatchSizes, build_deepspeed_config
-    from sdxl_trainer.train.networks.parameter_groups import build_groups
+    from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
     from sdxl_trainer.train.optim.optimizers import build_optimizer
 
     config, networks = run.config, deepcopy(run.engine.model).float()
     unet_config = run.source.read_config("unet")
-    optimizer = build_optimizer(build_groups(networks, config.optim, unet_config), config.optim, config.engine)
+    groups = build_parameter_groups(networks, config.optim, unet_config)
+    optimizer = build_optimizer(groups, config.optim, config.engine)
     batch_sizes = BatchSizes(config.train.global_batch_size, config.train.micro_batch_size, 1)
     settings = build_deepspeed_config(config.engine, batch_sizes, config.optim.max_grad_norm, optimizer)
     engine, *_ = deepspeed.initialize(model=networks, optimizer=optimizer, config=settings, dist_init_required=False)
 
     def step(batch: Any, x_t: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> None:
-        text = run.conditioner.condition(batch, run.ranks.device)
+        text = run.conditioner.build_inputs(batch, run.ranks.device)
         prediction = engine(x_t.to(run.engine.dtype), timesteps, text, batch.time_ids)
         engine.backward(torch.nn.functional.mse_loss(prediction.float(), noise))
         engine.step()

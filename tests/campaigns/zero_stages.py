@@ -87,7 +87,7 @@ def find_thawed(run: Any, before: dict[str, Any]) -> list[str]:
         wrong.append("nothing is frozen")
     if set(layout["shapes"]) != parameters.keys() - set(frozen):
         wrong.append("the optimizer has not exactly what is trained")
-    for name, parameter in run.conditioner.encoder_2.named_parameters():
+    for name, parameter in run.conditioner.encoders.encoder_2.named_parameters():
         if parameter.requires_grad or parameter.grad is not None:
             wrong.append(f"text_encoder_2.{name} is not frozen")
     return wrong

@@ -61,7 +61,7 @@ def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
         (f"optim.block_lrs={BLOCKS[1:]}", "optim.block_lrs", "must hold 23 learning rates"),
         (f"optim.block_lrs={[0] * 23}", "optim", "give one above 0"),
         ("optim.groups=[{match: atn2}]", "optim.groups.0.match", "names are such as unet.conv_in.weight"),
-        ("optim.groups=[{match: text_encoder}]", "optim.groups.0.match", "finds none of the"),
+        ("optim.groups=[{match: text_encoder}]", "optim.groups.0.match", "matches none of the"),
         ("optim.groups=[{match: unet, lr: 0}]", "optim", "nothing is trained"),
         ("optim.name=adamw9", "optim.name", "for a class of your own write module.Class"),
         ("optim.name=nowhere.Adam", "optim.name", "pip install nowhere"),

@@ -109,8 +109,8 @@ def write_model(
 ) -> None:
     """Write the model from this process alone. Components that are not in `weights` are as they were loaded."""
     components = {
-        "text_encoder": conditioner.encoder.state_dict(),
-        "text_encoder_2": conditioner.encoder_2.state_dict(),
+        "text_encoder": conditioner.encoders.encoder.state_dict(),
+        "text_encoder_2": conditioner.encoders.encoder_2.state_dict(),
         "vae": load_vae(source, config.model).state_dict(),
         **weights,
     }

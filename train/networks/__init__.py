@@ -1,1 +1,1 @@
-"""The trained networks: U-Net, text encoders, conditioning, adapters, and parameter groups."""
+"""The trained networks: U-Net, text encoders, text conditioning, adapters, and parameter groups."""

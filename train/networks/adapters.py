@@ -1,4 +1,4 @@
-"""Low-rank adapters: put into the networks by peft, and written with the names of kohya's scripts."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): added to the networks by PEFT, written with kohya's names."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,45 +15,46 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.order.keyed_random import derive_seed
 
-DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
+DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names, after that of the layer
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
 def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0) -> None:
-    """Freeze networks, and give those of their layers that were not frozen adapters, which change nothing yet.
+    """Freeze the networks and add adapters to the target layers that were trainable.
 
-    They are the same on every rank.
+    The adapters start as zero changes and are equal on every rank.
 
     Args:
-        networks: of `unet`, `text_encoder` and `text_encoder_2` those that are trained.
+        networks: the trained ones of `unet`, `text_encoder` and `text_encoder_2`, by name.
 
     Raises:
-        UserInputError: none of a network's layers is a target.
+        UserInputError: a network has no target layer.
     """
     from peft import LoraConfig as PeftConfig
 
-    alpha: Any = config.alpha or config.rank  # peft asks for a whole number, and takes any
-    for place, (name, network) in enumerate(networks.items()):
+    alpha: Any = config.alpha or config.rank  # PEFT declares an integer and accepts any number
+    for number, (name, network) in enumerate(networks.items()):
         key, targets = ("targets", config.targets) if name == "unet" else ("text_targets", config.text_targets)
         layers = find_target_layers(network, targets)
         if not layers:
-            rule, cure = f"names no layer of the {name} that is trained", "the default names those of kohya's scripts"
+            rule = f"matches no trainable layer of the {name}"
+            cure = "leave it out: the default targets the layers that kohya's scripts target"
             raise UserInputError([Problem(f"lora.{key}", targets, rule, cure)])
         network.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, place))
+            torch.manual_seed(derive_seed(seed, number))
             network.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
 
 
 def find_target_layers(network: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Layers with weights that are trained, by names that end in a target."""
-    learning = {name.rpartition(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
-    ends = tuple(f".{target}" for target in targets)
-    return sorted(layer for layer in learning if f".{layer}".endswith(ends))
+    """List the layers with trainable weights whose names end in one of the targets."""
+    trainable = {name.rpartition(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
+    endings = tuple(f".{target}" for target in targets)
+    return sorted(layer for layer in trainable if f".{layer}".endswith(endings))
 
 
 def check_adapters(config: LoraConfig) -> Iterator[Problem]:
-    """Whether adapters can be made."""
+    """Yield a problem if the settings ask for adapters and PEFT is not installed."""
     if config.rank and importlib.util.find_spec("peft") is None:
         yield Problem("lora.rank", config.rank, "needs peft, which is not installed", "pip install peft")
 
@@ -64,7 +65,7 @@ def write_adapters(
     """Write adapters as one safetensors file that kohya's scripts, ComfyUI and diffusers read.
 
     Args:
-        weights: by name, `unet.….lora_A.default.weight` and so on.
+        weights: the adapters' weights by PEFT's names, such as `unet.….to_q.lora_A.default.weight`.
     """
     layers = map_layer_names(source.read_config("unet"))
     alpha = torch.tensor(float(config.alpha or config.rank))
@@ -73,7 +74,7 @@ def write_adapters(
         layer = name.removesuffix(DOWN).removesuffix(UP)
         base = build_kohya_name(layer, layers)
         tensors[f"{base}.{'lora_down' if name.endswith(DOWN) else 'lora_up'}.weight"] = weight.detach().to("cpu", dtype)
-        tensors[f"{base}.alpha"] = alpha.clone()  # safetensors writes no tensor under two names
+        tensors[f"{base}.alpha"] = alpha.clone()  # safetensors refuses one tensor under two names
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": "networks.lora",
@@ -89,7 +90,7 @@ def write_adapters(
 
 
 def map_layer_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
-    """Layers of the U-Net by diffusers' names to their LDM names, which kohya's scripts use."""
+    """Map diffusers' names of the U-Net's layers to their LDM names, which kohya's scripts use."""
     prefix = COMPONENT_PREFIXES["unet"]
     return {
         row.sources[0].removesuffix(".weight"): row.file_name.removeprefix(prefix).removesuffix(".weight")
@@ -99,7 +100,13 @@ def map_layer_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def build_kohya_name(layer: str, layers: Mapping[str, str]) -> str:
-    """`unet.mid_block.….to_q` to `lora_unet_middle_block_…_to_q`; text encoders keep the names of transformers."""
+    """Return kohya's name of a layer: `lora_unet_middle_block_…_to_q` for `unet.mid_block.….to_q`.
+
+    Layers of text encoders keep transformers' names.
+
+    Args:
+        layers: names of the U-Net's layers, from `map_layer_names`.
+    """
     component, _, inner = layer.partition(".")
     inner = layers[inner] if component == "unet" else get_canonical_name(component, inner)
     return f"{PREFIXES[component]}_{inner.replace('.', '_')}"

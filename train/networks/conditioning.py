@@ -1,84 +1,101 @@
-"""What SDXL's U-Net is told of a caption: the two encoders' hidden states and the second one's pooled state.
+"""Text conditioning for SDXL's U-Net: the hidden states of both text encoders and the pooled state of the second.
 
-The hidden states are the penultimate layers', without the final norm (Podell et al. 2023, arXiv 2307.01952).
+The hidden states are those of the penultimate layer, without the final norm (Podell et al. 2023, arXiv 2307.01952).
 """
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from sdxl_trainer.cache.encode.text_encoder import encode_text
+from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.data.loading.dataset import MicroBatch
 
-# hidden [B, L, C1], hidden_2 [B, L, C2], pooled [B, P] of encoders that are frozen; input_ids, input_ids_2
-# [B, windows, 77] of those that are trained. L = 75·windows + 2.
+# The text of a micro batch, as `TrainedNetworks` takes it. For a frozen encoder: its states `hidden` [B, L, C1], or
+# `hidden_2` [B, L, C2] and `pooled` [B, P]. For a trained one: its token ids `input_ids` or `input_ids_2`
+# [B, windows, 77]. L = 75·windows + 2.
 TextInputs = dict[str, torch.Tensor]
 
 
+class TextEmbeddings(NamedTuple):
+    """The text conditioning that the U-Net receives."""
+
+    hidden: torch.Tensor  # [B, 75·windows + 2, C], C = C1 + C2
+    pooled: torch.Tensor  # [B, P]
+
+
 class TextConditioner:
-    """SDXL's two text encoders.
+    """Text conditioning by SDXL's two text encoders.
 
     Args:
-        trained: which of `text_encoder` and `text_encoder_2` the engine trains; `prepare` leaves those to it.
+        encoders: both encoders, on their device.
+        trained: the names `text_encoder` and `text_encoder_2` of encoders that are trained. They run within
+            `TrainedNetworks`, so `encode_frozen` passes their token ids on.
     """
 
-    def __init__(self, encoder: torch.nn.Module, encoder_2: torch.nn.Module, trained: Collection[str] = ()):
-        self.encoder = encoder
-        self.encoder_2 = encoder_2
+    def __init__(self, encoders: TextEncoders, trained: Collection[str] = ()):
+        self._encoders: TextEncoders | None = encoders
         self.trained = trained
 
-    def condition(self, batch: MicroBatch, device: torch.device) -> TextInputs:
-        """The text of a micro batch on the device: as it was cached, or prepared from its token ids."""
+    @property
+    def encoders(self) -> TextEncoders:
+        """Both text encoders."""
+        assert self._encoders is not None, "only LazyTextConditioner releases its encoders"
+        return self._encoders
+
+    def build_inputs(self, batch: MicroBatch, device: torch.device) -> TextInputs:
+        """Return the text inputs of a micro batch on the device: cached states, or those of its token ids."""
         if batch.text is not None:
             return {name: states.to(device, non_blocking=True) for name, states in batch.text.items()}
-        return self.prepare(
+        return self.encode_frozen(
             batch.input_ids.to(device, non_blocking=True), batch.input_ids_2.to(device, non_blocking=True)
         )
 
     def release(self) -> None:
-        """Let go of what can be loaded again."""
+        """Free encoders that can be loaded again; there are none."""
 
     @torch.no_grad()
-    def prepare(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextInputs:
-        """Return the text inputs of `TrainedNetworks` for token ids [B, windows, 77] of each encoder."""
+    def encode_frozen(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextInputs:
+        """Encode token ids [B, windows, 77] with the frozen encoders, and pass on the ids of the trained ones."""
         text: TextInputs = {}
         if "text_encoder" in self.trained:
             text["input_ids"] = input_ids
         else:
-            text["hidden"], _ = encode_text(self.encoder, input_ids)
+            text["hidden"] = encode_text(self.encoders.encoder, input_ids).hidden
         if "text_encoder_2" in self.trained:
             text["input_ids_2"] = input_ids_2
         else:
-            text["hidden_2"], text["pooled"] = encode_text(self.encoder_2, input_ids_2)
+            text["hidden_2"], text["pooled"] = encode_text(self.encoders.encoder_2, input_ids_2)
         return text
 
     @torch.no_grad()
-    def encode(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [B, windows, 77] of each encoder to (hidden [B, 75·windows + 2, C], pooled [B, P])."""
-        hidden, _ = encode_text(self.encoder, input_ids)
-        hidden_2, pooled = encode_text(self.encoder_2, input_ids_2)
-        return torch.cat([hidden, hidden_2], dim=-1), pooled
+    def encode(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextEmbeddings:
+        """Encode token ids [B, windows, 77] with both encoders, trained or not."""
+        hidden = encode_text(self.encoders.encoder, input_ids).hidden
+        hidden_2, pooled = encode_text(self.encoders.encoder_2, input_ids_2)
+        return TextEmbeddings(torch.cat([hidden, hidden_2], dim=-1), pooled)
 
 
 class LazyTextConditioner(TextConditioner):
-    """The same for cached text: the encoders are loaded when prompts or the written model ask for them, not before.
+    """Text conditioning for runs with cached text: the encoders are loaded only for prompts and model files.
 
     Args:
-        load: gives both encoders on their device.
+        load: loads both encoders on their device.
     """
 
-    def __init__(self, load: Callable[[], tuple[torch.nn.Module, torch.nn.Module]]):
+    def __init__(self, load: Callable[[], TextEncoders]):
         self._load = load
+        self._encoders = None
         self.trained = ()
 
-    def __getattr__(self, name: str) -> Any:  # asked only for what is not there yet
-        if name not in ("encoder", "encoder_2"):
-            raise AttributeError(name)
-        self.encoder, self.encoder_2 = self._load()
-        return vars(self)[name]
+    @property
+    def encoders(self) -> TextEncoders:
+        """Both text encoders, loaded at the first access and again after `release`."""
+        if self._encoders is None:
+            self._encoders = self._load()
+        return self._encoders
 
     def release(self) -> None:
-        """Let go of the encoders."""
-        vars(self).pop("encoder", None)
-        vars(self).pop("encoder_2", None)
+        """Free the encoders."""
+        self._encoders = None

@@ -1,4 +1,4 @@
-"""The networks that are trained, as one module under one engine."""
+"""The networks that are trained, as one module for one DeepSpeed engine."""
 
 from functools import partial
 from typing import Any
@@ -11,16 +11,19 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.data.files import read_patiently
-from sdxl_trainer.train.networks.conditioning import TextInputs
+from sdxl_trainer.train.networks.conditioning import TextEmbeddings, TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class TrainedNetworks(torch.nn.Module):
-    """The U-Net, and those text encoders that are trained with it.
+    """The U-Net and the text encoders that are trained with it.
 
-    One forward pass runs them all, because DeepSpeed counts a micro step by its engine's forward passes. Parameters
+    One forward pass runs all of them, because DeepSpeed counts its engine's forward passes as micro steps. Parameters
     are named `unet.…`, `text_encoder.…`, `text_encoder_2.…`.
+
+    Args:
+        text_encoder, text_encoder_2: None for an encoder that stays frozen.
     """
 
     def __init__(
@@ -42,12 +45,13 @@ class TrainedNetworks(torch.nn.Module):
         time_ids: torch.Tensor,
         text_keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The U-Net's prediction, like `x_t` [B, 4, h, w].
+        """Return the U-Net's prediction, with the shape of `x_t` [B, 4, h, w].
 
         Args:
-            text: what `TextConditioner.prepare` made of the captions.
-            time_ids: [B, 6] sizes and crop.
-            text_keep: [B] 1, or 0 for samples whose text is zeroed; None keeps all.
+            timesteps: [B].
+            text: text inputs of `TextConditioner.build_inputs`.
+            time_ids: [B, 6], SDXL's size and crop conditioning.
+            text_keep: [B], 1 for samples that keep their text embeddings and 0 for zeros; None keeps all.
         """
         hidden, pooled = self.encode(text)
         if text_keep is not None:
@@ -56,19 +60,19 @@ class TrainedNetworks(torch.nn.Module):
         conditions = {"text_embeds": pooled.to(x_t.dtype), "time_ids": time_ids}
         return self.unet(x_t, timesteps, hidden.to(x_t.dtype), added_cond_kwargs=conditions).sample
 
-    def encode(self, text: TextInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden [B, L, C], pooled [B, P]); what `text` has as token ids is encoded here, with gradient."""
+    def encode(self, text: TextInputs) -> TextEmbeddings:
+        """Return the U-Net's text conditioning; trained encoders run here, with gradients."""
         hidden, hidden_2, pooled = (text.get(name) for name in ("hidden", "hidden_2", "pooled"))
         if self.text_encoder is not None:
-            hidden, _ = encode_text(self.text_encoder, text["input_ids"])
+            hidden = encode_text(self.text_encoder, text["input_ids"]).hidden
         if self.text_encoder_2 is not None:
             hidden_2, pooled = encode_text(self.text_encoder_2, text["input_ids_2"])
         assert hidden is not None and hidden_2 is not None and pooled is not None, "text of both encoders is needed"
-        return torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled
+        return TextEmbeddings(torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled)
 
 
 def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | str = "cpu") -> torch.nn.Module:
-    """SDXL's U-Net in fp32 on a device, ready to train, and run in the way that the settings say."""
+    """Load SDXL's U-Net for training, in fp32 on `device`, with the execution options of `engine` applied to it."""
     from diffusers import UNet2DConditionModel
 
     unet: Any  # diffusers' from_pretrained is typed as a union that is never returned
@@ -86,22 +90,31 @@ def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | 
     if config.channels_last:
         for layer in unet.modules():
             if isinstance(layer, torch.nn.Conv2d):
-                layer.register_forward_pre_hook(to_channels_last)
+                layer.register_forward_pre_hook(convert_to_channels_last)
     if config.compile:
         unet.compile()
     return unet.to(device, torch.float32).train()
 
 
+def convert_to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Convert the inputs of a convolution to channels_last; a forward pre-hook.
+
+    The input's layout determines the convolution's, and that of the layers after it up to the next attention. Weights
+    keep their layout: ZeRO stores them in flat buffers, and DeepSpeed 0.19 cannot broadcast other layouts.
+    """
+    return tuple(image.contiguous(memory_format=torch.channels_last) for image in inputs)
+
+
 def list_trained_encoders(config: OptimConfig) -> list[str]:
-    """The text encoders that are trained."""
+    """List the text encoders that have a learning rate."""
     return [name for name in ENCODERS if getattr(config, f"{name}_lr")]
 
 
 def unfreeze_text_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
-    """Make a text encoder ready to train.
+    """Prepare a text encoder for training.
 
-    The U-Net is told the hidden states before the last layer. Of encoder 1, whose pooled state is not used, what comes
-    after them has no part in the loss and stays frozen.
+    The U-Net uses the hidden states before the last layer. Encoder 1's pooled state is not used either, so its last
+    layer and final norm have no part in the loss and stay frozen.
     """
     encoder.train()
     if gradient_checkpointing:
@@ -113,11 +126,3 @@ def unfreeze_text_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     )
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(not any(part in f".{name}" for part in unused))
-
-
-def to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A hook: the input of a convolution decides on its layout, and on that of what follows up to the next attention.
-
-    Weights stay as they are: ZeRO keeps them in flat buffers, and DeepSpeed 0.19 cannot broadcast others.
-    """
-    return tuple(image.contiguous(memory_format=torch.channels_last) for image in inputs)

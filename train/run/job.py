@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from loguru import logger
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder, fill_missing
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
-from sdxl_trainer.cache.models.encoders import check_vocabulary, load_text_encoders, load_tokenizers
+from sdxl_trainer.cache.models.encoders import TextEncoders, check_vocabulary, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_model
 from sdxl_trainer.configs.load import save_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
@@ -54,7 +53,7 @@ from sdxl_trainer.train.estimates.memory import log_memory_estimate
 from sdxl_trainer.train.export.export import export_local_model
 from sdxl_trainer.train.networks.adapters import add_adapters, check_adapters
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner, TextConditioner
-from sdxl_trainer.train.networks.parameter_groups import build_groups
+from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import (
     ENCODERS,
     TrainedNetworks,
@@ -298,12 +297,12 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     """What is trained, under DeepSpeed, and the text encoders, which may be part of that, on this rank's device."""
     train, dtype = config.train, DTYPES[config.engine.precision]
 
-    def load_frozen() -> tuple[torch.nn.Module, torch.nn.Module]:
+    def load_frozen() -> TextEncoders:
         encoder, encoder_2 = load_text_encoders(source, config.model)
-        return encoder.to(ranks.device, dtype), encoder_2.to(ranks.device, dtype)
+        return TextEncoders(encoder.to(ranks.device, dtype), encoder_2.to(ranks.device, dtype))
 
-    loaded = () if config.cache.text else load_text_encoders(source, config.model)
-    encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=False))
+    loaded = None if config.cache.text else load_text_encoders(source, config.model)
+    encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=True)) if loaded else {}
     trained = list_trained_encoders(config.optim)
     for name, encoder in encoders.items():
         if name in trained:
@@ -317,7 +316,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
     networks.to(ranks.device)
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * ranks.world_size)
-    groups = build_groups(networks, config.optim, source.read_config("unet"))
+    groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
     seed = derive_seed(config.run.seed, RandomStream.ROUNDING, ranks.rank)
     engine = Engine(
         networks,
@@ -327,9 +326,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         config.optim.max_grad_norm,
         config.ema,
     )
-    if not encoders:
-        return engine, LazyTextConditioner(load_frozen)
-    return engine, TextConditioner(*encoders.values(), trained=trained)
+    return engine, TextConditioner(loaded, trained) if loaded else LazyTextConditioner(load_frozen)
 
 
 def build_validation(

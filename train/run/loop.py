@@ -102,7 +102,7 @@ def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
     noise, timesteps = objective.sample_noise(x0, keys), objective.sample_timesteps(keys)
     x_t = objective.add_noise(x0, noise, timesteps, keys)
-    text = run.conditioner.condition(batch, device)
+    text = run.conditioner.build_inputs(batch, device)
     text_keep = objective.sample_text_keep(keys)  # [B]
     prediction = run.engine(x_t.to(dtype), timesteps, text, batch.time_ids.to(device), text_keep)
     target = objective.compute_target(x0, noise, timesteps)

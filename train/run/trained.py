@@ -8,7 +8,7 @@ from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_mode
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.networks.adapters import add_adapters
-from sdxl_trainer.train.networks.parameter_groups import build_groups
+from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, list_trained_encoders, unfreeze_text_encoder
 
 
@@ -23,7 +23,7 @@ def check_trained(config: Config) -> list[Problem]:
     try:
         if config.lora.rank:
             add_adapters(dict(networks.named_children()), config.lora)
-        build_groups(networks, optim, source.read_config("unet"))
+        build_parameter_groups(networks, optim, source.read_config("unet"))
     except UserInputError as error:
         return error.problems
     return []

@@ -75,7 +75,7 @@ def compute_batch_losses(
     noise = objective.sample_noise(x0, keys)
     timesteps = spread_timesteps(objective, keys, held_out.config.timesteps_per_sample)
     x_t = objective.add_noise(x0, noise, timesteps, keys)
-    text = run.conditioner.condition(batch, device)
+    text = run.conditioner.build_inputs(batch, device)
     prediction = run.engine.model(x_t.to(dtype), timesteps, text, batch.time_ids.to(device))
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]

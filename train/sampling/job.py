@@ -8,7 +8,7 @@ import torch
 from loguru import logger
 from safetensors import safe_open
 
-from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers, load_vae
+from sdxl_trainer.cache.models.encoders import TextEncoders, load_text_encoders, load_tokenizers, load_vae
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
@@ -126,7 +126,8 @@ def load_image_generator(
         network.to(device, dtype).eval().requires_grad_(False)
     vae = load_vae(source, config.model).to(device)
     tokenizers = load_tokenizers(source, config.model)
-    return ImageGenerator(unet, vae, TextConditioner(encoder, encoder_2), tokenizers, source, config, dtype)
+    conditioner = TextConditioner(TextEncoders(encoder, encoder_2))
+    return ImageGenerator(unet, vae, conditioner, tokenizers, source, config, dtype)
 
 
 def load_trained_weights(

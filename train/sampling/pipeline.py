@@ -50,7 +50,7 @@ class ImageGenerator:
 
     def _encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden [1, 75·windows + 2, C], pooled [1, P]), in as many windows as captions have in training."""
-        device, max_tokens = next(self.conditioner.encoder.parameters()).device, self.config.data.max_tokens
+        device, max_tokens = next(self.conditioner.encoders.encoder.parameters()).device, self.config.data.max_tokens
         ids, ids_2 = (
             torch.from_numpy(tokenizer.encode(text, max_tokens))[None].to(device) for tokenizer in self.tokenizers
         )

@@ -78,7 +78,7 @@ def get_report(folder: Path) -> dict:
 def encode(model: Path, caption: str, max_tokens: int = 75) -> TextOutputs:
     """What training makes of a caption."""
     source, config = ModelSource(model), ModelConfig(path=str(model))
-    conditioner = TextConditioner(*load_text_encoders(source, config))
+    conditioner = TextConditioner(load_text_encoders(source, config))
     ids = [
         torch.from_numpy(tokenizer.encode(caption, max_tokens))[None] for tokenizer in load_tokenizers(source, config)
     ]

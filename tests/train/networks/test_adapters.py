@@ -23,7 +23,7 @@ from sdxl_trainer.train.networks.adapters import (
     map_layer_names,
     write_adapters,
 )
-from sdxl_trainer.train.networks.parameter_groups import build_groups
+from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.trained import build_shapes
@@ -57,9 +57,9 @@ def test_adapters_alone_are_trained_and_change_nothing_at_first():
     )
     rates = [float(block) for block in range(23)]
     config = OptimConfig(lr=1.0, block_lrs=rates, text_encoder_lr=0.5)
-    groups = build_groups(networks, config, networks.unet.config)
+    groups = build_parameter_groups(networks, config, networks.unet.config)
     assert {group["lr"] for group in groups} == {0.5, 5.0, 6.0, 8.0, 9.0, 11.0, 13.0, 14.0, 15.0, 16.0, 17.0, 18.0}
-    with pytest.raises(UserInputError, match="lora.targets = .*\n.*names no layer of the unet"):
+    with pytest.raises(UserInputError, match="lora.targets = .*\n.*matches no trainable layer of the unet"):
         add_adapters({"unet": build_tiny_unet()}, LoraConfig(rank=4, targets=["to_x"]))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.train.networks.parameter_groups import build_groups, map_layers_to_blocks
+from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups, map_layers_to_blocks
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, build_tiny_text_encoders, build_tiny_unet
 
@@ -23,7 +23,7 @@ def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
     """Name of each trained parameter to its (learning rate, weight decay)."""
     networks = TrainedNetworks(unet.requires_grad_(True))
     names = {id(parameter): name for name, parameter in networks.named_parameters()}
-    groups = build_groups(networks, OptimConfig(lr=0.5, weight_decay=0.1, **settings), UNET_CONFIG)
+    groups = build_parameter_groups(networks, OptimConfig(lr=0.5, weight_decay=0.1, **settings), UNET_CONFIG)
     found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups)
     assert all(group["lr_scale"] == group["lr"] / 0.5 for group in groups)
@@ -84,7 +84,7 @@ def test_the_first_pattern_that_finds_a_name_counts(unet):
 
 
 def test_what_trains_nothing_is_refused(unet):
-    with pytest.raises(UserInputError, match="optim.groups.1.match = 'atn'\n.*finds none of the"):
+    with pytest.raises(UserInputError, match="optim.groups.1.match = 'atn'\n.*matches none of the"):
         build(unet, groups=[{"match": "attn", "lr": 0.1}, {"match": "atn", "lr": 0.1}])
     with pytest.raises(UserInputError, match="nothing is trained"):
         build(unet, groups=[{"match": "unet", "lr": 0}])
@@ -94,7 +94,7 @@ def test_text_encoders_have_their_own_rates(unet):
     encoders = build_tiny_text_encoders()
     networks = TrainedNetworks(unet.requires_grad_(True), **encoders)
     config = OptimConfig(lr=0.5, text_encoder_lr=0.1, text_encoder_2_lr=0.2)
-    groups = build_groups(networks, config, UNET_CONFIG)
+    groups = build_parameter_groups(networks, config, UNET_CONFIG)
     of_parameter = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     for name, rate in (("unet", 0.5), ("text_encoder", 0.1), ("text_encoder_2", 0.2)):
         assert {of_parameter[id(p)] for p in getattr(networks, name).parameters()} == {rate}

@@ -9,6 +9,7 @@ import torch
 from programs import run_program
 from safetensors.torch import load_file
 
+from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.train.engine.saved_state import check_average
 from sdxl_trainer.train.export.convert import main
@@ -46,7 +47,7 @@ def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
         if name in trained:
             unfreeze_text_encoder(encoder, gradient_checkpointing=False)
     networks = TrainedNetworks(build_tiny_unet(), **{name: encoders[name] for name in trained})
-    text = TextConditioner(*encoders.values(), trained=trained).prepare(*make_text())
+    text = TextConditioner(TextEncoders(*encoders.values()), trained).encode_frozen(*make_text())
     prediction = networks(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), text, torch.ones(2, 6))
     prediction.square().mean().backward()
     learning = {name for name, parameter in networks.named_parameters() if parameter.grad is not None}
@@ -56,7 +57,7 @@ def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
     assert all("text_encoder.encoder.layers.1." in name or "final_layer_norm" in name for name in still)
     # What is trained is encoded as what is frozen is.
     with torch.no_grad():
-        frozen = TextConditioner(*encoders.values()).encode(*make_text())
+        frozen = TextConditioner(TextEncoders(*encoders.values())).encode(*make_text())
         live = networks.encode(text)
     assert live[0].equal(frozen[0]) and live[1].equal(frozen[1])
 
@@ -113,7 +114,7 @@ def test_an_average_is_taken_out_of_a_checkpoint(trained_run: Path, tmp_path: Pa
     config, _ = load_config(trained_run / "config.yaml")
     generator = load_image_generator(config, checkpoint, torch.device("cpu"), "0.9")
     assert generator.unet.conv_out.weight.equal(exported["model.diffusion_model.out.2.weight"])
-    projection = generator.conditioner.encoder_2.text_projection.weight
+    projection = generator.conditioner.encoders.encoder_2.text_projection.weight
     assert projection.T.equal(exported["conditioner.embedders.1.model.text_projection"])
     assert main([str(trained_run), str(target), "--ema", "0.99"]) == 2
     assert "give one of 0.9" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from sdxl_trainer.data.loading.dataset import MicroSpec
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.train.networks.conditioning import TextConditioner
-from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, load_unet, unfreeze_text_encoder
+from sdxl_trainer.train.networks.trained_networks import ENCODERS, TrainedNetworks, load_unet, unfreeze_text_encoder
 
 
 class SeenError(Exception):
@@ -56,11 +56,12 @@ def test_conditions_are_those_of_diffusers(cached_folder: Path, tmp_path: Path, 
     record = index.row(row)
     bucket = (record["bucket_width"], record["bucket_height"])
     batch = dataset[MicroSpec(bucket, np.array([row]), np.zeros(1, int), np.zeros(1, int))]
-    encoders = dict(zip(("text_encoder", "text_encoder_2"), load_text_encoders(source, config.model), strict=True))
+    loaded = load_text_encoders(source, config.model)
+    encoders = dict(zip(ENCODERS, loaded, strict=True))
     for name in trained:
         unfreeze_text_encoder(encoders[name].eval(), gradient_checkpointing=False)
     networks = TrainedNetworks(load_unet(source, config.engine), **{name: encoders[name] for name in trained}).eval()
-    text = TextConditioner(*encoders.values(), trained=trained).condition(batch, torch.device("cpu"))
+    text = TextConditioner(loaded, trained).build_inputs(batch, torch.device("cpu"))
     ours = catch_input(networks.unet, lambda: networks(batch.latents, torch.tensor([7]), text, batch.time_ids))
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(cached_folder / "model", add_watermarker=False)

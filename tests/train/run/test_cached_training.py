@@ -11,6 +11,7 @@ import yaml
 from cache_samples import run_job
 from programs import TINY, run_program
 
+from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
@@ -79,16 +80,17 @@ def test_encoders_are_loaded_when_they_are_asked_for():
 
     def load():
         loaded.append(1)
-        return torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
+        return TextEncoders(torch.nn.Linear(1, 1), torch.nn.Linear(2, 2))
 
     conditioner = LazyTextConditioner(load)
     text = {"hidden": torch.zeros(1, 77, 3), "hidden_2": torch.zeros(1, 77, 4), "pooled": torch.zeros(1, 4)}
     batch = type("Batch", (), {"text": text})()
-    assert conditioner.condition(batch, torch.device("cpu")).keys() == text.keys() and not loaded
-    assert conditioner.encoder_2.in_features == 2 and conditioner.encoder.in_features == 1 and len(loaded) == 1
+    assert conditioner.build_inputs(batch, torch.device("cpu")).keys() == text.keys() and not loaded
+    encoder, encoder_2 = conditioner.encoders
+    assert encoder_2.in_features == 2 and encoder.in_features == 1 and len(loaded) == 1
     conditioner.release()
     conditioner.release()
-    assert conditioner.encoder.in_features == 1 and len(loaded) == 2
+    assert conditioner.encoders.encoder.in_features == 1 and len(loaded) == 2
 
 
 def test_variants_are_drawn_by_epoch_and_dropped_captions_are_empty(texted, tmp_path):
