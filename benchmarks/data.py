@@ -28,7 +28,7 @@ from data_checks import time_checks
 from data_start import make_set, start_process
 from harness import ROOT, Figure, finish
 
-from sdxl_trainer.data.formats.latents import LatentSample, compute_shape, pack_latents
+from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings
@@ -202,8 +202,7 @@ def read_latents(index: Index, folder: Path) -> None:
     """Checked latents of an epoch in shuffled order, without captions."""
     store = LatentStore(folder)
     for rows in list_rows(index):
-        latents = np.empty((len(rows), *compute_shape(BUCKET)), np.float32)
-        for sample in store.read([index.row(row) for row in rows], BUCKET, latents):
+        for sample in store.read([index.row(row) for row in rows], BUCKET):
             assert isinstance(sample, LatentSample), sample
 
 

@@ -1,15 +1,11 @@
-"""What a latent file holds, told from its headers: some preads of 1 KB each instead of reading it.
+"""The description of a latent file, read from its headers.
 
-`np.savez` writes one local header (APPNOTE 4.3.7) and one npy header a member; the numbers follow. Whatever is out of
-the ordinary (compressed, streamed) is read whole by `parse_latents`.
+A header costs a few reads of 1 KB instead of one of the whole file. Files that are compressed or streamed are read
+whole by `parse_latents`.
 """
 
-import io
 import os
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -21,28 +17,30 @@ from sdxl_trainer.data.formats.latents import (
     BadLatentError,
     parse_latents,
 )
-from sdxl_trainer.data.formats.npz import DATA_DESCRIPTOR, DIRECTORY, LOCAL_HEADER, NPY_MAGIC, SIGNATURE, STORED, ZIP64
+from sdxl_trainer.data.formats.npz import Member, NpzError, ReadBytes, list_members, parse_npy_header
 from sdxl_trainer.data.images.bucket import Size
 
-HEADER_BYTES = 1024  # a local header, an npy header, and the few numbers of `original_size` or `crop_ltrb`
-MAX_MEMBERS = 32
 NUMBERS = {"original_size": 2, "crop_ltrb": 4}
 
 
 @dataclass(frozen=True)
 class LatentHeader:
-    """What the header of a latent file tells. Sizes are (width, height) px."""
+    """The description of a latent file. Sizes are (width, height) px."""
 
     bucket: Size
-    original_size: Size | None  # None: it does not tell
-    crop_ltrb: tuple[float, ...]  # empty: it does not tell
-    bytes: int
-    flipped: bool  # it holds latents of the mirrored image too
-    masked: bool = False  # it holds an `alpha_mask`
+    original_size: Size | None  # None: not in the file
+    crop_ltrb: tuple[float, ...]  # empty: not in the file
+    bytes: int  # of the file
+    flipped: bool  # has latents of the mirrored image too
+    masked: bool = False  # has an `alpha_mask`
 
 
 def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> LatentHeader:
-    """The header of an npz file, or of one within a shard.
+    """Read the header of an npz file, or of one within a shard.
+
+    Args:
+        offset: of the npz in the shard, in bytes.
+        size: of the npz, in bytes; None: up to the end of the file.
 
     Raises:
         BadLatentError: missing, torn, or no latents of SDXL's; the message is the reason without the path.
@@ -61,74 +59,56 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
         raise BadLatentError(f"cannot be read: {error.strerror}") from None
 
 
-def parse_latent_header(read: Callable[[int, int], bytes], offset: int, end: int) -> LatentHeader:
-    """The same of bytes [offset, end) of whatever `read(place, count)` reads from."""
+def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
+    """Like `read_latent_header`, but for the npz in bytes [offset, end) of any source.
+
+    Args:
+        read: returns `count` bytes from a place of the source on, called as `read(place, count)`.
+    """
     try:
-        members = _read_members(read, offset, end)
-        return _read_whole(read(offset, end - offset)) if members is None else _build_header(members, end - offset)
-    except BadLatentError:
-        raise
-    except (ValueError, struct.error, IndexError) as error:
-        raise BadLatentError(f"not a readable npz file: {error}") from None
+        members = list_members(read, offset, end)
+        if members is not None:
+            return _build_header({member.key: member for member in members}, end - offset)
+    except NpzError as error:
+        raise BadLatentError(str(error)) from None
+    sample = parse_latents(read(offset, end - offset))
+    return LatentHeader(
+        bucket=sample.bucket,
+        original_size=sample.original_size,
+        crop_ltrb=sample.crop_ltrb,
+        bytes=end - offset,
+        flipped=sample.flipped is not None,
+        masked=sample.alpha_mask is not None,
+    )
 
 
-def _read_members(
-    read: Callable[[int, int], bytes], place: int, end: int
-) -> dict[str, tuple[np.dtype, tuple, bytes]] | None:
-    """Key → (dtype, shape, the first bytes of the values), or None if the file is not of the plain form."""
-    members = {}
-    for _ in range(MAX_MEMBERS):
-        head = read(place, min(HEADER_BYTES, end - place))
-        if head[:4] == DIRECTORY and members:
-            return members
-        if head[:4] != SIGNATURE:
-            break
-        fields = LOCAL_HEADER.unpack_from(head)
-        size, name_end = fields[8], LOCAL_HEADER.size + fields[9]
-        start = name_end + fields[10]
-        if fields[2] & DATA_DESCRIPTOR or fields[3] != STORED:
-            return None
-        if size == 0xFFFFFFFF:
-            if struct.unpack_from("<H", head, name_end)[0] != ZIP64:
-                return None
-            size = struct.unpack_from("<Q", head, name_end + 4)[0]
-        if head[start : start + 6] != NPY_MAGIC:
-            return None
-        values = start + 10 + struct.unpack_from("<H", head, start + 8)[0]
-        dtype, shape = _parse_npy_header(head[start + 8 : values])
-        members[head[LOCAL_HEADER.size : name_end].decode().removesuffix(".npy")] = (dtype, shape, head[values:])
-        place += start + size
-    raise BadLatentError("not a readable npz file: it is cut short, or no zip")
-
-
-@lru_cache(maxsize=4096)
-def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    shape, _, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
-    return dtype, shape
-
-
-def _build_header(members: dict[str, tuple[np.dtype, tuple, bytes]], size: int) -> LatentHeader:
+def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
     key = "latents" + BF16_SUFFIX if "latents" + BF16_SUFFIX in members else "latents"
     if key not in members:
         raise BadLatentError(f"has no `latents` but {', '.join(members)}")
-    dtype, shape, _ = members[key]
+    dtype, shape, *_ = parse_npy_header(key, members[key].head)
     if len(shape) != 3 or shape[0] != LATENT_CHANNELS or dtype.kind not in ("f" if key == "latents" else "u"):
         raise BadLatentError(f"latents are {dtype}{list(shape)}, not floats [{LATENT_CHANNELS}, h, w]")
-    numbers = {}
-    for name, count in NUMBERS.items():
-        dtype, numbers_shape, start = members.get(name, (np.dtype("f8"), (0,), b""))
-        plain = numbers_shape == (count,) and dtype.kind in "iuf"
-        numbers[name] = np.frombuffer(start, dtype, count).tolist() if plain else []
-    width, height = (int(side) for side in numbers["original_size"] or (0, 0))
-    original = (width, height) if min(width, height) > 0 else None
-    bucket, flipped = (shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR), key.replace("latents", ARRAY_KEYS["flipped"])
-    crop, masked = tuple(numbers["crop_ltrb"]), "alpha_mask" in members
-    return LatentHeader(bucket, original, crop, size, flipped in members, masked)
-
-
-def _read_whole(content: bytes) -> LatentHeader:
-    sample = parse_latents(content)
-    masked = sample.alpha_mask is not None
+    numbers = {name: _read_numbers(members[name], count) for name, count in NUMBERS.items() if name in members}
+    width, height = (int(side) for side in numbers.get("original_size") or (0, 0))
     return LatentHeader(
-        sample.bucket, sample.original_size, sample.crop_ltrb, len(content), sample.flipped is not None, masked
+        bucket=(shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR),
+        original_size=(width, height) if min(width, height) > 0 else None,
+        crop_ltrb=tuple(numbers.get("crop_ltrb", ())),
+        bytes=size,
+        flipped=key.replace("latents", ARRAY_KEYS["flipped"]) in members,
+        masked="alpha_mask" in members,
     )
+
+
+def _read_numbers(member: Member, count: int) -> list[float]:
+    """Return the values of a vector of `count` numbers, or nothing if the member is something else."""
+    header = parse_npy_header(member.key, member.head)
+    if header.shape != (count,) or header.dtype.kind not in "iuf":
+        return []
+    if header.bytes + count * header.dtype.itemsize > len(member.head):
+        raise BadLatentError(f"not a readable npz file: `{member.key}` is cut short")
+    numbers = np.frombuffer(member.head, header.dtype, count, header.bytes)
+    if not np.isfinite(numbers).all():
+        raise BadLatentError(f"`{member.key}` is {numbers.tolist()}, not {count} finite numbers")
+    return numbers.tolist()

@@ -15,6 +15,7 @@ numpy knows no bfloat16. Arrays of it have the suffix `_bf16` and are uint16;
 """
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,7 @@ import numpy as np
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.npz import NpzError, load_arrays
-from sdxl_trainer.data.formats.plain_latents import Fill, fill_plain, is_finite, learn_layout, read_plain
-from sdxl_trainer.data.formats.shards import build_buffer, locate_shard, read_file, read_span
+from sdxl_trainer.data.formats.shards import OpenFile, locate_shard
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -108,7 +108,7 @@ def read_latents(
         BadLatentError: missing, torn, pickled, of another form or shape, or not finite.
     """
     try:
-        content = read_file(path) if span is None else read_span(locate_shard(path), *span)
+        content = OpenFile(path).read() if span is None else OpenFile(locate_shard(path)).read(*span)
     except OSError as error:
         raise BadLatentError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -125,10 +125,6 @@ def parse_latents(
     Args:
         check_crc: False where the bytes' SHA-256 has been checked.
     """
-    content = memoryview(content)
-    plain = read_plain(content, check_crc)
-    if plain is not None and (bucket is None or plain.latents.shape == compute_shape(bucket)):
-        return LatentSample(plain.latents, plain.original_size, plain.crop_ltrb, dtype=plain.dtype)
     try:
         arrays = load_arrays(content, MAX_BYTES, check_crc)
     except NpzError as error:
@@ -147,26 +143,7 @@ def parse_latents(
     dtype = "bfloat16" if "latents" + BF16_SUFFIX in arrays else latents.dtype.name
     crop_ltrb = (crop[0], crop[1], crop[2], crop[3])
     mask = _read_mask(arrays, (height, width))
-    learn_layout(content, arrays)
     return LatentSample(latents, (int(size[0]), int(size[1])), crop_ltrb, **parts, alpha_mask=mask, dtype=dtype)
-
-
-def fill_latents(fill: Fill, size: int, out: np.ndarray) -> LatentSample:
-    """Read a latent file; the latents go straight into `out` where they can, which is then the sample's `latents`.
-
-    Args:
-        fill: fills buffers with the file's bytes, one after the other, and returns how many there were.
-        size: of the file, in bytes.
-        out: [4, h, w] float32, of the shape that the latents must have.
-
-    Raises:
-        BadLatentError: as `read_latents`.
-    """
-    plain = fill_plain(fill, size, out)
-    if plain is not None:
-        return LatentSample(out, plain.original_size, plain.crop_ltrb)
-    content = build_buffer(size)
-    return parse_latents(content[: fill((content,))], (out.shape[2] * VAE_FACTOR, out.shape[1] * VAE_FACTOR))
 
 
 def compute_shape(bucket: tuple[int, int]) -> tuple[int, int, int]:
@@ -207,9 +184,18 @@ def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: tuple[int, int]
     if bucket is not None and array.shape != compute_shape(bucket):
         found = (array.shape[2] * VAE_FACTOR, array.shape[1] * VAE_FACTOR)
         raise BadLatentError(f"was encoded at {found[0]}x{found[1]} px, not at its bucket's {bucket[0]}x{bucket[1]} px")
-    if not is_finite(array):
+    if not _is_finite(array):
         raise BadLatentError("holds values that are not finite")
     return array
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Return whether every value is finite; a finite sum of squares shows it in one pass."""
+    if array.dtype == np.float32 and array.flags.aligned and array.flags.c_contiguous:
+        flat = array.reshape(-1)
+        if np.dot(flat, flat) < np.inf:
+            return True
+    return bool(np.isfinite(array).all())
 
 
 def _read_mask(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
@@ -226,9 +212,10 @@ def _read_numbers(arrays: dict[str, np.ndarray], key: str, default: tuple[float,
     """A short vector of as many numbers as its default has."""
     if key not in arrays:
         return list(default)
-    numbers = arrays[key]
-    if numbers.shape != (len(default),) or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
-        raise BadLatentError(f"`{key}` is {numbers.dtype}{list(numbers.shape)}, not {len(default)} finite numbers")
+    array = arrays[key]
+    numbers = array.tolist() if array.shape == (len(default),) and array.dtype.kind in "iuf" else []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise BadLatentError(f"`{key}` is {array.dtype}{list(array.shape)}, not {len(default)} finite numbers")
     return [float(number) for number in numbers]
 
 

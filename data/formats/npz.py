@@ -1,17 +1,19 @@
-"""The arrays of an npz file whose members are stored uncompressed, without unpacking: views of the bytes themselves.
+"""npz files: a zip of npy arrays, which `np.savez` stores uncompressed.
 
-`np.savez` writes such files. Reading them through zipfile costs most of a loader's time, so the local headers (APPNOTE
-4.3.7) are read directly. Whatever is out of the ordinary is left to numpy (`load_arrays`).
+Reading them through zipfile costs most of a loader's time. `list_members` therefore reads the zip's local headers
+(APPNOTE 4.3.7) itself, and arrays are views of the file's bytes. Files of any other form are left to zipfile.
 """
 
 import ast
 import io
+import math
 import os
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32  # thirty times as fast as zlib's
@@ -20,26 +22,52 @@ from sdxl_trainer.data.files import SeekableBytes
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 SIGNATURE, DATA_DESCRIPTOR, STORED, ZIP64 = b"PK\x03\x04", 0x08, 0, 0x0001
+ZIP64_SIZE = struct.Struct("<HHQ")  # tag, length, size
 DIRECTORY, END_SIGNATURE, END_SIZE = b"PK\x01\x02", b"PK\x05\x06", 22
-NPY_MAGIC = b"\x93NUMPY"
+HEAD_BYTES = 1024  # holds a local header, an npy header, and the values of a short vector
+MAX_MEMBERS = 1024
+NPY_MAGIC = b"\x93NUMPY\x01"
 READ_ERRORS = (KeyError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
+
+Bytes = bytes | memoryview
+ReadBytes = Callable[[int, int], Bytes]  # (offset, count) → bytes, fewer at the end of the file
 
 
 class NpzError(ValueError):
-    """No readable npz file, or one that is not read because it is not safe; the message is the reason."""
+    """A file that is no readable npz file or is unsafe to read; the message is the reason."""
+
+
+class Member(NamedTuple):
+    """A member of a zip that is stored uncompressed."""
+
+    key: str  # its name without `.npy`
+    crc: int
+    start: int  # of its content, in bytes from the start of the file
+    end: int
+    head: Bytes  # the first bytes of its content, at most HEAD_BYTES
+
+
+class NpyHeader(NamedTuple):
+    """The header of an npy array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    is_fortran: bool
+    bytes: int  # length of the header; the values follow
 
 
 def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: bool = True) -> dict[str, np.ndarray]:
-    """The arrays named in `limits` (key → most bytes it may unpack to), as far as the file has them.
+    """Return the arrays named in `limits` that the file has.
 
-    Stored members come as read-only views of `content`, compressed ones are unpacked. Pickles are refused. A key that
-    is not asked for is named with an empty array, so that a caller can tell what the file holds instead.
+    Arrays of stored members are read-only views of `content`; compressed ones are unpacked. Pickles are refused. Keys
+    that are not in `limits` get an empty array, so that a caller can report what the file holds instead.
 
     Args:
-        check_crc: False skips the members' CRC-32, where a better checksum has been checked already.
+        limits: key → most bytes that the array may unpack to.
+        check_crc: False skips the members' CRC-32, for callers that have checked a better checksum.
 
     Raises:
-        NpzError: torn, no npz, pickled, or claiming more than it holds or may hold.
+        NpzError: the file is torn, no npz, pickled, or claims more than it holds or may hold.
     """
     arrays = _load_stored(memoryview(content), limits, check_crc)
     return arrays if arrays is not None else _load_any(bytes(content), limits)
@@ -74,80 +102,98 @@ def load_member(archive: zipfile.ZipFile, key: str, limit: int) -> np.ndarray:
         raise NpzError(f"not a readable npz file: {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where a stored member of a zip lies: its local header, and its bytes [start, end)."""
+def list_members(read: ReadBytes, start: int, end: int) -> list[Member] | None:
+    """Return the members of the zip in bytes [start, end), from its local headers alone.
 
-    key: str
-    header: int
-    start: int
-    end: int
-    crc: int
+    Returns:
+        None for a zip of another form: compressed or streamed members, or members that are no npy arrays.
 
-
-def list_members(content: memoryview) -> list[Member] | None:
-    """The members of a file whose npy arrays are all stored, from its local headers; None if it is not of that form."""
+    Raises:
+        NpzError: no zip, or cut short.
+    """
     members: list[Member] = []
-    place = 0
-    while content[place : place + 4] == SIGNATURE:
-        if place + LOCAL_HEADER.size > len(content):
+    for _ in range(MAX_MEMBERS):
+        head = read(start, min(HEAD_BYTES, max(0, end - start)))
+        if head[:4] == DIRECTORY and members:
+            return members
+        if head[:4] != SIGNATURE or len(head) < LOCAL_HEADER.size:
+            raise NpzError("not a readable npz file: it is cut short, or no zip")
+        member = _parse_local_header(head, start)
+        if member is None:
             return None
-        fields = LOCAL_HEADER.unpack_from(content, place)
-        flags, method, size, name_length, extra_length = fields[2], fields[3], fields[8], fields[9], fields[10]
-        name_start = place + LOCAL_HEADER.size
-        data_start = name_start + name_length + extra_length
-        if flags & DATA_DESCRIPTOR or method != STORED:
+        members.append(member)
+        start = member.end
+    return None
+
+
+def parse_npy_header(key: str, head: Bytes) -> NpyHeader:
+    """Parse the header of an npy array from the first bytes of it.
+
+    Raises:
+        NpzError: no npy array of version 1, or one of Python objects.
+    """
+    size = 10 + int.from_bytes(head[8:10], "little")
+    if head[:7] != NPY_MAGIC or size > len(head):
+        raise NpzError(f"`{key}` is no npy array of version 1")
+    dtype, shape, is_fortran = _parse_npy_fields(bytes(head[10:size]))
+    if dtype.hasobject:
+        raise NpzError(f"`{key}` is pickled, which is not read because it may run code")
+    return NpyHeader(dtype, shape, is_fortran, size)
+
+
+def _parse_local_header(head: Bytes, offset: int) -> Member | None:
+    fields = LOCAL_HEADER.unpack_from(head)
+    flags, method, crc, size, name_bytes, extra_bytes = fields[2], fields[3], fields[6], *fields[8:11]
+    extra = LOCAL_HEADER.size + name_bytes
+    start = extra + extra_bytes
+    name = bytes(head[LOCAL_HEADER.size : extra])
+    if flags & DATA_DESCRIPTOR or method != STORED or start > len(head) or not name.endswith(b".npy"):
+        return None
+    if size == 0xFFFFFFFF:
+        if extra_bytes < ZIP64_SIZE.size:
             return None
-        if size == 0xFFFFFFFF:
-            size = _read_zip64_size(content[name_start + name_length : data_start])
-        name = bytes(content[name_start : name_start + name_length])
-        if size is None or data_start + size > len(content) or not name.endswith(b".npy"):
+        tag, _, size = ZIP64_SIZE.unpack_from(head, extra)
+        if tag != ZIP64:
             return None
-        members.append(Member(name[:-4].decode("utf-8", "replace"), place, data_start, data_start + size, fields[6]))
-        place = data_start + size
-    # The central directory must follow and be whole, or the file was cut.
-    whole = content[place : place + 4] == DIRECTORY and content[-END_SIZE : 4 - END_SIZE] == END_SIGNATURE
-    return members if members and whole else None
+    key = name[:-4].decode("utf-8", "replace")
+    return Member(key, crc, offset + start, offset + start + size, head[start:])
 
 
 def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -> dict[str, np.ndarray] | None:
-    """The fast way, or None if the file is not of the plain form."""
+    """Return views of the arrays, or None for a file of another form than `np.savez` writes."""
+    try:
+        members = list_members(lambda offset, count: content[offset : offset + count], 0, len(content))
+    except NpzError:
+        members = None  # zipfile finds more, or says more exactly what is wrong
+    # A file that was cut within its central directory is torn as well.
+    if members is None or content[-END_SIZE : 4 - END_SIZE] != END_SIGNATURE:
+        return None
     arrays: dict[str, np.ndarray] = {}
-    for member in list_members(content) or ():
-        key, data = member.key, content[member.start : member.end]
+    for key, crc, start, end, _ in members:
+        data = content[start:end]
         if key not in limits:
             return None  # perhaps a damaged name; zipfile compares it with the one in the directory
         if len(data) > limits[key]:
             raise NpzError(f"`{key}` holds {len(data)} bytes (a bomb?)")
-        if check_crc and crc32(data) != member.crc:
+        if check_crc and crc32(data) != crc:
             raise NpzError(f"not a readable npz file: `{key}` has another CRC-32 than it should have")
         arrays[key] = _view_npy(data, key)
-    return arrays or None
-
-
-def _read_zip64_size(extra: memoryview) -> int | None:
-    if len(extra) >= 12 and struct.unpack_from("<H", extra)[0] == ZIP64:
-        return struct.unpack_from("<Q", extra, 4)[0]
-    return None
+    return arrays
 
 
 def _view_npy(data: memoryview, key: str) -> np.ndarray:
-    start = 10 + struct.unpack_from("<H", data, 8)[0] if len(data) >= 10 else 0
-    if bytes(data[:6]) != NPY_MAGIC or data[6] != 1 or start > len(data):
-        raise NpzError(f"`{key}` is no npy array of version 1")
-    dtype, shape, fortran = _parse_header(bytes(data[10:start]))
-    if dtype.hasobject:
-        raise NpzError(f"`{key}` is pickled, which is not read because it may run code")
-    count = int(np.prod(shape, dtype=object))
-    if count * dtype.itemsize != len(data) - start:
-        raise NpzError(f"`{key}` claims {dtype}{list(shape)} but holds {len(data) - start} bytes")
-    array = np.frombuffer(data, dtype, count, start)
-    return array.reshape(shape, order="F" if fortran else "C")
+    header = parse_npy_header(key, data)
+    count = math.prod(header.shape)
+    if count * header.dtype.itemsize != len(data) - header.bytes:
+        claim = f"{header.dtype}{list(header.shape)}"
+        raise NpzError(f"`{key}` claims {claim} but holds {len(data) - header.bytes} bytes")
+    array = np.frombuffer(data, header.dtype, count, header.bytes)
+    return array.reshape(header.shape, order="F" if header.is_fortran else "C")
 
 
 @lru_cache(maxsize=1024)
-def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
-    """(dtype, shape, Fortran order) of an npy header. All files of one bucket share it."""
+def _parse_npy_fields(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
+    """Return (dtype, shape, Fortran order) of an npy header. All files of one bucket share it."""
     try:
         fields = ast.literal_eval(header.decode("latin1").strip())
         shape = tuple(int(side) for side in fields["shape"])

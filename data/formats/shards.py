@@ -12,11 +12,11 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -192,13 +192,11 @@ class OpenFile:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def count_bytes(self) -> int:
-        """Its size."""
-        return os.fstat(self._descriptor).st_size
-
-    def fill(self, offset: int, buffers: Sequence[Any]) -> int:
-        """Read bytes from `offset` on into buffers, one after the other, and return how many there were."""
-        return os.preadv(self._descriptor, buffers, offset)
+    def read(self, offset: int = 0, size: int | None = None) -> memoryview:
+        """Return `size` bytes from `offset` on, or all up to the end; fewer if the file ends before."""
+        size = os.fstat(self._descriptor).st_size - offset if size is None else size
+        buffer = np.empty(NPZ_SHIFT + size, np.uint8)[NPZ_SHIFT:].data
+        return buffer[: os.preadv(self._descriptor, (buffer,), offset)]
 
 
 class OpenShards:
@@ -222,32 +220,6 @@ class OpenShards:
     def forget(self, path: str) -> None:
         """Open it anew when it is asked for again: the handle of a file may have become stale."""
         self._files.pop(path, None)
-
-
-def read_span(path: Path | str, offset: int, size: int) -> memoryview:
-    """Bytes [offset, offset + size) of a file with one `pread`; fewer if it ends before.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-    """
-    content = build_buffer(size)
-    return content[: OpenFile(path).fill(offset, (content,))]
-
-
-def read_file(path: Path | str) -> memoryview:
-    """All bytes of a file.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-    """
-    file = OpenFile(path)
-    content = build_buffer(file.count_bytes())
-    return content[: file.fill(0, (content,))]
-
-
-def build_buffer(size: int) -> memoryview:
-    """Room for an npz file, such that the values of its first array are aligned."""
-    return np.empty(NPZ_SHIFT + size, np.uint8)[NPZ_SHIFT:].data
 
 
 def list_partial_shards(folder: Path) -> list[Path]:

@@ -163,8 +163,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
         records = [self.index.row(int(row)) for row in spec.rows]
         self.store.fetch(spec.shards)
-        latents = np.empty((len(records), *compute_shape(spec.bucket)), np.float32)
-        stored = self._read(records, spec.bucket, latents)
+        stored = self._read(records, spec.bucket)
         samples, bad = zip(
             *(
                 self._settle(record, each, (place, int(epoch), int(row)))
@@ -200,7 +199,7 @@ class LatentDataset(torch.utils.data.Dataset):
             for record, sample in zip(records, samples, strict=True)
         ]
         return MicroBatch(
-            latents=_place_latents(samples, latents),
+            latents=_stack_latents(samples, spec.bucket),
             input_ids=torch.from_numpy(input_ids),
             input_ids_2=torch.from_numpy(input_ids_2),
             time_ids=torch.from_numpy(np.array(time_ids, np.float32)),
@@ -214,14 +213,12 @@ class LatentDataset(torch.utils.data.Dataset):
         )
 
     def _read(
-        self, records: list[dict], bucket: tuple[int, int], out: np.ndarray
+        self, records: list[dict], bucket: tuple[int, int]
     ) -> "list[LatentSample | PreparedImage | BadLatentError]":
-        """The latents of each of the index's rows, in their places of `out` [B, 4, h, w] if they can be read straight
-        into them, or the image of which they are still to be made."""
+        """Read the latents of each of the index's rows, or the image that they are still to be encoded from."""
         missing = [record["bytes"] is None and not (self.cache_folder / record["file"]).is_file() for record in records]
-        there = [place for place, is_missing in enumerate(missing) if not is_missing]
-        places = out if len(there) == len(records) else [out[place] for place in there]
-        stored = iter(self.store.read([records[place] for place in there], bucket, places))
+        cached = [record for record, is_missing in zip(records, missing, strict=True) if not is_missing]
+        stored = iter(self.store.read(cached, bucket))
         return [
             self._prepare(record, bucket) if is_missing else next(stored)
             for record, is_missing in zip(records, missing, strict=True)
@@ -339,15 +336,13 @@ def stack_outputs(outputs: Sequence[TextOutputs]) -> dict[str, torch.Tensor]:
     }
 
 
-def _place_latents(samples: Sequence[DrawnLatents | None], out: np.ndarray) -> torch.Tensor:
-    """[B, 4, h, w] float32, each sample's latents in their place of `out`, where most have been read to already. A bad
-    sample keeps its place as zeros and weighs nothing, so shapes stay what they are."""
-    for place, sample in zip(out, samples, strict=True):
-        if sample is None:
-            place[:] = 0
-        elif not np.may_share_memory(sample.latents, place):
+def _stack_latents(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor:
+    """Return latents [B, 4, h, w] float32. A bad sample keeps its place as zeros, so that shapes stay the same."""
+    latents = np.zeros((len(samples), *compute_shape(bucket)), np.float32)
+    for place, sample in zip(latents, samples, strict=True):
+        if sample is not None:
             place[:] = sample.latents
-    return torch.from_numpy(out)
+    return torch.from_numpy(latents)
 
 
 def _stack_masks(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor | None:

@@ -3,15 +3,13 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from loguru import logger
 
 from sdxl_trainer.data.files import read_patiently
-from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, fill_latents, parse_latents
+from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, parse_latents
 from sdxl_trainer.data.formats.shards import OpenFile, OpenShards
 from sdxl_trainer.data.stores.remote import NoRangesError, Span, is_remote, read_spans
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
@@ -61,33 +59,25 @@ class LatentStore:
             elif not self._copies.has(shard):
                 self._coming[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)
 
-    def read(self, rows: Sequence[Row], bucket: Bucket, out: Sequence[np.ndarray] | np.ndarray) -> list[Found]:
+    def read(self, rows: Sequence[Row], bucket: Bucket) -> list[Found]:
         """The latents of each row, or why they cannot be trained on.
-
-        Args:
-            out: [B, 4, h, w] float32. Latents that can be are read straight into their place here, which is then what
-                their sample holds; the other places are left with anything.
 
         Raises:
             StoreError: a store cannot be reached, which is no fault of the samples.
         """
         remote = iter(self._read_remote([row for row in rows if is_remote(row["file"])], bucket))
-        return [
-            next(remote) if is_remote(row["file"]) else self._read_local(row, place)
-            for row, place in zip(rows, out, strict=True)
-        ]
+        return [next(remote) if is_remote(row["file"]) else self._read_local(row, bucket) for row in rows]
 
-    def _read_local(self, row: Row, out: np.ndarray) -> Found:
+    def _read_local(self, row: Row, bucket: Bucket) -> Found:
         path = os.path.join(self._folder, row["file"])
 
-        def read() -> LatentSample:
+        def read() -> memoryview:
             if row["offset"] is not None:
-                return fill_latents(partial(self._shards.open(path).fill, row["offset"]), row["bytes"], out)
-            file = OpenFile(path)
-            return fill_latents(partial(file.fill, 0), file.count_bytes(), out)
+                return self._shards.open(path).read(row["offset"], row["bytes"])
+            return OpenFile(path).read()
 
         try:
-            return read_patiently(read, path, before_retry=lambda: self._shards.forget(path))
+            return parse_latents(read_patiently(read, path, before_retry=lambda: self._shards.forget(path)), bucket)
         except OSError as error:
             return BadLatentError(f"{path}: cannot be read: {error.strerror}")
         except BadLatentError as error:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
-from sdxl_trainer.data.formats.shards import read_span
+from sdxl_trainer.data.formats.shards import OpenFile
 from sdxl_trainer.data.stores.remote import download
 from sdxl_trainer.data.stores.remote_sources import name_shard_version
 
@@ -51,7 +51,7 @@ class ShardCopies:
         """What a copy holds at a place, if there is one; zeros where a hole is."""
         for suffix in (WHOLE, HOLES):
             with suppress(FileNotFoundError):
-                return read_span(self._get_path(url, suffix), offset, size)
+                return OpenFile(self._get_path(url, suffix)).read(offset, size)
         return None
 
     def keep(self, url: str, offset: int, content: bytes) -> None:

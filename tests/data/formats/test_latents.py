@@ -4,10 +4,7 @@ import io
 import os
 import time
 import zipfile
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import FIXTURES
 
-from sdxl_trainer.data.formats import plain_latents
+from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import (
     BadLatentError,
     LatentSample,
-    fill_latents,
     find_latent_file,
     pack_latents,
-    parse_latents,
     read_latents,
     write_latents,
 )
@@ -240,70 +235,26 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
         read_latents(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("straight", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_file_laid_out_as_others_is_read_as_if_it_were_the_first(monkeypatch, dtype, straight):
-    """Whatever byte is another: what is said of it does not depend on what was read before, nor on where to."""
-    rng = np.random.default_rng(0)
-    shapes = [(4, 4, 8), (4, 8, 4), (4, 4, 8)]
-    contents = [
-        pack_latents(LatentSample(rng.standard_normal(shape).astype(np.float32), (70 + at, 90), (at, 1, 2, 3)), dtype)
-        for at, shape in enumerate(shapes)
-    ]
-    assert len(set(map(len, contents))) == 1  # of one size, but not of one shape
-    layouts: tuple[dict, dict] = {}, {}
-
-    def set_layouts(known: tuple[dict, dict]) -> None:
-        monkeypatch.setattr(plain_latents, "_layouts", known[0])
-        monkeypatch.setattr(plain_latents, "_latest", known[1])
-
-    def read(content: bytes, shape: tuple[int, ...]) -> tuple | str:
-        out = np.empty(shape, np.float32)
-        try:
-            if straight:
-                sample = fill_latents(partial(pour, content), len(content), out)
-            else:
-                sample = parse_latents(content, (8 * shape[2], 8 * shape[1]))
-            assert sample.latents is not out or dtype == "float32"
-            return sample.latents.tobytes(), sample.latents.shape, sample.original_size, sample.crop_ltrb, sample.dtype
-        except BadLatentError as error:
-            return str(error)
-
-    def read_first(content: bytes, shape: tuple[int, ...]) -> tuple | str:
-        set_layouts(({}, {}))
-        return read(content, shape)
-
-    files = list(zip(contents, shapes, strict=True))
-    expected = [read_first(*file) for file in files]
-    set_layouts(layouts)
-    assert [read(*file) for file in files * 2] == expected * 2
-    assert [len(known) for known in layouts] == [2, 2 if dtype == "float32" else 0]
-    for at in range(len(contents[2])):
-        for bit in (1, 64):
-            damaged = bytearray(contents[2])
-            damaged[at] ^= bit
-            set_layouts(layouts)
-            assert read(damaged, shapes[2]) == read_first(damaged, shapes[2]), f"byte {at}"
-    for kept in (0, 100, 1000, len(contents[2]) - 1):
-        set_layouts(layouts)
-        assert read(contents[2][:kept], shapes[2]) == read_first(contents[2][:kept], shapes[2])
+def test_the_header_says_what_the_whole_file_says(tmp_path):
+    for number, (name, dtype) in enumerate((("a", "float32"), ("b", "float16"), ("c", "bfloat16"))):
+        latents = np.ones((4, 8 + number, 12), np.float32)
+        sample = LatentSample(latents, (300, 200), (1, 2, 97, 66), latents * 2, latents, latents)
+        write_latents(tmp_path / f"{name}.npz", sample, dtype)
+        header = read_latent_header(str(tmp_path / f"{name}.npz"))
+        assert (header.bucket, header.original_size, header.crop_ltrb) == (
+            (96, 64 + 8 * number),
+            (300, 200),
+            (1, 2, 97, 66),
+        )
+    np.savez_compressed(tmp_path / "d.npz", latents=np.zeros((4, 8, 12), np.float32))
+    assert read_latent_header(str(tmp_path / "d.npz")).bucket == (96, 64)
 
 
-def pour(content: bytes, buffers: Sequence[Any]) -> int:
-    """What `preadv` does."""
-    left = memoryview(content)
-    for buffer in buffers:
-        view = memoryview(buffer).cast("B")
-        some = left[: len(view)]
-        view[: len(some)] = some
-        left = left[len(some) :]
-    return len(content) - len(left)
-
-
-def test_latents_of_a_known_layout_are_read_straight_into_their_place():
-    out = np.zeros((2, *LATENTS.shape), np.float32)
-    content = pack_latents(GOOD)
-    parse_latents(content)  # from now on the layout is known
-    sample = fill_latents(partial(pour, content), len(content), out[1])
-    assert np.shares_memory(sample.latents, out[1]) and np.array_equal(out[1], LATENTS) and not out[0].any()
-    assert (sample.original_size, sample.crop_ltrb) == ((100, 70), GOOD.crop_ltrb)
+@pytest.mark.parametrize("key", ["original_size", "crop_ltrb"])
+def test_a_header_with_numbers_that_are_not_finite_is_bad(tmp_path, key):
+    numbers = {"original_size": np.array([300.0, 200.0]), "crop_ltrb": np.array([1.0, 2.0, 97.0, 66.0])}
+    for value in (np.inf, np.nan):
+        numbers[key][1] = value
+        np.savez(tmp_path / "x.npz", latents=np.ones((4, 8, 12), np.float32), **numbers)
+        with pytest.raises(BadLatentError, match=f"`{key}` .* finite numbers"):
+            read_latent_header(str(tmp_path / "x.npz"))

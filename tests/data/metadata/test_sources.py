@@ -23,7 +23,6 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents, load_left_out_rows
 from sdxl_trainer.data.checks.training_set import open_training_set
-from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
@@ -332,21 +331,6 @@ def test_bad_latents_in_a_shard_are_each_named(tmp_path):
     assert sorted(named) == [f"k{number}" for number in range(len(kinds))]
     for number, said in enumerate(kinds):
         assert said in named[f"k{number}"] and f"{tmp_path}/s.tar" in named[f"k{number}"]
-
-
-def test_the_header_says_what_the_whole_file_says(tmp_path):
-    for number, (name, dtype) in enumerate((("a", "float32"), ("b", "float16"), ("c", "bfloat16"))):
-        latents = np.ones((4, 8 + number, 12), np.float32)
-        sample = LatentSample(latents, (300, 200), (1, 2, 97, 66), latents * 2, latents, latents)
-        write_latents(tmp_path / f"{name}.npz", sample, dtype)
-        header = read_latent_header(str(tmp_path / f"{name}.npz"))
-        assert (header.bucket, header.original_size, header.crop_ltrb) == (
-            (96, 64 + 8 * number),
-            (300, 200),
-            (1, 2, 97, 66),
-        )
-    np.savez_compressed(tmp_path / "d.npz", latents=np.zeros((4, 8, 12), np.float32))
-    assert read_latent_header(str(tmp_path / "d.npz")).bucket == (96, 64)
 
 
 def build_config(folder: Path, **data) -> Config:
