@@ -130,14 +130,12 @@ def parse_npy_header(key: str, head: Bytes) -> NpyHeader:
     """Parse the header of an npy array from the first bytes of it.
 
     Raises:
-        NpzError: no npy array of version 1, or one of Python objects.
+        NpzError: no npy array of version 1.
     """
     size = 10 + int.from_bytes(head[8:10], "little")
     if head[:7] != NPY_MAGIC or size > len(head):
         raise NpzError(f"`{key}` is no npy array of version 1")
     dtype, shape, is_fortran = _parse_npy_fields(bytes(head[10:size]))
-    if dtype.hasobject:
-        raise NpzError(f"`{key}` is pickled, which is not read because it may run code")
     return NpyHeader(dtype, shape, is_fortran, size)
 
 
@@ -183,6 +181,8 @@ def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -
 
 def _view_npy(data: memoryview, key: str) -> np.ndarray:
     header = parse_npy_header(key, data)
+    if header.dtype.hasobject:
+        raise NpzError(f"`{key}` is pickled, which is not read because it may run code")
     count = math.prod(header.shape)
     if count * header.dtype.itemsize != len(data) - header.bytes:
         claim = f"{header.dtype}{list(header.shape)}"
