@@ -18,7 +18,6 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from sdxl_trainer.data.files import HashedFile
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
-from sdxl_trainer.data.images.plain_images import decode_plain
 
 # Pillow's pixels are only read. A filter for each reading would not be safe on threads.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -140,8 +139,6 @@ def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = 
     if choose_size is not None and image.format == "JPEG":
         wanted = _swap_if_turned(choose_size(_swap_if_turned(size, image)), image)
         image.draft(None, (REDUCING_GAP * wanted[0], REDUCING_GAP * wanted[1]))
-    if image.size == size and (pixels := decode_plain(content, image)) is not None:
-        return Decoded(pixels, size, _build_transform(image.info.get("icc_profile"), "RGB"))
     image.load()
     size = _swap_if_turned(size, image)
     profile = image.info.get("icc_profile")
