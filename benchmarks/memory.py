@@ -53,11 +53,12 @@ def measure(settings: dict[str, Any]) -> int:
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
     from sdxl_trainer.train.estimates.memory import estimate_memory
-    from sdxl_trainer.train.run.job import build, set_up
+    from sdxl_trainer.train.run.build import build_run
+    from sdxl_trainer.train.run.job import set_up
     from sdxl_trainer.train.run.loop import train_step
 
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
-    run, batches = build(*set_up(config, problems))
+    run, batches = build_run(*set_up(config, problems))
     for _ in range(2):
         train_step(run, batches, config.optim.lr)
     frozen = [parameter for encoder in run.conditioner.encoders for parameter in encoder.parameters()]

@@ -61,12 +61,13 @@ def measure(settings: dict[str, Any]) -> int:
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
-    from sdxl_trainer.train.run.job import build, set_up
-    from sdxl_trainer.train.run.loop import advance, report_step, train_step
+    from sdxl_trainer.train.run.build import build_run
+    from sdxl_trainer.train.run.job import set_up
+    from sdxl_trainer.train.run.loop import log_step, record_step, train_step
 
     torch.set_num_threads(1)
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
-    run, batches = build(*set_up(config, problems))
+    run, batches = build_run(*set_up(config, problems))
     bare = {"pytorch": build_bare_pytorch, "deepspeed": build_bare_deepspeed}[settings["bare"]](run)
     used: list[Any] = []
     waits: list[float] = []
@@ -81,8 +82,8 @@ def measure(settings: dict[str, Any]) -> int:
     def take_real_step() -> None:
         started = time.perf_counter()
         result = train_step(run, kept, config.optim.lr)
-        advance(run, result)
-        report_step(run, result, config.optim.lr, time.perf_counter() - started)
+        record_step(run, result)
+        log_step(run, result, config.optim.lr, time.perf_counter() - started)
         waits.append(result.data_wait_seconds)
 
     def take_turn() -> np.ndarray:

@@ -80,17 +80,17 @@ def plant(trial: Trial, rank: int) -> None:
     """In a rank: let the phase end the run."""
     from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
     from sdxl_trainer.train.engine.engine import Engine
-    from sdxl_trainer.train.run import job, loop
+    from sdxl_trainer.train.run import build, loop
 
     if rank != trial.victim:
         return
     places: dict[str, tuple[Any, str]] = {
-        "loading": (job, "build_networks"),
+        "loading": (build, "build_networks"),
         "forward": (Engine, "__call__"),
         "backward": (Engine, "backward"),
         "step": (Engine, "step"),
         "saving": (CheckpointWriter, "write"),
-        "sampling": (loop, "draw_samples"),
+        "sampling": (loop, "write_generated_images"),
     }
     owner, name = places[trial.phase]
     original: Callable = getattr(owner, name)

@@ -40,18 +40,19 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
     from sdxl_trainer.configs.schema import Config
     from sdxl_trainer.launch.distributed import Ranks, close_ranks
     from sdxl_trainer.train.optim.schedules import compute_lr
-    from sdxl_trainer.train.run.job import build, set_up
-    from sdxl_trainer.train.run.loop import advance, train_step
+    from sdxl_trainer.train.run.build import build_run
+    from sdxl_trainer.train.run.job import set_up
+    from sdxl_trainer.train.run.loop import record_step, train_step
 
     def train(config: Config) -> tuple[list[float], list[str], Ranks]:
         config, index, ranks = set_up(config, [])
-        run, batches = build(config, index, ranks)
+        run, batches = build_run(config, index, ranks)
         if not before:  # the same under every stage; without ZeRO no rank has to ask another
             before.update({name: run.engine.weights.gather(name) for name, _ in run.engine.model.named_parameters()})
         losses = []
         for step in range(steps):
             result = train_step(run, batches, compute_lr(step, config.optim, config.train.max_steps))
-            advance(run, result)
+            record_step(run, result)
             losses.append(result.loss)
         return losses, find_thawed(run, before), ranks
 

@@ -13,7 +13,7 @@ from programs import TINY
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.train.main import main
-from sdxl_trainer.train.run.job import check_run
+from sdxl_trainer.train.run.checks import verify_run
 
 BLOCKS = [1e-5] * 23
 
@@ -44,7 +44,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
     config, problems = load_config(settings)
-    assert [*problems, *check_run(config, 1)[1]] == []
+    assert [*problems, *verify_run(config, 1)[1]] == []
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_one_mask_among_the_latents_is_enough(settings: Path, tmp_path: Path) ->
     sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64), alpha_mask=mask)
     write_latents(data / "3.npz", sample)
     config, _ = load_config(settings, ["objective.masked_loss=true", f"data.image_dirs=[{data}]"])
-    assert check_run(config, 1)[1] == []
+    assert verify_run(config, 1)[1] == []
 
 
 def test_regularisation_settings_need_regularisation_samples(settings: Path, capsys: pytest.CaptureFixture) -> None:

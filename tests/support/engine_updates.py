@@ -16,7 +16,7 @@ from sdxl_trainer.launch.distributed import Ranks, close_ranks, init_ranks
 from sdxl_trainer.launch.program import end_program
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
-from sdxl_trainer.train.run.non_finite import spread_non_finite
+from sdxl_trainer.train.run.non_finite import propagate_non_finite
 
 ACCUMULATION_STEPS = 2
 SPOILT = {
@@ -42,7 +42,7 @@ def train(stage: int, precision: str, steps: list[str], ranks: Ranks) -> tuple[t
             generator = torch.Generator().manual_seed(2 * ranks.rank + micro_step)
             prediction = engine(torch.randn(1, 4, generator=generator).to(ranks.device, engine.dtype)).float()
             spoil = number == 1 and micro_step == 0 and ranks.rank == ranks.world_size - 1
-            engine.backward(spread_non_finite(SPOILT[kind if spoil else "fine"](prediction)))
+            engine.backward(propagate_non_finite(SPOILT[kind if spoil else "fine"](prediction)))
             applied = engine.step()
         updated.append(applied)
         norms.append(engine.grad_norm())

@@ -13,17 +13,18 @@ from cache_samples import run_job
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import close_ranks
 from sdxl_trainer.launch.program import end_program, run_program
-from sdxl_trainer.train.run.job import build, guard, set_up
-from sdxl_trainer.train.run.loop import finish, fit
+from sdxl_trainer.train.run.build import build_run
+from sdxl_trainer.train.run.job import build_emergency_saver, finish, set_up
+from sdxl_trainer.train.run.loop import fit
 
 
 def train(settings: Path, words: list[str]) -> None:
     """What train/main.py does with these words, up to where it leaves the process group."""
     config, problems = load_config(settings, [word for word in words if word != "--dry-run"])
     config, index, ranks = set_up(config, problems)
-    run, batches = build(config, index, ranks)
+    run, batches = build_run(config, index, ranks)
     if "--dry-run" not in words:
-        with guard(run):
+        with build_emergency_saver(run):
             fit(run, batches)
             finish(run)
 

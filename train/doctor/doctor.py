@@ -58,13 +58,15 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
 
 def check_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
     """What training would say before it loads a network, in a run folder that is thrown away."""
-    from sdxl_trainer.train.run.job import check_run  # not at the top: what the machine lacks is told before this loads
+    from sdxl_trainer.train.run.checks import (
+        verify_run,  # not at the top: what the machine lacks is told before this loads
+    )
 
     yield from map(explain, problems)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run = config.run.model_copy(update={"dir": Path(folder)})
         try:
-            index, found = check_run(config.model_copy(update={"run": run}), world_size)
+            index, found = verify_run(config.model_copy(update={"run": run}), world_size)
         except RuntimeError as error:  # more is bad than data.max_bad_fraction allows
             yield Finding("data", str(error), "mend the samples named, or bash launch/cache.sh with --repair")
             return

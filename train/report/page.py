@@ -1,8 +1,8 @@
 """The report of a run as one page: `python -m sdxl_trainer.train.report RUN_FOLDER`.
 
-`report/report.html` holds all its images and asks for nothing else. It shows what lies in the run folder: numbers
-from `logs/metrics.jsonl`, counts from `report/data.json`, images from `samples/`. A run starts this program by itself
-(train/report/reporter.py), as a process of its own: training neither waits for it nor fails with it. Imports no torch.
+`report/report.html` embeds all its images and loads nothing else. It shows the metrics in `logs/metrics.jsonl`, the
+counts in `report/data.json` and the generated images in `samples/`. A run starts this program as a separate process
+(train/report/report_process.py), so training neither waits for it nor fails with it. Imports no torch.
 """
 
 import argparse

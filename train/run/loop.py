@@ -1,10 +1,9 @@
-"""The training loop: fit, and the step that reads like the equation."""
+"""The training loop and its step."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import orjson
 import torch
 from loguru import logger
 
@@ -13,90 +12,106 @@ from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.memory import StepMemoryLogger
-from sdxl_trainer.train.export.export import export_model, get_model_path
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
-from sdxl_trainer.train.run.non_finite import Suspect, find_suspects, give_up_update, spread_non_finite
+from sdxl_trainer.train.run.generated_images import write_generated_images
+from sdxl_trainer.train.run.non_finite import (
+    MicroStep,
+    NonFiniteSample,
+    append_bad_samples,
+    find_non_finite_samples,
+    handle_skipped_update,
+    propagate_non_finite,
+)
 from sdxl_trainer.train.run.run import Run
-from sdxl_trainer.train.run.sample import draw_samples
-from sdxl_trainer.train.run.validate import validate
+from sdxl_trainer.train.run.validation import validate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Numbers of one optimizer step, over all ranks."""
 
     loss: float
-    updated: bool  # whether the weights were; not by a loss or gradient that is not finite
-    data_wait_seconds: float
+    updated: bool  # False if the loss or the gradient was not finite
+    data_wait_seconds: float  # of this rank
     num_bad: int
-    stop: bool  # some rank was asked to
-    save: bool
-    suspects: list[Suspect]  # of this rank, if the weights were not updated
+    stop: bool  # some rank was asked to stop
+    save: bool  # some rank was asked to save
+    non_finite_samples: list[NonFiniteSample]  # of this rank, if the weights were not updated
     latent_size: tuple[int, int]  # (h, w) of the global batch's bucket
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
-    """Train to `train.max_steps`, saving, sampling and logging on the way.
+    """Train to `train.max_steps`; validate, generate images, save checkpoints and log on the way.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
-        NonFiniteError: of more steps than allowed the loss or the gradient was not finite; the state is saved.
+        NonFiniteError: the loss or the gradient was not finite in more steps than allowed; the state is saved.
+        RuntimeError: more samples are bad than `data.max_bad_fraction` allows.
     """
     config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
     if state.step == 0:
-        show_progress(run)
+        validate_and_sample(run)
     while state.step < config.train.max_steps:
         started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, config.train.max_steps)
         result = train_step(run, batches, lr)
         if not result.updated:
-            give_up_update(run, result.loss, result.suspects)
-        advance(run, result)
-        report_step(run, result, lr, time.monotonic() - started)
+            handle_skipped_update(run, result.loss, result.non_finite_samples)
+        record_step(run, result)
+        log_step(run, result, lr, time.monotonic() - started)
         memory.note_step()
-        last = state.step == config.train.max_steps
-        if last or result.stop or result.save or is_save_due(run, epoch):
+        is_last = state.step == config.train.max_steps
+        if is_last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.note_save()
             with run.progress.doing("copying the state for a checkpoint"):
                 run.checkpoints.save(run.engine, state)
             update_report(run)
-        if result.stop and not last:
+        if result.stop and not is_last:
             run.checkpoints.wait()
             run.requests.interrupt()
-        show_progress(run, last)
+        validate_and_sample(run, is_last)
 
 
 def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:
-    """One optimizer step: accumulate the gradients of a global batch, then update.
+    """Accumulate the gradients of a global batch, and update the weights and their moving averages.
 
-    A loss that is not finite, of any sample on any rank, makes the gradient so, and the engine then makes no update.
+    A sample's loss that is not finite, on any rank, makes the gradient so, and the engine then makes no update.
     """
     run.engine.set_lr(lr)
-    total = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, to save
-    wait_seconds, updated, seen = 0.0, False, []
-    for _ in range(run.accumulation_steps):
+    accumulation_steps = run.batch_sizes.accumulation_steps
+    sums = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, requests to save
+    wait_seconds, updated, micro_steps = 0.0, False, []
+    for _ in range(accumulation_steps):
         asked = time.monotonic()
         batch = next(batches)
         wait_seconds += time.monotonic() - asked
         losses = compute_losses(run, batch)  # [B]
         loss = losses.mean()
-        run.engine.backward(spread_non_finite(loss))
-        total[0] += loss.detach()
-        total[1] += len(batch.bad)
-        seen.append((batch, losses.detach()))
+        run.engine.backward(propagate_non_finite(loss))
         updated = run.engine.step()
-    name_bad_samples(run, [batch for batch, _ in seen])
-    total[2:] = torch.tensor(run.requests.collect())
-    loss_sum, num_bad, stop, save = reduce_sum(total).tolist()
-    loss_mean = loss_sum / (run.accumulation_steps * run.ranks.world_size)
-    suspects = [] if updated else find_suspects(run.index, seen, loss_mean)
-    height, width = seen[-1][0].latents.shape[2:]
-    return StepResult(loss_mean, updated, wait_seconds, int(num_bad), stop > 0, save > 0, suspects, (height, width))
+        sums[0] += loss.detach()
+        sums[1] += len(batch.bad)
+        micro_steps.append(MicroStep(batch, losses.detach()))
+    log_skipped_samples(run, micro_steps)
+    sums[2:] = torch.tensor(run.requests.collect())
+    loss_sum, num_bad, num_stop, num_save = reduce_sum(sums).tolist()
+    mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)
+    height, width = micro_steps[-1].batch.latents.shape[2:]
+    return StepResult(
+        loss=mean_loss,
+        updated=updated,
+        data_wait_seconds=wait_seconds,
+        num_bad=int(num_bad),
+        stop=num_stop > 0,
+        save=num_save > 0,
+        non_finite_samples=[] if updated else find_non_finite_samples(run.index, micro_steps, mean_loss),
+        latent_size=(height, width),
+    )
 
 
 def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
-    """Each sample's weighted loss, [B]: noise and timestep → x_t → prediction → target → weight."""
+    """Compute each sample's weighted loss, [B]: noise and timestep → x_t → prediction → target → loss → weight."""
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
     keys = SampleKeys(run.config.run.seed, run.state.step, batch.positions.tolist())
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
@@ -110,109 +125,93 @@ def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
     return losses * batch.weights.to(device)
 
 
-def advance(run: Run, result: StepResult) -> None:
-    """Move the state past a finished step.
+def record_step(run: Run, result: StepResult) -> None:
+    """Count a finished step in the state of the run.
 
     Raises:
-        RuntimeError: more samples were bad than `data.max_bad_fraction` allows.
+        RuntimeError: more samples are bad than `data.max_bad_fraction` allows.
     """
     state, limit = run.state, run.config.data.max_bad_fraction
-    move_on(state, run.plan)
+    advance_position(state, run.plan)
     state.num_bad += result.num_bad
     if state.num_bad > max(limit * state.samples_seen, limit * len(run.index)):
         raise RuntimeError(
-            f"{state.num_bad} of {state.samples_seen} samples were bad, more than data.max_bad_fraction "
-            f"= {limit:g}; they are named in {run.folder / 'logs'}/bad_samples*.jsonl"
+            f"{state.num_bad} of {state.samples_seen} samples are bad, more than data.max_bad_fraction = {limit:g}; "
+            f"they are listed in {run.folder / 'logs'}/bad_samples*.jsonl"
         )
 
 
-def move_on(state: TrainState, plan: Plan) -> None:
-    """Count a finished step and set the position of the next global batch."""
+def advance_position(state: TrainState, plan: Plan) -> None:
+    """Move a state to the next step and global batch."""
     state.epoch, state.index = plan.next_position(Position(state.epoch, state.index))
     state.epoch_batches = plan.num_batches(state.epoch)
     state.step += 1
     state.samples_seen += plan.global_batch_size
 
 
-def state_at(run: Run, step: int) -> TrainState:
-    """A copy of the state as of a step that the engine has completed, be it counted already or not."""
+def copy_state_at(run: Run, step: int) -> TrainState:
+    """Return a copy of the state at a step that the engine has completed, whether or not the loop has counted it."""
     state = replace(run.state)
     while state.step < step:
-        move_on(state, run.plan)
+        advance_position(state, run.plan)
     return state
 
 
-def report_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
-    """Write a step's numbers, show them, and every so often make a line of them."""
+def log_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
+    """Write a step's metrics, update the display, and log a line every `log.every_steps`. Rank 0 only."""
     if run.metrics is None:
         return
-    step, values = (
-        run.state.step,
-        {
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": run.engine.grad_norm(),
-            "epoch": run.state.epoch,
-            "samples_per_second": run.plan.global_batch_size / seconds,
-            "step_seconds": seconds,
-            "data_wait_share": result.data_wait_seconds / seconds,
-            "num_bad": run.state.num_bad,
-            "num_non_finite": run.state.num_non_finite,
-        },
-    )
+    step = run.state.step
+    values = {
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": run.engine.grad_norm(),
+        "epoch": run.state.epoch,
+        "samples_per_second": run.plan.global_batch_size / seconds,
+        "step_seconds": seconds,
+        "data_wait_share": result.data_wait_seconds / seconds,
+        "num_bad": run.state.num_bad,
+        "num_non_finite": run.state.num_non_finite,
+    }
     run.metrics.write(step, values)
     run.progress.update(values, result.latent_size)
     if _is_due(step, run.config.log.every_steps) or step == run.config.train.max_steps:
         run.progress.log_line()
 
 
-def show_progress(run: Run, last: bool = False) -> None:
-    """Validate, and draw samples, each where its settings say that it is due."""
+def log_skipped_samples(run: Run, micro_steps: list[MicroStep]) -> None:
+    """Log the samples of a step that could not be read, and list them in this rank's bad_samples file."""
+    skipped = [item for micro_step in micro_steps for item in micro_step.batch.bad]
+    for _, reason in skipped:
+        logger.warning("bad sample skipped: {}", reason)
+    append_bad_samples(run, [{"key": key, "reason": reason} for key, reason in skipped])
+
+
+def validate_and_sample(run: Run, is_last: bool = False) -> None:
+    """Validate and generate images, each if the settings ask for it after this step."""
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
-    if run.validation and (validation.at_start if step == 0 else last or _is_due(step, validation.every_steps)):
+    if run.validation and (validation.at_start if step == 0 else is_last or _is_due(step, validation.every_steps)):
         with run.progress.doing("validating"):
             validate(run)
         update_report(run)
-    if sample.draws and (sample.at_start if step == 0 else last or _is_due(step, sample.every_steps)):
-        with run.progress.doing("drawing samples"):
-            draw_samples(run)
+    if sample.draws and (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps)):
+        with run.progress.doing("generating images"):
+            write_generated_images(run)
         update_report(run)
 
 
 def update_report(run: Run) -> None:
-    """Have the report drawn anew beside the training, if the last one is old enough."""
-    if run.reporter is not None:
-        run.reporter.update()
-
-
-def finish(run: Run) -> None:
-    """Export the model and its moving averages and write the report, once the last checkpoint is on disk."""
-    with run.progress.doing("writing the model"):
-        for average in (None, *run.engine.weights.average_names):
-            path = get_model_path(run.config, run.state.step, average)
-            export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
-        run.checkpoints.wait()
-    if run.metrics is not None:
-        run.metrics.close()
-    if run.reporter is not None:
-        with run.progress.doing("writing the report"):
-            run.reporter.finish()
-
-
-def name_bad_samples(run: Run, batches: list[MicroBatch]) -> None:
-    """Append what was passed over to this rank's bad_samples file."""
-    bad = [item for batch in batches for item in batch.bad]
-    if not bad:
-        return
-    suffix = "" if run.ranks.is_main else f"-rank{run.ranks.rank}"
-    with open(run.folder / "logs" / f"bad_samples{suffix}.jsonl", "ab") as file:
-        for key, reason in bad:
-            logger.warning("bad sample skipped: {}", reason)
-            file.write(orjson.dumps({"step": run.state.step, "key": key, "reason": reason}) + b"\n")
+    """Start writing the report page in the background, unless it is recent."""
+    if run.report is not None:
+        run.report.update()
 
 
 def is_save_due(run: Run, epoch: int) -> bool:
-    """Whether a checkpoint is due after the step that began in `epoch`, by steps or by epochs."""
+    """Return whether `checkpoint.every_steps` or `every_epochs` asks for a checkpoint now.
+
+    Args:
+        epoch: in which the finished step began.
+    """
     settings, state = run.config.checkpoint, run.state
     every_epochs = settings.every_epochs
     epochs_due = every_epochs > 0 and state.epoch // every_epochs > epoch // every_epochs

@@ -1,10 +1,11 @@
-"""A loss or gradient that is not finite is never trained through: no update is made, and the samples are named.
+"""Steps whose loss or gradient is not finite: no update is made, and the samples are listed.
 
-The engine makes no update of a gradient that is not finite, and all ranks learn so at once. The fp16 loss scaler works
-by such steps: where it alone is the reason, nothing is wrong.
+The engine makes no update with a gradient that is not finite, and all ranks know so at once. The fp16 loss scaler finds
+its scale by such steps: if only the scale was too large, nothing is wrong.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import orjson
@@ -21,88 +22,105 @@ MAX_SHOWN = 8
 
 
 class NonFiniteError(FailedError):
-    """Loss or gradient was not finite, and the settings do not allow to go on. The state before the step is saved."""
+    """The loss or the gradient was not finite, and the settings do not allow another such step."""
 
 
-class Suspect(NamedTuple):
-    """A sample of a step without an update."""
+class MicroStep(NamedTuple):
+    """A micro batch of this rank, and each sample's loss [B]."""
+
+    batch: MicroBatch
+    losses: torch.Tensor
+
+
+class NonFiniteSample(NamedTuple):
+    """A sample whose loss is not finite, or whose batch has a gradient that is not."""
 
     key: str
     file: str
     reason: str
 
 
-def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
-    """The loss itself, but so that the gradient of one that is not finite is NaN everywhere.
+def propagate_non_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Return the loss unchanged, but with a gradient of NaN everywhere if the loss is not finite.
 
-    A difference of infinity has a finite gradient under `l1`, and one whose square overflows has under `l2`.
+    Otherwise an infinite difference has a finite gradient under `l1`, and so has one whose square overflows under `l2`.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def find_suspects(index: Index, seen: list[tuple[MicroBatch, torch.Tensor]], loss: float) -> list[Suspect]:
-    """This rank's samples that may be the reason: those whose loss is not finite, or all if it was the gradient.
+def find_non_finite_samples(index: Index, micro_steps: Sequence[MicroStep], loss: float) -> list[NonFiniteSample]:
+    """Return this rank's samples whose loss is not finite; if it was only the gradient, all samples of the step.
 
     Args:
-        seen: this rank's micro batches of the step, with each sample's loss [B].
-        loss: of the step, over all ranks.
+        micro_steps: those of the step, on this rank.
+        loss: mean of the step, over all ranks.
     """
-    suspects = []
-    for batch, losses in seen:
+    found = []
+    for batch, losses in micro_steps:
         for row, value in zip(batch.rows.tolist(), losses.tolist(), strict=True):
             sample = index.row(row)
             if not math.isfinite(value):
-                suspects.append(Suspect(sample["key"], sample["file"], f"its loss is {value}"))
+                found.append(NonFiniteSample(sample["key"], sample["file"], f"its loss is {value}"))
             elif math.isfinite(loss):
-                suspects.append(Suspect(sample["key"], sample["file"], "the gradient of its batch is not finite"))
-    return suspects
+                reason = "the gradient of its batch is not finite"
+                found.append(NonFiniteSample(sample["key"], sample["file"], reason))
+    return found
 
 
-def give_up_update(run: Run, loss: float, suspects: list[Suspect]) -> None:
-    """Deal with a step that made no update, before it is counted: name its samples, and go on or stop.
+def handle_skipped_update(run: Run, loss: float, samples: Sequence[NonFiniteSample]) -> None:
+    """List the samples of a step that made no update, and continue or stop as `train.on_non_finite` says.
+
+    Called before the step is counted, by all ranks together.
 
     Raises:
-        NonFiniteError: by `train.on_non_finite` or its budget. The state before the step is saved.
+        NonFiniteError: no further such step is allowed. The state before the step is saved.
     """
-    if run.engine.loss_scale is not None and math.isfinite(loss):
-        logger.info("step {}: a gradient overflowed, the loss scale is now {:g}", run.state.step, run.engine.loss_scale)
+    engine, state, train = run.engine, run.state, run.config.train
+    if engine.loss_scale is not None and math.isfinite(loss):
+        logger.info("step {}: a gradient overflowed; the loss scale is now {:g}", state.step, engine.loss_scale)
         return
-    write_suspects(run, suspects)
-    parts = gather_objects(list(dict.fromkeys(suspect.key for suspect in suspects))[: MAX_SHOWN + 1])
-    keys = list(dict.fromkeys(key for part in parts for key in part))
-    shown = ", ".join(keys[:MAX_SHOWN]) + (", ..." if len(keys) > MAX_SHOWN else "")
-    what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
-    train, state = run.config.train, run.state
+    append_bad_samples(run, [sample._asdict() for sample in samples])
+    keys = describe_keys(sample.key for sample in samples)
+    cause = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
     if train.on_non_finite == "skip" and state.num_non_finite < train.max_non_finite_steps:
         state.num_non_finite += 1
         logger.warning(
             "step {} made no update: its {}; samples: {} ({} of at most {} such steps)",
             state.step,
-            what,
-            shown,
+            cause,
+            keys,
             state.num_non_finite,
             train.max_non_finite_steps,
         )
         return
     run.checkpoints.wait()
     if run.checkpoints.last_step != state.step:
-        run.checkpoints.save(run.engine, state)
+        run.checkpoints.save(engine, state)
         run.checkpoints.wait()
-    cure = (
-        "train.on_non_finite: skip leaves such steps out"
+    limit = (
+        "set train.on_non_finite: skip to skip such steps"
         if train.on_non_finite == "stop"
-        else f"train.max_non_finite_steps = {train.max_non_finite_steps} are used up"
+        else f"raise train.max_non_finite_steps, of which all {train.max_non_finite_steps} are used"
     )
     raise NonFiniteError(
-        f"the {what} in step {state.step}, which made no update; the state before it is saved.\n"
-        f"samples: {shown}; see {run.folder / 'logs'}/bad_samples*.jsonl\n"
-        f"cure: mend these samples, or lower optim.lr if steps before went wrong already; {cure}"
+        f"the {cause} in step {state.step}, which made no update; the state before it is saved.\n"
+        f"samples: {keys}; see {run.folder / 'logs'}/bad_samples*.jsonl\n"
+        f"cure: repair or remove these samples; lower optim.lr if the loss rose in earlier steps; or {limit}"
     )
 
 
-def write_suspects(run: Run, suspects: list[Suspect]) -> None:
-    """Append them to this rank's bad_samples file."""
+def describe_keys(keys: Iterable[str]) -> str:
+    """Return the first few keys of all ranks, each once. All ranks call it together."""
+    parts = gather_objects(list(dict.fromkeys(keys))[: MAX_SHOWN + 1])
+    unique = list(dict.fromkeys(key for part in parts for key in part))
+    return ", ".join(unique[:MAX_SHOWN]) + (", ..." if len(unique) > MAX_SHOWN else "")
+
+
+def append_bad_samples(run: Run, samples: Sequence[Mapping[str, str]]) -> None:
+    """Append samples of the current step, with their key and reason, to this rank's bad_samples file."""
+    if not samples:
+        return
     suffix = "" if run.ranks.is_main else f"-rank{run.ranks.rank}"
     with open(run.folder / "logs" / f"bad_samples{suffix}.jsonl", "ab") as file:
-        for suspect in suspects:
-            file.write(orjson.dumps({"step": run.state.step, **suspect._asdict()}) + b"\n")
+        for sample in samples:
+            file.write(orjson.dumps({"step": run.state.step, **sample}) + b"\n")

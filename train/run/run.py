@@ -1,4 +1,4 @@
-"""A run in the making: what its steps, samples, validations and checkpoints share."""
+"""The parts of a run, which its steps, validations, generated images and checkpoints share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +11,20 @@ from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.objective import Objective
 from sdxl_trainer.train.report.metrics import MetricsLog
-from sdxl_trainer.train.report.reporter import Reporter
+from sdxl_trainer.train.report.report_process import ReportProcess
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
-from sdxl_trainer.train.run.validation_set import ValidationSet
+from sdxl_trainer.train.run.training_data import ValidationSet
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that a step, a sample or a checkpoint needs."""
+    """Everything that a step, a validation, a generated image or a checkpoint needs."""
 
     config: Config
     ranks: Ranks
@@ -31,6 +32,7 @@ class Run:
     index: Index
     plan: Plan
     tokenizers: Tokenizers
+    batch_sizes: BatchSizes
     engine: Engine
     conditioner: TextConditioner
     objective: Objective
@@ -39,16 +41,10 @@ class Run:
     requests: Requests
     progress: Progress
     metrics: MetricsLog | None  # rank 0 only
-    validation: ValidationSet | None = None
-    reporter: Reporter | None = None  # rank 0 only
+    validation: ValidationSet | None  # None if nothing is held out
+    report: ReportProcess | None  # rank 0 only, and only if the run publishes one
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return self.config.run.folder
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro steps per optimizer step."""
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.ranks.world_size)

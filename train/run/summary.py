@@ -17,7 +17,7 @@ MOST_BUCKETS = 6
 
 def show_start(run: Run) -> None:
     """Say what is about to be trained, with the batch arithmetic. Rank 0 shows it; the others' files get it too."""
-    config, state, train = run.config, run.state, run.config.train
+    config, state, train, sizes = run.config, run.state, run.config.train, run.batch_sizes
     trained = [f"{name}: {count:,} weights" for name, count in count_weights(run.engine.model).items()]
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
     begun = f", from step {state.step}" if state.step else ""
@@ -30,12 +30,12 @@ def show_start(run: Run) -> None:
         "by": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; {config.engine.precision}, "
         f"ZeRO-{run.engine.zero_stage}",
         "memory": f"{describe_memory(run.ranks.device)} on rank 0 before the first step",
-        "batch": f"{train.micro_batch_size} micro x {run.accumulation_steps} accumulation x {run.ranks.world_size} "
-        f"ranks = {train.global_batch_size} global",
+        "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x {sizes.world_size} ranks "
+        f"= {sizes.global_batch_size} global",
         "steps": f"{train.max_steps:,}{begun}: {train.max_steps * train.global_batch_size:,} samples",
         "folder": str(run.folder),
     }
-    log_table(build_table(f"Training {config.run.name}", rows))
+    log_table(build_summary_table(f"Training {config.run.name}", rows))
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:
@@ -61,10 +61,10 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
         "folder": str(run.folder),
     }
     name = run.config.run.name
-    log_table(build_table(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows))
+    log_table(build_summary_table(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows))
 
 
-def build_table(title: str, rows: Mapping[str, str]) -> Table:
+def build_summary_table(title: str, rows: Mapping[str, str]) -> Table:
     """A table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False, box=ROUNDED, border_style="cyan")
     table.add_column(style="dim", no_wrap=True)

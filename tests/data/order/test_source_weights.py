@@ -19,7 +19,7 @@ from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.order.source_weights import apply_source_weights
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.train.run.job import count_repeats
+from sdxl_trainer.train.run.training_data import combine_repeats
 
 SOURCES = {"a.json": range(0, 8), "b.json": range(8, 13), "c.json": range(3, 16)}  # the last one updates the others
 
@@ -103,7 +103,7 @@ def test_wrong_weights_are_told(folder: Path) -> None:
     config = load_config(settings)[0]
     index, problems = open_training_set(config)
     assert problems == [] and index is not None
-    repeats = count_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
+    repeats = combine_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
     assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last one is held out
     write("[1, -1, 1]")
     assert [problem.key for problem in load_config(settings)[1]] == ["data.source_weights"]

@@ -12,7 +12,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
 from sdxl_trainer.train.engine.weights import Weights
 from sdxl_trainer.train.export.export import export_model, get_model_path
-from sdxl_trainer.train.run.job import build_networks
+from sdxl_trainer.train.run.networks import build_networks
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 

@@ -26,7 +26,7 @@ from sdxl_trainer.train.networks.adapters import (
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.trained import build_shapes
+from sdxl_trainer.train.run.networks import build_empty_networks
 from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
 
@@ -117,7 +117,7 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
     encoder 1 are in its last layer, which has no part in what SDXL uses. The names are what ComfyUI makes of the
     single file's."""
     source = ModelSource(SDXL_CONFIG_FOLDER)
-    networks = build_shapes(source, ["text_encoder", "text_encoder_2"])
+    networks = build_empty_networks(source, ["text_encoder", "text_encoder_2"])
     layers = map_layer_names(source.read_config("unet"))
     names = {
         network: {

@@ -14,9 +14,9 @@ from browser import CHROMIUM, visit
 from loguru import logger
 from PIL import Image
 
-from sdxl_trainer.train.report import reporter
 from sdxl_trainer.train.report.charts import Numbers, draw_charts, read_series, smooth
 from sdxl_trainer.train.report.page import main, read_strips, write_report
+from sdxl_trainer.train.report.report_process import ReportProcess
 from sdxl_trainer.train.sampling import image_grid as sheets
 
 BROKEN = """<!DOCTYPE html><title>broken</title><img alt="gone" src="gone.png">
@@ -159,7 +159,7 @@ def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
     said: list[str] = []
     sink = logger.add(said.append, format="{level} {message}")
     page = write_run(tmp_path, [{"step": 1, "loss": 0.5}]) / "report" / "report.html"
-    rare, eager = reporter.Reporter(tmp_path), reporter.Reporter(tmp_path, seconds_between=0)
+    rare, eager = ReportProcess(tmp_path), ReportProcess(tmp_path, seconds_between=0)
     rare.update()
     assert rare._process is None
     eager.update()
@@ -168,11 +168,11 @@ def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
     eager.update()
     assert eager._process is first
     eager.finish()
-    assert first.returncode == 0 and page.is_file() and said[-1].startswith("INFO report ")
+    assert first.returncode == 0 and page.is_file() and said[-1].startswith("INFO report: ")
     digest = hashlib.sha256((tmp_path / "report" / "loss.png").read_bytes()).digest()
     shutil.rmtree(tmp_path / "logs")
     eager.finish()
-    assert said[-1].startswith("WARNING the report could not be drawn") and "no logs/metrics.jsonl" in said[-1]
+    assert said[-1].startswith("WARNING report: cannot be written: ") and "no logs/metrics.jsonl" in said[-1]
     assert hashlib.sha256((tmp_path / "report" / "loss.png").read_bytes()).digest() == digest
     logger.remove(sink)
 

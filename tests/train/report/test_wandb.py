@@ -9,18 +9,17 @@ import pytest
 
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.train.report.wandb_log import check_wandb
+from sdxl_trainer.train.report.metrics import check_wandb
 
 LOG = """
 import sys
 from pathlib import Path
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.train.report.metrics import MetricsLog
-from sdxl_trainer.train.report.wandb_log import open_wandb
+from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
 config, _ = load_config(Path(sys.argv[1]))
 first = int(sys.argv[2])
-log = MetricsLog(config.run.folder / "logs", first)
-log.wandb_log = open_wandb(config)
+logs = config.run.folder / "logs"
+log = MetricsLog(logs, first, open_wandb("my-project", config.run.name, logs, config.model_dump(mode="json")))
 for step in (first + 1, first + 2):
     log.write(step, {"loss": step / 1024})
 log.write(step, {"validation/loss": 7.25})
@@ -36,14 +35,14 @@ def settings(tmp_path: Path) -> Path:
 
 
 def test_nothing_is_asked_of_it_by_default() -> None:
-    assert Config().log.wandb is None and list(check_wandb(Config())) == []
+    assert Config().log.wandb is None and list(check_wandb(Config().log.wandb)) == []
 
 
 @pytest.mark.skipif("wandb" not in packages_distributions(), reason="wandb is not installed")
 def test_a_resumed_run_goes_on_under_its_id(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config, _ = load_config(settings)
-    assert list(check_wandb(config)) == []
+    assert list(check_wandb(config.log.wandb)) == []
     logs = config.run.folder / "logs"
     names = []
     for first in (0, 1):  # the second repeats step 2

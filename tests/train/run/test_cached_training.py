@@ -23,7 +23,7 @@ from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.job import check_run
+from sdxl_trainer.train.run.checks import verify_run
 
 TOKENIZERS = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
 SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.text_variants=4")
@@ -149,17 +149,17 @@ def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path)
 )
 def test_text_that_is_not_what_the_settings_say_is_refused(texted, words, rule):
     config, problems = load_config(texted, words)
-    _, found = check_run(config, 1)
+    _, found = verify_run(config, 1)
     assert problems == [] and len(found) == 1 and rule in str(found[0])
 
 
 def test_missing_text_is_refused(texted, cached_folder, tmp_path):
     config, _ = load_config(texted, [f"cache.dir={cached_folder / 'latents'}"])
-    assert "holds no cached text" in str(check_run(config, 1)[1][0])
+    assert "holds no cached text" in str(verify_run(config, 1)[1][0])
     shutil.copytree(texted.parent / "latents", tmp_path / "latents")
     part = next(part for part in (tmp_path / "latents" / "manifest").glob("part-*") if b'"text"' in part.read_bytes())
     lines = part.read_bytes().splitlines(keepends=True)
     part.write_bytes(b"".join(line for line in lines if b'"text"' not in line) + b"".join(lines[-3:]))
     config, _ = load_config(texted, [f"cache.dir={tmp_path / 'latents'}"])
     listed = sum(entry.text is not None for entry in read_latest(tmp_path / "latents").values())
-    assert f"of 24 samples, {24 - listed} have no cached text" in str(check_run(config, 1)[1][0])
+    assert f"of 24 samples, {24 - listed} have no cached text" in str(verify_run(config, 1)[1][0])

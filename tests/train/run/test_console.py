@@ -113,9 +113,9 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     assert re.search("now +ended", display) and "…" not in screen and " one ─╯" in display
     # Drawn at the start, and with each line that comes above it.
     meanwhile = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", written)
-    assert re.search("next checkpoint +at step 4, in ", meanwhile) and "drawing samples" in meanwhile
+    assert re.search("next checkpoint +at step 4, in ", meanwhile) and "generating images" in meanwhile
     # Log lines stay whole above it; those with the same numbers go to the file alone.
-    assert re.search(r"^\d\d:\d\d:\d\d INFO    samples ", screen, re.MULTILINE), screen
+    assert re.search(r"^\d\d:\d\d:\d\d INFO    generated images: ", screen, re.MULTILINE), screen
     log = (one_rank / "logs" / "train.log").read_text()
     assert re.search(r"step 10/20 loss .* next checkpoint at step 12, in 0:", log) and "step 10/20" not in screen
     assert "4 global" in log and "\x1b" not in log

@@ -14,7 +14,7 @@ from sdxl_trainer.data.formats.manifest import read_entries
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.non_finite import spread_non_finite
+from sdxl_trainer.train.run.non_finite import propagate_non_finite
 
 
 def test_the_engine_forgets_a_step_that_is_not_finite() -> None:
@@ -25,10 +25,10 @@ def test_the_engine_forgets_a_step_that_is_not_finite() -> None:
 
 def test_a_loss_that_is_not_finite_has_a_gradient_that_is_not() -> None:
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
-    spread_non_finite((weight - math.inf).abs().mean()).backward()
+    propagate_non_finite((weight - math.inf).abs().mean()).backward()
     assert weight.grad is not None and weight.grad.isnan().all()
     weight.grad = None
-    loss = spread_non_finite(weight.square().sum())
+    loss = propagate_non_finite(weight.square().sum())
     loss.backward()
     assert loss.item() == 5 and weight.grad.tolist() == [2, 4]
 

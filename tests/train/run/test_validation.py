@@ -26,7 +26,7 @@ from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.validate import spread_timesteps, summarize_losses
+from sdxl_trainer.train.run.validation import spread_timesteps, summarize_losses
 from sdxl_trainer.train.sampling.job import load_image_generator, run_sampling
 from sdxl_trainer.train.sampling.prompts import load_prompts
 

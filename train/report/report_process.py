@@ -1,4 +1,4 @@
-"""Has a run's report drawn by a process of its own: no step waits for it, and no failure of it counts."""
+"""Write a run's report page in a process of its own: no step waits for it, and its failure does not end the run."""
 
 import os
 import subprocess
@@ -19,16 +19,16 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import Tokenizers
 
-SECONDS_BETWEEN = 180  # two reports, while training
-MAX_SECONDS = 120  # that the end of a run waits for one
+SECONDS_BETWEEN = 180  # between two reports while training
+MAX_SECONDS = 120  # that the end of a run waits for a report
 
 
-class Reporter:
-    """Starts `train/report/page.py` on a run folder.
+class ReportProcess:
+    """Starts `python -m sdxl_trainer.train.report` on a run folder.
 
     Args:
         folder: the run folder.
-        seconds_between: two reports that `update` starts, and the start of the run and the first.
+        seconds_between: minimum between two reports that `update` starts, and between the run's start and the first.
     """
 
     def __init__(self, folder: Path, seconds_between: float = SECONDS_BETWEEN):
@@ -37,18 +37,18 @@ class Reporter:
         self._started = time.monotonic()
 
     def update(self) -> None:
-        """Start a report, unless one was started lately or is being drawn."""
+        """Start a report, unless one is being written or the last one is recent."""
         if self._process is not None and self._process.poll() is None:
             return
         if time.monotonic() - self._started >= self._seconds_between:
-            self._collect()
+            self._log_result()
             self._start("--background")
 
     def finish(self) -> None:
-        """Draw the last report, and wait for it."""
-        self._collect()
+        """Write the last report and wait for it."""
+        self._log_result()
         self._start()
-        self._collect()
+        self._log_result()
 
     def _start(self, *options: str) -> None:
         self._started = time.monotonic()
@@ -60,31 +60,31 @@ class Reporter:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the training alone
+                start_new_session=True,  # Ctrl-C must reach the training alone
             )
         except OSError as error:
-            logger.warning("the report cannot be drawn: {}", error)
+            logger.warning("report: cannot be started: {}", error)
 
-    def _collect(self) -> None:
-        """Wait for a report that was started, and say how it ended."""
+    def _log_result(self) -> None:
+        """Wait for a report that was started, and log its path or its error."""
         if self._process is None:
             return
         process, self._process = self._process, None
         try:
-            _, said = process.communicate(timeout=MAX_SECONDS)
+            _, errors = process.communicate(timeout=MAX_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            _, said = process.communicate()
-            said = f"{said}\nstopped after {MAX_SECONDS} s"
+            _, errors = process.communicate()
+            errors = f"{errors}\nstopped after {MAX_SECONDS} s"
         if process.returncode == 0:
-            logger.info("report {}", self._folder / "report" / "report.html")
+            logger.info("report: {}", self._folder / "report" / "report.html")
         else:
-            logger.warning("the report could not be drawn: {}", said.strip() or f"status {process.returncode}")
+            logger.warning("report: cannot be written: {}", errors.strip() or f"status {process.returncode}")
 
 
-def open_reporter(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> Reporter:
-    """A reporter on a run that is about to start; writes down what it will show of the data."""
-    # A strategy of its own: the one that trains must not be asked more often on this rank than on others.
+def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> ReportProcess:
+    """Store what the report shows of the data, and return what keeps the report up to date."""
+    # The training's own strategy must not be called more often on this rank than on others.
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     dataset = build_dataset(config, index, tokenizers, strategy)
     counts = {"buckets": count_buckets(plan), "tokens": asdict(count_tokens(dataset))}
@@ -93,5 +93,5 @@ def open_reporter(config: Config, index: Index, plan: Plan, tokenizers: Tokenize
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "data.json", orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     except OSError as error:
-        logger.warning("the report will not show the data: {}", error)
-    return Reporter(config.run.folder)
+        logger.warning("report: cannot show the data: {}", error)
+    return ReportProcess(config.run.folder)

@@ -15,7 +15,7 @@ from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import draw_uniform
 from sdxl_trainer.train.run.run import Run
-from sdxl_trainer.train.run.validation_set import ValidationSet
+from sdxl_trainer.train.run.training_data import ValidationSet
 
 # Of one sample at one timestep: (timestep, bucket, loss).
 Loss = tuple[float, tuple[int, int], float]

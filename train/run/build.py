@@ -1,0 +1,82 @@
+"""Build a run from its settings: networks, data, state, and what records and shows them."""
+
+from collections.abc import Iterator
+
+from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder, fill_missing
+from sdxl_trainer.cache.models.encoders import load_tokenizers
+from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.loading.dataset import MicroBatch
+from sdxl_trainer.data.loading.loader import build_dataset
+from sdxl_trainer.data.text.strategy import load_strategy
+from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.train.checkpoint.resume import build_initial_state, open_checkpoints, restore_engine, restore_progress
+from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.estimates.flops import build_mfu_reference
+from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
+from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
+from sdxl_trainer.train.report.report_process import open_report
+from sdxl_trainer.train.run.console import Progress
+from sdxl_trainer.train.run.interruption import Requests
+from sdxl_trainer.train.run.networks import build_networks, compute_batch_sizes
+from sdxl_trainer.train.run.run import Run
+from sdxl_trainer.train.run.training_data import build_validation_set, split_data, start_loader
+
+
+def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False) -> tuple[Run, Iterator[MicroBatch]]:
+    """Load the networks, restore the newest checkpoint if there is one, and start reading data.
+
+    Args:
+        publish: send metrics to wandb if `log.wandb` is set, and keep the report page up to date.
+
+    Returns:
+        The run, and its micro batches from the restored position on.
+
+    Raises:
+        UserInputError: the settings contradict the data, the checkpoint or wandb.
+    """
+    publish, logs, wandb_log = publish and ranks.is_main, config.run.folder / "logs", None
+    if publish and config.log.wandb is not None:  # first, because wandb may refuse the run
+        wandb_log = open_wandb(config.log.wandb, config.run.name, logs, config.model_dump(mode="json"))
+    source = resolve_model(config.model)
+    tokenizers = load_tokenizers(source, config.model)
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    split = split_data(config, index, strategy, ranks)
+    checkpoint, checkpoints = open_checkpoints(config.run.folder / "checkpoints", config.checkpoint, ranks)
+    state = build_initial_state(config, index, split.plan, ranks, split.repeats)
+    if checkpoint:
+        state = restore_progress(TrainState.load(checkpoint), state, split.plan, config.run.on_data_change)
+    # Workers start and read ahead while the networks are loaded.
+    dataset = build_dataset(config, index, tokenizers, strategy)
+    batches = start_loader(config, dataset, split.plan, state, ranks)
+    missing = build_missing_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
+    if missing is not None:
+        batches = fill_missing(batches, missing)
+    engine, conditioner = build_networks(config, source, ranks)
+    if checkpoint:
+        restore_engine(engine, checkpoint)
+    statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
+    unet_config = source.read_config("unet")
+    mfu_reference = build_mfu_reference(engine.model.unet, unet_config, config, ranks) if ranks.is_main else None
+    requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
+    run = Run(
+        config=config,
+        ranks=ranks,
+        source=source,
+        index=index,
+        plan=split.plan,
+        tokenizers=tokenizers,
+        batch_sizes=compute_batch_sizes(config.train, ranks.world_size),
+        engine=engine,
+        conditioner=conditioner,
+        objective=Objective(config.objective, statistics, config.train.global_batch_size, ranks.device),
+        state=state,
+        checkpoints=checkpoints,
+        requests=requests,
+        progress=Progress(config, ranks, state, checkpoints, requests, mfu_reference),
+        metrics=MetricsLog(logs, state.step, wandb_log) if ranks.is_main else None,
+        validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
+        report=open_report(config, index, split.plan, tokenizers) if publish else None,
+    )
+    return run, batches

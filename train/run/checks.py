@@ -1,0 +1,157 @@
+"""Checks of a run's settings, model and data before any network is loaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from loguru import logger
+
+from sdxl_trainer.cache.encode.text_caching import check_cached_text
+from sdxl_trainer.cache.models.encoders import check_vocabulary
+from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.schema import Config, OptimConfig, RunConfig, TrainConfig
+from sdxl_trainer.data.checks.latent_files import has_masks
+from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
+from sdxl_trainer.data.checks.training_set import open_training_set
+from sdxl_trainer.data.checks.validation_set import check_held_out, derive_validation_config, open_validation_set
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy, save_repeats, try_strategy
+from sdxl_trainer.train.checkpoint.folder import list_checkpoints
+from sdxl_trainer.train.engine.deepspeed_config import check_engine
+from sdxl_trainer.train.networks.adapters import check_adapters
+from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
+from sdxl_trainer.train.optim.optimizers import check_optimizer
+from sdxl_trainer.train.report.metrics import check_wandb
+from sdxl_trainer.train.run.networks import check_trained_parameters
+from sdxl_trainer.train.sampling.job import read_prediction
+from sdxl_trainer.train.sampling.prompts import load_prompts
+
+
+def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
+    """Open the index of the training data, and check everything that does not need a network's weights.
+
+    Stores the strategy's repeats and the rows of bad latents in the run folder, for the other ranks.
+
+    Returns:
+        The index, or None if it cannot be opened, and all problems.
+
+    Raises:
+        FailedError: more latents are bad than `data.max_bad_fraction` allows.
+    """
+    problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
+    problems += check_batch_sizes(config.train, world_size)
+    problems += check_resume(config.run)
+    index, found = open_training_set(config)
+    validation_index, validation_problems = open_validation_set(config)
+    problems += found + validation_problems
+    if index is not None:
+        leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
+        problems += check_held_out(config, index, validation_index)
+    problems += prepare_strategy(config, index)
+    problems += check_wandb(config.log.wandb)
+    problems += check_export_format(config)
+    problems += check_masks(config, index)
+    warn_of_unused_masks(config)
+    if config.cache.text and not problems:
+        problems += check_cached_text(config, index)
+        if validation_index:
+            problems += check_cached_text(derive_validation_config(config), validation_index)
+    return index, problems
+
+
+def check_model_settings(config: Config) -> Iterator[Problem]:
+    """Yield problems of the model, of what is trained of it and how, and of the prompts."""
+    yield from check_model(config.model)
+    yield from check_vocabulary(config.model)
+    yield from check_engine(config.engine)
+    yield from check_optimizer(config.optim, config.engine)
+    if config.cache.text:
+        yield from check_frozen_encoders(config.optim)
+    yield from load_prompts(config.sample, config.objective)[1]
+    yield from check_adapters(config.lora)
+
+
+def check_frozen_encoders(optim: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem for each text encoder that is to be trained: with cached text the encoders do not run."""
+    for name in list_trained_encoders(optim):
+        rule, cure = "trains a text encoder, which does not run with cache.text", "set it to 0, or cache.text: false"
+        yield Problem(f"optim.{name}_lr", getattr(optim, f"{name}_lr"), rule, cure)
+
+
+def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
+    """Yield a problem if the ranks' micro batches do not divide the global batch."""
+    divisor = train.micro_batch_size * world_size
+    if train.global_batch_size % divisor:
+        rule = f"is not a multiple of train.micro_batch_size {train.micro_batch_size} x {world_size} ranks"
+        yield Problem("train.global_batch_size", train.global_batch_size, rule, f"set it to a multiple of {divisor}")
+
+
+def check_resume(run: RunConfig) -> Iterator[Problem]:
+    """Yield a problem if a run must start anew in a folder that holds checkpoints."""
+    if run.resume == "never" and list_checkpoints(run.folder / "checkpoints"):
+        cure = "choose another run.name, or remove the folder"
+        yield Problem("run.resume", "never", f"does not allow a run folder with checkpoints: {run.folder}", cure)
+
+
+def check_export_format(config: Config) -> Iterator[Problem]:
+    """Yield a problem if adapters are to be exported in another format than one file."""
+    if config.lora.rank and config.checkpoint.export_format != "single":
+        rule = "does not apply to adapters, which are always one file"
+        yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
+
+
+def check_masks(config: Config, index: Index | None) -> Iterator[Problem]:
+    """Yield a problem if the loss is to be masked and no latent holds a mask."""
+    if config.objective.masked_loss and index is not None and has_masks(index, get_cache_folder(config)) is False:
+        rule = "has no effect: the latents hold no masks"
+        cure = "set data.masks, or cache.alpha_mask: true, and run bash launch/cache.sh; or leave it out"
+        yield Problem("objective.masked_loss", True, rule, cure)
+
+
+def check_regularisation_settings(config: Config, num_regularisation: int) -> Iterator[Problem]:
+    """Yield a problem for each setting of regularisation samples if there are none."""
+    for section, key in (("objective", "prior_loss_weight"), ("data", "regularisation_repeats")):
+        settings = getattr(config, section)
+        value = getattr(settings, key)
+        if not num_regularisation and value != type(settings).model_fields[key].default:
+            rule = "has no effect: there are no regularisation samples"
+            cure = "give data.regularisation_dirs, or records with is_reg: true; or leave it out"
+            yield Problem(f"{section}.{key}", value, rule, cure)
+
+
+def prepare_strategy(config: Config, index: Index | None) -> list[Problem]:
+    """Load and try the user's strategy, store its repeats in the run folder, and return its problems."""
+    if config.data.strategy is None:
+        return []
+    problems = []
+    try:
+        strategy = load_strategy(config.data.strategy)
+        if index:
+            problems += try_strategy(strategy, index)
+        if index and strategy.has("repeats"):
+            repeats = compute_repeats(strategy, index)
+            config.run.folder.mkdir(parents=True, exist_ok=True)
+            save_repeats(get_repeats_file(config.run), repeats)
+            logger.info("epoch: {:g} samples with the repeats of {}", repeats.sum(), config.data.strategy)
+    except UserInputError as error:
+        problems += error.problems
+    return problems
+
+
+def get_repeats_file(run: RunConfig) -> Path:
+    """Return the file that holds the strategy's repeats of each row, computed when the run was last started."""
+    return run.folder / "repeats.npy"
+
+
+def warn_of_unused_masks(config: Config) -> None:
+    """Warn if the data have masks that the loss does not use."""
+    if config.data.masks is not None and not config.objective.masked_loss:
+        logger.warning("data.masks has no effect, because objective.masked_loss is false")
+
+
+def warn_of_prediction(config: Config) -> None:
+    """Warn if the model declares another prediction type than the settings, by intent or by mistake."""
+    declared, chosen = read_prediction(Path(config.model.path)), f"objective.prediction={config.objective.prediction}"
+    if declared and declared[0] != chosen:
+        logger.warning("the model was trained with {} and continues with {}", declared[0], chosen)
