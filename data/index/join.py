@@ -108,10 +108,10 @@ def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelecti
 
         missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
         search = _Search(records, missing)
-        found = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.find_unlisted_latents(cache_folder)))
+        found = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.iterate_unlisted(cache_folder)))
         _assign_rows(row_of_record, found, len(listed))
 
-        planned = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.plan_missing(selection.encoding)))
+        planned = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.iterate_planned(selection.encoding)))
         _assign_rows(row_of_record, planned, len(listed) + len(found))
 
         latents = pa.concat_tables([table.select(LATENT_COLUMNS) for table in (listed, found, planned)])
@@ -240,7 +240,7 @@ class _Search:
         self.num_assumed_sizes = 0
         self.watched: set[str] = set()
 
-    def find_unlisted_latents(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
+    def iterate_unlisted(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
         """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. Bad files are no longer missing either."""
         locations = chain.from_iterable(
             find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix)
@@ -250,7 +250,7 @@ class _Search:
         while some := list(islice(headers, LATENTS_AT_ONCE)):
             yield build_found_batch([found for each in some if (found := self._examine(*each)) is not None])
 
-    def plan_missing(self, encoding: EncodingSettings | None) -> Iterator[pa.RecordBatch]:
+    def iterate_planned(self, encoding: EncodingSettings | None) -> Iterator[pa.RecordBatch]:
         """Yield the latents that training will encode of the images that have none, as columns of FOUND_SCHEMA."""
         if encoding is None:
             return

@@ -1,1 +1,1 @@
-"""Records: metadata files of every supported form, image folders, and how several sources merge."""
+"""Records from metadata files of every supported format and from image folders, and the merge of several sources."""

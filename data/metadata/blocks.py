@@ -1,14 +1,14 @@
-"""Blocks of records as columns: what every form of metadata becomes before images are found and captions settled.
+"""Blocks of records as columns: the common form of all metadata formats, before images are found.
 
-A JSON object of records, the form of the largest sets, is decoded by msgspec into the few fields that the index needs,
-and each record's bytes are kept as they stand in the file. That is five times as fast as a dict for each.
+A JSON object of records, the format of the largest sets, is decoded by msgspec into the few fields that the index
+needs, and each record's JSON is kept as it stands in the file. That is five times as fast as a dict for each record.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import orjson
@@ -16,17 +16,15 @@ import orjson
 from sdxl_trainer.data.images.image_files import strip_suffix
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, iterate_chunks
 from sdxl_trainer.data.metadata.sources import (
-    BASE,
-    NAME,
-    NPZ,
-    SOURCE,
+    BASE_FOLDER,
+    KEYED_PATH,
+    LATENT_SPAN,
+    SOURCE_NUMBER,
     KeyedRecords,
     detect_format,
     parse_chunk,
     read_metadata_file,
 )
-
-Place = tuple[str, int, int]  # tar, offset and bytes of latents that came with a record
 
 SIZE_FIELDS = ("original_size", "image_size", "train_resolution")
 SIDE_FIELDS = (("width", "height"), ("image_width", "image_height"))
@@ -35,87 +33,103 @@ FIELDS = ("image_path", *TEXT_FIELDS, *SIZE_FIELDS, *(name for names in SIDE_FIE
 
 Fields = msgspec.defstruct("Fields", [(name, Any, None) for name in FIELDS], gc=False)
 DECODER = msgspec.json.Decoder(dict[str, Fields])
-SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half a pair
+SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half a pair, which msgspec accepts
 
 
-@dataclass
-class Block:
-    """Some records, each list with one element a record."""
+class ShardSpan(NamedTuple):
+    """The place of a record's latents in a shard."""
+
+    shard: str  # path or URL
+    offset: int  # of the npz
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RecordBlock:
+    """Some records as columns: each list has one element for each record."""
 
     keys: list[str]
     contents: list[bytes]  # the record as JSON
-    bases: list[str]  # folder that a relative path of the record is relative to
-    names: list[str | None]  # the image's path, where it was the record's key
-    places: list[Place | None]
-    sources: list[int]  # number of the setting's entry
-    rows: list[Any]  # holds the FIELDS: dicts, or Fields
+    base_folders: list[str]  # folder that a relative image path is relative to
+    keyed_paths: list[str | None]  # the image's path, where it was the record's key
+    spans: list[ShardSpan | None]  # where the latents are that came with the record
+    sources: list[int]  # number of the record's source
+    fields: list[Any]  # the FIELDS of each record: a dict, or Fields
 
     def column(self, name: str) -> list[Any]:
-        """One of the FIELDS, None where a record lacks it."""
-        if self.rows and isinstance(self.rows[0], dict):
-            return [row.get(name) for row in self.rows]
-        return list(map(attrgetter(name), self.rows))
+        """Return one of the FIELDS, None for a record that lacks it."""
+        if self.fields and isinstance(self.fields[0], dict):
+            return [fields.get(name) for fields in self.fields]
+        return list(map(attrgetter(name), self.fields))
 
 
-def build_block(items: KeyedRecords) -> Block:
-    """Records of any form as a block."""
-    special = (BASE, NAME, NPZ, SOURCE)
-    bases, names, places, sources = ([fields.pop(name, None) for _, fields in items] for name in special)
-    return Block(
-        keys=[key for key, _ in items],
-        contents=[orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in items],
-        bases=[base or "" for base in bases],
-        names=names,
-        places=places,
+def build_block(records: KeyedRecords) -> RecordBlock:
+    """Build a block from records of any format. Removes what they remember of their source from their fields."""
+    special = (BASE_FOLDER, KEYED_PATH, LATENT_SPAN, SOURCE_NUMBER)
+    bases, keyed_paths, spans, sources = ([fields.pop(name, None) for _, fields in records] for name in special)
+    return RecordBlock(
+        keys=[key for key, _ in records],
+        contents=[orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in records],
+        base_folders=[base or "" for base in bases],
+        keyed_paths=keyed_paths,
+        spans=[span and ShardSpan(*span) for span in spans],
         sources=[source or 0 for source in sources],
-        rows=[fields for _, fields in items],
+        fields=[fields for _, fields in records],
     )
 
 
-def read_blocks(file: Path) -> Iterator[Block]:
-    """The records of one metadata file, in its order.
+def read_blocks(file: Path) -> Iterator[RecordBlock]:
+    """Yield the records of one metadata file, in its order.
 
     Raises:
-        ValueError: malformed; the file and the place in it are named.
+        ValueError: malformed; the message names the file and the place in it.
     """
     if detect_format(file) != "json":
         yield from map(build_block, read_metadata_file(file))
         return
-    for piece in iterate_chunks(file):
-        yield _decode_piece(piece, str(file.parent)) or build_block(parse_chunk(file, piece))
+    for chunk in iterate_chunks(file):
+        yield _decode_chunk(chunk, str(file.parent)) or build_block(parse_chunk(file, chunk))
 
 
-def _decode_piece(piece: JsonChunk, base: str) -> Block | None:
-    """The fast way, or None where something is out of the ordinary: orjson then tells what."""
-    escaped = b"\\u" in piece.text  # most texts have none, and are searched but once
-    if (escaped and any(mark in piece.text for mark in SURROGATES)) or not _is_utf8(piece.text):
+def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
+    """Build a block the fast way. Return None if anything is unusual: `parse_chunk` then accepts or refuses it."""
+    escaped = b"\\u" in chunk.text  # most texts hold no escape, and are searched only once
+    if (escaped and any(mark in chunk.text for mark in SURROGATES)) or not _is_utf8(chunk.text):
         return None
     try:
-        members = DECODER.decode(piece.text)
+        members = DECODER.decode(chunk.text)
     except msgspec.MsgspecError:
         return None
-    if not members or not len(members) == len(piece.starts) == len(piece.ends):  # a trailing comma, a key that is twice
+    # The counts differ after a trailing comma, and where a key occurs twice.
+    if not members or not len(members) == len(chunk.starts) == len(chunk.ends):
         return None
-    keys, rows = list(members), list(members.values())
-    if dict in {type(row.caption) for row in rows}:  # pyright: ignore[reportAttributeAccessIssue]
+    keys, records = list(members), list(members.values())
+    if dict in {type(record.caption) for record in records}:  # pyright: ignore[reportAttributeAccessIssue]
         return None
-    bases, names = [base] * len(keys), cast(list[str | None], [None] * len(keys))
-    for at, row in enumerate(rows):
-        if row.image_path is None:  # pyright: ignore[reportAttributeAccessIssue]
+    base_folders, keyed_paths = [base_folder] * len(keys), cast(list[str | None], [None] * len(keys))
+    for at, record in enumerate(records):
+        if record.image_path is None:  # pyright: ignore[reportAttributeAccessIssue]
             stem = strip_suffix(keys[at])
             if stem == keys[at]:
-                bases[at] = ""
+                base_folders[at] = ""
             else:
-                names[at], keys[at] = keys[at], stem
+                keyed_paths[at], keys[at] = keys[at], stem
     if "" in keys:
         return None
-    spans = zip(piece.starts.tolist(), (piece.ends + 1).tolist(), strict=True)
-    contents = [piece.text[start:end] for start, end in spans]
-    return Block(keys, contents, bases, names, [None] * len(keys), [0] * len(keys), rows)
+    spans = zip(chunk.starts.tolist(), (chunk.ends + 1).tolist(), strict=True)
+    return RecordBlock(
+        keys=keys,
+        contents=[chunk.text[start:end] for start, end in spans],
+        base_folders=base_folders,
+        keyed_paths=keyed_paths,
+        spans=[None] * len(keys),
+        sources=[0] * len(keys),
+        fields=records,
+    )
 
 
 def _is_utf8(text: bytes) -> bool:
-    """Whether all of it is, also the strings that msgspec passes over."""
+    """Return whether all of a text is UTF-8: msgspec does not check the strings that it skips."""
     try:
         return text.isascii() or bool(text.decode())
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""Metadata files of any size, a block at a time: JSON objects of records, and JSON Lines.
+"""Metadata files of any size, a chunk at a time: JSON objects of records, and JSON Lines.
 
-A large object is cut between two of its members, at a comma outside strings and nested values, and each piece is
-parsed as an object of its own. So memory does not grow with the file, and parsing is as fast as orjson is.
+A large object is cut between two of its members, at a comma outside strings and nested values, and each chunk is parsed
+as an object of its own. Memory does not grow with the file, and parsing is as fast as orjson.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -17,26 +17,29 @@ import orjson
 BLOCK_BYTES = 4 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 QUOTE, BACKSLASH = 0x22, 0x5C
-NO_MEMBERS = (np.empty(0, np.int64), np.empty(0, np.int64), -1)
 OPENING, CLOSING, BRACKET_BIT = 0x7B, 0x7D, 0x20  # `{` and `}`; brackets differ from braces in this one bit
 
 
-class _Place:
-    """Where a block begins: line and column, counted from 0."""
+class FilePosition:
+    """Position of a text in a file, for error messages: line and column, counted from 0."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, line: int = 0, column: int = 0):
         self.file = file
-        self.line = 0
-        self.column = 0
+        self.line = line
+        self.column = column
 
-    def move(self, text: bytes) -> None:
-        """Past `text`."""
+    def advance(self, text: bytes) -> None:
+        """Move the position to the end of `text`."""
         start = text.rfind(b"\n") + 1
         self.line += text.count(b"\n")
         self.column = (0 if start else self.column) + len(text[start:].decode("utf-8", "replace"))
 
-    def complain(self, text: bytes, error: orjson.JSONDecodeError, prefix: int = 0) -> ValueError:
-        """What is wrong with `text`, which begins here, after so many bytes that are not in the file."""
+    def build_error(self, text: bytes, error: orjson.JSONDecodeError, prefix: int = 0) -> ValueError:
+        """Build the error that names the file, line and column of a mistake in `text`, which begins at this position.
+
+        Args:
+            prefix: bytes at the beginning of `text` that are not in the file.
+        """
         line, column, message = error.lineno, error.colno, error.msg
         try:
             text.decode("utf-8")
@@ -50,64 +53,82 @@ class _Place:
 
 @dataclass(frozen=True)
 class JsonChunk:
-    """Some members of a JSON object: `text` is an object of its own. Good until the next one is asked for."""
+    """Some members of a JSON object, as an object of their own. Valid until the next chunk is read."""
 
     text: bytes
-    starts: np.ndarray  # [num_members] where the value of each member begins that is an object or a list
-    ends: np.ndarray  # [num_members] its last byte
-    place: _Place  # where the text begins in the file
+    starts: np.ndarray  # [num_members] where each member's value begins, if it is an object or a list
+    ends: np.ndarray  # [num_members] the last byte of that value
+    position: FilePosition  # of the text
     prefix: int  # bytes at the beginning of the text that are not in the file
 
     def parse(self) -> dict[str, Any]:
-        """The members.
+        """Return the members.
 
         Raises:
-            ValueError: malformed, with file, line and column; no object; or a key that occurs twice.
+            ValueError: malformed (with file, line and column), not an object, or a key occurs twice.
         """
-        return _parse_members(self.text, self.place, self.prefix, len(self.ends))
+        return _parse_members(self.text, self.position, self.prefix, len(self.ends))
+
+
+class NumberedLine(NamedTuple):
+    """A line of a JSON Lines file."""
+
+    number: int  # counted from 1
+    fields: dict[str, Any]
+
+
+class _Members(NamedTuple):
+    """The members of a JSON object that end in a text."""
+
+    starts: np.ndarray  # where the value of each begins
+    ends: np.ndarray  # the last byte of that value
+    comma: int  # the comma behind the last member; -1 if there is none, or the object ends in the text
+
+
+NO_MEMBERS = _Members(np.empty(0, np.int64), np.empty(0, np.int64), -1)
 
 
 def iterate_chunks(file: Path) -> Iterator[JsonChunk]:
-    """A JSON object in pieces of some thousand members, in order. What a key says that occurs in two pieces, the caller
-    sees twice.
+    """Yield a JSON object in chunks of some thousand members, in order.
 
-    Raises:
-        ValueError: what a piece's `parse` finds wrong, if the file cannot be cut there.
+    A file that cannot be cut is one chunk, whose `parse` raises the error. A key may occur again in another chunk.
     """
-    place = _Place(file)
+    position = FilePosition(file)
     with open(file, "rb") as stream:
         text, prefix = stream.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), b""
         while True:
-            starts, ends, cut = _find_members(text, len(prefix)) if text.lstrip()[:1] == b"{" or prefix else NO_MEMBERS
-            more = stream.read(max(BLOCK_BYTES, len(text)) if cut < 0 else max(0, BLOCK_BYTES - len(text) + cut))
-            if cut < 0 and more:  # a record of many megabytes, the last one, or a file that is not well-formed
+            is_object = bool(prefix) or text.lstrip()[:1] == b"{"
+            starts, ends, comma = _find_members(text, len(prefix)) if is_object else NO_MEMBERS
+            more = stream.read(max(BLOCK_BYTES, len(text)) if comma < 0 else max(0, BLOCK_BYTES - len(text) + comma))
+            # No comma: a record of many megabytes, the last record, or a malformed file. More text decides.
+            if comma < 0 and more:
                 text += more
                 continue
-            piece = text if cut < 0 else text[:cut] + b"}"
-            yield JsonChunk(prefix + piece, starts + len(prefix), ends + len(prefix), place, len(prefix))
-            if cut < 0:
+            members = text if comma < 0 else text[:comma] + b"}"
+            yield JsonChunk(prefix + members, starts + len(prefix), ends + len(prefix), position, len(prefix))
+            if comma < 0:
                 return
-            place.move(text[: cut + 1])
-            text, prefix = text[cut + 1 :] + more, b"{"
+            position.advance(text[: comma + 1])
+            text, prefix = text[comma + 1 :] + more, b"{"
 
 
-def iterate_lines(file: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """(line number, object) of each line that is not blank, some thousands at a time.
+def iterate_lines(file: Path) -> Iterator[list[NumberedLine]]:
+    """Yield the lines that are not blank, some thousands at a time.
 
     Raises:
-        ValueError: a line is malformed (with its number and the column), or no object.
+        ValueError: a line is malformed (with its number and the column), or not an object.
     """
     with open(file, "rb") as stream:
         number = 0
         while lines := stream.readlines(BLOCK_BYTES):
             if number == 0:
                 lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
-            yield [(at, _parse_line(file, at, line)) for at, line in enumerate(lines, number + 1) if not line.isspace()]
+            yield [_parse_line(file, at, line) for at, line in enumerate(lines, number + 1) if not line.isspace()]
             number += len(lines)
 
 
 def is_json_lines(file: Path) -> bool:
-    """Whether a file holds an object a line, whatever it is called: more follows its first line, which is one."""
+    """Return whether a file's first line is a JSON object and another object follows, whatever the file's name."""
     with open(file, "rb") as stream:
         first, second = stream.readline(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), stream.read(64).lstrip()
     try:
@@ -116,67 +137,63 @@ def is_json_lines(file: Path) -> bool:
         return False
 
 
-def _parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse_line(file: Path, number: int, line: bytes) -> NumberedLine:
     try:
         fields = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        place = _Place(file)
-        place.line = number - 1
-        raise place.complain(line, error) from None
+        raise FilePosition(file, line=number - 1).build_error(line, error) from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file}:{number}: the record must be a JSON object, not a {type(fields).__name__}")
-    return fields
+    return NumberedLine(number, fields)
 
 
-def _parse_members(text: bytes, place: _Place, prefix: int, num_members: int) -> dict[str, Any]:
+def _parse_members(text: bytes, position: FilePosition, prefix: int, num_members: int) -> dict[str, Any]:
     try:
         members = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise place.complain(text, error, prefix) from None
+        raise position.build_error(text, error, prefix) from None
     if not isinstance(members, dict):
-        raise ValueError(f"{place.file}: must be a JSON object keyed by file stem, not a {type(members).__name__}")
+        raise ValueError(f"{position.file}: must be a JSON object keyed by file stem, not a {type(members).__name__}")
     if prefix and not members:
-        raise ValueError(f"{place.file}:{place.line + 1}:{place.column + 1}: malformed JSON: trailing comma")
+        place = f"{position.file}:{position.line + 1}:{position.column + 1}"
+        raise ValueError(f"{place}: malformed JSON: trailing comma")
     if len(members) < num_members:
-        counts = Counter(key for key, _ in json.loads(text, object_pairs_hook=_keep_outer_pairs))
-        twins = [key for key, count in counts.items() if count > 1]
-        if twins:
-            raise ValueError(f"{place.file}: {len(twins)} keys occur twice: {', '.join(map(repr, twins[:20]))}")
+        # A dict would lose the duplicates; json.loads returns what the hook returns for the outer object.
+        counts = Counter(key for key, _ in json.loads(text, object_pairs_hook=lambda pairs: pairs))
+        twice = [key for key, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(f"{position.file}: {len(twice)} keys occur twice: {', '.join(map(repr, twice[:20]))}")
     return members
 
 
-def _keep_outer_pairs(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    return pairs
-
-
-def _find_members(text: bytes, depth: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(where the values of the outer object's members begin, where they end, the comma behind the last of them).
-
-    Without such a comma, or where the object ends, it is -1, and the members are all that end in the text.
+def _find_members(text: bytes, depth: int) -> _Members:
+    """Find the outer object's members up to the last comma behind one; without such a comma, all that end in the text.
 
     Args:
-        depth: 1 if the text begins within the object, 0 if before it.
+        depth: 1 if the text begins inside the object, 0 if before it.
     """
     places, opens = _find_brackets(text)
     depths = depth + np.cumsum(np.where(opens, 1, -1))
     starts, ends = places[(depths == 2) & opens], places[(depths == 1) & ~opens]
     if len(depths) and depths.min() > 0:
-        for back in (1, 2):  # behind the last one the comma may not have been read yet
+        # The comma behind the last member may not have been read yet.
+        for back in (1, 2):
             end = int(ends[-back]) if len(ends) >= back else len(text)
             rest = text[end + 1 : end + 1024]
             comma = end + 1 + len(rest) - len(rest.lstrip())
             if text[comma : comma + 1] == b",":
                 number = len(ends) - back + 1
-                return starts[:number], ends[:number], comma
-    return starts, ends, -1
+                return _Members(starts[:number], ends[:number], comma)
+    return _Members(starts, ends, -1)
 
 
 def _find_brackets(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the braces and brackets outside strings, and whether each is an opening one."""
+    """Return the places of braces and brackets outside strings, and whether each opens."""
     letters = np.frombuffer(text, np.uint8)
     quotes = np.flatnonzero(letters == QUOTE)
-    doubtful = np.flatnonzero(letters[quotes - 1] == BACKSLASH)  # before the first byte numpy has the last: harmless
-    escaped = [at for at in doubtful.tolist() if _count_backslashes(text, int(quotes[at])) % 2]
+    # For a quote at the first byte, numpy looks at the last byte: harmless.
+    after_backslash = np.flatnonzero(letters[quotes - 1] == BACKSLASH)
+    escaped = [at for at in after_backslash.tolist() if _count_backslashes(text, int(quotes[at])) % 2]
     quotes = np.delete(quotes, escaped)
     letters = letters | BRACKET_BIT
     places = np.flatnonzero((letters == OPENING) | (letters == CLOSING))
@@ -185,7 +202,7 @@ def _find_brackets(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count_backslashes(text: bytes, end: int) -> int:
-    """Backslashes that stand directly before a place."""
+    """Count the backslashes directly before `end`."""
     start = end
     while start and text[start - 1] == BACKSLASH:
         start -= 1

@@ -1,8 +1,8 @@
-"""Records: what is known of each image, from metadata of any form or from image folders.
+"""Records: the metadata of each image, from metadata files of any format or from image folders.
 
 A record is a dict with `key` (the file stem), `image_path` (absolute), `caption`, and whatever else its source holds.
-sources.py reads the forms, blocks.py makes columns of them, merge.py puts several sources together; here
-images are found and captions and sizes settled.
+sources.py reads the formats, blocks.py turns records into columns, and merge.py merges several sources. This module
+finds the images, joins captions and tags, and reads sizes.
 """
 
 import os
@@ -25,8 +25,8 @@ from sdxl_trainer.data.images.image_files import (
     strip_suffix,
     walk_images,
 )
-from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, Block
-from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SOURCE, KeyedRecords, list_source_files
+from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, RecordBlock
+from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SOURCE_NUMBER, KeyedRecords, list_source_files
 from sdxl_trainer.data.stores.remote import StoreError, describe_objects, is_remote
 
 Record = dict[str, Any]
@@ -34,13 +34,13 @@ RECORD_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("image_path", pa.string()),  # the image, or the latent file or shard in place of it
-        ("captioned", pa.bool_()),  # whether the record has a caption; what it is, the record tells
+        ("captioned", pa.bool_()),  # whether the record has a caption
         ("record", pa.binary()),  # JSON as the source has it; `parse_record` completes it
-        ("width", pa.int32()),  # 0: the metadata do not say
+        ("width", pa.int32()),  # of the image, as the metadata have it; 0: they do not
         ("height", pa.int32()),
-        ("offset", pa.int64()),  # of the latents in the shard; null: no shard
+        ("offset", pa.int64()),  # of the latents in the shard; null: not in a shard
         ("bytes", pa.int64()),
-        ("source", pa.int32()),  # number of the entry of the settings where it first appears
+        ("source", pa.int32()),  # number of the source in which the record first appears
     ]
 )
 
@@ -56,13 +56,13 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
         try:
             missing = _find_missing(pattern)
         except StoreError as error:
-            cure_store = "check the URL, the credentials and the network (docs/DATA.md says where they are set)"
+            cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
             yield Problem(f"data.metadata.{number}", pattern, str(error), cure_store)
             continue
         if missing and missing[0][0] == str(pattern):
             yield Problem(f"data.metadata.{number}", pattern, missing[0][1], cure)
         elif missing:
-            rule = f"names {len(missing)} that are no files, {missing[0][0]} first"
+            rule = f"names {len(missing)} files that do not exist, the first is {missing[0][0]}"
             yield Problem(f"data.metadata.{number}", pattern, rule, cure)
     for number, path in enumerate(image_dirs):
         if not path.is_dir():
@@ -70,23 +70,27 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
 
 
 def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
-    """(name, why) of each file that a setting names and that is not there.
+    """List the files that a setting names and that do not exist, as (name, reason).
 
     Raises:
-        StoreError: a store cannot be asked.
+        StoreError: a store cannot be reached.
     """
     files = list_source_files([pattern])
     missing = [(str(file), "is not a file") for file in files if not is_remote(file) and not Path(file).is_file()]
     urls = [str(file) for file in files if is_remote(file)]
     answers = zip(urls, describe_objects(urls), strict=True)
-    return missing + [(url, f"is not there: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
+    return missing + [(url, f"cannot be found: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
 
 
 def read_image_folders(
     image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
 ) -> Iterator[KeyedRecords]:
-    """Images with the captions beside them, each folder a source; those of the second kind have `is_reg`. `masks`, as
-    in `data.masks`, are none."""
+    """Yield the images below folders as records, with the captions beside them. Each folder is a source.
+
+    Args:
+        regularisation_dirs: folders whose records get `is_reg`.
+        masks: as in `data.masks`; mask files are not images.
+    """
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
     for source, (root, marks) in enumerate(roots):
         for folder, names, everything in walk_images([root], masks):
@@ -97,7 +101,7 @@ def read_image_folders(
                         {
                             "image_path": os.path.join(folder, name),
                             "caption": read_sidecar(folder, name, everything),
-                            SOURCE: source,
+                            SOURCE_NUMBER: source,
                             **marks,
                         },
                     )
@@ -105,31 +109,22 @@ def read_image_folders(
                 ]
 
 
-def build_record_rows(block: Block, finder: "ImageFinder", separator: str) -> pa.RecordBatch:
-    """Rows of the index from what sources hold: find images, settle captions and sizes.
+def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str) -> pa.RecordBatch:
+    """Build rows of the record index: find images, join captions and tags, and read sizes.
 
     Args:
-        separator: stands between caption and tags where a record has both and is of kohya's form, keyed by its path.
+        separator: between caption and tags where a record has both and is keyed by its image's path, as kohya's are.
     """
-    named = block.column("image_path")
-    captioned, widths_heights = _settle_captions(block, named, separator), _read_sizes(block)
-    images: list[str] = [place[0] if place else "" for place in block.places]
-    seekers = [at for at, image in enumerate(images) if not image]
-    wanted = [str(path or name or key) for path, name, key in zip(named, block.names, block.keys, strict=True)]
-    if len(seekers) < len(images):
-        wanted = [wanted[at] for at in seekers]
-    found = finder.find(wanted, [block.bases[at] for at in seekers], [named[at] is None for at in seekers])
-    for at, path in zip(seekers, found, strict=True):
-        images[at] = path
+    captioned, sizes = _join_captions(block, separator), _read_sizes(block)
     columns = [
         block.keys,
-        images,
+        _find_images(block, finder),
         captioned,
         block.contents,
-        np.ascontiguousarray(widths_heights[:, 0]),
-        np.ascontiguousarray(widths_heights[:, 1]),
-        [place and place[1] for place in block.places],
-        [place and place[2] for place in block.places],
+        np.ascontiguousarray(sizes[:, 0]),
+        np.ascontiguousarray(sizes[:, 1]),
+        [span and span.offset for span in block.spans],
+        [span and span.bytes for span in block.spans],
         block.sources,
     ]
     arrays = [pa.array(column, kind) for column, kind in zip(columns, RECORD_SCHEMA.types, strict=True)]
@@ -137,24 +132,36 @@ def build_record_rows(block: Block, finder: "ImageFinder", separator: str) -> pa
 
 
 def parse_record(row: Mapping[str, Any]) -> Record:
-    """The whole record of a row of an index, with what the index has found out."""
+    """Return the whole record of an index's row: the source's JSON, with the index's key, image path and caption."""
     record = orjson.loads(row["record"])
-    # A field of that name (img2dataset writes one) is not the stem; nor are latents at a further resolution a record.
+    # The source may have a field `key` of its own (img2dataset writes one), and a sample's key may have a prefix.
     record["key"] = split_key(row["key"])[1]
     record["image_path"] = row["image_path"]
     record["caption"] = _join_tags(record.get("caption") or record.get("tags"))
     return record
 
 
-def _settle_captions(block: Block, named: list[str | None], separator: str) -> list[bool]:
-    """Whether each record has a caption: `caption` or `tags` (a string, or a list of tags), or else a description.
+def _find_images(block: RecordBlock, finder: "ImageFinder") -> list[str]:
+    """Return each record's image, or the shard that holds its latents."""
+    named = block.column("image_path")
+    images = [span.shard if span else "" for span in block.spans]
+    rows = [at for at, image in enumerate(images) if not image]
+    paths = [str(named[at] or block.keyed_paths[at] or block.keys[at]) for at in rows]
+    found = finder.find(paths, [block.base_folders[at] for at in rows], [named[at] is None for at in rows])
+    for at, path in zip(rows, found, strict=True):
+        images[at] = path
+    return images
 
-    In kohya's form caption and tags are one text, and the record is changed to say so.
+
+def _join_captions(block: RecordBlock, separator: str) -> list[bool]:
+    """Join the captions and tags of kohya's records in `block.contents`. Return whether each record has a caption.
+
+    A caption is `caption` or `tags` (a text, or a list of tags), or else a description.
     """
     captions, tags = block.column("caption"), block.column("tags")
     texts = [caption or some or None for caption, some in zip(captions, tags, strict=True)]
-    for at in [at for at, name in enumerate(named) if name is None]:
-        if captions[at] and tags[at] and block.places[at] is None:
+    for at in [at for at, path in enumerate(block.column("image_path")) if path is None]:
+        if captions[at] and tags[at] and block.spans[at] is None:
             texts[at] = f"{_join_tags(captions[at])}{separator}{_join_tags(tags[at])}"
             block.contents[at] = orjson.dumps({**orjson.loads(block.contents[at]), "caption": texts[at]})
     if None in texts:
@@ -163,8 +170,8 @@ def _settle_captions(block: Block, named: list[str | None], separator: str) -> l
     return list(map(bool, texts))
 
 
-def _read_sizes(block: Block) -> np.ndarray:
-    """[N, 2] int32 (width, height) of the images as the metadata tell, (0, 0) where they do not."""
+def _read_sizes(block: RecordBlock) -> np.ndarray:
+    """Return (width, height) of the images as the metadata have them, (0, 0) where they do not, [N, 2] int32."""
     values = block.column(SIZE_FIELDS[0])
     if set(map(type, values)) == {list} and set(map(len, values)) == {2}:
         sizes = np.array(list(chain.from_iterable(values)))
@@ -183,7 +190,7 @@ def _read_sizes(block: Block) -> np.ndarray:
 
 
 class ImageFinder:
-    """Finds the image of a record: where it says, else by file name, else by stem under the image folders."""
+    """Finds the image of a record: by its path, else by its file name, else by its stem under the image folders."""
 
     def __init__(self, image_dirs: Sequence[Path], masks: str | None = None):
         self._masks = masks
@@ -191,59 +198,62 @@ class ImageFinder:
         self._checker = FileChecker()
         self._table: ImageTable | None = None
 
-    def find(self, paths: Sequence[str], bases: Sequence[str], are_keys: Sequence[bool]) -> list[str]:
-        """Absolute paths of images; of one that is nowhere, where it should be (its latents may still be there).
+    def find(self, paths: Sequence[str], base_folders: Sequence[str], are_keys: Sequence[bool]) -> list[str]:
+        """Return absolute paths of images. A missing image gets the path where it should be: its latents may exist.
 
         Args:
-            bases: folders of the metadata that name them.
-            are_keys: whether each path was the record's key and is relative to image folders.
+            base_folders: the folder of the metadata file that names each image.
+            are_keys: whether each path was the record's key, and is relative to image folders.
+
+        Raises:
+            AmbiguousImageError: several images under the image folders have the name of a missing one.
         """
-        kinds, found = list(zip(bases, are_keys, strict=True)), [""] * len(paths)
+        kinds, found = list(zip(base_folders, are_keys, strict=True)), [""] * len(paths)
         for kind in dict.fromkeys(kinds):
             rows = [at for at, other in enumerate(kinds) if other == kind]
             for at, path in zip(rows, self._find([paths[at] for at in rows], *kind), strict=True):
                 found[at] = path
         return found
 
-    def _find(self, paths: list[str], base: str, is_key: bool) -> list[str]:
-        """`find` for paths of one metadata folder."""
-        folders = self._list_folders(base, is_key)
+    def _find(self, paths: list[str], base_folder: str, is_key: bool) -> list[str]:
+        """Like `find`, for paths of one metadata folder."""
+        folders = self._list_folders(base_folder, is_key)
         found = [path if path.startswith("/") else folders[0] + path.removeprefix("./") for path in paths]
-        lost = ~self._checker.exist(found)
+        missing = ~self._checker.exist(found)
         for folder in folders[1:]:
-            relative = [at for at in np.flatnonzero(lost).tolist() if not paths[at].startswith("/")]
+            relative = [at for at in np.flatnonzero(missing).tolist() if not paths[at].startswith("/")]
             below = {paths[at].rpartition("/")[0] for at in relative}
             if not any(os.path.isdir(folder + name) for name in below):
                 continue
             candidates = [folder + paths[at].removeprefix("./") for at in relative]
-            there = self._checker.exist(candidates)
-            for at, candidate in compress(zip(relative, candidates, strict=True), there.tolist()):
+            exist = self._checker.exist(candidates)
+            for at, candidate in compress(zip(relative, candidates, strict=True), exist.tolist()):
                 found[at] = candidate
-            lost[relative] = ~there
-        missing = np.flatnonzero(lost).tolist()
-        if missing and self._image_dirs:
+            missing[relative] = ~exist
+        rows = np.flatnonzero(missing).tolist()
+        if rows and self._image_dirs:
             self._table = self._table or ImageTable([Path(folder) for folder in self._image_dirs], self._masks)
-            names = [paths[at].replace("\\", "/").rsplit("/", 1)[-1] for at in missing]
+            names = [paths[at].replace("\\", "/").rsplit("/", 1)[-1] for at in rows]
             stems = [strip_suffix(name, always=not is_key) for name in names]
-            for at, path in zip(missing, self._table.find(names, stems), strict=True):
+            for at, path in zip(rows, self._table.find(names, stems), strict=True):
                 found[at] = path or found[at]
         return found
 
-    def _list_folders(self, base: str, is_key: bool) -> list[str]:
-        """Where to look: below the metadata's folder, then the working directory; a key first below image folders."""
-        names = [*(self._image_dirs if is_key else ()), base, ""]
+    def _list_folders(self, base_folder: str, is_key: bool) -> list[str]:
+        """List the folders to search: for a key the image folders, then the metadata's, then the working directory."""
+        names = [*(self._image_dirs if is_key else ()), base_folder, ""]
         return list(dict.fromkeys(os.path.abspath(name) + "/" for name in names))
 
 
 def _join_tags(text: Any) -> str | None:
-    """A text, or a list of tags, as a text; None if there is nothing."""
+    """Return a text, or a list of tags, as a text; None if it is empty."""
     if isinstance(text, str) or not text:
         return text or None
     return ", ".join(map(str, text)) if isinstance(text, (list, tuple)) else str(text)
 
 
 def _parse_size(size: Any) -> tuple[int, int]:
-    """(width, height) of a list or of a text such as 1500x1000, (0, 0) if it is neither."""
+    """Return (width, height) of a list or of a text such as 1500x1000, (0, 0) of anything else."""
     if isinstance(size, str):
         size = re.findall(r"\d+", size)
     return _read_sides(*size) if isinstance(size, (list, tuple)) and len(size) == 2 else (0, 0)

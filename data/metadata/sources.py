@@ -1,7 +1,7 @@
-"""Forms of metadata, each read a few thousand records at a time. docs/DATA.md shows an example of each.
+"""Readers of every metadata format, each a few thousand records at a time. docs/DATA.md shows an example of each.
 
-A reader yields (key, fields) pairs; the key is the file stem of the image. What a record must remember of where it
-was read is kept under names that no metadata have, until data/metadata/records.py has made use of it.
+A reader yields (key, fields) pairs; the key is the file stem of the image. What a record must remember of its source is
+kept among its fields, under names that no metadata use, until data/metadata/blocks.py takes it out.
 """
 
 import csv
@@ -24,20 +24,21 @@ from sdxl_trainer.data.stores.remote import find_objects, is_remote
 KeyedRecords = list[tuple[str, dict[str, Any]]]
 Reader = Callable[[Path], Iterator[KeyedRecords]]
 
-BASE = "//base"  # folder that a relative path of the record is relative to
-NAME = "//name"  # the image's path, where it was the record's key
-SOURCE = "//source"  # number of the setting's entry that the record comes from
-NPZ = "//npz"  # (tar, offset, bytes) of the latents that came with the record
+BASE_FOLDER = "//base"  # folder that a relative image path is relative to
+KEYED_PATH = "//name"  # the image's path, where it was the record's key
+SOURCE_NUMBER = "//source"  # number of the record's source among those of the settings
+LATENT_SPAN = "//npz"  # (shard, offset, bytes) of the latents that came with the record
+RESERVED = (BASE_FOLDER, KEYED_PATH, SOURCE_NUMBER, LATENT_SPAN)
 ROWS_AT_ONCE = 8192
-PATH_FIELDS = ("image_path", "file_name")  # ours, and that of Hugging Face's image folders
-MAX_CSV_FIELD = 1 << 24
+PATH_FIELDS = ("image_path", "file_name")  # this project's, and that of Hugging Face's image folders
+MAX_CSV_FIELD_CHARACTERS = 1 << 24
 KNOWN = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
 
 
 def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
-    """The files that metadata settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up.
+    """List the metadata files that settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up.
 
-    URLs stay text, in which only `*` is looked up; those of `file://` become paths.
+    URLs stay text, in which only `*` is looked up; `file://` URLs become paths. A pattern without files stays as it is.
 
     Raises:
         StoreError: a store cannot be listed.
@@ -58,17 +59,21 @@ def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
 
 
 def read_metadata_file(file: Path) -> Iterator[KeyedRecords]:
-    """The records of one metadata file, in its order.
+    """Yield the records of one metadata file, in its order.
 
     Raises:
-        ValueError: malformed; the file and the place in it are named.
+        ValueError: malformed; the message names the file and the place in it.
     """
-    for items in READERS[detect_format(file)](file):
-        yield _note_base(items, file)
+    for records in READERS[detect_format(file)](file):
+        yield _add_base_folder(records, file)
 
 
 def detect_format(file: Path) -> str:
-    """The name of a file's form, told by its suffix, and by its content where that is not enough."""
+    """Return the name of a file's format, by its suffix, and by its content where the suffix is not enough.
+
+    Raises:
+        ValueError: the format is not known.
+    """
     suffix = file.suffix.lower()
     form = SUFFIXES.get(suffix)
     if form is None:
@@ -76,119 +81,125 @@ def detect_format(file: Path) -> str:
             start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         form = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
     if form is None:
-        raise ValueError(f"{file}: has no form that is known; files may be called {KNOWN}")
+        raise ValueError(f"{file}: has no known metadata format; the file name must end in one of {KNOWN}")
     return "json_lines" if form == "json" and is_json_lines(file) else form
 
 
 def parse_chunk(file: Path, piece: JsonChunk) -> KeyedRecords:
-    """Some records of a JSON object, keyed by stem and holding `image_path`, or keyed by the image's path.
+    """Return the records of a part of a JSON object, keyed by stem with `image_path`, or keyed by the image's path.
 
     Raises:
-        ValueError: malformed; the file and the place in it are named.
+        ValueError: malformed; the message names the file and the place in it.
     """
-    items = []
+    records = []
     for key, fields in piece.parse().items():
         if not isinstance(fields, dict):
             raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
+        _drop_reserved(fields)
         if fields.get(PATH_FIELDS[0]) is None:
             stem = strip_suffix(key)
             if stem != key:
-                fields[NAME], key = key, stem
-        items.append((key, fields))
-    return _note_base(items, file)
+                fields[KEYED_PATH], key = key, stem
+        records.append((key, fields))
+    return _add_base_folder(records, file)
 
 
 def _read_object(file: Path) -> Iterator[KeyedRecords]:
-    for piece in iterate_chunks(file):
-        yield parse_chunk(file, piece)
+    for chunk in iterate_chunks(file):
+        yield parse_chunk(file, chunk)
 
 
-def _note_base(items: KeyedRecords, file: Path) -> KeyedRecords:
-    """The same, with the folder that relative paths in them are relative to.
+def _add_base_folder(records: KeyedRecords, file: Path) -> KeyedRecords:
+    """Return the records with the folder that their relative image paths are relative to.
 
     Raises:
-        ValueError: a key is empty, or a caption an object.
+        ValueError: a key is empty, or a caption is an object.
     """
     base = str(file.parent)
-    for key, fields in items:
+    for key, fields in records:
         if not key:
             raise ValueError(f"{file}: a record has an empty key")
         if isinstance(fields.get("caption"), dict):
             raise ValueError(f"{file}: the record '{key}' has a caption that is an object, not a text or a list")
-        if NAME in fields or fields.get(PATH_FIELDS[0]) is not None:
-            fields[BASE] = base
-    return items
+        if KEYED_PATH in fields or fields.get(PATH_FIELDS[0]) is not None:
+            fields[BASE_FOLDER] = base
+    return records
 
 
 def _read_lines(file: Path) -> Iterator[KeyedRecords]:
     for lines in iterate_lines(file):
-        yield [_key_record(fields, f"{file}:{number}") for number, fields in lines]
+        yield [_key_record(line.fields, f"{file}:{line.number}") for line in lines]
 
 
 def _read_csv(file: Path) -> Iterator[KeyedRecords]:
-    """Comma-separated values (tab in a .tsv) under a line of names. An empty cell is no field; values stay text."""
-    csv.field_size_limit(MAX_CSV_FIELD)
+    """Yield the records of a CSV file (in a .tsv, of tab-separated values) with a line of names.
+
+    An empty cell is a missing field; values stay text.
+    """
+    csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
             names = next(rows, [])
-            if twins := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"{file}:1: two columns have the name '{twins[0]}'")
-            place = lambda: f"{file}:{rows.line_num}"  # noqa: E731
-            while block := list(itertools.islice(_zip_rows(rows, names, place), ROWS_AT_ONCE)):
-                yield block
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{file}:1: two columns have the name '{twice[0]}'")
+            records = _iterate_csv_records(file, rows, names)
+            while some := list(itertools.islice(records, ROWS_AT_ONCE)):
+                yield some
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8: {error.reason} at byte {error.start} of a block") from None
 
 
-def _zip_rows(rows: Any, names: list[str], place: Callable[[], str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for row in rows:
+            place = f"{file}:{rows.line_num}"
             if row and len(row) != len(names):
-                raise ValueError(f"{place()}: the row has {len(row)} values under {len(names)} names")
+                raise ValueError(f"{place}: the row has {len(row)} values under {len(names)} names")
             if row:
-                yield _key_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place())
+                yield _key_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place)
     except csv.Error as error:
-        raise ValueError(f"{place()}: malformed CSV: {error}") from None
+        raise ValueError(f"{file}:{rows.line_num}: malformed CSV: {error}") from None
 
 
 def _read_parquet(file: Path) -> Iterator[KeyedRecords]:
-    """A Parquet table, a row a record; a null is no field."""
+    """Yield the rows of a Parquet table as records. A null is a missing field."""
     try:
         number = 0
         for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
             rows = batch.to_pylist()
-            yield [
-                _key_record(
-                    {name: value for name, value in row.items() if value is not None}, f"{file}, row {number + at}"
-                )
-                for at, row in enumerate(rows)
-            ]
+            records = [{name: value for name, value in row.items() if value is not None} for row in rows]
+            yield [_key_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
             number += len(rows)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file}: no readable Parquet file: {error}") from None
+        raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
 
 
 def _read_shard(file: Path) -> Iterator[KeyedRecords]:
-    """A webdataset shard: `key.npz` with `key.json` (the record), or with `key.txt` (the caption)."""
+    """Yield the records of a webdataset shard: `key.npz` with `key.json` (the record) or `key.txt` (the caption)."""
     with open(file, "rb") as stream:
-        yield from _list_items(str(file.absolute()), read_shard(str(file), stream))
+        yield from _list_shard_records(str(file.absolute()), read_shard(str(file), stream))
 
 
 def _read_catalogue(file: Path) -> Iterator[KeyedRecords]:
-    """What is known of a shard that lies on a store (data/catalogue.py)."""
-    yield from _list_items(*load_catalogue(file))
+    """Yield the records of a shard on a store, from its local catalogue."""
+    yield from _list_shard_records(*load_catalogue(file))
 
 
-def _list_items(shard: str, samples: list[ShardSample]) -> Iterator[KeyedRecords]:
+def _list_shard_records(shard: str, samples: list[ShardSample]) -> Iterator[KeyedRecords]:
     for start in range(0, len(samples), ROWS_AT_ONCE):
         some = samples[start : start + ROWS_AT_ONCE]
-        places = [{} if each.offset is None else {NPZ: (shard, each.offset, each.size)} for each in some]
-        yield [(each.key, {**each.record, **place}) for each, place in zip(some, places, strict=True)]
+        spans = [{} if each.offset is None else {LATENT_SPAN: (shard, each.offset, each.size)} for each in some]
+        yield [(each.key, _drop_reserved(each.record) | span) for each, span in zip(some, spans, strict=True)]
 
 
 def _key_record(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
-    """A row's key: the stem of its image's path, else its `key`."""
+    """Return a record with its key: the stem of its image's path, else its `key`.
+
+    Raises:
+        ValueError: it has neither; the message begins with `place`.
+    """
+    _drop_reserved(fields)
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:
         fields[PATH_FIELDS[0]] = name
@@ -198,8 +209,15 @@ def _key_record(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]
     raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")
 
 
+def _drop_reserved(fields: dict[str, Any]) -> dict[str, Any]:
+    """Remove fields of the metadata that have a name of RESERVED: their values could be anything."""
+    for name in RESERVED:
+        fields.pop(name, None)
+    return fields
+
+
 def _expand_braces(pattern: str) -> list[str]:
-    """As a shell and webdataset expand `{000..012}` and `{a,b}`, leftmost first."""
+    """Expand `{000..012}` and `{a,b}` as a shell and webdataset do, leftmost first."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trainer.data.metadata import json_stream
-from sdxl_trainer.data.metadata.blocks import FIELDS, Block, build_block, read_blocks
+from sdxl_trainer.data.metadata.blocks import FIELDS, RecordBlock, build_block, read_blocks
 from sdxl_trainer.data.metadata.sources import read_metadata_file
 
 # A backslash before letters and quotes, halves of surrogate pairs, numbers at the edges of what JSON allows.
@@ -23,15 +23,13 @@ RECORDS = st.dictionaries(st.sampled_from(FIELDS) | TEXTS, VALUES, max_size=5)
 OBJECTS = st.dictionaries(TEXTS | st.sampled_from(["a.png", "b/c.jpg", "d.e"]), RECORDS | VALUES, max_size=5)
 
 
-def describe(blocks: list[Block]) -> list[tuple]:
-    """All that blocks say, record by record."""
-    return [
-        (key, base, name, place, orjson.loads(content), *values)
-        for block in blocks
-        for key, base, name, place, content, *values in zip(
-            block.keys, block.bases, block.names, block.places, block.contents, *map(block.column, FIELDS), strict=True
-        )
-    ]
+def describe(blocks: list[RecordBlock]) -> list[tuple]:
+    """Return all columns of blocks, record by record."""
+    records: list[tuple] = []
+    for block in blocks:
+        columns = [block.keys, block.base_folders, block.keyed_paths, block.spans, map(orjson.loads, block.contents)]
+        records += zip(*columns, *map(block.column, FIELDS), strict=True)
+    return records
 
 
 def read_both(file: Path) -> tuple[list[tuple] | str, list[tuple] | str]:
@@ -66,7 +64,7 @@ def test_ordinary_records_are_read_the_fast_way(tmp_path):
     file = tmp_path / "m.json"
     file.write_text(json.dumps({"a": {"image_path": "a.png", "tags": ["é"], "x": {"y": [1]}}, "b": {"caption": "c"}}))
     [block] = read_blocks(file)
-    assert not any(isinstance(row, dict) for row in block.rows)
+    assert not any(isinstance(fields, dict) for fields in block.fields)
     assert block.column("tags") == [["é"], None] and block.column("caption") == [None, "c"]
     assert block.contents == [b'{"image_path": "a.png", "tags": ["\\u00e9"], "x": {"y": [1]}}', b'{"caption": "c"}']
 

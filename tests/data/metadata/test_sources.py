@@ -111,9 +111,9 @@ def test_all_row_forms_give_the_same_records(tmp_path):
         ("m.csv", 'image_path,caption\na.png,"b" c\n', "m.csv:2: malformed CSV"),
         ("m.csv", "image_path,image_path\na,b\n", "m.csv:1: two columns have the name 'image_path'"),
         ("m.csv", b"image_path\nM\xf6.png\n", "m.csv: is not UTF-8"),
-        ("m.parquet", "PAR1 no", "m.parquet: no readable Parquet file"),
+        ("m.parquet", "PAR1 no", "m.parquet: not a readable Parquet file"),
         ("m.tar", "x" * 2000, "m.tar: not a readable tar"),
-        ("m.bin", "\x00\x01", "m.bin: has no form that is known"),
+        ("m.bin", "\x00\x01", "m.bin: has no known metadata format"),
         ("m.json", b'{"a": {},\n "b": {"c": "\xff"}}', "m.json:2:14: malformed JSON: not UTF-8"),
         ("m.json", '{"a": {}, "a": {}}', "m.json: 1 keys occur twice: 'a'"),
     ],
@@ -122,6 +122,20 @@ def test_what_is_malformed_is_named_with_its_place(tmp_path, name, content, said
     with pytest.raises(ValueError) as caught:
         read_all(write(tmp_path / name, content))
     assert str(caught.value).startswith(f"{tmp_path}/{said}")
+
+
+def test_fields_with_reserved_names_are_dropped(tmp_path):
+    """Their values could be anything, and would be taken for the place of latents in a shard."""
+    fields = {**RECORD, "//npz": 5, "//name": {}, "//base": [], "//source": "x"}
+    files = [
+        write(tmp_path / "m.jsonl", orjson.dumps(fields) + b"\n" + orjson.dumps({"image_path": "x.png"})),
+        write(tmp_path / "m.json", orjson.dumps({"cat": fields})),
+    ]
+    for file in files:
+        row = open_record_index(tmp_path / "cache", [file], []).row(0)
+        assert (row["key"], row["offset"], row["source"]) == ("cat", None, 0)
+    merged = open_record_index(tmp_path / "cache", files, [])
+    assert merged.row(0)["offset"] is None and "//npz" not in merged.record(0)
 
 
 VALUES = st.recursive(
@@ -145,7 +159,7 @@ def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, inde
     before, json_stream.BLOCK_BYTES = json_stream.BLOCK_BYTES, block
     try:
         file.write_bytes(text)
-        pairs = [pair for piece in json_stream.iterate_chunks(file) for pair in piece.parse().items()]
+        pairs = [pair for chunk in json_stream.iterate_chunks(file) for pair in chunk.parse().items()]
         assert pairs == list(content.items())
         damaged = text[: hurt % len(text)] + text[hurt % len(text) + 1 :]
         file.write_bytes(damaged)
@@ -155,7 +169,7 @@ def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, inde
             whole = None
         if not isinstance(whole, dict):
             with pytest.raises(ValueError):
-                [piece.parse() for piece in json_stream.iterate_chunks(file)]
+                [chunk.parse() for chunk in json_stream.iterate_chunks(file)]
     finally:
         json_stream.BLOCK_BYTES = before
 

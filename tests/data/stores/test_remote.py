@@ -184,9 +184,12 @@ def check(tmp_path: Path, *metadata: str) -> list[Problem]:
 
 def test_what_is_not_there_is_named_before_the_start(tmp_path, shards, store, monkeypatch):
     [problem] = check(tmp_path, "s3://bucket/set/s-{0..3}.tar")
-    assert problem.key == "data.metadata.0" and "names 1 that are no files, s3://bucket/set/s-3.tar" in problem.rule
+    assert (
+        problem.key == "data.metadata.0"
+        and "names 1 files that do not exist, the first is s3://bucket/set/s-3.tar" in problem.rule
+    )
     [problem] = check(tmp_path, "s3://no-such-bucket/s-0.tar")
-    assert "is not there: The specified bucket does not exist" in problem.rule
+    assert "cannot be found: The specified bucket does not exist" in problem.rule
     [problem] = check(tmp_path, "s3://bucket/nothing/*.tar")
     assert "s3://bucket/nothing/*.tar" in str(problem) and "is not there" in problem.rule
     [problem] = check(tmp_path, "gs://bucket/s-0.tar")
