@@ -115,7 +115,7 @@ def test_settings_are_those_of_now(saved) -> None:
     for stage in (2, 3):
         engine = build_engine(stage, weight_decay=0.7)
         engine.load_state(path)
-        assert [group["weight_decay"] for group in engine._optimizer.param_groups] == [0.7, 0.0]
+        assert [group["weight_decay"] for group in engine._engine.optimizer.param_groups] == [0.7, 0.0]
 
 
 def test_a_state_that_is_not_one_value_per_weight_is_refused_clearly(saved, tmp_path: Path) -> None:
