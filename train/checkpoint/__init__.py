@@ -1,1 +1,4 @@
-"""Checkpoints: state, seal, search, background writer, resume, and emergency saves."""
+"""Checkpoint files: written in the background, sealed, found, verified, resumed from, and saved in an emergency.
+
+The content of the files comes from train/engine.
+"""

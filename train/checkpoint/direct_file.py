@@ -1,4 +1,4 @@
-"""Files of gigabytes that are written once, and hashed on the way."""
+"""Large files, written past the page cache and hashed while they are written."""
 
 import errno
 import fcntl
@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 
 BLOCK_BYTES = 4 << 20
-DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+DIRECT = getattr(os, "O_DIRECT", 0)  # exists on Linux only
 
 
 class DirectFile:
-    """A new file that is written from front to back, past the page cache where the file system can.
+    """New file that is written from front to back, past the page cache where the file system supports it.
 
-    The cache would take a copy that nobody reads, and push out the latents that training reads. Written past it, 1.6 GB
-    cost 0.3 s of CPU instead of 1.7 to 2.9, which on a busy host are training's (two runs each in turns).
+    The cache would hold a copy that nobody reads, and evict the latents that training reads. Writing through it costs
+    training CPU time (docs/RELIABILITY.md has the measurement).
 
-    It is a file to `torch.save`, which asks for no more than `write` and `flush`.
+    `torch.save` accepts it as a file, because it calls `write` and `flush` only.
 
     Raises:
-        OSError: by `write` and `close`, as of any file.
+        OSError: `write` or `close` failed.
     """
 
     def __init__(self, path: Path):
@@ -33,44 +33,47 @@ class DirectFile:
             if error.errno != errno.EINVAL:
                 raise
             self._descriptor = os.open(path, flags, 0o644)
-        self._block = np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8)  # as aligned as such writes want it
+        # Direct writes need memory that is aligned to the device's blocks; pages of mmap are.
+        self._block = np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8)
         self._filled = 0
         self._hash = hashlib.sha256()
         self.size = 0
-        self.error: OSError | None = None  # of a write, for callers whose caller hides it
+        # Error of a write, kept because torch.save raises another one in its place.
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
         left = np.frombuffer(data, np.uint8)
         while len(left):
-            some = left[: BLOCK_BYTES - self._filled]
-            self._block[self._filled : self._filled + len(some)] = some
-            self._filled += len(some)
-            left = left[len(some) :]
+            chunk = left[: BLOCK_BYTES - self._filled]
+            self._block[self._filled : self._filled + len(chunk)] = chunk
+            self._filled += len(chunk)
+            left = left[len(chunk) :]
             if self._filled == BLOCK_BYTES:
-                self._empty()
+                self._write_block()
         return len(data)
 
     def flush(self) -> None:
-        """Does nothing: `close` brings all of it to the disk."""
+        """Do nothing: `close` writes everything to the disk."""
 
     def close(self) -> str:
-        """Bring it to the disk, and return its SHA-256 in hexadecimal digits."""
+        """Write the rest to the disk, and return the file's SHA-256 in hexadecimal digits."""
         try:
-            self._write_through_the_cache()  # a last block is of any size
-            self._empty()
+            # The last block has any size, and direct writes need whole blocks.
+            self._clear_direct()
+            self._write_block()
             os.fsync(self._descriptor)
         finally:
             self.abandon()
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Let go of it as it is."""
+        """Close the file as it is. Does nothing on a closed file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _empty(self) -> None:
+    def _write_block(self) -> None:
         block, self._filled = self._block[: self._filled].data, 0
         self._hash.update(block)
         self.size += len(block)
@@ -78,12 +81,12 @@ class DirectFile:
             try:
                 block = block[os.write(self._descriptor, block) :]
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._write_through_the_cache():
+                if error.errno != errno.EINVAL or not self._clear_direct():
                     self.error = error
                     raise
 
-    def _write_through_the_cache(self) -> bool:
-        """From now on; whether it was otherwise before."""
+    def _clear_direct(self) -> bool:
+        """Clear O_DIRECT and return whether it was set."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
         return bool(flags & DIRECT)

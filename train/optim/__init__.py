@@ -1,1 +1,1 @@
-"""Optimizers, learning-rate schedules, and stochastic rounding."""
+"""Optimizers, learning-rate schedules and stochastic rounding. Parameter groups are built in train/networks."""

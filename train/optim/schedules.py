@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so a resume needs no scheduler state."""
+"""Learning-rate schedules as pure functions of the step, so that a resume needs no scheduler state."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from sdxl_trainer.configs.optim import OptimConfig
 
 
 def compute_lr(step: int, config: OptimConfig, max_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0)."""
+    """Return the learning rate of optimizer step `step` (from 0)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     length = max(1, max_steps - config.warmup_steps)
@@ -18,28 +18,29 @@ def compute_lr(step: int, config: OptimConfig, max_steps: int) -> float:
 
 
 def hold(progress: float) -> float:
-    """1 throughout."""
+    """Return 1 at any progress."""
     return 1.0
 
 
 def fall_cosine(progress: float, num_cycles: int = 1) -> float:
-    """Half a cosine from 1 to 0, `num_cycles` times in a row."""
+    """Return half a cosine from 1 to 0, repeated `num_cycles` times."""
     if progress >= 1:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (num_cycles * progress % 1)))
 
 
 def fall_power(progress: float, power: float = 1.0) -> float:
-    """(1 - progress) to a power; a line with 1."""
+    """Return (1 - progress) ** power; a power of 1 is a line."""
     return (1 - progress) ** power
 
 
 def hold_then_fall(progress: float, decay_share: float) -> float:
-    """1, and over the last `decay_share` a line to 0 (warm-up, stable, decay: arXiv 2404.06395)."""
+    """Return 1, and over the last `decay_share` a line to 0 (warm-up, stable, decay: arXiv 2404.06395)."""
     return min(1.0, (1 - progress) / decay_share)
 
 
-# From the settings and the steps after the warm-up to the share of the peak at a progress from 0 to 1.
+# Name → builder of a function from progress (0 to 1) to the share of the peak. The builder gets the settings and the
+# number of steps after the warm-up.
 SCHEDULES: dict[str, Callable[[OptimConfig, int], Callable[[float], float]]] = {
     "constant": lambda config, length: hold,
     "linear": lambda config, length: fall_power,

@@ -1,9 +1,9 @@
-"""AdamW and Lion for weights that are bf16 alone: each new value is rounded up or down by chance, and right on average.
+"""AdamW and Lion with stochastic rounding, for weights and moments in bf16 without fp32 masters.
 
 Rounding to the nearest loses every change that is smaller than half the distance to the next number, in bf16 about
-1/500 of a weight. Rounded by chance a value between two numbers becomes the upper one as often as it is near to it, so
-that the small changes of many steps add up to what they should (Gupta et al. 2015, arXiv 1502.02551). The moments are
-rounded in the same way: with a decay of 0.999 the second one would else never fall.
+1/500 of a weight. Stochastic rounding picks the upper of two numbers with a probability equal to the value's position
+between them, so that small changes add up correctly over many steps (Gupta et al. 2015, arXiv 1502.02551). The moments
+are rounded in the same way: with a beta of 0.999, the second moment would otherwise never fall.
 """
 
 from collections.abc import Iterable
@@ -13,27 +13,29 @@ import torch
 
 from sdxl_trainer.data.order.keyed_random import derive_seed
 
-CHUNK = 2**22  # values updated at once, in fp32; whole tensors of ZeRO's would take the memory that bf16 saves
+# Values updated at once in fp32. Whole flat tensors of ZeRO would take the memory that bf16 saves.
+CHUNK = 2**22
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """fp32 to bf16 of the same shape, whose expectation is the fp32 value.
+    """Round fp32 to bf16 of the same shape, whose expectation is the fp32 value.
 
-    bf16 is the upper half of fp32: a random number is added to the lower half, which carries over as often as the lower
-    half is large, and then cut off. Numbers that bf16 can hold stay what they are.
+    bf16 is the upper half of fp32. A random number is added to the lower half, which carries over with a probability
+    proportional to that half, and the lower half is cut off. Numbers that bf16 can represent stay unchanged.
     """
     noise = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 
 
 class StochasticOptimizer(torch.optim.Optimizer):
-    """What both have in common. Elementwise, so ZeRO's flat shards are as good as whole weights.
+    """Base of the optimizers with stochastic rounding.
 
-    What is drawn depends on the seed and the number of the step alone, so a resume draws what the unbroken run draws.
+    Updates are elementwise, so ZeRO's flat shards give the same result as whole weights. Random numbers depend on the
+    seed and the number of the step only, so a resumed run draws the same ones as an uninterrupted run.
 
     Args:
-        seed: another one on each rank, which holds other weights.
-        defaults: settings of the groups.
+        seed: differs between ranks, which hold different weights.
+        defaults: default settings of the groups.
     """
 
     MOMENTS: tuple[str, ...]
@@ -41,7 +43,7 @@ class StochasticOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable, seed: int, defaults: dict[str, Any]):
         super().__init__(params, defaults)
         self._seed = seed
-        self._drawing: tuple[int, torch.device] | None = None  # the step and device that the generator is for
+        self._drawing: tuple[int, torch.device] | None = None  # step and device of the generator
         self._generator = torch.Generator()
 
     @torch.no_grad()
@@ -67,7 +69,12 @@ class StochasticOptimizer(torch.optim.Optimizer):
     def compute(
         self, gradient: torch.Tensor, values: list[torch.Tensor], group: dict[str, Any], step: int
     ) -> tuple[torch.Tensor, ...]:
-        """The weights and moments after an update, from those before; all [N] fp32. `step` counts from 1."""
+        """Compute the weights and moments after an update; all [N] fp32.
+
+        Args:
+            values: the weights, then the moments in the order of MOMENTS.
+            step: number of this update, from 1.
+        """
         raise NotImplementedError
 
     def _get_generator(self, step: int, device: torch.device) -> torch.Generator:
@@ -96,7 +103,7 @@ class AdamW(StochasticOptimizer):
     def compute(
         self, gradient: torch.Tensor, values: list[torch.Tensor], group: dict[str, Any], step: int
     ) -> tuple[torch.Tensor, ...]:
-        """See StochasticOptimizer."""
+        """Compute AdamW's update; see StochasticOptimizer."""
         (weight, first, second), (beta, beta_2), lr = values, group["betas"], group["lr"]
         first = first.lerp(gradient, 1 - beta)
         second = second.lerp(gradient.square(), 1 - beta_2)
@@ -122,7 +129,7 @@ class Lion(StochasticOptimizer):
     def compute(
         self, gradient: torch.Tensor, values: list[torch.Tensor], group: dict[str, Any], step: int
     ) -> tuple[torch.Tensor, ...]:
-        """See StochasticOptimizer."""
+        """Compute Lion's update; see StochasticOptimizer."""
         (weight, average), (beta, beta_2), lr = values, group["betas"], group["lr"]
         change = average.lerp(gradient, 1 - beta).sign()
         return weight * (1 - lr * group["weight_decay"]) - lr * change, average.lerp(gradient, 1 - beta_2)
