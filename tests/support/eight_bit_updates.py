@@ -1,9 +1,9 @@
-"""Run by test_eight_bit.py on two ranks, and imported by it: AdamW in 8 bit under the engine, saved and taken up.
+"""AdamW in 8 bit under the engine, saved and resumed; test_eight_bit.py runs this on two ranks and imports it.
 
     eight_bit_updates.py FOLDER
 
 For each ZeRO stage, writes FOLDER/STAGE/step-00000003 and prints its losses as a line of JSON: those of six steps, and
-those of the last three after taking up that checkpoint.
+those of the last three after loading that checkpoint.
 """
 
 import json
@@ -28,7 +28,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def build_engine(stage: int, ranks: Ranks, name: str = "adamw8bit", precision: str = "fp32") -> Engine:
-    """A network of which the matrices are large enough for 8 bit, and one vector only together with others."""
+    """Build a network whose matrices are large enough for 8 bit, and whose vectors are only when flattened together."""
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(FEATURES, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, FEATURES))
     config, settings = OptimConfig(name=name, lr=LR), EngineConfig(zero_stage=stage, precision=precision)
@@ -40,7 +40,7 @@ def build_engine(stage: int, ranks: Ranks, name: str = "adamw8bit", precision: s
 
 
 def train(engine: Engine, steps: range, ranks: Ranks) -> list[float]:
-    """The losses of so many steps, over all ranks."""
+    """Return the losses of `steps`, averaged over all ranks."""
     losses, share = [], GLOBAL_BATCH_SIZE // ranks.world_size
     for step in steps:
         inputs = torch.randn(GLOBAL_BATCH_SIZE, FEATURES, generator=torch.Generator().manual_seed(step))
@@ -53,7 +53,7 @@ def train(engine: Engine, steps: range, ranks: Ranks) -> list[float]:
 
 
 def save(engine: Engine, folder: Path, ranks: Ranks) -> Path:
-    """A checkpoint of step 3."""
+    """Write a checkpoint of step 3."""
     writer = CheckpointWriter(folder=folder, rank=ranks.rank, world_size=ranks.world_size, token="t", keep_last=1)
     writer.save(engine, TrainState(step=3, world_size=ranks.world_size))
     writer.wait()
@@ -61,7 +61,7 @@ def save(engine: Engine, folder: Path, ranks: Ranks) -> Path:
 
 
 def main() -> int:
-    """Try all stages."""
+    """Run all stages."""
     ranks, folder = init_ranks(), Path(sys.argv[1])
     for stage in STAGES:
         engine = build_engine(stage, ranks)

@@ -1,7 +1,7 @@
-"""Run by test_non_finite.py on two ranks: a step whose loss or gradient is not finite leaves the engine as it was.
+"""A step whose loss or gradient is not finite leaves the engine unchanged; test_non_finite.py runs this on two ranks.
 
-For each ZeRO stage and precision, masters begin as the very weights of the model, and three steps of which the second
-one is spoilt on the last rank end in the weights of a run that never had it. Prints one line a case and ends with
+For each ZeRO stage and precision, masters begin as the unrounded weights. Three steps, of which the second one is
+spoilt on the last rank, end in the weights of a run without that step. Prints one line for each case and exits with
 status 1 if one is wrong.
 """
 
@@ -27,7 +27,7 @@ SPOILT = {
 
 
 def train(stage: int, precision: str, steps: list[str], ranks: Ranks) -> tuple[torch.Tensor, list[bool], list[float]]:
-    """(all weights, whether each step updated them, norms of the gradients) after `steps`, keys of SPOILT."""
+    """Train `steps`, keys of SPOILT; return all weights, whether each step updated them, and the gradients' norms."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -52,7 +52,7 @@ def train(stage: int, precision: str, steps: list[str], ranks: Ranks) -> tuple[t
 
 
 def main() -> int:
-    """Try all cases."""
+    """Run all cases."""
     ranks, wrong = init_ranks(), 0
     for stage, precision in product(range(4), ("fp32", "bf16")):
         expected, updated, norms = train(stage, precision, ["fine", "fine"], ranks)

@@ -1,7 +1,8 @@
-"""Run by test_resharding.py: two ranks save under ZeRO 1, 2 and 3, each when the other is gone or at rest; then one,
-two and four ranks go on from each under every stage, in fp32.
+"""Resharding between ranks, run by test_resharding.py.
 
-Ranks are forked from a process that has imported everything. The last line says how many resumes were compared.
+Two ranks save under ZeRO 1, 2 and 3, each while the other has ended or waits. Then one, two and four ranks continue
+from each checkpoint under every stage, in fp32. Ranks are forked from a process that has imported everything. The last
+line states how many resumes were compared.
 """
 
 import os
@@ -30,7 +31,7 @@ AVERAGE = "0.9"
 
 
 def run_ranks(world_size: int, work: Callable[[Ranks], None]) -> None:
-    """Do `work` on so many ranks; every one of them must come to its end."""
+    """Run `work` on `world_size` ranks, each of which must succeed."""
     port = find_rank_port()
     processes = []
     for rank in range(world_size):
@@ -53,7 +54,7 @@ def run_ranks(world_size: int, work: Callable[[Ranks], None]) -> None:
 
 
 def build_engine(stage: int, ranks: Ranks) -> Engine:
-    """Sizes that no number of ranks divides, in two groups."""
+    """Build an engine over weights whose sizes no number of ranks divides, in two groups."""
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
     groups = [
@@ -66,7 +67,7 @@ def build_engine(stage: int, ranks: Ranks) -> Engine:
 
 
 def train(engine: Engine, ranks: Ranks, steps: range) -> list[float]:
-    """The losses of the global batches, of which each rank has its share."""
+    """Return the losses of the global batches, of which each rank has its share."""
     losses, share = [], GLOBAL_BATCH // ranks.world_size
     for step in steps:
         inputs = torch.randn(GLOBAL_BATCH, 5, generator=torch.Generator().manual_seed(step))
@@ -78,7 +79,7 @@ def train(engine: Engine, ranks: Ranks, steps: range) -> list[float]:
 
 
 def gather_all(engine: Engine) -> dict[str, torch.Tensor]:
-    """Weights and averages, whole."""
+    """Return weights and averages, whole."""
     names = engine.weights.trained_names
     return {
         **{name: engine.weights.gather(name) for name in names},
@@ -87,9 +88,9 @@ def gather_all(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, ranks: Ranks) -> None:
-    """What an unbroken run comes to, and a checkpoint under each stage in the middle of it."""
-    unbroken = build_engine(2, ranks)
-    losses, weights = train(unbroken, ranks, range(ALL_STEPS)), gather_all(unbroken)
+    """Save the result of an uninterrupted run, and a checkpoint under each stage in the middle of it."""
+    uninterrupted = build_engine(2, ranks)
+    losses, weights = train(uninterrupted, ranks, range(ALL_STEPS)), gather_all(uninterrupted)
     if ranks.is_main:
         torch.save((losses[SAVED_STEPS:], weights), folder / "expected.pt")
     engines = {stage: build_engine(stage, ranks) for stage in STAGES}
@@ -109,8 +110,8 @@ def save(folder: Path, ranks: Ranks) -> None:
     (folder / f"rank {ranks.rank} has saved").touch()
 
 
-def go_on(folder: Path, ranks: Ranks) -> None:
-    """From each checkpoint under each stage."""
+def resume(folder: Path, ranks: Ranks) -> None:
+    """Continue from each checkpoint under each stage."""
     expected, weights = torch.load(folder / "expected.pt")
     for old, new in product(STAGES, STAGES):
         engine, checkpoint = build_engine(new, ranks), find_newest_checkpoint(folder / str(old))
@@ -124,12 +125,12 @@ def go_on(folder: Path, ranks: Ranks) -> None:
 
 
 def main() -> int:
-    """Save, then go on."""
+    """Save, then resume."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_ranks(2, lambda ranks: save(folder, ranks))
         for world_size in (1, 2, 4):
-            run_ranks(world_size, lambda ranks: go_on(folder, ranks))
+            run_ranks(world_size, lambda ranks: resume(folder, ranks))
     print(f"{3 * len(STAGES) ** 2} resumes compared")
     return 0
 

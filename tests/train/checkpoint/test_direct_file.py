@@ -1,4 +1,4 @@
-"""Large files, written past the page cache: every byte is there, whatever the pieces, and errors are the disk's own."""
+"""Files written past the page cache: complete for any sizes of writes, with the disk's own errors."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ CONTENT = np.random.default_rng(0).integers(0, 256, 2 * BLOCK_BYTES + 12_345, np
 def test_every_byte_is_written_and_hashed(tmp_path, size, piece):
     if size > BLOCK_BYTES + 1 and piece == 1000:
         piece = 100_000
-    (tmp_path / "x").write_bytes(b"what was there before" * 1_000_000)
+    (tmp_path / "x").write_bytes(b"previous content" * 1_000_000)
     file = DirectFile(tmp_path / "x")
     for start in range(0, size, piece):
         data = memoryview(CONTENT)[start : min(size, start + piece)]
@@ -29,8 +29,8 @@ def test_every_byte_is_written_and_hashed(tmp_path, size, piece):
     assert (tmp_path / "x").read_bytes() == CONTENT[:size]
 
 
-def test_a_file_system_that_cannot_is_written_to_all_the_same(tmp_path, monkeypatch):
-    """Some refuse to open such a file, some refuse its first write."""
+def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_path, monkeypatch):
+    """Some file systems refuse O_DIRECT when the file is opened, others at its first write."""
     real_open, real_write, direct = os.open, os.write, direct_file.DIRECT
 
     def open_plainly(path, flags, mode=0o777):
@@ -67,10 +67,10 @@ def test_an_error_of_the_disk_is_not_hidden_by_torch(tmp_path, monkeypatch, code
     with pytest.raises(OSError) as raised:
         write_file(tmp_path / "x.pt", {"x": torch.zeros(3 * BLOCK_BYTES // 4)})
     assert raised.value.errno == code
-    assert len(os.listdir("/proc/self/fd")) == before  # nothing is left open
+    assert len(os.listdir("/proc/self/fd")) == before, "a file is left open"
 
 
-def test_what_torch_saves_it_loads(tmp_path):
+def test_torch_loads_the_file_that_it_saved(tmp_path):
     content = {"weights": torch.randn(1_500_000), "step": 3, "half": torch.randn(7).half()}
     sha256, size = write_file(tmp_path / "x.pt", content)
     loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)

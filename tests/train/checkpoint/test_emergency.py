@@ -1,4 +1,4 @@
-"""The emergency save of one rank: once, of whole steps only, without hiding what ended the job."""
+"""Emergency save of one rank: at most once, only between updates, without hiding the error that ended the job."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
 
-FIRST_STEP = 10  # of the run, when this engine was made
+FIRST_STEP = 10  # step of the run at which the engine was built
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def ranks() -> Ranks:
 
 @pytest.fixture
 def engine(ranks: Ranks) -> Engine:
-    """Three steps old."""
+    """Build an engine that has completed three steps."""
     engine = build_engine(2, ranks)
     train(engine, ranks, range(3))
     return engine
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def messages() -> Iterator[list[str]]:
     lines: list[str] = []
     sink = logger.add(lambda line: lines.append(str(line)), format="{message}")
     yield lines
@@ -56,18 +56,18 @@ def build_saver(engine: Engine, folder: Path, export: Callable[[Path], None] | N
 
 
 def find_step(folder: Path) -> int | None:
-    """The step that the next start goes on from."""
+    """Return the step from which the next start resumes."""
     recover_partial_checkpoints(folder / "checkpoints")
     found = find_newest_checkpoint(folder / "checkpoints")
     return TrainState.load(found).step if found else None
 
 
 def write_model(path: Path) -> None:
-    assert path.with_suffix(".claim").exists(), "no other rank may begin it now"
+    assert path.with_suffix(".claim").exists(), "another rank could write the model too"
     path.write_bytes(b"weights")
 
 
-def test_an_error_is_let_through_once_the_state_and_the_weights_are_saved(engine: Engine, tmp_path: Path) -> None:
+def test_an_error_is_raised_after_the_state_and_the_weights_are_saved(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="planted"), build_saver(engine, tmp_path, write_model):
         raise KeyError("planted")
     assert find_step(tmp_path) == FIRST_STEP + 3
@@ -76,8 +76,8 @@ def test_an_error_is_let_through_once_the_state_and_the_weights_are_saved(engine
     ]
 
 
-@pytest.mark.parametrize("end", [None, Interrupted(signal.SIGTERM), FailedError("told in full")])
-def test_an_end_in_good_order_saves_nothing(engine: Engine, tmp_path: Path, end: Exception | None) -> None:
+@pytest.mark.parametrize("end", [None, Interrupted(signal.SIGTERM), FailedError("planted")])
+def test_a_normal_end_saves_nothing(engine: Engine, tmp_path: Path, end: Exception | None) -> None:
     try:
         with build_saver(engine, tmp_path, write_model):
             if end:
@@ -85,11 +85,13 @@ def test_an_end_in_good_order_saves_nothing(engine: Engine, tmp_path: Path, end:
     except (Interrupted, FailedError) as error:
         assert error is end
     assert list(tmp_path.iterdir()) == []
-    assert signal.set_wakeup_fd(-1) == -1, "signals are nobody's any more"
+    assert signal.set_wakeup_fd(-1) == -1, "signals are still written to the pipe"
 
 
-def test_a_half_done_update_is_not_saved(engine: Engine, tmp_path: Path, said: list[str], monkeypatch) -> None:
-    """Neither while it is under way nor after an error in its middle; what remains is the checkpoint before."""
+def test_weights_halfway_through_an_update_are_not_saved(
+    engine: Engine, tmp_path: Path, messages: list[str], monkeypatch
+) -> None:
+    """Neither during an update nor after an error in the middle of one."""
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
     engine._updating.acquire()
     assert build_saver(engine, tmp_path).save("planted") is None
@@ -99,18 +101,20 @@ def test_a_half_done_update_is_not_saved(engine: Engine, tmp_path: Path, said: l
     with pytest.raises(ZeroDivisionError), build_saver(engine, tmp_path):
         train(engine, init_ranks(), range(3, 4))
     assert find_step(tmp_path) is None
-    assert len([line for line in said if "an update is under way" in line]) == 2
+    assert len([line for line in messages if "an update is under way" in line]) == 2
 
 
-def test_what_is_saved_already_or_untouched_is_not_written(engine: Engine, ranks, tmp_path: Path, said) -> None:
+def test_a_step_that_is_saved_already_and_a_run_without_steps_are_not_written(
+    engine: Engine, ranks, tmp_path: Path, messages
+) -> None:
     saver = build_saver(engine, tmp_path, write_model)
     saver._writer.last_step = FIRST_STEP + 3
-    assert saver.save("planted") is None and f"step {FIRST_STEP + 3} is saved already" in said[-1]
+    assert saver.save("planted") is None and f"step {FIRST_STEP + 3} is saved already" in messages[-1]
     assert build_saver(build_engine(2, ranks), tmp_path, write_model).save("no step yet") is None
     assert not (tmp_path / "models").exists() and find_step(tmp_path) is None
 
 
-def test_the_checkpoint_in_hand_comes_first(engine: Engine, tmp_path: Path) -> None:
+def test_the_current_checkpoint_is_written_first(engine: Engine, tmp_path: Path) -> None:
     saver, order = build_saver(engine, tmp_path), []
     write = saver._writer.write_files
 
@@ -126,14 +130,14 @@ def test_the_checkpoint_in_hand_comes_first(engine: Engine, tmp_path: Path) -> N
 
 
 def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second one waits until the first one is done, so that it does not end the process under it."""
+    """The second thread waits for the first, so that it does not end the process during the save."""
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 3.0)
-    saver, entered, go_on = build_saver(engine, tmp_path), threading.Event(), threading.Event()
+    saver, entered, proceed = build_saver(engine, tmp_path), threading.Event(), threading.Event()
     capture = engine.capture_state
 
     def capture_late(**choices):
         entered.set()
-        assert go_on.wait(20)
+        assert proceed.wait(20)
         return capture(**choices)
 
     monkeypatch.setattr(engine, "capture_state", capture_late)
@@ -142,9 +146,9 @@ def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pyte
     threads[0].start()
     assert entered.wait(20)
     threads[1].start()
-    threads[1].join(1.2)  # longer than it would wait for an update
+    threads[1].join(1.2)  # longer than the wait for an update
     assert threads[1].is_alive() and results == []
-    go_on.set()
+    proceed.set()
     for thread in threads:
         thread.join(20)
     assert sorted(map(str, results)) == sorted(["None", str(tmp_path / "checkpoints" / ".step-00000013.t.partial")])
@@ -153,7 +157,9 @@ def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("device error")])
 @pytest.mark.parametrize("place", ["shard", "weights"])
-def test_what_cannot_be_saved_hides_no_error(engine, tmp_path, said, monkeypatch, fault: Exception, place: str) -> None:
+def test_a_failing_save_does_not_hide_the_error(
+    engine, tmp_path, messages, monkeypatch, fault: Exception, place: str
+) -> None:
     def fail(*_, **__):
         raise fault
 
@@ -162,12 +168,12 @@ def test_what_cannot_be_saved_hides_no_error(engine, tmp_path, said, monkeypatch
         monkeypatch.setattr(engine, "capture_state", fail)
     with pytest.raises(KeyError, match="planted"), saver:
         raise KeyError("planted")
-    assert f"the {place} cannot be written: {fault}" in said[-1]
+    assert f"the {place} cannot be written: {fault}" in messages[-1]
     assert find_step(tmp_path) == (FIRST_STEP + 3 if place == "weights" else None)
     assert not (tmp_path / "models").exists() or list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_fault_of_the_save_itself_ends_the_process_all_the_same(engine, tmp_path, monkeypatch) -> None:
+def test_a_bug_in_the_save_does_not_keep_the_process_alive(engine, tmp_path, monkeypatch) -> None:
     ends = []
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
     monkeypatch.setattr(emergency, "exit_at_once", ends.append)
@@ -179,12 +185,12 @@ def test_a_fault_of_the_save_itself_ends_the_process_all_the_same(engine, tmp_pa
     assert ends == [signal.SIGTERM]
 
 
-def test_one_of_the_ranks_writes_the_model_and_leftovers_go_at_a_start(engine: Engine, tmp_path: Path) -> None:
+def test_one_rank_writes_the_model_and_a_start_deletes_leftovers(engine: Engine, tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
     claim, other = models / "emergency-step-00000013.claim", models / ".emergency-step-00000009.x.tmp"
     claim.touch()
-    build_saver(engine, tmp_path, write_model).save("another rank is at it")
+    build_saver(engine, tmp_path, write_model).save("another rank writes the model")
     assert list(models.iterdir()) == [claim]
     other.touch()
     with build_saver(engine, tmp_path, write_model):
@@ -193,14 +199,14 @@ def test_one_of_the_ranks_writes_the_model_and_leftovers_go_at_a_start(engine: E
 
 @pytest.mark.parametrize("loop_ends", [False, True])
 def test_a_signal_gives_the_loop_time_then_saves_without_it(engine: Engine, tmp_path, monkeypatch, loop_ends) -> None:
-    """A second thread reads the signal, as the main one may be blocked in a collective."""
+    """A second thread reads the signal, because the main thread may be blocked in a collective."""
     ends, ended = [], threading.Event()
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 1.0)
     monkeypatch.setattr(emergency, "exit_at_once", lambda number: (ends.append(number), ended.set()))
     before = signal.signal(signal.SIGTERM, lambda *_: None), signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
         with build_saver(engine, tmp_path):
-            os.kill(os.getpid(), signal.SIGUSR1)  # is no wish to stop
+            os.kill(os.getpid(), signal.SIGUSR1)  # not a stop signal
             if not loop_ends:
                 assert not ended.wait(0.6)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -214,6 +220,6 @@ def test_a_signal_gives_the_loop_time_then_saves_without_it(engine: Engine, tmp_
 
 
 def test_there_is_time_before_torchrun_kills() -> None:
-    """30 s after SIGTERM; the shares of waiting must leave some for writing."""
+    """torchrun kills 30 s after SIGTERM, and the shares of waiting must leave time for writing."""
     waiting = emergency.PATIENCE_SHARE + emergency.CHECKPOINT_SHARE + emergency.UPDATE_SHARE
     assert emergency.DEADLINE_SECONDS <= 25 and waiting <= 0.8

@@ -1,4 +1,4 @@
-"""Checkpoints: sealed only when every rank's part is there, any wrong byte found, deleted in the right order."""
+"""Checkpoints on disk: sealed once all parts are there, verified byte by byte, pruned, and written to a full disk."""
 
 import shutil
 import sys
@@ -45,7 +45,7 @@ def test_sealed_only_when_every_rank_is_there(tmp_path: Path) -> None:
     assert sorted(files) == ["state/rank_0.pt", "state/rank_1.pt", "trainer_state.json"]
 
 
-def test_a_start_seals_what_is_whole_and_removes_the_rest(tmp_path: Path) -> None:
+def test_a_start_seals_complete_folders_and_deletes_the_others(tmp_path: Path) -> None:
     for rank in range(2):
         write_rank(tmp_path, rank, 4, token="whole")
     half = write_rank(tmp_path, 1, 6, token="half")
@@ -56,7 +56,7 @@ def test_a_start_seals_what_is_whole_and_removes_the_rest(tmp_path: Path) -> Non
     assert not half.exists() and not empty.exists()
 
 
-def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_any_wrong_byte_is_found_and_the_previous_checkpoint_is_used(tmp_path: Path) -> None:
     first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
     for name in ("state/rank_0.pt", "state/rank_1.pt", "trainer_state.json", "manifest.json"):
         path = second / name
@@ -66,7 +66,7 @@ def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> N
             flipped[place] ^= 0x10
             path.write_bytes(flipped)
             found = checkpoints.find_newest_checkpoint(tmp_path)
-            # A flipped bit in the manifest's own white space alters nothing that it says.
+            # A flipped bit in white space leaves the content of the manifest unchanged.
             harmless = name == "manifest.json" and found == second and _same_json(flipped, content)
             assert found == first or harmless, f"{name}, byte {place}"
         path.write_bytes(content[:-1])
@@ -79,15 +79,17 @@ def test_any_wrong_byte_is_found_and_the_one_before_is_used(tmp_path: Path) -> N
         assert checkpoints.find_newest_checkpoint(tmp_path) == second
 
 
-def test_a_manifest_that_lists_nothing_is_none(tmp_path: Path) -> None:
+def test_a_manifest_must_list_the_state(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, 1)
     (folder / "manifest.json").write_bytes(b'{"files": {}}')
     assert checkpoints.verify_manifest(folder) == "manifest.json does not list trainer_state.json"
     assert checkpoints.find_newest_checkpoint(tmp_path) is None
 
 
-def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the manifest was written, before the folder has its name; another of that step is there already."""
+def test_a_seal_that_was_cut_short_is_completed_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between manifest and rename, with an older checkpoint of the same step in the folder."""
     make_checkpoint(tmp_path, 7)
     for rank in range(2):
         partial = write_rank(tmp_path, rank, 7, token="again")
@@ -101,7 +103,7 @@ def test_a_seal_cut_short_is_done_at_the_next_start(tmp_path: Path, monkeypatch:
     assert checkpoints.find_newest_checkpoint(tmp_path) == tmp_path / "step-00000007"
 
 
-def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_an_intact_one(tmp_path: Path) -> None:
     """After falling back to step 4, the checkpoint of step 6 must outlive the damaged one of step 8."""
     make_checkpoint(tmp_path, 4)
     (make_checkpoint(tmp_path, 8) / "state" / "rank_0.pt").write_bytes(b"damaged")
@@ -114,7 +116,7 @@ def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000008", "step-00000006"]
 
 
-def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
+def test_the_oldest_are_deleted_except_milestones(tmp_path: Path) -> None:
     for step in (2, 4, 5, 6, 8, 9):
         make_checkpoint(tmp_path, step)
     checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4)
@@ -122,7 +124,7 @@ def test_the_oldest_go_but_milestones_stay(tmp_path: Path) -> None:
     assert not (tmp_path / "step-00000002").exists()
 
 
-def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = CheckpointWriter(folder=tmp_path / "c", rank=1, world_size=4, token="t", keep_last=1)
     files = {"state/pp_rank_0": {"a": [torch.zeros(1000), (torch.zeros(500, dtype=torch.bfloat16),)]}}
     assert count_tensor_bytes(files) == 5000
@@ -135,30 +137,31 @@ def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
+def test_a_checkpoint_waits_for_space_and_keeps_the_previous_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up in the middle of a save: what was begun is deleted, and written once there is room."""
+    """The disk fills up during a save: the partial files are deleted, and written again once there is space."""
     monkeypatch.setattr(checkpoint_writer, "SPACE_POLL_SECONDS", 0.02)
     monkeypatch.setattr(checkpoint_writer, "SPARE_BYTES", 0)
     usage = shutil.disk_usage(small_disk)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # others take it meanwhile
+    # The disk looks empty before the save and fills up during it.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))
     folder = small_disk / "c"
     writer = CheckpointWriter(folder=folder, rank=0, world_size=1, token="t", keep_last=1, wait_for_space_seconds=60)
     small, large = torch.zeros(20_000), torch.ones(200_000)
     writer.start_writing({"state/x.pt": small}, TrainState(step=1, world_size=1))
     writer.wait()
-    said: list[str] = []
-    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    messages: list[str] = []
+    sink = logger.add(lambda line: messages.append(str(line)), format="{message}")
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(300_000))
     writer.start_writing({"state/x.pt": large}, TrainState(step=2, world_size=1))
     deadline = time.monotonic() + 30
-    while not said:
-        assert time.monotonic() < deadline, "nothing is said of the full disk"
+    while not messages:
+        assert time.monotonic() < deadline, "no warning about the full disk"
         time.sleep(0.01)
-    assert "No space left on device" in said[0] and "step 2 waits" in said[0]
-    assert checkpoints.find_newest_checkpoint(folder) == folder / "step-00000001", "the one before is kept"
+    assert "No space left on device" in messages[0] and "step 2 waits" in messages[0]
+    assert checkpoints.find_newest_checkpoint(folder) == folder / "step-00000001", "the previous checkpoint is gone"
     ballast.unlink()
     writer.wait()
     logger.remove(sink)
@@ -172,7 +175,7 @@ def test_a_checkpoint_waits_for_space_and_keeps_the_one_before(
     with pytest.raises(OSError, match="No space left on device"):
         writer.wait()
     assert checkpoints.find_newest_checkpoint(folder) == folder / "step-00000002"
-    assert list(folder.glob(".step-00000003.*/state/*")) == [], "what was begun is deleted"
+    assert list(folder.glob(".step-00000003.*/state/*")) == [], "partial files are left"
 
 
 def test_an_error_in_the_background_reaches_the_next_wait(tmp_path: Path) -> None:

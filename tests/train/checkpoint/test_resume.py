@@ -1,4 +1,4 @@
-"""Resume is the same command: on other ranks the losses stay the same, and what has changed is told."""
+"""Resume is the same command: losses stay equal on other ranks, and changed settings are reported."""
 
 import shutil
 import signal
@@ -29,7 +29,7 @@ def read_losses(run: Path) -> list[float]:
 
 
 def copy_run(whole: Path, name: str, step: int) -> Path:
-    """A run folder as it was when the checkpoint of `step` was the newest."""
+    """Copy a run folder as it was when the checkpoint of `step` was the newest."""
     run = whole.parent / name
     folder = Path("checkpoints") / f"step-{step:08d}"
     shutil.copytree(whole / folder, run / folder)
@@ -59,14 +59,16 @@ def test_a_wrong_byte_in_any_file_of_a_real_checkpoint_is_found(two_ranks: Path,
     for name in names:
         flip_byte(copy / name)
         problem = verify_manifest(copy)
-        # In the manifest a digit of a sum may be hit, which then tells against the file that it is of.
+        # A flipped digit of a SHA-256 in the manifest is reported for the file of that sum.
         assert problem and (name == "manifest.json" or problem.startswith(name)), name
         shutil.copy(whole / name, copy / name)
 
 
 def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks: Path) -> None:
-    """2 ranks at ZeRO 2 → 1 rank at ZeRO 3 → 4 ranks at ZeRO 1, against the unbroken run on 2 ranks. The newest
-    checkpoint has a wrong byte, and is set aside."""
+    """2 ranks at ZeRO 2 → 1 rank at ZeRO 3 → 4 ranks at ZeRO 1, against the uninterrupted run on 2 ranks.
+
+    The newest checkpoint has a wrong byte and is renamed.
+    """
     run = copy_run(two_ranks, "resharded", step=4)
     newest = run / "checkpoints" / "step-00000008"
     shutil.copytree(two_ranks / "checkpoints" / newest.name, newest)
@@ -79,7 +81,7 @@ def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks:
     more = ("train.max_steps=8", "train.micro_batch_size=1", "engine.zero_stage=1", "train.max_non_finite_steps=7")
     printed = run_program("train/main.py", *words, *more, ranks=4)
     assert "of 1 ranks at ZeRO stage 3 is resharded for 4 at stage 1" in printed
-    assert printed.count("settings that alter training have changed") == 1  # and not once from each rank
+    assert printed.count("settings that alter training have changed") == 1, "not one warning of all ranks together"
     state = TrainState.load(run / "checkpoints" / "step-00000008")
     assert (state.world_size, state.zero_stage) == (4, 1)
     np.testing.assert_allclose(read_losses(run), read_losses(two_ranks)[:8], rtol=0, atol=1e-5)
@@ -102,8 +104,8 @@ def build_plan(num_samples: int = 40, global_batch_size: int = 4) -> Plan:
 
 
 @pytest.fixture
-def said():
-    """What is logged."""
+def messages():
+    """Collect the logged messages."""
     lines: list[str] = []
     sink = logger.add(lambda line: lines.append(str(line)), format="{message}")
     yield lines
@@ -130,41 +132,43 @@ def test_only_changes_that_alter_training_are_listed() -> None:
         "engine.precision": ("bf16", "fp32"),
     }
     assert list_changes(old, old) == []
-    del old["optim"]["weight_decay"]  # as if the setting had come later
+    # A setting that did not exist when the checkpoint was saved.
+    del old["optim"]["weight_decay"]
     assert list_changes(old, build_state().config) == []
     cosine = build_state(optim={"schedule": "cosine"})
     longer = build_state(optim={"schedule": "cosine"}, train={"max_steps": 9})
     assert list_changes(cosine.config, longer.config) == [("train.max_steps", 1000, 9)]
 
 
-def test_progress_goes_on_under_the_settings_of_now(said: list[str]) -> None:
+def test_progress_is_restored_under_the_present_settings(messages: list[str]) -> None:
     saved, fresh = build_state(), build_state(optim={"lr": 1.0})
     saved.step, saved.epoch, saved.index, saved.epoch_batches, saved.num_bad = 13, 1, 3, 10, 2
     fresh.world_size, fresh.zero_stage = 4, 3
     state = restore_progress(saved, fresh, build_plan(), "stop")
     assert (state.step, state.epoch, state.index, state.num_bad) == (13, 1, 3, 2)
     assert (state.world_size, state.zero_stage, state.config) == (4, 3, fresh.config)
-    assert len(said) == 1 and "optim.lr: 1e-05 -> 1.0" in said[0]
+    assert len(messages) == 1 and "optim.lr: 1e-05 -> 1.0" in messages[0]
 
 
-def test_changed_data_stop_the_run_or_keep_the_share_of_the_epoch(said: list[str]) -> None:
+def test_changed_data_stop_the_run_or_keep_the_share_of_the_epoch(messages: list[str]) -> None:
     saved, fresh = build_state("old"), build_state("new")
     saved.step, saved.epoch, saved.index, saved.epoch_batches = 16, 1, 6, 10
     with pytest.raises(UserInputError, match="the data have changed since step 16"):
         restore_progress(saved, fresh, build_plan(), "stop")
     state = restore_progress(saved, fresh, build_plan(num_samples=80), "continue")
     assert (state.step, state.epoch, state.index, state.epoch_batches) == (16, 1, 12, 20)
-    assert state.index_fingerprint == "new" and "at batch 12 of 20 in epoch 1 instead of 6 of 10" in said[-1]
-    saved.index = 10  # past the end, as a state at an epoch's last batch never is; it settles in the next epoch
+    assert state.index_fingerprint == "new" and "at batch 12 of 20 in epoch 1 instead of 6 of 10" in messages[-1]
+    # Past the end of the epoch, which a saved state never is.
+    saved.index = 10
     assert (lambda s: (s.epoch, s.index))(restore_progress(saved, fresh, build_plan(), "continue")) == (2, 0)
 
 
-def test_another_global_batch_size_keeps_the_share_of_the_epoch(said: list[str]) -> None:
+def test_another_global_batch_size_keeps_the_share_of_the_epoch(messages: list[str]) -> None:
     saved, fresh = build_state(), build_state(train={"global_batch_size": 8})
     saved.step, saved.epoch, saved.index, saved.epoch_batches = 36, 3, 4, 10
     state = restore_progress(saved, fresh, build_plan(80, 8), "stop")
     assert (state.step, state.epoch, state.index, state.global_batch_size) == (36, 3, 4, 8)
-    assert "train.global_batch_size: 4 -> 8" in said[0] and "train.global_batch_size has changed" in said[1]
+    assert "train.global_batch_size: 4 -> 8" in messages[0] and "train.global_batch_size has changed" in messages[1]
 
 
 def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +188,8 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
     assert list_due(every_steps=4, every_epochs=3) == [4, 8, 9, 12]
     clock = [100.0]
     monkeypatch.setattr(interruption.time, "monotonic", lambda: clock[0])
-    with exiting_on_signals():  # puts the handlers back
+    # Restores the signal handlers at its end.
+    with exiting_on_signals():
         requests = Requests(tmp_path, Ranks(0, 0, 1, None), save_every_minutes=1.5)  # pyright: ignore
         other = Requests(tmp_path, Ranks(1, 1, 2, None), save_every_minutes=1.5)  # pyright: ignore
     collected = []
@@ -195,7 +200,7 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
     assert (*collected, requests.collect()[1], other.collect()[1]) == (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
 
 
-def test_a_save_file_is_taken_once_and_by_rank_0_alone(tmp_path: Path) -> None:
+def test_a_save_file_is_read_once_and_by_rank_0_alone(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
     with exiting_on_signals():
         first, other = Requests(tmp_path, Ranks(0, 0, 2, None)), Requests(tmp_path, Ranks(1, 1, 2, None))  # pyright: ignore
@@ -206,7 +211,7 @@ def test_a_save_file_is_taken_once_and_by_rank_0_alone(tmp_path: Path) -> None:
     assert other.collect() == [0.0, 0.0] and first.collect() == [1.0, 0.0]
 
 
-def test_a_stop_file_holds_through_restarts_and_is_gone_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
+def test_a_stop_file_survives_restarts_and_is_deleted_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "stop").touch()
     with exiting_on_signals():
         requests = Requests(tmp_path, Ranks(0, 0, 1, None))  # pyright: ignore

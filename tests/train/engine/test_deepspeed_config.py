@@ -1,4 +1,4 @@
-"""What of the engine is chosen by the number of ranks, and what training takes of memory."""
+"""DeepSpeed's settings: the default ZeRO stage, the JSON, and the memory of a step."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
     ("words", "ranks", "stage"),
     [
         ("", 8, 2),
-        ("", 1, 1),  # fp32 masters are kept by stages 1 to 3
+        ("", 1, 1),  # stages 1 to 3 keep fp32 masters
         ("engine.precision=fp32", 1, 0),
         ("engine.precision=fp32", 2, 2),
         ("engine.precision=fp16", 1, 1),
@@ -56,7 +56,7 @@ def test_communication_by_ranks() -> None:
     own = {"zero_optimization": {"reduce_bucket_size": 7}}
     engine = config.engine.model_copy(update={"deepspeed": own})
     settings = build_deepspeed_config(engine, BatchSizes(16, 2, 1), 1.0, optimizer)
-    assert settings["zero_optimization"]["reduce_bucket_size"] == 7  # what the user says holds
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
     assert settings["zero_optimization"]["allgather_bucket_size"] == several["allgather_bucket_size"]
     assert describe_deepspeed_config(settings) == "ZeRO-2, reduce_bucket_size 7e+00, allgather_bucket_size 2e+08"
 
@@ -66,7 +66,7 @@ def test_memory_of_a_step_is_measured_in_the_second_one() -> None:
     sink = logger.add(lambda message: lines.append(message.record["message"]))
     memory = StepMemoryLogger(CPU)
     try:
-        for size_mb in (300, 150, 600):  # 300 MB come before the measurement, 600 after it
+        for size_mb in (300, 150, 600):  # the second step is measured
             torch.ones(size_mb * 250_000)
             memory.note_step()
     finally:

@@ -1,4 +1,4 @@
-"""The state of any ZeRO stage, precision and grouping is taken up by any other: weights, moments, and what follows."""
+"""Resharding: the state of any ZeRO stage, precision and grouping loads into any other, and training continues."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def save(engine: Engine, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[float]]]:
-    """Three steps under a stage and precision: the checkpoint, and the losses of the next three steps."""
+    """Return the checkpoint after three steps under a stage and precision, and the losses of the next three steps."""
     init_ranks()
     made = {}
 
@@ -77,7 +77,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("old", STAGES)
-def test_any_stage_goes_on_from_any_other(saved, old: int, precision: str) -> None:
+def test_any_stage_continues_from_any_other(saved, old: int, precision: str) -> None:
     path, expected = saved(old, precision)
     for new in STAGES:
         engine = build_engine(new, precision)
@@ -88,15 +88,15 @@ def test_any_stage_goes_on_from_any_other(saved, old: int, precision: str) -> No
             assert losses == expected
 
 
-def test_what_two_ranks_saved_alone_is_taken_up_by_one_two_and_four() -> None:
-    """Under ZeRO 1, 2 and 3, each by each of them: losses, weights and averages are those of an unbroken run."""
+def test_the_state_that_two_ranks_saved_loads_into_one_two_and_four_ranks() -> None:
+    """Every combination of ZeRO 1, 2 and 3: losses, weights and averages equal those of an uninterrupted run."""
     script = ROOT / "tests" / "support" / "reshard_ranks.py"
     done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0 and "27 resumes compared" in done.stdout, done.stdout[-6000:]
 
 
 def test_other_groups_and_another_precision(saved) -> None:
-    """The state belongs to the parameters, not to the groups in which they were once flattened together."""
+    """The state belongs to parameters, not to the groups in which DeepSpeed flattened them."""
     path, expected = saved(2)
     engine = build_engine(1, one_group=True, weight_decay=0.0)
     engine.load_state(path)
@@ -109,8 +109,8 @@ def test_other_groups_and_another_precision(saved) -> None:
     )
 
 
-def test_settings_are_those_of_now(saved) -> None:
-    """A checkpoint brings its own weight decay; what counts is what the settings say today."""
+def test_the_present_settings_override_those_of_the_checkpoint(saved) -> None:
+    """A checkpoint holds the weight decay that it was saved with."""
     path, _ = saved(2)
     for stage in (2, 3):
         engine = build_engine(stage, weight_decay=0.7)
@@ -120,7 +120,7 @@ def test_settings_are_those_of_now(saved) -> None:
 
 def test_a_state_that_is_not_one_value_per_weight_is_refused_clearly(saved, tmp_path: Path) -> None:
     class Blocks(torch.optim.SGD):
-        """Keeps one number for each 4 weights, as quantised moments keep their scales."""
+        """Keep one number for each 4 weights, as quantised moments keep their scales."""
 
         def step(self, closure=None):
             for group in self.param_groups:
@@ -137,7 +137,7 @@ def test_a_state_that_is_not_one_value_per_weight_is_refused_clearly(saved, tmp_
 
 
 def write_shards(folder: Path, shares: list[list[Fragment]], weights: torch.Tensor) -> None:
-    """Files of ranks at stage 2 that hold the given pieces of one parameter."""
+    """Write the files of ranks at stage 2 that hold the given fragments of one parameter."""
     for rank, fragments in enumerate(shares):
         flat = torch.zeros(8)
         for part in fragments:
@@ -155,7 +155,7 @@ def write_shards(folder: Path, shares: list[list[Fragment]], weights: torch.Tens
         torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
-def test_parts_are_read_across_ranks_and_a_gap_is_told(tmp_path: Path) -> None:
+def test_fragments_are_read_across_ranks_and_a_gap_is_an_error(tmp_path: Path) -> None:
     weights = torch.arange(12.0)
     write_shards(tmp_path, [[Fragment("w", 0, 1, 7)], [Fragment("w", 7, 0, 5)]], weights)
     state = SavedState(tmp_path, map_state_file)

@@ -1,4 +1,4 @@
-"""Every ZeRO stage computes what plain PyTorch does: groups, frozen parts, clipping, optimizers, precisions."""
+"""Every ZeRO stage computes the same as plain PyTorch: groups, frozen parts, clipping, optimizers, precisions."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def compute_loss(net, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def train(engine: Engine, steps: int | range = STEPS, lr: float = LR) -> torch.Tensor:
-    """All weights after `steps`, the rate halved on the way."""
+    """Return all weights after `steps`; the learning rate is halved from step 2 on."""
     for step in range(steps) if isinstance(steps, int) else steps:
         engine.set_lr(lr if step < 2 else lr / 2)
         for inputs in draw_inputs(step):
@@ -79,11 +79,10 @@ def flatten(net: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "name"), [(0, "adafactor"), *((stage, name) for stage in STAGES for name in ("adamw", "lion"))]
+)
 def test_every_stage_updates_as_plain_pytorch_does(stage: int, name: str) -> None:
-    if name == "adafactor" and stage:
-        return  # refused, see test_optim.py
     net = build_net()
     config = OptimConfig(name=name, lr=LR)
     optimizer = build_optimizer(build_groups(net), config, EngineConfig())
@@ -99,7 +98,7 @@ def test_every_stage_updates_as_plain_pytorch_does(stage: int, name: str) -> Non
     assert (flatten(net) - flatten(build_net())).abs().max() > LR
 
 
-@torch._dynamo.config.patch(disable=True)  # compiling takes a minute and changes no number
+@torch._dynamo.config.patch(disable=True)  # compiling takes a minute and does not change the numbers
 def test_muon_is_the_same_in_every_stage() -> None:
     whole = train(build_engine(0, name="muon"))
     assert (whole - flatten(build_net())).abs().max() > LR
@@ -108,7 +107,7 @@ def test_muon_is_the_same_in_every_stage() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_frozen_has_no_gradient_and_no_state(stage: int) -> None:
+def test_frozen_parameters_have_no_gradient_and_no_state(stage: int) -> None:
     engine = build_engine(stage)
     train(engine, 1)
     assert engine.model[2].weight.grad is None and not engine.model[2].weight.requires_grad
@@ -120,7 +119,7 @@ def test_what_is_frozen_has_no_gradient_and_no_state(stage: int) -> None:
 
 @pytest.fixture
 def fp16_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed refuses fp16 on processors without instructions for it, where PyTorch computes it all the same."""
+    """Let DeepSpeed run fp16 on processors without instructions for it, on which PyTorch computes it nevertheless."""
     monkeypatch.setattr("deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported", lambda self: True)
 
 
@@ -133,13 +132,13 @@ def test_16_bit_with_masters_stays_near_fp32(stage: int) -> None:
         weights = train(engine)
         assert engine.model[0].weight.dtype == engine.dtype
         assert (weights - exact).abs().mean() < 0.1 * LR, precision
-        # The masters are fp32: more than 16 bits of them are in use.
+        # More than 16 bits are in use, so the masters are fp32.
         assert not weights.equal(weights.to(engine.dtype).float()), precision
 
 
 @pytest.mark.usefixtures("fp16_anywhere")
 @pytest.mark.parametrize("stage", STAGES)
-def test_masters_begin_as_the_very_weights(stage: int) -> None:
+def test_masters_begin_as_the_unrounded_weights(stage: int) -> None:
     for precision in ("bf16", "fp16")[: 2 if stage else 1]:
         engine = build_engine(stage, precision)
         for name, parameter in build_net().named_parameters():
@@ -148,7 +147,7 @@ def test_masters_begin_as_the_very_weights(stage: int) -> None:
 
 @pytest.mark.usefixtures("fp16_anywhere")
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_fp16_leaves_out_steps_that_overflow(stage: int) -> None:
+def test_fp16_skips_steps_that_overflow(stage: int) -> None:
     engine = build_engine(stage, "fp16", initial_loss_scale_power=32)
     first = gather(engine)
     weights = [train(engine, 1) for _ in range(25)]
@@ -160,19 +159,20 @@ def test_fp16_leaves_out_steps_that_overflow(stage: int) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16_kahan", "bf16_stochastic"])
 def test_weights_without_masters_follow_fp32(precision: str) -> None:
-    """Plain bf16 would hardly move: a step is a tenth of what a weight of 0.1 is rounded to."""
+    """A step is a tenth of the rounding error of a weight of 0.1, so plain bf16 would hardly move."""
     lr, steps = 1e-4, 60
     start = flatten(build_net())
     way = train(build_engine(0, lr=lr), steps, lr) - start
     for stage in STAGES[2:]:
         engine = build_engine(stage, precision, lr=lr)
-        gone = train(engine, steps, lr) - start
-        share = (gone @ way / (way @ way)).item()  # 0.01 if all were rounded to the nearest
+        moved = train(engine, steps, lr) - start
+        # 0.01 if every weight were rounded to the nearest number.
+        share = (moved @ way / (way @ way)).item()
         assert engine.dtype == torch.bfloat16 and share == pytest.approx(1, abs=0.3), stage
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_rounding_by_chance_is_the_same_after_a_resume(stage: int, tmp_path: Path) -> None:
+def test_stochastic_rounding_is_equal_after_a_resume(stage: int, tmp_path: Path) -> None:
     whole = train(build_engine(stage, "bf16_stochastic"), 5)
     engine = build_engine(stage, "bf16_stochastic")
     train(engine, 3)
@@ -186,7 +186,7 @@ def test_rounding_by_chance_is_the_same_after_a_resume(stage: int, tmp_path: Pat
 
 @pytest.mark.parametrize("settings", [{}, {"offload_param": True}])
 def test_offloaded_state_is_updated_the_same(settings: dict) -> None:
-    """By an optimizer of PyTorch's: DeepSpeed's own for the CPU has to be compiled."""
+    """With an optimizer of PyTorch, because DeepSpeed's own one for the CPU has to be compiled."""
     engine = build_engine(3, name="torch.optim.AdamW", offload_optimizer=True, **settings)
     assert (engine._engine.zero_offload_param() is not None) == bool(settings)
     weights = train(engine)
@@ -197,7 +197,7 @@ def test_offloaded_state_is_updated_the_same(settings: dict) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_averages_are_those_of_plain_pytorch(stage: int, tmp_path: Path) -> None:
-    """Two averages at once against the recursion on whole weights, through a checkpoint in the middle."""
+    """Two averages at once, through a checkpoint in the middle, against the recursion on whole weights."""
     ema = EmaConfig(decays=[0.2, 0.999])
     engine, expected = build_engine(stage, ema=ema), {"0.2": flatten(build_net()), "0.999": flatten(build_net())}
     for number in range(1, 7):
@@ -216,7 +216,7 @@ def test_averages_are_those_of_plain_pytorch(stage: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_model_runs_with_an_average_and_is_given_back_whole(stage: int, precision: str) -> None:
+def test_use_average_replaces_the_weights_and_restores_them(stage: int, precision: str) -> None:
     engine = build_engine(stage, precision, ema=EmaConfig(decays=[0.9]))
     train(engine)
     inputs = draw_inputs(0)[0].to(engine.dtype)
@@ -249,7 +249,7 @@ def test_a_rank_that_saves_alone_while_an_average_is_used_saves_the_weights(stag
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_without_a_norm_a_gradient_that_is_not_finite_is_found_all_the_same(stage: int) -> None:
+def test_a_gradient_that_is_not_finite_is_found_without_a_norm(stage: int) -> None:
     init_ranks()
     settings = {"zero_optimization": {"compute_grad_norm": False}}
     net, config = build_net(), EngineConfig(zero_stage=stage, precision="bf16", deepspeed=settings)
@@ -268,7 +268,7 @@ def list_tensors(content: object) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in list_tensors(part)]
 
 
-def test_an_average_that_is_new_begins_with_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
+def test_a_new_average_begins_with_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
     engine = build_engine(2)
     weights = train(engine)
     later = build_engine(1, ema=EmaConfig(decays=[0.9]))

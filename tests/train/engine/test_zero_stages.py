@@ -1,4 +1,4 @@
-"""A short form of tests/campaigns/zero_stages.py."""
+"""Losses in every ZeRO stage: a short form of tests/campaigns/zero_stages.py."""
 
 from itertools import product
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from campaigns.zero_stages import STAGES, compare
 
 
-def test_losses_are_the_same_in_every_stage_and_what_is_frozen_stays(cached_folder: Path) -> None:
+def test_losses_are_equal_in_every_stage_and_frozen_weights_stay(cached_folder: Path) -> None:
     losses, wrong = compare(cached_folder / "tiny.yaml", (2,), 3, ["train.global_batch_size=2"])
     assert losses.keys() == set(product((2,), STAGES)) and wrong == []
     assert len({*losses[2, 0]}) == 3

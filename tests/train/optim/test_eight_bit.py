@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bit: the form they are stored in, and bitsandbytes under the engine where it is installed."""
+"""AdamW with 8-bit moments: their stored form, and bitsandbytes under the engine where it is installed."""
 
 import importlib.util
 import json
@@ -25,12 +25,12 @@ Saved = dict[tuple[int, int], tuple[Path, list[float]]]  # (ranks, ZeRO stage) â
 
 
 def draw(count: int) -> torch.Tensor:
-    """Values whose size differs from block to block."""
+    """Draw values whose size differs between blocks."""
     values = torch.randn(count, generator=torch.Generator().manual_seed(0))
     return values * 10.0 ** (torch.arange(count) // BLOCK % 7 - 3)
 
 
-def test_values_are_kept_to_the_nearest_code_of_their_block():
+def test_values_are_rounded_to_the_nearest_code_of_their_block():
     values = draw(5 * BLOCK + 17)
     values[BLOCK : 2 * BLOCK] = 0
     moment = quantise(values, TABLE)
@@ -45,7 +45,7 @@ def test_values_are_kept_to_the_nearest_code_of_their_block():
         assert moment.read(start, stop).equal(again[start:stop])
 
 
-def test_what_bitsandbytes_saves_is_found_wrapped_and_not():
+def test_moments_of_bitsandbytes_are_joined_wrapped_or_not():
     moment = quantise(draw(4096), TABLE)
     parts = split_moment("state2", moment)
     assert set(parts) == {"state2", "qmap2", "absmax2"}
@@ -64,13 +64,13 @@ def ranks() -> Ranks:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Saved:
-    """What one rank and two ranks saved after three steps, and their losses. Their own resume was exact."""
+    """Save on one rank and on two ranks after three steps; their resume on the same ranks is exact."""
     folder, made = tmp_path_factory.mktemp("saved"), {}
     for line in run_program("tests/support/eight_bit_updates.py", folder, ranks=2).splitlines():
         if line.startswith("{"):
-            told = json.loads(line)
-            assert told["resumed"] == told["losses"][3:], told
-            made[2, told["stage"]] = folder / str(told["stage"]) / "step-00000003", told["losses"]
+            found = json.loads(line)
+            assert found["resumed"] == found["losses"][3:], found
+            made[2, found["stage"]] = folder / str(found["stage"]) / "step-00000003", found["losses"]
     for stage in STAGES:
         engine = build_engine(stage, ranks)
         losses = train(engine, range(3), ranks)
@@ -87,14 +87,14 @@ def test_losses_are_those_of_adamw_to_eight_bit_on_any_ranks_and_stage(saved: Sa
     assert saved.keys() == set(product((1, 2), STAGES))
     for key, (_, losses) in saved.items():
         assert losses == pytest.approx(exact, abs=4e-3), key
-        assert losses[3:] != exact[3:], key  # the moments are in 8 bit
+        assert losses[3:] != exact[3:], f"{key}: the moments are not in 8 bit"
         assert losses == pytest.approx(saved[1, 0][1], abs=1e-3), key
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("old", STAGES)
 @pytest.mark.parametrize("old_ranks", [1, 2])
-def test_other_ranks_and_stages_take_it_up(saved: Saved, ranks: Ranks, old_ranks: int, old: int) -> None:
+def test_other_ranks_and_stages_load_it(saved: Saved, ranks: Ranks, old_ranks: int, old: int) -> None:
     path, losses = saved[old_ranks, old]
     for new in STAGES:
         engine = build_engine(new, ranks)

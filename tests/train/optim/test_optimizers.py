@@ -1,4 +1,4 @@
-"""Optimizers by name and path against plain PyTorch's update, and which settings of them are refused."""
+"""Optimizers by name and by path against their formulas, and settings that are refused."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def draw(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def update(config: OptimConfig, steps: int = 1, shape: tuple[int, ...] = (4, 6), **engine) -> torch.Tensor:
-    """A weight after so many steps with gradients drawn from seeds 1, 2, ..."""
+    """Return a weight after `steps` updates with gradients drawn from seeds 1, 2, ..."""
     weight = torch.nn.Parameter(draw(shape, 0).to(torch.bfloat16 if "precision" in engine else torch.float32))
     weight.use_muon = weight.dim() == 2  # pyright: ignore
     group = {"params": [weight], "lr": config.lr, "weight_decay": config.weight_decay, "lr_scale": 1.0}
@@ -36,7 +36,7 @@ def update(config: OptimConfig, steps: int = 1, shape: tuple[int, ...] = (4, 6),
 
 
 def update_adamw(steps: int, betas: tuple[float, float], eps: float, shape: tuple[int, ...] = (4, 6)) -> torch.Tensor:
-    """Decoupled weight decay and Adam, from their formulas in fp64."""
+    """Compute AdamW's updates by the formulas, in fp64."""
     weight, first, second = draw(shape, 0).double(), torch.zeros(shape), torch.zeros(shape)
     for step in range(1, steps + 1):
         gradient = draw(shape, step).double()
@@ -74,28 +74,28 @@ def test_lion_moves_by_the_sign():
 
 
 def test_prodigy_begins_with_its_d0():
-    """The first step is Adam's without bias correction, of size d0; later ones grow."""
+    """The first step is Adam's of size d0 without bias correction; later steps grow."""
     weight, gradient, d0 = draw((4, 6), 0), draw((4, 6), 1), 1e-3
     config = OptimConfig(name="prodigy", lr=1.0, weight_decay=0.0, kwargs={"d0": d0})
     change = d0 * (0.1 * d0 * gradient) / ((0.001 * (d0 * gradient) ** 2).sqrt() + d0 * 1e-8)
     torch.testing.assert_close(update(config), weight - change)
 
 
-@torch._dynamo.config.patch(disable=True)  # compiling takes seconds and changes no number
+@torch._dynamo.config.patch(disable=True)  # compiling takes seconds and does not change the numbers
 def test_muon_takes_matrices_and_adamw_the_rest():
     config = OptimConfig(name="muon", lr=LR, weight_decay=DECAY, kwargs={"adam_lr": LR, "ns_method": "standard"})
     torch.testing.assert_close(update(config, steps=2, shape=(6,)), update_adamw(2, (0.9, 0.999), 1e-8, (6,)))
     change = (draw((4, 6), 0) * (1 - LR * DECAY) - update(config)) / LR
     sizes = torch.linalg.svdvals(change)  # orthogonalised: Newton-Schulz ends between 0.5 and 1.5
     assert 0.5 < sizes.min() and sizes.max() < 1.5
-    # The directions are those of the gradient with Nesterov momentum: 0.05 (1 + 0.95) of it in the first step.
+    # In the first step, Nesterov momentum is 0.05 (1 + 0.95) of the gradient, so the directions are the gradient's.
     left, _, right = torch.linalg.svd(draw((4, 6), 1), full_matrices=False)
     aligned = left.T @ change @ right.T
     assert aligned.diagonal().min() > 0.5 and (aligned - aligned.diagonal().diag()).abs().max() < 0.1
 
 
 def test_kahan_summation_keeps_what_bf16_would_round_away():
-    """3000 steps far below bf16's resolution of the weight move it as fp32 does; plain bf16 does not move at all."""
+    """3000 steps far below bf16's resolution move a weight as in fp32; plain bf16 does not move at all."""
     config = OptimConfig(lr=1e-5, weight_decay=0.0)
     weights = {}
     for name, engine in {"kahan": {"precision": "bf16_kahan"}, "plain": {}}.items():
@@ -152,13 +152,13 @@ def test_arguments_reach_the_class():
         ),
     ],
 )
-def test_what_cannot_work_is_refused(engine, optim, key, cure):
+def test_unsound_settings_are_refused(engine, optim, key, cure):
     found = list_problems(engine, **optim)
     assert [problem[0] for problem in found] == [key]
     assert found[0][1].startswith(cure)
 
 
-def test_what_can_work_is_not_refused():
+def test_sound_settings_are_not_refused():
     for name in set(OPTIMIZERS) - {"adamw8bit"}:
         assert list_problems({"zero_stage": 0}, name=name, lr=1, max_grad_norm=0) == [], name
 
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"block_lrs": [1e-5] * 22}, "must hold 23 learning rates"),
         ({"groups": [{"match": "a("}]}, "is no regular expression"),
@@ -180,13 +180,13 @@ def test_a_missing_package_is_named():
         ({"schedule": "wsd"}, "must be above 0 for the schedule wsd"),
     ],
 )
-def test_contradictions_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_contradictions_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         OptimConfig(**settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"zero_stage": 0, "offload_optimizer": True}, "needs engine.zero_stage 1, 2 or 3"),
         ({"zero_stage": 0, "precision": "bf16_kahan"}, "needs engine.zero_stage 1, 2 or 3"),
@@ -198,6 +198,6 @@ def test_contradictions_are_refused(settings, said):
         ({"zero_stage": 3, "offload_param": True}, "set engine.offload_optimizer: true"),
     ],
 )
-def test_what_the_engine_cannot_is_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_contradictions_of_the_engine_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         EngineConfig(**settings)

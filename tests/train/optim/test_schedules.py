@@ -1,4 +1,4 @@
-"""Learning-rate schedules against diffusers' own, and their warm-up and floor."""
+"""Learning-rate schedules against those of diffusers, and their warm-up and floor."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_schedules_are_those_of_diffusers(schedule, settings, peer, peer_setting
     assert list_lrs(schedule=schedule, **settings) == pytest.approx(list_peer_lrs(peer, **peer_settings), abs=2e-7)
 
 
-def test_wsd_holds_and_then_falls_along_a_line():
+def test_wsd_is_constant_and_then_falls_along_a_line():
     lrs = list_lrs(schedule="wsd", decay_steps=10)
     assert lrs == pytest.approx([0.5] * 30 + [0.05 * left for left in range(10, -1, -1)])
     with_warmup = list_lrs(schedule="wsd", decay_steps=10, warmup_steps=5)

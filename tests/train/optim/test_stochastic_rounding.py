@@ -1,4 +1,4 @@
-"""Rounding by chance: right on average, and the optimizers that round so compute what the plain ones do."""
+"""Stochastic rounding: correct on average, in optimizers that otherwise equal the plain ones."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ def make_generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_value_is_right_on_average(sign: int) -> None:
-    """Between 1 and its successor 1 + 2^-7, at a quarter, a half, and one part in 2^16 of the way."""
+def test_a_value_is_correct_on_average(sign: int) -> None:
+    """Values between 1 and its successor 1 + 2^-7: at a quarter, a half, and 2^-16 of the way."""
     count = 2**20
     for share in (0.25, 0.5, 2.0**-16):
         values = torch.full((count,), sign * (1 + share * 2**-7))
@@ -38,7 +38,7 @@ def test_the_mean_of_many_roundings_is_the_value_at_any_size() -> None:
 
 @pytest.mark.parametrize("name", ["AdamW", "Lion"])
 def test_updates_are_those_of_the_plain_optimizers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without rounding, and in chunks: the numbers of PyTorch's AdamW and optimi's Lion."""
+    """Without rounding, and in chunks, the numbers equal those of PyTorch's AdamW and optimi's Lion."""
     monkeypatch.setattr(stochastic, "round_stochastically", lambda values, generator: values)
     monkeypatch.setattr(stochastic, "CHUNK", 7)
     settings = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.02}
@@ -56,7 +56,7 @@ def test_updates_are_those_of_the_plain_optimizers(name: str, monkeypatch: pytes
 
 
 def test_small_updates_add_up_and_the_second_moment_falls() -> None:
-    """1000 steps of 1/400 of what a weight of 1 is rounded to; a gradient that was large is forgotten."""
+    """1000 steps of 1/400 of the rounding error of a weight of 1; a gradient that was large is forgotten."""
     weight = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
     optimizer = stochastic.AdamW([weight], lr=1e-5, weight_decay=0.0)
     for step in range(1000):
@@ -75,7 +75,7 @@ def test_small_updates_add_up_and_the_second_moment_falls() -> None:
     assert state["exp_avg_sq"].float().mean().item() == pytest.approx(second, rel=0.02)
 
 
-def test_seeds_and_steps_draw_anew() -> None:
+def test_seeds_and_steps_draw_different_numbers() -> None:
     def update(seed: int, steps: int = 1) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
         optimizer = stochastic.Lion([weight], lr=1e-3, weight_decay=0.0, seed=seed)
