@@ -1,4 +1,4 @@
-"""SDXL models as diffusers folders: writer and reader, one tensor at a time in both directions."""
+"""SDXL models as diffusers folders: writer and reader, which handle one tensor at a time."""
 
 import json
 import shutil
@@ -19,15 +19,15 @@ WEIGHTS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
 }
-# What a pipeline needs besides networks and scheduler, copied from the model that training started from.
+# A pipeline also needs these files, which are copied from the model that training started from.
 COPIED = ("model_index.json", "tokenizer", "tokenizer_2")
 
 
 def open_folder_component(folder: Path, component: str) -> dict[str, TensorSource]:
-    """Source name → function that reads the tensor, of one component of a diffusers folder.
+    """Return a function for each source name of one component that reads the tensor.
 
     Raises:
-        FileNotFoundError: it has no safetensors weights.
+        FileNotFoundError: the component has no safetensors weights.
     """
     files = sorted((folder / component).glob("*.safetensors"))
     plain = [path for path in files if path.name == WEIGHTS[component]]
@@ -57,16 +57,16 @@ def write_diffusers_folder(
     scheduler: Mapping[str, Any],
     origin: Path,
 ) -> None:
-    """Write the four components as a folder that diffusers' SDXL pipeline loads; whole or not at all.
+    """Write the four components as a folder that diffusers' SDXL pipeline loads; it is written whole or not at all.
 
     Args:
-        components: like those of `write_single_file`.
-        configs: each component's `config.json`.
+        components: tensors by component and name, as for `write_single_file`.
+        configs: `config.json` of each component.
         scheduler: `scheduler_config.json`.
-        origin: diffusers folder from which the index and the tokenizers are copied, as far as it has them.
+        origin: diffusers folder from which the model index and the tokenizers are copied, if it has them.
 
     Raises:
-        ValueError: names or shapes are not those of `configs`, or float16 cannot hold a value.
+        ValueError: names or shapes do not match `configs`, or float16 cannot hold a value.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,7 +80,7 @@ def write_diffusers_folder(
             shutil.copytree(origin / name, temporary / name)
         elif (origin / name).is_file():
             shutil.copyfile(origin / name, temporary / name)
-    _name_scheduler(temporary / "model_index.json", scheduler)
+    _set_scheduler(temporary / "model_index.json", scheduler)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync_folder(folder.parent)
@@ -92,13 +92,16 @@ def _plan_items(
     sources = {get_canonical_name(component, name): source for name, source in given.items()}
     rows = [row for row in build_name_table(component, config) if not row.carried]
     shapes = {name: row.source_shape for row in rows for name in row.sources}
-    lacking = [name for name in shapes if name not in sources]
-    if lacking:
-        raise ValueError(f"{component} lacks {', '.join(lacking[:5])}" + (" and more" if len(lacking) > 5 else ""))
-    return [TensorItem(name, shape, dtype, (sources[name],), shape) for name, shape in shapes.items()]
+    missing = [name for name in shapes if name not in sources]
+    if missing:
+        raise ValueError(f"{component} lacks {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
+    return [
+        TensorItem(name=name, shape=shape, dtype=dtype, pieces=(sources[name],), piece_shape=shape)
+        for name, shape in shapes.items()
+    ]
 
 
-def _name_scheduler(index: Path, scheduler: Mapping[str, Any]) -> None:
+def _set_scheduler(index: Path, scheduler: Mapping[str, Any]) -> None:
     content = json.loads(index.read_text())
     content["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(index, content)

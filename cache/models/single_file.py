@@ -1,7 +1,7 @@
-"""Single-file SDXL checkpoints (safetensors): writer and reader.
+"""Single-file SDXL models (safetensors): writer and reader.
 
-`write_single_file` streams (cache.tensor_stream): it asks for one model tensor at a time, in a fixed order. Names and
-shapes come from `cache.single_file_names`, the checks before a read from `cache.single_file_check`.
+`write_single_file` reads one model tensor at a time, in a fixed order (tensor_stream.py). Names and shapes come from
+single_file_names.py, the checks before reading from single_file_check.py.
 """
 
 import math
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 
 from sdxl_trainer.cache.models.single_file_check import (
     find_component_problems,
-    find_single_file_problems,
     guess_foreign_format,
     read_safetensors_header,
 )
@@ -27,29 +27,15 @@ from sdxl_trainer.cache.models.single_file_names import (
     TextProjection,
     build_name_table,
     get_canonical_name,
-    list_source_names,
 )
 from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
 from sdxl_trainer.data.files import read_patiently
 
-__all__ = [
-    "build_component",
-    "build_modelspec",
-    "find_single_file_problems",
-    "list_source_names",
-    "load_component",
-    "open_single_file",
-    "list_prediction_marks",
-    "read_carried_tensors",
-    "read_single_file",
-    "write_single_file",
-]
-
 HASH_KEY = "modelspec.hash_sha256"
-MARKS = ("v_pred", "ztsnr")  # empty tensors whose mere presence tells ComfyUI how the model predicts
+MARKS = ("v_pred", "ztsnr")  # empty tensors by whose presence ComfyUI recognises the prediction type
 
-# OpenCLIP trains log(temperature) and clips it at log(100), where bigG ended. Image generation never uses it, but
-# loaders that insist on every OpenCLIP tensor do.
+# OpenCLIP trains log(temperature) and clips it at log(100), the final value of bigG. Image generation never uses it,
+# but some loaders require every OpenCLIP tensor.
 _DEFAULT_LOGIT_SCALE = math.log(100)
 
 
@@ -60,19 +46,22 @@ def read_single_file(
     *,
     text_projection: TextProjection = "correct",
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (source name, tensor) of one component, memory-mapped, in the file's own dtype.
+    """Check a file and yield (source name, tensor) of one component, memory-mapped, in the file's dtype.
 
-    Names are those of diffusers and of transformers with the classic `text_model.` prefix; `load_component` adapts
-    them to a module. Everything is checked before the first tensor: raises FileNotFoundError, or one ValueError that
-    lists the missing, unexpected and misshapen tensors and says what the file looks like instead.
+    Text encoders' names have the classic `text_model.` prefix; `load_component` adapts them to a module. All checks
+    run before the first tensor is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: tensors are missing, unknown or misshapen; the message lists them and the kind of file it may be.
     """
     rows = build_name_table(component, config, text_projection)
     header = read_safetensors_header(path)
     problems = find_component_problems(header, component, rows)
     if problems:
         foreign = guess_foreign_format(header.shapes)
-        verdict = f"it looks like {foreign}; " if foreign else ""
-        raise ValueError(f"{path} cannot be read as SDXL {component}: {verdict}{'; '.join(problems)}")
+        guess = f"it looks like {foreign}; " if foreign else ""
+        raise ValueError(f"{path} cannot be read as SDXL {component}: {guess}{'; '.join(problems)}")
     return _iterate_tensors(path, [row for row in rows if not row.carried])
 
 
@@ -83,8 +72,9 @@ def open_single_file(
     *,
     text_projection: TextProjection = "correct",
 ) -> dict[str, TensorSource]:
-    """Source name → function that reads the tensor. Raises like `read_single_file`."""
-    read_single_file(path, component, config, text_projection=text_projection)  # for its checks
+    """Return a function for each source name that reads the tensor. Raises like `read_single_file`."""
+    # Only the checks run here, because the iterator is dropped.
+    read_single_file(path, component, config, text_projection=text_projection)
     rows = [row for row in build_name_table(component, config, text_projection) if not row.carried]
     places = {name: (row, place) for row in rows for place, name in enumerate(row.sources)}
     return {name: lambda at=at: list(_iterate_tensors(path, [at[0]]))[at[1]][1] for name, at in places.items()}
@@ -108,9 +98,9 @@ def load_component(
     *,
     text_projection: TextProjection = "correct",
 ) -> None:
-    """Copy one component of a single file into a module that is already built, whatever transformers calls its parts.
+    """Copy one component of a single file into a module, whose names may be those of any transformers version.
 
-    Raises like `read_single_file`, and RuntimeError when the module is not the one that `config` describes.
+    Raises like `read_single_file`, and RuntimeError if `config` does not describe the module.
     """
     names = {get_canonical_name(component, name): name for name in module.state_dict()}
     tensors = read_single_file(path, component, config, text_projection=text_projection)
@@ -126,15 +116,16 @@ def build_component(
     device: torch.device | str = "cpu",
     text_projection: TextProjection = "correct",
 ) -> Any:
-    """`build()` with the weights of a single file, made on the device they will be on.
+    """Build a module on its device and load its weights from a single file.
 
-    The file stays memory-mapped, so the ranks of a machine share what is read of it, and a rank whose device is a GPU
-    has no copy in host memory. No weight is initialised before it is read: for SDXL's networks that takes a minute.
-    Raises like `load_component`.
+    The file stays memory-mapped, so the ranks of a machine share its pages, and a rank with a GPU holds no copy in host
+    memory. Random initialisation is skipped, because it takes a minute for SDXL's networks. Raises like
+    `load_component`.
+
+    Args:
+        build: returns the module.
     """
-    from transformers.initialization import no_init_weights
-
-    with torch.device(device), no_init_weights():
+    with torch.device(device), SkippedInitialization():
         module = build()
 
     def load() -> None:
@@ -144,8 +135,24 @@ def build_component(
     return module
 
 
+class SkippedInitialization(TorchFunctionMode):
+    """Leaves new weights uninitialised, in torch's modules and in those of diffusers and transformers.
+
+    Only for modules whose weights are all loaded afterwards.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_random = getattr(func, "__name__", "") in ("uniform_", "normal_")
+        if is_random or getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def read_carried_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Tensors that belong to no model and live on in the next file: give them to `write_single_file` as `extra`."""
+    """Read the tensors that belong to no model, which `write_single_file` copies to the next file as `extra`."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name == LOGIT_SCALE_FILE_NAME}
 
@@ -163,28 +170,36 @@ def write_single_file(
 ) -> str:
     """Write the four components as one file, atomically, and return its `modelspec.hash_sha256`.
 
-    `components` maps `unet`, `vae`, `text_encoder`, `text_encoder_2` to name → tensor, or name → function that returns
-    the tensor (on any device). A function is called once, in the order of `list_source_names`, and its tensor is
-    dropped before the next call. `marks` come from `list_prediction_marks`; `extra` maps file names to tensors that are
-    written unchanged. Raises ValueError before the first byte when names or shapes are not those of `configs`, and
-    when float16 cannot hold a value. Whatever is raised, nothing stays under the final name.
+    After an error there is no file at `path`.
+
+    Args:
+        components: for `unet`, `vae`, `text_encoder` and `text_encoder_2`, each name's tensor, or a function that
+            returns the tensor on any device. Functions are called once, in the order of `list_source_names`, and each
+            tensor is dropped before the next call.
+        configs: config of each component.
+        marks: marks from `list_prediction_marks`.
+        extra: tensors by file name that are written unchanged.
+
+    Raises:
+        ValueError: names or shapes do not match `configs`, or float16 cannot hold a value.
     """
     items = _plan_items(components, configs, dtype, text_projection, dict(extra or {}))
-    items += [TensorItem(mark, (0,), dtype, (), (0,)) for mark in _check_marks(marks)]
+    for mark in _sort_marks(marks):
+        items.append(TensorItem(name=mark, shape=(0,), dtype=dtype, pieces=(), piece_shape=(0,)))
     return write_safetensors(Path(path), items, metadata, HASH_KEY)
 
 
 def list_prediction_marks(prediction_type: str, zero_terminal_snr: bool = False) -> tuple[str, ...]:
-    """Marks of a model by its objective: `v_pred` for v-prediction, and `ztsnr` with zero terminal SNR."""
+    """List the marks of a model: `v_pred` for v-prediction, and also `ztsnr` with zero terminal SNR."""
     if prediction_type != "v":
         return ()
     return MARKS if zero_terminal_snr else MARKS[:1]
 
 
-def _check_marks(marks: Sequence[str]) -> list[str]:
+def _sort_marks(marks: Sequence[str]) -> list[str]:
     unknown = [mark for mark in marks if mark not in MARKS]
     if unknown or ("ztsnr" in marks and "v_pred" not in marks):
-        raise ValueError(f"marks are {list(marks)}; they must be of {', '.join(MARKS)}, and ztsnr needs v_pred")
+        raise ValueError(f"marks are {list(marks)}; possible are {', '.join(MARKS)}, and ztsnr needs v_pred")
     return [mark for mark in MARKS if mark in marks]
 
 
@@ -195,10 +210,10 @@ def _plan_items(
     text_projection: TextProjection,
     extra: dict[str, torch.Tensor],
 ) -> list[TensorItem]:
-    """All tensors of the file in their order; raises one ValueError that lists every name and shape that is wrong."""
+    """List all tensors of the file in their order; raise one ValueError that lists every wrong name and shape."""
     problems = [
-        f"no {what} for {component}"
-        for what, given in (("tensors", components), ("config", configs))
+        f"no {kind} for {component}"
+        for kind, given in (("tensors", components), ("config", configs))
         for component in COMPONENT_PREFIXES
         if component not in given
     ]
@@ -207,30 +222,38 @@ def _plan_items(
     items: list[TensorItem] = []
     for component in COMPONENT_PREFIXES:
         sources = {get_canonical_name(component, name): source for name, source in components[component].items()}
-        sources.pop("text_model.embeddings.position_ids", None)  # arange(77), which transformers kept as a buffer once
+        # Older transformers releases hold arange(77) as a buffer.
+        sources.pop("text_model.embeddings.position_ids", None)
         rows = build_name_table(component, configs[component], text_projection)
         problems += _compare_sources(component, rows, sources)
         for row in rows:
             if row.carried and row.file_name in extra:
                 continue
             pieces = tuple(sources[name] for name in row.sources if name in sources) or (_default_logit_scale,)
-            items.append(TensorItem(row.file_name, row.file_shape, dtype, pieces, row.source_shape, row.transposed))
+            item = TensorItem(
+                name=row.file_name,
+                shape=row.file_shape,
+                dtype=dtype,
+                pieces=pieces,
+                piece_shape=row.source_shape,
+                transposed=row.transposed,
+            )
+            items.append(item)
     taken = {item.name for item in items}.union(MARKS)
-    problems += [f"extra holds {name}, which is written from elsewhere" for name in extra if name in taken]
+    problems += [f"extra holds {name}, which the components already hold" for name in extra if name in taken]
     if problems:
-        raise ValueError(f"the tensors do not fit their configs: {'; '.join(problems)}")
-    extras = [
-        TensorItem(name, tuple(tensor.shape), tensor.dtype, (tensor,), tuple(tensor.shape))
-        for name, tensor in extra.items()
-    ]
-    # Widest type first keeps every tensor aligned to its own size, which memory-mapping readers like.
-    return sorted([*items, *extras], key=lambda item: -item.dtype.itemsize)
+        raise ValueError(f"the tensors do not match their configs: {'; '.join(problems)}")
+    for name, tensor in extra.items():
+        shape = tuple(tensor.shape)
+        items.append(TensorItem(name=name, shape=shape, dtype=tensor.dtype, pieces=(tensor,), piece_shape=shape))
+    # With the widest type first, every tensor is aligned to its item size, which helps memory-mapping readers.
+    return sorted(items, key=lambda item: -item.dtype.itemsize)
 
 
 def _compare_sources(component: str, rows: Sequence[TableRow], sources: Mapping[str, TensorSource]) -> list[str]:
     wanted = {name: row for row in rows for name in row.sources}
     problems = [f"{component} lacks {name}" for name, row in wanted.items() if name not in sources and not row.carried]
-    problems += [f"{component} has {name}, which SDXL has not" for name in sources if name not in wanted]
+    problems += [f"{component} has {name}, which SDXL does not have" for name in sources if name not in wanted]
     for name, source in sources.items():
         if name not in wanted or not isinstance(source, torch.Tensor):
             continue
@@ -252,11 +275,14 @@ def build_modelspec(
     timestep_range: tuple[int, int] = (0, 999),
     about: Mapping[str, str | None] | None = None,
 ) -> dict[str, str]:
-    """Metadata of the Stability model metadata standard 1.0.1, all but the hash, which the writer adds.
+    """Build the metadata of Stability's model metadata standard 1.0.1, except the hash, which the writer adds.
 
-    `resolution` is (width, height) in pixels, `timestep_range` the first and the last trained timestep, `about` may
-    hold author, description, license, tags (and any other key of the standard); what is None or empty is left out.
     Source: github.com/Stability-AI/ModelSpec.
+
+    Args:
+        resolution: (width, height) in pixels.
+        timestep_range: first and last trained timestep.
+        about: author, description, license, tags, or other keys of the standard; empty values are left out.
     """
     if prediction_type not in ("epsilon", "v", "flow"):
         raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, v or flow")

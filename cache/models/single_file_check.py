@@ -1,6 +1,6 @@
-"""Header-only checks of safetensors files: is this an SDXL base single file, and if not, what is it?
+"""Header checks of safetensors files: whether a file is an SDXL base model, and what it is otherwise.
 
-Runs while a config is checked, before anything heavy is loaded: it needs neither torch nor safetensors.
+These checks run before anything large is loaded, and need neither torch nor the safetensors library.
 """
 
 import json
@@ -42,8 +42,8 @@ ITEM_BYTES = {
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
-# Tensors that other tools add to a component and that no diffusers model holds: position_ids is arange(77), and some
-# tools save encoder 1 with a projection that SDXL never uses.
+# Other tools add these tensors, which no diffusers model holds: position_ids is arange(77), and SDXL does not use a
+# projection of encoder 1.
 _IGNORED_FILE_NAMES = frozenset(
     COMPONENT_PREFIXES[component] + name
     for component, name in (
@@ -56,19 +56,20 @@ _IGNORED_FILE_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """Header of a safetensors file: type and shape of every tensor, the metadata, and where the data begin (bytes)."""
+    """Header of a safetensors file: types and shapes of its tensors by name, and its metadata."""
 
     types: dict[str, str]
     shapes: dict[str, Shape]
     metadata: dict[str, str]
-    data_start: int
+    data_start: int  # bytes
 
 
 def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file without touching its tensors.
+    """Read and check the header of a safetensors file without reading its tensors.
 
-    Raises OSError (FileNotFoundError, IsADirectoryError, …), and ValueError when the file is no safetensors file, is
-    cut short, or has data that its header does not account for.
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is not a safetensors file, is cut short, or holds data that its header does not describe.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -76,8 +77,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise ValueError(
-                f"{path} is not a safetensors file or is cut short: it announces a header of {length} "
-                f"bytes and is {size} bytes long (pickled .ckpt and .pt files are refused)"
+                f"{path} is not a safetensors file or is cut short: its first bytes give a header of {length} "
+                f"bytes, and the file has {size} bytes (pickled .ckpt and .pt files are not supported)"
             )
         raw = file.read(length)
     try:
@@ -95,15 +96,16 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         if types[name] not in ITEM_BYTES:
             raise ValueError(f"{path}: tensor {name} has the unknown type {types[name]}")
         if begin != data_bytes or end - begin != math.prod(shapes[name]) * ITEM_BYTES[types[name]]:
-            raise ValueError(f"{path} is damaged: offsets and shape of {name} do not fit")
+            raise ValueError(f"{path} is damaged: offsets and shape of {name} do not match")
         data_bytes = end
-    if size != 8 + length + data_bytes:
-        raise ValueError(f"{path} is damaged: its header tells of {8 + length + data_bytes} bytes, the file has {size}")
-    return SafetensorsHeader(types, shapes, metadata, 8 + length)
+    described = 8 + length + data_bytes
+    if size != described:
+        raise ValueError(f"{path} is damaged: its header describes {described} bytes, the file has {size}")
+    return SafetensorsHeader(types=types, shapes=shapes, metadata=metadata, data_start=8 + length)
 
 
 def load_component_configs(folder: str | os.PathLike[str] = SDXL_CONFIG_FOLDER) -> dict[str, dict[str, Any]]:
-    """Configs of the four components in a diffusers folder; by default those of SDXL base 1.0."""
+    """Load the configs of the four components from a diffusers folder, by default those of SDXL base 1.0."""
     return {
         component: json.loads((Path(folder) / component / "config.json").read_text(encoding="utf-8"))
         for component in COMPONENT_PREFIXES
@@ -116,9 +118,10 @@ def find_single_file_problems(
     *,
     text_projection: TextProjection = "correct",
 ) -> list[str]:
-    """Problems that keep a file from being an SDXL base single file; empty when it is one. Reads only the header.
+    """Find what keeps a file from being an SDXL base model, from its header; return an empty list if it is one.
 
-    `configs` maps component names to their configs (default: SDXL base 1.0); components left out are not checked.
+    Args:
+        configs: config of each component to check, by default those of SDXL base 1.0.
     """
     try:
         header = read_safetensors_header(path)
@@ -130,14 +133,14 @@ def find_single_file_problems(
     for component, config in (load_component_configs() if configs is None else configs).items():
         try:
             problems += find_component_problems(header, component, build_name_table(component, config, text_projection))
-        except ValueError as error:  # the config is not SDXL's
+        except ValueError as error:
             problems.append(str(error))
     foreign = guess_foreign_format(header.shapes) if problems else None
     return [f"it looks like {foreign}", *problems] if foreign else problems
 
 
 def find_component_problems(header: SafetensorsHeader, component: str, rows: Sequence[TableRow]) -> list[str]:
-    """Names of one component that lack, that are too many, of a wrong shape or type; empty when the file fits."""
+    """Find the tensors of one component that are missing, unknown, or of a wrong shape or type."""
     prefix = COMPONENT_PREFIXES[component]
     if not any(name.startswith(prefix) for name in header.shapes):
         return [f"{component}: none of its tensors (no name begins with {prefix})"]
@@ -148,13 +151,13 @@ def find_component_problems(header: SafetensorsHeader, component: str, rows: Seq
         f"of {len(wanted)} names missing": [
             name for name, row in wanted.items() if name not in header.shapes and not row.carried
         ],
-        "names not known": [name for name in header.shapes if name.startswith(prefix) and name not in known],
-        "of another shape": [
+        "unknown names": [name for name in header.shapes if name.startswith(prefix) and name not in known],
+        "tensors with another shape": [
             f"{name} is {list(header.shapes[name])}, not {list(row.file_shape)}"
             for name, row in present
             if not _same_shape(header.shapes[name], row.file_shape)
         ],
-        "of a type that cannot be trained": [
+        "tensors with a type that cannot be trained": [
             f"{name} is {header.types[name]}" for name, _ in present if header.types[name] not in _FLOAT_TYPES
         ],
     }
@@ -166,13 +169,13 @@ def find_component_problems(header: SafetensorsHeader, component: str, rows: Seq
 
 
 def _same_shape(left: Shape, right: Shape) -> bool:
-    """Equal but for trailing ones: some tools store a 1×1 convolution as a matrix, or the other way round."""
+    """Return whether shapes are equal up to trailing ones; some tools store a 1×1 convolution as a matrix."""
     length = max(len(left), len(right))
     return left + (1,) * (length - len(left)) == right + (1,) * (length - len(right))
 
 
 def guess_foreign_format(shapes: Mapping[str, Shape]) -> str | None:
-    """What a file that is not an SDXL base single file is instead, and the cure; None when nothing is recognised."""
+    """Describe a file of another kind, with what to do; None if its kind is not recognised."""
     return next((description for description, test in _FOREIGN_FORMATS.items() if test(shapes)), None)
 
 
@@ -181,7 +184,7 @@ def _has(*fragments: str) -> Callable[[Mapping[str, Shape]], bool]:
 
 
 def _has_context(width: int) -> Callable[[Mapping[str, Shape]], bool]:
-    """Test for a U-Net in LDM names whose text states are `width` wide (a file may come without text encoders)."""
+    """Build a test for a U-Net in LDM names whose text states have this width; the file may lack text encoders."""
     return lambda shapes: any(
         name.startswith(COMPONENT_PREFIXES["unet"]) and name.endswith("attn2.to_k.weight") and shape[-1:] == (width,)
         for name, shape in shapes.items()
@@ -197,7 +200,7 @@ def _either(*tests: Callable[[Mapping[str, Shape]], bool]) -> Callable[[Mapping[
     return lambda shapes: any(test(shapes) for test in tests)
 
 
-# Asked in this order: an adapter or another family may hold names that a later test would take for its own.
+# The order matters: an adapter or another family may hold names that a later test would match too.
 _FOREIGN_FORMATS: dict[str, Callable[[Mapping[str, Shape]], bool]] = {
     "a LoRA, which is not a whole model: merge it into a base model first": _has(
         "lora_unet", "lora_te", ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1", ".lokr_w1"

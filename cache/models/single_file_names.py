@@ -1,12 +1,11 @@
-"""Names and shapes of the single-file SDXL checkpoint: one table per component, used to write and to read.
+"""Names and shapes of the tensors in single-file SDXL models: one name table per component, for writing and reading.
 
-A table is made from the component's own config alone, so it holds for SDXL base and for any small model of the same
-topology. Each row ties one tensor of the file to the model tensors it holds; writing walks the row from right to left,
-reading from left to right. Needs neither torch nor the model classes.
+A table is built from the component's config alone, so it also fits small models of SDXL's topology. Each row maps one
+tensor of the file to the model tensors that it holds. This module needs neither torch nor the model classes.
 
-Words: *file* names are those of the single file (LDM for the U-Net and the VAE, OpenCLIP for text encoder 2),
-*source* names are those of diffusers and transformers. Text encoders are spelled with the classic `text_model.`
-prefix, which newer transformers releases drop for `CLIPTextModel` (see `get_canonical_name`).
+Terms: *file names* are those of the single file (LDM for the U-Net and the VAE, OpenCLIP for text encoder 2). *Source
+names* are those of diffusers and transformers. Source names of text encoders have the classic `text_model.` prefix,
+which newer transformers releases drop for `CLIPTextModel` (see `get_canonical_name`).
 
 Source: the key layout of Stability's generative-models and of OpenCLIP, checked against diffusers' own loader.
 """
@@ -36,7 +35,8 @@ _UNET_RESNET = {
 }
 _VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_CLIP_DEFAULTS = {  # what transformers leaves out of a config.json because its class has the same default
+# transformers leaves values equal to its class's defaults out of config.json.
+_CLIP_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -48,11 +48,14 @@ _CLIP_DEFAULTS = {  # what transformers leaves out of a config.json because its 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One tensor of the file and the model tensors it holds.
+    """One tensor of the file and the model tensors that it holds.
 
-    `sources` is one name, or q, k, v stacked on dimension 0; each of them has `source_shape`. `transposed` tells that
-    the file holds the transpose. Any other difference between the shapes is trailing ones (a 1×1 convolution).
-    `carried` marks a tensor that no diffusers model has (logit_scale) and that is kept for the tools that ask for it.
+    Args:
+        sources: one source name, or those of q, k and v, which are stacked on dimension 0.
+        source_shape: shape of each model tensor. Apart from stacking and transposing, it differs from `file_shape` at
+            most in trailing ones (a 1×1 convolution).
+        transposed: the file holds the transpose.
+        carried: no diffusers model has this tensor (logit_scale); it is kept because other tools require it.
     """
 
     file_name: str
@@ -64,7 +67,7 @@ class TableRow:
 
 
 class _Table:
-    """Rows under one file prefix; the add methods take names without `.weight` / `.bias`."""
+    """Rows of a component, whose file names start with `prefix`."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -79,10 +82,20 @@ class _Table:
         **flags: bool,
     ) -> None:
         sources = (source,) if isinstance(source, str) else source
-        self.rows.append(TableRow(self.prefix + file, file_shape or source_shape, sources, source_shape, **flags))
+        row = TableRow(
+            file_name=self.prefix + file,
+            file_shape=file_shape or source_shape,
+            sources=sources,
+            source_shape=source_shape,
+            **flags,
+        )
+        self.rows.append(row)
 
     def add_layer(self, source: str, file: str, *shape: int, bias: bool = True) -> None:
-        """A linear, convolution or norm layer; a norm is a layer with a one-dimensional weight."""
+        """Add weight and bias of a linear, convolution or norm layer; norms have a one-dimensional weight.
+
+        Names are given without `.weight` and `.bias`.
+        """
         self.add(f"{source}.weight", f"{file}.weight", shape)
         if bias:
             self.add(f"{source}.bias", f"{file}.bias", shape[:1])
@@ -91,10 +104,14 @@ class _Table:
 def build_name_table(
     component: str, config: Mapping[str, Any], text_projection: TextProjection = "correct"
 ) -> list[TableRow]:
-    """Table of one component (`unet`, `vae`, `text_encoder`, `text_encoder_2`) from its diffusers config.
+    """Build the name table of one component from its diffusers config.
 
-    `text_projection="legacy"` keeps encoder 2's projection untransposed, as kohya and others store it.
-    Raises ValueError for an unknown component and for a config that is not of SDXL's topology.
+    Args:
+        component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
+        text_projection: `legacy` leaves encoder 2's projection untransposed, as kohya and others store it.
+
+    Raises:
+        ValueError: the component is unknown, or the config does not have SDXL's topology.
     """
     if component not in COMPONENT_PREFIXES:
         raise ValueError(f"component is {component!r}; it must be one of {', '.join(COMPONENT_PREFIXES)}")
@@ -113,12 +130,12 @@ def build_name_table(
 
 
 def list_source_names(component: str, config: Mapping[str, Any]) -> list[str]:
-    """Source names of one component in the order in which the writer asks for them."""
+    """List the source names of one component in the order in which the writer reads them."""
     return [name for row in build_name_table(component, config) if not row.carried for name in row.sources]
 
 
 def get_canonical_name(component: str, name: str) -> str:
-    """Source name with the classic `text_model.` prefix, whatever the installed transformers calls it."""
+    """Return a source name with the classic `text_model.` prefix, which depends on transformers' version otherwise."""
     outside = ("text_model.", "text_projection.", "logit_scale")
     if component in ("text_encoder", "text_encoder_2") and not name.startswith(outside):
         return f"text_model.{name}"
@@ -128,25 +145,25 @@ def get_canonical_name(component: str, name: str) -> str:
 def _check_config(
     component: str, config: Mapping[str, Any], required: Iterable[str], allowed: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Raise one ValueError that lists the keys that lack and those whose value is not among the `allowed` ones."""
+    """Raise one ValueError that lists missing keys and keys whose value is not allowed."""
     wrong = [f"{key} is missing" for key in required if config.get(key) is None]
     wrong += [f"{key} is {config.get(key)!r}" for key, values in allowed.items() if config.get(key) not in values]
     if wrong:
-        raise ValueError(f"{component} config is not of SDXL's topology: {'; '.join(wrong)}")
+        raise ValueError(f"{component} config does not have SDXL's topology: {'; '.join(wrong)}")
 
 
-def _per_block(config: Mapping[str, Any], key: str, default: int) -> list[int]:
-    """Value of `key` for each down block; diffusers allows one number for all."""
+def _get_per_block(config: Mapping[str, Any], key: str, default: int) -> list[int]:
+    """Return the value of `key` for each down block; diffusers allows one number for all blocks."""
     num_blocks = len(config["block_out_channels"])
     value = config.get(key, default)
     values = [value] * num_blocks if isinstance(value, int) else list(value)
     if len(values) != num_blocks or not all(isinstance(item, int) for item in values):
-        raise ValueError(f"unet config is not of SDXL's topology: {key} is {value!r}, not one number per block")
+        raise ValueError(f"unet config does not have SDXL's topology: {key} is {value!r}, not one number per block")
     return values
 
 
 def _add_unet(table: _Table, config: Mapping[str, Any]) -> None:
-    """U-Net: LDM counts blocks through all resolutions, diffusers per resolution."""
+    """Add the U-Net, whose blocks LDM numbers through all resolutions and diffusers within each resolution."""
     required = (
         "block_out_channels",
         "down_block_types",
@@ -173,7 +190,7 @@ def _add_unet(table: _Table, config: Mapping[str, Any]) -> None:
     channels = list(config["block_out_channels"])
     if not len(channels) == len(config["down_block_types"]) == len(config["up_block_types"]):
         raise ValueError(
-            "unet config is not of SDXL's topology: block_out_channels, down_block_types and "
+            "unet config does not have SDXL's topology: block_out_channels, down_block_types and "
             "up_block_types are of different lengths"
         )
     time_dim = 4 * channels[0]
@@ -194,7 +211,7 @@ def _add_unet(table: _Table, config: Mapping[str, Any]) -> None:
 
 
 def _add_unet_down(table: _Table, config: Mapping[str, Any], channels: list[int], time_dim: int) -> None:
-    num_layers = _per_block(config, "layers_per_block", 2)
+    num_layers = _get_per_block(config, "layers_per_block", 2)
     index = 1  # input_blocks.0 is conv_in
     previous = channels[0]
     for block, width in enumerate(channels):
@@ -212,12 +229,12 @@ def _add_unet_down(table: _Table, config: Mapping[str, Any], channels: list[int]
 
 
 def _add_unet_up(table: _Table, config: Mapping[str, Any], channels: list[int], time_dim: int) -> None:
-    num_layers = _per_block(config, "layers_per_block", 2)
+    num_layers = _get_per_block(config, "layers_per_block", 2)
     last = len(channels) - 1
     index = 0
     previous = channels[-1]
     for block in range(len(channels)):
-        level = last - block  # the down block whose outputs this up block takes as skips
+        level = last - block  # the down block whose outputs are this up block's skip connections
         width, below = channels[level], channels[max(level - 1, 0)]
         attention = _has_attention(config["up_block_types"][block])
         for layer in range(num_layers[level] + 1):
@@ -228,7 +245,8 @@ def _add_unet_up(table: _Table, config: Mapping[str, Any], channels: list[int], 
                 _add_transformer(table, f"{source}.attentions.{layer}", f"{file}.1", config, level)
             previous = width
             index += 1
-        if block < last:  # LDM puts the upsampler behind the last layer of the resolution, after its attention if any
+        # LDM puts the upsampler behind the last layer of the resolution, after its attention if it has one.
+        if block < last:
             file = f"output_blocks.{index - 1}.{2 if attention else 1}.conv"
             table.add_layer(f"up_blocks.{block}.upsamplers.0.conv", file, width, width, 3, 3)
 
@@ -236,7 +254,7 @@ def _add_unet_up(table: _Table, config: Mapping[str, Any], channels: list[int], 
 def _has_attention(block_type: str) -> bool:
     kinds = {"DownBlock2D": False, "UpBlock2D": False, "CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True}
     if block_type not in kinds:
-        raise ValueError(f"unet config is not of SDXL's topology: block type {block_type!r}")
+        raise ValueError(f"unet config does not have SDXL's topology: block type {block_type!r}")
     return kinds[block_type]
 
 
@@ -248,7 +266,7 @@ def _add_resnet(
     widths: tuple[int, int],
     time_dim: int | None = None,
 ) -> None:
-    """Residual block from `widths[0]` to `widths[1]` channels; `time_dim` is None in the VAE."""
+    """Add a residual block from `widths[0]` to `widths[1]` channels; `time_dim` is None in the VAE."""
     width_in, width = widths
     shapes: dict[str, Shape] = {"norm1": (width_in,), "conv1": (width, width_in, 3, 3)}
     if time_dim is not None:
@@ -261,12 +279,12 @@ def _add_resnet(
 
 
 def _add_transformer(table: _Table, source: str, file: str, config: Mapping[str, Any], level: int) -> None:
-    """Spatial transformer of one U-Net layer; below the block index both sides use the same names."""
+    """Add the spatial transformer of one U-Net layer; LDM and diffusers use the same names inside it."""
     width = config["block_out_channels"][level]
-    context_dim = _per_block(config, "cross_attention_dim", 1280)[level]
+    context_dim = _get_per_block(config, "cross_attention_dim", 1280)[level]
     projection = (width, width) if config.get("use_linear_projection", False) else (width, width, 1, 1)
     layers: dict[str, tuple[Shape, bool]] = {"norm": ((width,), True), "proj_in": (projection, True)}
-    for depth in range(_per_block(config, "transformer_layers_per_block", 1)[level]):
+    for depth in range(_get_per_block(config, "transformer_layers_per_block", 1)[level]):
         block = f"transformer_blocks.{depth}"
         for attention, dim in (("attn1", width), ("attn2", context_dim)):
             layers[f"{block}.{attention}.to_q"] = ((width, width), False)
@@ -283,7 +301,7 @@ def _add_transformer(table: _Table, source: str, file: str, config: Mapping[str,
 
 
 def _add_vae(table: _Table, config: Mapping[str, Any]) -> None:
-    """VAE: LDM counts the decoder's resolutions from the finest, diffusers from the coarsest."""
+    """Add the VAE, whose decoder resolutions LDM numbers from the finest and diffusers from the coarsest."""
     _check_config("vae", config, ("block_out_channels",), {})
     channels = list(config["block_out_channels"])
     last = len(channels) - 1
@@ -343,7 +361,8 @@ def _add_vae_middle(table: _Table, half: str, width: int, attention: bool) -> No
     _add_resnet(table, f"{source}.resnets.0", f"{file}.block_1", _VAE_RESNET, (width, width))
     if attention:
         table.add_layer(f"{source}.attentions.0.group_norm", f"{file}.attn_1.norm", width)
-        for part, file_part in _VAE_ATTENTION.items():  # linear layers here, 1×1 convolutions in the file
+        # Linear layers in diffusers are 1×1 convolutions in the file.
+        for part, file_part in _VAE_ATTENTION.items():
             name, file_name = f"{source}.attentions.0.{part}", f"{file}.attn_1.{file_part}"
             table.add(f"{name}.weight", f"{file_name}.weight", (width, width), (width, width, 1, 1))
             table.add(f"{name}.bias", f"{file_name}.bias", (width,))
@@ -351,7 +370,7 @@ def _add_vae_middle(table: _Table, half: str, width: int, attention: bool) -> No
 
 
 def _add_clip(table: _Table, config: Mapping[str, Any]) -> None:
-    """Text encoder 1: the file keeps the classic transformers names."""
+    """Add text encoder 1, which keeps its classic transformers names in the file."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     layers: dict[str, Shape] = {}
     for index in range(config["num_hidden_layers"]):
@@ -367,7 +386,7 @@ def _add_clip(table: _Table, config: Mapping[str, Any]) -> None:
 
 
 def _add_open_clip(table: _Table, config: Mapping[str, Any], text_projection: TextProjection) -> None:
-    """Text encoder 2: OpenCLIP stacks q, k, v and uses its projection as x @ W, so a Linear's weight is transposed."""
+    """Add text encoder 2: OpenCLIP stacks q, k and v, and transposes the projection because it computes x @ W."""
     hidden, inner, projected = config["hidden_size"], config["intermediate_size"], config["projection_dim"]
     file_names = ("token_embedding.weight", "positional_embedding")
     for file, (source, size) in zip(file_names, _embedding_sizes(config).items(), strict=True):
@@ -390,7 +409,7 @@ def _add_open_clip(table: _Table, config: Mapping[str, Any], text_projection: Te
 
 
 def _embedding_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """Source names of the token and the position table with their numbers of rows."""
+    """Return the source names of the token and position embeddings with their numbers of rows."""
     return {
         "text_model.embeddings.token_embedding.weight": config["vocab_size"],
         "text_model.embeddings.position_embedding.weight": config["max_position_embeddings"],

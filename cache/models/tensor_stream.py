@@ -1,6 +1,6 @@
-"""Safetensors files written as a stream, one tensor at a time.
+"""Writing of safetensors files as a stream, one tensor at a time.
 
-The library's own `save_file` wants all tensors at once; a run under ZeRO-3 never has them.
+The library's own `save_file` needs all tensors at once, which a run under ZeRO-3 never holds.
 """
 
 import hashlib
@@ -35,7 +35,13 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class TensorItem:
-    """One tensor of the file to be: its pieces are written one behind the other (q, k, v of a stacked weight)."""
+    """One tensor to write.
+
+    Args:
+        pieces: parts of the tensor, written one after the other, such as q, k and v of a stacked weight.
+        piece_shape: shape of each piece, before it is transposed.
+        transposed: the file holds the transpose of the pieces.
+    """
 
     name: str
     shape: Shape
@@ -48,11 +54,16 @@ class TensorItem:
 def write_safetensors(
     path: Path, items: Sequence[TensorItem], metadata: Mapping[str, str], hash_key: str | None = None
 ) -> str:
-    """Write the items in their order, atomically, and return the SHA-256 of their bytes as `0x…`.
+    """Write tensors in the given order, atomically, and return the SHA-256 of their bytes as `0x…`.
 
-    A piece that is a function is called once, and its tensor is dropped before the next is asked for. The hash also
-    goes into the metadata under `hash_key`. Raises ValueError when a tensor has another shape than announced, or
-    float16 cannot hold a value. Whatever is raised, nothing stays under the final name.
+    A piece that is a function is called once, and its tensor is dropped before the next call. After an error there is
+    no file at `path`.
+
+    Args:
+        hash_key: key of the metadata under which the hash is written too.
+
+    Raises:
+        ValueError: a tensor has another shape than its item, or float16 cannot hold a value.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = _build_header(items, metadata, hash_key)
@@ -64,10 +75,11 @@ def write_safetensors(
                 data = _to_bytes(item, piece)
                 file.write(data)
                 digest.update(data)
-                del data  # or this tensor would still be there while the next one is gathered
+                # Otherwise this tensor would stay in memory while the next one is gathered.
+                del data
         tensor_hash = f"0x{digest.hexdigest()}"
         if hash_key is not None:
-            # The hash covers what follows the header that holds it: its place was kept, now it is filled in.
+            # The hash covers only the bytes after the header, where a placeholder holds its place.
             file.seek(header.index(_HASH_PLACEHOLDER.encode()))
             file.write(tensor_hash.encode())
     sync_folder(path.parent)
@@ -75,13 +87,13 @@ def write_safetensors(
 
 
 def _build_header(items: Sequence[TensorItem], metadata: Mapping[str, str], hash_key: str | None) -> bytes:
-    """Length and JSON header of the file, padded to 8 bytes; the hash is a placeholder of its final width."""
+    """Build the length and the JSON header of the file, padded to 8 bytes, with a placeholder for the hash."""
     strings = {"format": "pt", **metadata, **({hash_key: _HASH_PLACEHOLDER} if hash_key else {})}
     wrong = [key for key, value in strings.items() if not isinstance(value, str)]
     if wrong:
-        raise ValueError(f"safetensors metadata are strings; {', '.join(wrong)} is not")
+        raise ValueError(f"safetensors metadata must be strings; {', '.join(wrong)} is not")
     if any(_HASH_PLACEHOLDER in value for value in metadata.values()):
-        raise ValueError(f"metadata may not hold the placeholder of {hash_key}")
+        raise ValueError(f"metadata must not hold the placeholder of {hash_key}")
     entries: dict[str, Any] = {"__metadata__": strings}
     begin = 0
     for item in items:
@@ -98,10 +110,10 @@ def _build_header(items: Sequence[TensorItem], metadata: Mapping[str, str], hash
 
 
 def _to_bytes(item: TensorItem, source: TensorSource) -> memoryview:
-    """Bytes of one piece in the file's type and layout; the source tensor is free when this returns."""
+    """Return the bytes of one piece in the file's type and layout, without a reference to the source tensor."""
     tensor = (source if isinstance(source, torch.Tensor) else source()).detach()
     if tuple(tensor.shape) != item.piece_shape:
-        raise ValueError(f"{item.name} is made of a tensor {list(tensor.shape)}, not {list(item.piece_shape)}")
+        raise ValueError(f"{item.name} has a piece of shape {list(tensor.shape)} instead of {list(item.piece_shape)}")
     if item.dtype == torch.float16 and tensor.dtype != torch.float16 and tensor.numel():
         largest = float(tensor.abs().max())
         if _FLOAT16_MAX < largest < math.inf:

@@ -49,7 +49,7 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert check_model(ModelConfig(path="runs/none", vae="runs/none")) == []  # might be a hub id
+    assert list(check_model(ModelConfig(path="runs/none", vae="runs/none"))) == []  # might be a hub id
     (tmp_path / "runs").mkdir()
     found = {problem.key: problem for problem in check_model(ModelConfig(path="runs/none", vae="runs/none"))}
     assert set(found) == {"model.path", "model.vae"} and found["model.path"].cure == "check the path"

@@ -14,17 +14,25 @@ from safetensors import safe_open
 from single_file_samples import LOGIT_SCALE, POSITION_IDS, TINY, build_modules, build_tiny_modules
 
 from sdxl_trainer.cache.models.single_file import (
+    build_component,
     build_modelspec,
-    find_single_file_problems,
     list_prediction_marks,
-    list_source_names,
     load_component,
     read_carried_tensors,
     read_single_file,
     write_single_file,
 )
-from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER, read_safetensors_header
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
+from sdxl_trainer.cache.models.single_file_check import (
+    SDXL_CONFIG_FOLDER,
+    find_single_file_problems,
+    read_safetensors_header,
+)
+from sdxl_trainer.cache.models.single_file_names import (
+    COMPONENT_PREFIXES,
+    build_name_table,
+    get_canonical_name,
+    list_source_names,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +95,21 @@ def test_reading_back_is_bit_equal(tmp_path, tiny_modules):
     again = tmp_path / "again.safetensors"
     write_tiny(again, fresh)
     assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("component", TINY)
+def test_networks_are_built_without_drawing_weights(tmp_path, tiny_modules, component):
+    path = tmp_path / "model.safetensors"
+    write_tiny(path, tiny_modules)
+    before = torch.get_rng_state()
+    module = build_component(lambda: build_modules(TINY, "cpu")[component], path, component, TINY[component])
+    assert torch.equal(torch.get_rng_state(), before)  # drawing SDXL's weights would take a minute
+    weights = tiny_modules[component].state_dict()
+    expected = {get_canonical_name(component, name): tensor for name, tensor in weights.items()}
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, expected[get_canonical_name(component, name)]), name
+    buffers, wanted = dict(module.named_buffers()), dict(tiny_modules[component].named_buffers())
+    assert buffers.keys() == wanted.keys() and all(torch.equal(buffers[name], wanted[name]) for name in buffers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -159,7 +182,7 @@ def test_carried_tensors_and_extra(tmp_path, tiny_modules):
     state["text_encoder_2"]["logit_scale"] = torch.tensor(2.5)
     write_single_file(second, state, TINY, dtype=torch.float32, metadata={})
     assert read_carried_tensors(second) == {LOGIT_SCALE: torch.tensor(2.5)}
-    with pytest.raises(ValueError, match="extra holds v_pred, which is written from elsewhere"):
+    with pytest.raises(ValueError, match="extra holds v_pred, which the components already hold"):
         write_tiny(second, tiny_modules, extra={"v_pred": torch.zeros(0)})
 
 
@@ -194,7 +217,7 @@ def test_metadata_and_hash(tmp_path, tiny_modules):
     assert returned == f"0x{hashlib.sha256(path.read_bytes()[header.data_start :]).hexdigest()}"
     with pytest.raises(ValueError, match="must be epsilon, v or flow"):
         build_modelspec("t", (8, 8), "velocity", "2025-01-02")
-    with pytest.raises(ValueError, match="metadata are strings; step is not"):
+    with pytest.raises(ValueError, match="metadata must be strings; step is not"):
         write_tiny(path, tiny_modules, metadata={"step": 3})
 
 
@@ -254,7 +277,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, tiny_modules):
     assert list(tmp_path.iterdir()) == []
     path.write_bytes(b"old")
     fail_with(fail, "the link is down", OSError)
-    fail_with(lambda: torch.zeros(4), r"conv_out.bias is made of a tensor \[4\], not \[3\]", ValueError)
+    fail_with(lambda: torch.zeros(4), r"conv_out.bias has a piece of shape \[4\] instead of \[3\]", ValueError)
     fail_with(torch.tensor([1.0, 70000.0, 0.0]), "70000, which float16 cannot", ValueError)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
 

@@ -65,16 +65,16 @@ def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
     problems = find_single_file_problems(path, TINY)
     assert problems == [
         f"unet: 1 of {len(build_name_table('unet', TINY['unet']))} names missing ({UNET}out.2.bias)",
-        f"unet: 1 names not known ({UNET}out.3.bias)",
-        f"unet: 1 of another shape ({UNET}out.0.weight is [17], not [16])",
-        f"unet: 1 of a type that cannot be trained ({UNET}time_embed.0.weight is I8)",
+        f"unet: 1 unknown names ({UNET}out.3.bias)",
+        f"unet: 1 tensors with another shape ({UNET}out.0.weight is [17], not [16])",
+        f"unet: 1 tensors with a type that cannot be trained ({UNET}time_embed.0.weight is I8)",
     ]
     with pytest.raises(ValueError) as error:
         read_single_file(path, "unet", TINY["unet"])
     assert all(problem in str(error.value) for problem in problems)
     wrong_config = {"unet": {**TINY["unet"], "class_embed_type": "timestep"}}
     assert find_single_file_problems(path, wrong_config) == [
-        "unet config is not of SDXL's topology: class_embed_type is 'timestep'"
+        "unet config does not have SDXL's topology: class_embed_type is 'timestep'"
     ]
     no_vae = {name: entry for name, entry in fake_tensors(TINY).items() if not name.startswith("first_stage")}
     path = write_fake(tmp_path / "no_vae.safetensors", no_vae)
@@ -88,11 +88,11 @@ def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
     [
         (b"", "is not a safetensors file or is cut short"),
         (b"PK\x03\x04" + b"\0" * 100, "is not a safetensors file or is cut short"),
-        (b"\xff" * 8 + b"{}", "announces a header of 18446744073709551615 bytes"),
+        (b"\xff" * 8 + b"{}", "give a header of 18446744073709551615 bytes"),
         ((4).to_bytes(8, "little") + b"{...", "its header cannot be read"),
         ((2).to_bytes(8, "little") + b"[]", "its header cannot be read"),
         ((8).to_bytes(8, "little") + b'{"a": 1}', "its header cannot be read"),
-        ((2).to_bytes(8, "little") + b"{}more", "tells of 10 bytes, the file has 14"),
+        ((2).to_bytes(8, "little") + b"{}more", "describes 10 bytes, the file has 14"),
     ],
 )
 def test_files_that_are_no_safetensors(tmp_path, content, message):
@@ -112,10 +112,10 @@ def test_damaged_and_absent_files(tmp_path):
     write_fake(path, fake_tensors(TINY))
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 5)
-    assert "is damaged: its header tells of" in find_single_file_problems(path, TINY)[0]
+    assert "is damaged: its header describes" in find_single_file_problems(path, TINY)[0]
     text = b'{"a":{"dtype":"F16","shape":[2],"data_offsets":[0,2]}}'
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
-    assert "offsets and shape of a do not fit" in find_single_file_problems(path)[0]
+    assert "offsets and shape of a do not match" in find_single_file_problems(path)[0]
 
 
 def test_matrices_pass_for_one_by_one_convolutions(tmp_path):
