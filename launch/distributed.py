@@ -1,10 +1,9 @@
-"""The only module that asks for a rank: process group, device, and the collectives the rest of the project needs.
+"""Process group, device, and collectives. The only module that asks for a rank.
 
-Every collective does nothing in a single process, so callers never ask whether they are distributed.
+Every collective returns at once in a single process, so callers never ask whether they are distributed.
 """
 
 import os
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,21 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sdxl_trainer.launch import patches
 from sdxl_trainer.launch.status import RankZeroError
 
-# How long a rank looks for rank 0's store where no launcher keeps one: rank 0 opens it after the checks.
+# Without a launcher that keeps the store, rank 0 opens it only after its checks, which may read a whole data set.
 CHECKS_TIMEOUT = timedelta(days=1)
-CHECKED = "rank 0 has checked settings and data"
+CHECKED_KEY = "rank 0 has checked settings and data"  # its value: empty, or the exit status of a failed rank 0
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 1.0
-EXCUSE_SECONDS = 20.0  # how long a rank 0 that failed looks for others to tell
-HEARD = "ranks that know that rank 0 has failed"
+ANNOUNCE_SECONDS = 20.0  # limit for a failed rank 0 to reach the other ranks
+HEARD_KEY = "ranks that know that rank 0 has failed"
 
-_joined = False  # this process was in the process group, be it over by now
+_joined = False  # whether this process has ever joined the process group
+_store: dist.Store | None = None  # the store that the process group was made with
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is: global rank, rank on its node, number of processes, and its device."""
+    """Place of this process in the job: global rank, rank on its node, number of processes, and device."""
 
     rank: int
     local_rank: int
@@ -36,12 +37,12 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0, the one that talks to people and writes shared files."""
+        """Whether this is global rank 0, which reports to people and writes shared files."""
         return self.rank == 0
 
 
 def read_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from the launcher's environment; (0, 0, 1) without one.
+    """Return (rank, local rank, world size) from the launcher's environment; (0, 0, 1) without a launcher.
 
     torchrun and the deepspeed launcher both set RANK, LOCAL_RANK and WORLD_SIZE.
     """
@@ -49,18 +50,18 @@ def read_environment() -> tuple[int, int, int]:
 
 
 def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
-    """Join the process group (NCCL with GPUs, gloo without) and pick this rank's device.
+    """Join the process group (NCCL with GPUs, gloo without) and choose this rank's device.
 
-    A single process forms a group of its own, because DeepSpeed wants one.
+    A single process forms a group of its own, because DeepSpeed needs one.
 
     Args:
-        timeout_minutes: how long a rank waits in a collective for others that live and do not come. For rank 0 to come
-            here the others wait as long as it takes.
+        timeout_minutes: how long a rank waits in a collective for the others. Waiting for rank 0 to call this function
+            has no limit.
 
     Raises:
-        RankZeroError: rank 0 failed before it came here.
+        RankZeroError: rank 0 failed before it called this function.
     """
-    global _joined  # noqa: PLW0603 (a process joins once)
+    global _joined, _store  # noqa: PLW0603 (a process joins one group at a time)
     timeout = timedelta(minutes=timeout_minutes)
     rank, local_rank, world_size = read_environment()
     alone = world_size == 1 and "MASTER_PORT" not in os.environ
@@ -70,11 +71,11 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # DeepSpeed makes groups of its own, and leaves their time-out to torch, which has 10 minutes for NCCL.
-        dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+        patches.set_default_timeout(timeout)
+        _store = _open_own_store(timeout) if alone else _open_store(rank, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            store=_open_own_store(timeout) if alone else _open_store(rank, timeout),
+            store=_store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -84,65 +85,65 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     return Ranks(rank, local_rank, world_size, device)
 
 
-def excuse_rank_zero(status: int) -> None:
-    """Tell the ranks that wait in `init_ranks` that rank 0 will not come, and with which exit status it ends.
+def announce_rank_zero_failure(status: int) -> None:
+    """Send rank 0's exit status to the ranks that wait for it in `init_ranks`, so that they end too.
 
-    Launchers see to that on one machine, but DeepSpeed's leaves the ranks of other machines waiting. Does nothing on
-    other ranks, or once this one has joined them. Who cannot be reached in some seconds is not told.
+    On one machine launchers stop the other ranks, but DeepSpeed's leaves the ranks of other machines waiting. Returns
+    at once on other ranks, or after this rank has joined the process group. Gives up after `ANNOUNCE_SECONDS`.
     """
     rank, _, world_size = read_environment()
     if rank or world_size == 1 or _joined:
         return
     try:
-        shared, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=EXCUSE_SECONDS))))
-        store = _name_start(shared)
-        store.set(CHECKED, str(status))
+        shared, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=ANNOUNCE_SECONDS))))
+        store = _add_start_prefix(shared)
+        store.set(CHECKED_KEY, str(status))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
-            deadline = time.monotonic() + EXCUSE_SECONDS
-            while store.add(HEARD, 0) < world_size - 1 and time.monotonic() < deadline:
+            deadline = time.monotonic() + ANNOUNCE_SECONDS
+            while store.add(HEARD_KEY, 0) < world_size - 1 and time.monotonic() < deadline:
                 time.sleep(LAST_POLL_SECONDS / 10)
-    except (RuntimeError, ValueError):  # of the store: others are not there, or nobody said where to meet
+    except (RuntimeError, ValueError):  # the store cannot be reached, or MASTER_ADDR is not set
         return
 
 
-def _name_start(store: dist.Store) -> dist.PrefixStore:
-    """The part of a store that belongs to this start of the job."""
+def _add_start_prefix(store: dist.Store) -> dist.PrefixStore:
+    """Return the part of a store that belongs to this start of the job; see `_open_store`."""
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _open_own_store(timeout: timedelta) -> dist.Store:
-    """The store of a process that no launcher has started. It takes its port itself: one found free may be gone."""
+    """Open the store of a process without a launcher, at port 0: a port found free may be taken by now."""
     return dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
 
 
 def _open_store(rank: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks find each other's addresses, once rank 0 has come.
+    """Open the store in which ranks find each other's addresses, and wait there for rank 0.
 
-    torchrun's own outlives a restart with what the dead ranks wrote into it, and the new ones would try to reach those:
-    `--max-restarts` never worked with `--standalone` (torch 2.13). So each start looks under names of its own.
+    torchrun's store outlives a restart and keeps the addresses of dead ranks, which new ranks would try to reach (torch
+    2.13, `--max-restarts` with `--standalone`). So each start of the job uses key names of its own.
     """
     patience = timeout if rank == 0 else CHECKS_TIMEOUT
     shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
-    store = _name_start(shared)
+    store = _add_start_prefix(shared)
     if rank == 0:
-        store.set(CHECKED, "")
+        store.set(CHECKED_KEY, "")
     pause_seconds = FIRST_POLL_SECONDS
-    while not store.check([CHECKED]):  # not `wait`, in which no signal would be heard
+    while not store.check([CHECKED_KEY]):  # not `wait`: Python handles no signal in it
         time.sleep(pause_seconds)
         pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
-    if failed := store.get(CHECKED):
-        store.add(HEARD, 1)
+    if failed := store.get(CHECKED_KEY):
+        store.add(HEARD_KEY, 1)
         raise RankZeroError(int(failed))
     store.set_timeout(timeout)
     return store
 
 
 def close_ranks() -> None:
-    """Leave the process group, if there is one. Another may be joined afterwards."""
+    """Leave the process group, if there is one. The process may join another one afterwards."""
+    global _store  # noqa: PLW0603
     if dist.is_initialized():
-        # Where DeepSpeed is in use it has groups of its own, and must know that they are gone.
-        comm = sys.modules.get("deepspeed.comm")
-        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+        patches.destroy_process_groups()
+        _store = None
 
 
 def barrier() -> None:
@@ -152,21 +153,21 @@ def barrier() -> None:
 
 
 def reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over all ranks, on every rank. Works in place."""
+    """Sum `values` over all ranks, in place, and return them."""
     if _is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def broadcast_tensor(values: torch.Tensor, source_rank: int) -> torch.Tensor:
-    """One rank's `values` on every rank. Works in place."""
+    """Copy the source rank's `values` to every rank, in place, and return them."""
     if _is_distributed():
         dist.broadcast(values, source_rank)
     return values
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` on every rank (pickled; for small things)."""
+    """Return rank 0's `value` on every rank. It is pickled, so keep it small."""
     if not _is_distributed():
         return value
     box = [value]
@@ -175,7 +176,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in order of rank, on every rank (pickled; for small things)."""
+    """Return every rank's `value`, ordered by rank, on every rank. Values are pickled, so keep them small."""
     if not _is_distributed():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
@@ -188,14 +189,12 @@ def _is_distributed() -> bool:
 
 
 def publish(key: str, value: str) -> None:
-    """Put a value where other ranks can read it at any time, without meeting them. Nothing without a process group."""
-    if dist.is_initialized():
-        dist.distributed_c10d._get_default_store().set(key, value)
+    """Store a value that other ranks can read at any time, without a collective. Needs a process group."""
+    if _store is not None:
+        _store.set(f"published/{key}", value)
 
 
 def read_published(key: str) -> str | None:
-    """What some rank published under `key`, or None if nothing yet. Never waits."""
-    if not dist.is_initialized():
-        return None
-    store = dist.distributed_c10d._get_default_store()
-    return store.get(key).decode() if store.check([key]) else None
+    """Return the value published under `key`, or None if there is none yet. Never waits."""
+    name = f"published/{key}"
+    return _store.get(name).decode() if _store is not None and _store.check([name]) else None

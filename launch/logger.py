@@ -1,4 +1,4 @@
-"""Log lines: the console on rank 0 (warnings of the others too), one file per rank in the run's log folder."""
+"""Logging: the console shows rank 0 and the warnings of all ranks; each rank has a file in the log folder."""
 
 import atexit
 import io
@@ -21,47 +21,47 @@ if TYPE_CHECKING:
 CONSOLE_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> {message}"
 RANK_FORMAT = "<dim>{time:HH:mm:ss}</dim> <level>{level: <7}</level> [rank {extra[rank]}] {message}"
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} [rank {extra[rank]}] {name}: {message}"
-TEXT_WIDTH = 100  # of tables where there is no terminal
-REFRESHES_PER_SECOND = 1.0  # a drawing takes about a millisecond of the interpreter, which training wants too
+TEXT_WIDTH = 100  # columns of a table in a file
+REFRESHES_PER_SECOND = 1.0  # a refresh holds the interpreter, which training needs too, for about a millisecond
 
 
 class Terminal:
-    """A terminal as rich writes to it. One that is no longer there takes the display with it, but never the run."""
+    """A terminal for rich that discards output once the terminal has gone, so that the run continues."""
 
     def __init__(self, file: TextIO):
         self._file = file
         self.encoding = file.encoding
 
     def write(self, text: str) -> int:
-        """Write, or lose it."""
+        """Write `text`, or discard it."""
         with suppress(OSError):
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As a file does."""
+        """Flush, or discard the error."""
         with suppress(OSError):
             self._file.flush()
 
 
 class TextBuffer(io.StringIO):
-    """Text that standard error will take: rich draws frames in ASCII for an encoding that has no others."""
+    """A text buffer with the encoding of standard error, by which rich chooses between ASCII and Unicode frames."""
 
     @property
     def encoding(self) -> str:
-        """Of standard error."""
+        """Encoding of standard error."""
         return sys.stderr.encoding
 
 
 class Screen:
-    """Standard error of this process, as log lines, tables and the live display share it."""
+    """Standard error of this process, shared by log lines, tables and the live display."""
 
     def __init__(self) -> None:
-        self._live: Console | None = None  # what the live display is drawn on, while there is one
-        self._covered_rows = 0  # of the same terminal, drawn anew again and again by rank 0
+        self._live: Console | None = None  # console of the live display, while it is shown
+        self._covered_rows = 0  # rows of the same terminal that rank 0 redraws
 
     def write(self, message: "Message") -> None:
-        """A sink for loguru: lines come above the live display. A record with `table` is shown as such."""
+        """Write a loguru message above the live display. A record with `table` is printed as that table."""
         table = message.record["extra"].get("table")
         if self._live is not None:
             self._live.print(Text.from_ansi(message.rstrip("\n")) if table is None else table, soft_wrap=table is None)
@@ -72,18 +72,18 @@ class Screen:
             sys.stderr.write(f"\n{message}{below}" if self._covered_rows else message)
             sys.stderr.flush()
 
-    def is_wanted(self, record: "Record") -> bool:
-        """Whether the console gets a record: not what the live display shows anyway."""
+    def is_shown(self, record: "Record") -> bool:
+        """Return whether the console prints a record; the live display already shows some of them."""
         return self._live is None or "displayed" not in record["extra"]
 
     @contextmanager
     def show_live(self, display: RenderableType, num_rows: int, rank: int) -> Iterator[None]:
-        """Draw `display` again every second, on rank 0 and below its log lines, if there is a terminal for it.
+        """Draw `display` every second below rank 0's log lines, if standard error is a terminal.
 
-        Nothing has to be put right if the process dies meanwhile: the cursor stays visible, on a row of its own.
+        A process that dies leaves the terminal usable: the cursor stays visible, on a row of its own.
 
         Args:
-            num_rows: of the display. Ranks on the same terminal write their warnings clear above so many.
+            num_rows: rows of the display. Other ranks on the same terminal write their warnings above them.
         """
         if not is_terminal():
             yield
@@ -91,13 +91,13 @@ class Screen:
             self._covered_rows = num_rows
             try:
                 yield
-            except BaseException:  # rank 0 may still draw when this one has ended and Python has told why
+            except BaseException:  # keeps this rank's traceback clear of the rows that rank 0 may still redraw
                 atexit.register(sys.stderr.write, "\n" * num_rows)
                 raise
             self._covered_rows = 0
         else:
             console = open_console()
-            rows = Group(display, "")  # the last one is the cursor's
+            rows = Group(display, "")  # the last row is for the cursor
             to_terminal = sys.stdout.isatty()
             live = Live(rows, console=console, refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=to_terminal)
             try:
@@ -113,9 +113,9 @@ SCREEN = Screen()
 
 
 def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, name: str = "train") -> None:
-    """Send log lines of this process to the console and, if a folder is given, to `<name>.log` there.
+    """Log to the console and, if a folder is given, to a file in it.
 
-    Rank 0 writes `<name>.log`, rank r `<name>-rank<r>.log`. Files get every level.
+    Rank 0 writes `<name>.log`, rank r writes `<name>-rank<r>.log`. Files get every level.
     """
     _quiet_libraries()
     logger.remove()
@@ -124,7 +124,7 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
         SCREEN.write,
         format=CONSOLE_FORMAT if rank == 0 else RANK_FORMAT,
         level=level if rank == 0 else "WARNING",
-        filter=SCREEN.is_wanted,
+        filter=SCREEN.is_shown,
         colorize=is_terminal() and not os.environ.get("NO_COLOR"),
     )
     if log_folder is not None:
@@ -134,34 +134,34 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
 
 
 def is_terminal() -> bool:
-    """Whether standard error is a terminal that a person looks at: not under Slurm, which keeps it as a file."""
+    """Return whether standard error is a terminal. Under Slurm it counts as a file, because Slurm keeps it as one."""
     terminal = os.environ.get("TERM", "dumb")
     return sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ and terminal not in ("dumb", "unknown")
 
 
 def open_console() -> Console:
-    """Standard error, a terminal, as rich's console. What others print there is no markup."""
+    """Open standard error as a rich console that prints text as it is, without markup."""
     file = cast(IO[str], Terminal(sys.stderr))
     return Console(file=file, force_terminal=True, markup=False, emoji=False, highlight=False)
 
 
 def warn_once(message: str, *values: object) -> None:
-    """A warning that each rank would give: the console gets rank 0's alone, the log files each rank's own."""
+    """Log a warning that all ranks raise alike: on the console for rank 0 only, in every rank's log file."""
     is_first = int(os.environ.get("RANK", 0)) == 0
     logger.opt(depth=1).log("WARNING" if is_first else "DEBUG", message, *values)
 
 
 def log_table(table: RenderableType) -> None:
-    """Show a table of rich's on the console, and write it as text where there is no terminal and into the file."""
+    """Print a rich table on the console, and write it as text to the log file."""
     text = TextBuffer()
     Console(file=text, width=TEXT_WIDTH, force_terminal=False, color_system=None).print(table)
     logger.bind(table=table).info("\n{}", text.getvalue().rstrip())
 
 
 def _quiet_libraries() -> None:
-    """Keep progress bars and notes of libraries off the console; their warnings and errors stay.
+    """Turn off progress bars and notes of libraries; their warnings and errors stay.
 
-    Must come before they are imported: they read their environment then.
+    Call it before the libraries are imported, because they read these variables then.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""Is this machine fit to train: versions, GPUs, ranks that reach each other, a disk that takes what is written."""
+"""Examination of the machine: versions, GPUs, communication between ranks, and disks."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: in order without a cure, else what is wrong and what to do."""
+    """Result of one examination. It is a fault if it has a cure."""
 
     name: str
     detail: str
@@ -33,19 +33,19 @@ class Finding:
 
     @property
     def is_ok(self) -> bool:
-        """Whether it is in order."""
+        """Whether nothing is wrong."""
         return not self.cure
 
 
-def check_machine() -> Iterator[Finding]:
-    """Everything that can be told without settings."""
-    yield from check_versions(importlib.metadata.requires(PACKAGE) or [])
-    yield check_gpus(list_driver_gpus())
-    yield check_ranks(torch.cuda.device_count())
+def examine_machine() -> Iterator[Finding]:
+    """Yield every finding that needs no settings."""
+    yield from examine_versions(importlib.metadata.requires(PACKAGE) or [])
+    yield examine_gpus(list_driver_gpus())
+    yield examine_ranks(torch.cuda.device_count())
 
 
-def check_versions(requirements: Iterable[str]) -> Iterator[Finding]:
-    """Whether what the package needs is installed, in a version that it takes; optional extras are not looked at."""
+def examine_versions(requirements: Iterable[str]) -> Iterator[Finding]:
+    """Yield a fault for each required package that is missing or has the wrong version, then a list of versions."""
     python = ".".join(map(str, sys.version_info[:3]))
     versions = {}
     for text in requirements:
@@ -65,7 +65,7 @@ def check_versions(requirements: Iterable[str]) -> Iterator[Finding]:
 
 
 def list_driver_gpus() -> list[str]:
-    """Names of the GPUs that the driver knows of."""
+    """List the names of the GPUs that the driver reports."""
     if shutil.which("nvidia-smi") is None:
         return []
     done = subprocess.run(
@@ -74,11 +74,11 @@ def list_driver_gpus() -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def check_gpus(known_to_driver: list[str]) -> Finding:
-    """Whether PyTorch can use the GPUs that there are."""
+def examine_gpus(known_to_driver: list[str]) -> Finding:
+    """Compare the GPUs of the driver with those that PyTorch can use."""
     count, built_for = torch.cuda.device_count(), torch.version.cuda
     if known_to_driver and not torch.cuda.is_available():
-        detail = f"the driver has {len(known_to_driver)} x {known_to_driver[0]}, PyTorch sees none"
+        detail = f"the driver reports {len(known_to_driver)} x {known_to_driver[0]}, PyTorch finds none"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         if hidden is not None:
             return Finding("GPUs", f"{detail} (CUDA_VISIBLE_DEVICES={hidden})", "unset CUDA_VISIBLE_DEVICES")
@@ -87,7 +87,7 @@ def check_gpus(known_to_driver: list[str]) -> Finding:
             "GPUs", detail, f"torch is built {build}: install a build that your driver supports (pytorch.org)"
         )
     if not count:
-        return Finding("GPUs", "none; the CPU trains, which is for trying things out")
+        return Finding("GPUs", "none; training runs on the CPU, which is only good for trials")
     properties = [torch.cuda.get_device_properties(number) for number in range(count)]
     if min(each.major for each in properties) < 8:
         return Finding("GPUs", f"{count} x {properties[0].name}, without bf16", "set engine.precision: fp16")
@@ -95,11 +95,11 @@ def check_gpus(known_to_driver: list[str]) -> Finding:
     return Finding("GPUs", f"{count} x {properties[0].name}, {memory_gb:.0f} GB each, CUDA {built_for}")
 
 
-def check_ranks(num_gpus: int, command: list[str] | None = None, timeout_seconds: float = PROBE_SECONDS) -> Finding:
-    """Whether ranks find each other and sum right: all GPUs by NCCL, or two ranks on the CPU by gloo.
+def examine_ranks(num_gpus: int, command: list[str] | None = None, timeout_seconds: float = PROBE_SECONDS) -> Finding:
+    """Start ranks that sum numbers: on all GPUs by NCCL, or two on the CPU by gloo.
 
     Args:
-        command: what is started in the place of launch/probe.py, by the tests.
+        command: started instead of launch/probe.py, for tests.
     """
     num_ranks = num_gpus if num_gpus > 1 else 2
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
@@ -123,47 +123,47 @@ def check_ranks(num_gpus: int, command: list[str] | None = None, timeout_seconds
             status = None
         output.seek(0)
         printed = output.read()
-    return judge_probe(status, printed, "NCCL" if num_gpus > 1 else "gloo", num_ranks)
+    return interpret_probe(status, printed, "NCCL" if num_gpus > 1 else "gloo", num_ranks)
 
 
-def judge_probe(status: int | None, printed: str, backend: str, num_ranks: int) -> Finding:
-    """What the ranks' exit status (None: they did not end) and output say."""
+def interpret_probe(status: int | None, printed: str, backend: str, num_ranks: int) -> Finding:
+    """Interpret the probe's exit status (None: it did not end) and output."""
     name, lines = "ranks", printed.strip().splitlines()
     if status == 0:
         figures = next((json.loads(line) for line in lines if line.startswith("{")), {})
         speed = figures.get("gb_per_second", 0)
         return Finding(name, f"{num_ranks} by {backend}, sums of 64 MB at {speed:.2f} GB/s")
-    said = next(
+    message = next(
         (line.strip() for line in reversed(lines) if "Error" in line), lines[-1].strip() if lines else "nothing"
     )
-    what = f"{num_ranks} ranks by {backend} " + ("did not meet" if status is None else f"failed: {said[:200]}")
+    what = f"{num_ranks} ranks by {backend} " + ("did not connect" if status is None else f"failed: {message[:200]}")
     if backend == "NCCL":
         return Finding(name, what, "run again with NCCL_DEBUG=INFO; NCCL_P2P_DISABLE=1 or NCCL_SOCKET_IFNAME may help")
-    return Finding(name, what, "127.0.0.1 must be reachable; set GLOO_SOCKET_IFNAME=lo if the host name is not")
+    return Finding(name, what, "make 127.0.0.1 reachable; set GLOO_SOCKET_IFNAME=lo if the host name does not resolve")
 
 
-def check_disk(name: str, folder: Path, needed_bytes: int = 0) -> Finding:
-    """Whether a folder, or the one that it will be made in, can be written to, how fast, and with how much room."""
+def examine_disk(name: str, folder: Path, needed_bytes: int = 0) -> Finding:
+    """Examine free space and write speed of a folder, or of its nearest existing parent."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     try:
         bytes_per_second = measure_write_speed(place, min(WRITTEN_BYTES, shutil.disk_usage(place).free // 2))
     except OSError as error:
-        return Finding(name, f"{place}: {error.strerror}", f"give another {name}, or the right to write there")
+        return Finding(name, f"{place}: {error.strerror}", f"choose another {name}, or allow writing there")
     free = shutil.disk_usage(place).free
     detail = f"{folder}: {free / 1e9:.1f} GB free, writes {bytes_per_second / 1e6:.0f} MB/s"
     if needed_bytes:
         detail += f"; about {needed_bytes / 1e9:.2g} GB needed"
-    cure = f"free some space, or give another {name}" if needed_bytes > free else ""
+    cure = f"free some space, or choose another {name}" if needed_bytes > free else ""
     return Finding(name, detail, cure)
 
 
 def measure_write_speed(folder: Path, num_bytes: int = WRITTEN_BYTES) -> float:
-    """Bytes a second of one file that is written and flushed to the disk, in blocks; the file is deleted.
+    """Measure the speed of writing one file to disk, in bytes per second. The file is deleted.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
     """
-    block = os.urandom(min(BLOCK_BYTES, max(1, num_bytes)))  # a disk may compress what repeats
+    block = os.urandom(min(BLOCK_BYTES, max(1, num_bytes)))  # random, because a disk may compress repeated bytes
     num_blocks = max(1, num_bytes // len(block))
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", suffix=".tmp") as file:
         start = time.monotonic()

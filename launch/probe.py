@@ -1,4 +1,4 @@
-"""Ranks meet and sum numbers: what training's ranks do at every step, alone. Started by launch/machine.py:
+"""Communication probe: ranks join a process group and sum numbers. launch/machine.py starts it:
 
 torchrun --standalone --nproc_per_node=2 -m sdxl_trainer.launch.probe
 """
@@ -16,7 +16,7 @@ NUM_SUMS = 5
 
 
 def main() -> int:
-    """Sum over all ranks; rank 0 prints how fast that was, as JSON. Status 1 if a sum is wrong."""
+    """Sum over all ranks; rank 0 prints the speed as JSON. Return 1 if a sum is wrong."""
     ranks = init_ranks()
     values = torch.full((NUM_VALUES,), float(ranks.rank + 1), device=ranks.device)
     total = float(reduce_sum(values)[-1])

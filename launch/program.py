@@ -1,4 +1,4 @@
-"""What both programs do around their work: arguments, exit statuses, and one clean message when something is wrong."""
+"""Frame of every program: arguments, exit statuses, and one clear message when something is wrong."""
 
 import argparse
 import gc
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdxl_trainer.configs.problems import FailedError, UserInputError
-from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
+from sdxl_trainer.launch.signals import Interrupted, exit_on_signals
 from sdxl_trainer.launch.status import (
     STATUS_DONE,
     STATUS_FAILED,
@@ -19,12 +19,12 @@ from sdxl_trainer.launch.status import (
     record_status,
 )
 
-# A launcher kills all ranks when the first one leaves: the others give rank 0 this long to say why.
-COURTESY_SECONDS = 10
+# A launcher kills all ranks when the first one ends, so the others give rank 0 this long to print the reason.
+RANK_ZERO_SECONDS = 10
 
 
-def check_checkout(program: str) -> None:
-    """Stop with the cure if a stale install, not the checkout that `program` lies in, is what Python imports."""
+def require_checkout(program: str) -> None:
+    """Exit with the cure if Python imports a stale install instead of the checkout that holds `program`."""
     checkout, imported = Path(program).resolve().parent.parent, Path(__file__).resolve().parent.parent
     if checkout != imported:
         sys.exit(
@@ -34,24 +34,24 @@ def check_checkout(program: str) -> None:
 
 
 class RankParser(argparse.ArgumentParser):
-    """A command line that every rank reads: rank 0 alone says what is wrong with it, and the status is written down."""
+    """An argument parser for ranks: only rank 0 prints, and the exit status is recorded."""
 
     def error(self, message: str) -> NoReturn:
-        """Tell usage and mistake, and exit as for any other wrong input."""
+        """Print usage and the mistake on rank 0, and exit with status 2."""
         record_status(STATUS_WRONG_INPUT)
         if not _is_rank_zero():
-            time.sleep(COURTESY_SECONDS)
+            time.sleep(RANK_ZERO_SECONDS)
             self.exit(STATUS_WRONG_INPUT)
         super().error(message)
 
     def print_help(self, file: Any = None) -> None:
-        """Once for all ranks."""
+        """Print the help on rank 0."""
         if _is_rank_zero():
             super().print_help(file)
 
 
 def build_parser(description: str) -> RankParser:
-    """The arguments that both programs take."""
+    """Build the parser of the arguments that the cache job and training share."""
     parser = RankParser(description=description)
     parser.add_argument("--cfg", type=Path, required=True, help="YAML file with the settings (docs/CONFIG.md)")
     parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
@@ -61,36 +61,37 @@ def build_parser(description: str) -> RankParser:
 
 
 def run_program(work: Callable[[], None]) -> int:
-    """Run `work` and turn how it ended into the exit status.
+    """Run `work` and return the exit status.
 
-    0 done, 2 the user's input is wrong, 1 failed, 128 + signal stopped on request with everything done so far kept.
+    0: done. 1: failed. 2: the user's input is wrong. 128 + signal: stopped on request, and
+    everything done so far is saved.
 
-    Any other exception is left to Python, whose traceback and status 1 say more than a summary would.
+    Any other exception propagates: Python prints its traceback and exits with 1.
     """
     status = STATUS_FAILED
-    record_status(status)  # until something better is known
+    record_status(status)  # holds if the process is killed
     try:
         status = _run(work)
     finally:
         if status != STATUS_DONE:
-            _excuse_rank_zero(status)
+            _announce_failure(status)
     return status
 
 
 def _run(work: Callable[[], None]) -> int:
     try:
-        with exiting_on_signals():
+        with exit_on_signals():
             work()
     except UserInputError as error:
         if _is_rank_zero():
             sys.stderr.write(f"\n{error}\n\n")
             sys.stderr.flush()
         else:
-            time.sleep(COURTESY_SECONDS)
+            time.sleep(RANK_ZERO_SECONDS)
         return record_status(STATUS_WRONG_INPUT)
     except Interrupted as request:
         if _is_rank_zero():
-            sys.stderr.write(f"{request}; everything done so far is kept, the same command goes on\n")
+            sys.stderr.write(f"{request}; everything done so far is saved; the same command resumes\n")
         return record_status(128 + request.signal_number)
     except RankZeroError as error:
         return record_status(error.status)
@@ -104,21 +105,22 @@ def _is_rank_zero() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _excuse_rank_zero(status: int) -> None:
+def _announce_failure(status: int) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from sdxl_trainer.launch.distributed import excuse_rank_zero  # torch, which one process may not need
+        # Imports torch, which a single process may not need.
+        from sdxl_trainer.launch.distributed import announce_rank_zero_failure
 
-        excuse_rank_zero(status)
+        announce_rank_zero_failure(status)
 
 
 def end_program(status: int) -> NoReturn:
-    """End the process with `status`, without the interpreter's own ending.
+    """End the process with `status`, skipping the interpreter's shutdown.
 
-    Threads that torch and its backends leave behind may abort an interpreter that is taking itself apart, and the
-    status would be lost. All that must be kept has been closed or joined by `work` itself.
+    Threads of torch and its backends may abort an interpreter that is shutting down, and the status would be lost.
+    `work` itself has closed or joined everything that must be kept.
     """
     if status != STATUS_FAILED:
-        gc.collect()  # semaphores of data workers, in cycles, which multiprocessing would call leaked
+        gc.collect()  # frees semaphores of data workers, which multiprocessing would report as leaked
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

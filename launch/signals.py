@@ -1,4 +1,4 @@
-"""Stopping on request: the first signal asks the work to end at a safe place, a second one ends the process at once."""
+"""Stop signals: the first one asks the work to end at a safe place, a second one ends the process at once."""
 
 import os
 import signal
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sdxl_trainer.launch.status import forget_status, record_status
+from sdxl_trainer.launch.status import clear_status, record_status
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Ctrl-C reaches a rank from the terminal and again from torchrun; only what comes later is a second wish.
+# Ctrl-C reaches a rank from the terminal and again from torchrun; only a later signal is a second request.
 REPEAT_SECONDS = 2.0
 
 
-class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """The work was ended on request, with everything done so far kept.
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """The work ended on request, and everything done so far is saved.
 
     Args:
-        signal_number: by which signal, or by which one it is as if.
-        cause: what asked for it, if that was no signal.
+        signal_number: the signal that asked for it, or the one whose exit status applies.
+        cause: the origin of the request, if it was not a signal.
     """
 
     def __init__(self, signal_number: int, cause: str | None = None):
@@ -29,10 +29,10 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 
 class StopRequest:
-    """Remembers that a stop signal came. Made on the main thread, as Python asks of whoever handles signals.
+    """Record of a stop signal. Create it on the main thread, where Python allows signal handlers.
 
     Args:
-        on_save: called when SIGUSR1 asks to save and go on; None leaves that signal alone.
+        on_save: called on SIGUSR1, which asks to save and continue; None leaves that signal alone.
     """
 
     def __init__(self, on_save: Callable[[], None] | None = None) -> None:
@@ -44,7 +44,7 @@ class StopRequest:
             signal.signal(signal.SIGUSR1, lambda number, frame: on_save())
 
     def raise_if_received(self) -> None:
-        """Raise Interrupted if a stop signal has come; called where stopping loses nothing."""
+        """Raise Interrupted if a stop signal was received. Call it where stopping loses nothing."""
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
 
@@ -59,8 +59,8 @@ class StopRequest:
 
 
 @contextmanager
-def exiting_on_signals() -> Iterator[None]:
-    """Stop signals end the process at once, with their status, unless a StopRequest takes them over meanwhile."""
+def exit_on_signals() -> Iterator[None]:
+    """End the process at once on a stop signal, with its exit status, until a StopRequest handles signals."""
     before = {number: signal.signal(number, _exit_before_work) for number in list_stop_signals()}
     try:
         yield
@@ -70,20 +70,23 @@ def exiting_on_signals() -> Iterator[None]:
 
 
 def list_stop_signals() -> list[int]:
-    """The signals that end the work. SIGHUP, of a terminal that is closed, is none to what nohup has started; but from
-    torchrun, which then ends in any case, it comes with 30 s to live."""
+    """List the signals that end the work.
+
+    SIGHUP, which a closing terminal sends, does not count under nohup. From torchrun it always counts, because torchrun
+    kills its ranks 30 s later.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         return list(STOP_SIGNALS)
     return [number for number in STOP_SIGNALS if number != signal.SIGHUP]
 
 
 def exit_at_once(signal_number: int) -> None:
-    """End the process without any cleaning up."""
+    """End the process without cleaning up."""
     os._exit(record_status(128 + signal_number))
 
 
 def _leave_terminal() -> None:
-    """Send what is still to be said nowhere if the terminal is gone, where each word would be an error."""
+    """Redirect output to /dev/null if the terminal has gone, because writing to it would raise."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -92,5 +95,5 @@ def _leave_terminal() -> None:
 
 
 def _exit_before_work(number: int, frame: FrameType | None) -> None:
-    forget_status()
+    clear_status()
     os._exit(128 + number)

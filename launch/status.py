@@ -1,4 +1,4 @@
-"""The exit status, written down for the launch scripts: torchrun answers 1 whatever its ranks answer."""
+"""Exit statuses, and a file that passes them to the launch scripts: torchrun exits with 1 for every failure."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ STATUS_FILE_VARIABLE = "SDXL_TRAINER_STATUS_FILE"
 
 
 class RankZeroError(RuntimeError):
-    """Rank 0, which checks for all and tells people what is wrong, has failed. `status` is its exit status."""
+    """Rank 0, which checks settings and data for all ranks, has failed. `status` is its exit status."""
 
     def __init__(self, status: int):
         self.status = status
@@ -16,14 +16,16 @@ class RankZeroError(RuntimeError):
 
 
 def record_status(status: int) -> int:
-    """Write down the exit status of this node's first rank where the launch script looks for it, and return it."""
+    """Write the exit status of this node's first rank to the launch script's file, and return the status."""
     _write(str(status))
     return status
 
 
-def forget_status() -> None:
-    """Leave the launch script to say how it ended: it knows whether a signal was meant for the job, or came from
-    torchrun because another rank had died."""
+def clear_status() -> None:
+    """Clear the recorded status, so that the launch script derives it.
+
+    The script knows whether a signal was sent to the job, or by torchrun because another rank had died.
+    """
     _write("")
 
 

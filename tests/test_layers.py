@@ -155,7 +155,12 @@ def find_forbidden(file: str, source: str) -> list[str]:
     """Use of process groups, of DeepSpeed, and broad excepts where they have no place."""
     tree, wrong = ast.parse(source), []
     for module, *homes in (
-        ("torch.distributed", "launch/distributed.py", "launch/launcher.py"),  # the latter runs torchrun
+        (
+            "torch.distributed",
+            "launch/distributed.py",
+            "launch/patches.py",
+            "launch/launcher.py",
+        ),  # the last runs torchrun
         ("deepspeed", "train/engine/"),
     ):
         if not file.startswith(tuple(homes)):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import check_checkout
+    from sdxl_trainer.launch.program import require_checkout
     from sdxl_trainer.train.export.convert import main
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
@@ -12,5 +12,5 @@ except ImportError:
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
 if __name__ == "__main__":
-    check_checkout(__file__)
+    require_checkout(__file__)
     sys.exit(main())

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import build_parser, check_checkout, end_program, run_program
+    from sdxl_trainer.launch.program import build_parser, end_program, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -13,7 +13,7 @@ except ImportError:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    check_checkout(__file__)
+    require_checkout(__file__)
     options = build_parser(main.__doc__ or "").parse_intermixed_args(arguments)
 
     def work() -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import RankParser, check_checkout, end_program, run_program
+    from sdxl_trainer.launch.program import RankParser, end_program, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -32,7 +32,7 @@ def build_arguments() -> RankParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, draw, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    check_checkout(__file__)
+    require_checkout(__file__)
     options = build_arguments().parse_intermixed_args(arguments)
 
     def work() -> None:

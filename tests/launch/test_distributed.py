@@ -1,4 +1,4 @@
-"""Ranks find each other however late rank 0 comes, and none waits forever for one that hangs."""
+"""Ranks wait for a late rank 0 without a limit, and for a rank that hangs only until the time-out."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""How programs take their command line: a mistake in it is wrong input, and told once."""
+"""Command lines of the programs: a mistake is wrong input, reported once."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from sdxl_trainer.train.main import main as train_main
 def test_a_wrong_command_line_is_status_2_and_told_by_rank_0_alone(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(program, "COURTESY_SECONDS", 0)
+    monkeypatch.setattr(program, "RANK_ZERO_SECONDS", 0)
     monkeypatch.setenv(STATUS_FILE_VARIABLE, str(tmp_path / "status"))
     for rank in "01":
         monkeypatch.setenv("RANK", rank)

@@ -1,4 +1,4 @@
-"""What stop signals do to a process: the first one is noted, its echo too, and a later one ends it at once."""
+"""Stop signals: a process records the first one, ignores its echo, and ends at once on a later one."""
 
 import signal
 import subprocess

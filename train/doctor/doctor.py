@@ -18,7 +18,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
-from sdxl_trainer.launch.machine import Finding, check_disk, check_machine
+from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine
 from sdxl_trainer.launch.program import FailedError, run_program
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.duration import describe_duration
@@ -33,9 +33,9 @@ from sdxl_trainer.train.estimates.memory import (
 
 def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
     """The machine, then the settings if there are any, and what they need of it."""
-    yield from check_machine()
+    yield from examine_machine()
     if cfg is None:
-        yield check_disk("run.dir", Path("runs"))
+        yield examine_disk("run.dir", Path("runs"))
         return
     try:
         config, problems = load_config(cfg, overrides)
@@ -52,8 +52,8 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))
     saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
-    yield check_disk("run.dir", config.run.folder, saved)
-    yield check_disk("cache.dir", get_cache_folder(config))
+    yield examine_disk("run.dir", config.run.folder, saved)
+    yield examine_disk("cache.dir", get_cache_folder(config))
 
 
 def check_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:

@@ -221,7 +221,7 @@ def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
         if job.returncode:
             break
     assert job.returncode == 128 + getattr(signal, number), said[-3000:]
-    assert f"stopped by {number}; everything done so far is kept" in said and "Traceback" not in said
+    assert f"stopped by {number}; everything done so far is saved" in said and "Traceback" not in said
     assert check_folder(tmp_path / "latents") == []
     listed = hash_items(tmp_path / "latents")  # no shard is left unfinished
     assert 10 <= len(listed) < 120 and listed.items() <= whole.items()
@@ -263,7 +263,7 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
     os.kill(find_rank(job, 1), signal.SIGKILL)
     _, said = job.communicate(timeout=90)
     assert job.returncode == 1 and "ChildFailedError" not in said, said[-3000:]
-    assert said.endswith("torchrun: rank 1 was killed by SIGKILL before any other; what it said is above\n")
+    assert said.endswith("torchrun: rank 1 was killed by SIGKILL before any other; its messages are above\n")
     assert check_folder(tmp_path / "latents") == []
     assert 6 <= len(hash_listed(tmp_path / "latents")) < 120
     assert run_job(settings, *words) == 0

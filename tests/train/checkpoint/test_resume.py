@@ -14,7 +14,7 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.launch.signals import Interrupted, exiting_on_signals
+from sdxl_trainer.launch.signals import Interrupted, exit_on_signals
 from sdxl_trainer.train.checkpoint.folder import verify_manifest
 from sdxl_trainer.train.checkpoint.resume import list_changes, restore_progress
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -189,7 +189,7 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
     clock = [100.0]
     monkeypatch.setattr(interruption.time, "monotonic", lambda: clock[0])
     # Restores the signal handlers at its end.
-    with exiting_on_signals():
+    with exit_on_signals():
         requests = Requests(tmp_path, Ranks(0, 0, 1, None), save_every_minutes=1.5)  # pyright: ignore
         other = Requests(tmp_path, Ranks(1, 1, 2, None), save_every_minutes=1.5)  # pyright: ignore
     collected = []
@@ -202,7 +202,7 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
 
 def test_a_save_file_is_read_once_and_by_rank_0_alone(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
-    with exiting_on_signals():
+    with exit_on_signals():
         first, other = Requests(tmp_path, Ranks(0, 0, 2, None)), Requests(tmp_path, Ranks(1, 1, 2, None))  # pyright: ignore
     assert other.collect() == [0.0, 0.0] and (tmp_path / "save").exists()
     assert first.collect() == [0.0, 1.0] and not (tmp_path / "save").exists()
@@ -213,7 +213,7 @@ def test_a_save_file_is_read_once_and_by_rank_0_alone(tmp_path: Path) -> None:
 
 def test_a_stop_file_survives_restarts_and_is_deleted_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "stop").touch()
-    with exiting_on_signals():
+    with exit_on_signals():
         requests = Requests(tmp_path, Ranks(0, 0, 1, None))  # pyright: ignore
         assert requests.collect() == [1.0, 0.0]
     with pytest.raises(Interrupted, match="stopped by the file stop") as request:

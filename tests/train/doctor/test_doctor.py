@@ -19,11 +19,11 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.launch.machine import (
     Finding,
-    check_disk,
-    check_gpus,
-    check_ranks,
-    check_versions,
-    judge_probe,
+    examine_disk,
+    examine_gpus,
+    examine_ranks,
+    examine_versions,
+    interpret_probe,
     measure_write_speed,
 )
 from sdxl_trainer.launch.program import FailedError
@@ -42,7 +42,7 @@ CONFIGS = ROOT / "configs"
 
 def test_versions_that_are_missing_or_wrong() -> None:
     wanted = ["numpy>=1", "torch>=99", "no-such-package", "another>=3; extra == 'x'", "older; python_version < '3'"]
-    findings = {finding.name: finding for finding in check_versions(wanted)}
+    findings = {finding.name: finding for finding in examine_versions(wanted)}
     assert set(findings) == {"torch", "no-such-package", "versions"}
     assert findings["torch"].detail.endswith("and must be >=99") and "torch>=99" in findings["torch"].cure
     assert "pip install -e ." in findings["no-such-package"].cure
@@ -52,34 +52,34 @@ def test_versions_that_are_missing_or_wrong() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines on which PyTorch sees no GPU")
 def test_gpus_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert check_gpus([]).is_ok
-    found = check_gpus(["NVIDIA H200"] * 2)
+    assert examine_gpus([]).is_ok
+    found = examine_gpus(["NVIDIA H200"] * 2)
     assert "2 x NVIDIA H200" in found.detail and "torch is built" in found.cure
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert check_gpus(["NVIDIA H200"]).cure == "unset CUDA_VISIBLE_DEVICES"
+    assert examine_gpus(["NVIDIA H200"]).cure == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_ranks_that_fail_or_do_not_meet() -> None:
     python = [sys.executable, "-c"]
-    fine = check_ranks(0, [*python, "print('note\\n{\"gb_per_second\": 1.5}')"])
+    fine = examine_ranks(0, [*python, "print('note\\n{\"gb_per_second\": 1.5}')"])
     assert fine == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s")
-    failed = check_ranks(0, [*python, "raise ValueError('no network')"])
+    failed = examine_ranks(0, [*python, "raise ValueError('no network')"])
     assert "ValueError: no network" in failed.detail and "127.0.0.1" in failed.cure
     start = time.monotonic()
     hanging = "import os, time\nos.fork()\ntime.sleep(60)"  # its child must not live on
-    assert "did not meet" in check_ranks(0, [*python, hanging], timeout_seconds=0.5).detail
+    assert "did not connect" in examine_ranks(0, [*python, hanging], timeout_seconds=0.5).detail
     assert time.monotonic() - start < 30
-    assert "NCCL_DEBUG=INFO" in judge_probe(1, "", "NCCL", 8).cure
+    assert "NCCL_DEBUG=INFO" in interpret_probe(1, "", "NCCL", 8).cure
 
 
 def test_disks(tmp_path: Path) -> None:
-    found = check_disk("run.dir", tmp_path / "not" / "yet", 10)
+    found = examine_disk("run.dir", tmp_path / "not" / "yet", 10)
     assert found.is_ok and "GB free, writes" in found.detail and str(tmp_path) in found.detail
     assert list(tmp_path.iterdir()) == []  # nothing is left, and nothing made
     assert measure_write_speed(tmp_path, 1 << 20) > 0
-    assert check_disk("run.dir", tmp_path, 1 << 62).cure == "free some space, or give another run.dir"
+    assert examine_disk("run.dir", tmp_path, 1 << 62).cure == "free some space, or give another run.dir"
     (tmp_path / "file").touch()
-    assert "Not a directory" in check_disk("run.dir", tmp_path / "file" / "runs").detail
+    assert "Not a directory" in examine_disk("run.dir", tmp_path / "file" / "runs").detail
 
 
 @pytest.mark.parametrize(

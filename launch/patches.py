@@ -1,0 +1,32 @@
+"""Changes to the behaviour of torch.distributed and DeepSpeed, and uses of what they do not document.
+
+Each entry names the versions it was written for, the reason, and the public way that was looked for.
+tests/launch/test_patches.py fails when the patched code changes its shape.
+"""
+
+import sys
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+def set_default_timeout(timeout: timedelta) -> None:
+    """Set the time-out of process groups that are made without one.
+
+    Written for torch 2.13.0 and deepspeed 0.19.8. DeepSpeed makes groups of its own by `new_group` without a time-out,
+    so torch's default would apply: 10 minutes with NCCL, whatever `engine.timeout_minutes` says. DeepSpeed's
+    `init_distributed(timeout=...)` reaches only the default group.
+    """
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def destroy_process_groups() -> None:
+    """Destroy all process groups, through DeepSpeed if it uses them.
+
+    Written for deepspeed 0.19.8. `deepspeed.comm` caches its groups and has to forget them, or the next engine of this
+    process would use dead ones. The module is looked up instead of imported, because importing DeepSpeed takes seconds
+    and the cache job does without it. torch's own function does not reach DeepSpeed's cache.
+    """
+    comm = sys.modules.get("deepspeed.comm")
+    (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
