@@ -1,9 +1,9 @@
-"""What a rank holds between steps, beside what ZeRO's arithmetic says that it should (train/estimates/memory.py).
+"""Memory of a rank between steps, compared with the estimate by ZeRO's arithmetic (train/estimates/memory.py).
 
-Trains the tiny SDXL for two steps on two ranks, for every ZeRO stage in fp32 and bf16, and adds up the storages of all
-tensors of rank 0 that are alive then, without the frozen text encoders. Weights that ZeRO-3 keeps whole because they
-are small would be most of the tiny model, and buckets larger than it: both are set to next to nothing. Stage 3 keeps
-its gradients' buffer, the others have none between steps.
+Trains the tiny SDXL for two steps on two ranks, for every ZeRO stage in fp32 and bf16. Then it adds up the storages of
+all live tensors of rank 0, without the frozen text encoders. ZeRO-3's threshold for small weights and the sizes of
+buckets are close to zero, because the tiny model would otherwise consist of small weights and fit into one bucket.
+Stage 3 keeps a buffer of gradients between steps; the other stages keep none.
 """
 
 import gc
@@ -28,11 +28,11 @@ SMALL = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 30_000,
 }
-LIMIT = 1.02  # of what the arithmetic says
+LIMIT = 1.02  # measured bytes / estimated bytes
 
 
 def compare(work: Path, quick: bool) -> dict[str, Figure]:
-    """Each stage and precision."""
+    """Measure each stage and precision."""
     figures: dict[str, Figure] = {}
     words = [*make_tiny_set(work), "train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}"]
     start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
@@ -48,7 +48,7 @@ def compare(work: Path, quick: bool) -> dict[str, Figure]:
 
 
 def measure(settings: dict[str, Any]) -> int:
-    """Two steps, then look."""
+    """Train two steps, then print this rank's bytes, measured and estimated."""
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
@@ -73,17 +73,17 @@ def measure(settings: dict[str, Any]) -> int:
 
 
 def add_up_storages() -> int:
-    """Bytes of all tensors that are alive in this process, each storage once."""
+    """Return the bytes of all live tensors of this process, each storage once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if is_tensor(thing)]
+    tensors = [item for item in gc.get_objects() if is_tensor(item)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def is_tensor(thing: Any) -> bool:
-    """Whether it is a tensor with a storage; proxies that some libraries leave about fail when they are asked."""
-    return issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided
+def is_tensor(item: Any) -> bool:
+    """Return whether an object is a tensor with a storage; isinstance would raise on proxies of some libraries."""
+    return issubclass(type(item), torch.Tensor) and item.layout == torch.strided
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The model of scale in docs/SCALE.md: prints its tables from the constants below, each with where it comes from.
+"""Tables of docs/SCALE.md, computed from the constants below, each with its source.
 
-`--check` ends with status 1 if a table of docs/SCALE.md is not what is printed.
+`--check` exits with status 1 if a table of docs/SCALE.md differs.
 """
 
 import argparse
@@ -9,15 +9,15 @@ from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "SCALE.md"
 GPUS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
-NODE = 8  # GPUs
+NODE = 8  # GPUs of a node
 
 # Arithmetic of SDXL: train/estimates/flops.py, configs/sdxl.
 WEIGHTS = 2_567_463_684
 TFLOP_AN_IMAGE = 20.3  # forward and backward at 1024x1024
 LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers
-# Of the vendor's data sheet, of a Hopper GPU (H100 SXM, H200), and of a node with an adapter of 400 Gbit/s for each.
+# Vendor's data sheet of a Hopper GPU (H100 SXM, H200), in a node with one 400 Gbit/s adapter for each GPU.
 PEAK_TFLOPS, NVLINK_GBS, NETWORK_GBS = 989.5, 450.0, 50.0
-# Assumed: nobody has measured it with this program. The target of docs/PERFORMANCE.md.
+# Assumed, not measured: the target of docs/PERFORMANCE.md.
 MFU = 0.45
 # Measured on two cores of a shared machine without a GPU: docs/DATA.md, docs/CACHE.md, docs/RELIABILITY.md.
 FIRST_START_CPU_SECONDS_A_MILLION = 19.6  # of 10 million records; 13.3 of one million
@@ -29,7 +29,7 @@ MICRO_BATCH = 8
 
 
 def main() -> int:
-    """Print the tables, or compare them with the document's."""
+    """Print the tables, or compare them with docs/SCALE.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with docs/SCALE.md instead of printing")
     options = parser.parse_args()
@@ -42,15 +42,15 @@ def main() -> int:
 
 
 def compute_rate() -> float:
-    """Images a second of one GPU at the assumed MFU."""
+    """Return the images a second of one GPU at the assumed MFU."""
     return MFU * PEAK_TFLOPS / TFLOP_AN_IMAGE
 
 
 def compute_traffic_gb(stage: int, accumulation: int) -> float:
-    """GB that a rank sends in a step, and as many that it receives, on many ranks: each factor (N-1)/N is taken as 1.
+    """Return the GB that a rank sends in a step, equal to the GB it receives, without the factor (N-1)/N of N ranks.
 
-    Gradients in bf16 are reduced once a step by stages 0 and 1, and for each micro batch by 2 and 3; weights in bf16
-    are gathered once a step by stages 1 and 2, and for each forward and backward pass by 3.
+    Gradients in bf16 are reduced once a step by stages 0 and 1, and once a micro batch by stages 2 and 3. Weights in
+    bf16 are gathered once a step by stages 1 and 2, and in each forward and backward pass by stage 3.
     """
     weights_gb = 2 * WEIGHTS / 1e9
     reduced = {0: 2, 1: 1, 2: accumulation, 3: accumulation}[stage]
@@ -59,7 +59,7 @@ def compute_traffic_gb(stage: int, accumulation: int) -> float:
 
 
 def tabulate_step() -> str:
-    """Step time, and what of it the network would need if nothing overlapped."""
+    """Tabulate the step time, and the time of communication if nothing overlapped."""
     seconds = MICRO_BATCH / compute_rate()
     rows = [
         "| GPUs | global batch | images/s | step | sending, ZeRO 1, 2 | ZeRO 3 | hours for 1, 10, 100 million images |"
@@ -77,7 +77,7 @@ def tabulate_step() -> str:
 
 
 def tabulate_traffic() -> str:
-    """Bytes by stage and accumulation, and the bandwidth below which they take longer than the arithmetic."""
+    """Tabulate bytes by stage and accumulation, and the bandwidth below which sending takes longer than computing."""
     seconds = MICRO_BATCH / compute_rate()
     rows = ["| ZeRO | GB sent a step, no accumulation | 4 micro batches | 16 | becomes the limit below, GB/s |"]
     rows.append("|---|---|---|---|---|")
@@ -89,7 +89,7 @@ def tabulate_traffic() -> str:
 
 
 def tabulate_reading() -> str:
-    """How fast latents must come."""
+    """Tabulate the rate at which latents must be read."""
     rows = ["| GPUs | latents/s | from storage | of one worker for each GPU |", "|---|---|---|---|"]
     for gpus in GPUS:
         rate = gpus * compute_rate()
@@ -99,7 +99,7 @@ def tabulate_reading() -> str:
 
 
 def tabulate_cache() -> str:
-    """What the cache takes."""
+    """Tabulate the space and the CPU time of the cache."""
     rows = ["| images | latents | CPU of the cache job | on 64 cores |", "|---|---|---|---|"]
     for images in IMAGES:
         hours = images * CACHE_CPU_MS_A_IMAGE / 1e3 / 3600
@@ -108,7 +108,7 @@ def tabulate_cache() -> str:
 
 
 def tabulate_start() -> str:
-    """Start-up of data; networks and process group come on top, and do not grow with the set."""
+    """Tabulate the start-up of the data; networks and process group take constant time besides."""
     rows = ["| images | first start, on rank 0 | index | later start | a plan's memory, every rank |"]
     rows.append("|---|---|---|---|---|")
     for images in IMAGES:

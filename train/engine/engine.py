@@ -172,14 +172,13 @@ def _build_deepspeed(
     is_plain = config.zero_stage == 0 and config.precision == "fp32"
     if is_plain:
         settings["gradient_clipping"] = 0.0
-    engine, wrapped, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    built: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine = built[0]
     if is_plain:
-        guard_updates(wrapped, max_grad_norm)
+        guard_updates(engine.optimizer, max_grad_norm)
     if config.zero_stage == 0 and engine.world_size == 1:
         skip_gradient_allreduce(engine)
         replace_zero_grad(engine)
-    if config.zero_stage in (1, 2) and not config.offload_optimizer and wrapped.compute_grad_norm:
-        skip_overflow_scan(wrapped)
+    if config.zero_stage in (1, 2) and not config.offload_optimizer and engine.optimizer.compute_grad_norm:
+        skip_overflow_scan(engine.optimizer)
     return engine
