@@ -105,7 +105,7 @@ def save(folder: Path, ranks: Ranks) -> None:
             folder=folder / str(stage), rank=ranks.rank, world_size=ranks.world_size, token="t", keep_last=1
         )
         state = TrainState(step=SAVED_STEPS, world_size=ranks.world_size, zero_stage=stage)
-        partial = writer.write_files(engine.capture_state(alone=True), state)
+        partial = writer.write_shard(engine.capture_state(alone=True), state)
         assert (seal_checkpoint(partial) is not None) == (ranks.rank == 1)
     (folder / f"rank {ranks.rank} has saved").touch()
 

@@ -105,7 +105,7 @@ class EmergencySaver:
             elif (state := self._read_state(completed)).step == self._writer.last_step:
                 logger.error("step {} is saved already", state.step)
             elif completed > 0:
-                partial = self._writer.write_files(self._engine.capture_state(alone=True), state)
+                partial = self._writer.write_shard(self._engine.capture_state(alone=True), state)
                 logger.error("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
                 self._export_once(state.step)
         return partial

@@ -89,7 +89,7 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
-    def write_files(self, files: dict[str, Any], state: TrainState) -> Path:
+    def write_shard(self, files: dict[str, Any], state: TrainState) -> Path:
         """Write this rank's files, the state and this rank's part, without collectives. Returns the partial folder."""
         partial = get_partial_folder(self.folder, state.step, self.token)
         partial.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class CheckpointWriter:
         for name, content in files.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            sha256, size = write_file(path, content)
+            sha256, size = save_hashed(path, content)
             written[name] = {"bytes": size, "sha256": sha256}
         # Equal on every rank, so every living rank may write it.
         state.save(partial)
@@ -139,7 +139,7 @@ class CheckpointWriter:
             lack = self.describe_lack_of_space(files)
             if lack is None:
                 try:
-                    return self.write_files(files, state)
+                    return self.write_shard(files, state)
                 except OSError as error:
                     if error.errno not in FULL_DISK:
                         raise
@@ -169,7 +169,7 @@ class CheckpointWriter:
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
 
 
-def write_file(path: Path, content: Any) -> tuple[str, int]:
+def save_hashed(path: Path, content: Any) -> tuple[str, int]:
     """Write `content` by torch.save. Returns (SHA-256, bytes).
 
     Raises:

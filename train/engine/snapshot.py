@@ -119,12 +119,12 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
         reshard(shard, saved)
     groups = engine.optimizer.param_groups
     settings = [dict(group) for group in groups]
-    _load_shard(engine, weights, shard)
+    _load_into_engine(engine, weights, shard)
     _restore_settings(engine.optimizer.param_groups, settings, engine.basic_optimizer)
     _load_averages(weights, saved)
 
 
-def _load_shard(engine: Any, weights: Weights, shard: Shard) -> None:
+def _load_into_engine(engine: Any, weights: Weights, shard: Shard) -> None:
     """Load a rank's files, which have this very layout, into DeepSpeed."""
     assert shard.model is not None
     weights.release_gathered()

@@ -65,7 +65,7 @@ class Weights:
             average: return the moving average of this decay (a key of `ema.averages`) instead of the weight.
         """
         if name in self._fragments:
-            return self._gather(name, self._list_flats(average)).cpu()
+            return self._assemble(name, self._list_flats(average)).cpu()
         # A frozen parameter, of which each rank holds a part under ZeRO-3.
         with deepspeed.zero.GatheredParameters([self._parameters[name]]):
             return self._parameters[name].detach().float().to("cpu", copy=True)
@@ -117,7 +117,7 @@ class Weights:
             return self.ema.averages[average]
         return [flatten(master) for master in self.list_masters()]
 
-    def _gather(self, name: str, flats: list[torch.Tensor]) -> torch.Tensor:
+    def _assemble(self, name: str, flats: list[torch.Tensor]) -> torch.Tensor:
         """Assemble a trained parameter from the fragments in every rank's flat tensors."""
         shape = self.layout.shapes[name]
         whole = torch.zeros(torch.Size(shape).numel(), device=self._engine.device)
@@ -151,7 +151,7 @@ class Weights:
     @torch.no_grad()
     def _set_weights(self, flats: list[torch.Tensor]) -> None:
         for name in self._fragments:
-            whole, parameter = self._gather(name, flats), self._parameters[name]
+            whole, parameter = self._assemble(name, flats), self._parameters[name]
             # Has an effect under ZeRO-3 only.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(whole)

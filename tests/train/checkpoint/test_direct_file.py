@@ -10,7 +10,7 @@ import torch
 
 from sdxl_trainer.train.checkpoint import direct_file
 from sdxl_trainer.train.checkpoint.direct_file import BLOCK_BYTES, DirectFile
-from sdxl_trainer.train.checkpoint.writer import write_file
+from sdxl_trainer.train.checkpoint.writer import save_hashed
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 2 * BLOCK_BYTES + 12_345, np.uint8).tobytes()
 
@@ -65,14 +65,14 @@ def test_an_error_of_the_disk_is_not_hidden_by_torch(tmp_path, monkeypatch, code
 
     monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError) as raised:
-        write_file(tmp_path / "x.pt", {"x": torch.zeros(3 * BLOCK_BYTES // 4)})
+        save_hashed(tmp_path / "x.pt", {"x": torch.zeros(3 * BLOCK_BYTES // 4)})
     assert raised.value.errno == code
     assert len(os.listdir("/proc/self/fd")) == before, "a file is left open"
 
 
 def test_torch_loads_the_file_that_it_saved(tmp_path):
     content = {"weights": torch.randn(1_500_000), "step": 3, "half": torch.randn(7).half()}
-    sha256, size = write_file(tmp_path / "x.pt", content)
+    sha256, size = save_hashed(tmp_path / "x.pt", content)
     loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
     assert torch.equal(loaded["weights"], content["weights"]) and torch.equal(loaded["half"], content["half"])
     assert sha256 == hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()

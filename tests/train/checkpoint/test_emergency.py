@@ -116,14 +116,14 @@ def test_a_step_that_is_saved_already_and_a_run_without_steps_are_not_written(
 
 def test_the_current_checkpoint_is_written_first(engine: Engine, tmp_path: Path) -> None:
     saver, order = build_saver(engine, tmp_path), []
-    write = saver._writer.write_files
+    write = saver._writer.write_shard
 
     def write_slowly(files, state):
         time.sleep(0.3 if state.step == FIRST_STEP + 2 else 0)
         order.append(state.step)
         return write(files, state)
 
-    saver._writer.write_files = write_slowly
+    saver._writer.write_shard = write_slowly
     saver._writer.start_writing(engine.capture_state(), TrainState(step=FIRST_STEP + 2, world_size=1))
     saver.save("planted")
     assert order == [FIRST_STEP + 2, FIRST_STEP + 3] and find_step(tmp_path) == FIRST_STEP + 3

@@ -19,7 +19,7 @@ from sdxl_trainer.train.checkpoint.writer import CheckpointWriter, count_tensor_
 def write_rank(folder: Path, rank: int, step: int, world_size: int = 2, token: str = "t") -> Path:
     writer = CheckpointWriter(folder=folder, rank=rank, world_size=world_size, token=token, keep_last=2)
     files = {f"state/rank_{rank}.pt": {"weights": torch.full((5, 3), float(rank)), "step": step}}
-    return writer.write_files(files, TrainState(step=step, epoch=1, index=2, world_size=world_size))
+    return writer.write_shard(files, TrainState(step=step, epoch=1, index=2, world_size=world_size))
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
