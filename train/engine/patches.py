@@ -68,7 +68,11 @@ def compile_at_first_call(function: Callable) -> Callable:
 
 
 def silence_renamed_collectives() -> None:
-    """Hide torch's warnings about older names of collectives, which DeepSpeed uses and a user cannot change."""
+    """Hide torch's warnings that `all_gather_into_tensor` and `reduce_scatter_tensor` have new names.
+
+    Why: DeepSpeed calls the old names, at every step of ZeRO, and a user cannot change that. Looked for: a setting of
+    DeepSpeed; it has none, and a filter of warnings is Python's public way.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 

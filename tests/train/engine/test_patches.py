@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -70,6 +71,12 @@ def test_muon_kernels_are_decorated_by_the_patched_function_and_still_compute():
     compiled = patches.compile_at_first_call(lambda number: number + 1)
     with torch.compiler.set_stance("force_eager"):
         assert compiled(1) == 2
+
+
+def test_collectives_that_deepspeed_calls_are_still_deprecated():
+    source = get_source(DeepSpeedZeroOptimizer) + get_source(TorchBackend)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        assert name in source and "deprecated" in getattr(torch.distributed, name).__deprecated__
 
 
 def test_the_engine_reads_norm_and_overflow_of_a_plain_optimizer():
