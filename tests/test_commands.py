@@ -19,7 +19,7 @@ from programs import ROOT
 
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config
 from sdxl_trainer.data.images.demo_set import draw_demo_set
-from sdxl_trainer.train.export import convert
+from sdxl_trainer.train import convert
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -1,15 +1,47 @@
-"""Convert a checkpoint, single file or diffusers folder: `python train/convert.py SOURCE TARGET`."""
+"""Converts models: `python train/convert.py SOURCE TARGET`."""
 
+import argparse
 import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import require_checkout
-    from sdxl_trainer.train.export.convert import main
+    from sdxl_trainer.launch.program import require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
+
+DESCRIPTION = """Convert a checkpoint, a single file or a diffusers folder into a single file or a diffusers folder.
+
+python train/convert.py runs/x/checkpoints/step-00001000 model.safetensors [--dtype fp16] [model.path=…]"""
+
+
+def build_arguments() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source", type=Path, help="a checkpoint (step-… folder), a run folder (its newest one), a file or a folder"
+    )
+    parser.add_argument("target", type=Path, help="a name that ends in .safetensors, or a folder for diffusers layout")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (fp16)")
+    parser.add_argument("--ema", metavar="DECAY", help="convert the moving average of this decay, such as 0.999")
+    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the checkpoint by default")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, convert, return the exit status (0 done, 1 failed, 2 wrong input)."""
+    options = build_arguments().parse_intermixed_args(arguments)
+
+    def work() -> None:
+        from sdxl_trainer.train.export.convert import run_conversion
+
+        words = [*options.overrides, f"checkpoint.export_dtype={options.dtype}"]
+        run_conversion(options.source, options.target, options.cfg, words, options.ema)
+
+    return run_program(work)
+
 
 if __name__ == "__main__":
     require_checkout(__file__)

@@ -47,7 +47,7 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
     if chosen:
         yield Finding("engine.zero_stage", chosen)
     yield from check_settings(config, problems, world_size)
-    num_weights = count_unet_parameters(config)
+    num_weights = count_unet_parameters(config.model)
     yield check_memory(config, num_weights, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))

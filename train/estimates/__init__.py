@@ -1,1 +1,1 @@
-"""Estimates made before and during a run: memory, FLOPs, and duration."""
+"""Estimates of memory, FLOPs and duration, before and during a run."""

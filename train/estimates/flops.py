@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation (MFU): what of the devices' peak the U-Net's arithmetic makes use of."""
+"""Model FLOPs utilisation (MFU): the share of the devices' peak that the U-Net's arithmetic uses."""
 
 import math
 import re
@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from sdxl_trainer.cache.models.single_file_names import build_name_table
-from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import Ranks
 
-# Dense TFLOP/s in bf16 with fp32 accumulation, by the name that the driver gives: NVIDIA's data sheets (half of what
-# they give with sparsity) and, for GeForce, the white papers of the Ampere GA102 and Ada architectures. Names must be
-# the whole of it: laptop chips, parts of a GPU (MIG, vGPU) and relatives with fewer cores have names that begin alike.
+# Dense TFLOP/s in bf16 with fp32 accumulation, by the driver's device name. Sources: NVIDIA's data sheets (half of the
+# figures with sparsity) and, for GeForce, the white papers of the Ampere GA102 and Ada architectures. Names must match
+# exactly: laptop chips, partial GPUs (MIG, vGPU) and models with fewer cores have names that begin alike.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
     "NVIDIA H200": 989.5,
@@ -35,20 +34,21 @@ PEAK_TFLOPS = {
     "NVIDIA GeForce RTX 4090": 165.2,
     "NVIDIA GeForce RTX 3090": 71.0,
 }
-BACKWARD_SHARE = 2  # a backward pass multiplies by each weight for its input's gradient, and for its own
+BACKWARD_PASSES = 2  # the backward pass costs two forward passes: gradients of the inputs and of the weights
 
 
 def get_peak_flops(device_name: str) -> float | None:
-    """A device's dense bf16 FLOP/s; None for what is not in the table."""
+    """Return a device's dense bf16 FLOP/s, or None for a device that is not in the table."""
     tflops = PEAK_TFLOPS.get(device_name)
     return None if tflops is None else tflops * 1e12
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of training the whole U-Net on one image: forward and backward, without what checkpointing computes again.
+    """FLOPs of training the whole U-Net on one image, as a polynomial in the latent's area.
 
-    Self-attention grows with the square of the latent's area, convolutions and projections with the area.
+    Forward and backward pass count; the recomputation of gradient checkpointing does not. Self-attention grows with the
+    square of the area, convolutions and projections with the area.
     """
 
     per_area_squared: float
@@ -56,39 +56,47 @@ class FlopCount:
     constant: float
 
     def compute(self, latent_size: tuple[int, int]) -> float:
-        """FLOPs of an image of this latent (height, width)."""
+        """Return the FLOPs of an image with this latent size (height, width)."""
         area = latent_size[0] * latent_size[1]
         return (self.per_area_squared * area + self.per_area) * area + self.constant
 
 
 @dataclass(frozen=True)
 class MfuReference:
-    """What MFU is reckoned with."""
+    """The FLOPs of an image and the devices' peak, from which MFU is computed."""
 
     count: FlopCount
-    peak_flops: float  # of all ranks' devices together, per second
+    peak_flops: float  # FLOP/s of all ranks' devices together
 
 
 def build_mfu_reference(
-    unet: torch.nn.Module, unet_config: Mapping[str, Any], config: Config, ranks: Ranks
+    unet: torch.nn.Module, unet_config: Mapping[str, Any], num_text_tokens: int, precision: str, ranks: Ranks
 ) -> MfuReference | None:
-    """What MFU needs, or None where a number would say nothing: a device whose peak is not known, fp32, or a U-Net
-    that is trained in part, whose backward pass is a part of the whole too."""
-    if ranks.device.type != "cuda" or config.engine.precision == "fp32":
+    """Build the reference for MFU, or return None where MFU is meaningless.
+
+    That is so for a device whose peak is not known, in fp32, and for a U-Net that is trained in part: its backward pass
+    takes fewer FLOPs.
+
+    Args:
+        num_text_tokens: length of the text conditioning, with start and end marks.
+        precision: `engine.precision`.
+    """
+    if ranks.device.type != "cuda" or precision == "fp32":
         return None
     peak_flops = get_peak_flops(torch.cuda.get_device_name(ranks.device))
     if peak_flops is None or not all(parameter.requires_grad for parameter in unet.parameters()):
         return None
-    return MfuReference(count_training_flops(unet_config, config.data.max_tokens + 2), peak_flops * ranks.world_size)
+    return MfuReference(count_training_flops(unet_config, num_text_tokens), peak_flops * ranks.world_size)
 
 
 def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -> FlopCount:
-    """Count by the shapes of the weights: each multiplies once at every place of what it is used on.
+    """Count the FLOPs of training from the shapes of the weights, each of which is used once per position.
 
-    For SDXL at 1024² and 77 tokens that is 20.28 TFLOP an image, as torch counts a forward pass, three times.
+    For SDXL at 1024² px and 77 tokens the count is 20.28 TFLOP per image: three times the forward pass that
+    `torch.utils.flop_counter` counts. That counter would take about 2 s of CPU per bucket, and importing diffusers.
 
     Raises:
-        ValueError: the U-Net is not of SDXL's topology.
+        ValueError: the U-Net does not have SDXL's topology.
     """
     rows, num_levels = build_name_table("unet", unet_config), len(unet_config["block_out_channels"])
     per_area_squared = per_area = constant = 0.0
@@ -96,24 +104,24 @@ def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -
         if len(row.source_shape) == 1:  # biases and norms
             continue
         name, num_weights = row.sources[0], math.prod(row.source_shape)
-        places_per_area = 0.25 ** _find_level(name, num_levels)
+        positions_per_area = 0.25 ** _find_level(name, num_levels)
         if "time_emb" in name or "add_embedding" in name:
             constant += 2 * num_weights
         elif "attn2.to_k" in name or "attn2.to_v" in name:
             constant += 2 * num_weights * num_text_tokens
         else:
-            per_area += 2 * num_weights * places_per_area
-        # A query meets all keys, and the weights that makes meet all values.
+            per_area += 2 * num_weights * positions_per_area
+        # Attention multiplies each query by all keys, and the resulting weights by all values.
         if "attn1.to_q" in name:
-            per_area_squared += 4 * row.source_shape[0] * places_per_area**2
+            per_area_squared += 4 * row.source_shape[0] * positions_per_area**2
         elif "attn2.to_q" in name:
-            per_area += 4 * row.source_shape[0] * places_per_area * num_text_tokens
-    passes = 1 + BACKWARD_SHARE
+            per_area += 4 * row.source_shape[0] * positions_per_area * num_text_tokens
+    passes = 1 + BACKWARD_PASSES
     return FlopCount(passes * per_area_squared, passes * per_area, passes * constant)
 
 
 def _find_level(name: str, num_levels: int) -> int:
-    """How often the latent's sides have been halved where a weight is used."""
+    """Return how often the latent's sides have been halved where a weight is used."""
     if name.startswith("mid_block."):
         return num_levels - 1
     block = re.match(r"(down|up)_blocks\.(\d+)\.(downsamplers|upsamplers)?", name)

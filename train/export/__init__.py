@@ -1,1 +1,1 @@
-"""Model files for other programs, from a live run or from a checkpoint."""
+"""Model files: export of a live run, and conversion of checkpoints and models."""

@@ -1,6 +1,7 @@
-"""Writes the trained model in the forms that other programs read."""
+"""Export of the trained model in the formats that other programs read."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -20,47 +21,76 @@ from sdxl_trainer.cache.models.single_file import (
 from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, get_canonical_name, list_source_names
 from sdxl_trainer.cache.models.source import COMPONENTS, ModelSource
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
+from sdxl_trainer.configs.lora import LoraConfig
+from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.distributed import Ranks, barrier
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import write_adapters
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Component → name → tensor, or a function that returns the tensor.
+Weights = Mapping[str, Mapping[str, TensorSource]]
 
 
-Weights = Mapping[str, Mapping[str, TensorSource]]  # component → name → tensor, or function that returns it
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Everything that determines a model file besides the trained weights."""
+
+    source: ModelSource  # the base model, for the components' configs and the scheduler
+    model: ModelConfig
+    objective: ObjectiveConfig  # declared by the file, so that other programs sample with the right prediction type
+    lora: LoraConfig
+    dtype: torch.dtype
+    title: str
+    size_px: tuple[int, int]  # resolution that the metadata declare
+
+
+def build_export_settings(config: Config, source: ModelSource) -> ExportSettings:
+    """Build the export settings of a run."""
+    return ExportSettings(
+        source=source,
+        model=config.model,
+        objective=config.objective,
+        lora=config.lora,
+        dtype=EXPORT_DTYPES[config.checkpoint.export_dtype],
+        title=config.run.name,
+        size_px=config.data.largest_size,
+    )
 
 
 def export_model(
     path: Path,
     engine: Engine,
     conditioner: TextConditioner,
-    source: ModelSource,
-    config: Config,
+    settings: ExportSettings,
     ranks: Ranks,
     average: str | None = None,
 ) -> None:
-    """Write U-Net, text encoders and VAE in the form that `path` tells, or adapters if those are what is trained.
+    """Write U-Net, text encoders and VAE as a single file or diffusers folder, or the adapters if those are trained.
 
-    What is trained is gathered tensor by tensor, so no rank ever holds it all in fp32. All ranks call it together.
+    Trained weights are gathered one tensor at a time, so no rank ever holds all of them in fp32. All ranks call this
+    together.
 
     Args:
-        average: write the moving average of this decay instead of the weights of the moment.
+        path: a name that ends in .safetensors for a single file, else a folder.
+        average: decay of the moving average to write instead of the current weights.
     """
-    if config.lora.rank:
+    if settings.lora.rank:
         weights = {name: engine.weights.gather(name, average) for name in engine.weights.trained_names}
         if ranks.is_main:
-            write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
+            write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
         barrier()
         return
-    names = list_gathered_parameters(engine, conditioner, source)
+    names = list_gathered_parameters(engine, conditioner, settings.source)
     if ranks.is_main:
         weights = {
             component: {name: partial(engine.weights.gather, parameter, average) for name, parameter in found.items()}
             for component, found in names.items()
         }
-        write_model(path, weights, conditioner, source, config)
+        write_model(path, weights, conditioner, settings)
     else:
         for parameter in (parameter for found in names.values() for parameter in found.values()):
             engine.weights.gather(parameter, average)
@@ -70,9 +100,10 @@ def export_model(
 def list_gathered_parameters(
     engine: Engine, conditioner: TextConditioner, source: ModelSource
 ) -> dict[str, dict[str, str]]:
-    """Component → name → the engine's parameter, of the U-Net and of text encoders that are trained.
+    """Map component → name → the engine's parameter, for the U-Net and the trained text encoders.
 
-    In the order in which the writers of both forms ask for them: each is a collective, which the other ranks join.
+    The order is the one in which the writers of both formats ask for the tensors. Each request is a collective, so all
+    ranks must make the same requests in the same order.
     """
     found = {}
     for component in COMPONENT_PREFIXES:
@@ -84,58 +115,55 @@ def list_gathered_parameters(
     return found
 
 
-def export_local_model(
-    path: Path, engine: Engine, conditioner: TextConditioner, source: ModelSource, config: Config
-) -> None:
-    """Write what this rank's networks hold, in the precision of training and without the other ranks."""
-    if config.lora.rank:
-        weights = {
-            name: weight for name, weight in engine.model.state_dict().items() if name in engine.weights.trained_names
-        }
-        write_adapters(path, weights, source, config.lora, DTYPES[config.checkpoint.export_dtype])
+def export_local_model(path: Path, engine: Engine, conditioner: TextConditioner, settings: ExportSettings) -> None:
+    """Write the weights that this rank holds, in the precision of training, without any collective."""
+    if settings.lora.rank:
+        trained = set(engine.weights.trained_names)
+        weights = {name: weight for name, weight in engine.model.state_dict().items() if name in trained}
+        write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
     else:
-        write_model(path, {"unet": engine.model.unet.state_dict()}, conditioner, source, config)
+        write_model(path, {"unet": engine.model.unet.state_dict()}, conditioner, settings)
 
 
 def get_model_path(config: Config, step: int, average: str | None = None) -> Path:
-    """Where the model of a step, or a moving average, goes: a file, or a folder in diffusers layout."""
+    """Return the path of the model of a step, or of a moving average: a file, or a folder in diffusers layout."""
     name = f"step-{step:08d}{'-lora' if config.lora.rank else ''}{f'-ema-{average}' if average else ''}"
     is_file = config.lora.rank or config.checkpoint.export_format == "single"
     return config.run.folder / "models" / (f"{name}.safetensors" if is_file else name)
 
 
-def write_model(
-    path: Path, weights: Weights, conditioner: TextConditioner, source: ModelSource, config: Config
-) -> None:
-    """Write the model from this process alone. Components that are not in `weights` are as they were loaded."""
+def write_model(path: Path, weights: Weights, conditioner: TextConditioner, settings: ExportSettings) -> None:
+    """Write a model from this process alone. Components that `weights` lacks are written as they were loaded."""
     components = {
         "text_encoder": conditioner.encoders.encoder.state_dict(),
         "text_encoder_2": conditioner.encoders.encoder_2.state_dict(),
-        "vae": load_vae(source, config.model).state_dict(),
+        "vae": load_vae(settings.source, settings.model).state_dict(),
         **weights,
     }
-    write_components(path, components, source, config)
+    write_components(path, components, settings)
 
 
-def write_components(
-    path: Path, components: Mapping[str, Mapping[str, TensorSource]], source: ModelSource, config: Config
-) -> None:
-    """Write a model as one file if `path` ends in .safetensors, else as a diffusers folder, with what tells how it
-    predicts: modelspec metadata and marks in a file, the scheduler in a folder."""
+def write_components(path: Path, components: Weights, settings: ExportSettings) -> None:
+    """Write a model as a single file if `path` ends in .safetensors, else as a diffusers folder.
+
+    Both declare the prediction type: a file by modelspec metadata and marks, a folder by its scheduler.
+    """
+    source, objective = settings.source, settings.objective
     configs = {name: source.read_config(name) for name in COMPONENTS}
-    objective, dtype = config.objective, DTYPES[config.checkpoint.export_dtype]
     if path.suffix != ".safetensors":
         from sdxl_trainer.train.sampling.samplers import build_scheduler
 
         scheduler = dict(build_scheduler(source, objective).config)
         if objective.prediction == "flow":
             scheduler["_class_name"] = "FlowMatchEulerDiscreteScheduler"
-        write_diffusers_folder(path, components, configs, dtype=dtype, scheduler=scheduler, origin=source.folder)
-        logger.info("model {}", path)
+        write_diffusers_folder(
+            path, components, configs, dtype=settings.dtype, scheduler=scheduler, origin=source.folder
+        )
+        logger.info("model written to {}", path)
         return
     metadata = build_modelspec(
-        config.run.name,
-        config.data.largest_size,
+        settings.title,
+        settings.size_px,
         objective.prediction,
         datetime.now(timezone.utc),
         timestep_range=(objective.min_timestep, objective.max_timestep - 1),
@@ -144,17 +172,17 @@ def write_components(
         path,
         components,
         configs,
-        dtype=dtype,
+        dtype=settings.dtype,
         metadata=metadata,
-        text_projection=config.model.text_projection,
+        text_projection=settings.model.text_projection,
         marks=list_prediction_marks(objective.prediction, objective.zero_terminal_snr),
         extra=read_carried_tensors(source.file) if source.file else None,
     )
-    logger.info("model {}", path)
+    logger.info("model written to {}", path)
 
 
 def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[str, TensorSource]]:
-    """All four components of a model on disk: name → function that reads the tensor. Nothing is read yet."""
+    """Open all four components of a model on disk: component → name → function that reads the tensor."""
     if source.file is None:
         return {name: open_folder_component(source.folder, name) for name in COMPONENTS}
     return {

@@ -58,7 +58,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         restore_engine(engine, checkpoint)
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     unet_config = source.read_config("unet")
-    mfu_reference = build_mfu_reference(engine.model.unet, unet_config, config, ranks) if ranks.is_main else None
+    num_text_tokens, precision = config.data.max_tokens + 2, config.engine.precision
+    mfu_reference = build_mfu_reference(engine.model.unet, unet_config, num_text_tokens, precision, ranks)
     requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
     run = Run(
         config=config,

@@ -18,13 +18,13 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy, save_repeats, try_strategy
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
+from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.engine.deepspeed_config import check_engine
 from sdxl_trainer.train.networks.adapters import check_adapters
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
 from sdxl_trainer.train.optim.optimizers import check_optimizer
 from sdxl_trainer.train.report.metrics import check_wandb
 from sdxl_trainer.train.run.networks import check_trained_parameters
-from sdxl_trainer.train.sampling.job import read_prediction
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
@@ -152,6 +152,7 @@ def warn_of_unused_masks(config: Config) -> None:
 
 def warn_of_prediction(config: Config) -> None:
     """Warn if the model declares another prediction type than the settings, by intent or by mistake."""
-    declared, chosen = read_prediction(Path(config.model.path)), f"objective.prediction={config.objective.prediction}"
-    if declared and declared[0] != chosen:
-        logger.warning("the model was trained with {} and continues with {}", declared[0], chosen)
+    declared, chosen = read_declared_prediction(Path(config.model.path)), config.objective.prediction
+    if declared is not None and declared.prediction != chosen:
+        told = f"objective.prediction={declared.prediction}"
+        logger.warning("the model was trained with {} and continues with objective.prediction={}", told, chosen)

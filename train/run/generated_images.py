@@ -7,7 +7,7 @@ from loguru import logger
 from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.sampling.image_grid import build_image_grid, build_progress_strip, write_image
-from sdxl_trainer.train.sampling.pipeline import ImageGenerator, generate_images
+from sdxl_trainer.train.sampling.pipeline import build_image_generator, generate_images
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
@@ -22,8 +22,14 @@ def write_generated_images(run: Run) -> Path:
     folder, engine = run.folder / "samples", run.engine
     prompts, _ = load_prompts(run.config.sample, run.config.objective)
     vae = load_vae(run.source, run.config.model).to(run.ranks.device)
-    generator = ImageGenerator(
-        engine.model.unet, vae, run.conditioner, run.tokenizers, run.source, run.config, engine.dtype
+    generator = build_image_generator(
+        unet=engine.model.unet,
+        vae=vae,
+        conditioner=run.conditioner,
+        tokenizers=run.tokenizers,
+        source=run.source,
+        config=run.config,
+        dtype=engine.dtype,
     )
     average = next(iter(engine.weights.average_names), None) if run.config.ema.sample else None
     engine.model.eval()

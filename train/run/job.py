@@ -18,7 +18,7 @@ from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.memory import log_memory_estimate
-from sdxl_trainer.train.export.export import export_local_model, export_model, get_model_path
+from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
 from sdxl_trainer.train.run.checks import verify_run, warn_of_prediction
 from sdxl_trainer.train.run.interruption import obey_stop_file
@@ -98,10 +98,11 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
 
 def finish(run: Run) -> None:
     """Export the model and its moving averages, wait for the last checkpoint, and write the report."""
+    settings = build_export_settings(run.config, run.source)
     with run.progress.doing("writing the model"):
         for average in (None, *run.engine.weights.average_names):
             path = get_model_path(run.config, run.state.step, average)
-            export_model(path, run.engine, run.conditioner, run.source, run.config, run.ranks, average)
+            export_model(path, run.engine, run.conditioner, settings, run.ranks, average)
         run.checkpoints.wait()
     if run.metrics is not None:
         run.metrics.close()
@@ -118,7 +119,7 @@ def build_emergency_saver(run: Run) -> EmergencySaver:
         return copy_state_at(run, first_step + completed)
 
     def export(path: Path) -> None:
-        export_local_model(path, run.engine, run.conditioner, run.source, run.config)
+        export_local_model(path, run.engine, run.conditioner, build_export_settings(run.config, run.source))
 
     whole = run.engine.zero_stage < 3
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")

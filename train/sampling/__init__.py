@@ -1,1 +1,1 @@
-"""Generated images: prompts, samplers, the pipeline, and image grids."""
+"""Generated images: prompts, diffusers' schedulers and pipeline, image grids, and the sampling program."""

@@ -1,4 +1,4 @@
-"""Images side by side: the grid of one step, the strip over all steps, and the contact sheet with its prompts."""
+"""Images side by side: the grid of one step, the strip over all steps, and the contact sheet with prompts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,9 +16,10 @@ MAX_COLUMNS = 16
 
 
 def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
-    """Images in rows, each in the middle of a cell that the largest fills; about square without `columns`.
+    """Place images in rows, each centred in a cell of the largest image's size.
 
     Args:
+        columns: images per row; 0 makes the grid about square.
         labels: a text under each image, cut after three lines.
     """
     columns = columns or -(-len(images) // max(1, int(len(images) ** 0.5)))
@@ -35,21 +36,22 @@ def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Se
     return grid
 
 
-def draw_label(sheet: Image.Image, text: str, place: tuple[int, int], width_px: int) -> None:
-    """Write a text into a sheet, from the top left corner on, over as many lines as a label has."""
+def draw_label(sheet: Image.Image, text: str, top_left: tuple[int, int], width_px: int) -> None:
+    """Draw a text into a sheet, wrapped to a width and cut after three lines."""
     lines = textwrap.wrap(text, max(8, width_px // 6))
     if len(lines) > LABEL_LINES:
         lines = [*lines[: LABEL_LINES - 1], lines[LABEL_LINES - 1] + " ..."]
-    # Letters that the font lacks would be boxes, or an error.
+    # The font lacks other letters: it would draw boxes or raise.
     shown = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
     font = ImageFont.load_default()
-    ImageDraw.Draw(sheet).multiline_text(place, shown, fill="black", font=font, spacing=2)
+    ImageDraw.Draw(sheet).multiline_text(top_left, shown, fill="black", font=font, spacing=2)
 
 
 def build_progress_strip(folder: Path) -> Image.Image | None:
-    """Training over time: a row for each prompt, a column for each step whose images are in `folder`; None without.
+    """Build the strip of a samples folder: a row for each prompt and a column for each step.
 
-    Of more than 16 steps an even choice, the first and the last among them.
+    Of more than 16 steps, 16 evenly spaced ones are shown, the first and the last included. Returns None without
+    images.
     """
     steps = select_step_folders(folder, MAX_COLUMNS)
     names = sorted({path.name for step in steps for path in step.glob("*.png")})
@@ -61,16 +63,16 @@ def build_progress_strip(folder: Path) -> Image.Image | None:
     return build_image_grid(cells, len(steps), labels) if cells else None
 
 
-def select_step_folders(folder: Path, most: int) -> list[Path]:
-    """Folders of the steps whose images are in `folder`: at most so many, evenly, the first and the last of them."""
+def select_step_folders(folder: Path, max_count: int) -> list[Path]:
+    """Return at most `max_count` of a samples folder's `step-…` folders, evenly spaced, first and last included."""
     steps = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
-    if len(steps) <= most:
+    if len(steps) <= max_count:
         return steps
-    return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]
+    return [steps[round(number * (len(steps) - 1) / (max_count - 1))] for number in range(max_count)]
 
 
 def load_thumbnail(path: Path) -> Image.Image:
-    """A small copy of an image; of one that is not there, a white spot."""
+    """Load a small copy of an image, or a white pixel if the file does not exist."""
     if not path.is_file():
         return Image.new("RGB", (1, 1), "white")
     with Image.open(path) as image:
@@ -79,7 +81,7 @@ def load_thumbnail(path: Path) -> Image.Image:
 
 
 def write_image(path: Path, image: Image.Image, description: str = "") -> None:
-    """Write a PNG, whole or not at all. A description goes into it as `parameters`, where viewers look for it."""
+    """Write a PNG atomically, with the description under the key `parameters`, where image viewers look for it."""
     notes = PngImagePlugin.PngInfo()
     if description:
         notes.add_text("parameters", description)

@@ -1,4 +1,4 @@
-"""Draws images from prompts, through diffusers' own SDXL pipeline. Touches no global random state."""
+"""Image generation from prompts, with diffusers' own SDXL pipeline. No global random state is used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,36 +8,41 @@ import torch
 from PIL import Image
 
 from sdxl_trainer.cache.models.source import ModelSource
-from sdxl_trainer.configs.schema import Config, ModelConfig
-from sdxl_trainer.data.text.tokens import Tokenizers
+from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.text.tokens import Tokenizers, encode_captions
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
-from sdxl_trainer.train.networks.conditioning import TextConditioner
+from sdxl_trainer.train.networks.conditioning import TextConditioner, TextEmbeddings
+from sdxl_trainer.train.objective.diffusion import LatentStatistics, denormalize_latents
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.sampling.prompts import Prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageGenerator:
-    """The networks that draw images, and what the settings say of them."""
+    """Generates images with networks that are loaded."""
 
     unet: Any
     vae: Any
     conditioner: TextConditioner
     tokenizers: Tokenizers
-    source: ModelSource
-    config: Config
+    source: ModelSource  # holds the config of the scheduler
+    objective: ObjectiveConfig
+    latent_statistics: LatentStatistics
+    max_tokens: int  # longest prompt, as in training
     dtype: torch.dtype  # of the U-Net
 
     def generate(self, prompt: Prompt) -> Image.Image:
-        """One image. Its noise is drawn on the CPU, and so is the same on any device."""
-        pipeline = build_pipeline(self.unet, self.vae, self.source, self.config, prompt.scheduler)
-        hidden, pooled = self._encode(prompt.text)
-        negative_hidden, negative_pooled = self._encode(prompt.negative)
+        """Generate one image. The initial noise is drawn on the CPU, so it is equal on every device."""
+        from sdxl_trainer.train.sampling.samplers import build_scheduler
+
+        pipeline = build_pipeline(self.unet, self.vae, build_scheduler(self.source, self.objective, prompt.scheduler))
+        positive, negative = self._encode(prompt.text), self._encode(prompt.negative)
         x0 = pipeline(
-            prompt_embeds=hidden,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=negative_hidden,
-            negative_pooled_prompt_embeds=negative_pooled,
+            prompt_embeds=positive.hidden,
+            pooled_prompt_embeds=positive.pooled,
+            negative_prompt_embeds=negative.hidden,
+            negative_pooled_prompt_embeds=negative.pooled,
             width=prompt.width_px,
             height=prompt.height_px,
             num_inference_steps=prompt.num_inference_steps,
@@ -45,32 +50,58 @@ class ImageGenerator:
             generator=torch.Generator().manual_seed(prompt.seed),
             output_type="latent",
         ).images
-        pixels = decode_latents(self.vae, x0, self.config.model)
+        pixels = decode_latents(self.vae, x0, self.latent_statistics)
         return pipeline.image_processor.postprocess(pixels)[0]
 
-    def _encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden [1, 75·windows + 2, C], pooled [1, P]), in as many windows as captions have in training."""
-        device, max_tokens = next(self.conditioner.encoders.encoder.parameters()).device, self.config.data.max_tokens
-        ids, ids_2 = (
-            torch.from_numpy(tokenizer.encode(text, max_tokens))[None].to(device) for tokenizer in self.tokenizers
-        )
-        hidden, pooled = self.conditioner.encode(ids, ids_2)
-        return hidden.to(self.dtype), pooled.to(self.dtype)
+    def _encode(self, text: str) -> TextEmbeddings:
+        """Encode a prompt, [1, …], in as many windows of tokens as captions have in training."""
+        device = next(self.conditioner.encoders.encoder.parameters()).device
+        tokens = encode_captions(self.tokenizers, [text], self.max_tokens)
+        hidden, pooled = self.conditioner.encode(*(torch.from_numpy(ids).to(device) for ids in tokens))
+        return TextEmbeddings(hidden.to(self.dtype), pooled.to(self.dtype))
 
 
-def decode_latents(vae: Any, x0: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Pixels [B, 3, H, W], -1 to 1, of what a U-Net has drawn, [B, 4, h, w], by the VAE in its own precision.
+def build_image_generator(
+    *,
+    unet: Any,
+    vae: Any,
+    conditioner: TextConditioner,
+    tokenizers: Tokenizers,
+    source: ModelSource,
+    config: Config,
+    dtype: torch.dtype,
+) -> ImageGenerator:
+    """Build an image generator around loaded networks, with the settings of a run."""
+    return ImageGenerator(
+        unet=unet,
+        vae=vae,
+        conditioner=conditioner,
+        tokenizers=tokenizers,
+        source=source,
+        objective=config.objective,
+        latent_statistics=resolve_latent_statistics(config.model, vae.config),
+        max_tokens=config.data.max_tokens,
+        dtype=dtype,
+    )
 
-    diffusers' pipeline would hand a VAE in fp32, the precision that SDXL's needs, the latents of a U-Net in bf16.
+
+def decode_latents(vae: Any, x0: torch.Tensor, statistics: LatentStatistics) -> torch.Tensor:
+    """Decode latents x0 [B, 4, h, w] of a U-Net to pixels [B, 3, H, W] from -1 to 1, in the VAE's precision.
+
+    diffusers' pipeline would pass latents in the U-Net's precision, such as bf16, to a VAE in fp32.
     """
-    mean, scale = (values.to(x0.device).view(1, -1, 1, 1) for values in resolve_latent_statistics(model, vae.config))
-    return vae.decode(x0.to(vae.dtype) / scale + mean, return_dict=False)[0]
+    mean, scale = (values.to(x0.device) for values in statistics)
+    return vae.decode(denormalize_latents(x0.to(vae.dtype), mean, scale), return_dict=False)[0]
 
 
 def generate_images(
     generator: ImageGenerator, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False
 ) -> list[Image.Image]:
-    """Every prompt's image, drawn by the ranks together; on every rank, in the order of the prompts."""
+    """Generate the image of each prompt, shared among the ranks, and return all of them in order on every rank.
+
+    Args:
+        in_step: forward passes are collectives (see `assign_prompts`).
+    """
     mine = assign_prompts(prompts, ranks.rank, ranks.world_size, in_step)
     images: dict[int, Image.Image] = {}
     for part in gather_objects({number: generator.generate(prompts[number]) for number in mine}):
@@ -79,11 +110,12 @@ def generate_images(
 
 
 def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_step: bool) -> list[int]:
-    """The numbers of the prompts that a rank draws.
+    """List the numbers of the prompts that a rank generates.
 
     Args:
-        in_step: each forward pass is a collective (ZeRO-3), so all ranks must make equally many at a time. Prompts that
-            take as many are shared out together, and where they do not divide evenly some are drawn twice.
+        in_step: forward passes are collectives, as under ZeRO-3, so all ranks must make the same number of passes at a
+            time. Prompts with equal numbers of passes are then assigned together. If they do not divide evenly among
+            the ranks, some are generated twice.
     """
     if not in_step:
         return list(range(rank, len(prompts), world_size))
@@ -97,17 +129,15 @@ def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_ste
     ]
 
 
-def build_pipeline(unet: Any, vae: Any, source: ModelSource, config: Config, scheduler: str = "euler") -> Any:
-    """diffusers' SDXL pipeline around networks that are loaded already, without text encoders."""
+def build_pipeline(unet: Any, vae: Any, scheduler: Any) -> Any:
+    """Build diffusers' SDXL pipeline around loaded networks, without text encoders: prompts come encoded."""
     from diffusers import StableDiffusionXLPipeline
 
-    from sdxl_trainer.train.sampling.samplers import build_scheduler
-
-    absent: Any = None  # text comes encoded
+    absent: Any = None  # diffusers' annotations do not allow None
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,
-        scheduler=build_scheduler(source, config.objective, scheduler),
+        scheduler=scheduler,
         text_encoder=absent,
         text_encoder_2=absent,
         tokenizer=absent,

@@ -112,11 +112,11 @@ def test_memory_of_sdxl() -> None:
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = build_config({"model": model})
     config, _ = resolve_zero_stage(config, 1)
-    assert count_unet_parameters(config) == 2_567_463_684  # SDXL base's U-Net
+    assert count_unet_parameters(config.model) == 2_567_463_684  # SDXL base's U-Net
     assert "2.57 billion" in check_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
     assert check_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
     assert "engine.zero_stage: 3" in check_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
-    assert count_unet_parameters(build_config({"model": {"path": "stabilityai/absent"}})[0]) == 0
+    assert count_unet_parameters(build_config({"model": {"path": "stabilityai/absent"}})[0].model) == 0
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

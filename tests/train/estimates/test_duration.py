@@ -11,7 +11,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.estimates.duration import count_flops_per_image, describe_duration, read_throughput
 
 SDXL = ROOT / "configs" / "sdxl"
-H100, UNKNOWN = ["NVIDIA H100 80GB HBM3"], "not known before this run has made some"
+H100, UNKNOWN = ["NVIDIA H100 80GB HBM3"], "the duration is not known before the first steps"
 
 
 def settle(folder: Path, *words: str) -> Config:
@@ -25,7 +25,7 @@ def test_before_a_run_by_the_flops_of_its_images(tmp_path: Path) -> None:
     """10,000 steps of 64 images of 20.28 TFLOP at 30 % of eight times 989.5 TFLOP/s."""
     told = describe_duration(settle(tmp_path, "engine.precision=bf16"), 8, H100)
     seconds = 640_000 * 20.2837 / (0.3 * 989.5 * 8)
-    assert told.startswith("10,000 steps to do, 640,000 images: about ") and "30% of their peak" in told
+    assert told.startswith("10,000 steps remain, 640,000 images: about ") and "at 30% of their peak" in told
     assert f"about {seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min on 8 x NVIDIA H100" in told
 
 
@@ -45,9 +45,8 @@ def test_what_cannot_be_known_is_not_told(tmp_path: Path, words: list[str], gpu_
 
 
 def test_several_resolutions_count_alike(tmp_path: Path) -> None:
-    one, other, both = (
-        count_flops_per_image(settle(tmp_path, f"data.resolution_px={px}")) for px in ("512", "1024", "[512,1024]")
-    )
+    configs = [settle(tmp_path, f"data.resolution_px={px}") for px in ("512", "1024", "[512,1024]")]
+    one, other, both = (count_flops_per_image(config.model, config.data) for config in configs)
     assert one and other and both == (one + other) / 2
 
 
@@ -60,5 +59,5 @@ def test_a_run_that_has_begun_tells_its_own_pace(tmp_path: Path) -> None:
     (logs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_throughput(logs / "metrics.jsonl") == (120, 16.0)  # by the last steps, and not by the first
     told = describe_duration(settle(tmp_path, "train.max_steps=1020"), 1, H100)
-    assert told.startswith("900 steps to do, 57,600 images: 1 h 0 min at 16 images/s"), told
+    assert told.startswith("900 steps remain, 57,600 images: 1 h 0 min at 16 images/s"), told
     assert describe_duration(settle(tmp_path, "train.max_steps=120"), 1, []) == "all 120 steps are done"

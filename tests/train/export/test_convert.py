@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_trainer.train.export.convert import main
+from sdxl_trainer.train.checkpoint.model_argument import DeclaredPrediction, read_declared_prediction
+from sdxl_trainer.train.convert import main
 
 
 def assert_same(left: Path, right: Path) -> None:
@@ -78,6 +79,20 @@ def test_what_it_predicts_is_told_in_both_forms(forms: Path, tmp_path: Path) -> 
     assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
     assert scheduler["timestep_spacing"] == "trailing"
     assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
+
+
+def test_conversion_keeps_the_declared_prediction_type(forms: Path, tmp_path: Path) -> None:
+    """Without settings, a v-prediction model stays one in either format, and `--cfg` overrules the declaration."""
+    config, tokenizer = f"model.config={forms / 'model'}", f"model.tokenizer={forms / 'model' / 'tokenizer'}"
+    file, folder, again = tmp_path / "v.safetensors", tmp_path / "v", tmp_path / "again.safetensors"
+    words = ["objective.prediction=v", "objective.zero_terminal_snr=true"]
+    assert main([str(forms / "model"), str(file), *words]) == 0
+    assert main([str(file), str(folder), config, tokenizer]) == 0
+    assert main([str(folder), str(again)]) == 0
+    assert read_declared_prediction(folder) == read_declared_prediction(again) == DeclaredPrediction("v", True)
+    (tmp_path / "flow.yaml").write_text("objective: {prediction: flow}")
+    assert main([str(folder), str(again), "--cfg", str(tmp_path / "flow.yaml")]) == 0
+    assert read_declared_prediction(again) == DeclaredPrediction("flow", False)
 
 
 def test_a_source_that_is_none_is_status_2(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

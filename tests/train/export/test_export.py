@@ -11,7 +11,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
 from sdxl_trainer.train.engine.weights import Weights
-from sdxl_trainer.train.export.export import export_model, get_model_path
+from sdxl_trainer.train.export.export import build_export_settings, export_model, get_model_path
 from sdxl_trainer.train.run.networks import build_networks
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -48,7 +48,7 @@ def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_p
 
     monkeypatch.setattr(Weights, "gather", gather_counted)
     path = tmp_path / "model.safetensors"
-    export_model(path, engine, conditioner, source, config, init_ranks(), average)
+    export_model(path, engine, conditioner, build_export_settings(config, source), init_ranks(), average)
     assert len(most) > 600 and max(most) <= 4  # the next one comes while those before are let go
     written, begun = load_file(path), engine.weights.gather("unet.conv_in.weight")
     assert torch.equal(written[CONV_IN], begun + (1.0 if average else 0.0))
@@ -69,6 +69,7 @@ def test_other_ranks_know_the_order_in_which_weights_are_gathered(
 ) -> None:
     """Each is a collective: rank 0 follows the format writer, the others `list_source_names`."""
     config, engine, conditioner, source = built
+    settings = build_export_settings(config, source)
     asked, gather = [], Weights.gather
 
     def gather_noted(self: Weights, name: str, average: str | None = None) -> torch.Tensor:
@@ -76,9 +77,9 @@ def test_other_ranks_know_the_order_in_which_weights_are_gathered(
         return gather(self, name, average)
 
     monkeypatch.setattr(Weights, "gather", gather_noted)
-    export_model(tmp_path / name, engine, conditioner, source, config, init_ranks())
+    export_model(tmp_path / name, engine, conditioner, settings, init_ranks())
     main, asked[:] = list(asked), []
-    export_model(tmp_path / name, engine, conditioner, source, config, Ranks(1, 1, 2, torch.device("cpu")))
+    export_model(tmp_path / name, engine, conditioner, settings, Ranks(1, 1, 2, torch.device("cpu")))
     assert main == asked and len(main) == len(set(main)) > 600
 
 

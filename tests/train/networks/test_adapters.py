@@ -15,7 +15,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.train.export.convert import main
+from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.networks.adapters import (
     add_adapters,
     build_kohya_name,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.engine.saved_state import check_average
-from sdxl_trainer.train.export.convert import main
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
 from sdxl_trainer.train.report.metrics import read_metrics

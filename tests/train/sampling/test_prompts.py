@@ -1,6 +1,7 @@
 """Prompt files: kohya's flags, JSON, what the settings add, and every mistake with its place."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from sdxl_trainer.train.sampling.pipeline import assign_prompts
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
 SETTINGS = {"width_px": 512, "height_px": 768, "num_inference_steps": 20, "guidance_scale": 5.0, "seed": 40}
+PLAIN = Prompt(text="", negative="dull", scheduler="euler", **SETTINGS)  # a prompt that takes everything from SETTINGS
+FULL = replace(PLAIN, width_px=1024, height_px=832, num_inference_steps=30, seed=9)  # one that sets sizes, steps, seed
 
 
 def load(prompts: list[str], file: Path | None = None, **objective) -> tuple[list[Prompt], list[str]]:
@@ -28,10 +31,10 @@ def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
     prompts, problems = load(["a {mouse}, {b|c}", ""], file)
     assert problems == []
     assert prompts == [
-        Prompt("a {mouse}, {b|c}", "dull", 512, 768, 20, 5.0, 40, "euler"),
-        Prompt("", "dull", 512, 768, 20, 5.0, 41, "euler"),
-        Prompt("a cat, well-made -- really", "ugly, bad", 1024, 832, 30, 7.5, 9, "euler"),
-        Prompt("a dog", "dull", 512, 768, 20, 5.0, 43, "euler_a"),
+        replace(PLAIN, text="a {mouse}, {b|c}", seed=40),
+        replace(PLAIN, text="", seed=41),
+        replace(FULL, text="a cat, well-made -- really", negative="ugly, bad", guidance_scale=7.5),
+        replace(PLAIN, text="a dog", seed=43, scheduler="euler_a"),
     ]
     assert prompts[2].describe() == (
         "a cat, well-made -- really\nNegative prompt: ugly, bad\n"
@@ -55,9 +58,9 @@ def test_json_means_the_same(tmp_path: Path) -> None:
     prompts, problems = load([], file)
     assert problems == []
     assert prompts == [
-        Prompt("a cat", "", 1024, 832, 30, 7.0, 9, "ddim"),
-        Prompt("a dog", "dull", 64, 768, 20, 5.0, 41, "euler"),
-        Prompt("a fox", "dull", 512, 768, 20, 5.0, 42, "euler"),
+        replace(FULL, text="a cat", negative="", guidance_scale=7.0, scheduler="ddim"),
+        replace(PLAIN, text="a dog", width_px=64, seed=41),
+        replace(PLAIN, text="a fox", seed=42),
     ]
 
 
@@ -65,11 +68,11 @@ def test_json_means_the_same(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("a\nb --q 3", ":2: has the unknown flag --q"),
-        ("a --w 100", ":1: has --w = '100', which is not a multiple of 8 from 64 on"),
+        ("a --w 100", ":1: has --w = '100', which is not a multiple of 8 of at least 64"),
         ("a --w", ":1: has --w = '', which is not a whole number"),
-        ("a --s 0", "--s = '0', which is not a whole number from 1 on"),
-        ("a --d -1", "--d = '-1', which is not a whole number from 0 on"),
-        ("a --l x", "--l = 'x', which is not a number from 0 on"),
+        ("a --s 0", "--s = '0', which is not a whole number of at least 1"),
+        ("a --d -1", "--d = '-1', which is not a whole number of at least 0"),
+        ("a --l x", "--l = 'x', which is not a number of at least 0"),
         ("a --l inf", "--l = 'inf', which is not a number"),
         ("a --ss best", "is none of the schedulers euler, euler_a"),
         ("a --d 1 --d 2", "has --d twice"),
@@ -80,7 +83,10 @@ def test_json_means_the_same(tmp_path: Path) -> None:
         ("{}", "is not a JSON list"),
         ("[3]", "is not a JSON list"),
         ('["a", {"text": "b"}]', ", entry 2: has no `prompt`"),
-        ('[{"prompt": "b", "steps": 3}]', ", entry 1: has the unknown name `steps`; known are prompt, negative_prompt"),
+        (
+            '[{"prompt": "b", "steps": 3}]',
+            ", entry 1: has the unknown name `steps`; known names are prompt, negative_prompt",
+        ),
         ('[{"prompt": "b", "width": 64.5}]', "has `width` = 64.5, which is not a whole number"),
         ('[{"prompt": "b", "scale": true}]', "has `scale` = True, which is not a number"),
         (None, "cannot be read: No such file"),
@@ -111,8 +117,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "able", "said"),
     [
-        ({"prediction": "v", "zero_terminal_snr": True}, ZERO_SNR_SCHEDULERS, "does not know zero terminal SNR"),
-        ({"prediction": "flow"}, FLOW_SCHEDULERS, "cannot follow a flow"),
+        ({"prediction": "v", "zero_terminal_snr": True}, ZERO_SNR_SCHEDULERS, "does not support zero terminal SNR"),
+        ({"prediction": "flow"}, FLOW_SCHEDULERS, "does not support rectified flow"),
     ],
 )
 def test_a_scheduler_must_be_able_to_follow_the_model(objective: dict, able: frozenset, said: str) -> None:

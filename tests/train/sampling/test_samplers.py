@@ -9,10 +9,11 @@ from programs import TINY
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.configs.schema import Config, ModelConfig
+from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.sampling.pipeline import build_pipeline, decode_latents
+from sdxl_trainer.train.sampling.samplers import build_scheduler
 
 STEPS = 10
 
@@ -39,11 +40,10 @@ class AllKnowing:
         return (diffusion.compute_target(self.prediction, self.latent, noise, signal, level),)
 
 
-def build(objective: ObjectiveConfig, model: ModelConfig | None = None):
+def build(objective: ObjectiveConfig):
     unet = UNet2DConditionModel.from_config(json.loads((TINY / "unet" / "config.json").read_text()))
     vae = AutoencoderKL.from_config(json.loads((TINY / "vae" / "config.json").read_text()))
-    config = Config(objective=objective, model=model or ModelConfig())
-    return build_pipeline(unet, vae, ModelSource(TINY.parent / "sdxl"), config)
+    return build_pipeline(unet, vae, build_scheduler(ModelSource(TINY.parent / "sdxl"), objective))
 
 
 def draw(pipeline) -> torch.Tensor:
@@ -92,13 +92,13 @@ def test_latent_statistics_go_in_and_come_out_again():
     vae_latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     x0 = diffusion.normalize_latents(vae_latent, *resolve_latent_statistics(model, {"scaling_factor": 0.5}))
     objective = ObjectiveConfig()
-    pipeline = build(objective, model)
+    pipeline = build(objective)
     pipeline.unet.forward = AllKnowing(objective, x0)
     with torch.no_grad():
-        pixels = decode_latents(pipeline.vae, draw(pipeline), model)
+        pixels = decode_latents(pipeline.vae, draw(pipeline), resolve_latent_statistics(model, pipeline.vae.config))
         torch.testing.assert_close(pixels, pipeline.vae.decode(vae_latent).sample, rtol=0, atol=5e-3)
         # A U-Net in bf16 hands the VAE, which is always in fp32, what it makes.
-        rounded = decode_latents(pipeline.vae, x0.bfloat16(), model)
+        rounded = decode_latents(pipeline.vae, x0.bfloat16(), resolve_latent_statistics(model, pipeline.vae.config))
     torch.testing.assert_close(rounded, pixels, rtol=0, atol=5e-2)
 
 

@@ -1,0 +1,79 @@
+"""The model of a command line: what a model declares, and settings of checkpoints from other versions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.checkpoint.model_argument import (
+    DeclaredPrediction,
+    find_model_checkpoint,
+    load_model_config,
+    read_declared_prediction,
+)
+from sdxl_trainer.train.checkpoint.state import TrainState
+
+
+@pytest.mark.parametrize(
+    ("config", "declared"),
+    [
+        ({"prediction_type": "epsilon"}, DeclaredPrediction("epsilon", False)),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, DeclaredPrediction("v", True)),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, DeclaredPrediction("flow", False)),
+        ({"prediction_type": "sample"}, None),
+        ({}, None),
+    ],
+)
+def test_a_folder_declares_its_prediction_in_the_scheduler(tmp_path: Path, config: dict, declared) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert read_declared_prediction(tmp_path) == declared
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "declared"),
+    [
+        ([], None, DeclaredPrediction("epsilon", False)),
+        (["v_pred"], None, DeclaredPrediction("v", False)),
+        (["v_pred", "ztsnr"], {"modelspec.prediction_type": "epsilon"}, DeclaredPrediction("v", True)),
+        ([], {"modelspec.prediction_type": "flow"}, DeclaredPrediction("flow", False)),
+        ([], {"modelspec.prediction_type": "x0"}, None),
+    ],
+)
+def test_a_file_declares_its_prediction_by_marks_and_metadata(tmp_path: Path, marks, metadata, declared) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"weight": torch.zeros(1), **{mark: torch.zeros(0) for mark in marks}}, path, metadata)
+    assert read_declared_prediction(path) == declared
+
+
+def test_damaged_files_are_named_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"no header")
+    assert read_declared_prediction(tmp_path / "x.safetensors") is None  # check_model names the file
+    assert read_declared_prediction(Path("owner/name")) is None
+    (tmp_path / "scheduler").mkdir()
+    for content in ("{", "[]"):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(content)
+        with pytest.raises(UserInputError, match="scheduler_config.json"):
+            read_declared_prediction(tmp_path)
+
+
+def test_a_run_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    assert find_model_checkpoint(tmp_path, "--model") is None
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserInputError, match="--model = .*\n.*without a complete checkpoint"):
+        find_model_checkpoint(tmp_path, "--model")
+
+
+def test_the_settings_of_a_checkpoint_are_used_and_unknown_ones_dropped(tmp_path: Path) -> None:
+    saved = Config().model_dump(mode="json")
+    saved["objective"] |= {"prediction": "v", "removed_setting": 3}
+    TrainState(config=saved).save(tmp_path)
+    config, problems = load_model_config(tmp_path, None, ["objective.zero_terminal_snr=true"])
+    assert problems == [] and config.objective.prediction == "v" and config.objective.zero_terminal_snr
+    (tmp_path / "own.yaml").write_text("objective: {prediction: flow}")
+    config, problems = load_model_config(tmp_path, tmp_path / "own.yaml", [])
+    assert problems == [] and config.objective.prediction == "flow"
