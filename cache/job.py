@@ -1,4 +1,4 @@
-"""The cache job: check, see what there is to do, encode it on all ranks, report."""
+"""The cache job: check settings and data, plan the work, encode on all ranks, and report."""
 
 import shutil
 from collections import Counter
@@ -35,10 +35,10 @@ from sdxl_trainer.cache.encode.text_caching import (
 )
 from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
-from sdxl_trainer.cache.upkeep.repack import tidy_shards
+from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries
-from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
+from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import (
@@ -65,21 +65,29 @@ from sdxl_trainer.launch.signals import Interrupted, StopRequest
 
 
 @dataclass(frozen=True)
+class CacheState:
+    """Newest manifest entries of a rank's keys, and whether a repair found damaged lines in the manifest."""
+
+    entries: Mapping[str, ManifestEntry]
+    lines_lost: bool
+
+
+@dataclass(frozen=True)
 class RankResult:
-    """What one rank did."""
+    """Result of one rank."""
 
     progress: RankProgress
     bad: list[dict[str, str]]
-    interrupted: int | None = None  # signal number
+    interrupted: int | None = None  # number of the signal that stopped the rank
 
 
 def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repair: bool = False) -> None:
-    """Encode whatever is not in the cache, or not true any more; with `repair`, just what is there and bad or stale.
+    """Encode every image that is missing in the cache or stale; with `repair`, only cached items that are bad or stale.
 
     Raises:
-        UserInputError: anything wrong with the user's settings or data, all of it at once.
+        UserInputError: settings or data are wrong; all problems at once.
         FailedError: the disk is full, or more images are bad than `data.max_bad_fraction` allows.
-        Interrupted: a stop signal came; everything encoded by then is in the cache.
+        Interrupted: a stop signal was received; everything encoded by then is in the cache.
     """
     rank, _, _ = read_environment()
     keep_freed_memory()
@@ -87,7 +95,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
     masks = config.data.masks
-    # the other ranks wait for it in init_ranks
+    # The other ranks wait for rank 0 in init_ranks.
     path = open_checked_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
     ranks = init_ranks(config.engine.timeout_minutes)
     index = Index(broadcast_object(path))
@@ -100,28 +108,30 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             for prefix, rule in build_bucket_rules(config.data).items()
         ]
         own = frozenset(key for share in shares for key in share.keys)
-        entries, lines_lost = open_cache(folder, ranks, own, repair, dry_run)
+        state = open_cache(folder, ranks, own, repair, dry_run)
         beside = config.cache.dir is None
-        known_only = repair and not lines_lost
+        known_only = repair and not state.lines_lost
         finder = None if masks is None else MaskFinder(masks)
-        planner = EncodePlanner(index, folder, entries, beside=beside, text=text, known_only=known_only, masks=finder)
+        planner = EncodePlanner(
+            index, folder, state.entries, beside=beside, text=text, known_only=known_only, masks=finder
+        )
         plans = [planner.plan(share) for share in shares]
-        announce(config, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
+        report_plan(config, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
         encoder = build_vae_encoder(config.cache, vae, ranks.device)
-        captioner = start_captioning(config, plans, text, ranks, dry_run)
-        announce_time(estimate_work(plans, encoder, captioner, config.cache), ranks)
+        text_job = prepare_text_job(config, plans, text, ranks, dry_run)
+        report_estimate(estimate_work(plans, encoder, text_job, config.cache), ranks)
         if not dry_run:
             if ranks.is_main:
                 write_identities(folder, identities)
-            result = encode_work(config, plans, (encoder, captioner), ranks, stop)
+            result = encode_plans(config, plans, encoder, text_job, ranks, stop)
             finish(config, folder, len(index) * len(plans), gather_objects(result), ranks)
         elif ranks.is_main:
-            logger.info("dry run: all is well up to the first image; nothing was written")
+            logger.info("dry run: no problem found up to the first image; nothing was written")
     close_ranks()
 
 
 def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextRequirement | None:
-    """The text encoder outputs that are wanted, the same on all ranks; None if `cache.text` is off."""
+    """Return the required text encoder outputs, the same on all ranks; None if `cache.text` is off."""
     if not config.cache.text:
         return None
     model, data, cache = config.model, config.data, config.cache
@@ -129,14 +139,12 @@ def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextRequirement
     return build_text_requirement(model, data, cache, broadcast_object(own))
 
 
-def open_cache(
-    folder: Path, ranks: Ranks, keys: Container[str], repair: bool, dry_run: bool
-) -> tuple[Mapping[str, ManifestEntry], bool]:
-    """(newest entry of each of this rank's keys, whether lines of the manifest were damaged, if it was to be repaired).
+def open_cache(folder: Path, ranks: Ranks, keys: Container[str], repair: bool, dry_run: bool) -> CacheState:
+    """Read the manifest's newest entries of this rank's keys.
 
-    Rank 0 first finishes what a killed job left, and with `repair` reads every byte. An item found bad is given an
-    identity that no settings have, so that it counts as stale, and bad text is taken off the list. A dry run only
-    looks: another job may be at work.
+    Rank 0 first finishes what a killed job left, and with `repair` verifies every byte. A bad item gets an identity
+    that no settings have, so that it counts as stale; bad text is removed from the manifest. A dry run writes nothing,
+    because another job may be running.
     """
     bad: dict[str, str] = {}
     damaged: list[str] = []
@@ -150,14 +158,15 @@ def open_cache(
             logger.warning("bad item is encoded again: {}", reason)
         if not dry_run:
             drop_damaged_lines(folder)
-            list_again(folder, [replace(entries[key], text=None) for key in result.bad_text])
+            append_entries(folder, [replace(entries[key], text=None) for key in result.bad_text])
     bad, lines_lost = broadcast_object((bad, bool(damaged)))
     entries = read_latest(folder, keys=keys)
-    return {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}, lines_lost
+    marked = {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}
+    return CacheState(marked, lines_lost)
 
 
-def list_again(folder: Path, entries: Sequence[ManifestEntry]) -> None:
-    """Append lines that hold from now on."""
+def append_entries(folder: Path, entries: Sequence[ManifestEntry]) -> None:
+    """Append entries to the manifest; they replace earlier ones of the same key."""
     manifest = ManifestWriter(folder, 0)
     for entry in entries:
         manifest.append(entry)
@@ -165,19 +174,19 @@ def list_again(folder: Path, entries: Sequence[ManifestEntry]) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Finish the shards that a killed job left, and delete the files that it was writing."""
+    """Finish the shards of a killed job and delete its temporary files."""
     for shard in recover_shards(folder, read_entries(folder)):
-        logger.info("finished {}, which an interrupted job had left", shard)
-    for place in (folder, *folder.glob("*px")):  # folders of further resolutions
+        logger.info("finished {}, left by an interrupted job", shard)
+    for place in (folder, *folder.glob("*px")):  # one folder per further resolution
         for file in place.glob(".*.tmp"):
             file.unlink()
 
 
-def announce(config: Config, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
-    """Say what is found, valid and to do, and stop if it cannot fit on the disk.
+def report_plan(config: Config, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
+    """Log what is cached and what is to be encoded.
 
     Raises:
-        UserInputError: too little space.
+        UserInputError: the disk has too little space for it.
     """
     totals = [each for share in shares for each in share]
     if ranks.is_main:
@@ -187,60 +196,50 @@ def announce(config: Config, folder: Path, index: Index, shares: list[list[PlanT
         states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
         logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
         if config.data.masks is not None:
-            tell_masks(config.data.masks, counts["masked"], len(index))
+            report_masks(config.data.masks, counts["masked"], len(index))
         if counts["text"]:
             logger.info("captions of {} images are to be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
-        raise_if_any(
-            [
-                Problem(
-                    "cache.dir",
-                    folder,
-                    f"has {free:,} bytes free and the latents need about {needed:,}",
-                    "free some space, give another cache.dir, or cache.dtype: float16",
-                )
-            ]
-            if needed > free
-            else []
-        )
+        if needed > free:
+            rule = f"has {free:,} bytes free and the latents need about {needed:,}"
+            cure = "free some space, choose another cache.dir, or set cache.dtype: float16"
+            raise UserInputError([Problem("cache.dir", folder, rule, cure)])
     barrier()
 
 
-def announce_time(own: Estimate, ranks: Ranks) -> None:
-    """Say how long the slowest rank will take, by its own trial."""
+def report_estimate(own: Estimate, ranks: Ranks) -> None:
+    """Log the estimated time of the slowest rank."""
     slowest = max(gather_objects(own), key=lambda estimate: estimate.seconds)
     if ranks.is_main and slowest.seconds:
-        whole, decode, encode, text = map(
-            describe_seconds,
-            (
-                slowest.seconds,
-                slowest.decode_seconds,
-                slowest.encode_seconds,
-                slowest.text_seconds,
-            ),
+        captions = f", captions {describe_seconds(slowest.text_seconds)}" if slowest.text_seconds else ""
+        logger.info(
+            "estimated time: {} (images {}{}; decoding at the same time {})",
+            describe_seconds(slowest.seconds),
+            describe_seconds(slowest.encode_seconds),
+            captions,
+            describe_seconds(slowest.decode_seconds),
         )
-        captions = f", captions {text}" if slowest.text_seconds else ""
-        logger.info("estimated time: {} (images {}{}; decoding at the same time {})", whole, encode, captions, decode)
 
 
-def tell_masks(masks: str, num_masked: int, num_images: int) -> None:
-    """Say how many images have a mask file.
+def report_masks(masks: str, num_masked: int, num_images: int) -> None:
+    """Log how many images have a mask file.
 
     Raises:
-        UserInputError: not one.
+        UserInputError: no image has one.
     """
-    cure = "check it: as a folder it holds masks with the images' stems, else masks lie beside the images"
-    raise_if_any([Problem("data.masks", masks, "names the mask of no image", cure)] if not num_masked else [])
+    if not num_masked:
+        cure = "give a folder whose masks have the stems of the images, or the ending of masks beside the images"
+        raise UserInputError([Problem("data.masks", masks, "matches no image's mask", cure)])
     others = num_images - num_masked
-    logger.info("{} images have a mask; the loss of the {} others counts everywhere", num_masked, others)
+    logger.info("{} images have a mask; the loss of the other {} counts everywhere", num_masked, others)
 
 
-def start_captioning(
+def prepare_text_job(
     config: Config, plans: list[EncodePlan], text: TextRequirement | None, ranks: Ranks, dry_run: bool
 ) -> TextJob | None:
-    """The text encoders, loaded only on ranks that have captions to encode, and where `text.json` is out of date.
+    """Load the text encoders on ranks that have captions to encode, and on rank 0 if `text.json` is out of date.
 
-    It is brought up to date here, except by a dry run.
+    Rank 0 also updates `text.json`, except in a dry run.
     """
     folder = get_cache_folder(config)
     if text is None:
@@ -254,31 +253,32 @@ def start_captioning(
     return job
 
 
-def encode_work(
+def encode_plans(
     config: Config,
     plans: list[EncodePlan],
-    encoders: tuple[VaeEncoder, TextJob | None],
+    encoder: VaeEncoder,
+    text_job: TextJob | None,
     ranks: Ranks,
     stop: StopRequest,
 ) -> RankResult:
-    """Encode this rank's items. A stop signal ends the work between two batches, with all that was encoded written."""
+    """Encode this rank's items. A stop signal ends the work between two batches."""
     folder, cache, bad = get_cache_folder(config), config.cache, []
     reporter = ProgressReporter(ranks, sum(plan.num_items for plan in plans))
 
     def report_bad(key: str, file: str, reason: str) -> None:
         bad.append({"key": key, "file": file, "reason": reason})
-        logger.warning("bad image skipped: {}", reason)
+        logger.warning("skipped bad image: {}", reason)
 
     manifest = ManifestWriter(folder, ranks.rank)
     for plan in plans:
         for entry in plan.refreshed:
             manifest.append(entry)
-    writer = BackgroundWriter(build_storage(config, folder, ranks.rank), manifest)
+    writer = BackgroundWriter(build_storage(cache, folder, ranks.rank), manifest)
     interrupted = None
     try:
         for plan in plans:
             pipeline = Pipeline(
-                encoder=encoders[0],
+                encoder=encoder,
                 writer=writer,
                 rule=plan.rule,
                 identity=plan.identity,
@@ -287,7 +287,7 @@ def encode_work(
                 progress=reporter.progress,
                 report_bad=report_bad,
                 check_stop=stop.raise_if_received,
-                text=encoders[1],
+                text=text_job,
                 with_alpha=cache.alpha_mask,
             )
             pipeline.run(plan.items, plan.texts)
@@ -299,26 +299,26 @@ def encode_work(
             writer.close()
         except OSError as error:
             raise FailedError(
-                f"{folder}: {error.strerror}. What the manifest lists is whole; mend that and run "
-                f"the same command again"
+                f"{folder}: {error.strerror}. Everything that the manifest lists is whole; solve this and run the same "
+                "command again"
             ) from error
     reporter.progress.bytes_written = writer.bytes_written
     return RankResult(reporter.progress, bad, interrupted)
 
 
-def build_storage(config: Config, folder: Path, rank: int) -> Storage:
-    """Where items go, by `cache.format`."""
-    if config.cache.format == "npz":
-        return NpzStorage(folder, config.cache.dtype)
-    return ShardStorage(folder, config.cache.dtype, rank, config.cache.shard_mb * 1_000_000)
+def build_storage(cache: CacheConfig, folder: Path, rank: int) -> Storage:
+    """Build the storage that `cache.format` names."""
+    if cache.format == "npz":
+        return NpzStorage(folder, cache.dtype)
+    return ShardStorage(folder, cache.dtype, rank, cache.shard_mb * 1_000_000)
 
 
 def finish(config: Config, folder: Path, num_images: int, results: list[RankResult], ranks: Ranks) -> None:
-    """Tidy up, report, and end as the work ended.
+    """Replace outdated shards, write the report, and raise if the work was stopped or failed.
 
     Raises:
         Interrupted: a rank was stopped by a signal.
-        FailedError: too many images were bad (on rank 0, which speaks for all).
+        FailedError: too many images were bad (raised on rank 0).
     """
     signals = [result.interrupted for result in results if result.interrupted is not None]
     bad = [line for result in results for line in result.bad]
@@ -326,7 +326,7 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
     if ranks.is_main:
         write_atomic(file, b"".join(orjson.dumps(line) + b"\n" for line in bad))
         if not signals:
-            tidy(config, folder)
+            replace_shards(config.cache, folder)
         write_report(folder, [result.progress for result in results], read_latest(folder))
     barrier()
     if signals:
@@ -335,15 +335,15 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
     if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_images:
         raise FailedError(
             f"{len(bad)} of {num_images} images are bad, more than data.max_bad_fraction = "
-            f"{config.data.max_bad_fraction:g}; they are named in {file}; all others are cached. Mend or remove "
-            "them and run the same command again, or raise data.max_bad_fraction"
+            f"{config.data.max_bad_fraction:g}; they are listed in {file}; all others are cached. Repair or "
+            "remove them and run the same command again, or raise data.max_bad_fraction"
         )
 
 
-def tidy(config: Config, folder: Path) -> None:
-    """Take out of the shards what has been encoded again."""
+def replace_shards(cache: CacheConfig, folder: Path) -> None:
+    """Replace the shards that hold items which were encoded again elsewhere."""
     manifest = ManifestWriter(folder, 0)
-    storage = ShardStorage(folder, config.cache.dtype, 0, config.cache.shard_mb * 1_000_000)
-    for shard in tidy_shards(folder, read_latest(folder), storage, manifest):
-        logger.info("{} was out of date in parts and is replaced", shard)
+    storage = ShardStorage(folder, cache.dtype, 0, cache.shard_mb * 1_000_000)
+    for shard in replace_outdated_shards(folder, read_latest(folder), storage, manifest):
+        logger.info("replaced {}, which was partly out of date", shard)
     manifest.close()

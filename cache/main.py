@@ -1,4 +1,4 @@
-"""Fills the latent cache: `bash launch/cache.sh --cfg x.yaml`."""
+"""Fill the latent cache: `bash launch/cache.sh --cfg x.yaml`."""
 
 import sys
 from pathlib import Path
@@ -16,24 +16,24 @@ def main(arguments: list[str] | None = None) -> int:
     require_checkout(__file__)
     parser = build_parser(main.__doc__ or "")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--verify", action="store_true", help="read every byte back against the manifest")
-    modes.add_argument("--repair", action="store_true", help="verify, then encode again just what is bad or stale")
-    modes.add_argument("--pack", action="store_true", help="turn npz files into shards, without the VAE")
-    modes.add_argument("--unpack", action="store_true", help="turn shards into npz files, without the VAE")
-    modes.add_argument("--adopt", action="store_true", help="list latents that other programs wrote in a manifest")
+    modes.add_argument("--verify", action="store_true", help="check every byte against the manifest")
+    modes.add_argument("--repair", action="store_true", help="verify, then encode bad and stale items again")
+    modes.add_argument("--pack", action="store_true", help="move npz files into shards, without the VAE")
+    modes.add_argument("--unpack", action="store_true", help="move shards into npz files, without the VAE")
+    modes.add_argument("--adopt", action="store_true", help="list latents of other programs in the manifest")
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         from sdxl_trainer.cache.job import run_job
-        from sdxl_trainer.cache.upkeep.audit import AUDITS
+        from sdxl_trainer.cache.upkeep.commands import COMMANDS
         from sdxl_trainer.configs.load import load_config
 
         config, problems = load_config(options.cfg, options.overrides)
-        audit = next((name for name in AUDITS if getattr(options, name)), None)
-        if audit is None:
+        command = next((name for name in COMMANDS if getattr(options, name)), None)
+        if command is None:
             run_job(config, problems, dry_run=options.dry_run, repair=options.repair)
         else:
-            AUDITS[audit](config, problems)
+            COMMANDS[command](config, problems)
 
     return run_program(work)
 

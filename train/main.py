@@ -1,4 +1,4 @@
-"""Trains: `torchrun --nproc_per_node=4 train/main.py --cfg x.yaml`."""
+"""Train: `torchrun --nproc_per_node=4 train/main.py --cfg x.yaml`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An image of samples with their captions, as the model will see them."""
+"""Contact sheet: one image of several samples with their captions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,44 +16,44 @@ from sdxl_trainer.configs.schema import ModelConfig
 CELL_PX = 320
 GAP_PX = 8
 FONT_PX = 12
-NUM_LINES = 5  # of the caption
+NUM_LINES = 5  # lines of a caption
 COLUMNS = 4
 
 
 @dataclass(frozen=True)
-class Specimen:
-    """One sample: its latents, or the pixels they will be made of, and what is said of it."""
+class PreviewSample:
+    """One sample of the contact sheet: latents, or pixels where there are no latents yet, and its texts."""
 
     key: str
     caption: str
-    note: str
+    note: str  # sizes and crop
     latents: torch.Tensor  # [4, h, w] float32
     pixels: np.ndarray | None  # [H, W, 3] uint8, where there are no latents yet
-    bad: str | None  # why it cannot be trained on
+    bad: str | None  # reason why training skips it
 
 
-def decode_specimens(
-    specimens: Sequence[Specimen], source: ModelSource, model: ModelConfig
-) -> list[tuple[Specimen, np.ndarray]]:
-    """Each with its pixels [H, W, 3] uint8. The VAE is loaded only if there are latents to decode."""
+def decode_samples(
+    samples: Sequence[PreviewSample], source: ModelSource, model: ModelConfig
+) -> list[tuple[PreviewSample, np.ndarray]]:
+    """Return each sample with its pixels [H, W, 3] uint8. The VAE is loaded only if there are latents to decode."""
     vae: Any = None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoded = []
-    for specimen in specimens:
-        pixels = specimen.pixels
-        if specimen.bad:
+    for sample in samples:
+        pixels = sample.pixels
+        if sample.bad:
             pixels = np.full((CELL_PX, CELL_PX, 3), 160, np.uint8)
         elif pixels is None:
             vae = vae or load_vae(source, model).to(device)
             with torch.inference_mode():
-                image = vae.decode(specimen.latents[None].to(device)).sample[0]  # [3, H, W], -1 to 1
+                image = vae.decode(sample.latents[None].to(device)).sample[0]  # [3, H, W], -1 to 1
             pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        decoded.append((specimen, pixels))
+        decoded.append((sample, pixels))
     return decoded
 
 
-def draw_sheet(decoded: Sequence[tuple[Specimen, np.ndarray]]) -> Image.Image:
-    """Images in rows, each scaled into a square cell with its number, sizes and caption below."""
+def draw_sheet(decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> Image.Image:
+    """Draw the samples in rows, each scaled into a square cell with its number, sizes and caption below."""
     font = ImageFont.load_default(FONT_PX)
     line_px = FONT_PX + 3
     height = CELL_PX + (NUM_LINES + 1) * line_px
@@ -61,15 +61,15 @@ def draw_sheet(decoded: Sequence[tuple[Specimen, np.ndarray]]) -> Image.Image:
     rows = -(-len(decoded) // columns)
     sheet = Image.new("RGB", (columns * (CELL_PX + GAP_PX) + GAP_PX, rows * (height + GAP_PX) + GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (specimen, pixels) in enumerate(decoded):
+    for place, (sample, pixels) in enumerate(decoded):
         left = GAP_PX + place % columns * (CELL_PX + GAP_PX)
         top = GAP_PX + place // columns * (height + GAP_PX)
         image = Image.fromarray(pixels)
         scale = CELL_PX / max(image.size)
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         sheet.paste(image, (left + (CELL_PX - image.width) // 2, top + (CELL_PX - image.height) // 2))
-        text = f"bad: {specimen.bad}" if specimen.bad else specimen.caption or "(empty)"
-        lines = [f"{place}: {specimen.note}", *textwrap.wrap(text, CELL_PX * 2 // FONT_PX)]
+        text = f"bad: {sample.bad}" if sample.bad else sample.caption or "(empty)"
+        lines = [f"{place}: {sample.note}", *textwrap.wrap(text, CELL_PX * 2 // FONT_PX)]
         for number, line in enumerate(lines[: NUM_LINES + 1]):
             draw.text((left, top + CELL_PX + number * line_px), line, fill="black", font=font)
     return sheet

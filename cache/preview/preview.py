@@ -1,7 +1,7 @@
-"""Shows what the model will see: `bash launch/preview.sh --cfg x.yaml`.
+"""Preview of the data as the model will see it: `bash launch/preview.sh --cfg x.yaml`.
 
-Bucket counts, lengths of captions in tokens, captions as they will be drawn, what is missing or bad; and an image of
-the first samples of the run, decoded from their latents, cropped and flipped as they are trained, with their captions.
+Tables show bucket counts, caption lengths in tokens, drawn captions, and what is missing or bad. A contact sheet shows
+the first samples of the run, decoded from their latents, cropped and flipped as in training, with their captions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from rich.table import Table
 
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_model
-from sdxl_trainer.cache.preview.contact_sheet import Specimen, decode_specimens, draw_sheet
+from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, count_unflipped, find_bad_latents
 from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipped
@@ -33,16 +33,16 @@ from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, run_program
 
-NUM_BLOCKS = 8  # of ROWS_A_TASK samples each, whose latents are looked at
-NUM_SHOWN, NUM_DRAWS = 5, 3  # samples whose captions are shown, and how often each is drawn
+NUM_BLOCKS = 8  # blocks of ROWS_A_TASK samples whose latents are verified
+NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and drawn captions of each
 MAX_BUCKETS = 60
 
 
-def show(config: Config, problems: list[Problem], file: Path | None, num_images: int, console: Console) -> None:
-    """Print the tables, and write the image to `file` (`preview.png` in the run folder).
+def show_preview(config: Config, problems: list[Problem], file: Path | None, num_images: int, console: Console) -> None:
+    """Print the tables and write the contact sheet to `file` (default: `preview.png` in the run folder).
 
     Raises:
-        UserInputError: anything wrong with the settings or the data, all of it at once.
+        UserInputError: settings or data are wrong; all problems at once.
     """
     records, found = open_checked_records(config)
     raise_if_any([*problems, *found, *check_model(config.model)])
@@ -50,16 +50,11 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
     index = open_sample_index(get_cache_folder(config), records, build_latent_selection(config))
     console.print(tabulate_state(config, records, index))
     if len(index) == 0:
-        raise UserInputError(
-            [
-                Problem(
-                    "cache.dir",
-                    get_cache_folder(config),
-                    "holds no latents of these records",
-                    "run bash launch/cache.sh first, or set cache.on_missing: encode",
-                )
-            ]
+        rule, cure = (
+            "holds no latents of these records",
+            "run bash launch/cache.sh first, or set cache.on_missing: encode",
         )
+        raise UserInputError([Problem("cache.dir", get_cache_folder(config), rule, cure)])
     data = config.data
     num_unflipped = count_unflipped(index, get_cache_folder(config)) if data.flip_rate else 0
     warn_about_unflipped(num_unflipped, len(index))
@@ -80,11 +75,11 @@ def show(config: Config, problems: list[Problem], file: Path | None, num_images:
     console.print(tabulate_lengths(dataset))
     console.print(tabulate_captions(dataset))
     if num_images:
-        write_sheet(config, source, dataset, plan, (file or config.run.folder / "preview.png", num_images), console)
+        write_sheet(config.model, source, dataset, plan, file or config.run.folder / "preview.png", num_images, console)
 
 
 def tabulate_state(config: Config, records: Index, index: Index) -> Table:
-    """How many samples there are, and what is missing or bad."""
+    """Build the table of sample counts: total, missing and bad."""
     num_wanted, num_bad = index.summary.num_wanted, len(index.summary.bad)
     blocks = spread(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
     num_seen = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
@@ -95,20 +90,20 @@ def tabulate_state(config: Config, records: Index, index: Index) -> Table:
         "without a caption": int((~records.column("captioned")).sum()),
         "samples (records x resolutions)": num_wanted,
         "with latents": len(index) - index.summary.num_uncached,
-        "to be encoded while training": index.summary.num_uncached,
-        "left out: no latents": num_wanted - len(index) - num_bad,
-        "left out: bad": num_bad,
+        "encoded during training": index.summary.num_uncached,
+        "skipped: no latents": num_wanted - len(index) - num_bad,
+        "skipped: bad": num_bad,
     }
     for name, count in counts.items():
         table.add_row(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}")
-    table.add_row(f"bad among {num_seen:,} looked at", f"{len(bad):,}", f"{len(bad) / max(1, num_seen):.1%}")
+    table.add_row(f"bad among {num_seen:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_seen):.1%}")
     for _, reason in bad[:NUM_SHOWN]:
         table.add_row("", reason, "")
     return table
 
 
 def tabulate_buckets(plan: Plan) -> Table:
-    """Samples and global batches of each bucket, the fullest first."""
+    """Build the table of samples and global batches per bucket, the fullest bucket first."""
     sizes = count_buckets(plan)
     total, per_batch = sum(sizes.values()), plan.global_batch_size
     shown = list(sizes)
@@ -124,7 +119,7 @@ def tabulate_buckets(plan: Plan) -> Table:
 
 
 def tabulate_lengths(dataset: LatentDataset) -> Table:
-    """How long captions are for both tokenizers, of samples spread over the whole set."""
+    """Build the table of caption lengths for both tokenizers, from samples spread over the whole set."""
     counts = count_tokens(dataset)
     number, (cut, cut_2) = counts.num_captions, counts.num_cut
     title = f"tokens of {number:,} captions; {cut} and {cut_2} are longer than data.max_tokens = {counts.max_tokens}"
@@ -143,7 +138,7 @@ def tabulate_lengths(dataset: LatentDataset) -> Table:
 
 
 def tabulate_captions(dataset: LatentDataset) -> Table:
-    """Some captions as they will be drawn in the first epochs."""
+    """Build the table of a few samples' captions, as drawn in the first epochs."""
     rows = spread(len(dataset.index), NUM_SHOWN)
     table = Table("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS)), title="captions", show_lines=True)
     drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
@@ -156,22 +151,27 @@ def tabulate_captions(dataset: LatentDataset) -> Table:
 
 
 def write_sheet(
-    config: Config, source: ModelSource, dataset: LatentDataset, plan: Plan, target: tuple[Path, int], console: Console
+    model: ModelConfig,
+    source: ModelSource,
+    dataset: LatentDataset,
+    plan: Plan,
+    file: Path,
+    num_samples: int,
+    console: Console,
 ) -> None:
-    """Write an image of the first samples that the run will train on."""
-    file, number = target
-    specimens = list(islice(iterate_specimens(dataset, plan), min(number, len(dataset.index))))
-    sheet = draw_sheet(decode_specimens(specimens, source, config.model))
+    """Write the contact sheet of the first samples that the run trains on."""
+    samples = list(islice(iterate_samples(dataset, plan), min(num_samples, len(dataset.index))))
+    sheet = draw_sheet(decode_samples(samples, source, model))
     file.parent.mkdir(parents=True, exist_ok=True)
     with open_atomic(file) as stream:
         sheet.save(stream, "PNG")
-    for place, specimen in enumerate(specimens):
-        console.print(f"{place:3d} {specimen.key}: {specimen.note}", markup=False)
-    console.print(f"{len(specimens)} images: {file}", markup=False)
+    for place, sample in enumerate(samples):
+        console.print(f"{place:3d} {sample.key}: {sample.note}", markup=False)
+    console.print(f"{len(samples)} samples: {file}", markup=False)
 
 
-def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
-    """Samples in the order of training."""
+def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSample]:
+    """Yield samples in the order of training."""
     for spec in iterate_specs(plan, Position(0, 0), 0, 1, 1):
         batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
         caption, _, _ = dataset.describe(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
@@ -179,21 +179,21 @@ def iterate_specimens(dataset: LatentDataset, plan: Plan) -> Iterator[Specimen]:
         pixels = batch.pending[0].pixels.numpy() if batch.pending else None
         size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
         note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
-        yield Specimen(row["key"], caption, note, batch.latents[0], pixels, batch.bad[0][1] if batch.bad else None)
+        yield PreviewSample(row["key"], caption, note, batch.latents[0], pixels, batch.bad[0][1] if batch.bad else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
     parser = build_parser(main.__doc__ or "")
-    parser.add_argument("--out", type=Path, help="the image's file (default: preview.png in the run folder)")
+    parser.add_argument("--out", type=Path, help="file of the contact sheet (default: preview.png in the run folder)")
     parser.add_argument(
-        "--images", "--pictures", dest="images", type=int, default=16, help="samples in the image; 0 draws none"
+        "--images", "--pictures", dest="images", type=int, default=16, help="samples in the contact sheet; 0 draws none"
     )
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         config, problems = load_config(options.cfg, options.overrides)
         init_logger(0, config.log.level)
-        show(config, problems, options.out, options.images, Console())
+        show_preview(config, problems, options.out, options.images, Console())
 
     return run_program(work)

@@ -1,4 +1,4 @@
-"""What other programs wrote of latents and text, checked, hashed, and listed in our manifest: `--adopt`."""
+"""Adoption of latents and text encoder outputs that other programs wrote (`--adopt`)."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ from sdxl_trainer.data.text.variants import hash_captions
 
 @dataclass(frozen=True)
 class TextAdopter:
-    """Finds and checks `<stem>_te_outputs.npz` beside images or in the cache folder.
+    """Finder and checker of `<stem>_te_outputs.npz` files, beside images or in the cache folder.
 
     Args:
-        shapes: of the three arrays as the settings' encoders and token number make them.
+        shapes: expected shapes of the two hidden states and the pooled state.
     """
 
     plan: TextRequirement
@@ -33,10 +33,10 @@ class TextAdopter:
     folder: Path
 
     def adopt(self, image: Path, record: bytes) -> TextPart | None:
-        """What to list of an image's text, or None if there is no file of it.
+        """Return the manifest's entry of an image's text file, or None if there is no file.
 
         Raises:
-            BadTextError: it is not of the form that these settings would make.
+            BadTextError: the file is not what these settings would produce.
             StrategyError: the user's class failed on the record.
         """
         name = image.stem + TEXT_OUTPUTS_SUFFIX
@@ -76,13 +76,13 @@ def adopt_files(
     rule: BucketRule,
     text: TextAdopter | None = None,
 ) -> Iterator[tuple[str, ManifestEntry | str]]:
-    """Files of other programs that lie beside the images or in the cache folder, as entries of our manifest.
+    """Yield (key, manifest entry) for each usable file, (key, reason) for each file that does not fit the settings.
 
-    Yields (key, entry), or (key, reason) for a file that does not fit the settings. Which VAE made a file, and which
-    encoders and caption, cannot be told from it: adopting means vouching that it was the configured ones.
+    Files are searched beside the images and in the cache folder. A file does not name the VAE, encoders or caption it
+    was made with: whoever adopts it asserts that they are the configured ones.
 
     Args:
-        text: None: text encoder outputs are not looked for.
+        text: adopter of text encoder outputs; None skips them.
     """
     buckets = list_buckets(rule)
     for row in range(len(index)):
@@ -112,10 +112,10 @@ def adopt_files(
 def _check_fit(
     sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]
 ) -> Placement:
-    """How the image of latents must have been placed.
+    """Return the placement (resize and crop) that the latents must have been made with.
 
     Raises:
-        BadLatentError: they are not what these settings would make of the image.
+        BadLatentError: the latents are not what these settings would make of the image.
     """
     placement = place_image(sample.original_size, rule, buckets)
     wanted = (identity.flip, identity.posterior == "moments")
@@ -123,7 +123,7 @@ def _check_fit(
     if placement.bucket != sample.bucket:
         raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {placement.bucket}")
     if wanted[0] and not found[0]:
-        raise BadLatentError("has no latents of the mirrored image, which cache.flip asks for")
+        raise BadLatentError("has no latents of the mirrored image, which cache.flip requires")
     if wanted[1] != found[1]:
         raise BadLatentError(f"{'holds' if found[1] else 'lacks'} moments, cache.posterior is {identity.posterior}")
     if sample.dtype != identity.dtype:
@@ -133,7 +133,7 @@ def _check_fit(
     except BadImageError as error:
         raise BadLatentError(str(error)) from None
     if size != sample.original_size:
-        raise BadLatentError(f"was made of an image of {sample.original_size} px, which has {size} now")
+        raise BadLatentError(f"was made from an image of {sample.original_size} px, which now has {size}")
     return placement
 
 

@@ -1,4 +1,4 @@
-"""Caches in other forms, without the VAE: npz files to shards, shards to npz files, and adopting what others wrote."""
+"""Conversion of a cache between npz files and shards, without the VAE, and replacement of outdated shards."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from sdxl_trainer.cache.encode.storage import (
     verify_item,
     verify_text_item,
 )
-from sdxl_trainer.cache.upkeep.verify import check_shards
+from sdxl_trainer.cache.upkeep.verify import verify_shards
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
 
@@ -26,14 +26,16 @@ def repack(
     name_file: Callable[[ManifestEntry], str],
     get_record: Callable[[str], bytes],
 ) -> tuple[int, dict[str, str]]:
-    """Copy every item's bytes into another form and list it there; then the old files may go (`remove_replaced`).
+    """Copy every item's bytes to another storage and list it there. `remove_replaced` deletes the old files afterwards.
 
-    Items already in the storage's form are left. Bytes are checked against the manifest on the way, and an item that
-    fails is left where it is and returned: key → reason.
+    Items that are in that storage already stay. Bytes are checked against the manifest on the way.
 
     Args:
-        name_file: where an item's npz file goes.
-        get_record: the JSON that goes beside a key's latents in a shard.
+        name_file: returns the npz file of an item.
+        get_record: returns the JSON that is stored beside a key's latents in a shard.
+
+    Returns:
+        Number of copied items, and the items that failed the check and stay where they are (key → reason).
     """
     done, bad = 0, {}
     to_files = isinstance(storage, NpzStorage)
@@ -54,22 +56,21 @@ def repack(
     return done, bad
 
 
-def tidy_shards(
+def replace_outdated_shards(
     folder: Path, entries: Mapping[str, ManifestEntry], storage: Storage, manifest: ManifestWriter
 ) -> list[str]:
-    """Copy what counts of shards that are not as they should be into new ones, and delete the old ones: those with
-    samples that have been encoded again elsewhere, or with a damaged end. Returns their names.
+    """Replace shards that hold outdated samples or have a damaged end, and return the names of the replaced shards.
 
-    One that holds an item which cannot be read is left as it is.
+    Valid items are copied into new shards before the old ones are deleted. A shard with an unreadable item stays.
     """
-    uneven = set(check_shards(folder, entries.values()))
-    listed: dict[str, list[ManifestEntry]] = {file: [] for file in uneven}
+    outdated = set(verify_shards(folder, entries.values()))
+    listed: dict[str, list[ManifestEntry]] = {file: [] for file in outdated}
     for entry in entries.values():
-        if entry.file in uneven:
+        if entry.file in outdated:
             listed[entry.file].append(entry)
     for file, held in listed.items():
         if any(verify_item(folder, entry) or verify_text_item(folder, entry) for entry in held):
-            uneven.remove(file)
+            outdated.remove(file)
             continue
         for entry in sorted(held, key=lambda entry: entry.offset or 0):
             record, content = read_item(folder, entry)
@@ -77,13 +78,13 @@ def tidy_shards(
             text = read_text_item(folder, entry) if beside else None
             manifest.append(storage.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
     storage.close()
-    for file in uneven:
+    for file in outdated:
         (folder / file).unlink()
-    return sorted(uneven)
+    return sorted(outdated)
 
 
 def remove_replaced(folder: Path, before: Mapping[str, ManifestEntry], after: Mapping[str, ManifestEntry]) -> int:
-    """Delete the files of `before` that no entry of `after` needs any more. Returns how many went.
+    """Delete the files of `before` that no entry of `after` uses, and return their number.
 
     Adopted files stay: they belong to the program that made them.
     """
@@ -100,6 +101,6 @@ def _list_entry_files(entry: ManifestEntry) -> list[str]:
 
 
 def _name_files(entry: ManifestEntry, file: str) -> ManifestEntry:
-    """An entry whose latents will be at `file`, and its text beside them."""
+    """Return the entry with its latents at `file` and its text beside them."""
     text = None if entry.text is None else replace(entry.text, file=choose_text_file(file))
     return replace(entry, file=file, text=text)

@@ -1,4 +1,4 @@
-"""Reads a cache back, every byte of it, and says which items are bad: `--verify`, and what `--repair` encodes again."""
+"""Verification of a cache: every byte is read and compared with the manifest (`--verify`, `--repair`)."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,12 +10,12 @@ from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_t
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
 
-CHUNK = 64  # items a thread takes at once; one by one, handing out work would cost more than checking it
+CHUNK = 64  # items per task; for single items the scheduling would cost more than the check
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was read, and what was wrong: key → reason, and of shards as a whole, file → reason."""
+    """Result of a verification. `bad` and `bad_text` map key → reason, `bad_shards` maps file → reason."""
 
     num_items: int
     bytes_read: int
@@ -25,14 +25,14 @@ class VerifyResult:
 
     @property
     def reasons(self) -> list[str]:
-        """All that is wrong with items."""
+        """Reasons of all bad items."""
         return [*self.bad.values(), *self.bad_text.values()]
 
 
 def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threads: int | None = None) -> VerifyResult:
-    """Check each item's bytes against the manifest, and that they are of the right form and shape with finite values.
+    """Compare each item's bytes with the manifest and check that they parse to finite values of the right shape.
 
-    Hashing and reading let go of the interpreter's lock, so threads use all cores.
+    Hashing and reading release the interpreter's lock, so threads use all cores.
     """
     listed = sorted(entries.values(), key=lambda entry: (entry.file, entry.offset or 0))
     chunks = [listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK)]
@@ -40,15 +40,15 @@ def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threa
     bad_text: dict[str, str] = {}
     bytes_read = 0
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1, thread_name_prefix="verify") as pool:
-        for found, found_text, size in pool.map(lambda chunk: _check_chunk(folder, chunk), chunks):
+        for found, found_text, size in pool.map(lambda chunk: _verify_chunk(folder, chunk), chunks):
             bad |= found
             bad_text |= found_text
             bytes_read += size
-    return VerifyResult(len(listed), bytes_read, bad, bad_text, check_shards(folder, entries.values()))
+    return VerifyResult(len(listed), bytes_read, bad, bad_text, verify_shards(folder, entries.values()))
 
 
-def check_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:
-    """What is wrong with finished shards as a whole, file → reason: bytes that no item accounts for, a wrong end."""
+def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:
+    """Find finished shards with a wrong end or with bytes that no item accounts for; file → reason."""
     taken = dict.fromkeys(list_shards(folder), 0)
     for entry in entries:
         if entry.file in taken and entry.offset is not None and entry.record_bytes is not None:
@@ -61,7 +61,7 @@ def check_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, st
     return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
 
 
-def _check_chunk(folder: Path, entries: Iterable[ManifestEntry]) -> tuple[dict[str, str], dict[str, str], int]:
+def _verify_chunk(folder: Path, entries: Iterable[ManifestEntry]) -> tuple[dict[str, str], dict[str, str], int]:
     bad, bad_text, size = {}, {}, 0
     for entry in entries:
         for found, reason in ((bad, verify_item(folder, entry)), (bad_text, verify_text_item(folder, entry))):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.preview import preview
-from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, Specimen, decode_specimens, draw_sheet
+from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, Specimen, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.demo_set import draw_demo_set
@@ -50,7 +50,7 @@ def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):
     run(filled)
     printed = capsys.readouterr().out
     rows = {cells[1].strip(): cells[2].strip() for line in printed.splitlines() if len(cells := line.split("│")) > 3}
-    assert rows["records"] == "10" and rows["with latents"] == "9" and rows["left out: no latents"] == "1"
+    assert rows["records"] == "10" and rows["with latents"] == "9" and rows["skipped: no latents"] == "1"
     assert rows["bad among 9 looked at"] == "1" and "9 samples" in printed
     sizes = {key: count for key, count in rows.items() if "x" in key and key[0].isdigit()}
     assert sizes and "cut short" in printed or "has 999 bytes" in printed
@@ -113,6 +113,6 @@ def test_the_vae_is_loaded_only_for_latents(filled, monkeypatch):
 
     nothing = Specimen("a", "b", "", torch.zeros(4, 8, 8), np.zeros((64, 64, 3), np.uint8), None)
     monkeypatch.setattr("sdxl_trainer.cache.preview.contact_sheet.load_vae", None)
-    [(_, pixels)] = decode_specimens([nothing], resolve_model(config.model), config.model)
+    [(_, pixels)] = decode_samples([nothing], resolve_model(config.model), config.model)
     assert pixels.shape == (64, 64, 3)
     run(filled)

@@ -1,4 +1,4 @@
-"""What can be done with a cache besides filling it: verify, pack, unpack, adopt. All of it on rank 0."""
+"""Commands on a cache besides filling it: verify, pack, unpack, and adopt. They run on rank 0 alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +32,19 @@ from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_fold
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
 
-# Latents by kohya's scripts or ours, and what they make of captions.
+# File names of latents and of text encoder outputs, as kohya's scripts and this project write them.
 ADOPTED_NAMES = ("<stem>.npz", "<stem>_<width>x<height>_sdxl.npz", f"<stem>{TEXT_OUTPUTS_SUFFIX}")
 
 
 class BadCacheError(FailedError):
-    """Items of a cache are bad; they have been named."""
+    """Items of a cache are bad. The log names each of them."""
 
 
 def verify_cache(config: Config, problems: list[Problem]) -> None:
-    """Read every byte back against the manifest and name each bad item.
+    """Check every byte against the manifest and log each bad item.
 
     Raises:
-        BadCacheError: at least one is bad.
+        BadCacheError: at least one item is bad.
     """
     folder = _open_existing(config, problems)
     if folder is None:
@@ -59,25 +59,27 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     num_bad = len(result.bad.keys() | result.bad_text.keys())
     logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, num_bad)
     if num_bad or others:
-        also = f", and {len(others)} other things" if others else ""
-        raise BadCacheError(f"{num_bad} of {result.num_items} items are bad{also}; --repair mends them")
+        also = f", and {len(others)} other parts of the cache" if others else ""
+        raise BadCacheError(
+            f"{num_bad} of {result.num_items} items are bad{also}; run with --repair to encode them again"
+        )
 
 
 def pack_cache(config: Config, problems: list[Problem]) -> None:
-    """Turn npz files into shards."""
+    """Move npz files into shards."""
     _convert(config, problems, to_shards=True)
 
 
 def unpack_cache(config: Config, problems: list[Problem]) -> None:
-    """Turn shards into npz files under the cache folder."""
+    """Move items of shards into npz files under the cache folder."""
     _convert(config, problems, to_shards=False)
 
 
 def adopt_cache(config: Config, problems: list[Problem]) -> None:
-    """List latent files and text encoder outputs of other programs in a manifest, after checking and hashing them.
+    """Check and hash latent files and text encoder outputs of other programs, and list them in the manifest.
 
     Raises:
-        BadCacheError: some files do not fit the settings; they are named, the others are listed.
+        BadCacheError: some files do not fit the settings. The log names them; the other files are listed.
     """
     if read_environment()[0] != 0:
         return
@@ -85,10 +87,8 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     index = open_checked_index(config, problems)
     init_logger(0, config.log.level, folder / "logs", "cache")
     vae = load_vae(resolve_model(config.model), config.model)
-    identities, rule = (
-        build_identities(config.cache, config.data, hash_weights(vae)),
-        build_bucket_rules(config.data)[""],
-    )
+    identities = build_identities(config.cache, config.data, hash_weights(vae))
+    rule = build_bucket_rules(config.data)[""]
     with lock_cache(folder):
         write_identities(folder, identities)
         text = build_text_adopter(config, folder) if config.cache.text else None
@@ -103,18 +103,16 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
                 logger.error("{} is not adopted: {}", key, found)
                 bad.append(key)
         manifest.close()
-    logger.info("{} images' files adopted, {} not, {} were listed before", adopted, len(bad), len(known))
+    logger.info("adopted the files of {} images; {} do not fit, {} were listed before", adopted, len(bad), len(known))
     if not (adopted or bad or known):
         names = ADOPTED_NAMES if config.cache.text else ADOPTED_NAMES[:2]
-        logger.warning(
-            "no files to adopt were found: {} is looked for beside each image and in {}", " or ".join(names), folder
-        )
+        logger.warning("found no files to adopt: expected {} beside each image or in {}", " or ".join(names), folder)
     if bad:
         raise BadCacheError(f"{len(bad)} files do not fit the settings and were not adopted")
 
 
 def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
-    """What checks text encoder outputs against the settings; what all of them have in common is made if need be."""
+    """Build the adopter of text encoder outputs, and write `text.json` if it is missing or out of date."""
     model, data, cache = config.model, config.data, config.cache
     identity = compute_text_identity(model, data.max_tokens, cache.dtype, folder)
     if not is_text_state_valid(folder, identity):
@@ -131,7 +129,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
     with lock_cache(folder):
         entries = read_latest(folder)
         recover_shards(folder, entries.values())
-        dtype = config.cache.dtype  # of no effect: bytes are copied as they are
+        dtype = config.cache.dtype  # has no effect here: bytes are copied unchanged
         storage = (
             ShardStorage(folder, dtype, 0, config.cache.shard_mb * 1_000_000)
             if to_shards
@@ -158,11 +156,11 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
     logger.info("{} items {}, {} files replaced", done, "packed" if to_shards else "unpacked", removed)
     if bad:
         shown = "; ".join(list(bad.values())[:5])
-        raise BadCacheError(f"{len(bad)} items are bad and were left as they are: {shown}")
+        raise BadCacheError(f"{len(bad)} items are bad and stay where they are: {shown}")
 
 
 def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
-    """The cache folder on rank 0, None on the others.
+    """Return the cache folder on rank 0, None on other ranks.
 
     Raises:
         UserInputError: the settings are wrong, or there is no cache.
@@ -177,7 +175,7 @@ def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
     return folder
 
 
-AUDITS: dict[str, Callable[[Config, list[Problem]], None]] = {
+COMMANDS: dict[str, Callable[[Config, list[Problem]], None]] = {
     "verify": verify_cache,
     "pack": pack_cache,
     "unpack": unpack_cache,

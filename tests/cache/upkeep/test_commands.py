@@ -144,7 +144,7 @@ def test_repair_mends_exactly_what_is_bad(cache, capsys):
         if form == "shards":
             flip(path, place)  # one at a time: several of one item would be one
     said = capsys.readouterr().err
-    assert all(Path(name).name in said for name in touched) and "--repair mends them" in said
+    assert all(Path(name).name in said for name in touched) and "run with --repair" in said
     for path, place in regions if form == "shards" else []:
         flip(path, place)
     assert run_job(settings, *words, "--repair") == 0
@@ -291,7 +291,7 @@ def test_an_audit_of_nothing_is_wrong_input(tmp_path, model, capsys):
         assert "holds no latent cache" in capsys.readouterr().err
     assert run_job(settings, "--adopt") == 0
     said = capsys.readouterr().err
-    assert "no files to adopt were found: <stem>.npz or <stem>_<width>" in said and f"{tmp_path}/latents" in said
+    assert "found no files to adopt: expected <stem>.npz or <stem>_<width>" in said and f"{tmp_path}/latents" in said
 
 
 @pytest.fixture
