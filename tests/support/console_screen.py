@@ -100,13 +100,20 @@ def show(rank: int, ending: str) -> None:
     from rich.table import Table
 
     from sdxl_trainer.launch.logger import SCREEN, init_logger, log_table
-    from sdxl_trainer.train.run.display import Display
+    from sdxl_trainer.train.run.console import Display
 
     init_logger(rank)
     table = Table(title="a table")
     table.add_row("its cell")
     log_table(table)
-    display = Display("the title", "its end", 0.5, [(("first", "1"), ("second", "2"))], {"third": "3"})
+    display = Display(
+        title="the title",
+        subtitle="its end",
+        share=0.5,
+        left={"first": "1"},
+        right={"second": "2"},
+        lines={"third": "3"},
+    )
     with SCREEN.show_live(display, 6, rank):
         logger.bind(displayed=True).info("what the display shows")
         for number in range(3):

@@ -1,10 +1,12 @@
-"""How far training is: a live display on a terminal, lines elsewhere. Fed by the loop with numbers that it has anyway.
+"""Progress of a run: a live display on a terminal, log lines elsewhere.
 
-Nothing here talks to other ranks or waits for a device. `display.py` lays it out, `launch/logger.py` draws it.
+Uses only numbers that the loop has anyway: nothing here communicates with other ranks or waits for a device.
+`launch/logger.py` draws the display between log lines.
 """
 
 import math
 import resource
+import textwrap
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,9 @@ from datetime import timedelta
 
 import torch
 from loguru import logger
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.panel import Panel
+from rich.text import Text
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -23,27 +28,87 @@ from sdxl_trainer.launch.logger import SCREEN
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.estimates.flops import MfuReference
-from sdxl_trainer.train.run.display import Display
 from sdxl_trainer.train.run.interruption import Requests
 
-AVERAGED_STEPS = 100
-NUM_ROWS = 14  # of the display at 80 columns: a frame, the bar, four rows of numbers, six of lines, the cursor's
+NUM_AVERAGED_STEPS = 100
+NUM_ROWS = 14  # of the display on 80 columns: two of frame, one of bar, four of numbers, six of lines, one of cursor
 UNKNOWN = "-"
 
+FRAME_COLUMNS = 4  # a line and a space on either side
+MIN_COLUMNS_FOR_PAIRS = 70  # on fewer columns each number gets a row of its own
+MIN_COLUMNS_TO_WRAP = 12  # on fewer columns rows are cut off
+GAP_COLUMNS = 2
+# (done, to do), by whether the terminal shows UTF-8; they differ without colours too.
+BAR_CHARACTERS = {True: ("━", "─"), False: ("=", "-")}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """A snapshot of progress that rich can draw: a bar, numbers in two columns, and lines that wrap.
+
+    It is drawn as one text, which takes a third of the time of rich's tables; training needs the interpreter too.
+
+    Args:
+        title, subtitle: at the upper and the lower edge of the frame.
+        share: of the bar that is full, 0 to 1.
+        left, right: name → value, equally many; short enough for half of 80 columns.
+        lines: name → value of any length.
+    """
+
+    title: str
+    subtitle: str
+    share: float
+    left: Mapping[str, str]
+    right: Mapping[str, str]
+    lines: Mapping[str, str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        width = options.max_width - FRAME_COLUMNS
+        text = Text(no_wrap=True, overflow="ellipsis")
+        self._add_bar(text, width, not options.ascii_only)
+        label_columns = max(map(len, [*self.left, *self.lines])) + GAP_COLUMNS
+        right_label_columns = max(map(len, self.right)) + GAP_COLUMNS
+        for (name, value), (right_name, right_value) in zip(self.left.items(), self.right.items(), strict=True):
+            if width < MIN_COLUMNS_FOR_PAIRS:
+                _add_row(text, name, label_columns, value)
+                _add_row(text, right_name, label_columns, right_value)
+            else:
+                _add_row(text, name, label_columns, value.ljust(width // 2 - label_columns))
+                text.append(right_name.ljust(right_label_columns), "dim").append(right_value, "bold")
+        for name, value in self.lines.items():
+            value_columns = max(width - label_columns, MIN_COLUMNS_TO_WRAP)
+            for number, part in enumerate(textwrap.wrap(value, value_columns, break_on_hyphens=False)):
+                _add_row(text, "" if number else name, label_columns, part)
+        title, subtitle = Text(self.title, "bold"), Text(self.subtitle)
+        yield Panel(
+            text, title=title, subtitle=subtitle, title_align="left", subtitle_align="right", border_style="cyan"
+        )
+
+    def _add_bar(self, text: Text, width: int, has_utf8: bool) -> None:
+        percent = f"{GAP_COLUMNS * ' '}{self.share:.0%}"
+        length = max(0, width - len(percent))
+        full = int(length * self.share)
+        done, to_do = BAR_CHARACTERS[has_utf8]
+        text.append(done * full, "cyan").append(to_do * (length - full), "dim").append(percent)
+
+
+def _add_row(text: Text, name: str, label_columns: int, value: str) -> None:
+    text.append("\n" + name.ljust(label_columns), "dim").append(value, "bold")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepNumbers:
-    """What the console keeps of a step."""
+    """Numbers of one step that averages are taken over."""
 
     loss: float
     seconds: float
     data_wait_seconds: float
     num_images: int
-    flops: float  # 0 where no MFU is told
+    flops: float  # 0 if MFU is not shown
 
 
 class Averages:
-    """Means over some steps; NaN over none. Losses that are not finite are left out."""
+    """Means over some steps, NaN over none. A loss that is not finite is skipped."""
 
     def __init__(self, steps: list[StepNumbers]):
         seconds = sum(step.seconds for step in steps) or math.nan
@@ -57,10 +122,16 @@ class Averages:
 
 
 class Progress:
-    """What the console shows of a run. On ranks other than 0 nothing is shown, and no numbers come.
+    """Progress of a run, for the display, the log lines and the summary. Ranks other than 0 show nothing.
 
     Args:
-        mfu_reference: for MFU; None where it is not told.
+        mfu_reference: the peak that MFU is relative to; None if it is not known.
+
+    Attributes:
+        started: time of the run's start, on the monotonic clock.
+        first_step: the step that the run started or resumed from.
+        train_seconds: time spent in steps so far.
+        data_wait_seconds: time spent waiting for data so far.
     """
 
     def __init__(
@@ -77,119 +148,137 @@ class Progress:
         self.train_seconds = self.data_wait_seconds = 0.0
         self._config, self._ranks, self._state = config, ranks, state
         self._checkpoints, self._requests, self._mfu_reference = checkpoints, requests, mfu_reference
-        self._recent: deque[StepNumbers] = deque(maxlen=AVERAGED_STEPS)
-        self._values: Mapping[str, float] = {}  # of the last step
-        self._doing = "training"
+        self._recent: deque[StepNumbers] = deque(maxlen=NUM_AVERAGED_STEPS)
+        self._values: Mapping[str, float] = {}  # metrics of the last step
+        self._activity = "training"
 
     @property
     def averages(self) -> Averages:
-        """Over the last steps."""
+        """Averages over the last steps."""
         return Averages(list(self._recent))
 
     @property
     def has_mfu(self) -> bool:
-        """Whether MFU is told."""
+        """Whether MFU is shown."""
         return self._mfu_reference is not None
 
     @contextmanager
     def show(self) -> Iterator[None]:
-        """Show the display, if there is a terminal, until the context ends, however it does."""
+        """Show the display until the context ends, if there is a terminal. The last drawing stays on the screen."""
         self.started = self._updated = time.monotonic()
         with SCREEN.show_live(self, NUM_ROWS, self._ranks.rank):
             try:
                 yield
             finally:
-                self._doing = "ended"  # what the last drawing, which stays, says
+                self._activity = "ended"
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Say what training waits for."""
-        before, self._doing = self._doing, what
+    def activity(self, name: str) -> Iterator[None]:
+        """Show as the current activity what training waits for within the context."""
+        before, self._activity = self._activity, name
         try:
             yield
         finally:
-            self._doing = before
+            self._activity = before
 
     def update(self, values: Mapping[str, float], latent_size: tuple[int, int]) -> None:
-        """Take in the numbers of a finished step, by their names in metrics.jsonl, and its images' latent (h, w)."""
+        """Record a finished step.
+
+        Args:
+            values: its metrics, named as in metrics.jsonl.
+            latent_size: (h, w) of its latents.
+        """
         num_images, seconds = self._config.train.global_batch_size, values["step_seconds"]
-        flops = num_images * self._mfu_reference.count.compute(latent_size) if self._mfu_reference else 0.0
         wait_seconds = values["data_wait_share"] * seconds
-        self._recent.append(StepNumbers(values["loss"], seconds, wait_seconds, num_images, flops))
+        step = StepNumbers(
+            loss=values["loss"],
+            seconds=seconds,
+            data_wait_seconds=wait_seconds,
+            num_images=num_images,
+            flops=num_images * self._mfu_reference.count.compute(latent_size) if self._mfu_reference else 0.0,
+        )
+        self._recent.append(step)
         self._values, self._updated = values, time.monotonic()
         self.train_seconds += seconds
         self.data_wait_seconds += wait_seconds
 
     def log_line(self) -> None:
-        """Write the last step's numbers as a line; the console does without it while the display is there."""
+        """Log the last step's numbers in a line. The console omits the line while the display shows the same."""
         averages, values = self.averages, self._values
         mfu = f", MFU {self.describe_mfu(averages)}" if self.has_mfu else ""
         logger.bind(displayed=True).info(
-            "step {}/{} loss {:.4f} (average {:.4f}) lr {} |g| {:.3f}, {:.1f} images/s, waits for data {:.0%}{}, {}, "
-            "{} left, next checkpoint {}",
+            "step {}/{}: loss {:.4f} (average {:.4f}), lr {}, gradient norm {:.3f}, {:.1f} images/s, "
+            "data wait {:.0%}{}, memory {}, {} left, next checkpoint {}",
             self._state.step,
             self._config.train.max_steps,
             values["loss"],
             averages.loss,
-            describe_rates(self._config.optim, values["lr"]),
+            describe_learning_rates(self._config.optim, values["lr"]),
             values["grad_norm"],
             averages.images_per_second,
             averages.data_wait_share,
             mfu,
-            describe_memory(self._ranks.device),
+            describe_peak_memory(self._ranks.device),
             self.describe_time_left(averages),
-            self.describe_next_save(averages),
+            self.describe_next_checkpoint(averages),
         )
 
     def __rich__(self) -> Display:
-        """The display of the moment."""
+        """Return the display of this moment."""
         state, max_steps, averages = self._state, self._config.train.max_steps, self.averages
-        gone = format_seconds(time.monotonic() - self.started)
-        left, right = self.list_numbers(averages)
+        elapsed = format_seconds(time.monotonic() - self.started)
+        rates = describe_learning_rates(self._config.optim, self._values["lr"]) if self._values else UNKNOWN
         lines = {
-            "time": f"{gone} gone, {self.describe_time_left(averages)} left",
-            "learning rate": describe_rates(self._config.optim, self._values["lr"]) if self._values else UNKNOWN,
-            "next checkpoint": self.describe_next_save(averages),
-            "now": self._doing + (", writing a checkpoint" if self._checkpoints.is_writing() else ""),
+            "time": f"{elapsed} elapsed, {self.describe_time_left(averages)} left",
+            "learning rate": rates,
+            "next checkpoint": self.describe_next_checkpoint(averages),
+            "now": self._activity + (", writing a checkpoint" if self._checkpoints.is_writing() else ""),
         }
         if state.num_bad or state.num_non_finite:
-            lines["left out"] = describe_left_out(state)
-        title, pairs = f"step {state.step} of {max_steps}", zip(left.items(), right.items(), strict=True)
-        return Display(title, self._config.run.name, state.step / max_steps, list(pairs), lines)
+            lines["skipped"] = describe_skipped(state)
+        return Display(
+            title=f"step {state.step} of {max_steps}",
+            subtitle=self._config.run.name,
+            share=state.step / max_steps,
+            left=self._list_step_numbers(averages),
+            right=self._list_speed_numbers(averages),
+            lines=lines,
+        )
 
-    def list_numbers(self, averages: Averages) -> tuple[dict[str, str], dict[str, str]]:
-        """The display's two columns of numbers, name → value."""
-        values, state, known = self._values, self._state, bool(self._values)
-        left = {
-            "loss": f"{values['loss']:.4f}" if known else UNKNOWN,
-            f"average of {averages.num_steps}": f"{averages.loss:.4f}" if known else UNKNOWN,
-            "gradient norm": f"{values['grad_norm']:.3f}" if known else UNKNOWN,
+    def _list_step_numbers(self, averages: Averages) -> dict[str, str]:
+        values, state = self._values, self._state
+        return {
+            "loss": f"{values['loss']:.4f}" if values else UNKNOWN,
+            f"average of {averages.num_steps}": f"{averages.loss:.4f}" if values else UNKNOWN,
+            "gradient norm": f"{values['grad_norm']:.3f}" if values else UNKNOWN,
             "epoch": f"{state.epoch + state.index / max(1, state.epoch_batches):.2f}",
         }
-        right = {
-            "images/s": f"{averages.images_per_second:.1f}" if known else UNKNOWN,
-            "data wait": f"{averages.data_wait_share:.1%}" if known else UNKNOWN,
-            "MFU": self.describe_mfu(averages) if known else UNKNOWN,
-            "memory": describe_memory(self._ranks.device),
+
+    def _list_speed_numbers(self, averages: Averages) -> dict[str, str]:
+        has_values = bool(self._values)
+        return {
+            "images/s": f"{averages.images_per_second:.1f}" if has_values else UNKNOWN,
+            "data wait": f"{averages.data_wait_share:.1%}" if has_values else UNKNOWN,
+            "MFU": self.describe_mfu(averages) if has_values else UNKNOWN,
+            "memory": describe_peak_memory(self._ranks.device),
         }
-        return left, right
 
     def describe_mfu(self, averages: Averages) -> str:
-        """What of all devices' peak was made use of."""
+        """Return MFU over the averaged steps: the share of all devices' peak FLOP/s that was used."""
         return f"{averages.flops_per_second / self._mfu_reference.peak_flops:.1%}" if self._mfu_reference else UNKNOWN
 
     def describe_time_left(self, averages: Averages) -> str:
-        """By the last steps, and by what validation, samples and checkpoints have taken between steps so far."""
+        """Estimate the time left from the last steps and from the time spent between steps so far."""
         steps_left = self._config.train.max_steps - self._state.step
-        pauses = self._updated - self.started - self.train_seconds
-        seconds = averages.step_seconds + max(0.0, pauses) / max(1, self._state.step - self.first_step)
+        between_steps = self._updated - self.started - self.train_seconds
+        seconds = averages.step_seconds + max(0.0, between_steps) / max(1, self._state.step - self.first_step)
         return format_seconds(steps_left * seconds) if steps_left else format_seconds(0)
 
-    def describe_next_save(self, averages: Averages) -> str:
-        """The step of the next checkpoint and how soon it comes, or how soon the clock asks for one."""
+    def describe_next_checkpoint(self, averages: Averages) -> str:
+        """Return the step of the next checkpoint and the time until then; by the clock, the time alone."""
         if self._state.step == self._config.train.max_steps:
             return UNKNOWN
-        step = find_next_save(self._config.checkpoint, self._state, self._config.train.max_steps)
+        step = find_next_checkpoint_step(self._config.checkpoint, self._state, self._config.train.max_steps)
         seconds = (step - self._state.step) * averages.step_seconds
         by_clock = self._requests.seconds_to_save()
         if by_clock is not None and not seconds <= by_clock:
@@ -197,19 +286,26 @@ class Progress:
         return f"at step {step}, in {format_seconds(seconds)}"
 
 
-def find_next_save(config: CheckpointConfig, state: TrainState, max_steps: int) -> int:
-    """The step after which steps, epochs or the end ask for a checkpoint. Epochs to come count as long as this one."""
+def find_next_checkpoint_step(config: CheckpointConfig, state: TrainState, max_steps: int) -> int:
+    """Find the next step after which steps, epochs or the end ask for a checkpoint.
+
+    Epochs to come count as many batches as the current one.
+    """
     due = [max_steps]
     if config.every_steps:
         due.append((state.step // config.every_steps + 1) * config.every_steps)
     if config.every_epochs:
-        further = config.every_epochs - state.epoch % config.every_epochs - 1
-        due.append(state.step + state.epoch_batches - state.index + further * state.epoch_batches)
+        whole_epochs = config.every_epochs - state.epoch % config.every_epochs - 1
+        due.append(state.step + state.epoch_batches - state.index + whole_epochs * state.epoch_batches)
     return min(due)
 
 
-def describe_rates(config: OptimConfig, lr: float) -> str:
-    """All learning rates at a step where the U-Net's is `lr`: the schedule moves them in proportion."""
+def describe_learning_rates(config: OptimConfig, lr: float) -> str:
+    """Return all learning rates of a step.
+
+    Args:
+        lr: the U-Net's at this step; the schedule scales the others in proportion.
+    """
     rates = {"U-Net": [config.lr] if config.block_lrs is None else config.block_lrs}
     rates |= {"text 1": [config.text_encoder_lr], "text 2": [config.text_encoder_2_lr]}
     rates["patterns"] = [group.lr for group in config.groups if group.lr]
@@ -221,13 +317,13 @@ def describe_rates(config: OptimConfig, lr: float) -> str:
     return shown["U-Net"] if list(shown) == ["U-Net"] else ", ".join(" ".join(item) for item in shown.items())
 
 
-def describe_left_out(state: TrainState) -> str:
-    """What training has done without so far."""
-    return f"{state.num_bad:,} bad samples, {state.num_non_finite:,} steps that were not finite"
+def describe_skipped(state: TrainState) -> str:
+    """Return how many samples and updates were skipped so far."""
+    return f"{state.num_bad:,} bad samples, {state.num_non_finite:,} updates that were not finite"
 
 
-def describe_memory(device: torch.device) -> str:
-    """The most that this rank has held: of its GPU through torch's allocator, of the host where there is no GPU."""
+def describe_peak_memory(device: torch.device) -> str:
+    """Return the peak memory of this rank: of its GPU in torch's allocator, or of the process without a GPU."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB"
@@ -235,5 +331,5 @@ def describe_memory(device: torch.device) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """H:MM:SS, with days before it if there are any."""
+    """Return a duration as H:MM:SS, with days before it if it has any; "-" if it is not finite."""
     return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else UNKNOWN

@@ -99,7 +99,7 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
 def finish(run: Run) -> None:
     """Export the model and its moving averages, wait for the last checkpoint, and write the report."""
     settings = build_export_settings(run.config, run.source)
-    with run.progress.doing("writing the model"):
+    with run.progress.activity("writing the model"):
         for average in (None, *run.engine.weights.average_names):
             path = get_model_path(run.config, run.state.step, average)
             export_model(path, run.engine, run.conditioner, settings, run.ranks, average)
@@ -107,7 +107,7 @@ def finish(run: Run) -> None:
     if run.metrics is not None:
         run.metrics.close()
     if run.report is not None:
-        with run.progress.doing("writing the report"):
+        with run.progress.activity("writing the report"):
             run.report.finish()
 
 

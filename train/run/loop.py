@@ -63,8 +63,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         memory.note_step()
         is_last = state.step == config.train.max_steps
         if is_last or result.stop or result.save or is_save_due(run, epoch):
-            run.requests.note_save()
-            with run.progress.doing("copying the state for a checkpoint"):
+            run.requests.restart_save_timer()
+            with run.progress.activity("copying the state for a checkpoint"):
                 run.checkpoints.save(run.engine, state)
             update_report(run)
         if result.stop and not is_last:
@@ -191,11 +191,11 @@ def validate_and_sample(run: Run, is_last: bool = False) -> None:
     """Validate and generate images, each if the settings ask for it after this step."""
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
     if run.validation and (validation.at_start if step == 0 else is_last or _is_due(step, validation.every_steps)):
-        with run.progress.doing("validating"):
+        with run.progress.activity("validating"):
             validate(run)
         update_report(run)
     if sample.draws and (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps)):
-        with run.progress.doing("generating images"):
+        with run.progress.activity("generating images"):
             write_generated_images(run)
         update_report(run)
 

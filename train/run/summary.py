@@ -1,4 +1,4 @@
-"""Tables of what a run is about to do, and of what it has done."""
+"""Tables that a run logs: its data, model and batch at the start, and what was trained at the end."""
 
 import time
 from collections.abc import Mapping
@@ -9,55 +9,57 @@ from rich.table import Table
 from rich.text import Text
 
 from sdxl_trainer.launch.logger import log_table
-from sdxl_trainer.train.run.console import describe_left_out, describe_memory, format_seconds
+from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds
 from sdxl_trainer.train.run.run import Run
 
-MOST_BUCKETS = 6
+MAX_BUCKETS = 6
+NETWORK_NAMES = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
 
 
 def show_start(run: Run) -> None:
-    """Say what is about to be trained, with the batch arithmetic. Rank 0 shows it; the others' files get it too."""
+    """Log a table of what is about to be trained, on all ranks; the console shows that of rank 0."""
     config, state, train, sizes = run.config, run.state, run.config.train, run.batch_sizes
-    trained = [f"{name}: {count:,} weights" for name, count in count_weights(run.engine.model).items()]
+    trained = [f"{name}: {count:,} weights" for name, count in count_trained_weights(run.engine.model).items()]
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
-    begun = f", from step {state.step}" if state.step else ""
+    resumed = f", resumed at step {state.step}" if state.step else ""
     rows = {
         "data": f"{len(run.index):,} samples in the index{held_out}; {run.plan.num_batches(state.epoch):,} batches in "
-        f"epoch {state.epoch}, {run.plan.num_carried(state.epoch)} samples carried on",
+        f"epoch {state.epoch}, {run.plan.num_carried(state.epoch)} samples carried over to the next",
         "buckets": describe_buckets(run),
         "model": f"{config.model.path}, {config.objective.prediction} prediction",
         "trained": "; ".join(trained),
-        "by": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; {config.engine.precision}, "
-        f"ZeRO-{run.engine.zero_stage}",
-        "memory": f"{describe_memory(run.ranks.device)} on rank 0 before the first step",
+        "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; "
+        f"{config.engine.precision}, ZeRO-{run.engine.zero_stage}",
+        "memory": f"{describe_peak_memory(run.ranks.device)} on rank 0 before the first step",
         "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x {sizes.world_size} ranks "
         f"= {sizes.global_batch_size} global",
-        "steps": f"{train.max_steps:,}{begun}: {train.max_steps * train.global_batch_size:,} samples",
+        "steps": f"{train.max_steps:,}{resumed}: {train.max_steps * train.global_batch_size:,} samples",
         "folder": str(run.folder),
     }
     log_table(build_summary_table(f"Training {config.run.name}", rows))
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:
-    """Say what was trained, how fast, and where it lies. Rank 0 only: the others have no numbers."""
+    """Log what was trained, how fast, and where the results are. Only rank 0 has the numbers and logs them."""
     if not run.ranks.is_main:
         return
     progress, state = run.progress, run.state
     averages, seconds = progress.averages, max(time.monotonic() - progress.started, 1e-9)
     num_steps, train_seconds = state.step - progress.first_step, progress.train_seconds or 1e-9
-    images_per_second = num_steps * run.config.train.global_batch_size / train_seconds
+    images_per_second = num_steps * run.batch_sizes.global_batch_size / train_seconds
     mfu = f", MFU {progress.describe_mfu(averages)}" if progress.has_mfu else ""
     models = sorted(path.name for path in (run.folder / "models").glob(f"step-{state.step:08d}*"))
     rows = {
-        "steps": f"{state.step:,} of {run.config.train.max_steps:,}, {num_steps:,} of them now; epoch {state.epoch}",
+        "steps": f"{state.step:,} of {run.config.train.max_steps:,}, {num_steps:,} of them in this job; "
+        f"epoch {state.epoch}",
         "loss": f"{averages.loss:.4f}, average of the last {averages.num_steps} steps",
-        "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, samples, "
-        "checkpoints and export",
+        "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, generated "
+        "images, checkpoints and export",
         "speed": f"{images_per_second:.1f} images/s, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
-        "memory": f"{describe_memory(run.ranks.device)} at most, on rank 0",
-        "left out": describe_left_out(state),
-        "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none now",
-        "models": ", ".join(models) or "none: training is not done",
+        "memory": f"peak of rank 0: {describe_peak_memory(run.ranks.device)}",
+        "skipped": describe_skipped(state),
+        "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none in this job",
+        "models": ", ".join(models) or "none: training is not finished",
         "folder": str(run.folder),
     }
     name = run.config.run.name
@@ -65,7 +67,7 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
 
 
 def build_summary_table(title: str, rows: Mapping[str, str]) -> Table:
-    """A table of names and values."""
+    """Build a table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False, box=ROUNDED, border_style="cyan")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -74,19 +76,19 @@ def build_summary_table(title: str, rows: Mapping[str, str]) -> Table:
     return table
 
 
-def count_weights(networks: torch.nn.Module) -> dict[str, int]:
-    """Of each network, the weights that are trained; ZeRO-3 tells the whole of what it shards."""
+def count_trained_weights(networks: torch.nn.Module) -> dict[str, int]:
+    """Count the trained weights of each network that has any."""
+    # Under ZeRO-3 `numel` counts only what this rank holds, and `ds_numel` the whole.
     counts = {
         name: sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters() if p.requires_grad)
         for name, network in networks.named_children()
     }
-    names = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
-    return {names.get(name, name): count for name, count in counts.items() if count}
+    return {NETWORK_NAMES.get(name, name): count for name, count in counts.items() if count}
 
 
 def describe_buckets(run: Run) -> str:
-    """How many there are, and the most used with their samples in this epoch."""
+    """Return the number of buckets, and the largest ones with their samples in this epoch."""
     counts = run.plan.count_samples_by_bucket(run.state.epoch)
-    most = sorted(counts, key=lambda bucket: -counts[bucket])[:MOST_BUCKETS]
-    shown = ", ".join(f"{bucket >> 16}x{bucket & 0xFFFF}: {counts[bucket]:,}" for bucket in most)
-    return f"{len(counts)}: {shown}" if len(counts) <= MOST_BUCKETS else f"{len(counts)}, most of all {shown}"
+    largest = sorted(counts, key=lambda bucket: -counts[bucket])[:MAX_BUCKETS]
+    shown = ", ".join(f"{bucket >> 16}x{bucket & 0xFFFF}: {counts[bucket]:,}" for bucket in largest)
+    return f"{len(counts)}: {shown}" if len(counts) <= MAX_BUCKETS else f"{len(counts)}; the largest are {shown}"

@@ -1,8 +1,10 @@
-"""The loss on samples that are not trained on: the same number for the same weights, on any number of ranks.
+"""The validation loss: the loss on held-out samples, equal for equal weights on any number of ranks.
 
-Each sample meets the same noise at the same timesteps every time, because all of it is keyed to the sample's own key.
-Micro batches are the same whatever the number of ranks, who take turns with them, and the sum is taken in their order.
+A sample gets the same noise at the same timesteps in every validation, because its random numbers are keyed to its own
+key. Micro batches do not depend on the number of ranks: the ranks share them, and their losses are summed in order.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,57 +19,66 @@ from sdxl_trainer.train.objective.timesteps import draw_uniform
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import ValidationSet
 
-# Of one sample at one timestep: (timestep, bucket, loss).
-Loss = tuple[float, tuple[int, int], float]
+
+class SampleLoss(NamedTuple):
+    """The loss of one sample at one timestep."""
+
+    timestep: float
+    bucket: tuple[int, int]  # (width, height) in pixels
+    loss: float
 
 
 def validate(run: Run) -> None:
-    """Compute the validation losses of the weights and of each moving average of them, and write them down.
+    """Compute and log the validation losses of the weights and of each moving average.
 
     All ranks call it together.
     """
-    assert run.validation is not None, "there is something to validate on"
+    assert run.validation is not None, "nothing is held out to validate on"
     values, averages = {}, run.engine.weights.average_names
     run.engine.model.eval()
     for average in (None, *averages):
         with run.engine.weights.use_average(average), torch.no_grad():
             losses = compute_validation_losses(run, run.validation)
         suffix = f"_ema_{average}" if average else ""
-        means = summarize_losses(losses, run.validation.config.num_bins)
+        means = average_losses(losses, run.validation.config.num_bins)
         values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
     run.engine.model.train()
     if run.metrics is not None:
         run.metrics.write(run.state.step, values)
         shown = [f"{values['validation/loss']:.5f}"]
-        shown += [f"{values[f'validation/loss_ema_{name}']:.5f} with the average of {name}" for name in averages]
+        shown += [f"{values[f'validation/loss_ema_{name}']:.5f} with EMA {name}" for name in averages]
         logger.info("step {}: validation loss {}", run.state.step, ", ".join(shown))
 
 
-def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[Loss]:
-    """Every sample's loss at each of its timesteps, on every rank in the same order."""
+def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[SampleLoss]:
+    """Return every sample's loss at each of its timesteps, in the same order on every rank."""
     batches, ranks = held_out.batches, run.ranks
     rounds = -(-len(batches) // ranks.world_size)
-    # Under ZeRO-3 a forward pass is a collective, so in the last round some batches are computed twice.
+    # Under ZeRO-3 every forward pass needs all ranks, so in the last round some batches are computed twice.
     numbers = [(ranks.rank + turn * ranks.world_size) % len(batches) for turn in range(rounds)]
     found = {}
     for number, batch in zip(numbers, held_out.read([batches[number] for number in numbers]), strict=True):
         for _, reason in batch.bad:
-            logger.warning("bad sample left out of the validation: {}", reason)
+            logger.warning("bad sample skipped in validation: {}", reason)
         found[number] = [
             loss
             for turn in range(held_out.config.timesteps_per_sample)
             for loss in compute_batch_losses(run, held_out, batches[number], batch, turn)
         ]
-    everyone: dict[int, list[Loss]] = {}
+    of_all_ranks: dict[int, list[SampleLoss]] = {}
     for part in gather_objects(found):
-        everyone |= part
-    return [loss for number in sorted(everyone) for loss in everyone[number]]
+        of_all_ranks |= part
+    return [loss for number in sorted(of_all_ranks) for loss in of_all_ranks[number]]
 
 
 def compute_batch_losses(
     run: Run, held_out: ValidationSet, spec: MicroSpec, batch: MicroBatch, turn: int
-) -> list[Loss]:
-    """The loss of each readable sample of a batch at its timestep number `turn`, without weights of samples."""
+) -> list[SampleLoss]:
+    """Return the unweighted loss of each readable sample of a micro batch at one of its timesteps.
+
+    Args:
+        turn: number of the timestep, from 0 to `validation.timesteps_per_sample` - 1.
+    """
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
     ids = held_out.ids[spec.rows].tolist()
     keys = SampleKeys(derive_seed(held_out.config.seed, RandomStream.VALIDATION), turn, ids)
@@ -79,24 +90,32 @@ def compute_batch_losses(
     prediction = run.engine.model(x_t.to(dtype), timesteps, text, batch.time_ids.to(device))
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
-    bad, rows = {key for key, _ in batch.bad}, held_out.dataset.index.arrow_column("key")
-    triples = zip(timesteps.tolist(), [spec.bucket] * len(ids), losses.tolist(), strict=True)
-    return [triple for row, triple in zip(spec.rows.tolist(), triples, strict=True) if rows[row].as_py() not in bad]
+    bad, row_keys = {key for key, _ in batch.bad}, held_out.dataset.index.arrow_column("key")
+    samples = zip(spec.rows.tolist(), timesteps.tolist(), losses.tolist(), strict=True)
+    return [
+        SampleLoss(timestep, spec.bucket, loss) for row, timestep, loss in samples if row_keys[row].as_py() not in bad
+    ]
 
 
 def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> torch.Tensor:
-    """[B] timesteps of a turn: part number `turn` of the trained range, each sample's at a place of its own in it."""
-    own = SampleKeys(keys.seed, 0, keys.positions)  # the same in every turn
-    return objective.draws_to_timesteps((keys.step + draw_uniform(own.make_seeds(RandomStream.TIMESTEP))) / num_turns)
+    """Return [B] timesteps in part `keys.step` of the trained range, which is cut into `num_turns` parts.
+
+    Each sample has its own place within a part, the same in every part.
+    """
+    first_turn = SampleKeys(keys.seed, 0, keys.positions)
+    draws = draw_uniform(first_turn.make_seeds(RandomStream.TIMESTEP))
+    return objective.draws_to_timesteps((keys.step + draws) / num_turns)
 
 
-def summarize_losses(losses: list[Loss], num_bins: int) -> dict[str, float]:
-    """The mean loss, and that of each part of the timesteps and of each bucket, by name; parts without any are left
-    out."""
+def average_losses(losses: list[SampleLoss], num_bins: int) -> dict[str, float]:
+    """Return the mean loss of all samples, of each bin of timesteps and of each bucket, by metric name.
+
+    Bins and buckets without samples are missing from the result.
+    """
     values: dict[str, list[float]] = {"loss": []}
     for timestep, (width, height), loss in losses:
-        part = min(int(timestep * num_bins / NUM_TIMESTEPS), num_bins - 1)
-        first, last = (NUM_TIMESTEPS * edge // num_bins for edge in (part, part + 1))
-        for name in ("loss", f"loss_t{first:03d}-{last - 1:03d}", f"loss_{width}x{height}"):
+        bin_number = min(int(timestep * num_bins / NUM_TIMESTEPS), num_bins - 1)
+        first, end = (NUM_TIMESTEPS * edge // num_bins for edge in (bin_number, bin_number + 1))
+        for name in ("loss", f"loss_t{first:03d}-{end - 1:03d}", f"loss_{width}x{height}"):
             values.setdefault(name, []).append(loss)
     return {name: float(np.mean(values[name])) for name in sorted(values) if values[name]}

@@ -194,28 +194,28 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
         other = Requests(tmp_path, Ranks(1, 1, 2, None), save_every_minutes=1.5)  # pyright: ignore
     collected = []
     for clock[0] in (150.0, 189.0, 190.0, 191.0):
-        collected.append(requests.collect()[1])
-    requests.note_save()
+        collected.append(requests.collect().save)
+    requests.restart_save_timer()
     clock[0] = 280.0
-    assert (*collected, requests.collect()[1], other.collect()[1]) == (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+    assert (*collected, requests.collect().save, other.collect().save) == (False, False, True, True, False, False)
 
 
 def test_a_save_file_is_read_once_and_by_rank_0_alone(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
     with exit_on_signals():
         first, other = Requests(tmp_path, Ranks(0, 0, 2, None)), Requests(tmp_path, Ranks(1, 1, 2, None))  # pyright: ignore
-    assert other.collect() == [0.0, 0.0] and (tmp_path / "save").exists()
-    assert first.collect() == [0.0, 1.0] and not (tmp_path / "save").exists()
-    assert first.collect() == [0.0, 0.0]
+    assert other.collect() == (False, False) and (tmp_path / "save").exists()
+    assert first.collect() == (False, True) and not (tmp_path / "save").exists()
+    assert first.collect() == (False, False)
     (tmp_path / "stop").touch()
-    assert other.collect() == [0.0, 0.0] and first.collect() == [1.0, 0.0]
+    assert other.collect() == (False, False) and first.collect() == (True, False)
 
 
 def test_a_stop_file_survives_restarts_and_is_deleted_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "stop").touch()
     with exit_on_signals():
         requests = Requests(tmp_path, Ranks(0, 0, 1, None))  # pyright: ignore
-        assert requests.collect() == [1.0, 0.0]
+        assert requests.collect() == (True, False)
     with pytest.raises(Interrupted, match="stopped by the file stop") as request:
         requests.interrupt()
     assert request.value.signal_number == signal.SIGTERM

@@ -19,9 +19,16 @@ from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
-from sdxl_trainer.train.run.console import Averages, StepNumbers, describe_rates, find_next_save, format_seconds
-from sdxl_trainer.train.run.display import Display
+from sdxl_trainer.train.run.console import (
+    Averages,
+    Display,
+    StepNumbers,
+    describe_learning_rates,
+    find_next_checkpoint_step,
+    format_seconds,
+)
 
+LOSS, MEMORY = ("average of 100", "0.1234"), ("memory", "141.2 of 139.8 GiB")
 PROGRAM = ROOT / "tests" / "support" / "console_screen.py"
 
 
@@ -109,7 +116,7 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     for name in ("gradient norm", "images/s", "data wait", "memory", "epoch"):
         assert re.search(rf"{name} +[\d.]", display), name
     assert re.search(r"MFU +-", display), "a CPU's peak is not known"
-    assert re.search(r"100% │", display) and re.search(r"time +0:\d\d:\d\d gone, 0:00:00 left", display)
+    assert re.search(r"100% │", display) and re.search(r"time +0:\d\d:\d\d elapsed, 0:00:00 left", display)
     assert re.search("now +ended", display) and "…" not in screen and " one ─╯" in display
     # Drawn at the start, and with each line that comes above it.
     meanwhile = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", written)
@@ -117,10 +124,21 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     # Log lines stay whole above it; those with the same numbers go to the file alone.
     assert re.search(r"^\d\d:\d\d:\d\d INFO    generated images: ", screen, re.MULTILINE), screen
     log = (one_rank / "logs" / "train.log").read_text()
-    assert re.search(r"step 10/20 loss .* next checkpoint at step 12, in 0:", log) and "step 10/20" not in screen
+    assert re.search(r"step 10/20: loss .* next checkpoint at step 12, in 0:", log) and "step 10/20" not in screen
     assert "4 global" in log and "\x1b" not in log
     # Afterwards: what was done.
     assert "Trained one" in screen and "step-00000020.safetensors" in screen
+
+
+def build_display(lines: dict[str, str]) -> Display:
+    return Display(
+        title="step 123456 of 1000000",
+        subtitle="name",
+        share=0.7,
+        left=dict([LOSS]),
+        right=dict([MEMORY]),
+        lines=lines,
+    )
 
 
 @pytest.mark.parametrize("columns", [80, 40])
@@ -129,28 +147,26 @@ def test_nothing_is_cut_off(columns: int) -> None:
         "rates": "U-Net 5.00e-05 to 1.00e-04, text 1 5.00e-06, text 2 5.00e-06, patterns 1.50e-04",
         "now": "copying the state for a checkpoint, writing a checkpoint",
     }
-    pairs = (("average of 100", "0.1234"), ("memory", "141.2 of 139.8 GiB"))
     drawn = io.StringIO()
-    Console(file=drawn, width=columns).print(Display("step 123456 of 1000000", "name", 0.7, [pairs], values))
+    Console(file=drawn, width=columns).print(build_display(values))
     rows = drawn.getvalue().splitlines()
     assert {len(row) for row in rows} == {columns} and "…" not in drawn.getvalue()
     words = " ".join(row.strip("│ ") for row in rows[2:-1]).split()
-    assert words == " ".join([*pairs[0], *pairs[1], *(f"{name} {value}" for name, value in values.items())]).split()
+    assert words == " ".join([*LOSS, *MEMORY, *(f"{name} {value}" for name, value in values.items())]).split()
 
 
 @pytest.mark.parametrize("columns", range(1, 12))
 def test_no_terminal_is_too_narrow(columns: int) -> None:
     drawn = io.StringIO()
-    pairs = (("average of 100", "0.1234"), ("memory", "141.2 of 139.8 GiB"))
-    Console(file=drawn, width=columns).print(Display("title", "name", 0.7, [pairs], {"now": "this and that"}))
+    Console(file=drawn, width=columns).print(build_display({"now": "this and that"}))
     assert all(len(row) <= columns for row in drawn.getvalue().splitlines())
 
 
 def test_averages_leave_out_losses_that_are_not_finite() -> None:
     steps = [
-        StepNumbers(1.0, 2.0, 0.5, 8, 4e12),
-        StepNumbers(float("nan"), 1.0, 0.0, 8, 2e12),
-        StepNumbers(3.0, 1.0, 0.5, 8, 2e12),
+        StepNumbers(loss=1.0, seconds=2.0, data_wait_seconds=0.5, num_images=8, flops=4e12),
+        StepNumbers(loss=float("nan"), seconds=1.0, data_wait_seconds=0.0, num_images=8, flops=2e12),
+        StepNumbers(loss=3.0, seconds=1.0, data_wait_seconds=0.5, num_images=8, flops=2e12),
     ]
     averages = Averages(steps)
     assert (averages.loss, averages.images_per_second, averages.data_wait_share) == (2.0, 6.0, 0.25)
@@ -174,15 +190,15 @@ def test_averages_leave_out_losses_that_are_not_finite() -> None:
 )
 def test_the_next_checkpoint(settings: dict[str, Any], expected: int) -> None:
     state = TrainState(step=100, epoch=2, index=3, epoch_batches=10)
-    assert find_next_save(CheckpointConfig(**settings), state, 400) == expected
+    assert find_next_checkpoint_step(CheckpointConfig(**settings), state, 400) == expected
 
 
 def test_all_learning_rates_are_told() -> None:
-    assert describe_rates(OptimConfig(lr=1e-4), 5e-5) == "5.00e-05"
+    assert describe_learning_rates(OptimConfig(lr=1e-4), 5e-5) == "5.00e-05"
     rates = OptimConfig(
         lr=1e-4, text_encoder_2_lr=1e-5, block_lrs=[0, *[1e-4] * 21, 2e-4], groups=[{"match": "x", "lr": 3e-4}]
     )  # pyright: ignore
-    assert describe_rates(rates, 5e-5) == "U-Net 5.00e-05 to 1.00e-04, text 2 5.00e-06, patterns 1.50e-04"
+    assert describe_learning_rates(rates, 5e-5) == "U-Net 5.00e-05 to 1.00e-04, text 2 5.00e-06, patterns 1.50e-04"
 
 
 def test_flops_of_sdxl() -> None:

@@ -26,7 +26,7 @@ from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.validation import spread_timesteps, summarize_losses
+from sdxl_trainer.train.run.validation import average_losses, spread_timesteps
 from sdxl_trainer.train.sampling.job import load_image_generator, run_sampling
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
@@ -154,7 +154,7 @@ def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(predic
 
 def test_losses_are_told_by_part_and_by_bucket() -> None:
     losses = [(0.0, (64, 32), 1.0), (499.9, (64, 32), 2.0), (500, (32, 64), 6.0), (1000, (32, 64), 7.0)]
-    assert summarize_losses(losses, 2) == {
+    assert average_losses(losses, 2) == {
         "loss": 4.0,
         "loss_32x64": 6.5,
         "loss_64x32": 1.5,
