@@ -66,7 +66,7 @@ class Display:
         width = options.max_width - FRAME_COLUMNS
         text = Text(no_wrap=True, overflow="ellipsis")
         self._add_bar(text, width, not options.ascii_only)
-        label_columns = max(map(len, [*self.left, *self.lines])) + GAP_COLUMNS
+        label_columns = max(map(len, [*self.left, *self.right, *self.lines])) + GAP_COLUMNS
         right_label_columns = max(map(len, self.right)) + GAP_COLUMNS
         for (name, value), (right_name, right_value) in zip(self.left.items(), self.right.items(), strict=True):
             if width < MIN_COLUMNS_FOR_PAIRS:
