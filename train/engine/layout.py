@@ -53,12 +53,17 @@ class Layout:
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> "Layout":
         """Return the layout that `to_plain` wrote."""
-        flats = (
-            FlatTensor(flat["numel"], tuple(Fragment(**fragment) for fragment in flat["pieces"]))
-            for flat in plain["flats"]
+        return Layout(
+            rank=plain["rank"],
+            world_size=plain["world_size"],
+            zero_stage=plain["zero_stage"],
+            kind=plain["kind"],
+            flats=tuple(
+                FlatTensor(flat["numel"], tuple(Fragment(**fragment) for fragment in flat["pieces"]))
+                for flat in plain["flats"]
+            ),
+            shapes={name: tuple(shape) for name, shape in plain["shapes"].items()},
         )
-        shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
-        return Layout(**{**plain, "flats": tuple(flats), "shapes": shapes})
 
     def matches(self, other: "Layout") -> bool:
         """Return whether files of one layout can be loaded for the other as they are.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo
+from loguru import logger
 
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -161,6 +162,18 @@ def test_unsound_settings_are_refused(engine, optim, key, cure):
 def test_sound_settings_are_not_refused():
     for name in set(OPTIMIZERS) - {"adamw8bit"}:
         assert list_problems({"zero_stage": 0}, name=name, lr=1, max_grad_norm=0) == [], name
+
+
+def test_a_class_by_path_on_flat_shards_is_warned_about():
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{level}: {message}")
+    config = OptimConfig(name="torch.optim.SGD")
+    for stage in (0, 2):
+        build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config, EngineConfig(zero_stage=stage))
+    logger.remove(sink)
+    assert [str(line) for line in messages] == [
+        "WARNING: optim.name: ZeRO 2 passes flat shards to torch.optim.SGD; its update must be elementwise\n"
+    ]
 
 
 def test_a_missing_package_is_named():
