@@ -164,7 +164,7 @@ def collect_state_files(
 
     Why: the public `save_checkpoint` writes to disk itself, between barriers, at which a rank waits for ever if
     another one is dead. Looked for: DeepSpeed's checkpoint engines (`checkpoint.writer`), which run between the same
-    barriers. Without ZeRO-3's prologue and epilogue, which the caller owes.
+    barriers. The caller runs ZeRO-3's prologue and epilogue (`Weights.release_gathered`, `Weights.gather_persistent`).
 
     Args:
         tag: folder of the files.
