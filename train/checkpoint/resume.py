@@ -34,6 +34,7 @@ HARMLESS_KEYS = frozenset(
     {"run.name", "run.dir", "run.resume", "run.on_data_change"}
     | {"data.metadata", "data.image_dirs", "data.on_missing_caption", "data.verify_latents"}
     | {"data.num_workers", "data.max_bad_fraction"}
+    | {"data.remote_shards.copies_dir", "data.remote_shards.copies_gb"}
     | {"cache.dir", "cache.format", "cache.shard_mb", "cache.batch_size", "cache.num_workers", "cache.on_missing"}
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}

@@ -116,7 +116,12 @@ def test_only_changes_that_alter_training_are_listed() -> None:
     old = build_state().config
     new = build_state(
         run={"name": "other", "seed": 3},
-        data={"num_workers": 7, "max_tokens": 150, "caption": {"dropout_rate": 0.5}},
+        data={
+            "num_workers": 7,
+            "max_tokens": 150,
+            "caption": {"dropout_rate": 0.5},
+            "remote_shards": {"copies_dir": "/scratch", "copies_gb": 3.0},
+        },
         cache={"batch_size": 9, "posterior": "moments"},
         optim={"lr": 3e-5},
         engine={"zero_stage": 3, "precision": "fp32", "timeout_minutes": 5.0, "deepspeed": {"a": {"b": 1}}},
