@@ -8,55 +8,56 @@ from sdxl_trainer.configs.section import Section
 
 
 class CaptionConfig(Section):
-    """What is done to captions, in this order; every option is off by default. What is random is drawn anew for each
-    sample and epoch. Tags are the record's `caption` or `tags`, a description its `description` or `nl_caption`;
-    a description is prose and is never taken apart at its commas."""
+    """Changes made to each caption before it is tokenized, applied in the order of this table and all off by default.
+    Random choices are drawn again for each sample in each epoch. Tags are the record's `caption` or `tags`; the
+    description is its `description` or `nl_caption`. A description is prose and is never split at its commas."""
 
     source: Literal["pick", "join", "tags", "description"] = "pick"
-    """Which text is used of records that have both: one of the two at random, both (`join`: tags first), or always the
-    `tags` or the `description`. `pick` and `join` take what there is; with `tags` or `description` a record that has
-    only the other one gets the empty caption."""
+    """Text to use for records that have both tags and a description: one of the two at random (`pick`), both with the
+    tags first (`join`), or always the `tags` or the `description`. `pick` and `join` fall back to the text that
+    exists; with `tags` or `description`, a record that has only the other text gets the empty caption."""
     description_rate: float = Field(0.5, ge=0, le=1)
-    """How often `pick` picks the description."""
+    """Probability that `pick` chooses the description."""
     prefix: str = ""
-    """Text put before every caption, with a space between (`"my style,"` makes it a tag of its own)."""
+    """Text put before every caption, followed by a space. `"my style,"` makes it a tag of its own."""
     suffix: str = ""
-    """Text put after every caption, with a space between."""
+    """Text put after every caption, preceded by a space."""
     dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Share of captions replaced by the empty one, so that the model also learns to go without (classifier-free
-    guidance)."""
+    """Share of captions replaced by the empty caption, so that the model also learns to generate without a prompt, as
+    classifier-free guidance needs. 0.05 to 0.1 is usual for large training sets."""
     dropout_every_epochs: int = Field(0, ge=0)
-    """Every n-th epoch goes without captions; 0 for none."""
+    """Use empty captions in every n-th epoch; 0 never does."""
     wildcards: bool = False
-    """Use one random line of a caption that has several, and replace `{a|b}` by one of its options: `{2$$a|b|c}` takes
-    two different ones, `{1-2$$ and $$a|b|c}` one or two with ` and ` between them. Options may hold groups, and `{{`
-    and `}}` are literal braces. Off, lines and braces reach the tokenizer as they are."""
+    """Choose one line at random of captions with several lines, and replace `{a|b}` by one of its options.
+    `{2$$a|b|c}` chooses two different options, and `{1-2$$ and $$a|b|c}` one or two, joined by ` and `. Options may
+    contain groups; `{{` and `}}` are literal braces. When off, lines and braces reach the tokenizer unchanged."""
     keep_tokens: int = Field(0, ge=0)
-    """The first n tags stay in front: no warm-up, shuffle or tag dropout. Those of the prefix count."""
+    """Number of tags at the front that warm-up, shuffling and tag dropout leave alone. Tags of the prefix count."""
     keep_tokens_separator: str = ""
-    """A mark in captions, such as `|||`: tags before the first one stay in front, tags after the second one at the end,
-    and `keep_tokens` is not used. Captions without the mark are treated as without this option."""
+    """Mark in captions, such as `|||`, that sets the kept tags instead of `keep_tokens`: tags before the first mark
+    stay in front, tags after the second mark stay at the end. Captions without the mark are unaffected."""
     token_warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps over which the number of (not kept) tags grows to all of them."""
+    """Optimizer steps over which the number of tags in use grows from `token_warmup_min` to all. Kept tags are always
+    used."""
     token_warmup_min: int = Field(1, ge=0)
-    """Number of tags at the beginning of the warm-up."""
+    """Number of tags at the start of the warm-up."""
     shuffle: bool = False
-    """Put tags into a random order."""
+    """Shuffle the tags, so that the model does not learn their order."""
     tag_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Probability with which each tag is left out."""
+    """Probability of leaving out each tag."""
     separator: str = Field(",", min_length=1)
-    """What separates tags in captions. Tags that were taken apart are joined with `, `."""
+    """Separator between tags in captions. Captions that were split into tags are joined again with `, `."""
     secondary_separator: str = ""
-    """A mark, such as `;;;`, that holds several tags together through shuffle and dropout; it then becomes the
-    separator."""
+    """Mark, such as `;;;`, between tags that stay together during shuffling and dropout. It becomes the separator
+    afterwards."""
     replacements: dict[str, str | list[str]] = {}
-    """Words to replace, and by what: a text, or a list of which one is drawn each time. The key `""` replaces the whole
-    caption. Dropped captions stay empty."""
+    """Words to replace, each with a text or with a list from which one text is drawn each time. The key `""` replaces
+    the whole caption. Captions that were dropped stay empty."""
 
     @field_validator("replacements")
     @classmethod
-    def _lists_hold_something(cls, replacements: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+    def _require_texts(cls, replacements: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
         empty = [word for word, new in replacements.items() if new == []]
         if empty:
-            raise ValueError(f'the list of {empty[0]!r} is empty; give at least one text, or "" to delete the word')
+            raise ValueError(f'the list for {empty[0]!r} is empty; give at least one text, or "" to delete the word')
         return replacements

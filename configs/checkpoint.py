@@ -1,4 +1,4 @@
-"""Settings of what is saved, when, and in which form the model leaves the run: `checkpoint`."""
+"""Settings of checkpoints and exported models, `checkpoint`."""
 
 from typing import Literal
 
@@ -8,23 +8,24 @@ from sdxl_trainer.configs.section import Section
 
 
 class CheckpointConfig(Section):
-    """What is saved of the training state, and when. `every_steps`, `every_minutes` and `every_epochs` add up. The
-    state is also saved at the end, and whenever the job is asked to stop."""
+    """When to save the training state, how many checkpoints to keep, and the form of exported models. `every_steps`,
+    `every_minutes` and `every_epochs` can be combined. A checkpoint is also saved at the end of a run and whenever the
+    job is asked to stop."""
 
     every_steps: int = Field(1000, ge=0)
-    """Steps between checkpoints; 0 for none by steps."""
+    """Optimizer steps between checkpoints; 0 saves none by steps."""
     every_minutes: float = Field(0.0, ge=0)
-    """Minutes from one checkpoint to the next, by rank 0's clock; 0 for none by time."""
+    """Minutes between checkpoints, by rank 0's clock; 0 saves none by time."""
     every_epochs: int = Field(0, ge=0)
-    """Epochs between checkpoints, saved after the last step of an epoch; 0 for none by epochs."""
+    """Epochs between checkpoints, saved after an epoch's last step; 0 saves none by epochs."""
     keep_last: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted once the next one is whole."""
+    """Number of checkpoints to keep. Older ones are deleted once a new one is complete."""
     keep_every_steps: int = Field(0, ge=0)
-    """Checkpoints of steps that are multiples of this are kept for good; 0 keeps none of them."""
+    """Never delete checkpoints whose step is a multiple of this number; 0 protects none."""
     wait_for_space_minutes: float = Field(30.0, ge=0)
-    """How long a checkpoint that finds the disk full waits for space, in host memory, while training goes on. After
-    that the job stops with status 1."""
+    """Minutes to wait for disk space when the disk is full. The checkpoint stays in host memory and training continues
+    meanwhile; after that the job stops with status 1."""
     export_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Type of the exported weights."""
+    """Data type of the weights in exported models."""
     export_format: Literal["single", "diffusers"] = "single"
-    """Form of what is written into `models/`: one `.safetensors` file in SDXL's layout, or a diffusers folder."""
+    """Form of exported models in `models/`: one `.safetensors` file in SDXL's layout, or a diffusers folder."""

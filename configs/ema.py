@@ -8,19 +8,20 @@ from sdxl_trainer.configs.section import Section
 
 
 class EmaConfig(Section):
-    """Exponential moving averages of the weights, kept beside the fp32 masters and sharded like them."""
+    """Exponential moving averages (EMA) of the weights, kept in fp32 beside the master weights and sharded like
+    them."""
 
     decays: list[Annotated[float, Field(gt=0, lt=1)]] = []
-    """Decay of each average, such as `[0.999, 0.9999]`; none keeps none. Each takes 4 bytes a weight, over all ranks
-    together under ZeRO 1 to 3, and is exported beside the model."""
+    """Decay of each average, such as `[0.999, 0.9999]`; an empty list keeps no average. Each takes 4 bytes per weight,
+    divided among the ranks under ZeRO 1 to 3, and is exported beside the model."""
     warmup: bool = True
-    """After n updates no decay is above (1 + n)/(10 + n), so that a young average forgets its random beginning."""
+    """Limit the decay to (1 + n)/(10 + n) after n updates, so that the average soon forgets the first weights."""
     sample: bool = True
-    """Draw samples with the first average instead of the weights of the moment."""
+    """Generate images with the first average instead of the current weights."""
 
     @field_validator("decays")
     @classmethod
-    def _each_has_a_name_of_its_own(cls, decays: list[float]) -> list[float]:
+    def _require_distinct(cls, decays: list[float]) -> list[float]:
         if len({f"{decay:g}" for decay in decays}) < len(decays):
-            raise ValueError("names a decay twice (six digits count)")
+            raise ValueError("contains a decay twice (compared to six digits); remove one")
         return decays

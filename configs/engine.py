@@ -1,4 +1,4 @@
-"""Settings of the engine, `engine`: how state is sharded, in what precision training runs, and how fast."""
+"""Settings of the engine, `engine`: sharding, precision, offload and speed."""
 
 from typing import Any, Literal
 
@@ -6,8 +6,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from sdxl_trainer.configs.section import Section
 
-PURE_BF16 = ("bf16_kahan", "bf16_stochastic")  # precisions without fp32 masters
-# DeepSpeed's settings that are made from ours, and what sets them. Others would contradict the rest of the program.
+# Precisions without fp32 master weights.
+PURE_BF16 = ("bf16_kahan", "bf16_stochastic")
+# DeepSpeed's setting → the setting here that determines it.
 OWN_SETTINGS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -22,87 +23,92 @@ OWN_SETTINGS = {
 
 
 class EngineConfig(Section):
-    """DeepSpeed: how state is sharded and in what precision training runs."""
+    """Sharding, precision and offload through DeepSpeed, and speed."""
 
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too. If it is not set: 0 for
-    optimizers that need whole weights; 3 with `engine.offload_param`; 2 on several ranks or with
-    `engine.offload_optimizer`; on a single rank, where nothing can be sharded, 0 in fp32 and else 1, which keeps the
-    fp32 masters. What was taken is told at the start."""
+    """ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the parameters. Leave it out
+    to have a stage chosen and logged at the start: 0 for optimizers that need whole weights; 3 with
+    `engine.offload_param`; 2 on several ranks or with `engine.offload_optimizer`; on one rank, where nothing can be
+    sharded, 0 in fp32 and 1 (which keeps fp32 master weights) otherwise. Set 3 if the weights do not fit on one GPU."""
     precision: Literal["fp32", "bf16", "fp16", "bf16_kahan", "bf16_stochastic"] = "bf16"
-    """`bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer; `fp16` scales the loss, and leaves out the
-    steps that overflow. `bf16_kahan` and `bf16_stochastic` have weights and moments in bf16 alone, for `adamw` and
-    `lion`: the one carries what an update loses to rounding on to the next (Kahan summation), the other rounds up or
-    down by chance, right on average. They take 10 and 8 bytes a weight instead of 14, besides gradients. All but `fp32`
-    and `bf16` are for ZeRO 1 to 3."""
+    """Precision of the weights in training. `bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer;
+    `fp16` scales the loss and skips steps that overflow. `bf16_kahan` and `bf16_stochastic` save memory by keeping
+    weights and moments in bf16 only, for `adamw` and `lion`: `bf16_kahan` adds the rounding error of each update to the
+    next (Kahan summation), `bf16_stochastic` rounds up or down at random, correct on average. They take 10 and 8 bytes
+    per weight instead of 14, plus gradients. All but `fp32` and `bf16` need ZeRO 1 to 3."""
     offload_optimizer: bool = False
-    """Keep masters and the optimizer's state in host memory and update there; ZeRO 1 to 3, with fp32 masters."""
+    """Keep master weights and optimizer state in host memory and update them there. Saves GPU memory, and makes
+    updates slower. Needs ZeRO 1 to 3 and fp32 master weights."""
     offload_param: bool = False
-    """Keep the weights in host memory too, and bring each to the device when it is used; ZeRO 3, with
-    `engine.offload_optimizer`."""
+    """Also keep the weights in host memory, and copy each to the GPU when it is used. Saves the most GPU memory and is
+    the slowest. Needs ZeRO 3 and `engine.offload_optimizer`."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    """Recompute activations in the backward pass: far less memory, about a third slower."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """What computes attention: PyTorch's own, or xformers."""
+    """Implementation of attention: `sdpa` is PyTorch's own, `xformers` needs that package."""
     compile: bool = False
-    """Compile the U-Net with `torch.compile`; each bucket's shape is compiled once. Not for ZeRO 3."""
+    """Compile the U-Net with `torch.compile`. Each bucket's shape is compiled once, which takes time at the start. Not
+    for ZeRO 3."""
     channels_last: bool = False
-    """Lay images out with channels last, which suits convolutions on tensor cores."""
+    """Use the channels-last memory format, which can speed up convolutions on tensor cores."""
     initial_loss_scale_power: int = Field(16, ge=0, le=32)
-    """`fp16` begins with a loss scale of 2 to this power."""
+    """Exponent of the first loss scale of `fp16`, which is 2 to this power."""
     timeout_minutes: float = Field(60.0, gt=0)
-    """How long a rank waits in a collective for one that hangs. Then each of the others saves its part of the state,
-    and the job ends with status 1. What a rank does alone, such as its share of the samples or verifying a checkpoint
-    at the start, must not take longer; the checks of settings and data, and the index, may."""
+    """Minutes that a rank waits in a collective for another rank that hangs. Then the waiting ranks save their parts of
+    the state, and the job ends with status 1. Raise it if a rank needs longer than this on its own, for example to
+    generate its images or to verify a checkpoint at the start. The first checks of settings and data, and building the
+    index, are not limited."""
     deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed settings, merged over the ones this program makes. Batch sizes, optimizer, schedule, precision
-    and ZeRO stage are set by settings of their own."""
+    """Further DeepSpeed settings, merged into the configuration that is built from the other settings. Batch sizes,
+    optimizer, schedule, gradient clipping, precision and ZeRO stage have settings of their own and are refused
+    here."""
 
     @field_validator("precision", "offload_optimizer")
     @classmethod
-    def _state_is_sharded(cls, value: Any, info: ValidationInfo) -> Any:
+    def _require_sharding(cls, value: Any, info: ValidationInfo) -> Any:
         if value in ("fp16", *PURE_BF16, True) and info.data.get("zero_stage") == 0:
             raise ValueError("needs engine.zero_stage 1, 2 or 3")
         return value
 
     @field_validator("offload_optimizer")
     @classmethod
-    def _masters_are_offloaded(cls, value: bool, info: ValidationInfo) -> bool:
+    def _require_masters(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("precision") in PURE_BF16:
-            raise ValueError(f"needs fp32 masters, which {info.data['precision']} has not; set engine.precision: bf16")
+            precision = info.data["precision"]
+            raise ValueError(f"needs fp32 master weights, but engine.precision is {precision}; set that to bf16")
         return value
 
     @field_validator("offload_param")
     @classmethod
-    def _parameters_are_sharded(cls, value: bool, info: ValidationInfo) -> bool:
+    def _require_offloaded_optimizer(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("zero_stage") not in (3, None):
             raise ValueError("needs engine.zero_stage 3")
         if value and not info.data.get("offload_optimizer", True):
-            raise ValueError("leaves the larger optimizer state on the device; set engine.offload_optimizer: true")
+            raise ValueError("needs engine.offload_optimizer: true; the optimizer state is larger than the weights")
         return value
 
     @field_validator("initial_loss_scale_power")
     @classmethod
-    def _loss_is_scaled(cls, value: int, info: ValidationInfo) -> int:
+    def _require_fp16(cls, value: int, info: ValidationInfo) -> int:
         if value != cls.model_fields["initial_loss_scale_power"].default and info.data.get("precision") != "fp16":
             raise ValueError("has no effect: engine.precision is not fp16; leave this out")
         return value
 
     @field_validator("deepspeed")
     @classmethod
-    def _nothing_is_set_twice(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+    def _reject_own_settings(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
         for path, ours in OWN_SETTINGS.items():
             section, _, key = path.rpartition(".")
             place = deepspeed.get(section, {}) if section else deepspeed
             if not isinstance(place, dict):
-                raise ValueError(f"must hold a mapping as {section}")
+                raise ValueError(f"must contain a mapping under {section}")
             if key in place:
-                raise ValueError(f"must not hold {path}, which {ours} sets")
+                raise ValueError(f"must not contain {path}; set {ours} instead")
         return deepspeed
 
     @field_validator("compile")
     @classmethod
-    def _whole_weights_are_compiled(cls, value: bool, info: ValidationInfo) -> bool:
+    def _require_whole_weights(cls, value: bool, info: ValidationInfo) -> bool:
         if value and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
-            raise ValueError("needs engine.zero_stage 0, 1 or 2, and so no engine.offload_param")
+            raise ValueError("needs engine.zero_stage 0, 1 or 2, without engine.offload_param")
         return value

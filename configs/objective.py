@@ -1,4 +1,4 @@
-"""Settings of the objective, `objective`: what the U-Net learns to predict, at which noise, and how errors count."""
+"""Settings of the objective, `objective`: prediction, loss, weighting, timesteps and noise."""
 
 from typing import Any, Literal
 
@@ -7,9 +7,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from sdxl_trainer.configs.section import Section
 
 HUBER_LOSSES = ("huber", "smooth_l1")
-# Weightings with a γ, and what is usual for it.
+# Weighting → its usual gamma.
 USUAL_GAMMA = {"min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0, "v_pred_like": 1.0}
-# Settings that mean nothing unless another one has one of these values, or, without values, is not 0.
+# Setting → the setting that it depends on, and the values of that one which use it (no values: any above 0).
 USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "huber_schedule": ("loss", HUBER_LOSSES),
     "huber_c": ("loss", HUBER_LOSSES),
@@ -24,132 +24,138 @@ USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class ObjectiveConfig(Section):
-    """What the U-Net learns to predict, at which noise, and how its errors count. What is random is drawn for each
-    sample by itself, from the seed, the step and its place in the global batch. A choice that contradicts another, or
-    that another one leaves without effect, is an error."""
+    """Prediction target, loss, weighting, timesteps and noise. Random numbers are drawn separately for each sample,
+    from the seed, the step and the sample's position in the global batch. Settings that contradict each other, or that
+    have no effect because of another setting, are errors."""
 
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    """`epsilon`: the noise, as SDXL base was trained; `v`: sqrt(abar)·noise - sqrt(1 - abar)·latent; `flow`: rectified
-    flow, noise - latent on a straight line between them. Samples and exported files follow."""
+    """Target that the U-Net learns to predict. `epsilon`: the noise, as SDXL base was trained; `v`: sqrt(abar)·noise -
+    sqrt(1 - abar)·latent; `flow`: rectified flow, noise - latent on a straight line between the two. Generated images
+    and exported files use the same prediction."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891); for `v`. Images may then be
-    all dark or all bright."""
+    """Rescale the noise schedule so that the last timestep is pure noise (arXiv 2305.08891), which lets images be
+    entirely dark or bright. Needs `prediction: v`."""
 
     loss: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
-    """Error of each value with difference d: d², |d|, 2c(sqrt(d² + c²) - c) or 2(sqrt(d² + c²) - c)."""
+    """Error of each value with difference d: d² (`l2`), |d| (`l1`), 2c(sqrt(d² + c²) - c) (`huber`) or
+    2(sqrt(d² + c²) - c) (`smooth_l1`). The last two reduce the effect of outliers."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
-    """c of `huber` and `smooth_l1` over the timesteps: `huber_c` throughout, or from 1 without noise down to it, as
-    exp(t·ln(c)/1000) or (1 - c)/(1 + sigma)² + c (not for `flow`)."""
+    """Value of c over the timesteps for `huber` and `smooth_l1`: `huber_c` at all of them (`constant`), or falling from
+    1 without noise to `huber_c`, as exp(t·ln(c)/1000) (`exponential`) or (1 - c)/(1 + sigma)² + c (`snr`, not for
+    `flow`)."""
     huber_c: float = Field(0.1, gt=0, le=1)
-    """c of `huber` and `smooth_l1`: where the loss goes over from quadratic to linear."""
+    """Difference c at which `huber` and `smooth_l1` change from quadratic to linear."""
     masked_loss: bool = False
-    """Multiply the error by the sample's mask (`alpha_mask` of its latent file, 0 to 1) before the mean; a sample
-    without one counts whole."""
+    """Multiply the error by the sample's mask (`alpha_mask` in its latent file, 0 to 1) before taking the mean. Samples
+    without a mask count fully. Masks come from `data.masks` or `cache.alpha_mask`."""
     prior_loss_weight: float = Field(1.0, gt=0)
-    """Weight of regularisation samples, those with `is_reg: true` in their metadata (prior preservation)."""
+    """Loss weight of regularisation samples (prior preservation): samples from `data.regularisation_dirs`, or with
+    `is_reg: true` in their metadata."""
 
     weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "v_like_epsilon", "v_pred_like"] = "none"
-    """Weight of the loss by the timestep's SNR. `min_snr`: min(snr, gamma)/snr, for `v` /(snr + 1) (arXiv 2303.09556);
-    `soft_min_snr`: the same with (sigma·s)²/(sigma² + s²)² as the SNR; `debiased`: 1/sqrt(snr), for `v` 1/(snr + 1)
-    (arXiv 2310.08442); `p2`: (1 + snr)^-gamma; `v_like_epsilon`, for `v`: snr/(snr + 1), as if noise were predicted;
-    `v_pred_like`, for `epsilon`: 1 + gamma·(snr + 1)/snr, which adds the loss of v-prediction. `debiased`,
-    `v_like_epsilon` and `v_pred_like` take the SNR as 1000 at most. None of them goes with `flow`."""
+    """Loss weight of each timestep, from its signal-to-noise ratio (SNR). `min_snr`: min(snr, gamma)/snr, with `v`
+    min(snr, gamma)/(snr + 1) (arXiv 2303.09556); `soft_min_snr`: like `min_snr`, with (sigma·s)²/(sigma² + s²)² as the
+    SNR; `debiased`: 1/sqrt(snr), with `v` 1/(snr + 1) (arXiv 2310.08442); `p2`: (1 + snr)^-gamma; `v_like_epsilon`,
+    only with `v`: snr/(snr + 1), as if the noise were predicted; `v_pred_like`, only with `epsilon`: 1 + gamma·(snr +
+    1)/snr, which adds the loss of v-prediction. `debiased`, `v_like_epsilon` and `v_pred_like` limit the SNR to 1000.
+    With `flow` only `none` is possible."""
     weighting_gamma: float | None = Field(None, gt=0)
-    """gamma of the weighting; by default 5 for `min_snr` and `soft_min_snr`, 1 for `p2` and `v_pred_like`. The soft SNR
-    is never above 1/4, so with `epsilon` a larger gamma makes `soft_min_snr` weigh nothing."""
+    """Gamma of the weighting. The default is 5 for `min_snr` and `soft_min_snr`, and 1 for `p2` and `v_pred_like`. The
+    SNR of `soft_min_snr` is never above 1/4, so with `epsilon` a larger gamma gives all timesteps the weight 1."""
     sigma_data: float = Field(1.0, gt=0)
-    """s of `soft_min_snr`: the standard deviation of the (scaled) latents."""
+    """Standard deviation s of the (scaled) latents, for `soft_min_snr`."""
 
     min_timestep: int = Field(0, ge=0, le=999)
-    """First timestep that is trained."""
+    """First timestep to train."""
     max_timestep: int = Field(1000, ge=1, le=1000)
-    """The timestep after the last one that is trained."""
+    """End of the timesteps to train: the last one trained is this minus 1."""
     timestep_density: Literal["uniform", "logit_normal"] | list[float] = "uniform"
-    """How often the timesteps of that range come: equally, by sigmoid(`logit_mean` + `logit_std`·z) with a normal z, or
-    by numbers of your own, such as `[1, 2, 4]`, that say how often equal parts of the range come."""
+    """Distribution of the timesteps over the trained range: `uniform`; `logit_normal`, which is sigmoid(`logit_mean` +
+    `logit_std`·z) with a normal z; or a list such as `[1, 2, 4]`, which divides the range into equal parts and gives
+    their relative frequencies."""
     logit_mean: float = 0.0
-    """Mean of `logit_normal` before the sigmoid; above 0 means more noise."""
+    """Mean of `logit_normal` before the sigmoid; above 0 gives more noise."""
     logit_std: float = Field(1.0, gt=0)
     """Standard deviation of `logit_normal` before the sigmoid."""
     timestep_shift: float = Field(1.0, gt=0)
-    """Moves the timesteps: s becomes shift·s/(1 + (shift - 1)·s); above 1 means more noise, as large images need it
-    with `flow`. Samples of a `flow` model are drawn with the same shift."""
+    """Shift of the timesteps: s becomes shift·s/(1 + (shift - 1)·s). Above 1 gives more noise, which large images need
+    with `flow`. Images of a `flow` model are generated with the same shift."""
     low_discrepancy: bool = False
-    """Spread the timesteps of a global batch evenly over their density instead of drawing each by itself: a steadier
-    loss and gradient. Each sample's own timestep is as random as before."""
+    """Spread the timesteps of each global batch evenly over their distribution instead of drawing them independently.
+    The loss and the gradient vary less; each single timestep is still random."""
 
     noise_offset: float = Field(0.0, ge=0)
-    """Strength of a shift of the noise that is the same all over the image, drawn for each channel; 0.05 to 0.1 is
-    usual. Lets `epsilon` learn dark and bright images."""
+    """Strength of a random offset added to the noise, constant over the image and drawn for each channel. Helps
+    `epsilon` to learn dark and bright images; 0.05 to 0.1 is usual."""
     noise_offset_random_strength: bool = False
-    """Draw the strength of the offset for each sample, from 0 to `noise_offset`."""
+    """Draw the strength of the offset for each sample, between 0 and `noise_offset`."""
     adaptive_noise_scale: float = 0.0
-    """Added to the strength of the offset: this times the absolute mean of the sample's channel; the sum is at least
-    0."""
+    """Factor of the absolute mean of the sample's channel, whose product is added to the strength of the offset. The
+    sum is at least 0."""
     multires_noise_iterations: int = Field(0, ge=0, le=16)
-    """Levels of pyramid noise: noise of full size and of smaller and smaller sizes, enlarged; 0 is plain noise, 6 to 10
-    usual."""
+    """Levels of pyramid noise: noise drawn at full and at ever smaller sizes, enlarged and added up. 0 uses plain
+    noise; 6 to 10 is usual."""
     multires_noise_discount: float = Field(0.3, gt=0, lt=1)
-    """Strength of each level of pyramid noise, relative to the one before."""
+    """Strength of each level of pyramid noise, relative to the level before."""
     ip_noise_gamma: float = Field(0.0, ge=0)
-    """Input perturbation: strength of further noise that the U-Net's input gets and its target does not; 0.1 is
-    usual (arXiv 2301.11706)."""
+    """Input perturbation (arXiv 2301.11706): strength of additional noise in the U-Net's input that the target does not
+    contain; 0.1 is usual."""
     ip_noise_gamma_random_strength: bool = False
-    """Draw the strength of the perturbation for each sample, from 0 to `ip_noise_gamma`."""
+    """Draw the strength of the perturbation for each sample, between 0 and `ip_noise_gamma`."""
 
     text_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Share of samples whose text embeddings and pooled embedding are zeros, as diffusers' pipelines use for the absent
-    negative prompt of SDXL base. The other way, an empty caption, is `data.caption.dropout_rate`."""
+    """Share of samples whose text embeddings and pooled embedding are set to zero, as diffusers' pipelines do for SDXL
+    base without a negative prompt. To train with empty captions instead, use `data.caption.dropout_rate`."""
 
     @field_validator("zero_terminal_snr")
     @classmethod
-    def _terminal_snr_is_for_v(cls, zero_terminal_snr: bool, info: ValidationInfo) -> bool:
+    def _require_v_prediction(cls, zero_terminal_snr: bool, info: ValidationInfo) -> bool:
         prediction = info.data.get("prediction")
         if zero_terminal_snr and prediction == "epsilon":
             raise ValueError(
-                "cannot go with objective.prediction epsilon: pure noise says nothing of itself; set it to v"
+                "needs objective.prediction v: the noise is trivial to predict from pure noise; set it to v"
             )
         if zero_terminal_snr and prediction == "flow":
-            raise ValueError("has no meaning with objective.prediction flow, which ends in pure noise; leave it out")
+            raise ValueError("has no effect with objective.prediction flow, which ends in pure noise; leave this out")
         return zero_terminal_snr
 
     @field_validator("huber_schedule")
     @classmethod
-    def _flow_has_no_snr_schedule(cls, schedule: str, info: ValidationInfo) -> str:
+    def _reject_snr_with_flow(cls, schedule: str, info: ValidationInfo) -> str:
         if schedule == "snr" and info.data.get("prediction") == "flow":
-            raise ValueError("cannot be snr with objective.prediction flow; choose constant or exponential")
+            raise ValueError("cannot be snr with objective.prediction flow; set it to constant or exponential")
         return schedule
 
     @field_validator("weighting")
     @classmethod
-    def _weighting_fits_the_prediction(cls, weighting: str, info: ValidationInfo) -> str:
+    def _require_matching_prediction(cls, weighting: str, info: ValidationInfo) -> str:
         prediction, needed = info.data.get("prediction"), {"v_like_epsilon": "v", "v_pred_like": "epsilon"}
         if prediction == "flow" and weighting != "none":
             raise ValueError(
-                "cannot go with objective.prediction flow, without a schedule to weigh by; set it to none, and choose "
+                "cannot be used with objective.prediction flow, which has no SNR; set it to none, and use "
                 "objective.timestep_density instead"
             )
         if prediction and prediction != needed.get(weighting, prediction):
-            raise ValueError(f"needs objective.prediction {needed[weighting]}, which is {prediction}")
+            raise ValueError(f"needs objective.prediction {needed[weighting]}, but that is {prediction}")
         return weighting
 
     @field_validator("max_timestep")
     @classmethod
-    def _range_holds_something(cls, maximum: int, info: ValidationInfo) -> int:
+    def _require_range(cls, maximum: int, info: ValidationInfo) -> int:
         if maximum <= info.data.get("min_timestep", 0):
             raise ValueError(f"must be above objective.min_timestep, which is {info.data['min_timestep']}")
         return maximum
 
     @field_validator("timestep_density")
     @classmethod
-    def _heights_are_a_density(cls, density: str | list[float]) -> str | list[float]:
+    def _require_density(cls, density: str | list[float]) -> str | list[float]:
         if isinstance(density, list) and (not any(density) or min(density) < 0):
-            raise ValueError("must be numbers of 0 or more that are not all 0")
+            raise ValueError("must contain numbers of 0 or more, at least one of them above 0")
         return density
 
     @field_validator(*USED_WITH)
     @classmethod
-    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
+    def _require_effect(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None, "a field validator has a field"
         other, values = USED_WITH[info.field_name]
         chosen = info.data.get(other)
@@ -161,5 +167,5 @@ class ObjectiveConfig(Section):
 
     @property
     def gamma(self) -> float:
-        """`weighting_gamma`, or what is usual for the weighting."""
+        """Return `weighting_gamma`, or the usual value for the weighting."""
         return self.weighting_gamma or USUAL_GAMMA.get(self.weighting, 1.0)

@@ -1,4 +1,4 @@
-"""Settings of the optimizer, `optim`: what updates the weights, how fast, and which of them."""
+"""Settings of the optimizer, `optim`: algorithm, learning rates and schedule."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -8,94 +8,96 @@ from pydantic import Field, ValidationInfo, field_validator
 from sdxl_trainer.configs.section import Section
 
 NUM_BLOCKS = 23
-# Settings that mean something with one schedule only.
+# Setting → the one schedule that uses it.
 SCHEDULE_SETTINGS = {"num_cycles": "cosine_with_restarts", "power": "polynomial", "decay_steps": "wsd"}
 
 
 class GroupConfig(Section):
-    """Parameters whose name a regular expression finds, and what is different for them."""
+    """Parameters selected by name, with their own learning rate or weight decay."""
 
     match: str
-    """Regular expression, looked for anywhere in names such as `unet.down_blocks.1.attentions.0.proj_in.weight`."""
+    """Regular expression, searched anywhere in names such as `unet.down_blocks.1.attentions.0.proj_in.weight`."""
     lr: float | None = Field(None, ge=0)
-    """Peak learning rate; 0 freezes them."""
+    """Peak learning rate; 0 freezes these parameters."""
     weight_decay: float | None = Field(None, ge=0)
-    """Decoupled weight decay, of biases and norm weights too."""
+    """Decoupled weight decay, also applied to biases and norm weights."""
 
     @field_validator("match")
     @classmethod
-    def _is_a_pattern(cls, match: str) -> str:
+    def _require_pattern(cls, match: str) -> str:
         try:
             re.compile(match)
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+            raise ValueError(f"is not a regular expression: {error}") from None
         return match
 
 
 class OptimConfig(Section):
-    """What updates the weights, how fast, and which of them. A learning rate of 0 freezes: what is frozen has neither
-    gradient nor optimizer state."""
+    """The optimizer, its learning rates and its schedule. A learning rate of 0 freezes parameters; frozen parameters
+    take no memory for gradients and optimizer state."""
 
     name: str = "adamw"
-    """`adamw`, `adamw8bit` (bitsandbytes), `adafactor`, `lion`, `prodigy`, `muon`, or any class as `module.Class`.
-    docs/TRAINING.md says what each needs."""
+    """Optimizer: `adamw`, `adamw8bit` (bitsandbytes), `adafactor`, `lion`, `prodigy`, `muon`, or any class as
+    `module.Class`. docs/TRAINING.md lists the requirements of each."""
     kwargs: dict[str, Any] = {}
-    """Further arguments of the optimizer's class."""
+    """Further keyword arguments for the optimizer's class."""
     lr: float = Field(1e-5, gt=0)
-    """Peak learning rate. Prodigy finds its own: leave 1 there."""
+    """Peak learning rate of the U-Net. 1e-5 suits full fine-tuning with `adamw`, 1e-4 adapters (`lora.rank`). Use 1
+    with `prodigy`, which finds its own rate."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the moments, for optimizers that take two; without it the optimizer's own."""
+    """Decay rates of the moments, for optimizers that take two. The default is the optimizer's own."""
     eps: float | None = Field(None, gt=0)
-    """Epsilon; without it the optimizer's own."""
+    """Term added to the denominator for numerical stability. The default is the optimizer's own."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay; biases and norm weights get none."""
+    """Decoupled weight decay, not applied to biases and norm weights."""
     text_encoder_lr: float = Field(0.0, ge=0)
     """Peak learning rate of text encoder 1; 0 leaves it frozen."""
     text_encoder_2_lr: float = Field(0.0, ge=0)
     """Peak learning rate of text encoder 2; 0 leaves it frozen."""
     block_lrs: list[Annotated[float, Field(ge=0)]] | None = None
-    """Peak learning rates of the U-Net's 23 blocks as kohya's scripts count them: time and size embeddings, 9 input
-    blocks, 3 middle blocks, 9 output blocks, output."""
+    """Peak learning rates of the U-Net's 23 blocks, counted as in kohya's scripts: time and size embeddings, 9 input
+    blocks, 3 middle blocks, 9 output blocks, output layer. Replaces `optim.lr` for the U-Net."""
     groups: list[GroupConfig] = []
-    """Parameters with a learning rate or decay of their own, `[{match: regex, lr: ..., weight_decay: ...}]`: the first
-    that matches a name counts, before `block_lrs`."""
+    """Groups of parameters with their own learning rate or weight decay: `[{match: regex, lr: ..., weight_decay:
+    ...}]`. A parameter belongs to the first group that matches its name; groups override `block_lrs`."""
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"] = "constant"
-    """Learning rate after the warm-up, up to `train.max_steps`: held, lowered along a line, half a cosine, several of
-    them or a power, or held and then lowered along a line over the last `decay_steps` (warm-up, stable, decay)."""
+    """Course of the learning rate from the end of the warm-up to `train.max_steps`: constant, a linear fall, half a
+    cosine, several half cosines, a power, or constant with a linear fall over the last `decay_steps` (`wsd`: warm-up,
+    stable, decay). `wsd` and `constant` suit runs that you may want to prolong."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises from 0 to its peak."""
     num_cycles: int = Field(1, ge=1)
-    """Half cosines of `cosine_with_restarts`."""
+    """Number of half cosines of `cosine_with_restarts`."""
     power: float = Field(1.0, gt=0)
     """Exponent of `polynomial`."""
     decay_steps: int = Field(0, ge=0)
-    """Steps over which `wsd` lowers the learning rate at the end."""
+    """Optimizer steps over which `wsd` lowers the learning rate at the end."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """What a schedule ends at, as a share of the peak; `constant` ends where it began."""
+    """Learning rate at the end of the schedule, as a share of the peak. `constant` has no such end."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this global norm; 0 leaves them."""
+    """Maximum global norm of the gradients, which are scaled down to it; 0 turns clipping off."""
 
     @field_validator("block_lrs")
     @classmethod
-    def _blocks_are_all_there(cls, block_lrs: list[float] | None) -> list[float] | None:
+    def _require_all_blocks(cls, block_lrs: list[float] | None) -> list[float] | None:
         if block_lrs is not None and len(block_lrs) != NUM_BLOCKS:
-            raise ValueError(f"must hold {NUM_BLOCKS} learning rates, one for each block; it holds {len(block_lrs)}")
+            raise ValueError(f"must hold {NUM_BLOCKS} learning rates, one per block, but holds {len(block_lrs)}")
         return block_lrs
 
     @field_validator("min_lr_ratio")
     @classmethod
-    def _rate_falls(cls, value: float, info: ValidationInfo) -> float:
+    def _require_falling_schedule(cls, value: float, info: ValidationInfo) -> float:
         if value and info.data.get("schedule") == "constant":
             raise ValueError("has no effect: optim.schedule is constant; choose another, or leave this out")
         return value
 
     @field_validator(*SCHEDULE_SETTINGS)
     @classmethod
-    def _schedule_uses_it(cls, value: float, info: ValidationInfo) -> float:
+    def _require_matching_schedule(cls, value: float, info: ValidationInfo) -> float:
         assert info.field_name is not None
         schedule, needed = info.data.get("schedule"), SCHEDULE_SETTINGS[info.field_name]
         if value != cls.model_fields[info.field_name].default and schedule != needed:
             raise ValueError(f"has no effect: optim.schedule is {schedule}; set that to {needed}, or leave this out")
         if info.field_name == "decay_steps" and schedule == "wsd" and not value:
-            raise ValueError("must be above 0 for the schedule wsd")
+            raise ValueError("must be above 0 with optim.schedule: wsd")
         return value

@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, collected so that one message can name it all; and failures told in one."""
+"""Problems with the user's input, collected and reported in one message, and the errors that programs end with."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to put right: the dotted key, the value found there, the rule it breaks and the cure."""
+    """A problem with one setting or argument: its key, its value, the rule that it breaks, and the cure."""
 
     key: str
     value: Any
@@ -21,7 +21,7 @@ class Problem:
 
 
 class UserInputError(ValueError):
-    """The user's input is wrong. Programs report it whole and exit with status 2."""
+    """The user's input is wrong. Programs print the whole message and exit with status 2."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -31,11 +31,11 @@ class UserInputError(ValueError):
 
 
 class FailedError(RuntimeError):
-    """The work could not be done, for a reason that the message tells in full: status 1, without a traceback."""
+    """The work failed for a reason that the message explains in full. Programs exit with status 1 and no traceback."""
 
 
 def raise_if_any(problems: Iterable[Problem]) -> None:
-    """Raise one UserInputError that lists all problems, or return if there are none."""
+    """Raise one UserInputError that lists all problems; do nothing if there are none."""
     problems = list(problems)
     if problems:
         raise UserInputError(problems)

@@ -1,4 +1,4 @@
-"""The `data.remote_shards` section: how shards that lie on a store are read."""
+"""Settings of shards on remote stores, `data.remote_shards`."""
 
 from pathlib import Path
 
@@ -8,15 +8,17 @@ from sdxl_trainer.configs.section import Section
 
 
 class RemoteShardsConfig(Section):
-    """How shards that lie on a store (`s3://`, `https://`, ...) are read."""
+    """How to read shards on a remote store (`s3://`, `gs://`, `https://`)."""
 
     shuffle_shards: int = Field(0, ge=0)
-    """0: samples are shuffled over the whole set, and each is a ranged read. More: whole shards are copied one after
-    the other, in an order that changes each epoch, and samples are shuffled over this many at a time. For stores where
-    seeking is dear; 16 or more mix well if shards hold samples of all kinds."""
+    """With 0, samples are shuffled over the whole training set, and each is one ranged read. With n, whole shards are
+    downloaded one after the other, in an order that changes each epoch, and samples are shuffled over n shards at a
+    time. Use it for stores where seeking is slow or expensive; 16 or more mix well if every shard holds samples of all
+    kinds."""
     copies_dir: Path | None = None
-    """Local folder that keeps a copy of all that was read, so that the ranks of the node read it from the store only
-    once. Without it every sample is read from the store each time; with `data.remote_shards.shuffle_shards` it is
-    `copies` in the cache folder."""
+    """Local folder that keeps a copy of everything that was read; the ranks of a node share it. Without it, every
+    sample is read from the store each time. With `data.remote_shards.shuffle_shards`, the default is `copies` in the
+    cache folder."""
     copies_gb: float = Field(100.0, gt=0)
-    """Most that `data.remote_shards.copies_dir` takes, in gigabytes; what was unused for longest is deleted first."""
+    """Maximum size of `data.remote_shards.copies_dir`, in gigabytes. The copies unused for longest are deleted
+    first."""

@@ -1,4 +1,4 @@
-"""Settings of the images drawn while training, `sample`, and the names of diffusers' schedulers."""
+"""Settings of generated images, `sample`, and the names of diffusers' schedulers."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ SchedulerName = Literal[
     "deis",
     "unipc",
 ]
-# The names that kohya's scripts use → diffusers' classes, whose own names are understood as well.
+# Name in kohya's scripts → diffusers' class. Prompt files may use either.
 SCHEDULERS: dict[SchedulerName, str] = {
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
@@ -36,44 +36,45 @@ SCHEDULERS: dict[SchedulerName, str] = {
     "deis": "DEISMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-# Those that can begin at a timestep without any signal, and those that can follow a flow.
+# Schedulers that can start at a timestep without any signal, and schedulers that can follow a flow.
 ZERO_SNR_SCHEDULERS = frozenset({"euler", "euler_a", "ddim", "ddpm", "dpmsolver++", "unipc"})
 FLOW_SCHEDULERS = frozenset({"euler", "dpmsolver++", "unipc"})
 
 
 class SampleConfig(Section):
-    """Images drawn from fixed prompts during and after training."""
+    """Images generated from fixed prompts during training and at its end."""
 
     prompts: list[str] = []
-    """Prompts, which may carry the flags that `sample.prompt_file` explains. None at all draws nothing."""
+    """Prompts, with the flags of `sample.prompt_file` if you like. Without any prompt no image is generated."""
     prompt_file: Path | None = None
-    """Further prompts. A text file with a prompt a line (`#` begins a comment line), which flags may follow: `--n`
-    negative prompt, `--w` width, `--h` height, `--s` steps, `--l` guidance scale, `--d` seed, `--ss` scheduler. Or a
-    `.json` list of prompts or of objects with `prompt` and any of `negative_prompt`, `width`, `height`, `sample_steps`,
-    `scale`, `seed`, `sample_sampler`. The settings below hold for what a prompt does not say."""
+    """File with further prompts. A text file has one prompt per line (lines that begin with `#` are comments), which
+    may end in flags: `--n` negative prompt, `--w` width, `--h` height, `--s` steps, `--l` guidance scale, `--d` seed,
+    `--ss` scheduler. A `.json` file is a list of prompts, or of objects with `prompt` and any of `negative_prompt`,
+    `width`, `height`, `sample_steps`, `scale`, `seed`, `sample_sampler`. The settings below apply where a prompt gives
+    no value of its own."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """Negative prompt: what guidance steers away from."""
     every_steps: int = Field(0, ge=0)
-    """Steps between sample grids; 0 draws at the end only."""
+    """Optimizer steps between image grids; 0 generates images only at the end."""
     at_start: bool = False
-    """Also draw before the first step, to see what the model was able to do."""
+    """Also generate images before the first step, to see what the model can do without training."""
     scheduler: SchedulerName = "euler"
-    """diffusers' scheduler. With `objective.zero_terminal_snr` one of `euler`, `euler_a`, `ddim`, `ddpm`,
-    `dpmsolver++`, `unipc`; for `flow` one of `euler`, `dpmsolver++`, `unipc`."""
+    """Scheduler of diffusers. With `objective.zero_terminal_snr` it must be `euler`, `euler_a`, `ddim`, `ddpm`,
+    `dpmsolver++` or `unipc`; with `objective.prediction: flow` it must be `euler`, `dpmsolver++` or `unipc`."""
     num_inference_steps: int = Field(28, ge=1)
-    """Denoising steps of a sample."""
+    """Denoising steps per image."""
     guidance_scale: float = Field(6.0, ge=0)
     """Strength of classifier-free guidance; 1 or less turns it off."""
     width_px: int = Field(1024, ge=64, multiple_of=8)
-    """Width of a sample."""
+    """Width of the images, in pixels."""
     height_px: int = Field(1024, ge=64, multiple_of=8)
-    """Height of a sample."""
+    """Height of the images, in pixels."""
     seed: int = Field(0, ge=0)
-    """Seed of the first prompt; the others follow it."""
+    """Seed of the first prompt; each further prompt uses the next number."""
 
     @field_validator("every_steps", "at_start")
     @classmethod
-    def _there_are_prompts(cls, value: Any, info: ValidationInfo) -> Any:
+    def _require_prompts(cls, value: Any, info: ValidationInfo) -> Any:
         if value and not any(info.data.get(name, True) for name in ("prompts", "prompt_file")):
             raise ValueError(
                 "has no effect: there are no prompts; set sample.prompts or sample.prompt_file, or leave this out"
@@ -81,6 +82,6 @@ class SampleConfig(Section):
         return value
 
     @property
-    def draws(self) -> bool:
-        """Whether there is anything to draw."""
+    def has_prompts(self) -> bool:
+        """Return whether any prompt is given."""
         return bool(self.prompts) or self.prompt_file is not None

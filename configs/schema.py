@@ -1,7 +1,7 @@
-"""Every setting a user may make, its default, its rule and its meaning.
+"""All settings: one pydantic model per section of the YAML file, with defaults, rules and descriptions.
 
-One model per section of the YAML file. The text under a field is its documentation, from which docs/CONFIG.md is made.
-Relative paths are taken from the working directory.
+The text under a field is its description, from which docs/CONFIG.md is generated. Relative paths are relative to the
+working directory.
 """
 
 from pathlib import Path
@@ -23,21 +23,21 @@ from sdxl_trainer.configs.validation import ValidationConfig
 
 
 class RunConfig(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Name, folder and seed of a run, and what happens when it is started again."""
 
     name: str = Field("run", min_length=1, pattern=r"^[\w.\-]+$")
-    """Name of the run; its folder is `<run.dir>/<run.name>`."""
+    """Name of the run. The run folder is `<run.dir>/<run.name>`."""
     dir: Path = Path("runs")
-    """Folder that holds all runs."""
+    """Folder that contains the run folders."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of everything random: order of batches, captions, noise, timesteps, posterior samples."""
+    """Seed of all random choices: order of batches, captions, noise, timesteps, posterior samples."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` continues from the newest valid checkpoint in the run folder; `never` starts anew, and refuses to do so in
-    a run folder that already holds checkpoints."""
+    """`auto` resumes from the newest valid checkpoint in the run folder, if there is one. `never` always starts from
+    step 0, and is an error if the run folder already contains checkpoints."""
     on_data_change: Literal["stop", "continue"] = "stop"
-    """What a resume does when other samples are trained on than before: `stop` refuses it; `continue` keeps the step
-    and goes on at the same share of the epoch, in the new order. Records added, removed or moved to another bucket
-    count as a change, and so do other repeats; other captions do not."""
+    """What a resume does if the training set has changed: `stop` ends with an error; `continue` keeps the step and
+    continues at the same fraction of the epoch, in the new order. Added, removed and re-bucketed records are changes,
+    and so are other repeats; other captions are not."""
 
     @property
     def folder(self) -> Path:
@@ -46,205 +46,222 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """The SDXL model that training starts from."""
+    """The SDXL model to start from."""
 
     path: str = ""
-    """Diffusers folder, single `.safetensors` file, or hub id of an SDXL model. Needed."""
+    """SDXL model: a diffusers folder, a single `.safetensors` file, or a hub id. Required."""
     config: Path | None = None
-    """Folder with the components' configs (diffusers layout) of a single file; SDXL base's own by default."""
+    """Folder with the component configs (diffusers layout) for a single file. The default is the configs of SDXL
+    base."""
     vae: str | None = None
-    """Another VAE than the model's own: diffusers folder, or hub id."""
+    """VAE to use instead of the model's own: a diffusers folder or a hub id. The cache must be filled with the same
+    VAE."""
     tokenizer: Path | None = None
-    """Folder with CLIP's `vocab.json` and `merges.txt`. Single files carry no vocabulary: for them this, or the one
-    within an installed open_clip_torch (`pip install --no-deps open_clip_torch`), is needed."""
+    """Folder with CLIP's `vocab.json` and `merges.txt`. Single files contain no vocabulary, so they need this setting
+    or an installed open_clip_torch (`pip install --no-deps open_clip_torch`), which contains one."""
     text_projection: Literal["correct", "legacy"] = "correct"
-    """How encoder 2's `text_projection` is stored in single files. `legacy` reads and writes it untransposed, to
-    continue a model made by tools that copy it so."""
+    """Layout of text encoder 2's `text_projection` in single files. `legacy` reads and writes it untransposed; use it
+    only to continue a model whose tool saved it that way."""
     latents_mean: tuple[float, float, float, float] | None = None
-    """Mean of each channel of the VAE's latents. With `latents_std` the U-Net works on (latent - mean)/std instead of
-    the latent times the VAE's scaling factor. Models that were trained so need it; the VAE's own config may hold it."""
+    """Mean of each channel of the VAE's latents. With `model.latents_std`, the U-Net works on (latent - mean)/std
+    instead of the latent times the VAE's scaling factor. Set both only for models that were trained this way, unless
+    the VAE's own config contains them."""
     latents_std: tuple[float, float, float, float] | None = None
     """Standard deviation of each channel of the VAE's latents, for `model.latents_mean`."""
 
     @field_validator("latents_std")
     @classmethod
-    def _statistics_are_whole(cls, std: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+    def _require_both_statistics(cls, std: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
         if std is not None and min(std) <= 0:
             raise ValueError("must be above 0")
         if (std is None) != (info.data.get("latents_mean") is None):
-            raise ValueError("model.latents_mean and model.latents_std must both be given, or neither")
+            raise ValueError("needs both model.latents_mean and model.latents_std; give both or neither")
         return std
 
 
 class DataConfig(Section):
-    """What is trained on."""
+    """The training set: metadata, images, captions and buckets."""
 
     metadata: list[Path | str] = []
     """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
-    webdataset shards of latents (docs/DATA.md shows each). Paths, or URLs that fsspec opens (`s3://`, `gs://`,
-    `https://`). `{000..012}`, `{a,b}` and `*` name many at once. Later entries update earlier ones key by key."""
+    webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens (`s3://`, `gs://`,
+    `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later entries update those
+    of earlier ones key by key."""
     image_dirs: list[Path] = []
-    """Image folders. Without `data.metadata` every image in them is used, captioned by the `.txt` or `.caption` file
-    beside it; with it, they are where images are looked for whose `image_path` does not exist. In a folder without
-    images latent files (.npz) stand in for them."""
+    """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
+    `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In
+    a folder without images, latent files (`.npz`) take their place."""
     masks: str | None = None
-    """Where mask files are: grey images that say where the loss counts, for `objective.masked_loss`. Either how their
-    names end beside the images, as `-masklabel.png` for OneTrainer's, or a folder in which they have the images'
-    stems, as kohya's `conditioning_data_dir`. They are no images to train on, and the cache job stores them with the
-    latents, as float32 in pixels: 4 MB at 1024 px. Where an image has none, its loss counts everywhere."""
+    """Mask files for `objective.masked_loss`: greyscale images whose brightness weights the loss. Give either the end
+    of their names beside the images, such as `-masklabel.png` (OneTrainer), or a folder where each mask has its image's
+    stem (kohya's `conditioning_data_dir`). Masks are not trained on as images. The cache job stores them with the
+    latents, as float32 per pixel: 4 MB at 1024 px. The loss of an image without a mask counts everywhere."""
     source_weights: list[NonNegativeFloat] = []
-    """How often samples of each entry of `data.metadata` come in an epoch, or, without metadata, of each folder of
-    `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Multiplied with the repeats of `data.strategy`; a
-    fraction is kept over the epochs, and 0 leaves an entry out. Empty: once each."""
+    """Repeats per epoch for the samples of each entry of `data.metadata` or, without metadata, of each folder of
+    `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Fractions are exact over several epochs, and 0 leaves
+    an entry out. The repeats of `data.strategy` are multiplied with these. An empty list uses every sample once per
+    epoch."""
     regularisation_dirs: list[Path] = []
-    """Folders of regularisation images (prior preservation), besides `data.image_dirs`. In metadata such records have
-    `is_reg: true` instead. Their loss counts `objective.prior_loss_weight`."""
+    """Folders of regularisation images (prior preservation), in addition to `data.image_dirs`. In metadata, mark such
+    records with `is_reg: true` instead. `objective.prior_loss_weight` sets the weight of their loss."""
     regularisation_repeats: Literal["balanced"] | PositiveFloat = "balanced"
-    """How often regularisation samples come in an epoch, relative to once: a number, or `balanced`: as often as makes
-    them as many as all other samples together."""
+    """Repeats per epoch of the regularisation samples: a number, or `balanced`, which repeats them until they are as
+    many as all other samples together."""
     on_missing_caption: Literal["empty", "skip", "error"] = "empty"
-    """What happens to samples without a caption: they are trained with the empty one, left out, or an error. They are
-    counted in a warning."""
+    """What to do with samples without a caption: train them with the `empty` caption, `skip` them, or stop with an
+    `error`. A warning gives their number."""
     verify_latents: Literal["none", "stat", "header", "full"] = "stat"
-    """How latents are looked at before training: not at all, that each is there and has its size, that its header
-    agrees with its bucket, or that its bytes have the manifest's checksum. Bad ones are named and left out."""
+    """Checks of the cached latents before training: `none`; `stat`, that each file exists with its recorded size;
+    `header`, also that its header fits its bucket; `full`, also that its bytes match the manifest's checksum. Bad
+    latents are reported and left out. Each level takes longer; use `full` after copying a cache to another disk."""
     resolution_px: list[Annotated[int, Field(ge=64, le=8192)]] = Field([1024], min_length=1)
-    """Side of the square whose area every bucket keeps to. Several, such as `[512, 1024]`, train every image at each
-    of them: they are so many samples, and an epoch holds them all."""
+    """Side of the square whose area no bucket exceeds, in pixels. With several, such as `[512, 1024]`, every image is
+    trained at each resolution: each is a separate sample, and an epoch contains them all."""
     buckets: list[tuple[int, int]] = []
-    """Buckets as [width, height], such as `[[1024, 1024], [832, 1216]]`, in place of the list that the resolution,
-    `min_bucket_px`, `max_bucket_px` and `bucket_step_px` make. Of two with one aspect ratio the first is used."""
+    """Fixed buckets as [width, height] in pixels, such as `[[1024, 1024], [832, 1216]]`, instead of those computed from
+    `resolution_px`, `min_bucket_px`, `max_bucket_px` and `bucket_step_px`. If two have the same aspect ratio, the first
+    is used."""
     min_bucket_px: int = Field(256, ge=32)
-    """Shortest side of a bucket."""
+    """Shortest side of a bucket, in pixels."""
     max_bucket_px: int = Field(2048, ge=32)
-    """Longest side of a bucket."""
+    """Longest side of a bucket, in pixels."""
     bucket_step_px: int = Field(64, ge=32, multiple_of=32)
-    """Bucket sides are multiples of this; SDXL's U-Net needs multiples of 32."""
+    """Step between bucket sides, in pixels; SDXL's U-Net needs multiples of 32."""
     no_upscale: bool = False
-    """Never enlarge an image: those smaller than the area get a bucket of their own size, rounded down to the step."""
+    """Never enlarge an image. Images below the area of `resolution_px` get a bucket of their own size, rounded down to
+    `bucket_step_px`."""
     flip_rate: float = Field(0.0, ge=0, le=1)
-    """Probability, drawn for each sample and epoch, that the latents of the mirrored image are trained instead. Needs
-    a cache made with `cache.flip: true`; samples without such latents are never flipped, and counted in a warning."""
+    """Probability of training on the mirrored image, drawn for each sample and epoch. Needs a cache filled with
+    `cache.flip: true`; samples without mirrored latents are never flipped, and a warning gives their number."""
     caption: CaptionConfig = CaptionConfig()  # pyright: ignore[reportCallIssue]
-    """What is done to captions."""
+    """Changes made to captions before they are tokenized."""
     strategy: str | None = None
-    """Your own class, `path/to/file.py:ClassName` or `module:ClassName`, that says how often a sample is used, what its
-    caption is and what its loss weighs. See docs/STRATEGY.md."""
+    """Your own class, as `path/to/file.py:ClassName` or `module:ClassName`, that chooses the repeats, the caption and
+    the loss weight of each sample. See docs/STRATEGY.md."""
     max_tokens: Literal[75, 150, 225] = 75
-    """Longest caption, in tokens without the start and end marks; more than 75 are encoded in windows of 75."""
+    """Maximum length of a caption, in tokens without the start and end tokens. Captions above 75 tokens are encoded in
+    windows of 75."""
     remote_shards: RemoteShardsConfig = RemoteShardsConfig()  # pyright: ignore[reportCallIssue]
-    """How shards on a store are read."""
+    """Reading of shards on remote stores."""
     num_workers: int = Field(2, ge=0)
-    """Processes per rank that read latents and tokenise; 0 does it in the training process."""
+    """Worker processes per rank that read latents and tokenize captions; 0 does this in the training process. Raise it
+    if training waits for data."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of bad samples (unreadable, wrong shape, missing) past which the job stops with status 1."""
+    """Maximum share of bad samples (unreadable, wrong shape, missing). Above it, the job stops with status 1."""
 
     @field_validator("resolution_px", "metadata", "image_dirs", "regularisation_dirs", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Path, int)) else value
 
     @field_validator("resolution_px", "buckets")
     @classmethod
-    def _all_differ(cls, values: list) -> list:
+    def _require_distinct(cls, values: list) -> list:
         if len(set(values)) < len(values):
-            raise ValueError("names one twice")
+            raise ValueError("contains a value twice; remove one")
         return values
 
     @field_validator("buckets")
     @classmethod
-    def _buckets_fit_the_unet(cls, buckets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _require_multiples_of_32(cls, buckets: list[tuple[int, int]]) -> list[tuple[int, int]]:
         wrong = [side for bucket in buckets for side in bucket if side < 32 or side % 32]
         if wrong:
-            raise ValueError(f"sides must be multiples of 32, which {wrong[0]} is not")
+            raise ValueError(f"sides must be positive multiples of 32, but one is {wrong[0]}")
         return buckets
 
     @model_validator(mode="after")
-    def _bucket_sides_fit(self) -> "DataConfig":
+    def _require_consistent_buckets(self) -> "DataConfig":
         if self.buckets and (len(self.resolution_px) > 1 or self.no_upscale):
-            raise ValueError("data.buckets goes with one resolution_px, and without no_upscale")
+            raise ValueError("data.buckets cannot be combined with several resolution_px or with no_upscale")
         if not self.min_bucket_px <= min(self.resolution_px) <= max(self.resolution_px) <= self.max_bucket_px:
-            raise ValueError("min_bucket_px <= resolution_px <= max_bucket_px must hold")
+            raise ValueError("resolution_px must lie between min_bucket_px and max_bucket_px")
         return self
 
     @property
     def largest_size(self) -> tuple[int, int]:
-        """(width, height) of the largest bucket, or of the square that buckets keep to."""
+        """Return (width, height) of the largest fixed bucket, or of the square of the largest resolution."""
         side = max(self.resolution_px)
         return max(self.buckets, key=lambda size: size[0] * size[1], default=(side, side))
 
 
 class CacheConfig(Section):
-    """The latent cache: written by the cache job, read by training."""
+    """The latent cache, written by the cache job (`bash launch/cache.sh`) and read by training."""
 
     dir: Path | None = None
-    """Folder of the cache. Without it latents are written beside the images, and the manifest into the folder of the
-    first metadata file or image folder."""
+    """Cache folder. Without it, latents are written beside the images, and the manifest into the folder of the first
+    metadata file or image folder."""
     format: Literal["npz", "shards"] = "npz"
-    """`npz`: one file an image, as kohya's scripts read them; `shards`: webdataset tars of one bucket each."""
+    """`npz` writes one file per image, as kohya's scripts do. `shards` writes webdataset tar files, each with samples
+    of one bucket; prefer it for very large sets and for remote stores."""
     shard_mb: int = Field(1000, ge=1)
-    """Size at which a shard is full, in megabytes."""
+    """Size of a full shard, in megabytes."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the stored latents. Other tools write and read `float32`; docs/CACHE.md says how `bfloat16` is stored."""
+    """Data type of the stored latents. Other tools use `float32`; the others take half the disk space. docs/CACHE.md
+    describes how `bfloat16` is stored."""
     posterior: Literal["sample", "mean", "moments"] = "sample"
-    """What is stored of the VAE's posterior: one sample (as other tools do), its mean, or its two moments, from which
-    training draws a fresh sample at each read."""
+    """Values of the VAE's posterior to store: one `sample` (as other tools do), its `mean`, or its `moments` (mean and
+    standard deviation), from which training draws a new sample at each read. `moments` take twice the disk space."""
     flip: bool = False
-    """Also store the latents of the mirrored image, as kohya's `flip_aug` does."""
+    """Also store the latents of the mirrored image, as kohya's `flip_aug` does. Needed for `data.flip_rate`."""
     alpha_mask: bool = False
-    """Also store the opacity of images that have one, as kohya's `alpha_mask` does: where the loss counts, for
-    `objective.masked_loss`. As float32 in pixels it takes 4 MB at 1024 px. Images are laid on white either way. A
-    image's mask file (`data.masks`) goes before its opacity."""
+    """Also store the alpha channel of transparent images as a mask for `objective.masked_loss`, as kohya's `alpha_mask`
+    does. Masks are float32 per pixel: 4 MB at 1024 px. A mask file (`data.masks`) takes precedence. Transparent images
+    are composited onto white in any case."""
     batch_size: int = Field(4, ge=1)
-    """Images encoded at once on a rank. What a device has no memory for is encoded in halves."""
+    """Images per forward pass of the VAE on a rank. A batch that does not fit into GPU memory is halved."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which the VAE runs. SDXL's own VAE overflows in fp16, which is therefore not offered."""
+    """Precision of the VAE. fp16 is not available because SDXL's own VAE overflows in it."""
     num_workers: int = Field(4, ge=1)
-    """Threads per rank that decode and resize images."""
+    """Threads per rank that decode and resize images. Raise it if the GPU waits for images."""
     text: bool = False
-    """Also store what the text encoders make of the captions, so that training needs no text encoder. In the type of
-    `cache.dtype`: at SDXL's size and 75 tokens 0.6 MB a caption in float32, more than latents of 1024 px take."""
+    """Also store the outputs of the text encoders, so that training loads no text encoder. They are stored in
+    `cache.dtype`; with SDXL, a caption of 75 tokens takes 0.6 MB in float32, more than the latents of a 1024 px
+    image."""
     text_variants: int = Field(1, ge=1, le=64)
-    """Captions stored of each image, for captions that are drawn at random (`data.caption`, or your own class).
+    """Number of captions to encode per image with `cache.text`, for random captions (`data.caption` or your own class).
     Training draws one of them for each sample and epoch. With 1, captions must not be random."""
     on_missing: Literal["skip", "error", "encode"] = "skip"
-    """What training does about images that have no latents: leave them out with a warning, stop, or encode each when
-    it is first met, and keep the latents in the cache. `encode` loads the VAE only if something is missing."""
+    """What training does with images without latents: `skip` leaves them out with a warning, `error` stops, and
+    `encode` encodes each when it is first needed and adds it to the cache. `encode` loads the VAE only if latents are
+    missing."""
     tile_above_px: int = Field(0, ge=0)
-    """Encode images with a longer side than this in overlapping tiles, which takes less memory; 0 never does."""
+    """Encode images whose longer side exceeds this number of pixels in overlapping tiles, which takes less memory; 0
+    never does."""
 
 
 class TrainConfig(Section):
-    """Length and batch arithmetic."""
+    """Length of the run, batch sizes, and steps that are not finite."""
 
     max_steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, resumes included."""
     global_batch_size: int = Field(4, ge=1)
-    """Samples per optimizer step over all ranks; the order of batches depends on it and not on the number of ranks."""
+    """Samples per optimizer step, over all ranks and accumulation steps. The order of batches depends on this number,
+    not on the number of ranks."""
     micro_batch_size: int = Field(1, ge=1)
-    """Samples per forward pass on a rank. Accumulation is what remains: global / (micro x ranks)."""
+    """Samples per forward pass on a rank. The accumulation steps follow: global / (micro x ranks). Raise it until GPU
+    memory is full, for speed; the result is the same."""
     on_non_finite: Literal["skip", "stop"] = "skip"
-    """What happens when the loss or the gradient of a step is not finite (NaN or infinite). The weights are never
-    updated by it, and the samples are named in `logs/bad_samples.jsonl`. `skip` goes on with the next global batch,
+    """What to do when the loss or the gradient of a step is not finite (NaN or infinite). Such a step never updates the
+    weights, and its samples are listed in `logs/bad_samples.jsonl`. `skip` continues with the next global batch;
     `stop` saves a checkpoint of the state before the step and ends with status 1."""
     max_non_finite_steps: int = Field(10, ge=0)
-    """Steps of the whole run that `train.on_non_finite: skip` may skip; one more stops as `stop` does."""
+    """Maximum number of steps that `train.on_non_finite: skip` skips in the whole run. One more acts like `stop`."""
 
 
 class LogConfig(Section):
-    """What is written while training."""
+    """Console output and metrics."""
 
     every_steps: int = Field(10, ge=1)
-    """Steps between lines on the console; `logs/metrics.jsonl` and TensorBoard get every step."""
+    """Optimizer steps between console lines. `logs/metrics.jsonl` and TensorBoard record every step."""
     level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
-    """Least important level shown on the console."""
+    """Lowest level of messages shown on the console."""
     wandb: str | None = Field(None, min_length=1)
-    """Project at Weights & Biases that the numbers are sent to as well (`pip install wandb`); they are not by default.
-    Where the machine has no network, set `WANDB_MODE=offline` in the environment and run `wandb sync` later."""
+    """Project at Weights & Biases to which metrics are also sent (needs `pip install wandb`). On a machine without
+    network access, set `WANDB_MODE=offline` in the environment and run `wandb sync` later."""
 
 
 class Config(Section):
-    """The whole file."""
+    """All sections of the YAML file."""
 
     run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]  (pydantic fills the defaults)
     model: ModelConfig = ModelConfig()

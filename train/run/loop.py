@@ -194,7 +194,7 @@ def validate_and_sample(run: Run, is_last: bool = False) -> None:
         with run.progress.activity("validating"):
             validate(run)
         update_report(run)
-    if sample.draws and (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps)):
+    if sample.has_prompts and (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps)):
         with run.progress.activity("generating images"):
             write_generated_images(run)
         update_report(run)

@@ -163,12 +163,12 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
     ("settings", "key", "said"),
     [
         ("zero_terminal_snr: true", "zero_terminal_snr", "set it to v"),
-        ("{prediction: flow, zero_terminal_snr: true}", "zero_terminal_snr", "leave it out"),
+        ("{prediction: flow, zero_terminal_snr: true}", "zero_terminal_snr", "leave this out"),
         ("{prediction: flow, weighting: min_snr}", "weighting", "set it to none"),
         ("{prediction: flow, weighting: debiased}", "weighting", "objective.timestep_density"),
-        ("weighting: v_like_epsilon", "weighting", "needs objective.prediction v, which is epsilon"),
-        ("{prediction: v, weighting: v_pred_like}", "weighting", "needs objective.prediction epsilon, which is v"),
-        ("{prediction: flow, loss: huber, huber_schedule: snr}", "huber_schedule", "choose constant or exponential"),
+        ("weighting: v_like_epsilon", "weighting", "needs objective.prediction v, but that is epsilon"),
+        ("{prediction: v, weighting: v_pred_like}", "weighting", "needs objective.prediction epsilon, but that is v"),
+        ("{prediction: flow, loss: huber, huber_schedule: snr}", "huber_schedule", "set it to constant or exponential"),
         ("weighting_gamma: 5", "weighting_gamma", "set that to min_snr or soft_min_snr or p2"),
         ("{weighting: min_snr, sigma_data: 2}", "sigma_data", "objective.weighting is min_snr"),
         ("{weighting: min_snr, weighting_gamma: 0}", "weighting_gamma", "greater than 0"),
@@ -178,9 +178,9 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
         ("max_timestep: 1001", "max_timestep", "less than or equal to 1000"),
         ("logit_mean: 1", "logit_mean", "objective.timestep_density is uniform"),
         ("{timestep_density: [1, 2], logit_std: 2}", "logit_std", "set that to logit_normal"),
-        ("timestep_density: [0, 0]", "timestep_density", "not all 0"),
+        ("timestep_density: [0, 0]", "timestep_density", "at least one of them above 0"),
         ("timestep_density: [2, -1]", "timestep_density", "0 or more"),
-        ("timestep_density: []", "timestep_density", "not all 0"),
+        ("timestep_density: []", "timestep_density", "at least one of them above 0"),
         ("noise_offset_random_strength: true", "noise_offset_random_strength", "set that to above 0"),
         ("multires_noise_discount: 0.5", "multires_noise_discount", "multires_noise_iterations is 0"),
         ("ip_noise_gamma_random_strength: true", "ip_noise_gamma_random_strength", "ip_noise_gamma is 0"),
@@ -201,8 +201,8 @@ def test_a_contradictory_choice_is_one_problem_that_says_what_to_change(tmp_path
 def test_latent_statistics_need_each_other(tmp_path):
     path = tmp_path / "x.yaml"
     for settings, said in (
-        ("latents_mean: [0, 0, 0, 0]", "must both be given"),
-        ("latents_std: [1, 1, 1, 1]", "must both be given"),
+        ("latents_mean: [0, 0, 0, 0]", "give both or neither"),
+        ("latents_std: [1, 1, 1, 1]", "give both or neither"),
         ("{latents_mean: [0, 0, 0, 0], latents_std: [1, 1, 0, 1]}", "must be above 0"),
     ):
         path.write_text(f"model:\n  {settings}")

@@ -187,10 +187,10 @@ def test_a_missing_package_is_named():
     ("settings", "message"),
     [
         ({"block_lrs": [1e-5] * 22}, "must hold 23 learning rates"),
-        ({"groups": [{"match": "a("}]}, "is no regular expression"),
+        ({"groups": [{"match": "a("}]}, "is not a regular expression"),
         ({"power": 2.0}, "has no effect: optim.schedule is constant; set that to polynomial"),
         ({"schedule": "cosine", "num_cycles": 2}, "has no effect"),
-        ({"schedule": "wsd"}, "must be above 0 for the schedule wsd"),
+        ({"schedule": "wsd"}, "must be above 0 with optim.schedule: wsd"),
     ],
 )
 def test_contradictions_are_refused(settings, message):
@@ -206,7 +206,7 @@ def test_contradictions_are_refused(settings, message):
         ({"zero_stage": 0, "precision": "bf16_stochastic"}, "needs engine.zero_stage 1, 2 or 3"),
         ({"zero_stage": 0, "precision": "fp16"}, "needs engine.zero_stage 1, 2 or 3"),
         ({"zero_stage": 3, "compile": True}, "needs engine.zero_stage 0, 1 or 2"),
-        ({"precision": "bf16_stochastic", "offload_optimizer": True}, "needs fp32 masters"),
+        ({"precision": "bf16_stochastic", "offload_optimizer": True}, "needs fp32 master weights"),
         ({"zero_stage": 2, "offload_optimizer": True, "offload_param": True}, "needs engine.zero_stage 3"),
         ({"zero_stage": 3, "offload_param": True}, "set engine.offload_optimizer: true"),
     ],
