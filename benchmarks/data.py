@@ -31,9 +31,10 @@ from harness import ROOT, Figure, finish
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.latent_store import LatentStore
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, find_installed_vocabulary, load_tokenizer

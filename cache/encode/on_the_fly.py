@@ -25,7 +25,8 @@ from sdxl_trainer.data.formats.latents import BadLatentError, pack_latents, pars
 from sdxl_trainer.data.formats.manifest import Identity, ManifestWriter
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.index.selection import get_cache_folder
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, PendingImage
+from sdxl_trainer.data.loading.dataset import LatentDataset
+from sdxl_trainer.data.loading.micro_batch import BadSample, MicroBatch, PendingImage
 from sdxl_trainer.launch.distributed import Ranks
 
 
@@ -60,9 +61,9 @@ class MissingEncoder:
         for start in range(0, len(batch.pending), size):
             group = batch.pending[start : start + size]
             pixels = torch.stack([image.pixels for image in group]).numpy()  # [B, H, W, 3]
-            encoded = self._encoder.launch(pixels, [image.record["key"] for image in group]).wait()
+            encoded = self._encoder.launch(pixels, [image.row["key"] for image in group]).wait()
             for place, image in enumerate(group):
-                identity = self._identities[split_key(image.record["key"])[0]]
+                identity = self._identities[split_key(image.row["key"])[0]]
                 self._fill_image(batch, image, build_item(_prepare(image), encoded, place, identity))
         batch.pending.clear()
 
@@ -74,14 +75,13 @@ class MissingEncoder:
             self._lock.close()
 
     def _fill_image(self, batch: MicroBatch, image: PendingImage, item: EncodedItem) -> None:
-        key = image.record["key"]
         assert item.sample is not None, "missing latents have been encoded"
         try:
             stored = parse_latents(pack_latents(item.sample, self._settings.dtype), item.entry.bucket, check_crc=False)
         except BadLatentError as error:
-            batch.give_up(image.place, key, f"{item.entry.source_path}: {error}")
+            batch.mark_bad(image.place, BadSample(image.row["key"], f"{item.entry.source_path}: {error}"))
             return
-        batch.fill(image.place, self._dataset.draw(stored, image.record, image.epoch, image.row))
+        batch.insert_latents(image.place, self._dataset.draw_latents(stored, image.row, image.epoch, image.row_number))
         if self._writer is not None:
             self._try_storing(self._writer.submit, item)
 
@@ -125,5 +125,5 @@ def build_missing_encoder(config: Config, source: ModelSource, dataset: LatentDa
 
 
 def _prepare(image: PendingImage) -> PreparedItem:
-    record = image.record
-    return PreparedItem(WorkItem(record["key"], record["image_path"], record["file"]), image.image)
+    row = image.row
+    return PreparedItem(WorkItem(row["key"], row["image_path"], row["file"]), image.image)

@@ -24,9 +24,10 @@ from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipp
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
-from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions, spread
+from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions, select_evenly
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
+from sdxl_trainer.data.loading.micro_batch import BadSample
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_sources
 from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
@@ -81,7 +82,7 @@ def show_preview(config: Config, problems: list[Problem], file: Path | None, num
 def tabulate_state(config: Config, records: Index, index: Index) -> Table:
     """Build the table of sample counts: total, missing and bad."""
     num_wanted, num_bad = index.summary.num_wanted, len(index.summary.bad)
-    blocks = spread(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
+    blocks = select_evenly(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
     num_seen = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
     bad = find_bad_latents(index, get_cache_folder(config), "header", blocks.tolist())
     table = Table(title=f"{config.run.name}: samples", show_header=False)
@@ -139,7 +140,7 @@ def tabulate_lengths(dataset: LatentDataset) -> Table:
 
 def tabulate_captions(dataset: LatentDataset) -> Table:
     """Build the table of a few samples' captions, as drawn in the first epochs."""
-    rows = spread(len(dataset.index), NUM_SHOWN)
+    rows = select_evenly(len(dataset.index), NUM_SHOWN)
     table = Table("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS)), title="captions", show_lines=True)
     drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
     for row, *captions in zip(rows.tolist(), *drawn, strict=True):
@@ -174,12 +175,13 @@ def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSampl
     """Yield samples in the order of training."""
     for spec in iterate_specs(plan, Position(0, 0), 0, 1, 1):
         batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
-        caption, _, _ = dataset.describe(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
+        caption = dataset.draw_caption(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
         left = int(batch.time_ids[0, 3])
         pixels = batch.pending[0].pixels.numpy() if batch.pending else None
         size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
         note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
-        yield PreviewSample(row["key"], caption, note, batch.latents[0], pixels, batch.bad[0][1] if batch.bad else None)
+        text, reason = "" if isinstance(caption, BadSample) else caption.text, batch.bad[0].reason if batch.bad else None
+        yield PreviewSample(row["key"], text, note, batch.latents[0], pixels, reason)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

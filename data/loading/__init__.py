@@ -1,1 +1,1 @@
-"""Micro batches: the dataset, its worker processes, and where it reads latents from."""
+"""Micro batches: the dataset, the store it reads latents from, and the loader with its worker processes."""

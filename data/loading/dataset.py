@@ -1,144 +1,77 @@
-"""Micro batches: the rows that the plan asks for, read from the latent cache and tokenised."""
+"""The dataset: reads the rows of a micro batch from the latent cache, and shapes and tokenizes their captions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from sdxl_trainer.data.formats.latents import VAE_FACTOR, BadLatentError, LatentSample, compute_shape
+from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs
-from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image, split_key
+from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image, split_key
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.latent_store import LatentStore
+from sdxl_trainer.data.loading.micro_batch import (
+    BadSample,
+    DrawnLatents,
+    MicroBatch,
+    MicroSpec,
+    PendingImage,
+    build_time_ids,
+    stack_latents,
+    stack_masks,
+    stack_text_outputs,
+)
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings, shape_caption, shape_text
 from sdxl_trainer.data.text.strategy import Strategy, StrategyError
-from sdxl_trainer.data.text.tokens import WINDOW, Tokenizers, encode_captions, share_vocabulary
+from sdxl_trainer.data.text.tokens import WINDOW, TokenIds, Tokenizers, encode_captions, share_vocabulary
 
 if TYPE_CHECKING:
     from sdxl_trainer.data.images.transforms import PreparedImage
 
-    Found = LatentSample | PreparedImage | BadLatentError
+    Loaded = LatentSample | PreparedImage | BadLatentError
 
-CROP_LEFT = 3  # its place among the time ids
-
-
-@dataclass(frozen=True)
-class MicroSpec:
-    """What one rank is to read for one forward pass: rows of one bucket and where they stand in the global batch."""
-
-    bucket: tuple[int, int]  # (width, height) px
-    rows: np.ndarray  # [B] int64
-    epochs: np.ndarray  # [B] int64, the epoch each sample belongs to
-    positions: np.ndarray  # [B] int64, place in the global batch
-    step: int = 0  # optimizer steps done before the one that this is part of
-    shards: tuple[str, ...] = ()  # to be copied from their store, because samples of them are to come
-
-
-@dataclass
-class MicroBatch:
-    """One forward pass of one rank."""
-
-    latents: torch.Tensor  # [B, 4, h, w] float32, as the VAE gave them
-    input_ids: torch.Tensor  # [B, windows, 77] int64, encoder 1; [B, 0, 77] with cached text
-    input_ids_2: torch.Tensor  # [B, windows, 77] int64, encoder 2
-    time_ids: torch.Tensor  # [B, 6] float32: original h, w; crop top, left; target h, w
-    weights: torch.Tensor  # [B] float32, 0 for a bad sample
-    positions: torch.Tensor  # [B] int64
-    rows: torch.Tensor  # [B] int64
-    text: dict[str, torch.Tensor] | None = None  # cached: hidden [B, L, C1], hidden_2 [B, L, C2], pooled [B, C2]
-    masks: torch.Tensor | None = None  # [B, H, W] float32, 0 to 1, where the loss counts; None: everywhere
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-    pending: list["PendingImage"] = field(default_factory=list)  # images whose latents are still zeros
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For the way from a worker: tensors as arrays, which go through its pipe.
-
-        Each tensor would go by a file of its own in shared memory and by a connection of its own, in twice the time.
-        """
-        text = self.text and {name: value.numpy() for name, value in self.text.items()}
-        parts = vars(self) | {"text": text}
-        return {name: part.numpy() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, part in state.items():
-            setattr(self, name, torch.from_numpy(part) if isinstance(part, np.ndarray) else part)
-        self.text = self.text and {name: torch.from_numpy(part) for name, part in state["text"].items()}
-
-    def fill(self, place: int, drawn: "DrawnLatents") -> None:
-        """Put latents in where they were pending."""
-        self.latents[place] = torch.from_numpy(drawn.latents)
-        self.time_ids[place, CROP_LEFT] = drawn.crop_left
-        if drawn.mask is not None:
-            if self.masks is None:
-                height, width = (VAE_FACTOR * side for side in self.latents.shape[2:])
-                self.masks = torch.ones(len(self.latents), height, width)
-            self.masks[place] = torch.from_numpy(drawn.mask)
-
-    def give_up(self, place: int, key: str, reason: str) -> None:
-        """Leave a sample out that turned out bad."""
-        self.weights[place] = 0.0
-        self.bad.append((key, reason))
-
-    def pin_memory(self) -> "MicroBatch":
-        """For DataLoader: page-locked memory, so that copies to a GPU overlap with work."""
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.pin_memory())
-        if self.text is not None:
-            self.text = {name: value.pin_memory() for name, value in self.text.items()}
-        return self
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+Row = dict[str, Any]  # of the index, as Index.row returns it
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What is made of a sample when it is read. All that is drawn is keyed to (seed, epoch, row)."""
+    """How samples are shaped when they are read. Every random choice is keyed to (seed, epoch, row)."""
 
     seed: int
     max_tokens: int
     caption: CaptionSettings
-    flip_rate: float = 0.0  # how often the mirrored image's latents are taken, where there are some
-    prior_loss_weight: float = 1.0  # of samples whose record has a true `is_reg` (prior preservation)
+    flip_rate: float = 0.0  # probability of the mirrored image's latents, for samples that have them
+    prior_loss_weight: float = 1.0  # loss weight of samples whose record has a true `is_reg` (prior preservation)
 
 
-@dataclass(frozen=True)
-class DrawnLatents:
-    """What the networks are given of a latent file this time."""
+class WeightedCaption(NamedTuple):
+    """A sample's caption and loss weight in one epoch."""
 
-    latents: np.ndarray  # [4, h, w] floats
-    crop_left: int  # px, in the resized image as it is seen: mirrored if the latents are
-    mask: np.ndarray | None  # [H, W] float32
-
-
-@dataclass(frozen=True)
-class PendingImage:
-    """An image that has no latents yet: what they are made from, and what is then drawn of them."""
-
-    place: int  # in the micro batch
-    record: dict[str, Any]  # the index's row, with the sizes that the image really has
-    epoch: int
-    row: int
-    pixels: torch.Tensor  # [H, W, 3] uint8; a tensor, because those come from a worker without being copied
-    image: "PreparedImage"  # without its pixels
+    text: str
+    weight: float
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """Reads micro batches from cached latents; the images themselves are not needed, but for what the index says has
-    no latents yet.
+    """Micro batches by their MicroSpec, read from the latent cache.
+
+    Images are read only for rows of the index that have no latents yet.
 
     Args:
         index: records joined with the cache (data/index/index.py).
-        cache_folder: what the index's file names are relative to.
-        tokenizers: of text encoder 1 and 2.
-        strategy: the user's class, which may give captions and weights.
-        rules: how images without latents are cut, by the prefix of their keys.
-        copies: where copies are kept of what is read from stores.
+        cache_folder: the folder that file names in the index are relative to.
+        tokenizers: of both text encoders.
+        strategy: the user's class, which may supply captions and loss weights.
+        rules: bucket rules of images without latents, by the prefix of their keys.
+        copies: local copies of latents on a store.
+        text: cached text encoder outputs, read instead of tokenizing captions.
     """
 
     def __init__(
@@ -150,6 +83,7 @@ class LatentDataset(torch.utils.data.Dataset):
         strategy: Strategy | None = None,
         rules: Mapping[str, BucketRule] | None = None,
         copies: ShardCopies | None = None,
+        text: CachedText | None = None,
     ):
         self.index = index
         self.cache_folder = cache_folder
@@ -157,198 +91,165 @@ class LatentDataset(torch.utils.data.Dataset):
         self.tokenizers = share_vocabulary(tokenizers)
         self.settings = settings
         self.strategy = strategy
-        self.text: CachedText | None = None  # reads text encoder outputs instead of tokenising captions
-        self.rules = {prefix: (rule, list_buckets(rule)) for prefix, rule in (rules or {}).items()}
+        self.text = text
+        self._rules = {prefix: (rule, list_buckets(rule)) for prefix, rule in (rules or {}).items()}
 
     def __getitem__(self, spec: MicroSpec) -> MicroBatch:
-        records = [self.index.row(int(row)) for row in spec.rows]
+        """Read one micro batch. A bad sample never raises: it gets weight 0 and is listed in `MicroBatch.bad`."""
+        numbers, epochs = spec.rows.tolist(), spec.epochs.tolist()
+        rows = [self.index.row(number) for number in numbers]
         self.store.fetch(spec.shards)
-        stored = self._read(records, spec.bucket)
-        samples, bad = zip(
-            *(
-                self._settle(record, each, (place, int(epoch), int(row)))
-                for place, (record, each, epoch, row) in enumerate(
-                    zip(records, stored, spec.epochs, spec.rows, strict=True)
-                )
-            ),
-            strict=True,
-        )
-        images = [sample for sample in samples if isinstance(sample, PendingImage)]
-        samples = [sample if isinstance(sample, DrawnLatents) else None for sample in samples]
-        captions, weights, failed = zip(
-            *(
-                self.describe(record, spec.step, int(epoch), int(row))
-                for record, epoch, row in zip(records, spec.epochs, spec.rows, strict=True)
-            ),
-            strict=True,
-        )
-        texts, untold = self._read_texts(records, spec)
-        bad = [next(filter(None, reasons), None) for reasons in zip(bad, failed, untold, strict=True)]
-        weights = [weight if item is None else 0.0 for weight, item in zip(weights, bad, strict=True)]
-        input_ids, input_ids_2 = self._tokenize(captions)
-        width, height = spec.bucket
-        time_ids = [
-            (
-                record["original_height"],
-                record["original_width"],
-                record["crop_top"],
-                record["crop_left"] if sample is None else sample.crop_left,
-                height,
-                width,
-            )
-            for record, sample in zip(records, samples, strict=True)
+        loaded = self._load(rows, spec.bucket)
+        samples = [
+            self._draw_sample(place, *each)
+            for place, each in enumerate(zip(rows, loaded, epochs, numbers, strict=True))
+        ]
+        captions = [
+            self.draw_caption(row, spec.step, epoch, number)
+            for row, epoch, number in zip(rows, epochs, numbers, strict=True)
+        ]
+        texts = [self._read_text(*each) for each in zip(rows, epochs, numbers, strict=True)]
+        bad = [find_bad(each) for each in zip(samples, captions, texts, strict=True)]
+        drawn = [sample if isinstance(sample, DrawnLatents) else None for sample in samples]
+        token_ids = self._tokenize(["" if isinstance(caption, BadSample) else caption.text for caption in captions])
+        weights = [
+            0.0 if reason or isinstance(caption, BadSample) else caption.weight
+            for caption, reason in zip(captions, bad, strict=True)
         ]
         return MicroBatch(
-            latents=_stack_latents(samples, spec.bucket),
-            input_ids=torch.from_numpy(input_ids),
-            input_ids_2=torch.from_numpy(input_ids_2),
-            time_ids=torch.from_numpy(np.array(time_ids, np.float32)),
+            latents=stack_latents(drawn, spec.bucket),
+            input_ids=torch.from_numpy(token_ids.input_ids),
+            input_ids_2=torch.from_numpy(token_ids.input_ids_2),
+            time_ids=build_time_ids(rows, drawn, spec.bucket),
             weights=torch.from_numpy(np.array(weights, np.float32)),
             positions=torch.from_numpy(spec.positions),
             rows=torch.from_numpy(spec.rows),
-            text=texts,
-            masks=_stack_masks(samples, spec.bucket),
-            bad=[item for item in bad if item is not None],
-            pending=[image for image in images if bad[image.place] is None],
+            text=self._stack_texts(texts),
+            masks=stack_masks(drawn, spec.bucket),
+            bad=list(filter(None, bad)),
+            pending=[each for each in samples if isinstance(each, PendingImage) and bad[each.place] is None],
         )
 
-    def _read(
-        self, records: list[dict], bucket: tuple[int, int]
-    ) -> "list[LatentSample | PreparedImage | BadLatentError]":
-        """Read the latents of each of the index's rows, or the image that they are still to be encoded from."""
-        missing = [record["bytes"] is None and not (self.cache_folder / record["file"]).is_file() for record in records]
-        cached = [record for record, is_missing in zip(records, missing, strict=True) if not is_missing]
-        stored = iter(self.store.read(cached, bucket))
-        return [
-            self._prepare(record, bucket) if is_missing else next(stored)
-            for record, is_missing in zip(records, missing, strict=True)
-        ]
+    def _load(self, rows: list[Row], bucket: Size) -> "list[Loaded]":
+        """Read each row's latents, or prepare its image if no latents are cached.
 
-    def _settle(
-        self, record: dict, stored: "Found", number: tuple[int, int, int]
-    ) -> tuple[DrawnLatents | PendingImage | None, tuple[str, str] | None]:
-        """(latents, None), or (None, (key, reason)) for what cannot be trained on.
-
-        Args:
-            record: the index's row; that of an image without latents gets the sizes that the image really has.
-            number: place in the micro batch, epoch, row.
+        Rows whose latents were not cached when the index was built get the sizes of their image.
         """
-        place, epoch, row = number
-        if isinstance(stored, BadLatentError):
-            return None, (record["key"], str(stored))
-        if record["bytes"] is None:
-            placement = place_image(stored.original_size, *self.rules[split_key(record["key"])[0]])
-            width, height = stored.original_size
-            record |= {"original_width": width, "original_height": height, "resized_width": placement.resized[0]}
-            record |= {"crop_left": placement.left, "crop_top": placement.top}
-        if isinstance(stored, LatentSample):
-            return self.draw(stored, record, epoch, row), None
-        return PendingImage(
-            place, record, epoch, row, torch.from_numpy(stored.pixels), replace(stored, pixels=NO_PIXELS)
-        ), None
+        is_missing = [row["bytes"] is None and not (self.cache_folder / row["file"]).is_file() for row in rows]
+        cached = [row for row, missing in zip(rows, is_missing, strict=True) if not missing]
+        stored = iter(self.store.read(cached, bucket))
+        loaded = [
+            self._prepare_image(row, bucket) if missing else next(stored)
+            for row, missing in zip(rows, is_missing, strict=True)
+        ]
+        for row, each in zip(rows, loaded, strict=True):
+            if row["bytes"] is None and not isinstance(each, BadLatentError):
+                row |= self._place_image(row["key"], each.original_size)
+        return loaded
 
-    def _prepare(self, record: dict, bucket: tuple[int, int]) -> "PreparedImage | BadLatentError":
-        """Decode and cut an image, unless it cannot be used, or the metadata's size promised another bucket."""
-        from sdxl_trainer.data.images.transforms import (  # megabytes that cached latents spare
-            BadImageError,
-            prepare_image,
-        )
+    def _prepare_image(self, row: Row, bucket: Size) -> "PreparedImage | BadLatentError":
+        """Decode and crop an image. It is bad if unreadable, or if its true size belongs in another bucket."""
+        # Imported here, because cached latents do not need its several megabytes.
+        from sdxl_trainer.data.images.transforms import BadImageError, prepare_image
 
-        path = Path(record["image_path"])
+        path = Path(row["image_path"])
         try:
-            image = prepare_image(path, *self.rules[split_key(record["key"])[0]])
+            image = prepare_image(path, *self._rules[split_key(row["key"])[0]])
         except BadImageError as error:
             return BadLatentError(str(error))
         if image.placement.bucket != bucket:
-            (width, height), told = image.original_size, f"{record['original_width']}x{record['original_height']}"
-            return BadLatentError(f"{path}: is {width}x{height} px, the metadata say {told}")
+            (width, height), listed = image.original_size, f"{row['original_width']}x{row['original_height']}"
+            return BadLatentError(f"{path}: is {width}x{height} px, and its metadata says {listed}")
         return image
 
-    def draw(self, sample: LatentSample, record: dict, epoch: int, row: int) -> DrawnLatents:
-        """Settle what is random about latents: mirrored or not, and which sample of the posterior.
+    def _place_image(self, key: str, original_size: Size) -> dict[str, int]:
+        """Return the size columns of a row for an image of `original_size`."""
+        placement = place_image(original_size, *self._rules[split_key(key)[0]])
+        return {
+            "original_width": original_size[0],
+            "original_height": original_size[1],
+            "resized_width": placement.resized[0],
+            "crop_left": placement.left,
+            "crop_top": placement.top,
+        }
+
+    def _draw_sample(
+        self, place: int, row: Row, loaded: "Loaded", epoch: int, row_number: int
+    ) -> DrawnLatents | PendingImage | BadSample:
+        if isinstance(loaded, BadLatentError):
+            return BadSample(row["key"], str(loaded))
+        if isinstance(loaded, LatentSample):
+            return self.draw_latents(loaded, row, epoch, row_number)
+        return PendingImage(
+            place=place,
+            row=row,
+            epoch=epoch,
+            row_number=row_number,
+            pixels=torch.from_numpy(loaded.pixels),
+            image=replace(loaded, pixels=NO_PIXELS),
+        )
+
+    def draw_latents(self, sample: LatentSample, row: Row, epoch: int, row_number: int) -> DrawnLatents:
+        """Apply the keyed flip and posterior sample to latents.
 
         Args:
-            record: the index's row `row`.
+            row: row `row_number` of the index.
         """
-        latents, std, left, mask = sample.latents, sample.std, record["crop_left"], sample.alpha_mask
-        if sample.flipped is not None and self._is_flipped(epoch, row):
+        latents, std, left, mask = sample.latents, sample.std, row["crop_left"], sample.alpha_mask
+        if sample.flipped is not None and self._is_flipped(epoch, row_number):
             latents, std = sample.flipped, sample.flipped_std
-            left = record["resized_width"] - left - sample.bucket[0]
+            left = row["resized_width"] - left - sample.bucket[0]
             mask = None if mask is None else mask[:, ::-1]
-        if std is not None:  # both moments are kept: a fresh sample of the posterior each time
-            rng = np.random.default_rng(derive_seed(self.settings.seed, RandomStream.POSTERIOR, epoch, row))
+        if std is not None:  # the cache holds both moments, so each epoch samples the posterior anew
+            rng = np.random.default_rng(derive_seed(self.settings.seed, RandomStream.POSTERIOR, epoch, row_number))
             latents = latents + std * rng.standard_normal(latents.shape, np.float32)
         return DrawnLatents(latents, left, None if mask is None else mask.astype(np.float32))
 
-    def _is_flipped(self, epoch: int, row: int) -> bool:
+    def _is_flipped(self, epoch: int, row_number: int) -> bool:
         rate = self.settings.flip_rate
-        return rate > 0 and derive_seed(self.settings.seed, RandomStream.FLIP, epoch, row) < rate * 2**63
+        return rate > 0 and derive_seed(self.settings.seed, RandomStream.FLIP, epoch, row_number) < rate * 2**63
 
-    def describe(self, row: dict, step: int, epoch: int, number: int) -> tuple[str, float, tuple[str, str] | None]:
-        """Caption and weight of a sample, and what is wrong with it: the strategy failed on it.
+    def draw_caption(self, row: Row, step: int, epoch: int, row_number: int) -> WeightedCaption | BadSample:
+        """Return a sample's caption and loss weight in an epoch, or a bad sample if the user's strategy fails on it.
 
         Args:
-            row: the index's row `number`.
+            row: row `row_number` of the index.
+            step: optimizer steps done before this one, for the token warm-up.
         """
         settings, strategy, record = self.settings, self.strategy, parse_record(row)
-        rng = np.random.default_rng(derive_seed(settings.seed, RandomStream.CAPTION, epoch, number))
+        rng = np.random.default_rng(derive_seed(settings.seed, RandomStream.CAPTION, epoch, row_number))
         try:
             if strategy is not None and strategy.has("caption"):
                 caption = shape_text(strategy.caption(record, rng), "", settings.caption, rng, step, epoch)
             else:
                 caption = shape_caption(record, settings.caption, rng, step, epoch)
             weight = 1.0 if strategy is None else strategy.loss_weight(record)
-            return caption, weight * (settings.prior_loss_weight if record.get("is_reg") else 1.0), None
         except StrategyError as error:
-            return "", 0.0, (row["key"], str(error))
+            return BadSample(row["key"], str(error))
+        return WeightedCaption(caption, weight * (settings.prior_loss_weight if record.get("is_reg") else 1.0))
 
-    def _read_texts(
-        self, rows: Sequence[dict[str, Any]], spec: MicroSpec
-    ) -> tuple[dict[str, torch.Tensor] | None, list[tuple[str, str] | None]]:
-        """(cached text of a micro batch, what is wrong with each sample's); without cached text nothing is."""
-        outputs: list[TextOutputs] = []
-        bad: list[tuple[str, str] | None] = [None] * len(rows)
-        if self.text is None:
-            return None, bad
-        for place, (row, epoch, number) in enumerate(zip(rows, spec.epochs, spec.rows, strict=True)):
-            try:
-                outputs.append(self.text.read(row, parse_record(row), int(epoch), int(number)))
-            except (BadTextError, StrategyError) as error:
-                bad[place] = (row["key"], str(error))
-                outputs.append(self.text.empty)
-        return stack_outputs(outputs), bad
-
-    def _tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(self, captions: Sequence[str]) -> TokenIds:
         if self.text is not None:
-            nothing = np.empty((len(captions), 0, WINDOW + 2), np.int64)
-            return nothing, nothing
+            empty = np.empty((len(captions), 0, WINDOW + 2), np.int64)
+            return TokenIds(empty, empty)
         return encode_captions(self.tokenizers, captions, self.settings.max_tokens)
 
+    def _read_text(self, row: Row, epoch: int, row_number: int) -> TextOutputs | BadSample | None:
+        """Read a sample's cached text encoder outputs; None if text is not cached."""
+        if self.text is None:
+            return None
+        try:
+            return self.text.read(row, parse_record(row), epoch, row_number)
+        except (BadTextError, StrategyError) as error:
+            return BadSample(row["key"], str(error))
 
-NO_PIXELS = np.empty((0, 0, 3), np.uint8)
-
-
-def stack_outputs(outputs: Sequence[TextOutputs]) -> dict[str, torch.Tensor]:
-    """Text encoder outputs of a micro batch, by the names that the networks know them by."""
-    names = {"hidden": "hidden_1", "hidden_2": "hidden_2", "pooled": "pooled"}
-    return {
-        name: torch.from_numpy(np.stack([getattr(each, field) for each in outputs])) for name, field in names.items()
-    }
-
-
-def _stack_latents(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor:
-    """Return latents [B, 4, h, w] float32. A bad sample keeps its place as zeros, so that shapes stay the same."""
-    latents = np.zeros((len(samples), *compute_shape(bucket)), np.float32)
-    for place, sample in zip(latents, samples, strict=True):
-        if sample is not None:
-            place[:] = sample.latents
-    return torch.from_numpy(latents)
+    def _stack_texts(self, texts: Sequence[TextOutputs | BadSample | None]) -> dict[str, torch.Tensor] | None:
+        """Stack cached text encoder outputs, with those of the empty caption for bad samples."""
+        if self.text is None:
+            return None
+        return stack_text_outputs([text if isinstance(text, TextOutputs) else self.text.empty for text in texts])
 
 
-def _stack_masks(samples: Sequence[DrawnLatents | None], bucket: tuple[int, int]) -> torch.Tensor | None:
-    """[B, H, W] float32, ones for samples without a mask; None if no sample has one."""
-    masks = [None if sample is None else sample.mask for sample in samples]
-    if all(mask is None for mask in masks):
-        return None
-    whole = np.ones((bucket[1], bucket[0]), np.float32)
-    return torch.from_numpy(np.stack([whole if mask is None else mask for mask in masks]))
+def find_bad(parts: Sequence[Any]) -> BadSample | None:
+    """Return the first BadSample among the parts of a sample: latents, caption and text."""
+    return next((part for part in parts if isinstance(part, BadSample)), None)

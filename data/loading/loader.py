@@ -1,4 +1,4 @@
-"""The stream of one rank's micro batches, from any position on, read ahead by worker processes."""
+"""One rank's stream of micro batches, from any position on, read ahead by worker processes."""
 
 import os
 import threading
@@ -13,7 +13,8 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.allocator import give_freed_memory_back
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
+from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 from sdxl_trainer.data.stores.shard_copies import open_copies
@@ -30,10 +31,12 @@ PRELOADED_MODULE = "sdxl_trainer.data.loading.preload"
 def build_plan(
     index: Index, global_batch_size: int, seed: int, repeats: np.ndarray | None = None, shuffle_shards: int = 0
 ) -> Plan:
-    """The plan over an index of latents, each row `repeats` times an epoch; the bucket is `width << 16 | height`.
+    """Build the order of batches over an index. A bucket's number in the plan is `width << 16 | height`.
 
     Args:
-        shuffle_shards: if not 0, shards come one after the other and samples are mixed over so many (ShardPlan).
+        repeats: [N] how often each row is used in an epoch; None for once each.
+        shuffle_shards: if not 0, shards are read one after the other, and samples are shuffled over this many at a
+            time (ShardPlan).
     """
     buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
     if not shuffle_shards:
@@ -50,37 +53,43 @@ def build_plan(
     )
 
 
-def build_dataset(
-    config: Config,
-    index: Index,
-    tokenizers: Tokenizers,
-    strategy: Strategy | None,
-) -> LatentDataset:
-    """What the loader's workers read samples from."""
+def build_dataset(config: Config, index: Index, tokenizers: Tokenizers, strategy: Strategy | None) -> LatentDataset:
+    """Build the dataset of an index of samples, with cached text if `cache.text` is set."""
+    data, folder = config.data, get_cache_folder(config)
     settings = SampleSettings(
         seed=config.run.seed,
-        max_tokens=config.data.max_tokens,
-        caption=CaptionSettings(**config.data.caption.model_dump()),
-        flip_rate=config.data.flip_rate,
+        max_tokens=data.max_tokens,
+        caption=CaptionSettings(**data.caption.model_dump()),
+        flip_rate=data.flip_rate,
         prior_loss_weight=config.objective.prior_loss_weight,
     )
-    rules = build_bucket_rules(config.data)
-    folder, copies = get_cache_folder(config), open_copies(config.data.remote_shards, index.path.parent)
-    dataset = LatentDataset(index, folder, tokenizers, settings, strategy, rules, copies)
+    text = None
     if config.cache.text:
         variants = CaptionVariants(settings.caption, config.cache.text_variants, strategy)
-        dataset.text = CachedText(folder, variants, settings.seed)
-    return dataset
+        text = CachedText(folder, variants, settings.seed)
+    return LatentDataset(
+        index,
+        folder,
+        tokenizers,
+        settings,
+        strategy,
+        rules=build_bucket_rules(data),
+        copies=open_copies(data.remote_shards, index.path.parent),
+        text=text,
+    )
 
 
 def iterate_specs(
     plan: Plan, position: Position, rank: int, world_size: int, micro_batch_size: int, step: int = 0
 ) -> Iterator[MicroSpec]:
-    """What a rank reads, micro step by micro step, without end, from the global batch at `position` on.
+    """Yield what a rank reads for each of its micro batches, without end.
 
-    Micro step m of a global batch is its samples [m, m + 1) x ranks x micro batch size, the ranks' shares in order of
-    rank; so all ranks work on one bucket at a time, and who reads what does not alter the global batch.
-    `step` is the number of optimizer steps done at `position`; each global batch makes one more.
+    Micro step m of a global batch takes its samples [m, m + 1) x ranks x micro batch size, shared out in the order of
+    the ranks. So all ranks work on one bucket at a time, and the global batch does not depend on their number.
+
+    Args:
+        position: of the first global batch.
+        step: optimizer steps done before `position`; each global batch is one more.
     """
     stride = micro_batch_size * world_size
     assert plan.global_batch_size % stride == 0, "ranks x micro batch size must divide the global batch size"
@@ -88,14 +97,14 @@ def iterate_specs(
     while True:
         batch, shards = plan.batch(position), plan.list_shards(position)
         for start in range(rank * micro_batch_size, plan.global_batch_size, stride):
-            share = slice(start, start + micro_batch_size)
+            part = slice(start, start + micro_batch_size)
             yield MicroSpec(
-                (batch.bucket >> 16, batch.bucket & 0xFFFF),
-                batch.rows[share],
-                batch.epochs[share],
-                np.arange(start, start + micro_batch_size),
-                step,
-                shards,
+                bucket=(batch.bucket >> 16, batch.bucket & 0xFFFF),
+                rows=batch.rows[part],
+                epochs=batch.epochs[part],
+                positions=np.arange(start, start + micro_batch_size),
+                step=step,
+                shards=shards,
             )
         position, step = plan.next_position(position), step + 1
 
@@ -103,10 +112,10 @@ def iterate_specs(
 def iterate_batches(
     dataset: LatentDataset, specs: Iterator[MicroSpec], num_workers: int, pin_memory: bool = False
 ) -> Iterator[MicroBatch]:
-    """Read micro batches in order. Workers start as soon as this is called.
+    """Read micro batches in the order of `specs`. The workers start as soon as this is called.
 
-    They are forked from a server, a fresh process that has loaded what they need once and shares it with all of them:
-    as safe as spawning beside a GPU, and each adds a few megabytes and no seconds.
+    Workers are forked from a server, a fresh process that loads what they share only once. That is as safe beside a
+    GPU as spawning them, and each worker adds a few megabytes of memory and starts at once.
     """
     workers: dict[str, Any] = {}
     if num_workers:
@@ -114,33 +123,32 @@ def iterate_batches(
         os.environ[SOURCES_VARIABLE] = os.pathsep.join(dict.fromkeys(str(each.source) for each in dataset.tokenizers))
         context.set_forkserver_preload([PRELOADED_MODULE])
         workers = dict(
-            multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_settle_worker
+            multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_init_worker
         )
-    # batch_size None: each item of the sampler is a whole micro batch for one worker.
     loader = DataLoader(
         dataset,
-        sampler=_OneWay(specs),
-        batch_size=None,
+        sampler=_IteratorSampler(specs),
+        batch_size=None,  # a spec is a whole micro batch already
         num_workers=num_workers,  # pyright: ignore
         pin_memory=pin_memory,
         **workers,
     )
     batches = iter(loader)
-    os.environ.pop(SOURCES_VARIABLE, None)  # the server has it
+    os.environ.pop(SOURCES_VARIABLE, None)  # the server has read it by now
     return batches
 
 
-def _settle_worker(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     end_with_parent()
-    # What building CLIP's tokenizer took for a moment, 28 of 42 MB, glibc would keep.
+    # Building CLIP's tokenizer frees 28 of 42 MB, which glibc would keep.
     give_freed_memory_back()
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it ends, however it does.
+    """End this process when its parent ends, even if the parent is killed.
 
-    torch's own watch looks at the process that forked the worker. That is the server, and the server lives as long as
-    the worker does: both would outlive a rank that was killed.
+    torch watches the process that forked the worker. That is the server here, which lives as long as its workers, so
+    both would outlive a killed rank.
     """
 
     def watch() -> None:
@@ -152,8 +160,8 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-class _OneWay:
-    """A sampler over an iterator; DataLoader asks for nothing else when the batch size is None."""
+class _IteratorSampler:
+    """Sampler over an iterator. DataLoader needs no more of a sampler if its batch size is None."""
 
     def __init__(self, specs: Iterator[MicroSpec]):
         self._specs = specs

@@ -1,6 +1,6 @@
-"""Imported by the server that loader workers are forked from, and by nothing else: what all of them need, loaded once.
+"""Load what all loader workers share. Imported only by the server process that the workers are forked from.
 
-Which vocabularies, the environment says, because a server is given no arguments.
+The environment names the vocabularies to load, because the server takes no arguments.
 """
 
 import gc
@@ -12,4 +12,5 @@ from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, keep_vocabulary
 
 for source in filter(None, os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep)):
     keep_vocabulary(Path(source))
-gc.freeze()  # a collection in a worker would touch, and so copy, what they share
+# Without this, a garbage collection in a worker would write to the shared pages and so copy them.
+gc.freeze()

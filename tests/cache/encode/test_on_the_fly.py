@@ -21,7 +21,8 @@ from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
+from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.launch.distributed import Ranks
@@ -53,7 +54,7 @@ def open_run(images: Path, folder: Path, *words: str) -> tuple[Config, Index]:
 def open_dataset(config: Config, index: Index) -> LatentDataset:
     tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     assert config.cache.dir is not None
-    settings = SampleSettings(0, 75, CaptionSettings(), config.data.flip_rate)
+    settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), flip_rate=config.data.flip_rate)
     return LatentDataset(index, config.cache.dir, tokenizers, settings, rules=build_bucket_rules(config.data))
 
 
@@ -62,7 +63,14 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
     dataset, specs = open_dataset(config, index), []
     for row in range(len(index)):
         bucket = (int(index.column("bucket_width")[row]), int(index.column("bucket_height")[row]))
-        specs.append(MicroSpec(bucket, np.array([row, row]), np.array([epoch, epoch + 1]), np.array([0, 1])))
+        specs.append(
+            MicroSpec(
+                bucket=bucket,
+                rows=np.array([row, row]),
+                epochs=np.array([epoch, epoch + 1]),
+                positions=np.array([0, 1]),
+            )
+        )
     batches = [dataset[spec] for spec in specs]
     if fill:
         filled = fill_missing(iter(batches), build_missing_encoder(config, resolve_model(config.model), dataset, RANKS))
@@ -115,7 +123,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):
     assert len(batches) == NUM_IMAGES - 1
     reasons = {key: batch.bad[0][1] for key, batch in batches.items() if batch.bad}
     assert set(reasons) == {torn, wrong}
-    assert "cannot be decoded" in reasons[torn] and "the metadata say 900x100" in reasons[wrong]
+    assert "cannot be decoded" in reasons[torn] and "its metadata says 900x100" in reasons[wrong]
     assert all(batches[key].weights.tolist() == [0, 0] for key in reasons)
     assert set(read_latest(tmp_path / "cache")) == set(records) - {torn, gone, wrong}
 

@@ -112,7 +112,9 @@ def dataset(tmp_path_factory) -> LatentDataset:
         load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
     )
     strategy = load_strategy(f"{folder / 'fails.py'}:Fails")
-    return LatentDataset(index, folder, tokenizers, SampleSettings(0, 75, CaptionSettings()), strategy)
+    return LatentDataset(
+        index, folder, tokenizers, SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings()), strategy
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

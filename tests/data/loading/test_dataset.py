@@ -17,8 +17,9 @@ from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
@@ -61,11 +62,21 @@ def build_dataset(
     )
     index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)
-    return LatentDataset(index, folder, tokenizers, SampleSettings(seed, max_tokens, caption, flip_rate))
+    return LatentDataset(
+        index,
+        folder,
+        tokenizers,
+        SampleSettings(seed=seed, max_tokens=max_tokens, caption=caption, flip_rate=flip_rate),
+    )
 
 
 def make_spec(rows: list[int], bucket: tuple[int, int] = BUCKETS[0], epochs: list[int] | None = None) -> MicroSpec:
-    return MicroSpec(bucket, np.array(rows), np.array(epochs or [0] * len(rows)), np.arange(7, 7 + len(rows)))
+    return MicroSpec(
+        bucket=bucket,
+        rows=np.array(rows),
+        epochs=np.array(epochs or [0] * len(rows)),
+        positions=np.arange(7, 7 + len(rows)),
+    )
 
 
 def read_batches(dataset: LatentDataset, num_workers: int, count: int) -> list[MicroBatch]:

@@ -15,7 +15,8 @@ from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
+from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
@@ -59,11 +60,16 @@ def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, liste
 def open_dataset(folder: Path, rate: float) -> LatentDataset:
     tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
-    return LatentDataset(index, folder, tokenizers, SampleSettings(3, 75, CaptionSettings(shuffle=True), rate))
+    return LatentDataset(
+        index,
+        folder,
+        tokenizers,
+        SampleSettings(seed=3, max_tokens=75, caption=CaptionSettings(shuffle=True), flip_rate=rate),
+    )
 
 
 def make_spec(rows: list[int], epochs: list[int]) -> MicroSpec:
-    return MicroSpec(BUCKET, np.array(rows), np.array(epochs), np.arange(len(rows)))
+    return MicroSpec(bucket=BUCKET, rows=np.array(rows), epochs=np.array(epochs), positions=np.arange(len(rows)))
 
 
 @pytest.mark.parametrize("shards", [False, True])

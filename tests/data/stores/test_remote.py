@@ -25,8 +25,9 @@ from sdxl_trainer.data.checks.training_set import open_training_set  # noqa: E40
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents  # noqa: E402
 from sdxl_trainer.data.formats.shards import ShardWriter  # noqa: E402
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index  # noqa: E402
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, SampleSettings  # noqa: E402
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings  # noqa: E402
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs  # noqa: E402
+from sdxl_trainer.data.loading.micro_batch import MicroBatch  # noqa: E402
 from sdxl_trainer.data.metadata.records import parse_record  # noqa: E402
 from sdxl_trainer.data.order.plan import Position  # noqa: E402
 from sdxl_trainer.data.stores import remote  # noqa: E402

@@ -16,8 +16,9 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import (
@@ -74,12 +75,14 @@ def build_dataset(cache: Path, index: Index, strategy: Strategy | None, **captio
     folder = ROOT / "configs" / "tiny"
     tokenizers = Tokenizers(load_tokenizer(folder / "tokenizer", END), load_tokenizer(folder / "tokenizer_2", "!"))
     settings = CaptionSettings(**caption)
-    return LatentDataset(index, cache, tokenizers, SampleSettings(5, 75, settings), strategy)
+    return LatentDataset(index, cache, tokenizers, SampleSettings(seed=5, max_tokens=75, caption=settings), strategy)
 
 
 def read_captions(dataset: LatentDataset, rows: list[int], epoch: int = 0, step: int = 0) -> list[str]:
     """What the first encoder would read."""
-    spec = MicroSpec(BUCKET, np.array(rows), np.full(len(rows), epoch), np.arange(len(rows)), step)
+    spec = MicroSpec(
+        bucket=BUCKET, rows=np.array(rows), epochs=np.full(len(rows), epoch), positions=np.arange(len(rows)), step=step
+    )
     tokenizer = dataset.tokenizers[0].tokenizer
     return [tokenizer.decode(ids[0].tolist()).replace("</w>", " ") for ids in dataset[spec].input_ids]
 
@@ -90,7 +93,7 @@ def encode(dataset: LatentDataset, *captions: str) -> np.ndarray:
 
 def read_all(dataset: LatentDataset) -> torch.Tensor:
     rows = np.arange(len(RECORDS))
-    return dataset[MicroSpec(BUCKET, rows, rows * 0, rows)].input_ids
+    return dataset[MicroSpec(bucket=BUCKET, rows=rows, epochs=rows * 0, positions=rows)].input_ids
 
 
 def test_attributes_are_counted_once_a_record(index):
@@ -144,7 +147,9 @@ def loss_weight(self, record):
     )
     dataset = build_dataset(cache, index, load_strategy(spec))
     rows = np.arange(4)
-    first, second = (dataset[MicroSpec(BUCKET, rows, rows * 0 + epoch, rows)] for epoch in (0, 1))
+    first, second = (
+        dataset[MicroSpec(bucket=BUCKET, rows=rows, epochs=rows * 0 + epoch, positions=rows)] for epoch in (0, 1)
+    )
     assert first.weights.tolist() == [2, 0, 2, 0.25] and first.weights.dtype == torch.float32 and first.bad == []
     assert first.input_ids.equal(read_all(dataset)) and not first.input_ids.equal(second.input_ids)
     keys = [int(re.sub(r"\D", "", text)[0]) for text in read_captions(dataset, [0, 1, 2, 3])]
@@ -178,7 +183,7 @@ def test_the_step_of_a_batch_drives_the_warm_up_on_any_rank_and_after_a_resume(c
         assert resumed.step == 1 and np.array_equal(resumed.rows, specs[2].rows)
     text = {0: "1girl", 1: "1girl, best quality", 2: "1girl, best quality, solo"}
     for step, expected in text.items():
-        spec = MicroSpec(BUCKET, np.array([0]), np.array([0]), np.array([0]), step)
+        spec = MicroSpec(bucket=BUCKET, rows=np.array([0]), epochs=np.array([0]), positions=np.array([0]), step=step)
         assert np.array_equal(dataset[spec].input_ids.numpy(), encode(dataset, expected))
 
 
@@ -234,7 +239,7 @@ def test_a_strategy_that_fails_makes_a_bad_sample(cache, index, tmp_path, body, 
     strategy = load_strategy(write_class(tmp_path, body))
     dataset = build_dataset(cache, index, strategy, prefix="p")
     rows = np.array([2, 0])
-    batch = dataset[MicroSpec(BUCKET, rows, rows * 0, rows)]
+    batch = dataset[MicroSpec(bucket=BUCKET, rows=rows, epochs=rows * 0, positions=rows)]
     assert batch.weights.tolist() == [0, 0] and batch.latents.eq(1).all()
     assert [key for key, _ in batch.bad] == ["s2", "s0"]
     reason = batch.bad[0][1]
@@ -251,7 +256,9 @@ def test_a_sample_that_is_bad_twice_is_counted_once(cache, index, tmp_path):
     content = (cache / "s2.npz").read_bytes()
     try:
         (cache / "s2.npz").unlink()
-        batch = build_dataset(cache, index, strategy)[MicroSpec(BUCKET, np.array([2]), np.array([0]), np.array([0]))]
+        batch = build_dataset(cache, index, strategy)[
+            MicroSpec(bucket=BUCKET, rows=np.array([2]), epochs=np.array([0]), positions=np.array([0]))
+        ]
     finally:
         (cache / "s2.npz").write_bytes(content)
     [(key, reason)] = batch.bad
@@ -350,7 +357,7 @@ def test_the_example_of_the_docs_does_what_they_say(cache, index):
     rows = np.arange(4)
     seen = set()
     for epoch in range(40):
-        batch = dataset[MicroSpec(BUCKET, rows, rows * 0 + epoch, rows)]
+        batch = dataset[MicroSpec(bucket=BUCKET, rows=rows, epochs=rows * 0 + epoch, positions=rows)]
         np.testing.assert_allclose(batch.weights.numpy(), [1, 1, 1, 0.4])
         seen.add(batch.input_ids[0].numpy().tobytes())
     fronts, rests = ("by alice, best quality, ", "by alice, "), ("1girl, solo", "solo, 1girl")

@@ -12,7 +12,7 @@ from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenize
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.checks.training_set import open_training_set
-from sdxl_trainer.data.loading.dataset import MicroSpec
+from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.train.networks.conditioning import TextConditioner
@@ -55,7 +55,7 @@ def test_conditions_are_those_of_diffusers(cached_folder: Path, tmp_path: Path, 
     row = next(row for row in range(len(index)) if index.row(row)["crop_left"] or index.row(row)["crop_top"])
     record = index.row(row)
     bucket = (record["bucket_width"], record["bucket_height"])
-    batch = dataset[MicroSpec(bucket, np.array([row]), np.zeros(1, int), np.zeros(1, int))]
+    batch = dataset[MicroSpec(bucket=bucket, rows=np.array([row]), epochs=np.zeros(1, int), positions=np.zeros(1, int))]
     loaded = load_text_encoders(source, config.model)
     encoders = dict(zip(ENCODERS, loaded, strict=True))
     for name in trained:

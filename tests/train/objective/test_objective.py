@@ -11,7 +11,8 @@ from programs import TINY
 from sdxl_trainer.configs.load import load_config, save_config
 from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
+from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.train.main import main
@@ -136,7 +137,9 @@ def dataset(tmp_path_factory) -> LatentDataset:
 
 
 def read(dataset: LatentDataset, rows: list[int]):
-    return dataset[MicroSpec((64, 32), np.array(rows), np.zeros(len(rows), int), np.arange(len(rows)))]
+    return dataset[
+        MicroSpec(bucket=(64, 32), rows=np.array(rows), epochs=np.zeros(len(rows), int), positions=np.arange(len(rows)))
+    ]
 
 
 def test_regularisation_samples_weigh_the_prior_loss_weight(dataset):

@@ -15,7 +15,8 @@ from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroSpec, SampleSettings
+from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
+from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
@@ -47,9 +48,8 @@ def open_dataset(settings: Path, caption: CaptionSettings, variants: int) -> Lat
     folder = config.cache.dir
     assert folder is not None
     index = open_sample_index(folder, open_record_index(folder, config.data.metadata, []))
-    dataset = LatentDataset(index, folder, TOKENIZERS, SampleSettings(3, 75, caption))
-    dataset.text = CachedText(folder, CaptionVariants(caption, variants), seed=3)
-    return dataset
+    text = CachedText(folder, CaptionVariants(caption, variants), seed=3)
+    return LatentDataset(index, folder, TOKENIZERS, SampleSettings(seed=3, max_tokens=75, caption=caption), text=text)
 
 
 def make_spec(dataset: LatentDataset, epoch: int) -> MicroSpec:
@@ -59,7 +59,7 @@ def make_spec(dataset: LatentDataset, epoch: int) -> MicroSpec:
     same = np.flatnonzero(
         (dataset.index.column("bucket_width") == bucket[0]) & (dataset.index.column("bucket_height") == bucket[1])
     )[:2]
-    return MicroSpec(bucket, same, np.array([epoch, epoch]), np.arange(2))
+    return MicroSpec(bucket=bucket, rows=same, epochs=np.array([epoch, epoch]), positions=np.arange(2))
 
 
 def test_losses_are_those_without_cached_text(texted, one_rank):
@@ -113,11 +113,13 @@ def test_variants_are_drawn_by_epoch_and_dropped_captions_are_empty(texted, tmp_
     # The samples that go without are the same as with captions that are encoded while training.
     plain = replace(caption, shuffle=False)
     dropping = CachedText(dataset.cache_folder, CaptionVariants(plain, 1), seed=3)
-    shaped = LatentDataset(dataset.index, dataset.cache_folder, TOKENIZERS, SampleSettings(3, 75, plain))
+    shaped = LatentDataset(
+        dataset.index, dataset.cache_folder, TOKENIZERS, SampleSettings(seed=3, max_tokens=75, caption=plain)
+    )
     row = dataset.index.row(0)
     record = parse_record(row)
     for epoch in range(30):
-        assert dropping._is_dropped(record, epoch, 0) == (shaped.describe(row, 0, epoch, 0)[0] == "")
+        assert dropping._is_dropped(record, epoch, 0) == (shaped.draw_caption(row, 0, epoch, 0).text == "")
 
 
 def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path):
