@@ -16,6 +16,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.images.demo_set import draw_demo_set
@@ -48,6 +49,7 @@ def open_run(images: Path, folder: Path, *words: str) -> tuple[Config, Index]:
     )
     index, found = open_training_set(config)
     assert problems == found == [] and index is not None
+    leave_out_bad_latents(config, index, resuming=False)
     return config, index
 
 
