@@ -10,7 +10,7 @@ import torch
 
 from sdxl_trainer.cache.encode.text_encoder import encode_text
 from sdxl_trainer.cache.models.encoders import TextEncoders
-from sdxl_trainer.data.loading.dataset import MicroBatch
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 
 # The text of a micro batch, as `TrainedNetworks` takes it. For a frozen encoder: its states `hidden` [B, L, C1], or
 # `hidden_2` [B, L, C2] and `pooled` [B, P]. For a trained one: its token ids `input_ids` or `input_ids_2`

@@ -7,8 +7,8 @@ from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.loading.dataset import MicroBatch
 from sdxl_trainer.data.loading.loader import build_dataset
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.checkpoint.resume import build_initial_state, open_checkpoints, restore_engine, restore_progress

@@ -10,7 +10,7 @@ from sdxl_trainer.configs.load import save_config
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.loading.dataset import MicroBatch
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from loguru import logger
 
-from sdxl_trainer.data.loading.dataset import MicroBatch
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.checkpoint.state import TrainState

@@ -14,7 +14,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.loading.dataset import MicroBatch
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.train.run.run import Run
 

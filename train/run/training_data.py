@@ -13,8 +13,9 @@ from sdxl_trainer.configs.schema import Config, ValidationConfig
 from sdxl_trainer.data.checks.left_out import load_left_out_rows
 from sdxl_trainer.data.checks.validation_set import derive_validation_config, find_held_out_rows, open_validation_set
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.loading.dataset import LatentDataset, MicroBatch, MicroSpec
+from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_batches, iterate_specs
+from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation_rows
 from sdxl_trainer.data.order.source_weights import apply_source_weights
@@ -158,5 +159,12 @@ def list_validation_batches(index: Index, rows: np.ndarray, ids: np.ndarray, bat
         in_bucket = rows[(widths == width) & (heights == height)]
         for start in range(0, len(in_bucket), batch_size):
             part = in_bucket[start : start + batch_size]
-            batches.append(MicroSpec((width, height), part, np.zeros(len(part), np.int64), np.arange(len(part))))
+            batches.append(
+                MicroSpec(
+                    bucket=(width, height),
+                    rows=part,
+                    epochs=np.zeros(len(part), np.int64),
+                    positions=np.arange(len(part)),
+                )
+            )
     return batches

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from sdxl_trainer.data.loading.dataset import MicroBatch, MicroSpec
+from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS

@@ -12,8 +12,8 @@ from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenize
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.checks.training_set import open_training_set
-from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.loading.loader import build_dataset
+from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import ENCODERS, TrainedNetworks, load_unet, unfreeze_text_encoder
