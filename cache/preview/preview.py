@@ -180,7 +180,10 @@ def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSampl
         pixels = batch.pending[0].pixels.numpy() if batch.pending else None
         size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
         note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
-        text, reason = "" if isinstance(caption, BadSample) else caption.text, batch.bad[0].reason if batch.bad else None
+        text, reason = (
+            "" if isinstance(caption, BadSample) else caption.text,
+            batch.bad[0].reason if batch.bad else None,
+        )
         yield PreviewSample(row["key"], text, note, batch.latents[0], pixels, reason)
 
 
