@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Figure, finish, parse_arguments
+from harness import Figure, parse_arguments, print_result
 from PIL import Image, ImageDraw
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
@@ -91,7 +91,7 @@ def main() -> int:
             note(measure_vae(images, work / "vae"))
         if torch.cuda.is_available():
             note(measure_gpu(images, work / "gpu"))
-    return finish("cache", figures)
+    return print_result("cache", figures)
 
 
 def draw_mixed_set(folder: Path, count: int) -> list[Path]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import Figure, finish, parse_arguments
+from harness import Figure, parse_arguments, print_result
 
 WIDTH, BATCH = 2048, 64
 ROUNDS = 3
@@ -34,7 +34,7 @@ def main() -> int:
     torch.set_num_threads(1)
     init_logger(0, "WARNING")
     with tempfile.TemporaryDirectory() as temporary:
-        return finish("checkpoint", measure(arguments.work or Path(temporary), 5 if arguments.quick else 24))
+        return print_result("checkpoint", measure(arguments.work or Path(temporary), 5 if arguments.quick else 24))
 
 
 def measure(folder: Path, num_layers: int) -> dict[str, Figure]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from data_checks import time_checks
 from data_start import make_set, start_process
-from harness import ROOT, Figure, finish
+from harness import ROOT, Figure, print_result
 
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
@@ -75,7 +75,7 @@ def main() -> int:
         if arguments.only in (None, "checks"):
             times = time_checks(work / "checks", QUICK_FILES if arguments.quick else NUM_FILES)
             figures |= {name: Figure(value, "<=") for name, value in times.items()}
-    return finish("data", figures)
+    return print_result("data", figures)
 
 
 def measure_start(folder: Path, number: int) -> dict[str, Figure]:

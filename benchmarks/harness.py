@@ -1,4 +1,4 @@
-"""What all benchmarks share: arguments, starting the real programs, and the JSON line at the end."""
+"""Shared parts of all benchmarks: arguments, starting the real programs, and the JSON line at the end."""
 
 import argparse
 import json
@@ -14,13 +14,18 @@ from typing import Any
 
 import torch
 
-SETTINGS_VARIABLE = "BENCHMARK_SETTINGS"  # of a benchmark that starts itself on ranks
+SETTINGS_VARIABLE = "BENCHMARK_SETTINGS"  # set for a benchmark that starts itself on ranks
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number and what it should be: `sign` is ">=" or "<="; a figure without target only informs."""
+    """A measured number and its target.
+
+    Args:
+        sign: ">=" or "<=", how the value must compare with the target.
+        target: None for a figure that is only reported.
+    """
 
     value: float
     sign: str = ">="
@@ -28,17 +33,17 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Whether the target, if there is one, is reached."""
+        """Whether the figure meets its target; True without one."""
         if self.target is None:
             return True
         return self.value >= self.target if self.sign == ">=" else self.value <= self.target
 
 
 def parse_arguments(description: str, **choices: Sequence[str]) -> argparse.Namespace:
-    """`--quick` (ends within a minute, figures are rough) and `--work DIR` (where input and output go).
+    """Parse `--quick` (ends within a minute, figures are rough), `--work DIR` (folder for input and output) and more.
 
     Args:
-        choices: further options by name and what each may be, its default first.
+        choices: further options: name → allowed values, the default first.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="end within a minute; the figures are rough")
@@ -48,11 +53,11 @@ def parse_arguments(description: str, **choices: Sequence[str]) -> argparse.Name
     return parser.parse_args()
 
 
-def start(script: str, *words: object, ranks: int) -> None:
-    """Start launch/cache.sh or launch/train.sh on so many ranks, one thread each.
+def run_script(script: str, *words: object, ranks: int) -> None:
+    """Run launch/cache.sh or launch/train.sh on a number of ranks, with one thread each.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the program failed.
     """
     environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "launch" / script), *(str(word) for word in words)]
@@ -60,7 +65,7 @@ def start(script: str, *words: object, ranks: int) -> None:
 
 
 def make_tiny_set(work: Path) -> list[str]:
-    """Make the tiny SDXL and its demo set, and return the settings that name them."""
+    """Write the tiny SDXL and the demo set, and return the settings that refer to them."""
     from sdxl_trainer.data.images.demo_set import draw_demo_set
     from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
@@ -75,25 +80,26 @@ def run_on_ranks(
     compare: Callable[[Path, bool], dict[str, Figure]],
     measure: Callable[[dict[str, Any]], int],
 ) -> int:
-    """The main program of a benchmark that starts itself on ranks.
+    """Run a benchmark that starts itself on ranks, and return its exit status.
 
     Args:
-        compare: gets a folder for input and output, and whether to be quick; gathers figures by `measure_on_ranks`.
-        measure: runs on each rank with the settings given there; rank 0 prints what was found as a line of JSON.
+        compare: function of a folder for input and output and of `--quick`. It collects figures by `measure_on_ranks`.
+        measure: function that runs on each rank, with the settings passed to `measure_on_ranks`. Rank 0 prints the
+            measurements as a line of JSON.
     """
     if SETTINGS_VARIABLE in os.environ:
         return measure(json.loads(os.environ[SETTINGS_VARIABLE]))
     options = parse_arguments(description)
     with tempfile.TemporaryDirectory() as temporary:
         figures = compare(options.work or Path(temporary), options.quick)
-    return finish(name, figures)
+    return print_result(name, figures)
 
 
 def measure_on_ranks(script: str, settings: Mapping[str, Any], ranks: int) -> dict[str, float]:
-    """Start a benchmark's program again on so many ranks, and return what it printed last, as JSON.
+    """Start a benchmark's program on a number of ranks, and return the JSON object in its last line.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the program failed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
     environment = {**os.environ, SETTINGS_VARIABLE: json.dumps(settings)}
@@ -101,7 +107,7 @@ def measure_on_ranks(script: str, settings: Mapping[str, Any], ranks: int) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def finish(name: str, figures: dict[str, Figure]) -> int:
+def print_result(name: str, figures: dict[str, Figure]) -> int:
     """Print the result as one JSON line and return the exit status: 0 if every target is met, else 1."""
     shown = {
         key: {
@@ -116,7 +122,7 @@ def finish(name: str, figures: dict[str, Figure]) -> int:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Processor, cores, accelerator and versions."""
+    """Return processor, cores, GPU and versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "cpu": _read_cpu_name(),

@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, start
+from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, run_script
 
 RANKS = 2
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -35,7 +35,7 @@ def compare(work: Path, quick: bool) -> dict[str, Figure]:
     """Measure each stage and precision."""
     figures: dict[str, Figure] = {}
     words = [*make_tiny_set(work), "train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}"]
-    start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
+    run_script("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
     for stage, precision in product(STAGES[2:] if quick else STAGES, PRECISIONS[quick:]):
         deepspeed = json.dumps({"zero_optimization": SMALL})
         more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"engine.deepspeed={deepspeed}"]

@@ -1,12 +1,13 @@
-"""What does the framework itself cost? The real step against a bare loop of the same networks, optimizer and batches.
+"""What does the framework cost? The real training step against a bare loop with the same networks and batches.
 
-On one rank the bare loop is PyTorch's: text encoders, U-Net, loss, backward, clipping, AdamW; in bf16 on weights in
-bf16 with fp32 masters, as the engine has them. On two ranks it is DeepSpeed's, with the settings that the engine gives
-it; in bf16 that is measured on one rank too, to tell its part of the cost from ours. The real step besides reads
-latents, shapes and tokenises captions, draws noise and timesteps, checks the gradient, agrees on requests and logs.
-Both take turns step by step within one process, the bare one on the batch that the real one has just had, and the sums
-of their times over a turn are compared, by the clock and by the main thread's CPU time. Tiny SDXL on a CPU, a thread a
-rank; what is fixed for each weight weighs more there than in steps of the real model, which take longer.
+On one rank the bare loop is plain PyTorch: text encoders, U-Net, loss, backward, clipping, AdamW; in bf16 with fp32
+masters, as in the engine. On two ranks it is a DeepSpeed engine with the same settings. In bf16 the DeepSpeed loop is
+also measured on one rank, to separate DeepSpeed's cost from this project's. The real step does more: it reads latents,
+builds and tokenises captions, draws noise and timesteps, checks the gradient, exchanges requests and logs.
+
+Both loops alternate step by step within one process, on the same batch. Their times over a turn are compared, as wall
+time and as CPU time of the main thread. The tiny SDXL runs on a CPU with one thread per rank. Fixed costs per weight
+are a larger share there than in the longer steps of the real model.
 """
 
 import json
@@ -15,31 +16,41 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, start
+from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, run_script
 
-CASES = (  # bare loop, ranks, precision
-    ("pytorch", 1, "fp32"),
-    ("pytorch", 1, "bf16"),
-    ("deepspeed", 1, "bf16"),
-    ("deepspeed", 2, "fp32"),
-    ("deepspeed", 2, "bf16"),
+
+class Case(NamedTuple):
+    """A comparison that is measured."""
+
+    bare: str  # the bare loop: pytorch or deepspeed
+    num_ranks: int
+    precision: str
+
+
+CASES = (
+    Case("pytorch", 1, "fp32"),
+    Case("pytorch", 1, "bf16"),
+    Case("deepspeed", 1, "bf16"),
+    Case("deepspeed", 2, "fp32"),
+    Case("deepspeed", 2, "bf16"),
 )
 TURNS, STEPS = 12, 5
 LIMIT = 1.02  # of the bare step's time
 
 
 def compare(work: Path, quick: bool) -> dict[str, Figure]:
-    """Each case."""
+    """Measure all cases."""
     figures: dict[str, Figure] = {}
     words = [*make_tiny_set(work), "checkpoint.every_steps=0", "data.num_workers=1", "run.resume=never"]
-    start("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=2)
+    run_script("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=2)
     for bare, ranks, precision in CASES[::3] if quick else CASES:
         more = [f"engine.precision={precision}", f"train.global_batch_size={8 * ranks}"]
         more += [f"run.name={precision}-{ranks}-{time.time_ns()}"]
@@ -57,7 +68,7 @@ def compare(work: Path, quick: bool) -> dict[str, Figure]:
 
 
 def measure(settings: dict[str, Any]) -> int:
-    """Take turns and print the figures."""
+    """Measure one case on this rank; rank 0 prints the figures."""
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
@@ -87,15 +98,15 @@ def measure(settings: dict[str, Any]) -> int:
         waits.append(result.data_wait_seconds)
 
     def take_turn() -> np.ndarray:
-        """[real, bare] x [seconds, CPU seconds] of a few steps each."""
+        """Run a few steps of both loops and return [real, bare] x [seconds, CPU seconds]."""
         spent = np.zeros((2, 2))
         for _ in range(STEPS):
             spent[0] += time_call(take_real_step)
-            inputs = draw_inputs(used[0])  # not counted
-            spent[1] += time_call(lambda: bare(*inputs))  # noqa: B023 (called at once)
+            inputs = draw_inputs(used[0])  # outside the measured time
+            spent[1] += time_call(partial(bare, *inputs))
         return spent
 
-    take_turn()  # the first steps make memory and kernels ready
+    take_turn()  # warm-up: allocates memory and builds kernels
     waits.clear()
     turns = np.stack([take_turn() for _ in range(settings["turns"])])  # [turns, 2, 2]
     if run.ranks.is_main:
@@ -113,15 +124,22 @@ def measure(settings: dict[str, Any]) -> int:
     end_program(0)
 
 
-def time_call(call: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and CPU seconds of this thread, in which all the arithmetic is done."""
+class Elapsed(NamedTuple):
+    """Time that a call took."""
+
+    seconds: float
+    cpu_seconds: float  # of this thread, which does all the arithmetic
+
+
+def time_call(call: Callable[[], None]) -> Elapsed:
+    """Measure the time of a call."""
     started, cpu_started = time.perf_counter(), time.thread_time()
     call()
-    return time.perf_counter() - started, time.thread_time() - cpu_started
+    return Elapsed(time.perf_counter() - started, time.thread_time() - cpu_started)
 
 
 def build_bare_pytorch(run: Any) -> Callable[..., None]:
-    """A step of PyTorch's loop."""
+    """Build the step of a plain PyTorch loop."""
     from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
     from sdxl_trainer.train.optim.optimizers import build_optimizer
 
@@ -157,7 +175,7 @@ def build_bare_pytorch(run: Any) -> Callable[..., None]:
 
 
 def build_bare_deepspeed(run: Any) -> Callable[..., None]:
-    """A step of a loop over DeepSpeed's own engine."""
+    """Build the step of a loop over a plain DeepSpeed engine."""
     import deepspeed
 
     from sdxl_trainer.train.engine.deepspeed_config import BatchSizes, build_deepspeed_config
@@ -181,10 +199,19 @@ def build_bare_deepspeed(run: Any) -> Callable[..., None]:
     return step
 
 
-def draw_inputs(batch: Any) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(batch, x_t, noise, timesteps) of a bare step."""
+class StepInputs(NamedTuple):
+    """Inputs of a bare step."""
+
+    batch: Any  # a MicroBatch
+    x_t: torch.Tensor  # [B, 4, h, w]
+    noise: torch.Tensor  # [B, 4, h, w], the target
+    timesteps: torch.Tensor  # [B]
+
+
+def draw_inputs(batch: Any) -> StepInputs:
+    """Draw the inputs of a bare step from a batch."""
     noise = torch.randn_like(batch.latents)
-    return batch, batch.latents + noise, noise, torch.randint(0, 1000, (len(noise),))
+    return StepInputs(batch, batch.latents + noise, noise, torch.randint(0, 1000, (len(noise),)))
 
 
 if __name__ == "__main__":
