@@ -1,4 +1,4 @@
-"""Draws images with any SDXL model: `bash launch/sample.sh --model PATH --prompts FILE --out DIR`."""
+"""Generates images with any SDXL model: `bash launch/sample.sh --model PATH --prompts FILE --out DIR`."""
 
 import argparse
 import sys
@@ -13,25 +13,25 @@ except ImportError:
 
 
 def build_arguments() -> RankParser:
-    """What the program takes."""
-    parser = RankParser(description="Draw the images of a prompt file, and a contact sheet of them.")
+    """Build the parser of the command line."""
+    parser = RankParser(description="Generate the images of a prompt file, and a contact sheet of them.")
     parser.add_argument(
         "--model",
         required=True,
         metavar="PATH",
-        help="a single .safetensors file, a diffusers folder, a hub id, or a run's folder or one of its checkpoints",
+        help="a single .safetensors file, a diffusers folder, a hub id, a run folder, or one of its checkpoints",
     )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/TRAINING.md)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the images go")
-    parser.add_argument("--ema", metavar="DECAY", help="take this moving average of a checkpoint, such as 0.999")
-    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the run by default")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
+    parser.add_argument("--ema", metavar="DECAY", help="use the moving average of this decay, such as 0.999")
+    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, draw, return the exit status (0 done, 1 failed, 2 wrong input)."""
+    """Parse the command line, generate, return the exit status (0 done, 1 failed, 2 wrong input)."""
     require_checkout(__file__)
     options = build_arguments().parse_intermixed_args(arguments)
 

@@ -1,1 +1,1 @@
-"""The tiny SDXL of the demo and the tests: its builder, tokenizers, and VAE."""
+"""The tiny SDXL of the demo and the tests: the model's builder, its tokenizers, and the training of its VAE."""

@@ -1,7 +1,7 @@
-"""Builds the tiny SDXL: a complete model folder in diffusers layout with SDXL's exact topology and about 3 M weights.
+"""The tiny SDXL: a complete model folder in diffusers layout, with SDXL's topology and about 3 million weights.
 
-Made for tests, the quick start and the learning benchmark, so that all of them run the real programs on a CPU.
-The VAE is trained (train/tiny/vae.py wrote its weights), the U-Net and the text encoders are random from a seed.
+With it the tests, the quick start and the learning benchmark run the real programs on a CPU. The VAE is trained
+(train/tiny/vae.py wrote its weights); the U-Net and the text encoders are random, from a seed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CONFIG_FOLDER = Path(sdxl_trainer.configs.__file__).parent / "tiny"
 VAE_WEIGHTS = CONFIG_FOLDER / "vae" / "diffusion_pytorch_model.safetensors"
-# Standard deviation of a text encoder's random weights times the root of their fan-in, by part of the name.
+# Standard deviation of a text encoder's random weights, times the square root of their fan-in, by part of the name.
 WORD_GAINS = {
     "token_embedding": 1.0,
     "position_embedding": 0.3,
@@ -34,10 +34,10 @@ COPIED = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 
 
 def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """Write the tiny SDXL into folder in fp32 safetensors and return folder.
+    """Write the tiny SDXL into a folder, in fp32 safetensors, and return the folder.
 
-    `StableDiffusionXLPipeline.from_pretrained(folder)` loads it. One seed gives the same weights each time; the
-    caller's random state stays as it was.
+    `StableDiffusionXLPipeline.from_pretrained(folder)` loads it. A seed always gives the same weights. The caller's
+    random state is not changed.
     """
     import torch
 
@@ -59,33 +59,33 @@ def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
 
 
 def build_tiny_unet() -> Any:
-    """Return the U-Net (UNet2DConditionModel), initialised from torch's global random state."""
+    """Build the U-Net (UNet2DConditionModel), initialised from torch's global random state."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel.from_config(_read_config("unet"))
 
 
 def build_tiny_vae() -> Any:
-    """Return the VAE (AutoencoderKL) untrained, initialised from torch's global random state."""
+    """Build the untrained VAE (AutoencoderKL), initialised from torch's global random state."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_config(_read_config("vae"))
 
 
 def build_tiny_text_encoders() -> dict[str, Any]:
-    """Return both text encoders by folder name, initialised from torch's global random state."""
+    """Build both text encoders, by folder name, initialised from torch's global random state."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     encoders = {}
     for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
         model = kind(CLIPTextConfig.from_pretrained(CONFIG_FOLDER / name))
-        _spread_words(model)
+        _initialise_text_encoder(model)
         encoders[name] = model.eval()
     return encoders
 
 
 def load_tiny_vae(weights: Path = VAE_WEIGHTS) -> Any:
-    """Return the trained VAE (AutoencoderKL) in fp32; its weights ship in fp16."""
+    """Load the trained VAE (AutoencoderKL) in fp32; the weights in the repository are fp16."""
     from safetensors.torch import load_file
 
     vae = build_tiny_vae()
@@ -97,12 +97,12 @@ def _read_config(name: str) -> dict[str, Any]:
     return json.loads((CONFIG_FOLDER / name / "config.json").read_text(encoding="utf-8"))
 
 
-def _spread_words(model: "torch.nn.Module") -> None:
+def _initialise_text_encoder(model: "torch.nn.Module") -> None:
     """Initialise a frozen text encoder so that different words give clearly different hidden and pooled states.
 
-    CLIP's own initialisation (std 0.02) is meant for training: its states differ in the third decimal. Here a word's
-    embedding has std 1 and dominates its state, and attention averages over the words before it (queries and keys
-    are small), so later positions, the pooled EOS among them, carry a bag of the caption's words.
+    CLIP's own initialisation (std 0.02) is meant for training: its states differ in the third decimal place. Here a
+    word's embedding has std 1 and dominates its state. Queries and keys are small, so attention averages over the words
+    before, and later positions, such as the pooled EOS, carry a bag of the caption's words.
     """
     import torch
 
@@ -114,7 +114,7 @@ def _spread_words(model: "torch.nn.Module") -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: write the tiny SDXL into a folder."""
+    """Parse the command line and write the tiny SDXL."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny", description="Write the tiny SDXL.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")

@@ -1,9 +1,9 @@
-"""Trains the tiny SDXL's VAE: the script that wrote configs/tiny/vae/diffusion_pytorch_model.safetensors.
+"""Training of the tiny SDXL's VAE, which wrote configs/tiny/vae/diffusion_pytorch_model.safetensors.
 
     python -m sdxl_trainer.train.tiny.vae --out DIR --minutes 20
 
-It draws demo images with seeds that the demo set does not use, learns to reconstruct them from 4 noisy latent
-channels at an eighth of the size, and scales the latents to SDXL's statistics: mean 0, std 1/0.13025.
+The training images are drawn like the demo set's, from other seeds. The VAE learns to reconstruct them from 4 noisy
+latent channels at an eighth of the size. Then the latents are scaled to SDXL's statistics: mean 0, std 1/0.13025.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,43 +32,51 @@ BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 50
 KL_WEIGHT = 1e-5
-# Noise on the latents (relative to their std) while decoding. The decoder learns that near latents mean near
-# images, so a diffusion model's small errors stay small.
+# Noise on the latents while decoding, relative to their std. The decoder learns to map nearby latents to similar
+# images, so small errors of a diffusion model stay small.
 LATENT_NOISE = 0.15
-FULL_SIZE_SHARE = 0.5  # share of the time, at the end, on whole images; before that, half size is 4 × faster
+FULL_SIZE_SHARE = 0.5  # last share of the time, spent on full-size images; half-size images are 4 × faster
 NUM_STATISTICS_BATCHES = 24
-OTHER_COLOURS_SHARE = 0.25  # share of training images in colours outside the demo set, so that those work too
+OTHER_COLOURS_SHARE = 0.25  # share of training images in random colours, so that the VAE reconstructs those too
 SIZES_PX = ((128, 128), (160, 96), (96, 160), (192, 64))  # (width, height): the demo set's buckets
 HALF_SIZES_PX = ((64, 64), (80, 48), (48, 80), (96, 32))
-# Brightness and two colour differences. Standardised each on its own, they give colour as much of the latents' energy
-# as brightness, which images of black, white and grey would otherwise dominate.
+# Brightness and two colour differences. Each is standardised, so colour gets as much of the latents' energy as
+# brightness, which would otherwise dominate in images of black, white and grey.
 OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
-REFERENCE = 4.0  # constant channels ±4 next to ±RGB keep the last group norm's divisor nearly constant
+REFERENCE = 4.0  # constant channels of ±4 beside ±RGB keep the last group norm's divisor nearly constant
+
+
+class VaeLoss(NamedTuple):
+    """Loss of a batch."""
+
+    loss: torch.Tensor  # scalar
+    psnr_db: float  # of the reconstruction
 
 
 def draw_batch(
     rng: random.Random, size_px: tuple[int, int], batch_size: int = BATCH_SIZE, other_colours_share: float = 0.0
 ) -> torch.Tensor:
-    """Return images [B, 3, H, W] in −1..1 of size_px = (width, height)."""
+    """Draw images [B, 3, H, W] from -1 to 1, of `size_px` = (width, height)."""
     images = []
     for _ in range(batch_size):
         colour, background = rng.choice(list(COLOURS.values())), rng.choice(list(BACKGROUNDS.values()))
         if rng.random() < other_colours_share:
-            colour, background = _any_colour(rng), _any_colour(rng)
+            colour, background = _draw_colour(rng), _draw_colour(rng)
         images.append(np.asarray(draw_image(colour, rng.choice(SHAPES), background, size_px, rng)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _any_colour(rng: random.Random) -> tuple[int, int, int]:
+def _draw_colour(rng: random.Random) -> tuple[int, int, int]:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 @torch.no_grad()
 def start_as_box_filter(vae: Vae) -> None:
-    """Initialise the VAE so that it begins as mean colour per 8×8 block, and what training adds are the edges.
+    """Initialise the VAE as a box filter, the mean colour of each 8×8 block, so that training only adds edges.
 
-    From the default initialisation 20 CPU minutes go by before the colours are right. Here every residual branch
-    starts at 0 and three channels carry RGB through the shortcuts; silu(x) − silu(−x) = x passes the last activation.
+    From the default initialisation it takes 20 CPU minutes until the colours are right. Here every residual branch
+    starts at 0, and three channels carry RGB through the shortcuts. The last activation passes them on because
+    silu(x) - silu(-x) = x.
     """
     for name, module in vae.named_modules():
         for ending, start in LAYER_STARTS.items():
@@ -78,7 +86,7 @@ def start_as_box_filter(vae: Vae) -> None:
     encoder, decoder = vae.encoder, vae.decoder
     _start_last_layers(encoder, encoder.down_blocks[-1].resnets[0].conv_shortcut, opponent)
     _start_last_layers(decoder, decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.eye(3))
-    encoder.conv_out.weight[4:] = 0  # log variances, the same everywhere at first
+    encoder.conv_out.weight[4:] = 0  # log variances start constant
     encoder.conv_out.bias[4:] = -6
     decoder.conv_in.weight[:3] = 0
     decoder.conv_in.weight[:3, :3, 1, 1] = torch.linalg.inv(opponent)
@@ -94,7 +102,7 @@ def _pass_rgb(weight: torch.Tensor, value: float, taps: slice = slice(None)) -> 
         weight[channel, channel, taps, taps] = value
 
 
-# How layers begin, by the end of their name.
+# Initial weights of layers, by the end of their name.
 LAYER_STARTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "conv2": torch.nn.init.zeros_,
     "to_out.0": torch.nn.init.zeros_,
@@ -106,7 +114,7 @@ LAYER_STARTS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
-    """Make the shortcut give RGB, −RGB, ±REFERENCE and zeros, and norm, SiLU and conv_out give matrix @ RGB."""
+    """Make the shortcut output RGB, -RGB, ±REFERENCE and zeros, and norm, SiLU and conv_out output matrix @ RGB."""
     shortcut.weight.zero_()
     shortcut.bias.zero_()
     for channel in range(3):
@@ -119,8 +127,8 @@ def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
     half.conv_out.weight[:3, 3:6, 1, 1] = -matrix
 
 
-def compute_loss(vae: Vae, images: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return (loss, PSNR in dB) of one batch [B, 3, H, W]: L1 + 4·L2 + KL, decoded from noisy latents."""
+def compute_loss(vae: Vae, images: torch.Tensor) -> VaeLoss:
+    """Return the loss L1 + 4·L2 + KL of a batch [B, 3, H, W], decoded from noisy latents."""
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()  # [B, 4, H/8, W/8]
     std = latents.detach().std(dim=(0, 2, 3), keepdim=True)  # [1, 4, 1, 1]
@@ -128,44 +136,44 @@ def compute_loss(vae: Vae, images: torch.Tensor) -> tuple[torch.Tensor, float]:
     error = vae.decode(noisy).sample - images
     squared = error.square().mean()
     kl = posterior.kl().mean() / latents[0].numel()
-    return error.abs().mean() + 4 * squared + KL_WEIGHT * kl, compute_psnr(squared.item())
+    return VaeLoss(error.abs().mean() + 4 * squared + KL_WEIGHT * kl, compute_psnr(squared.item()))
 
 
 def compute_psnr(mean_squared_error: float) -> float:
-    """Return the peak signal-to-noise ratio in dB of images in −1..1 (peak to peak 2)."""
+    """Return the peak signal-to-noise ratio in dB of images from -1 to 1 (peak to peak 2)."""
     return 10 * math.log10(4 / mean_squared_error)
 
 
-def train_steps(vae: Vae, seconds: float, seed: int) -> Iterator[tuple[int, float, float]]:
-    """Train the VAE for so many seconds; yield (step, loss, PSNR) after each step."""
+def train_steps(vae: Vae, seconds: float, seed: int) -> Iterator[VaeLoss]:
+    """Train the VAE for a number of seconds, and yield the loss of each step."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     start = time.monotonic()
     step = 0
     while (progress := (time.monotonic() - start) / seconds) < 1:
-        # Half-cosine to zero: the sharpness of edges comes in the last, slow part.
+        # Half-cosine to zero: edges become sharp in the last, slow part.
         rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = rate
         full = progress > 1 - FULL_SIZE_SHARE
         size_px = rng.choice(SIZES_PX if full else HALF_SIZES_PX)
         images = draw_batch(rng, size_px, other_colours_share=OTHER_COLOURS_SHARE)
-        loss, psnr = compute_loss(vae, images.contiguous(memory_format=torch.channels_last))
+        found = compute_loss(vae, images.contiguous(memory_format=torch.channels_last))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        found.loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
-        yield step, loss.item(), psnr
+        yield found
 
 
 @torch.no_grad()
 def scale_latents(vae: Vae, seed: int) -> None:
     """Change quant_conv and post_quant_conv so that each latent channel has mean 0 and std 1/0.13025.
 
-    Both are 1×1 convolutions next to the latents, so the decoded images stay the same.
+    Both are 1×1 convolutions next to the latents, so the decoded images do not change.
     """
     rng = random.Random(seed)
-    # As often as in the demo set: half squares, the other half of each other bucket a third.
+    # The demo set's proportions: half of the images are squares, and the other three buckets share the rest.
     sizes_px = [SIZES_PX[0] if index % 2 else SIZES_PX[1 + index // 2 % 3] for index in range(NUM_STATISTICS_BATCHES)]
     latents = [vae.encode(draw_batch(rng, size_px)).latent_dist.mode() for size_px in sizes_px]  # [B, 4, h, w] each
     channels = torch.cat([latent.transpose(0, 1).flatten(1) for latent in latents], dim=1)  # [4, pixels]
@@ -181,7 +189,7 @@ def scale_latents(vae: Vae, seed: int) -> None:
 
 @torch.no_grad()
 def measure_psnr(vae: Vae, seed: int, num_images: int = 24) -> float:
-    """Return the PSNR in dB over fresh 128² images, decoded from the posterior's mean and rounded to 8 bits."""
+    """Measure the PSNR in dB over new 128² images, decoded from the posterior's mean and rounded to 8 bits."""
     images = draw_batch(random.Random(seed), (128, 128), num_images)
     decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
     rounded = torch.round((decoded + 1) * 127.5) / 127.5 - 1
@@ -189,7 +197,7 @@ def measure_psnr(vae: Vae, seed: int, num_images: int = 24) -> float:
 
 
 def save_samples(vae: Vae, path: Path) -> None:
-    """Write an image of eight drawings over their reconstructions."""
+    """Write eight images above their reconstructions, as one image."""
     images = draw_batch(random.Random(FIRST_SEED + 2), (128, 128), other_colours_share=OTHER_COLOURS_SHARE)
     with torch.no_grad():
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
@@ -198,7 +206,7 @@ def save_samples(vae: Vae, path: Path) -> None:
 
 
 def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path | None = None) -> Path:
-    """Train the VAE for so many minutes, write its fp16 weights into folder and return their path."""
+    """Train the VAE for a number of minutes, write its fp16 weights into a folder, and return their path."""
     torch.manual_seed(seed)
     if start_from is None:
         vae = build_tiny_vae()
@@ -206,9 +214,9 @@ def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path
     else:
         vae = load_tiny_vae(start_from)
     vae = vae.to(memory_format=torch.channels_last).train()
-    for step, loss, psnr in train_steps(vae, minutes * 60, FIRST_SEED + seed):
+    for step, found in enumerate(train_steps(vae, minutes * 60, FIRST_SEED + seed), start=1):
         if step % 50 == 0:
-            sys.stdout.write(f"step {step}  loss {loss:.4f}  PSNR {psnr:.1f} dB\n")
+            sys.stdout.write(f"step {step}  loss {found.loss.item():.4f}  PSNR {found.psnr_db:.1f} dB\n")
             sys.stdout.flush()
     vae.eval()
     scale_latents(vae, FIRST_SEED + 1)
@@ -222,7 +230,7 @@ def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: train the VAE and write it into a folder."""
+    """Parse the command line, train the VAE and write it."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny.vae", description="Train the tiny VAE.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights")
     parser.add_argument("--minutes", type=float, default=20, metavar="M", help="how long to train (20)")

@@ -1,4 +1,4 @@
-"""The demo set and the tiny SDXL: what every whole-run test and the quick start stand on."""
+"""The demo set and the tiny SDXL, which every test of a whole run and the quick start use."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_demo_set, nearest_colour
 from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, VAE_WEIGHTS, build_tiny_sdxl, load_tiny_vae
-from sdxl_trainer.train.tiny.tokenizer import build_vocabulary, byte_symbols, learn_merges, write_tokenizers
+from sdxl_trainer.train.tiny.tokenizer import build_vocabulary, learn_merges, list_byte_symbols, write_tokenizers
 
 SCALING_FACTOR = 0.13025
 BUCKETS_PX = ((128, 128), (160, 96), (96, 160), (192, 64))
@@ -40,8 +40,8 @@ def pipeline(model_folder):
     return pipeline
 
 
-def _resized(path: Path) -> torch.Tensor:
-    """Read an image, resize it to cover its bucket, crop the centre; return [1, 3, H, W] in −1..1."""
+def _load_resized(path: Path) -> torch.Tensor:
+    """Read an image, resize it to cover its bucket, crop the centre; return [1, 3, H, W] from -1 to 1."""
     image = Image.open(path).convert("RGB")
     width, height = min(BUCKETS_PX, key=lambda bucket: abs(bucket[0] / bucket[1] - image.width / image.height))
     scale = max(width / image.width, height / image.height)
@@ -95,7 +95,7 @@ def test_vae_reconstructs_demo_images_and_has_sdxl_latent_scale(demo):
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
     vae, latents, errors = load_tiny_vae(), [], []
     for record in list(metadata.values())[:48]:
-        image = _resized(path.parent / record["image_path"])
+        image = _load_resized(path.parent / record["image_path"])
         with torch.no_grad():
             posterior = vae.encode(image).latent_dist
             decoded = vae.decode(posterior.mode()).sample.clamp(-1, 1)
@@ -103,7 +103,7 @@ def test_vae_reconstructs_demo_images_and_has_sdxl_latent_scale(demo):
         assert posterior.std.max() * SCALING_FACTOR < 0.2
         latents.append(posterior.mean[0].flatten(1) * SCALING_FACTOR)
         errors.append((decoded - image).square().mean().item())
-    assert 10 * math.log10(4 / np.mean(errors)) >= 26  # at least 22 dB is promised
+    assert 10 * math.log10(4 / np.mean(errors)) >= 26  # 22 dB would do
     channels = torch.cat(latents, dim=1)  # [4, pixels]
     assert channels.mean(dim=1).abs().max() < 0.35
     assert (channels.std(dim=1) - 1).abs().max() < 0.25
@@ -133,11 +133,11 @@ def test_tokenizer_files_are_what_the_code_writes(tmp_path):
         for file in (tmp_path / folder).iterdir():
             assert file.read_bytes() == (CONFIG_FOLDER / folder / file.name).read_bytes()
     vocabulary, merges = build_vocabulary()
-    assert (vocabulary["!"], len(byte_symbols()), len(vocabulary)) == (0, 256, 514 + len(merges))
+    assert (vocabulary["!"], len(list_byte_symbols()), len(vocabulary)) == (0, 256, 514 + len(merges))
     assert learn_merges(["aab", "ab"]) == [("a", "b</w>"), ("a", "ab</w>")]
 
 
-def test_tiny_sdxl_has_sdxl_topology_and_makes_a_image(pipeline):
+def test_tiny_sdxl_has_sdxl_topology_and_makes_an_image(pipeline):
     unet, first, second = pipeline.unet.config, pipeline.text_encoder.config, pipeline.text_encoder_2.config
     assert unet.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     assert unet.addition_embed_type == "text_time"
