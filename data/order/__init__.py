@@ -1,4 +1,4 @@
-"""The order of batches: plans, splits, weights of sources, and regularisation, as functions of integers.
+"""The order of batches: keyed randomness, plans, held-out splits, and how often each row is used.
 
-Nothing here opens an image or a latent file.
+All are functions of integers; nothing here opens an image or a latent file.
 """

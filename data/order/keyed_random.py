@@ -1,7 +1,7 @@
-"""Keyed randomness: seeds and permutations that depend on nothing but the integers they are derived from.
+"""Keyed randomness: seeds and permutations that depend only on the integers they are derived from.
 
-No global generator is used anywhere: each draw has a seed of its own, derived from what it belongs to, such as
-(seed, stream, epoch, row). A resumed run, other workers, and another number of ranks therefore draw the same numbers.
+No random draw uses a global generator. Each has a seed of its own, derived from keys such as (seed, stream, epoch,
+row). A resumed run, other workers, and another number of ranks therefore draw the same numbers.
 """
 
 from enum import IntEnum
@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 class RandomStream(IntEnum):
-    """What a keyed random draw is for: the second key, after the seed, so that no two uses share numbers."""
+    """The uses of random numbers. The second key of a draw, after the seed, so that no two uses share numbers."""
 
     BATCH_ORDER = 0
     SAMPLE_ORDER = 1
@@ -35,7 +35,7 @@ class RandomStream(IntEnum):
 
 
 def derive_seed(*keys: int) -> int:
-    """Hash integers into one of 63 bits, the seed of what is keyed to them. Order matters; near keys are unrelated."""
+    """Return a seed of 63 bits, a hash of integers. Their order matters, and the seeds of near keys are unrelated."""
     state = 0x9E3779B97F4A7C15
     for key in keys:
         state = _splitmix((state ^ (key & _MASK)) & _MASK)
@@ -43,10 +43,17 @@ def derive_seed(*keys: int) -> int:
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each of `index` goes in a random permutation of range(size) that `key` names. int64 in, int64 out.
+    """Permute indices by the random permutation of range(size) that `key` chooses.
 
-    A Feistel network permutes the next power of four; indices that leave the range walk on until they are back in it
-    (four steps at most on average), which keeps it a permutation of the range.
+    Each index is permuted on its own, so a permutation of any size costs no memory. A Feistel network permutes the next
+    power of four. An index that leaves the range is permuted again until it is back (on average at most four times),
+    which makes the whole a permutation of the range.
+
+    Args:
+        index: [N] int64.
+
+    Returns:
+        [N] int64.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -60,7 +67,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _splitmix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele et al., 2014): 64 well-mixed bits."""
+    """Return 64 well-mixed bits: the finaliser of splitmix64 (Steele et al., 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -68,7 +75,7 @@ def _splitmix(value: int) -> int:
 
 
 def _feistel(values: np.ndarray, half: int, mask: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
-    """Permute `values` of 2·half bits: each round mixes one half into the other, which can always be undone."""
+    """Permute values of 2·half bits: each round mixes one half into the other, which is always invertible."""
     left, right = values >> np.uint64(half), values & mask
     for key in round_keys:
         mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)

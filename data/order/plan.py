@@ -1,12 +1,11 @@
 """The order of batches, as a pure function of (seed, epoch, index, global batch size).
 
-Each bucket's samples form an endless stream: epoch 0 in one random order, then epoch 1 in another, and so on. The
-stream is cut into global batches, and a batch belongs to the epoch in which its last sample falls. So what does not
-fill a batch is carried into the next epoch, no sample is starved, and any batch can be computed from its two integers
-alone: resuming costs nothing and the number of ranks plays no part.
+Each bucket's samples form an endless sequence: epoch 0 in one random order, epoch 1 in another, and so on. The sequence
+is cut into global batches, and a batch belongs to the epoch of its last sample. Samples that do not fill a batch are
+carried into the next epoch, so no sample is starved. Any batch can be computed from its two integers alone: resuming
+costs nothing, and the number of ranks has no influence.
 
-Random orders are permutations computed point by point (a Feistel network on the index), so nothing of the size of the
-data set is ever shuffled or kept.
+Random orders are permutations that are computed index by index, so nothing as large as the data set is shuffled.
 """
 
 from dataclasses import dataclass
@@ -35,14 +34,14 @@ class GlobalBatch:
 
 
 class Plan:
-    """Which samples make up the global batch at (epoch, index).
+    """The samples of the global batch at each position.
 
     Args:
         bucket_of_row: [N] bucket number of each row; numbers need not be dense.
         global_batch_size: samples per batch, over all ranks and accumulation steps.
-        seed: names the order.
-        repeats: [N] how often each row comes in an epoch; a fraction is kept on average, and exactly over the epochs
-            that make it whole. None means once.
+        seed: chooses the order.
+        repeats: [N] how often each row is used in an epoch; a fraction holds on average, and exactly over as many
+            epochs as make it a whole number. None means once.
         members: [N] all rows, bucket after bucket; None sorts them.
     """
 
@@ -64,8 +63,8 @@ class Plan:
         self.buckets = [int(bucket) for bucket in in_order[starts]]
         self._starts = np.append(starts, len(bucket_of_row))
         self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[self._members].astype(np.float64)
-        # A phase per row spreads the extra turns of fractional repeats over the epochs. It lies within 0..1, clear of
-        # both by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
+        # Each row has a phase, which spreads the extra turns of fractional repeats over the epochs. It keeps away from
+        # 0 and 1 by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
         self._phases = (
             (permute(self._members, len(self._members), derive_seed(seed, RandomStream.REPEATS)) + 0.5)
             / len(self._members)
@@ -73,35 +72,35 @@ class Plan:
             else None
         )
         self._count_until = lru_cache(maxsize=4096)(self._compute_count_until)
-        # 8 bytes a sample and epoch: those of the epoch that is read, and of the one that is carried on from.
+        # Of two epochs, the current one and the one that samples are carried over from: 8 bytes a sample and epoch.
         self._ends = lru_cache(maxsize=2 * len(self.buckets))(self._compute_ends)
         self._batch_numbers = lru_cache(maxsize=4)(self._compute_batch_numbers)
 
     @property
     def order_name(self) -> str:
-        """Names what decides the order besides the rows, their buckets and the seed; nothing here."""
+        """A name for what decides the order besides the rows, their buckets and the seed: "" for this plan."""
         return ""
 
     def list_shards(self, position: Position) -> tuple[str, ...]:
-        """Shards to have at hand at a position; none here, where any sample may come next."""
+        """List the shards that should be local at a position: none for this plan, where any sample may be next."""
         return ()
 
     def num_batches(self, epoch: int) -> int:
-        """Global batches in an epoch."""
+        """Return the number of global batches in an epoch."""
         first, last = self._batch_numbers(epoch)
         return int((last - first).sum())
 
     def num_samples(self, epoch: int) -> int:
-        """Samples that an epoch's own share of the stream holds (what its batches hold differs by what is carried)."""
+        """Return the number of an epoch's samples. Its batches hold others too: those carried over from before."""
         return sum(self.count_samples_by_bucket(epoch).values())
 
     def count_samples_by_bucket(self, epoch: int) -> dict[int, int]:
-        """Samples that an epoch's own share of each bucket's stream holds."""
+        """Return the number of an epoch's samples in each bucket."""
         numbers = range(len(self.buckets))
         return {self.buckets[b]: self._count_until(b, epoch + 1) - self._count_until(b, epoch) for b in numbers}
 
     def num_carried(self, epoch: int) -> int:
-        """Samples that do not fill a batch by the end of an epoch and are carried into the next."""
+        """Return the number of samples that fill no batch by the end of an epoch and are carried into the next."""
         return sum(self._count_until(b, epoch + 1) % self.global_batch_size for b in range(len(self.buckets)))
 
     def next_position(self, position: Position) -> Position:
@@ -121,18 +120,16 @@ class Plan:
         epoch, index = position
         first, last = self._batch_numbers(epoch)
         cumulative = np.cumsum(last - first)
-        assert 0 <= index < cumulative[-1], f"epoch {epoch} has {cumulative[-1]} batches, there is no batch {index}"
-        chosen = int(
-            permute(np.array([index]), int(cumulative[-1]), derive_seed(self.seed, RandomStream.BATCH_ORDER, epoch))[0]
-        )
+        num_batches, key = int(cumulative[-1]), derive_seed(self.seed, RandomStream.BATCH_ORDER, epoch)
+        assert 0 <= index < num_batches, f"epoch {epoch} has {num_batches} batches, there is no batch {index}"
+        chosen = int(permute(np.array([index]), num_batches, key)[0])
         bucket = int(np.searchsorted(cumulative, chosen, side="right"))
         number = int(last[bucket] - (cumulative[bucket] - chosen))
-        rows, epochs = self._read_stream(bucket, number * self.global_batch_size, self.global_batch_size, epoch)
-        return GlobalBatch(self.buckets[bucket], rows, epochs)
+        return self._build_batch(bucket, number * self.global_batch_size, epoch)
 
-    def _read_stream(self, bucket: int, start: int, length: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [start, start + length) of a bucket's stream, whose last sample falls in `epoch`."""
-        rows, epochs, end = [], [], start + length
+    def _build_batch(self, bucket: int, start: int, epoch: int) -> GlobalBatch:
+        """Return the batch that begins at sample `start` of a bucket's sequence and ends in `epoch`."""
+        rows, epochs, end = [], [], start + self.global_batch_size
         while end > start:
             begin = self._count_until(bucket, epoch)
             if begin < end:
@@ -143,41 +140,41 @@ class Plan:
                 epochs.insert(0, np.full(len(offsets), epoch))
                 end = max(start, begin)
             epoch -= 1
-        return np.concatenate(rows), np.concatenate(epochs)
+        return GlobalBatch(self.buckets[bucket], np.concatenate(rows), np.concatenate(epochs))
 
     def _find_rows(self, bucket: int, epoch: int, items: np.ndarray) -> np.ndarray:
-        """Rows of the items of a bucket's epoch, where a row with n turns makes n items."""
+        """Return the rows of some items of a bucket's epoch. A row with n turns has n items, one after the other."""
         if self._repeats is not None:
             items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
         return self._members[self._starts[bucket] + items]
 
     def _turns_until(self, bucket: int, epoch: int) -> np.ndarray:
-        """[rows of the bucket] turns that each row has had before `epoch` begins."""
+        """Return the turns that each row has had before `epoch`, [rows of the bucket] int64."""
         assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
         rows = slice(self._starts[bucket], self._starts[bucket + 1])
         return np.floor(epoch * self._repeats[rows] + self._phases[rows]).astype(np.int64)
 
     def _compute_count_until(self, bucket: int, epoch: int) -> int:
-        """Samples in a bucket's stream before `epoch` begins."""
+        """Count the samples of a bucket before `epoch`."""
         if self._repeats is None:
             return epoch * int(self._starts[bucket + 1] - self._starts[bucket])
         return int(self._turns_until(bucket, epoch).sum())
 
     def _compute_ends(self, bucket: int, epoch: int) -> np.ndarray:
-        """[rows of the bucket] where each row's items end within an epoch."""
+        """Return where each row's items end within an epoch, [rows of the bucket] int64."""
         return np.cumsum(self._turns_until(bucket, epoch + 1) - self._turns_until(bucket, epoch))
 
     def _compute_batch_numbers(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Per bucket, the first batch number that an epoch completes and the one after its last."""
+        """Return each bucket's number of the first batch that an epoch completes, and of the one after its last."""
         until = np.array([[self._count_until(b, e) for b in range(len(self.buckets))] for e in (epoch, epoch + 1)])
         numbers = until // self.global_batch_size
         return numbers[0], numbers[1]
 
 
 def argsort_stable(values: np.ndarray) -> np.ndarray:
-    """[N] what np.argsort(values, kind="stable") gives of numbers from 0 on: an order that the data alone decide.
+    """Return np.argsort(values, kind="stable") of numbers from 0 on, [N], in linear time.
 
-    numpy sorts 16-bit numbers by radix, in linear time, so it is given one digit after the other.
+    numpy sorts only 16-bit numbers by radix, so it gets one digit after the other.
     """
     order = np.arange(len(values))
     for shift in range(0, 64, 16):

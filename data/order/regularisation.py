@@ -1,4 +1,4 @@
-"""Regularisation samples (prior preservation): which ones they are, and how often they are used."""
+"""Regularisation samples (prior preservation): finding them, and how often they are used."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -11,7 +11,7 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
 
-# Found by a look at the records' bytes first: to parse a hundred million would take minutes.
+# The records' bytes are searched first: parsing a hundred million records would take minutes.
 MARK = r'"is_reg"\s*:\s*true'
 
 
@@ -27,7 +27,7 @@ def check_regularisation(data: DataConfig) -> Iterator[Problem]:
 
 
 def find_regularisation_rows(index: Index) -> np.ndarray:
-    """Rows whose record has a true `is_reg`."""
+    """Return the rows of an index whose record has a true `is_reg`."""
     rows, start = [], 0
     for chunk in index.arrow_column("record").chunks:
         marked = pc.call_function("match_substring_regex", [chunk], pc.MatchSubstringOptions(MARK))
@@ -40,13 +40,13 @@ def find_regularisation_rows(index: Index) -> np.ndarray:
 def balance_regularisation(
     regular: np.ndarray, num_rows: int, repeats: np.ndarray | None, wanted: Literal["balanced"] | float
 ) -> np.ndarray | None:
-    """How often each row is used in an epoch, [num_rows], or None for once each.
+    """Return how often each row is used in an epoch, [num_rows]; None means once each.
 
     Args:
         regular: rows of the regularisation samples.
-        repeats: how often each row would be used; held out and bad ones are at 0.
-        wanted: what the repeats of regularisation samples are multiplied with; `balanced` makes them as many as all
-            others together, as kohya-ss/sd-scripts does. A fraction is kept over the epochs (data/order/plan.py).
+        repeats: how often each row would be used otherwise; 0 for held-out and bad ones.
+        wanted: factor for the repeats of regularisation samples. `balanced` makes them as many as all others together,
+            as kohya-ss/sd-scripts does. A fraction holds on average over the epochs (data/order/plan.py).
     """
     used = np.ones(num_rows) if repeats is None else repeats.astype(np.float64)
     own = used[regular].sum()

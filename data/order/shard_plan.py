@@ -1,33 +1,42 @@
-"""The order of batches for shards that are read whole, one after the other: shuffled over some shards at a time.
+"""The order of batches for shards that are read whole: samples are shuffled over some shards at a time.
 
-An epoch takes the shards in a random order of its own, some at a time: a window. Within a window each bucket's samples
-are in random order, as those of an epoch are in data/order/plan.py, and all else is as there: a bucket's stream runs on
-from window to window and from epoch to epoch, a batch belongs to the window in which its last sample falls, and it is
-a pure function of its position. So every sample comes in every epoch, and resuming and the number of ranks change
-nothing.
-What is less than with a plain plan is how well samples are mixed: only over the shards of a window.
+An epoch takes the shards in a random order of its own, some at a time: a window. A window is to this plan what an epoch
+is to the plain plan (data/order/plan.py): each bucket's samples are in random order within a window, their sequence
+continues from window to window and from epoch to epoch, and a batch belongs to the window of its last sample. Batches
+are still a pure function of their position, every sample is used in every epoch, and resuming and the number of ranks
+change nothing. Samples are mixed less well than by a plain plan: only over the shards of a window.
 """
 
 import hashlib
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed, permute
 from sdxl_trainer.data.order.plan import GlobalBatch, Plan, Position, argsort_stable
 
-FETCHED_BY = 0.75  # of a window, by when the next one's shards are asked for
+FETCH_SHARE = 0.75  # of a window's batches, over which all shards of the next window are requested
+
+
+class _WindowPosition(NamedTuple):
+    """Position of a global batch in an epoch."""
+
+    window: int
+    index: int  # of the global batch within its window
 
 
 class ShardPlan(Plan):
-    """A plan whose methods are given and give epochs, and whose streams are made of windows: window w of epoch e is
-    number e x windows + w where `Plan` has epochs.
+    """A plan that mixes samples over windows of shards.
+
+    Public methods take and return epochs. Inherited private methods get the number of a window, counted over all epochs
+    (epoch x windows + window), wherever `Plan` has an epoch.
 
     Args:
         bucket_of_row: [N] as in `Plan`.
-        shard_of_row: [N] number of the shard that each row lies in.
-        shard_names: of each number.
-        shards_per_window: over how many shards samples are mixed.
+        shard_of_row: [N] number of the shard that holds each row.
+        shard_names: the name of each number.
+        shards_per_window: number of shards that samples are mixed over.
         global_batch_size, seed, repeats: as in `Plan`.
     """
 
@@ -59,7 +68,7 @@ class ShardPlan(Plan):
 
     @property
     def order_name(self) -> str:
-        """Names what decides the order besides the rows, their buckets and the seed."""
+        """A name for what decides the order besides the rows, their buckets and the seed: the shards and the window."""
         return f"{self._order_hash}-{self._per_window}"
 
     def num_batches(self, epoch: int) -> int:
@@ -74,24 +83,24 @@ class ShardPlan(Plan):
         return super().num_carried((epoch + 1) * self.num_windows - 1)
 
     def batch(self, position: Position) -> GlobalBatch:
-        window, number = self._find_window(position)
-        batch = super().batch(Position(position.epoch * self.num_windows + window, number))
+        window, index = self._find_window(position)
+        batch = super().batch(Position(position.epoch * self.num_windows + window, index))
         return GlobalBatch(batch.bucket, batch.rows, batch.epochs // self.num_windows)
 
     def list_shards(self, position: Position) -> tuple[str, ...]:
-        """Shards to have at hand at a position: those of its window, and ever more of the next one's."""
-        epoch, (window, number) = position.epoch, self._find_window(position)
-        ends = self._window_ends(epoch)
-        length = int(ends[window]) - (int(ends[window - 1]) if window else 0)
-        coming = self._list_window(*divmod(epoch * self.num_windows + window + 1, self.num_windows))
-        share = round(len(coming) * min(1.0, (number + 1) / (FETCHED_BY * length)))
-        return tuple(self._names[shard] for shard in [*self._list_window(epoch, window), *coming[:share]])
+        """List the shards that should be local at a position: those of its window, and more and more of the next."""
+        window, index = self._find_window(position)
+        ends = self._window_ends(position.epoch)
+        num_batches = int(ends[window]) - (int(ends[window - 1]) if window else 0)
+        coming = self._list_window(*divmod(position.epoch * self.num_windows + window + 1, self.num_windows))
+        num_requested = round(len(coming) * min(1.0, (index + 1) / (FETCH_SHARE * num_batches)))
+        wanted = [*self._list_window(position.epoch, window), *coming[:num_requested]]
+        return tuple(self._names[shard] for shard in wanted)
 
-    def _find_window(self, position: Position) -> tuple[int, int]:
-        """(window, number of the batch in it)."""
+    def _find_window(self, position: Position) -> _WindowPosition:
         ends = self._window_ends(position.epoch)
         window = int(np.searchsorted(ends, position.index, side="right"))
-        return window, position.index - (int(ends[window - 1]) if window else 0)
+        return _WindowPosition(window, position.index - (int(ends[window - 1]) if window else 0))
 
     def _list_window(self, epoch: int, window: int) -> list[int]:
         return self._shard_order(epoch)[window * self._per_window :][: self._per_window].tolist()
@@ -108,7 +117,7 @@ class ShardPlan(Plan):
         return permute(np.arange(size), size, derive_seed(self.seed, RandomStream.SHARD_ORDER, epoch))
 
     def _compute_window_starts(self, epoch: int) -> np.ndarray:
-        """[buckets, windows] samples of each bucket that an epoch's windows before each one hold."""
+        """Count each bucket's samples in the windows of an epoch before each window, [buckets, windows] int64."""
         size = len(self._names)
         turns = None if self._repeats is None else self._compute_turns(epoch, slice(None))
         counts = np.bincount(self._groups, turns, minlength=len(self.buckets) * size).astype(np.int64)
@@ -119,12 +128,16 @@ class ShardPlan(Plan):
         )
 
     def _compute_window_ends(self, epoch: int) -> np.ndarray:
-        """[windows] batches of an epoch up to the end of each."""
+        """Count the batches of an epoch up to the end of each window, [windows] int64."""
         first = epoch * self.num_windows
         return np.cumsum([Plan.num_batches(self, first + window) for window in range(self.num_windows)])
 
     def _compute_window_rows(self, bucket: int, number: int) -> np.ndarray:
-        """Rows of a bucket that a window holds, each as often as it comes."""
+        """Return the rows of a bucket in a window, each once for every turn.
+
+        Args:
+            number: of the window, counted over all epochs.
+        """
         epoch, window = divmod(number, self.num_windows)
         groups = bucket * len(self._names) + np.array(self._list_window(epoch, window))
         starts, ends = self._group_starts[groups].tolist(), self._group_starts[groups + 1].tolist()
@@ -134,7 +147,7 @@ class ShardPlan(Plan):
         return self._members[places]
 
     def _compute_turns(self, epoch: int, places: np.ndarray | slice) -> np.ndarray:
-        """[places] how often each of the members comes in an epoch."""
+        """Return how many turns the members at some places have in an epoch, [places] int64."""
         assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
         repeats, phases = self._repeats[places], self._phases[places]
         return (np.floor((epoch + 1) * repeats + phases) - np.floor(epoch * repeats + phases)).astype(np.int64)

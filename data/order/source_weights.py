@@ -1,4 +1,4 @@
-"""Weights of the sources of records: how often the samples of each come in an epoch."""
+"""Weights of the sources of records: how often the samples of each source are used in an epoch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -29,10 +29,11 @@ def check_weighted_sources(weights: Sequence[float], index: Index) -> Iterator[P
 
 
 def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:
-    """How often each row is used in an epoch when each source has a weight; [N], or None for once each.
+    """Return how often each row is used in an epoch if each source has a weight, [N]; None means once each.
 
     Args:
-        weights: of each source. Those beyond, which are folders of regularisation images, keep their repeats.
+        repeats: how often each row would be used otherwise.
+        weights: of each source. Sources beyond them, the folders of regularisation images, keep their repeats.
     """
     if all(weight == 1 for weight in weights):
         return repeats
@@ -42,6 +43,6 @@ def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequ
     used = factors[sources] if repeats is None else repeats * factors[sources]
     counts = np.bincount(sources, minlength=len(weights)), np.bincount(sources, used, minlength=len(weights))
     for number, weight in enumerate(weights):
-        text = "source {}: {} samples, weight {:g}, {:.6g} an epoch"
+        text = "source {}: {} samples, weight {:g}, {:.6g} samples an epoch"
         logger.info(text, number, counts[0][number], weight, counts[1][number])
     return used
