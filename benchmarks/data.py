@@ -1,13 +1,14 @@
-"""From metadata to batches: how soon the first batch is planned, and how fast samples come after it.
+"""From metadata to batches: the time until the first batch is planned, and the rate of samples after it.
 
-Start: a million records in the seed's JSON, and as many lines in a manifest. Each start is a process of its own,
-measured from the end of its imports. `--records N` measures another number; 10 million have a target too.
+Start: a million records in the first sdxl-trainer's JSON, and as many lines in a manifest. Each start is a process of
+its own, measured from the end of its imports. `--records N` measures another number; 10 million have a target too.
 
-Samples: latents of 1024² px in float32, as npz files and in shards, with captions of 20 tags, one of which no other
-has, that are shuffled and tokenised for both encoders: by the vocabulary of an installed open_clip_torch, else by that
-of the tiny model, which splits words into three times as many tokens. All of it lies in the page cache.
-Beside it, in the same run: bare reads of the same bytes, `np.load`, and webdataset's reader.
-Checks: what looking at 200 thousand latent files, or placing as many images without latents, takes at the start.
+Samples: latents of 1024² px in float32, as npz files and in shards, with captions of 20 tags, one of them unique, which
+are shuffled and tokenised for both encoders. The vocabulary is an installed open_clip_torch's, or else the tiny
+model's, which splits words into three times as many tokens. All files lie in the page cache. Measured in the same run:
+bare reads of the same bytes, `np.load`, and webdataset's reader.
+
+Checks: the time to check 200 thousand latent files at the start, and to plan as many images without latents.
 """
 
 import argparse
@@ -44,25 +45,24 @@ BUCKET = (1024, 1024)
 NUM_SAMPLES, QUICK_SAMPLES, SAMPLES_A_SHARD = 4000, 600, 500
 NUM_FILES, QUICK_FILES = 200_000, 5000
 MICRO_BATCH, GLOBAL_BATCH = 4, 64
-TURNS = 3  # the best of so many counts, for ours and for what stands beside it
+TURNS = 3  # of each measurement, of which the best counts
 WORDS = (
     "1girl solo long hair blue eyes smile open mouth blonde school uniform outdoors sky cloud day standing full "
     "body white shirt skirt tree water flower night city street window light shadow hand hat bag ribbon dress black "
     "red rain green masterpiece best quality looking at viewer sitting holding"
 ).split()
-Rates = dict[str, float]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="within a minute: 20 thousand records, 600 samples")
-    parser.add_argument("--records", type=int, default=MILLION, help="how many the start is measured with (a million)")
-    parser.add_argument("--only", choices=("start", "samples", "checks"), help="measure just this")
+    parser.add_argument("--quick", action="store_true", help="end within a minute: 20 thousand records, 600 samples")
+    parser.add_argument("--records", type=int, default=MILLION, help="number of records of the start (1 million)")
+    parser.add_argument("--only", choices=("start", "samples", "checks"), help="measure only this part")
     parser.add_argument(
         "--work",
         type=Path,
         metavar="DIR",
-        help="make the input here and keep it for the next time (a temporary folder)",
+        help="make the input here and keep it for the next run (default: a temporary folder)",
     )
     arguments = parser.parse_args()
     figures: dict[str, Figure] = {}
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def measure_start(folder: Path, number: int) -> dict[str, Figure]:
-    """The figures of `number` records made under `folder`; those without a stated target only inform."""
+    """Measure starts with `number` records made under `folder`. Numbers other than 1 and 10 million have no targets."""
     done = folder / f"made-{number}"
     if not done.exists():
         make_set(folder, number)
@@ -100,7 +100,7 @@ def measure_start(folder: Path, number: int) -> dict[str, Figure]:
 
 
 def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
-    """Samples a second in one process, by workers, and by others' readers."""
+    """Measure samples per second in one process, in workers, and of other readers."""
     shards = make_samples(folder, number)
     files = sorted((folder / "npz").glob("*.npz"))
     indexes = {
@@ -133,7 +133,7 @@ def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
 
 
 def make_captions(number: int) -> list[str]:
-    """20 tags each: 10 of two everyday words, 9 of a rarer one, and one of its own, as names and numbers are."""
+    """Make captions of 20 tags: 10 of two frequent words, 9 of a rarer word, and a unique one, as names are."""
     rng, rarer = random.Random(0), [first + second for first in WORDS for second in WORDS]
     weights = [1 / rank for rank in range(1, len(rarer) + 1)]
     captions = []
@@ -144,7 +144,7 @@ def make_captions(number: int) -> list[str]:
 
 
 def make_samples(folder: Path, number: int) -> list[Path | str]:
-    """Latents as npz files with metadata, and the same in shards, whose names are returned."""
+    """Make latents as npz files with metadata, and the same latents in shards. Return the shards."""
     import orjson
 
     rng, shards = np.random.default_rng(0), []
@@ -183,7 +183,7 @@ def build_dataset(index: Index, folder: Path, tokenizers: Tokenizers) -> LatentD
 
 
 def iterate(dataset: LatentDataset, num_workers: int) -> Iterator[MicroBatch]:
-    """Shuffled micro batches, as training gets them."""
+    """Yield shuffled micro batches, as training gets them."""
     specs = iterate_specs(build_plan(dataset.index, GLOBAL_BATCH, 0), Position(0, 0), 0, 1, MICRO_BATCH)
     return iterate_batches(dataset, specs, num_workers)
 
@@ -194,13 +194,13 @@ def drain(batches: Iterator[MicroBatch], number: int) -> None:
 
 
 def list_rows(index: Index) -> Iterator[list[int]]:
-    """Rows of one epoch in the plan's order, by micro batch."""
+    """Yield the rows of each micro batch of one epoch, in the plan's order."""
     specs = iterate_specs(build_plan(index, GLOBAL_BATCH, 0), Position(0, 0), 0, 1, MICRO_BATCH)
     return (spec.rows.tolist() for spec in islice(specs, len(index) // MICRO_BATCH))
 
 
 def read_latents(index: Index, folder: Path) -> None:
-    """Checked latents of an epoch in shuffled order, without captions."""
+    """Read and check the latents of an epoch in shuffled order, without captions."""
     store = LatentStore(folder)
     for rows in list_rows(index):
         for sample in store.read([index.row(row) for row in rows], BUCKET):
@@ -208,7 +208,7 @@ def read_latents(index: Index, folder: Path) -> None:
 
 
 def read_bare(index: Index, folder: Path) -> None:
-    """The same bytes in the same order, not looked at."""
+    """Read the bytes of the same latents in the same order, without checking them."""
     descriptors: dict[str, int] = {}
     places = [index.row(row) for rows in list_rows(index) for row in rows]
     for place in places:
@@ -220,15 +220,16 @@ def read_bare(index: Index, folder: Path) -> None:
 
 
 def read_webdataset(shards: Sequence[Path | str]) -> None:
-    """webdataset's pipeline, which reads shards from end to end."""
-    import webdataset  # here, because workers import this file too, and their memory is measured
+    """Read latents by webdataset's pipeline, which reads shards from end to end."""
+    # Workers import this file too, and their memory is measured.
+    import webdataset
 
     for sample in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
         assert np.load(io.BytesIO(sample["npz"]))["latents"].shape == (4, 128, 128)
 
 
 def read_by_workers(dataset: LatentDataset, num_workers: int, number: int) -> dict[str, float]:
-    """Whole samples a second once the workers run, and the memory of one of them in MB."""
+    """Measure whole samples per second once the workers run, and the mean memory of a worker in MB."""
     batches: Any = iterate(dataset, num_workers)
     drain(batches, 8 * num_workers * MICRO_BATCH)
     began = time.perf_counter()
@@ -239,7 +240,7 @@ def read_by_workers(dataset: LatentDataset, num_workers: int, number: int) -> di
 
 
 def rate(read: Callable[[], object], number: int) -> float:
-    """Samples a second of the best of some turns."""
+    """Return the samples per second of the best of some turns."""
     best = float("inf")
     for _ in range(TURNS):
         began = time.perf_counter()

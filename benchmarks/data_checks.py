@@ -1,5 +1,4 @@
-"""Cost of looking at many latent files and images at the start: `data.verify_latents` and `cache.on_missing:
-encode`. Part of data.py."""
+"""Cost of `data.verify_latents` and `cache.on_missing: encode` at the start, with many files. Part of data.py."""
 
 import os
 import time
@@ -17,11 +16,11 @@ from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, 
 
 FILES_A_FOLDER = 1000
 RULE = BucketRule(1024, 256, 2048, 64, False)
-KEPT = 1024  # bytes at both ends of a file that are written; between them is a hole
+WRITTEN_BYTES = 1024  # at both ends of a file; the values between them are a hole
 
 
 def time_checks(folder: Path, number: int) -> dict[str, float]:
-    """Microseconds a file, of files that nothing is wrong with and whose folders the system knows."""
+    """Measure microseconds per file, for files without faults whose folders the system has in memory."""
     make_files(folder, number)
     records = open_record_index(folder, [folder / "metadata.json"], [])
     index = open_sample_index(folder, records)
@@ -32,16 +31,16 @@ def time_checks(folder: Path, number: int) -> dict[str, float]:
         assert find_bad_latents(index, folder, level) == []
         seconds[f"check_{level}"] = time.perf_counter() - began
     began = time.perf_counter()
-    placed = plan_missing_latents(
+    plans = plan_missing_latents(
         records.table, np.arange(number), "", EncodingSettings((("", RULE),), beside=False, flip=False)
     )
-    assert sum(1 for place in placed if not isinstance(place, BadImage)) == number
+    assert sum(1 for plan in plans if not isinstance(plan, BadImage)) == number
     seconds["on_missing_encode"] = time.perf_counter() - began
     return {f"{name}_microseconds_a_file": 1e6 * value / number for name, value in seconds.items()}
 
 
 def make_files(folder: Path, number: int) -> None:
-    """Latent files of 1024² px with a hole where the values are; their metadata, which call them images, and their
+    """Make latent files of 1024² px with a hole in place of their values, metadata that name them as images, and a
     manifest."""
     latents = LatentSample(np.zeros((4, 128, 128), np.float32), (1500, 1000), (0, 0, 1024, 1024))
     content, records, writer = pack_latents(latents), {}, ManifestWriter(folder, 0)
@@ -50,8 +49,8 @@ def make_files(folder: Path, number: int) -> None:
         if row % FILES_A_FOLDER == 0:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.pwrite(descriptor, content[:KEPT], 0)
-        os.pwrite(descriptor, content[-KEPT:], len(content) - KEPT)
+        os.pwrite(descriptor, content[:WRITTEN_BYTES], 0)
+        os.pwrite(descriptor, content[-WRITTEN_BYTES:], len(content) - WRITTEN_BYTES)
         os.close(descriptor)
         records[key] = {"caption": key, "image_path": str(folder / file), "original_size": [1500, 1000]}
         place = {

@@ -1,4 +1,4 @@
-"""The start of a run: from metadata and a manifest to the first batch, in a process of its own. Part of data.py."""
+"""The start of a run, from metadata and a manifest to the first batch, in a process of its own. Part of data.py."""
 
 import json
 import os
@@ -14,11 +14,11 @@ import orjson
 
 BUCKETS = [(1024, 1024), (832, 1216), (1216, 832), (768, 1344), (896, 1152)]
 NUM_TAGS, TAGS_EACH = 5000, 25
-NUM_CAPTIONS = 50_000  # different ones, in larger sets again and again
+NUM_CAPTIONS = 50_000  # different captions; larger sets repeat them
 
 
 def make_set(folder: Path, number: int) -> None:
-    """`metadata.json` in the seed's form and a cache's manifest, in another order, as several ranks would write it."""
+    """Make `metadata.json` in the first sdxl-trainer's format, and a manifest in another order, as ranks write it."""
     from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def make_set(folder: Path, number: int) -> None:
 
 
 def start_process(folder: Path) -> dict[str, float]:
-    """What `start` measures in a process of its own."""
+    """Measure `start` in a process of its own."""
     command = [sys.executable, __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -66,7 +66,7 @@ def start_process(folder: Path) -> dict[str, float]:
 
 
 def start(folder: Path) -> dict[str, float]:
-    """Index, plan and first micro batch's spec; times and memory beyond the imports."""
+    """Open the index, build the plan and its first micro batch. Return time and memory beyond the imports."""
     from sdxl_trainer.data.index.index import open_record_index, open_sample_index
     from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
     from sdxl_trainer.data.order.plan import Position
@@ -76,7 +76,8 @@ def start(folder: Path) -> dict[str, float]:
     next(iterate_specs(build_plan(index, 64, 0), Position(0, 0), 0, 1, 4))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak_mb, began = _peak_mb(), time.process_time()
-    sum(number * number for number in range(5_000_000))  # how fast this machine is just now
+    # A fixed loop shows how fast the machine is at the moment.
+    sum(number * number for number in range(5_000_000))
     reference = time.process_time() - began
     return {
         "seconds": seconds,
