@@ -1,4 +1,4 @@
-"""The index: built once, built again when its sources change, and shared by processes instead of copied."""
+"""The index: built once, rebuilt when its sources change, and shared by processes instead of copied."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from sdxl_trainer.data.metadata.records import parse_record
 
 @pytest.fixture
 def builds(monkeypatch):
-    """Names of the index files that were really built."""
+    """Record the names of the index files that are built, not only opened."""
     names, write = [], module._write
     monkeypatch.setattr(module, "_write", lambda path, *rest: (names.append(path.name), write(path, *rest)))
     return names
@@ -52,7 +52,7 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
     content["k4"] = {}
     before = pa.total_allocated_bytes()
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
-    # The columns lie in the file and not in memory.
+    # The columns lie in the mapped file and not in memory.
     assert pa.total_allocated_bytes() == before
     assert str(index.path) in Path("/proc/self/maps").read_text()
     assert len(index) == 5 and get_keys(index) == list(content)
@@ -62,14 +62,14 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
     assert orjson.loads(index.row(2)["record"])["score"] == 2  # the whole record is kept
 
 
-def test_many_rows_come_in_several_groups(tmp_path, monkeypatch):
+def test_rows_are_read_from_several_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROWS_PER_GROUP", 3)
     content = {f"k{number}": {"caption": str(number)} for number in range(10)}
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
     assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
 
 
-def test_it_is_built_again_only_when_its_metadata_changes(tmp_path, builds):
+def test_it_is_rebuilt_only_when_its_metadata_changes(tmp_path, builds):
     first = write_metadata(tmp_path / "1.json", {"a": {"caption": "x"}})
     second = write_metadata(tmp_path / "2.json", {"b": {"caption": "y"}})
     paths = [open_record_index(tmp_path, [first, second], []).path for _ in range(3)]
@@ -81,11 +81,11 @@ def test_it_is_built_again_only_when_its_metadata_changes(tmp_path, builds):
     assert sorted(os.listdir(tmp_path / "index")) == sorted(builds)  # no temporary file is left
 
 
-def test_images_and_captions_are_watched_and_nothing_else(tmp_path, builds):
+def test_it_is_rebuilt_when_images_or_captions_change(tmp_path, builds):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.jpg"):
         (tmp_path / name).touch()
-    # The index lies among the images, and latents will: neither is a change.
+    # Neither the index nor latents among the images are a change.
     fingerprints = [open_record_index(tmp_path, [], [tmp_path]).fingerprint]
     (tmp_path / "a.npz").touch()
     fingerprints.append(open_record_index(tmp_path, [], [tmp_path]).fingerprint)
@@ -110,7 +110,7 @@ def test_pickling_carries_the_path_and_not_the_rows(tmp_path):
     assert pickle.loads(data).row(999) == index.row(999)
 
 
-def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_path, builds):
+def test_the_join_holds_records_with_latents_in_the_order_of_the_records(tmp_path, builds):
     content = {key: {"caption": f"of {key}", "score": 1} for key in ("d", "a", "c", "b")}
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
     list_entries(tmp_path, "a", "b", "gone")
@@ -139,7 +139,7 @@ def test_the_join_holds_what_both_sides_have_in_the_order_of_the_records(tmp_pat
     }
     assert index.column("bucket_width").tolist() == [96, 64, 64] and index.column("bucket_width").dtype == np.int32
     assert build_plan(index, 1, 0).buckets == [64 << 16 | 96, 96 << 16 | 64]
-    # A cache job with nothing to do, on more ranks even, changes nothing; one with a new item does.
+    # A cache job that adds nothing changes nothing, even on more ranks; a new item does.
     list_entries(tmp_path)
     list_entries(tmp_path, rank=2)
     assert open_sample_index(tmp_path, records).path == index.path and len(builds) == 2
@@ -155,7 +155,7 @@ def test_the_newest_entry_of_a_key_is_joined(tmp_path):
     assert open_sample_index(tmp_path, records).row(0)["bucket_width"] == 96
 
 
-def test_old_files_go_but_not_those_that_are_in_use(tmp_path):
+def test_old_files_are_deleted_except_those_in_use(tmp_path):
     metadata, indexes = tmp_path / "m.json", []
     for number in range(6):
         write_metadata(metadata, {f"k{number}": {"caption": "x" * number}})
@@ -170,7 +170,7 @@ def test_old_files_go_but_not_those_that_are_in_use(tmp_path):
 
 
 def test_processes_that_start_at_once_build_one_index(tmp_path):
-    """None waits for another, none reads half a file, and nothing is left behind."""
+    """No process waits for another or reads half a file, and no temporary file is left."""
     write_metadata(tmp_path / "m.json", {f"k{row}": {"caption": "x" * 50} for row in range(20_000)})
     list_entries(tmp_path, *(f"k{row}" for row in range(0, 20_000, 2)))
     code = (
@@ -189,7 +189,7 @@ def test_processes_that_start_at_once_build_one_index(tmp_path):
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "index").iterdir()) == ["latents", "records"]
 
 
-def test_the_content_hash_names_keys_and_buckets_and_nothing_else(tmp_path):
+def test_the_hash_of_rows_covers_keys_and_buckets_only(tmp_path):
     hashes = []
     for name, caption, bucket in (("a", "x", (64, 96)), ("b", "other", (64, 96)), ("c", "x", (96, 64))):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Blocks of records: the fast way of reading a JSON object says what the plain one says and refuses what it refuses."""
+"""Blocks of records: the fast reader of a JSON object agrees with the plain reader, on records and on errors."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def describe(blocks: list[RecordBlock]) -> list[tuple]:
 
 
 def read_both(file: Path) -> tuple[list[tuple] | str, list[tuple] | str]:
-    """What the fast and the plain way say of a file: its records, or what is wrong with it."""
+    """Read a file by the fast and the plain reader. Return the records of each, or the error's message."""
     answers = []
     for read in (lambda: read_blocks(file), lambda: map(build_block, read_metadata_file(file))):
         try:
@@ -45,7 +45,7 @@ def read_both(file: Path) -> tuple[list[tuple] | str, list[tuple] | str]:
 
 @settings(max_examples=300, deadline=None)
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 1]), st.integers(8, 200), st.data())
-def test_the_fast_way_says_what_the_plain_one_says(tmp_path_factory, content, ascii_only, indent, block_bytes, data):
+def test_the_fast_reader_agrees_with_the_plain_one(tmp_path_factory, content, ascii_only, indent, block_bytes, data):
     text = json.dumps(content, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
     damage = data.draw(st.none() | st.tuples(st.integers(0, len(text)), st.sampled_from(b'"{}[],:\\ 0.-eu\xff\xed')))
     if damage is not None:
@@ -59,8 +59,8 @@ def test_the_fast_way_says_what_the_plain_one_says(tmp_path_factory, content, as
     assert fast == plain
 
 
-def test_ordinary_records_are_read_the_fast_way(tmp_path):
-    """One dict a record would be five times as slow."""
+def test_ordinary_records_are_read_by_the_fast_reader(tmp_path):
+    """A dict for each record would be five times as slow."""
     file = tmp_path / "m.json"
     file.write_text(json.dumps({"a": {"image_path": "a.png", "tags": ["é"], "x": {"y": [1]}}, "b": {"caption": "c"}}))
     [block] = read_blocks(file)
@@ -69,7 +69,7 @@ def test_ordinary_records_are_read_the_fast_way(tmp_path):
     assert block.contents == [b'{"image_path": "a.png", "tags": ["\\u00e9"], "x": {"y": [1]}}', b'{"caption": "c"}']
 
 
-def test_a_key_that_is_nothing_but_a_folder_is_an_error(tmp_path):
+def test_a_key_that_is_only_a_folder_is_an_error(tmp_path):
     file = tmp_path / "m.json"
     file.write_text('{"/": {}}')
     fast, plain = read_both(file)

@@ -1,4 +1,4 @@
-"""Records: the same facts from every form of metadata, and mistakes named by file, line and key."""
+"""Records: the same content from every format of metadata, and errors that name the file, line and key."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def write(path: Path, content) -> Path:
 
 
 def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = ",") -> dict[str, dict]:
-    """All records by key."""
+    """Return all records by key."""
     work = Path(tempfile.mkdtemp())
     blocks = (
         merge_sources([[file] for file in metadata], work)
@@ -38,7 +38,7 @@ def read_records(metadata: list[Path], image_dirs: list[Path], separator: str = 
     )
     finder = ImageFinder(image_dirs)
     rows = [row for block in blocks for row in build_record_rows(block, finder, separator).to_pylist()]
-    assert list(work.iterdir()) == []  # what waited there is gone
+    assert list(work.iterdir()) == []  # no temporary file is left
     return {row["key"]: parse_record(row) for row in rows}
 
 
@@ -46,7 +46,7 @@ def read_captions(*args) -> dict:
     return {key: record["caption"] for key, record in read_records(*args).items()}
 
 
-def test_the_seeds_metadata(tmp_path):
+def test_metadata_of_the_first_sdxl_trainer(tmp_path):
     metadata = write(tmp_path / "metadata.json", SEED_METADATA.read_text())
     write(tmp_path / "img000000.jpg", "")
     records = read_records([metadata], [])
@@ -57,7 +57,7 @@ def test_the_seeds_metadata(tmp_path):
         "original_size": [348, 256],
         "caption": json.loads(SEED_METADATA.read_text())["img000000"]["caption"],
     }
-    # The second image is not there: the record says where it should be.
+    # The second image is missing: the record has the path where it should be.
     assert records["img000001"]["image_path"] == str(tmp_path / "img000001.jpg")
 
 
@@ -95,11 +95,11 @@ def test_later_files_update_earlier_ones_key_by_key(tmp_path):
         ({"caption": 7}, "7"),
     ],
 )
-def test_what_a_caption_is_made_of(tmp_path, fields, caption):
+def test_a_caption_is_made_of_caption_and_tags(tmp_path, fields, caption):
     assert read_captions([write(tmp_path / "m.json", {"x": fields})], []) == {"x": caption}
 
 
-def test_images_are_looked_for_by_path_then_name_then_stem(tmp_path):
+def test_images_are_found_by_path_then_name_then_stem(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there" / "deep"
     for path in (
         here / "direct.png",
@@ -132,8 +132,8 @@ def test_images_are_looked_for_by_path_then_name_then_stem(tmp_path):
     }
 
 
-def test_a_image_of_which_there_are_several_is_refused(tmp_path):
-    """Any choice might train an image with another one's caption."""
+def test_an_ambiguous_image_is_refused(tmp_path):
+    """Any choice could train an image with the caption of another."""
     for path in ("a/x.png", "b/x.png", "a/y.png", "b/y.webp", "b/z.png"):
         write(tmp_path / path, "")
     folders = [tmp_path / "a", tmp_path / "b", tmp_path]
@@ -144,7 +144,7 @@ def test_a_image_of_which_there_are_several_is_refused(tmp_path):
     assert said.startswith("1 records name an image of which there are several under data.image_dirs: 'x.png' (")
     assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in said and "z.png" not in said
     metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.webp"}, "x": {"image_path": "b/x.png"}})
-    found = read_records([metadata], folders)  # a name goes before a stem, and a path that is there before all
+    found = read_records([metadata], folders)  # a file name has priority over a stem, and an existing path over both
     assert found["y"]["image_path"] == f"{tmp_path}/b/y.webp" and found["x"]["image_path"] == f"{tmp_path}/b/x.png"
     metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.jpg"}})
     with pytest.raises(ValueError, match="'y.jpg' "):
@@ -207,7 +207,7 @@ def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
     assert read_captions([write(tmp_path / "m.json", {"x": {"caption": "a"}})], [tmp_path]) == {"x": "a"}
 
 
-def test_wrong_sources_are_all_named(tmp_path):
+def test_all_wrong_sources_are_problems(tmp_path):
     file = write(tmp_path / "m.json", "{}")
     assert [problem.key for problem in check_sources([], [])] == ["data"]
     assert list(check_sources([file], [tmp_path])) == []

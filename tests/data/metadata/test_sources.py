@@ -1,4 +1,4 @@
-"""Every form of data gives the same records and latents, and what is wrong is named with its place."""
+"""Every format of data gives the same records and latents, and errors name the place of a mistake."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def make_latents(path: Path, seed: int = 0, size=(300, 200), bucket=(96, 64)) ->
 
 
 @pytest.mark.parametrize("name", re.findall(r"^```\w+ (\S+)$", PAGE.read_text(), re.M))
-def test_the_examples_of_the_page_are_read_as_it_says(tmp_path, name):
+def test_the_examples_of_the_data_page_are_read(tmp_path, name):
     text = re.search(rf"^```\w+ {re.escape(name)}\n(.*?)^```", PAGE.read_text(), re.M | re.S)[1]
     write(tmp_path / "images" / "cat.png", "")
     if name.endswith(".parquet"):
@@ -69,7 +69,7 @@ def test_the_examples_of_the_page_are_read_as_it_says(tmp_path, name):
     assert (row["width"], row["height"]) == ((1500, 1000) if metadata else (0, 0))
 
 
-def test_all_row_forms_give_the_same_records(tmp_path):
+def test_all_formats_give_the_same_records(tmp_path):
     fields = {**RECORD, "artist": "Ä, b"}
     table = pa.table({**{name: [value] for name, value in fields.items()}, "empty": pa.array([None], pa.string())})
     pq.write_table(table, tmp_path / "m.parquet")
@@ -118,7 +118,7 @@ def test_all_row_forms_give_the_same_records(tmp_path):
         ("m.json", '{"a": {}, "a": {}}', "m.json: 1 keys occur twice: 'a'"),
     ],
 )
-def test_what_is_malformed_is_named_with_its_place(tmp_path, name, content, said):
+def test_errors_name_the_place_of_a_mistake(tmp_path, name, content, said):
     with pytest.raises(ValueError) as caught:
         read_all(write(tmp_path / name, content))
     assert str(caught.value).startswith(f"{tmp_path}/{said}")
@@ -152,8 +152,8 @@ VALUES = st.recursive(
     block=st.integers(8, 90),
     hurt=st.integers(0, 400),
 )
-def test_a_file_cut_into_blocks_reads_as_a_whole(tmp_path_factory, content, indent, block, hurt):
-    """And a damaged one is refused at the place where a whole parse refuses it."""
+def test_chunks_of_a_file_hold_the_same_as_the_whole(tmp_path_factory, content, indent, block, hurt):
+    """A damaged file is refused where parsing it whole refuses it."""
     file = tmp_path_factory.getbasetemp() / "blocks.json"
     text = json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
     before, json_stream.BLOCK_BYTES = json_stream.BLOCK_BYTES, block
@@ -194,13 +194,13 @@ def test_patterns_name_many_files(tmp_path):
     ]
     assert [path.name for path in list_source_files([tmp_path / "{b,a}-{1..2}"])] == ["b-1", "b-2", "a-1", "a-2"]
     assert [path.name for path in list_source_files([tmp_path / "s01*.tar"])] == ["s010.tar", "s011.tar"]
-    assert list_source_files([tmp_path / "none*.tar"]) == [tmp_path / "none*.tar"]  # check_sources complains of it
+    assert list_source_files([tmp_path / "none*.tar"]) == [tmp_path / "none*.tar"]  # check_sources reports it
 
 
 @pytest.mark.parametrize("program", ["kohya_cache", "seed_cache"])
 @pytest.mark.parametrize("form", ["metadata", "folder", "cache_dir"])
-def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
-    """With their metadata, without any, and with the latents in another folder than the images."""
+def test_caches_of_other_programs_are_read(tmp_path, program, form):
+    """They are read with their metadata, without metadata, and with latents in another folder than the images."""
     data = tmp_path / "data"
     shutil.copytree(FIXTURES / program, data)
     for image in data.glob("*.jpg"):
@@ -220,7 +220,7 @@ def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
         sample = read_latents(path, (row["bucket_width"], row["bucket_height"]))
         assert (row["original_width"], row["original_height"]) == sample.original_size == size
         assert row["bytes"] == path.stat().st_size and row["sha256"] is None and row["offset"] is None
-        # kohya's resizes to cover and cuts the middle out, the seed's stretches; neither is what kohya's file says.
+        # kohya resizes to cover and crops the middle, the first sdxl-trainer stretches; kohya's file says neither.
         scale = max(row["bucket_width"] / size[0], row["bucket_height"] / size[1])
         left = (int(size[0] * scale + 0.5) - row["bucket_width"]) // 2 if program == "kohya_cache" else 0
         assert row["crop_left"] == left
@@ -229,7 +229,7 @@ def test_caches_of_other_programs_load_as_they_are(tmp_path, program, form):
         assert index.record(0)["caption"] == next(iter(expected.values()))["caption"]
 
 
-def test_latents_that_come_later_are_found(tmp_path):
+def test_latents_that_are_added_later_are_found(tmp_path):
     metadata = write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abc"}))
     cache = tmp_path / "cache"
     make_latents(cache / "a.npz")
@@ -244,7 +244,7 @@ def test_latents_that_come_later_are_found(tmp_path):
     assert open_sample_index(cache, records).arrow_column("key").to_pylist() == ["a", "b"]
 
 
-def test_shards_are_a_source_by_themselves(tmp_path):
+def test_shards_are_a_source_without_further_metadata(tmp_path):
     contents = {}
     for number in range(2):
         writer = ShardWriter(tmp_path / f"s-{number}.tar")
@@ -306,7 +306,7 @@ def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
         ({"a.npz": None}, "unexpected end of data"),
     ],
 )
-def test_a_shard_that_cannot_be_trusted_is_a_problem_of_its_entry(tmp_path, members, said):
+def test_an_unsafe_or_damaged_shard_is_a_problem_of_its_entry(tmp_path, members, said):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -357,7 +357,7 @@ def build_config(folder: Path, **data) -> Config:
 
 
 @pytest.mark.parametrize(("level", "found"), [("none", ""), ("stat", "b"), ("header", "bc"), ("full", "bcd")])
-def test_each_level_of_checking_finds_what_it_promises(tmp_path, level, found):
+def test_each_level_of_verification_finds_its_faults(tmp_path, level, found):
     write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcdefgh"}))
     for number, key in enumerate("abcdefgh"):
         make_latents(tmp_path / "cache" / f"{key}.npz", number)
@@ -380,13 +380,13 @@ def test_each_level_of_checking_finds_what_it_promises(tmp_path, level, found):
     log = tmp_path / "run" / "logs" / "bad_samples.jsonl"
     named = [orjson.loads(line)["key"] for line in log.read_bytes().splitlines()] if log.exists() else []
     assert "".join(named) == found
-    # A resumed run keeps what it left out when it began.
+    # A resumed run keeps leaving out what it left out at its beginning.
     (tmp_path / "cache" / "e.npz").unlink()
     leave_out_bad_latents(config, again, resuming=True)
     assert np.array_equal(load_left_out_rows(config.run.folder, again), rows)
 
 
-def test_too_many_bad_latents_end_the_start(tmp_path):
+def test_too_many_bad_latents_stop_the_start(tmp_path):
     write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "ab"}))
     make_latents(tmp_path / "cache" / "a.npz")
     write(tmp_path / "cache" / "b.npz", "")
@@ -398,7 +398,7 @@ def test_too_many_bad_latents_end_the_start(tmp_path):
     assert "b.npz" in (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_text()
 
 
-def test_missing_captions_and_latents_are_what_the_settings_say(tmp_path):
+def test_missing_captions_and_latents_follow_the_settings(tmp_path):
     write(
         tmp_path / "m.json", orjson.dumps({"a": {"caption": "a"}, "b": {}, "c": {"nl_caption": "c"}, "d": {"tags": []}})
     )

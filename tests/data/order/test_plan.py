@@ -1,4 +1,4 @@
-"""The order of batches: who comes when, that nobody is left out, and that two integers say it all."""
+"""The order of batches: every sample is used as often as it should be, and a position alone determines its batch."""
 
 from collections import Counter
 from itertools import islice
@@ -23,7 +23,7 @@ def list_epoch(plan: Plan, epoch: int) -> list:
 
 
 def count_turns(plan: Plan, num_epochs: int) -> Counter:
-    """(epoch, row) → times it came in the batches of the first epochs."""
+    """Count how often each (epoch, row) is used in the batches of the first epochs."""
     pairs = [
         zip(batch.epochs.tolist(), batch.rows.tolist(), strict=True)
         for epoch in range(num_epochs)
@@ -41,7 +41,7 @@ def test_permute_is_a_permutation(size, key):
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
-def test_permute_is_spread_evenly_and_works_point_by_point():
+def test_permute_is_even_and_works_index_by_index():
     size, num_keys = 7, 2000
     images = np.array([permute(np.arange(size), size, key) for key in range(num_keys)])
     counts = np.array([[(images[:, place] == value).sum() for value in range(size)] for place in range(size)])
@@ -52,7 +52,7 @@ def test_permute_is_spread_evenly_and_works_point_by_point():
 
 @settings(max_examples=60, deadline=None)
 @given(BUCKETS, st.integers(1, 12), st.integers(0, 2**63 - 1), st.data())
-def test_every_sample_gets_its_turns_and_what_is_carried_comes_next(buckets, size, seed, data):
+def test_every_sample_gets_its_turns_and_carried_samples_come_next(buckets, size, seed, data):
     length = len(buckets)
     repeats = data.draw(st.none() | st.lists(st.integers(0, 3), min_size=length, max_size=length).map(np.array))
     assume(repeats is None or repeats.any())
@@ -70,7 +70,7 @@ def test_every_sample_gets_its_turns_and_what_is_carried_comes_next(buckets, siz
         assert len(batches) * size == carried + plan.num_samples(epoch) - plan.num_carried(epoch)
         carried = plan.num_carried(epoch)
         assert carried <= (size - 1) * len(plan.buckets)
-    # Three epochs hold each sample its repeats times each, but for those of each bucket that are still to come.
+    # Each of three epochs holds every sample as often as its repeats say, except for carried samples of each bucket.
     turns = count_turns(plan, 3)
     missing = {(epoch, row): wanted[row] - turns[epoch, row] for epoch in range(3) for row in range(length)}
     assert min(missing.values()) >= 0 and set(turns) <= set(missing)
@@ -96,13 +96,13 @@ def test_fractional_repeats_are_exact_over_the_epochs_that_make_them_whole(seed)
         0,
         250,
     ]
-    for (epoch, row), count in turns.items():  # and never a whole turn early or late on the way
+    for (epoch, row), count in turns.items():  # and never a whole turn early or late
         assert count in (int(repeats[row]), int(repeats[row]) + 1), epoch
 
 
 @settings(max_examples=40, deadline=None)
 @given(BUCKETS, st.integers(1, 12), st.integers(0, 2**63 - 1), st.data())
-def test_quarters_of_repeats_are_whole_after_four_epochs_whatever_fills_a_batch(buckets, size, seed, data):
+def test_quarters_of_repeats_are_whole_after_four_epochs(buckets, size, seed, data):
     length = len(buckets)
     quarters = data.draw(st.lists(st.integers(0, 9), min_size=length, max_size=length).filter(any).map(np.array))
     plan = Plan(buckets, size, seed, quarters / 4)
@@ -147,7 +147,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
 @given(BUCKETS, st.sampled_from([2, 8, 40]), st.integers(0, 12), st.integers(0, 2**63 - 1))
 def test_resuming_anywhere_gives_the_same_rest(buckets, size, num_done, seed):
     plan = Plan(buckets, size, seed)
-    position = Position(0, 0)  # even where the first epochs complete no batch
+    position = Position(0, 0)  # valid even if the first epochs complete no batch
     straight = list(islice(iterate_specs(plan, position, 0, 1, size), num_done + 5))
     for _ in range(num_done):
         position = plan.next_position(position)
@@ -156,7 +156,7 @@ def test_resuming_anywhere_gives_the_same_rest(buckets, size, num_done, seed):
     assert [spec.epochs.tolist() for spec in resumed] == [spec.epochs.tolist() for spec in straight[num_done:]]
 
 
-def test_a_set_smaller_than_a_batch_is_gone_through_until_it_fills_one():
+def test_a_set_smaller_than_a_batch_repeats_until_it_fills_one():
     plan = Plan(np.zeros(3, int), 8, 0)
     assert [plan.num_batches(epoch) for epoch in range(6)] == [0, 0, 1, 0, 0, 1]
     assert plan.skip_empty_epochs(Position(0, 0)) == (2, 0) and plan.next_position(Position(0, 0)) == (5, 0)
@@ -177,7 +177,7 @@ def test_seeds_epochs_and_keys_differ():
     }
     assert len({str(order) for order in orders.values()}) == 9
     assert orders[0, 0] == [batch.rows.tolist() for batch in list_epoch(make_plan(seed=0), 0)]
-    # Not only what is in a batch changes, but also which bucket comes when.
+    # The order of buckets changes too, not only the samples in a batch.
     kinds = [[batch.bucket for batch in list_epoch(make_plan(240), epoch)] for epoch in range(2)]
     assert kinds[0] != kinds[1] and Counter(kinds[0]) == Counter(kinds[1])
     keys = {derive_seed(*keys) for keys in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,), (2**64 - 2,)]}
@@ -185,7 +185,7 @@ def test_seeds_epochs_and_keys_differ():
 
 
 def test_the_order_is_pinned():
-    # A change here makes every run that is resumed after it see another order than it began with.
+    # If these numbers change, every resumed run gets another order than it began with.
     assert derive_seed(1, 2, 3) == 2623250113353451629
     assert permute(np.arange(8), 8, 5).tolist() == [6, 2, 0, 1, 4, 5, 3, 7]
     assert make_plan(20, 4, 7).batch(Position(1, 0)).rows.tolist() == [7, 10, 16, 4]

@@ -1,4 +1,4 @@
-"""Prior preservation: which samples are for regularisation, and how often they come."""
+"""Prior preservation: which samples are regularisation samples, and how often they are used."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sdxl_trainer.data.order.regularisation import balance_regularisation, find_
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Six images in `own/` and four in `prior/`; a caption speaks of the mark and does not make it."""
+    """Make six images in `own/` and four in `prior/`. A caption holds the text of the mark, which does not count."""
     for name, number in (("own", 6), ("prior", 4)):
         (tmp_path / name).mkdir()
         for at in range(number):
@@ -44,7 +44,7 @@ def test_balanced_means_as_many_as_all_others() -> None:
     regular = np.array([6, 7, 8, 9])
     balanced = balance_regularisation(regular, 10, None, "balanced")
     assert balanced.tolist() == [1] * 6 + [1.5] * 4
-    # One image held out and one used twice: still as many as the others. Few are repeated, many are thinned out.
+    # One image held out and one used twice: still as many as the others. Few are repeated, many are used less often.
     repeats = np.array([0, 1, 1, 1, 1, 2, 1, 1, 2, 0])
     assert balance_regularisation(regular, 10, repeats, "balanced").tolist() == [0, 1, 1, 1, 1, 2, 1.5, 1.5, 3, 0]
     assert balance_regularisation(np.arange(2, 10), 10, None, "balanced").tolist() == [1, 1] + [0.25] * 8
@@ -58,7 +58,7 @@ def test_balanced_means_as_many_as_all_others() -> None:
     assert np.bincount(rows, minlength=10).tolist() == [2] * 6 + [3] * 4
 
 
-def test_wrong_folders_are_told(folders: Path) -> None:
+def test_wrong_folders_are_problems(folders: Path) -> None:
     (folders / "x.yaml").write_text(f"data: {{image_dirs: [{folders}/own], regularisation_dirs: [{folders}/nothing]}}")
     config, problems = load_config(folders / "x.yaml")
     assert problems == []

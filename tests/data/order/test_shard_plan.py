@@ -1,4 +1,4 @@
-"""Batches from whole shards in turn: every sample in every epoch, the same order for anybody from any position."""
+"""Batches from whole shards in turn: every sample in every epoch, and the same order from any position."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ def walk(plan: Plan, epochs: int) -> list[tuple[tuple[int, int], list[int], list
     uneven=st.booleans(),
 )
 def test_each_epoch_holds_every_sample_as_often_as_it_should(seed, num_rows, num_shards, window, batch, uneven):
-    """What does not fill a batch is carried on and nothing is lost: over 3 epochs every turn is taken or waits."""
+    """Samples that do not fill a batch are carried over: over 3 epochs every turn is used or carried."""
     repeats = np.random.default_rng(seed).choice([0.5, 1, 2.25], num_rows) if uneven else None
     plan = build(seed, num_rows, num_shards, window, batch, repeats)
     plain = Plan(np.random.default_rng(seed).integers(1, 4, num_rows) << 16, batch, seed, repeats)
@@ -51,7 +51,7 @@ def test_each_epoch_holds_every_sample_as_often_as_it_should(seed, num_rows, num
     assert [plan.num_samples(epoch) for epoch in range(epochs)] == [plain.num_samples(e) for e in range(epochs)]
 
 
-def test_batches_are_of_one_bucket_and_of_the_shards_at_hand():
+def test_batches_have_one_bucket_and_come_from_listed_shards():
     plan = build(3, 400, 12, 3, 4)
     rng = np.random.default_rng(3)
     buckets, shards = rng.integers(1, 4, 400) << 16, rng.integers(0, 12, 400)
@@ -60,7 +60,7 @@ def test_batches_are_of_one_bucket_and_of_the_shards_at_hand():
         assert len(set(buckets[rows])) == 1
         before, at_hand = at_hand, set(plan.list_shards(position))
         own = {f"s{shard}" for shard in shards[rows]}
-        assert len(own - at_hand) <= 3  # but for what was carried on from windows before
+        assert len(own - at_hand) <= 3  # except for samples carried over from earlier windows
         orders.append(tuple(plan.list_shards(position)[:3]))
     assert plan.num_windows == 4
     windows = list(dict.fromkeys(orders))
@@ -69,7 +69,7 @@ def test_batches_are_of_one_bucket_and_of_the_shards_at_hand():
     assert before >= set(orders[-1])
 
 
-def test_any_position_can_be_begun_at():
+def test_a_run_can_start_at_any_position():
     whole = walk(build(5, 100, 7, 2, 3), 3)
     for at in (0, 1, 40, len(whole) - 1):
         plan = build(5, 100, 7, 2, 3)
@@ -81,7 +81,7 @@ def test_any_position_can_be_begun_at():
     assert walk(build(6, 100, 7, 2, 3), 1) != walk(build(5, 100, 7, 2, 3), 1)
 
 
-def test_the_next_windows_shards_are_asked_for_in_time():
+def test_the_next_windows_shards_are_requested_in_time():
     plan = build(1, 600, 12, 4, 4)
     positions = [position for position, *_ in walk(plan, 1)]
     windows = {plan._find_window(position)[0]: position for position in positions}  # the last position of each

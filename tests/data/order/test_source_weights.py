@@ -1,4 +1,4 @@
-"""Weights of sources: how often the samples of each come in an epoch, on any number of ranks."""
+"""Weights of sources: how often the samples of each source are used in an epoch, on any number of ranks."""
 
 from collections import Counter
 from itertools import islice
@@ -26,7 +26,7 @@ SOURCES = {"a.json": range(0, 8), "b.json": range(8, 13), "c.json": range(3, 16)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """16 latents of two buckets, told of by three files: 8 belong to the first, 5 to the second, 3 to the third."""
+    """Make 16 latents of two buckets and three metadata files, which have 8, 5 and 3 records of their own."""
     for name, rows in SOURCES.items():
         (tmp_path / name).write_bytes(orjson.dumps({f"s{row:02d}": {"caption": name} for row in rows}))
     for row in range(16):
@@ -41,27 +41,27 @@ def open_index(folder: Path, *names: str) -> Index:
     return open_sample_index(folder, open_record_index(folder, [folder / name for name in names], []))
 
 
-def test_a_record_belongs_to_the_entry_that_it_first_appears_in(folder: Path) -> None:
+def test_a_record_belongs_to_the_source_in_which_it_first_appears(folder: Path) -> None:
     index = open_index(folder, *SOURCES)
     assert index.column("source").tolist() == [0] * 8 + [1] * 5 + [2] * 3
     assert index.record(4)["caption"] == "c.json" and "//source" not in index.record(4)
-    # Files that one entry names are one source; which files those are is part of what an index is made from.
+    # All files that one entry names are one source, and the index depends on which files those are.
     (folder / "c.json").unlink()
     assert open_index(folder, "{a,b}.json").column("source").tolist() == [0] * 13
     assert open_index(folder, "a.json", "b.json").column("source").tolist() == [0] * 8 + [1] * 5
 
 
-def test_epochs_hold_each_source_as_often_as_it_weighs_on_any_number_of_ranks(folder: Path) -> None:
+def test_sources_are_used_by_their_weight_on_any_number_of_ranks(folder: Path) -> None:
     index = open_index(folder, *SOURCES)
     assert apply_source_weights(index, None, []) is None and apply_source_weights(index, None, [1, 1, 1]) is None
     repeats = apply_source_weights(index, None, [1, 2.25, 0])
     assert repeats is not None and repeats.tolist() == [1.0] * 8 + [2.25] * 5 + [0.0] * 3
-    held_out = np.array([0.0] + [2.0] * 15)  # what a strategy or a validation set said goes in
+    held_out = np.array([0.0] + [2.0] * 15)  # repeats of a strategy or a validation set still count
     assert apply_source_weights(index, held_out, [1, 2.25, 0]).tolist() == [0.0] + [2.0] * 7 + [4.5] * 5 + [0.0] * 3  # pyright: ignore
     plan = build_plan(index, 8, 3, repeats)
     batches = [plan.batch(Position(epoch, number)) for epoch in range(4) for number in range(plan.num_batches(epoch))]
     turns = Counter(row for batch in batches for row in batch.rows.tolist())
-    wanted = np.array([4] * 8 + [9] * 5 + [0] * 3)  # over the four epochs that make them whole
+    wanted = np.array([4] * 8 + [9] * 5 + [0] * 3)  # over four epochs, which make them whole
     missing = wanted - np.array([turns[row] for row in range(16)])
     assert missing.min() >= 0 and missing.sum() == plan.num_carried(3) < 2 * 8
     for world_size in (1, 2, 4, 8):
@@ -74,7 +74,7 @@ def test_epochs_hold_each_source_as_often_as_it_weighs_on_any_number_of_ranks(fo
         assert rows == [row for batch in batches for row in batch.rows.tolist()]
 
 
-def test_folders_have_weights_too_and_those_of_regularisation_none(tmp_path: Path) -> None:
+def test_folders_have_weights_and_regularisation_folders_none(tmp_path: Path) -> None:
     for name in ("one", "two", "prior"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / name / f"{name}.png")
@@ -84,7 +84,7 @@ def test_folders_have_weights_too_and_those_of_regularisation_none(tmp_path: Pat
     assert apply_source_weights(index, None, [0.5, 3]).tolist() == [0.5, 3, 1]  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def test_wrong_weights_are_told(folder: Path) -> None:
+def test_wrong_weights_are_problems(folder: Path) -> None:
     settings = folder / "x.yaml"
 
     def write(weights: str, text: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The held-out split: by each key's own hash, so stable under whatever happens to other samples."""
+"""The held-out split: by each key's own hash, so other samples do not change it."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,19 +13,19 @@ def chunk(*chunks: list[str]) -> pa.ChunkedArray:
 KEYS = [f"img_{number:05d}" for number in range(20_000)] + ["", "a", "ä", "猫", "a" * 500]
 
 
-def test_a_hash_is_the_keys_own_and_evenly_spread() -> None:
+def test_a_keys_hash_ignores_other_keys_and_is_evenly_spread() -> None:
     hashes = hash_keys(chunk(KEYS), 0)
     assert len(np.unique(hashes)) == len(KEYS)
     counts, _ = np.histogram(hashes.astype(np.float64), 20, (0, 2.0**64))
     assert abs(counts - len(KEYS) / 20).max() < 5 * (len(KEYS) / 20) ** 0.5
-    # In other company, in other chunks, in a slice: the same.
+    # With other keys, in other chunks, in a slice: the same hash.
     some = [KEYS[number] for number in (5, 20_003, 17, 20_000)]
     cut = pa.chunked_array([pa.array(["x", *some[:2]]).slice(1), pa.array(some[2:])])
     assert hash_keys(cut, 0).tolist() == hashes[[5, 20_003, 17, 20_000]].tolist()
     assert not np.any(hash_keys(chunk(KEYS), 1) == hashes)
 
 
-def test_a_share_is_stable_when_samples_come_and_go() -> None:
+def test_a_share_is_stable_when_samples_are_added_and_removed() -> None:
     hashes = hash_keys(chunk(KEYS), 7)
     held = {KEYS[row] for row in select_by_hash(hashes, 0.1)}
     assert abs(len(held) - 0.1 * len(KEYS)) < 5 * (0.09 * len(KEYS)) ** 0.5
@@ -36,7 +36,7 @@ def test_a_share_is_stable_when_samples_come_and_go() -> None:
     assert len(select_by_hash(hashes, 0)) == 0
 
 
-def test_what_is_held_out_is_used_no_more() -> None:
+def test_held_out_samples_are_not_used() -> None:
     rows = find_matching_rows(chunk(["a", "b"], ["c", "d"]), chunk(["d", "x", "b"]))
     assert rows.tolist() == [1, 3]
     assert exclude_rows(rows, 4, None).tolist() == [1, 0, 1, 0]
