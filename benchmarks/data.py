@@ -123,7 +123,7 @@ def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
     targets = {"latents_from_shards": 5000, "latents_from_npz": 4000, "whole_samples": 2500}
     return {
         **{f"{name}_per_second": Figure(value, ">=", targets.get(name)) for name, value in rates.items()},
-        "tokens_per_caption": Figure(float(np.mean([tokenizers[0].count(text) for text in make_captions(100)]))),
+        "tokens_per_caption": Figure(float(np.mean([tokenizers[0].count_tokens(text) for text in make_captions(100)]))),
         "whole_samples_per_second_1_worker": Figure(one["rate"]),
         "whole_samples_per_second_4_workers": Figure(four["rate"]),
         "4_workers_over_1": Figure(four["rate"] / one["rate"], ">=", 1.0 if spare_cores else None),

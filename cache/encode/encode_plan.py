@@ -79,7 +79,7 @@ class TextRequirement:
         if known is None or known.identity != self.identity.name:
             return False
         try:
-            return known.captions_sha256 == hash_captions(self.variants.shape(orjson.loads(record)))
+            return known.captions_sha256 == hash_captions(self.variants.build(orjson.loads(record)))
         except StrategyError:
             return False
 

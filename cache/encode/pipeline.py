@@ -147,7 +147,7 @@ class Pipeline:
 
     def _shape_captions(self, record: bytes) -> tuple[str, ...]:
         assert self.text is not None, "captions need text encoders"
-        return self.text.variants.shape(orjson.loads(record))
+        return self.text.variants.build(orjson.loads(record))
 
     def _skip_image(self, item: WorkItem, error: Exception) -> None:
         if isinstance(error, BadMaskError) and item.unmasked is not None:

@@ -35,7 +35,7 @@ from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import StrategyError, load_strategy
 from sdxl_trainer.data.text.tokens import CaptionTokenizer
-from sdxl_trainer.data.text.variants import CaptionVariants, list_random
+from sdxl_trainer.data.text.variants import CaptionVariants, list_random_settings
 
 # A check of the cached text before a run looks at the captions of this many samples.
 MAX_CHECKED_SAMPLES = 10_000
@@ -53,7 +53,7 @@ def check_captioning(caption: CaptionConfig, cache: CacheConfig) -> Iterator[Pro
     """Check that the caption settings are possible with cached text."""
     if not cache.text:
         return
-    random = list_random(CaptionSettings(**caption.model_dump()))
+    random = list_random_settings(CaptionSettings(**caption.model_dump()))
     if random and cache.text_variants == 1:
         named = ", ".join(f"data.caption.{name}" for name in random)
         rule = f"would keep one random form of each caption, although {named} makes a new one each time"
@@ -108,7 +108,7 @@ def _describe_outdated(config: Config, folder: Path, index: Index) -> str | None
 
 def _describe_row(text: CachedText, row: dict[str, Any]) -> str | None:
     try:
-        text.check(row, parse_record(row))
+        text.verify(row, parse_record(row))
     except (BadTextError, StrategyError) as error:
         return f"{row['key']}: {error}"
     return None

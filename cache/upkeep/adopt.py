@@ -43,7 +43,7 @@ class TextAdopter:
         path = next((path for path in (image.with_name(name), self.folder / name) if path.is_file()), None)
         if path is None:
             return None
-        content, captions = path.read_bytes(), self.plan.variants.shape(orjson.loads(record))
+        content, captions = path.read_bytes(), self.plan.variants.build(orjson.loads(record))
         try:
             self._check(content, len(captions))
         except BadTextError as error:

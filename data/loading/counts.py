@@ -35,7 +35,7 @@ def count_tokens(dataset: LatentDataset) -> TokenCounts:
     """Measure the captions of evenly spaced samples with both tokenizers."""
     rows = select_evenly(len(dataset.index), NUM_CAPTIONS)
     captions = [caption for caption in draw_captions(dataset, rows, epoch=0) if caption is not None]
-    lengths = [[tokenizer.count(caption) for caption in captions] for tokenizer in dataset.tokenizers]
+    lengths = [[tokenizer.count_tokens(caption) for caption in captions] for tokenizer in dataset.tokenizers]
     counted = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in lengths]
     max_tokens = dataset.settings.max_tokens
     return TokenCounts(

@@ -28,7 +28,7 @@ from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
 from sdxl_trainer.data.text.cached_text import CachedText
-from sdxl_trainer.data.text.captions import CaptionSettings, shape_caption, shape_text
+from sdxl_trainer.data.text.captions import CaptionSettings, CaptionTexts, build_caption, process_texts
 from sdxl_trainer.data.text.strategy import Strategy, StrategyError
 from sdxl_trainer.data.text.tokens import WINDOW, TokenIds, Tokenizers, encode_captions, share_vocabulary
 
@@ -220,9 +220,9 @@ class LatentDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng(derive_seed(settings.seed, RandomStream.CAPTION, epoch, row_number))
         try:
             if strategy is not None and strategy.has("caption"):
-                caption = shape_text(strategy.caption(record, rng), "", settings.caption, rng, step, epoch)
+                caption = process_texts(CaptionTexts(strategy.caption(record, rng)), settings.caption, rng, step, epoch)
             else:
-                caption = shape_caption(record, settings.caption, rng, step, epoch)
+                caption = build_caption(record, settings.caption, rng, step, epoch)
             weight = 1.0 if strategy is None else strategy.loss_weight(record)
         except StrategyError as error:
             return BadSample(row["key"], str(error))

@@ -1,4 +1,4 @@
-"""Latents of rows of an index, wherever they lie: files, shards on disk, shards on a store."""
+"""Read the latents of rows of an index from npz files, from shards on disk, and from shards on a store."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,23 @@ from loguru import logger
 from sdxl_trainer.data.files import read_patiently
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, parse_latents
 from sdxl_trainer.data.formats.shards import OpenFile, OpenShards
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.stores.remote import NoRangesError, Span, is_remote, read_spans
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
 
-Row = Mapping[str, Any]
-Bucket = tuple[int, int]
+Row = Mapping[str, Any]  # of the index, as Index.row returns it
 Found = LatentSample | BadLatentError
-NUM_FETCHED_AT_ONCE = 2  # shards, by each process that reads
+NUM_COPIES_AT_ONCE = 2  # shards that each reading process copies at a time
 
 
 class LatentStore:
-    """Reads latents: one `pread` a sample of shards on disk, one ranged read of those on a store, where all that a
-    micro batch needs is asked for at once.
+    """Reader of latents. A sample in a shard on disk takes one `pread`, and one on a store takes one ranged request.
+
+    All requests of a micro batch are sent to the store at once.
 
     Args:
-        folder: the cache's, which file names are relative to.
-        copies: local copies of what was read from stores, if they are kept.
+        folder: the cache folder, which file names are relative to.
+        copies: local copies of what was read from stores; None keeps none.
     """
 
     def __init__(self, folder: Path, copies: ShardCopies | None = None):
@@ -34,41 +35,39 @@ class LatentStore:
         self._copies = copies
         self._shards = OpenShards()
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[str, Future[None]] = {}
+        self._running: dict[str, Future[None]] = {}
         self._not_copied: set[str] = set()
 
     def __reduce__(self) -> tuple:
-        return (
-            LatentStore,
-            (Path(self._folder), self._copies),
-        )  # a worker opens its own files and starts its own threads
+        # A worker opens its own files and starts its own threads.
+        return (LatentStore, (Path(self._folder), self._copies))
 
     def fetch(self, shards: Sequence[str]) -> None:
-        """Copy whole shards while reading goes on, unless they are here or another process does it."""
+        """Start to copy whole shards in the background, except those that are copied already or by another process."""
         wanted = [shard for shard in shards if is_remote(shard)]
         if self._copies is None or not wanted:
             return
-        self._pool = self._pool or ThreadPoolExecutor(NUM_FETCHED_AT_ONCE)
+        self._pool = self._pool or ThreadPoolExecutor(NUM_COPIES_AT_ONCE)
         for shard in wanted:
-            coming = self._coming.get(shard)
-            if shard in self._not_copied or (coming is not None and not coming.done()):
+            running = self._running.get(shard)
+            if shard in self._not_copied or (running is not None and not running.done()):
                 continue
-            if coming is not None and (error := coming.exception()) is not None:
-                logger.warning("{} is read by the sample, because it could not be copied: {}", shard, error)
+            if running is not None and (error := running.exception()) is not None:
+                logger.warning("{} could not be copied, so its samples are read one by one: {}", shard, error)
                 self._not_copied.add(shard)
             elif not self._copies.has(shard):
-                self._coming[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)
+                self._running[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)
 
-    def read(self, rows: Sequence[Row], bucket: Bucket) -> list[Found]:
-        """The latents of each row, or why they cannot be trained on.
+    def read(self, rows: Sequence[Row], bucket: Size) -> list[Found]:
+        """Read the latents of each row; a BadLatentError in the list says why a sample cannot be trained on.
 
         Raises:
-            StoreError: a store cannot be reached, which is no fault of the samples.
+            StoreError: a store cannot be reached.
         """
         remote = iter(self._read_remote([row for row in rows if is_remote(row["file"])], bucket))
         return [next(remote) if is_remote(row["file"]) else self._read_local(row, bucket) for row in rows]
 
-    def _read_local(self, row: Row, bucket: Bucket) -> Found:
+    def _read_local(self, row: Row, bucket: Size) -> Found:
         path = os.path.join(self._folder, row["file"])
 
         def read() -> memoryview:
@@ -83,7 +82,7 @@ class LatentStore:
         except BadLatentError as error:
             return BadLatentError(f"{path}: {error}")
 
-    def _read_remote(self, rows: Sequence[Row], bucket: Bucket) -> list[Found]:
+    def _read_remote(self, rows: Sequence[Row], bucket: Size) -> list[Found]:
         samples: list[LatentSample | BadLatentError | None] = [self._read_copy(row, bucket) for row in rows]
         missing = [at for at, sample in enumerate(samples) if sample is None]
         spans = [(rows[at]["file"], rows[at]["offset"], rows[at]["bytes"]) for at in missing]
@@ -94,7 +93,7 @@ class LatentStore:
         return [sample for sample in samples if sample is not None]
 
     def _read_spans(self, spans: Sequence[Span]) -> Sequence[bytes | memoryview | FileNotFoundError]:
-        """From the store; where it sends whole files only, by copying the shards."""
+        """Read spans from the store, or from copies of whole shards if the store sends only whole files."""
         try:
             return read_spans(spans) if spans else []
         except NoRangesError:
@@ -102,8 +101,8 @@ class LatentStore:
                 raise
         return [_read_whole(self._copies, span) for span in spans]
 
-    def _read_copy(self, row: Row, bucket: Bucket) -> LatentSample | None:
-        """From the local copy, if it is there; its checksums tell whether it is whole."""
+    def _read_copy(self, row: Row, bucket: Size) -> LatentSample | None:
+        """Read a sample from its local copy; None if there is none, or if its checksums show it incomplete."""
         content = None if self._copies is None else self._copies.read(row["file"], row["offset"], row["bytes"])
         sample = None if content is None else _parse((row["file"], row["offset"], row["bytes"]), content, bucket)
         return sample if isinstance(sample, LatentSample) else None
@@ -117,15 +116,13 @@ def _read_whole(copies: ShardCopies, span: Span) -> bytes | memoryview | FileNot
     return copies.read(*span) or b""
 
 
-def _parse(
-    span: Span, content: bytes | memoryview | FileNotFoundError, bucket: Bucket
-) -> LatentSample | BadLatentError:
+def _parse(span: Span, content: bytes | memoryview | FileNotFoundError, bucket: Size) -> LatentSample | BadLatentError:
     url, offset, size = span
     place = f"{url} at byte {offset}"
     if isinstance(content, FileNotFoundError):
         return BadLatentError(f"{place}: cannot be read: {content}")
     if len(content) != size:
-        return BadLatentError(f"{place}: is cut short: {len(content)} of {size} bytes are there")
+        return BadLatentError(f"{place}: is truncated: has {len(content)} of {size} bytes")
     try:
         return parse_latents(content, bucket)
     except BadLatentError as error:

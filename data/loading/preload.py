@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 import sdxl_trainer.data.loading.dataset  # noqa: F401 (for the workers)
-from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, keep_vocabulary
+from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, preload_vocabulary
 
 for source in filter(None, os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep)):
-    keep_vocabulary(Path(source))
+    preload_vocabulary(Path(source))
 # Without this, a garbage collection in a worker would write to the shared pages and so copy them.
 gc.freeze()

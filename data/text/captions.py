@@ -1,27 +1,28 @@
-"""The text that a sample is trained with: from its record, through the field's canonical steps, in their order.
+"""The caption pipeline: from a record to the text that a sample is trained with.
 
-prefix/suffix → caption dropout → wildcards → kept tags → token warm-up → shuffle → tag dropout → secondary separator →
-replacements, as kohya-ss/sd-scripts orders them. Pure: all that is random comes from the generator that is handed in.
+Its steps, in the order of kohya-ss/sd-scripts: prefix and suffix, caption dropout, wildcards, kept tags, token warm-up,
+shuffle, tag dropout, secondary separator, replacements. Every function is pure: its random choices come from the
+generator that is passed in.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 TAG_FIELDS = ("caption", "tags")
 DESCRIPTION_FIELDS = ("description", "nl_caption")
-JOINT = ", "  # what tags are joined with, whatever they were separated by
-# `{2$$a|b|c}` takes two of the options, `{1-2$$ and $$a|b|c}` one or two and says what stands between them. What stands
-# between is short, so that nested groups cannot blow a caption up.
+JOINT = ", "  # between joined tags, whatever separator the record uses
+# `{2$$a|b|c}` takes two options, `{1-2$$ and $$a|b|c}` one or two, joined by " and ". The joint is limited to 32
+# characters, so that nested groups cannot blow up a caption.
 COUNT = re.compile(r"\s*(\d{1,4})(?:-(\d{1,4}))?\$\$(?:(.{0,32}?)\$\$)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """What is done to captions; as it stands, nothing. configs/captions.py explains each field to users."""
+    """Settings of the caption pipeline; the defaults change nothing. configs/captions.py documents each field."""
 
     source: Literal["pick", "join", "tags", "description"] = "pick"
     description_rate: float = 0.5
@@ -41,22 +42,28 @@ class CaptionSettings:
     replacements: Mapping[str, str | list[str]] = field(default_factory=dict)
 
 
-def shape_caption(
+class CaptionTexts(NamedTuple):
+    """The texts of a caption: tags, and a description in prose. Either may be empty."""
+
+    tags: str
+    description: str = ""
+
+
+def build_caption(
     record: Mapping[str, Any], settings: CaptionSettings, rng: np.random.Generator, step: int = 0, epoch: int = 0
 ) -> str:
-    """The caption that a record is trained with this time.
+    """Build the caption of a record for one epoch.
 
     Args:
-        rng: keyed to the sample and its epoch, so that the caption depends on nothing else.
+        rng: keyed to the sample and epoch, so that the caption depends on nothing else.
         step: optimizer steps done before this one, for the token warm-up.
         epoch: of the sample, from 0.
     """
-    tags, description = pick_texts(record, settings, rng)
-    return shape_text(tags, description, settings, rng, step, epoch)
+    return process_texts(choose_texts(record, settings, rng), settings, rng, step, epoch)
 
 
-def pick_texts(record: Mapping[str, Any], settings: CaptionSettings, rng: np.random.Generator) -> tuple[str, str]:
-    """(tags, description) that a record is trained with this time; one of them, or both, may be empty."""
+def choose_texts(record: Mapping[str, Any], settings: CaptionSettings, rng: np.random.Generator) -> CaptionTexts:
+    """Choose a record's tags, its description, or both, by `data.caption.source`."""
     tags = read_caption_fields(record, TAG_FIELDS, settings.separator)
     description = read_caption_fields(record, DESCRIPTION_FIELDS, settings.separator)
     if settings.source == "tags":
@@ -65,40 +72,40 @@ def pick_texts(record: Mapping[str, Any], settings: CaptionSettings, rng: np.ran
         tags = ""
     elif settings.source == "pick" and tags and description:
         tags, description = ("", description) if rng.random() < settings.description_rate else (tags, "")
-    return tags, description
+    return CaptionTexts(tags, description)
 
 
-def shape_text(
-    tags: str, description: str, settings: CaptionSettings, rng: np.random.Generator, step: int = 0, epoch: int = 0
+def process_texts(
+    texts: CaptionTexts, settings: CaptionSettings, rng: np.random.Generator, step: int = 0, epoch: int = 0
 ) -> str:
-    """The steps of `shape_caption` after its text was chosen; with both texts, the description follows the tags.
+    """Apply the steps of the caption pipeline to chosen texts. With both texts, the description follows the tags.
 
-    A description is prose: its commas separate no tags, so the steps that take tags apart leave it alone.
+    Commas in a description are prose, so the steps that work on tags leave the description as it is.
     """
-    tags, description = _add_affixes(tags, description, settings)
+    texts = _add_affixes(texts, settings)
     if draw_dropout(settings, rng, epoch):
         return ""
     if settings.wildcards:
-        tags, description = (expand_wildcards(_pick_line(text, rng), rng) for text in (tags, description))
-    tags = _shape_tags(tags, settings, rng, step)
-    text = JOINT.join(part for part in (tags, description) if part)
+        texts = CaptionTexts(*(expand_wildcards(_pick_line(text, rng), rng) for text in texts))
+    tags = _process_tags(texts.tags, settings, rng, step)
+    caption = JOINT.join(text for text in (tags, texts.description) if text)
     if settings.secondary_separator:
-        text = text.replace(settings.secondary_separator, settings.separator)
+        caption = caption.replace(settings.secondary_separator, settings.separator)
     for old, new in settings.replacements.items():
         chosen = new if isinstance(new, str) else new[int(rng.integers(len(new)))]
-        text = text.replace(old, chosen) if old else chosen
-    return text
+        caption = caption.replace(old, chosen) if old else chosen
+    return caption
 
 
 def draw_dropout(settings: CaptionSettings, rng: np.random.Generator, epoch: int) -> bool:
-    """Whether a caption is replaced by the empty one this time."""
-    # Drawn even if the rate is 0, so that turning dropout on leaves what is drawn for the other captions as it was.
+    """Draw whether a caption is replaced by the empty caption."""
+    # Drawn even at rate 0, so that switching dropout on does not change the other random choices.
     dropped = rng.random() < settings.dropout_rate
     return dropped or bool(settings.dropout_every_epochs and (epoch + 1) % settings.dropout_every_epochs == 0)
 
 
 def read_caption_fields(record: Mapping[str, Any], fields: tuple[str, ...], separator: str = ",") -> str:
-    """The first of a record's `fields` that holds anything; a list of tags becomes one string."""
+    """Return the first non-empty of a record's `fields` as text; a list of tags is joined by the separator."""
     value = next((record[name] for name in fields if record.get(name)), "")
     if isinstance(value, (list, tuple)):
         return f"{separator} ".join(str(tag) for tag in value)
@@ -106,10 +113,10 @@ def read_caption_fields(record: Mapping[str, Any], fields: tuple[str, ...], sepa
 
 
 def expand_wildcards(text: str, rng: np.random.Generator) -> str:
-    """Replace each `{a|b}` by one of its options; options may hold groups in turn.
+    """Replace each `{a|b}` by one of its options, which may hold groups themselves.
 
-    `{{` and `}}` stand for literal braces, so a group that begins with a group is written `{ {a|b}|c}`. A brace without
-    its partner, and `{}`, stay as they are. One pass over the text and no recursion: captions come from anywhere.
+    `{{` and `}}` stand for literal braces, so a group that begins with a group is written `{ {a|b}|c}`. An unmatched
+    brace and `{}` stay as they are. Takes one pass and no recursion, because captions may be hostile.
     """
     if "{" not in text and "}" not in text:
         return text
@@ -118,7 +125,7 @@ def expand_wildcards(text: str, rng: np.random.Generator) -> str:
     while position < len(text):
         token, top = text[position], groups[-1]
         if token in "{}" and text[position + 1 : position + 2] == token:
-            # `}}` closes two groups unless a literal brace is open, or nothing is.
+            # `}}` closes two groups, unless a literal brace is open or no group is.
             token += token if token == "{" or top.opener != "{" else ""
         if token in ("{", "{{"):
             groups.append(_Group(token))
@@ -137,7 +144,7 @@ def expand_wildcards(text: str, rng: np.random.Generator) -> str:
 
 
 class _Group:
-    """What was read since an opening brace: the options of `{`, or the one text after `{{` or at the beginning."""
+    """The text since an opening brace: the options of `{`, or a single text after `{{` or at the start."""
 
     def __init__(self, opener: str):
         self.opener = opener
@@ -158,26 +165,29 @@ class _Group:
             return self.options[int(rng.integers(len(self.options)))]
         options = [self.options[0][count.end() :], *self.options[1:]]
         low, high = sorted((int(count[1]), int(count[2] or count[1])))
-        number = int(rng.integers(low, high + 1))  # more than there are options takes all
+        number = int(rng.integers(low, high + 1))  # may exceed the number of options, and then takes all
         chosen = rng.permutation(len(options))[:number]
         return (JOINT if count[3] is None else count[3]).join(options[i] for i in chosen)
 
 
-def _add_affixes(tags: str, description: str, settings: CaptionSettings) -> tuple[str, str]:
-    """Prefix before the first text and suffix after the last; on each line where one line will be picked."""
+def _add_affixes(texts: CaptionTexts, settings: CaptionSettings) -> CaptionTexts:
+    """Put the prefix before the first text and the suffix after the last.
+
+    With wildcards, every line gets them, because one line is picked later.
+    """
     if not (settings.prefix or settings.suffix):
-        return tags, description
+        return texts
 
     def affix(text: str, prefix: str, suffix: str) -> str:
         lines = text.split("\n") if settings.wildcards else [text]
         lines = [line.strip() for line in lines if line.strip()] or [""]
         return "\n".join(" ".join(part for part in (prefix, line, suffix) if part) for line in lines)
 
-    if tags and description:
-        return affix(tags, settings.prefix, ""), affix(description, "", settings.suffix)
-    if description:
-        return "", affix(description, settings.prefix, settings.suffix)
-    return affix(tags, settings.prefix, settings.suffix), ""
+    if texts.tags and texts.description:
+        return CaptionTexts(affix(texts.tags, settings.prefix, ""), affix(texts.description, "", settings.suffix))
+    if texts.description:
+        return CaptionTexts("", affix(texts.description, settings.prefix, settings.suffix))
+    return CaptionTexts(affix(texts.tags, settings.prefix, settings.suffix), "")
 
 
 def _pick_line(text: str, rng: np.random.Generator) -> str:
@@ -187,8 +197,11 @@ def _pick_line(text: str, rng: np.random.Generator) -> str:
     return lines[int(rng.integers(len(lines)))] if lines else ""
 
 
-def _shape_tags(text: str, settings: CaptionSettings, rng: np.random.Generator, step: int) -> str:
-    """Everything that takes a text apart into tags: kept ones, warm-up, shuffle, dropout. Else the text untouched."""
+def _process_tags(text: str, settings: CaptionSettings, rng: np.random.Generator, step: int) -> str:
+    """Apply the steps that work on single tags: kept tags, warm-up, shuffle and dropout.
+
+    Without any of them the text is returned unchanged, spacing included.
+    """
     mark, warmup_steps = settings.keep_tokens_separator, settings.token_warmup_steps
     marked = bool(mark) and mark in text
     if not (marked or settings.shuffle or warmup_steps or settings.tag_dropout_rate):
@@ -203,7 +216,7 @@ def _shape_tags(text: str, settings: CaptionSettings, rng: np.random.Generator, 
         fixed, flexible = flexible[: settings.keep_tokens], flexible[settings.keep_tokens :]
     if step < warmup_steps:
         least = settings.token_warmup_min
-        # kohya's formula in whole numbers: a float's error must not cost a tag.
+        # kohya's formula in integers, so that rounding cannot lose a tag.
         flexible = flexible[: step * (len(flexible) - least) // warmup_steps + least]
     if settings.shuffle:
         flexible = [flexible[i] for i in rng.permutation(len(flexible))]

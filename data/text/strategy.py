@@ -1,7 +1,6 @@
-"""The user's class of `data.strategy`: how often a sample is used, what its caption is, what its loss weighs.
+"""The user's class of `data.strategy`: repeats, captions and loss weights of samples. docs/STRATEGY.md is its guide.
 
-docs/STRATEGY.md is the page for users. Whatever a user's code raises becomes a StrategyError that names the sample, the
-class and the method, and carries the traceback.
+An exception in the user's code becomes a StrategyError with the sample, the class, the method and the traceback.
 """
 
 import difflib
@@ -28,7 +27,7 @@ from sdxl_trainer.data.text.captions import TAG_FIELDS, read_caption_fields
 
 KEY = "data.strategy"
 METHODS = {"repeats": "(record, counts)", "caption": "(record, rng)", "loss_weight": "(record)"}
-# What is counted, and the fields it is read from: the first one that a record holds.
+# Counted attributes, and the record fields that hold them; the first non-empty field counts.
 ATTRIBUTES = {
     "artist": ("artist", "artists"),
     "characters": ("characters", "character"),
@@ -37,21 +36,21 @@ ATTRIBUTES = {
 }
 TAGS = "tags"
 ROWS_AT_ONCE = 16_384
-NUM_TRIED = 16  # samples on which a strategy is tried before a run
+NUM_TRIED = 16  # samples that a strategy is tried on before a run
 
 
 class StrategyError(ValueError):
-    """A strategy raised, or gave something that is no repeat count, caption or weight."""
+    """A strategy's method raised, or returned an invalid repeat count, caption or loss weight."""
 
 
 class UserCodeError(RuntimeError):
-    """The user's code raised; the message is what, with its traceback."""
+    """The user's code raised an exception; the message holds it with its traceback."""
 
 
 class AttributeCounts(dict[str, Counter]):
-    """How many records hold each artist, character, style and quality tag; `counts["tags"]` is counted when asked for.
+    """Number of records by value, for each of ATTRIBUTES and for `tags`: `counts["artist"]["some artist"]`.
 
-    A strategy that does not ask pays nothing for the tags, which are many, and unbounded where captions are prose.
+    `counts["tags"]` is computed on first use: tags take long to count, and captions in prose hold any number of them.
     """
 
     def __init__(self, index: Index):
@@ -60,195 +59,226 @@ class AttributeCounts(dict[str, Counter]):
 
     def __missing__(self, name: str) -> Counter:
         if name != TAGS:
-            raise KeyError(f"{name}; there are {', '.join([*ATTRIBUTES, TAGS])}")
+            raise KeyError(f"{name}; known: {', '.join([*ATTRIBUTES, TAGS])}")
         self[TAGS] = counter = Counter()
         for record in iterate_records(self._index):
-            counter.update(set(_split(read_caption_fields(record, TAG_FIELDS))))
+            counter.update(set(_split_tags(read_caption_fields(record, TAG_FIELDS))))
         return counter
 
 
 def count_attributes(index: Index) -> AttributeCounts:
-    """Count the artists, characters, styles and quality tags of all records, streaming.
+    """Count the values of ATTRIBUTES over all records.
 
-    A value is a list, or a string with commas between; each record counts a value once.
+    A field is a list, or a string of comma-separated values. A record counts each of its values once.
     """
-    # Values are counted as they stand and taken apart in the end: a million records hold far fewer different ones.
-    raw: dict[str, dict[Any, int]] = {name: {} for name in ATTRIBUTES}
+    # Unsplit values are counted first and split at the end: a million records have far fewer distinct ones.
+    unsplit: dict[str, dict[Any, int]] = {name: {} for name in ATTRIBUTES}
     for record in iterate_records(index):
         for name, fields in ATTRIBUTES.items():
             value = record.get(fields[0]) or (record.get(fields[1]) if len(fields) > 1 else None)
             if value:
-                value = value if isinstance(value, str) else tuple(_split(value))
-                raw[name][value] = raw[name].get(value, 0) + 1
+                value = value if isinstance(value, str) else tuple(_split_tags(value))
+                unsplit[name][value] = unsplit[name].get(value, 0) + 1
     counts = AttributeCounts(index)
-    for name, values in raw.items():
+    for name, values in unsplit.items():
         for value, count in values.items():
-            counts[name].update(dict.fromkeys(_split(value), count))
+            counts[name].update(dict.fromkeys(_split_tags(value), count))
     return counts
 
 
 def iterate_records(index: Index) -> Iterator[Record]:
-    """All records of an index in its order, each decoded once, a few thousand in memory at a time."""
+    """Yield all records in the order of the index. At most ROWS_AT_ONCE are in memory."""
     for batch in index.table.select(["key", "image_path", "record"]).to_batches(max_chunksize=ROWS_AT_ONCE):
         yield from map(parse_record, batch.to_pylist())
 
 
 class Strategy:
-    """A user's object, its answers checked. Pickles as its spec: a loader worker loads the class anew."""
+    """An object of the user's class, with its results validated.
 
-    def __init__(self, spec: str, user: object):
+    It pickles as its spec: a loader worker loads the class again and makes an object of its own.
+
+    Args:
+        spec: value of `data.strategy`, with an absolute path.
+        user_object: object of the user's class.
+    """
+
+    def __init__(self, spec: str, user_object: object):
         self.spec = spec
-        self._user = user
-        self._class = type(user).__name__
+        self._user_object = user_object
+        self._class_name = type(user_object).__name__
 
     def __reduce__(self) -> tuple:
         return (load_strategy, (self.spec,))
 
     def has(self, method: str) -> bool:
-        """Whether the user's class defines `repeats`, `caption` or `loss_weight`."""
-        return callable(getattr(self._user, method, None))
+        """Return whether the user's class defines `repeats`, `caption` or `loss_weight`."""
+        return callable(getattr(self._user_object, method, None))
 
     def repeats(self, records: Iterable[Record], counts: AttributeCounts, num_records: int) -> np.ndarray:
-        """[num_records] float64: how often each sample comes in an epoch. Raises StrategyError."""
+        """Compute how often each sample is used in an epoch, by the user's `repeats(record, counts)`.
+
+        Returns:
+            [num_records] float64; 0 leaves a sample out, 0.5 uses it every second epoch.
+
+        Raises:
+            StrategyError: the method raised, or returned something other than a finite number of 0 or more.
+        """
         repeats = np.empty(num_records)
         for row, record in enumerate(records):
-            value = self._ask(record, "repeats", counts)
+            value = self._call(record, "repeats", counts)
             if not _is_amount(value):
-                raise self._refuse_value(record, "repeats", value)
+                raise self._build_amount_error(record, "repeats", value)
             repeats[row] = value
         return repeats
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
-        """The text that the caption pipeline begins with. Raises StrategyError."""
-        caption = self._ask(record, "caption", rng)
+        """Return the text that the caption pipeline starts from, by the user's `caption(record, rng)`.
+
+        Args:
+            rng: keyed to the sample and epoch; the only source of randomness that the user's method may use.
+
+        Raises:
+            StrategyError: the method raised, or returned something other than a string.
+        """
+        caption = self._call(record, "caption", rng)
         if not isinstance(caption, str):
-            raise self._complain(record, "caption", f"returned {caption!r:.100}, which is not a string")
+            raise self._build_error(record, "caption", f"returned {caption!r:.100}, which is not a string")
         return caption
 
     def loss_weight(self, record: Record) -> float:
-        """What a sample's loss is multiplied with, 0 or more; 1 without the method. Raises StrategyError."""
+        """Return the factor of a sample's loss, by the user's `loss_weight(record)`; 1 without that method.
+
+        Raises:
+            StrategyError: the method raised, or returned something other than a finite number of 0 or more.
+        """
         if not self.has("loss_weight"):
             return 1.0
-        weight = self._ask(record, "loss_weight")
+        weight = self._call(record, "loss_weight")
         if not _is_amount(weight):
-            raise self._refuse_value(record, "loss_weight", weight)
+            raise self._build_amount_error(record, "loss_weight", weight)
         return float(weight)
 
-    def _ask(self, record: Record, method: str, *arguments: Any) -> Any:
+    def _call(self, record: Record, method: str, *arguments: Any) -> Any:
         try:
-            return call_user(getattr(self._user, method), record, *arguments)
+            return call_user_code(getattr(self._user_object, method), record, *arguments)
         except UserCodeError as error:
-            raise self._complain(record, method, f"raised {error}") from None
+            raise self._build_error(record, method, f"raised {error}") from None
 
-    def _refuse_value(self, record: Record, method: str, value: Any) -> StrategyError:
-        return self._complain(record, method, f"returned {value!r:.100}, which is not a finite number of 0 or more")
+    def _build_amount_error(self, record: Record, method: str, value: Any) -> StrategyError:
+        return self._build_error(record, method, f"returned {value!r:.100}, which is not a finite number of 0 or more")
 
-    def _complain(self, record: Record, method: str, what: str) -> StrategyError:
-        return StrategyError(f"{record.get('key')}: {self._class}.{method} of {KEY} = {self.spec} {what}")
+    def _build_error(self, record: Record, method: str, reason: str) -> StrategyError:
+        return StrategyError(f"{record.get('key')}: {self._class_name}.{method} of {KEY} = {self.spec} {reason}")
 
 
 def load_strategy(spec: str) -> Strategy:
-    """Load `path/to/file.py:ClassName` or `module:ClassName` and make an object of the class.
+    """Load the user's class and make an object of it.
+
+    Args:
+        spec: `path/to/file.py:ClassName`, or `module:ClassName` for a module that Python can import.
 
     Raises:
-        UserInputError: there is no such file, module or class, it does not load, or it has none of the methods.
+        UserInputError: the file, module or class does not exist or cannot be loaded, or the class has none of the
+            methods.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name.isidentifier():
-        raise _refuse(spec, "is not path/to/file.py:ClassName or module:ClassName", "name the class after a colon")
+        rule = "is not path/to/file.py:ClassName or module:ClassName"
+        raise _build_input_error(spec, rule, "name the class after a colon")
     if place.endswith(".py"):
         place = str(Path(place).resolve())
         if not Path(place).is_file():
-            raise _refuse(spec, f"{place} is not a file", "check the path (relative to the working directory)")
+            cure = "check the path (relative to the working directory)"
+            raise _build_input_error(spec, f"{place} is not a file", cure)
         load, spec = _load_file, f"{place}:{name}"
     else:
         load = importlib.import_module
     try:
-        module = call_user(load, place)
+        module = call_user_code(load, place)
     except UserCodeError as error:
-        raise _refuse(spec, f"cannot be loaded: {error}", "mend it; python must be able to import it") from None
+        rule = f"cannot be loaded: {error}"
+        raise _build_input_error(spec, rule, "correct it; Python must be able to import it") from None
     user_class = getattr(module, name, None)
     if not inspect.isclass(user_class):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        raise _refuse(spec, f"has no class {name}", f"its classes: {', '.join(classes) or 'none'}")
+        raise _build_input_error(spec, f"has no class {name}", f"its classes: {', '.join(classes) or 'none'}")
     if not any(callable(getattr(user_class, method, None)) for method in METHODS):
         known = ", ".join(method + arguments for method, arguments in METHODS.items())
-        raise _refuse(spec, f"{name} has none of the methods {known}", _suggest_methods(user_class))
+        raise _build_input_error(spec, f"{name} has none of the methods {known}", _suggest_methods(user_class))
     try:
-        return Strategy(spec, call_user(user_class))
+        return Strategy(spec, call_user_code(user_class))
     except UserCodeError as error:
-        cure = "it is made without arguments, once in each process"
-        raise _refuse(spec, f"{name}() raised {error}", cure) from None
+        cure = "the class is instantiated without arguments, once in each process"
+        raise _build_input_error(spec, f"{name}() raised {error}", cure) from None
 
 
-def call_user(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call code that we did not write, and give whatever it raises one name. Signals and exits pass through.
+def call_user_code(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the user's code, and turn any exception into one type. Signals and exits pass through.
 
     Raises:
-        UserCodeError: it raised.
+        UserCodeError: the code raised an exception.
     """
     try:
         return function(*arguments)
     except Exception as error:
-        trace = error.__traceback__.tb_next if error.__traceback__ else None  # from the user's code on
+        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this function's own frame
         lines = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
         raise UserCodeError(f"{type(error).__name__}: {error}\n{lines}") from error
 
 
-def try_strategy(strategy: Strategy, index: Index) -> list[Problem]:
-    """Ask a strategy for some captions and weights, so that one that never works is known before a network is loaded.
+def check_strategy(strategy: Strategy, index: Index) -> Iterator[Problem]:
+    """Yield a problem for each of `caption` and `loss_weight` that fails on all of NUM_TRIED samples.
 
-    One that fails on some samples only is no problem here: they are skipped and named as training meets them.
+    A method that fails on some samples only is no problem: training skips and reports these samples.
     """
-    problems = []
-    records = [index.record(row) for row in _spread(len(index), NUM_TRIED)]
+    records = [index.record(row) for row in _select_evenly(len(index), NUM_TRIED)]
     rng = np.random.default_rng(0)
-    asks = {"caption": lambda record: strategy.caption(record, rng), "loss_weight": strategy.loss_weight}
-    for method, ask in asks.items():
+    calls = {"caption": lambda record: strategy.caption(record, rng), "loss_weight": strategy.loss_weight}
+    for method, call in calls.items():
         errors = []
         for record in records if strategy.has(method) else ():
             try:
-                ask(record)
+                call(record)
             except StrategyError as error:
                 errors.append(str(error))
         if errors and len(errors) == len(records):
-            problems.append(_problem(strategy.spec, f"{method} failed on all samples tried: {errors[0]}"))
-    return problems
+            yield _build_problem(strategy.spec, f"{method} failed on all samples tried: {errors[0]}")
 
 
 def compute_repeats(strategy: Strategy, index: Index) -> np.ndarray:
-    """[N] float64: how often each row of the index comes in an epoch.
+    """Compute how often each row of the index is used in an epoch, [N] float64.
 
     Raises:
-        UserInputError: the strategy failed on a sample, which is named, or leaves nothing to train on.
+        UserInputError: the strategy failed on a sample, or gives 0 for all samples.
     """
     try:
         repeats = strategy.repeats(iterate_records(index), count_attributes(index), len(index))
     except StrategyError as error:
-        raise UserInputError([_problem(strategy.spec, str(error))]) from None
+        raise UserInputError([_build_problem(strategy.spec, str(error))]) from None
     if not repeats.any():
-        raise UserInputError([_problem(strategy.spec, f"repeats() is 0 for all {len(index)} samples")])
+        raise UserInputError([_build_problem(strategy.spec, f"repeats() is 0 for all {len(index)} samples")])
     return repeats
 
 
 def save_repeats(path: Path, repeats: np.ndarray) -> None:
-    """Write repeats as an npy file, for the other ranks, and for the user to look at."""
+    """Save repeats as a .npy file, for the other ranks and for the user to inspect."""
     with open_atomic(path) as file:
         np.save(file, repeats)
 
 
 def load_repeats(path: Path) -> np.ndarray:
-    """What `save_repeats` wrote, [N] float64."""
+    """Load the repeats that `save_repeats` saved, [N] float64."""
     return np.load(path, allow_pickle=False)
 
 
 def hash_repeats(repeats: np.ndarray) -> str:
-    """Names what `compute_repeats` gave, so that a resume can tell whether it still is the same."""
+    """Return a hash of repeats, by which a resumed run detects that they changed."""
     return hashlib.sha256(np.ascontiguousarray(repeats, np.float64).tobytes()).hexdigest()[:16]
 
 
 def _load_file(path: str) -> ModuleType:
-    # A name of its own, so that a user's file cannot shadow a module; listed, because dataclasses look themselves up.
+    # The unusual name keeps a user's file from shadowing a module. It must be in sys.modules, where dataclasses look
+    # their module up.
     name = f"sdxl_trainer_strategy_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
@@ -262,8 +292,8 @@ def _is_amount(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and bool(0 <= value < math.inf)
 
 
-def _split(value: Any) -> list[str]:
-    """Tags of a list, or of a string with commas between them."""
+def _split_tags(value: Any) -> list[str]:
+    """Return the non-empty tags of a list, or of a string of comma-separated tags."""
     tags = map(str, value) if isinstance(value, (list, tuple)) else str(value).split(",")
     return [text for tag in tags if (text := tag.strip())]
 
@@ -272,18 +302,18 @@ def _suggest_methods(user_class: type) -> str:
     own = [name for name in vars(user_class) if not name.startswith("_")]
     near = {name: match[0] for name in own if (match := difflib.get_close_matches(name, METHODS, n=1))}
     if near:
-        return ", ".join(f"is {name} meant as {match}?" for name, match in near.items())
+        return ", ".join(f"rename {name} to {match}" for name, match in near.items())
     return f"it defines {', '.join(own) or 'nothing'}"
 
 
-def _spread(length: int, number: int) -> list[int]:
-    """At most `number` different rows, spread over the whole length."""
+def _select_evenly(length: int, number: int) -> list[int]:
+    """Return at most `number` different, evenly spaced rows below `length`."""
     return sorted({position * length // number for position in range(number)}) if length else []
 
 
-def _refuse(spec: str, rule: str, cure: str) -> UserInputError:
+def _build_input_error(spec: str, rule: str, cure: str) -> UserInputError:
     return UserInputError([Problem(KEY, spec, rule, cure)])
 
 
-def _problem(spec: str, rule: str) -> Problem:
-    return Problem(KEY, spec, rule, "mend the class, or leave it out")
+def _build_problem(spec: str, rule: str) -> Problem:
+    return Problem(KEY, spec, rule, "correct the class, or leave data.strategy out")

@@ -1,7 +1,7 @@
 """Captions to token ids for SDXL's two text encoders.
 
-Captions of up to 75 tokens fill one window; longer ones are tokenised once and their ids cut into windows of 75, each
-wrapped in start and end marks, as kohya-ss/sd-scripts does.
+A caption of up to 75 tokens fills one window. A longer one is tokenized once, and its ids are cut into windows of 75,
+each between a start and an end mark, as in kohya-ss/sd-scripts.
 """
 
 import gzip
@@ -18,50 +18,54 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-SOURCES_VARIABLE = "SDXL_TRAINER_VOCABULARIES"  # of the environment: what the server of loader workers loads
+# Environment variable that names the vocabularies for the server of loader workers (data/loading/preload.py).
+SOURCES_VARIABLE = "SDXL_TRAINER_VOCABULARIES"
 WINDOW = 75  # tokens between the marks
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's vocabulary: 256 bytes, the same ending a word, 48,894 merges, and the two marks.
+# CLIP's vocabulary: 256 bytes, the same 256 at the end of a word, 48,894 merges, and the two marks.
 NUM_MERGES = 48_894
-MAX_WORDS, MAX_LETTERS = 16_384, 64  # of words that are kept with their ids: a few MB
-MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # as OpenAI published it, and as open_clip_torch carries it
-# CLIP's own split: contractions, letters, single digits, runs of anything else.
+MAX_WORDS, MAX_LETTERS = 16_384, 64  # limits of the cache of words and their ids, a few MB
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # published by OpenAI, and shipped with open_clip_torch
+# CLIP's pre-tokenization: contractions, runs of letters, single digits, runs of other characters.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True)
 class CaptionTokenizer:
-    """CLIP's byte-level BPE with one encoder's padding. For loader workers: imports fast, pickles small."""
+    """CLIP's byte-level BPE with one text encoder's padding.
+
+    Made for loader workers: it imports fast, and pickles as the path of its vocabulary.
+    """
 
     tokenizer: Tokenizer
     start_id: int
     end_id: int
     pad_id: int
-    vocabulary: str  # names it: those of one name split captions into the same ids
-    source: Path  # what it was loaded from
+    vocabulary: str  # hash: tokenizers with equal hashes give equal ids
+    source: Path  # that the vocabulary was loaded from
     _words: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Callable[..., "CaptionTokenizer"], tuple[Path, str, int]]:
-        """Workers load the vocabulary themselves, or find it loaded (data/loading/preload.py)."""
+        """Pickle as source and hash: workers load the vocabulary, or find it preloaded (data/loading/preload.py)."""
         return restore_tokenizer, (self.source, self.vocabulary, self.pad_id)
 
     def encode(self, caption: str, max_tokens: int = WINDOW) -> np.ndarray:
-        """Token ids of a caption, [max_tokens / 75, 77] int64; what is beyond `max_tokens` is cut off."""
-        return self.cut_windows(self.split(caption), max_tokens)
+        """Tokenize a caption into windows, [max_tokens / 75, 77] int64; tokens beyond `max_tokens` are cut off."""
+        return self.cut_windows(self.tokenize(caption), max_tokens)
 
-    def split(self, caption: str) -> list[int]:
-        """Token ids of a caption, without the marks.
+    def tokenize(self, caption: str) -> list[int]:
+        """Return the token ids of a caption, without marks and padding.
 
-        No token reaches over a space and nothing looks beyond one, so the ids of a caption are those of its words, and
-        words come again and again.
+        No token and no rule of CLIP's BPE spans a space, so a caption's ids are those of its words, and the ids of
+        recurring words are cached.
         """
         ids: list[int] = []
         for word in caption.split(" "):
             found = self._words.get(word)
-            ids += self._split_word(word) if found is None else found
+            ids += self._tokenize_word(word) if found is None else found
         return ids
 
-    def _split_word(self, word: str) -> list[int]:
+    def _tokenize_word(self, word: str) -> list[int]:
         ids = self.tokenizer.encode(word, add_special_tokens=False).ids
         if len(self._words) >= MAX_WORDS:
             self._words.clear()
@@ -70,7 +74,7 @@ class CaptionTokenizer:
         return ids
 
     def cut_windows(self, ids: list[int], max_tokens: int = WINDOW) -> np.ndarray:
-        """`encode` of a caption that is split already."""
+        """Cut token ids into windows with marks and padding, [max_tokens / 75, 77] int64."""
         ids = ids[:max_tokens]
         windows = np.full((max_tokens // WINDOW, WINDOW + 2), self.pad_id, np.int64)
         windows[:, 0] = self.start_id
@@ -80,9 +84,9 @@ class CaptionTokenizer:
             window[1 + len(part)] = self.end_id
         return windows
 
-    def count(self, caption: str) -> int:
-        """Tokens of a caption, without the marks."""
-        return len(self.split(caption))
+    def count_tokens(self, caption: str) -> int:
+        """Return the number of a caption's tokens, without marks and padding."""
+        return len(self.tokenize(caption))
 
 
 class Tokenizers(NamedTuple):
@@ -103,18 +107,18 @@ def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
     """Build a tokenizer from CLIP's vocabulary.
 
     Args:
-        source: a folder with `vocab.json` and `merges.txt`, or a file in the form of `bpe_simple_vocab_16e6.txt.gz`.
-        pad_token: `<|endoftext|>` for SDXL's encoder 1, `!` (id 0) for encoder 2.
+        source: a folder with `vocab.json` and `merges.txt`, or a file in the format of `bpe_simple_vocab_16e6.txt.gz`.
+        pad_token: `<|endoftext|>` for SDXL's text encoder 1, `!` (id 0) for text encoder 2.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: this is not CLIP's vocabulary.
+        ValueError: the vocabulary is not CLIP's.
     """
     known, merges = _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
     unknown = [token for token in (START, END, pad_token) if token not in known]
     if unknown:
         raise ValueError(f"{source}: lacks {', '.join(unknown)}; this is not CLIP's vocabulary")
-    # The model is case-blind and Unicode-normalised before bytes are formed, as CLIP's own tokenizer is.
+    # CLIP normalizes Unicode and lowers case before it splits text into bytes.
     tokenizer = Tokenizer(BPE(known, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -125,27 +129,34 @@ def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # A caption that spells a mark out gets the mark, as from CLIP's own tokenizer.
+    # CLIP's tokenizer turns a mark spelled out in a caption into the mark's token.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
     digest = hashlib.sha256(repr((known, merges)).encode()).hexdigest()
-    return CaptionTokenizer(tokenizer, known[START], known[END], known[pad_token], digest, source)
+    return CaptionTokenizer(
+        tokenizer=tokenizer,
+        start_id=known[START],
+        end_id=known[END],
+        pad_id=known[pad_token],
+        vocabulary=digest,
+        source=source,
+    )
 
 
 @lru_cache(maxsize=2)
-def keep_vocabulary(source: Path) -> CaptionTokenizer:
-    """A tokenizer of `source`, loaded once in a process and those that are forked from it."""
+def preload_vocabulary(source: Path) -> CaptionTokenizer:
+    """Load a tokenizer once for this process and all processes forked from it."""
     return load_tokenizer(source, END)
 
 
 def restore_tokenizer(source: Path, vocabulary: str, pad_id: int) -> CaptionTokenizer:
-    """A tokenizer that another process has sent.
+    """Unpickle a tokenizer that another process sent.
 
     Raises:
-        ValueError: its source is another vocabulary now.
+        ValueError: the source holds another vocabulary by now.
     """
-    loaded = keep_vocabulary(source)
+    loaded = preload_vocabulary(source)
     if loaded.vocabulary != vocabulary:
-        raise ValueError(f"{source}: the vocabulary has changed since this run was started")
+        raise ValueError(f"{source}: the vocabulary has changed since the run started")
     return replace(loaded, pad_id=pad_id)
 
 
@@ -160,13 +171,13 @@ def share_vocabulary(tokenizers: Tokenizers) -> Tokenizers:
 def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens: int = WINDOW) -> TokenIds:
     """Tokenize captions for both encoders, into [B, max_tokens / 75, 77] ids each.
 
-    Splitting takes most of a sample's time, so captions are split once if both tokenizers have the same vocabulary, as
-    SDXL's two have.
+    Tokenizing takes most of the time of a sample, so captions are tokenized only once if both vocabularies are equal,
+    as SDXL's are.
     """
     first, second = tokenizers
-    ids = [first.split(caption) for caption in captions]
+    ids = [first.tokenize(caption) for caption in captions]
     is_shared = first.vocabulary == second.vocabulary
-    ids_2 = ids if is_shared else [second.split(caption) for caption in captions]
+    ids_2 = ids if is_shared else [second.tokenize(caption) for caption in captions]
     return TokenIds(
         np.stack([first.cut_windows(each, max_tokens) for each in ids]),
         np.stack([second.cut_windows(each, max_tokens) for each in ids_2]),
@@ -174,7 +185,7 @@ def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens:
 
 
 def find_installed_vocabulary() -> Path | None:
-    """CLIP's merges within an installed open_clip_torch, which is not imported; None without it."""
+    """Return the file of CLIP's merges in an installed open_clip_torch, without importing it; None without it."""
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations if package else None) or []
     return next((file for folder in folders if (file := Path(folder) / MERGES_FILE).is_file()), None)
@@ -190,7 +201,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _read_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary that a list of merges stands for: CLIP numbers its tokens in this order."""
+    """Read a list of merges and derive CLIP's vocabulary from it: bytes, word ends, merges and marks, in this order."""
     with gzip.open(file, "rt", encoding="utf-8") as stream:
         merges = _split_merges(stream.read().splitlines())[:NUM_MERGES]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

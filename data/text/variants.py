@@ -1,7 +1,8 @@
-"""The captions whose text encoder outputs are cached: a fixed number of draws of what training would shape each time.
+"""Caption variants: a fixed number of captions per sample, whose text encoder outputs are cached.
 
-They are keyed to the sample's key alone, so any run with the same caption settings finds the same ones. Caption dropout
-is left out: it is drawn when a sample is read, and takes the outputs of the empty caption.
+Their random choices are keyed to the sample's key alone, so all runs with the same caption settings build the same
+variants. Caption dropout is not part of them: it is drawn when a sample is read, and selects the outputs of the empty
+caption.
 """
 
 import hashlib
@@ -13,51 +14,53 @@ import numpy as np
 import orjson
 
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
-from sdxl_trainer.data.text.captions import CaptionSettings, shape_caption, shape_text
+from sdxl_trainer.data.text.captions import CaptionSettings, CaptionTexts, build_caption, process_texts
 from sdxl_trainer.data.text.strategy import Strategy
 
 
 @dataclass(frozen=True)
 class CaptionVariants:
-    """Shapes the captions of a record that are cached.
+    """Builder of the captions of a record that are cached.
 
     Args:
-        count: how many are drawn.
+        settings: of the caption pipeline.
+        count: number of variants.
+        strategy: the user's class, which may supply the text.
     """
 
     settings: CaptionSettings
     count: int = 1
     strategy: Strategy | None = None
 
-    def shape(self, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """`count` captions, or one if all are the same.
+    def build(self, record: Mapping[str, Any]) -> tuple[str, ...]:
+        """Build `count` captions of a record, or one if all are equal.
 
         Raises:
-            StrategyError: the user's class failed on this record.
+            StrategyError: the user's class failed on the record.
         """
-        captions = tuple(self._draw(record, number) for number in range(self.count))
+        captions = tuple(self._build_variant(record, number) for number in range(self.count))
         return captions if len(set(captions)) > 1 else captions[:1]
 
-    def _draw(self, record: Mapping[str, Any], number: int) -> str:
+    def _build_variant(self, record: Mapping[str, Any], number: int) -> str:
         settings = replace(self.settings, dropout_rate=0.0, dropout_every_epochs=0)
         rng = np.random.default_rng(derive_seed(RandomStream.CAPTION_VARIANT, number, *str(record["key"]).encode()))
         if self.strategy is not None and self.strategy.has("caption"):
-            return shape_text(self.strategy.caption(dict(record), rng), "", settings, rng)
-        return shape_caption(record, settings, rng)
+            return process_texts(CaptionTexts(self.strategy.caption(dict(record), rng)), settings, rng)
+        return build_caption(record, settings, rng)
 
 
 def hash_captions(captions: tuple[str, ...]) -> str:
-    """SHA-256 of captions, as JSON: what cached outputs of them are true for."""
+    """Return the SHA-256 of captions as JSON, which tells whether cached outputs still belong to them."""
     return hashlib.sha256(orjson.dumps(captions)).hexdigest()
 
 
-def list_random(settings: CaptionSettings) -> list[str]:
-    """The caption settings that make a caption another one each time it is shaped; dropout does not count."""
-    lists = any(isinstance(new, list) and len(new) > 1 for new in settings.replacements.values())
+def list_random_settings(settings: CaptionSettings) -> list[str]:
+    """Return the names of the settings that make a caption differ each time it is built, except dropout."""
+    has_choices = any(isinstance(new, list) and len(new) > 1 for new in settings.replacements.values())
     random = {
         "shuffle": settings.shuffle,
         "tag_dropout_rate": 0 < settings.tag_dropout_rate < 1,
         "wildcards": settings.wildcards,
-        "replacements": lists,
+        "replacements": has_choices,
     }
     return [name for name, is_random in random.items() if is_random]

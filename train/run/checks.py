@@ -16,7 +16,7 @@ from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.checks.validation_set import check_held_out, derive_validation_config, open_validation_set
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
-from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy, save_repeats, try_strategy
+from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.engine.deepspeed_config import check_engine
@@ -128,7 +128,7 @@ def prepare_strategy(config: Config, index: Index | None) -> list[Problem]:
     try:
         strategy = load_strategy(config.data.strategy)
         if index:
-            problems += try_strategy(strategy, index)
+            problems += check_strategy(strategy, index)
         if index and strategy.has("repeats"):
             repeats = compute_repeats(strategy, index)
             config.run.folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from sdxl_trainer.data.formats.text_cache import (
 )
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text, read_text_variant
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions, list_random
+from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions, list_random_settings
 
 IDENTITY = TextIdentity("1", "2", "3", "4", 75, "float32")
 TAGS = {"key": "a", "caption": "one, two, three, four, five, six"}
@@ -88,21 +88,24 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, variants):
 
 def test_variants_are_keyed_to_the_sample_and_leave_dropout_out():
     settings = CaptionSettings(shuffle=True, dropout_rate=0.9, dropout_every_epochs=1, keep_tokens=1)
-    shaped = CaptionVariants(settings, 8).shape(TAGS)
+    shaped = CaptionVariants(settings, 8).build(TAGS)
     assert len(shaped) == 8 and len(set(shaped)) > 4
     assert all(sorted(text.split(", ")) == sorted(TAGS["caption"].split(", ")) for text in shaped)
     assert all(text.startswith("one") for text in shaped)
-    assert shaped == CaptionVariants(replace(settings, dropout_rate=0.0), 8).shape(TAGS)
-    assert shaped[:3] == CaptionVariants(settings, 3).shape(TAGS)  # more of them keeps the first
-    assert shaped != CaptionVariants(settings, 8).shape({**TAGS, "key": "b"})
-    assert CaptionVariants(CaptionSettings(), 8).shape(TAGS) == (TAGS["caption"],)  # all the same: once
+    assert shaped == CaptionVariants(replace(settings, dropout_rate=0.0), 8).build(TAGS)
+    assert shaped[:3] == CaptionVariants(settings, 3).build(TAGS)  # more of them keeps the first
+    assert shaped != CaptionVariants(settings, 8).build({**TAGS, "key": "b"})
+    assert CaptionVariants(CaptionSettings(), 8).build(TAGS) == (TAGS["caption"],)  # all the same: once
     assert hash_captions(shaped) != hash_captions(shaped[:7])
 
 
 def test_what_makes_captions_random_is_told():
-    assert list_random(CaptionSettings(dropout_rate=0.5, keep_tokens=2, prefix="x", replacements={"a": "b"})) == []
+    assert (
+        list_random_settings(CaptionSettings(dropout_rate=0.5, keep_tokens=2, prefix="x", replacements={"a": "b"}))
+        == []
+    )
     random = CaptionSettings(shuffle=True, wildcards=True, tag_dropout_rate=0.1, replacements={"a": ["b", "c"]})
-    assert list_random(random) == ["shuffle", "tag_dropout_rate", "wildcards", "replacements"]
+    assert list_random_settings(random) == ["shuffle", "tag_dropout_rate", "wildcards", "replacements"]
 
 
 def test_every_flipped_byte_of_what_all_outputs_share_is_found(tmp_path):

@@ -237,10 +237,10 @@ def test_shards_that_change_while_training_make_bad_samples(tmp_path, shards, st
     store.pipe_file("bucket/gone/a.tar", content[: last["offset"] + 100])
     batches = read_epoch(dataset)
     [(key, reason)] = [item for batch in batches for item in batch.bad]
-    assert key == last["key"] and "s3://bucket/gone/a.tar at byte" in reason and "is cut short: 100 of" in reason
+    assert key == last["key"] and "s3://bucket/gone/a.tar at byte" in reason and "is truncated: has 100 of" in reason
     store.pipe_file("bucket/gone/a.tar", content[:2000])
     bad = [item for batch in read_epoch(dataset) for item in batch.bad]
-    assert sorted(key for key, _ in bad) == keys[:PER_SHARD] and all("is cut short: " in reason for _, reason in bad)
+    assert sorted(key for key, _ in bad) == keys[:PER_SHARD] and all("is truncated: " in reason for _, reason in bad)
     store.rm("bucket/gone/a.tar")
     batches = read_epoch(dataset)
     bad = [item for batch in batches for item in batch.bad]
@@ -303,7 +303,7 @@ def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, 
     whole = read_streamed(dataset, 2)
     taken = sorted(item for batch in whole.values() for item in batch)
     assert taken == sorted((key, epoch) for key in index.arrow_column("key").to_pylist() for epoch in (0, 1))
-    for future in dataset.store._coming.values():
+    for future in dataset.store._running.values():
         future.result()
     assert len(list((tmp_path / "copies").glob("*.tar"))) == NUM_SHARDS
     reads, once = [], remote._read_once

@@ -9,14 +9,14 @@ import pytest
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import iterate_keys, load_config
-from sdxl_trainer.data.text.captions import CaptionSettings, expand_wildcards, shape_caption
+from sdxl_trainer.data.text.captions import CaptionSettings, build_caption, expand_wildcards
 
 TAGS = "a, b, c, d, e, f"
 
 
 def shape(caption, seed=0, step=0, epoch=0, **settings) -> str:
     record = caption if isinstance(caption, dict) else {"caption": caption}
-    return shape_caption(record, CaptionSettings(**settings), np.random.default_rng(seed), step, epoch)
+    return build_caption(record, CaptionSettings(**settings), np.random.default_rng(seed), step, epoch)
 
 
 def draw(caption, number=400, **settings) -> Counter:

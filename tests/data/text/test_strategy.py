@@ -24,13 +24,13 @@ from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import (
     Strategy,
     StrategyError,
+    check_strategy,
     compute_repeats,
     count_attributes,
     hash_repeats,
     load_repeats,
     load_strategy,
     save_repeats,
-    try_strategy,
 )
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
@@ -106,7 +106,7 @@ def test_attributes_are_counted_once_a_record(index):
     }
     assert counts["tags"] == Counter({"1girl": 2, "best quality": 1, "solo": 1, "smile": 1, "scenery": 1})
     assert counts["artist"]["nobody"] == 0
-    with pytest.raises(KeyError, match="there are artist, characters"):
+    with pytest.raises(KeyError, match="known: artist, characters"):
         counts["artists"]
 
 
@@ -247,7 +247,7 @@ def test_a_strategy_that_fails_makes_a_bad_sample(cache, index, tmp_path, body, 
     if "raised" in said:  # the traceback begins in the user's file
         assert "Traceback" in reason and str(tmp_path / "user.py") in reason and "data/text/strategy.py" not in reason
     # Failing on every sample is known before a run; with one sample that works it is not the start's affair.
-    [problem] = try_strategy(strategy, index)
+    [problem] = check_strategy(strategy, index)
     assert problem.key == "data.strategy" and "failed on all samples tried: s0: " in str(problem)
 
 
@@ -267,7 +267,7 @@ def test_a_sample_that_is_bad_twice_is_counted_once(cache, index, tmp_path):
 
 def test_a_strategy_that_fails_now_and_then_may_start(index, tmp_path):
     body = "def caption(self, record, rng):\n    assert record['key'] != 's0'\n    return ''"
-    assert try_strategy(load_strategy(write_class(tmp_path, body)), index) == []
+    assert list(check_strategy(load_strategy(write_class(tmp_path, body)), index)) == []
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_repeats_that_fail_stop_the_start(index, tmp_path, body, said):
         (
             "FOLDER/user.py:Mine",
             "none of the methods repeats(record, counts), caption(record, rng), loss_weight(record)\n"
-            "      cure: is repeat meant as repeats?, is captions meant as caption?",
+            "      cure: rename repeat to repeats, rename captions to caption",
         ),
         ("FOLDER/init.py:Mine", "Mine() raised TypeError"),
         ("no.such.module:Mine", "cannot be loaded: ModuleNotFoundError: No module named 'no'"),
@@ -351,7 +351,7 @@ def test_the_example_of_the_docs_does_what_they_say(cache, index):
     page = (ROOT / "docs" / "STRATEGY.md").read_text()
     assert EXAMPLE.read_text() in page, "docs/STRATEGY.md shows another example than docs/examples/strategy.py"
     strategy = load_strategy(f"{EXAMPLE}:Strategy")
-    assert try_strategy(strategy, index) == []
+    assert list(check_strategy(strategy, index)) == []
     assert compute_repeats(strategy, index).tolist() == [2, 0, 3, 1]
     dataset = build_dataset(cache, index, strategy, keep_tokens_separator="|||", shuffle=True)
     rows = np.arange(4)
