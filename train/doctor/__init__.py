@@ -1,1 +1,1 @@
-"""The doctor: every check of machine, settings, and data, before a run."""
+"""The doctor: examination of machine, settings and data before a run."""

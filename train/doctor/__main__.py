@@ -1,4 +1,4 @@
-"""Check machine, settings and data: `python -m sdxl_trainer.train.doctor [--cfg x.yaml]`."""
+"""Examine machine, settings and data: `python -m sdxl_trainer.train.doctor [--cfg x.yaml]`."""
 
 from sdxl_trainer.launch.program import end_program
 from sdxl_trainer.train.doctor.doctor import main

@@ -1,8 +1,7 @@
-"""Is everything in order to train, and if not, what to do: `bash launch/doctor.sh --cfg x.yaml`.
+"""Examine machine, settings and data before a run: `bash launch/doctor.sh --cfg x.yaml`.
 
-Each thing that is looked at is a line: ok, or what is wrong with its cure. Without settings only the machine is looked
-at. It is here and not in launch/, whose part is launch/machine.py, because what training would say of settings and data
-is training's to say.
+Each finding is a line: ok, or what is wrong and its cure. Without settings only the machine is examined
+(launch/machine.py). The program is part of train/ because it runs the checks of training on the settings and the data.
 """
 
 import argparse
@@ -31,8 +30,8 @@ from sdxl_trainer.train.estimates.memory import (
 )
 
 
-def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
-    """The machine, then the settings if there are any, and what they need of it."""
+def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
+    """Yield findings about the machine, then about the settings if there are any, and about what they need of it."""
     yield from examine_machine()
     if cfg is None:
         yield examine_disk("run.dir", Path("runs"))
@@ -40,15 +39,15 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
     try:
         config, problems = load_config(cfg, overrides)
     except UserInputError as error:
-        yield from map(explain, error.problems)
+        yield from map(convert_problem, error.problems)
         return
     world_size = num_ranks or max(1, torch.cuda.device_count())
     config, chosen = resolve_zero_stage(config, world_size)
     if chosen:
         yield Finding("engine.zero_stage", chosen)
-    yield from check_settings(config, problems, world_size)
+    yield from examine_settings(config, problems, world_size)
     num_weights = count_unet_parameters(config.model)
-    yield check_memory(config, num_weights, world_size, list_gpu_memory_bytes())
+    yield examine_memory(config, num_weights, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))
     saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
@@ -56,47 +55,51 @@ def find_everything(cfg: Path | None, overrides: Sequence[str], num_ranks: int |
     yield examine_disk("cache.dir", get_cache_folder(config))
 
 
-def check_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
-    """What training would say before it loads a network, in a run folder that is thrown away."""
-    from sdxl_trainer.train.run.checks import (
-        verify_run,  # not at the top: what the machine lacks is told before this loads
-    )
+def examine_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
+    """Run the checks that training makes before it loads a network, with a temporary run folder."""
+    # Imported here, so that findings about the machine appear before it is loaded.
+    from sdxl_trainer.train.run.checks import verify_run
 
-    yield from map(explain, problems)
+    yield from map(convert_problem, problems)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run = config.run.model_copy(update={"dir": Path(folder)})
         try:
             index, found = verify_run(config.model_copy(update={"run": run}), world_size)
-        except RuntimeError as error:  # more is bad than data.max_bad_fraction allows
-            yield Finding("data", str(error), "mend the samples named, or bash launch/cache.sh with --repair")
+        except RuntimeError as error:  # more latents are bad than data.max_bad_fraction allows
+            yield Finding("data", str(error), "repair the samples listed, or run bash launch/cache.sh with --repair")
             return
-        yield from map(explain, found)
+        yield from map(convert_problem, found)
         if not problems and not found:
-            yield Finding("settings", f"nothing contradicts on {world_size} ranks")
+            yield Finding("settings", f"no contradictions on {world_size} ranks")
         if index is not None:
             yield Finding("data", f"{len(index)} samples to train on")
 
 
-def explain(problem: Problem) -> Finding:
-    """A problem of the settings as a finding."""
+def convert_problem(problem: Problem) -> Finding:
+    """Return a problem of the settings as a finding."""
     value = "" if problem.value is None else f"{problem.value!s:.100} "
     return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md")
 
 
-def check_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
-    """Whether weights, gradients and optimizer state fit; activations come on top, and cannot be told beforehand."""
+def examine_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
+    """Compare the memory for weights, gradients and optimizer state with the GPUs'. Activations are not included.
+
+    Args:
+        num_weights: of the U-Net; 0 if it is not known.
+        gpu_bytes: memory of each GPU.
+    """
     if not num_weights:
-        return Finding("memory", "the model's size is not known here")
+        return Finding("memory", "the size of the model is not known before it is fetched")
     needed = estimate_memory(config, num_weights, world_size)
     detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB a rank on {world_size} ranks"
-    detail += f" ({needed}), besides activations"
+    detail += f" ({needed}), plus activations"
     if gpu_bytes and needed.total > min(gpu_bytes):
         return Finding("memory", f"{detail}; a GPU has {min(gpu_bytes) / 1e9:.3g} GB", TOO_LITTLE_MEMORY)
     return Finding("memory", detail)
 
 
-def tell(findings: Iterable[Finding]) -> None:
-    """Print each finding as it comes.
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Print each finding as soon as it is there.
 
     Raises:
         FailedError: something is wrong.
@@ -108,26 +111,26 @@ def tell(findings: Iterable[Finding]) -> None:
         sys.stdout.write(f"{'':<7}cure: {finding.cure}\n" if finding.cure else "")
         sys.stdout.flush()
     if wrong:
-        raise FailedError(f"{wrong} of {total} things that were looked at are wrong")
+        raise FailedError(f"{wrong} of {total} findings are wrong")
 
 
 def read_num_ranks() -> int | None:
-    """What NPROC says, as the launch scripts take it; None if it is no number."""
+    """Return the number of ranks in the environment variable NPROC, as the launch scripts do; None if it has none."""
     number = os.environ.get("NPROC", "")
     return int(number) if number.isdecimal() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look at everything; return the exit status (0 all is well, 1 something is wrong)."""
-    parser = argparse.ArgumentParser(description="Is everything in order to train, and if not, what to do.")
-    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is looked at")
+    """Examine everything; return the exit status (0 nothing is wrong, 1 something is wrong)."""
+    parser = argparse.ArgumentParser(description="Examine machine, settings and data before training.")
+    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is examined")
     parser.add_argument(
         "--ranks",
         type=int,
         metavar="N",
         default=read_num_ranks(),
-        help="ranks that will train (default: what NPROC says, else one per GPU, or 1 without GPUs)",
+        help="number of ranks that will train (default: NPROC, else one per GPU, or 1 without GPUs)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     options = parser.parse_intermixed_args(arguments)
-    return run_program(lambda: tell(find_everything(options.cfg, options.overrides, options.ranks)))
+    return run_program(lambda: print_findings(examine_all(options.cfg, options.overrides, options.ranks)))

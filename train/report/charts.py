@@ -1,4 +1,4 @@
-"""The charts of a run's report, from the numbers that the run has written down. Needs no torch."""
+"""Charts of a run's report, drawn from its metrics. Imports no torch."""
 
 from array import array
 from collections.abc import Callable
@@ -8,55 +8,55 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a screen
+from matplotlib.figure import Figure  # pyplot would keep all figures and look for a screen
 
 from sdxl_trainer.train.report.metrics import read_lines
 
 PALE, STRONG, OTHER = "#9db4c8", "#1f5c99", "#c2571a"
 SIZE_INCHES, DOTS_PER_INCH = (7.2, 3.6), 110
-MAX_POINTS = 2000  # of a curve: as many as a chart has columns of pixels, and then some
+MAX_POINTS = 2000  # of a curve; a chart has about 800 columns of pixels
 MAX_BUCKETS, MAX_VALIDATIONS = 24, 8
-SMOOTHED_SHARE = 0.05  # of all steps, that the moving average reaches over
+SMOOTHED_SHARE = 0.05  # of all steps, that the moving average covers
 
 
 @dataclass(frozen=True)
 class Series:
-    """A number over the steps: [N] steps, each once and in order, and [N] values, NaN where it was not finite."""
+    """A metric over the steps: [N] steps, each once and in order, and [N] values, NaN if a value is not finite."""
 
     steps: np.ndarray
     values: np.ndarray
 
     @property
     def finite(self) -> "Series":
-        """Without what is not finite."""
+        """The series without values that are not finite."""
         kept = np.isfinite(self.values)
         return Series(self.steps[kept], self.values[kept])
 
     @property
     def last(self) -> float:
-        """The newest finite value, or NaN."""
+        """The last finite value, or NaN."""
         values = self.finite.values
         return float(values[-1]) if len(values) else float("nan")
 
 
-NOTHING = Series(np.zeros(0, np.int64), np.zeros(0))
+EMPTY_SERIES = Series(np.zeros(0, np.int64), np.zeros(0))
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """What charts are drawn from."""
+class RunNumbers:
+    """The numbers of a run that charts are drawn from."""
 
-    series: dict[str, Series]
-    counts: dict[str, Any]  # `buckets` and `tokens` of data/loading/counts.py, or nothing
+    series: dict[str, Series]  # by metric name
+    counts: dict[str, Any]  # `buckets` and `tokens` of data/loading/counts.py; empty if they are not stored
 
     def get(self, name: str) -> Series:
-        """A series, empty if there is none of that name."""
-        return self.series.get(name, NOTHING)
+        """Return the series of a metric, empty if the run has none."""
+        return self.series.get(name, EMPTY_SERIES)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart; `text` says in words what it shows."""
+    """A drawn chart; `text` describes in words what it shows."""
 
     name: str
     title: str
@@ -65,7 +65,7 @@ class Chart:
 
 
 def read_series(file: Path) -> dict[str, Series]:
-    """Every number of a metrics file by its name. Of lines of the same step the later one counts."""
+    """Read every metric of a metrics file, by name. If a step has several lines, the last one counts."""
     columns: dict[str, tuple[array, array]] = {}
     for line in read_lines(file) if file.is_file() else ():
         step = line.pop("step")
@@ -73,16 +73,17 @@ def read_series(file: Path) -> dict[str, Series]:
             steps, values = columns.setdefault(name, (array("q"), array("d")))
             steps.append(step)
             values.append(float("nan") if value is None else value)
-    return {name: _sort(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+    return {name: _build_series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
 
 
-def _sort(steps: np.ndarray, values: np.ndarray) -> Series:
-    kept, places = np.unique(steps[::-1], return_index=True)  # of the reversed order, so the first is the latest
+def _build_series(steps: np.ndarray, values: np.ndarray) -> Series:
+    # In reversed order the first of equal steps is the last one written.
+    kept, places = np.unique(steps[::-1], return_index=True)
     return Series(kept, values[::-1][places])
 
 
 def smooth(values: np.ndarray, share: float = SMOOTHED_SHARE) -> np.ndarray:
-    """Exponential moving average over about `share` of all values, corrected for its start. [N] in and out."""
+    """Return the bias-corrected exponential moving average over about `share` of all values, [N]."""
     decay = 1 - 1 / max(1.0, share * len(values))
     average, weight, result = 0.0, 0.0, np.empty(len(values))
     for place, value in enumerate(values.tolist()):
@@ -92,36 +93,36 @@ def smooth(values: np.ndarray, share: float = SMOOTHED_SHARE) -> np.ndarray:
     return result
 
 
-def draw_charts(numbers: Numbers) -> list[Chart]:
-    """All charts for which there are numbers."""
+def draw_charts(numbers: RunNumbers) -> list[Chart]:
+    """Draw every chart that the run has numbers for."""
     return [chart for draw in CHARTS if (chart := draw(numbers)) is not None]
 
 
-def draw_loss(numbers: Numbers) -> Chart | None:
-    """The loss of the steps, its average, and the validations'."""
+def draw_loss(numbers: RunNumbers) -> Chart | None:
+    """Draw the loss of each step, its moving average, and the validation losses."""
     every = numbers.get("loss")
     steps, validations = every.finite, numbers.get("validation/loss").finite
     if len(every.steps) + len(validations.steps) == 0:
         return None
     figure, axes = build_figure("loss")
-    said = [f"{len(every.steps)} steps"]
+    texts = [f"{len(every.steps)} steps"]
     if len(steps.steps):
         averages = smooth(steps.values)
-        draw_raw(axes, steps, "loss of the step")
-        draw_line(axes, Series(steps.steps, averages), color=STRONG, linewidth=2, label="moving average")
-        said.append(f"the moving average goes from {averages[0]:.4g} to {averages[-1]:.4g}")
+        draw_noisy_curve(axes, steps, "loss of the step")
+        draw_smooth_curve(axes, Series(steps.steps, averages), color=STRONG, linewidth=2, label="moving average")
+        texts.append(f"moving average from {averages[0]:.4g} to {averages[-1]:.4g}")
     for name, series in numbers.series.items():
         if name == "validation/loss" or name.startswith("validation/loss_ema_"):
-            label = "validation" + name.removeprefix("validation/loss").replace("_ema_", ", average of ")
+            label = "validation" + name.removeprefix("validation/loss").replace("_ema_", ", EMA ")
             line = "-" if name == "validation/loss" else "--"
             axes.plot(series.finite.steps, series.finite.values, line, color=OTHER, marker="o", ms=3, label=label)
     if len(validations.steps):
-        said.append(f"the validation loss from {validations.values[0]:.4g} to {validations.last:.4g}")
-    lost = every.steps[~np.isfinite(every.values)]
-    if len(lost):
+        texts.append(f"validation loss from {validations.values[0]:.4g} to {validations.last:.4g}")
+    non_finite = every.steps[~np.isfinite(every.values)]
+    if len(non_finite):
         axes.plot(
-            lost,
-            np.zeros(len(lost)),
+            non_finite,
+            np.zeros(len(non_finite)),
             "|",
             color="#d01020",
             ms=12,
@@ -129,13 +130,13 @@ def draw_loss(numbers: Numbers) -> Chart | None:
             clip_on=False,
             transform=axes.get_xaxis_transform(),
         )
-        said.append(f"of {len(lost)} steps it was not finite")
+        texts.append(f"not finite in {len(non_finite)} steps")
     axes.legend(frameon=False)
-    return Chart("loss", "Loss", "; ".join(said), figure)
+    return Chart("loss", "Loss", "; ".join(texts), figure)
 
 
-def draw_loss_by_timestep(numbers: Numbers) -> Chart | None:
-    """The validation loss in each part of the timesteps, a line for each of some validations."""
+def draw_loss_by_timestep(numbers: RunNumbers) -> Chart | None:
+    """Draw the validation loss of each bin of timesteps, one line for each of up to `MAX_VALIDATIONS` validations."""
     prefix = "validation/loss_t"
     names = [name for name in numbers.series if name.startswith(prefix) and name.removeprefix(prefix)[:1].isdigit()]
     bins = {name.removeprefix(prefix): numbers.get(name).finite for name in sorted(names) if "_ema_" not in name}
@@ -149,54 +150,54 @@ def draw_loss_by_timestep(numbers: Numbers) -> Chart | None:
         values = [column.get(step, float("nan")) for column in known]
         share = (place + 1) / len(shown)
         axes.plot(list(bins), values, marker="o", ms=3, color=STRONG, alpha=0.2 + 0.8 * share, label=f"step {step}")
-    turn_labels(axes, len(bins))
+    rotate_labels(axes, len(bins))
     figure.subplots_adjust(right=0.84)
     axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     text = (
-        f"{len(bins)} parts of the timesteps at {len(shown)} of {len(steps)} validations; at the last one "
+        f"{len(bins)} bins of timesteps at {len(shown)} of {len(steps)} validations; at the last validation "
         + ", ".join(f"{name}: {series.last:.4g}" for name, series in bins.items())
     )
     return Chart("loss_by_timestep", "Validation loss by timestep", text, figure)
 
 
-def draw_curve(name: str, title: str, unit: str, scale: float = 1.0) -> Callable[[Numbers], Chart | None]:
-    """What draws one number over the steps: raw and averaged."""
+def build_curve_chart(name: str, title: str, unit: str, scale: float = 1.0) -> Callable[[RunNumbers], Chart | None]:
+    """Return a function that draws a metric over the steps, with its moving average."""
 
-    def draw(numbers: Numbers) -> Chart | None:
+    def draw(numbers: RunNumbers) -> Chart | None:
         series = numbers.get(name).finite
         if not len(series.steps):
             return None
         series = Series(series.steps, series.values * scale)
         figure, axes = build_figure(unit)
-        draw_raw(axes, series, "of the step")
-        draw_line(axes, Series(series.steps, smooth(series.values)), color=STRONG, linewidth=2, label="moving average")
+        draw_noisy_curve(axes, series, "of the step")
+        draw_smooth_curve(
+            axes, Series(series.steps, smooth(series.values)), color=STRONG, linewidth=2, label="moving average"
+        )
         axes.set_ylim(bottom=min(0.0, float(series.values.min())))
         axes.legend(frameon=False)
         values = series.values
-        text = (
-            f"median {np.median(values):.3g}, least {values.min():.3g}, most {values.max():.3g}, last {values[-1]:.3g}"
-        )
+        text = f"median {np.median(values):.3g}, min {values.min():.3g}, max {values.max():.3g}, last {values[-1]:.3g}"
         return Chart(name, title, f"{unit}: {text}", figure)
 
     return draw
 
 
-def draw_lr(numbers: Numbers) -> Chart | None:
-    """The learning rate, which is no measurement and needs no average."""
+def draw_lr(numbers: RunNumbers) -> Chart | None:
+    """Draw the learning rate, without an average."""
     series = numbers.get("lr").finite
     if not len(series.steps):
         return None
     figure, axes = build_figure("learning rate")
-    draw_line(axes, series, color=STRONG, linewidth=2)
+    draw_smooth_curve(axes, series, color=STRONG, linewidth=2)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
     values = series.values
-    text = f"starts at {values[0]:.3g}, is at most {values.max():.3g}, and {values[-1]:.3g} at step {series.steps[-1]}"
+    text = f"first {values[0]:.3g}, max {values.max():.3g}, last {values[-1]:.3g} at step {series.steps[-1]}"
     return Chart("lr", "Learning rate", text, figure)
 
 
-def draw_buckets(numbers: Numbers) -> Chart | None:
-    """Samples of each bucket in an epoch, the fullest ones by themselves."""
+def draw_buckets(numbers: RunNumbers) -> Chart | None:
+    """Draw the samples of each bucket in an epoch; the smallest buckets share a bar."""
     sizes: dict[str, int] = numbers.counts.get("buckets", {})
     if not sizes:
         return None
@@ -205,16 +206,16 @@ def draw_buckets(numbers: Numbers) -> Chart | None:
         shown[f"{len(sizes) - len(shown)} others"] = sum(sizes.values()) - sum(shown.values())
     figure, axes = build_figure("samples in epoch 0", "bucket")
     axes.bar(list(shown), list(shown.values()), color=STRONG)
-    turn_labels(axes, len(shown))
+    rotate_labels(axes, len(shown))
     axes.grid(visible=False, axis="x")
-    text = f"{sum(sizes.values()):,} samples in {len(sizes)} buckets; the fullest are " + ", ".join(
+    text = f"{sum(sizes.values()):,} samples in {len(sizes)} buckets; the largest are " + ", ".join(
         f"{name} with {count:,}" for name, count in list(sizes.items())[:3]
     )
     return Chart("buckets", "Buckets", text, figure)
 
 
-def draw_tokens(numbers: Numbers) -> Chart | None:
-    """Lengths of captions in tokens, by text encoder 1's tokenizer."""
+def draw_tokens(numbers: RunNumbers) -> Chart | None:
+    """Draw the lengths of captions in tokens, by the tokenizer of text encoder 1."""
     tokens = numbers.counts.get("tokens", {})
     if not tokens.get("num_captions"):
         return None
@@ -224,33 +225,34 @@ def draw_tokens(numbers: Numbers) -> Chart | None:
     axes.bar_label(bars, fontsize="small")
     axes.grid(visible=False, axis="x")
     text = (
-        f"of {tokens['num_captions']:,} captions {tokens['num_cut'][0]:,} are longer than data.max_tokens = "
-        f"{tokens['max_tokens']} and are cut off there"
+        f"of {tokens['num_captions']:,} captions, {tokens['num_cut'][0]:,} are longer than data.max_tokens = "
+        f"{tokens['max_tokens']} and are truncated"
     )
     return Chart("tokens", "Length of captions", text, figure)
 
 
-def build_figure(unit: str, over: str = "step") -> tuple[Figure, Axes]:
-    """An empty chart."""
-    figure = Figure(figsize=SIZE_INCHES)  # without an automatic layout, which draws everything twice
+def build_figure(y_label: str, x_label: str = "step") -> tuple[Figure, Axes]:
+    """Build an empty chart."""
+    # No automatic layout: it would draw everything twice.
+    figure = Figure(figsize=SIZE_INCHES)
     figure.subplots_adjust(left=0.11, right=0.98, top=0.95, bottom=0.14)
     axes = figure.subplots()
-    axes.set(xlabel=over, ylabel=unit)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def turn_labels(axes: Axes, number: int) -> None:
-    """Make room below for labels of so many classes, if they are too many to stand side by side."""
-    if number > 6:
+def rotate_labels(axes: Axes, num_labels: int) -> None:
+    """Rotate the x axis's labels and make room for them if they are too many to stand side by side."""
+    if num_labels > 6:
         axes.tick_params(axis="x", labelrotation=60, labelsize="small")
         axes.figure.subplots_adjust(bottom=0.3)
 
 
-def draw_raw(axes: Axes, series: Series, label: str) -> None:
-    """A curve that jumps about; of a long one, what it spans."""
+def draw_noisy_curve(axes: Axes, series: Series, label: str) -> None:
+    """Draw a noisy curve; of a long one, the band between its minima and maxima."""
     if len(series.steps) <= MAX_POINTS:
         axes.plot(series.steps, series.values, color=PALE, linewidth=0.8, label=label)
         return
@@ -259,19 +261,19 @@ def draw_raw(axes: Axes, series: Series, label: str) -> None:
     axes.fill_between(series.steps[starts], low, high, color=PALE, linewidth=0, label=label)
 
 
-def draw_line(axes: Axes, series: Series, **style: Any) -> None:
-    """A smooth curve, of which an even choice of points will do."""
+def draw_smooth_curve(axes: Axes, series: Series, **style: Any) -> None:
+    """Draw a smooth curve through at most `MAX_POINTS` of its points."""
     places = np.unique(np.linspace(0, len(series.steps) - 1, MAX_POINTS).round().astype(int))
     axes.plot(series.steps[places], series.values[places], **style)
 
 
-CHARTS: tuple[Callable[[Numbers], Chart | None], ...] = (
+CHARTS: tuple[Callable[[RunNumbers], Chart | None], ...] = (
     draw_loss,
     draw_loss_by_timestep,
     draw_lr,
-    draw_curve("grad_norm", "Gradient norm", "norm before clipping"),
-    draw_curve("samples_per_second", "Throughput", "samples per second"),
-    draw_curve("data_wait_share", "Waiting for data", "% of the step's time", scale=100),
+    build_curve_chart("grad_norm", "Gradient norm", "norm before clipping"),
+    build_curve_chart("samples_per_second", "Throughput", "samples per second"),
+    build_curve_chart("data_wait_share", "Waiting for data", "% of the step's time", scale=100),
     draw_buckets,
     draw_tokens,
 )

@@ -26,21 +26,21 @@ from sdxl_trainer.train.report.charts import (
     DOTS_PER_INCH,
     SIZE_INCHES,
     Chart,
-    Numbers,
+    RunNumbers,
     draw_charts,
     read_series,
     smooth,
 )
 from sdxl_trainer.train.sampling.image_grid import select_step_folders
 
-NICENESS = 10  # of a report drawn while the run goes on: the loader's workers go first
-THUMBNAIL_PX, QUALITY = 160, 75  # of samples: longest side, and WebP's quality
-MAX_PROMPTS, MAX_STEPS = 8, 10  # whose samples are shown
+NICENESS = 10  # of a report written during training: the loader's workers have priority
+THUMBNAIL_PX, WEBP_QUALITY = 160, 75  # of generated images; the former is the longer side
+MAX_PROMPTS, MAX_STEPS = 8, 10  # whose generated images are shown
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image within the page: its content as a URI, its size on the page, and what it shows in words."""
+    """An image within the page: its content as a URI, its size in pixels, and a description."""
 
     uri: str
     width: int
@@ -50,21 +50,21 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Strip:
-    """The samples of a prompt over the steps; None where there is no image."""
+    """The images generated from a prompt, one a step; None if a step has no image of it."""
 
     prompt: str
     images: list[EmbeddedImage | None]
 
 
 def write_report(folder: Path) -> Path:
-    """Write the charts of a run as PNG, and all of the report as `report.html`, into `report/` of the run folder.
+    """Write a run's report into its folder: `report/report.html`, and each chart as a PNG beside it.
 
     Raises:
-        OSError: something cannot be read or written.
+        OSError: a file cannot be read or written.
     """
     target = folder / "report"
     target.mkdir(parents=True, exist_ok=True)
-    numbers = Numbers(read_series(folder / "logs" / "metrics.jsonl"), read_counts(target / "data.json"))
+    numbers = RunNumbers(read_series(folder / "logs" / "metrics.jsonl"), read_counts(target / "data.json"))
     charts = [(chart, write_chart(chart, target / f"{chart.name}.png")) for chart in draw_charts(numbers)]
     steps, strips = read_strips(folder / "samples")
     page = load_template().render(
@@ -80,36 +80,40 @@ def write_report(folder: Path) -> Path:
 
 
 def load_template() -> jinja2.Template:
-    """The page; every value that is put into it is escaped."""
+    """Load the page's template; every value put into it is escaped."""
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     return jinja2.Environment(**options).from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
 def read_counts(file: Path) -> dict:
-    """What the run has written down of its data; nothing if there is no such file."""
+    """Read the counts that the run has stored of its data; empty if the file does not exist."""
     return orjson.loads(file.read_bytes()) if file.is_file() else {}
 
 
-def list_facts(numbers: Numbers) -> dict[str, str]:
-    """What the page says at its top, of those numbers that there are."""
+def list_facts(numbers: RunNumbers) -> dict[str, str]:
+    """Return the figures at the top of the page, name → value, of the metrics that the run has."""
     loss, validation = numbers.get("loss"), numbers.get("validation/loss")
     facts = {"steps": f"{loss.steps[-1]:,}"} if len(loss.steps) else {}
     if len(loss.finite.values):
         facts["loss, moving average"] = f"{smooth(loss.finite.values)[-1]:.4f}"
     if len(validation.finite.values):
         facts["validation loss"] = f"{validation.last:.4f}"
-    forms = {"samples_per_second": ("samples per second", "{:.3g}"), "data_wait_share": ("waits for data", "{:.1%}")}
+    forms = {"samples_per_second": ("samples per second", "{:.3g}"), "data_wait_share": ("data wait", "{:.1%}")}
     for name, (title, form) in forms.items():
         if len(values := numbers.get(name).finite.values):
             facts[f"{title}, median"] = form.format(np.median(values))
-    for name, title in {"epoch": "epoch", "num_bad": "bad samples", "num_non_finite": "steps not finite"}.items():
+    for name, title in {
+        "epoch": "epoch",
+        "num_bad": "bad samples",
+        "num_non_finite": "updates skipped, not finite",
+    }.items():
         if len(numbers.get(name).finite.values):
             facts[title] = f"{numbers.get(name).last:,.0f}"
     return facts
 
 
 def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
-    """Write a chart as PNG; its ground is transparent, and the page's shows through."""
+    """Write a chart as PNG with a transparent background, and return it for the page."""
     buffer = io.BytesIO()
     chart.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, transparent=True)
     write_atomic(file, buffer.getvalue())
@@ -118,26 +122,26 @@ def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
 
 
 def read_strips(folder: Path) -> tuple[list[int], list[Strip]]:
-    """The steps that have samples, and each prompt's samples at them."""
+    """Return the steps that have generated images, and a strip of images for each prompt."""
     folders = select_step_folders(folder, MAX_STEPS)
     steps = [int(path.name.removeprefix("step-")) for path in folders]
-    names = sorted({file.name for path in folders for file in path.glob("*.png")})[:MAX_PROMPTS]
+    file_names = sorted({file.name for path in folders for file in path.glob("*.png")})[:MAX_PROMPTS]
     strips = []
-    for name in names:
-        read = [read_sample(path / name, step) for path, step in zip(folders, steps, strict=True)]
-        prompt = next((prompt for _, prompt in reversed(read) if prompt), name)
+    for file_name in file_names:
+        read = [read_generated_image(path / file_name, step) for path, step in zip(folders, steps, strict=True)]
+        prompt = next((prompt for _, prompt in reversed(read) if prompt), file_name)
         strips.append(Strip(prompt, [image for image, _ in read]))
     return steps, strips
 
 
-def read_sample(file: Path, step: int) -> tuple[EmbeddedImage | None, str]:
-    """A sample, made small, and its prompt; None of one that is not there or cannot be read."""
+def read_generated_image(file: Path, step: int) -> tuple[EmbeddedImage | None, str]:
+    """Return a thumbnail of a generated image and its prompt; None and "" if the file is missing or cannot be read."""
     try:
         with Image.open(file) as image:
             prompt = str(image.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
             image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
             buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
+            image.convert("RGB").save(buffer, "WEBP", quality=WEBP_QUALITY, method=2)
     except OSError:
         return None, ""
     uri, (width, height) = make_uri(buffer.getvalue(), "webp"), image.size
@@ -145,27 +149,29 @@ def read_sample(file: Path, step: int) -> tuple[EmbeddedImage | None, str]:
 
 
 def make_uri(content: bytes, kind: str) -> str:
-    """An image as a URI that holds it."""
+    """Return a data URI of an image."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of a run, finished or not, into its folder; return the exit status (0 done, 1 failed, 2 wrong
-    input)."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    """Write the report of a run, finished or not, into its folder; return the exit status.
+
+    0 done, 1 failed, 2 wrong input.
+    """
+    parser = argparse.ArgumentParser(description="Write the report of a run, finished or not, into its folder.")
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
-    parser.add_argument("--background", action="store_true", help="leave processors to what else runs")
+    parser.add_argument("--background", action="store_true", help="run at low priority")
     options = parser.parse_args(arguments)
     folder = options.folder
     if not (folder / "logs" / "metrics.jsonl").is_file():
-        parser.error(f"{folder} is not the folder of a run: it holds no logs/metrics.jsonl")
+        parser.error(f"{folder} is not a run folder: it holds no logs/metrics.jsonl")
     if options.background:
         os.nice(NICENESS)
     started = time.monotonic()
     try:
         file = write_report(folder)
     except OSError as error:
-        sys.stderr.write(f"the report cannot be written: {error}\n")
+        sys.stderr.write(f"report: cannot be written: {error}\n")
         return 1
     sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.1f} s)\n")
     return 0

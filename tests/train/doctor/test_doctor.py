@@ -1,4 +1,4 @@
-"""The doctor: what is in order is said so, and what is wrong has a cure."""
+"""The doctor: a line for each finding, and a cure for whatever is wrong."""
 
 import os
 import shutil
@@ -28,11 +28,11 @@ from sdxl_trainer.launch.machine import (
 )
 from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.train.doctor.doctor import (
-    check_memory,
-    check_settings,
-    explain,
+    convert_problem,
+    examine_memory,
+    examine_settings,
+    print_findings,
     read_num_ranks,
-    tell,
 )
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.memory import compute_checkpoint_bytes, count_unet_parameters, estimate_memory
@@ -49,7 +49,7 @@ def test_versions_that_are_missing_or_wrong() -> None:
     assert findings["versions"].is_ok and f"torch {torch.__version__.split('+')[0]}" in findings["versions"].detail
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines on which PyTorch sees no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which PyTorch finds no GPU")
 def test_gpus_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert examine_gpus([]).is_ok
@@ -66,7 +66,7 @@ def test_ranks_that_fail_or_do_not_meet() -> None:
     failed = examine_ranks(0, [*python, "raise ValueError('no network')"])
     assert "ValueError: no network" in failed.detail and "127.0.0.1" in failed.cure
     start = time.monotonic()
-    hanging = "import os, time\nos.fork()\ntime.sleep(60)"  # its child must not live on
+    hanging = "import os, time\nos.fork()\ntime.sleep(60)"  # the child process must end too
     assert "did not connect" in examine_ranks(0, [*python, hanging], timeout_seconds=0.5).detail
     assert time.monotonic() - start < 30
     assert "NCCL_DEBUG=INFO" in interpret_probe(1, "", "NCCL", 8).cure
@@ -75,9 +75,9 @@ def test_ranks_that_fail_or_do_not_meet() -> None:
 def test_disks(tmp_path: Path) -> None:
     found = examine_disk("run.dir", tmp_path / "not" / "yet", 10)
     assert found.is_ok and "GB free, writes" in found.detail and str(tmp_path) in found.detail
-    assert list(tmp_path.iterdir()) == []  # nothing is left, and nothing made
+    assert list(tmp_path.iterdir()) == []  # nothing was created or left behind
     assert measure_write_speed(tmp_path, 1 << 20) > 0
-    assert examine_disk("run.dir", tmp_path, 1 << 62).cure == "free some space, or give another run.dir"
+    assert examine_disk("run.dir", tmp_path, 1 << 62).cure == "free some space, or choose another run.dir"
     (tmp_path / "file").touch()
     assert "Not a directory" in examine_disk("run.dir", tmp_path / "file" / "runs").detail
 
@@ -93,7 +93,7 @@ def test_disks(tmp_path: Path) -> None:
         ("engine.offload_optimizer=true", 4, 2 + 0.5, 14),
         ("engine.precision=bf16_stochastic", 1, 2 + 2 + 6, 8),
         ("engine.precision=fp32", 1, 4 + 4 + 8, 12),
-        ("engine.precision=fp32", 2, 4 + 2 + 6, 16),  # ZeRO has masters of its own in fp32 too
+        ("engine.precision=fp32", 2, 4 + 2 + 6, 16),  # ZeRO keeps separate masters in fp32 too
         ("optim.name=adamw8bit", 1, 2 + 2 + 6, 8),
         ("ema.decays=[0.9,0.99]", 2, 2 + 1 + 10, 22),
         ("lora.rank=4", 2, 2, 0),
@@ -113,14 +113,14 @@ def test_memory_of_sdxl() -> None:
     config, _ = build_config({"model": model})
     config, _ = resolve_zero_stage(config, 1)
     assert count_unet_parameters(config.model) == 2_567_463_684  # SDXL base's U-Net
-    assert "2.57 billion" in check_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
-    assert check_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
-    assert "engine.zero_stage: 3" in check_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
+    assert "2.57 billion" in examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
+    assert examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
+    assert "engine.zero_stage: 3" in examine_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
     assert count_unet_parameters(build_config({"model": {"path": "stabilityai/absent"}})[0].model) == 0
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What training would say, and a run folder that is not touched."""
+    """The checks of training; the run folder is not touched."""
     shutil.copytree(CONFIGS / "tiny", tmp_path / "model")
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (tmp_path / "model" / name / "x.safetensors").touch()
@@ -135,17 +135,17 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "data": {"image_dirs": [str(tmp_path / "data")], "resolution_px": 64, "min_bucket_px": 64},
     }
     config, problems = build_config(yaml.safe_load(yaml.safe_dump(raw)))
-    found = list(check_settings(config, problems, world_size=2))
+    found = list(examine_settings(config, problems, world_size=2))
     assert [finding.name for finding in found] == ["settings", "data"] and all(finding.is_ok for finding in found)
     assert found[1].detail == "4 samples to train on"
     config, problems = build_config(raw, ["train.global_batch_size=3", "optim.lr=fast"])
-    wrong = {finding.name: finding for finding in check_settings(config, problems, world_size=2) if not finding.is_ok}
+    wrong = {finding.name: finding for finding in examine_settings(config, problems, world_size=2) if not finding.is_ok}
     assert set(wrong) == {"train.global_batch_size", "optim.lr"}
     assert wrong["train.global_batch_size"].cure == "set it to a multiple of 2"
     assert not (tmp_path / "runs").exists()
-    shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # as of a single file, which carries no vocabulary
+    shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # like a single file, which carries no vocabulary
     monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
-    wrong = {finding.name: finding for finding in check_settings(config, [], world_size=2) if not finding.is_ok}
+    wrong = {finding.name: finding for finding in examine_settings(config, [], world_size=2) if not finding.is_ok}
     assert "open_clip_torch" in wrong["model.tokenizer"].cure
 
 
@@ -165,17 +165,17 @@ def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("nproc", "expected"), [("", None), ("gpu", None), ("2", 2)])
-def test_ranks_are_those_that_the_other_scripts_start(monkeypatch, nproc: str, expected: int | None) -> None:
+def test_number_of_ranks_is_read_from_nproc(monkeypatch, nproc: str, expected: int | None) -> None:
     monkeypatch.setenv("NPROC", nproc)
     assert read_num_ranks() == expected
 
 
 def test_each_finding_is_a_line(capsys: pytest.CaptureFixture) -> None:
-    tell([Finding("a", "fine")])
+    print_findings([Finding("a", "fine")])
     assert capsys.readouterr().out == "ok     a: fine\n"
-    problem = explain(Problem("data.image_dirs.0", Path("/x"), "is not a folder"))
+    problem = convert_problem(Problem("data.image_dirs.0", Path("/x"), "is not a folder"))
     with pytest.raises(FailedError, match="1 of 2"):
-        tell([Finding("a", "fine"), problem])
+        print_findings([Finding("a", "fine"), problem])
     assert capsys.readouterr().out.endswith(
         f"WRONG  data.image_dirs.0: {os.sep}x is not a folder\n       cure: see docs/CONFIG.md\n"
     )

@@ -1,4 +1,4 @@
-"""The report of a run: opened by a real browser, drawn from whatever there is, and never in the way of training."""
+"""The report of a run: shown by a real browser, drawn from whatever metrics exist, harmless to training."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from browser import CHROMIUM, visit
 from loguru import logger
 from PIL import Image
 
-from sdxl_trainer.train.report.charts import Numbers, draw_charts, read_series, smooth
+from sdxl_trainer.train.report.charts import RunNumbers, draw_charts, read_series, smooth
 from sdxl_trainer.train.report.page import main, read_strips, write_report
 from sdxl_trainer.train.report.report_process import ReportProcess
 from sdxl_trainer.train.sampling import image_grid as sheets
@@ -25,7 +25,7 @@ BROKEN = """<!DOCTYPE html><title>broken</title><img alt="gone" src="gone.png">
 
 
 def write_run(folder: Path, lines: list[dict | str], samples: int = 0) -> Path:
-    """A run folder with such lines of metrics, and with images of noise, which no codec makes small."""
+    """Write a run folder with these lines of metrics, and with images of noise, which no codec compresses."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     (folder / "logs" / "metrics.jsonl").write_text(text)
@@ -46,18 +46,18 @@ def draw_names(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium, chromium-browser or google-chrome")
 def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tmp_path: Path) -> None:
-    page = shutil.copy(validated[1] / "report" / "report.html", tmp_path)  # alone: it needs nothing beside it
+    page = shutil.copy(validated[1] / "report" / "report.html", tmp_path)  # alone, because the page needs no other file
     (tmp_path / "broken.html").write_text(BROKEN)
     pages = [(page, "light"), (page, "dark"), (tmp_path / "broken.html", "light")]
     light, dark, broken = visit([(Path(path), scheme) for path, scheme in pages], tmp_path / "browser")
     for seen in (light, dark):
         assert seen.complaints == [] and seen.requests == [Path(page).as_uri()] and not seen.overflow
         assert all(image["width"] > 50 and len(image["alt"]) > 10 for image in seen.images)
-    # Eight charts, and the samples of three prompts at the steps 1 and 2.
-    assert len(light.images) == 8 + 6 and light.title == "ranks-1: report of the run"
+    # Eight charts, and the generated images of three prompts at steps 1 and 2.
+    assert len(light.images) == 8 + 6 and light.title == "ranks-1: training report"
     assert sum(image["alt"] == "step 2: a red circle on a white background" for image in light.images) == 1
     assert light.ground == "rgb(255, 255, 255)" and dark.ground == "rgb(18, 22, 28)"
-    # The same eyes see what is wrong with another page.
+    # The browser does report the faults of a broken page.
     assert [image["width"] for image in broken.images] == [0, 0] and len(broken.complaints) >= 2
     assert len(broken.requests) == 2
 
@@ -78,10 +78,10 @@ def test_a_real_runs_report_is_drawn_by_the_run(validated: dict[int, Path]) -> N
     assert sum(counts["buckets"].values()) == counts["tokens"]["num_captions"] == 24
     assert sum(first for first, _ in counts["tokens"]["classes"].values()) == 24
     page = (folder / "report.html").read_text()
-    assert "24 samples in" in page and "of 24 captions" in page and "<script" not in page
+    assert "24 samples in" in page and "of 24 captions," in page and "<script" not in page
 
 
-def test_of_lines_of_one_step_the_later_counts(tmp_path: Path) -> None:
+def test_the_last_line_of_a_step_counts(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": float(step), "lr": 1.0} for step in (1, 2, 3, 4)]
     again = [{"step": step, "loss": step + 0.5} for step in (3, 4, 5)]
     run = write_run(tmp_path, [*lines, {"step": 4, "validation/loss": 9.0}, *again, '{"step": 6, "lo'])
@@ -91,19 +91,19 @@ def test_of_lines_of_one_step_the_later_counts(tmp_path: Path) -> None:
     assert series["lr"].values.tolist() == [1] * 4 and series["validation/loss"].values.tolist() == [9]
 
 
-def test_charts_say_what_they_show(tmp_path: Path) -> None:
+def test_charts_describe_what_they_show(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": None if step == 2 else 1 / step, "lr": 1e-5 * step} for step in (1, 2, 3)]
     validations = {"validation/loss": 1.0, "validation/loss_ema_0.9": 1.1, "validation/loss_t500-999": 1.5}
     validations["validation/loss_t500-999_ema_0.9"] = 2.0
     lines += [{"step": step, **validations, "validation/loss_t000-499": 0.5 / step} for step in (1, 3)]
     run = write_run(tmp_path, lines)
-    charts = {chart.name: chart for chart in draw_charts(Numbers(read_series(run / "logs" / "metrics.jsonl"), {}))}
+    charts = {chart.name: chart for chart in draw_charts(RunNumbers(read_series(run / "logs" / "metrics.jsonl"), {}))}
     assert list(charts) == ["loss", "loss_by_timestep", "lr"]
-    assert "of 1 steps it was not finite" in charts["loss"].text
-    assert "starts at 1e-05, is at most 3e-05" in charts["lr"].text
-    assert charts["loss_by_timestep"].text.endswith("at the last one 000-499: 0.1667, 500-999: 1.5")
+    assert "not finite in 1 steps" in charts["loss"].text
+    assert "first 1e-05, max 3e-05" in charts["lr"].text
+    assert charts["loss_by_timestep"].text.endswith("at the last validation 000-499: 0.1667, 500-999: 1.5")
     labels = [line.get_label() for line in charts["loss"].figure.axes[0].lines]
-    assert labels == ["loss of the step", "moving average", "validation", "validation, average of 0.9", "not finite"]
+    assert labels == ["loss of the step", "moving average", "validation", "validation, EMA 0.9", "not finite"]
     lines = charts["loss_by_timestep"].figure.axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[0.5, 1.5], [0.5 / 3, 1.5]]
 
@@ -122,7 +122,7 @@ def test_charts_say_what_they_show(tmp_path: Path) -> None:
 def test_little_is_enough(tmp_path: Path, lines: list[dict], names: list[str]) -> None:
     assert draw_names(write_run(tmp_path, lines)) == names
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("<img") == len(names) and ("No step has been finished" in page) == (not names)
+    assert page.count("<img") == len(names) and ("No step is finished" in page) == (not names)
 
 
 def test_images_that_are_many_missing_or_torn(tmp_path: Path) -> None:
@@ -151,33 +151,33 @@ def test_the_program_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert ended.value.code == 2 and "holds no logs/metrics.jsonl" in capsys.readouterr().err
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.5}])
     (run / "report").touch()
-    assert main([str(run)]) == 1 and "the report cannot be written" in capsys.readouterr().err
+    assert main([str(run)]) == 1 and "report: cannot be written" in capsys.readouterr().err
 
 
 def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
-    """Not before its time, not twice at once; a failure is told and passed over; the last one is waited for."""
-    said: list[str] = []
-    sink = logger.add(said.append, format="{level} {message}")
+    """Not too early, one at a time; a failure is logged only; `finish` waits for the last report."""
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{level} {message}")
     page = write_run(tmp_path, [{"step": 1, "loss": 0.5}]) / "report" / "report.html"
     rare, eager = ReportProcess(tmp_path), ReportProcess(tmp_path, seconds_between=0)
     rare.update()
     assert rare._process is None
     eager.update()
     first = eager._process
-    assert first is not None and not page.exists()  # it was not waited for
+    assert first is not None and not page.exists()  # `update` does not wait
     eager.update()
     assert eager._process is first
     eager.finish()
-    assert first.returncode == 0 and page.is_file() and said[-1].startswith("INFO report: ")
+    assert first.returncode == 0 and page.is_file() and messages[-1].startswith("INFO report: ")
     digest = hashlib.sha256((tmp_path / "report" / "loss.png").read_bytes()).digest()
     shutil.rmtree(tmp_path / "logs")
     eager.finish()
-    assert said[-1].startswith("WARNING report: cannot be written: ") and "no logs/metrics.jsonl" in said[-1]
+    assert messages[-1].startswith("WARNING report: cannot be written: ") and "no logs/metrics.jsonl" in messages[-1]
     assert hashlib.sha256((tmp_path / "report" / "loss.png").read_bytes()).digest() == digest
     logger.remove(sink)
 
 
 def test_the_report_needs_no_torch() -> None:
-    """Or it would take as long to start as a rank, and hundreds of MB."""
+    """Otherwise it would take as long to start as a rank does, and hundreds of MB."""
     code = "import sys, sdxl_trainer.train.report.page; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
