@@ -1,4 +1,4 @@
-"""docs/SCALE.md tells what benchmarks/scale.py computes."""
+"""The tables of docs/SCALE.md are those that benchmarks/scale.py computes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Models leave the project and come back bit-equal, in every form; other programs draw the same images with them."""
+"""Conversion: files and folders are bit-equal after a round trip, and diffusers generates the same images with them."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def assert_same(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def forms(one_rank: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's newest checkpoint as a file, and that file as a diffusers folder, both in fp32."""
+    """Convert the run's newest checkpoint to a file, and that file to a diffusers folder, both in fp32."""
     folder = tmp_path_factory.mktemp("forms")
     assert main([str(one_rank), str(folder / "model.safetensors"), "--dtype", "fp32"]) == 0
     words = ["--dtype", "fp32", f"model.config={one_rank.parent.parent / 'model'}"]
@@ -48,7 +48,7 @@ def test_file_to_folder_and_back_is_bit_equal(forms: Path, tmp_path: Path) -> No
     assert_same(forms / "model.safetensors", tmp_path / "again.safetensors")
 
 
-def test_diffusers_draws_the_images_of_training_from_the_folder(forms: Path, one_rank: Path) -> None:
+def test_diffusers_generates_the_images_of_training_from_the_folder(forms: Path, one_rank: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(forms / "model", add_watermarker=False)
@@ -66,7 +66,7 @@ def test_diffusers_draws_the_images_of_training_from_the_folder(forms: Path, one
     assert np.abs(np.asarray(image, np.int16) - drawn).max() <= 2
 
 
-def test_what_it_predicts_is_told_in_both_forms(forms: Path, tmp_path: Path) -> None:
+def test_both_formats_declare_the_prediction_type(forms: Path, tmp_path: Path) -> None:
     words = ["objective.prediction=v", "objective.zero_terminal_snr=true", "run.name=mine"]
     file, folder = tmp_path / "v.safetensors", tmp_path / "v"
     assert main([str(forms / "model"), str(file), *words]) == 0
@@ -95,7 +95,7 @@ def test_conversion_keeps_the_declared_prediction_type(forms: Path, tmp_path: Pa
     assert read_declared_prediction(again) == DeclaredPrediction("flow", False)
 
 
-def test_a_source_that_is_none_is_status_2(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_source_that_is_no_model_is_status_2(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(one_rank / "checkpoints" / "step-00000020", damaged)
     weights = next((damaged / "state").glob("*_model_states.pt"))

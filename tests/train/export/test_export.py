@@ -1,4 +1,4 @@
-"""Export of the live model: tensor by tensor whatever the ZeRO stage, weights or averages."""
+"""Export of the live model, weights or averages, one tensor at a time under every ZeRO stage."""
 
 import weakref
 from pathlib import Path
@@ -19,7 +19,7 @@ CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 @pytest.fixture(scope="module")
 def built(tiny_folder: Path):
-    """(settings, engine, text encoders, model) under ZeRO-3, with an average that is the weights and 1."""
+    """Build (config, engine, conditioner, source) under ZeRO-3, with a moving average of the weights plus 1."""
     words = ["engine.zero_stage=3", "ema.decays=[0.9]", "run.name=exported"]
     words += ["optim.text_encoder_lr=1e-4", "optim.text_encoder_2_lr=1e-4"]
     config, problems = load_config(tiny_folder / "tiny.yaml", words)
@@ -34,7 +34,7 @@ def built(tiny_folder: Path):
 
 @pytest.mark.parametrize("average", [None, "0.9"])
 def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_path: Path, monkeypatch) -> None:
-    """Of what is gathered one tensor is alive at a time, or the three that the file has as one."""
+    """One gathered tensor is alive at a time, or the three that the file stacks into one."""
     config, engine, conditioner, source = built
     alive: set[str] = set()
     most, gather = [], Weights.gather
@@ -49,7 +49,7 @@ def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_p
     monkeypatch.setattr(Weights, "gather", gather_counted)
     path = tmp_path / "model.safetensors"
     export_model(path, engine, conditioner, build_export_settings(config, source), init_ranks(), average)
-    assert len(most) > 600 and max(most) <= 4  # the next one comes while those before are let go
+    assert len(most) > 600 and max(most) <= 4  # the next one is gathered before the ones before it are freed
     written, begun = load_file(path), engine.weights.gather("unet.conv_in.weight")
     assert torch.equal(written[CONV_IN], begun + (1.0 if average else 0.0))
     encoder = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.layer_norm1.weight"
@@ -59,7 +59,7 @@ def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_p
         if n.startswith("text_encoder.") and n.endswith("layers.0.layer_norm1.weight")
     )
     trained = gather(engine.weights, name, average)
-    assert torch.equal(written[encoder], trained), "what is trained of the text encoders goes with it"
+    assert torch.equal(written[encoder], trained), "trained text encoders are exported"
     assert {name.split(".")[0] for name in written} == {"model", "conditioner", "first_stage_model"}
 
 

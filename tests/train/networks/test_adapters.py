@@ -1,4 +1,4 @@
-"""Adapters: what they train, and that diffusers loads the file with its own code and computes the same."""
+"""Adapters: what they train, and that diffusers loads their file with its own code and computes the same."""
 
 from pathlib import Path
 
@@ -113,9 +113,11 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path):
 
 
 def test_sdxl_gets_the_adapters_of_kohyas_scripts():
-    """Which print, for SDXL, 722 modules of the U-Net, 72 of text encoder 1 and 192 of text encoder 2. Six of those of
-    encoder 1 are in its last layer, which has no part in what SDXL uses. The names are what ComfyUI makes of the
-    single file's."""
+    """kohya's scripts report 722 modules of SDXL's U-Net, 72 of text encoder 1 and 192 of text encoder 2.
+
+    Six modules of encoder 1 are in its last layer, which SDXL does not use. The names are the ones that ComfyUI derives
+    from those of the single file.
+    """
     source = ModelSource(SDXL_CONFIG_FOLDER)
     networks = build_empty_networks(source, ["text_encoder", "text_encoder_2"])
     layers = map_layer_names(source.read_config("unet"))
@@ -147,7 +149,7 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
         assert names[network] == set(layers_of)
 
 
-def test_a_run_writes_adapters_in_place_of_the_model_and_resumes(cached_folder: Path):
+def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: Path):
     settings = cached_folder / "tiny.yaml"
     words = ("lora.rank=2", "optim.text_encoder_2_lr=1e-3", "ema.decays=[0.5]", "sample.prompts=[]")
     whole = ("train", settings, "run.name=lora", "train.max_steps=6", *words)

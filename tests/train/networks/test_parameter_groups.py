@@ -1,4 +1,4 @@
-"""Parameter groups: blocks as kohya's scripts count them, patterns, decay, and what a rate of 0 freezes."""
+"""Parameter groups: kohya's block numbers, patterns, weight decay, and freezing by a rate of 0."""
 
 import json
 
@@ -20,7 +20,7 @@ def unet() -> torch.nn.Module:
 
 
 def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
-    """Name of each trained parameter to its (learning rate, weight decay)."""
+    """Map the name of each trained parameter to its (learning rate, weight decay)."""
     networks = TrainedNetworks(unet.requires_grad_(True))
     names = {id(parameter): name for name, parameter in networks.named_parameters()}
     groups = build_parameter_groups(networks, OptimConfig(lr=0.5, weight_decay=0.1, **settings), UNET_CONFIG)
@@ -33,7 +33,7 @@ def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
 
 def test_blocks_are_counted_as_kohyas_scripts_do(unet):
     blocks = map_layers_to_blocks(UNET_CONFIG)
-    # diffusers' names and, by the layout of the LDM U-Net, the block each is in.
+    # diffusers' names → block number, from the layout of the LDM U-Net.
     expected = {
         "time_embedding.linear_1": 0,
         "add_embedding.linear_2": 0,
@@ -69,7 +69,7 @@ def test_biases_and_norms_do_not_decay(unet):
     }
 
 
-def test_the_first_pattern_that_finds_a_name_counts(unet):
+def test_the_first_pattern_that_matches_counts(unet):
     groups = [
         {"match": r"attn2\.to_k\.weight$", "lr": 0.25},
         {"match": r"\.attn2\.", "lr": 0},
@@ -83,7 +83,7 @@ def test_the_first_pattern_that_finds_a_name_counts(unet):
     assert not frozen.to_q.weight.requires_grad and frozen.to_k.weight.requires_grad
 
 
-def test_what_trains_nothing_is_refused(unet):
+def test_settings_that_train_nothing_are_refused(unet):
     with pytest.raises(UserInputError, match="optim.groups.1.match = 'atn'\n.*matches none of the"):
         build(unet, groups=[{"match": "attn", "lr": 0.1}, {"match": "atn", "lr": 0.1}])
     with pytest.raises(UserInputError, match="nothing is trained"):

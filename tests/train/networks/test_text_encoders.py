@@ -1,4 +1,4 @@
-"""Text encoders trained with the U-Net: what learns, what stays, resumed, exported, averaged."""
+"""Text encoders trained with the U-Net: trained and frozen parts, resuming, export, moving averages."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def make_text(windows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("trained", [("text_encoder",), ("text_encoder_2",), ("text_encoder", "text_encoder_2")])
-def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
+def test_exactly_the_unfrozen_parameters_have_a_gradient(trained):
     torch.manual_seed(0)
     encoders = build_tiny_text_encoders()
     for name, encoder in encoders.items():
@@ -55,7 +55,7 @@ def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
     still = {name for name, parameter in networks.named_parameters() if not parameter.requires_grad}
     assert len(still) == (18 if "text_encoder" in trained else 0)  # 16 of the last layer, 2 of the norm after it
     assert all("text_encoder.encoder.layers.1." in name or "final_layer_norm" in name for name in still)
-    # What is trained is encoded as what is frozen is.
+    # Trained and frozen encoders give the same embeddings.
     with torch.no_grad():
         frozen = TextConditioner(TextEncoders(*encoders.values())).encode(*make_text())
         live = networks.encode(text)
@@ -64,7 +64,7 @@ def test_all_that_is_unlocked_has_a_gradient_and_nothing_else(trained):
 
 @pytest.fixture(scope="module")
 def trained_run(cached_folder: Path) -> Path:
-    """Four steps on two ranks under ZeRO 2."""
+    """Train four steps on two ranks under ZeRO-2."""
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te", *SETTINGS, ranks=2)
     return cached_folder / "runs" / "te"
 
@@ -73,7 +73,7 @@ def read_losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
 
-def test_another_stage_and_number_of_ranks_goes_on_the_same(trained_run: Path, cached_folder: Path) -> None:
+def test_resuming_on_another_stage_and_number_of_ranks(trained_run: Path, cached_folder: Path) -> None:
     part = cached_folder / "runs" / "te-resumed"
     shutil.copytree(trained_run / "checkpoints" / "step-00000002", part / "checkpoints" / "step-00000002")
     shutil.copytree(trained_run / "logs", part / "logs", ignore=shutil.ignore_patterns("tensorboard"))
@@ -88,8 +88,8 @@ def test_another_stage_and_number_of_ranks_goes_on_the_same(trained_run: Path, c
             torch.testing.assert_close(value, other[key], rtol=0, atol=2e-4, msg=f"{name}: {key}")
 
 
-def test_the_exported_file_holds_what_was_trained(trained_run: Path, one_rank: Path) -> None:
-    """The encoders of `one_rank` were frozen, so its file has them as they were."""
+def test_the_exported_file_holds_the_trained_weights(trained_run: Path, one_rank: Path) -> None:
+    """The encoders of `one_rank` were frozen, so its file holds the original ones."""
     now = load_file(trained_run / "models" / "step-00000004.safetensors")
     mean = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
     before = load_file(one_rank / "models" / "step-00000020.safetensors")
@@ -103,8 +103,8 @@ def test_the_exported_file_holds_what_was_trained(trained_run: Path, one_rank: P
         assert not mean[key].equal(now[key]) and (mean[key] - now[key]).abs().max() < 5e-3, key
 
 
-def test_an_average_is_taken_out_of_a_checkpoint(trained_run: Path, tmp_path: Path, capsys) -> None:
-    """By `convert.py`, as training exported it, and for samples; one that was not kept is refused."""
+def test_a_moving_average_is_read_from_a_checkpoint(trained_run: Path, tmp_path: Path, capsys) -> None:
+    """Both `convert.py` and sampling read it as training exported it; an unknown decay is refused."""
     exported = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
     target = tmp_path / "average.safetensors"
     assert main([str(trained_run), str(target), "--ema", "0.9", "--dtype", "fp32"]) == 0

@@ -1,4 +1,4 @@
-"""Settings that change how the U-Net runs, and not what it computes."""
+"""Settings that change how the U-Net runs but not its results."""
 
 from pathlib import Path
 
@@ -26,6 +26,6 @@ def test_checkpointing_and_layout_change_no_number(tiny_folder: Path) -> None:
         prediction.square().mean().backward()
         layouts.append((len(seen), seen[0].is_contiguous(memory_format=torch.channels_last)))
         found.append(torch.cat([prediction.flatten(), *(parameter.grad.flatten() for parameter in unet.parameters())]))
-    assert layouts == [(1, False), (2, False), (1, True)]  # checkpointing computes it again in the backward pass
+    assert layouts == [(1, False), (2, False), (1, True)]  # checkpointing repeats the forward pass in the backward pass
     for values in found[1:]:
         torch.testing.assert_close(values, found[0], rtol=1e-4, atol=1e-6)

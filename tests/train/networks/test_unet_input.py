@@ -1,4 +1,4 @@
-"""The U-Net is given in training what diffusers' own SDXL pipeline gives it for the same prompt and sizes."""
+"""The U-Net gets the same conditioning in training as from diffusers' SDXL pipeline, for the same prompt and sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ from sdxl_trainer.train.networks.trained_networks import ENCODERS, TrainedNetwor
 
 
 class SeenError(Exception):
-    """The U-Net has been called."""
+    """Raised in place of running the U-Net."""
 
 
 @torch.no_grad()
 def catch_input(unet: torch.nn.Module, call: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """What `call` gives the U-Net besides latents and timestep."""
+    """Return the conditioning that `call` passes to the U-Net: everything besides latents and timestep."""
     seen: dict[str, torch.Tensor] = {}
 
     def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:

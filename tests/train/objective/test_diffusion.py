@@ -1,4 +1,4 @@
-"""The formulas of the objective, against numbers worked out by hand and against diffusers' own functions."""
+"""The formulas of the objective, compared with numbers computed by hand and with diffusers' functions."""
 
 import math
 
@@ -48,11 +48,11 @@ def test_the_schedule_at_its_ends():
     process = diffusion.build_diffusion_process()
     assert process.signals[0].item() ** 2 == pytest.approx(1 - 0.00085, rel=1e-7)
     assert process.snr[0].item() == pytest.approx((1 - 0.00085) / 0.00085, rel=1e-6)  # 1 - abar has not cancelled
-    assert process.snr[-1].item() == pytest.approx(0.004682, rel=1e-3)  # SDXL never sees pure noise ...
+    assert process.snr[-1].item() == pytest.approx(0.004682, rel=1e-3)  # SDXL is never trained on pure noise ...
     zero = diffusion.build_diffusion_process(zero_terminal_snr=True)
-    assert zero.signals[-1] == zero.snr[-1] == 0 and zero.noise_levels[-1] == 1  # ... unless it is rescaled
+    assert zero.signals[-1] == zero.snr[-1] == 0 and zero.noise_levels[-1] == 1  # ... unless the schedule is rescaled
     assert zero.signals[0] == process.signals[0]
-    assert (zero.snr[1:] < process.snr[1:]).all()  # the SNR is that of the rescaled schedule
+    assert (zero.snr[1:] < process.snr[1:]).all()  # computed from the rescaled schedule
 
 
 def test_zero_terminal_snr_shifts_and_scales_the_root():
@@ -91,7 +91,7 @@ def test_latents_are_normalized_per_channel():
         ({"weighting": "min_snr"}, [1, 1, 5 / 2500]),
         ({"weighting": "min_snr", "weighting_gamma": 1}, [1, 1 / 4, 1 / 2500]),
         ({"weighting": "min_snr", "prediction": "v"}, [0.25 / 1.25, 4 / 5, 5 / 2501]),
-        ({"weighting": "soft_min_snr"}, [1, 1, 1]),  # as the soft SNR is below 1/4
+        ({"weighting": "soft_min_snr"}, [1, 1, 1]),  # the soft SNR is at most 1/4
         ({"weighting": "soft_min_snr", "weighting_gamma": 0.1}, [0.1 / 0.16, 0.1 / 0.16, 1]),
         ({"weighting": "soft_min_snr", "prediction": "v"}, [0.16 / 1.16, 0.16 / 1.16, 2500 / (2501**2 + 2500)]),
         # s = 2: (2·2)²/(4 + 4)² = 1/4, (1/2·2)²/(1/4 + 4)² = 16/289, (1/50·2)²/(1/2500 + 4)² = 10000/10001²
@@ -124,7 +124,7 @@ def test_min_snr_is_that_of_diffusers_training_scripts():
 
 
 def test_weighting_turns_one_error_into_the_other():
-    """v's squared error is epsilon's times (snr + 1)/snr, where both come from the same image of x0."""
+    """v's squared error is epsilon's times (snr + 1)/snr if both predictions imply the same x0."""
     x0, noise = draw_pair()
     process = diffusion.build_diffusion_process()
     signal, level = (diffusion.expand_like(values, x0) for values in process.compute_levels(ALL))
@@ -138,7 +138,7 @@ def test_weighting_turns_one_error_into_the_other():
         target = diffusion.compute_target(name, x0, noise, signal.flatten(), level.flatten())
         errors[name] = compute_sample_loss(implied, target)
     weights = build_weighting(ObjectiveConfig(prediction="v", weighting="v_like_epsilon"))(process.snr)
-    low = process.snr < 100  # beyond, the clamp and rounding tell
+    low = process.snr < 100  # above, the clamp and rounding matter
     torch.testing.assert_close((errors["v"] * weights)[low], errors["epsilon"][low], rtol=5e-3, atol=0)
 
 

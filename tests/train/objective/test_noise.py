@@ -1,4 +1,4 @@
-"""Noise: the formulas of offset, pyramid and perturbation, and that no sample's noise depends on its company."""
+"""Noise: the formulas of offset, pyramid and perturbation. A sample's noise is independent of its batch."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_perturbation_reaches_the_input_alone():
     assert perturbed.sample_noise(x0, keys).equal(noise) and perturbed.sample_timesteps(keys).equal(timesteps)
     assert perturbed.compute_target(x0, noise, timesteps).equal(noise)
     x_t, levels = plain.add_noise(x0, noise, timesteps, keys), plain._process.compute_levels(timesteps)
-    added = (perturbed.add_noise(x0, noise, timesteps, keys) - x_t) / levels[1].view(-1, 1, 1, 1)
+    added = (perturbed.add_noise(x0, noise, timesteps, keys) - x_t) / levels.noise_level.view(-1, 1, 1, 1)
     expected = 0.1 * draw_noise(SHAPE, keys.make_seeds(RandomStream.INPUT_PERTURBATION))
     torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-5)
     assert perturb_noise(noise, torch.zeros(6), SEEDS).equal(noise)

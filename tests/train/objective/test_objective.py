@@ -1,4 +1,4 @@
-"""The objective as configured: what the step computes, what batches carry for it, and which settings are refused."""
+"""The objective of a run: what a step computes, what batches hold for it, and which settings are refused."""
 
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ def draw_latents() -> torch.Tensor:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
 def test_the_step_from_latent_to_loss(prediction):
-    """Every piece of the equation recomputed here from the definitions."""
+    """The test computes every part of the equation from its definition."""
     objective = build(prediction=prediction)
     x0 = objective.normalize_latents(draw_latents())
     assert x0.equal(0.5 * draw_latents())
@@ -54,7 +54,7 @@ def test_the_step_from_latent_to_loss(prediction):
     assert objective.compute_losses(guess, target, timesteps).tolist() == pytest.approx([1, 4, 9], rel=1e-5)
 
 
-def test_losses_carry_their_timesteps_weight_and_c():
+def test_losses_use_the_weight_and_huber_c_of_their_timestep():
     settings = {"weighting": "min_snr", "loss": "huber", "huber_schedule": "exponential", "huber_c": 0.25}
     timesteps, target = torch.tensor([0, 500, 999]), torch.zeros(3, 4, 2, 2)
     snr = diffusion.compute_snr(diffusion.compute_alphas_cumprod())[timesteps]
@@ -92,7 +92,7 @@ def test_text_dropout_zeroes_both_embeddings_of_its_share():
     none = build(text_dropout_rate=1).sample_text_keep(keys)
     assert none is not None and not none.any()
 
-    unet = Echo()
+    unet = RecordingUnet()
     text = {"hidden": torch.ones(3, 4, 2), "hidden_2": torch.ones(3, 4, 3), "pooled": torch.ones(3, 5)}
     keep = torch.tensor([1.0, 0, 1])
     TrainedNetworks(unet)(torch.zeros(3, 4, 2, 2), torch.zeros(3), text, torch.zeros(3, 6), keep)
@@ -100,8 +100,8 @@ def test_text_dropout_zeroes_both_embeddings_of_its_share():
     assert unet.pooled.equal(keep[:, None].expand(3, 5))
 
 
-class Echo(torch.nn.Module):
-    """In place of a U-Net: keeps what it is told."""
+class RecordingUnet(torch.nn.Module):
+    """A stand-in for the U-Net that stores its text conditioning."""
 
     def forward(self, x_t, timesteps, hidden, added_cond_kwargs):
         self.hidden, self.pooled = hidden, added_cond_kwargs["text_embeds"]
@@ -109,7 +109,7 @@ class Echo(torch.nn.Module):
 
 
 class Rows:
-    """In place of an index: four samples of 64 x 32 px."""
+    """A stand-in for an index of four samples of 64 x 32 px."""
 
     records = ({}, {"is_reg": False}, {"is_reg": True}, {"is_reg": True})
 
@@ -125,7 +125,7 @@ class Rows:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> LatentDataset:
-    """Four samples: plain, masked, for regularisation, and both of these."""
+    """Four samples: plain, masked, regularisation, masked regularisation."""
     folder = tmp_path_factory.mktemp("cache")
     for number in range(4):
         mask = np.linspace(0, 1, 32 * 64, dtype=np.float32).reshape(32, 64) if number % 2 else None
@@ -146,7 +146,7 @@ def test_regularisation_samples_weigh_the_prior_loss_weight(dataset):
     assert read(dataset, [0, 1, 2, 3, 2]).weights.tolist() == [1, 1, 0.25, 0.25, 0.25]
 
 
-def test_masks_come_with_the_batch_and_ones_for_samples_without(dataset):
+def test_batches_hold_masks_and_ones_for_samples_without(dataset):
     assert read(dataset, [0, 2]).masks is None
     masks = read(dataset, [2, 1]).masks
     assert masks is not None and masks.dtype == torch.float32 and masks.shape == (2, 32, 64)
@@ -192,11 +192,11 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
         ("prediction: x", "prediction", "'epsilon', 'v' or 'flow'"),
     ],
 )
-def test_a_contradictory_choice_is_one_problem_that_says_what_to_change(tmp_path, settings, key, said):
+def test_a_contradictory_setting_is_one_problem_with_a_cure(tmp_path, settings, key, said):
     path = tmp_path / "x.yaml"
     path.write_text(f"objective:\n  {settings}")
     _, problems = load_config(path)
-    # A list of numbers may be refused as each of the forms that the key can have.
+    # pydantic reports a wrong list of numbers once for each type that the key allows.
     assert {problem.key.split(".")[1] for problem in problems} == {key}
     assert said in " ".join(problem.rule for problem in problems)
 
@@ -224,7 +224,7 @@ def test_latent_statistics_need_each_other(tmp_path):
         "{adaptive_noise_scale: 0.1, multires_noise_iterations: 6, multires_noise_discount: 0.4, masked_loss: true}",
     ],
 )
-def test_what_goes_together_is_accepted_saved_and_read_again(tmp_path, settings):
+def test_compatible_settings_are_accepted_saved_and_loaded(tmp_path, settings):
     (tmp_path / "x.yaml").write_text(
         f"objective: {settings}\nmodel: {{latents_mean: [0,0,0,0], latents_std: [1,1,1,1]}}"
     )

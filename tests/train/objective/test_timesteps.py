@@ -1,4 +1,4 @@
-"""Timesteps: that their distribution is the one asked for, alone and spread over a global batch."""
+"""Timesteps have the requested distribution, one by one and spread over a global batch."""
 
 import math
 
@@ -21,7 +21,7 @@ from sdxl_trainer.train.objective.timesteps import (
 
 STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1))
 COUNT = 20_000
-KS_LIMIT = 1.95 / math.sqrt(COUNT)  # Kolmogorov-Smirnov at 0.1 %; the draws are fixed, so it holds for good
+KS_LIMIT = 1.95 / math.sqrt(COUNT)  # Kolmogorov-Smirnov at 0.1 %; the draws are seeded, so the result is fixed
 
 
 def build(global_batch_size: int = 16, **settings) -> Objective:
@@ -29,13 +29,13 @@ def build(global_batch_size: int = 16, **settings) -> Objective:
 
 
 def draw(objective: Objective, steps: int, positions: int) -> np.ndarray:
-    """[steps, positions] timesteps."""
+    """Draw timesteps, [steps, positions]."""
     keys = (SampleKeys(3, step, list(range(positions))) for step in range(steps))
     return np.stack([objective.sample_timesteps(one).numpy() for one in keys])
 
 
 def measure_distance(values: np.ndarray, cdf) -> float:
-    """Largest distance between the distribution of `values` and `cdf` (Kolmogorov-Smirnov)."""
+    """Return the largest distance between the distribution of `values` and `cdf` (Kolmogorov-Smirnov)."""
     values = np.sort(values.ravel())
     expected = cdf(values)
     ranks = np.arange(len(values) + 1) / len(values)
@@ -50,7 +50,7 @@ def test_keyed_draws_are_uniform_and_below_one():
     draws = draw_uniform([derive_seed(0, RandomStream.TIMESTEP, step, 1) for step in range(COUNT)]).numpy()
     assert measure_distance(draws, lambda u: u) < KS_LIMIT
     assert draw_uniform([2**63 - 1]).item() < 1 and draw_uniform([0]).item() == 0
-    assert draw_uniform([2**10]).item() == 2**-53  # as fine as can be
+    assert draw_uniform([2**10]).item() == 2**-53  # the finest step of a float64 below 1
 
 
 @pytest.mark.parametrize("low_discrepancy", [False, True])
@@ -61,7 +61,7 @@ def test_uniform_timesteps_cover_the_range_and_no_more(low_discrepancy):
     counts = np.bincount(values.ravel(), minlength=221)
     assert counts[:200].sum() == 0 and len(counts) == 221 and counts[220] == 0
     assert np.abs(counts[200:220] / values.size - 1 / 20).max() < 0.006
-    # Each place by itself, too: 1250 draws into 4 parts.
+    # Each position by itself is uniform too: 1250 draws into 4 parts.
     by_place = np.stack([np.bincount((values[:, place] - 200) // 5, minlength=4) for place in range(16)]) / len(values)
     assert np.abs(by_place - 0.25).max() < 0.05
 
@@ -84,7 +84,7 @@ def test_logit_normal_has_its_distribution(low_discrepancy):
         low_discrepancy=low_discrepancy,
     )
     values = draw(objective, COUNT // 16, 16)
-    assert values.dtype == np.float32 and len(np.unique(values)) > 0.99 * values.size  # 1000·s, not whole numbers
+    assert values.dtype == np.float32 and len(np.unique(values)) > 0.99 * values.size  # 1000·s, not rounded
 
     def cdf(t: np.ndarray) -> np.ndarray:
         share = (t.astype(np.float64) - 100) / 800
@@ -121,7 +121,7 @@ def test_shift_moves_draws_towards_noise():
 
 
 def test_the_shift_comes_after_the_density():
-    """A density over the first half, s of 0 to 1/2, shifted by 3: 3·s/(1 + 2·s), 0 to 3/4."""
+    """A density over the first half, s from 0 to 1/2, shifted by 3: 3·s/(1 + 2·s), from 0 to 3/4."""
     values = draw(build(timestep_density=[1.0, 0.0], timestep_shift=3.0), COUNT // 16, 16) / 1000
     assert values.max() == pytest.approx(0.75, abs=0.002)
     assert measure_distance(values + 0.0005, lambda t: 2 * t / (3 - 2 * t)) < KS_LIMIT + 0.001
@@ -140,7 +140,7 @@ def test_low_discrepancy_spreads_evenly_whoever_draws():
     whole = draw_low_discrepancy(seed, range(12), 12)
     assert np.diff(np.sort(whole.numpy())) == pytest.approx([1 / 12] * 11)
     assert ((0 <= whole) & (whole < 1)).all()
-    # Two ranks with micro batches of 3 and two accumulation steps draw the very same.
+    # Two ranks with micro batches of 3 and two accumulation steps draw the same numbers.
     shares = {rank: [range(s, s + 3) for s in range(3 * rank, 12, 6)] for rank in (0, 1)}
     parts = [draw_low_discrepancy(seed, share, 12) for rank in (0, 1) for share in shares[rank]]
     assert torch.cat(parts).sort().values.equal(whole.sort().values)
@@ -152,7 +152,7 @@ def test_low_discrepancy_over_ranks_and_accumulation_through_the_objective():
     for step in range(20):
         micro = [objective.sample_timesteps(SampleKeys(0, step, list(range(s, s + 5)))) for s in range(0, 40, 5)]
         counts = np.bincount(torch.cat(micro).numpy() // 25, minlength=40)
-        assert (np.abs(counts - 1) <= 1).all()  # each fortieth of the schedule once, but for where its edge is
+        assert (np.abs(counts - 1) <= 1).all()  # one in each fortieth of the schedule, up to its edges
         assert np.bincount(torch.cat(micro).numpy() // 250, minlength=4) == pytest.approx([10] * 4, abs=1)
     one_place = draw(objective, 1000, 40)[:, 7]
     assert measure_distance(one_place + 0.5, lambda t: t / 1000) < 1.95 / math.sqrt(1000)

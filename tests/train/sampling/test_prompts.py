@@ -1,4 +1,4 @@
-"""Prompt files: kohya's flags, JSON, what the settings add, and every mistake with its place."""
+"""Prompt files: kohya's flags, JSON, defaults from the settings, and every mistake with its place."""
 
 import json
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_json_means_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("a\nb --q 3", ":2: has the unknown flag --q"),
         ("a --w 100", ":1: has --w = '100', which is not a multiple of 8 of at least 64"),
@@ -92,13 +92,13 @@ def test_json_means_the_same(tmp_path: Path) -> None:
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_mistake_is_named_with_its_place(tmp_path: Path, content: str | bytes | None, said: str) -> None:
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     is_json = isinstance(content, str) and content[0] in "[{"
     file = tmp_path / ("prompts.json" if is_json else "prompts.txt")
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     _, problems = load([], file)
-    assert len(problems) == 1 and problems[0].startswith("sample.prompt_file: ") and said in problems[0], problems
+    assert len(problems) == 1 and problems[0].startswith("sample.prompt_file: ") and message in problems[0], problems
 
 
 def test_the_cure_of_a_missing_file_is_its_path(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_cure_of_a_missing_file_is_its_path(tmp_path: Path) -> None:
     assert [problem.cure for problem in problems] == ["check the path"]
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a --w 3\nb\nc --x\n")
     prompts, problems = load(["d --y"], file)
@@ -115,23 +115,23 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "able", "said"),
+    ("objective", "supported", "message"),
     [
         ({"prediction": "v", "zero_terminal_snr": True}, ZERO_SNR_SCHEDULERS, "does not support zero terminal SNR"),
         ({"prediction": "flow"}, FLOW_SCHEDULERS, "does not support rectified flow"),
     ],
 )
-def test_a_scheduler_must_be_able_to_follow_the_model(objective: dict, able: frozenset, said: str) -> None:
+def test_a_scheduler_must_support_the_objective(objective: dict, supported: frozenset, message: str) -> None:
     for name in SCHEDULERS:
         _, problems = load([f"a --ss {name}"], **objective)
-        assert problems == [] if name in able else said in problems[0], name
+        assert problems == [] if name in supported else message in problems[0], name
 
 
-def test_prompts_are_shared_out() -> None:
+def test_prompts_are_assigned_to_ranks() -> None:
     prompts, _ = load([f"p --s {steps}" for steps in (1, 2, 1, 1, 2, 3)])
     assert [assign_prompts(prompts, rank, 4, in_step=False) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
     for world_size in (1, 2, 3, 5):
         shares = [assign_prompts(prompts, rank, world_size, in_step=True) for rank in range(world_size)]
         assert {number for share in shares for number in share} == set(range(6))
-        for turn in zip(*shares, strict=True):  # at each turn all ranks make equally many forward passes
+        for turn in zip(*shares, strict=True):  # in each turn all ranks make the same number of forward passes
             assert len({prompts[number].num_inference_steps for number in turn}) == 1

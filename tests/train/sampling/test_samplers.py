@@ -1,4 +1,4 @@
-"""Sampling: a U-Net that knows the one image there is must draw exactly that one, whatever it predicts."""
+"""Sampling: a U-Net that always predicts one latent must generate that latent, with every prediction type."""
 
 import json
 
@@ -18,8 +18,8 @@ from sdxl_trainer.train.sampling.samplers import build_scheduler
 STEPS = 10
 
 
-class AllKnowing:
-    """In place of a U-Net's forward: what a perfect model of one latent says. Keeps what it was given."""
+class PerfectPrediction:
+    """A stand-in for a U-Net's forward: the prediction of a perfect model of one latent. It stores its inputs."""
 
     def __init__(self, objective: ObjectiveConfig, latent: torch.Tensor):
         self.prediction, self.latent = objective.prediction, latent
@@ -72,37 +72,37 @@ def draw(pipeline) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_the_one_image_is_drawn(settings, first, last):
+def test_the_known_latent_is_generated(settings, first, last):
     objective = ObjectiveConfig(**settings)
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     pipeline = build(objective)
-    pipeline.unet.forward = model = AllKnowing(objective, latent)
+    pipeline.unet.forward = model = PerfectPrediction(objective, latent)
     torch.testing.assert_close(draw(pipeline), latent, rtol=0, atol=2e-3)
     assert (len(model.timesteps), model.timesteps[0], model.timesteps[-1]) == (STEPS, first, pytest.approx(last))
     assert model.timesteps == sorted(model.timesteps, reverse=True)
-    # What the U-Net sees has the deviation that it had in training: noise at the start, the latent at the end.
+    # The U-Net's inputs have the same scale as in training: noise at the start, the latent at the end.
     assert model.inputs[0].std().item() == pytest.approx(1, abs=0.15)
     signal, level = model.process.compute_levels(torch.tensor([last]))
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.inputs[-1], signal * latent + level * start, rtol=0, atol=0.05)
 
 
-def test_latent_statistics_go_in_and_come_out_again():
+def test_decoding_inverts_the_latent_statistics():
     model = ModelConfig(latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0))
     vae_latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     x0 = diffusion.normalize_latents(vae_latent, *resolve_latent_statistics(model, {"scaling_factor": 0.5}))
     objective = ObjectiveConfig()
     pipeline = build(objective)
-    pipeline.unet.forward = AllKnowing(objective, x0)
+    pipeline.unet.forward = PerfectPrediction(objective, x0)
     with torch.no_grad():
         pixels = decode_latents(pipeline.vae, draw(pipeline), resolve_latent_statistics(model, pipeline.vae.config))
         torch.testing.assert_close(pixels, pipeline.vae.decode(vae_latent).sample, rtol=0, atol=5e-3)
-        # A U-Net in bf16 hands the VAE, which is always in fp32, what it makes.
+        # A U-Net in bf16 passes bf16 latents to the VAE, which is always in fp32.
         rounded = decode_latents(pipeline.vae, x0.bfloat16(), resolve_latent_statistics(model, pipeline.vae.config))
     torch.testing.assert_close(rounded, pixels, rtol=0, atol=5e-2)
 
 
-def test_where_latent_statistics_come_from():
+def test_latent_statistics_come_from_the_settings_or_the_vae():
     mean, scale = resolve_latent_statistics(ModelConfig(), {"scaling_factor": 0.18215})
     assert (mean.tolist(), scale.tolist()) == ([0], pytest.approx([0.18215]))
     assert resolve_latent_statistics(ModelConfig(), {})[1].tolist() == pytest.approx([0.13025])
