@@ -1,8 +1,9 @@
-"""How close does the cache job come to the device's speed, and at what cost to the host?
+"""Speed of the cache job as a share of the device's speed, and its cost to the host.
 
-The mixed set: 200 images with sides of 256 to 1536 px, 60 % JPEG, 20 % PNG, 20 % WebP, of soft colours, shapes and
-some grain, cached at 1024². The stand-in device sleeps 40 ms a megapixel, so only the pipeline is judged. Beside it, in
-the same run: a plain pipe of two threads (one decodes, one encodes and writes), the bare encode loop, and `sha256sum`.
+The input is 200 images with sides of 256 to 1536 px (60 % JPEG, 20 % PNG, 20 % WebP) of soft colours, shapes and some
+grain, cached at 1024². The stand-in device sleeps 40 ms for each megapixel, so that only the pipeline is measured. The
+same run measures the limits: a plain pipe of two threads (one decodes, one encodes and writes), the bare encode loop,
+and `sha256sum`.
 """
 
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +38,14 @@ from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_imag
 from sdxl_trainer.data.images.transforms import prepare_image
 
 RULE = BucketRule(1024, 256, 2048, 64)
-SMALL_RULE = BucketRule(256, 256, 256, 32)  # one bucket: on a CPU there is time for a few batches only
+SMALL_RULE = BucketRule(256, 256, 256, 32)  # one bucket, because a CPU encodes only a few batches in the time
 SECONDS_PER_MEGAPIXEL = 0.04
 FORMATS = ("jpg", "jpg", "jpg", "png", "webp")
 BATCH_SIZE, NUM_WORKERS = 4, 4
 
 
 class StandIn:
-    """A device that takes 40 ms a megapixel and costs the host nothing."""
+    """Device that takes 40 ms for each megapixel and no host time."""
 
     def __init__(self, seconds_per_megapixel: float = SECONDS_PER_MEGAPIXEL):
         self.seconds_per_megapixel = seconds_per_megapixel
@@ -51,16 +53,16 @@ class StandIn:
         rng = np.random.default_rng(0)
         self._noise = rng.standard_normal((BATCH_SIZE, 4, 256, 256), np.float32)
 
-    def launch(self, pixels: np.ndarray, keys: list[str]) -> "Ready":
+    def launch(self, pixels: np.ndarray, keys: list[str]) -> "ReadyBatch":
         seconds = self.seconds_per_megapixel * pixels.shape[0] * pixels.shape[1] * pixels.shape[2] / 1e6
         time.sleep(seconds)
         self.busy_seconds += seconds
-        return Ready(self._noise[: len(keys), :, : pixels.shape[1] // 8, : pixels.shape[2] // 8])
+        return ReadyBatch(self._noise[: len(keys), :, : pixels.shape[1] // 8, : pixels.shape[2] // 8])
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A batch that the stand-in is done with."""
+class ReadyBatch:
+    """A batch that the stand-in device has encoded."""
 
     latents: np.ndarray
 
@@ -69,10 +71,10 @@ class Ready:
 
 
 def main() -> int:
-    """Run and report."""
+    """Run all measurements and print the result."""
     options = parse_arguments(__doc__ or "")
-    torch.set_num_threads(os.cpu_count() or 1)  # of the VAE; the pipeline's own work is on threads besides
-    keep_freed_memory()  # as the job does
+    torch.set_num_threads(os.cpu_count() or 1)  # for the VAE; the pipeline has threads of its own
+    keep_freed_memory()  # as in the job
     figures: dict[str, Figure] = {}
 
     def note(found: dict[str, Figure]) -> None:
@@ -114,8 +116,14 @@ def draw_mixed_set(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def build_pipeline(encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule) -> Pipeline:
-    """The job's own data path around an encoder."""
+def build_pipeline(
+    encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule, check_stop: Callable[[], None] = lambda: None
+) -> Pipeline:
+    """Build the job's data path around an encoder.
+
+    Args:
+        check_stop: called between batches.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     writer = BackgroundWriter(NpzStorage(folder, "float32"), ManifestWriter(folder, 0))
     return Pipeline(
@@ -127,25 +135,32 @@ def build_pipeline(encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule
         num_workers=NUM_WORKERS,
         progress=RankProgress(0),
         report_bad=_refuse_bad,
-        check_stop=lambda: None,
+        check_stop=check_stop,
     )
 
 
-def run_pipeline(pipeline: Pipeline, items: list[WorkItem]) -> tuple[float, float]:
-    """(wall, CPU) seconds of encoding all items and bringing them to disk."""
+class Seconds(NamedTuple):
+    """Duration of a measurement."""
+
+    wall: float
+    cpu: float
+
+
+def run_pipeline(pipeline: Pipeline, items: list[WorkItem]) -> Seconds:
+    """Measure the encoding of all items, until they are on disk."""
     wall, cpu = time.monotonic(), time.process_time()
     pipeline.run(items)
     pipeline.writer.close()
-    return time.monotonic() - wall, time.process_time() - cpu
+    return Seconds(time.monotonic() - wall, time.process_time() - cpu)
 
 
 def list_items(images: list[Path], turn: int = 0) -> list[WorkItem]:
-    """Work items; sizes are not told, as with a folder of images."""
+    """Build work items of unknown sizes, as for a folder of images."""
     return [WorkItem(f"{turn}-{path.stem}", str(path), f"{turn}-{path.stem}.npz") for path in images]
 
 
 def measure_pipeline(images: list[Path], work: Path, runs: int) -> dict[str, Figure]:
-    """Share of the stand-in device's limit, and host CPU time an image; medians over runs, with the extremes."""
+    """Measure the share of the stand-in device's limit and the host CPU time of an image: medians and extremes."""
     shares, cpu_ms = [], []
     for number in range(runs):
         device = StandIn()
@@ -164,9 +179,9 @@ def measure_pipeline(images: list[Path], work: Path, runs: int) -> dict[str, Fig
 
 
 def measure_plain_pipe(images: list[Path], folder: Path) -> dict[str, Figure]:
-    """The same for a plain pipe: one thread decodes, the other encodes one by one and writes, as scripts do it.
+    """Measure a plain pipe as common scripts have it: one thread decodes, the other encodes one by one and writes.
 
-    That is Pillow with LANCZOS and `np.savez`; no hash, no checksum, no flush to disk.
+    It uses Pillow with LANCZOS and `np.savez`, without hashes, checksums or flushing to disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device, ready, buckets = StandIn(), queue.Queue(maxsize=16), list_buckets(RULE)
@@ -194,17 +209,15 @@ def measure_plain_pipe(images: list[Path], folder: Path) -> dict[str, Figure]:
 
 
 def measure_memory(images: list[Path], folder: Path, turns: int) -> dict[str, Figure]:
-    """Growth between the first turn over the set and the last, and the peak above what was there before."""
+    """Measure the growth of memory from the first tenth of the run to the last, and its peak above the start."""
     before = read_rss_bytes()
     items = [item for turn in range(turns) for item in list_items(images, turn)]
-    pipeline = build_pipeline(StandIn(0.0), folder, RULE)
     levels: list[int] = []
 
     def watch() -> None:
         levels.append(read_rss_bytes())
 
-    pipeline.check_stop = watch
-    run_pipeline(pipeline, items)
+    run_pipeline(build_pipeline(StandIn(0.0), folder, RULE, watch), items)
     tenth = max(1, len(levels) // 10)
     early, late = max(levels[tenth : 2 * tenth]), max(levels[-tenth:])
     return {
@@ -216,7 +229,7 @@ def measure_memory(images: list[Path], folder: Path, turns: int) -> dict[str, Fi
 
 
 def measure_verify(folder: Path) -> dict[str, Figure]:
-    """Bytes per second of verification against those of `sha256sum` over the same files, all in the page cache."""
+    """Measure the speed of verification as a share of `sha256sum` on the same files, all in the page cache."""
     entries = read_latest(folder)
     files = b"\0".join(str(folder / entry.file).encode() for entry in entries.values())
     command = ["xargs", "-0", "sha256sum"]
@@ -234,7 +247,7 @@ def measure_verify(folder: Path) -> dict[str, Figure]:
 
 
 def measure_vae(files: list[Path], folder: Path, count: int = 8) -> dict[str, Figure]:
-    """Bare encode loop against the job, with SDXL's VAE in full size (random weights) at 256 px; median of pairs."""
+    """Measure the job as a share of the bare encode loop, with a full-size VAE of random weights at 256 px."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SDXL_CONFIG_FOLDER / "vae")).eval()
@@ -247,12 +260,12 @@ def measure_vae(files: list[Path], folder: Path, count: int = 8) -> dict[str, Fi
         for batch in batches:
             encoder.launch(batch, ["key"] * len(batch)).wait()
 
-    encoder.launch(batches[0], ["key"] * BATCH_SIZE).wait()  # the first one makes the plans of the kernels
+    encoder.launch(batches[0], ["key"] * BATCH_SIZE).wait()  # the first batch also plans kernels
     ratios = []
     for turn in range(3):
         bare = time_call(loop)
         pipeline = build_pipeline(encoder, folder / str(turn), SMALL_RULE)
-        ratios.append(bare / run_pipeline(pipeline, list_items(files[:count], turn))[0])
+        ratios.append(bare / run_pipeline(pipeline, list_items(files[:count], turn)).wall)
     return {
         "share_of_bare_vae_loop_256px": Figure(float(np.median(ratios)), ">=", 0.98),
         "share_of_bare_vae_loop_256px_least": Figure(min(ratios)),
@@ -261,7 +274,7 @@ def measure_vae(files: list[Path], folder: Path, count: int = 8) -> dict[str, Fi
 
 
 def measure_gpu(images: list[Path], folder: Path) -> dict[str, Figure]:
-    """The same on a GPU: SDXL's VAE in bfloat16 at 1024², and its rate (encoding 1024² costs 4.88 TFLOP)."""
+    """Measure the job as a share of the bare loop on a GPU, with SDXL's VAE in bfloat16 at 1024² (4.88 TFLOP each)."""
     from diffusers import AutoencoderKL
 
     config = AutoencoderKL.load_config(SDXL_CONFIG_FOLDER / "vae")
@@ -274,7 +287,7 @@ def measure_gpu(images: list[Path], folder: Path) -> dict[str, Figure]:
     per_pixel = bare / (rounds * pixels.size / 3)
     buckets = list_buckets(RULE)
     total = sum(int(np.prod(prepare_image(path, RULE, buckets).placement.bucket)) for path in images)
-    wall, _ = run_pipeline(build_pipeline(encoder, folder, RULE), list_items(images))
+    wall = run_pipeline(build_pipeline(encoder, folder, RULE), list_items(images)).wall
     rate = rounds * BATCH_SIZE / bare
     return {
         "gpu_share_of_bare_loop": Figure(per_pixel * total / wall, ">=", 0.95),
@@ -284,14 +297,14 @@ def measure_gpu(images: list[Path], folder: Path) -> dict[str, Figure]:
 
 
 def time_call(work: Callable[[], object]) -> float:
-    """Wall seconds of a call."""
+    """Measure the wall seconds of a call."""
     started = time.monotonic()
     work()
     return time.monotonic() - started
 
 
 def read_rss_bytes() -> int:
-    """Resident memory of this process."""
+    """Read the resident memory of this process."""
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * resource.getpagesize()
 

@@ -1,4 +1,4 @@
-"""For the tests of the cache job: a set of images with settings, and ways to run the job on it."""
+"""Settings, entries and latents for the tests of the cache job, and functions that run it."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 def write_settings(folder: Path, model: Path, metadata: Path | None = None, **cache: object) -> Path:
-    """A settings file in `folder` for the images in `folder/images`, or for those of a metadata file."""
+    """Write a settings file for the images in `folder/images`, or for those of a metadata file."""
     config = {
         "run": {"name": "x", "dir": str(folder / "runs")},
         "model": {"path": str(model)},
@@ -38,7 +38,7 @@ def write_settings(folder: Path, model: Path, metadata: Path | None = None, **ca
 
 
 def run_job(settings: Path, *words: object) -> int:
-    """cache/main.py in this process, which saves the seconds that a start takes. Returns the exit status."""
+    """Run cache/main.py in this process, which is faster than starting one, and return the exit status."""
     try:
         return main(["--cfg", str(settings), *(str(word) for word in words)])
     finally:
@@ -48,7 +48,7 @@ def run_job(settings: Path, *words: object) -> int:
 
 
 def make_entry(key: str = "a", **changes: object) -> ManifestEntry:
-    """A manifest entry of a 96 x 64 px bucket."""
+    """Build a manifest entry of a 96 x 64 px bucket."""
     fields = {
         "key": key,
         "file": f"{key}.npz",
@@ -68,14 +68,14 @@ def make_entry(key: str = "a", **changes: object) -> ManifestEntry:
 
 
 def make_sample(number: int = 0, bucket: tuple[int, int] = (96, 64)) -> LatentSample:
-    """Latents that differ with the number."""
+    """Build random latents, with `number` as the seed."""
     shape = (4, bucket[1] // 8, bucket[0] // 8)
     latents = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
     return LatentSample(latents, (100, 70), (0, 1, 96, 65))
 
 
 def hash_items(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each item's npz as the manifest lists it, after checking it against the bytes on disk."""
+    """Return the SHA-256 of each item's npz by the manifest, after comparing it with the bytes on disk."""
     hashes = {}
     for key, entry in read_latest(folder).items():
         content = (folder / entry.file).read_bytes()
@@ -87,7 +87,7 @@ def hash_items(folder: Path) -> dict[str, str]:
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """Every file below a folder that is not hidden, with its time of change."""
+    """Return the mtime of every file below a folder that is not hidden."""
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""What the tests of single files share: a tiny SDXL in every width of its own, and safetensors files of holes."""
+"""Samples for the tests of single files: a tiny SDXL, and sparse safetensors files."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from sdxl_trainer.cache.models.single_file_names import build_name_table
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
 FULL = load_component_configs()
-# Every width differs from every other where SDXL allows it, so that a swapped axis or name cannot go unseen.
+# All widths differ as far as SDXL allows it, so that swapped axes and names are found.
 TINY = {
     "unet": {
         **FULL["unet"],
@@ -65,7 +65,7 @@ def build_modules(configs, device):
 
 
 def build_tiny_modules():
-    """The four tiny models; norms, which start as ones and zeros and would hide a swapped name, are random too."""
+    """Build the four tiny models with random weights, also in norms, whose ones and zeros would hide swapped names."""
     modules = build_modules(TINY, "cpu")
     generator = torch.Generator().manual_seed(0)
     for module in modules.values():
@@ -75,7 +75,7 @@ def build_tiny_modules():
 
 
 def write_fake(path, tensors, metadata=None):
-    """A safetensors file of holes: name → (dtype, shape)."""
+    """Write a sparse safetensors file of tensors given as name → (dtype, shape)."""
     begin, entries = 0, {} if metadata is None else {"__metadata__": metadata}
     for name, (dtype, shape) in tensors.items():
         end = begin + math.prod(shape) * {"F16": 2, "F32": 4, "I64": 8, "I8": 1}[dtype]

@@ -1,4 +1,4 @@
-"""The writer: bounded, in the background, and no error is lost or lied about."""
+"""The background writer: bounded memory, no waiting for the disk, and no lost error."""
 
 import threading
 import time
@@ -14,8 +14,8 @@ from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, re
 SAMPLE = make_sample()
 
 
-class GatedSink:
-    """Takes items only when told to, and fails for some keys."""
+class GatedStorage:
+    """Storage that writes one item for each release of its gate, and fails for some keys."""
 
     def __init__(self, failing: tuple[str, ...] = ()):
         self.gate = threading.Semaphore(0)
@@ -53,7 +53,7 @@ def wait_until(condition) -> None:
 
 
 def test_no_more_than_so_many_are_in_flight(tmp_path):
-    storage = GatedSink()
+    storage = GatedStorage()
     writer = build(tmp_path, storage, num_threads=2, max_in_flight=5)
     submitted = []
 
@@ -66,7 +66,7 @@ def test_no_more_than_so_many_are_in_flight(tmp_path):
     thread.start()
     wait_until(lambda: len(submitted) == 5)
     time.sleep(0.1)
-    assert len(submitted) == 5 and storage.written == []  # the sixth waits for the disk
+    assert len(submitted) == 5 and storage.written == []  # the sixth waits
     for released in range(1, 16):
         storage.gate.release()
         wait_until(lambda released=released: len(submitted) == 5 + released)
@@ -79,7 +79,7 @@ def test_no_more_than_so_many_are_in_flight(tmp_path):
 
 
 def test_submitting_does_not_wait_for_the_disk(tmp_path):
-    storage = GatedSink()
+    storage = GatedStorage()
     writer = build(tmp_path, storage, max_in_flight=8)
     start = time.monotonic()
     for number in range(8):
@@ -91,24 +91,25 @@ def test_submitting_does_not_wait_for_the_disk(tmp_path):
 
 
 def test_an_error_reaches_the_next_submit_and_close(tmp_path):
-    storage = GatedSink(failing=("b",))
+    storage = GatedStorage(failing=("b",))
     writer = build(tmp_path, storage, num_threads=1, max_in_flight=4)
     for key in "abc":
         writer.submit(make_item(key))
     storage.gate.release(3)
     wait_until(lambda: writer._error is not None)
-    for _ in range(10):  # and never blocks, however often it is tried
+    # Submitting again never blocks.
+    for _ in range(10):
         with pytest.raises(OSError, match="No space left"):
             writer.submit(make_item("d"))
     with pytest.raises(OSError, match="No space left"):
         writer.close()
     assert storage.is_closed
-    # Nothing is listed that is not on disk, and nothing is tried on a full disk.
+    # Only items on disk are listed, and later items are not written to a full disk.
     assert storage.written == ["a"] and set(read_latest(tmp_path)) == {"a"}
 
 
 def test_an_error_of_the_last_item_reaches_close(tmp_path):
-    storage = GatedSink(failing=("a",))
+    storage = GatedStorage(failing=("a",))
     writer = build(tmp_path, storage)
     writer.submit(make_item("a"))
     storage.gate.release()
@@ -118,7 +119,7 @@ def test_an_error_of_the_last_item_reaches_close(tmp_path):
 
 
 def test_a_full_disk_at_the_manifest_lists_nothing_torn(tmp_path, monkeypatch):
-    storage = GatedSink()
+    storage = GatedStorage()
     storage.gate.release(9)
     manifest = ManifestWriter(tmp_path, 0)
     append, lines = manifest.append, []

@@ -1,4 +1,4 @@
-"""What there is to do: every image on one rank, evenly, and again only when what made its latents is another."""
+"""The encode plan: each image on exactly one rank, even shares, and stale latents found."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_costs_are_pixels_of_the_bucket():
 
 @pytest.fixture
 def source(tmp_path):
-    """An image, and a manifest entry that is true of it."""
+    """Return an image and a manifest entry that matches it."""
     path = tmp_path / "a.png"
     path.write_bytes(b"some bytes of an image")
     status = path.stat()
@@ -90,14 +90,14 @@ def test_a_replaced_image_is_noticed_and_a_touched_one_is_not(source, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content + b"!")
     assert judge_entry(entry, str(path), IDENTITY.name) == ("changed", None)
-    path.write_bytes(content.replace(b"some", b"same"))  # of the same size: the time tells
+    path.write_bytes(content.replace(b"some", b"same"))  # same size, other time
     os.utime(path, ns=(1, 1))
     assert judge_entry(entry, str(path), IDENTITY.name) == ("changed", None)
     path.write_bytes(content)
     os.utime(path, ns=(2, 2))
     state, refreshed = judge_entry(entry, str(path), IDENTITY.name)
     assert (state, refreshed) == ("valid", replace(entry, source_mtime_ns=2))
-    assert judge_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # and is not hashed again
+    assert judge_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # without hashing again
 
 
 def test_a_moved_or_missing_image_is_the_same(source, tmp_path):
@@ -116,8 +116,8 @@ def test_a_mask_counts_as_the_image_does(source, tmp_path):
     mask.write_bytes(b"some mask")
     status = mask.stat()
     masked = replace(entry, mask=HashedFile(str(mask), status.st_size, status.st_mtime_ns, hash_file(mask)))
-    assert judge_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # it has appeared
-    assert judge_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # it has vanished
+    assert judge_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # a new mask
+    assert judge_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # a deleted mask
     assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("valid", None)
     os.utime(mask, ns=(3, 3))
     state, refreshed = judge_entry(masked, str(path), IDENTITY.name, str(mask))
@@ -128,7 +128,7 @@ def test_a_mask_counts_as_the_image_does(source, tmp_path):
     assert judge_entry(vouched, str(path), IDENTITY.name, str(mask)) == ("changed", None)
     path.unlink()
     for known, now in ((masked, None), (masked, str(mask)), (entry, str(mask))):
-        assert judge_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to make it anew from
+        assert judge_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to encode from
 
 
 def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
@@ -139,20 +139,20 @@ def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
     entries = {key: make_entry(key, identity=IDENTITY.name) for key in ("k0", "k1", "k2", "gone")}
     entries["k1"] = replace(entries["k1"], identity="another")
     (tmp_path / "k0.npz").touch()
-    (tmp_path / "k1.npz").touch()  # that of k2 was deleted
+    (tmp_path / "k1.npz").touch()  # the file of k2 is missing
     made = Resolution(RULE, IDENTITY)
     planner = EncodePlanner(index, tmp_path, entries, beside=False)
-    works = [planner.plan(build_share(index, made, rank, 2)) for rank in range(2)]
-    assert works[0].counts + works[1].counts == {"valid": 1, "stale": 1, "missing": 1, "new": 2}
-    items = {item.key: item for work in works for item in work.items}
-    assert sorted(items) == ["k1", "k2", "k3", "k4"] and len(works[0].items) + len(works[1].items) == 4
+    plans = [planner.plan(build_share(index, made, rank, 2)) for rank in range(2)]
+    assert plans[0].counts + plans[1].counts == {"valid": 1, "stale": 1, "missing": 1, "new": 2}
+    items = {item.key: item for plan in plans for item in plan.items}
+    assert sorted(items) == ["k1", "k2", "k3", "k4"] and len(plans[0].items) + len(plans[1].items) == 4
     assert items["k3"].size == (103, 90) and items["k4"].size is None
     assert json.loads(items["k3"].record)["caption"] == "x"
-    assert works[0].totals == PlanTotals(works[0].counts, works[0].bytes_needed, len(works[0].items))
-    assert sum(work.bytes_needed for work in works) >= 4 * 128 * 128 // 64 * 4 * 4
+    assert plans[0].totals == PlanTotals(plans[0].counts, plans[0].bytes_needed, len(plans[0].items))
+    assert sum(plan.bytes_needed for plan in plans) >= 4 * 128 * 128 // 64 * 4 * 4
     entries = {key: replace(entry, file="shards/x.tar", offset=0) for key, entry in entries.items()}
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / ".x.tar.partial").touch()  # a job that was killed, or is at work
+    (tmp_path / "shards" / ".x.tar.partial").touch()  # a killed or running job
     share = build_share(index, made, 0, 1)
     assert share.keys == ["k0", "k1", "k2", "k3", "k4"]
     assert EncodePlanner(index, tmp_path, entries, beside=False).plan(share).counts["missing"] == 0

@@ -1,4 +1,4 @@
-"""How long the cache job says that it will take, before it starts."""
+"""The cache job's estimate of its duration."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sdxl_trainer.data.formats.manifest import read_latest
 
 @dataclass
 class SteadyDevice:
-    """Takes 1 s to warm up and 40 ms a megapixel, by a clock of its own."""
+    """Device that takes 1 s to warm up and 40 ms for each megapixel, by its own clock."""
 
     now: float = 0.0
     warm: bool = False
@@ -49,10 +49,10 @@ def test_a_spread_of_images_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
     for number in range(100):
         path = tmp_path / f"{number}.png"
         items.append(WorkItem(path.stem, str(path), f"{number}.npz"))
-        if number % 25 == 0:  # the ones that are looked at; one is broken
+        if number % 25 == 0:  # the images of the trial; one of them is broken
             Image.new("RGB", (128, 128)).save(path) if number else path.write_bytes(b"no image")
         else:
-            path.symlink_to(path)  # reading it would be an error that nobody expects
+            path.symlink_to(path)  # reading it would raise an unexpected error
     assert time_decoding(items, RULE, 1, lambda: next(ticks)) == 8 / 4
 
 
@@ -94,4 +94,4 @@ def test_it_is_told_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, cap
     assert re.search(told, said)
     assert len(read_latest(tmp_path / "latents")) == 2
     assert run_job(settings) == 0
-    assert "estimated time" not in capsys.readouterr().err  # nothing to do
+    assert "estimated time" not in capsys.readouterr().err  # nothing to encode

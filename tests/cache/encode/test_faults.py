@@ -1,4 +1,4 @@
-"""The cache job when things go wrong: bad images, full disks, signals, dead ranks. Whole runs of the real program."""
+"""Runs of the cache job with faults: bad images, full disks, signals, dead ranks."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, model) -> tuple[Path, dict[str, str]]:
-    """A folder with settings for 120 images, and what an unbroken job makes of them: key → SHA-256."""
+    """Return settings for 120 images, and the SHA-256 of each item after an undisturbed job."""
     folder = tmp_path_factory.mktemp("many")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=120), batch_size=2)
     assert run_job(settings, f"cache.dir={folder / 'whole'}") == 0
@@ -45,7 +45,7 @@ def many(tmp_path_factory, model) -> tuple[Path, dict[str, str]]:
 
 
 def make_bomb() -> bytes:
-    """A PNG of a few bytes whose header claims 60000 x 60000 pixels."""
+    """Build a PNG of a few bytes whose header claims 60000 x 60000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -63,7 +63,7 @@ def encode(image: Image.Image, form: str, **options) -> bytes:
 
 
 def make_good_images() -> dict[str, tuple[bytes, Image.Image]]:
-    """File name → (content, what a person sees)."""
+    """Return (content, visible image) by file name."""
     size = (128, 128)
     gradient = np.zeros((128, 128, 3), np.uint8)
     gradient[..., 0], gradient[..., 1] = np.arange(128)[None] * 2, np.arange(128)[:, None]
@@ -136,9 +136,9 @@ def test_odd_images_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, mode
     assert not any(" object at " in reason for reason in reasons.values())
     assert "(a bomb?)" in reasons["bomb.png"] or "decompression bomb" in reasons["bomb.png"]
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
-    # The share is that of the whole set: the next run, which has nothing but the bad ones to do, is no worse.
+    # The fraction is of the whole set, so a second run, which has only the bad images to do, ends the same way.
     assert run_job(settings, "data.max_bad_fraction=0.5") == 0
-    assert run_job(settings) == 1  # more than one in a hundred
+    assert run_job(settings) == 1  # more than 1 %
     assert "or raise data.max_bad_fraction" in capsys.readouterr().err
     assert hash_items(tmp_path / "latents").keys() == good.keys()
 
@@ -160,7 +160,7 @@ def test_two_jobs_do_not_write_one_cache(tmp_path, model, capsys):
     with lock_cache(tmp_path / "latents"):
         assert run_job(settings) == 2
         assert "is being written by another job" in capsys.readouterr().err
-        assert run_job(settings, "--dry-run") == 0  # which only looks
+        assert run_job(settings, "--dry-run") == 0  # writes nothing
     assert run_job(settings) == 0 and len(hash_items(tmp_path / "latents")) == 4
 
 
@@ -168,7 +168,8 @@ def test_two_jobs_do_not_write_one_cache(tmp_path, model, capsys):
 def test_a_full_disk_ends_the_job_and_tears_nothing(many, small_disk, monkeypatch, capsys, form):
     settings, whole = many
     usage = shutil.disk_usage(small_disk)._replace(free=1 << 40)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # the check before the start is another test's
+    # The check before the start must pass here.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).total - 400_000))
     words = (f"cache.dir={small_disk / 'latents'}", f"cache.format={form}")
@@ -187,7 +188,7 @@ def test_a_full_disk_ends_the_job_and_tears_nothing(many, small_disk, monkeypatc
 
 
 def hash_listed(folder: Path) -> dict[str, str]:
-    """What the manifest says of each item that verifies, finished shards or not."""
+    """Return the SHA-256 of each item, after verifying all, also in unfinished shards."""
     entries = read_latest(folder)
     bad = verify_entries(folder, entries).bad
     assert bad == {}
@@ -195,7 +196,7 @@ def hash_listed(folder: Path) -> dict[str, str]:
 
 
 def start(settings: Path, *words: object, ranks: int = 1) -> subprocess.Popen:
-    """bash launch/cache.sh, in a process group of its own."""
+    """Start launch/cache.sh in a process group of its own."""
     environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "launch" / "cache.sh"), "--cfg", str(settings), *(str(word) for word in words)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -212,7 +213,8 @@ def wait_for_lines(folder: Path, count: int, job: subprocess.Popen) -> None:
 def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
     settings, whole = many
     words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={form}")
-    for _ in range(5):  # on a busy machine the whole job may be over before the signal is on its way
+    # On a busy machine the job may end before the signal is sent.
+    for _ in range(5):
         shutil.rmtree(tmp_path / "latents", ignore_errors=True)
         job = start(settings, *words, ranks=ranks)
         wait_for_lines(tmp_path / "latents", 10, job)
@@ -223,21 +225,21 @@ def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
     assert job.returncode == 128 + getattr(signal, number), said[-3000:]
     assert f"stopped by {number}; everything done so far is saved" in said and "Traceback" not in said
     assert check_folder(tmp_path / "latents") == []
-    listed = hash_items(tmp_path / "latents")  # no shard is left unfinished
+    listed = hash_items(tmp_path / "latents")  # every shard is finished
     assert 10 <= len(listed) < 120 and listed.items() <= whole.items()
     report = json.loads((tmp_path / "latents" / "cache_report.json").read_text())
     assert report["encoded"] == len(listed) and report["seconds"] > 0
     before = list_files(tmp_path / "latents")
-    assert run_job(settings, *words) == 0  # on another number of ranks
+    assert run_job(settings, *words) == 0  # with another number of ranks
     assert hash_items(tmp_path / "latents") == whole
-    assert len(list(read_entries(tmp_path / "latents"))) == 120  # nothing was done twice
+    assert len(list(read_entries(tmp_path / "latents"))) == 120  # nothing was encoded twice
     after = list_files(tmp_path / "latents")
     kept = [name for name in before if name.endswith((".npz", ".tar"))]
     assert kept and all(after[name] == before[name] for name in kept)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    """The first is only noted, a repeat within two seconds is the same wish, a later one ends the process there."""
+    """The first signal is only recorded, a repeat within two seconds is ignored, and a later one ends the process."""
     code = (
         "import time; from sdxl_trainer.launch.signals import StopRequest; request = StopRequest();"
         "print('ready', flush=True); [time.sleep(0.05) for _ in range(1200)]; print('not reached')"
@@ -249,7 +251,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     time.sleep(0.3)
     job.send_signal(signal.SIGTERM)
     time.sleep(2.2)
-    assert job.poll() is None, "torchrun repeats what the terminal sent: that is no second wish"
+    assert job.poll() is None, "torchrun repeats the terminal's signal, which does not count as a second one"
     job.send_signal(signal.SIGINT)
     said, _ = job.communicate(timeout=30)
     assert job.returncode == 143 and said == "" and (tmp_path / "status").read_text() == "143"
@@ -276,16 +278,16 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
         for key, suffix, _, _ in iterate_members(tmp_path / "latents" / file)
         if suffix == "npz"
     ]
-    assert len(keys) == len(set(keys)) == 120  # readers of whole shards see every image once
+    assert len(keys) == len(set(keys)) == 120  # readers of the shards see every image once
 
 
 def find_rank(job: subprocess.Popen, rank: int) -> int:
-    """Process id of a rank among a job's descendants."""
+    """Return the process id of a rank among a job's descendants."""
     return next(process for process in list_descendants(job.pid) if get_variable(process, "RANK") == str(rank))
 
 
 def test_kills_at_random_moments_tear_nothing(many, tmp_path):
-    """A short form of tests/campaigns/cache_kill.py."""
+    """Run a short form of tests/campaigns/cache_kill.py."""
     settings, whole = many
     trials = [Trial("job", 1, "shards")] * 3
     for result in run_trials(settings, tmp_path, trials, whole, seed=1):

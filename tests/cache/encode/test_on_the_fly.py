@@ -1,4 +1,4 @@
-"""Training over images that have no latents: the same order and losses as over a made cache, which it makes."""
+"""Training over images without latents: the order and losses of a filled cache, and the cache it leaves."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ NUM_IMAGES = 8
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory, tiny_folder) -> Path:
-    """Eight images, with settings that train over them at two resolutions, flipped half of the time."""
+    """Return a folder of eight images and settings that train at two resolutions with a flip rate of 0.5."""
     folder = tmp_path_factory.mktemp("images")
     settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", NUM_IMAGES), flip=True)
     content = settings.read_text().replace("resolution_px: 128", "resolution_px: [64, 128]\n  flip_rate: 0.5")
@@ -61,7 +61,7 @@ def open_dataset(config: Config, index: Index) -> LatentDataset:
 
 
 def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True) -> dict[str, MicroBatch]:
-    """A micro batch of each sample by itself and one of its bucket's fellows, by key."""
+    """Return a micro batch of each sample in two epochs, by key."""
     dataset, specs = open_dataset(config, index), []
     for row in range(len(index)):
         bucket = (int(index.column("bucket_width")[row]), int(index.column("bucket_height")[row]))
@@ -91,7 +91,7 @@ def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path,
     config, index = open_run(images, tmp_path / "new", *words)
     assert index.summary.num_uncached == len(index) == 2 * NUM_IMAGES
     new = read_all(config, index)
-    assert list(new) == list(made)  # in the same order
+    assert list(new) == list(made)  # same order
     flipped = 0
     for key, batch in new.items():
         assert batch.bad == [] and batch.pending == []
@@ -99,7 +99,7 @@ def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path,
             assert torch.equal(getattr(batch, name), getattr(made[key], name)), (key, name)
         flipped += int(batch.latents[0].ne(batch.latents[1]).any())
     assert flipped
-    # What was met is in the cache, byte for byte, and the next epoch reads it.
+    # The latents are now in the cache, byte for byte, and the next epoch reads them.
     assert hash_items(tmp_path / "new") == hash_items(tmp_path / "made")
     assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'new'}", *words, "--verify") == 0
     assert all(batch.pending == [] for batch in read_all(config, index, fill=False).values())
@@ -120,7 +120,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):
     words = (f"data.metadata=[{metadata}]", "data.max_bad_fraction=1.0", "data.resolution_px=128")
     config, index = open_run(images, tmp_path / "cache", *words)
     lines = (tmp_path / "cache" / "runs" / "x" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
-    assert [orjson.loads(line)["key"] for line in lines] == [gone]  # that one is told before training
+    assert [orjson.loads(line)["key"] for line in lines] == [gone]  # reported before training
     batches = read_all(config, index)
     assert len(batches) == NUM_IMAGES - 1
     reasons = {key: batch.bad[0][1] for key, batch in batches.items() if batch.bad}

@@ -1,4 +1,4 @@
-"""The pipeline: batches of one bucket, in order, whatever the images are; and latents that no batch has a say in."""
+"""The pipeline: batches of one bucket, in order, and latents that do not depend on their batch."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ def vae(tiny_folder):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[WorkItem]:
-    """Twenty-three images of noise, of four buckets."""
+    """Return 23 images of noise in four buckets."""
     folder = tmp_path_factory.mktemp("images")
     items = []
     for number in range(23):
@@ -49,7 +49,7 @@ def images(tmp_path_factory) -> list[WorkItem]:
 
 @dataclass
 class FakeEncoder:
-    """A device whose latents are the mean of each block of pixels; it remembers its batches."""
+    """Device whose latents are the mean of each block of pixels, with a record of its batches."""
 
     batches: list[list[str]] = field(default_factory=list)
     waited: list[list[str]] = field(default_factory=list)
@@ -77,7 +77,7 @@ class FakePending:
 
 
 def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check_stop=lambda: None):
-    """(bad, progress) after the items went through."""
+    """Run the pipeline and return (bad, progress)."""
     bad: list[tuple[str, str]] = []
     progress = RankProgress(len(items))
     writer = BackgroundWriter(NpzStorage(folder, "float32"), ManifestWriter(folder, 0))
@@ -115,7 +115,7 @@ def test_batches_are_of_one_bucket_and_full(tmp_path, images, told):
     assert sorted(key for batch in encoder.batches for key in batch) == [item.key for item in items]
     for batch in encoder.batches:
         assert len({buckets[key] for key in batch}) == 1 and batch == sorted(batch)
-    # No more batches than need be: one broken one for each bucket.
+    # At most one incomplete batch for each bucket.
     counts = [list(buckets.values()).count(bucket) for bucket in set(buckets.values())]
     assert len(encoder.batches) == sum(-(-count // 4) for count in counts)
     assert encoder.waited == encoder.batches
@@ -186,7 +186,7 @@ def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, images):
 
     encoder.launch = spy
     run(tmp_path, images, encoder)
-    assert order == [0, 0, *range(1, len(order) - 1)]  # all but the newest one were waited for
+    assert order == [0, 0, *range(1, len(order) - 1)]  # all but the newest one have been waited for
 
 
 def test_waiting_for_images_is_counted(tmp_path, images, monkeypatch):
@@ -204,7 +204,7 @@ def test_latents_do_not_depend_on_the_batch(tmp_path, images, vae, posterior, fl
     for batch_size in (1, 2, 3, 4):
         folder = tmp_path / str(batch_size)
         folder.mkdir()
-        items = images if batch_size % 2 else images[::-1]  # another company, too
+        items = images if batch_size % 2 else images[::-1]  # other neighbours in the batch, too
         run(folder, items, VaeEncoder(vae, posterior, flip), batch_size)
         hashes.append(hash_items(folder))
     assert len(hashes[0]) == len(set(hashes[0].values())) == 23
@@ -230,7 +230,7 @@ def test_latents_are_diffusers_own(images, vae):
     mean = VaeEncoder(vae, "mean", flip=False).launch(pixels, keys).wait()
     assert np.array_equal(mean.latents, encoded.latents) and mean.std is None
     assert encoded.latents.dtype == np.float32 and np.abs(encoded.latents).max() > 0.1
-    # Not multiplied by the scaling factor: what diffusers decodes after dividing by it is what was encoded.
+    # Latents are not multiplied by the scaling factor, by which diffusers divides before decoding.
     assert vae.config.scaling_factor == pytest.approx(0.13025)
 
 
@@ -242,7 +242,7 @@ def test_samples_are_drawn_from_the_posterior(images, vae):
     sampled = VaeEncoder(vae, "sample", flip=False).launch(many, keys).wait().latents
     noise = (sampled - moments.latents) / moments.std
     assert np.abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(1, abs=0.01)
-    assert np.abs(np.corrcoef(noise.reshape(200, -1)[:20]) - np.eye(20)).max() < 0.2  # each key has its own
+    assert np.abs(np.corrcoef(noise.reshape(200, -1)[:20]) - np.eye(20)).max() < 0.2  # each key has its own noise
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
@@ -251,7 +251,7 @@ def test_flipped_latents_are_those_of_the_mirrored_image(images, vae, posterior)
     encoded = VaeEncoder(vae, posterior, flip=True).launch(pixels, keys).wait()
     mirrored = VaeEncoder(vae, posterior, flip=False).launch(np.ascontiguousarray(pixels[:, :, ::-1]), keys).wait()
     np.testing.assert_allclose(encoded.flipped, mirrored.latents, atol=1e-6)
-    assert np.abs(encoded.flipped - encoded.latents[..., ::-1]).max() > 1e-4  # which is not the mirrored latent
+    assert np.abs(encoded.flipped - encoded.latents[..., ::-1]).max() > 1e-4  # not the mirrored latent
     if posterior == "moments":
         np.testing.assert_allclose(encoded.flipped_std, mirrored.std, atol=1e-6)
     else:
@@ -277,7 +277,7 @@ def test_half_precision_stays_near(images, vae):
 
 
 class SmallDevice(torch.nn.Module):
-    """The VAE on a device that holds so many images at once."""
+    """The VAE on a device with memory for `most` images at once."""
 
     def __init__(self, vae, most: int):
         super().__init__()
@@ -300,7 +300,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(images, vae, pos
     assert small.sizes[:2] == [7, 3] and max(small.sizes[2:]) <= 4
     small.sizes.clear()
     second = found.launch(pixels, list(keys)).wait()
-    assert max(small.sizes) <= 2  # it has learnt
+    assert max(small.sizes) <= 2  # the encoder remembers the limit
     for name, part in vars(wanted).items():
         for encoded in (first, second):
             assert part is None or np.array_equal(getattr(encoded, name), part), name
@@ -311,7 +311,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(images, vae, pos
 def test_tiles_give_nearly_what_the_whole_image_gives(vae):
     import copy
 
-    # Soft noise: where an image is alike all over, norms over a tile are those over the whole.
+    # In soft noise, the statistics of a tile are close to those of the whole image.
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
     pixels = np.array(noise.resize((512, 384), Image.Resampling.BICUBIC))[None]
     tiled, sizes = copy.deepcopy(vae), []
@@ -320,7 +320,7 @@ def test_tiles_give_nearly_what_the_whole_image_gives(vae):
     whole = VaeEncoder(vae, "mean", flip=False).launch(pixels, ["a"]).wait().latents
     parts = VaeEncoder(tiled, "mean", flip=False).launch(pixels, ["a"]).wait().latents
     assert parts.shape == whole.shape == (1, 4, 48, 64)
-    assert len(sizes) > 1 and max(max(size) for size in sizes) <= 256  # which bounds the memory
+    assert len(sizes) > 1 and max(max(size) for size in sizes) <= 256  # this bounds the memory
     assert np.abs(parts - whole).mean() < 0.05 * np.abs(whole).mean()
     small = np.ascontiguousarray(pixels[:, :256, :256])
     sizes.clear()

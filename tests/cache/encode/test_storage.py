@@ -1,4 +1,4 @@
-"""Sinks: an item that an entry was returned for is on disk as the entry says, whatever thread and disk do."""
+"""Storage of items: once an entry is returned, the item is on disk as the entry describes it."""
 
 import hashlib
 import os
@@ -71,7 +71,7 @@ def test_shards_hold_one_bucket_each_and_keep_their_limit(tmp_path):
         assert np.array_equal(parse_latents(content, item.entry.bucket).latents, item.sample.latents)
 
 
-def test_a_later_sink_never_touches_earlier_shards(tmp_path):
+def test_a_later_storage_never_changes_earlier_shards(tmp_path):
     for _ in range(2):
         storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
         storage.write(make_items(1)[0])
@@ -88,9 +88,9 @@ def test_a_later_sink_never_touches_earlier_shards(tmp_path):
 def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
     storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
     entries = [storage.write(item) for item in make_items(9)]
-    listed = [entry for entry in entries if entry.bucket == BUCKETS[0]][:2] + [entries[1]]  # nothing of BUCKETS[2]
+    listed = [entry for entry in entries if entry.bucket == BUCKETS[0]][:2] + [entries[1]]  # no item of BUCKETS[2]
     by_key = {entry.key: entry for entry in listed}
-    assert verify_entries(tmp_path, by_key).bad == {}  # before they are finished, too
+    assert verify_entries(tmp_path, by_key).bad == {}  # also before the shards are finished
     assert {path.name[:6] for path in recover_shards(tmp_path, listed)} == {"96x64-", "64x96-", "128x12"}
     assert list_shards(tmp_path) == ["shards/64x96-00000-00000.tar", "shards/96x64-00000-00000.tar"]
     assert not list((tmp_path / "shards").glob(".*"))

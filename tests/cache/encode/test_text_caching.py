@@ -1,4 +1,4 @@
-"""The cache job with `cache.text`: what the text encoders make of captions, kept beside latents and as true as they."""
+"""The cache job with `cache.text`: text encoder outputs stored beside the latents and checked like them."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 from cache_samples import hash_items, list_files, run_job, write_settings
 
-from sdxl_trainer.cache.encode import text_caching as captioning
+from sdxl_trainer.cache.encode import text_caching
 from sdxl_trainer.cache.encode.storage import list_shards, read_text_item
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource
@@ -33,7 +33,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, model) -> Path:
-    """A folder with settings and two whole caches with text of eight images, `npz` and `shards`."""
+    """Return a folder with settings and two filled caches with text of eight images, `npz` and `shards`."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=8))
     for form in ("npz", "shards"):
@@ -43,7 +43,7 @@ def filled(tmp_path_factory, model) -> Path:
 
 @pytest.fixture(params=["npz", "shards"])
 def cache(request, filled, tmp_path):
-    """(settings, words for the job, cache folder) of a copy of a whole cache, with a metadata file of its own."""
+    """Return (settings, words for the job, cache folder) of a copy of a filled cache with its own metadata file."""
     shutil.copytree(filled / request.param, tmp_path / "latents")
     metadata = json.loads((filled / "data" / "metadata.json").read_text())
     for record in metadata.values():
@@ -76,7 +76,7 @@ def get_report(folder: Path) -> dict:
 
 
 def encode(model: Path, caption: str, max_tokens: int = 75) -> TextOutputs:
-    """What training makes of a caption."""
+    """Encode a caption as training does."""
     source, config = ModelSource(model), ModelConfig(path=str(model))
     conditioner = TextConditioner(load_text_encoders(source, config))
     ids = [
@@ -96,10 +96,10 @@ def test_outputs_are_those_that_training_would_make(filled, model):
     captions = {key: r["caption"] for key, r in json.loads((filled / "data/metadata.json").read_text()).items()}
     plain, packed = read_texts(filled / "npz"), read_texts(filled / "shards")
     assert plain.keys() == packed.keys() == captions.keys()
-    assert hash_texts(filled / "npz") == hash_texts(filled / "shards")  # another order, other company: the same bytes
+    assert hash_texts(filled / "npz") == hash_texts(filled / "shards")  # the order and the batch do not matter
     for key, (outputs,) in plain.items():
         assert_near(outputs, encode(model, captions[key]))
-    # As kohya's scripts name and read them.
+    # Names and format are those of kohya's scripts.
     key, entry = next(iter(read_latest(filled / "npz").items()))
     assert entry.text is not None and entry.text.file == f"{key}_te_outputs.npz" and entry.file == f"{key}.npz"
     with np.load(filled / "npz" / entry.text.file, allow_pickle=False) as arrays:
@@ -118,7 +118,7 @@ def test_encoders_are_loaded_only_where_there_is_work(cache, monkeypatch):
     def refuse(*_):
         raise AssertionError("text encoders were loaded")
 
-    monkeypatch.setattr(captioning, "load_text_encoders", refuse)
+    monkeypatch.setattr(text_caching, "load_text_encoders", refuse)
     before = list_files(folder)
     assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 0
     assert run_job(settings, *words[:-1]) == 0 and get_report(folder)["encoded"] == 0  # cache.text off
@@ -133,7 +133,7 @@ def test_an_edited_caption_is_encoded_again_and_no_other(cache, tmp_path, model)
     metadata = json.loads((tmp_path / "metadata.json").read_text())
     edited, other, *_ = metadata
     metadata[edited]["caption"] = "a purple hexagon"
-    metadata[other]["aesthetic_score"] = 5  # which is no caption
+    metadata[other]["aesthetic_score"] = 5  # not a caption
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 1
     now = hash_texts(folder)
@@ -153,7 +153,7 @@ def test_only_what_decides_the_text_encodes_it_again(cache, model):
         each[0].hidden_1.shape[0] == 152 for each in read_texts(folder).values()
     )
     assert run_job(settings, *words, "data.max_tokens=150", "--verify") == 0
-    assert run_job(settings, *words) == 0 and hash_texts(folder) == texts  # and back
+    assert run_job(settings, *words) == 0 and hash_texts(folder) == texts  # and back again
 
 
 def test_text_is_added_to_latents_that_are_there(filled, tmp_path):
@@ -202,7 +202,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def list_text_regions(folder: Path, entry: ManifestEntry) -> list[tuple[Path, int]]:
-    """A byte of each region of an item's text: tar header, zip header, values, directory, padding."""
+    """List one byte of each region of an item's text: tar header, zip header, values, directory, padding."""
     assert entry.text is not None
     path, start, end = folder / entry.text.file, entry.text.offset or 0, (entry.text.offset or 0) + entry.text.bytes
     places = [start + 3, start + 40, start + 900, end - entry.text.bytes // 2, end - 30, end - 1]
@@ -226,7 +226,7 @@ def test_damage_is_found_and_mended(cache, capsys):
     assert run_job(settings, *words, "--verify") == 0
     assert hash_items(folder) == latents and hash_texts(folder) == texts
     assert get_report(folder)["encoded"] == 1
-    # Without encoders what is bad is taken off the list.
+    # Without cache.text, bad outputs are only removed from the manifest.
     flip(*list_text_regions(folder, read_latest(folder)[entries[0].key])[2])
     assert run_job(settings, *words[:-1], "--repair") == 0
     assert run_job(settings, *words[:-1], "--verify") == 0
@@ -289,9 +289,9 @@ def test_text_of_other_programs_is_adopted_if_it_fits(filled, tmp_path, capsys):
     (folder / f"{gone}_te_outputs.npz").unlink()
     (folder / f"{torn}_te_outputs.npz").write_bytes((folder / f"{torn}_te_outputs.npz").read_bytes()[:-9])
     words = (filled / "settings.yaml", f"cache.dir={folder}")
-    assert run_job(*words, "--adopt") == 0 and hash_texts(folder) == {}  # not asked for
+    assert run_job(*words, "--adopt") == 0 and hash_texts(folder) == {}  # cache.text is off
     assert run_job(*words, TEXT, *SHUFFLED, "--adopt") == 1
-    assert "hidden_state1_v1" in capsys.readouterr().err and hash_texts(folder) == {}  # three captions each are wanted
+    assert "hidden_state1_v1" in capsys.readouterr().err and hash_texts(folder) == {}  # three variants are needed
     assert run_job(*words, TEXT, "--adopt") == 1
     said = capsys.readouterr().err
     assert f"{wrong} is not adopted" in said and f"{torn} is not adopted" in said and gone not in said

@@ -1,4 +1,4 @@
-"""Single-file checkpoints: diffusers as the judge, bit-equal ways back, metadata, streaming, failures."""
+"""Single-file models: loading by diffusers, bit-equal round trips, metadata, streaming, failures."""
 
 import hashlib
 import json
@@ -40,17 +40,17 @@ def tiny_modules():
     return build_tiny_modules()
 
 
-def state_of(modules):
+def get_states(modules):
     return {component: module.state_dict() for component, module in modules.items()}
 
 
 def write_tiny(path, modules, **options):
     options = {"dtype": torch.float32, "metadata": {}, **options}
-    return write_single_file(path, state_of(modules), TINY, **options)
+    return write_single_file(path, get_states(modules), TINY, **options)
 
 
 def make_diffusers_folder(folder):
-    """The shipped configs with the tiny sizes and a vocabulary of single letters."""
+    """Write the shipped configs with tiny sizes and a vocabulary of single letters."""
     shutil.copytree(SDXL_CONFIG_FOLDER, folder)
     for component, config in TINY.items():
         (folder / component / "config.json").write_text(json.dumps(config))
@@ -160,7 +160,7 @@ def test_old_and_new_transformers_names_give_one_file(tmp_path, tiny_modules):
         lambda name: get_canonical_name("text_encoder", name),
         lambda name: get_canonical_name("text_encoder", name).removeprefix("text_model."),
     ):
-        state = state_of(tiny_modules)
+        state = get_states(tiny_modules)
         state["text_encoder"] = {spell(name): tensor for name, tensor in state["text_encoder"].items()}
         state["text_encoder"][spell("text_model.embeddings.position_ids")] = torch.arange(77)[None]
         hashes.add(write_single_file(tmp_path / "model.safetensors", state, TINY, dtype=torch.float32, metadata={}))
@@ -174,11 +174,11 @@ def test_carried_tensors_and_extra(tmp_path, tiny_modules):
     header = read_safetensors_header(first)
     assert header.types[LOGIT_SCALE] == "F32" and header.types[POSITION_IDS] == "I64"
     assert find_single_file_problems(first, TINY) == []
-    dict(read_single_file(first, "text_encoder", TINY["text_encoder"]))  # position_ids do not disturb
+    dict(read_single_file(first, "text_encoder", TINY["text_encoder"]))  # position_ids are ignored
     write_tiny(second, tiny_modules, extra=read_carried_tensors(first))
     assert read_carried_tensors(second) == {LOGIT_SCALE: torch.tensor(4.25)}
     assert POSITION_IDS not in read_safetensors_header(second).shapes
-    state = state_of(tiny_modules)
+    state = get_states(tiny_modules)
     state["text_encoder_2"]["logit_scale"] = torch.tensor(2.5)
     write_single_file(second, state, TINY, dtype=torch.float32, metadata={})
     assert read_carried_tensors(second) == {LOGIT_SCALE: torch.tensor(2.5)}
@@ -245,14 +245,14 @@ def test_one_tensor_at_a_time_in_the_promised_order(tmp_path, tiny_modules):
             assert not any(reference() is not None for reference in alive), f"{asked[-1]} is still held"
             array = np.array(tensor.numpy())
             asked.append((component, get_canonical_name(component, name)))
-            alive[:] = [weakref.ref(array)]  # torch keeps the array as long as its memory is in use
+            alive[:] = [weakref.ref(array)]  # torch holds the array while its memory is in use
             return torch.from_numpy(array)
 
         return load
 
     loaders = {
         component: {name: make_loader(component, name, tensor) for name, tensor in state.items()}
-        for component, state in state_of(tiny_modules).items()
+        for component, state in get_states(tiny_modules).items()
     }
     streamed = write_single_file(tmp_path / "a.safetensors", loaders, TINY, dtype=torch.float32, metadata={})
     assert streamed == write_tiny(tmp_path / "b.safetensors", tiny_modules)
@@ -268,7 +268,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, tiny_modules):
         raise OSError("the link is down")
 
     def fail_with(source, match, error):
-        state = state_of(tiny_modules)
+        state = get_states(tiny_modules)
         state["vae"]["decoder.conv_out.bias"] = source
         with pytest.raises(error, match=match):
             write_single_file(path, state, TINY, dtype=torch.float16, metadata={})
@@ -283,7 +283,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, tiny_modules):
 
 
 def test_sources_that_do_not_fit_are_all_named_before_writing(tmp_path, tiny_modules):
-    state = state_of(tiny_modules)
+    state = get_states(tiny_modules)
     del state["unet"]["conv_in.bias"]
     state["unet"]["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
     state["vae"]["module.conv_in.weight"] = torch.zeros(1)

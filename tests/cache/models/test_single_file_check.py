@@ -1,4 +1,4 @@
-"""Header-only checks: the full-size file is known, every other kind is called by its name, damage is found."""
+"""Header checks: SDXL base is accepted, other kinds of model are named, damage is found."""
 
 import re
 
@@ -52,7 +52,7 @@ def test_inpainting_model(tmp_path):
     path = write_fake(tmp_path / "inpaint.safetensors", tensors)
     with pytest.raises(ValueError, match=r"inpainting SDXL U-Net \(9 .*weight is \[16, 9, 3, 3\], not \[16, 4, 3, 3\]"):
         read_single_file(path, "unet", TINY["unet"])
-    assert dict(read_single_file(path, "vae", TINY["vae"]))  # the rest of the file is SDXL's
+    assert dict(read_single_file(path, "vae", TINY["vae"]))  # the VAE is SDXL's
 
 
 def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
@@ -119,7 +119,7 @@ def test_damaged_and_absent_files(tmp_path):
 
 
 def test_matrices_pass_for_one_by_one_convolutions(tmp_path):
-    """Some tools store the VAE's attention as matrices; the reader takes either."""
+    """Some tools store the VAE's attention as matrices; the reader accepts both."""
     tensors = fake_tensors({"vae": TINY["vae"]})
     name = "first_stage_model.decoder.mid.attn_1.q.weight"
     assert tensors[name][1] == (32, 32, 1, 1)

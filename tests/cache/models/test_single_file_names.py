@@ -1,4 +1,4 @@
-"""The tables of single-file names: the full-size model's list, the models' own names, diffusers' converters."""
+"""Name tables: the full-size model's names, the modules' own names, and diffusers' converters."""
 
 import math
 import re
@@ -29,7 +29,8 @@ def test_full_size_has_the_tensors_of_sdxl_base():
     assert [row.file_name for row in rows if row.carried] == [LOGIT_SCALE]
     shapes = {row.file_name: row.file_shape for row in rows}
     unet, vae, bigg = (COMPONENT_PREFIXES[name] for name in ("unet", "vae", "text_encoder_2"))
-    for name, shape in {  # as printed from the public file
+    # Printed from the public file.
+    for name, shape in {
         f"{unet}label_emb.0.0.weight": (1280, 2816),
         f"{unet}input_blocks.3.0.op.weight": (320, 320, 3, 3),
         f"{unet}input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (640, 2048),
