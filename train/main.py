@@ -12,7 +12,7 @@ except ImportError:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, train, return the exit status (0 done, 1 failed, 2 wrong input)."""
+    """Parse the command line, train, and return the exit status (0 done, 1 failed, 2 wrong input)."""
     require_checkout(__file__)
     options = build_parser(main.__doc__ or "").parse_intermixed_args(arguments)
 

@@ -1,6 +1,6 @@
-"""A process in a real pseudo-terminal for the tests, and a terminal simple enough to know all that rich may ask of it.
+"""A pseudo-terminal that runs a program for the tests, and a small terminal emulator that knows the codes rich may use.
 
-As a program, what test_console.py starts there: a display with log lines above it, which ends as the second word says.
+Started as a program, it shows a display with log lines above it and ends as its second argument says.
 """
 
 import fcntl
@@ -14,7 +14,8 @@ import termios
 import time
 
 CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
-SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "NO_COLOR", "COLUMNS", "LINES")  # or pytest
+# Variables that launchers or pytest set.
+SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "NO_COLOR", "COLUMNS", "LINES")
 
 
 def run_in_terminal(
@@ -24,15 +25,15 @@ def run_in_terminal(
     nohup: bool = True,
     environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
-    """(exit status, all that was written) of a program on a terminal of 24 rows.
+    """Run a Python program on a terminal of 24 rows; return its exit status and output.
 
     Args:
-        then: as soon as it has written the first, the terminal has the second for its columns; with 0 it goes away.
+        then: (text, columns): once the program has written the text, the terminal gets so many columns; 0 closes it.
     """
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what runs in its background without it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for background jobs
         kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
         command = [sys.executable, *(str(word) for word in words)]
         os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
@@ -50,13 +51,16 @@ def run_in_terminal(
 
 
 def set_columns(terminal: int, columns: int) -> None:
-    """Give a terminal its width."""
+    """Set the width of a terminal."""
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
 class Terminal:
-    """What is on the screen, as endless rows. Knows carriage return, line feed, colours, erasing a line, going up, and
-    hiding the cursor; anything else is an error, so that nothing is done to a terminal that must be undone."""
+    """The screen after some output, with an unlimited number of rows.
+
+    Knows carriage return, line feed, colours, erasing a line, moving up and hiding the cursor. Any other code is an
+    error: it could leave a terminal in a state that must be repaired.
+    """
 
     def __init__(self, written: str, columns: int = 80):
         self.rows, self.row, self.column, self.cursor_is_visible = [""], 0, 0, True
@@ -95,7 +99,7 @@ class Terminal:
 
 
 def show(rank: int, ending: str) -> None:
-    """A display for a little while."""
+    """Show a display with log lines above it, then end in the given way."""
     from loguru import logger
     from rich.table import Table
 

@@ -1,1 +1,1 @@
-"""Metrics, charts, and the report page of a run."""
+"""Metrics of a run, and the report page with its charts. The live console belongs in run/."""

@@ -105,7 +105,7 @@ def list_facts(numbers: RunNumbers) -> dict[str, str]:
     for name, title in {
         "epoch": "epoch",
         "num_bad": "bad samples",
-        "num_non_finite": "updates skipped, not finite",
+        "num_non_finite": "non-finite updates",
     }.items():
         if len(numbers.get(name).finite.values):
             facts[title] = f"{numbers.get(name).last:,.0f}"

@@ -1,1 +1,4 @@
-"""A training run: set-up, checks, the loop, validation, interruption, and the console."""
+"""A training run: its checks, parts, loop, validation, generated images, interruption, console and summary.
+
+Formulas, DeepSpeed and the files of checkpoints belong in objective/, engine/ and checkpoint/.
+"""

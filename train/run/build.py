@@ -37,7 +37,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         UserInputError: the settings contradict the data, the checkpoint or wandb.
     """
     publish, logs, wandb_log = publish and ranks.is_main, config.run.folder / "logs", None
-    if publish and config.log.wandb is not None:  # first, because wandb may refuse the run
+    # wandb may refuse the run, so it is asked before the networks are loaded.
+    if publish and config.log.wandb is not None:
         wandb_log = open_wandb(config.log.wandb, config.run.name, logs, config.model_dump(mode="json"))
     source = resolve_model(config.model)
     tokenizers = load_tokenizers(source, config.model)

@@ -31,13 +31,13 @@ READ_AHEAD = 4  # micro batches of the validation set
 
 @dataclass(frozen=True)
 class DataSplit:
-    """The rows that are trained on, and those that are validated on.
+    """The rows to train on and the rows to validate on.
 
     Args:
         plan: the order of training batches.
         repeats: [rows of the training index] how often each row is used in an epoch; None for once each.
         validation_index: the training index, or that of a validation set with its own metadata.
-        validation_rows: rows of `validation_index`, those to use first coming first; None for all.
+        validation_rows: rows of `validation_index`, in order of preference; None for all.
     """
 
     plan: Plan
@@ -48,13 +48,19 @@ class DataSplit:
 
 def split_data(config: Config, index: Index, strategy: Strategy | None, ranks: Ranks) -> DataSplit:
     """Hold out the validation samples and plan the training batches; the same on all ranks."""
-    own = open_validation_set(config).index if ranks.is_main else None
-    own = Index(path) if (path := broadcast_object(own and own.path)) else None
-    held_out = find_held_out_rows(config, index, own)
+    opened = open_validation_set(config).index if ranks.is_main else None
+    path = broadcast_object(opened and opened.path)
+    own_index = Index(path) if path else None
+    held_out = find_held_out_rows(config, index, own_index)
     repeats = combine_repeats(config, index, held_out, strategy, ranks)
     shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
-    return DataSplit(plan, repeats, own or index, None if own else held_out)
+    return DataSplit(
+        plan=plan,
+        repeats=repeats,
+        validation_index=own_index or index,
+        validation_rows=None if own_index else held_out,
+    )
 
 
 def combine_repeats(

@@ -1,4 +1,4 @@
-"""Numbers at Weights & Biases from the package itself, offline. Without it, see test_contradictions.py."""
+"""Metrics at Weights & Biases, by the real package offline. test_contradictions.py covers its absence."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
 config, _ = load_config(Path(sys.argv[1]))
 first = int(sys.argv[2])
 logs = config.run.folder / "logs"
-log = MetricsLog(logs, first, open_wandb("my-project", config.run.name, logs, config.model_dump(mode="json")))
+log = MetricsLog(logs, first, open_wandb(config.log.wandb, config.run.name, logs, config.model_dump(mode="json")))
 for step in (first + 1, first + 2):
     log.write(step, {"loss": step / 1024})
 log.write(step, {"validation/loss": 7.25})
@@ -34,12 +34,12 @@ def settings(tmp_path: Path) -> Path:
     return file
 
 
-def test_nothing_is_asked_of_it_by_default() -> None:
+def test_wandb_is_off_by_default() -> None:
     assert Config().log.wandb is None and list(check_wandb(Config().log.wandb)) == []
 
 
 @pytest.mark.skipif("wandb" not in packages_distributions(), reason="wandb is not installed")
-def test_a_resumed_run_goes_on_under_its_id(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_id(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config, _ = load_config(settings)
     assert list(check_wandb(config.log.wandb)) == []

@@ -1,4 +1,4 @@
-"""Training on cached text: the losses of training with text encoders, none of which is loaded for a step."""
+"""Training on cached text: the same losses as with text encoders, which no step loads."""
 
 import shutil
 from dataclasses import replace
@@ -32,7 +32,7 @@ SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.te
 
 @pytest.fixture(scope="module")
 def texted(cached_folder, tmp_path_factory) -> Path:
-    """A settings file for the set of `cached_folder`, with text added to a copy of its latents."""
+    """Write a settings file for the samples of `cached_folder`, with cached text added to a copy of their latents."""
     folder = tmp_path_factory.mktemp("texted")
     shutil.copytree(cached_folder / "latents", folder / "latents")
     config = yaml.safe_load((cached_folder / "tiny.yaml").read_text())
@@ -53,7 +53,7 @@ def open_dataset(settings: Path, caption: CaptionSettings, variants: int) -> Lat
 
 
 def make_spec(dataset: LatentDataset, epoch: int) -> MicroSpec:
-    """Two samples of one bucket."""
+    """Build the spec of a micro batch: two samples of one bucket."""
     row = dataset.index.row(0)
     bucket = (row["bucket_width"], row["bucket_height"])
     same = np.flatnonzero(
@@ -75,7 +75,7 @@ def test_losses_are_those_without_cached_text(texted, one_rank):
     assert abs(difference) < 100  # text encoders and all; the run's name is in it
 
 
-def test_encoders_are_loaded_when_they_are_asked_for():
+def test_encoders_are_loaded_on_first_use():
     loaded = []
 
     def load():

@@ -1,4 +1,4 @@
-"""What people see of a run: the display on a real terminal, lines elsewhere, and the numbers in both."""
+"""The console of a run: the display on a real terminal, log lines elsewhere, and the numbers in both."""
 
 import io
 import json
@@ -62,8 +62,8 @@ def test_a_terminal_that_goes_away_is_no_error() -> None:
     assert ended_with == 0 and "printed 2" not in written
 
 
-def test_what_another_rank_says_is_clear_of_the_display() -> None:
-    """Its warnings, and why it ended: rank 0 draws over the rows that follow."""
+def test_lines_of_another_rank_are_clear_of_the_display() -> None:
+    """Its warnings and its error leave room below, because rank 0 draws over the rows that follow."""
     _, written = run_in_terminal(PROGRAM, 1, "raise")
     rows = Terminal(written).rows
     for number in range(3):
@@ -89,7 +89,7 @@ def test_no_colours_and_plain_letters_where_they_are_asked_for() -> None:
         "2",
         "3",
     }
-    assert "=----" in str(Terminal(written)), "what is done cannot be told from what is to do"
+    assert "=----" in str(Terminal(written)), "done and to do look alike"
 
 
 def test_plain_lines_into_a_file() -> None:
@@ -104,10 +104,10 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     terminal = Terminal(written := (one_rank.parent.parent / "one.terminal").read_bytes().decode())
     screen = str(terminal)
     assert terminal.cursor_is_visible
-    # Before: the table, with the batch arithmetic.
+    # At the start: the table with the batch sizes.
     assert "Training one" in screen
     assert "2 micro x 2 accumulation x 1 ranks = 4 global" in re.sub(r" *│\n│ *│ +", " ", screen)
-    # Meanwhile, and as it stays: the display, once.
+    # During the run, and still there at the end: the display, once.
     assert screen.count("step 20 of 20") == 1, screen
     display = screen[screen.index("╭─ step 20") :]
     losses = [line["loss"] for line in map(json.loads, (one_rank / "logs" / "metrics.jsonl").open())]
@@ -118,15 +118,15 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     assert re.search(r"MFU +-", display), "a CPU's peak is not known"
     assert re.search(r"100% │", display) and re.search(r"time +0:\d\d:\d\d elapsed, 0:00:00 left", display)
     assert re.search("now +ended", display) and "…" not in screen and " one ─╯" in display
-    # Drawn at the start, and with each line that comes above it.
+    # The display is drawn at the start, and again below each log line.
     meanwhile = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", written)
     assert re.search("next checkpoint +at step 4, in ", meanwhile) and "generating images" in meanwhile
-    # Log lines stay whole above it; those with the same numbers go to the file alone.
+    # Log lines stay whole above the display; lines with the same numbers go only to the file.
     assert re.search(r"^\d\d:\d\d:\d\d INFO    generated images: ", screen, re.MULTILINE), screen
     log = (one_rank / "logs" / "train.log").read_text()
     assert re.search(r"step 10/20: loss .* next checkpoint at step 12, in 0:", log) and "step 10/20" not in screen
     assert "4 global" in log and "\x1b" not in log
-    # Afterwards: what was done.
+    # At the end: the summary.
     assert "Trained one" in screen and "step-00000020.safetensors" in screen
 
 
@@ -193,7 +193,7 @@ def test_the_next_checkpoint(settings: dict[str, Any], expected: int) -> None:
     assert find_next_checkpoint_step(CheckpointConfig(**settings), state, 400) == expected
 
 
-def test_all_learning_rates_are_told() -> None:
+def test_all_learning_rates_are_shown() -> None:
     assert describe_learning_rates(OptimConfig(lr=1e-4), 5e-5) == "5.00e-05"
     rates = OptimConfig(
         lr=1e-4, text_encoder_2_lr=1e-5, block_lrs=[0, *[1e-4] * 21, 2e-4], groups=[{"match": "x", "lr": 3e-4}]
@@ -202,7 +202,7 @@ def test_all_learning_rates_are_told() -> None:
 
 
 def test_flops_of_sdxl() -> None:
-    """What torch.utils.flop_counter counts for a forward pass, three times."""
+    """Three times the count of torch.utils.flop_counter for a forward pass."""
     sdxl = json.loads((ROOT / "configs/sdxl/unet/config.json").read_text())
     assert count_training_flops(sdxl, 77).compute((128, 128)) == 20_283_709_194_240
     assert count_training_flops(sdxl, 227).compute((104, 152)) == 19_988_481_638_400
@@ -245,5 +245,5 @@ def test_flops_are_those_that_torch_counts() -> None:
         ("NVIDIA A40-12Q", None),  # a quarter, as a virtual machine sees it
     ],
 )
-def test_mfu_is_told_only_where_the_peak_is_known(name: str, tflops: float | None) -> None:
+def test_mfu_is_shown_only_if_the_peak_is_known(name: str, tflops: float | None) -> None:
     assert get_peak_flops(name) == (None if tflops is None else tflops * 1e12)

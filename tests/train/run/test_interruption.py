@@ -1,5 +1,7 @@
-"""Nothing done is lost: ranks that are killed, that raise or hang, and requests to stop; the resumed losses equal the
-unbroken run's."""
+"""Interruptions lose nothing: ranks that are killed, raise or hang, and requests to stop.
+
+The losses of a resumed run equal those of an uninterrupted run.
+"""
 
 import os
 import re
@@ -18,8 +20,8 @@ from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, list_ch
 from sdxl_trainer.train.engine.saved_state import SavedState, map_state_file
 from sdxl_trainer.train.report.metrics import read_metrics
 
-# What happens to rank 1 as it reads its samples, by the number of times torchrun has started it. It reads two
-# samples a step. `Fault` is no Exception, so that it passes for a fault of the program and not of the user's caption.
+# What happens to rank 1 while it reads samples, two a step, by the number of times torchrun has started the job.
+# `Fault` is no Exception, so it counts as a fault of the program and not of the user's strategy.
 PLANTED = """
 import os, signal, time
 
@@ -58,7 +60,7 @@ def read_losses(run: Path) -> list[float]:
 
 
 def plant(folder: Path, name: str, **settings: object) -> list[str]:
-    """Words for a run with the planted class."""
+    """Write the planted class, and return the command line of a run with it."""
     (folder / "planted.py").write_text(PLANTED)
     given = {"run.name": name, "sample.prompts": "[]", "data.strategy": f"{folder / 'planted.py'}:Captions", **settings}
     return ["--cfg", str(folder / "tiny.yaml"), *(f"{key}={value}" for key, value in given.items())]
@@ -76,7 +78,7 @@ def start_job(command: list[object], **environment: str) -> subprocess.Popen:
 
 
 def start_two_ranks(words: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Without a launcher, which would end the one when the other has ended."""
+    """Start two ranks without a launcher, which would end one rank when the other has ended."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, ROOT / "train/main.py", *words]
     return [start_job(command, **place, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
@@ -85,7 +87,7 @@ def start_two_ranks(words: list[str], **environment: str) -> list[subprocess.Pop
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> None:
     deadline = time.monotonic() + 240
     while not condition():
-        assert job.poll() is None and time.monotonic() < deadline, "the job did not come so far"
+        assert job.poll() is None and time.monotonic() < deadline, "the job did not get this far"
         time.sleep(0.02)
 
 
@@ -97,8 +99,8 @@ def count_steps(run: Path) -> int:
 def test_restarts_go_on_after_a_killed_and_after_a_failed_rank(cached_folder: Path, two_ranks: Path, monkeypatch):
     """torchrun starts the job three times. First rank 1 is killed in step 7, then it raises in step 7, then in step 10.
 
-    The killed rank took its shard with it: what remains is the checkpoint of step 4, and the weights of step 6 as a
-    file. The failed rank lost no step: each rank wrote its shard of step 6, and the third start goes on from there.
+    The killed rank left no shard: the checkpoint of step 4 remains, and the weights of step 6 as a file. The failed
+    rank lost no step: each rank wrote its shard of step 6, and the third start resumes from them.
     """
     words = plant(cached_folder, "restarted", **{"train.max_steps": 10})
     monkeypatch.setenv("PLAN", "die:12 fail:4 fail:6")
@@ -113,7 +115,7 @@ def test_restarts_go_on_after_a_killed_and_after_a_failed_rank(cached_folder: Pa
 
 
 def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: Path, two_ranks: Path) -> None:
-    """SIGUSR1 to one rank saves and goes on; SIGTERM to train.sh: the step in hand is finished, saved, status 143."""
+    """SIGUSR1 to one rank saves and continues; SIGTERM to train.sh finishes the step, saves, and exits with 143."""
     run = cached_folder / "runs" / "stopped"
     words = ["--cfg", cached_folder / "tiny.yaml", "run.name=stopped", "sample.prompts=[]", "checkpoint.every_steps=0"]
     job = start_job(["bash", ROOT / "launch/train.sh", *words], NPROC="2")
@@ -135,7 +137,7 @@ def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: P
 
 
 def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None:
-    """SIGTERM while a step hangs: the emergency thread writes the state of the one before, and exits with 143."""
+    """SIGTERM while a step hangs: the emergency thread writes the state before the step and exits with 143."""
     run, hang = cached_folder / "runs" / "hung", cached_folder / "hang"
     words = plant(cached_folder, "hung", **{"checkpoint.every_steps": 0})
     job = start_job([sys.executable, ROOT / "train/main.py", *words], HANG=str(hang))
@@ -154,8 +156,8 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None
 
 
 def test_a_rank_that_hangs_is_given_up_and_may_come_back(cached_folder: Path, two_ranks: Path) -> None:
-    """Rank 1 is stopped in step 4, as on a node that hangs. Rank 0 waits as long as it is told to, then saves its shard
-    and the weights, and ends. Once rank 1 goes on it finds nobody there, and saves its own: no step is lost."""
+    """Rank 1 is stopped in step 4, as on a node that hangs. Rank 0 waits until its timeout, saves its shard and the
+    weights, and ends. When rank 1 continues, it finds rank 0 gone and saves its own shard: no step is lost."""
     run = cached_folder / "runs" / "hanging"
     words = plant(cached_folder, "hanging", **{"checkpoint.every_steps": 0, "engine.timeout_minutes": 0.15})
     ranks = start_two_ranks(words, PLAN="hang:6")
@@ -172,12 +174,12 @@ def test_a_rank_that_hangs_is_given_up_and_may_come_back(cached_folder: Path, tw
 
 
 def test_ends_while_saving_and_while_sampling_lose_nothing() -> None:
-    """A short form of tests/campaigns/train_kill.py: it ends a run under ZeRO-1 twice, lets it reach its end, and
-    compares its losses with those of a run that nobody disturbed."""
+    """A short form of tests/campaigns/train_kill.py: it interrupts a run under ZeRO-1 twice, lets it finish,
+    and compares its losses with those of an uninterrupted run."""
     words = ["--stages", "1", "--steps", "9", "--seed", "3", "--ends", "saving:kill", "sampling:int"]
     job = start_job([sys.executable, ROOT / "tests/campaigns/train_kill.py", *words])
     printed, _ = job.communicate(timeout=400)
     ends = re.findall(r"^ +\d+ +1 +(\w+) +(\w+) .*\[(.*)\]", printed, re.MULTILINE)
     assert job.returncode == 0 and "2 ends, 1 runs compared with an unbroken one; 0 problems" in printed, printed
     assert [end[:2] for end in ends] == [("saving", "kill"), ("sampling", "int")]
-    assert "-9" in ends[0][2] and ends[1][2] == "130, 130", "each was ended in the midst"
+    assert "-9" in ends[0][2] and ends[1][2] == "130, 130", "each was interrupted halfway"

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite is never trained through: no update, the samples named, and the policy kept."""
+"""A loss or gradient that is not finite makes no update, lists its samples, and continues or stops as set."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ from sdxl_trainer.train.run.non_finite import propagate_non_finite
 
 
 def test_the_engine_forgets_a_step_that_is_not_finite() -> None:
-    """ZeRO 0 to 3, fp32 and bf16, a spoilt loss and a spoilt gradient on the last of two ranks alone."""
+    """ZeRO 0 to 3 in fp32 and bf16, with a spoilt loss or gradient on the last of two ranks only."""
     printed = run_program("tests/support/engine_updates.py", ranks=2)
     assert printed.count(": ok") == 16 and "WRONG" not in printed, printed
 
@@ -35,7 +35,7 @@ def test_a_loss_that_is_not_finite_has_a_gradient_that_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def spoilt_cache(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The cache with one latent of 1e30, which is a number but not its square; and the sample's key."""
+    """Copy the cache with one latent set to 1e30, which is finite while its square is not; return folder and key."""
     folder = tmp_path_factory.mktemp("spoilt") / "latents"
     shutil.copytree(cached_folder / "latents", folder, ignore=shutil.ignore_patterns("index"))
     entry = min(read_entries(folder), key=lambda entry: entry.key)
@@ -59,8 +59,8 @@ def read_losses(run: Path) -> list[float | None]:
 
 
 def test_samples_are_named_and_the_policy_is_kept(cached_folder: Path, spoilt_cache: tuple[Path, str]) -> None:
-    """One rank skips each bad step and goes on; two ranks may skip one, and stop before the second with the state
-    before it saved."""
+    """One rank skips each bad step and continues. Two ranks may skip one, and stop at the second, with the state before
+    it saved."""
     cache, key = spoilt_cache
     words = (
         "--cfg",

@@ -1,4 +1,4 @@
-"""Validation and samples: the same on any number of ranks, and training does not notice them."""
+"""Validation and generated images: the same on any number of ranks, and without effect on training."""
 
 import random
 import re
@@ -35,7 +35,7 @@ def read_numbers(run: Path, name: str) -> list[dict]:
     return list(read_metrics(run / "logs" / "metrics.jsonl", having=name))
 
 
-def test_training_does_not_notice(validated: dict[int, Path], one_rank: Path) -> None:
+def test_training_is_not_affected(validated: dict[int, Path], one_rank: Path) -> None:
     alone = [line["loss"] for line in read_numbers(one_rank, "loss")][:2]
     assert [line["loss"] for line in read_numbers(validated[1], "loss")] == alone
     np.testing.assert_allclose([line["loss"] for line in read_numbers(validated[2], "loss")], alone, rtol=0, atol=1e-5)
@@ -86,7 +86,7 @@ def test_images_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(vali
 
 
 def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path], cached_folder: Path) -> None:
-    """And drawing leaves every global random state as it was."""
+    """Generating images leaves every global random state unchanged."""
     file = validated[1] / "models" / "step-00000002.safetensors"
     model = cached_folder / "model"
     words = [f"model.path={file}", f"model.config={model}", f"model.tokenizer={model / 'tokenizer'}"]
@@ -123,7 +123,7 @@ def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:
     assert derived.data.caption.dropout_rate == 0 and derived.data.metadata == config.data.metadata
 
 
-def test_what_is_wrong_with_a_validation_set_is_told(cached_folder: Path, tmp_path: Path) -> None:
+def test_problems_of_a_validation_set_are_reported(cached_folder: Path, tmp_path: Path) -> None:
     config, _ = load_config(
         cached_folder / "tiny.yaml", ["validation.share=0.2", f"validation.image_dirs=[{tmp_path}]"]
     )
@@ -152,7 +152,7 @@ def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(predic
     assert alone[0] == turns[2][1]
 
 
-def test_losses_are_told_by_part_and_by_bucket() -> None:
+def test_losses_are_averaged_by_timestep_and_by_bucket() -> None:
     losses = [(0.0, (64, 32), 1.0), (499.9, (64, 32), 2.0), (500, (32, 64), 6.0), (1000, (32, 64), 7.0)]
     assert average_losses(losses, 2) == {
         "loss": 4.0,

@@ -1,4 +1,4 @@
-"""The whole product, as users start it: cache on two ranks, train on one and two, resume, export, sample."""
+"""The programs as users start them: cache on two ranks, train on one and two, resume, export, generate images."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_results_are_all_there(one_rank: Path) -> None:
 
 
 def test_exported_file_draws_the_live_models_images(one_rank: Path, cached_folder: Path) -> None:
-    """diffusers loads the single file with its own code and its own tokenizer, and draws what the live model drew."""
+    """diffusers loads the single file with its own code and tokenizer, and generates the live model's images."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     model = cached_folder / "model"
