@@ -69,7 +69,7 @@ def write_report(folder: Path) -> Path:
     steps, strips = read_strips(folder / "samples")
     page = load_template().render(
         name=folder.resolve().name,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         facts=list_facts(numbers),
         charts=charts,
         steps=steps,
@@ -98,15 +98,12 @@ def list_facts(numbers: RunNumbers) -> dict[str, str]:
         facts["loss, moving average"] = f"{smooth(loss.finite.values)[-1]:.4f}"
     if len(validation.finite.values):
         facts["validation loss"] = f"{validation.last:.4f}"
-    forms = {"samples_per_second": ("samples per second", "{:.3g}"), "data_wait_share": ("data wait", "{:.1%}")}
-    for name, (title, form) in forms.items():
+    medians = {"samples_per_second": ("samples per second", "{:.3g}"), "data_wait_share": ("data wait", "{:.1%}")}
+    for name, (title, template) in medians.items():
         if len(values := numbers.get(name).finite.values):
-            facts[f"{title}, median"] = form.format(np.median(values))
-    for name, title in {
-        "epoch": "epoch",
-        "num_bad": "bad samples",
-        "num_non_finite": "non-finite updates",
-    }.items():
+            facts[f"{title}, median"] = template.format(np.median(values))
+    counts = {"epoch": "epoch", "num_bad": "bad samples", "num_non_finite": "non-finite updates"}
+    for name, title in counts.items():
         if len(numbers.get(name).finite.values):
             facts[title] = f"{numbers.get(name).last:,.0f}"
     return facts

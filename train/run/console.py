@@ -159,7 +159,7 @@ class Progress:
 
     @property
     def has_mfu(self) -> bool:
-        """Whether MFU is shown."""
+        """True if MFU is shown."""
         return self._mfu_reference is not None
 
     @contextmanager
@@ -289,7 +289,7 @@ class Progress:
 def find_next_checkpoint_step(config: CheckpointConfig, state: TrainState, max_steps: int) -> int:
     """Find the next step after which steps, epochs or the end ask for a checkpoint.
 
-    Epochs to come count as many batches as the current one.
+    Later epochs are assumed to have as many batches as the current one.
     """
     due = [max_steps]
     if config.every_steps:
