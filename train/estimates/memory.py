@@ -65,16 +65,17 @@ def estimate_memory(config: Config, num_weights: int, world_size: int) -> Memory
         return MemoryEstimate(weights=num_weights * weight, gradients=0, optimizer=0, averages=0, buffers=0)
     stage = engine.zero_stage or 0
     shares = {part: world_size if stage >= part else 1 for part in (1, 2, 3)}
-    buckets = build_communication_settings(engine, world_size) if stage else {}
-    bucket = min(float(str(buckets.get("reduce_bucket_size", 0))), num_weights)
+    communication = build_communication_settings(engine, world_size) if stage else {}
+    num_sent = min(float(str(communication.get("reduce_bucket_size", 0))), num_weights)
+    # Bytes per weight on the device; offloading moves the optimizer's state and the averages to the host.
+    optimizer = 0 if engine.offload_optimizer else count_optimizer_bytes(engine, config.optim.name)
+    averages = 0 if engine.offload_optimizer else AVERAGE_BYTES * len(config.ema.decays)
     return MemoryEstimate(
         weights=0 if engine.offload_param else num_weights * weight / shares[3],
         gradients=num_weights * weight / shares[2],
-        optimizer=0
-        if engine.offload_optimizer
-        else num_weights * count_optimizer_bytes(engine, config.optim.name) / shares[1],
-        averages=0 if engine.offload_optimizer else num_weights * AVERAGE_BYTES * len(config.ema.decays) / shares[1],
-        buffers=bucket * weight * (2 if buckets.get("overlap_comm") else 1),
+        optimizer=num_weights * optimizer / shares[1],
+        averages=num_weights * averages / shares[1],
+        buffers=num_sent * weight * (2 if communication.get("overlap_comm") else 1),
     )
 
 

@@ -41,11 +41,11 @@ class SampleKeys:
     step: int
     positions: list[int]  # [B] positions of the samples in the global batch
 
-    def make_seeds(self, stream: RandomStream, part: int = 0) -> list[int]:
+    def derive_seeds(self, stream: RandomStream, part: int = 0) -> list[int]:
         """Return a seed for each sample, [B]. `part` distinguishes several draws from one stream."""
         return [derive_seed(self.seed, stream, self.step, position, part) for position in self.positions]
 
-    def make_step_seed(self, stream: RandomStream) -> int:
+    def derive_step_seed(self, stream: RandomStream) -> int:
         """Return a seed that all samples of the global batch share."""
         return derive_seed(self.seed, stream, self.step)
 
@@ -89,10 +89,10 @@ class Objective:
         """Draw the timesteps that the U-Net receives, [B]: int64, or float32 values 1000·s for rectified flow."""
         config = self.config
         if config.low_discrepancy:
-            seed = keys.make_step_seed(RandomStream.TIMESTEP)
+            seed = keys.derive_step_seed(RandomStream.TIMESTEP)
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
-            draws = draw_uniform(keys.make_seeds(RandomStream.TIMESTEP))
+            draws = draw_uniform(keys.derive_seeds(RandomStream.TIMESTEP))
         return self.draws_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
 
     def draws_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
@@ -103,15 +103,15 @@ class Objective:
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
         """Draw the noise n of the target, with the shape of `x0` [B, C, h, w]."""
         config = self.config
-        noise = draw_noise(x0.shape[1:], keys.make_seeds(RandomStream.NOISE), self.device)
+        noise = draw_noise(x0.shape[1:], keys.derive_seeds(RandomStream.NOISE), self.device)
         if config.noise_offset or config.adaptive_noise_scale:
             strength = self._draw_strength(
                 config.noise_offset, config.noise_offset_random_strength, RandomStream.NOISE_OFFSET, keys
             )
-            seeds = keys.make_seeds(RandomStream.NOISE_OFFSET)
+            seeds = keys.derive_seeds(RandomStream.NOISE_OFFSET)
             noise = add_offset(noise, x0, strength, config.adaptive_noise_scale, seeds)
         if config.multires_noise_iterations:
-            seeds = keys.make_seeds(RandomStream.PYRAMID_NOISE)
+            seeds = keys.derive_seeds(RandomStream.PYRAMID_NOISE)
             noise = add_pyramid(noise, config.multires_noise_iterations, config.multires_noise_discount, seeds)
         return noise
 
@@ -127,7 +127,7 @@ class Objective:
             strength = self._draw_strength(
                 config.ip_noise_gamma, config.ip_noise_gamma_random_strength, RandomStream.INPUT_PERTURBATION, keys
             )
-            noise = perturb_noise(noise, strength, keys.make_seeds(RandomStream.INPUT_PERTURBATION))
+            noise = perturb_noise(noise, strength, keys.derive_seeds(RandomStream.INPUT_PERTURBATION))
         return diffusion.add_noise(x0, noise, *self._process.compute_levels(timesteps))
 
     def sample_text_keep(self, keys: SampleKeys) -> torch.Tensor | None:
@@ -137,7 +137,7 @@ class Objective:
         """
         if not self.config.text_dropout_rate:
             return None
-        draws = draw_uniform(keys.make_seeds(RandomStream.TEXT_DROPOUT))
+        draws = draw_uniform(keys.derive_seeds(RandomStream.TEXT_DROPOUT))
         return (draws >= self.config.text_dropout_rate).float().to(self.device)
 
     def compute_target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ class Objective:
 
     def _draw_strength(self, strength: float, is_random: bool, stream: RandomStream, keys: SampleKeys) -> torch.Tensor:
         """Return the strength for each sample, [B] float32: constant, or with `is_random` uniform in [0, strength)."""
-        shares = draw_uniform(keys.make_seeds(stream, 1)) if is_random else torch.ones(len(keys.positions))
+        shares = draw_uniform(keys.derive_seeds(stream, 1)) if is_random else torch.ones(len(keys.positions))
         return (strength * shares).float().to(self.device)
 
 

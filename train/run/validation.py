@@ -103,7 +103,7 @@ def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> 
     Each sample has its own place within a part, the same in every part.
     """
     first_turn = SampleKeys(keys.seed, 0, keys.positions)
-    draws = draw_uniform(first_turn.make_seeds(RandomStream.TIMESTEP))
+    draws = draw_uniform(first_turn.derive_seeds(RandomStream.TIMESTEP))
     return objective.draws_to_timesteps((keys.step + draws) / num_turns)
 
 

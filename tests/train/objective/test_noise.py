@@ -73,9 +73,9 @@ def test_pyramid_noise_has_unit_deviation_and_more_low_frequencies():
 def test_the_objective_adds_offset_and_pyramid_from_draws_of_their_own():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain = build().sample_noise(x0, keys)
-    offset = add_offset(plain, x0, torch.zeros(6), 0.2, keys.make_seeds(RandomStream.NOISE_OFFSET))
+    offset = add_offset(plain, x0, torch.zeros(6), 0.2, keys.derive_seeds(RandomStream.NOISE_OFFSET))
     assert build(adaptive_noise_scale=0.2).sample_noise(x0, keys).equal(offset) and not offset.equal(plain)
-    pyramid = add_pyramid(offset, 4, 0.5, keys.make_seeds(RandomStream.PYRAMID_NOISE))
+    pyramid = add_pyramid(offset, 4, 0.5, keys.derive_seeds(RandomStream.PYRAMID_NOISE))
     both = build(adaptive_noise_scale=0.2, multires_noise_iterations=4, multires_noise_discount=0.5)
     assert both.sample_noise(x0, keys).equal(pyramid)
 
@@ -88,7 +88,7 @@ def test_perturbation_reaches_the_input_alone():
     assert perturbed.compute_target(x0, noise, timesteps).equal(noise)
     x_t, levels = plain.add_noise(x0, noise, timesteps, keys), plain._process.compute_levels(timesteps)
     added = (perturbed.add_noise(x0, noise, timesteps, keys) - x_t) / levels.noise_level.view(-1, 1, 1, 1)
-    expected = 0.1 * draw_noise(SHAPE, keys.make_seeds(RandomStream.INPUT_PERTURBATION))
+    expected = 0.1 * draw_noise(SHAPE, keys.derive_seeds(RandomStream.INPUT_PERTURBATION))
     torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-5)
     assert perturb_noise(noise, torch.zeros(6), SEEDS).equal(noise)
 
@@ -101,7 +101,7 @@ def test_random_strengths_are_uniform_up_to_the_setting(name):
     keys = SampleKeys(0, 0, list(range(500)))
     strengths = objective._draw_strength(0.2, True, stream, keys)
     assert 0 <= strengths.min() and strengths.max() < 0.2 and strengths.mean().item() == pytest.approx(0.1, abs=0.01)
-    added = draw_noise((1, 1, 1), keys.make_seeds(stream)) * strengths.view(-1, 1, 1, 1)
+    added = draw_noise((1, 1, 1), keys.derive_seeds(stream)) * strengths.view(-1, 1, 1, 1)
     plain = build().sample_noise(x0, keys)
     if is_offset:
         torch.testing.assert_close(objective.sample_noise(x0, keys), plain + added)
