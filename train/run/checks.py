@@ -154,7 +154,5 @@ def warn_of_prediction(config: Config) -> None:
     """Warn if the model declares another prediction type than the settings, by intent or by mistake."""
     declared, chosen = read_declared_prediction(Path(config.model.path)), config.objective.prediction
     if declared is not None and declared.prediction != chosen:
-        declared_text = f"objective.prediction={declared.prediction}"
-        logger.warning(
-            "the model was trained with {} and continues with objective.prediction={}", declared_text, chosen
-        )
+        text = "the model was trained with objective.prediction={} and continues with objective.prediction={}"
+        logger.warning(text, declared.prediction, chosen)
