@@ -145,7 +145,7 @@ def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path)
         (["data.max_tokens=150"], "24 have text made with max_tokens 75"),
         (["cache.dtype=float16"], "24 have text made with dtype float32"),
         (["cache.on_missing=encode"], "encodes latents without text"),
-        (["optim.text_encoder_2_lr=1e-6"], "trains an encoder, and with cache.text it is not run"),
+        (["optim.text_encoder_2_lr=1e-6"], "trains a text encoder, which does not run with cache.text"),
         (["data.caption.prefix=a photo of"], "its captions are not those whose text is cached"),
     ],
 )
