@@ -138,7 +138,7 @@ def build_validation_set(
 ) -> ValidationSet | None:
     """Build the validation set from the first `validation.max_samples` rows of the split.
 
-    Where a split gives no rows, all rows are taken, in the order of their keys' hashes.
+    If the split lists no rows, it takes all rows in the order of their keys' hashes.
 
     Returns:
         The validation set, or None if nothing is held out.
@@ -151,8 +151,13 @@ def build_validation_set(
     ids = (hashes >> np.uint64(1)).astype(np.int64)
     rows = np.argsort(hashes, kind="stable") if rows is None else rows
     rows = rows[: config.validation.max_samples]
-    batches = list_validation_batches(index, rows, ids, config.train.micro_batch_size)
-    return ValidationSet(dataset, batches, ids, config.validation, encode_missing)
+    return ValidationSet(
+        dataset=dataset,
+        batches=list_validation_batches(index, rows, ids, config.train.micro_batch_size),
+        ids=ids,
+        config=config.validation,
+        encode_missing=encode_missing,
+    )
 
 
 def list_validation_batches(index: Index, rows: np.ndarray, ids: np.ndarray, batch_size: int) -> list[MicroSpec]:
