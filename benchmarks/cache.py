@@ -156,7 +156,9 @@ def run_pipeline(pipeline: Pipeline, items: list[WorkItem]) -> Seconds:
 
 def list_items(images: list[Path], turn: int = 0) -> list[WorkItem]:
     """Build work items of unknown sizes, as for a folder of images."""
-    return [WorkItem(f"{turn}-{path.stem}", str(path), f"{turn}-{path.stem}.npz") for path in images]
+    return [
+        WorkItem(key=f"{turn}-{path.stem}", image_path=str(path), file=f"{turn}-{path.stem}.npz") for path in images
+    ]
 
 
 def measure_pipeline(images: list[Path], work: Path, runs: int) -> dict[str, Figure]:

@@ -19,7 +19,7 @@ from sdxl_trainer.data.text.strategy import StrategyError
 PROBE_GROUP = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkItem:
     """One image to encode.
 
@@ -78,7 +78,7 @@ class _PlannedBatch:
     images: list[_DecodingItem]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Decoder:
     """Decodes images into batches.
 

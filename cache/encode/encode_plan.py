@@ -93,7 +93,7 @@ class PlanTotals:
     num_items: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EncodePlan:
     """A rank's work at one resolution.
 
@@ -198,7 +198,7 @@ class EncodePlanner:
     def plan(self, share: Share) -> EncodePlan:
         """List the images and captions of a share that are to be encoded."""
         resolution = share.resolution
-        plan = EncodePlan(resolution.rule, resolution.identity.name)
+        plan = EncodePlan(rule=resolution.rule, identity=resolution.identity.name)
         buckets, block_bytes = list_buckets(resolution.rule), estimate_block_bytes(resolution.identity)
         is_first = not resolution.prefix  # images are counted once, not at each resolution
         for image in self._list_images(share):
@@ -224,7 +224,8 @@ class EncodePlanner:
         paths = (self._paths[row].as_py() for row in share.rows)
         masks = repeat(None) if self._masks is None else self._masks.find(paths)
         for row, key, mask in zip(share.rows, share.keys, masks, strict=False):
-            yield _Image(row, key, self._paths[row].as_py(), mask, self._entries.get(key))
+            path, known = self._paths[row].as_py(), self._entries.get(key)
+            yield _Image(row=row, key=key, path=path, mask_path=mask, known=known)
 
     def _judge(self, image: _Image, identity_name: str) -> EntryState:
         found = judge_entry(image.known, image.path, identity_name, image.mask_path)

@@ -121,9 +121,16 @@ def build_missing_encoder(config: Config, source: ModelSource, dataset: LatentDa
     if ranks.is_main:
         write_identities(folder, identities)
     writer = BackgroundWriter(NpzStorage(folder, cache.dtype), ManifestWriter(folder, ranks.rank))
-    return MissingEncoder(build_vae_encoder(cache, vae, ranks.device), writer, identities, cache, dataset, lock)
+    return MissingEncoder(
+        encoder=build_vae_encoder(cache, vae, ranks.device),
+        writer=writer,
+        identities=identities,
+        settings=cache,
+        dataset=dataset,
+        lock=lock,
+    )
 
 
 def _prepare(image: PendingImage) -> PreparedItem:
     row = image.row
-    return PreparedItem(WorkItem(row["key"], row["image_path"], row["file"]), image.image)
+    return PreparedItem(WorkItem(key=row["key"], image_path=row["image_path"], file=row["file"]), image.image)

@@ -183,7 +183,14 @@ class Pipeline:
 
     def _describe_text(self, entry: ManifestEntry, file: str, captions: tuple[str, ...]) -> ManifestEntry:
         assert self.text is not None, "captions need text encoders"
-        part = TextPart(file, 0, "", self.text.identity, hash_captions(captions), len(captions))
+        part = TextPart(
+            file=file,
+            bytes=0,
+            sha256="",
+            identity=self.text.identity,
+            captions_sha256=hash_captions(captions),
+            variants=len(captions),
+        )
         return replace(entry, text=part)
 
 
@@ -210,9 +217,9 @@ def build_item(prepared: PreparedItem, encoded: EncodedBatch, place: int, identi
         None if part is None else part[place] for part in (encoded.std, encoded.flipped, encoded.flipped_std)
     )
     sample = LatentSample(
-        encoded.latents[place],
-        image.original_size,
-        placement.crop_ltrb,
+        latents=encoded.latents[place],
+        original_size=image.original_size,
+        crop_ltrb=placement.crop_ltrb,
         std=std,
         flipped=flipped,
         flipped_std=flipped_std,

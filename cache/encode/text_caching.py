@@ -158,13 +158,20 @@ def compute_text_identity(model: ModelConfig, max_tokens: int, dtype: str, folde
     The encoders are loaded and hashed, unless the cache in `folder` was made from the same unchanged files.
     """
     source = resolve_model(model)
-    tokenizers = [_hash_tokenizer(tokenizer) for tokenizer in load_tokenizers(source, model)]
+    tokenizer, tokenizer_2 = (_hash_tokenizer(tokenizer) for tokenizer in load_tokenizers(source, model))
     known = read_text_state(folder)
     if known is not None and known.sources == list_text_encoder_files(source, model):
-        encoders = [known.identity.encoder_sha256, known.identity.encoder_2_sha256]
+        encoder, encoder_2 = known.identity.encoder_sha256, known.identity.encoder_2_sha256
     else:
-        encoders = [hash_weights(encoder) for encoder in load_text_encoders(source, model)]
-    return TextIdentity(*encoders, *tokenizers, max_tokens=max_tokens, dtype=dtype)
+        encoder, encoder_2 = (hash_weights(encoder) for encoder in load_text_encoders(source, model))
+    return TextIdentity(
+        encoder_sha256=encoder,
+        encoder_2_sha256=encoder_2,
+        tokenizer_sha256=tokenizer,
+        tokenizer_2_sha256=tokenizer_2,
+        max_tokens=max_tokens,
+        dtype=dtype,
+    )
 
 
 def list_text_encoder_files(source: ModelSource, model: ModelConfig) -> list[Any]:

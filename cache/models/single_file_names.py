@@ -46,7 +46,7 @@ _CLIP_DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableRow:
     """One tensor of the file and the model tensors that it holds.
 

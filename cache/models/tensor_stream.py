@@ -33,7 +33,7 @@ _TYPE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorItem:
     """One tensor to write.
 

@@ -48,7 +48,7 @@ def test_a_spread_of_images_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
     items = []
     for number in range(100):
         path = tmp_path / f"{number}.png"
-        items.append(WorkItem(path.stem, str(path), f"{number}.npz"))
+        items.append(WorkItem(key=path.stem, image_path=str(path), file=f"{number}.npz"))
         if number % 25 == 0:  # the images of the trial; one of them is broken
             Image.new("RGB", (128, 128)).save(path) if number else path.write_bytes(b"no image")
         else:

@@ -43,7 +43,7 @@ def images(tmp_path_factory) -> list[WorkItem]:
         pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 4, size[0] // 4, 3), np.uint8)
         path = folder / f"p{number:02d}.png"
         Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
-        items.append(WorkItem(path.stem, str(path), f"{path.stem}.npz", size))
+        items.append(WorkItem(key=path.stem, image_path=str(path), file=f"{path.stem}.npz", size=size))
     return items
 
 
@@ -133,9 +133,12 @@ def test_batches_are_of_one_bucket_and_full(tmp_path, images, told):
 def test_bad_images_in_the_middle_are_named_and_the_rest_go_on(tmp_path, images):
     items = list(images)
     (tmp_path / "broken.png").write_bytes(Path(items[0].image_path).read_bytes()[:200])
-    items.insert(5, WorkItem("broken", str(tmp_path / "broken.png"), "broken.npz", (128, 128)))
-    items.insert(9, WorkItem("absent", str(tmp_path / "absent.png"), "absent.npz", None))
-    items.insert(25, WorkItem("last", str(tmp_path), "last.npz", (128, 128)))
+    for place, key, path, size in (
+        (5, "broken", tmp_path / "broken.png", (128, 128)),
+        (9, "absent", tmp_path / "absent.png", None),
+        (25, "last", tmp_path, (128, 128)),
+    ):
+        items.insert(place, WorkItem(key=key, image_path=str(path), file=f"{key}.npz", size=size))
     bad, progress = run(tmp_path, items, FakeEncoder())
     assert {key for key, _ in bad} == {"broken", "absent", "last"} and (progress.done, progress.bad) == (23, 3)
     reasons = dict(bad)
@@ -145,7 +148,7 @@ def test_bad_images_in_the_middle_are_named_and_the_rest_go_on(tmp_path, images)
 
 
 def test_nothing_but_bad_images_and_nothing_at_all(tmp_path):
-    bad, progress = run(tmp_path, [WorkItem("a", "/absent/a.png", "a.npz")] * 3, FakeEncoder())
+    bad, progress = run(tmp_path, [WorkItem(key="a", image_path="/absent/a.png", file="a.npz")] * 3, FakeEncoder())
     assert len(bad) == progress.bad == 3 and read_latest(tmp_path) == {}
     assert run(tmp_path, [], FakeEncoder())[1].done == 0
 
