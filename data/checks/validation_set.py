@@ -7,6 +7,7 @@ import numpy as np
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.validation import ValidationConfig
 from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
@@ -63,7 +64,7 @@ def open_validation_set(config: Config) -> OpenedIndex:
     return OpenedIndex(index, [])
 
 
-def find_held_out_rows(config: Config, index: Index, validation_index: Index | None) -> np.ndarray:
+def find_held_out_rows(settings: ValidationConfig, index: Index, validation_index: Index | None) -> np.ndarray:
     """Return the rows of the training index that must not be trained on, [K] int64.
 
     With `validation.share`, they are in the order in which validation uses them.
@@ -73,24 +74,22 @@ def find_held_out_rows(config: Config, index: Index, validation_index: Index | N
     """
     if validation_index is not None:
         return find_matching_rows(index.arrow_column("key"), validation_index.arrow_column("key"))
-    if not config.validation.share:
+    if not settings.share:
         return np.empty(0, np.int64)
-    hashes = hash_keys(index.arrow_column("key"), config.validation.seed)
-    return select_by_hash(hashes, config.validation.share)
+    return select_by_hash(hash_keys(index.arrow_column("key"), settings.seed), settings.share)
 
 
-def check_held_out(config: Config, index: Index, validation_index: Index | None) -> Iterator[Problem]:
+def check_held_out(settings: ValidationConfig, index: Index, validation_index: Index | None) -> Iterator[Problem]:
     """Yield a problem if validation holds out none or all of the training samples.
 
     Args:
         validation_index: of a validation set of its own; None without such a set.
     """
-    own = config.validation
-    if validation_index is None and (own.has_own_set or not own.share):
+    if validation_index is None and (settings.has_own_set or not settings.share):
         return
-    num_held_out = len(find_held_out_rows(config, index, validation_index))
+    num_held_out = len(find_held_out_rows(settings, index, validation_index))
     is_share = validation_index is None
-    key, value = ("validation.share", own.share) if is_share else ("validation.metadata", own.metadata)
+    key, value = ("validation.share", settings.share) if is_share else ("validation.metadata", settings.metadata)
     if num_held_out == 0 and is_share:
         yield Problem(key, value, f"holds out none of {len(index)} samples", "raise it")
     if num_held_out == len(index):

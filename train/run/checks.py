@@ -47,7 +47,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     problems += found + validation_problems
     if index is not None:
         leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
-        problems += check_held_out(config, index, validation_index)
+        problems += check_held_out(config.validation, index, validation_index)
     problems += prepare_strategy(config, index)
     problems += check_wandb(config.log.wandb)
     problems += check_export_format(config)

@@ -51,7 +51,7 @@ def split_data(config: Config, index: Index, strategy: Strategy | None, ranks: R
     opened = open_validation_set(config).index if ranks.is_main else None
     path = broadcast_object(opened and opened.path)
     own_index = Index(path) if path else None
-    held_out = find_held_out_rows(config, index, own_index)
+    held_out = find_held_out_rows(config.validation, index, own_index)
     repeats = combine_repeats(config, index, held_out, strategy, ranks)
     shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)

@@ -1,4 +1,4 @@
-"""Every sample accounted for: what is planned is what is trained and what is reported bad, over whole epochs."""
+"""Every planned sample is either trained or reported bad, over whole epochs."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def save_arrays(**arrays: np.ndarray) -> bytes:
 
 
 def pack_bomb(_: bytes) -> bytes:
-    """160 MB of zeros in 160 KB."""
+    """Compress 160 MB of zeros to 160 KB."""
     buffer = io.BytesIO()
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (4, 4096, 2560)})
@@ -59,7 +59,7 @@ def flip_bit(content: bytes) -> bytes:
     return content[:400] + bytes([content[400] ^ 1]) + content[401:]
 
 
-# What is done to a good file of bucket (64, 96), and what must be said of it.
+# Damage to a good file of bucket (64, 96), and the reason that must be reported.
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "s0": (lambda content: b"", "not a readable npz file"),
     "s2": (lambda content: content[:700], "not a readable npz file"),
@@ -78,8 +78,10 @@ SAID |= {"s30": "Fails.caption", "s31": "KeyError", "s32": "loss_weight"}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> LatentDataset:
-    """Samples of two buckets, in files and, from the 21st on, of odd numbers, in a shard; made bad in every way after
-    the index was built, as a disk would do it."""
+    """Build a dataset of two buckets, and damage its files in every way after the index was built.
+
+    Odd samples from the 21st on are in a shard, the others are files.
+    """
     folder = tmp_path_factory.mktemp("cache")
     captions = {f"s{number}": {"caption": f"a red circle {number}"} for number in range(NUM_SAMPLES)}
     (folder / "metadata.json").write_text(json.dumps(captions))

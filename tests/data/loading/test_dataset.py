@@ -1,4 +1,4 @@
-"""Micro batches: what the networks are given, read from the cache alone, the same whoever reads it."""
+"""Micro batches hold what the networks need, from the cache alone, and do not depend on who reads them."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def get_latents(number: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Twelve latents of two buckets, listed in a manifest, with captions in a metadata file."""
+    """Build a cache of twelve latents of two buckets with a manifest, and captions in a metadata file."""
     folder = tmp_path_factory.mktemp("cache")
     captions = {f"s{number}": {"caption": f"a {COLOURS[number % 4]} circle {number}"} for number in range(NUM_SAMPLES)}
     captions["s5"] = {}
@@ -131,7 +131,7 @@ def test_a_bad_latent_weighs_nothing_and_is_named(cache):
 
 
 def list_dropped(dataset: LatentDataset, rows: list[int], epochs: list[int]) -> list[bool]:
-    """Which of the samples came with the empty caption."""
+    """Return whether each sample has the empty caption."""
     empty = torch.from_numpy(dataset.tokenizers[0].encode(""))
     return [bool(ids.equal(empty)) for ids in dataset[make_spec(rows, BUCKETS[0], epochs)].input_ids]
 
@@ -141,7 +141,7 @@ def test_caption_dropout_is_keyed_to_sample_and_epoch(cache):
     dataset = build_dataset(cache, dropout_rate=0.3)
     dropped = list_dropped(dataset, rows, epochs)
     assert 0.2 < np.mean(dropped) < 0.4
-    order = np.random.default_rng(0).permutation(len(rows))  # in another order and company it is the same
+    order = np.random.default_rng(0).permutation(len(rows))  # the same in another order and other batches
     assert list_dropped(dataset, [rows[i] for i in order], [epochs[i] for i in order]) == [dropped[i] for i in order]
     by_row = np.array(dropped).reshape(50, 6)
     assert 0 < by_row.mean(0).min() and by_row.mean(0).max() < 1  # no sample always or never
@@ -164,7 +164,7 @@ def test_any_number_of_workers_reads_the_same_batches(cache):
 
 
 def test_samples_in_shards_are_the_same_as_files(cache, tmp_path):
-    """One pread a sample from a tar gives the very batch that the npz files give."""
+    """Samples read from a tar by pread give the same batches as npz files."""
     (tmp_path / "metadata.json").write_text((cache / "metadata.json").read_text())
     manifest = ManifestWriter(tmp_path, 0)
     shards = {
@@ -190,7 +190,7 @@ def test_samples_in_shards_are_the_same_as_files(cache, tmp_path):
 
 
 def test_moments_give_a_fresh_sample_each_epoch(cache, tmp_path):
-    """mean + std · noise, with noise keyed to (seed, epoch, row): the same for whoever reads it."""
+    """Latents are mean + std · noise, with noise keyed to (seed, epoch, row)."""
     for path in cache.rglob("*"):
         if path.is_file() and "index" not in path.parts:
             (tmp_path / path.relative_to(cache)).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Mirrored images: latents of the mirrored pixels, with the crop and the mask as they are then seen."""
+"""Flipped samples have the latents, the crop and the mask of the mirrored image."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def make_sample(number: int, flipped: bool) -> LatentSample:
 
 
 def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, listed: bool = True) -> None:
-    """A cache of one sample for each of `flipped`, with or without what the manifest says of it."""
+    """Write a cache of one sample for each of `flipped`; `listed` puts the flip into the manifest."""
     folder.mkdir(exist_ok=True)
     captions = {f"s{number}": {"caption": f"a, b, {number}"} for number in range(len(flipped))}
     (folder / "metadata.json").write_text(json.dumps(captions))
@@ -102,7 +102,7 @@ def test_flips_are_keyed_to_sample_and_epoch_and_change_nothing_else(tmp_path):
 
 
 def check(folder: Path, rate: float) -> tuple[list[tuple[str, str]], str]:
-    """(key and rule of each problem, warnings)."""
+    """Return the key and cure of each problem, and the warnings."""
     lines = []
     sink = logger.add(lines.append, level="WARNING", format="{message}")
     config = Config.model_validate(
@@ -130,11 +130,11 @@ def test_samples_without_flipped_latents_are_counted(tmp_path, shards, listed):
     assert key == "data.flip_rate" and "cache.flip: true" in cure
 
 
-def test_headers_of_unlisted_latents_tell(tmp_path):
+def test_headers_of_unlisted_latents_tell_whether_they_are_flipped(tmp_path):
     fill_cache(tmp_path, [True, False])
     for part in (tmp_path / "manifest").iterdir():
         part.unlink()
     assert open_dataset(tmp_path, 1.0).index.arrow_column("flipped").to_pylist() == [True, False]
     (tmp_path / "s0.npz").write_bytes(pack_latents(make_sample(0, True), "bfloat16"))
-    (tmp_path / "new.npz").touch()  # the folder changed: it is looked at anew
+    (tmp_path / "new.npz").touch()  # the folder changed, so it is searched again
     assert open_dataset(tmp_path, 1.0).index.arrow_column("flipped").to_pylist() == [True, False]

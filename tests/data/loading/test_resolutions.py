@@ -1,4 +1,4 @@
-"""Several resolutions of one image in one cache, and buckets of the user's own list."""
+"""Several resolutions of one image in one cache, and a list of buckets in the settings."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ WORDS = ("data.min_bucket_px=32", "data.resolution_px=[64, 128]")
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, tiny_folder) -> Path:
-    """Settings, images, and whole caches of both resolutions in both forms: `npz` and `shards`."""
+    """Write settings, images, and full caches of both resolutions in both formats: `npz` and `shards`."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(
         folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_IMAGES), flip=True
@@ -48,7 +48,7 @@ def filled(tmp_path_factory, tiny_folder) -> Path:
 
 @pytest.fixture(params=["npz", "shards"])
 def cache(request, filled, tmp_path):
-    """(settings, words for the job, cache folder) of a copy of a whole cache."""
+    """Return settings, overrides and cache folder of a copy of a full cache."""
     shutil.copytree(filled / request.param, tmp_path / "latents")
     words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={request.param}", *WORDS)
     return filled / "settings.yaml", words, tmp_path / "latents"
@@ -133,7 +133,7 @@ def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
         assert np.array_equal(found.column(name), whole.column(name)), name
 
 
-def test_every_item_is_verified_and_just_the_bad_one_mended(cache, capfd):
+def test_every_item_is_verified_and_only_the_bad_one_repaired(cache, capfd):
     settings, words, folder = cache
     before = hash_items(folder)
     assert run_job(settings, *words, "--verify") == 0
@@ -196,7 +196,7 @@ def test_a_fixed_list_makes_another_cache(filled, tmp_path):
     assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == NUM_IMAGES
 
 
-def test_a_key_that_reads_like_anothers_latents_is_told(tmp_path):
+def test_a_key_that_reads_like_the_latents_of_another_is_a_problem(tmp_path):
     records = {key: {"image_path": f"{key}.png", "caption": "x"} for key in ("a", "64px/a")}
     (tmp_path / "m.json").write_text(json.dumps(records))
     data = {"metadata": [tmp_path / "m.json"], "min_bucket_px": 32}
@@ -206,7 +206,7 @@ def test_a_key_that_reads_like_anothers_latents_is_told(tmp_path):
 
 
 def test_latents_of_other_settings_are_not_trained_on(filled):
-    """Whoever changes the resolution and does not run the cache job again is told, not trained on what there is."""
+    """Changing the resolution without running the cache job again is a problem."""
     settings = filled / "settings.yaml"
     for words, made, wanted in (
         ([*WORDS, "data.bucket_step_px=64"], "px by 32", "px by 64"),
@@ -221,8 +221,8 @@ def test_latents_of_other_settings_are_not_trained_on(filled):
         assert made in problems[0].rule and wanted in problems[0].rule and "launch/cache.sh" in problems[0].cure
 
 
-def test_latents_that_were_not_made_anew_yet_are_not_trained_on(filled, tmp_path):
-    """A cache job under other settings that was ended before its end leaves latents of before."""
+def test_latents_that_were_not_encoded_again_yet_are_not_trained_on(filled, tmp_path):
+    """A cache job that stopped halfway after a change of settings leaves latents of the old settings."""
     words = (f"cache.dir={tmp_path}", "cache.flip=false", "data.min_bucket_px=32")
     assert run_job(filled / "settings.yaml", *words) == 0
     entry = next(iter(read_latest(tmp_path).values()))

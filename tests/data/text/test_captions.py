@@ -1,4 +1,4 @@
-"""The caption pipeline: each option by itself, their order, and that nothing but the generator decides."""
+"""The caption pipeline: each option alone, the order of the steps, and reproducibility from the generator."""
 
 import dataclasses
 from collections import Counter
@@ -20,7 +20,7 @@ def shape(caption, seed=0, step=0, epoch=0, **settings) -> str:
 
 
 def draw(caption, number=400, **settings) -> Counter:
-    """What comes out over many seeds, and how often."""
+    """Count the captions that many seeds give."""
     return Counter(shape(caption, seed, **settings) for seed in range(number))
 
 
@@ -182,7 +182,7 @@ def test_a_description_is_not_taken_apart():
 
 
 def test_the_order_of_the_steps():
-    """Each pair of steps, where the other order would give something else."""
+    """Pairs of steps for which the other order would give another caption."""
     # The prefix is there when wildcards are replaced and tags are kept.
     assert shape("a, b", prefix="{x|x},", wildcards=True, keep_tokens=1, tag_dropout_rate=1.0) == "x"
     # Wildcards before tags are counted: one group may hold several.

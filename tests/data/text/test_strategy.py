@@ -1,4 +1,4 @@
-"""The user's class: what it says reaches batches, also from spawned workers, and what it breaks is named."""
+"""The user's class: its results reach the batches, from spawned workers too, and its failures are reported."""
 
 import json
 import pickle
@@ -46,7 +46,7 @@ RECORDS = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Four latents of one bucket, and a record of each."""
+    """Build a cache of four latents of one bucket, with a record for each."""
     folder = tmp_path_factory.mktemp("cache")
     (folder / "metadata.json").write_text(json.dumps(RECORDS))
     writer, latents = ManifestWriter(folder, 0), np.ones((4, 12, 8), np.float32)
@@ -65,7 +65,7 @@ def index(cache) -> Index:
 
 
 def write_class(folder: Path, body: str, name: str = "user.py") -> str:
-    """A file with a class of this body; its spec."""
+    """Write a file with a class of this body; return its spec."""
     indented = "\n".join(f"    {line}" for line in body.splitlines())
     (folder / name).write_text(f"import numpy as np\n\n\nclass Mine:\n{indented}\n")
     return f"{folder / name}:Mine"
@@ -79,7 +79,7 @@ def build_dataset(cache: Path, index: Index, strategy: Strategy | None, **captio
 
 
 def read_captions(dataset: LatentDataset, rows: list[int], epoch: int = 0, step: int = 0) -> list[str]:
-    """What the first encoder would read."""
+    """Return the captions that text encoder 1 gets."""
     spec = MicroSpec(
         bucket=BUCKET, rows=np.array(rows), epochs=np.full(len(rows), epoch), positions=np.arange(len(rows)), step=step
     )
@@ -373,7 +373,7 @@ def test_artists_with_many_images_come_less_often():
 
 
 def test_a_run_uses_the_strategy_and_refuses_to_go_on_with_other_repeats(cached_folder, tmp_path):
-    """The whole program: repeats in the run folder, bad samples named, a changed strategy noticed."""
+    """Train twice: repeats are stored in the run folder, bad samples are reported, changed repeats are refused."""
     body = """
 def repeats(self, record, counts):
     return 2 if "red" in record["caption"] else 1

@@ -1,4 +1,4 @@
-"""Captions to ids: the same as from transformers' CLIPTokenizer, and cut into windows as SDXL trainers do."""
+"""Token ids equal those of transformers' CLIPTokenizer, and are cut into windows as in other SDXL trainers."""
 
 import gzip
 import pickle
@@ -57,7 +57,7 @@ def get_reference(caption: str) -> list[int]:
 
 
 def get_ids(caption: str) -> list[int]:
-    """The ids between the marks, from as many windows as there may be."""
+    """Return the ids between the marks, of all windows."""
     return FIRST.encode(caption, 225)[:, 1:-1].ravel()[: FIRST.count(caption)].tolist()
 
 
@@ -73,7 +73,7 @@ def test_ids_equal_transformers_whatever_the_caption(caption):
     assert get_ids(caption) == get_reference(caption)
 
 
-def test_words_are_kept_within_bounds_and_split_the_same_again(monkeypatch):
+def test_the_cache_of_words_is_bounded_and_gives_the_same_ids(monkeypatch):
     monkeypatch.setattr(tokens, "MAX_WORDS", 3)
     tokenizer = load_tokenizer(FOLDER / "tokenizer", END)
     for caption in ("a red circle on a white a red circle", "red " * 9, "x" * 100 + " circle", "a red"):
@@ -126,7 +126,7 @@ def test_long_captions_are_cut_into_windows_of_75(max_tokens, num_words, lengths
     assert windows.shape == (max_tokens // 75, 77)
 
 
-def test_workers_get_a_tokenizer_that_says_the_same():
+def test_a_pickled_tokenizer_gives_the_same_ids():
     copy = pickle.loads(pickle.dumps(SECOND))
     for caption in CAPTIONS:
         assert np.array_equal(copy.encode(caption, 150), SECOND.encode(caption, 150))

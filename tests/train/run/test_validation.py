@@ -109,7 +109,7 @@ def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:
     config, problems = load_config(cached_folder / "tiny.yaml", ["validation.share=0.2"])
     index, _ = open_training_set(config)
     assert problems == [] and index is not None and open_validation_set(config) == (None, [])
-    held_out = find_held_out_rows(config, index, None)
+    held_out = find_held_out_rows(config.validation, index, None)
     assert 1 <= len(held_out) <= 10
     plan = build_plan(index, 4, 0, exclude_rows(held_out, len(index), None))
     used = {
@@ -133,7 +133,7 @@ def test_problems_of_a_validation_set_are_reported(cached_folder: Path, tmp_path
     for share, expected in ((0.0001, "holds out none of 24"), (0.9999, "leaves none of 24")):
         config, _ = load_config(cached_folder / "tiny.yaml", [f"validation.share={share}"])
         index, _ = open_training_set(config)
-        assert index is not None and expected in next(check_held_out(config, index, None)).rule
+        assert index is not None and expected in next(check_held_out(config.validation, index, None)).rule
     (tmp_path / "bad.txt").write_text("a --w 3")
     with pytest.raises(UserInputError, match=r"bad.txt:1: has --w = '3'"):
         run_sampling(str(cached_folder / "model"), tmp_path / "bad.txt", tmp_path / "out", None, [])

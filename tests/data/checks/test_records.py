@@ -1,4 +1,4 @@
-"""What is told of the data before any network is loaded."""
+"""Checks of records before any network is loaded."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from sdxl_trainer.data.checks.records import open_checked_records
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Path:
-    """Settings for a folder of three images, none with a caption."""
+    """Write settings for a folder of three images without captions."""
     (tmp_path / "images").mkdir()
     for name in "abc":
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{name}.png")
@@ -29,7 +29,7 @@ def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -
 
 
 @pytest.mark.parametrize(("missing", "keys"), [("empty", []), ("skip", []), ("error", ["data.on_missing_caption"])])
-def test_some_without_a_caption_are_an_error_where_one_is_asked_for(settings: Path, missing: str, keys: list) -> None:
+def test_missing_captions_are_a_problem_if_the_settings_say_so(settings: Path, missing: str, keys: list) -> None:
     (settings.parent / "images" / "b.txt").write_text("a black square")
     config, _ = load_config(settings, [f"data.on_missing_caption={missing}"])
     problems = open_checked_records(config)[1]
