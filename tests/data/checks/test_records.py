@@ -1,12 +1,16 @@
 """Checks of records before any network is loaded."""
 
+import inspect
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.data.checks import records, training_set, validation_set
 from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.images.bucket import name_prefix
 
 
 @pytest.fixture
@@ -36,3 +40,17 @@ def test_missing_captions_are_a_problem_if_the_settings_say_so(settings: Path, m
     assert [problem.key for problem in problems] == keys
     if keys:
         assert "2 records have no caption: a, c" in problems[0].rule
+
+
+def test_a_clash_of_keys_and_missing_captions_are_reported_together(settings: Path) -> None:
+    (settings.parent / "images" / "a.png").rename(settings.parent / "images" / f"{name_prefix(512)}a.png")
+    config, _ = load_config(settings, ["data.resolution_px=[1024,512]"])
+    index, problems = open_checked_records(config)
+    assert index is not None
+    assert [problem.key for problem in problems] == ["data.resolution_px", "data.image_dirs"]
+
+
+@pytest.mark.parametrize("module", [records, training_set, validation_set])
+def test_every_check_only_yields_problems(module: ModuleType) -> None:
+    checks = {name: value for name, value in vars(module).items() if name.startswith("check_")}
+    assert checks and all(map(inspect.isgeneratorfunction, checks.values()))
