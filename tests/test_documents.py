@@ -127,7 +127,7 @@ def test_contributing_a_form_of_metadata(tmp_path: Path, monkeypatch: pytest.Mon
         database.commit()
     pieces = list(sources.read_metadata_file(tmp_path / "x.sqlite"))
     assert [len(items) for items in pieces] == [8192, 808]
-    key, fields = pieces[1][-1]
+    key, fields, *_ = pieces[1][-1]
     assert (key, fields["image_path"], fields["caption"]) == (
         "8999",
         "/data/8999.png",

@@ -4,11 +4,11 @@ A JSON object of records, the format of the largest sets, is decoded by msgspec 
 needs, and each record's JSON is kept as it stands in the file. That is five times as fast as a dict for each record.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import msgspec
 import orjson
@@ -16,11 +16,8 @@ import orjson
 from sdxl_trainer.data.images.image_files import strip_suffix
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, iterate_chunks
 from sdxl_trainer.data.metadata.sources import (
-    BASE_FOLDER,
-    KEYED_PATH,
-    LATENT_SPAN,
-    SOURCE_NUMBER,
-    KeyedRecords,
+    ShardSpan,
+    SourceRecord,
     detect_format,
     parse_chunk,
     read_metadata_file,
@@ -36,24 +33,16 @@ DECODER = msgspec.json.Decoder(dict[str, Fields])
 SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half a pair, which msgspec accepts
 
 
-class ShardSpan(NamedTuple):
-    """The place of a record's latents in a shard."""
-
-    shard: str  # path or URL
-    offset: int  # of the npz
-    bytes: int
-
-
 @dataclass(frozen=True)
 class RecordBlock:
-    """Some records as columns: each list has one element for each record."""
+    """Some records as columns, as `SourceRecord` explains them: each list has one element for each record."""
 
     keys: list[str]
     contents: list[bytes]  # the record as JSON
-    base_folders: list[str]  # folder that a relative image path is relative to
-    keyed_paths: list[str | None]  # the image's path, where it was the record's key
-    spans: list[ShardSpan | None]  # where the latents are that came with the record
-    sources: list[int]  # number of the record's source
+    base_folders: list[str]
+    keyed_paths: list[str | None]
+    spans: list[ShardSpan | None]
+    sources: list[int]
     fields: list[Any]  # the FIELDS of each record: a dict, or Fields
 
     def column(self, name: str) -> list[Any]:
@@ -63,19 +52,22 @@ class RecordBlock:
         return list(map(attrgetter(name), self.fields))
 
 
-def build_block(records: KeyedRecords) -> RecordBlock:
-    """Build a block from records of any format. Removes what they remember of their source from their fields."""
-    special = (BASE_FOLDER, KEYED_PATH, LATENT_SPAN, SOURCE_NUMBER)
-    bases, keyed_paths, spans, sources = ([fields.pop(name, None) for _, fields in records] for name in special)
+def build_block(records: Sequence[SourceRecord]) -> RecordBlock:
+    """Build a block from records of any format."""
     return RecordBlock(
-        keys=[key for key, _ in records],
-        contents=[orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in records],
-        base_folders=[base or "" for base in bases],
-        keyed_paths=keyed_paths,
-        spans=[span and ShardSpan(*span) for span in spans],
-        sources=[source or 0 for source in sources],
-        fields=[fields for _, fields in records],
+        keys=[record.key for record in records],
+        contents=[dump_json(record.fields) for record in records],
+        base_folders=[record.base_folder for record in records],
+        keyed_paths=[record.keyed_path for record in records],
+        spans=[record.span for record in records],
+        sources=[record.source for record in records],
+        fields=[record.fields for record in records],
     )
+
+
+def dump_json(value: Any) -> bytes:
+    """Return a value as JSON; what JSON has no type for, such as a date of a Parquet table, as text."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
 
 
 def read_blocks(file: Path) -> Iterator[RecordBlock]:

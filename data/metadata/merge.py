@@ -14,17 +14,10 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, read_blocks
-from sdxl_trainer.data.metadata.sources import (
-    KEYED_PATH,
-    LATENT_SPAN,
-    ROWS_AT_ONCE,
-    SOURCE_NUMBER,
-    KeyedRecords,
-    read_metadata_file,
-)
+from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, dump_json, read_blocks
+from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, ShardSpan, SourceRecord, read_metadata_file
 
-WAITING_SCHEMA = pa.schema([("key", pa.string()), ("fields", pa.binary())])
+WAITING_SCHEMA = pa.schema([("key", pa.string()), ("record", pa.binary())])
 MAX_SHOWN = 20  # items that an error lists
 
 
@@ -52,9 +45,8 @@ def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[R
             starts.append(starts[-1])
             for records in chain.from_iterable(map(read_metadata_file, source)):
                 starts[-1] += len(records)
-                keys = [key for key, _ in records]
-                fields = [orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY, default=str) for _, fields in records]
-                yield pa.record_batch([pa.array(keys, pa.string()), pa.array(fields, pa.binary())], WAITING_SCHEMA)
+                keys, contents = [record.key for record in records], list(map(_dump_record, records))
+                yield pa.record_batch([pa.array(keys, pa.string()), pa.array(contents, pa.binary())], WAITING_SCHEMA)
 
     with spill_batches(folder, WAITING_SCHEMA, list_batches()) as table:
         yield from map(build_block, _merge(table, starts))
@@ -102,35 +94,47 @@ def spill_batches(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBa
         path.unlink(missing_ok=True)
 
 
-def _merge(table: pa.Table, starts: list[int]) -> Iterator[KeyedRecords]:
+def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:
     """Yield the merged records of a table of WAITING_SCHEMA.
 
     Args:
         starts: the row of the table at which each source begins, and the number of rows.
     """
-    keys, contents = table.column("key"), table.column("fields")
+    keys, contents = table.column("key"), table.column("record")
     numbers, num_keys = number_keys(keys)
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         if end > start and np.bincount(numbers[start:end]).max() > 1:
             source_keys = keys.slice(start, end - start)
-            raise_duplicate_keys(source_keys, lambda row, start=start: _describe_image(contents[start + row]))
+            raise_duplicate_keys(source_keys, lambda row, start=start: _describe_image(contents[start + row].as_py()))
     order = np.argsort(numbers, kind="stable")
     ends = np.searchsorted(numbers[order], np.arange(num_keys), side="right")
     for first in range(0, num_keys, ROWS_AT_ONCE):
-        merged: KeyedRecords = []
+        merged: list[SourceRecord] = []
         begin = int(ends[first - 1]) if first else 0
         for end in ends[first : first + ROWS_AT_ONCE].tolist():
-            fields: dict = {}
-            for row in order[begin:end].tolist():
-                fields.update(orjson.loads(contents[row].as_py()))
-            first_row = int(order[begin])
-            fields[SOURCE_NUMBER] = bisect_right(starts, first_row) - 1
-            merged.append((keys[first_row].as_py(), fields))
+            rows = order[begin:end].tolist()
+            key, source = keys[rows[0]].as_py(), bisect_right(starts, rows[0]) - 1
+            merged.append(_merge_records(key, source, [contents[row].as_py() for row in rows]))
             begin = end
         yield merged
 
 
-def _describe_image(content: pa.Scalar) -> str:
+def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRecord:
+    """Merge the waiting records of one key, of which later ones update earlier ones."""
+    merged, base_folder, keyed_path, span = orjson.loads(contents[0])
+    for content in contents[1:]:
+        fields, later_folder, later_path, later_span = orjson.loads(content)
+        merged.update(fields)
+        base_folder, keyed_path, span = later_folder or base_folder, later_path or keyed_path, later_span or span
+    return SourceRecord(key, merged, base_folder, keyed_path, ShardSpan(*span) if span else None, source)
+
+
+def _dump_record(record: SourceRecord) -> bytes:
+    """Return a record as it waits for the others, without its key and source."""
+    return dump_json([record.fields, record.base_folder, record.keyed_path, record.span and list(record.span)])
+
+
+def _describe_image(content: bytes) -> str:
     """Return the image that a waiting record names."""
-    fields = orjson.loads(content.as_py())
-    return str(fields.get("image_path") or fields.get(KEYED_PATH) or fields.get(LATENT_SPAN) or "no path")
+    fields, _, keyed_path, span = orjson.loads(content)
+    return str(fields.get("image_path") or keyed_path or span or "no path")

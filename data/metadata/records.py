@@ -26,7 +26,7 @@ from sdxl_trainer.data.images.image_files import (
     walk_images,
 )
 from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, RecordBlock
-from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SOURCE_NUMBER, KeyedRecords, list_source_files
+from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_source_files
 from sdxl_trainer.data.stores.remote import StoreError, describe_objects, is_remote
 
 Record = dict[str, Any]
@@ -84,7 +84,7 @@ def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
 
 def read_image_folders(
     image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
-) -> Iterator[KeyedRecords]:
+) -> Iterator[list[SourceRecord]]:
     """Yield the images below folders as records, with the captions beside them. Each folder is a source.
 
     Args:
@@ -95,18 +95,12 @@ def read_image_folders(
     for source, (root, marks) in enumerate(roots):
         for folder, names, everything in walk_images([root], masks):
             for start in range(0, len(names), ROWS_AT_ONCE):
-                yield [
-                    (
-                        strip_suffix(name, always=True),
-                        {
-                            "image_path": os.path.join(folder, name),
-                            "caption": read_sidecar(folder, name, everything),
-                            SOURCE_NUMBER: source,
-                            **marks,
-                        },
-                    )
-                    for name in names[start : start + ROWS_AT_ONCE]
-                ]
+                records = []
+                for name in names[start : start + ROWS_AT_ONCE]:
+                    caption = read_sidecar(folder, name, everything)
+                    fields = {"image_path": os.path.join(folder, name), "caption": caption, **marks}
+                    records.append(SourceRecord(strip_suffix(name, always=True), fields, source=source))
+                yield records
 
 
 def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str) -> pa.RecordBatch:

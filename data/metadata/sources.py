@@ -1,7 +1,7 @@
 """Readers of every metadata format, each a few thousand records at a time. docs/DATA.md shows an example of each.
 
-A reader yields (key, fields) pairs; the key is the file stem of the image. What a record must remember of its source is
-kept among its fields, under names that no metadata use, until data/metadata/blocks.py takes it out.
+A reader yields lists of records as their source holds them; images, captions and sizes are found later, for all formats
+alike (data/metadata/records.py).
 """
 
 import csv
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,18 +21,32 @@ from sdxl_trainer.data.images.image_files import strip_suffix
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
 
-KeyedRecords = list[tuple[str, dict[str, Any]]]
-Reader = Callable[[Path], Iterator[KeyedRecords]]
-
-BASE_FOLDER = "//base"  # folder that a relative image path is relative to
-KEYED_PATH = "//name"  # the image's path, where it was the record's key
-SOURCE_NUMBER = "//source"  # number of the record's source among those of the settings
-LATENT_SPAN = "//npz"  # (shard, offset, bytes) of the latents that came with the record
-RESERVED = (BASE_FOLDER, KEYED_PATH, SOURCE_NUMBER, LATENT_SPAN)
 ROWS_AT_ONCE = 8192
 PATH_FIELDS = ("image_path", "file_name")  # this project's, and that of Hugging Face's image folders
 MAX_CSV_FIELD_CHARACTERS = 1 << 24
 KNOWN = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
+
+
+class ShardSpan(NamedTuple):
+    """The place of a record's latents in a shard."""
+
+    shard: str  # path or URL
+    offset: int  # of the npz
+    bytes: int
+
+
+class SourceRecord(NamedTuple):
+    """A record as its source holds it."""
+
+    key: str  # file stem of the image
+    fields: dict[str, Any]
+    base_folder: str = ""  # folder that a relative image path is relative to
+    keyed_path: str | None = None  # the image's path, where it was the record's key
+    span: ShardSpan | None = None  # where the latents are that came with the record
+    source: int = 0  # number of the record's source among those of the settings
+
+
+Reader = Callable[[Path], Iterator[list[SourceRecord]]]
 
 
 def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
@@ -58,7 +72,7 @@ def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
     return files
 
 
-def read_metadata_file(file: Path) -> Iterator[KeyedRecords]:
+def read_metadata_file(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of one metadata file, in its order.
 
     Raises:
@@ -85,53 +99,53 @@ def detect_format(file: Path) -> str:
     return "json_lines" if form == "json" and is_json_lines(file) else form
 
 
-def parse_chunk(file: Path, piece: JsonChunk) -> KeyedRecords:
+def parse_chunk(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
     """Return the records of a part of a JSON object, keyed by stem with `image_path`, or keyed by the image's path.
 
     Raises:
         ValueError: malformed; the message names the file and the place in it.
     """
+    return _add_base_folder(_list_members(file, chunk), file)
+
+
+def _read_object(file: Path) -> Iterator[list[SourceRecord]]:
+    for chunk in iterate_chunks(file):
+        yield _list_members(file, chunk)
+
+
+def _list_members(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
     records = []
-    for key, fields in piece.parse().items():
+    for key, fields in chunk.parse().items():
         if not isinstance(fields, dict):
             raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
-        _drop_reserved(fields)
-        if fields.get(PATH_FIELDS[0]) is None:
-            stem = strip_suffix(key)
-            if stem != key:
-                fields[KEYED_PATH], key = key, stem
-        records.append((key, fields))
-    return _add_base_folder(records, file)
+        stem = key if fields.get(PATH_FIELDS[0]) is not None else strip_suffix(key)
+        records.append(SourceRecord(stem, fields, keyed_path=None if stem == key else key))
+    return records
 
 
-def _read_object(file: Path) -> Iterator[KeyedRecords]:
-    for chunk in iterate_chunks(file):
-        yield parse_chunk(file, chunk)
-
-
-def _add_base_folder(records: KeyedRecords, file: Path) -> KeyedRecords:
+def _add_base_folder(records: list[SourceRecord], file: Path) -> list[SourceRecord]:
     """Return the records with the folder that their relative image paths are relative to.
 
     Raises:
         ValueError: a key is empty, or a caption is an object.
     """
-    base = str(file.parent)
-    for key, fields in records:
+    base_folder, based = str(file.parent), []
+    for key, fields, _, keyed_path, span, source in records:
         if not key:
             raise ValueError(f"{file}: a record has an empty key")
         if isinstance(fields.get("caption"), dict):
             raise ValueError(f"{file}: the record '{key}' has a caption that is an object, not a text or a list")
-        if KEYED_PATH in fields or fields.get(PATH_FIELDS[0]) is not None:
-            fields[BASE_FOLDER] = base
-    return records
+        has_path = keyed_path is not None or fields.get(PATH_FIELDS[0]) is not None
+        based.append(SourceRecord(key, fields, base_folder if has_path else "", keyed_path, span, source))
+    return based
 
 
-def _read_lines(file: Path) -> Iterator[KeyedRecords]:
+def _read_lines(file: Path) -> Iterator[list[SourceRecord]]:
     for lines in iterate_lines(file):
         yield [_key_record(line.fields, f"{file}:{line.number}") for line in lines]
 
 
-def _read_csv(file: Path) -> Iterator[KeyedRecords]:
+def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a CSV file (in a .tsv, of tab-separated values) with a line of names.
 
     An empty cell is a missing field; values stay text.
@@ -150,7 +164,7 @@ def _read_csv(file: Path) -> Iterator[KeyedRecords]:
         raise ValueError(f"{file}: is not UTF-8: {error.reason} at byte {error.start} of a block") from None
 
 
-def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[SourceRecord]:
     try:
         for row in rows:
             place = f"{file}:{rows.line_num}"
@@ -162,7 +176,7 @@ def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[tu
         raise ValueError(f"{file}:{rows.line_num}: malformed CSV: {error}") from None
 
 
-def _read_parquet(file: Path) -> Iterator[KeyedRecords]:
+def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the rows of a Parquet table as records. A null is a missing field."""
     try:
         number = 0
@@ -175,45 +189,40 @@ def _read_parquet(file: Path) -> Iterator[KeyedRecords]:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
 
 
-def _read_shard(file: Path) -> Iterator[KeyedRecords]:
+def _read_shard(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a webdataset shard: `key.npz` with `key.json` (the record) or `key.txt` (the caption)."""
     with open(file, "rb") as stream:
         yield from _list_shard_records(str(file.absolute()), read_shard(str(file), stream))
 
 
-def _read_catalogue(file: Path) -> Iterator[KeyedRecords]:
+def _read_catalogue(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a shard on a store, from its local catalogue."""
     yield from _list_shard_records(*load_catalogue(file))
 
 
-def _list_shard_records(shard: str, samples: list[ShardSample]) -> Iterator[KeyedRecords]:
+def _list_shard_records(shard: str, samples: list[ShardSample]) -> Iterator[list[SourceRecord]]:
     for start in range(0, len(samples), ROWS_AT_ONCE):
         some = samples[start : start + ROWS_AT_ONCE]
-        spans = [{} if each.offset is None else {LATENT_SPAN: (shard, each.offset, each.size)} for each in some]
-        yield [(each.key, _drop_reserved(each.record) | span) for each, span in zip(some, spans, strict=True)]
+        spans = [
+            None if each.offset is None or each.size is None else ShardSpan(shard, each.offset, each.size)
+            for each in some
+        ]
+        yield [SourceRecord(each.key, each.record, span=span) for each, span in zip(some, spans, strict=True)]
 
 
-def _key_record(fields: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
-    """Return a record with its key: the stem of its image's path, else its `key`.
+def _key_record(fields: dict[str, Any], place: str) -> SourceRecord:
+    """Build a record from its fields. Its key is the stem of its image's path, else its `key`.
 
     Raises:
         ValueError: it has neither; the message begins with `place`.
     """
-    _drop_reserved(fields)
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:
         fields[PATH_FIELDS[0]] = name
-        return strip_suffix(name, always=True), fields
+        return SourceRecord(strip_suffix(name, always=True), fields)
     if fields.get("key"):
-        return str(fields["key"]), fields
+        return SourceRecord(str(fields["key"]), fields)
     raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")
-
-
-def _drop_reserved(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove fields of the metadata that have a name of RESERVED: their values could be anything."""
-    for name in RESERVED:
-        fields.pop(name, None)
-    return fields
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -28,7 +28,7 @@ from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.metadata import json_stream
 from sdxl_trainer.data.metadata.records import parse_record
-from sdxl_trainer.data.metadata.sources import list_source_files, read_metadata_file
+from sdxl_trainer.data.metadata.sources import SourceRecord, list_source_files, read_metadata_file
 
 PAGE = ROOT / "docs" / "DATA.md"
 RECORD = {"image_path": "images/cat.png", "caption": "cat, on a mat", "original_size": [1500, 1000]}
@@ -40,8 +40,8 @@ def write(path: Path, content) -> Path:
     return path
 
 
-def read_all(file: Path) -> list[tuple[str, dict]]:
-    return [item for items in read_metadata_file(file) for item in items]
+def read_all(file: Path) -> list[SourceRecord]:
+    return [record for records in read_metadata_file(file) for record in records]
 
 
 def list_rows(index: Index) -> list[dict]:
@@ -124,8 +124,7 @@ def test_errors_name_the_place_of_a_mistake(tmp_path, name, content, said):
     assert str(caught.value).startswith(f"{tmp_path}/{said}")
 
 
-def test_fields_with_reserved_names_are_dropped(tmp_path):
-    """Their values could be anything, and would be taken for the place of latents in a shard."""
+def test_no_field_of_the_metadata_is_taken_for_what_a_reader_adds(tmp_path):
     fields = {**RECORD, "//npz": 5, "//name": {}, "//base": [], "//source": "x"}
     files = [
         write(tmp_path / "m.jsonl", orjson.dumps(fields) + b"\n" + orjson.dumps({"image_path": "x.png"})),
@@ -135,7 +134,7 @@ def test_fields_with_reserved_names_are_dropped(tmp_path):
         row = open_record_index(tmp_path / "cache", [file], []).row(0)
         assert (row["key"], row["offset"], row["source"]) == ("cat", None, 0)
     merged = open_record_index(tmp_path / "cache", files, [])
-    assert merged.row(0)["offset"] is None and "//npz" not in merged.record(0)
+    assert merged.row(0)["offset"] is None and merged.record(0)["//npz"] == 5
 
 
 VALUES = st.recursive(
