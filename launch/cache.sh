@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fill the latent cache:  bash launch/cache.sh --cfg x.yaml [key.sub=value ...]
-# On one machine, or started on each of many; launch/torchrun.sh says by what in the environment.
+# Runs on one machine, or on each of several; launch/torchrun.sh lists the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh"
 run_ranks "$ROOT/cache/main.py" "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed's launcher:  bash launch/deepspeed.sh --cfg x.yaml [key.sub=value ...]
 #   HOSTFILE       lines of `host slots=8`; without it this machine alone. Needs pdsh, and ssh without a password.
-#   NPROC, NNODES  ranks on each node, and how many of the hostfile's nodes (default: all)
-#   LAUNCHER_ARGS  further words for the launcher, such as "--master_port=29501 --ssh_port=2222"
+#   NPROC, NNODES  ranks per node, and number of the hostfile's nodes (default: all)
+#   LAUNCHER_ARGS  further arguments for the launcher, such as "--master_port=29501 --ssh_port=2222"
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/child.sh"
 
-pass_on() {  # The launcher for one machine does not pass signals on; what it started does.
+forward_signal() {  # The launcher for one machine does not forward signals, but the process that it starts does.
     if [ -n "${HOSTFILE:-}" ]; then kill "-$1" "$2" 2>/dev/null || true; else pkill "-$1" -P "$2" || true; fi
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Is everything in order, and if not, what to do:  bash launch/doctor.sh [--cfg x.yaml] [key.sub=value ...]
+# Examine machine, settings and data:  bash launch/doctor.sh [--cfg x.yaml] [key.sub=value ...]
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: an environment with everything in it, made once and found again.
+# Sourced by quickstart.sh and test.sh: creates an environment with all dependencies once, and reuses it.
 
 prepare_environment() {  # $1: extras of the package, such as [test]
     if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -18,9 +18,9 @@ prepare_environment() {  # $1: extras of the package, such as [test]
         grep '^torch==' constraints.txt > "$pins"  # the other pins need Python 3.11
     fi
     if python -c 'import torch' 2>/dev/null; then
-        sed -i '/^torch==/d' "$pins"  # a machine's own torch stays
+        sed -i '/^torch==/d' "$pins"  # keep the machine's own torch
     else
-        # First and alone, so that a CPU machine gets the CPU build where one is offered.
+        # First and alone, so that a machine without GPU gets the CPU build where the index offers one.
         python -m pip install --quiet "$(grep '^torch==' constraints.txt)"
     fi
     python -m pip install --quiet --constraint "$pins" --editable ".$1"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draw the images of a prompt file:  bash launch/sample.sh --model PATH --prompts FILE --out DIR [key.sub=value ...]
+# Generate the images of a prompt file:  bash launch/sample.sh --model PATH --prompts FILE --out DIR [key.sub=value ...]
 # NPROC sets the number of ranks that share the prompts (default: one per GPU, or 1 without GPUs).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh"

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by train.sh and cache.sh: starts this node's ranks with torchrun. What it goes by is in the environment:
+# Sourced by train.sh, cache.sh and sample.sh: starts this node's ranks with torchrun. Environment variables:
 #   NPROC             ranks on this node (default: one per GPU, or 1 without GPUs)
-#   NNODES            nodes of the job (default 1), and for more than one either
-#   NODE_RANK         which of them this is, from 0, with MASTER_ADDR (node 0) and MASTER_PORT (default 29500), or
-#   RDZV_ENDPOINT     host:port where the nodes meet and are numbered, with RDZV_ID when jobs share it
-#   MAX_RESTARTS      how often all ranks are started anew after one failed (default 0)
+#   NNODES            nodes of the job (default 1); more than one need either NODE_RANK or RDZV_ENDPOINT
+#   NODE_RANK         number of this node, from 0, with MASTER_ADDR (node 0) and MASTER_PORT (default 29500)
+#   RDZV_ENDPOINT     host:port of a rendezvous that numbers the nodes, with RDZV_ID if several jobs share it
+#   MAX_RESTARTS      restarts of all ranks after one has failed (default 0)
 source "$(dirname "${BASH_SOURCE[0]}")/child.sh"
 
 run_ranks() {  # program and its arguments
@@ -18,7 +18,7 @@ run_ranks() {  # program and its arguments
         [ -n "${NODE_RANK:-}" ] || fail "NNODES=$nodes needs NODE_RANK, from 0 to $((nodes - 1)), or RDZV_ENDPOINT"
         where=(--nnodes="$nodes" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}")
     fi
-    # Under nohup the end of a terminal is to change nothing, but torchrun would end the job for it.
+    # Under nohup a closed terminal must not stop the job, but torchrun would end it on SIGHUP.
     if [ -n "$(trap -p HUP)" ]; then export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT; fi
     run_child torchrun "${where[@]}" --nproc_per_node="${NPROC:-$(count_gpus)}" --max_restarts="${MAX_RESTARTS:-0}" "$@"
 }

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.preview import preview
-from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, Specimen, decode_samples, draw_sheet
+from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, PreviewSample, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.demo_set import draw_demo_set
@@ -51,7 +51,7 @@ def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):
     printed = capsys.readouterr().out
     rows = {cells[1].strip(): cells[2].strip() for line in printed.splitlines() if len(cells := line.split("│")) > 3}
     assert rows["records"] == "10" and rows["with latents"] == "9" and rows["skipped: no latents"] == "1"
-    assert rows["bad among 9 looked at"] == "1" and "9 samples" in printed
+    assert rows["bad among 9 verified"] == "1" and "9 samples" in printed
     sizes = {key: count for key, count in rows.items() if "x" in key and key[0].isdigit()}
     assert sizes and "cut short" in printed or "has 999 bytes" in printed
     # Eight captions of 11 tokens, and one that is cut off.
@@ -75,30 +75,30 @@ def test_the_image_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
     assert "6 images" in capsys.readouterr().out
 
 
-def read_specimens(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[Specimen, np.ndarray]]]:
+def read_samples(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[PreviewSample, np.ndarray]]]:
     """Each sample of the set with its pixels as the sheet shows them."""
     config, _ = load_config(filled / "settings.yaml", [*CAPTIONS, *words])
     console = Console(record=True)
     shown = {}
 
     def keep(decoded):
-        shown.update({specimen.key: (specimen, pixels) for specimen, pixels in decoded})
+        shown.update({sample.key: (sample, pixels) for sample, pixels in decoded})
         return draw_sheet(decoded)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "draw_sheet", keep)
-        preview.show(config, [], filled / "sheet.png", 60, console)
+        preview.show_preview(config, [], filled / "sheet.png", 60, console)
     return config, shown
 
 
 def test_flipped_samples_look_mirrored_and_uncached_ones_are_shown_uncoded(filled, tmp_path):
     shutil.copytree(filled / "latents", tmp_path / "latents")
     words = (f"cache.dir={tmp_path / 'latents'}", "train.global_batch_size=1", "cache.on_missing=encode")
-    _, plain = read_specimens(filled, *words, "data.flip_rate=0.0")
-    _, flipped = read_specimens(filled, *words)
+    _, plain = read_samples(filled, *words, "data.flip_rate=0.0")
+    _, flipped = read_samples(filled, *words)
     assert set(plain) == set(flipped) and len(plain) == NUM_IMAGES
-    bad = [key for key, (specimen, _) in plain.items() if specimen.bad]
-    new = [key for key, (specimen, _) in plain.items() if specimen.pixels is not None]
+    bad = [key for key, (sample, _) in plain.items() if sample.bad]
+    new = [key for key, (sample, _) in plain.items() if sample.pixels is not None]
     assert len(bad) == len(new) == 1
     for key in set(plain) - {*bad, *new}:
         difference = np.abs(plain[key][1][:, ::-1].astype(int) - flipped[key][1]).mean()
@@ -111,7 +111,7 @@ def test_the_vae_is_loaded_only_for_latents(filled, monkeypatch):
     config, _ = load_config(filled / "settings.yaml", [])
     import torch
 
-    nothing = Specimen("a", "b", "", torch.zeros(4, 8, 8), np.zeros((64, 64, 3), np.uint8), None)
+    nothing = PreviewSample("a", "b", "", torch.zeros(4, 8, 8), np.zeros((64, 64, 3), np.uint8), None)
     monkeypatch.setattr("sdxl_trainer.cache.preview.contact_sheet.load_vae", None)
     [(_, pixels)] = decode_samples([nothing], resolve_model(config.model), config.model)
     assert pixels.shape == (64, 64, 3)
