@@ -105,7 +105,7 @@ def read_declared_prediction(model: Path) -> DeclaredPrediction | None:
 def _read_object(file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserInputError([Problem("model.path", file, f"cannot be read: {error}", "check the file")]) from None
     if not isinstance(content, dict):
         raise UserInputError([Problem("model.path", file, "is not a JSON object", "check the file")])

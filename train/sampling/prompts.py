@@ -216,6 +216,8 @@ def read_json(file: Path) -> Iterator[PromptEntry]:
         contents = json.loads(_read_file(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     if not isinstance(contents, list) or not contents or not all(isinstance(each, (str, dict)) for each in contents):
         raise ValueError("is not a JSON list of prompts or objects with `prompt`")
     for number, content in enumerate(contents, start=1):

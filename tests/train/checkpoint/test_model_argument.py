@@ -55,7 +55,7 @@ def test_damaged_files_are_named_and_no_traceback(tmp_path: Path) -> None:
     assert read_declared_prediction(tmp_path / "x.safetensors") is None  # check_model names the file
     assert read_declared_prediction(Path("owner/name")) is None
     (tmp_path / "scheduler").mkdir()
-    for content in ("{", "[]"):
+    for content in ("{", "[]", "[" * 100_000):
         (tmp_path / "scheduler" / "scheduler_config.json").write_text(content)
         with pytest.raises(UserInputError, match="scheduler_config.json"):
             read_declared_prediction(tmp_path)

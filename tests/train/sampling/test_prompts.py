@@ -81,6 +81,7 @@ def test_json_means_the_same(tmp_path: Path) -> None:
         (b"\xff\xfe", "is not UTF-8"),
         ("[", ".json:1:2: malformed JSON"),
         ("{}", "is not a JSON list"),
+        pytest.param("[" * 100_000, "is nested too deeply", id="deep"),
         ("[3]", "is not a JSON list"),
         ('["a", {"text": "b"}]', ", entry 2: has no `prompt`"),
         (
