@@ -69,10 +69,10 @@ def test_losses_are_those_without_cached_text(texted, one_rank):
         for run in (texted.parent / "runs" / "cached", one_rank)
     )
     assert len(found) == 20
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # a tenth of the captions are dropped, too
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # with a tenth of the captions dropped
     exported = next((texted.parent / "runs" / "cached" / "models").iterdir())
     difference = exported.stat().st_size - next((one_rank / "models").iterdir()).stat().st_size
-    assert abs(difference) < 100  # text encoders and all; the run's name is in it
+    assert abs(difference) < 100  # the text encoders are in both files; the metadata differ in the run's name
 
 
 def test_encoders_are_loaded_on_first_use():
@@ -110,7 +110,7 @@ def test_variants_are_drawn_by_epoch_and_dropped_captions_are_empty(texted, tmp_
     assert 4 <= dropped <= 16 and len(different) == 5  # four variants and the empty caption
     again = dataset[make_spec(dataset, 7)]
     assert all(torch.equal(again.text[name], batches[7].text[name]) for name in again.text)
-    # The samples that go without are the same as with captions that are encoded while training.
+    # The same samples lose their caption as when text is encoded during training.
     plain = replace(caption, shuffle=False)
     dropping = CachedText(dataset.cache_folder, CaptionVariants(plain, 1), seed=3)
     shaped = LatentDataset(

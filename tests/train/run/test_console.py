@@ -46,7 +46,7 @@ def test_lines_come_above_the_display_and_the_terminal_is_left_whole(ending: str
     places = [screen.index(text) for text in order]
     assert places == sorted(places), screen
     assert screen.count("the title") == 1, screen  # every drawing but the last was wiped
-    assert screen.replace("\n", "").count("x" * 150) == 3  # long lines too
+    assert screen.replace("\n", "").count("x" * 150) == 3  # long lines are not cut off
     assert "what the display shows" not in screen
 
 
@@ -68,7 +68,7 @@ def test_lines_of_another_rank_are_clear_of_the_display() -> None:
     rows = Terminal(written).rows
     for number in range(3):
         place = next(at for at, row in enumerate(rows) if f"[rank 1] {number} xxx" in row)
-        assert rows[place + 3 : place + 8] == [""] * 5, rows  # after its own three rows
+        assert rows[place + 3 : place + 8] == [""] * 5, rows  # after the three rows of the line itself
     assert rows[rows.index("ValueError: broken") + 1 :] == [""] * 7
 
 
@@ -97,7 +97,7 @@ def test_plain_lines_into_a_file() -> None:
     done = subprocess.run([sys.executable, PROGRAM, "0", "end"], env=environment, capture_output=True, text=True)
     assert "\x1b" not in done.stdout + done.stderr and "the title" not in done.stderr
     assert "its cell" in done.stderr and "what the display shows" in done.stderr
-    assert "\\u" not in done.stderr, "a frame that this encoding does not have"
+    assert "\\u" not in done.stderr, "the frame is not in this encoding"
 
 
 def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:

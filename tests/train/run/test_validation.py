@@ -46,7 +46,7 @@ def test_the_validation_loss_is_the_same_on_any_number_of_ranks(validated: dict[
     assert [line["step"] for line in one] == [0, 1, 2] and len({line["validation/loss"] for line in one}) == 3
     for first, second in zip((one[0], one[2]), two, strict=True):
         assert first.keys() == second.keys() and any("128x128" in name for name in first)
-        for name, value in first.items():  # the weights themselves agree to rounding only, once they were trained
+        for name, value in first.items():  # trained weights agree only to rounding
             assert value == pytest.approx(second[name], rel=1e-6 if first["step"] == 0 else 1e-5), name
     bins = {name: value for name, value in one[0].items() if re.fullmatch(r"validation/loss_t[\d-]+", name)}
     assert 6 <= len(bins) <= 10 and min(bins.values()) < one[0]["validation/loss"] < max(bins.values())
@@ -56,7 +56,7 @@ def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -
     first, _, last = read_numbers(validated[1], "validation/loss")
     names = {name for name in first if name.startswith("validation/") and "_ema_" not in name}
     assert {f"{name}_ema_0.5" for name in names} == {name for name in first if "_ema_" in name} and len(names) > 8
-    assert all(first[f"{name}_ema_0.5"] == first[name] for name in names)  # it begins as the weights
+    assert all(first[f"{name}_ema_0.5"] == first[name] for name in names)  # the average starts as a copy of the weights
     assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
 
 
