@@ -50,7 +50,7 @@ echo "ok: 10 steps under Slurm"
 
 # One minute of limit, and a warning as soon as Slurm can give it: the first start is stopped somewhere in the steps.
 long="$(submit --time=1 --signal=B:USR1@20 launch/slurm.sbatch "${SETTINGS[@]}" run.name=limit train.max_steps=600)"
-until grep -q "back into the queue" "$WORK/slurm-$long.out" 2>/dev/null; do sleep 1; done
+until grep -q "requeueing" "$WORK/slurm-$long.out" 2>/dev/null; do sleep 1; done
 echo "ok: the time limit's warning saved and queued again: $(scontrol show job "$long" | grep -o 'Restarts=[0-9]*')"
 until grep -q "resuming from" "$WORK/slurm-$long.out"; do sleep 1; done
 echo "ok: the second start resumes"

@@ -359,7 +359,7 @@ def test_latents_of_another_image_and_without_a_mirror_are_told(foreign, capsys)
     assert run_job(settings, *KOHYA, "--adopt") == 1
     said = capsys.readouterr().err
     assert "has no latents of the mirrored image" in said
-    assert "was made of an image of (359, 264) px, which has (400, 264) now" in said
+    assert "was made from an image of (359, 264) px, which now has (400, 264)" in said
 
 
 def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:

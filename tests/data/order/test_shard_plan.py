@@ -27,7 +27,7 @@ def walk(plan: Plan, epochs: int) -> list[tuple[tuple[int, int], list[int], list
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 99),
     num_rows=st.integers(1, 80),
