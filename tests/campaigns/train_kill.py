@@ -89,7 +89,7 @@ def plant(trial: Trial, rank: int) -> None:
         "forward": (Engine, "__call__"),
         "backward": (Engine, "backward"),
         "step": (Engine, "step"),
-        "saving": (CheckpointWriter, "write"),
+        "saving": (CheckpointWriter, "write_shard"),
         "sampling": (loop, "write_generated_images"),
     }
     owner, name = places[trial.phase]
