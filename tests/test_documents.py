@@ -11,8 +11,8 @@ import pytest
 from programs import ROOT
 
 from sdxl_trainer.configs.kohya import document as document_kohya
+from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
-from sdxl_trainer.configs.kohya.seed_options import SEED_OPTIONS
 from sdxl_trainer.configs.load import iterate_keys
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -26,7 +26,7 @@ def test_the_page_of_kohyas_options_is_current() -> None:
     page = (ROOT / "docs" / "FROM_KOHYA.md").read_text()
     assert page == document_kohya.build_page(), "python -m sdxl_trainer.configs.kohya.document > docs/FROM_KOHYA.md"
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
-    assert [row[0].strip("| `") for row in rows] == [*KOHYA_OPTIONS, *SEED_OPTIONS]
+    assert [row[0].strip("| `") for row in rows] == [*KOHYA_OPTIONS, *FIRST_TRAINER_OPTIONS]
     # Every option has keys that there are, or a reason.
     known = set(iterate_keys())
     for row in rows:

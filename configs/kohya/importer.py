@@ -1,16 +1,15 @@
-"""Makes a YAML file of what kohya's scripts, or the first sdxl-trainer, were started with:
+"""Conversion of files of kohya's scripts, or of the first sdxl-trainer, to settings and remarks.
 
-python -m sdxl_trainer.configs.import_config train.toml dataset.toml --out my.yaml
-
-FILEs are TOML files of training arguments or of data sets, a file that holds the command line, and the Python file of
-the first sdxl-trainer; a later one wins. What has no counterpart is named with its reason, and stands in the YAML too.
+Files are TOML files of training arguments or datasets, files with a command line, and the Python file of the first
+sdxl-trainer. Values of later files win. Every option that is not imported exactly is reported with the reason.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_DEFAULTS, FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS, Option
 from sdxl_trainer.configs.kohya.readers import (
     flatten_sections,
@@ -19,71 +18,75 @@ from sdxl_trainer.configs.kohya.readers import (
     read_python,
     read_toml,
 )
-from sdxl_trainer.configs.kohya.seed_options import SEED_DEFAULTS, SEED_OPTIONS
-from sdxl_trainer.configs.kohya.subsets import list_places, list_repeated_folders, read_datasets
-from sdxl_trainer.configs.kohya.values import Given, NoCounterpart
+from sdxl_trainer.configs.kohya.subsets import Remark, list_places, list_repeated_folders, read_datasets
+from sdxl_trainer.configs.kohya.values import Given, UnsupportedError
 from sdxl_trainer.configs.schema import Config
 
-Remark = tuple[str, Any, str]  # option, value, why
-OF_DATA_SETS = ("train_data_dir", "reg_data_dir", "in_json")  # which such files say themselves
-ON_BY_DEFAULT = ("train_nnet",)  # whose False says something
-FOLLOWED = ("config_file", "dataset_config")  # name further files
-RENAMED = {name: ours for name, ours in SEED_OPTIONS.items() if isinstance(ours, str)}
+# Options that have no effect beside a dataset file.
+PLACE_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
+# Options that are on by default, so that False is not the same as leaving them out.
+ON_BY_DEFAULT = ("train_nnet",)
+# Options that name further files to read.
+FILE_OPTIONS = ("config_file", "dataset_config")
+RENAMED = {name: ours for name, ours in FIRST_TRAINER_OPTIONS.items() if isinstance(ours, str)}
 NO_FOLDER = (
-    "is no folder on this machine, so its `N_name` folders could not be read: taken as one folder, without weights; "
-    "import where it is, or list them in data.image_dirs, with their N in data.source_weights"
+    "is not a folder on this machine, so its `N_name` folders cannot be listed; used as one folder without weights; "
+    "import where the folder exists, or list its folders in data.image_dirs, with their N in data.source_weights"
 )
-NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts look for images: taken as one, without weights"
+NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts search for images; used as one folder without weights"
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
 
 
 @dataclass
 class Imported:
-    """What became of the options: settings by dotted key, and what is to be said of the others."""
+    """Imported settings by dotted key, and remarks on the options that are not imported exactly."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    lost: list[Remark] = field(default_factory=list)  # without a counterpart
-    partial: list[Remark] = field(default_factory=list)  # taken over, but not quite the same
-    always: list[Remark] = field(default_factory=list)  # so without being set
+    unsupported: list[Remark] = field(default_factory=list)  # no setting here
+    changed: list[Remark] = field(default_factory=list)  # imported, but not exactly the same
+    built_in: list[Remark] = field(default_factory=list)  # always on here, without a setting
 
 
 @dataclass
 class Sources:
-    """What files say, before it is converted."""
+    """Contents of the files before conversion."""
 
     options: dict[str, Any] = field(default_factory=dict)
     datasets: list[dict[str, Any]] = field(default_factory=list)  # tables of dataset files
-    lost: list[Remark] = field(default_factory=list)
-    is_seed: bool = False
+    unsupported: list[Remark] = field(default_factory=list)
+    is_first_trainer: bool = False  # settings of the first sdxl-trainer, not of kohya's scripts
 
     def add(self, other: "Sources") -> None:
-        """Take up what another file says, which wins."""
+        """Add the contents of another file, whose options win."""
         self.options |= other.options
         self.datasets += other.datasets
-        self.lost += other.lost
+        self.unsupported += other.unsupported
 
 
 def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> Sources:
-    """All that the files say, and those that they name, but those `known`, which are read elsewhere.
+    """Read files, and the files that they name.
+
+    Args:
+        known: files that are not followed when a file names them, because they are read separately.
 
     Raises:
-        UserInputError: one cannot be read.
+        UserInputError: a file cannot be read.
     """
     found = Sources()
     known |= {file.resolve() for file in files}
     for file in dict.fromkeys(files):
         if file.suffix == ".py":
-            options, others = read_python(file)
-            found.options |= {RENAMED.get(name, name): value for name, value in options.items()}
-            found.lost += [(name, text, _explain_python(name)) for name, text in others.items()]
-            found.is_seed = True
+            python = read_python(file)
+            found.options |= {RENAMED.get(name, name): value for name, value in python.values.items()}
+            found.unsupported += [Remark(name, text, _explain_python(name)) for name, text in python.sources.items()]
+            found.is_first_trainer = True
             continue
         tables = read_toml(file) if file.suffix == ".toml" else {}
         if is_dataset_config(tables):
             found.datasets.append(tables)
             continue
         options = flatten_sections(tables) if file.suffix == ".toml" else read_command(file)
-        for name in FOLLOWED:
+        for name in FILE_OPTIONS:
             if name in options and (named := _locate(str(options.pop(name)), file)).resolve() not in known:
                 found.add(read_files([named], known))
         found.options |= options
@@ -91,29 +94,30 @@ def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> S
 
 
 def convert(sources: Sources) -> Imported:
-    """Settings of all options, in the order of the table."""
-    found = Imported(lost=list(sources.lost))
+    """Convert all options, in the order of the table."""
+    found = Imported(unsupported=list(sources.unsupported))
     given = dict(sources.options)
     for tables in sources.datasets:
-        options, places, remarks = read_datasets(tables, sources.options)
-        given |= options
-        found.settings |= places
-        found.partial += remarks
+        dataset = read_datasets(tables, sources.options)
+        given |= dataset.options
+        found.settings |= dataset.settings
+        found.changed += dataset.remarks
     given = {name: value for name, value in given.items() if name in ON_BY_DEFAULT or not _is_unset(value)}
     if found.settings:
-        why = "has no effect beside a file of data sets, in kohya's scripts either"
-        found.lost += [(name, given.pop(name), why) for name in OF_DATA_SETS if name in given]
+        reason = "has no effect with a dataset file, as in kohya's scripts"
+        found.unsupported += [Remark(name, given.pop(name), reason) for name in PLACE_OPTIONS if name in given]
     if "train_data_dir" in given and "in_json" not in given:
         folder = Path(str(given["train_data_dir"]))
         subsets = list_repeated_folders(folder)
-        found.settings |= list_places(subsets)[0]
+        found.settings |= list_places(subsets).settings
         if subsets:
             del given["train_data_dir"]
         else:
-            found.partial.append(("train_data_dir", str(folder), NO_SUBFOLDERS if folder.is_dir() else NO_FOLDER))
-    own = {name: option for name, option in SEED_OPTIONS.items() if isinstance(option, Option)}
-    table = KOHYA_OPTIONS | (own if sources.is_seed else {})
-    known = (SEED_DEFAULTS if sources.is_seed else KOHYA_DEFAULTS) | given
+            reason = NO_SUBFOLDERS if folder.is_dir() else NO_FOLDER
+            found.changed.append(Remark("train_data_dir", str(folder), reason))
+    own = {name: option for name, option in FIRST_TRAINER_OPTIONS.items() if isinstance(option, Option)}
+    table = KOHYA_OPTIONS | (own if sources.is_first_trainer else {})
+    known = (FIRST_TRAINER_DEFAULTS if sources.is_first_trainer else KOHYA_DEFAULTS) | given
     defaults = flatten_settings(Config().model_dump(mode="json"))
     for name, option in table.items():
         if name in given:
@@ -122,27 +126,29 @@ def convert(sources: Sources) -> Imported:
             guessed = Imported()
             _convert_option(name, option, known, guessed)
             found.settings |= {key: value for key, value in guessed.settings.items() if value != defaults[key]}
-    found.lost += [(name, given[name], "is not known") for name in given if name not in (*table, "num_samples")]
-    found.lost = [(name, "..." if name in SECRETS else value, why) for name, value, why in found.lost]
-    return found
+    unknown = [name for name in given if name not in (*table, "num_samples")]
+    found.unsupported += [Remark(name, given[name], "is not a known option") for name in unknown]
+    hidden = [remark._replace(value="...") if remark.option in SECRETS else remark for remark in found.unsupported]
+    return replace(found, unsupported=hidden)
 
 
 def _convert_option(name: str, option: Option, given: Given, found: Imported) -> None:
     value = given[name]
-    if option.is_always:
-        found.always.append((name, value, option.note))
+    if option.is_built_in:
+        found.built_in.append(Remark(name, value, option.note))
         return
     if not option.keys:
-        found.lost += [(name, value, option.note)] if value else []  # a strength of 0 is none
+        if value:  # a strength of 0 is the same as leaving the option out
+            found.unsupported.append(Remark(name, value, option.note))
         return
     try:
         made = option.convert(value, given) if option.convert else value
-    except NoCounterpart as error:
+    except UnsupportedError as error:
         found.settings |= error.settings
-        (found.partial if error.settings else found.lost).append((name, value, str(error)))
+        (found.changed if error.settings else found.unsupported).append(Remark(name, value, str(error)))
         return
     except (TypeError, ValueError, SyntaxError) as error:
-        found.lost.append((name, value, f"cannot be understood: {error}"))
+        found.unsupported.append(Remark(name, value, f"cannot be read: {error}"))
         return
     if made is None:
         return
@@ -150,10 +156,10 @@ def _convert_option(name: str, option: Option, given: Given, found: Imported) ->
 
 
 def _explain_python(name: str) -> str:
-    option = SEED_OPTIONS.get(name)
+    option = FIRST_TRAINER_OPTIONS.get(name)
     if isinstance(option, Option) and not option.keys:
         return option.note
-    return "is not a plain value, and nothing is run to find it; write it by hand"
+    return "is not a plain value, and the file is not executed; write the setting by hand"
 
 
 def _is_unset(value: Any) -> bool:
@@ -161,14 +167,14 @@ def _is_unset(value: Any) -> bool:
 
 
 def _locate(name: str, file: Path) -> Path:
-    """A file that another one names: relative to the working directory, or to that file."""
+    """Return the path of a file that another file names, relative to the working directory or to that file."""
     path = Path(name)
     candidates = [path, file.parent / path, path.with_suffix(".toml"), file.parent / path.with_suffix(".toml")]
     return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key; mappings that are settings themselves stay whole."""
+    """Return nested settings by dotted key; settings that are mappings themselves stay whole."""
     whole = ("optim.kwargs", "engine.deepspeed", "data.caption.replacements")
     flat: dict[str, Any] = {}
     for name, value in tree.items():
@@ -178,6 +184,7 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def nest_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted key as nested dicts."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = key.split(".")

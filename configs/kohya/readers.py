@@ -1,6 +1,6 @@
-"""Reads what kohya's scripts and the first sdxl-trainer are started with: TOML files, command lines, Python settings.
+"""Readers of TOML files, command lines and Python settings of kohya's scripts and the first sdxl-trainer.
 
-Nothing that is read is ever run.
+No file is ever executed.
 """
 
 import ast
@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.values import read_literal
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -21,9 +21,11 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 SCRIPT = re.compile(r"\w*train\w*\.py$")
-LAUNCHER_OPTIONS = ("num_processes", "mixed_precision")  # accelerate's own that matter
+# Options of accelerate that affect training.
+LAUNCHER_OPTIONS = ("num_processes", "mixed_precision")
 SHELL_ENDS = {"&&", "||", "|", ";", "&", ">", ">>", "2>&1"}
-CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")  # of POSIX shells, cmd.exe and PowerShell
+# Line continuations of POSIX shells, cmd.exe and PowerShell.
+CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")
 COMMENT = re.compile(r"(?m)(?:^|(?<=\s))(?:#|REM |::).*$")
 WINDOWS = (".bat", ".cmd", ".ps1")
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
@@ -35,29 +37,38 @@ ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-class NotPlain(ValueError):
-    """A Python expression whose value only running it could tell."""
+class NotPlainError(ValueError):
+    """A Python expression whose value is unknown without executing it."""
+
+
+class PythonSettings(NamedTuple):
+    """Assigned values by name, and the source code of expressions whose value is unknown, by name."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as it is.
+    """Read a TOML file.
 
     Raises:
-        UserInputError: it cannot be read, or is no TOML.
+        UserInputError: the file cannot be read, or is not TOML.
     """
     try:
         return tomllib.loads(_read_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise UserInputError([Problem("FILE", path, f"is not valid TOML: {error}", "mend the line named")]) from None
+        raise UserInputError(
+            [Problem("FILE", path, f"is not valid TOML: {error}", "correct the line that is named")]
+        ) from None
 
 
 def is_dataset_config(tables: dict[str, Any]) -> bool:
-    """Whether a TOML file says what the data are, and not how to train."""
+    """Return whether a TOML file describes datasets instead of training arguments."""
     return "datasets" in tables
 
 
 def flatten_sections(tables: dict[str, Any]) -> dict[str, Any]:
-    """The options of a file of training arguments, whose sections mean nothing."""
+    """Return the options in a file of training arguments, whose sections have no meaning."""
     options: dict[str, Any] = {}
     for name, value in tables.items():
         options |= value if isinstance(value, dict) else {name: value}
@@ -65,30 +76,30 @@ def flatten_sections(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_command(path: Path) -> dict[str, Any]:
-    """The options of a command line in a shell script or a text file; flags are True, several words a list.
+    """Return the options of a command line in a shell script or a text file; flags are True, several words a list.
 
     Raises:
-        UserInputError: there is none in it.
+        UserInputError: the file contains no options.
     """
     text = COMMENT.sub("", CONTINUED.sub(" ", _read_text(path)))
     if path.suffix.lower() in WINDOWS:
-        text = text.replace("\\", "\\\\")  # of paths; no escapes there
+        text = text.replace("\\", "\\\\")  # Windows paths; backslashes are no escapes there
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserInputError([Problem("FILE", path, f"is no command line: {error}", "mend the quotes")]) from None
+        raise UserInputError([Problem("FILE", path, f"is not a command line: {error}", "correct the quotes")]) from None
     start = next((at for at, word in enumerate(words) if SCRIPT.search(word)), -1)
     options = {name: value for name, value in _collect(words[:start]).items() if name in LAUNCHER_OPTIONS}
     options = (options if start >= 0 else {}) | _collect(words[start + 1 :])
     if not options:
-        rule = "holds no options, such as --learning_rate=1e-5"
+        rule = "contains no options such as --learning_rate=1e-5"
         cure = "give a TOML file, a command line, or the Python settings of the first sdxl-trainer"
         raise UserInputError([Problem("FILE", path, rule, cure)])
     return options
 
 
 def _collect(words: list[str]) -> dict[str, Any]:
-    """Options of words; a word that belongs to none ends them or is passed over."""
+    """Return the options in words, up to the end of the shell command; words before the first option are ignored."""
     options: dict[str, list[str]] = {}
     name = ""
     for word in words:
@@ -107,19 +118,20 @@ def _read_words(values: list[str]) -> Any:
     return read if len(read) > 1 else read[0]
 
 
-def read_python(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings that `get_config` of the first sdxl-trainer assigns, and the source of those that are not plain.
+def read_python(path: Path) -> PythonSettings:
+    """Read the settings that `get_config` of the first sdxl-trainer assigns.
 
-    The file is parsed, not run: constants, lists, `dict(...)`, `cfg(...)`, arithmetic and os.path.join are understood.
+    The file is parsed, not executed: constants, lists, `dict(...)`, `cfg(...)`, arithmetic and os.path.join are
+    evaluated.
 
     Raises:
-        UserInputError: it cannot be read, is no Python, or assigns nothing to `config.<name>`.
+        UserInputError: the file cannot be read, is not Python, or assigns nothing to `config.<name>`.
     """
     try:
         tree = ast.parse(_read_text(path))
     except SyntaxError as error:
         rule = f"is not valid Python: {error.msg} (line {error.lineno})"
-        raise UserInputError([Problem("FILE", path, rule, "mend the line named")]) from None
+        raise UserInputError([Problem("FILE", path, rule, "correct the line that is named")]) from None
     plain: dict[str, Any] = {}
     others: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -129,19 +141,19 @@ def read_python(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if isinstance(target.value, ast.Name) and target.value.id == "config":
             try:
                 plain[target.attr] = _evaluate(node.value, plain)
-            except NotPlain as error:
+            except NotPlainError as error:
                 others[target.attr] = str(error)
     if not plain:
         rule = "assigns nothing to config.<name>"
-        raise UserInputError([Problem("FILE", path, rule, "give the file that get_config() is in")])
-    return plain, others
+        raise UserInputError([Problem("FILE", path, rule, "give the file that contains get_config()")])
+    return PythonSettings(plain, others)
 
 
 def _evaluate(node: ast.expr, known: dict[str, Any]) -> Any:
-    """The value of a plain expression.
+    """Return the value of a plain expression.
 
     Raises:
-        NotPlain: it is none.
+        NotPlainError: the expression is not plain.
     """
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_evaluate(item, known) for item in node.elts]
@@ -160,7 +172,7 @@ def _evaluate(node: ast.expr, known: dict[str, Any]) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise NotPlain(ast.unparse(node)) from None
+        raise NotPlainError(ast.unparse(node)) from None
 
 
 def _read_text(path: Path) -> str:
@@ -169,5 +181,5 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         rule = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:
-        rule = "is no text in UTF-8"
+        rule = "is not UTF-8 text"
     raise UserInputError([Problem("FILE", path, rule, "check the path")])

@@ -1,21 +1,22 @@
-"""Where kohya's images are: dataset files with their subsets, and folders named `N_name`.
+"""Conversion of kohya's dataset files with their subsets, and of folders named `N_name`.
 
-Subsets may differ in every option there; here most hold for all data, so the first one's is taken and the others named.
+In kohya's scripts every option may differ between subsets. Here most settings apply to the whole training set, so the
+first subset's value is used and the others are reported.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS, Option
 
-Remark = tuple[str, Any, str]  # option, value, why
-
 REPEATED = re.compile(r"(\d+)_")
-OF_SUBSETS = ("image_dir", "metadata_file", "num_repeats", "is_reg")  # these are each subset's own here too
+# Options that may differ between subsets here too.
+SUBSET_OPTIONS = ("image_dir", "metadata_file", "num_repeats", "is_reg")
+# Option in a dataset file → the same option in a training file.
 RENAMED = {"batch_size": "train_batch_size"}
-# What kohya's scripts take for a subset of which nothing is said; False for flags.
+# Defaults of kohya's scripts for subsets.
 SUBSET_DEFAULTS = {
     "batch_size": 1,
     "min_bucket_reso": 256,
@@ -50,8 +51,31 @@ SUBSET_DEFAULTS = {
 }
 
 
+class Remark(NamedTuple):
+    """An option of kohya's scripts whose value is not imported exactly, with the reason."""
+
+    option: str
+    value: Any
+    reason: str
+
+
+class Places(NamedTuple):
+    """Settings of `data` by dotted key, and remarks."""
+
+    settings: dict[str, Any]
+    remarks: list[Remark]
+
+
+class DatasetFile(NamedTuple):
+    """Contents of a dataset file: options by kohya's names, settings by dotted key, and remarks."""
+
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    remarks: list[Remark]
+
+
 class _Unset:
-    """Stands for a value that is not given and whose default is nothing."""
+    """A value that is not given and has no default."""
 
     def __bool__(self) -> bool:
         return False
@@ -63,17 +87,12 @@ class _Unset:
 UNSET = _Unset()
 
 
-def read_datasets(
-    tables: Mapping[str, Any], others: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], list[Remark]]:
-    """What a dataset file says: options for all data, settings of `data` that say where they are, and remarks.
+def read_datasets(tables: Mapping[str, Any], others: Mapping[str, Any]) -> DatasetFile:
+    """Convert a dataset file to options for the whole training set, settings of `data`, and remarks.
 
     Args:
-        tables: of the file: `general`, and `datasets` with `subsets`. What is more special wins.
-        others: options of training, which hold where the file says nothing.
-
-    Returns:
-        options by name, settings by dotted key, and (option, value, why) of what is not quite the same here.
+        tables: the file's tables, `general` and `datasets` with `subsets`. The innermost value wins.
+        others: training options, used where the file gives no value.
     """
     general = dict(tables.get("general", {}))
     groups = [
@@ -83,16 +102,17 @@ def read_datasets(
     ]
     subsets = [subset for group in groups for subset in group]
     names: list[str] = list(dict.fromkeys(name for subset in subsets for name in subset))
-    told = {name: others.get(RENAMED.get(name, name)) for name in names}
-    fallbacks = SUBSET_DEFAULTS | {name: value for name, value in told.items() if value is not None}
+    given = {name: others.get(RENAMED.get(name, name)) for name in names}
+    fallbacks = SUBSET_DEFAULTS | {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = {}
     settings, remarks = list_places(subsets)
     sizes = _list_values([group[0] for group in groups], "resolution", fallbacks)
-    if len(sizes) > 1 and UNSET not in sizes and all(_list_keys(group) == _list_keys(groups[0]) for group in groups):
+    places = [_list_trained_places(group) for group in groups]
+    if len(sizes) > 1 and UNSET not in sizes and all(found == places[0] for found in places):
         options = {"resolution": [size if isinstance(size, list) else [size] for size in sizes], "enable_bucket": True}
-        settings, remarks = _train_at_each(groups, not any(_list_values(subsets, "enable_bucket", fallbacks)))
+        settings, remarks = _merge_resolutions(groups, not any(_list_values(subsets, "enable_bucket", fallbacks)))
     for name in names:
-        if name in OF_SUBSETS or name in options:
+        if name in SUBSET_OPTIONS or name in options:
             continue
         values = _list_values(subsets, name, fallbacks)
         if not KOHYA_OPTIONS.get(name, Option(("?",))).keys:
@@ -101,12 +121,12 @@ def read_datasets(
         if name in subsets[0]:
             options[RENAMED.get(name, name)] = values[0]
         if len(values) > 1:
-            remarks.append((name, values, _explain_difference(name, values)))
-    return options, settings, remarks
+            remarks.append(Remark(name, values, _explain_difference(name, values)))
+    return DatasetFile(options, settings, remarks)
 
 
-def list_places(subsets: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Remark]]:
-    """Settings of `data` for subsets, by dotted key, and what is not quite the same; each folder or file once."""
+def list_places(subsets: list[dict[str, Any]]) -> Places:
+    """Return the metadata files and folders of subsets as settings of `data`, each once."""
     trained = [subset for subset in subsets if not subset.get("is_reg")]
     listed = [subset for subset in trained if subset.get("metadata_file")]
     repeats = _sum_repeats(listed or trained)
@@ -119,56 +139,58 @@ def list_places(subsets: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Rem
     remarks: list[Remark] = []
     if listed and len(listed) < len(trained):
         bare = _list_folders(subset for subset in trained if not subset.get("metadata_file"))
-        why = "beside metadata, folders are only where images are looked for; write metadata for these too"
-        remarks.append(("image_dir", bare, why))
-    keys = [_key(subset) for subset in listed or trained]
+        reason = "with metadata, images in folders are not samples of their own; write metadata for these too"
+        remarks.append(Remark("image_dir", bare, reason))
+    keys = [_get_place(subset) for subset in listed or trained]
     if twice := [key for key in repeats if keys.count(key) > 1]:
         name = "metadata_file" if listed else "image_dir"
-        why = "is in several data sets or subsets; here once, with the sum of their num_repeats in data.source_weights"
-        remarks.append((name, twice, why))
+        reason = "is in several datasets or subsets; used once, with the sum of num_repeats in data.source_weights"
+        remarks.append(Remark(name, twice, reason))
     regular = [subset.get("num_repeats", 1) for subset in subsets if subset.get("is_reg")]
     if any(number != 1 for number in regular):
-        why = (
-            "of is_reg: kohya's scripts use regularisation images until they are as many as all others, whatever it "
-            f"says, and so they are here; data.regularisation_repeats: {regular[0]} has each just so often"
+        reason = (
+            "has no effect with is_reg, as in kohya's scripts: regularisation images are repeated until they are as "
+            f"many as all others; set data.regularisation_repeats: {regular[0]} to use this number of repeats"
         )
-        remarks.append(("num_repeats", regular if len(set(regular)) > 1 else regular[0], why))
-    return {key: value for key, value in settings.items() if value}, remarks
+        remarks.append(Remark("num_repeats", regular if len(set(regular)) > 1 else regular[0], reason))
+    return Places({key: value for key, value in settings.items() if value}, remarks)
 
 
-def _train_at_each(groups: list[list[dict[str, Any]]], is_fixed: bool) -> tuple[dict[str, Any], list[Remark]]:
-    """Settings of data sets that are the same folders at several resolutions, and what is not quite the same."""
+def _merge_resolutions(groups: list[list[dict[str, Any]]], has_fixed_size: bool) -> Places:
+    """Return the settings of `data` for datasets that use the same folders at several resolutions."""
     regular = [subset for group in groups[1:] for subset in group if subset.get("is_reg")]
     settings, remarks = list_places(groups[0] + regular)
     repeats = [_sum_repeats(subset for subset in group if not subset.get("is_reg")) for group in groups]
     if any(numbers != repeats[0] for numbers in repeats):
-        why = "differs between resolutions; here images come as often at each: those of the first data set are taken"
-        remarks.append(("num_repeats", [list(numbers.values()) for numbers in repeats], why))
-    if is_fixed:
-        why = "has one bucket for each resolution there; several resolutions have buckets of all shapes here"
-        remarks.append(("enable_bucket", False, why))
-    return settings, remarks
+        reason = "differs between resolutions, which have the same repeats here; the first dataset's are used"
+        remarks.append(Remark("num_repeats", [list(numbers.values()) for numbers in repeats], reason))
+    if has_fixed_size:
+        reason = (
+            "gives one bucket per resolution in kohya's scripts; several resolutions use buckets of all shapes here"
+        )
+        remarks.append(Remark("enable_bucket", False, reason))
+    return Places(settings, remarks)
 
 
 def _explain_difference(name: str, values: list[Any]) -> str:
     if name == "resolution":
         return (
-            f"the data sets have different folders, and here every folder is trained at each of data.resolution_px: "
-            f"{values[0]!r} is taken; write data.resolution_px: [side, side] for all of them at several"
+            "differs between datasets with different folders, but here every folder is trained at each resolution; "
+            f"{values[0]!r} is used; write data.resolution_px: [side, side] to train all folders at several"
         )
-    why = f"differs between data sets or subsets, and holds for all data here: {values[0]!r} is taken"
-    return f"{why}; a strategy can tell samples apart (docs/STRATEGY.md)"
+    reason = f"differs between datasets or subsets, but applies to the whole training set here; {values[0]!r} is used"
+    return f"{reason}; a strategy can treat samples differently (docs/STRATEGY.md)"
 
 
 def list_repeated_folders(folder: Path) -> list[dict[str, Any]]:
-    """The `N_name` folders of `train_data_dir` as subsets; none if it has none, or is not here."""
+    """Return the `N_name` folders in `train_data_dir` as subsets; an empty list if there are none."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = [(name, REPEATED.match(name)) for name in names]
     return [{"image_dir": str(folder / name), "num_repeats": int(match[1])} for name, match in found if match]
 
 
-def _key(subset: Mapping[str, Any]) -> str:
-    """The file or folder that a subset is."""
+def _get_place(subset: Mapping[str, Any]) -> str:
+    """Return the metadata file or the folder of a subset."""
     return str(subset.get("metadata_file") or _strip(subset.get("image_dir")))
 
 
@@ -176,8 +198,8 @@ def _strip(folder: Any) -> str:
     return str(folder or "").rstrip("/\\") or str(folder or "")
 
 
-def _list_keys(group: list[dict[str, Any]]) -> set[str]:
-    return {_key(subset) for subset in group if not subset.get("is_reg")}
+def _list_trained_places(group: list[dict[str, Any]]) -> set[str]:
+    return {_get_place(subset) for subset in group if not subset.get("is_reg")}
 
 
 def _list_folders(subsets: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -185,16 +207,16 @@ def _list_folders(subsets: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _sum_repeats(subsets: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """How often each file or folder comes."""
+    """Return the repeats of each metadata file or folder, added up over subsets."""
     repeats: dict[str, Any] = {}
     for subset in subsets:
-        if key := _key(subset):
+        if key := _get_place(subset):
             repeats[key] = repeats.get(key, 0) + subset.get("num_repeats", 1)
     return repeats
 
 
 def _list_values(tables: Iterable[Mapping[str, Any]], name: str, fallbacks: Mapping[str, Any]) -> list[Any]:
-    """The different values that tables have for a name, in their order."""
+    """Return the different values of a name in tables, in their order."""
     found: list[Any] = []
     for table in tables:
         value = table.get(name, fallbacks.get(name, UNSET))

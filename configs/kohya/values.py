@@ -1,41 +1,52 @@
-"""What values of kohya's options become here, where it is not the same value under another key.
+"""Conversions of the values of kohya's options.
 
-A conversion gets the value and all options that are given, by their names, and returns what to write under its option's
-key; for an option of several keys, a dict of those that it sets. None and an empty dict set nothing.
+A conversion takes an option's value and all options that are given, by name. It returns the value of the option's first
+key, or a dict of values by dotted key. None and an empty dict set nothing.
 """
 
 import ast
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 Given = Mapping[str, Any]
 Convert = Callable[[Any, Given], Any]
 
-# Names → (name or class here, weight decay without one given, further arguments).
-KOHYA_OPTIMIZERS: dict[str, tuple[str, float, dict[str, Any]]] = {
-    "adamw": ("adamw", 0.01, {}),
-    "adamw8bit": ("adamw8bit", 0.01, {}),
-    "pagedadamw": ("bitsandbytes.optim.PagedAdamW", 0.01, {}),
-    "pagedadamw8bit": ("bitsandbytes.optim.PagedAdamW8bit", 0.01, {}),
-    "pagedadamw32bit": ("bitsandbytes.optim.PagedAdamW32bit", 0.01, {}),
-    "lion": ("lion", 0.0, {}),
-    "lion8bit": ("bitsandbytes.optim.Lion8bit", 0.0, {}),
-    "pagedlion8bit": ("bitsandbytes.optim.PagedLion8bit", 0.0, {}),
-    "adafactor": ("adafactor", 0.0, {}),
-    "prodigy": ("prodigy", 0.0, {}),
-    "dadaptation": ("dadaptation.experimental.DAdaptAdamPreprint", 0.0, {}),
-    "dadaptadampreprint": ("dadaptation.experimental.DAdaptAdamPreprint", 0.0, {}),
-    "dadaptadagrad": ("dadaptation.DAdaptAdaGrad", 0.0, {}),
-    "dadaptadam": ("dadaptation.DAdaptAdam", 0.0, {}),
-    "dadaptadan": ("dadaptation.DAdaptAdan", 0.0, {}),
-    "dadaptlion": ("dadaptation.DAdaptLion", 0.0, {}),
-    "dadaptsgd": ("dadaptation.DAdaptSGD", 0.0, {}),
-    "sgdnesterov": ("torch.optim.SGD", 0.0, {"momentum": 0.9, "nesterov": True}),
-    "sgdnesterov8bit": ("bitsandbytes.optim.SGD8bit", 0.0, {"momentum": 0.9, "nesterov": True}),
+
+class KnownOptimizer(NamedTuple):
+    """An optimizer of kohya's scripts: `optim.name` here, default weight decay, and fixed arguments."""
+
+    name: str
+    weight_decay: float
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+
+KOHYA_OPTIMIZERS = {
+    "adamw": KnownOptimizer("adamw", 0.01),
+    "adamw8bit": KnownOptimizer("adamw8bit", 0.01),
+    "pagedadamw": KnownOptimizer("bitsandbytes.optim.PagedAdamW", 0.01),
+    "pagedadamw8bit": KnownOptimizer("bitsandbytes.optim.PagedAdamW8bit", 0.01),
+    "pagedadamw32bit": KnownOptimizer("bitsandbytes.optim.PagedAdamW32bit", 0.01),
+    "lion": KnownOptimizer("lion", 0.0),
+    "lion8bit": KnownOptimizer("bitsandbytes.optim.Lion8bit", 0.0),
+    "pagedlion8bit": KnownOptimizer("bitsandbytes.optim.PagedLion8bit", 0.0),
+    "adafactor": KnownOptimizer("adafactor", 0.0),
+    "prodigy": KnownOptimizer("prodigy", 0.0),
+    "dadaptation": KnownOptimizer("dadaptation.experimental.DAdaptAdamPreprint", 0.0),
+    "dadaptadampreprint": KnownOptimizer("dadaptation.experimental.DAdaptAdamPreprint", 0.0),
+    "dadaptadagrad": KnownOptimizer("dadaptation.DAdaptAdaGrad", 0.0),
+    "dadaptadam": KnownOptimizer("dadaptation.DAdaptAdam", 0.0),
+    "dadaptadan": KnownOptimizer("dadaptation.DAdaptAdan", 0.0),
+    "dadaptlion": KnownOptimizer("dadaptation.DAdaptLion", 0.0),
+    "dadaptsgd": KnownOptimizer("dadaptation.DAdaptSGD", 0.0),
+    "sgdnesterov": KnownOptimizer("torch.optim.SGD", 0.0, {"momentum": 0.9, "nesterov": True}),
+    "sgdnesterov8bit": KnownOptimizer("bitsandbytes.optim.SGD8bit", 0.0, {"momentum": 0.9, "nesterov": True}),
 }
-WHOLE_WEIGHTS = ("adafactor", "prodigy", "dadapt")  # begin the names of those that ZeRO's shards would change
-ADAFACTORS = ("relative_step", "warmup_init", "scale_parameter")  # settled by convert_optimizer_args itself
+# Beginnings of the names of optimizers that need whole weights and so change under ZeRO's sharding.
+WHOLE_WEIGHTS = ("adafactor", "prodigy", "dadapt")
+# Arguments of Adafactor that are not copied to `optim.kwargs`.
+ADAFACTOR_ARGUMENTS = ("relative_step", "warmup_init", "scale_parameter")
 WEIGHTINGS = {
     "min_snr_gamma": "min_snr",
     "debiased_estimation_loss": "debiased",
@@ -48,90 +59,92 @@ VAE_CONVERSION = (
 )
 
 
-class NoCounterpart(ValueError):
-    """A value that has none here; the message says why, and what to do instead.
+class UnsupportedError(ValueError):
+    """A value that cannot be converted; the message gives the reason and an alternative.
 
     Args:
-        settings: what of the value is kept nevertheless, by dotted key.
+        settings: the part of the value that is kept nevertheless, by dotted key.
     """
 
-    def __init__(self, why: str, settings: Mapping[str, Any] | None = None):
-        super().__init__(why)
+    def __init__(self, reason: str, settings: Mapping[str, Any] | None = None):
+        super().__init__(reason)
         self.settings = dict(settings or {})
 
 
-def choose(values: dict[Any, Any]) -> Convert:
-    """Look the value up; letters may be large or small."""
+def look_up(values: dict[Any, Any]) -> Convert:
+    """Return a conversion that looks the value up, ignoring case."""
 
     def convert(value: Any, given: Given) -> Any:
         name = value.lower() if isinstance(value, str) else value
         if name not in values:
-            raise NoCounterpart(f"here there are {', '.join(str(known) for known in values)}")
+            raise UnsupportedError(f"is not available here; choose one of {', '.join(str(known) for known in values)}")
         return values[name]
 
     return convert
 
 
-def say(answer: Any) -> Convert:
-    """The same for every value: of flags."""
+def constant(answer: Any) -> Convert:
+    """Return a conversion of flags, which gives the same answer for every value."""
     return lambda value, given: answer
 
 
-def needs(option: str, convert: Convert | None = None) -> Convert:
-    """Only together with another option; kohya's scripts ignore it without."""
+def requires(option: str, convert: Convert | None = None) -> Convert:
+    """Return a conversion that refuses the value without another option, where kohya's scripts ignore it."""
 
     def checked(value: Any, given: Given) -> Any:
         if not given.get(option):
-            raise NoCounterpart(f"has no effect without {option}, in kohya's scripts either")
+            raise UnsupportedError(f"has no effect without {option}, as in kohya's scripts")
         return convert(value, given) if convert else value
 
     return checked
 
 
 def convert_masked_loss(value: Any, given: Given) -> dict[str, Any]:
-    """Masks of files of their own, where kohya's scripts are told of such; those of opacity are `alpha_mask`'s."""
+    """Convert masks from files (`conditioning_data_dir`); masks from opacity are converted with `alpha_mask`."""
     if given.get("conditioning_data_dir"):
         return {"objective.masked_loss": True, "data.masks": str(given["conditioning_data_dir"])}
     if given.get("alpha_mask"):
         return {"objective.masked_loss": True}
-    raise NoCounterpart("has no effect without conditioning_data_dir or alpha_mask, in kohya's scripts either")
+    raise UnsupportedError("has no effect without conditioning_data_dir or alpha_mask, as in kohya's scripts")
 
 
-def for_huber(value: Any, given: Given) -> Any:
-    """Of the losses that have a c; kohya's files often name it beside others."""
+def keep_for_huber(value: Any, given: Given) -> Any:
+    """Keep the value for losses with a c only; kohya's files often set it for other losses too."""
     return value if given.get("loss_type") in ("huber", "smooth_l1") else None
 
 
 def as_text(value: Any, given: Given) -> str:
-    """Text, of names that look like numbers too."""
+    """Return the value as text, because a name may look like a number."""
     return str(value)
 
 
 def as_list(value: Any, given: Given) -> list[str]:
-    """One or several paths."""
+    """Return one or several paths as a list."""
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
-def refuse_suffixes(*suffixes: str, why: str) -> Convert:
-    """A path, unless it ends in one of these."""
+def refuse_suffixes(*suffixes: str, reason: str) -> Convert:
+    """Return a conversion that refuses paths with one of these suffixes."""
 
     def convert(value: Any, given: Given) -> str:
         if str(value).lower().endswith(suffixes):
-            raise NoCounterpart(why)
+            raise UnsupportedError(reason)
         return str(value)
 
     return convert
 
 
 def convert_vae(value: Any, given: Given) -> str:
-    """A folder or a hub id; of a single file, how it becomes a folder. The config that diffusers guesses for such a
-    file is Stable Diffusion 1.5's, whose scaling factor is another."""
+    """Keep a folder or a hub id; for a single file, give the command that converts it to a folder.
+
+    Single files are refused because diffusers would guess Stable Diffusion 1.5's config, with another scaling factor.
+    """
     path = str(value).replace("\\", "/")
     if not path.lower().endswith((".safetensors", ".ckpt", ".pt")):
         return str(value)
     folder = path.rpartition(".")[0]
     command = VAE_CONVERSION.replace("x.safetensors", path).replace("x-folder", folder)
-    raise NoCounterpart(f"is a folder in diffusers' form, or a hub id, here: run {command} and set model.vae: {folder}")
+    raise UnsupportedError(f"must be a diffusers folder or a hub id here: run {command} and set model.vae: {folder}")
 
 
 def _uses_wandb(given: Given) -> bool:
@@ -139,44 +152,44 @@ def _uses_wandb(given: Given) -> bool:
 
 
 def convert_log_with(value: Any, given: Given) -> str | None:
-    """The project at Weights & Biases, which is kohya's name of the tracker."""
+    """Return the project at Weights & Biases: the name of kohya's tracker."""
     if value == "tensorboard":
         return None
     if not _uses_wandb(given):
-        raise NoCounterpart("here there are tensorboard, wandb, all")
+        raise UnsupportedError("is not available here; choose one of tensorboard, wandb, all")
     default = "network_train" if given.get("network_module") else "finetuning"
     return str(given.get("log_tracker_name") or default)
 
 
 def convert_tracker_name(value: Any, given: Given) -> None:
-    """Taken by `log_with`."""
+    """Set nothing: the conversion of `log_with` uses the name."""
     if not _uses_wandb(given):
-        raise NoCounterpart("names a project at Weights & Biases only, with log_with")
+        raise UnsupportedError("has no effect without log_with: wandb or all")
 
 
 def convert_wandb_run(value: Any, given: Given) -> str | None:
-    """The run's name, if nothing else is."""
+    """Return the run's name, unless `output_name` gives another."""
     if not _uses_wandb(given):
-        raise NoCounterpart("has no effect without log_with, in kohya's scripts either")
+        raise UnsupportedError("has no effect without log_with, as in kohya's scripts")
     if str(given.get("output_name") or value) != str(value):
-        raise NoCounterpart(f"at Weights & Biases too a run is called by run.name, here {given['output_name']!r}")
+        raise UnsupportedError(f"run.name is also the name at Weights & Biases; here it is {given['output_name']!r}")
     return str(value)
 
 
 def read_numbers(value: Any) -> list[float]:
-    """Numbers of a number, a list, or a text such as `1e-5,2e-5`."""
+    """Return the numbers in a number, a list, or a text such as `1e-5,2e-5`."""
     if isinstance(value, str):
         value = [ast.literal_eval(part) for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def read_numbers_of(value: Any, given: Given) -> list[float]:
-    """`read_numbers` as a conversion."""
+def convert_numbers(value: Any, given: Given) -> list[float]:
+    """Apply `read_numbers` as a conversion."""
     return read_numbers(value)
 
 
 def read_pairs(value: Any) -> dict[str, Any]:
-    """Settings of a mapping, or of `name=value` words in a list or a text."""
+    """Return the items of a mapping, or of `name=value` words in a list or a text."""
     if isinstance(value, Mapping):
         return dict(value)
     words = value.split() if isinstance(value, str) else list(value)
@@ -184,8 +197,9 @@ def read_pairs(value: Any) -> dict[str, Any]:
 
 
 def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
-    """An area for buckets, or one size for all images, as kohya's scripts have it without `enable_bucket`."""
-    if isinstance(value, list) and value and isinstance(value[0], list):  # of several data sets, made by kohya_data.py
+    """Return an area for buckets or, without `enable_bucket`, one size for all images, as in kohya's scripts."""
+    # A list of sizes: subsets.py builds it for several datasets.
+    if isinstance(value, list) and value and isinstance(value[0], list):
         return {"data.resolution_px": list(dict.fromkeys(_compute_side(size) for size in value))}
     sizes = [int(side) for side in read_numbers(value)]
     width, height = sizes * 2 if len(sizes) == 1 else sizes
@@ -195,18 +209,18 @@ def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
 
 
 def _compute_side(size: Any) -> int:
-    """The side of the smallest square that is no smaller, so that a bucket of just this size fits into its area."""
+    """Return the side of the smallest square whose area holds a bucket of this size."""
     sides = [int(side) for side in read_numbers(size)]
     return math.isqrt(sides[0] * sides[-1] - 1) + 1
 
 
 def count_ranks(given: Given) -> int:
-    """Processes of the job, as its launcher was told."""
+    """Return the number of processes that the launcher was given."""
     return int(given.get("num_processes") or 1)
 
 
 def convert_batch(value: Any, given: Given) -> dict[str, int]:
-    """Samples of a rank's forward pass, and of an update."""
+    """Convert samples per forward pass to micro and global batch size."""
     accumulated = int(given.get("gradient_accumulation_steps") or 1)
     return {
         "train.micro_batch_size": int(value),
@@ -215,11 +229,11 @@ def convert_batch(value: Any, given: Given) -> dict[str, int]:
 
 
 def convert_epochs(value: Any, given: Given) -> int:
-    """Steps of so many epochs, if it is known how many samples one has (`num_samples`, of --samples)."""
+    """Convert epochs to steps, if the number of samples per epoch is known (`num_samples`, from --samples)."""
     samples = given.get("num_samples")
     if not samples:
-        raise NoCounterpart(
-            "counts epochs, and how many samples one has is not known here: repeat this with --samples N (images x "
+        raise UnsupportedError(
+            "is a number of epochs, and the samples per epoch are unknown: import again with --samples N (images x "
             "repeats), or write steps (epochs x samples / global batch size)"
         )
     batch = convert_batch(given.get("train_batch_size") or 1, given)["train.global_batch_size"]
@@ -227,32 +241,32 @@ def convert_epochs(value: Any, given: Given) -> int:
 
 
 def count_steps(given: Given) -> int:
-    """Length of the run in steps."""
+    """Return the length of the run in steps."""
     if given.get("max_train_epochs") and given.get("num_samples"):
         return convert_epochs(given["max_train_epochs"], given)
     return int(given["max_train_steps"])
 
 
 def convert_steps(value: Any, given: Given) -> int:
-    """Steps, or a share of the run's if below 1."""
+    """Return steps; a value below 1 is a share of the run."""
     return round(value * count_steps(given)) if 0 < value < 1 else int(value)
 
 
 def convert_optimizer(value: Any, given: Given) -> dict[str, Any]:
-    """Name, its default weight decay, its fixed arguments, and a ZeRO stage at which it computes the same."""
+    """Convert an optimizer to its name, default weight decay, fixed arguments and a ZeRO stage that suits it."""
     name = str(value)
     if "schedulefree" in name.lower():
-        raise NoCounterpart("needs its own weights for sampling; take adamw with optim.schedule: wsd")
-    unlisted = (name if "." in name else f"torch.optim.{name}", 0.01 if "adamw" in name.lower() else 0.0, {})
-    ours, decay, kwargs = KOHYA_OPTIMIZERS.get(name.lower(), unlisted)
-    settings: dict[str, Any] = {"optim.name": ours, "optim.weight_decay": decay}
-    if kwargs:
-        settings["optim.kwargs"] = kwargs
+        raise UnsupportedError("needs separate weights for sampling; use adamw with optim.schedule: wsd")
+    other = KnownOptimizer(name if "." in name else f"torch.optim.{name}", 0.01 if "adamw" in name.lower() else 0.0)
+    found = KOHYA_OPTIMIZERS.get(name.lower(), other)
+    settings: dict[str, Any] = {"optim.name": found.name, "optim.weight_decay": found.weight_decay}
+    if found.kwargs:
+        settings["optim.kwargs"] = dict(found.kwargs)
     if name.lower().startswith(WHOLE_WEIGHTS):
         settings["engine.zero_stage"] = 0
-    if ours == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
-        why = "its relative steps, which are on there unless relative_step=False: optim.lr and optim.schedule hold here"
-        raise NoCounterpart(why, settings)
+    if found.name == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
+        reason = "uses relative steps unless relative_step=False; here optim.lr and optim.schedule apply"
+        raise UnsupportedError(reason, settings)
     return settings
 
 
@@ -261,55 +275,57 @@ def _has_relative_steps(kwargs: Mapping[str, Any]) -> bool:
 
 
 def convert_optimizer_args(value: Any, given: Given) -> dict[str, Any]:
-    """Arguments with a key of their own, and all others."""
+    """Convert arguments to their own settings, and the others to `optim.kwargs`."""
     kwargs = read_pairs(value)
     settings: dict[str, Any] = {}
     if "weight_decay" in kwargs:
         settings["optim.weight_decay"] = kwargs.pop("weight_decay")
-    if len(read_numbers(kwargs.get("betas", ()))) == 2:  # Prodigy and CAME may have three
+    if len(read_numbers(kwargs.get("betas", ()))) == 2:  # Prodigy and CAME may have three betas
         settings["optim.betas"] = read_numbers(kwargs.pop("betas"))
-    if isinstance(kwargs.get("eps"), (int, float)):  # Adafactor has two
+    if isinstance(kwargs.get("eps"), (int, float)):  # Adafactor has two values
         settings["optim.eps"] = kwargs.pop("eps")
     if str(given.get("optimizer_type")).lower() == "adafactor":
         if not _has_relative_steps(kwargs) and kwargs.get("scale_parameter", True):
-            settings["optim.kwargs"] = {"scale_parameter": True}  # its own default, which is off here
-        kwargs = {name: item for name, item in kwargs.items() if name not in ADAFACTORS}
+            settings["optim.kwargs"] = {"scale_parameter": True}  # the default of its class, which is off here
+        kwargs = {name: item for name, item in kwargs.items() if name not in ADAFACTOR_ARGUMENTS}
     kwargs = {name: list(item) if isinstance(item, tuple) else item for name, item in kwargs.items()}
     if kwargs:
-        fixed = KOHYA_OPTIMIZERS.get(str(given.get("optimizer_type")).lower(), ("", 0.0, {}))[2]
-        settings["optim.kwargs"] = fixed | settings.get("optim.kwargs", {}) | kwargs
+        known = KOHYA_OPTIMIZERS.get(str(given.get("optimizer_type")).lower())
+        settings["optim.kwargs"] = dict(known.kwargs if known else {}) | settings.get("optim.kwargs", {}) | kwargs
     return settings
 
 
 def convert_full_bf16(value: Any, given: Given) -> str:
-    """Weights and moments in bf16 alone."""
+    """Convert weights and moments in bf16 only to `bf16_stochastic`, for the optimizers that support it."""
     name = str(given.get("optimizer_type") or "adamw").lower()
     if name not in ("adamw", "lion"):
-        raise NoCounterpart("weights in bf16 alone are for adamw and lion here; engine.precision is bf16, with masters")
+        raise UnsupportedError("needs adamw or lion here; engine.precision is bf16, with fp32 master weights")
     return "bf16_stochastic"
 
 
 def convert_text_encoders(value: Any, given: Given) -> dict[str, Any]:
-    """Rates of both text encoders, which are the U-Net's where none are given."""
+    """Return the learning rates of both text encoders; the default is the U-Net's."""
     rates = [given.get(name) for name in ("learning_rate_te1", "learning_rate_te2")]
     return _name_rates([given["learning_rate"] if rate is None else rate for rate in rates])
 
 
 def convert_text_encoder_lr(value: Any, given: Given) -> dict[str, Any]:
-    """One rate for both text encoders' adapters, or one for each."""
+    """Convert one learning rate for the adapters of both text encoders, or one for each."""
     if not given.get("network_module") or given.get("network_train_unet_only"):
-        raise NoCounterpart("has no effect without adapters for the text encoders, in kohya's scripts either")
+        raise UnsupportedError("has no effect without adapters for the text encoders, as in kohya's scripts")
     rates = read_numbers(value)
     return _name_rates([rates[0], rates[-1]])
 
 
 def convert_network(value: Any, given: Given) -> dict[str, Any]:
-    """Rank and alpha of adapters as networks.lora has them, and rates of the text encoders' adapters."""
+    """Convert rank and alpha of networks.lora, and the learning rates of the text encoders' adapters."""
     settings = {"lora.rank": given.get("network_dim") or 4, "lora.alpha": given.get("network_alpha") or 1}
     if not given.get("network_train_unet_only"):
         settings |= _name_rates([given["learning_rate"]] * 2)
     if str(value) != "networks.lora":
-        raise NoCounterpart("adapters are those of networks.lora here, in linear layers (docs/TRAINING.md)", settings)
+        raise UnsupportedError(
+            "is not available here; adapters are those of networks.lora, in linear layers (docs/TRAINING.md)", settings
+        )
     return settings
 
 
@@ -318,27 +334,27 @@ def _name_rates(rates: list[Any]) -> dict[str, Any]:
 
 
 def choose_weighting(option: str) -> Convert:
-    """The weighting that an option turns on, with its number if it has one."""
+    """Return the conversion of an option that turns on a weighting, with its gamma if it has one."""
 
     def convert(value: Any, given: Given) -> dict[str, Any]:
         if not value:
             return {}
         first = next(name for name in WEIGHTINGS if given.get(name))
         if option != first:
-            raise NoCounterpart(f"weightings are not multiplied here, and {first} comes first")
+            raise UnsupportedError(f"cannot be combined with {first}, which is used here")
         settings: dict[str, Any] = {"objective.weighting": WEIGHTINGS[option]}
         return settings if isinstance(value, bool) else settings | {"objective.weighting_gamma": value}
 
     return convert
 
 
-def count_kept(value: Any, given: Given) -> int:
-    """Checkpoints that kohya's scripts keep of so many steps back, by how often they save."""
+def count_kept_checkpoints(value: Any, given: Given) -> int:
+    """Return how many checkpoints kohya's scripts keep, from the steps they look back and the interval of saving."""
     return int(value) // int(given["save_every_n_steps"]) + 1
 
 
 def read_literal(text: str) -> Any:
-    """A number, a list, True, ... or, if it is none of them, the text."""
+    """Return a Python literal (number, list, True, ...), or the text if it is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

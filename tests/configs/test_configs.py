@@ -1,4 +1,4 @@
-"""Settings: every mistake is named at once with its key, value and cure; what is right is kept."""
+"""Settings: all mistakes are reported at once with key, value and cure, and correct settings are kept."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from sdxl_trainer.configs.load import build_config, iterate_keys, load_config, s
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 
-PAGE, IS = "docs/FROM_KOHYA.md says how kohya's", " is written"
+PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 OF_KOHYA = {
     "learning_rate": "optim.lr",
@@ -46,13 +46,13 @@ def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
             "train: {batch_size: 1}",
             "train.batch_size",
             1,
-            f"did you mean train.micro_batch_size? {PAGE} batch_size{IS}",
+            f"did you mean train.micro_batch_size? {PAGE} batch_size",
         ),
         (
             "train: {dataset_repeats: 2}",
             "train.dataset_repeats",
             2,
-            "leave it out; of this option of kohya's scripts: all images alike: the same as more steps",
+            "leave it out; kohya's dataset_repeats has no setting here: repeats all images; train more steps instead",
         ),
         ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # a key of ours before such an option
         ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
@@ -100,7 +100,7 @@ def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("run: {name: a}\nrun: {name: b}", "key 'run' stands twice"),
+        ("run: {name: a}\nrun: {name: b}", "key 'run' is given twice"),
         ("run:\n  name: a\n  seed: 1\n  name: b", "line 4"),
         ("run: [a", "line 1"),
         ("run: {name: a}\n\tb: 3", "line 2"),

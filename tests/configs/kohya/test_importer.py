@@ -7,9 +7,9 @@ import yaml
 
 from sdxl_trainer.configs.import_config import main
 from sdxl_trainer.configs.kohya import options as kohya_options
+from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_GROUPS, KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.readers import read_command, read_python
-from sdxl_trainer.configs.kohya.seed_options import SEED_OPTIONS
 from sdxl_trainer.configs.kohya.subsets import list_repeated_folders
 from sdxl_trainer.configs.load import build_config, iterate_keys
 
@@ -195,7 +195,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
     }
     for name in ("clip_skip", "cache_latents", "cache_latents_to_disk", "debiased_estimation_loss", "class_tokens"):
         assert f"{name} = " in comment, name
-    assert "made_up = 3: is not known" in comment
+    assert "made_up = 3: is not a known option" in comment
     assert "keep_tokens = [1, 3]: differs" in comment
     assert "0123456789abcdef" not in comment and "wandb_api_key" in comment
     assert "sdpa" not in comment  # it is off
@@ -255,7 +255,7 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
     assert settings["checkpoint"]["keep_last"] == 5
     assert "caption_getter = 'captions.get_caption': is Python" in comment
     assert "max_area = 1048576" in comment
-    assert "cache_path = 'projects/mine/cache': is not known" in comment
+    assert "cache_path = 'projects/mine/cache': is not a known option" in comment
 
 
 @pytest.mark.parametrize(
@@ -345,11 +345,11 @@ def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
     assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
     # As many as all others there too, whatever num_repeats is.
     assert data["regularisation_dirs"] == ["/r"] and "regularisation_repeats" not in data
-    assert "num_repeats = 7: of is_reg" in comment and "data.regularisation_repeats: 7" in comment
+    assert "num_repeats = 7: has no effect with is_reg" in comment and "data.regularisation_repeats: 7" in comment
     other = "[[datasets.subsets]]\nimage_dir = '/b'\n"
     settings, comment = import_files(tmp_path, {"d.toml": first + other + second})
     assert settings["data"]["image_dirs"] == ["/a", "/b"] and settings["data"]["source_weights"] == [5, 1]
-    assert "resolution = [1024, 512]: the data sets have different folders" in comment
+    assert "resolution = [1024, 512]: differs between datasets with different folders" in comment
     assert "image_dir = ['/a']: is in several" in comment
 
 
@@ -377,7 +377,7 @@ def test_a_vae_of_one_file_is_told_how_to_become_a_folder(tmp_path: Path) -> Non
 
 def test_what_is_always_so_is_not_called_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --cache_latents --color_aug --save_state"})
-    lost, always = comment.split("always so here")
+    lost, always = comment.split("always on here")
     assert "color_aug" in lost and "cache_latents" in always and "save_state" in always and "color_aug" not in always
     assert capsys.readouterr().err.endswith(f"doctor.sh --cfg {tmp_path / 'x.yaml'}\n")
 
@@ -401,7 +401,7 @@ def test_folders_with_repeats(tmp_path: Path) -> None:
     assert settings["data"]["image_dirs"] == folders and settings["data"]["source_weights"] == [10, 2]
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --train_data_dir /elsewhere"})
     assert settings["data"]["image_dirs"] == ["/elsewhere"] and "without weights" in comment
-    assert "counterpart" not in comment
+    assert "not imported" not in comment
 
 
 def test_commands_of_other_shells(tmp_path: Path) -> None:
@@ -420,8 +420,8 @@ def test_python_is_never_run(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("x.toml", "a = ", "is not valid TOML"),
-        ("x.sh", "echo hello", "holds no options"),
-        ("x.sh", "sdxl_train.py --a 'b", "is no command line"),
+        ("x.sh", "echo hello", "contains no options"),
+        ("x.sh", "sdxl_train.py --a 'b", "is not a command line"),
         ("x.py", "def f(:", "is not valid Python"),
         ("x.py", "a = 1", "assigns nothing"),
         ("x.toml", 'dataset_config = "absent.toml"', "No such file"),
@@ -445,10 +445,10 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, capsys: pyte
 
 
 def test_every_option_names_keys_of_the_schema_or_a_reason() -> None:
-    own = [option for option in SEED_OPTIONS.values() if not isinstance(option, str)]
+    own = [option for option in FIRST_TRAINER_OPTIONS.values() if not isinstance(option, str)]
     known = set(iterate_keys())
     assert len(KOHYA_OPTIONS) > 180 and len(KOHYA_OPTIONS) == sum(map(len, KOHYA_GROUPS.values()))
     for option in (*KOHYA_OPTIONS.values(), *own):
         assert set(option.keys) <= known and (option.keys or option.note), option
-    assert {name for name in SEED_OPTIONS.values() if isinstance(name, str)} <= set(KOHYA_OPTIONS)
+    assert {name for name in FIRST_TRAINER_OPTIONS.values() if isinstance(name, str)} <= set(KOHYA_OPTIONS)
     assert set(kohya_options.KOHYA_DEFAULTS) <= set(KOHYA_OPTIONS)
