@@ -192,7 +192,7 @@ def measure_plain_pipe(images: list[Path], folder: Path) -> dict[str, Figure]:
         for path in images:
             image = Image.open(path).convert("RGB")
             placement = place_image(image.size, RULE, buckets)
-            cut = image.resize(placement.resized, Image.Resampling.LANCZOS).crop(placement.crop_ltrb)
+            cut = image.resize(placement.resized, Image.Resampling.LANCZOS).crop(placement.crop)
             ready.put((path, image.size, placement, np.asarray(cut)))
         ready.put(None)
 
@@ -201,9 +201,7 @@ def measure_plain_pipe(images: list[Path], folder: Path) -> dict[str, Figure]:
     while (entry := ready.get()) is not None:
         path, size, placement, pixels = entry
         latents = device.launch(pixels[None], [path.stem]).wait().latents[0]
-        np.savez(
-            folder / path.stem, latents=latents, original_size=np.array(size), crop_ltrb=np.array(placement.crop_ltrb)
-        )
+        np.savez(folder / path.stem, latents=latents, original_size=np.array(size), crop_ltrb=np.array(placement.crop))
     return {
         "share_of_plain_two_thread_pipe": Figure(device.busy_seconds / (time.monotonic() - wall)),
         "host_cpu_ms_of_plain_pipe": Figure((time.process_time() - cpu) * 1000 / len(images)),

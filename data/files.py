@@ -1,5 +1,4 @@
-"""Files that are either whole or absent, their checksums, reading that storage may keep waiting, and stretches of bytes
-that are read as files.
+"""Atomic writes, checksums, retried reads, and ranges of bytes within a file.
 
 A file is written under a temporary name, flushed to disk, then renamed.
 """
@@ -14,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 from loguru import logger
 
 T = TypeVar("T")
 
-# How a network file system has a bad moment. What is missing or forbidden now will be so in a second as well.
+# Errors of a network file system that may pass. A missing or forbidden file stays so.
 PASSING_ERRORS = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO),
     *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
@@ -29,14 +28,14 @@ WAITS_SECONDS = (0.5, 2.0)
 
 
 def read_patiently(read: Callable[[], T], what: Path | str, before_retry: Callable[[], None] | None = None) -> T:
-    """What `read()` returns; it is tried again after some waits where storage fails in a way that may pass.
+    """Return the result of `read()`, called again after a wait if storage fails in a way that may pass.
 
     Args:
-        what: named in the warning.
-        before_retry: called before each further attempt, to let go of what belongs to the one that failed.
+        what: name of the file, for the warning.
+        before_retry: called before each further attempt, to release what the failed one left.
 
     Raises:
-        OSError: of the last attempt, or one that will not pass.
+        OSError: the error of the last attempt, or one that will not pass.
     """
     for wait_seconds in WAITS_SECONDS:
         try:
@@ -53,9 +52,9 @@ def read_patiently(read: Callable[[], T], what: Path | str, before_retry: Callab
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under `path` only when the block ends without an error.
+    """Open a file for writing that appears as `path` only when the block ends without an error.
 
-    The temporary name is hidden and lies in the same folder, because a rename is atomic only within one file system.
+    The temporary file is hidden and in the same folder, because a rename is atomic only within one file system.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -70,7 +69,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` to `path` atomically."""
     with open_atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -84,11 +83,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Span(NamedTuple):
+    """A range of bytes in a file."""
+
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The offset after the last byte."""
+        return self.offset + self.size
+
+
 class SeekableBytes(io.RawIOBase):
-    """A stretch of bytes as a file to seek in. Whoever inherits from it reads from `_place` on and moves it.
+    """Base of file objects over a range of bytes. A subclass reads from `_place` on and moves it.
 
     Args:
-        size: of the stretch, in bytes.
+        size: of the range, in bytes.
     """
 
     def __init__(self, size: int):
@@ -111,7 +122,7 @@ class SeekableBytes(io.RawIOBase):
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, read in pieces."""
+    """Return the SHA-256 of a file's content, which is read in pieces."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:

@@ -64,7 +64,7 @@ def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterat
     known, wanted = read_identity(folder), identities[""]
     if known is None or known.get("name") == wanted.name:
         return
-    fields = orjson.loads(orjson.dumps(wanted.list_fields()))
+    fields = orjson.loads(orjson.dumps(wanted.list_fields(), default=tuple))
     others = ", ".join(f"{name}: {known.get(name)}" for name, value in fields.items() if known.get(name) != value)
     rule = f"holds latents made with other settings ({others}), which cannot be mixed with new ones"
     yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh first, or set another cache.dir")

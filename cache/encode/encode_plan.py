@@ -18,7 +18,7 @@ from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import LATENT_CHANNELS, VAE_FACTOR
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextIdentity, TextPart
 from sdxl_trainer.data.formats.shards import get_partial_path
-from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image
+from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.masks import MaskFinder
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import choose_latent_file
@@ -267,7 +267,7 @@ class EncodePlanner:
             key=image.key,
             image_path=image.path,
             file=choose_latent_file(image.key, image.path, self._beside),
-            size=(width, height) if width > 0 else None,
+            size=Size(width, height) if width > 0 else None,
             record=record,
             with_text=text_due,
             text=kept,

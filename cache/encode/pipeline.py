@@ -219,7 +219,7 @@ def build_item(prepared: PreparedItem, encoded: EncodedBatch, place: int, identi
     sample = LatentSample(
         latents=encoded.latents[place],
         original_size=image.original_size,
-        crop_ltrb=placement.crop_ltrb,
+        crop_ltrb=placement.crop,
         std=std,
         flipped=flipped,
         flipped_std=flipped_std,
@@ -233,7 +233,7 @@ def build_item(prepared: PreparedItem, encoded: EncodedBatch, place: int, identi
         bucket=placement.bucket,
         original_size=image.original_size,
         resized=placement.resized,
-        crop=placement.crop_ltrb,
+        crop=placement.crop,
         identity=identity,
         source_path=item.image_path,
         source_bytes=image.source_bytes,

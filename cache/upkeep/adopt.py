@@ -99,7 +99,7 @@ def adopt_files(
             except (OSError, BadLatentError) as error:
                 yield key, f"{path}: {error}"
                 continue
-            entry = _build_entry(key, path, folder, content, image, identity, placement.crop_ltrb, placement.resized)
+            entry = _build_entry(key, path, folder, content, image, identity, placement)
         if text is not None and not text.plan.is_valid(index.record_json(row), entry.text):
             try:
                 entry = replace(entry, text=text.adopt(image, index.record_json(row)) or entry.text)
@@ -144,8 +144,7 @@ def _build_entry(
     content: bytes,
     image: Path,
     identity: Identity,
-    crop: tuple[int, int, int, int],
-    resized: tuple[int, int],
+    placement: Placement,
 ) -> ManifestEntry:
     sample = parse_latents(content)
     inside = path.is_relative_to(folder)
@@ -157,8 +156,8 @@ def _build_entry(
         sha256=hashlib.sha256(content).hexdigest(),
         bucket=sample.bucket,
         original_size=sample.original_size,
-        resized=resized,
-        crop=crop,
+        resized=placement.resized,
+        crop=placement.crop,
         identity=identity.name,
         source_path=str(image),
         source_bytes=status.st_size if status else 0,

@@ -189,4 +189,4 @@ def _list_latents(index: Index, folder: Path, start: int) -> Iterator[IndexedLat
         if path is None:
             path = file if is_remote(file) else folder / file if offset is None else locate_shard(folder / file)
             paths[file] = path
-        yield IndexedLatents(path=path, offset=offset, num_bytes=size, bucket=(width, height), sha256=digest)
+        yield IndexedLatents(path=path, offset=offset, num_bytes=size, bucket=Size(width, height), sha256=digest)

@@ -12,7 +12,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
 from sdxl_trainer.data.formats.manifest import STALE, read_identity
-from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.images.bucket import BucketRule, Size
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
 from sdxl_trainer.data.order.source_weights import check_weighted_sources
@@ -72,7 +72,7 @@ def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[P
         max_px=identity.get("max_bucket_px", 0),
         step_px=identity.get("bucket_step_px", 0),
         no_upscale=identity.get("no_upscale", False),
-        fixed=tuple((width, height) for width, height in identity.get("buckets", ())),
+        fixed=tuple(Size(*bucket) for bucket in identity.get("buckets", ())),
     )
     if made != wanted:
         rule = f"holds latents made with {_describe_rule(made)}, and the settings have {_describe_rule(wanted)}"

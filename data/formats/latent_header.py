@@ -13,8 +13,8 @@ from sdxl_trainer.data.formats.latents import (
     ARRAY_KEYS,
     BF16_SUFFIX,
     LATENT_CHANNELS,
-    VAE_FACTOR,
     BadLatentError,
+    compute_bucket,
     parse_latents,
 )
 from sdxl_trainer.data.formats.npz import Member, NpzError, ReadBytes, list_members, parse_npy_header
@@ -25,7 +25,7 @@ NUMBERS = {"original_size": 2, "crop_ltrb": 4}
 
 @dataclass(frozen=True)
 class LatentHeader:
-    """The description of a latent file. Sizes are (width, height) px."""
+    """The description of a latent file."""
 
     bucket: Size
     original_size: Size | None  # None: not in the file
@@ -92,8 +92,8 @@ def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
     numbers = {name: _read_numbers(members[name], count) for name, count in NUMBERS.items() if name in members}
     width, height = (int(side) for side in numbers.get("original_size") or (0, 0))
     return LatentHeader(
-        bucket=(shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR),
-        original_size=(width, height) if min(width, height) > 0 else None,
+        bucket=compute_bucket(shape),
+        original_size=Size(width, height) if min(width, height) > 0 else None,
         crop_ltrb=tuple(numbers.get("crop_ltrb", ())),
         bytes=size,
         flipped=key.replace("latents", ARRAY_KEYS["flipped"]) in members,

@@ -1,29 +1,30 @@
-"""Latent files in the npz form that kohya-ss/sd-scripts and the first sdxl-trainer read: writer and reader.
+"""Latent files: writer and reader of the npz form that kohya-ss/sd-scripts and the first sdxl-trainer use.
 
 | key | dtype, shape | meaning |
 |---|---|---|
 | `latents` | float32 or float16 [4, h, w] | posterior sample or mean, not multiplied by the scaling factor |
-| `latents_flipped` | the same | of the mirrored pixels |
-| `latents_std`, `latents_flipped_std` | the same | of the posterior; `latents` is then its mean |
-| `alpha_mask` | float32 [H, W] = bucket in pixels | optional: 0 to 1, where the loss counts (unflipped) |
+| `latents_flipped` | like `latents` | of the mirrored image |
+| `latents_std`, `latents_flipped_std` | like `latents` | of the posterior; `latents` is then its mean |
+| `alpha_mask` | float32 [H, W] = bucket in pixels | optional: weight of the loss, 0 to 1 (unflipped) |
 | `original_size` | int64 [2] | (width, height) before any resize |
 | `crop_ltrb` | float64 [4] | left, top, right, bottom in the pixel grid of the resized image |
 
-numpy knows no bfloat16. Arrays of it have the suffix `_bf16` and are uint16;
-`(a.astype("uint32") << 16).view("float32")` gives the values. Programs that expect
-`latents` then stop with a missing key instead of training on wrong numbers.
+numpy has no bfloat16. Such arrays have the suffix `_bf16` and are uint16; `(a.astype("uint32") << 16).view("float32")`
+gives the values. Programs that expect `latents` then stop with a missing key instead of training on wrong numbers.
 """
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.files import Span, write_atomic
 from sdxl_trainer.data.formats.npz import NpzError, load_arrays
 from sdxl_trainer.data.formats.shards import OpenFile, locate_shard
+from sdxl_trainer.data.images.bucket import CropBox, Size
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -34,7 +35,7 @@ ARRAY_KEYS = {
     "flipped": "latents_flipped",
     "flipped_std": "latents_flipped_std",
 }
-# The latents of a 16384 x 16384 image in float64, and what the few numbers need; what claims more is no latent file.
+# Enough for the latents of a 16384 x 16384 image in float64. A file that claims more is no latent file.
 MAX_BYTES = {
     **{key + suffix: 4 * 2048 * 2048 * 8 for key in ARRAY_KEYS.values() for suffix in ("", BF16_SUFFIX)},
     "alpha_mask": 4096 * 4096 * 8,
@@ -49,25 +50,25 @@ class BadLatentError(ValueError):
 
 @dataclass(frozen=True)
 class LatentSample:
-    """What a latent file holds. Sizes are in pixels."""
+    """The content of a latent file."""
 
     latents: np.ndarray  # [4, h, w] floats
-    original_size: tuple[int, int]  # (width, height)
-    crop_ltrb: tuple[float, float, float, float]
-    std: np.ndarray | None = None  # like latents; if given, `latents` is the posterior's mean
-    flipped: np.ndarray | None = None
+    original_size: Size  # of the image
+    crop_ltrb: CropBox  # in the resized image
+    std: np.ndarray | None = None  # [4, h, w]; if given, `latents` is the posterior's mean
+    flipped: np.ndarray | None = None  # [4, h, w] of the mirrored image
     flipped_std: np.ndarray | None = None
-    alpha_mask: np.ndarray | None = None  # [H, W] floats, the bucket in pixels
-    dtype: str = "float32"  # in which a file that was read holds them
+    alpha_mask: np.ndarray | None = None  # [H, W] floats of 0 to 1, of the bucket's size
+    dtype: str = "float32"  # of the arrays in a file that was read
 
     @property
-    def bucket(self) -> tuple[int, int]:
-        """(width, height) in pixels of the image that was encoded."""
-        return (self.latents.shape[2] * VAE_FACTOR, self.latents.shape[1] * VAE_FACTOR)
+    def bucket(self) -> Size:
+        """Size of the image that was encoded."""
+        return compute_bucket(self.latents.shape)
 
 
 def pack_latents(sample: LatentSample, dtype: str = "float32") -> bytes:
-    """The bytes of an npz file: stored uncompressed, the same for the same content.
+    """Return the bytes of an npz file, stored uncompressed. Equal samples give equal bytes.
 
     Args:
         dtype: of the arrays: float32, float16 or bfloat16.
@@ -89,20 +90,18 @@ def pack_latents(sample: LatentSample, dtype: str = "float32") -> bytes:
 
 
 def write_latents(path: Path, sample: LatentSample, dtype: str = "float32") -> bytes:
-    """Write a latent file, whole or not at all, and return its bytes."""
+    """Write a latent file atomically and return its bytes."""
     content = pack_latents(sample, dtype)
     write_atomic(path, content)
     return content
 
 
-def read_latents(
-    path: Path, bucket: tuple[int, int] | None = None, span: tuple[int, int] | None = None
-) -> LatentSample:
-    """Read and check a latent file, or one that lies in a shard.
+def read_latents(path: Path, bucket: Size | None = None, span: Span | None = None) -> LatentSample:
+    """Read and check a latent file, or one within a shard.
 
     Args:
-        bucket: the (width, height) in pixels that the latents must have been encoded at, if known.
-        span: (offset, size) in bytes of the npz within a shard; None for a file of its own.
+        bucket: the size that the latents must have been encoded at, if known.
+        span: of the npz within a shard; None for a file of its own.
 
     Raises:
         BadLatentError: missing, torn, pickled, of another form or shape, or not finite.
@@ -117,13 +116,11 @@ def read_latents(
         raise BadLatentError(f"{path}: {error}") from None
 
 
-def parse_latents(
-    content: bytes | memoryview, bucket: tuple[int, int] | None = None, check_crc: bool = True
-) -> LatentSample:
-    """`read_latents` from bytes; arrays are views of them where the file is stored uncompressed.
+def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check_crc: bool = True) -> LatentSample:
+    """Like `read_latents`, but from the file's bytes. Arrays of uncompressed files are views of them.
 
     Args:
-        check_crc: False where the bytes' SHA-256 has been checked.
+        check_crc: False skips the CRC-32, for callers that have checked the bytes' SHA-256.
     """
     try:
         arrays = load_arrays(content, MAX_BYTES, check_crc)
@@ -137,24 +134,33 @@ def parse_latents(
     for name, part in parts.items():
         if part is not None and part.shape != latents.shape:
             raise BadLatentError(f"`{ARRAY_KEYS[name]}` is {list(part.shape)}, unlike latents {list(latents.shape)}")
-    width, height = latents.shape[2] * VAE_FACTOR, latents.shape[1] * VAE_FACTOR
-    size = _read_numbers(arrays, "original_size", (width, height))
-    crop = _read_numbers(arrays, "crop_ltrb", (0, 0, width, height))
-    dtype = "bfloat16" if "latents" + BF16_SUFFIX in arrays else latents.dtype.name
-    crop_ltrb = (crop[0], crop[1], crop[2], crop[3])
-    mask = _read_mask(arrays, (height, width))
-    return LatentSample(latents, (int(size[0]), int(size[1])), crop_ltrb, **parts, alpha_mask=mask, dtype=dtype)
+    size = compute_bucket(latents.shape)
+    width, height = _read_numbers(arrays, "original_size", size)
+    return LatentSample(
+        latents=latents,
+        original_size=Size(int(width), int(height)),
+        crop_ltrb=CropBox(*_read_numbers(arrays, "crop_ltrb", CropBox(0, 0, size.width, size.height))),
+        **parts,
+        alpha_mask=_read_mask(arrays, (size.height, size.width)),
+        dtype="bfloat16" if "latents" + BF16_SUFFIX in arrays else latents.dtype.name,
+    )
 
 
-def compute_shape(bucket: tuple[int, int]) -> tuple[int, int, int]:
-    """[4, h, w] of the latents of a bucket, (width, height) px."""
+def compute_shape(bucket: Size) -> tuple[int, int, int]:
+    """Return the shape [4, h, w] of the latents of a bucket."""
     return (LATENT_CHANNELS, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
 
 
-def find_latent_file(image: Path, folder: Path) -> Path | None:
-    """The latent file of an image, under any name that kohya's scripts or ours give it, beside it or in `folder`.
+def compute_bucket(shape: Sequence[int]) -> Size:
+    """Return the bucket of latents of shape [4, h, w]."""
+    return Size(shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR)
 
-    `{stem}.npz` goes before `{stem}_{W:04d}x{H:04d}_sdxl.npz`, as kohya's scripts have it. A "image" may be an npz.
+
+def find_latent_file(image: Path, folder: Path) -> Path | None:
+    """Find the latent file of an image, beside it or in `folder`, under the names of kohya's scripts and ours.
+
+    `{stem}.npz` is preferred to kohya's `{stem}_{W:04d}x{H:04d}_sdxl.npz`. An npz given as the image is its own latent
+    file.
     """
     if image.suffix == ".npz" and image.is_file():
         return image
@@ -168,8 +174,8 @@ def find_latent_file(image: Path, folder: Path) -> Path | None:
     return None
 
 
-def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: tuple[int, int] | None) -> np.ndarray | None:
-    """A checked array of floats [4, h, w], or None if the file has none under `key`."""
+def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: Size | None) -> np.ndarray | None:
+    """Return the array of floats [4, h, w] under `key`, checked, or None if the file has none."""
     if key + BF16_SUFFIX in arrays:
         stored = arrays[key + BF16_SUFFIX]
         if stored.dtype != np.uint16:
@@ -182,8 +188,8 @@ def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: tuple[int, int]
     if array.ndim != 3 or array.shape[0] != LATENT_CHANNELS or array.dtype.kind != "f" or array.size == 0:
         raise BadLatentError(f"{key} are {array.dtype}{list(array.shape)}, not floats [{LATENT_CHANNELS}, h, w]")
     if bucket is not None and array.shape != compute_shape(bucket):
-        found = (array.shape[2] * VAE_FACTOR, array.shape[1] * VAE_FACTOR)
-        raise BadLatentError(f"was encoded at {found[0]}x{found[1]} px, not at its bucket's {bucket[0]}x{bucket[1]} px")
+        found = compute_bucket(array.shape)
+        raise BadLatentError(f"was encoded at {found} px, not at its bucket's {Size(*bucket)} px")
     if not _is_finite(array):
         raise BadLatentError("holds values that are not finite")
     return array
@@ -199,17 +205,17 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _read_mask(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
-    """The checked `alpha_mask`, or None if the file has none."""
+    """Return the `alpha_mask` [H, W], checked, or None if the file has none."""
     mask = arrays.get("alpha_mask")
     if mask is None:
         return None
-    if mask.shape != shape or mask.dtype.kind != "f" or not (mask.min() >= 0 and mask.max() <= 1):  # nor NaN
+    if mask.shape != shape or mask.dtype.kind != "f" or not (mask.min() >= 0 and mask.max() <= 1):
         raise BadLatentError(f"`alpha_mask` is {mask.dtype}{list(mask.shape)}, not floats of 0 to 1 {list(shape)}")
     return mask
 
 
 def _read_numbers(arrays: dict[str, np.ndarray], key: str, default: tuple[float, ...]) -> list[float]:
-    """A short vector of as many numbers as its default has."""
+    """Return a vector of as many numbers as the default has, which is returned if the file has none."""
     if key not in arrays:
         return list(default)
     array = arrays[key]
@@ -220,7 +226,7 @@ def _read_numbers(arrays: dict[str, np.ndarray], key: str, default: tuple[float,
 
 
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 to the upper half of its bits as uint16, rounded to nearest even. [..] in and out."""
+    """Round float32 [...] to bfloat16, to nearest even, and return its bits as uint16 [...]."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 

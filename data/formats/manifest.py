@@ -1,8 +1,8 @@
-"""The manifest of a latent cache: `cache.json` says what made it, `manifest/part-<rank>.jsonl` lists every item.
+"""The manifest of a latent cache: `cache.json` names its settings, `manifest/part-<rank>.jsonl` lists every item.
 
-Parts are append-only, one JSON object a line; of several lines with one key the one listed last counts.
-Any tool that knows JSON and SHA-256 can audit a cache with them. A line's last field is the CRC-32 of the line without
-it, so that a damaged line is told from a whole one; a line without that field is taken as it is.
+Parts are append-only, one JSON object a line; of several lines with one key the latest counts. Any tool that reads JSON
+and computes SHA-256 can audit a cache with them. The last field of a line is the CRC-32 of the line without it, which
+reveals damage; a line without that field is accepted as it is.
 """
 
 import hashlib
@@ -18,17 +18,18 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.data.files import HashedFile, write_atomic
+from sdxl_trainer.data.images.bucket import CropBox, Size
 
 FORMAT_VERSION = 1
-STALE = ""  # the name of no identity
+STALE = ""  # never the name of an identity
 CRC_MARK = b',"crc32":'
 KEY_MARK = b'{"key":"'
-LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity
+LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity, added after the first release
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the latents of an image besides its pixels. An item made under another identity is stale."""
+    """The settings that decide the latents of an image. An item with another identity is stale."""
 
     vae_sha256: str
     vae_precision: str
@@ -42,22 +43,22 @@ class Identity:
     no_upscale: bool
     crop: str = "center"
     format_version: int = FORMAT_VERSION
-    buckets: tuple[tuple[int, int], ...] = ()  # a fixed list; the numbers of the rule are 0 then
+    buckets: tuple[Size, ...] = ()  # the user's own list; the numbers of the bucket rule are 0 then
     alpha_mask: bool = False
 
     @property
     def name(self) -> str:
-        """A short hash of all of it, noted with every item."""
-        return _name_fields(self.list_fields())
+        """A short hash of all fields, stored with every item."""
+        return _hash_fields(self.list_fields())
 
     def list_fields(self) -> dict[str, Any]:
-        """All of it; what came later only if it is set, because identities that never knew it stay what they are."""
+        """Return all fields by name; later ones only if they are set, so that the names of older caches stay valid."""
         return {name: value for name, value in asdict(self).items() if name not in LATER_FIELDS or value}
 
 
 @dataclass(frozen=True)
 class TextIdentity:
-    """What decides the text encoders' outputs besides the captions."""
+    """The settings that decide the text encoders' outputs of a caption."""
 
     encoder_sha256: str
     encoder_2_sha256: str
@@ -69,51 +70,51 @@ class TextIdentity:
 
     @property
     def name(self) -> str:
-        """A short hash of all of it, noted with every item."""
-        return _name_fields(asdict(self))
+        """A short hash of all fields, stored with every item."""
+        return _hash_fields(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
     """An item's text encoder outputs."""
 
-    file: str  # npz file or the item's shard, as in ManifestEntry
+    file: str  # npz file or the item's shard, relative to the cache folder
     bytes: int
     sha256: str
-    identity: str  # name of the TextIdentity they were made under
+    identity: str  # name of the TextIdentity
     captions_sha256: str  # of the captions encoded (data/text/variants.py)
     variants: int  # captions encoded
-    offset: int | None = None  # where the npz begins in its shard
+    offset: int | None = None  # of the npz in its shard, in bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestEntry:
-    """One cached item. Sizes in pixels, (width, height)."""
+    """One cached item."""
 
     key: str
     file: str  # npz file or shard, relative to the cache folder
     bytes: int
     sha256: str
-    bucket: tuple[int, int]
-    original_size: tuple[int, int]
-    resized: tuple[int, int]
-    crop: tuple[int, int, int, int]  # left, top, right, bottom in the resized image
-    identity: str  # name of the Identity it was made under
+    bucket: Size
+    original_size: Size
+    resized: Size
+    crop: CropBox  # in the resized image
+    identity: str  # name of the Identity
     source_path: str
     source_bytes: int
     source_mtime_ns: int
     source_sha256: str
-    offset: int | None = None  # where the npz begins in its shard; this and the next two only for shards
-    record_bytes: int | None = None  # of the JSON before it
+    offset: int | None = None  # of the npz in its shard, in bytes; this and the next two only for shards
+    record_bytes: int | None = None  # of the JSON before the npz
     record_sha256: str | None = None
-    adopted: bool = False  # made by another program; its VAE is the user's word
-    flipped: bool | None = None  # whether it holds latents of the mirrored image too; None: the line does not tell
-    text: TextPart | None = None  # None: not encoded
-    mask: HashedFile | None = None  # None: from no file
-    listed_ns: int = 0  # when the line was written: of several lines with one key the latest counts
+    adopted: bool = False  # made by another program, with the VAE that the user named
+    flipped: bool | None = None  # has latents of the mirrored image too; None: unknown
+    text: TextPart | None = None  # None: no cached text
+    mask: HashedFile | None = None  # None: no mask file
+    listed_ns: int = 0  # time of the line: of several lines with one key the latest counts
 
     def as_stale(self) -> "ManifestEntry":
-        """The same, as if made under settings that nobody has: it will be encoded again."""
+        """Return a copy that matches no identity, so that the item is encoded again."""
         return replace(self, identity=STALE)
 
 
@@ -121,7 +122,7 @@ def write_identity(folder: Path, identity: Identity, further: Mapping[str, Ident
     """Write `cache.json`.
 
     Args:
-        further: of other resolutions: what stands before the keys of their items → what these were made under.
+        further: identities of further resolutions, by the prefix of their items' keys.
     """
     fields = {"name": identity.name, **identity.list_fields()}
     if further:
@@ -130,7 +131,7 @@ def write_identity(folder: Path, identity: Identity, further: Mapping[str, Ident
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """The content of `cache.json`, or None if the folder holds no cache.
+    """Read `cache.json`; None if the folder holds no cache.
 
     Raises:
         ValueError: it is no JSON object.
@@ -145,7 +146,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def verify_identity(folder: Path) -> str | None:
-    """What is wrong with `cache.json`, or None: its name is a hash of the rest."""
+    """Return what is wrong with `cache.json`, or None if it is whole: its name must be the hash of its fields."""
     try:
         fields = read_identity(folder) or {}
         identity = Identity(**{name: value for name, value in fields.items() if name not in ("name", "further")})
@@ -157,19 +158,19 @@ def verify_identity(folder: Path) -> str | None:
     except (ValueError, TypeError, AttributeError) as error:
         return f"cache.json: damaged: {error}"
     whole = named and (folder / "cache.json").read_bytes() == _dump_identity(fields)
-    return None if whole else "cache.json: damaged: its name does not belong to what it says"
+    return None if whole else "cache.json: damaged: its name is not the hash of its fields"
 
 
-def _name_fields(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+def _hash_fields(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(fields, default=tuple, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def _dump_identity(fields: dict[str, Any]) -> bytes:
-    return orjson.dumps(fields, option=orjson.OPT_INDENT_2)
+    return orjson.dumps(fields, default=tuple, option=orjson.OPT_INDENT_2)
 
 
 def list_manifest_parts(folder: Path) -> list[Path]:
-    """The manifest's parts that hold lines, oldest first, so that the newest line of a key is read last."""
+    """Return the parts that hold lines, oldest first, so that the newest line of a key is read last."""
     parts = [part for part in folder.glob("manifest/part-*.jsonl") if part.stat().st_size]
     return sorted(parts, key=lambda part: (part.stat().st_mtime_ns, part.name))
 
@@ -177,19 +178,20 @@ def list_manifest_parts(folder: Path) -> list[Path]:
 def read_entries(
     folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
 ) -> Iterator[ManifestEntry]:
-    """Every line of every part, in order. A damaged line is passed over with a warning: its item is done again.
+    """Yield the entry of every line of every part, in order.
 
-    A torn last line is passed over silently, because the job may be writing it just now.
+    A damaged line is skipped with a warning: its item is encoded again. A last line without its end is skipped without
+    one, because a job may be writing it.
 
     Args:
-        damaged: gets the place of each line passed over, torn ones too.
-        keys: only entries of these; the lines of others are hardly looked at, in a tenth of the time.
+        damaged: gets the place of each skipped line.
+        keys: yield only entries of these; lines of other keys are not parsed, which takes a tenth of the time.
     """
     damaged = [] if damaged is None else damaged
     for part in list_manifest_parts(folder):
         with open(part, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if keys is not None and _is_of_others(line, keys):
+                if keys is not None and _has_other_key(line, keys):
                     continue
                 place = f"{part}:{number}"
                 entry = _parse_entry(line, place) if line.endswith(b"\n") else None
@@ -199,8 +201,8 @@ def read_entries(
                     yield entry
 
 
-def _is_of_others(line: bytes, keys: Container[str]) -> bool:
-    """Whether a line that begins with its key, as ours do, names none of `keys`."""
+def _has_other_key(line: bytes, keys: Container[str]) -> bool:
+    """Return whether a line begins with a key, as ours do, that is none of `keys`."""
     key = line[len(KEY_MARK) : line.find(b'"', len(KEY_MARK))]
     return line.startswith(KEY_MARK) and b"\\" not in key and key.decode("utf-8", "replace") not in keys
 
@@ -209,8 +211,9 @@ def _parse_entry(line: bytes, place: str) -> ManifestEntry | None:
     try:
         fields = _load_line(line)
         source = fields.pop("source")
-        for name in ("bucket", "original_size", "resized", "crop"):
-            fields[name] = tuple(fields[name])
+        for name in ("bucket", "original_size", "resized"):
+            fields[name] = Size(*fields[name])
+        fields["crop"] = CropBox(*fields["crop"])
         if "text" in fields:
             fields["text"] = TextPart(**fields["text"])
         if "mask" in fields:
@@ -223,27 +226,27 @@ def _parse_entry(line: bytes, place: str) -> ManifestEntry | None:
             source_sha256=source["sha256"],
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("{}: damaged line passed over: {}", place, error)
+        logger.warning("{}: damaged line skipped: {}", place, error)
         return None
 
 
 def _load_line(line: bytes) -> dict[str, Any]:
     fields = orjson.loads(line)
     if "crc32" in fields and _dump_line(line[: line.rindex(CRC_MARK)] + b"}") != line:
-        raise ValueError("its CRC-32 is another")
+        raise ValueError("its CRC-32 does not match")
     fields.pop("crc32", None)
     return fields
 
 
 def _dump_line(content: bytes) -> bytes:
-    """A JSON object as a line, with its CRC-32 as a last field."""
+    """Return a JSON object as a line, with its CRC-32 as the last field."""
     return content[:-1] + CRC_MARK + b'"%08x"}\n' % zlib.crc32(content)
 
 
 def read_latest(
     folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
 ) -> dict[str, ManifestEntry]:
-    """The entry of each key that was listed last. `damaged` and `keys` as in `read_entries`."""
+    """Return the latest entry of each key. `damaged` and `keys` are those of `read_entries`."""
     latest: dict[str, ManifestEntry] = {}
     for entry in read_entries(folder, damaged, keys):
         known = latest.get(entry.key)
@@ -253,7 +256,7 @@ def read_latest(
 
 
 def drop_damaged_lines(folder: Path) -> None:
-    """Write each part that has damaged lines anew without them."""
+    """Rewrite each part that has damaged lines without them."""
     for part in list_manifest_parts(folder):
         lines = part.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, str(part)) is not None]
@@ -262,7 +265,7 @@ def drop_damaged_lines(folder: Path) -> None:
 
 
 class ManifestWriter:
-    """Appends entries to a rank's part."""
+    """Appends entries to the part of a rank."""
 
     def __init__(self, folder: Path, rank: int):
         (folder / "manifest").mkdir(parents=True, exist_ok=True)
@@ -272,7 +275,7 @@ class ManifestWriter:
         self._file = open(path, "ab")
 
     def append(self, entry: ManifestEntry) -> None:
-        """Add one line and hand it to the operating system. The item it names must be on disk already."""
+        """Append one line and flush it to the operating system. The item must be on disk already."""
         fields = {name: value for name, value in asdict(entry).items() if value is not None}
         fields["listed_ns"] = time.time_ns()
         fields["source"] = {
@@ -281,19 +284,19 @@ class ManifestWriter:
             "mtime_ns": fields.pop("source_mtime_ns"),
             "sha256": fields.pop("source_sha256"),
         }
-        self._file.write(_dump_line(orjson.dumps(fields)))
+        self._file.write(_dump_line(orjson.dumps(fields, default=tuple)))
         self._file.flush()
 
     def close(self) -> None:
-        """Bring all lines to disk."""
+        """Flush all lines to disk and close the part."""
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Remove a last line that a killed job left without its end, so that the next one starts on a line of its own."""
+    """Remove a last line without its end, left by a killed job, so that the next entry starts on a line of its own."""
     content = path.read_bytes()
-    # A whole part must keep its time, or all that is made from it is made again.
+    # A whole part must keep its mtime: indexes are rebuilt when it changes.
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)

@@ -72,7 +72,7 @@ def save_catalogue(path: Path, url: str, samples: list[ShardSample]) -> None:
     """Write a catalogue: JSON Lines, the URL first, then the samples."""
     with open_atomic(path) as file:
         file.write(orjson.dumps({"url": url}) + b"\n")
-        file.writelines(orjson.dumps(asdict(sample)) + b"\n" for sample in samples)
+        file.writelines(orjson.dumps(asdict(sample), default=tuple) + b"\n" for sample in samples)
 
 
 def load_catalogue(path: Path) -> tuple[str, list[ShardSample]]:

@@ -1,6 +1,7 @@
-"""Folders of images: what is in them, where an image is that a record names, and the caption file beside it.
+"""Image files in folders: list them, find the one that a record names, and read the caption file beside it.
 
-Folders are listed, not asked for one file after the other: over a network that is a thousand times fewer questions.
+Folders are listed instead of looking up one file after the other: over a network that is a thousand times fewer
+requests.
 """
 
 import os
@@ -8,6 +9,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,64 +17,89 @@ import pyarrow as pa
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CAPTION_SUFFIXES = (".txt", ".caption")
 LATENT_SUFFIX = ".npz"
-SIZED = re.compile(r"_\d{4,}x\d{4,}_sdxl$")  # what kohya's scripts put behind a latent file's stem
-TEXT_OUTPUTS_SUFFIX = "_te_outputs.npz"  # kohya's cache of text encoder outputs: no latents
-FEW = 32  # names for which a folder is not listed
+SIZE_ENDING = re.compile(r"_\d{4,}x\d{4,}_sdxl$")  # kohya's scripts append it to a latent file's stem
+TEXT_OUTPUTS_SUFFIX = "_te_outputs.npz"  # kohya's cache of text encoder outputs, not of latents
+FEW = 32  # for fewer names a folder is not listed
 MAX_LISTINGS = 256
 NO_HASHES = np.empty(0, np.int64)
 
 
-def strip_suffix(path: str, always: bool = False) -> str:
-    """The stem of an image's path, which may be a latent file's, or have no suffix: `a/b.c.png` is `b.c`, and so is
-    `a/b.c`, unless there is `always` a suffix. Of a latent file, the size that kohya puts into the name goes too."""
+class ImageFolder(NamedTuple):
+    """The files of a folder."""
+
+    path: str  # absolute
+    images: list[str]  # names, sorted
+    files: set[str]  # names of all files
+
+
+def get_image_stem(path: str, has_suffix: bool = False) -> str:
+    """Return the stem of the path of an image or a latent file: both `a/b.c.png` and `a/b.c` give `b.c`.
+
+    The size that kohya's scripts append to the name of a latent file is removed too.
+
+    Args:
+        has_suffix: the path has a suffix for certain; False removes only that of an image or latent file.
+    """
     name = path.replace("\\", "/").rsplit("/", 1)[-1] if "/" in path or "\\" in path else path
     stem, suffix = os.path.splitext(name)
     if suffix.lower() == LATENT_SUFFIX:
-        return SIZED.sub("", stem)
-    return stem if always or suffix.lower() in IMAGE_SUFFIXES else name
+        return SIZE_ENDING.sub("", stem)
+    return stem if has_suffix or suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def walk_files(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(absolute folder, sorted names of its files) of all folders below the roots, in an order that no disk decides.
+    """Yield (absolute path, sorted names of its files) of each folder below the roots, in sorted order.
 
     Args:
-        masks: as in `data.masks`: an ending of file names, or a folder, to be passed over.
+        masks: as in `data.masks`, an ending of file names or a folder: such files are skipped.
     """
-    ending = masks if masks is not None and is_ending(masks) else None
-    passed_over = os.path.abspath(masks) if masks is not None and ending is None else None
+    ending = masks if masks is not None and is_name_ending(masks) else None
+    mask_folder = os.path.abspath(masks) if masks is not None and ending is None else None
     for root in roots:
         for folder, folders, names in os.walk(os.path.abspath(root)):
-            folders[:] = sorted(name for name in folders if os.path.join(folder, name) != passed_over)
+            folders[:] = sorted(name for name in folders if os.path.join(folder, name) != mask_folder)
             yield folder, sorted(name for name in names if not name.endswith(ending)) if ending else sorted(names)
 
 
-def is_ending(masks: str) -> bool:
-    """Whether masks are told by the ending of their names, such as `-masklabel.png`, and not by their folder."""
+def is_name_ending(masks: str) -> bool:
+    """Return whether `data.masks` is an ending of file names, such as `-masklabel.png`, and not a folder."""
     return "/" not in masks and is_image(masks)
 
 
-def walk_images(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str], set[str]]]:
-    """(absolute folder, names of its images, names of all its files). Below a root that holds no images, latent
-    files stand in for them; of two for one image, the one of the plain name. `masks` as for `walk_files`."""
+def walk_images(roots: Sequence[Path], masks: str | None = None) -> Iterator[ImageFolder]:
+    """Yield each folder below the roots.
+
+    Below a root without images, latent files stand in for them, one for each stem.
+
+    Args:
+        masks: as in `walk_files`.
+    """
     for root in roots:
         suffixes = IMAGE_SUFFIXES
         if not any(is_image(name) for _, names in walk_files([root], masks) for name in names):
             suffixes = frozenset({LATENT_SUFFIX})
         for folder, names in walk_files([root], masks):
-            everything = set(names)
             chosen = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
             if LATENT_SUFFIX in suffixes:
-                chosen = list(choose_latents(chosen).values())
-            yield folder, chosen, everything
+                chosen = list(choose_latent_files(chosen).values())
+            yield ImageFolder(folder, chosen, set(names))
 
 
-def choose_latents(names: Sequence[str]) -> dict[str, str]:
-    """Stem of the image → name of its latent file, of one folder's sorted names; `{stem}.npz` goes before kohya's
-    `{stem}_{W:04d}x{H:04d}_sdxl.npz`."""
+def choose_latent_files(names: Sequence[str]) -> dict[str, str]:
+    """Choose one latent file of a folder for each stem.
+
+    `{stem}.npz` is preferred to kohya's `{stem}_{W:04d}x{H:04d}_sdxl.npz`.
+
+    Args:
+        names: of the folder's files, sorted.
+
+    Returns:
+        stem of the image → name of its latent file.
+    """
     chosen: dict[str, str] = {}
     for name in names:
         if name.endswith(LATENT_SUFFIX) and not name.endswith(TEXT_OUTPUTS_SUFFIX):
-            stem = strip_suffix(name)
+            stem = get_image_stem(name)
             if len(name) == len(stem) + len(LATENT_SUFFIX):
                 chosen[stem] = name
             else:
@@ -81,40 +108,49 @@ def choose_latents(names: Sequence[str]) -> dict[str, str]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image, told by its suffix."""
+    """Return whether a file name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def read_sidecar(folder: str, name: str, everything: set[str]) -> str | None:
-    """The caption in the `.txt` or `.caption` file beside an image.
+def read_caption_file(folder: ImageFolder, name: str) -> str | None:
+    """Read the `.txt` or `.caption` file beside an image.
+
+    Args:
+        name: of the image in the folder.
+
+    Returns:
+        None if there is no such file.
 
     Raises:
         ValueError: it is not UTF-8.
     """
-    stem = strip_suffix(name, always=True)
+    stem = get_image_stem(name, has_suffix=True)
     for suffix in CAPTION_SUFFIXES:
-        if stem + suffix in everything:
-            path = os.path.join(folder, stem + suffix)
+        if stem + suffix in folder.files:
+            path = os.path.join(folder.path, stem + suffix)
             try:
-                return Path(path).read_text(encoding="utf-8-sig").strip()  # Windows editors put a mark in front
+                return Path(path).read_text(encoding="utf-8-sig").strip()  # Windows editors write a byte order mark
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
     return None
 
 
 class FileChecker:
-    """Tells which files exist, mostly from listings of their folders."""
+    """Looks up which files exist, mostly in listings of their folders."""
 
     def __init__(self) -> None:
         self._listings: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def exist(self, paths: Sequence[str]) -> np.ndarray:
-        """[N] bool: whether each absolute path is a file; "" is none. For paths of few folders at a time."""
+        """Return [N] bool: whether each absolute path is a file. "" is none.
+
+        Listings of all folders of one call are held at once, so the paths should be of few folders.
+        """
         folders = [path.rpartition("/")[0] for path in paths]
         counts = Counter(folders)
         few = {folder for folder, count in counts.items() if count < FEW and folder not in self._listings}
         listings = [self._list(folder) for folder in counts if folder not in few]
-        # Stable sorting merges what is sorted already.
+        # The listings are sorted; a stable sort merges them.
         listing = np.sort(np.concatenate(listings), kind="stable") if len(listings) > 1 else [*listings, NO_HASHES][0]
         found = contains(listing, hash_texts(paths)) if len(listing) else np.zeros(len(paths), bool)
         if few - {""}:
@@ -123,7 +159,7 @@ class FileChecker:
         return found
 
     def _list(self, folder: str) -> np.ndarray:
-        """Hashes of the paths of a folder's files, sorted."""
+        """Return the sorted hashes of the paths of a folder's files."""
         listing = self._listings.get(folder)
         if listing is None:
             try:
@@ -138,21 +174,21 @@ class FileChecker:
 
 
 class AmbiguousImageError(ValueError):
-    """Records whose image might be one of several."""
+    """Records whose image may be one of several."""
 
 
 class ImageTable:
-    """Images below folders by file name and by stem. Compact: 50 bytes and the path each."""
+    """Images below folders, by file name and by stem. Each takes 50 bytes and its path."""
 
     def __init__(self, roots: Sequence[Path], masks: str | None = None):
         paths, names, stems, seen = [], [], [], set()
-        for folder, chosen, _ in walk_images(roots, masks):
-            if folder in seen:  # one root lies in another
+        for folder in walk_images(roots, masks):
+            if folder.path in seen:  # one root lies in another
                 continue
-            seen.add(folder)
-            paths.append(pa.array([os.path.join(folder, name) for name in chosen], pa.string()))
-            names.append(hash_texts(chosen))
-            stems.append(hash_texts([strip_suffix(name, always=True) for name in chosen]))
+            seen.add(folder.path)
+            paths.append(pa.array([os.path.join(folder.path, name) for name in folder.images], pa.string()))
+            names.append(hash_texts(folder.images))
+            stems.append(hash_texts([get_image_stem(name, has_suffix=True) for name in folder.images]))
         self._paths = pa.chunked_array(paths, pa.string())
         self._names, self._stems = (_sort_hashes(hashes) for hashes in (names, stems))
 
@@ -160,17 +196,17 @@ class ImageTable:
         return len(self._paths)
 
     def find_twins(self) -> tuple[str, str] | None:
-        """Two images of one stem, or None."""
+        """Return two images of one stem, or None."""
         hashes, order = self._stems
         same = np.flatnonzero(hashes[1:] == hashes[:-1])[:1]
         twins = [self._paths[int(order[at])].as_py() for place in same.tolist() for at in (place, place + 1)]
         return (twins[0], twins[1]) if twins else None
 
     def find(self, names: Sequence[str], stems: Sequence[str]) -> list[str | None]:
-        """The image of each name, else of each stem, else None.
+        """Return the image of each name, else of each stem, else None.
 
         Raises:
-            AmbiguousImageError: there are two of a name, or of a stem where none has the name.
+            AmbiguousImageError: two images have the name, or none has it and two have the stem.
         """
         by_name, by_stem = (
             _search(*table, hash_texts(texts)) for table, texts in ((self._names, names), (self._stems, stems))
@@ -187,17 +223,20 @@ class ImageTable:
             more = ", ..." if len(several) > FEW else ""
             raise AmbiguousImageError(
                 f"{len(several)} records name an image of which there are several under data.image_dirs: "
-                f"{shown}{more}; give their whole path as image_path, or leave a folder out"
+                f"{shown}{more}; give their whole path as image_path, or remove a folder"
             )
 
 
 def hash_texts(texts: Sequence[str]) -> np.ndarray:
-    """[N] int64, the same only within this process. Of a billion texts two have one hash with a chance of 3 %."""
+    """Return the hash of each text, [N] int64, valid within this process.
+
+    The chance that two of a billion texts have the same hash is 3 %.
+    """
     return np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
 def contains(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[N] bool: whether each of `wanted` [N] is among the sorted `hashes`."""
+    """Return [N] bool: whether each of `wanted` [N] is among the sorted `hashes`."""
     if len(hashes) == 0:
         return np.zeros(len(wanted), bool)
     return hashes[np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)] == wanted
@@ -210,7 +249,7 @@ def _sort_hashes(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _search(hashes: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[2, N] the first two rows that have each hash, -1 where there are no two, or none."""
+    """Return the first two rows that have each hash, [2, N]; -1 where there are fewer."""
     rows = np.full((2, len(wanted)), -1)
     places = np.searchsorted(hashes, wanted)
     for number in range(2):

@@ -1,4 +1,4 @@
-"""From an image file to the pixels of its bucket."""
+"""Image files: read, decode, turn upright, convert to sRGB, resize and cut to a bucket."""
 
 import hashlib
 import io
@@ -19,14 +19,14 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from sdxl_trainer.data.files import HashedFile
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
 
-# Pillow's pixels are only read. A filter for each reading would not be safe on threads.
+# Pillow's pixels are only read; a filter set for each read would not be safe on threads.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
-# A JPEG many times larger than needed is decoded at 1/2, 1/4 or 1/8, but to no less than this many times its new sides:
-# then it cannot be told from one decoded whole (Pillow's documentation of `reducing_gap`).
+# A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8, but to no less than this many times its new sides: the
+# result is indistinguishable from a full decode (Pillow's documentation of `reducing_gap`).
 REDUCING_GAP = 2
 
-# What Pillow's decoders raise on damaged bytes; found by feeding them such.
+# Pillow's decoders raise all of these on damaged bytes.
 DECODE_ERRORS = (
     OSError,
     ValueError,
@@ -48,36 +48,37 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image cut to its bucket, and where it came from."""
+    """An image cut to its bucket, and the file that it was read from."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
-    original_size: Size  # (width, height) as a person sees it, after EXIF rotation
+    original_size: Size  # upright, after EXIF rotation
     placement: Placement
     source_bytes: int
     source_mtime_ns: int
     source_sha256: str
-    mask: np.ndarray | None = None  # [H, W] uint8, cut like the pixels: where the loss counts; None: everywhere
-    mask_file: HashedFile | None = None  # None: the mask, if there is one, is the image's opacity
+    mask: np.ndarray | None = None  # [H, W] uint8, cut like the pixels: weight of the loss; None: 1 everywhere
+    mask_file: HashedFile | None = None  # None: no mask, or the image's own opacity
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """An image as a person sees it, but for what brings its colours to sRGB: that takes less time on the cut."""
+class DecodedImage:
+    """An upright RGB image. Its conversion to sRGB is left to do, because the cut has fewer pixels."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
-    size: Size  # of the image; a JPEG may have been decoded smaller
-    transform: ImageCms.ImageCmsTransform | None = None
-    alpha: np.ndarray | None = None  # [H, W] uint8; None: an image that cannot be transparent
+    size: Size  # of the image, which may be larger than `pixels`: see REDUCING_GAP
+    to_srgb: ImageCms.ImageCmsTransform | None = None  # None: sRGB already
+    alpha: np.ndarray | None = None  # [H, W] uint8; None: opaque
 
 
 def prepare_image(
     path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
 ) -> PreparedImage:
-    """Read, decode, orient, resize and cut one image.
+    """Read, decode, turn upright, resize and cut one image.
 
     Args:
+        buckets: `list_buckets(rule)`.
         with_alpha: keep the opacity as a mask.
-        out: [H, W, 3] uint8, where the pixels go if it is of their shape.
+        out: [H, W, 3] uint8 buffer for the pixels, used if its shape is that of the bucket.
 
     Raises:
         BadImageError: missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
@@ -87,53 +88,68 @@ def prepare_image(
         decoded = decode_content(content, lambda size: place_image(size, rule, buckets).resized)
     except DECODE_ERRORS as error:
         raise BadImageError(f"{path}: cannot be decoded: {error}") from None
-    digest = hashlib.sha256(content).hexdigest()
     placement = place_image(decoded.size, rule, buckets)
     pixels = cut_image(decoded.pixels, placement)
-    if decoded.transform is not None:
-        pixels = np.asarray(decoded.transform.apply(Image.fromarray(pixels)))
+    if decoded.to_srgb is not None:
+        pixels = np.asarray(decoded.to_srgb.apply(Image.fromarray(pixels)))
     if out is not None and out.shape == pixels.shape:
         out[...] = pixels
         pixels = out
     mask = None
     if with_alpha and decoded.alpha is not None:
         mask = np.ascontiguousarray(cut_image(decoded.alpha, placement))
-    return PreparedImage(np.ascontiguousarray(pixels), decoded.size, placement, len(content), mtime_ns, digest, mask)
+    return PreparedImage(
+        pixels=np.ascontiguousarray(pixels),
+        original_size=decoded.size,
+        placement=placement,
+        source_bytes=len(content),
+        source_mtime_ns=mtime_ns,
+        source_sha256=hashlib.sha256(content).hexdigest(),
+        mask=mask,
+    )
 
 
 def read_content(path: Path) -> tuple[bytes, int]:
-    """(bytes, time of change in nanoseconds) of a file.
+    """Return the content of a file and its time of change in nanoseconds.
 
     Raises:
         BadImageError: missing, or unreadable.
     """
     try:
         with open(path, "rb") as file:
-            mtime_ns = os.fstat(file.fileno()).st_mtime_ns  # before reading: a change meanwhile is noticed next time
+            # Before the read, so that a change during it is noticed next time.
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
             return file.read(), mtime_ns
     except OSError as error:
         raise BadImageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """Decode to RGB as a person expects to see it: EXIF rotation applied, transparency on white, first frame, sRGB."""
+    """Decode the first frame to upright sRGB, with transparency laid on white.
+
+    Raises:
+        one of DECODE_ERRORS: it cannot be decoded.
+    """
     decoded = decode_content(content)
     image = Image.fromarray(decoded.pixels)
-    return image if decoded.transform is None else decoded.transform.apply(image)
+    return image if decoded.to_srgb is None else decoded.to_srgb.apply(image)
 
 
-def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> Decoded:
-    """`choose_size` tells of an image's size which one it will be resized to.
+def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> DecodedImage:
+    """Decode the first frame to upright RGB, with transparency laid on white.
+
+    Args:
+        choose_size: maps the image's size to the one that it will be resized to; a large JPEG is then decoded smaller.
 
     Raises:
         one of DECODE_ERRORS: it cannot be decoded.
     """
     try:
         image = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:  # Pillow's words name the buffer, by its address
+    except UnidentifiedImageError:  # Pillow's own message names the buffer by its address
         raise UnidentifiedImageError("not an image in a format that Pillow knows") from None
-    size = image.size
-    # Pillow only warns of images up to twice its limit, and filters of warnings are not safe on threads.
+    size = Size(*image.size)
+    # Pillow only warns of images up to twice its limit, and warning filters are not safe on threads.
     if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {Image.MAX_IMAGE_PIXELS} (a bomb?)")
     if choose_size is not None and image.format == "JPEG":
@@ -149,31 +165,37 @@ def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = 
         white = Image.new("RGBA", image.size, "white")
         alpha, image = np.asarray(image.getchannel("A")), Image.alpha_composite(white, image)
     if image.mode == "CMYK" and (transform := _build_transform(profile, "CMYK")):
-        return Decoded(np.asarray(transform.apply(image)), size)
+        return DecodedImage(np.asarray(transform.apply(image)), size)
     is_coloured = image.mode not in ("1", "L", "CMYK")
-    transform = _build_transform(profile, "RGB") if is_coloured else None
-    return Decoded(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), size, transform, alpha)
+    to_srgb = _build_transform(profile, "RGB") if is_coloured else None
+    return DecodedImage(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), size, to_srgb, alpha)
 
 
 def _swap_if_turned(size: Size, image: Image.Image, exact: bool = True) -> Size:
-    """The size as a person sees it, from the stored one, and back. `exact` as for `read_image_size`."""
+    """Return the upright size for the stored one, or the reverse. `exact` as in `read_image_size`."""
     exif = image.getexif() if exact else Image.Image.getexif(image)
-    turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (size[1], size[0]) if turned else size
+    is_turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return Size(size.height, size.width) if is_turned else size
 
 
 @lru_cache(maxsize=64)
 def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None if there is none, or it is sRGB, of another colour model, or damaged.
+    """Return the conversion of a colour profile to sRGB.
 
     Threads may share it, because it has no cache.
+
+    Args:
+        mode: RGB or CMYK.
+
+    Returns:
+        None if there is no profile, or it is sRGB, of another colour model, or damaged.
     """
     if not profile:
         return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        told: Any = source.profile
-        if told.xcolor_space.strip() != mode or "sRGB" in (told.profile_description or ""):
+        fields: Any = source.profile
+        if fields.xcolor_space.strip() != mode or "sRGB" in (fields.profile_description or ""):
             return None
         target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
@@ -184,43 +206,47 @@ def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTrans
 
 
 def cut_image(pixels: np.ndarray, placement: Placement, mode: str = "bicubic") -> np.ndarray:
-    """[H, W] or [H, W, C] uint8 in, the bucket's part of it out.
+    """Resize an image and cut its bucket out.
 
-    Bicubic, with Pillow's filter, in a fifth of its time; it widens with the step when shrinking, so that fine patterns
-    do not turn into false ones. Beside OpenCV's area averaging this takes half the time and is truer.
+    The result is Pillow's, in a fifth of its time: the filter widens with the step when it shrinks, so that fine
+    patterns do not alias. OpenCV's area averaging takes twice as long and is less true.
 
     Args:
-        mode: or `bilinear`, with Pillow's filter too.
+        pixels: [H, W] or [H, W, C] uint8.
+        mode: the filter, `bicubic` or `bilinear`.
+
+    Returns:
+        [h, w] or [h, w, C] uint8, of the bucket's size.
     """
-    left, top, right, bottom = placement.crop_ltrb
     if placement.resized != (pixels.shape[1], pixels.shape[0]):
-        # [1, C, H, W], channels last in memory: the layout that has a fast way
+        # [1, C, H, W], channels last in memory: the layout that has a fast kernel
         images = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])[None].permute(0, 3, 1, 2)
         size = (placement.resized[1], placement.resized[0])
         resized = torch.nn.functional.interpolate(images, size=size, mode=mode, antialias=True)
         pixels = resized[0].permute(1, 2, 0).numpy().reshape(*size, *pixels.shape[2:])
-    return pixels[top:bottom, left:right]
+    left, top, (width, height) = placement.left, placement.top, placement.bucket
+    return pixels[top : top + height, left : left + width]
 
 
 def read_image_size(path: Path, exact: bool = True) -> Size:
-    """(width, height) of an image as a person sees it, from its header alone.
+    """Read the upright size of an image from its header.
 
     Args:
-        exact: a PNG may say behind its pixels that it is to be turned, and is decoded to find out; False takes it as
-            not turned, in a twentieth of the time.
+        exact: decode PNGs, because their EXIF rotation may stand after the pixels; False ignores such a rotation and
+            takes a twentieth of the time.
 
     Raises:
         BadImageError: missing, or no image.
     """
     try:
         with Image.open(path) as image:
-            return _swap_if_turned(image.size, image, exact)
+            return _swap_if_turned(Size(*image.size), image, exact)
     except DECODE_ERRORS as error:
         raise BadImageError(f"{path}: cannot be read: {error}") from None
 
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey: Pillow's own conversion clips, and all but the darkest images turn white."""
+    """Convert 16-bit grey to 8-bit grey by scaling; Pillow's own conversion clips, which turns most images white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -23,7 +23,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdxl_trainer.data.allocator import give_freed_memory_back, keep_freed_memory
+from sdxl_trainer.data.allocator import keep_freed_memory, release_freed_memory
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.manifest import list_manifest_parts
 from sdxl_trainer.data.images.image_files import CAPTION_SUFFIXES, walk_images
@@ -234,7 +234,7 @@ def _bulk_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        give_freed_memory_back()
+        release_freed_memory()
         if was_enabled:
             gc.enable()
 
@@ -291,8 +291,9 @@ def _hash_folders(roots: Sequence[Path], masks: str | None) -> tuple[str, list[s
     does not.
     """
     digest, sidecars = hashlib.sha256(), []
-    for folder, images, everything in walk_images(roots, masks):
-        if images:
-            digest.update(orjson.dumps([folder, images]))
-        sidecars += [os.path.join(folder, name) for name in sorted(everything) if name.endswith(CAPTION_SUFFIXES)]
+    for folder in walk_images(roots, masks):
+        if folder.images:
+            digest.update(orjson.dumps([folder.path, folder.images]))
+        captions = (name for name in sorted(folder.files) if name.endswith(CAPTION_SUFFIXES))
+        sidecars += [os.path.join(folder.path, name) for name in captions]
     return digest.hexdigest(), sidecars

@@ -16,6 +16,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.listed_latents import open_listed_latents
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
@@ -271,7 +272,7 @@ class _Search:
         if isinstance(header, Exception):
             self._add_bad(location.prefix + self._keys[location.row].as_py(), f"{location.file}: {header}")
             return None
-        recorded = (int(self._widths[location.row]), int(self._heights[location.row]))
+        recorded = Size(int(self._widths[location.row]), int(self._heights[location.row]))
         self.num_assumed_sizes += header.original_size is None and recorded == (0, 0)
         size = header.original_size or (recorded if recorded != (0, 0) else header.bucket)
         placement = infer_placement(header, size)

@@ -81,7 +81,7 @@ def plan_missing_latents(
     place = lru_cache(maxsize=MAX_CACHED_SIZES)(lambda size: place_image(size, rule, buckets))
 
     def plan(row: int, key: str, image: str, width: int, height: int) -> PlannedLatents | BadImage:
-        size = (width, height)
+        size = Size(width, height)
         if width <= 0 or not os.path.isfile(image):
             try:
                 size = read_image_size(Path(image))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sdxl_trainer.configs.schema import Config, DataConfig
-from sdxl_trainer.data.images.bucket import BucketRule, name_prefix
+from sdxl_trainer.data.images.bucket import BucketRule, Size, build_key_prefix
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
 from sdxl_trainer.data.stores.remote import is_remote
@@ -24,10 +24,10 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
     The largest resolution has no prefix, so that its latents have the same names with and without further resolutions.
     """
     if data.buckets:
-        return {"": BucketRule(0, 0, 0, 0, fixed=tuple(data.buckets))}
+        return {"": BucketRule(0, 0, 0, 0, fixed=tuple(Size(*bucket) for bucket in data.buckets))}
     largest, *others = sorted(data.resolution_px, reverse=True)
     sides = (data.min_bucket_px, data.max_bucket_px, data.bucket_step_px, data.no_upscale)
-    return {"": BucketRule(largest, *sides)} | {name_prefix(side): BucketRule(side, *sides) for side in others}
+    return {"": BucketRule(largest, *sides)} | {build_key_prefix(side): BucketRule(side, *sides) for side in others}
 
 
 def build_latent_selection(config: Config) -> LatentSelection:

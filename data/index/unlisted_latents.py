@@ -18,7 +18,7 @@ import pyarrow as pa
 from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
-from sdxl_trainer.data.images.image_files import LATENT_SUFFIX, choose_latents, strip_suffix
+from sdxl_trainer.data.images.image_files import LATENT_SUFFIX, choose_latent_files, get_image_stem
 from sdxl_trainer.data.stores.remote import is_remote
 from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
@@ -68,7 +68,7 @@ def find_unlisted_latents(
             for base in dict.fromkeys((image_folder, cache)):
                 folder = base + "/" * bool(prefix) + prefix.rstrip("/")
                 watched.add(folder)
-                found = list_latents(folder).get(strip_suffix(name))
+                found = list_latents(folder).get(get_image_stem(name))
                 if found is not None:
                     yield LatentLocation(row, os.path.join(folder, found), None, None, prefix)
                     break
@@ -119,6 +119,6 @@ def _read_headers(index_folder: Path, locations: list[LatentLocation]) -> list[L
 def _list_latents(folder: str) -> dict[str, str]:
     """Return the latent files in a folder: stem of the image → file name."""
     try:
-        return choose_latents(sorted(os.listdir(folder)))
+        return choose_latent_files(sorted(os.listdir(folder)))
     except OSError:
         return {}

@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.allocator import give_freed_memory_back
+from sdxl_trainer.data.allocator import release_freed_memory
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
@@ -99,7 +100,7 @@ def iterate_specs(
         for start in range(rank * micro_batch_size, plan.global_batch_size, stride):
             part = slice(start, start + micro_batch_size)
             yield MicroSpec(
-                bucket=(batch.bucket >> 16, batch.bucket & 0xFFFF),
+                bucket=Size(batch.bucket >> 16, batch.bucket & 0xFFFF),
                 rows=batch.rows[part],
                 epochs=batch.epochs[part],
                 positions=np.arange(start, start + micro_batch_size),
@@ -141,7 +142,7 @@ def iterate_batches(
 def _init_worker(worker: int) -> None:
     end_with_parent()
     # Building CLIP's tokenizer frees 28 of 42 MB, which glibc would keep.
-    give_freed_memory_back()
+    release_freed_memory()
 
 
 def end_with_parent() -> None:

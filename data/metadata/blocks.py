@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from sdxl_trainer.data.images.image_files import strip_suffix
+from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, iterate_chunks
 from sdxl_trainer.data.metadata.sources import (
     ShardSpan,
@@ -101,7 +101,7 @@ def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
     base_folders, keyed_paths = [base_folder] * len(keys), cast(list[str | None], [None] * len(keys))
     for at, record in enumerate(records):
         if record.image_path is None:  # pyright: ignore[reportAttributeAccessIssue]
-            stem = strip_suffix(keys[at])
+            stem = get_image_stem(keys[at])
             if stem == keys[at]:
                 base_folders[at] = ""
             else:

@@ -21,8 +21,8 @@ from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import (
     FileChecker,
     ImageTable,
-    read_sidecar,
-    strip_suffix,
+    get_image_stem,
+    read_caption_file,
     walk_images,
 )
 from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, RecordBlock
@@ -93,13 +93,13 @@ def read_image_folders(
     """
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
     for source, (root, marks) in enumerate(roots):
-        for folder, names, everything in walk_images([root], masks):
-            for start in range(0, len(names), ROWS_AT_ONCE):
+        for folder in walk_images([root], masks):
+            for start in range(0, len(folder.images), ROWS_AT_ONCE):
                 records = []
-                for name in names[start : start + ROWS_AT_ONCE]:
-                    caption = read_sidecar(folder, name, everything)
-                    fields = {"image_path": os.path.join(folder, name), "caption": caption, **marks}
-                    records.append(SourceRecord(strip_suffix(name, always=True), fields, source=source))
+                for name in folder.images[start : start + ROWS_AT_ONCE]:
+                    caption = read_caption_file(folder, name)
+                    fields = {"image_path": os.path.join(folder.path, name), "caption": caption, **marks}
+                    records.append(SourceRecord(get_image_stem(name, has_suffix=True), fields, source=source))
                 yield records
 
 
@@ -228,7 +228,7 @@ class ImageFinder:
         if rows and self._image_dirs:
             self._table = self._table or ImageTable([Path(folder) for folder in self._image_dirs], self._masks)
             names = [paths[at].replace("\\", "/").rsplit("/", 1)[-1] for at in rows]
-            stems = [strip_suffix(name, always=not is_key) for name in names]
+            stems = [get_image_stem(name, has_suffix=not is_key) for name in names]
             for at, path in zip(rows, self._table.find(names, stems), strict=True):
                 found[at] = path or found[at]
         return found

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, load_catalogue, read_shard
-from sdxl_trainer.data.images.image_files import strip_suffix
+from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
 
@@ -118,7 +118,7 @@ def _list_members(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
     for key, fields in chunk.parse().items():
         if not isinstance(fields, dict):
             raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
-        stem = key if fields.get(PATH_FIELDS[0]) is not None else strip_suffix(key)
+        stem = key if fields.get(PATH_FIELDS[0]) is not None else get_image_stem(key)
         records.append(SourceRecord(stem, fields, keyed_path=None if stem == key else key))
     return records
 
@@ -219,7 +219,7 @@ def _key_record(fields: dict[str, Any], place: str) -> SourceRecord:
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:
         fields[PATH_FIELDS[0]] = name
-        return SourceRecord(strip_suffix(name, always=True), fields)
+        return SourceRecord(get_image_stem(name, has_suffix=True), fields)
     if fields.get("key"):
         return SourceRecord(str(fields["key"]), fields)
     raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")

@@ -12,6 +12,7 @@ from sdxl_trainer.configs.problems import raise_if_any
 from sdxl_trainer.configs.schema import Config, ValidationConfig
 from sdxl_trainer.data.checks.left_out import load_left_out_rows
 from sdxl_trainer.data.checks.validation_set import derive_validation_config, find_held_out_rows, open_validation_set
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_batches, iterate_specs
@@ -172,7 +173,7 @@ def list_validation_batches(index: Index, rows: np.ndarray, ids: np.ndarray, bat
             part = in_bucket[start : start + batch_size]
             batches.append(
                 MicroSpec(
-                    bucket=(width, height),
+                    bucket=Size(width, height),
                     rows=part,
                     epochs=np.zeros(len(part), np.int64),
                     positions=np.arange(len(part)),

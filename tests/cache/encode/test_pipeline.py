@@ -126,7 +126,7 @@ def test_batches_are_of_one_bucket_and_full(tmp_path, images, told):
         sample = read_latents(tmp_path / entry.file, entry.bucket)
         assert sample.latents[0, 0, 0] == pytest.approx(image.pixels[:8, :8, 0].mean(), abs=1e-3)
         assert (sample.original_size, entry.original_size) == (image.original_size, image.original_size)
-        assert sample.crop_ltrb == entry.crop == image.placement.crop_ltrb
+        assert sample.crop_ltrb == entry.crop == image.placement.crop
         assert (entry.source_sha256, entry.identity) == (image.source_sha256, "identity")
 
 

@@ -105,7 +105,7 @@ def test_any_image_covers_its_bucket_and_is_cut_inside(size, rule):
     buckets = list_buckets(rule)
     placement = place_image(size, rule, buckets)
     (width, height), (resized_width, resized_height) = placement.bucket, placement.resized
-    left, top, right, bottom = placement.crop_ltrb
+    left, top, right, bottom = placement.crop
     assert width % rule.step_px == height % rule.step_px == 0 and min(width, height) >= rule.step_px
     assert resized_width >= width and resized_height >= height
     assert 0 <= left and 0 <= top and right <= resized_width and bottom <= resized_height

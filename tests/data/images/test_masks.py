@@ -78,10 +78,10 @@ def test_masks_are_found_and_are_no_images(tmp_path):
 
 
 def test_a_setting_that_cannot_be_meant_is_refused(tmp_path):
-    assert check_masks(None) == check_masks(ENDING) == []
+    assert list(check_masks(None)) == list(check_masks(ENDING)) == []
     (tmp_path / "empty").mkdir()
     save(tmp_path / "masks" / "a.png", 9)
-    assert check_masks(str(tmp_path / "masks")) == []
+    assert list(check_masks(str(tmp_path / "masks"))) == []
     save(tmp_path / "masks" / "old" / "a.jpg", 9)
     for masks, said in (
         (".png", "is not a folder"),
@@ -96,7 +96,7 @@ def test_a_setting_that_cannot_be_meant_is_refused(tmp_path):
 def test_a_mask_is_cut_where_its_image_is_at_any_scale(tmp_path, scale):
     image = save(tmp_path / "a.png", 9)
     placement = prepare_image(image, RULE, BUCKETS).placement
-    assert (placement.resized, placement.bucket, placement.crop_ltrb) == ((160, 107), (160, 96), (0, 5, 160, 101))
+    assert (placement.resized, placement.bucket, placement.crop) == ((160, 107), (160, 96), (0, 5, 160, 101))
     size = (round(WIDE[0] * scale), round(WIDE[1] * scale))
     across = get_mask(image, save(tmp_path / "m.png", draw_ramp(*size)))
     down = get_mask(image, save(tmp_path / "m.png", draw_ramp(*size[::-1]).T))

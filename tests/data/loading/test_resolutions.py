@@ -79,7 +79,7 @@ def test_a_fixed_list_is_chosen_from_as_kohya_does(size, buckets):
     ratio = size[0] / size[1]
     error = abs(placement.bucket[0] / placement.bucket[1] - ratio)
     assert error == min(abs(width / height - ratio) for width, height in buckets) or placement.bucket == size
-    left, top, right, bottom = placement.crop_ltrb
+    left, top, right, bottom = placement.crop
     assert (right - left, bottom - top) == placement.bucket and right <= placement.resized[0]
     assert bottom <= placement.resized[1] and placement.bucket in (placement.resized, *buckets)
 
@@ -101,7 +101,7 @@ def test_both_resolutions_of_each_image_are_cached(cache, filled):
         prefix, name = split_key(key)
         rule = LOW if prefix else HIGH
         placement = place_image(tuple(sizes[name]["original_size"]), rule, list_buckets(rule))
-        assert (entry.bucket, entry.resized, entry.crop) == (placement.bucket, placement.resized, placement.crop_ltrb)
+        assert (entry.bucket, entry.resized, entry.crop) == (placement.bucket, placement.resized, placement.crop)
         assert entry.identity == (identity["further"][prefix] if prefix else identity["name"])
         span = None if entry.offset is None else (entry.offset, entry.bytes)
         assert span or entry.file == f"{key}.npz"
