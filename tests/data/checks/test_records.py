@@ -10,7 +10,7 @@ from PIL import Image
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.checks import records, training_set, validation_set
 from sdxl_trainer.data.checks.records import open_checked_records
-from sdxl_trainer.data.images.bucket import name_prefix
+from sdxl_trainer.data.images.bucket import build_key_prefix
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_missing_captions_are_a_problem_if_the_settings_say_so(settings: Path, m
 
 
 def test_a_clash_of_keys_and_missing_captions_are_reported_together(settings: Path) -> None:
-    (settings.parent / "images" / "a.png").rename(settings.parent / "images" / f"{name_prefix(512)}a.png")
+    (settings.parent / "images" / "a.png").rename(settings.parent / "images" / f"{build_key_prefix(512)}a.png")
     config, _ = load_config(settings, ["data.resolution_px=[1024,512]"])
     index, problems = open_checked_records(config)
     assert index is not None

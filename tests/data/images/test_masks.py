@@ -185,7 +185,7 @@ def test_exactly_the_images_whose_masks_changed_are_encoded_again(folder, capsys
     identity = read_identity(folder / "latents")
     plain = {key: entry.sha256 for key, entry in read_latest(folder / "latents").items()}
     assert run_job(settings, f"data.masks={ENDING}") == 2
-    assert "data.masks = '-masklabel.png'" in (said := capsys.readouterr().err) and "names the mask of no" in said
+    assert "data.masks = '-masklabel.png'" in (said := capsys.readouterr().err) and "matches no image's mask" in said
     left = np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0)
     mask = save(images / f"a{ENDING}", left)
     assert encode(folder) == ["a"]  # those that have none are as they were
