@@ -16,6 +16,7 @@ from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 from sdxl_trainer.configs.load import iterate_keys
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+CODE = ("configs", "launch", "data", "cache", "train")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
 MODULE = re.compile(r"python -m sdxl_trainer\.(\w+(?:\.\w+)+)")
@@ -63,12 +64,19 @@ def find_program(module: str) -> Path:
 
 def test_the_folder_map_is_true() -> None:
     page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
-    folder, missing = "", []
-    for line in page[page.index("## The folder map") : page.index("## Words")].splitlines():
-        if found := re.match(r"\| `(\w+)/`", line):
-            folder = found[1]
-        missing += [name for name in re.findall(r"`([\w/*]+\.\w+)`", line) if not list((ROOT / folder).glob(name))]
-    assert folder == "benchmarks" and missing == []
+    rooms, missing = [], []
+    for line in page[page.index("## The folder map") : page.index("## Terms")].splitlines():
+        if found := re.match(r"\| `([\w/]+)/`", line):
+            rooms.append(found[1])
+            names = re.findall(r"`([\w/]+\.\w+)`", line)
+            missing += [f"{found[1]}/{name}" for name in names if not (ROOT / found[1] / name).exists()]
+    assert missing == []
+    packages = {
+        path.parent.relative_to(ROOT).as_posix() for folder in CODE for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert {room for room in rooms if room.split("/")[0] in CODE} == packages - {"data", "cache", "train"}
+    paths = re.findall(r"`((?:configs|launch|data|cache|train|benchmarks|tests)/[\w/]+\.\w+)`", page)
+    assert len(paths) > 30 and [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def list_blocks(page: str) -> list[tuple[str, list[str]]]:

@@ -1,6 +1,7 @@
 """The rules of the layout: who may import whom, what modules may be called, and how long things may get."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -186,6 +187,28 @@ def find_forbidden(file: str, source: str) -> list[str]:
     return wrong
 
 
+def find_contract_breaches(file: str, source: str) -> list[str]:
+    """Find functions called `check_*` that do not return an iterator of problems."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)]
+    checks = [node for node in functions if node.name.startswith("check_")]
+    return [
+        f"{file}: {node.name} is no generator of problems"
+        for node in checks
+        if node.returns is None or ast.unparse(node.returns) != "Iterator[Problem]"
+    ]
+
+
+def find_indirect_docstrings(file: str, source: str) -> list[str]:
+    """Find docstrings that do not begin with a verb phrase or a noun phrase, and formatter switches."""
+    wrong = [f"{file}: fmt: skip"] if re.search(r"#\s*fmt: (skip|off)", source) else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
+            text = ast.get_docstring(node) or ""
+            if re.match(r"(What|Whether|Where|How|Past|The same|Not|From now)\b", text):
+                wrong.append(f"{file}: {text.splitlines()[0]}")
+    return wrong
+
+
 def find_oversized(file: str, source: str) -> list[str]:
     """Files, functions, nesting and argument lists beyond what a reader can hold."""
     num_lines, limit = source.count("\n"), MAX_ENTRY_POINT if file in ENTRY_POINTS else MAX_FILE
@@ -239,7 +262,17 @@ def list_reachable(file: str, graph: dict[str, set[str]]) -> set[str]:
 GRAPH = {file: list_project_imports(source) for file, source in SOURCES.items()}
 
 
-@pytest.mark.parametrize("check", [find_wrong_imports, find_forbidden, find_oversized, count_imports])
+@pytest.mark.parametrize(
+    "check",
+    [
+        find_wrong_imports,
+        find_forbidden,
+        find_oversized,
+        count_imports,
+        find_contract_breaches,
+        find_indirect_docstrings,
+    ],
+)
 def test_every_source_keeps_the_rules(check):
     assert len(SOURCES) > 30
     assert [line for file, source in sorted(SOURCES.items()) for line in check(file, source)] == []
@@ -350,6 +383,15 @@ def test_planted_cycles_are_found():
     assert find_cycle(rooms) == ["data/a", "data/b", "data/a"]
     many = "\n".join(f"import sdxl_trainer.{file[:-3].replace('/', '.')}" for file in sorted(SOURCES)[:60])
     assert len(count_imports("train/run/job.py", many)) == 1
+
+
+def test_planted_breaches_of_style_are_found():
+    assert find_contract_breaches("x.py", "def check_a(b) -> list[Problem]:\n    return []")
+    assert find_contract_breaches("x.py", "def check_a(b):\n    yield b")
+    assert find_contract_breaches("x.py", "def check_a(b) -> Iterator[Problem]:\n    yield b") == []
+    assert find_indirect_docstrings("x.py", 'def f():\n    """Whether all values are."""')
+    assert find_indirect_docstrings("x.py", "a = [1]  # fmt: skip")
+    assert find_indirect_docstrings("x.py", 'def f():\n    """Return whether every value is finite."""') == []
 
 
 def test_planted_size_is_found():
