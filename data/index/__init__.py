@@ -1,1 +1,4 @@
-"""The memory-mapped index: records joined with cached latents, missing and unlisted latents included."""
+"""The memory-mapped indexes of records and samples, and the join of records with listed, unlisted and missing latents.
+
+Nothing here reads pixels or the values of latents.
+"""

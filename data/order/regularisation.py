@@ -38,20 +38,20 @@ def find_regularisation_rows(index: Index) -> np.ndarray:
 
 
 def balance_regularisation(
-    regular: np.ndarray, num_rows: int, repeats: np.ndarray | None, wanted: Literal["balanced"] | float
+    rows: np.ndarray, num_rows: int, repeats: np.ndarray | None, factor: Literal["balanced"] | float
 ) -> np.ndarray | None:
     """Return how often each row is used in an epoch, [num_rows]; None means once each.
 
     Args:
-        regular: rows of the regularisation samples.
+        rows: of the regularisation samples.
         repeats: how often each row would be used otherwise; 0 for held-out and bad ones.
-        wanted: factor for the repeats of regularisation samples. `balanced` makes them as many as all others together,
-            as kohya-ss/sd-scripts does. A fraction holds on average over the epochs (data/order/plan.py).
+        factor: for the repeats of regularisation samples. `balanced` makes them as many as all others together, as
+            kohya-ss/sd-scripts does. A fraction holds on average over the epochs (data/order/plan.py).
     """
     used = np.ones(num_rows) if repeats is None else repeats.astype(np.float64)
-    own = used[regular].sum()
-    factor = wanted if wanted != "balanced" else (used.sum() - own) / own if own else 1.0
-    if factor == 1.0:
+    total = used[rows].sum()
+    multiplier = factor if factor != "balanced" else (used.sum() - total) / total if total else 1.0
+    if multiplier == 1.0:
         return repeats
-    used[regular] *= factor
+    used[rows] *= multiplier
     return used
