@@ -64,8 +64,9 @@ class Index:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._map = mmap.mmap(self._lock, 0, prot=mmap.PROT_READ)
         self.table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
-        self._groups = self.table.to_batches()
-        self._ends = list(accumulate(map(len, self._groups)))
+        self._names, groups = self.table.column_names, self.table.to_batches()
+        self._ends = list(accumulate(map(len, groups)))
+        self._columns_of_group = [group.columns for group in groups]
 
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
@@ -79,11 +80,11 @@ class Index:
 
     def row(self, number: int) -> dict[str, Any]:
         """Return all columns of a row."""
-        # One group's columns: a column of the whole table searches its hundreds of groups for each value.
+        # The columns of a group: a column of the whole table searches its hundreds of groups for each value.
         group = bisect_right(self._ends, number)
-        batch = self._groups[group]
-        at = number - self._ends[group] + len(batch)
-        return {name: column[at].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        at = number - (self._ends[group - 1] if group else 0)
+        columns = zip(self._names, self._columns_of_group[group], strict=True)
+        return {name: column[at].as_py() for name, column in columns}
 
     def record(self, number: int) -> Record:
         """Return the whole record of a row."""
