@@ -7,6 +7,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +88,8 @@ def _import_files(options: argparse.Namespace) -> None:
     """
     sources = read_files(options.files)
     given = {"num_processes": options.ranks, "num_samples": options.samples}
-    sources.options |= {name: value for name, value in given.items() if value}
-    found = convert(sources)
+    words = {name: value for name, value in given.items() if value}
+    found = convert(replace(sources, options=sources.options | words))
     imported = build_yaml(found)
     remarks = format_remarks(found, imported.refused)
     title = f"Imported from {', '.join(map(str, options.files))}"

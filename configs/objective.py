@@ -1,6 +1,6 @@
 """Settings of the objective, `objective`: prediction, loss, weighting, timesteps and noise."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -9,17 +9,26 @@ from sdxl_trainer.configs.section import Section
 HUBER_LOSSES = ("huber", "smooth_l1")
 # Weighting → its usual gamma.
 USUAL_GAMMA = {"min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0, "v_pred_like": 1.0}
-# Setting → the setting that it depends on, and the values of that one which use it (no values: any above 0).
-USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "huber_schedule": ("loss", HUBER_LOSSES),
-    "huber_c": ("loss", HUBER_LOSSES),
-    "weighting_gamma": ("weighting", tuple(USUAL_GAMMA)),
-    "sigma_data": ("weighting", ("soft_min_snr",)),
-    "logit_mean": ("timestep_density", ("logit_normal",)),
-    "logit_std": ("timestep_density", ("logit_normal",)),
-    "noise_offset_random_strength": ("noise_offset", ()),
-    "multires_noise_discount": ("multires_noise_iterations", ()),
-    "ip_noise_gamma_random_strength": ("ip_noise_gamma", ()),
+
+
+class Dependency(NamedTuple):
+    """A setting that must have one of some values, or without values be above 0, for another one to have an effect."""
+
+    setting: str
+    values: tuple[str, ...] = ()
+
+
+# Setting → the setting that it depends on.
+USED_WITH = {
+    "huber_schedule": Dependency("loss", HUBER_LOSSES),
+    "huber_c": Dependency("loss", HUBER_LOSSES),
+    "weighting_gamma": Dependency("weighting", tuple(USUAL_GAMMA)),
+    "sigma_data": Dependency("weighting", ("soft_min_snr",)),
+    "logit_mean": Dependency("timestep_density", ("logit_normal",)),
+    "logit_std": Dependency("timestep_density", ("logit_normal",)),
+    "noise_offset_random_strength": Dependency("noise_offset"),
+    "multires_noise_discount": Dependency("multires_noise_iterations"),
+    "ip_noise_gamma_random_strength": Dependency("ip_noise_gamma"),
 }
 
 

@@ -68,7 +68,7 @@ python -m sdxl_trainer.configs.import_config config.py --out my.yaml
 The importer reads the settings that `get_config` assigns, without executing the file. Names that are not in this table
 are those of kohya's options.
 
-| setting | here | |
+| setting | setting here | note |
 |---|---|---|
 """
 
@@ -81,7 +81,7 @@ def build_page() -> str:
     )
     parts = [HEADER.replace("DEFAULTS", defaults)]
     for title, options in KOHYA_GROUPS.items():
-        parts.append(f"\n## {title}\n\n| option | here | |\n|---|---|---|\n")
+        parts.append(f"\n## {title}\n\n| option | setting here | note |\n|---|---|---|\n")
         parts += [_build_row(name, option) for name, option in options.items()]
     parts.append(FIRST_TRAINER)
     parts += [_build_row(name, ours) for name, ours in FIRST_TRAINER_OPTIONS.items()]

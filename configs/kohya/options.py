@@ -65,7 +65,7 @@ def unsupported(reason: str) -> Option:
 
 def built_in(note: str = "") -> Option:
     """Return an option whose effect is always there, without a setting."""
-    return Option((), note or "always on", is_built_in=True)
+    return Option((), note or "needs no setting", is_built_in=True)
 
 
 def weighting(name: str) -> Option:
@@ -85,7 +85,7 @@ KOHYA_DEFAULTS = {
 ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses kohya's files as they are"
-MEMORY = "saves memory in kohya's scripts; use ZeRO, offload and precision here (docs/TRAINING.md)"
+MEMORY = "trades memory for speed in kohya's scripts; use ZeRO, offload and precision here (docs/TRAINING.md)"
 PIXELS = "images are encoded before training, so their pixels cannot be changed during training"
 UPLOAD = "nothing is uploaded; upload the file afterwards"
 RESUME = "the same command resumes; states of kohya's scripts cannot be read"

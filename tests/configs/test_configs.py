@@ -54,7 +54,7 @@ def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
             2,
             "leave it out; kohya's dataset_repeats has no setting here: repeats all images; train more steps instead",
         ),
-        ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # a key of ours before such an option
+        ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # our key wins over kohya's option
         ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
         ("train: {max_steps: many}", "train.max_steps", "many", "see docs/CONFIG.md"),
         ("train: {max_steps: 1.5}", "train.max_steps", 1.5, "see docs/CONFIG.md"),

@@ -1,5 +1,4 @@
-"""The programs themselves, given settings that contradict each other: status 2 before any weight is read, one problem
-that names the key, and what to change."""
+"""Contradictory settings end the programs with status 2 before weights are read, with one problem and its cure."""
 
 import json
 import shutil
@@ -20,7 +19,7 @@ BLOCKS = [1e-5] * 23
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Settings of a run on four latents, and a model whose files of weights are empty: reading one would fail."""
+    """Settings of a run on four latents, with a model whose weight files are empty, so that reading one would fail."""
     folder = tmp_path_factory.mktemp("settings")
     shutil.copytree(TINY, folder / "model")
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -92,7 +91,7 @@ def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
 def test_a_contradiction_ends_with_status_2(
     settings: Path, words: str, key: str, said: str, capsys: pytest.CaptureFixture
 ) -> None:
-    words = words.replace(": ", ":\t").replace(", ", ",\t").split(" ")  # spaces within a word are none between two
+    words = words.replace(": ", ":\t").replace(", ", ",\t").split(" ")  # keep spaces inside a word
     assert main(["--cfg", str(settings), *(word.replace("\t", " ") for word in words)]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and said in printed, printed
@@ -117,7 +116,7 @@ def test_one_mask_among_the_latents_is_enough(settings: Path, tmp_path: Path) ->
 
 
 def test_regularisation_settings_need_regularisation_samples(settings: Path, capsys: pytest.CaptureFixture) -> None:
-    """Known when the order of batches is made, still before weights are read."""
+    """Found when the order of batches is built, before weights are read."""
     assert main(["--cfg", str(settings), "objective.prior_loss_weight=0.5", "data.regularisation_repeats=2"]) == 2
     printed = capsys.readouterr().err
     assert "2 problems" in printed and "objective.prior_loss_weight = 0.5" in printed

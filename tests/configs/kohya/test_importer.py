@@ -1,4 +1,4 @@
-"""Import of kohya's and the first sdxl-trainer's settings: what options become, and that nothing is lost unnamed."""
+"""Import of settings from kohya's scripts and the first sdxl-trainer: every option is converted or reported."""
 
 from pathlib import Path
 
@@ -138,7 +138,7 @@ SGD = {"momentum": 0.8, "nesterov": True}
 
 
 def import_files(folder: Path, files: dict[str, str], *words: str) -> tuple[dict, str]:
-    """The settings of the YAML that is made, and its comment."""
+    """Import files and return the settings and the comment of the YAML."""
     for name, text in files.items():
         (folder / name).write_text(text)
     first = next(iter(files))
@@ -189,7 +189,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "gradient_checkpointing": True,
             "attention": "xformers",
         },
-        # The dataset file's 2 images, not 4; 10 epochs of 3200 samples in batches of 2 x 8 x 2 ranks.
+        # The dataset file's batch size 2 wins over 4; 10 epochs of 3200 samples in global batches of 2 x 8 x 2 ranks.
         "train": {"max_steps": 1000, "global_batch_size": 32, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 500, "keep_last": 4, "export_dtype": "fp16"},  # of the last 1500 steps
     }
@@ -198,7 +198,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
     assert "made_up = 3: is not a known option" in comment
     assert "keep_tokens = [1, 3]: differs" in comment
     assert "0123456789abcdef" not in comment and "wandb_api_key" in comment
-    assert "sdpa" not in comment  # it is off
+    assert "sdpa" not in comment  # false in the file
     assert "clip_skip = 2" in capsys.readouterr().err
 
 
@@ -207,7 +207,7 @@ def test_a_command_line_of_kohya(tmp_path: Path) -> None:
     assert settings["model"]["path"] == "/models/my model.safetensors"
     assert settings["data"]["metadata"] == ["meta.json"] and settings["data"]["image_dirs"] == ["/data/images"]
     assert settings["data"]["resolution_px"] == 1024
-    assert settings["data"]["max_bucket_px"] == 1024  # the default there
+    assert settings["data"]["max_bucket_px"] == 1024  # kohya's default
     assert settings["lora"] == {"rank": 32, "alpha": 16}
     assert settings["optim"] == {
         "name": "adamw8bit",
@@ -223,9 +223,9 @@ def test_a_command_line_of_kohya(tmp_path: Path) -> None:
         "num_cycles": 3,
     }
     assert settings["train"] == {"max_steps": 2000, "global_batch_size": 8, "micro_batch_size": 2}
-    assert settings["engine"]["precision"] == "fp16"  # accelerate's
+    assert settings["engine"]["precision"] == "fp16"  # option of accelerate
     assert settings["sample"] == {"prompt_file": "p.txt", "scheduler": "euler_a"}
-    assert "seed" not in settings.get("run", {})  # of another command
+    assert "seed" not in settings.get("run", {})  # belongs to another command
     assert "network_args" in comment
 
 
@@ -287,14 +287,14 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--save_every_n_epochs 2", "checkpoint.every_steps", 0),
         ("--save_every_n_epochs 2", "checkpoint.every_epochs", 2),
         ("--save_every_n_epochs 2 --save_last_n_epochs 5", "checkpoint.keep_last", 5),
-        ("--save_last_n_steps 500", "checkpoint.keep_last", None),  # nothing is saved there
+        ("--save_last_n_steps 500", "checkpoint.keep_last", None),  # without save_every_n_steps nothing is saved
         ("--zero_stage 3", "engine.zero_stage", None),  # without --deepspeed
         ("--deepspeed --zero_stage 3 --offload_param_device none", "engine.zero_stage", 3),
         ("--ddp_timeout 90", "engine.timeout_minutes", 90),
         ("--network_module networks.lora --network_train_unet_only", "optim.text_encoder_lr", None),
         ("--network_module networks.lora", "optim.text_encoder_lr", 2e-6),
         ("--network_module lycoris.kohya --network_dim 8", "lora.rank", 8),
-        ("--network_module lycoris.kohya", "lora.rank", 4),  # and not the whole network
+        ("--network_module lycoris.kohya", "lora.rank", 4),  # adapters, not the whole network
         ("--network_dim 8", "lora.rank", None),
         ("--scale_v_pred_loss_like_noise_pred --v_parameterization", "objective.weighting", "v_like_epsilon"),
         ("--v_pred_like_loss 0.5", "objective.weighting_gamma", 0.5),
@@ -302,7 +302,7 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--huber_schedule constant --loss_type smooth_l1", "objective.huber_schedule", "constant"),
         ("--alpha_mask", "objective.masked_loss", True),
         ("--masked_loss --alpha_mask", "data.masks", None),
-        ("--masked_loss", "objective.masked_loss", None),  # there are no masks
+        ("--masked_loss", "objective.masked_loss", None),  # without masks
         ("--masked_loss --conditioning_data_dir masks", "objective.masked_loss", True),
         ("--masked_loss --conditioning_data_dir masks", "data.masks", "masks"),
         ("--conditioning_data_dir masks", "data.masks", None),
@@ -312,7 +312,11 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--log_with tensorboard", "log.wandb", None),
         ("--log_with wandb --wandb_run_name a", "run.name", "a"),
         ("--log_with wandb --wandb_run_name a --output_name b", "run.name", "b"),
-        ("--bucket_reso_steps 8 --enable_bucket --resolution 1024", "data.bucket_step_px", None),  # against the rules
+        (
+            "--bucket_reso_steps 8 --enable_bucket --resolution 1024",
+            "data.bucket_step_px",
+            None,
+        ),  # refused by the schema
         ("--train_text_encoder --learning_rate_te1 0", "optim.text_encoder_lr", 0),
         ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
     ],
@@ -331,11 +335,11 @@ def test_the_same_images_at_several_resolutions(tmp_path: Path) -> None:
     settings, comment = import_files(tmp_path, {"d.toml": sets})
     assert settings["data"]["resolution_px"] == [512, 1024] and settings["data"]["image_dirs"] == ["/a"]
     assert settings["train"]["micro_batch_size"] == 8 and "batch_size = [8, 2]: differs" in comment
-    assert "enable_bucket = False" in comment  # one bucket for each resolution there
+    assert "enable_bucket = False" in comment  # one bucket per resolution in kohya's scripts
 
 
 def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
-    """A folder that is given twice comes once, and nothing of it is lost unnamed."""
+    """A folder that is given twice is used once, and every difference is reported."""
     first = "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\nnum_repeats = 2\n"
     regular = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
     second = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '/a/'\nnum_repeats = 3\n"
@@ -343,7 +347,7 @@ def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
     data = settings["data"]
     assert (data["resolution_px"], data["image_dirs"], data["source_weights"]) == ([1024, 512], ["/a"], [2])
     assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
-    # As many as all others there too, whatever num_repeats is.
+    # Regularisation images are balanced, whatever num_repeats is.
     assert data["regularisation_dirs"] == ["/r"] and "regularisation_repeats" not in data
     assert "num_repeats = 7: has no effect with is_reg" in comment and "data.regularisation_repeats: 7" in comment
     other = "[[datasets.subsets]]\nimage_dir = '/b'\n"
@@ -354,7 +358,7 @@ def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
 
 
 def test_what_is_unset_is_compared_by_its_default(tmp_path: Path) -> None:
-    """kohya's default, or the training file's value, and named as unset where there is none; each file is read once."""
+    """Unset options are compared by the training file's value or kohya's default; each file is read once."""
     sets = (
         "[general]\nenable_bucket = true\n[[datasets]]\nresolution = 1024\nbucket_reso_steps = 64\nbatch_size = 4\n"
         "[[datasets.subsets]]\nimage_dir = '/a'\n[[datasets.subsets]]\nimage_dir = '/b'\ncaption_prefix = 'x, '\n"
@@ -368,7 +372,7 @@ def test_what_is_unset_is_compared_by_its_default(tmp_path: Path) -> None:
     assert settings["train"]["micro_batch_size"] == 4 and "caption" not in settings["data"]
 
 
-def test_a_vae_of_one_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+def test_a_vae_in_a_single_file_gets_a_conversion_command(tmp_path: Path) -> None:
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --vae /m/best.safetensors"})
     assert "model" not in settings and "model.vae: /m/best" in comment
     assert "from_single_file('/m/best.safetensors', config='stabilityai/" in comment
