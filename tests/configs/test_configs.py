@@ -71,7 +71,7 @@ def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
         ("data: {min_bucket_px: 1024, resolution_px: 512}", "data", None, "see docs/CONFIG.md"),
     ],
 )
-def test_a_wrong_setting_is_named_and_left_at_its_default(tmp_path, text, key, value, cure):
+def test_a_wrong_setting_is_reported_and_left_at_its_default(tmp_path, text, key, value, cure):
     config, problems = load(tmp_path, text)
     assert [(problem.key, problem.value, problem.cure) for problem in problems] == [(key, value, cure)]
     assert config == Config()
@@ -109,14 +109,14 @@ def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
         ("just words", "must be a mapping"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, said):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text, said):
     with pytest.raises(UserInputError, match=said) as caught:
         load(tmp_path, text)
     assert [problem.key for problem in caught.value.problems] == ["--cfg"]
     assert "unicode string" not in str(caught.value)
 
 
-def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path):
+def test_missing_and_binary_files_are_refused(tmp_path):
     with pytest.raises(UserInputError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "x.yaml").write_bytes(b"run: {name: \xff}")
@@ -150,7 +150,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("optim.lr=", "optim.lr"),
     ],
 )
-def test_a_wrong_override_is_named(tmp_path, word, key):
+def test_a_wrong_override_is_reported(tmp_path, word, key):
     assert [problem[0] for problem in list_problems(tmp_path, "", word)] == [key]
 
 
@@ -169,7 +169,7 @@ def test_every_preset_loads_and_survives_being_saved(tmp_path, path):
     assert load_config(tmp_path / "saved.yaml") == (config, [])
 
 
-def test_saving_keeps_what_a_user_may_write(tmp_path):
+def test_special_characters_and_null_survive_saving(tmp_path):
     text = "run: {name: a.b-c}\nsample: {prompts: ['ein Mädchen: \"x\" # y', '']}\ncache: {dir: ~}"
     config, problems = load(tmp_path, text)
     assert problems == []
@@ -187,7 +187,7 @@ def test_the_page_of_settings_is_current():
     assert [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")] == []
 
 
-def test_the_nearest_key_is_one_of_the_schema():
+def test_suggested_keys_exist():
     assert suggest_key("checkpoint.keep_latest") == "checkpoint.keep_last"
     assert suggest_key("learning_rte") == ""
     assert {key: suggest_key(key) for key in OF_KOHYA} == OF_KOHYA
@@ -195,6 +195,6 @@ def test_the_nearest_key_is_one_of_the_schema():
     assert all(suggest_key(key[:-1]) in known for key in known if "." in key and len(key.rsplit(".")[-1]) > 4)
 
 
-def test_one_folder_need_not_be_a_list():
+def test_a_single_value_is_wrapped_in_a_list():
     config, problems = build_config({}, ["data.image_dirs=../images", "data.resolution_px=512"])
     assert problems == [] and config.data.image_dirs == [Path("../images")] and config.data.resolution_px == [512]

@@ -41,7 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "settings.yaml"
 
 
-def test_without_a_contradiction_nothing_is_wrong(settings: Path) -> None:
+def test_consistent_settings_have_no_problems(settings: Path) -> None:
     config, problems = load_config(settings)
     assert [*problems, *verify_run(config, 1)[1]] == []
 
@@ -99,14 +99,14 @@ def test_a_contradiction_ends_with_status_2(
 
 
 @pytest.mark.skipif("wandb" in packages_distributions(), reason="wandb is installed")
-def test_a_package_that_is_asked_for_and_missing_is_named(settings: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_package_is_reported(settings: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--cfg", str(settings), "log.wandb=mine"]) == 2
     printed = capsys.readouterr().err
     assert "\n  - log.wandb = 'mine'" in printed and "cure: pip install wandb, or leave it out" in printed
     assert not list(settings.parent.glob("runs/*/config.yaml"))
 
 
-def test_one_mask_among_the_latents_is_enough(settings: Path, tmp_path: Path) -> None:
+def test_masked_loss_needs_one_mask_only(settings: Path, tmp_path: Path) -> None:
     data = shutil.copytree(settings.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     mask = np.ones((64, 64), np.float32)
     sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64), alpha_mask=mask)

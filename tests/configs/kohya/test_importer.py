@@ -338,7 +338,7 @@ def test_the_same_images_at_several_resolutions(tmp_path: Path) -> None:
     assert "enable_bucket = False" in comment  # one bucket per resolution in kohya's scripts
 
 
-def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
+def test_datasets_that_share_some_folders(tmp_path: Path) -> None:
     """A folder that is given twice is used once, and every difference is reported."""
     first = "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\nnum_repeats = 2\n"
     regular = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
@@ -357,7 +357,7 @@ def test_data_sets_that_share_some_folders(tmp_path: Path) -> None:
     assert "image_dir = ['/a']: is in several" in comment
 
 
-def test_what_is_unset_is_compared_by_its_default(tmp_path: Path) -> None:
+def test_unset_options_are_compared_by_their_defaults(tmp_path: Path) -> None:
     """Unset options are compared by the training file's value or kohya's default; each file is read once."""
     sets = (
         "[general]\nenable_bucket = true\n[[datasets]]\nresolution = 1024\nbucket_reso_steps = 64\nbatch_size = 4\n"
@@ -379,14 +379,15 @@ def test_a_vae_in_a_single_file_gets_a_conversion_command(tmp_path: Path) -> Non
     assert "save_pretrained('/m/best')" in comment
 
 
-def test_what_is_always_so_is_not_called_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_built_in_options_are_not_reported_as_unsupported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --cache_latents --color_aug --save_state"})
-    lost, always = comment.split("always on here")
-    assert "color_aug" in lost and "cache_latents" in always and "save_state" in always and "color_aug" not in always
+    unsupported, built_in = comment.split("always on here")
+    assert "color_aug" in unsupported and "color_aug" not in built_in
+    assert "cache_latents" in built_in and "save_state" in built_in
     assert capsys.readouterr().err.endswith(f"doctor.sh --cfg {tmp_path / 'x.yaml'}\n")
 
 
-def test_a_file_of_data_sets_goes_before_folders_in_the_command(tmp_path: Path) -> None:
+def test_a_dataset_file_wins_over_folders_in_the_command(tmp_path: Path) -> None:
     sets = "".join(
         f"[[datasets]]\nresolution = [1024, 1024]\n[[datasets.subsets]]\nimage_dir = '/{name}'\n" for name in "ab"
     )
@@ -415,7 +416,7 @@ def test_commands_of_other_shells(tmp_path: Path) -> None:
     assert read_command(tmp_path / "x.bat") == {"output_dir": "C:\\out\\new", "seed": 3}
 
 
-def test_python_is_never_run(tmp_path: Path) -> None:
+def test_python_is_never_executed(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("config.a = [1, (2, 3)]\nconfig.b = open('/etc/passwd')\nconfig.c = -1 / 0\n")
     assert read_python(tmp_path / "x.py") == ({"a": [1, [2, 3]]}, {"b": "open('/etc/passwd')", "c": "-1 / 0"})
 
@@ -431,7 +432,7 @@ def test_python_is_never_run(tmp_path: Path) -> None:
         ("x.toml", 'dataset_config = "absent.toml"', "No such file"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, said: str, capsys) -> None:
+def test_files_that_cannot_be_read_are_reported(tmp_path: Path, name: str, text: str, said: str, capsys) -> None:
     (tmp_path / name).write_text(text)
     assert main([str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
@@ -442,7 +443,7 @@ def test_a_frozen_unet_of_the_first_sdxl_trainer(tmp_path: Path) -> None:
     assert settings["optim"]["groups"] == [{"match": "^unet\\.", "lr": 0}]
 
 
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_output_that_cannot_be_written_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "x.txt").write_text("sdxl_train.py --seed 1")
     assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "absent" / "x.yaml")]) == 2
     assert "--out" in capsys.readouterr().err
