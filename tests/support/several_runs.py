@@ -16,6 +16,7 @@ from sdxl_trainer.launch.program import end_program, run_program
 from sdxl_trainer.train.run.build import build_run
 from sdxl_trainer.train.run.job import build_emergency_saver, finish, set_up
 from sdxl_trainer.train.run.loop import fit
+from sdxl_trainer.train.run.summary import show_start
 
 
 def train(settings: Path, words: list[str]) -> None:
@@ -23,6 +24,7 @@ def train(settings: Path, words: list[str]) -> None:
     config, problems = load_config(settings, [word for word in words if word != "--dry-run"])
     config, index, ranks = set_up(config, problems)
     run, batches = build_run(config, index, ranks)
+    show_start(run)
     if "--dry-run" not in words:
         with build_emergency_saver(run):
             fit(run, batches)
