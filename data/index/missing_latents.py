@@ -27,7 +27,7 @@ IMAGES_PER_TASK = 256  # a thread's task for each image would cost more than the
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How the latents of images that have none will be encoded."""
+    """Settings for encoding the latents of images that have none."""
 
     rules: tuple[tuple[str, BucketRule], ...]  # (prefix of the keys, rule) of each resolution
     beside: bool  # write latents beside the images instead of into the cache folder
