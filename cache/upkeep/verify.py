@@ -52,11 +52,10 @@ def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, s
     taken = dict.fromkeys(list_shards(folder), 0)
     for entry in entries:
         if entry.file in taken and entry.offset is not None and entry.record_bytes is not None:
-            start, end = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes)
-            taken[entry.file] += end - start
+            span = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes)
+            taken[entry.file] += span.size
         if entry.text is not None and entry.text.offset is not None and entry.text.file in taken:
-            start, end = compute_text_span(entry.key, entry.text.offset, entry.text.bytes)
-            taken[entry.text.file] += end - start
+            taken[entry.text.file] += compute_text_span(entry.key, entry.text.offset, entry.text.bytes).size
     reasons = {file: verify_shard_end(folder / file, end) for file, end in taken.items()}
     return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
 

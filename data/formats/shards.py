@@ -1,11 +1,11 @@
-"""Tar shards in webdataset's form, written so that a crash loses nothing and read by position.
+"""Tar shards in webdataset's form: written so that a crash loses nothing, and read by offset.
 
-A sample is two members, `key.json` (the record) and `key.npz` (the latents), and where text is cached a third,
-`key.te.npz` (the text encoders' outputs), of plain USTAR/GNU tar. The manifest lists the offset of each npz, so one
-`pread` gets it and shuffling needs no extraction. Any tar reader reads them.
+A sample is two members of plain USTAR/GNU tar, `key.json` (the record) and `key.npz` (the latents), and with cached
+text a third, `key.te.npz` (the text encoders' outputs). The manifest lists the offset of each npz, so one `pread` reads
+it and shuffling needs no extraction. Any tar reader reads a shard.
 
-A shard is built under a hidden name. A job that is killed leaves it there, and `recover_shard` cuts it after the last
-sample that the manifest lists, closes it and gives it its name.
+A shard is built under a hidden name. A killed job leaves it there; `recover_shard` cuts it after the last sample that
+the manifest lists, closes it and renames it.
 """
 
 import os
@@ -16,26 +16,59 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
+from sdxl_trainer.data.files import Span
+
 BLOCK = tarfile.BLOCKSIZE
-END = bytes(2 * BLOCK)  # what closes a tar
-# Zip and npy headers put the first array of an npz 189 bytes in. From here its values are aligned in memory: faster to
-# look at and to copy.
+END = bytes(2 * BLOCK)  # of a tar
+# Zip and npy headers take the first 189 bytes of an npz. At this shift the array's values are aligned in memory, which
+# makes checks and copies faster.
 NPZ_SHIFT = 3
 TEXT_SUFFIX = ".te.npz"
 
 
 @dataclass(frozen=True)
 class ShardPlace:
-    """Where a sample's npz lies: bytes [offset, offset + size) of a shard."""
+    """The place of a sample's npz: bytes [offset, offset + size) of a shard."""
 
     shard: str
     offset: int
     size: int
     text_offset: int | None = None  # of the text encoders' outputs
+
+
+class ShardMember(NamedTuple):
+    """A file in a shard. Its content is bytes [offset, offset + size) of the tar."""
+
+    key: str
+    suffix: str  # such as `npz`
+    offset: int
+    size: int
+
+
+class SampleContent(NamedTuple):
+    """The content of a sample of a shard."""
+
+    record: memoryview
+    npz: memoryview
+
+
+class SampleFrame(NamedTuple):
+    """The headers and padding that tar puts around a sample's record and npz."""
+
+    before: bytes
+    between: bytes
+    after: bytes
+
+
+class MemberFrame(NamedTuple):
+    """The header and padding that tar puts around a member's content."""
+
+    header: bytes
+    padding: bytes
 
 
 class BadShardError(ValueError):
@@ -45,11 +78,11 @@ class BadShardError(ValueError):
 class ShardWriter:
     """Appends samples to one shard.
 
-    Each is written at the place where it belongs and not at the end of the file: what a failed write (the disk is
-    full) left half done is overwritten by the next sample, or cut off when the shard is closed.
+    Each sample is written at its offset instead of at the end of the file: the remains of a failed write (the disk is
+    full) are overwritten by the next sample, or cut off when the shard is closed.
 
     Args:
-        path: the shard's final name; it appears when `close` is called.
+        path: final name of the shard; it appears when `close` is called.
     """
 
     def __init__(self, path: Path):
@@ -63,14 +96,14 @@ class ShardWriter:
     def append(
         self, key: str, json_content: bytes, npz_content: bytes, text_content: bytes | None = None
     ) -> ShardPlace:
-        """Write one sample and return where its parts lie. It is on disk only after `flush`.
+        """Append one sample and return the place of its npz. It is on disk only after `flush`.
 
         Raises:
             OSError: it could not be written; the shard is as it was before.
         """
-        first, between, last = build_frame(key, len(json_content), len(npz_content))
-        sample = b"".join((first, json_content, between, npz_content, last))
-        offset = self.bytes_written + len(first) + len(json_content) + len(between)
+        frame = build_sample_frame(key, len(json_content), len(npz_content))
+        sample = b"".join((frame.before, json_content, frame.between, npz_content, frame.after))
+        offset = self.bytes_written + len(frame.before) + len(json_content) + len(frame.between)
         text_offset = None
         if text_content is not None:
             header, padding = build_text_frame(key, len(text_content))
@@ -81,8 +114,10 @@ class ShardWriter:
         return ShardPlace(self.path.name, offset, len(npz_content), text_offset)
 
     def flush(self, end: int) -> None:
-        """Bring bytes [0, end) to disk. Threads may call it at once, also while one appends: one sync serves all that
-        wait for it."""
+        """Flush bytes [0, end) to disk.
+
+        Threads may call this at once, also while one appends: one sync serves all that wait.
+        """
         with self._flush_lock:
             if self._bytes_flushed < end:
                 written = self.bytes_written
@@ -90,7 +125,7 @@ class ShardWriter:
                 self._bytes_flushed = written
 
     def close(self) -> None:
-        """Close the tar and give the shard its name.
+        """Close the tar and rename the shard to its final name.
 
         Raises:
             OSError: it could not be written; the shard stays unfinished, for `recover_shard`.
@@ -104,86 +139,79 @@ class ShardWriter:
         os.replace(get_partial_path(self.path), self.path)
 
 
-def build_frame(key: str, record_bytes: int, npz_bytes: int) -> tuple[bytes, bytes, bytes]:
-    """What tar puts before a sample's record, between it and the npz, and after that.
+def build_sample_frame(key: str, record_bytes: int, npz_bytes: int) -> SampleFrame:
+    """Build the frame of a sample's record and npz.
 
-    It follows from the manifest alone, so a single wrong byte of it can be told.
+    It follows from the manifest alone, so a single wrong byte of it is found.
     """
     name = encode_key(key)
     between = bytes(_pad(record_bytes)) + _build_header(f"{name}.npz", npz_bytes)
-    return _build_header(f"{name}.json", record_bytes), between, bytes(_pad(npz_bytes))
+    return SampleFrame(_build_header(f"{name}.json", record_bytes), between, bytes(_pad(npz_bytes)))
 
 
-def build_text_frame(key: str, text_bytes: int) -> tuple[bytes, bytes]:
-    """What tar puts before a sample's text encoder outputs, and after them."""
-    return _build_header(encode_key(key) + TEXT_SUFFIX, text_bytes), bytes(_pad(text_bytes))
+def build_text_frame(key: str, text_bytes: int) -> MemberFrame:
+    """Build the frame of a sample's text encoder outputs."""
+    return MemberFrame(_build_header(encode_key(key) + TEXT_SUFFIX, text_bytes), bytes(_pad(text_bytes)))
 
 
-def compute_sample_span(key: str, record_bytes: int, offset: int, npz_bytes: int) -> tuple[int, int]:
-    """Bytes [start, end) of a shard that a sample's record and latents take, headers included; the npz at `offset`."""
+def compute_sample_span(key: str, record_bytes: int, offset: int, npz_bytes: int) -> Span:
+    """Compute the bytes of a shard that a sample's record and npz take, with their frame; the npz is at `offset`."""
     length = len(encode_key(key).encode())
     record = _count_header_bytes(length + len(".json")) + record_bytes + _pad(record_bytes)
-    return offset - _count_header_bytes(length + len(".npz")) - record, offset + npz_bytes + _pad(npz_bytes)
+    before = record + _count_header_bytes(length + len(".npz"))
+    return Span(offset - before, before + npz_bytes + _pad(npz_bytes))
 
 
-def compute_text_span(key: str, offset: int, text_bytes: int) -> tuple[int, int]:
-    """Bytes [start, end) of a shard that a sample's text encoder outputs at `offset` take, header included."""
+def compute_text_span(key: str, offset: int, text_bytes: int) -> Span:
+    """Compute the bytes of a shard that a sample's text encoder outputs at `offset` take, with their frame."""
     header = _count_header_bytes(len(encode_key(key).encode()) + len(TEXT_SUFFIX))
-    return offset - header, offset + text_bytes + _pad(text_bytes)
+    return Span(offset - header, header + text_bytes + _pad(text_bytes))
 
 
-def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes: int) -> tuple[memoryview, memoryview]:
-    """(record, npz) of one sample of a shard, finished or not, with all that tar puts around them checked.
+def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes: int) -> SampleContent:
+    """Read one sample of a shard, finished or not, and check the tar headers and padding around it.
 
     Raises:
         OSError: there is no such shard, or it cannot be read.
-        BadShardError: the sample does not lie there, or is not whole.
+        BadShardError: the sample is not at this offset, or not whole.
     """
-    start, end = compute_sample_span(key, record_bytes, offset, npz_bytes)
-    if start < 0:
-        raise BadShardError("cannot hold the sample where the manifest says")
-    content = memoryview(_read_at(path, start, end - start))
-    first, between, last = build_frame(key, record_bytes, npz_bytes)
-    record_end, npz_start = len(first) + record_bytes, offset - start
-    if len(content) != end - start:
-        raise BadShardError(f"is cut short: {len(content)} of the sample's {end - start} bytes are left")
-    frame = (content[: len(first)], content[record_end:npz_start], content[npz_start + npz_bytes :])
-    if frame != (first, between, last):
+    span = compute_sample_span(key, record_bytes, offset, npz_bytes)
+    content = _read_span(path, span, "sample")
+    frame = build_sample_frame(key, record_bytes, npz_bytes)
+    record_start, npz_start = len(frame.before), offset - span.offset
+    record_end, npz_end = record_start + record_bytes, npz_start + npz_bytes
+    if (content[:record_start], content[record_end:npz_start], content[npz_end:]) != frame:
         raise BadShardError("has another tar header around the sample than it should have")
-    return content[len(first) : record_end], content[npz_start : npz_start + npz_bytes]
+    return SampleContent(content[record_start:record_end], content[npz_start:npz_end])
 
 
 def read_text_member(path: Path, key: str, offset: int, text_bytes: int) -> memoryview:
-    """The text encoder outputs of one sample of a shard, with all that tar puts around them checked.
+    """Read the text encoder outputs of one sample of a shard, and check the tar header and padding around them.
 
     Raises:
         OSError: there is no such shard, or it cannot be read.
-        BadShardError: they do not lie there, or are not whole.
+        BadShardError: the outputs are not at this offset, or not whole.
     """
-    start, end = compute_text_span(key, offset, text_bytes)
-    if start < 0:
-        raise BadShardError("cannot hold the text outputs where the manifest says")
-    content = memoryview(_read_at(path, start, end - start))
-    if len(content) != end - start:
-        raise BadShardError(f"is cut short: {len(content)} of the text outputs' {end - start} bytes are left")
-    head, tail = offset - start, offset - start + text_bytes
-    if (content[:head], content[tail:]) != build_text_frame(key, text_bytes):
+    span = compute_text_span(key, offset, text_bytes)
+    content = _read_span(path, span, "text outputs")
+    start, end = offset - span.offset, offset - span.offset + text_bytes
+    if (content[:start], content[end:]) != build_text_frame(key, text_bytes):
         raise BadShardError("has another tar header around the text outputs than it should have")
-    return content[head:tail]
+    return content[start:end]
 
 
 def get_partial_path(path: Path) -> Path:
-    """The hidden name under which a shard is built."""
+    """Return the hidden name under which a shard is built."""
     return path.with_name(f".{path.name}.partial")
 
 
 def locate_shard(path: Path) -> Path:
-    """Where a shard is now: under its name, or, while a job builds it or was killed over it, under the hidden one."""
+    """Return the path of a shard: its final name, or the hidden one while it is unfinished."""
     return path if path.exists() else get_partial_path(path)
 
 
 class OpenFile:
-    """A file that is open as long as somebody has this."""
+    """A file that is open as long as this object lives."""
 
     def __init__(self, path: Path | str):
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -200,14 +228,14 @@ class OpenFile:
 
 
 class OpenShards:
-    """Shards that stay open, the most recent ones."""
+    """The most recently used shards, kept open."""
 
     def __init__(self, limit: int = 64):
         self._limit = limit
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
 
     def open(self, path: str) -> OpenFile:
-        """A shard, finished or not."""
+        """Open a shard, finished or not, unless it is open."""
         file = self._files.get(path)
         if file is None:
             file = self._files[path] = OpenFile(locate_shard(Path(path)))
@@ -218,17 +246,17 @@ class OpenShards:
         return file
 
     def forget(self, path: str) -> None:
-        """Open it anew when it is asked for again: the handle of a file may have become stale."""
+        """Drop a shard's handle, which may be stale, so that the next `open` opens it again."""
         self._files.pop(path, None)
 
 
 def list_partial_shards(folder: Path) -> list[Path]:
-    """Final names of the shards that a job left unfinished."""
+    """Return the final names of the shards that a job left unfinished."""
     return [folder / path.name[1 : -len(".partial")] for path in sorted(folder.glob(".*.tar.partial"))]
 
 
 def recover_shard(path: Path, end: int) -> None:
-    """Finish an unfinished shard: keep bytes [0, end), which the manifest vouches for; end 0 removes it."""
+    """Finish an unfinished shard with its bytes [0, end), which the manifest lists; `end` 0 removes it."""
     partial = get_partial_path(path)
     if end == 0:
         partial.unlink()
@@ -239,22 +267,23 @@ def recover_shard(path: Path, end: int) -> None:
 
 
 def verify_shard_end(path: Path, end: int) -> str | None:
-    """What is wrong with a finished shard behind its samples, which end at `end`, or None.
+    """Return what is wrong with a finished shard after its samples, which end at `end`, or None.
 
     Raises:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
     if size != end + len(END):
-        return f"has {size} bytes where its samples and the end of the tar take {end + len(END)}"
-    return None if _read_at(path, end, len(END)) == END else "does not end as a tar does"
+        return f"has {size} bytes, but its samples and the end of the tar take {end + len(END)}"
+    return None if _read_at(path, Span(end, len(END))) == END else "does not end as a tar does"
 
 
-def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix such as "npz", offset, size) of every file in a tar, told from the headers alone.
+def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterator[ShardMember]:
+    """Yield every file of a tar, from its headers alone.
 
     Args:
-        path: of the tar, or what it is called in errors where a stream is given.
+        path: of the tar, or its name in errors if a stream is given.
+        stream: the tar; None opens `path`.
 
     Raises:
         BadShardError: torn, no tar, or a member that is a link, or whose name is absolute or climbs out with `..`.
@@ -265,8 +294,8 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
                 _check_member(path, member)
                 if member.isfile():
                     key, _, suffix = member.name.partition(".") if "/" not in member.name else _split(member.name)
-                    yield decode_key(key), suffix, member.offset_data, member.size
-            # tarfile takes a damaged header, or the end of the file, for the end of the tar.
+                    yield ShardMember(decode_key(key), suffix, member.offset_data, member.size)
+            # tarfile treats a damaged header, and the end of the file, as the end of the tar.
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise BadShardError(f"{path}: is cut short or damaged at byte {tar.offset}")
@@ -275,12 +304,12 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
 
 
 def encode_key(key: str) -> str:
-    """A key as a member name: webdataset ends the key at the first dot, so dots (and what paths use) are escaped."""
+    """Escape dots and slashes of a key, because webdataset ends the key at the first dot of a member's name."""
     return key.replace("%", "%25").replace(".", "%2E").replace("/", "%2F")
 
 
 def decode_key(name: str) -> str:
-    """The key of a member name."""
+    """Return the key of a member's name."""
     return name.replace("%2F", "/").replace("%2E", ".").replace("%25", "%")
 
 
@@ -292,7 +321,7 @@ def _check_member(path: Path | str, member: tarfile.TarInfo) -> None:
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """webdataset's rule: the key ends at the first dot of the base name."""
+    """Split a member's name by webdataset's rule: the key ends at the first dot of the base name."""
     folder, _, base = name.rpartition("/")
     key, dot, suffix = base.partition(".")
     return f"{folder}/{key}", dot, suffix
@@ -306,12 +335,12 @@ def _build_header(name: str, size: int) -> bytes:
 
 
 def _count_header_bytes(name_bytes: int) -> int:
-    """Length of `_build_header`: GNU tar puts a name of more than 100 bytes into a member of its own before it."""
+    """Return the length of `_build_header`: GNU tar puts a name of more than 100 bytes into a member before it."""
     return BLOCK if name_bytes <= tarfile.LENGTH_NAME else 2 * BLOCK + name_bytes + 1 + _pad(name_bytes + 1)
 
 
 def _pad(size: int) -> int:
-    """Bytes up to the next full block."""
+    """Return the number of bytes up to the next full block."""
     return -size % BLOCK
 
 
@@ -328,9 +357,18 @@ def _write_at(descriptor: int, content: bytes, place: int) -> None:
         rest, place = rest[written:], place + written
 
 
-def _read_at(path: Path, place: int, size: int) -> bytes:
+def _read_span(path: Path, span: Span, name: str) -> memoryview:
+    if span.offset < 0:
+        raise BadShardError(f"cannot hold the {name} at the offset in the manifest")
+    content = memoryview(_read_at(path, span))
+    if len(content) != span.size:
+        raise BadShardError(f"is cut short: {len(content)} of {span.size} bytes of the {name} are left")
+    return content
+
+
+def _read_at(path: Path, span: Span) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.pread(descriptor, size, place)
+        return os.pread(descriptor, span.size, span.offset)
     finally:
         os.close(descriptor)

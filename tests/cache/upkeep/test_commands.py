@@ -93,7 +93,8 @@ def get_owner(place: int, entries: dict, name: str, size: int) -> str:
         if entry.offset is None and entry.file == name:
             return key
         if entry.offset is not None:
-            start, end = compute_sample_span(key, entry.record_bytes, entry.offset, entry.bytes)
+            span = compute_sample_span(key, entry.record_bytes, entry.offset, entry.bytes)
+            start, end = span.offset, span.end
             if start <= place < end:
                 return key
     return f"shards/{name}"

@@ -105,8 +105,8 @@ def test_spans_are_what_tar_takes(shard):
     end = 0
     for key, (record, _, place) in items.items():
         span = compute_sample_span(key, len(record), place.offset, place.size)
-        assert span[0] == end, key
-        end = span[1]
+        assert span.offset == end, key
+        end = span.end
     assert verify_shard_end(path, end) is None
     assert path.stat().st_size == end + 2 * BLOCK
 
@@ -115,7 +115,7 @@ def test_members_are_listed_from_headers(shard):
     path, items = shard
     expected = []
     for key, (record, npz, place) in items.items():
-        start = place.offset - (compute_sample_span(key, len(record), place.offset, 0)[0])
+        start = place.offset - compute_sample_span(key, len(record), place.offset, 0).offset
         assert start > 0
         expected += [(key, "json", len(record)), (key, "npz", len(npz))]
     assert [(key, suffix, size) for key, suffix, _, size in iterate_members(path)] == expected
@@ -165,7 +165,7 @@ def test_every_truncation_of_a_tar_is_noticed(tmp_path):
     for kept in (end + BLOCK, end + BLOCK + 1, len(content) - 1):  # readers stop at the first block of zeros
         writer.path.write_bytes(content[:kept])
         assert len(list(iterate_members(writer.path))) == 6
-        assert "bytes where its samples and the end of the tar take" in verify_shard_end(writer.path, end)
+        assert "bytes, but its samples and the end of the tar take" in verify_shard_end(writer.path, end)
     writer.path.write_bytes(content[:BLOCK] + b"\1" + content[BLOCK + 1 :])
     assert len(list(iterate_members(writer.path))) == 6  # a record's content is the manifest's business
     writer.path.write_bytes(content[: 2 * BLOCK] + b"\1" + content[2 * BLOCK + 1 :])
@@ -179,7 +179,8 @@ def test_every_flipped_byte_of_a_sample_or_of_the_end_is_noticed(tmp_path):
     places = [writer.append(name, record, npz) for name in ("before", key, "after")]
     end = writer.bytes_written
     writer.close()
-    first, last = compute_sample_span(key, len(record), places[1].offset, len(npz))
+    span = compute_sample_span(key, len(record), places[1].offset, len(npz))
+    first, last = span.offset, span.end
     whole = writer.path.read_bytes()
     file = os.open(writer.path, os.O_WRONLY)
     before = None
