@@ -33,7 +33,7 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Whether the figure meets its target; True without one."""
+        """Return whether the figure meets its target; True without one."""
         if self.target is None:
             return True
         return self.value >= self.target if self.sign == ">=" else self.value <= self.target

@@ -1,4 +1,4 @@
-"""Does training teach? The tiny SDXL starts from random U-Net weights and learns the colour that a prompt names.
+"""Training as a whole: the tiny SDXL starts from random U-Net weights and learns the colour that a prompt names.
 
 The benchmark runs the real programs (cache on two ranks, training on two ranks under ZeRO-2) on the demo set, with the
 settings of configs/tiny.yaml and more steps. It generates 4 images for each of 6 colours and counts the images whose

@@ -1,4 +1,4 @@
-"""What does the framework cost? The real training step against a bare loop with the same networks and batches.
+"""The framework's own cost: the real training step against a bare loop with the same networks and batches.
 
 On one rank the bare loop is plain PyTorch: text encoders, U-Net, loss, backward, clipping, AdamW; in bf16 with fp32
 masters, as in the engine. On two ranks it is a DeepSpeed engine with the same settings. In bf16 the DeepSpeed loop is

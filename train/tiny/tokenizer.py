@@ -25,7 +25,7 @@ Merge = tuple[str, str]  # two symbols that become one
 
 
 class Vocabulary(NamedTuple):
-    """What vocab.json and merges.txt hold."""
+    """The contents of vocab.json and merges.txt."""
 
     ids: dict[str, int]  # token → id
     merges: list[Merge]
