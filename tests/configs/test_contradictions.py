@@ -11,6 +11,7 @@ from programs import TINY
 
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.data.images.bucket import CropBox, Size
 from sdxl_trainer.train.main import main
 from sdxl_trainer.train.run.checks import verify_run
 
@@ -26,7 +27,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "model" / name / "x.safetensors").touch()
     (folder / "data").mkdir()
     for number in range(4):
-        sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64))
+        sample = LatentSample(np.zeros((4, 8, 8), np.float32), Size(64, 64), CropBox(0, 0, 64, 64))
         write_latents(folder / "data" / f"{number}.npz", sample)
         (folder / "data" / f"{number}.txt").write_text("a b, c")
     (folder / "settings.yaml").write_text(
@@ -91,8 +92,8 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
 def test_a_contradiction_ends_with_status_2(
     settings: Path, words: str, key: str, said: str, capsys: pytest.CaptureFixture
 ) -> None:
-    words = words.replace(": ", ":\t").replace(", ", ",\t").split(" ")  # keep spaces inside a word
-    assert main(["--cfg", str(settings), *(word.replace("\t", " ") for word in words)]) == 2
+    overrides = words.replace(": ", ":\t").replace(", ", ",\t").split(" ")  # keep spaces inside a word
+    assert main(["--cfg", str(settings), *(word.replace("\t", " ") for word in overrides)]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and said in printed, printed
     assert not list(settings.parent.glob("runs/*/config.yaml"))
@@ -109,7 +110,7 @@ def test_a_missing_package_is_reported(settings: Path, capsys: pytest.CaptureFix
 def test_masked_loss_needs_one_mask_only(settings: Path, tmp_path: Path) -> None:
     data = shutil.copytree(settings.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     mask = np.ones((64, 64), np.float32)
-    sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64), alpha_mask=mask)
+    sample = LatentSample(np.zeros((4, 8, 8), np.float32), Size(64, 64), CropBox(0, 0, 64, 64), alpha_mask=mask)
     write_latents(data / "3.npz", sample)
     config, _ = load_config(settings, ["objective.masked_loss=true", f"data.image_dirs=[{data}]"])
     assert verify_run(config, 1)[1] == []
