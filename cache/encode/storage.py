@@ -72,8 +72,10 @@ class Storage(Protocol):
 
 
 class NpzStorage:
-    """Stores the latents of an item in the npz file `entry.file` under the cache folder, and its text encoder outputs
-    in `entry.text.file`. Each file is written whole or not at all."""
+    """Stores each item in npz files under the cache folder, written whole or not at all.
+
+    The latents go to `entry.file`, the text encoder outputs to `entry.text.file`.
+    """
 
     def __init__(self, folder: Path, dtype: str):
         self._folder = folder
@@ -231,7 +233,7 @@ def read_item(folder: Path, entry: ManifestEntry) -> StoredItem:
         record, npz = read_sample(path, entry.key, entry.record_bytes, entry.offset, entry.bytes)
         if hashlib.sha256(record).hexdigest() != entry.record_sha256:
             raise BadShardError("record differs from the manifest")
-    _check_bytes(npz, entry.bytes, entry.sha256, BadLatentError)
+    _verify_bytes(npz, entry.bytes, entry.sha256, BadLatentError)
     return StoredItem(record, npz)
 
 
@@ -249,7 +251,7 @@ def read_text_item(folder: Path, entry: ManifestEntry) -> Content | None:
         content = _read_file(folder / text.file, text.bytes)
     else:
         content = read_text_member(locate_shard(folder / text.file), entry.key, text.offset, text.bytes)
-    _check_bytes(content, text.bytes, text.sha256, BadTextError)
+    _verify_bytes(content, text.bytes, text.sha256, BadTextError)
     return content
 
 
@@ -275,7 +277,7 @@ def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
     return None
 
 
-def _check_bytes(content: Content, size: int, sha256: str, kind: type[ValueError]) -> None:
+def _verify_bytes(content: Content, size: int, sha256: str, kind: type[ValueError]) -> None:
     if len(content) != size:
         found = f"more than {size} bytes" if len(content) > size else f"{len(content)} bytes"
         raise kind(f"has {found} instead of {size}")

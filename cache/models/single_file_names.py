@@ -142,7 +142,7 @@ def get_canonical_name(component: str, name: str) -> str:
     return name
 
 
-def _check_config(
+def _validate_config(
     component: str, config: Mapping[str, Any], required: Iterable[str], allowed: Mapping[str, tuple[Any, ...]]
 ) -> None:
     """Raise one ValueError that lists missing keys and keys whose value is not allowed."""
@@ -172,7 +172,7 @@ def _add_unet(table: _Table, config: Mapping[str, Any]) -> None:
         "transformer_layers_per_block",
         "projection_class_embeddings_input_dim",
     )
-    _check_config(
+    _validate_config(
         "unet",
         config,
         required,
@@ -302,7 +302,7 @@ def _add_transformer(table: _Table, source: str, file: str, config: Mapping[str,
 
 def _add_vae(table: _Table, config: Mapping[str, Any]) -> None:
     """Add the VAE, whose decoder resolutions LDM numbers from the finest and diffusers from the coarsest."""
-    _check_config("vae", config, ("block_out_channels",), {})
+    _validate_config("vae", config, ("block_out_channels",), {})
     channels = list(config["block_out_channels"])
     last = len(channels) - 1
     num_layers, latent = config.get("layers_per_block", 1), config.get("latent_channels", 4)
