@@ -84,7 +84,7 @@ class EngineConfig(Section):
         if value and info.data.get("zero_stage") not in (3, None):
             raise ValueError("needs engine.zero_stage 3")
         if value and not info.data.get("offload_optimizer", True):
-            raise ValueError("needs engine.offload_optimizer: true; the optimizer state is larger than the weights")
+            raise ValueError("leaves the larger optimizer state on the GPU; set engine.offload_optimizer: true")
         return value
 
     @field_validator("initial_loss_scale_power")
