@@ -15,7 +15,7 @@ from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.formats.shards import locate_shard
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.stores.remote import is_remote, read_spans
+from sdxl_trainer.data.stores.remote import RemoteSpan, is_remote, read_spans
 
 NUM_THREADS = 16
 ROWS_A_TASK = 512
@@ -154,7 +154,7 @@ def _read_content(latents: IndexedLatents) -> bytes:
             with open(latents.path, "rb") as stream:
                 stream.seek(latents.offset or 0)
                 return stream.read(latents.num_bytes)
-        [content] = read_spans([(latents.path, latents.offset or 0, latents.num_bytes)])
+        [content] = read_spans([RemoteSpan(latents.path, latents.offset or 0, latents.num_bytes)])
     except OSError as error:
         raise BadLatentError(f"cannot be read: {error.strerror}") from None
     if isinstance(content, FileNotFoundError):

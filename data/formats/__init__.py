@@ -1,4 +1,4 @@
 """File formats of the cache: npz latents, text encoder outputs, tar shards, and the manifest.
 
-The writer and the reader of a format stand side by side in one module.
+The writer and the reader of a format are in one module.
 """

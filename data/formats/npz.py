@@ -74,7 +74,7 @@ def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: 
 
 
 class SpanReader(SeekableBytes):
-    """Bytes [offset, offset + size) of an open file, as a file: lets zipfile read an archive that lies in a shard."""
+    """Bytes [offset, offset + size) of an open file as a file, for zipfile to read an archive within a shard."""
 
     def __init__(self, descriptor: int, offset: int, size: int):
         super().__init__(size)
@@ -88,7 +88,10 @@ class SpanReader(SeekableBytes):
 
 
 def load_member(archive: zipfile.ZipFile, key: str, limit: int) -> np.ndarray:
-    """One array of an open npz file; `limit` is the most bytes it may unpack to.
+    """Read one array of an open npz file.
+
+    Args:
+        limit: most bytes that the array may unpack to.
 
     Raises:
         NpzError: torn, pickled, or claiming more than it holds or may hold.
@@ -162,7 +165,7 @@ def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -
     try:
         members = list_members(lambda offset, count: content[offset : offset + count], 0, len(content))
     except NpzError:
-        members = None  # zipfile finds more, or says more exactly what is wrong
+        members = None  # zipfile may still read it, or reports the damage more exactly
     # A file that was cut within its central directory is torn as well.
     if members is None or content[-END_SIZE : 4 - END_SIZE] != END_SIGNATURE:
         return None
@@ -205,7 +208,7 @@ def _parse_npy_fields(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
 
 
 def _load_any(content: bytes, limits: dict[str, int]) -> dict[str, np.ndarray]:
-    """The slow way, for compressed members and whatever else zipfile understands."""
+    """Return the arrays through zipfile, which reads compressed members and other forms."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             keys = [member.filename.removesuffix(".npy") for member in archive.infolist()]

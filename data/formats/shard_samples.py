@@ -1,7 +1,7 @@
-"""The samples of a webdataset shard: where each lies and what its record says, told by one pass over the headers.
+"""The samples of a webdataset shard: place and record of each, from one pass over the headers.
 
-Of a shard on a store this is kept in a local file, its catalogue, so that the pass is made once: two short reads a
-sample, of some KB, and none of the latents.
+For a remote shard the samples are stored in a local file, the shard's catalogue, so that the pass is made once. It
+takes two reads of a few KB for each sample, and reads no latents.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,30 +13,32 @@ import orjson
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
-from sdxl_trainer.data.formats.shards import BadShardError, iterate_members
+from sdxl_trainer.data.formats.shards import BadShardError, ShardMember, iterate_members
+from sdxl_trainer.data.images.bucket import Size
 
 MAX_RECORD_BYTES = 16 << 20
 CATALOGUE_SUFFIX = ".catalogue"
-WINDOW_BEFORE, WINDOW_AFTER = 2 << 10, 6 << 10  # bytes around a header: the small arrays before it, the record behind
+# Bytes read around a header: the small arrays before it, the record after it.
+WINDOW_BEFORE, WINDOW_AFTER = 2 << 10, 6 << 10
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """A sample of a shard. The npz is at [offset, offset + size) bytes, if there is one."""
+    """A sample of a shard."""
 
     key: str
     record: dict[str, Any]
-    offset: int | None
-    size: int | None
-    header: LatentHeader | None = None  # None: not looked at, or bad
-    bad: str | None = None  # why its latents are bad
+    offset: int | None  # of the npz, in bytes; None: it has none
+    size: int | None  # of the npz, in bytes
+    header: LatentHeader | None = None  # None: not read, or bad
+    bad: str | None = None  # the reason why its latents are bad
 
 
 def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list[ShardSample]:
-    """All samples of a shard, in their order: what has latents or a record.
+    """Read all samples of a shard that have latents or a record, in their order.
 
     Args:
-        name: what the shard is called in errors.
+        name: of the shard, for errors.
         with_headers: read the headers of the npz files too.
 
     Raises:
@@ -44,11 +46,11 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
     """
     members: dict[str, dict[str, Any]] = {}
     headers: dict[str, LatentHeader | str] = {}
-    pending: tuple[str, int, int] | None = None
+    pending: ShardMember | None = None
     for key, suffix, offset, size in iterate_members(name, stream):
-        # A header is read when the next member's is at hand: the end of an npz file lies in the same window.
-        headers |= _look_at(stream, pending)
-        pending = (key, offset, offset + size) if with_headers and suffix == "npz" else None
+        # A header is read with the next member's, because the end of an npz file lies in the same window.
+        headers |= _read_header(stream, pending)
+        pending = ShardMember(key, suffix, offset, size) if with_headers and suffix == "npz" else None
         if suffix in members.setdefault(key, {}):
             raise BadShardError(f"{name}: has two members '{key}.{suffix}'")
         members[key][suffix] = (offset, size)
@@ -57,7 +59,7 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
                 raise BadShardError(f"{name}: member {key}.{suffix} has {size} bytes")
             stream.seek(offset)
             members[key][suffix] = stream.read(size)
-    headers |= _look_at(stream, pending)
+    headers |= _read_header(stream, pending)
     samples = []
     for key, parts in members.items():
         if parts.keys() & {"npz", "json", "txt"}:
@@ -69,14 +71,14 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
 
 
 def save_catalogue(path: Path, url: str, samples: list[ShardSample]) -> None:
-    """Write a catalogue: JSON Lines, the URL first, then the samples."""
+    """Write a catalogue as JSON Lines: the URL of the shard, then its samples."""
     with open_atomic(path) as file:
         file.write(orjson.dumps({"url": url}) + b"\n")
         file.writelines(orjson.dumps(asdict(sample), default=tuple) + b"\n" for sample in samples)
 
 
 def load_catalogue(path: Path) -> tuple[str, list[ShardSample]]:
-    """(URL of the shard, its samples) from a catalogue."""
+    """Return the URL of the shard and its samples from a catalogue."""
     with open(path, "rb") as lines:
         url = orjson.loads(next(lines))["url"]
         return url, list(map(_parse_sample, lines))
@@ -86,24 +88,26 @@ def _parse_sample(line: bytes) -> ShardSample:
     fields = orjson.loads(line)
     header = fields.pop("header")
     if header is not None:
-        tuples: dict[str, Any] = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
-        header = LatentHeader(**{**header, **tuples})
+        header["bucket"] = Size(*header["bucket"])
+        if header["original_size"] is not None:
+            header["original_size"] = Size(*header["original_size"])
+        header = LatentHeader(**{**header, "crop_ltrb": tuple(header["crop_ltrb"])})
     return ShardSample(**fields, header=header)
 
 
-def _look_at(stream: IO[bytes], pending: tuple[str, int, int] | None) -> dict[str, LatentHeader | str]:
-    if pending is None:
+def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, LatentHeader | str]:
+    """Return the header of an npz, or the reason why it is bad, by its key."""
+    if member is None:
         return {}
-    key, offset, end = pending
 
     def read(place: int, count: int) -> bytes:
         stream.seek(place)
         return stream.read(count)
 
     try:
-        return {key: parse_latent_header(read, offset, end)}
+        return {member.key: parse_latent_header(read, member.offset, member.offset + member.size)}
     except BadLatentError as error:
-        return {key: str(error)}
+        return {member.key: str(error)}
 
 
 def _build_record(name: str, key: str, parts: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What the cached text encoder outputs have in common: `text.json` says what made them, beside it the empty caption's.
+"""State of cached text: `text.json` with the identity of all outputs, and the outputs of the empty caption.
 
-Outputs of dropped captions are those of the empty one, which is kept once.
+Dropped captions have the outputs of the empty caption, which are stored once.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text
 
 STATE_FILE = "text.json"
-EMPTY_FILE = "manifest/empty_te_outputs.npz"  # where no key of an image is likely to lead
+EMPTY_FILE = "manifest/empty_te_outputs.npz"  # a path that no key of an image is likely to give
 
 
 @dataclass(frozen=True)
 class TextState:
-    """What `text.json` says."""
+    """The content of `text.json`."""
 
     identity: TextIdentity
-    sources: list[Any]  # what names the encoders' files, so that their weights need not be hashed again
+    sources: list[Any]  # path, size and time of the encoders' files, so that they are not hashed again
     empty_sha256: str
 
 
@@ -38,7 +38,7 @@ def write_text_state(folder: Path, identity: TextIdentity, sources: Sequence[Any
 
 
 def read_text_state(folder: Path) -> TextState | None:
-    """The content of `text.json`; None if there is none, or it is damaged."""
+    """Read `text.json`; None if it is missing or damaged."""
     try:
         content = (folder / STATE_FILE).read_bytes()
         fields = orjson.loads(content)
@@ -49,22 +49,22 @@ def read_text_state(folder: Path) -> TextState | None:
 
 
 def read_empty_text(folder: Path, state: TextState) -> TextOutputs:
-    """The outputs of the empty caption.
+    """Read the outputs of the empty caption.
 
     Raises:
-        BadTextError: they are missing, or not as `text.json` says.
+        BadTextError: they are missing, or differ from the checksum in `text.json`.
     """
     try:
         content = (folder / EMPTY_FILE).read_bytes()
     except OSError as error:
         raise BadTextError(f"{EMPTY_FILE}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != state.empty_sha256:
-        raise BadTextError(f"{EMPTY_FILE}: has another SHA-256 than {STATE_FILE} says")
+        raise BadTextError(f"{EMPTY_FILE}: has another SHA-256 than {STATE_FILE} lists")
     return parse_text(content, 1, check_crc=False)[0]
 
 
 def verify_text_state(folder: Path) -> str | None:
-    """What is wrong with `text.json` or the empty caption's outputs, or None, also if no text is cached."""
+    """Return what is wrong with `text.json` or the empty caption's outputs; None also if no text is cached."""
     if not (folder / STATE_FILE).is_file():
         return None
     state = read_text_state(folder)
@@ -78,7 +78,7 @@ def verify_text_state(folder: Path) -> str | None:
 
 
 def describe_file(path: Path) -> list[Any]:
-    """Path, size and time of a file: what tells that it is another one, without reading it."""
+    """Return the path, size and mtime of a file, which reveal a change without reading it."""
     status = os.stat(path)
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 

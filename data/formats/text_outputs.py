@@ -1,14 +1,14 @@
-"""Text encoder outputs in the npz form that kohya-ss/sd-scripts reads: writer and reader.
+"""Text encoder outputs: writer and reader of the npz form that kohya-ss/sd-scripts uses.
 
 | key | dtype, shape | meaning |
 |---|---|---|
 | `hidden_state1` | floats [L, 768] | penultimate layer of encoder 1, without the final norm; L = 77, 152 or 227 |
-| `hidden_state2` | floats [L, 1280] | the same of encoder 2 |
+| `hidden_state2` | floats [L, 1280] | penultimate layer of encoder 2 |
 | `pool2` | floats [1280] | encoder 2's pooled output of the first 75 tokens |
-| `hidden_state1_v1`, `hidden_state2_v1`, `pool2_v1`, `..._v2` | the same | further variants of the caption |
+| `hidden_state1_v1`, `hidden_state2_v1`, `pool2_v1`, `..._v2` | like those above | further variants of the caption |
 
-Programs that know the first three keys find the first variant. bfloat16 is stored as in latent files: uint16 under the
-key + `_bf16`, the upper half of the float32.
+Programs that know only the first three keys read the first variant. bfloat16 is stored as in latent files: as uint16,
+the upper half of the float32, under the key + `_bf16`.
 """
 
 import io
@@ -34,7 +34,7 @@ class BadTextError(ValueError):
 
 @dataclass(frozen=True)
 class TextOutputs:
-    """What both encoders make of one caption."""
+    """Outputs of both encoders for one caption."""
 
     hidden_1: np.ndarray  # [L, C1] floats
     hidden_2: np.ndarray  # [L, C2]
@@ -42,7 +42,7 @@ class TextOutputs:
 
 
 def pack_text(variants: Sequence[TextOutputs], dtype: str = "float32") -> bytes:
-    """The bytes of an npz file: stored uncompressed, the same for the same content.
+    """Return the bytes of an npz file, stored uncompressed. Equal outputs give equal bytes.
 
     Args:
         dtype: of the arrays: float32, float16 or bfloat16.
@@ -60,10 +60,11 @@ def pack_text(variants: Sequence[TextOutputs], dtype: str = "float32") -> bytes:
 
 
 def parse_text(content: bytes | memoryview, variants: int, check_crc: bool = True) -> list[TextOutputs]:
-    """All variants of a text file, checked. bfloat16 comes as float32.
+    """Parse and check all variants of a text file. bfloat16 becomes float32.
 
     Args:
-        check_crc: False where the bytes' SHA-256 has been checked.
+        variants: number of variants in the file.
+        check_crc: False skips the CRC-32, for callers that have checked the bytes' SHA-256.
 
     Raises:
         BadTextError: torn, pickled, of another form, or not finite.
@@ -80,16 +81,18 @@ def parse_text(content: bytes | memoryview, variants: int, check_crc: bool = Tru
     return found
 
 
-def read_text_variant(path: Path, span: tuple[int | None, int], variant: int, variants: int) -> TextOutputs:
-    """One variant of a text file, without reading the others.
+def read_text_variant(path: Path, offset: int | None, size: int, variant: int, variants: int) -> TextOutputs:
+    """Read and check one variant of a text file, without reading the others.
 
     Args:
-        span: (offset of the npz in its shard, or None for a file of its own, and size) in bytes.
+        offset: of the npz in its shard, in bytes; None for a file of its own.
+        size: of the npz, in bytes.
+        variant: number of the variant, from 0.
+        variants: number of variants in the file.
 
     Raises:
         BadTextError: missing, torn, pickled, of another form, or not finite.
     """
-    offset, size = span
     try:
         descriptor = os.open(path if offset is None else locate_shard(path), os.O_RDONLY)
         try:
@@ -97,8 +100,8 @@ def read_text_variant(path: Path, span: tuple[int | None, int], variant: int, va
                 return parse_text(os.pread(descriptor, size, offset or 0), 1)[0]
             with zipfile.ZipFile(SpanReader(descriptor, offset or 0, size)) as archive:
                 names = {key + suffix for key in _list_keys(variant) for suffix in ("", BF16_SUFFIX)}
-                there = names.intersection(name.removesuffix(".npy") for name in archive.namelist())
-                return _build_outputs({key: load_member(archive, key, MAX_ARRAY_BYTES) for key in there}, variant)
+                found = names.intersection(name.removesuffix(".npy") for name in archive.namelist())
+                return _build_outputs({key: load_member(archive, key, MAX_ARRAY_BYTES) for key in found}, variant)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -12,7 +12,7 @@ from sdxl_trainer.data.files import read_patiently
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, parse_latents
 from sdxl_trainer.data.formats.shards import OpenFile, OpenShards
 from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.data.stores.remote import NoRangesError, Span, is_remote, read_spans
+from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, is_remote, read_spans
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
 
 Row = Mapping[str, Any]  # of the index, as Index.row returns it
@@ -85,14 +85,14 @@ class LatentStore:
     def _read_remote(self, rows: Sequence[Row], bucket: Size) -> list[Found]:
         samples: list[LatentSample | BadLatentError | None] = [self._read_copy(row, bucket) for row in rows]
         missing = [at for at, sample in enumerate(samples) if sample is None]
-        spans = [(rows[at]["file"], rows[at]["offset"], rows[at]["bytes"]) for at in missing]
+        spans = [_get_span(rows[at]) for at in missing]
         for at, span, content in zip(missing, spans, self._read_spans(spans), strict=True):
             samples[at] = sample = _parse(span, content, bucket)
             if self._copies is not None and isinstance(sample, LatentSample) and isinstance(content, bytes):
-                self._copies.keep(span[0], span[1], content)
+                self._copies.keep(span.url, span.offset, content)
         return [sample for sample in samples if sample is not None]
 
-    def _read_spans(self, spans: Sequence[Span]) -> Sequence[bytes | memoryview | FileNotFoundError]:
+    def _read_spans(self, spans: Sequence[RemoteSpan]) -> Sequence[bytes | memoryview | FileNotFoundError]:
         """Read spans from the store, or from copies of whole shards if the store sends only whole files."""
         try:
             return read_spans(spans) if spans else []
@@ -103,20 +103,26 @@ class LatentStore:
 
     def _read_copy(self, row: Row, bucket: Size) -> LatentSample | None:
         """Read a sample from its local copy; None if there is none, or if its checksums show it incomplete."""
-        content = None if self._copies is None else self._copies.read(row["file"], row["offset"], row["bytes"])
-        sample = None if content is None else _parse((row["file"], row["offset"], row["bytes"]), content, bucket)
+        content = None if self._copies is None else self._copies.read(*_get_span(row))
+        sample = None if content is None else _parse(_get_span(row), content, bucket)
         return sample if isinstance(sample, LatentSample) else None
 
 
-def _read_whole(copies: ShardCopies, span: Span) -> bytes | memoryview | FileNotFoundError:
+def _get_span(row: Row) -> RemoteSpan:
+    return RemoteSpan(row["file"], row["offset"], row["bytes"])
+
+
+def _read_whole(copies: ShardCopies, span: RemoteSpan) -> bytes | memoryview | FileNotFoundError:
     try:
-        copies.fetch(span[0])
+        copies.fetch(span.url)
     except FileNotFoundError as error:
         return error
     return copies.read(*span) or b""
 
 
-def _parse(span: Span, content: bytes | memoryview | FileNotFoundError, bucket: Size) -> LatentSample | BadLatentError:
+def _parse(
+    span: RemoteSpan, content: bytes | memoryview | FileNotFoundError, bucket: Size
+) -> LatentSample | BadLatentError:
     url, offset, size = span
     place = f"{url} at byte {offset}"
     if isinstance(content, FileNotFoundError):

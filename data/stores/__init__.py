@@ -1,1 +1,1 @@
-"""Remote stores: byte ranges through fsspec, local copies of metadata and shards."""
+"""Remote stores: byte ranges of objects through fsspec, and local copies of metadata and shards."""

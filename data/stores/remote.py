@@ -1,8 +1,8 @@
-"""Objects on stores that fsspec opens (`s3://`, `gs://`, `https://`, ...): what is there, and ranges of their bytes.
+"""Objects on stores that fsspec opens (`s3://`, `gs://`, `https://`, ...): list them, describe them, read byte ranges.
 
 Credentials and endpoints are found by fsspec's own means: the back end's environment variables and files, `FSSPEC_...`
-variables, and `~/.config/fsspec`. What may pass (a dropped connection, a busy server) is tried again after growing
-waits. What then still fails is no fault of a sample: it ends the job, whose state is saved.
+variables, and `~/.config/fsspec`. Errors that may pass (a dropped connection, a busy server) are retried after growing
+waits. An error that remains is no fault of a sample: it ends the job, whose state is saved.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.registry import known_implementations
@@ -26,11 +26,11 @@ from sdxl_trainer.data.files import SeekableBytes
 
 ATTEMPTS, FEW_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
-PATIENCE_SECONDS = 60.0  # after which no further attempt begins: packages have retries of their own, which take long
+PATIENCE_SECONDS = 60.0  # no attempt begins later: the back ends' own retries take long
 NUM_THREADS = 32
-MANY = 32  # objects of one folder, for which it is listed instead of asking for each
+MANY = 32  # from this many objects on, folders are listed instead of describing each object
 VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
-# Errors of libraries that need not be installed: those that are not loaded cannot have raised.
+# Errors of libraries that may not be installed. A library that is not loaded cannot have raised one.
 FOREIGN_ERRORS = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
@@ -38,7 +38,7 @@ FOREIGN_ERRORS = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("requests.exceptions", "RequestException"),
 )
-LASTING = {
+LASTING_ERRORS = {
     "NoCredentialsError",
     "PartialCredentialsError",
     "ProfileNotFound",
@@ -46,36 +46,42 @@ LASTING = {
     "ParamValidationError",
 }
 
-Span = tuple[str, int, int]  # url, offset and size in bytes
+
+class RemoteSpan(NamedTuple):
+    """A range of bytes of an object."""
+
+    url: str
+    offset: int
+    size: int
 
 
 class StoreError(RuntimeError):
-    """A store that cannot be used: no access, not to be reached, or the package for it is missing."""
+    """A store that cannot be used: access denied, unreachable, or its package is not installed."""
 
 
 class NoRangesError(StoreError):
-    """A server that does not send parts of a file."""
+    """A server that sends whole files only."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object and what tells it from an earlier one of the same name."""
+    """An object, with its size and version."""
 
     url: str
     size: int
-    version: str
+    version: str  # differs from that of an earlier object of the same name
 
 
 def is_remote(name: str | Path) -> bool:
-    """Whether a name is a URL, and not a path."""
+    """Return whether a name is a URL and not a path."""
     return "://" in str(name)
 
 
 def open_store(url: str) -> tuple[Any, str]:
-    """(fsspec's file system of a URL, the path in it).
+    """Return fsspec's file system of a URL, and the path in it.
 
     Raises:
-        StoreError: there is none of that name, or its package is not installed.
+        StoreError: the protocol is unknown, or its package is not installed.
     """
     try:
         return fsspec.core.url_to_fs(url)
@@ -88,7 +94,7 @@ def open_store(url: str) -> tuple[Any, str]:
 
 
 def find_objects(pattern: str) -> list[str]:
-    """URLs that match a pattern with `*`, sorted.
+    """List the URLs that match a pattern with `*`, sorted.
 
     Raises:
         StoreError: the store cannot be listed.
@@ -101,22 +107,22 @@ def find_objects(pattern: str) -> list[str]:
 
 
 def describe_objects(urls: Sequence[str]) -> list[StoredObject | FileNotFoundError]:
-    """Size and version of each object, from listings of their folders or one by one, or that it is not there.
+    """Return the size and version of each object, or the error if it does not exist.
 
     Raises:
         StoreError: the store does not answer, or refuses.
     """
     for folder in {url.rpartition("/")[0] for url in urls} if len(urls) >= MANY else ():
-        _list_folder(folder)  # which fsspec keeps; where a store cannot be listed, each object is asked for
+        _list_folder(folder)  # fsspec caches the listing; without one each object costs a request
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(_describe_object, urls))
 
 
-def read_spans(spans: Sequence[Span], attempts: int = ATTEMPTS) -> list[bytes | FileNotFoundError]:
-    """The bytes of each span, all asked for at once; fewer where an object ends before.
+def read_spans(spans: Sequence[RemoteSpan], attempts: int = ATTEMPTS) -> list[bytes | FileNotFoundError]:
+    """Read all spans concurrently; the bytes of a span are fewer where its object ends before.
 
     Raises:
-        StoreError: a store refuses, or did not answer to any of the attempts.
+        StoreError: a store refuses, or does not answer any of the attempts.
     """
     results: list[Any] = [None] * len(spans)
     left = list(range(len(spans)))
@@ -138,8 +144,8 @@ def download(url: str, target: Path) -> None:
     """Copy a whole object to a file, which appears when it is complete.
 
     Raises:
-        FileNotFoundError: there is none.
-        StoreError: the store refuses, did not answer to any of the attempts, or sent another number of bytes.
+        FileNotFoundError: the object does not exist.
+        StoreError: the store refuses, does not answer any of the attempts, or sends another number of bytes.
     """
     [item] = describe_objects([url])
     if isinstance(item, FileNotFoundError):
@@ -147,23 +153,23 @@ def download(url: str, target: Path) -> None:
     store, path = open_store(url)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        _try_often(url, ATTEMPTS, lambda: store.get_file(path, str(temporary)))
+        _call_with_retries(url, ATTEMPTS, lambda: store.get_file(path, str(temporary)))
         if (size := temporary.stat().st_size) != item.size:
-            raise StoreError(f"{url}: {size} bytes came of {item.size}")
+            raise StoreError(f"{url}: {size} of {item.size} bytes were received")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class RemoteFile(SeekableBytes):
-    """An object as a file to read and seek in. It reads windows around where it is asked and keeps the last ones.
+    """An object as a file to read and seek in. It reads windows around the place of a read, and keeps the latest ones.
 
     Args:
-        before: bytes of a window that lie before the place asked for.
-        after: bytes from there on.
+        before: bytes of a window before the place.
+        after: bytes of a window from the place on.
     """
 
-    KEPT = 4  # windows
+    MAX_WINDOWS = 4
 
     def __init__(self, item: StoredObject, before: int = 0, after: int = 4 << 20):
         super().__init__(item.size)
@@ -172,10 +178,10 @@ class RemoteFile(SeekableBytes):
         self._windows: list[tuple[int, bytes]] = []
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, unless the object ends before.
+        """Fill the buffer, unless the object ends before, and return the number of bytes read.
 
         Raises:
-            FileNotFoundError: the object is gone.
+            FileNotFoundError: the object no longer exists.
             StoreError: the store does not answer.
         """
         view, done = memoryview(buffer).cast("B"), 0
@@ -183,7 +189,7 @@ class RemoteFile(SeekableBytes):
             start, content = self._find_window()
             part = content[self._place - start :][: len(view) - done]
             if not part:
-                break  # the object is shorter than it was
+                break  # the object has become shorter
             view[done : done + len(part)] = part
             done, self._place = done + len(part), self._place + len(part)
         return done
@@ -192,16 +198,16 @@ class RemoteFile(SeekableBytes):
         for start, content in self._windows:
             if start <= self._place < start + len(content):
                 return start, content
-        start = max(0, self._place - self._before)
-        [content] = read_spans([(self._item.url, start, min(self._place + self._after, self._item.size) - start)])
+        start, end = max(0, self._place - self._before), min(self._place + self._after, self._item.size)
+        [content] = read_spans([RemoteSpan(self._item.url, start, end - start)])
         if isinstance(content, FileNotFoundError):
             raise content
-        self._windows = [*self._windows[1 - self.KEPT :], (start, content)]
+        self._windows = [*self._windows[1 - self.MAX_WINDOWS :], (start, content)]
         return start, content
 
 
-def _read_once(spans: Sequence[Span]) -> list[Any]:
-    """Bytes or the error of each span."""
+def _read_once(spans: Sequence[RemoteSpan]) -> list[Any]:
+    """Return the bytes or the error of each span."""
     results: list[Any] = [None] * len(spans)
     by_store: dict[Any, list[int]] = {}
     paths = []
@@ -210,44 +216,44 @@ def _read_once(spans: Sequence[Span]) -> list[Any]:
         paths.append(path)
         by_store.setdefault(store, []).append(number)
     for store, numbers in by_store.items():
-        starts = [spans[number][1] for number in numbers]
-        ends = [spans[number][1] + spans[number][2] for number in numbers]
+        starts = [spans[number].offset for number in numbers]
+        ends = [spans[number].offset + spans[number].size for number in numbers]
         try:
             found = store.cat_ranges([paths[number] for number in numbers], starts, ends, on_error="return")
         except _list_error_classes() as error:
             found = [error] * len(numbers)
         for number, result in zip(numbers, found, strict=True):
-            results[number] = _trim(result, *spans[number])
+            results[number] = _verify_answer(result, spans[number])
     return results
 
 
-def _trim(result: Any, url: str, offset: int, size: int) -> Any:
-    """What a store answered, if it is what was asked for."""
+def _verify_answer(result: Any, span: RemoteSpan) -> Any:
+    """Return a store's answer to a span, or an error if it is a whole file."""
     if isinstance(result, Exception) and re.search("range.*not satisfiable|\\b416\\b", str(result), re.I):
-        return b""  # the object ends before
-    if not isinstance(result, Exception) and len(result) > size:
-        return NoRangesError(f"{url}: the server sends whole files only; set data.remote_shards.shuffle_shards")
+        return b""  # the object ends before the span
+    if not isinstance(result, Exception) and len(result) > span.size:
+        return NoRangesError(f"{span.url}: the server sends whole files only; set data.remote_shards.shuffle_shards")
     return result
 
 
 def _describe_object(url: str) -> StoredObject | FileNotFoundError:
     store, path = open_store(url)
     try:
-        fields = _try_often(url, FEW_ATTEMPTS, lambda: store.info(path))
+        fields = _call_with_retries(url, FEW_ATTEMPTS, lambda: store.info(path))
     except FileNotFoundError as error:
         return error
     if fields.get("type", "file") != "file" or fields.get("size") is None:
-        return FileNotFoundError(errno.ENOENT, "is no file, or its size is not known", url)
+        return FileNotFoundError(errno.ENOENT, "is no file, or its size is unknown", url)
     version = "|".join(str(fields[name]) for name in VERSION_FIELDS if fields.get(name) is not None)
     return StoredObject(url, int(fields["size"]), f"{fields['size']}|{version}")
 
 
-def _try_often(url: str, attempts: int, call: Callable[[], Any]) -> Any:
-    """What a call to a store gives.
+def _call_with_retries(url: str, attempts: int, call: Callable[[], Any]) -> Any:
+    """Return the result of a call to a store, repeated while its error may pass.
 
     Raises:
-        FileNotFoundError: the object is not there.
-        StoreError: the store refuses, or did not answer to any of the attempts.
+        FileNotFoundError: the object does not exist.
+        StoreError: the store refuses, or does not answer any of the attempts.
     """
     failure: Exception | None = None
     for _ in _iterate_attempts(attempts):
@@ -259,12 +265,12 @@ def _try_often(url: str, attempts: int, call: Callable[[], Any]) -> Any:
             failure = error
             if not _may_pass(error):
                 break
-    assert failure is not None, "there is an attempt, and it failed"
+    assert failure is not None, "at least one attempt was made"
     raise StoreError(f"{url}: {_describe(failure)}") from failure
 
 
 def _iterate_attempts(attempts: int) -> Iterator[int]:
-    """Numbers of attempts, each after a wait, as long as there is patience."""
+    """Yield the numbers of attempts, each after a wait, until PATIENCE_SECONDS are over."""
     started = time.monotonic()
     for attempt in range(attempts):
         if attempt:
@@ -283,15 +289,15 @@ def _list_folder(folder: str) -> None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether trying again may help."""
+    """Return whether a retry may succeed."""
     status = getattr(error, "status", 0) or getattr(error, "code", 0)
     lasting = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, StoreError))
-    lasting |= any(base.__name__ in LASTING for base in type(error).__mro__)
+    lasting |= any(base.__name__ in LASTING_ERRORS for base in type(error).__mro__)
     return not lasting and not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
 
 
 def _list_error_classes() -> tuple[type[Exception], ...]:
-    """What reading from a store may raise."""
+    """Return the classes of errors that reading from a store may raise."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in FOREIGN_ERRORS)
     return (OSError, TimeoutError, asyncio.TimeoutError, *(error for error in found if error))
 
@@ -302,5 +308,5 @@ def _describe(error: Exception) -> str:
 
 
 def _choose_wait(attempt: int) -> float:
-    """Seconds before an attempt, at random around what doubles each time, so that not all come back at once."""
+    """Return the seconds before an attempt: doubled each time, and randomised so that ranks do not retry together."""
     return min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)

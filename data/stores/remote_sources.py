@@ -1,6 +1,6 @@
-"""Sources on stores made local: of shards their catalogues, of other metadata a copy.
+"""Local files for metadata sources on stores: a catalogue for each shard, a copy of any other file.
 
-Both are kept beside the index and named after the object and its version, so that only what changed is read again.
+They lie beside the index and are named after the object and its version, so that only changed objects are read again.
 """
 
 import hashlib
@@ -39,20 +39,20 @@ SHARD_SUFFIX = ".tar"
 
 @dataclass(frozen=True)
 class LocalSources:
-    """The local files of a source, and what they stand for."""
+    """The local files of a source."""
 
     files: list[Path]
     urls: dict[str, str]  # local file → URL
 
 
 def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
-    """Local files for sources: paths as they are, and for URLs what stands for them, made now unless it is there.
+    """Return local files for sources: a path itself, and for a URL its catalogue or copy, fetched unless it exists.
 
     Args:
-        folder: of the indexes; `remote/` is made in it.
+        folder: of the indexes; the files lie in its folder `remote/`.
 
     Raises:
-        FileNotFoundError: an object is not there.
+        FileNotFoundError: an object does not exist.
         StoreError: a store cannot be read.
         BadShardError: a shard is torn, or no tar.
     """
@@ -70,7 +70,7 @@ def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             for done, _ in enumerate(pool.map(lambda item: _fetch_source(item, targets[item.url]), missing), 1):
                 if done % 100 == 0:
-                    logger.info("{} of {} are read", done, len(missing))
+                    logger.info("read {} of {} remote files", done, len(missing))
         find_catalogue.cache_clear()
         _load_headers.cache_clear()
     return LocalSources(
@@ -80,10 +80,10 @@ def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
 
 @contextmanager
 def show_urls_in_errors(sources: Sequence[LocalSources]) -> Iterator[None]:
-    """Make an error about a local file one about the object that it stands for.
+    """Replace local files by their URLs in the messages of errors raised in the block.
 
     Raises:
-        ValueError: as it was raised, with other names.
+        ValueError: the error with the other message.
     """
     try:
         yield
@@ -97,10 +97,10 @@ def show_urls_in_errors(sources: Sequence[LocalSources]) -> Iterator[None]:
 
 
 def find_latent_header(folder: Path, url: str, offset: int) -> LatentHeader:
-    """The header of the npz at a place of a remote shard, from its catalogue.
+    """Return the header of the npz at an offset of a remote shard, from the shard's catalogue.
 
     Raises:
-        BadLatentError: it is bad, or the shard has no catalogue.
+        BadLatentError: the latents are bad, or the shard has no catalogue.
     """
     header = _load_headers(folder, url).get(offset, "is in no catalogue")
     if isinstance(header, str):
@@ -110,7 +110,7 @@ def find_latent_header(folder: Path, url: str, offset: int) -> LatentHeader:
 
 @lru_cache(maxsize=100_000)
 def find_catalogue(folder: Path, url: str) -> Path | None:
-    """The catalogue of a remote shard. Its name names the shard's version too.
+    """Find the latest catalogue of a remote shard. Its name contains the shard's version.
 
     Args:
         folder: of the indexes.
@@ -120,14 +120,14 @@ def find_catalogue(folder: Path, url: str) -> Path | None:
 
 
 def name_shard_version(folder: Path, url: str) -> str:
-    """A name for the version of a remote shard that the index was made from."""
+    """Return a file name's stem for the version of a remote shard that the index was built from."""
     file = find_catalogue(folder, url)
     return file.stem if file else _hash(url)
 
 
 @lru_cache(maxsize=64)
 def _load_headers(folder: Path, url: str) -> dict[int, LatentHeader | str]:
-    """Offset → header of each npz of a shard, or why it is bad."""
+    """Return the header of each npz of a shard by its offset, or the reason why it is bad."""
     file = find_catalogue(folder, url)
     _, samples = load_catalogue(file) if file else ("", [])
     found = ((sample.offset, sample.header or sample.bad or "has no header") for sample in samples)
@@ -136,7 +136,7 @@ def _load_headers(folder: Path, url: str) -> dict[int, LatentHeader | str]:
 
 def _fetch_source(item: StoredObject, target: Path) -> None:
     if target.suffix == CATALOGUE_SUFFIX:
-        _make_catalogue(item, target)
+        _write_catalogue(item, target)
     else:
         download(item.url, target)
     for file in target.parent.glob(f"{_hash(item.url)}-*"):  # of earlier versions
@@ -144,7 +144,7 @@ def _fetch_source(item: StoredObject, target: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _make_catalogue(item: StoredObject, target: Path) -> None:
+def _write_catalogue(item: StoredObject, target: Path) -> None:
     try:
         with RemoteFile(item, WINDOW_BEFORE, WINDOW_AFTER) as stream:
             samples = read_shard(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]

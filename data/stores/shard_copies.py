@@ -1,7 +1,7 @@
-"""Local copies of shards that lie on a store: of single samples as they are read, or of whole shards.
+"""Local copies of remote shards: of single samples as they are read, or of whole shards.
 
-Single samples go where they lie in the shard, into a file with holes; the npz's checksums tell whether one is there.
-All ranks of a node share the folder. When it is full, what was unused for longest goes.
+Single samples are written at their offset in the shard, into a sparse file; the npz's checksums show whether one is
+there. All ranks of a node share the folder. When it is full, the least recently used copies are deleted.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ KEPT_BETWEEN_CLEANUPS = 1000  # samples
 
 
 def open_copies(settings: RemoteShardsConfig, index_folder: Path) -> "ShardCopies | None":
-    """The folder of copies that the settings ask for, if they do.
+    """Open the folder of copies, or return None if the settings ask for none.
 
     Args:
         index_folder: in the cache folder.
@@ -33,11 +33,11 @@ def open_copies(settings: RemoteShardsConfig, index_folder: Path) -> "ShardCopie
 
 
 class ShardCopies:
-    """The copies in a folder.
+    """Copies of remote shards in a folder.
 
     Args:
-        limit_bytes: what the folder may take on disk.
-        name: a name for the version of a shard that is read, by its URL.
+        limit_bytes: most bytes that the folder may take on disk.
+        name: returns a file name's stem for the version of a shard, given its URL.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, name: Callable[[str], str]):
@@ -48,14 +48,14 @@ class ShardCopies:
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, url: str, offset: int, size: int) -> memoryview | None:
-        """What a copy holds at a place, if there is one; zeros where a hole is."""
+        """Return the bytes of a copy at an offset, zeros in a hole; None if there is no copy."""
         for suffix in (WHOLE, HOLES):
             with suppress(FileNotFoundError):
                 return OpenFile(self._get_path(url, suffix)).read(offset, size)
         return None
 
     def keep(self, url: str, offset: int, content: bytes) -> None:
-        """Add one sample."""
+        """Write one sample into the sparse copy of its shard."""
         if self._num_kept % KEPT_BETWEEN_CLEANUPS == 0:
             self._clean_up()
         self._num_kept += 1
@@ -66,14 +66,17 @@ class ShardCopies:
             os.close(descriptor)
 
     def has(self, url: str) -> bool:
-        """Whether the whole shard is here."""
+        """Return whether the whole shard has been copied."""
         return self._get_path(url, WHOLE).exists()
 
     def fetch(self, url: str, wait: bool = True) -> None:
-        """Copy a whole shard, unless it is there. One process does; the others wait for it, or leave it to it.
+        """Copy a whole shard, unless it has been copied. One process copies it.
+
+        Args:
+            wait: wait while another process copies it; False returns at once.
 
         Raises:
-            FileNotFoundError: there is no such shard any more.
+            FileNotFoundError: the shard no longer exists.
             StoreError: the store does not answer.
         """
         path = self._get_path(url, WHOLE)
@@ -94,7 +97,7 @@ class ShardCopies:
         return self._folder / (self._name(url) + suffix)
 
     def _clean_up(self) -> None:
-        """Delete the copies unused for longest, until there is room for one more of the largest."""
+        """Delete the least recently used copies until there is room for one more of the largest."""
         files = []
         for entry in os.scandir(self._folder):
             with suppress(FileNotFoundError):  # another rank cleans up too

@@ -56,7 +56,7 @@ class CachedText:
             return self.empty
         text = row["text"]
         variant = derive_seed(self.seed, RandomStream.TEXT_VARIANT, epoch, row_number) % text["variants"]
-        return read_text_variant(self.folder / text["file"], (text["offset"], text["bytes"]), variant, text["variants"])
+        return read_text_variant(self.folder / text["file"], text["offset"], text["bytes"], variant, text["variants"])
 
     def verify(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Verify that a row has cached outputs, and that they belong to the captions that the settings build.

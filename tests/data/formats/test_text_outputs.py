@@ -44,8 +44,8 @@ def test_each_variant_is_read_back_from_file_and_shard(tmp_path, dtype, atol, va
     place = writer.append("a", b"{}", b"latents", content)
     writer.close()
     for number, expected in enumerate(outputs):
-        plain = read_text_variant(tmp_path / "a_te_outputs.npz", (None, len(content)), number, variants)
-        packed = read_text_variant(tmp_path / "s.tar", (place.text_offset, len(content)), number, variants)
+        plain = read_text_variant(tmp_path / "a_te_outputs.npz", None, len(content), number, variants)
+        packed = read_text_variant(tmp_path / "s.tar", place.text_offset, len(content), number, variants)
         assert is_same(plain, expected, atol) and is_same(packed, plain)
     assert all(is_same(a, b, atol) for a, b in zip(parse_text(content, variants), outputs, strict=True))
     members = [(key, kind) for key, kind, _, _ in iterate_members(tmp_path / "s.tar")]
@@ -67,7 +67,7 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, variants):
     path = tmp_path / "a.npz"
 
     def read() -> None:
-        read_text_variant(path, (None, len(content)), variants - 1, variants)
+        read_text_variant(path, None, len(content), variants - 1, variants)
 
     with pytest.raises(BadTextError, match="cannot be read: No such file"):
         read()

@@ -318,7 +318,7 @@ def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, 
 
 def test_a_server_without_ranges_is_read_by_whole_shards(tmp_path, shards, store, monkeypatch):
     def send_all(spans):
-        return [remote._trim(store.cat_file(url), url, offset, size) for url, offset, size in spans]
+        return [remote._verify_answer(store.cat_file(span.url), span) for span in spans]
 
     monkeypatch.setattr(remote, "_read_once", send_all)
     index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
