@@ -1,4 +1,4 @@
-"""Images: finding files, aspect-ratio buckets, decoding, resizing, masks, and the shapes of the demo set.
+"""Images: finding files, aspect-ratio buckets, decoding, resizing, masks, and the demo set.
 
-What is stored about an image belongs in `metadata` or `formats`.
+Records of images belong in `metadata`, stored latents in `formats`.
 """

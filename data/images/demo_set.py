@@ -1,7 +1,7 @@
-"""The demo set: images of coloured shapes that say in their caption what is drawn, and the measure of their colour.
+"""The demo set: images of coloured shapes with captions, and a measure of their colour.
 
-A set small enough to learn in minutes and plain enough to check: whether a model paints the colour that a prompt
-names needs no human eye, just `nearest_colour`.
+The set is small enough to learn in minutes and plain enough to check: `nearest_colour` shows whether a model paints the
+colour that a prompt names.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 T = TypeVar("T")
 Colour = tuple[int, int, int]
 
-# Near the six chromatic corners of the RGB cube, so no two of them are close in any colour space.
+# Near the six chromatic corners of the RGB cube, so that no two are close in any colour space.
 COLOURS: dict[str, Colour] = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -31,8 +31,8 @@ COLOURS: dict[str, Colour] = {
 BACKGROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
 
-# (width, height) in px, near 128² px of area; not multiples of 32, because real sets are not either. Each group is
-# one bucket of the kohya list for 128² in steps of 32 (128×128, 160×96, 96×160, 192×64).
+# (width, height) in px, near 128² px of area; no multiples of 32, as in real sets. They fall into the buckets 128×128,
+# 160×96, 96×160 and 192×64 of kohya's list for 128² in steps of 32.
 SIZES_PX: tuple[tuple[int, int], ...] = (
     (128, 128),
     (144, 144),
@@ -49,7 +49,7 @@ FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
     (".webp", {"quality": 95}),
 )
 SUPERSAMPLING = 4  # Pillow draws polygons with hard edges; drawing large and shrinking smooths them
-CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its image, so the background never enters
+CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its image, which excludes the background
 
 
 def demo_caption(colour: str, shape: str, background: str) -> str:
@@ -60,7 +60,7 @@ def demo_caption(colour: str, shape: str, background: str) -> str:
 def draw_image(
     colour: Colour, shape: str, background: Colour, size_px: tuple[int, int], rng: random.Random
 ) -> Image.Image:
-    """Draw one shape near the middle of an image of size_px = (width, height); rng varies its place and size."""
+    """Draw one shape near the middle of an image of size_px = (width, height). `rng` varies its place and size."""
     width, height = (side * SUPERSAMPLING for side in size_px)
     radius = min(width, height) * rng.uniform(0.30, 0.38)
     centre = (

@@ -192,7 +192,7 @@ def test_what_is_not_there_is_named_before_the_start(tmp_path, shards, store, mo
     [problem] = check(tmp_path, "s3://no-such-bucket/s-0.tar")
     assert "cannot be found: The specified bucket does not exist" in problem.rule
     [problem] = check(tmp_path, "s3://bucket/nothing/*.tar")
-    assert "s3://bucket/nothing/*.tar" in str(problem) and "is not there" in problem.rule
+    assert "s3://bucket/nothing/*.tar" in str(problem) and "cannot be found" in problem.rule
     [problem] = check(tmp_path, "gs://bucket/s-0.tar")
     assert "gs:// needs a package that is not installed: Please install gcsfs" in problem.rule
     [problem] = check(tmp_path, "tape://x/y.tar")
