@@ -97,7 +97,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     masks = config.data.masks
     # The other ranks wait for rank 0 in init_ranks.
     path = open_checked_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
-    ranks = init_ranks(config.engine.timeout_minutes)
+    ranks = init_ranks(config.engine.timeout_minutes, stop.raise_if_received)
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config.cache, config.data, hash_weights(vae))

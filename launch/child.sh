@@ -41,8 +41,23 @@ forward_signal() {  # signal, process
     kill "-$1" "$2" 2>/dev/null || true
 }
 
-count_gpus() {
-    local gpus=0
+count_gpus() {  # GPUs that a rank can use: those of the driver that CUDA_VISIBLE_DEVICES leaves
+    local gpus=0 visible=0 device
     if command -v nvidia-smi >/dev/null 2>&1; then gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"; fi
+    if [ "$gpus" -eq 0 ] || [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then echo "$gpus"; return; fi
+    # CUDA takes indices or the beginnings of UUIDs, and ignores the list from its first invalid entry on.
+    for device in ${CUDA_VISIBLE_DEVICES//,/ }; do
+        case "$device" in
+            GPU-*|MIG-*) ;;
+            *[!0-9]*) break ;;
+            *) [ "$device" -lt "$gpus" ] || break ;;
+        esac
+        visible=$((visible + 1))
+    done
+    echo "$visible"
+}
+
+choose_num_ranks() {  # one rank per GPU, or one on the CPU
+    local gpus; gpus="$(count_gpus)"
     echo "$(( gpus > 0 ? gpus : 1 ))"
 }

@@ -17,7 +17,7 @@ if [ -n "${HOSTFILE:-}" ]; then
     if [ -n "${NNODES:-}" ]; then where+=(--num_nodes="$NNODES"); fi
     if [ -n "${NPROC:-}" ]; then where+=(--num_gpus="$NPROC"); fi
 else
-    where+=(--num_gpus="${NPROC:-$(count_gpus)}")
+    where+=(--num_gpus="${NPROC:-$(choose_num_ranks)}")
 fi
 read -ra more <<< "${LAUNCHER_ARGS:-}"
 run_child deepspeed "${where[@]}" ${more[@]+"${more[@]}"} "$ROOT/train/main.py" "$@"

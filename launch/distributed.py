@@ -4,14 +4,18 @@ Every collective returns at once in a single process, so callers never ask wheth
 """
 
 import os
+import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
 from sdxl_trainer.launch import patches
 from sdxl_trainer.launch.status import RankZeroError
 
@@ -21,6 +25,9 @@ CHECKED_KEY = "rank 0 has checked settings and data"  # its value: empty, or the
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 1.0
 ANNOUNCE_SECONDS = 20.0  # limit for a failed rank 0 to reach the other ranks
 HEARD_KEY = "ranks that know that rank 0 has failed"
+ARRIVED_KEY = "ranks that have arrived"  # a count; the same name with a rank behind it is set by that rank
+REPORT_SECONDS, REPEAT_REPORT_SECONDS = 10.0, 60.0  # of waiting for other ranks
+MAX_SHOWN_RANKS = 8
 
 _joined = False  # whether this process has ever joined the process group
 _store: dist.Store | None = None  # the store that the process group was made with
@@ -49,17 +56,20 @@ def read_environment() -> tuple[int, int, int]:
     return (int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
+def init_ranks(timeout_minutes: float = 60.0, check_stop: Callable[[], None] = lambda: None) -> Ranks:
     """Join the process group (NCCL with GPUs, gloo without) and choose this rank's device.
 
     A single process forms a group of its own, because DeepSpeed needs one.
 
     Args:
-        timeout_minutes: how long a rank waits in a collective for the others. Waiting for rank 0 to call this function
-            has no limit.
+        timeout_minutes: limit for a rank that waits in a collective, and for rank 0 that waits here for the others.
+            Waiting here for rank 0 has no limit.
+        check_stop: called while waiting; raises to stop.
 
     Raises:
         RankZeroError: rank 0 failed before it called this function.
+        FailedError: other ranks did not call it in time.
+        UserInputError: this node has more ranks than GPUs, or the address of rank 0 is missing.
     """
     global _joined, _store  # noqa: PLW0603 (a process joins one group at a time)
     timeout = timedelta(minutes=timeout_minutes)
@@ -69,10 +79,11 @@ def init_ranks(timeout_minutes: float = 60.0) -> Ranks:
     use_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
+        _require_device(local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         patches.set_default_timeout(timeout)
-        _store = _open_own_store(timeout) if alone else _open_store(rank, timeout)
+        _store = _open_own_store(timeout) if alone else _meet(rank, world_size, timeout, check_stop)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
             store=_store,
@@ -95,20 +106,31 @@ def announce_rank_zero_failure(status: int) -> None:
     if rank or world_size == 1 or _joined:
         return
     try:
-        shared, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=ANNOUNCE_SECONDS))))
-        store = _add_start_prefix(shared)
+        store = _open_shared_store(rank, timedelta(seconds=ANNOUNCE_SECONDS), lambda: None)
         store.set(CHECKED_KEY, str(status))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with this process
+        if not _launcher_keeps_store():  # the store ends with this process
             deadline = time.monotonic() + ANNOUNCE_SECONDS
             while store.add(HEARD_KEY, 0) < world_size - 1 and time.monotonic() < deadline:
                 time.sleep(LAST_POLL_SECONDS / 10)
-    except (RuntimeError, ValueError):  # the store cannot be reached, or MASTER_ADDR is not set
+    except (RuntimeError, ValueError, OSError):  # the store cannot be reached, or MASTER_ADDR is not set
         return
 
 
-def _add_start_prefix(store: dist.Store) -> dist.PrefixStore:
-    """Return the part of a store that belongs to this start of the job; see `_open_store`."""
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+def _require_device(local_rank: int) -> None:
+    """Raise UserInputError if this rank has no GPU of its own."""
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = f"{count} GPUs" if hidden is None else f"{count} GPUs (CUDA_VISIBLE_DEVICES={hidden})"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    cure = f"start {count} ranks on this node: NPROC={count}, or --nproc_per_node={count} with torchrun"
+    raise UserInputError([Problem("NPROC", ranks, f"gives more ranks than this node has devices: {visible}", cure)])
+
+
+def _launcher_keeps_store() -> bool:
+    """Return whether torchrun's agent, and not rank 0, serves the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _open_own_store(timeout: timedelta) -> dist.Store:
@@ -116,26 +138,106 @@ def _open_own_store(timeout: timedelta) -> dist.Store:
     return dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
 
 
-def _open_store(rank: int, timeout: timedelta) -> dist.Store:
-    """Open the store in which ranks find each other's addresses, and wait there for rank 0.
+def _open_shared_store(rank: int, timeout: timedelta, check_stop: Callable[[], None]) -> dist.Store:
+    """Open the store at MASTER_ADDR:MASTER_PORT. Rank 0 serves it, unless the launcher does.
 
     torchrun's store outlives a restart and keeps the addresses of dead ranks, which new ranks would try to reach (torch
     2.13, `--max-restarts` with `--standalone`). So each start of the job uses key names of its own.
+
+    Raises:
+        UserInputError: the environment names no address.
+        TimeoutError: nobody serves the store in time.
+    """
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        rule = "is set, but MASTER_ADDR and MASTER_PORT do not name the address of rank 0"
+        cure = "start several ranks with a launch script or torchrun; for a single process: unset RANK WORLD_SIZE"
+        raise UserInputError([Problem("WORLD_SIZE", os.environ.get("WORLD_SIZE"), rule, cure)]) from None
+    serves = rank == 0 and not _launcher_keeps_store()
+    if not serves:
+        _wait_for_server(host, port, timeout, check_stop)
+    # `wait_for_workers` would wait in C++, where Python handles no signal.
+    store = dist.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _wait_for_server(host: str, port: int, timeout: timedelta, check_stop: Callable[[], None]) -> None:
+    """Wait until a connection to host:port succeeds.
+
+    Raises:
+        TimeoutError: it does not within `timeout`.
+    """
+    deadline, pause_seconds = time.monotonic() + timeout.total_seconds(), FIRST_POLL_SECONDS
+    while True:
+        check_stop()
+        try:
+            socket.create_connection((host, port), timeout=LAST_POLL_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody answers at {host}:{port}: {error}") from None
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> dist.Store:
+    """Open the store with the ranks' addresses. Rank 0 waits there for all other ranks, which wait for rank 0.
+
+    Raises:
+        RankZeroError: rank 0 failed before it came here.
+        FailedError: some ranks did not come here in time (raised on rank 0).
     """
     patience = timeout if rank == 0 else CHECKS_TIMEOUT
-    shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
-    store = _add_start_prefix(shared)
+    store = _open_shared_store(rank, patience, check_stop)
     if rank == 0:
         store.set(CHECKED_KEY, "")
+        _wait_for_ranks(store, world_size, timeout, check_stop)
+        return store
     pause_seconds = FIRST_POLL_SECONDS
     while not store.check([CHECKED_KEY]):  # not `wait`: Python handles no signal in it
+        check_stop()
         time.sleep(pause_seconds)
         pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
     if failed := store.get(CHECKED_KEY):
         store.add(HEARD_KEY, 1)
         raise RankZeroError(int(failed))
+    store.set(f"{ARRIVED_KEY} {rank}", "")
+    store.add(ARRIVED_KEY, 1)
     store.set_timeout(timeout)
     return store
+
+
+def _wait_for_ranks(store: dist.Store, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> None:
+    """Wait on rank 0 until all other ranks have arrived, and report for which ones it waits.
+
+    Raises:
+        FailedError: they did not arrive within `timeout`.
+    """
+    start, pause_seconds, next_report = time.monotonic(), FIRST_POLL_SECONDS, REPORT_SECONDS
+    while store.add(ARRIVED_KEY, 0) < world_size - 1:
+        check_stop()
+        waited = time.monotonic() - start
+        if waited > min(next_report, timeout.total_seconds()):
+            missing = [rank for rank in range(1, world_size) if not store.check([f"{ARRIVED_KEY} {rank}"])]
+            shown = ", ".join(map(str, missing[:MAX_SHOWN_RANKS])) + (", ..." if len(missing) > MAX_SHOWN_RANKS else "")
+            if waited > timeout.total_seconds():
+                raise FailedError(_explain_missing_ranks(shown, world_size, timeout))
+            logger.warning("waiting for {} of {} ranks: {}", len(missing), world_size, shown)
+            next_report = waited + REPEAT_REPORT_SECONDS
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
+
+
+def _explain_missing_ranks(shown: str, world_size: int, timeout: timedelta) -> str:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = (
+        f"ranks {shown} of {world_size} did not connect to rank 0 at {address} within engine.timeout_minutes = "
+        f"{timeout.total_seconds() / 60:g}. Check that they have started, and that their nodes reach that address"
+    )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return text
+    return f"{text}. WORLD_SIZE={world_size} is set: if it is left over and you want one process, unset RANK WORLD_SIZE"
 
 
 def close_ranks() -> None:

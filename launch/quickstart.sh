@@ -4,9 +4,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 prepare_environment ""
+source launch/child.sh
 
 # Two ranks can share a CPU, but not a GPU.
-if [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ]; then NPROC="${NPROC:-1}"; fi
+if [ "$(count_gpus)" = 1 ]; then NPROC="${NPROC:-1}"; fi
 export NPROC="${NPROC:-2}"
 [ -f runs/demo/data/metadata.json ] || python -m sdxl_trainer.data.demo --out runs/demo/data
 [ -f runs/demo/model/vae/config.json ] || python -m sdxl_trainer.train.tiny --out runs/demo/model

@@ -20,5 +20,5 @@ run_ranks() {  # program and its arguments
     fi
     # Under nohup a closed terminal must not stop the job, but torchrun would end it on SIGHUP.
     if [ -n "$(trap -p HUP)" ]; then export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT; fi
-    run_child torchrun "${where[@]}" --nproc_per_node="${NPROC:-$(count_gpus)}" --max_restarts="${MAX_RESTARTS:-0}" "$@"
+    run_child torchrun "${where[@]}" --nproc_per_node="${NPROC:-$(choose_num_ranks)}" --max_restarts="${MAX_RESTARTS:-0}" "$@"
 }

@@ -1,12 +1,17 @@
 """Ranks wait for a late rank 0 without a limit, and for a rank that hangs only until the time-out."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from rank_port import find_rank_port
+
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.launch import distributed
 
 # Rank 0 comes later than the time-out. Then rank 1 waits in collectives to which it does not come: of the first group,
 # and of one that is made as DeepSpeed makes its own.
@@ -60,8 +65,8 @@ end_program(run_program(work))
 """
 
 
-def start_ranks(code: str, launcher_keeps_store: bool, *words: str) -> list[subprocess.Popen]:
-    """Two ranks that run `code`, and where it is the launcher's, what keeps their store."""
+def start_ranks(code: str, launcher_keeps_store: bool, *words: str, ranks: int = 2) -> list[subprocess.Popen]:
+    """Start the first `ranks` of two ranks that run `code`, and the launcher's store if it keeps one."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
     if launcher_keeps_store:
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -71,9 +76,10 @@ def start_ranks(code: str, launcher_keeps_store: bool, *words: str) -> list[subp
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, program in enumerate([code, code] + [AGENT] * launcher_keeps_store)
+        for rank, program in enumerate([code] * ranks + [AGENT] * launcher_keeps_store)
     ]
 
 
@@ -101,3 +107,60 @@ def test_nobody_waits_for_a_rank_0_that_has_failed(launcher_keeps_store: bool, l
     finally:
         for process in processes:
             process.kill()
+
+
+# Rank 0 of two; rank 1 never starts.
+ALONE_OF_TWO = """
+import sys
+from sdxl_trainer.launch import distributed
+from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.program import end_program, run_program
+
+distributed.REPORT_SECONDS = 0.2
+init_logger(0)
+end_program(run_program(lambda: distributed.init_ranks(float(sys.argv[1]) / 60)))
+"""
+
+
+@pytest.mark.parametrize("launcher_keeps_store", [False, True])
+def test_rank_0_names_the_ranks_it_waits_for_and_gives_up(launcher_keeps_store: bool) -> None:
+    process, *others = start_ranks(ALONE_OF_TWO, launcher_keeps_store, "1", ranks=1)
+    try:
+        printed = process.communicate(timeout=60)[1]
+    finally:
+        for other in others:
+            other.kill()
+    assert process.returncode == 1 and "waiting for 1 of 2 ranks: 1" in printed
+    assert "ranks 1 of 2 did not connect to rank 0 at 127.0.0.1:" in printed
+    assert "WORLD_SIZE=2 is set: if it is left over and you want one process, unset RANK WORLD_SIZE" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_rank_0_heeds_signals_while_it_waits(number: signal.Signals) -> None:
+    [process] = start_ranks(ALONE_OF_TWO, False, "600", ranks=1)
+    try:
+        assert "waiting for 1 of 2 ranks" in process.stderr.readline()
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+    finally:
+        process.kill()
+
+
+def test_a_left_over_world_size_without_an_address_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserInputError, match="unset RANK WORLD_SIZE"):
+        distributed.init_ranks()
+
+
+def test_more_ranks_than_devices_are_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": 6, "LOCAL_RANK": 2, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    with pytest.raises(UserInputError) as refused:
+        distributed.init_ranks()
+    text = str(refused.value)
+    assert "NPROC = 4" in text and "2 GPUs (CUDA_VISIBLE_DEVICES=0,3)" in text and "NPROC=2" in text
