@@ -18,7 +18,7 @@ from sdxl_trainer.data.formats.latents import (
     parse_latents,
 )
 from sdxl_trainer.data.formats.npz import Member, NpzError, ReadBytes, list_members, parse_npy_header
-from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.data.images.bucket import CropBox, Size
 
 NUMBERS = {"original_size": 2, "crop_ltrb": 4}
 
@@ -29,7 +29,7 @@ class LatentHeader:
 
     bucket: Size
     original_size: Size | None  # None: not in the file
-    crop_ltrb: tuple[float, ...]  # empty: not in the file
+    crop_ltrb: CropBox | None  # None: not in the file
     bytes: int  # of the file
     flipped: bool  # has latents of the mirrored image too
     masked: bool = False  # has an `alpha_mask`
@@ -94,7 +94,7 @@ def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
     return LatentHeader(
         bucket=compute_bucket(shape),
         original_size=Size(width, height) if min(width, height) > 0 else None,
-        crop_ltrb=tuple(numbers.get("crop_ltrb", ())),
+        crop_ltrb=CropBox(*numbers["crop_ltrb"]) if numbers.get("crop_ltrb") else None,
         bytes=size,
         flipped=key.replace("latents", ARRAY_KEYS["flipped"]) in members,
         masked="alpha_mask" in members,

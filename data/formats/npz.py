@@ -138,8 +138,7 @@ def parse_npy_header(key: str, head: Bytes) -> NpyHeader:
     size = 10 + int.from_bytes(head[8:10], "little")
     if head[:7] != NPY_MAGIC or size > len(head):
         raise NpzError(f"`{key}` is no npy array of version 1")
-    dtype, shape, is_fortran = _parse_npy_fields(bytes(head[10:size]))
-    return NpyHeader(dtype, shape, is_fortran, size)
+    return _parse_npy_fields(bytes(head[10:size]))
 
 
 def _parse_local_header(head: Bytes, offset: int) -> Member | None:
@@ -195,14 +194,14 @@ def _view_npy(data: memoryview, key: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=1024)
-def _parse_npy_fields(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
-    """Return (dtype, shape, Fortran order) of an npy header. All files of one bucket share it."""
+def _parse_npy_fields(fields_text: bytes) -> NpyHeader:
+    """Parse the fields of an npy header, which all files of one bucket share."""
     try:
-        fields = ast.literal_eval(header.decode("latin1").strip())
+        fields = ast.literal_eval(fields_text.decode("latin1").strip())
         shape = tuple(int(side) for side in fields["shape"])
         if any(side < 0 for side in shape):
             raise ValueError("negative side")
-        return np.dtype(fields["descr"]), shape, bool(fields["fortran_order"])
+        return NpyHeader(np.dtype(fields["descr"]), shape, bool(fields["fortran_order"]), 10 + len(fields_text))
     except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
         raise NpzError(f"unreadable npy header: {error}") from None
 

@@ -14,7 +14,7 @@ from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.formats.shards import BadShardError, ShardMember, iterate_members
-from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.data.images.bucket import CropBox, Size
 
 MAX_RECORD_BYTES = 16 << 20
 CATALOGUE_SUFFIX = ".catalogue"
@@ -91,7 +91,8 @@ def _parse_sample(line: bytes) -> ShardSample:
         header["bucket"] = Size(*header["bucket"])
         if header["original_size"] is not None:
             header["original_size"] = Size(*header["original_size"])
-        header = LatentHeader(**{**header, "crop_ltrb": tuple(header["crop_ltrb"])})
+        header["crop_ltrb"] = CropBox(*header["crop_ltrb"]) if header["crop_ltrb"] else None
+        header = LatentHeader(**header)
     return ShardSample(**fields, header=header)
 
 

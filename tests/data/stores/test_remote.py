@@ -20,6 +20,7 @@ import torch  # noqa: E402
 
 from sdxl_trainer.configs.problems import Problem  # noqa: E402
 from sdxl_trainer.configs.schema import Config  # noqa: E402
+from sdxl_trainer.data.checks.left_out import leave_out_bad_latents  # noqa: E402
 from sdxl_trainer.data.checks.records import open_checked_records  # noqa: E402
 from sdxl_trainer.data.checks.training_set import open_training_set  # noqa: E402
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents  # noqa: E402
@@ -255,8 +256,10 @@ def test_full_checking_reads_from_the_store(tmp_path, shards, store):
     store.pipe_file("bucket/flipped/x.tar", bytes(content))
     data = {"metadata": ["s3://bucket/flipped/x.tar"], "verify_latents": "full", "max_bad_fraction": 0.5}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
-    _, problems = open_training_set(Config.model_validate(settings))
-    assert problems == []
+    config = Config.model_validate(settings)
+    index, problems = open_training_set(config)
+    assert problems == [] and index is not None
+    leave_out_bad_latents(config, index, resuming=False)
     [line] = (tmp_path / "r" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
     assert orjson.loads(line)["key"] == "k2.3" and "CRC-32" in orjson.loads(line)["reason"]
 
