@@ -58,13 +58,13 @@ def get_reference(caption: str) -> list[int]:
 
 def get_ids(caption: str) -> list[int]:
     """Return the ids between the marks, of all windows."""
-    return FIRST.encode(caption, 225)[:, 1:-1].ravel()[: FIRST.count(caption)].tolist()
+    return FIRST.encode(caption, 225)[:, 1:-1].ravel()[: FIRST.count_tokens(caption)].tolist()
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_ids_equal_transformers(caption):
     assert get_ids(caption) == get_reference(caption)
-    assert FIRST.count(caption) == len(get_reference(caption))
+    assert FIRST.count_tokens(caption) == len(get_reference(caption))
 
 
 @settings(max_examples=200, deadline=None)
@@ -82,7 +82,7 @@ def test_the_cache_of_words_is_bounded_and_gives_the_same_ids(monkeypatch):
 
 
 def test_words_of_the_demo_are_single_tokens():
-    assert FIRST.count("a red circle on a white background") == 7
+    assert FIRST.count_tokens("a red circle on a white background") == 7
     assert len(set(get_ids("red green blue yellow cyan magenta"))) == 6
 
 
