@@ -97,7 +97,7 @@ def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
     result = verify_entries(tmp_path, by_key)
     assert (result.bad, result.bad_shards) == ({}, {})
     assert recover_shards(tmp_path, listed) == []
-    assert "where its samples" in verify_shards(tmp_path, listed[:2])["shards/64x96-00000-00000.tar"]
+    assert "bytes, but its samples" in verify_shards(tmp_path, listed[:2])["shards/64x96-00000-00000.tar"]
 
 
 def test_a_shard_that_cannot_be_finished_does_not_hold_the_others_up(tmp_path, monkeypatch):
