@@ -189,7 +189,7 @@ def test_exactly_the_images_whose_masks_changed_are_encoded_again(folder, capsys
     left = np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0)
     mask = save(images / f"a{ENDING}", left)
     assert encode(folder) == ["a"]  # those that have none are as they were
-    assert "1 images have a mask; the loss of the 3 others counts everywhere" in capsys.readouterr().err
+    assert "1 images have a mask; the loss of the other 3 counts everywhere" in capsys.readouterr().err
     stored, entry = read_mask(folder, "a"), read_latest(folder / "latents")["a"]
     assert stored is not None and stored.shape == (96, 160) and stored.dtype == np.float32
     assert (stored[:, :78] == 0).all() and (stored[:, 82:] == 1).all()
