@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks import records, training_set, validation_set
 from sdxl_trainer.data.checks.records import open_checked_records
-from sdxl_trainer.data.images.bucket import build_key_prefix
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def test_missing_captions_are_a_problem_if_the_settings_say_so(settings: Path, m
         assert "2 records have no caption: a, c" in problems[0].rule
 
 
-def test_a_clash_of_keys_and_missing_captions_are_reported_together(settings: Path) -> None:
-    (settings.parent / "images" / "a.png").rename(settings.parent / "images" / f"{build_key_prefix(512)}a.png")
-    config, _ = load_config(settings, ["data.resolution_px=[1024,512]"])
-    index, problems = open_checked_records(config)
+def test_a_clash_of_keys_and_missing_captions_are_reported_together(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('{"a": {"image_path": "a.png"}, "64px/a": {"image_path": "b.png"}}')
+    data = {"metadata": [tmp_path / "m.json"], "min_bucket_px": 32, "resolution_px": [64, 128]}
+    index, problems = open_checked_records(Config.model_validate({"data": data}))
     assert index is not None
-    assert [problem.key for problem in problems] == ["data.resolution_px", "data.image_dirs"]
+    assert [problem.key for problem in problems] == ["data.resolution_px", "data.metadata"]
 
 
 @pytest.mark.parametrize("module", [records, training_set, validation_set])
