@@ -8,7 +8,7 @@ from sdxl_trainer.configs.section import Section
 
 
 class RemoteShardsConfig(Section):
-    """How to read shards on a remote store (`s3://`, `gs://`, `https://`)."""
+    """Reading of shards on a remote store (`s3://`, `gs://`, `https://`)."""
 
     shuffle_shards: int = Field(0, ge=0)
     """With 0, samples are shuffled over the whole training set, and each is one ranged read. With n, whole shards are

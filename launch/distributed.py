@@ -44,7 +44,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0, which reports to people and writes shared files."""
+        """True for global rank 0, which reports to people and writes shared files."""
         return self.rank == 0
 
 

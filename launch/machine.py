@@ -33,7 +33,7 @@ class Finding:
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.cure
 
 

@@ -53,7 +53,7 @@ class MaskFinder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the folder of masks holds no images."""
+        """True if the folder of masks holds no images."""
         return self._ending is None and len(self._table) == 0
 
     def _find_beside(self, images: Sequence[str], ending: str) -> list[str | None]:

@@ -43,7 +43,7 @@ Row = dict[str, Any]  # of the index, as Index.row returns it
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How samples are shaped when they are read. Every random choice is keyed to (seed, epoch, row)."""
+    """Settings for shaping samples when they are read. Every random choice is keyed to (seed, epoch, row)."""
 
     seed: int
     max_tokens: int

@@ -19,7 +19,7 @@ CROP_LEFT = 3  # column of `time_ids`
 
 @dataclass(frozen=True)
 class MicroSpec:
-    """What one rank reads for one forward pass: rows of one bucket, and their places in the global batch."""
+    """Specification of a micro batch: rows of one bucket, and their places in the global batch."""
 
     bucket: Size  # (width, height) px
     rows: np.ndarray  # [B] int64

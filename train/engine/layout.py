@@ -1,4 +1,4 @@
-"""Where each parameter lies in a rank's part of the saved state.
+"""Location of each parameter in a rank's part of the saved state.
 
 DeepSpeed's optimizers keep master weights in flat tensors, in which parameters lie end to end. Each ZeRO stage and
 precision does so in its own way; a `Layout` describes all of them alike.
