@@ -120,7 +120,7 @@ def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
     }
     one, four = (read_by_workers(dataset, workers, number) for workers in (1, 4))
     spare_cores = (os.cpu_count() or 1) > 4
-    targets = {"latents_from_shards": 5000, "latents_from_npz": 4000, "whole_samples": 2500}
+    targets = {"latents_from_npz": 4000, "whole_samples": 2500}
     return {
         **{f"{name}_per_second": Figure(value, ">=", targets.get(name)) for name, value in rates.items()},
         "tokens_per_caption": Figure(float(np.mean([tokenizers[0].count_tokens(text) for text in make_captions(100)]))),
