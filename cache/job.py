@@ -38,7 +38,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
-from sdxl_trainer.configs.schema import CacheConfig, Config
+from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import (
@@ -116,7 +116,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             index, folder, state.entries, beside=beside, text=text, known_only=known_only, masks=finder
         )
         plans = [planner.plan(share) for share in shares]
-        report_plan(config, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
+        report_plan(config.data, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
         encoder = build_vae_encoder(config.cache, vae, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
         report_estimate(estimate_work(plans, encoder, text_job, config.cache), ranks)
@@ -182,7 +182,7 @@ def clear_leftovers(folder: Path) -> None:
             file.unlink()
 
 
-def report_plan(config: Config, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
+def report_plan(data: DataConfig, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
     """Log what is cached and what is to be encoded.
 
     Raises:
@@ -195,8 +195,8 @@ def report_plan(config: Config, folder: Path, index: Index, shares: list[list[Pl
         to_do = sum(each.num_items for each in totals)
         states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
         logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
-        if config.data.masks is not None:
-            report_masks(config.data.masks, counts["masked"], len(index))
+        if data.masks is not None:
+            report_masks(data.masks, counts["masked"], len(index))
         if counts["text"]:
             logger.info("captions of {} images are to be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
