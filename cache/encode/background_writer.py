@@ -1,4 +1,4 @@
-"""Writing of encoded items on threads while the next ones are encoded."""
+"""Write encoded items on threads while the device encodes the next ones."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,7 +59,7 @@ class BackgroundWriter:
             raise self._error
 
     def _write(self, item: EncodedItem) -> None:
-        # After one error, such as a full disk, the other items in flight would fail too.
+        # After an error such as a full disk, writing the other items in flight would fail too.
         if self._error is not None:
             return
         entry = self._storage.write(item)

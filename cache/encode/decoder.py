@@ -25,11 +25,11 @@ class WorkItem:
 
     Args:
         file: file of its latents, relative to the cache folder.
-        size: (width, height) by the metadata; a wrong size only costs time.
+        size: (width, height) in the metadata; a wrong size only costs time.
         record: JSON of the image's record.
         with_text: its captions are encoded too.
-        text: cached text encoder outputs that it keeps.
-        unmasked: its entry encoded without a mask, withdrawn if the mask is bad.
+        text: cached text encoder outputs that stay valid.
+        unmasked: entry of latents that were encoded without the mask; withdrawn if the mask is bad.
     """
 
     key: str
@@ -86,7 +86,7 @@ class Decoder:
     that nothing is copied. Images that turn out to have another bucket are grouped into batches of their own.
 
     Args:
-        shape_captions: returns the captions to encode of a record.
+        shape_captions: returns the captions to encode for a record.
         skip_item: called with each image that cannot be used and the reason.
     """
 
@@ -153,7 +153,10 @@ class Decoder:
         return PreparedItem(item, prepare_item(item, self.rule, buckets, self.with_alpha, slot), captions)
 
     def _finish(self, batch: _PlannedBatch, strays: dict[Size, list[PreparedItem]]) -> Iterator[DecodedBatch]:
-        """Wait for a batch, and yield its images of the planned bucket and every batch of strays that it completes."""
+        """Wait for a batch, and yield its images of the planned bucket. Images of other buckets become strays.
+
+        A batch of strays is yielded as soon as it is complete.
+        """
         items, places = [], []
         for place, (item, future) in enumerate(batch.images):
             try:
@@ -178,7 +181,7 @@ class Decoder:
 def prepare_item(
     item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
 ) -> PreparedImage:
-    """Decode an item's image, cut it to its bucket, and add its mask. The arguments are those of `prepare_image`.
+    """Decode an item's image, crop it to its bucket, and add its mask. Other arguments are those of `prepare_image`.
 
     Raises:
         BadImageError: the image or the mask cannot be used.

@@ -1,4 +1,4 @@
-"""Planning of the encoding: each rank's share of the records, and which latents and text of it are missing or stale."""
+"""Encode plans: each rank's share of the records, and the latents and text in it that are missing or stale."""
 
 import os
 from collections import Counter
@@ -54,7 +54,7 @@ class Share:
 
 @dataclass(frozen=True)
 class TextRequirement:
-    """Text encoder outputs that the settings ask for.
+    """Text encoder outputs that the settings require.
 
     Args:
         caption_bytes: size on disk of the outputs of one caption.
@@ -101,7 +101,8 @@ class EncodePlan:
         identity: name of the latents' identity.
         items: images to encode.
         texts: valid latents whose captions are to be encoded.
-        counts: number of images of each of `STATES`, and of `text`, `masked` and `given` ones.
+        counts: number of latents in each of `STATES`; and of images with captions to encode (`text`), with a mask
+            (`masked`), and with latents that the record itself names (`given`).
         refreshed: entries of files with new times and the same content, which only need a new line in the manifest.
         bytes_needed: estimated size on disk of the new files.
         num_pixels: pixels of all items' buckets.
@@ -206,7 +207,7 @@ class EncodePlanner:
                 plan.counts["given"] += is_first
                 continue
             known = image.known
-            state, refreshed = self._judge(image, plan.identity)
+            state, refreshed = self._classify(image, plan.identity)
             plan.counts[state] += 1
             has_mask = image.mask_path is not None or (known is not None and known.mask is not None)
             plan.counts["masked"] += is_first and has_mask
@@ -227,8 +228,8 @@ class EncodePlanner:
             path, known = self._paths[row].as_py(), self._entries.get(key)
             yield _Image(row=row, key=key, path=path, mask_path=mask, known=known)
 
-    def _judge(self, image: _Image, identity_name: str) -> EntryState:
-        found = judge_entry(image.known, image.path, identity_name, image.mask_path)
+    def _classify(self, image: _Image, identity_name: str) -> EntryState:
+        found = classify_entry(image.known, image.path, identity_name, image.mask_path)
         if found.state == "valid" and image.known is not None and not self._files.exists(image.known.file):
             return EntryState("missing", found.refreshed)
         return found
@@ -239,7 +240,7 @@ class EncodePlanner:
         return text if text is not None and self._files.exists(text.file) else None
 
     def _plan_text(self, plan: EncodePlan, image: _Image, refreshed: ManifestEntry | None) -> None:
-        """Add the captions of valid latents if they are due, else their entry if it has new file times."""
+        """Plan the captions of valid latents if they must be encoded, else their entry if it has new file times."""
         assert image.known is not None, "valid latents have an entry"
         text = self._text
         if text is not None:
@@ -308,17 +309,17 @@ def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> 
     return area
 
 
-def judge_entry(
+def classify_entry(
     entry: ManifestEntry | None, image_path: str, identity_name: str, mask_path: str | None = None
 ) -> EntryState:
-    """Return whether latents are `new` (no entry), `stale` (another identity), `changed` (image or mask), or `valid`.
+    """Classify latents as `new` (no entry), `stale` (another identity), `changed` (image or mask), or `valid`.
 
     An image or mask with a new time or size is hashed. If its bytes are unchanged, the entry stays valid and gets the
     new time. An image that no longer exists counts as unchanged, as does one that did not exist when its latents were
     adopted.
 
     Args:
-        mask_path: the image's present mask file.
+        mask_path: the image's current mask file.
     """
     if entry is None:
         return EntryState("new", None)
@@ -360,7 +361,7 @@ def estimate_block_bytes(identity: Identity) -> int:
 
 
 class _FileLister:
-    """Answers whether files exist by listing each folder once, which is far faster than one call for each file."""
+    """Looks up files in folder listings. Listing each folder once is far faster than one call for each file."""
 
     def __init__(self, root: Path):
         self._root = str(root)

@@ -1,4 +1,4 @@
-"""VAE encoding on the device: uint8 pixels in, latent arrays out, with copies to the host that nothing waits for."""
+"""VAE encoding on the device: uint8 pixels in, latent arrays out, with asynchronous copies to the host."""
 
 import math
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class VaeEncoder:
         self._vae = vae
         self._posterior: Posterior = posterior
         self._flip = flip
-        self._max_values: float = math.inf  # batches of this many values or more exceed the device's memory
+        self._max_values: float = math.inf  # batches with as many pixel values exceed the device's memory
         weight = next(vae.parameters())
         self._device, self._dtype = weight.device, weight.dtype
 
@@ -100,7 +100,7 @@ class VaeEncoder:
         return _LaunchedBatch(parts, self._posterior == "moments", self._flip)
 
     def _encode(self, images: torch.Tensor, keys: list[str], mirrored: int) -> list[torch.Tensor]:
-        # On a CPU a batch of one runs other kernels, which round differently. Two images give the same bits as more do.
+        # On a CPU a batch of one runs other kernels, which round differently. A batch of two rounds like larger ones.
         alone = len(images) == 1 and images.device.type == "cpu"
         padded = torch.cat([images, images]) if alone else images
         distribution = self._vae.encode(padded).latent_dist

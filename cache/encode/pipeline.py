@@ -16,7 +16,7 @@ from sdxl_trainer.cache.encode.decoder import Decoder, PreparedItem, WorkItem
 from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch, Encoder, PendingBatch
 from sdxl_trainer.cache.encode.progress import RankProgress
 from sdxl_trainer.cache.encode.storage import EncodedItem
-from sdxl_trainer.cache.encode.text_encoder import TextEncoder
+from sdxl_trainer.cache.encode.text_encoder import CaptionEncoder
 from sdxl_trainer.data.formats.latents import LatentSample
 from sdxl_trainer.data.formats.manifest import ManifestEntry, TextPart
 from sdxl_trainer.data.formats.text_outputs import TextOutputs
@@ -37,7 +37,7 @@ FinishTexts = Callable[[], list[tuple[TextOutputs, ...]]]
 
 @dataclass(frozen=True)
 class TextItem:
-    """Cached latents whose captions are to be encoded; `file` is the npz file of the text encoder outputs."""
+    """Cached latents whose captions must be encoded; `file` is the npz file for the text encoder outputs."""
 
     entry: ManifestEntry
     file: str
@@ -46,9 +46,9 @@ class TextItem:
 
 @dataclass(frozen=True)
 class TextJob:
-    """Encoder and shaping of captions; `identity` is the name of the outputs' identity."""
+    """Encoder and variants of captions; `identity` is the name of the outputs' identity."""
 
-    encoder: TextEncoder
+    encoder: CaptionEncoder
     variants: CaptionVariants
     identity: str
 

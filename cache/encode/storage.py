@@ -50,14 +50,16 @@ class EncodedItem:
 
 
 class Storage(Protocol):
-    """Stores items from several threads at once. An item is on disk once `write` or `store` returns its entry."""
+    """Stores items from several threads at once. An item is on disk once a method has returned its entry."""
 
     def write(self, item: EncodedItem) -> ManifestEntry:
         """Pack one item, store it, and return its finished entry."""
         ...
 
-    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
-        """Store an item that is packed already and return its finished entry.
+    def write_packed(
+        self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None
+    ) -> ManifestEntry:
+        """Store an item that is already packed, and return its finished entry.
 
         Args:
             content: npz of the latents.
@@ -86,10 +88,12 @@ class NpzStorage:
         if item.sample is None:
             assert text is not None, "an item has latents, text, or both"
             return self._store_text(item.entry, text)
-        return self.store(item.entry, pack_latents(item.sample, self._dtype), item.record, text)
+        return self.write_packed(item.entry, pack_latents(item.sample, self._dtype), item.record, text)
 
-    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
-        """Store an item that is packed already. Without `text`, `entry.text` is kept, because it has its own file."""
+    def write_packed(
+        self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None
+    ) -> ManifestEntry:
+        """Store an item that is already packed. Without `text`, `entry.text` is kept, because it has its own file."""
         self._write(entry.file, content)
         entry = entry if text is None else self._store_text(entry, text)
         digest = hashlib.sha256(content).hexdigest()
@@ -137,10 +141,12 @@ class ShardStorage:
             content = bytes(read_item(self._root, item.entry).npz)
         else:
             content = pack_latents(item.sample, self._dtype)
-        return self.store(item.entry, content, item.record, text)
+        return self.write_packed(item.entry, content, item.record, text)
 
-    def store(self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None) -> ManifestEntry:
-        """Store an item that is packed already. Without `text`, `entry.text` is kept only if it has its own file."""
+    def write_packed(
+        self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None
+    ) -> ManifestEntry:
+        """Store an item that is already packed. Without `text`, `entry.text` is kept only if it has its own file."""
         digest, record_digest = hashlib.sha256(content).hexdigest(), hashlib.sha256(record).hexdigest()
         text_digest = "" if text is None else hashlib.sha256(text).hexdigest()
         # Threads pack and hash side by side, but a tar grows by one member at a time.
@@ -256,7 +262,7 @@ def read_text_item(folder: Path, entry: ManifestEntry) -> Content | None:
 
 
 def verify_item(folder: Path, entry: ManifestEntry) -> str | None:
-    """Return what is wrong with an item's latents, or None if they are intact."""
+    """Return the fault of an item's latents as a message, or None if they are intact."""
     try:
         # The manifest's SHA-256 has been compared already, so the weaker checksum is not needed.
         parse_latents(read_item(folder, entry).npz, entry.bucket, check_crc=False)
@@ -266,7 +272,7 @@ def verify_item(folder: Path, entry: ManifestEntry) -> str | None:
 
 
 def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
-    """Return what is wrong with an item's text encoder outputs, or None if they are intact or the item has none."""
+    """Return the fault of an item's text encoder outputs as a message; None if they are intact or there are none."""
     try:
         content = read_text_item(folder, entry)
         if entry.text is not None and content is not None:

@@ -13,7 +13,7 @@ import torch
 
 from sdxl_trainer.cache.encode.encode_plan import DTYPE_BYTES, TextRequirement
 from sdxl_trainer.cache.encode.pipeline import TextJob
-from sdxl_trainer.cache.encode.text_encoder import TextEncoder, TextNetworks
+from sdxl_trainer.cache.encode.text_encoder import CaptionEncoder, TextNetworks
 from sdxl_trainer.cache.models.encoders import TextEncoders, hash_weights, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
 from sdxl_trainer.configs.captions import CaptionConfig
@@ -92,7 +92,7 @@ def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
 
 
 def _describe_outdated(config: Config, folder: Path, index: Index) -> str | None:
-    """Return how many samples have no text, or text of other settings or captions; None if all text is current."""
+    """Describe how many samples have no text, or text of other settings or captions; None if all text is current."""
     identity = compute_text_identity(config.model, config.data.max_tokens, config.cache.dtype, folder)
     found = pc.call_function("struct_field", [index.arrow_column("text")], pc.StructFieldOptions(["identity"]))
     missing = found.null_count
@@ -115,7 +115,7 @@ def _describe_row(text: CachedText, row: dict[str, Any]) -> str | None:
 
 
 def _describe_change(folder: Path, identity: TextIdentity) -> str:
-    """Return the settings under which the cached text was made, as far as they differ."""
+    """Describe the settings under which the cached text was made, as far as they differ."""
     state = read_text_state(folder)
     if state is None or state.identity == identity:
         return "with other settings"
@@ -142,7 +142,7 @@ def compute_text_shapes(model: ModelConfig, max_tokens: int) -> TextShapes:
 def build_text_requirement(
     model: ModelConfig, data: DataConfig, cache: CacheConfig, identity: TextIdentity
 ) -> TextRequirement:
-    """Build the description of the text encoder outputs that the settings ask for."""
+    """Build the description of the text encoder outputs that the settings require."""
     values = sum(math.prod(shape) for shape in compute_text_shapes(model, data.max_tokens))
     return TextRequirement(
         variants=build_caption_variants(data, cache.text_variants),
@@ -190,7 +190,7 @@ def load_text_job(
     encoders = TextEncoders(*(encoder.to(device) for encoder in load_text_encoders(source, model)))
     networks = TextNetworks(encoders, load_tokenizers(source, model))
     variants = build_caption_variants(data, cache.text_variants)
-    return TextJob(TextEncoder(networks, data.max_tokens), variants, identity.name)
+    return TextJob(CaptionEncoder(networks, data.max_tokens), variants, identity.name)
 
 
 def save_text_state(folder: Path, identity: TextIdentity, job: TextJob, model: ModelConfig) -> None:

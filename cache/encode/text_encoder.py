@@ -32,7 +32,7 @@ class TextStates(NamedTuple):
     pooled: torch.Tensor  # [B, P]
 
 
-class TextEncoder:
+class CaptionEncoder:
     """Encodes captions with both text encoders, which are frozen and on their device.
 
     Args:

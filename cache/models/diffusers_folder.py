@@ -24,7 +24,7 @@ COPIED = ("model_index.json", "tokenizer", "tokenizer_2")
 
 
 def open_folder_component(folder: Path, component: str) -> dict[str, TensorSource]:
-    """Return a function for each source name of one component that reads the tensor.
+    """Map each source name of one component to a function that reads its tensor.
 
     Raises:
         FileNotFoundError: the component has no safetensors weights.

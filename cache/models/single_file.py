@@ -72,7 +72,7 @@ def open_single_file(
     *,
     text_projection: TextProjection = "correct",
 ) -> dict[str, TensorSource]:
-    """Return a function for each source name that reads the tensor. Raises like `read_single_file`."""
+    """Map each source name to a function that reads its tensor. Raises like `read_single_file`."""
     # Only the checks run here, because the iterator is dropped.
     read_single_file(path, component, config, text_projection=text_projection)
     rows = [row for row in build_name_table(component, config, text_projection) if not row.carried]
@@ -136,7 +136,7 @@ def build_component(
 
 
 class SkippedInitialization(TorchFunctionMode):
-    """Leaves new weights uninitialised, in torch's modules and in those of diffusers and transformers.
+    """Context that leaves new weights uninitialised, in torch's modules and in those of diffusers and transformers.
 
     Only for modules whose weights are all loaded afterwards.
     """
@@ -173,9 +173,9 @@ def write_single_file(
     After an error there is no file at `path`.
 
     Args:
-        components: for `unet`, `vae`, `text_encoder` and `text_encoder_2`, each name's tensor, or a function that
-            returns the tensor on any device. Functions are called once, in the order of `list_source_names`, and each
-            tensor is dropped before the next call.
+        components: for `unet`, `vae`, `text_encoder` and `text_encoder_2`, a mapping from names to tensors, or to
+            functions that return the tensor on any device. Functions are called once, in the order of
+            `list_source_names`, and each tensor is dropped before the next call.
         configs: config of each component.
         marks: marks from `list_prediction_marks`.
         extra: tensors by file name that are written unchanged.

@@ -1,4 +1,4 @@
-"""Header checks of safetensors files: whether a file is an SDXL base model, and what it is otherwise.
+"""Header checks of safetensors files: recognise SDXL base models, and describe other kinds of file.
 
 These checks run before anything large is loaded, and need neither torch nor the safetensors library.
 """
@@ -61,7 +61,7 @@ class SafetensorsHeader:
     types: dict[str, str]
     shapes: dict[str, Shape]
     metadata: dict[str, str]
-    data_start: int  # bytes
+    data_start: int  # bytes from the start of the file to the first tensor
 
 
 def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
@@ -118,7 +118,7 @@ def find_single_file_problems(
     *,
     text_projection: TextProjection = "correct",
 ) -> list[str]:
-    """Find what keeps a file from being an SDXL base model, from its header; return an empty list if it is one.
+    """List the reasons why a file is not an SDXL base model, from its header; an empty list if it is one.
 
     Args:
         configs: config of each component to check, by default those of SDXL base 1.0.

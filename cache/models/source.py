@@ -62,13 +62,13 @@ def _check_path(config: ModelConfig) -> Iterator[Problem]:
     elif is_missing_path(config.path):
         rule = f"does not exist; it is not looked up on the hub, because the folder {path.parts[0]} exists here"
         yield Problem("model.path", config.path, rule, "check the path")
-    # Whether a hub id exists is found out when the model is fetched.
+    # The hub is asked only when the model is fetched.
     elif not HUB_ID.fullmatch(config.path) or config.path.endswith(".safetensors"):
         yield Problem("model.path", config.path, "is neither a file nor a folder", cure)
 
 
 def is_missing_path(path: str) -> bool:
-    """Return whether a missing path that looks like a hub id lies in an existing folder."""
+    """Return whether a path looks like a hub id but must be a local one: its folder exists, and the path does not."""
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and Path(path).parent.is_dir()
 
 
@@ -129,7 +129,7 @@ def _list_missing_configs(folder: Path) -> list[str]:
 
 
 def _find_folder_problems(folder: Path) -> list[str]:
-    """Find what keeps a folder from being an SDXL model in diffusers layout."""
+    """List the reasons why a folder is not an SDXL model in diffusers layout."""
     missing = _list_missing_configs(folder)
     if missing:
         return [f"is not an SDXL model in diffusers layout: it lacks {', '.join(missing)}"]

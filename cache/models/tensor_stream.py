@@ -75,7 +75,7 @@ def write_safetensors(
                 data = _to_bytes(item, piece)
                 file.write(data)
                 digest.update(data)
-                # Otherwise this tensor would stay in memory while the next one is gathered.
+                # Free this tensor before the next one is gathered.
                 del data
         tensor_hash = f"0x{digest.hexdigest()}"
         if hash_key is not None:

@@ -29,7 +29,7 @@ from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
 from sdxl_trainer.data.loading.micro_batch import BadSample
 from sdxl_trainer.data.order.plan import Plan, Position
-from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_sources
+from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_samples
 from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, run_program
@@ -62,7 +62,7 @@ def show_preview(config: Config, problems: list[Problem], file: Path | None, num
     raise_if_any(
         [
             *check_flip(data.flip_rate, num_unflipped, len(index)),
-            *check_weighted_sources(data.source_weights, index),
+            *check_weighted_samples(data.source_weights, index),
         ]
     )
     source = resolve_model(config.model)

@@ -50,7 +50,7 @@ def repack(
             continue
         target = _name_files(entry, name_file(entry)) if to_files else entry
         record = b"{}" if to_files else get_record(key)
-        manifest.append(storage.store(target, bytes(content), record, None if text is None else bytes(text)))
+        manifest.append(storage.write_packed(target, bytes(content), record, None if text is None else bytes(text)))
         done += 1
     storage.close()
     return done, bad
@@ -76,7 +76,9 @@ def replace_outdated_shards(
             record, content = read_item(folder, entry)
             beside = entry.text is not None and entry.text.offset is not None
             text = read_text_item(folder, entry) if beside else None
-            manifest.append(storage.store(entry, bytes(content), bytes(record), None if text is None else bytes(text)))
+            manifest.append(
+                storage.write_packed(entry, bytes(content), bytes(record), None if text is None else bytes(text))
+            )
     storage.close()
     for file in outdated:
         (folder / file).unlink()

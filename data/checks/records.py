@@ -17,7 +17,7 @@ from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_fold
 from sdxl_trainer.data.metadata.merge import MAX_SHOWN
 from sdxl_trainer.data.metadata.records import check_sources
 from sdxl_trainer.data.order.regularisation import check_regularisation
-from sdxl_trainer.data.order.source_weights import check_weights
+from sdxl_trainer.data.order.source_weights import check_source_weights
 from sdxl_trainer.data.stores.remote import is_remote
 
 
@@ -65,7 +65,7 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
     """Yield the problems of the `data` section that show without opening an index."""
     yield from check_sources(data.metadata, data.image_dirs)
     yield from check_regularisation(data)
-    yield from check_weights(data)
+    yield from check_source_weights(data)
     if cache_dir is None and data.metadata and is_remote(data.metadata[0]):
         rule = "must be set if data.metadata is a URL: the index needs a local folder"
         yield Problem("cache.dir", None, rule, "set it to a folder with free disk space")

@@ -15,7 +15,7 @@ from sdxl_trainer.data.formats.manifest import STALE, read_identity
 from sdxl_trainer.data.images.bucket import BucketRule, Size
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
-from sdxl_trainer.data.order.source_weights import check_weighted_sources
+from sdxl_trainer.data.order.source_weights import check_weighted_samples
 from sdxl_trainer.data.stores.remote import is_remote
 
 
@@ -51,7 +51,7 @@ def check_training_set(config: Config, index: Index, num_unflipped: int) -> Iter
     yield from check_identity(folder, rule, index)
     yield from check_copies(config.data.remote_shards, index)
     yield from check_flip(config.data.flip_rate, num_unflipped, len(index))
-    yield from check_weighted_sources(config.data.source_weights, index)
+    yield from check_weighted_samples(config.data.source_weights, index)
 
 
 def check_missing(index: Index) -> Iterator[Problem]:

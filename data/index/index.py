@@ -1,8 +1,8 @@
 """The index: records in a memory-mapped Arrow file, and the samples that records and their latents are joined into.
 
 Processes that open an index share its pages, and no Python object is kept for a row. The name of each file holds a
-fingerprint of what the index was built from: a changed source leads to a new index, an unchanged one finds the old.
-A process that finds no index builds one under a temporary name. Several may do so at once: it costs only time.
+fingerprint of the sources: if a source has changed, a new index is built; if not, the existing one is opened. A process
+that finds no index builds one under a temporary name. Several processes may do so at once, which costs only time.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ from sdxl_trainer.data.images.image_files import CAPTION_SUFFIXES, walk_images
 from sdxl_trainer.data.index.join import ALL_LATENTS, JoinSummary, LatentSelection, iterate_sample_rows, join_latents
 from sdxl_trainer.data.index.schema import SAMPLE_SCHEMA
 from sdxl_trainer.data.metadata.blocks import build_block
-from sdxl_trainer.data.metadata.merge import merge_sources, raise_duplicate_keys
+from sdxl_trainer.data.metadata.merge import merge_sources, verify_unique_keys
 from sdxl_trainer.data.metadata.records import (
     RECORD_SCHEMA,
     ImageFinder,
@@ -218,7 +218,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
         if schema == RECORD_SCHEMA:
             table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
             paths = table.column("image_path")
-            raise_duplicate_keys(table.column("key"), lambda row: str(paths[row]))
+            verify_unique_keys(table.column("key"), lambda row: str(paths[row]))
     _clean_up(path)
 
 
@@ -241,7 +241,7 @@ def _bulk_memory() -> Iterator[None]:
 
 
 def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the same rows in batches of at least ROWS_PER_GROUP: a file of many small batches opens slowly."""
+    """Yield the rows in batches of at least ROWS_PER_GROUP, because a file of many small batches opens slowly."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)

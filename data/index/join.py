@@ -16,7 +16,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.data.images.bucket import Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.listed_latents import open_listed_latents
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
@@ -135,7 +135,7 @@ def iterate_sample_rows(
     """Yield the rows of the sample index: each resolution's samples in the order of their records.
 
     Args:
-        release_pages: drops the pages of the record index that have been copied from this process' memory.
+        release_pages: called after each batch, to drop the mapped pages of the record index from this process' memory.
     """
     columns = [joined.latents.column(name).combine_chunks() for name in LATENT_COLUMNS]
     for prefix, row_of_record in joined.row_of_record.items():
@@ -234,7 +234,7 @@ class _Search:
 
     def __init__(self, records: pa.Table, missing: dict[str, np.ndarray]):
         self._records = records
-        self._missing = missing  # prefix → [N] bool, the records without latents; falls as they are found
+        self._missing = missing  # prefix → [N] bool, true for records whose latents are still to be found
         self._keys = records.column("key")
         self._widths, self._heights = (records.column(name).to_numpy() for name in ("width", "height"))
         self.bad: list[BadSample] = []
@@ -242,7 +242,7 @@ class _Search:
         self.watched: set[str] = set()
 
     def iterate_unlisted(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
-        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. Bad files are no longer missing either."""
+        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. A record with a bad file is not encoded either."""
         locations = chain.from_iterable(
             find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix)
             for prefix, rows in self._missing.items()
@@ -264,10 +264,15 @@ class _Search:
             for image in (plan for plan in some if isinstance(plan, BadImage)):
                 self._add_bad(image.key, image.reason)
             planned = [plan for plan in some if isinstance(plan, PlannedLatents)]
-            yield build_found_batch([_describe_plan(plan, encoding) for plan in planned])
+            yield build_found_batch(
+                [
+                    _build_found(plan.row, plan.prefix, plan.file, plan.size, plan.placement, encoding.flip)
+                    for plan in planned
+                ]
+            )
 
     def _examine(self, location: LatentLocation, header: LatentHeader | Exception) -> FoundLatents | None:
-        """Return the row of latents, or None if they are bad."""
+        """Build the row of latents that were found, or return None if they are bad."""
         self._missing[location.prefix][location.row] = False
         if isinstance(header, Exception):
             self._add_bad(location.prefix + self._keys[location.row].as_py(), f"{location.file}: {header}")
@@ -276,39 +281,28 @@ class _Search:
         self.num_assumed_sizes += header.original_size is None and recorded == (0, 0)
         size = header.original_size or (recorded if recorded != (0, 0) else header.bucket)
         placement = infer_placement(header, size)
-        return FoundLatents(
-            row=location.row,
-            prefix=location.prefix,
-            file=location.file,
-            bucket_width=header.bucket[0],
-            bucket_height=header.bucket[1],
-            original_width=size[0],
-            original_height=size[1],
-            resized_width=placement.resized[0],
-            crop_left=placement.left,
-            crop_top=placement.top,
-            offset=location.offset,
-            bytes=header.bytes,
-            flipped=header.flipped,
-        )
+        found = _build_found(location.row, location.prefix, location.file, size, placement, header.flipped)
+        return found._replace(offset=location.offset, bytes=header.bytes)
 
     def _add_bad(self, key: str, reason: str) -> None:
         if len(self.bad) < MAX_BAD:
             self.bad.append(BadSample(key, reason))
 
 
-def _describe_plan(plan: PlannedLatents, encoding: EncodingSettings) -> FoundLatents:
-    placement = plan.placement
+def _build_found(
+    row: int, prefix: str, file: str, original_size: Size, placement: Placement, flipped: bool | None
+) -> FoundLatents:
+    """Build the row of latents in an npz file of their own, which need not exist yet."""
     return FoundLatents(
-        row=plan.row,
-        prefix=plan.prefix,
-        file=plan.file,
-        bucket_width=placement.bucket[0],
-        bucket_height=placement.bucket[1],
-        original_width=plan.size[0],
-        original_height=plan.size[1],
-        resized_width=placement.resized[0],
+        row=row,
+        prefix=prefix,
+        file=file,
+        bucket_width=placement.bucket.width,
+        bucket_height=placement.bucket.height,
+        original_width=original_size[0],
+        original_height=original_size[1],
+        resized_width=placement.resized.width,
         crop_left=placement.left,
         crop_top=placement.top,
-        flipped=encoding.flip,
+        flipped=flipped,
     )

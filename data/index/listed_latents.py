@@ -88,7 +88,7 @@ def verify_lines(lines: list[bytes]) -> None:
     """Verify that each line ends with the CRC-32 of the rest of it.
 
     Raises:
-        DamagedLineError: a line does not. (Lines without the field may be whole: `read_entries` accepts them.)
+        DamagedLineError: the CRC-32 of a line differs or is missing. (`read_entries` accepts lines without one.)
     """
     crcs = np.array([crc32(line[:-CRC_TAIL] + b"}") for line in lines], np.uint32)
     tails = b"".join([line[-CRC_TAIL:] for line in lines])

@@ -20,7 +20,7 @@ from sdxl_trainer.data.formats.shards import encode_key
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image, split_key
 
 NUM_THREADS = 16
-MAX_CACHED_SIZES = 65_536  # image sizes whose placement is kept: many images share a size
+MAX_CACHED_SIZES = 65_536  # image sizes whose placement is kept, because many images share a size
 IMAGES_AT_ONCE = 16_384
 IMAGES_PER_TASK = 256  # a thread's task for each image would cost more than the check of its file
 
@@ -36,7 +36,7 @@ class EncodingSettings:
 
 @dataclass(frozen=True)
 class PlannedLatents:
-    """Latents to be encoded of an image at one resolution."""
+    """Latents to encode for one image at one resolution."""
 
     row: int  # of the image's record
     prefix: str  # of the resolution
@@ -69,9 +69,9 @@ def choose_latent_file(key: str, image_path: str, beside: bool) -> str:
 def plan_missing_latents(
     records: pa.Table, rows: np.ndarray, prefix: str, encoding: EncodingSettings
 ) -> Iterator[PlannedLatents | BadImage]:
-    """Yield the latents to be encoded of the given rows of the records, at one resolution.
+    """Yield the latents to encode for the given rows of the records, at one resolution.
 
-    Where the metadata hold an image's size and the image exists, it is not opened: training finds a wrong size.
+    An image that exists and whose size the metadata hold is not opened: training detects a wrong size.
     """
     # Importing transforms costs megabytes, which programs that plan nothing should not pay.
     from sdxl_trainer.data.images.transforms import BadImageError, read_image_size

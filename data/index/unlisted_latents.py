@@ -1,6 +1,6 @@
 """Latents that no manifest lists: made by other programs, or by this one and moved without their manifest.
 
-They are found by name, as `find_latent_file` of data/formats/latents.py finds one file, but each folder is listed only
+They are found by the names that `find_latent_file` (data/formats/latents.py) accepts, but each folder is listed only
 once. Their bucket and crop are read from the headers of the npz files, on many threads, because storage may be slow.
 """
 
@@ -91,7 +91,7 @@ def read_latent_headers(
 
 
 def infer_placement(header: LatentHeader, original_size: Size) -> Placement:
-    """Infer how an image was resized and cropped into its bucket, from latents of any program.
+    """Infer how an image was resized and cropped into its bucket, from the header of any program's latents.
 
     This project's crop is as large as the bucket, in the resized image. kohya's scripts store the letterbox of the
     image in the bucket instead, although they resize the image to cover the bucket and cut out the middle. A crop of

@@ -1,7 +1,8 @@
 """Blocks of records as columns: the common form of all metadata formats, before images are found.
 
 A JSON object of records, the format of the largest sets, is decoded by msgspec into the few fields that the index
-needs, and each record's JSON is kept as it stands in the file. That is five times as fast as a dict for each record.
+needs, and each record's JSON is kept as it stands in the file. That is five times as fast as building a dict for each
+record.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half a pair, which msgspec acc
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Some records as columns, as `SourceRecord` explains them: each list has one element for each record."""
+    """A block of records as columns: the fields of `SourceRecord`, each a list with one element for each record."""
 
     keys: list[str]
     contents: list[bytes]  # the record as JSON
@@ -46,7 +47,7 @@ class RecordBlock:
     fields: list[Any]  # the FIELDS of each record: a dict, or Fields
 
     def column(self, name: str) -> list[Any]:
-        """Return one of the FIELDS, None for a record that lacks it."""
+        """Return one of the FIELDS as a list, with None for each record that lacks it."""
         if self.fields and isinstance(self.fields[0], dict):
             return [fields.get(name) for fields in self.fields]
         return list(map(attrgetter(name), self.fields))
@@ -66,7 +67,7 @@ def build_block(records: Sequence[SourceRecord]) -> RecordBlock:
 
 
 def dump_json(value: Any) -> bytes:
-    """Return a value as JSON; what JSON has no type for, such as a date of a Parquet table, as text."""
+    """Return a value as JSON. Values that JSON has no type for, such as dates of a Parquet table, become strings."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
 
 
@@ -121,7 +122,7 @@ def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
 
 
 def _is_utf8(text: bytes) -> bool:
-    """Return whether all of a text is UTF-8: msgspec does not check the strings that it skips."""
+    """Return whether a whole text is UTF-8. msgspec does not check the strings that it skips."""
     try:
         return text.isascii() or bool(text.decode())
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Metadata files of any size, a chunk at a time: JSON objects of records, and JSON Lines.
+"""Readers of JSON metadata files of any size, one chunk at a time: JSON objects of records, and JSON Lines.
 
 A large object is cut between two of its members, at a comma outside strings and nested values, and each chunk is parsed
 as an object of its own. Memory does not grow with the file, and parsing is as fast as orjson.
@@ -53,10 +53,10 @@ class FilePosition:
 
 @dataclass(frozen=True)
 class JsonChunk:
-    """Some members of a JSON object, as an object of their own. Valid until the next chunk is read."""
+    """Some members of a JSON object, as an object of their own. A chunk is valid until the next one is read."""
 
     text: bytes
-    starts: np.ndarray  # [num_members] where each member's value begins, if it is an object or a list
+    starts: np.ndarray  # [num_members] the first byte of each member's value, if the value is an object or a list
     ends: np.ndarray  # [num_members] the last byte of that value
     position: FilePosition  # of the text
     prefix: int  # bytes at the beginning of the text that are not in the file
@@ -78,11 +78,18 @@ class NumberedLine(NamedTuple):
 
 
 class _Members(NamedTuple):
-    """The members of a JSON object that end in a text."""
+    """The members of a JSON object whose values end within a piece of its text."""
 
-    starts: np.ndarray  # where the value of each begins
+    starts: np.ndarray  # the first byte of each member's value
     ends: np.ndarray  # the last byte of that value
-    comma: int  # the comma behind the last member; -1 if there is none, or the object ends in the text
+    comma: int  # the comma after the last member; -1 if there is none, or if the object ends within the text
+
+
+class _Brackets(NamedTuple):
+    """Braces and brackets outside strings, in the order of the text."""
+
+    places: np.ndarray  # [N] index of the byte
+    opens: np.ndarray  # [N] bool, false for a closing one
 
 
 NO_MEMBERS = _Members(np.empty(0, np.int64), np.empty(0, np.int64), -1)
@@ -167,7 +174,7 @@ def _parse_members(text: bytes, position: FilePosition, prefix: int, num_members
 
 
 def _find_members(text: bytes, depth: int) -> _Members:
-    """Find the outer object's members up to the last comma behind one; without such a comma, all that end in the text.
+    """Find the outer object's members up to the last one with a comma after it; without one, all that end in the text.
 
     Args:
         depth: 1 if the text begins inside the object, 0 if before it.
@@ -176,7 +183,7 @@ def _find_members(text: bytes, depth: int) -> _Members:
     depths = depth + np.cumsum(np.where(opens, 1, -1))
     starts, ends = places[(depths == 2) & opens], places[(depths == 1) & ~opens]
     if len(depths) and depths.min() > 0:
-        # The comma behind the last member may not have been read yet.
+        # The comma after the last member may not have been read yet.
         for back in (1, 2):
             end = int(ends[-back]) if len(ends) >= back else len(text)
             rest = text[end + 1 : end + 1024]
@@ -187,8 +194,8 @@ def _find_members(text: bytes, depth: int) -> _Members:
     return _Members(starts, ends, -1)
 
 
-def _find_brackets(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of braces and brackets outside strings, and whether each opens."""
+def _find_brackets(text: bytes) -> _Brackets:
+    """Find the braces and brackets outside strings."""
     letters = np.frombuffer(text, np.uint8)
     quotes = np.flatnonzero(letters == QUOTE)
     # For a quote at the first byte, numpy looks at the last byte: harmless.
@@ -198,7 +205,7 @@ def _find_brackets(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     letters = letters | BRACKET_BIT
     places = np.flatnonzero((letters == OPENING) | (letters == CLOSING))
     places = places[np.searchsorted(quotes, places) % 2 == 0]
-    return places, letters[places] == OPENING
+    return _Brackets(places, letters[places] == OPENING)
 
 
 def _count_backslashes(text: bytes, end: int) -> int:

@@ -1,6 +1,6 @@
-"""The merge of several sources: later ones update earlier ones key by key; a key that one source has twice is an error.
+"""Merge several sources: later ones update earlier ones key by key; a key that one source has twice is an error.
 
-While sources are merged they wait in a file, and only numbers of each record are kept in memory.
+During the merge, the records wait in a temporary file. Memory holds only a few integers for each record.
 """
 
 import uuid
@@ -52,8 +52,8 @@ def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[R
         yield from map(build_block, _merge(table, starts))
 
 
-def raise_duplicate_keys(keys: pa.ChunkedArray, describe_image: Callable[[int], str]) -> None:
-    """Raise if a key occurs twice.
+def verify_unique_keys(keys: pa.ChunkedArray, describe_image: Callable[[int], str]) -> None:
+    """Verify that no key occurs twice.
 
     Args:
         describe_image: returns the image of a row, for the message.
@@ -70,7 +70,7 @@ def raise_duplicate_keys(keys: pa.ChunkedArray, describe_image: Callable[[int], 
     pairs = sorted(zip(order[again].tolist(), order[firsts].tolist(), strict=True))
     shown = [f"'{keys[row]}' ({describe_image(first)} and {describe_image(row)})" for row, first in pairs[:MAX_SHOWN]]
     more = ", ..." if len(pairs) > MAX_SHOWN else ""
-    raise DuplicateKeyError(f"{len(pairs)} images have the stem of another one: {', '.join(shown)}{more}")
+    raise DuplicateKeyError(f"{len(pairs)} images have the file stem of another image: {', '.join(shown)}{more}")
 
 
 def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
@@ -82,7 +82,7 @@ def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
 
 @contextmanager
 def spill_batches(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Yield record batches as a table that lies in a temporary file under `folder` and not in memory."""
+    """Write record batches to a temporary file under `folder`, and yield them as a table mapped from the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".stage.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -105,7 +105,7 @@ def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         if end > start and np.bincount(numbers[start:end]).max() > 1:
             source_keys = keys.slice(start, end - start)
-            raise_duplicate_keys(source_keys, lambda row, start=start: _describe_image(contents[start + row].as_py()))
+            verify_unique_keys(source_keys, lambda row, start=start: _describe_image(contents[start + row].as_py()))
     order = np.argsort(numbers, kind="stable")
     ends = np.searchsorted(numbers[order], np.arange(num_keys), side="right")
     for first in range(0, num_keys, ROWS_AT_ONCE):
@@ -120,7 +120,7 @@ def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:
 
 
 def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRecord:
-    """Merge the waiting records of one key, of which later ones update earlier ones."""
+    """Merge the waiting records of one key. Later records update earlier ones."""
     merged, base_folder, keyed_path, span = orjson.loads(contents[0])
     for content in contents[1:]:
         fields, later_folder, later_path, later_span = orjson.loads(content)
@@ -130,11 +130,11 @@ def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRe
 
 
 def _dump_record(record: SourceRecord) -> bytes:
-    """Return a record as it waits for the others, without its key and source."""
+    """Return a record as JSON for the temporary file, without its key and source, which the table holds."""
     return dump_json([record.fields, record.base_folder, record.keyed_path, record.span and list(record.span)])
 
 
 def _describe_image(content: bytes) -> str:
-    """Return the image that a waiting record names."""
+    """Return the image that a record of the temporary file names."""
     fields, _, keyed_path, span = orjson.loads(content)
     return str(fields.get("image_path") or keyed_path or span or "no path")

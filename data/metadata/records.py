@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.data.images.bucket import split_key
+from sdxl_trainer.data.images.bucket import Size, split_key
 from sdxl_trainer.data.images.image_files import (
     FileChecker,
     ImageTable,
@@ -36,7 +36,7 @@ RECORD_SCHEMA = pa.schema(
         ("image_path", pa.string()),  # the image, or the latent file or shard in place of it
         ("captioned", pa.bool_()),  # whether the record has a caption
         ("record", pa.binary()),  # JSON as the source has it; `parse_record` completes it
-        ("width", pa.int32()),  # of the image, as the metadata have it; 0: they do not
+        ("width", pa.int32()),  # px of the image, by the metadata; 0: the metadata hold no size
         ("height", pa.int32()),
         ("offset", pa.int64()),  # of the latents in the shard; null: not in a shard
         ("bytes", pa.int64()),
@@ -59,27 +59,38 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
             yield Problem(f"data.metadata.{number}", pattern, str(error), cure_store)
             continue
-        if missing and missing[0][0] == str(pattern):
-            yield Problem(f"data.metadata.{number}", pattern, missing[0][1], cure)
+        if missing and missing[0].name == str(pattern):
+            yield Problem(f"data.metadata.{number}", pattern, missing[0].reason, cure)
         elif missing:
-            rule = f"names {len(missing)} files that do not exist, the first is {missing[0][0]}"
+            rule = f"names {len(missing)} files that do not exist, the first is {missing[0].name}"
             yield Problem(f"data.metadata.{number}", pattern, rule, cure)
     for number, path in enumerate(image_dirs):
         if not path.is_dir():
             yield Problem(f"data.image_dirs.{number}", path, "is not a folder", cure)
 
 
-def _find_missing(pattern: Path | str) -> list[tuple[str, str]]:
-    """List the files that a setting names and that do not exist, as (name, reason).
+class _MissingFile(NamedTuple):
+    """A file that a setting names and that does not exist."""
+
+    name: str
+    reason: str
+
+
+def _find_missing(pattern: Path | str) -> list[_MissingFile]:
+    """List the files that a setting names and that do not exist.
 
     Raises:
         StoreError: a store cannot be reached.
     """
     files = list_source_files([pattern])
-    missing = [(str(file), "is not a file") for file in files if not is_remote(file) and not Path(file).is_file()]
+    missing = [
+        _MissingFile(str(file), "is not a file") for file in files if not is_remote(file) and not Path(file).is_file()
+    ]
     urls = [str(file) for file in files if is_remote(file)]
     answers = zip(urls, describe_objects(urls), strict=True)
-    return missing + [(url, f"cannot be found: {item}") for url, item in answers if isinstance(item, FileNotFoundError)]
+    return missing + [
+        _MissingFile(url, f"cannot be found: {item}") for url, item in answers if isinstance(item, FileNotFoundError)
+    ]
 
 
 def read_image_folders(
@@ -126,7 +137,7 @@ def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str)
 
 
 def parse_record(row: Mapping[str, Any]) -> Record:
-    """Return the whole record of an index's row: the source's JSON, with the index's key, image path and caption."""
+    """Return the whole record of a row: the source's JSON, with the row's key and image path and the caption as text."""
     record = orjson.loads(row["record"])
     # The source may have a field `key` of its own (img2dataset writes one), and a sample's key may have a prefix.
     record["key"] = split_key(row["key"])[1]
@@ -246,16 +257,16 @@ def _join_tags(text: Any) -> str | None:
     return ", ".join(map(str, text)) if isinstance(text, (list, tuple)) else str(text)
 
 
-def _parse_size(size: Any) -> tuple[int, int]:
-    """Return (width, height) of a list or of a text such as 1500x1000, (0, 0) of anything else."""
+def _parse_size(size: Any) -> Size:
+    """Return the size in a list or in a text such as 1500x1000; (0, 0) for anything else."""
     if isinstance(size, str):
         size = re.findall(r"\d+", size)
-    return _read_sides(*size) if isinstance(size, (list, tuple)) and len(size) == 2 else (0, 0)
+    return _read_sides(*size) if isinstance(size, (list, tuple)) and len(size) == 2 else Size(0, 0)
 
 
-def _read_sides(width: Any, height: Any) -> tuple[int, int]:
+def _read_sides(width: Any, height: Any) -> Size:
     try:
-        sides = (int(width), int(height))
+        sides = Size(int(width), int(height))
     except (ValueError, TypeError, OverflowError):
-        return (0, 0)
-    return sides if 0 < min(sides) and max(sides) < 2**31 else (0, 0)
+        return Size(0, 0)
+    return sides if 0 < min(sides) and max(sides) < 2**31 else Size(0, 0)

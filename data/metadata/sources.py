@@ -1,7 +1,7 @@
-"""Readers of every metadata format, each a few thousand records at a time. docs/DATA.md shows an example of each.
+"""Readers of every metadata format. docs/DATA.md shows an example of each format.
 
-A reader yields lists of records as their source holds them; images, captions and sizes are found later, for all formats
-alike (data/metadata/records.py).
+A reader yields lists of a few thousand records as their source holds them. data/metadata/records.py finds images,
+captions and sizes later, for all formats alike.
 """
 
 import csv
@@ -24,7 +24,7 @@ from sdxl_trainer.data.stores.remote import find_objects, is_remote
 ROWS_AT_ONCE = 8192
 PATH_FIELDS = ("image_path", "file_name")  # this project's, and that of Hugging Face's image folders
 MAX_CSV_FIELD_CHARACTERS = 1 << 24
-KNOWN = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
+KNOWN_SUFFIXES = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
 
 
 class ShardSpan(NamedTuple):
@@ -52,7 +52,8 @@ Reader = Callable[[Path], Iterator[list[SourceRecord]]]
 def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
     """List the metadata files that settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up.
 
-    URLs stay text, in which only `*` is looked up; `file://` URLs become paths. A pattern without files stays as it is.
+    URLs stay strings, in which only braces and `*` are expanded; `file://` URLs become paths. A pattern that matches no
+    file is returned unchanged.
 
     Raises:
         StoreError: a store cannot be listed.
@@ -95,7 +96,7 @@ def detect_format(file: Path) -> str:
             start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         form = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
     if form is None:
-        raise ValueError(f"{file}: has no known metadata format; the file name must end in one of {KNOWN}")
+        raise ValueError(f"{file}: has no known metadata format; the file name must end in one of {KNOWN_SUFFIXES}")
     return "json_lines" if form == "json" and is_json_lines(file) else form
 
 
@@ -146,7 +147,7 @@ def _read_lines(file: Path) -> Iterator[list[SourceRecord]]:
 
 
 def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
-    """Yield the records of a CSV file (in a .tsv, of tab-separated values) with a line of names.
+    """Yield the records of a CSV file with a header line. The values of a `.tsv` file are separated by tabs.
 
     An empty cell is a missing field; values stay text.
     """
@@ -161,7 +162,7 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
             while some := list(itertools.islice(records, ROWS_AT_ONCE)):
                 yield some
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is not UTF-8: {error.reason} at byte {error.start} of a block") from None
+        raise ValueError(f"{file}: is not UTF-8: {error.reason}") from None
 
 
 def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[SourceRecord]:

@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 class RandomStream(IntEnum):
-    """The uses of random numbers. The second key of a draw, after the seed, so that no two uses share numbers."""
+    """The uses of random numbers. Each is the second key of its draws, after the seed, so that no two share numbers."""
 
     BATCH_ORDER = 0
     SAMPLE_ORDER = 1
@@ -35,7 +35,7 @@ class RandomStream(IntEnum):
 
 
 def derive_seed(*keys: int) -> int:
-    """Return a seed of 63 bits, a hash of integers. Their order matters, and the seeds of near keys are unrelated."""
+    """Hash integers into a seed of 63 bits. Their order matters, and the seeds of similar keys are unrelated."""
     state = 0x9E3779B97F4A7C15
     for key in keys:
         state = _splitmix((state ^ (key & _MASK)) & _MASK)
@@ -47,7 +47,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
     Each index is permuted on its own, so a permutation of any size costs no memory. A Feistel network permutes the next
     power of four. An index that leaves the range is permuted again until it is back (on average at most four times),
-    which makes the whole a permutation of the range.
+    so that the result is a permutation of the range.
 
     Args:
         index: [N] int64.

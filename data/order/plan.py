@@ -33,6 +33,13 @@ class GlobalBatch:
     epochs: np.ndarray  # [global batch size] int64
 
 
+class _BatchNumbers(NamedTuple):
+    """The batches of each bucket that an epoch completes, numbered through the bucket's endless sequence."""
+
+    first: np.ndarray  # [buckets] int64
+    end: np.ndarray  # [buckets] int64, one more than the last
+
+
 class Plan:
     """The samples of the global batch at each position.
 
@@ -72,13 +79,13 @@ class Plan:
             else None
         )
         self._count_until = lru_cache(maxsize=4096)(self._compute_count_until)
-        # Of two epochs, the current one and the one that samples are carried over from: 8 bytes a sample and epoch.
+        # The cache holds two epochs, the current one and the one before it, at 8 bytes for each sample and epoch.
         self._ends = lru_cache(maxsize=2 * len(self.buckets))(self._compute_ends)
         self._batch_numbers = lru_cache(maxsize=4)(self._compute_batch_numbers)
 
     @property
     def order_name(self) -> str:
-        """A name for what decides the order besides the rows, their buckets and the seed: "" for this plan."""
+        """Identifier of what the order depends on besides rows, buckets and seed: "" for this plan."""
         return ""
 
     def list_shards(self, position: Position) -> tuple[str, ...]:
@@ -87,11 +94,11 @@ class Plan:
 
     def num_batches(self, epoch: int) -> int:
         """Return the number of global batches in an epoch."""
-        first, last = self._batch_numbers(epoch)
-        return int((last - first).sum())
+        numbers = self._batch_numbers(epoch)
+        return int((numbers.end - numbers.first).sum())
 
     def num_samples(self, epoch: int) -> int:
-        """Return the number of an epoch's samples. Its batches hold others too: those carried over from before."""
+        """Return the number of an epoch's samples. Its batches also hold samples carried over from earlier epochs."""
         return sum(self.count_samples_by_bucket(epoch).values())
 
     def count_samples_by_bucket(self, epoch: int) -> dict[int, int]:
@@ -118,13 +125,13 @@ class Plan:
     def batch(self, position: Position) -> GlobalBatch:
         """Return the global batch at a position. Costs O(global batch size), wherever the position is."""
         epoch, index = position
-        first, last = self._batch_numbers(epoch)
-        cumulative = np.cumsum(last - first)
+        numbers = self._batch_numbers(epoch)
+        cumulative = np.cumsum(numbers.end - numbers.first)
         num_batches, key = int(cumulative[-1]), derive_seed(self.seed, RandomStream.BATCH_ORDER, epoch)
         assert 0 <= index < num_batches, f"epoch {epoch} has {num_batches} batches, there is no batch {index}"
         chosen = int(permute(np.array([index]), num_batches, key)[0])
         bucket = int(np.searchsorted(cumulative, chosen, side="right"))
-        number = int(last[bucket] - (cumulative[bucket] - chosen))
+        number = int(numbers.end[bucket] - (cumulative[bucket] - chosen))
         return self._build_batch(bucket, number * self.global_batch_size, epoch)
 
     def _build_batch(self, bucket: int, start: int, epoch: int) -> GlobalBatch:
@@ -143,13 +150,13 @@ class Plan:
         return GlobalBatch(self.buckets[bucket], np.concatenate(rows), np.concatenate(epochs))
 
     def _find_rows(self, bucket: int, epoch: int, items: np.ndarray) -> np.ndarray:
-        """Return the rows of some items of a bucket's epoch. A row with n turns has n items, one after the other."""
+        """Return the rows of some items of a bucket's epoch. A row that is used n times has n consecutive items."""
         if self._repeats is not None:
             items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
         return self._members[self._starts[bucket] + items]
 
     def _turns_until(self, bucket: int, epoch: int) -> np.ndarray:
-        """Return the turns that each row has had before `epoch`, [rows of the bucket] int64."""
+        """Return how often each row has been used before `epoch` (its turns), [rows of the bucket] int64."""
         assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
         rows = slice(self._starts[bucket], self._starts[bucket + 1])
         return np.floor(epoch * self._repeats[rows] + self._phases[rows]).astype(np.int64)
@@ -164,17 +171,17 @@ class Plan:
         """Return where each row's items end within an epoch, [rows of the bucket] int64."""
         return np.cumsum(self._turns_until(bucket, epoch + 1) - self._turns_until(bucket, epoch))
 
-    def _compute_batch_numbers(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return each bucket's number of the first batch that an epoch completes, and of the one after its last."""
+    def _compute_batch_numbers(self, epoch: int) -> _BatchNumbers:
+        """Return the numbers of the batches that an epoch completes."""
         until = np.array([[self._count_until(b, e) for b in range(len(self.buckets))] for e in (epoch, epoch + 1)])
         numbers = until // self.global_batch_size
-        return numbers[0], numbers[1]
+        return _BatchNumbers(first=numbers[0], end=numbers[1])
 
 
 def argsort_stable(values: np.ndarray) -> np.ndarray:
     """Return np.argsort(values, kind="stable") of numbers from 0 on, [N], in linear time.
 
-    numpy sorts only 16-bit numbers by radix, so it gets one digit after the other.
+    numpy uses radix sort only for 16-bit numbers, so the values are sorted by one 16-bit digit after the other.
     """
     order = np.arange(len(values))
     for shift in range(0, 64, 16):

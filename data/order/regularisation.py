@@ -11,19 +11,19 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
 
-# The records' bytes are searched first: parsing a hundred million records would take minutes.
+# The JSON text is searched first, because parsing a hundred million records would take minutes.
 MARK = r'"is_reg"\s*:\s*true'
 
 
 def check_regularisation(data: DataConfig) -> Iterator[Problem]:
-    """Yield a problem for each folder of regularisation images that does not exist, or if they cannot be used."""
+    """Yield a problem for each folder of regularisation images that does not exist, and if they come with metadata."""
     key, cure = "data.regularisation_dirs", "check the path (relative to the working directory)"
     for number, path in enumerate(data.regularisation_dirs):
         if not path.is_dir():
             yield Problem(f"{key}.{number}", path, "is not a folder", cure)
     if data.regularisation_dirs and data.metadata:
         cure = 'give the metadata of these images to data.metadata, with "is_reg": true in each record'
-        yield Problem(key, data.regularisation_dirs, "goes with data.image_dirs, not with data.metadata", cure)
+        yield Problem(key, data.regularisation_dirs, "works only with data.image_dirs, not with data.metadata", cure)
 
 
 def find_regularisation_rows(index: Index) -> np.ndarray:
@@ -44,7 +44,7 @@ def balance_regularisation(
 
     Args:
         rows: of the regularisation samples.
-        repeats: how often each row would be used otherwise; 0 for held-out and bad ones.
+        repeats: how often each row would be used otherwise; 0 for held-out and bad samples.
         factor: for the repeats of regularisation samples. `balanced` makes them as many as all others together, as
             kohya-ss/sd-scripts does. A fraction holds on average over the epochs (data/order/plan.py).
     """

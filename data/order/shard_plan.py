@@ -4,7 +4,7 @@ An epoch takes the shards in a random order of its own, some at a time: a window
 is to the plain plan (data/order/plan.py): each bucket's samples are in random order within a window, their sequence
 continues from window to window and from epoch to epoch, and a batch belongs to the window of its last sample. Batches
 are still a pure function of their position, every sample is used in every epoch, and resuming and the number of ranks
-change nothing. Samples are mixed less well than by a plain plan: only over the shards of a window.
+change nothing. Samples are mixed only over the shards of a window, which is less than under a plain plan.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class ShardPlan(Plan):
 
     @property
     def order_name(self) -> str:
-        """A name for what decides the order besides the rows, their buckets and the seed: the shards and the window."""
+        """Identifier of what the order depends on besides rows, buckets and seed: the shards and the window size."""
         return f"{self._order_hash}-{self._per_window}"
 
     def num_batches(self, epoch: int) -> int:
@@ -133,7 +133,7 @@ class ShardPlan(Plan):
         return np.cumsum([Plan.num_batches(self, first + window) for window in range(self.num_windows)])
 
     def _compute_window_rows(self, bucket: int, number: int) -> np.ndarray:
-        """Return the rows of a bucket in a window, each once for every turn.
+        """Return the rows of a bucket in a window, each as often as it is used.
 
         Args:
             number: of the window, counted over all epochs.
@@ -147,7 +147,7 @@ class ShardPlan(Plan):
         return self._members[places]
 
     def _compute_turns(self, epoch: int, places: np.ndarray | slice) -> np.ndarray:
-        """Return how many turns the members at some places have in an epoch, [places] int64."""
+        """Return how often the members at some places are used in an epoch (their turns), [places] int64."""
         assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
         repeats, phases = self._repeats[places], self._phases[places]
         return (np.floor((epoch + 1) * repeats + phases) - np.floor(epoch * repeats + phases)).astype(np.int64)

@@ -10,8 +10,8 @@ from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
 
 
-def check_weights(data: DataConfig) -> Iterator[Problem]:
-    """Yield a problem unless `data.source_weights` is empty or has a number for each source."""
+def check_source_weights(data: DataConfig) -> Iterator[Problem]:
+    """Yield a problem if `data.source_weights` is set and does not have one number for each source."""
     name = "metadata" if data.metadata else "image_dirs"
     entries = getattr(data, name)
     if data.source_weights and len(data.source_weights) != len(entries):
@@ -20,7 +20,7 @@ def check_weights(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.source_weights", data.source_weights, rule, cure)
 
 
-def check_weighted_sources(weights: Sequence[float], index: Index) -> Iterator[Problem]:
+def check_weighted_samples(weights: Sequence[float], index: Index) -> Iterator[Problem]:
     """Yield a problem if every source with samples has the weight 0."""
     sources = np.unique(index.column("source")).tolist()
     if weights and not any(source >= len(weights) or weights[source] for source in sources):

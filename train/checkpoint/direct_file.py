@@ -1,4 +1,4 @@
-"""Large files, written past the page cache and hashed while they are written."""
+"""Writer of large files that bypasses the page cache and hashes the bytes it writes."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ DIRECT = getattr(os, "O_DIRECT", 0)  # exists on Linux only
 
 
 class DirectFile:
-    """New file that is written from front to back, past the page cache where the file system supports it.
+    """New file that is written from front to back, bypassing the page cache where the file system supports it.
 
     The cache would hold a copy that nobody reads, and evict the latents that training reads. Writing through it costs
     training CPU time (docs/RELIABILITY.md has the measurement).
@@ -38,7 +38,7 @@ class DirectFile:
         self._filled = 0
         self._hash = hashlib.sha256()
         self.size = 0
-        # Error of a write, kept because torch.save raises another one in its place.
+        # Error of a failed write; torch.save raises another error in its place.
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
@@ -59,7 +59,7 @@ class DirectFile:
     def close(self) -> str:
         """Write the rest to the disk, and return the file's SHA-256 in hexadecimal digits."""
         try:
-            # The last block has any size, and direct writes need whole blocks.
+            # The last block may be smaller, and direct writes need whole blocks.
             self._clear_direct()
             self._write_block()
             os.fsync(self._descriptor)

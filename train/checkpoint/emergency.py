@@ -61,7 +61,7 @@ class EmergencySaver:
 
     def __enter__(self) -> "EmergencySaver":
         """Start the thread that reads signals. Entered on the main thread, after the signal handlers are set."""
-        # Leftovers of a job that was killed while it wrote a model.
+        # A job that was killed while it wrote a model leaves these files behind.
         if self._writer.rank == 0:
             for leftover in [*self._models_folder.glob("*.claim"), *self._models_folder.glob(".*.tmp")]:
                 leftover.unlink(missing_ok=True)
@@ -138,5 +138,5 @@ class EmergencySaver:
         try:
             self.save(f"{signal.Signals(numbers[0]).name} received and the step does not end")
         finally:
-            # The main thread may be blocked for ever.
+            # The main thread may be blocked in a collective that never returns.
             exit_at_once(numbers[0])

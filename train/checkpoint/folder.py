@@ -27,7 +27,7 @@ def get_partial_folder(folder: Path, step: int, token: str) -> Path:
     """Return the folder in which the checkpoint of a step is built.
 
     Args:
-        token: one per start of the job, so that attempts do not mix.
+        token: differs between starts of the job, so that files of two attempts do not mix.
     """
     return folder / f".step-{step:08d}.{token}.partial"
 
@@ -64,13 +64,13 @@ def seal_checkpoint(partial: Path) -> Path | None:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     sync_folder(partial.parent)
-    # Last: with the parts in place, the next start can finish a seal that was cut short.
+    # The parts are deleted last, because the next start needs them to finish a seal that was cut short.
     shutil.rmtree(final / PARTS)
     return final
 
 
 def recover_partial_checkpoints(folder: Path) -> None:
-    """Seal the complete partial folders of an earlier job, and delete the incomplete ones. Called at a start."""
+    """Seal the complete partial folders of an earlier job, and delete the incomplete ones. Called when a run starts."""
     for partial in sorted(folder.glob(".step-*.partial")):
         try:
             sealed = seal_checkpoint(partial)

@@ -14,7 +14,7 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass
 class TrainState:
-    """Progress of a run. All random numbers are functions of the seed and of these, so no generator state is kept."""
+    """Progress of a run. All random numbers are functions of the seed and of these fields, so no generator is saved."""
 
     # Fields that a resumed run takes from its present settings, data and ranks; the others are the checkpoint's.
     MADE_WITH: ClassVar[tuple[str, ...]] = (
@@ -33,7 +33,7 @@ class TrainState:
     samples_seen: int = 0
     num_bad: int = 0  # samples skipped so far
     num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
-    # What the state was made with; a resume compares.
+    # The settings and data of the run that saved the state; a resume compares them with its own.
     seed: int = 0
     global_batch_size: int = 0
     world_size: int = 0

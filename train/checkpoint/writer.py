@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from loguru import logger
@@ -29,8 +29,8 @@ class CheckpointWriter:
     """Write the checkpoints of one rank, one at a time; rank 0 seals each once all ranks' parts are there.
 
     Args:
-        folder: of all checkpoints of the run.
-        token: names this start of the job, equal on all ranks.
+        folder: folder of all checkpoints of the run.
+        token: identifies this start of the job; equal on all ranks.
         wait_for_space_seconds: how long a checkpoint waits for space on a full disk before that is an error.
 
     Attributes:
@@ -97,8 +97,8 @@ class CheckpointWriter:
         for name, content in files.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            sha256, size = save_hashed(path, content)
-            written[name] = {"bytes": size, "sha256": sha256}
+            file = save_hashed(path, content)
+            written[name] = {"bytes": file.bytes, "sha256": file.sha256}
         # Equal on every rank, so every living rank may write it.
         state.save(partial)
         write_part(partial, self.rank, self.world_size, written)
@@ -106,7 +106,7 @@ class CheckpointWriter:
         return partial
 
     def describe_lack_of_space(self, files: dict[str, Any]) -> str | None:
-        """Return the space that all ranks' files need and the disk lacks, as a message; None if they fit."""
+        """Describe the disk space that all ranks' files need and that is free; None if the files fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         needed = estimate_bytes(files, self.world_size) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
@@ -169,8 +169,15 @@ class CheckpointWriter:
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
 
 
-def save_hashed(path: Path, content: Any) -> tuple[str, int]:
-    """Write `content` by torch.save. Returns (SHA-256, bytes).
+class HashedFile(NamedTuple):
+    """A file that was written."""
+
+    sha256: str
+    bytes: int
+
+
+def save_hashed(path: Path, content: Any) -> HashedFile:
+    """Write `content` by torch.save, and return the file's hash and size.
 
     Raises:
         OSError: the file cannot be written; torch alone would raise a RuntimeError that hides the cause.
@@ -178,7 +185,7 @@ def save_hashed(path: Path, content: Any) -> tuple[str, int]:
     file = DirectFile(path)
     try:
         torch.save(content, cast(Any, file))
-        return file.close(), file.size
+        return HashedFile(file.close(), file.size)
     except RuntimeError as error:
         raise file.error or error from None
     finally:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
+from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.optim.optimizers import explain_whole_tensors
@@ -20,11 +21,11 @@ DTYPES = {
 
 
 class BatchSizes(NamedTuple):
-    """Samples of one optimizer step on all ranks, samples of one forward pass on one rank, forward passes a step."""
+    """Sizes of the global batch and the micro batch."""
 
-    global_batch_size: int
-    micro_batch_size: int
-    accumulation_steps: int
+    global_batch_size: int  # samples of one optimizer step, over all ranks
+    micro_batch_size: int  # samples of one forward pass on one rank
+    accumulation_steps: int  # forward passes of each rank in one optimizer step
 
     @property
     def world_size(self) -> int:
@@ -46,24 +47,23 @@ def check_engine(engine: EngineConfig) -> Iterator[Problem]:
 
 
 def resolve_zero_stage(config: Config, world_size: int) -> tuple[Config, str]:
-    """Return the settings with a ZeRO stage, and a line about the choice; "" if the user has set the stage."""
+    """Return the settings with a ZeRO stage, and a line that explains the choice; "" if the user has set the stage."""
     if config.engine.zero_stage is not None:
         return config, ""
-    choice = choose_default_stage(config, world_size)
+    choice = choose_default_stage(config.engine, config.optim, world_size)
     engine = config.engine.model_copy(update={"zero_stage": choice.stage})
     return config.model_copy(update={"engine": engine}), f"{choice.stage}, chosen because {choice.reason}"
 
 
-def choose_default_stage(config: Config, world_size: int) -> StageChoice:
-    """Choose the lowest ZeRO stage that serves, because every stage adds work for each weight."""
-    engine = config.engine
+def choose_default_stage(engine: EngineConfig, optim: OptimConfig, world_size: int) -> StageChoice:
+    """Choose the lowest ZeRO stage that suits the settings, because each higher stage adds work for each weight."""
     if engine.offload_param:
         return StageChoice(3, "engine.offload_param needs it")
     if engine.offload_optimizer:
         return StageChoice(2, "engine.offload_optimizer needs it")
-    needs_shards = engine.precision in ("fp16", *PURE_BF16)
-    if explain_whole_tensors(config.optim, engine) and not needs_shards:
-        return StageChoice(0, f"{config.optim.name} must see whole weights")
+    needs_zero = engine.precision in ("fp16", *PURE_BF16)
+    if explain_whole_tensors(optim, engine) and not needs_zero:
+        return StageChoice(0, f"{optim.name} must see whole weights")
     if world_size > 1:
         return StageChoice(2, f"{world_size} ranks share gradients, masters and optimizer state")
     if engine.precision == "fp32":
@@ -76,10 +76,10 @@ def build_communication_settings(engine: EngineConfig, world_size: int) -> dict[
 
     DeepSpeed's default buckets of 5e8 values are buffers of 1 GB each in 16 bit, a fifth of SDXL's weights.
     """
-    # A single rank sends nothing, but DeepSpeed fills a bucket all the same.
+    # A single rank sends nothing, but DeepSpeed still fills a bucket.
     if world_size == 1:
         alone: dict[str, object] = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
-        # Saves a copy of each gradient.
+        # Without contiguous gradients, DeepSpeed makes no copy of each gradient.
         return alone if engine.zero_stage != 1 else {**alone, "contiguous_gradients": False}
     settings: dict[str, object] = {"reduce_bucket_size": 200_000_000, "allgather_bucket_size": 200_000_000}
     if torch.cuda.is_available() and engine.zero_stage:
@@ -90,7 +90,7 @@ def build_communication_settings(engine: EngineConfig, world_size: int) -> dict[
 def build_deepspeed_config(
     config: EngineConfig, batch: BatchSizes, max_grad_norm: float, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Build DeepSpeed's JSON from our settings, with `engine.deepspeed` merged over it."""
+    """Build DeepSpeed's JSON from the settings, with `engine.deepspeed` merged over it."""
     pure_bf16 = config.precision in PURE_BF16
     zero: dict[str, Any] = {"stage": config.zero_stage, **build_communication_settings(config, batch.world_size)}
     if any("use_muon" in group for group in optimizer.param_groups):

@@ -41,7 +41,7 @@ class Engine:
 
     Attributes:
         weights: access to the trained weights by name, and their moving averages.
-        dtype: in which the model computes.
+        dtype: data type in which the model computes.
         completed_steps: optimizer steps since the engine was built, skipped updates included.
     """
 
@@ -68,7 +68,7 @@ class Engine:
             self._engine.basic_optimizer.state.clear()
         self._host_memory = HostMemory()
         self._updating = threading.Lock()
-        # Set while the weights are halfway through an update; an error in the middle of one leaves it set.
+        # True while the weights are halfway through an update. An error during an update leaves it True.
         self._halfway = False
         self._engine.basic_optimizer.register_step_pre_hook(lambda *_: setattr(self, "_halfway", True))
 
@@ -95,7 +95,7 @@ class Engine:
 
         Returns:
             Whether the weights were updated, equal on every rank. A gradient that is not finite, on any rank, leaves
-            weights and optimizer unchanged; the step counts as completed all the same.
+            weights and optimizer unchanged, but the step still counts as completed.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()

@@ -33,7 +33,7 @@ class FlatTensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """The content of a rank's files. `flats` are in the order in which the optimizer numbers its tensors."""
+    """The place of each trained parameter in a rank's files. `flats` are numbered as the optimizer numbers its tensors."""
 
     rank: int
     world_size: int
@@ -43,7 +43,7 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]  # whole shape of every trained parameter
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the layout as dicts and lists, which can be loaded without trusting the file."""
+        """Return the layout as dicts and tuples, which can be loaded from a file that is not trusted."""
         flats = tuple(
             {"numel": flat.numel, "pieces": tuple(asdict(fragment) for fragment in flat.fragments)}
             for flat in self.flats

@@ -137,18 +137,18 @@ def skip_overflow_scan(optimizer: Any) -> None:
 
 
 class FragmentOffsets(NamedTuple):
-    """First element of a parameter that lies in this rank's flat tensor, its offset there, and number of elements."""
+    """The part of a parameter that lies in this rank's flat tensor."""
 
-    start: int
-    offset: int
+    start: int  # first element of the part, counted in the parameter
+    offset: int  # of that element in the flat tensor
     numel: int
 
 
 def read_fragment_offsets(parameter: Any) -> FragmentOffsets | None:
-    """Return where a parameter lies in this rank's flat tensor under ZeRO 1 and 2; None if no part of it does.
+    """Read the place of a parameter in this rank's flat tensor under ZeRO 1 and 2; None if no part lies there.
 
-    Why: checkpoints name what lies where. Looked for: `safe_get_full_fp32_param` and its siblings gather whole
-    parameters by a collective and report no place; `param_slice_mappings` in the state dict lacks the start.
+    Why: checkpoints record the place of every parameter. Looked for: `safe_get_full_fp32_param` and its siblings gather
+    whole parameters by a collective and report no place; `param_slice_mappings` in the state dict lacks the start.
     """
     mapping = parameter._hp_mapping
     if not mapping:

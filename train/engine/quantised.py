@@ -12,7 +12,7 @@ import torch
 
 WRAPPED = "__bnb_optimizer_quant_state__"  # key under which bitsandbytes hides these tensors from FSDP
 BLOCK = 256
-MIN_QUANTISED = 4096  # bitsandbytes quantises tensors of at least as many values
+MIN_QUANTISED = 4096  # bitsandbytes quantises tensors of at least this many values
 CHUNK = 1 << 22  # values quantised at once
 
 
@@ -52,7 +52,7 @@ def split_moment(key: str, moment: QuantisedMoment) -> dict[str, torch.Tensor]:
 
 
 def quantise(values: torch.Tensor, table: torch.Tensor) -> QuantisedMoment:
-    """Return the nearest codes of fp32 values [N]."""
+    """Quantise fp32 values [N] to the nearest codes of a table."""
     codes = torch.empty(values.shape, dtype=torch.uint8)
     scales = torch.empty(-(-len(values) // BLOCK))
     borders = (table[1:] + table[:-1]) / 2

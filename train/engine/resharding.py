@@ -1,7 +1,7 @@
-"""Resharding: the saved state put together for another number of ranks or another ZeRO stage.
+"""Resharding: load the saved state into another number of ranks or another ZeRO stage.
 
-A rank that resumes with another layout maps the old files into memory and reads the parts that are its own. So there is
-no conversion beforehand, no wait for it, and no space needed on disk.
+A rank that resumes with another layout maps the old files into memory and reads the parts that it needs. No conversion
+runs beforehand, and no space on disk is needed.
 
 DeepSpeed's universal checkpoints serve the same purpose. They are not used because their converter first writes the
 whole state a second time, supports only the two moments of Adam, has no stage 0, and under stage 3 gives every
@@ -18,14 +18,15 @@ from sdxl_trainer.train.engine.layout import FlatTensor
 from sdxl_trainer.train.engine.quantised import MIN_QUANTISED, QuantisedMoment, quantise, split_moment
 from sdxl_trainer.train.engine.saved_state import MASTER, ReshardingError, SavedState, Shard
 
-# Entries of the optimizer's own file that belong to the run and not to the settings.
+# Entries of the optimizer's state dict that are progress of the run and not settings.
 LOSS_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "cur_scale", "cur_iter", "last_overflow_iter")
 
 
 def reshard(template: Shard, saved: SavedState) -> None:
     """Fill a fresh rank's own files with the state that other ranks have saved.
 
-    A parameter that is trained now and was not then keeps its fresh weights, and starts without optimizer state.
+    A parameter that is trained now and was not trained by the saving run keeps its fresh weights, and starts without
+    optimizer state.
 
     Args:
         template: the files that this rank would save now; changed in place.
@@ -35,10 +36,14 @@ def reshard(template: Shard, saved: SavedState) -> None:
     """
     for name, shape in template.layout.shapes.items():
         if saved.shapes.get(name, shape) != shape:
-            raise ReshardingError(f"{name} has shape {shape}, and had {saved.shapes[name]}")
+            raise ReshardingError(f"{name} has shape {shape} instead of {saved.shapes[name]} in the checkpoint")
     fresh = [name for name in template.layout.shapes if not saved.has(name)]
     if fresh:
-        logger.warning("{} parameters were not trained before, {} among them", len(fresh), fresh[0])
+        logger.warning(
+            "{} parameters were not trained before and start without optimizer state, {} among them",
+            len(fresh),
+            fresh[0],
+        )
     for number, (flat, master) in enumerate(zip(template.layout.flats, template.masters, strict=True)):
         values = master.detach().reshape(-1).clone()
         for fragment in flat.fragments:
@@ -50,17 +55,17 @@ def reshard(template: Shard, saved: SavedState) -> None:
     _fill_module(template, saved)
     origin = saved.load_shard(0)
     for key in LOSS_SCALING:
-        if key in template.owner and key in origin.owner:
-            template.owner[key] = origin.owner[key]
+        if key in template.optimizer_state and key in origin.optimizer_state:
+            template.optimizer_state[key] = origin.optimizer_state[key]
 
 
 def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
     """Fill the optimizer's state of one flat tensor, and the settings of its group."""
     flat = template.layout.flats[number]
-    home = saved.find_home(fragment.name for fragment in flat.fragments)
-    if home is None:
+    found = saved.find_flat(fragment.name for fragment in flat.fragments)
+    if found is None:
         return
-    shard, origin = home
+    shard, origin = found
     template.find_group(number).update(
         {key: value for key, value in shard.find_group(origin).items() if key != "params"}
     )
@@ -87,7 +92,7 @@ def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
 
 
 def _gather_state(flat: FlatTensor, key: str, saved: SavedState, shape: torch.Size) -> dict[str, torch.Tensor]:
-    """Return an optimizer state of one value per weight, again in 8 bit if it was and the tensor is large enough."""
+    """Gather an optimizer state of one value per weight, in 8 bit if it was saved so and the tensor is large enough."""
     values = None
     for fragment in flat.fragments:
         if saved.has(fragment.name):
@@ -104,7 +109,7 @@ def _gather_state(flat: FlatTensor, key: str, saved: SavedState, shape: torch.Si
 
 
 def _fill_module(template: Shard, saved: SavedState) -> None:
-    """Fill the network's own weights, and the counters of steps. Under stage 3 no rank has the weights whole."""
+    """Fill the model's weights and the step counters. Under stage 3, no rank holds a whole weight."""
     model, origin = template.model, saved.load_shard(0).model
     assert model is not None and origin is not None, "rank 0 saves the module, and a template holds it on every rank"
     for key in ("global_steps", "global_samples", "skipped_steps"):
@@ -113,7 +118,7 @@ def _fill_module(template: Shard, saved: SavedState) -> None:
         if saved.has(name) and tuple(value.shape) == saved.shapes[name]:
             value.copy_(saved.read_whole(name))
     for name, value in (model.get("frozen_param_fragments") or {}).items():
-        # Parameters that were trained then and are frozen now.
+        # Parameters that the saving run trained and that are frozen now.
         if saved.has(name):
             share = value.numel() if template.layout.zero_stage == 3 else 0
             whole, start = saved.read(name), template.layout.rank * share

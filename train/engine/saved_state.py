@@ -18,44 +18,45 @@ from sdxl_trainer.train.engine.patches import SAFE_TYPES
 from sdxl_trainer.train.engine.quantised import QuantisedMoment, join_moments
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
-AVERAGE = "average "  # begins the keys of moving averages, which have a file of their own
+AVERAGE = "average "  # prefix of the keys of moving averages, which have a file of their own
 MASTER = "master"  # stands for the fp32 weight itself among the keys of the optimizer's state
 
 
 class ReshardingError(ValueError):
-    """The saved state cannot be put together for these ranks; the message states the obstacle."""
+    """The saved state cannot be loaded by these ranks; the message states the reason."""
 
 
 @dataclass
 class Shard:
-    """One rank's files of DeepSpeed's, whatever the stage, as numbered flat tensors.
+    """DeepSpeed's files of one rank as numbered flat tensors, in one form for every ZeRO stage.
 
-    `model` is the file with the module's weights, None on ranks that do not write one; `owner` is the dict with the
-    optimizer's part: the model file itself under stage 0, otherwise the content of the optimizer file.
+    `model` is the content of the file with the module's weights, None on ranks that do not write one.
+    `optimizer_state` is the state dict of DeepSpeed's optimizer, which lies in the model file under stage 0, otherwise
+    in the optimizer file.
     """
 
     layout: Layout
     model: dict[str, Any] | None
-    owner: dict[str, Any]
+    optimizer_state: dict[str, Any]
 
     @property
     def masters(self) -> list[torch.Tensor]:
-        """The master weights, one tensor per flat."""
+        """The master weights, one tensor for each of the layout's flats."""
         for key in ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups_flat"):
-            if key in self.owner:
-                return list(self.owner[key])
-        if "fp32_groups" in self.owner:
-            return [tensor for group in self.owner["fp32_groups"] for tensor in group]
+            if key in self.optimizer_state:
+                return list(self.optimizer_state[key])
+        if "fp32_groups" in self.optimizer_state:
+            return [tensor for group in self.optimizer_state["fp32_groups"] for tensor in group]
         assert self.model is not None, "without ZeRO every file holds the module"
         return [self.model["module"][flat.fragments[0].name] for flat in self.layout.flats]
 
     @property
     def base(self) -> dict[str, Any]:
-        """State dict of the optimizer within DeepSpeed's: `state` by number of the flat tensor, and `param_groups`."""
+        """State dict of the wrapped torch optimizer: `state` by number of the flat tensor, and `param_groups`."""
         for key in ("base_optimizer_state", "optimizer_state_dict"):
-            if key in self.owner:
-                return self.owner[key]
-        return self.owner
+            if key in self.optimizer_state:
+                return self.optimizer_state[key]
+        return self.optimizer_state
 
     def read_state(self, number: int) -> dict[str, Any]:
         """Return the optimizer's state of a flat tensor, 8-bit moments as `QuantisedMoment`."""
@@ -74,14 +75,14 @@ def build_shard(layout: Layout, files: Mapping[str, Any]) -> Shard:
     """
     model = next((content for name, content in files.items() if name.endswith("model_states.pt")), None)
     zero = next((content for name, content in files.items() if name.endswith("optim_states.pt")), None)
-    owner = zero["optimizer_state_dict"] if zero is not None else (model or {}).get("optimizer")
-    if owner is None:
+    optimizer_state = zero["optimizer_state_dict"] if zero is not None else (model or {}).get("optimizer")
+    if optimizer_state is None:
         raise ReshardingError(f"rank {layout.rank} saved no optimizer state")
-    return Shard(layout, model, owner)
+    return Shard(layout, model, optimizer_state)
 
 
 class Place(NamedTuple):
-    """A fragment of a parameter, in flat tensor `number` of the rank with this index."""
+    """A fragment of a parameter, in flat tensor `number` of a rank."""
 
     rank: int
     number: int
@@ -124,7 +125,7 @@ class SavedState:
         return name in self._places
 
     def load_shard(self, rank: int) -> Shard:
-        """Return a rank's files. Only its own tensors are read from disk, and those only when they are used."""
+        """Return a rank's files. With `map_state_file`, a tensor is read from disk only when it is used."""
         if rank not in self._shards:
             names = [name for name in self._names if _belongs_to(name, rank)]
             mine = {name: self._read_file(self._folder / name) for name in names}
@@ -164,8 +165,8 @@ class SavedState:
         """Return the number of elements of a whole parameter."""
         return torch.Size(self.shapes[name]).numel()
 
-    def find_home(self, names: Iterable[str]) -> tuple[Shard, int] | None:
-        """Return the shard and the number of a flat tensor that holds the first of the parameters that was trained."""
+    def find_flat(self, names: Iterable[str]) -> tuple[Shard, int] | None:
+        """Find the flat tensor that holds the first of the parameters that was trained; return its shard and number."""
         for name in names:
             if name in self._places:
                 rank, number, _ = self._places[name][0]
@@ -173,8 +174,8 @@ class SavedState:
         return None
 
     def find_table(self, names: Iterable[str], key: str) -> torch.Tensor | None:
-        """Return the table of codes of the optimizer's state `key`, if it was in 8 bit for one of the parameters."""
-        places = {place[:2] for name in names for place in self._places.get(name, ())}
+        """Return the code table of the optimizer's state `key`; None if it was in 8 bit for none of the parameters."""
+        places = {(place.rank, place.number) for name in names for place in self._places.get(name, ())}
         states = (self.load_shard(rank).read_state(number).get(key) for rank, number in sorted(places))
         return next((state.table for state in states if isinstance(state, QuantisedMoment)), None)
 
@@ -190,7 +191,7 @@ class SavedState:
         return shard.masters[number] if key == MASTER else shard.read_state(number)[key]
 
     def _distinct_layouts(self) -> list[Layout]:
-        """Without ZeRO every rank holds everything, so the first rank's layout suffices."""
+        """Return the layouts whose values differ. Without ZeRO all ranks hold the same, so the first suffices."""
         return self.layouts if self.layouts[0].zero_stage else self.layouts[:1]
 
     def _count_needed(self) -> int:
@@ -234,7 +235,7 @@ def map_state_file(path: Path) -> Any:
 
 
 def _belongs_to(file: str, rank: int) -> bool:
-    """Return whether a file of DeepSpeed's is a rank's own. Rank 0 has the module's weights, except under stage 3."""
+    """Return whether one of DeepSpeed's files belongs to a rank. Files without a rank in their name are rank 0's."""
     if "pp_rank_" not in file:
         return rank == 0
     return file.split("pp_rank_")[1].split("_")[0] == str(rank)

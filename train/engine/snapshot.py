@@ -1,4 +1,4 @@
-"""Copies of a live engine's state for checkpoints, and their way back into an engine."""
+"""Capture a live engine's state for checkpoints, and load it back into an engine."""
 
 import inspect
 from dataclasses import replace
@@ -21,7 +21,7 @@ from sdxl_trainer.train.engine.saved_state import (
 )
 from sdxl_trainer.train.engine.weights import Weights, flatten
 
-# DeepSpeed's own converter, should someone want to use it, asks for this in checkpoints of ZeRO 1 and 2.
+# DeepSpeed's own checkpoint converter, which users may run, requires this entry in checkpoints of ZeRO 1 and 2.
 UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
@@ -69,7 +69,7 @@ def capture_state(
 ) -> dict[str, Any]:
     """Return this rank's files of a checkpoint: path within it → content, copied to the host.
 
-    The files are in DeepSpeed's own format; one more states where each parameter lies in them (layout.py).
+    The files are in DeepSpeed's own format. An additional file records the place of each parameter (layout.py).
 
     Args:
         engine: the engine that `deepspeed.initialize` returned.
@@ -125,16 +125,16 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
 
 
 def _load_into_engine(engine: Any, weights: Weights, shard: Shard) -> None:
-    """Load a rank's files, which have this very layout, into DeepSpeed."""
+    """Load a rank's files, which have the engine's layout, into DeepSpeed."""
     assert shard.model is not None
     weights.release_gathered()
     engine.load_module_state_dict(shard.model)
     if weights.layout.zero_stage:
         shards = [None] * engine.world_size
-        shards[engine.global_rank] = shard.owner
+        shards[engine.global_rank] = shard.optimizer_state
         engine.optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
     else:
-        engine.optimizer.load_state_dict(shard.owner)
+        engine.optimizer.load_state_dict(shard.optimizer_state)
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, shard.model[counter])
     weights.gather_persistent()
@@ -143,7 +143,7 @@ def _load_into_engine(engine: Any, weights: Weights, shard: Shard) -> None:
 def _restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]], optimizer: Any) -> None:
     """Set the arguments of the optimizer's constructor back to the present settings; a checkpoint brings its own.
 
-    Other entries of a group are memory of the optimizer, such as the step size that Prodigy has found.
+    Other entries of a group are state of the optimizer, such as the step size that Prodigy has found.
     """
     names = set(inspect.signature(type(optimizer).__init__).parameters) - {"self", "params"}
     for group, wanted in zip(groups, settings, strict=True):
@@ -151,7 +151,7 @@ def _restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any
 
 
 def _load_averages(weights: Weights, saved: SavedState) -> None:
-    """Load the moving averages that the checkpoint holds; the others begin with its weights."""
+    """Load the moving averages that the checkpoint holds; any other average starts from the checkpoint's weights."""
     ema = weights.ema
     if not ema:
         return

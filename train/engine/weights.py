@@ -59,14 +59,14 @@ class Weights:
             self.ema.update(self.list_masters())
 
     def gather(self, name: str, average: str | None = None) -> torch.Tensor:
-        """Return a whole parameter in fp32, from the masters, on the CPU. All ranks ask for the same one together.
+        """Return a whole parameter in fp32, from the masters, on the CPU. All ranks call it together with one name.
 
         Args:
             average: return the moving average of this decay (a key of `ema.averages`) instead of the weight.
         """
         if name in self._fragments:
             return self._assemble(name, self._list_flats(average)).cpu()
-        # A frozen parameter, of which each rank holds a part under ZeRO-3.
+        # This parameter is frozen, and each rank holds a part of it under ZeRO-3.
         with deepspeed.zero.GatheredParameters([self._parameters[name]]):
             return self._parameters[name].detach().float().to("cpu", copy=True)
 
@@ -152,7 +152,7 @@ class Weights:
     def _set_weights(self, flats: list[torch.Tensor]) -> None:
         for name in self._fragments:
             whole, parameter = self._assemble(name, flats), self._parameters[name]
-            # Has an effect under ZeRO-3 only.
+            # The context gathers the parameter under ZeRO-3, and does nothing otherwise.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(whole)
 
@@ -161,7 +161,7 @@ class Ema:
     """Exponential moving averages of flat tensors, one set for each decay. Each rank averages its own masters only.
 
     Args:
-        decays: of the averages, each named by its decay as text, `"0.999"`.
+        decays: one for each average, which is named by its decay as text, such as `"0.999"`.
         warmup: see `compute_decay`.
         masters: the tensors to average, of any shapes; the averages are flat, in fp32, and begin as copies.
     """
@@ -193,7 +193,7 @@ def flatten(master: torch.Tensor) -> torch.Tensor:
 
 
 def copy_share(model: torch.nn.Module, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Return host copies in fp32 of every `world_size`-th trained weight, from number `rank` on."""
+    """Return host copies in fp32 of every `world_size`-th trained weight, starting at number `rank`."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     share = trained[rank::world_size]
     return {name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in share}

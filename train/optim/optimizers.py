@@ -14,7 +14,7 @@ from sdxl_trainer.launch.logger import warn_once
 
 
 class OptimizerEntry(NamedTuple):
-    """Import path of an optimizer's class, and its default arguments here."""
+    """Import path of an optimizer's class, and this project's defaults for its arguments."""
 
     path: str
     kwargs: dict[str, Any] = {}
@@ -32,12 +32,12 @@ OPTIMIZERS = {
     "prodigy": OptimizerEntry("prodigyopt.Prodigy"),
     "muon": OptimizerEntry("deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"),
 }
-# The same optimizers for a state in host memory while the weights are on a GPU.
+# Implementations for optimizer state in host memory while the weights are on a GPU.
 ON_HOST = {
     "adamw": OptimizerEntry("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": True}),
     "lion": OptimizerEntry("deepspeed.ops.lion.DeepSpeedCPULion"),
 }
-# The same optimizers without fp32 masters, by precision. Optimi's second beta of 0.99 stays: with 0.999, a second
+# Implementations without fp32 masters, by precision. Optimi's second beta of 0.99 stays: with 0.999, a second
 # moment that is rounded to the nearest bf16 would hardly ever fall.
 LOW_PRECISION = {
     "bf16_kahan": {
@@ -50,7 +50,7 @@ LOW_PRECISION = {
     },
 }
 DISTRIBUTIONS = {"optimi": "torch-optimi"}  # import name → name to install, where they differ
-# Optimizers that compute something else on the flat shards of ZeRO 1 to 3 than on whole tensors, by class, and why.
+# Class name → reason, for optimizers whose result on the flat shards of ZeRO 1 to 3 differs from that on whole tensors.
 NEEDS_WHOLE_TENSORS = {
     "Adafactor": "factors each weight's second moment by rows and columns",
     "CAME": "factors each weight's second moment by rows and columns",
@@ -129,7 +129,7 @@ def import_class(path: str) -> Any:
 
 
 def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Problem]:
-    """Yield problems of the optimizer: not importable, wrong arguments, or unsound under the engine's settings."""
+    """Yield a problem if the optimizer is not importable, has wrong arguments, or does not suit the engine's settings."""
     entry = find_optimizer_entry(config.name, engine)
     if config.name not in OPTIMIZERS and "." not in config.name:
         rule = f"is neither one of {', '.join(OPTIMIZERS)} nor an import path"

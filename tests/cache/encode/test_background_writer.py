@@ -30,7 +30,7 @@ class GatedStorage:
         self.written.append(item.entry.key)
         return replace(item.entry, bytes=100, sha256="x")
 
-    def store(self, entry: ManifestEntry, content: bytes, record: bytes) -> ManifestEntry:
+    def write_packed(self, entry: ManifestEntry, content: bytes, record: bytes) -> ManifestEntry:
         raise NotImplementedError
 
     def close(self) -> None:

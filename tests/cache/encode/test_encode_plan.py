@@ -17,8 +17,8 @@ from sdxl_trainer.cache.encode.encode_plan import (
     Resolution,
     assign_positions,
     build_share,
+    classify_entry,
     compute_costs,
-    judge_entry,
 )
 from sdxl_trainer.data.files import HashedFile, hash_file
 from sdxl_trainer.data.formats.manifest import Identity
@@ -73,8 +73,8 @@ def source(tmp_path):
 
 def test_a_true_entry_is_valid(source):
     path, entry = source
-    assert judge_entry(entry, str(path), IDENTITY.name) == ("valid", None)
-    assert judge_entry(None, str(path), IDENTITY.name) == ("new", None)
+    assert classify_entry(entry, str(path), IDENTITY.name) == ("valid", None)
+    assert classify_entry(None, str(path), IDENTITY.name) == ("new", None)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Identity)])
@@ -82,32 +82,32 @@ def test_each_part_of_the_identity_makes_it_stale(source, name):
     path, entry = source
     value = getattr(IDENTITY, name)
     other = replace(IDENTITY, **{name: not value if isinstance(value, bool) else value * 2 or ((64, 64),)})
-    assert judge_entry(entry, str(path), other.name) == ("stale", None)
+    assert classify_entry(entry, str(path), other.name) == ("stale", None)
 
 
 def test_a_replaced_image_is_noticed_and_a_touched_one_is_not(source, tmp_path):
     path, entry = source
     content = path.read_bytes()
     path.write_bytes(content + b"!")
-    assert judge_entry(entry, str(path), IDENTITY.name) == ("changed", None)
+    assert classify_entry(entry, str(path), IDENTITY.name) == ("changed", None)
     path.write_bytes(content.replace(b"some", b"same"))  # same size, other time
     os.utime(path, ns=(1, 1))
-    assert judge_entry(entry, str(path), IDENTITY.name) == ("changed", None)
+    assert classify_entry(entry, str(path), IDENTITY.name) == ("changed", None)
     path.write_bytes(content)
     os.utime(path, ns=(2, 2))
-    state, refreshed = judge_entry(entry, str(path), IDENTITY.name)
+    state, refreshed = classify_entry(entry, str(path), IDENTITY.name)
     assert (state, refreshed) == ("valid", replace(entry, source_mtime_ns=2))
-    assert judge_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # without hashing again
+    assert classify_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # without hashing again
 
 
 def test_a_moved_or_missing_image_is_the_same(source, tmp_path):
     path, entry = source
     moved = shutil.copy2(path, tmp_path / "moved.png")
-    assert judge_entry(entry, moved, IDENTITY.name)[0] == "valid"
+    assert classify_entry(entry, moved, IDENTITY.name)[0] == "valid"
     path.unlink()
-    assert judge_entry(entry, str(path), IDENTITY.name) == ("valid", None)
+    assert classify_entry(entry, str(path), IDENTITY.name) == ("valid", None)
     vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
-    assert judge_entry(vouched, moved, IDENTITY.name) == ("valid", None)
+    assert classify_entry(vouched, moved, IDENTITY.name) == ("valid", None)
 
 
 def test_a_mask_counts_as_the_image_does(source, tmp_path):
@@ -116,19 +116,19 @@ def test_a_mask_counts_as_the_image_does(source, tmp_path):
     mask.write_bytes(b"some mask")
     status = mask.stat()
     masked = replace(entry, mask=HashedFile(str(mask), status.st_size, status.st_mtime_ns, hash_file(mask)))
-    assert judge_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # a new mask
-    assert judge_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # a deleted mask
-    assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("valid", None)
+    assert classify_entry(entry, str(path), IDENTITY.name, str(mask)) == ("changed", None)  # a new mask
+    assert classify_entry(masked, str(path), IDENTITY.name) == ("changed", None)  # a deleted mask
+    assert classify_entry(masked, str(path), IDENTITY.name, str(mask)) == ("valid", None)
     os.utime(mask, ns=(3, 3))
-    state, refreshed = judge_entry(masked, str(path), IDENTITY.name, str(mask))
+    state, refreshed = classify_entry(masked, str(path), IDENTITY.name, str(mask))
     assert (state, refreshed) == ("valid", replace(masked, mask=replace(masked.mask, mtime_ns=3)))
     mask.write_bytes(b"same mask")
-    assert judge_entry(masked, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    assert classify_entry(masked, str(path), IDENTITY.name, str(mask)) == ("changed", None)
     vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
-    assert judge_entry(vouched, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    assert classify_entry(vouched, str(path), IDENTITY.name, str(mask)) == ("changed", None)
     path.unlink()
     for known, now in ((masked, None), (masked, str(mask)), (entry, str(mask))):
-        assert judge_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to encode from
+        assert classify_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to encode from
 
 
 def test_the_list_is_what_the_cache_does_not_hold(tmp_path):

@@ -133,7 +133,7 @@ def test_images_are_found_by_path_then_name_then_stem(tmp_path):
 
 
 def test_an_ambiguous_image_is_refused(tmp_path):
-    """Any choice could train an image with the caption of another."""
+    """Choosing any of several images could train an image with the caption of another one."""
     for path in ("a/x.png", "b/x.png", "a/y.png", "b/y.webp", "b/z.png"):
         write(tmp_path / path, "")
     folders = [tmp_path / "a", tmp_path / "b", tmp_path]
@@ -173,7 +173,7 @@ def test_a_folder_of_images_and_caption_files(tmp_path):
 def test_all_images_of_one_stem_are_listed(tmp_path):
     for name in ("a/x.png", "a/y.png", "b/x.jpg", "b/z.png", "c/x.png", "c/z.webp"):
         write(tmp_path / name, "")
-    with pytest.raises(ValueError, match="^3 images have the stem of another one") as caught:
+    with pytest.raises(ValueError, match="^3 images have the file stem of another image") as caught:
         open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     for pair in (("a/x.png", "b/x.jpg"), ("a/x.png", "c/x.png"), ("b/z.png", "c/z.webp")):
         assert f"({tmp_path / pair[0]} and {tmp_path / pair[1]})" in str(caught.value)

@@ -199,7 +199,7 @@ def test_patterns_name_many_files(tmp_path):
 @pytest.mark.parametrize("program", ["kohya_cache", "seed_cache"])
 @pytest.mark.parametrize("form", ["metadata", "folder", "cache_dir"])
 def test_caches_of_other_programs_are_read(tmp_path, program, form):
-    """They are read with their metadata, without metadata, and with latents in another folder than the images."""
+    """The caches have metadata, have none, or have latents in another folder than the images."""
     data = tmp_path / "data"
     shutil.copytree(FIXTURES / program, data)
     for image in data.glob("*.jpg"):

@@ -91,7 +91,7 @@ def test_a_normal_end_saves_nothing(engine: Engine, tmp_path: Path, end: Excepti
 def test_weights_halfway_through_an_update_are_not_saved(
     engine: Engine, tmp_path: Path, messages: list[str], monkeypatch
 ) -> None:
-    """Neither during an update nor after an error in the middle of one."""
+    """Nothing is saved during an update, nor after an error in the middle of one."""
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
     engine._updating.acquire()
     assert build_saver(engine, tmp_path).save("planted") is None

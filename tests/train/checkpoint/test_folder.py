@@ -89,7 +89,7 @@ def test_a_manifest_must_list_the_state(tmp_path: Path) -> None:
 def test_a_seal_that_was_cut_short_is_completed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between manifest and rename, with an older checkpoint of the same step in the folder."""
+    """The job is killed between manifest and rename, with an older checkpoint of the same step in the folder."""
     make_checkpoint(tmp_path, 7)
     for rank in range(2):
         partial = write_rank(tmp_path, rank, 7, token="again")

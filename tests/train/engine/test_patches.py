@@ -42,7 +42,7 @@ def get_source(function: object) -> str:
 
 
 def test_the_versions_that_the_patches_were_written_for():
-    """With other versions, read the reasons in patches.py again and then change the versions there and here."""
+    """If this fails after an upgrade, check every reason in patches.py, then change the versions there and here."""
     assert version("deepspeed") == "0.19.8" and version("torch").split("+")[0] == "2.13.0"
     assert patches.__doc__ and "deepspeed 0.19.8 and torch 2.13.0" in patches.__doc__
 
@@ -58,7 +58,7 @@ def test_operators_are_probed_through_the_module_attribute():
 
 
 def test_muon_kernels_are_decorated_by_the_patched_function_and_still_compute():
-    """In a process of its own: another test may have loaded the compiler."""
+    """The code runs in a new process, because another test may have loaded the compiler."""
     code = (
         "from sdxl_trainer.train.engine import patches\n"
         "import sys, torch\n"
@@ -122,7 +122,7 @@ def test_fragment_offsets_cover_every_parameter():
 
 
 def test_state_files_are_built_without_collectives_and_named_as_by_deepspeed(tmp_path, monkeypatch):
-    """They hold what the public `save_checkpoint` writes, which needs all ranks."""
+    """The files equal those of the public `save_checkpoint`, which needs all ranks."""
     assert list_arguments(DeepSpeedEngine._save_checkpoint) == [
         *("self", "save_dir", "tag", "client_state", "exclude_frozen_parameters"),
     ]
