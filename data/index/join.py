@@ -242,7 +242,7 @@ class _Search:
         self.watched: set[str] = set()
 
     def iterate_unlisted(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
-        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. A record with a bad file is not encoded either."""
+        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. Records with bad files are not encoded."""
         locations = chain.from_iterable(
             find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix)
             for prefix, rows in self._missing.items()

@@ -137,7 +137,7 @@ def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str)
 
 
 def parse_record(row: Mapping[str, Any]) -> Record:
-    """Return the whole record of a row: the source's JSON, with the row's key and image path and the caption as text."""
+    """Return the record of a row: the source's JSON, with the row's key and image path and the caption as text."""
     record = orjson.loads(row["record"])
     # The source may have a field `key` of its own (img2dataset writes one), and a sample's key may have a prefix.
     record["key"] = split_key(row["key"])[1]

@@ -33,7 +33,7 @@ class FlatTensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of each trained parameter in a rank's files. `flats` are numbered as the optimizer numbers its tensors."""
+    """The place of each trained parameter in a rank's files. `flats` are in the order of the optimizer's tensors."""
 
     rank: int
     world_size: int

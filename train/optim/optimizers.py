@@ -129,7 +129,7 @@ def import_class(path: str) -> Any:
 
 
 def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Problem]:
-    """Yield a problem if the optimizer is not importable, has wrong arguments, or does not suit the engine's settings."""
+    """Yield a problem if the optimizer is not importable, has wrong arguments, or does not suit the engine."""
     entry = find_optimizer_entry(config.name, engine)
     if config.name not in OPTIMIZERS and "." not in config.name:
         rule = f"is neither one of {', '.join(OPTIMIZERS)} nor an import path"

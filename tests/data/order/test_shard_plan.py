@@ -37,7 +37,7 @@ def walk(plan: Plan, epochs: int) -> list[tuple[tuple[int, int], list[int], list
     uneven=st.booleans(),
 )
 def test_each_epoch_holds_every_sample_as_often_as_it_should(seed, num_rows, num_shards, window, batch, uneven):
-    """Samples that do not fill a batch are carried over: over 3 epochs every use of a sample has happened or is carried."""
+    """Samples that do not fill a batch are carried over: over 3 epochs every use has happened or is carried."""
     repeats = np.random.default_rng(seed).choice([0.5, 1, 2.25], num_rows) if uneven else None
     plan = build(seed, num_rows, num_shards, window, batch, repeats)
     plain = Plan(np.random.default_rng(seed).integers(1, 4, num_rows) << 16, batch, seed, repeats)
