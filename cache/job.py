@@ -89,7 +89,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         FailedError: the disk is full, or more images are bad than `data.max_bad_fraction` allows.
         Interrupted: a stop signal was received; everything encoded by then is in the cache.
     """
-    rank, _, _ = read_environment()
+    rank = read_environment().rank
     keep_freed_memory()
     stop = StopRequest()
     folder = get_cache_folder(config)
@@ -101,7 +101,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config.cache, config.data, hash_weights(vae))
-    text = agree_on_text(config, folder, ranks)
+    text = resolve_text_requirement(config, folder, ranks)
     with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
         shares = [
             build_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
@@ -130,7 +130,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     close_ranks()
 
 
-def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextRequirement | None:
+def resolve_text_requirement(config: Config, folder: Path, ranks: Ranks) -> TextRequirement | None:
     """Return the required text encoder outputs, the same on all ranks; None if `cache.text` is off."""
     if not config.cache.text:
         return None
@@ -142,9 +142,9 @@ def agree_on_text(config: Config, folder: Path, ranks: Ranks) -> TextRequirement
 def open_cache(folder: Path, ranks: Ranks, keys: Container[str], repair: bool, dry_run: bool) -> CacheState:
     """Read the manifest's newest entries of this rank's keys.
 
-    Rank 0 first finishes what a killed job left, and with `repair` verifies every byte. A bad item gets an identity
-    that no settings have, so that it counts as stale; bad text is removed from the manifest. A dry run writes nothing,
-    because another job may be running.
+    Rank 0 first finishes the shards that a killed job left, and with `repair` verifies every byte. A bad item gets an
+    identity that no settings have, so that it counts as stale; bad text is removed from the manifest. A dry run writes
+    nothing, because another job may be running.
     """
     bad: dict[str, str] = {}
     damaged: list[str] = []
@@ -183,10 +183,13 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def report_plan(data: DataConfig, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
-    """Log what is cached and what is to be encoded.
+    """Log how many images are cached, how many will be encoded, and the disk space that the latents need.
+
+    Args:
+        shares: totals of each rank, by resolution.
 
     Raises:
-        UserInputError: the disk has too little space for it.
+        UserInputError: the disk has too little space, or no image has a mask.
     """
     totals = [each for share in shares for each in share]
     if ranks.is_main:
@@ -198,7 +201,7 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: list[list[
         if data.masks is not None:
             report_masks(data.masks, counts["masked"], len(index))
         if counts["text"]:
-            logger.info("captions of {} images are to be encoded", counts["text"])
+            logger.info("captions of {} images will be encoded", counts["text"])
         logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
         if needed > free:
             rule = f"has {free:,} bytes free and the latents need about {needed:,}"

@@ -55,13 +55,13 @@ def _build_section(name: str, section: type[BaseModel]) -> str:
 
 
 def _build_row(key: str, field: FieldInfo) -> str:
-    if isinstance(field.default, BaseModel):
-        return f"| `{key}` | section | | {field.description} See [{key}](#{key.replace('.', '')}). |\n"
-    default = f"`{_format_default(field.default)}`" if field.default != "" else ""
     description = " ".join((field.description or "").split()).replace("|", "\\|")
+    if isinstance(field.default, BaseModel):
+        return f"| `{key}` | section | | {description} See [{key}](#{key.replace('.', '')}). |\n"
+    default = f"`{_format_default(field.default)}`" if field.default != "" else ""
     limits = ", ".join(_format_limit(limit) for limit in field.metadata)
     kind = _format_type(field.annotation).replace("|", "\\|") + (f" ({limits})" if limits else "")
-    return f"| `{key}` | {kind} | {default} | {description} |\n".replace("\n ", " ")
+    return f"| `{key}` | {kind} | {default} | {description} |\n"
 
 
 def _format_default(value: Any) -> str:

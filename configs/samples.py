@@ -53,7 +53,7 @@ class SampleConfig(Section):
     `width`, `height`, `sample_steps`, `scale`, `seed`, `sample_sampler`. The settings below apply where a prompt gives
     no value of its own."""
     negative_prompt: str = ""
-    """Negative prompt: what guidance steers away from."""
+    """Negative prompt, which guidance steers away from."""
     every_steps: int = Field(0, ge=0)
     """Optimizer steps between image grids; 0 generates images only at the end."""
     at_start: bool = False

@@ -6,10 +6,10 @@ Every collective returns at once in a single process, so callers never ask wheth
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,10 @@ from sdxl_trainer.launch.status import RankZeroError
 CHECKS_TIMEOUT = timedelta(days=1)
 CHECKED_KEY = "rank 0 has checked settings and data"  # its value: empty, or the exit status of a failed rank 0
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 1.0
-ANNOUNCE_SECONDS = 20.0  # limit for a failed rank 0 to reach the other ranks
-HEARD_KEY = "ranks that know that rank 0 has failed"
+ANNOUNCE_SECONDS = 20.0  # that a failed rank 0 waits until the other ranks have read its exit status
+HEARD_KEY = "ranks that know that rank 0 has failed"  # a count
 ARRIVED_KEY = "ranks that have arrived"  # a count; the same name with a rank behind it is set by that rank
-REPORT_SECONDS, REPEAT_REPORT_SECONDS = 10.0, 60.0  # of waiting for other ranks
+REPORT_SECONDS, REPEAT_REPORT_SECONDS = 10.0, 60.0  # until the first and between further lines about missing ranks
 MAX_SHOWN_RANKS = 8
 
 _joined = False  # whether this process has ever joined the process group
@@ -48,12 +48,24 @@ class Ranks:
         return self.rank == 0
 
 
-def read_environment() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) from the launcher's environment; (0, 0, 1) without a launcher.
+class RankEnvironment(NamedTuple):
+    """Place of this process in the job, before it joins the process group."""
 
-    torchrun and the deepspeed launcher both set RANK, LOCAL_RANK and WORLD_SIZE.
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def read_environment() -> RankEnvironment:
+    """Read RANK, LOCAL_RANK and WORLD_SIZE, which torchrun and the deepspeed launcher set.
+
+    Without a launcher this is rank 0 of 1.
     """
-    return (int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    return RankEnvironment(
+        rank=int(os.environ.get("RANK", 0)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
 
 
 def init_ranks(timeout_minutes: float = 60.0, check_stop: Callable[[], None] = lambda: None) -> Ranks:
@@ -83,7 +95,7 @@ def init_ranks(timeout_minutes: float = 60.0, check_stop: Callable[[], None] = l
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         patches.set_default_timeout(timeout)
-        _store = _open_own_store(timeout) if alone else _meet(rank, world_size, timeout, check_stop)
+        _store = _open_own_store(timeout) if alone else _rendezvous(rank, world_size, timeout, check_stop)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
             store=_store,
@@ -100,10 +112,10 @@ def announce_rank_zero_failure(status: int) -> None:
     """Send rank 0's exit status to the ranks that wait for it in `init_ranks`, so that they end too.
 
     On one machine launchers stop the other ranks, but DeepSpeed's leaves the ranks of other machines waiting. Returns
-    at once on other ranks, or after this rank has joined the process group. Gives up after `ANNOUNCE_SECONDS`.
+    at once on other ranks, or after this rank has joined the process group. Waits for at most `ANNOUNCE_SECONDS`.
     """
     rank, _, world_size = read_environment()
-    if rank or world_size == 1 or _joined:
+    if rank != 0 or world_size == 1 or _joined:
         return
     try:
         store = _open_shared_store(rank, timedelta(seconds=ANNOUNCE_SECONDS), lambda: None)
@@ -146,7 +158,7 @@ def _open_shared_store(rank: int, timeout: timedelta, check_stop: Callable[[], N
 
     Raises:
         UserInputError: the environment names no address.
-        TimeoutError: nobody serves the store in time.
+        TimeoutError: no process serves the store in time.
     """
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -166,39 +178,43 @@ def _wait_for_server(host: str, port: int, timeout: timedelta, check_stop: Calla
     """Wait until a connection to host:port succeeds.
 
     Raises:
-        TimeoutError: it does not within `timeout`.
+        TimeoutError: no connection succeeds within `timeout`.
     """
-    deadline, pause_seconds = time.monotonic() + timeout.total_seconds(), FIRST_POLL_SECONDS
-    while True:
-        check_stop()
+    deadline = time.monotonic() + timeout.total_seconds()
+    for _ in _poll(check_stop):
         try:
             socket.create_connection((host, port), timeout=LAST_POLL_SECONDS).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nobody answers at {host}:{port}: {error}") from None
+                raise TimeoutError(f"no process answers at {host}:{port}: {error}") from None
+
+
+def _poll(check_stop: Callable[[], None]) -> Iterator[None]:
+    """Yield at growing intervals, without end. `check_stop` is called before each pause and raises to stop."""
+    pause_seconds = FIRST_POLL_SECONDS
+    while True:
+        yield
+        check_stop()
         time.sleep(pause_seconds)
         pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
 
 
-def _meet(rank: int, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> dist.Store:
+def _rendezvous(rank: int, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> dist.Store:
     """Open the store with the ranks' addresses. Rank 0 waits there for all other ranks, which wait for rank 0.
 
     Raises:
-        RankZeroError: rank 0 failed before it came here.
-        FailedError: some ranks did not come here in time (raised on rank 0).
+        RankZeroError: rank 0 failed before it called this function.
+        FailedError: some ranks did not call it in time (raised on rank 0).
     """
-    patience = timeout if rank == 0 else CHECKS_TIMEOUT
-    store = _open_shared_store(rank, patience, check_stop)
+    store = _open_shared_store(rank, timeout if rank == 0 else CHECKS_TIMEOUT, check_stop)
     if rank == 0:
         store.set(CHECKED_KEY, "")
         _wait_for_ranks(store, world_size, timeout, check_stop)
         return store
-    pause_seconds = FIRST_POLL_SECONDS
-    while not store.check([CHECKED_KEY]):  # not `wait`: Python handles no signal in it
-        check_stop()
-        time.sleep(pause_seconds)
-        pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
+    for _ in _poll(check_stop):  # not `store.wait`, in which Python handles no signal
+        if store.check([CHECKED_KEY]):
+            break
     if failed := store.get(CHECKED_KEY):
         store.add(HEARD_KEY, 1)
         raise RankZeroError(int(failed))
@@ -209,14 +225,15 @@ def _meet(rank: int, world_size: int, timeout: timedelta, check_stop: Callable[[
 
 
 def _wait_for_ranks(store: dist.Store, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> None:
-    """Wait on rank 0 until all other ranks have arrived, and report for which ones it waits.
+    """Wait on rank 0 until all other ranks have arrived, and log which ranks are missing.
 
     Raises:
-        FailedError: they did not arrive within `timeout`.
+        FailedError: some ranks did not arrive within `timeout`.
     """
-    start, pause_seconds, next_report = time.monotonic(), FIRST_POLL_SECONDS, REPORT_SECONDS
-    while store.add(ARRIVED_KEY, 0) < world_size - 1:
-        check_stop()
+    start, next_report = time.monotonic(), REPORT_SECONDS
+    for _ in _poll(check_stop):
+        if store.add(ARRIVED_KEY, 0) >= world_size - 1:
+            return
         waited = time.monotonic() - start
         if waited > min(next_report, timeout.total_seconds()):
             missing = [rank for rank in range(1, world_size) if not store.check([f"{ARRIVED_KEY} {rank}"])]
@@ -225,8 +242,6 @@ def _wait_for_ranks(store: dist.Store, world_size: int, timeout: timedelta, chec
                 raise FailedError(_explain_missing_ranks(shown, world_size, timeout))
             logger.warning("waiting for {} of {} ranks: {}", len(missing), world_size, shown)
             next_report = waited + REPEAT_REPORT_SECONDS
-        time.sleep(pause_seconds)
-        pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
 
 
 def _explain_missing_ranks(shown: str, world_size: int, timeout: timedelta) -> str:

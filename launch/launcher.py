@@ -42,5 +42,5 @@ if __name__ == "__main__":
     sys.argv = [launcher, *arguments]
     try:
         sys.exit(run_torchrun())
-    except KeyboardInterrupt:  # before torchrun hears signals
+    except KeyboardInterrupt:  # before torchrun handles signals
         sys.exit(128 + signal.SIGINT)

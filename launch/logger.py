@@ -91,7 +91,7 @@ class Screen:
             self._covered_rows = num_rows
             try:
                 yield
-            except BaseException:  # keeps this rank's traceback clear of the rows that rank 0 may still redraw
+            except BaseException:  # so that rank 0 does not redraw over this rank's traceback
                 atexit.register(sys.stderr.write, "\n" * num_rows)
                 raise
             self._covered_rows = 0
@@ -134,7 +134,7 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
 
 
 def is_terminal() -> bool:
-    """Return whether standard error is a terminal. Under Slurm it counts as a file, because Slurm keeps it as one."""
+    """Return whether standard error is a terminal. Under Slurm it counts as a file, as Slurm stores output in one."""
     terminal = os.environ.get("TERM", "dumb")
     return sys.stderr.isatty() and "SLURM_JOB_ID" not in os.environ and terminal not in ("dumb", "unknown")
 

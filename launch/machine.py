@@ -74,11 +74,11 @@ def list_driver_gpus() -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def examine_gpus(known_to_driver: list[str]) -> Finding:
+def examine_gpus(driver_gpus: list[str]) -> Finding:
     """Compare the GPUs of the driver with those that PyTorch can use."""
     count, built_for = torch.cuda.device_count(), torch.version.cuda
-    if known_to_driver and not torch.cuda.is_available():
-        detail = f"the driver reports {len(known_to_driver)} x {known_to_driver[0]}, PyTorch finds none"
+    if driver_gpus and not torch.cuda.is_available():
+        detail = f"the driver reports {len(driver_gpus)} x {driver_gpus[0]}, PyTorch finds none"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         if hidden is not None:
             return Finding("GPUs", f"{detail} (CUDA_VISIBLE_DEVICES={hidden})", "unset CUDA_VISIBLE_DEVICES")
@@ -128,18 +128,20 @@ def examine_ranks(num_gpus: int, command: list[str] | None = None, timeout_secon
 
 def interpret_probe(status: int | None, printed: str, backend: str, num_ranks: int) -> Finding:
     """Interpret the probe's exit status (None: it did not end) and output."""
-    name, lines = "ranks", printed.strip().splitlines()
+    lines = printed.strip().splitlines()
     if status == 0:
         figures = next((json.loads(line) for line in lines if line.startswith("{")), {})
         speed = figures.get("gb_per_second", 0)
-        return Finding(name, f"{num_ranks} by {backend}, sums of 64 MB at {speed:.2f} GB/s")
+        return Finding("ranks", f"{num_ranks} by {backend}, sums of 64 MB at {speed:.2f} GB/s")
     message = next(
         (line.strip() for line in reversed(lines) if "Error" in line), lines[-1].strip() if lines else "nothing"
     )
-    what = f"{num_ranks} ranks by {backend} " + ("did not connect" if status is None else f"failed: {message[:200]}")
+    detail = f"{num_ranks} ranks by {backend} " + ("did not connect" if status is None else f"failed: {message[:200]}")
     if backend == "NCCL":
-        return Finding(name, what, "run again with NCCL_DEBUG=INFO; NCCL_P2P_DISABLE=1 or NCCL_SOCKET_IFNAME may help")
-    return Finding(name, what, "make 127.0.0.1 reachable; set GLOO_SOCKET_IFNAME=lo if the host name does not resolve")
+        cure = "run again with NCCL_DEBUG=INFO; NCCL_P2P_DISABLE=1 or NCCL_SOCKET_IFNAME may help"
+    else:
+        cure = "make 127.0.0.1 reachable; set GLOO_SOCKET_IFNAME=lo if the host name does not resolve"
+    return Finding("ranks", detail, cure)
 
 
 def examine_disk(name: str, folder: Path, needed_bytes: int = 0) -> Finding:

@@ -1,6 +1,6 @@
-"""Changes to the behaviour of torch.distributed and DeepSpeed, and uses of what they do not document.
+"""Changes to the behaviour of torch.distributed and DeepSpeed, and uses of their undocumented parts.
 
-Each entry names the versions it was written for, the reason, and the public way that was looked for.
+Each entry names the versions it was written for, the reason, and why the public functions do not suffice.
 tests/launch/test_patches.py fails when the patched code changes its shape.
 """
 
@@ -24,9 +24,9 @@ def set_default_timeout(timeout: timedelta) -> None:
 def destroy_process_groups() -> None:
     """Destroy all process groups, through DeepSpeed if it uses them.
 
-    Written for deepspeed 0.19.8. `deepspeed.comm` caches its groups and has to forget them, or the next engine of this
-    process would use dead ones. The module is looked up instead of imported, because importing DeepSpeed takes seconds
-    and the cache job does without it. torch's own function does not reach DeepSpeed's cache.
+    Written for deepspeed 0.19.8. `deepspeed.comm` caches its groups, and the next engine of this process would use the
+    destroyed ones. The module is looked up instead of imported, because importing DeepSpeed takes seconds and the cache
+    job does not need it. torch's own function does not clear DeepSpeed's cache.
     """
     comm = sys.modules.get("deepspeed.comm")
     (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()

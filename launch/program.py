@@ -24,7 +24,7 @@ RANK_ZERO_SECONDS = 10
 
 
 def require_checkout(program: str) -> None:
-    """Exit with the cure if Python imports a stale install instead of the checkout that holds `program`."""
+    """Exit and print the cure if Python imports a stale install instead of the checkout that holds `program`."""
     checkout, imported = Path(program).resolve().parent.parent, Path(__file__).resolve().parent.parent
     if checkout != imported:
         sys.exit(
@@ -117,7 +117,7 @@ def end_program(status: int) -> NoReturn:
     """End the process with `status`, skipping the interpreter's shutdown.
 
     Threads of torch and its backends may abort an interpreter that is shutting down, and the status would be lost.
-    `work` itself has closed or joined everything that must be kept.
+    The program has already closed all files and joined all threads whose results it keeps.
     """
     if status != STATUS_FAILED:
         gc.collect()  # frees semaphores of data workers, which multiprocessing would report as leaked

@@ -51,10 +51,8 @@ def show_preview(config: Config, problems: list[Problem], file: Path | None, num
     index = open_sample_index(get_cache_folder(config), records, build_latent_selection(config))
     console.print(tabulate_state(config, records, index))
     if len(index) == 0:
-        rule, cure = (
-            "holds no latents of these records",
-            "run bash launch/cache.sh first, or set cache.on_missing: encode",
-        )
+        rule = "holds no latents of these records"
+        cure = "run bash launch/cache.sh first, or set cache.on_missing: encode"
         raise UserInputError([Problem("cache.dir", get_cache_folder(config), rule, cure)])
     data = config.data
     num_unflipped = count_unflipped(index, get_cache_folder(config)) if data.flip_rate else 0
@@ -122,9 +120,9 @@ def tabulate_buckets(plan: Plan) -> Table:
 def tabulate_lengths(dataset: LatentDataset) -> Table:
     """Build the table of caption lengths for both tokenizers, from samples spread over the whole set."""
     counts = count_tokens(dataset)
-    number, (cut, cut_2) = counts.num_captions, counts.num_cut
-    title = f"tokens of {number:,} captions; {cut} and {cut_2} are longer than data.max_tokens = {counts.max_tokens}"
-    table = Table("tokens", "encoder 1", "", "encoder 2", "", title=title)
+    number, (num_cut, num_cut_2) = counts.num_captions, counts.num_cut
+    longer = f"{num_cut} and {num_cut_2} are longer than data.max_tokens = {counts.max_tokens}"
+    table = Table("tokens", "encoder 1", "", "encoder 2", "", title=f"tokens of {number:,} captions; {longer}")
     for name, counted in counts.classes.items():
         shares = [count / max(1, number) for count in counted]
         table.add_row(
@@ -180,11 +178,14 @@ def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSampl
         pixels = batch.pending[0].pixels.numpy() if batch.pending else None
         size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
         note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
-        text, reason = (
-            "" if isinstance(caption, BadSample) else caption.text,
-            batch.bad[0].reason if batch.bad else None,
+        yield PreviewSample(
+            key=row["key"],
+            caption="" if isinstance(caption, BadSample) else caption.text,
+            note=note,
+            latents=batch.latents[0],
+            pixels=pixels,
+            bad=batch.bad[0].reason if batch.bad else None,
         )
-        yield PreviewSample(row["key"], text, note, batch.latents[0], pixels, reason)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import orjson
 
 from sdxl_trainer.cache.encode.encode_plan import TextRequirement
+from sdxl_trainer.cache.encode.text_caching import TextShapes
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
@@ -25,18 +26,18 @@ class TextAdopter:
     """Finder and checker of `<stem>_te_outputs.npz` files, beside images or in the cache folder.
 
     Args:
-        shapes: expected shapes of the two hidden states and the pooled state.
+        shapes: expected shapes of the arrays of one caption.
     """
 
     plan: TextRequirement
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: TextShapes
     folder: Path
 
     def adopt(self, image: Path, record: bytes) -> TextPart | None:
         """Return the manifest's entry of an image's text file, or None if there is no file.
 
         Raises:
-            BadTextError: the file is not what these settings would produce.
+            BadTextError: these settings would produce another file.
             StrategyError: the user's class failed on the record.
         """
         name = image.stem + TEXT_OUTPUTS_SUFFIX
@@ -45,17 +46,16 @@ class TextAdopter:
             return None
         content, captions = path.read_bytes(), self.plan.variants.build(orjson.loads(record))
         try:
-            self._check(content, len(captions))
+            self._verify(content, len(captions))
         except BadTextError as error:
             raise BadTextError(f"{path}: {error}") from None
-        file = str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path.absolute())
+        file = _name_file(path, self.folder)
         digest, identity = hashlib.sha256(content).hexdigest(), self.plan.identity.name
         return TextPart(file, len(content), digest, identity, hash_captions(captions), len(captions))
 
-    def _check(self, content: bytes, variants: int) -> None:
-        outputs = parse_text(content, variants)[0]
-        arrays = (outputs.hidden_1, outputs.hidden_2, outputs.pooled)
-        shapes = tuple(array.shape for array in arrays)
+    def _verify(self, content: bytes, num_variants: int) -> None:
+        outputs = parse_text(content, num_variants)[0]
+        shapes = TextShapes(outputs.hidden_1.shape, outputs.hidden_2.shape, outputs.pooled.shape)
         if shapes != self.shapes:
             raise BadTextError(f"holds arrays of {_list_shapes(shapes)}, the settings give {_list_shapes(self.shapes)}")
         wanted = self.plan.identity.dtype
@@ -64,7 +64,12 @@ class TextAdopter:
             raise BadTextError(f"holds {found}, cache.dtype is {wanted}")
 
 
-def _list_shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
+def _name_file(path: Path, folder: Path) -> str:
+    """Return a file's name in the manifest: relative to the cache folder, or absolute outside of it."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path.absolute())
+
+
+def _list_shapes(shapes: TextShapes) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
 
@@ -78,8 +83,8 @@ def adopt_files(
 ) -> Iterator[tuple[str, ManifestEntry | str]]:
     """Yield (key, manifest entry) for each usable file, (key, reason) for each file that does not fit the settings.
 
-    Files are searched beside the images and in the cache folder. A file does not name the VAE, encoders or caption it
-    was made with: whoever adopts it asserts that they are the configured ones.
+    Files are searched beside the images and in the cache folder. A file does not name the VAE, encoders or caption that
+    it was made with; the user who adopts it asserts that they are those of the settings.
 
     Args:
         text: adopter of text encoder outputs; None skips them.
@@ -95,11 +100,12 @@ def adopt_files(
                 continue
             try:
                 content = path.read_bytes()
-                placement = _check_fit(parse_latents(content), image, identity, rule, buckets)
+                sample = parse_latents(content)
+                placement = _verify_fit(sample, image, identity, rule, buckets)
             except (OSError, BadLatentError) as error:
                 yield key, f"{path}: {error}"
                 continue
-            entry = _build_entry(key, path, folder, content, image, identity, placement)
+            entry = _build_entry(key, _name_file(path, folder), content, sample, image, identity, placement)
         if text is not None and not text.plan.is_valid(index.record_json(row), entry.text):
             try:
                 entry = replace(entry, text=text.adopt(image, index.record_json(row)) or entry.text)
@@ -109,13 +115,13 @@ def adopt_files(
             yield key, entry
 
 
-def _check_fit(
+def _verify_fit(
     sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]
 ) -> Placement:
-    """Return the placement (resize and crop) that the latents must have been made with.
+    """Compare latents with the settings, and return the placement (resize and crop) that they were made with.
 
     Raises:
-        BadLatentError: the latents are not what these settings would make of the image.
+        BadLatentError: these settings would make other latents of the image.
     """
     placement = place_image(sample.original_size, rule, buckets)
     wanted = (identity.flip, identity.posterior == "moments")
@@ -139,19 +145,17 @@ def _check_fit(
 
 def _build_entry(
     key: str,
-    path: Path,
-    folder: Path,
+    file: str,
     content: bytes,
+    sample: LatentSample,
     image: Path,
     identity: Identity,
     placement: Placement,
 ) -> ManifestEntry:
-    sample = parse_latents(content)
-    inside = path.is_relative_to(folder)
-    status = image.stat() if image.is_file() and image.suffix != path.suffix else None
+    status = image.stat() if image.is_file() and image.suffix != ".npz" else None
     return ManifestEntry(
         key=key,
-        file=str(path.relative_to(folder) if inside else path.absolute()),
+        file=file,
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
         bucket=sample.bucket,

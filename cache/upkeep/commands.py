@@ -81,7 +81,7 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     Raises:
         BadCacheError: some files do not fit the settings. The log names them; the other files are listed.
     """
-    if read_environment()[0] != 0:
+    if read_environment().rank != 0:
         return
     folder = get_cache_folder(config)
     index = open_checked_index(config, problems)
@@ -143,7 +143,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
             return b"{}" if row is None else index.record_json(row)
 
         manifest = ManifestWriter(folder, 0)
-        done, bad = repack(
+        result = repack(
             folder,
             entries,
             storage,
@@ -153,10 +153,10 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
         )
         manifest.close()
         removed = remove_replaced(folder, entries, read_latest(folder))
-    logger.info("{} items {}, {} files replaced", done, "packed" if to_shards else "unpacked", removed)
-    if bad:
-        shown = "; ".join(list(bad.values())[:5])
-        raise BadCacheError(f"{len(bad)} items are bad and stay where they are: {shown}")
+    logger.info("{} items {}, {} files replaced", result.num_copied, "packed" if to_shards else "unpacked", removed)
+    if result.bad:
+        shown = "; ".join(list(result.bad.values())[:5])
+        raise BadCacheError(f"{len(result.bad)} items are bad and stay where they are: {shown}")
 
 
 def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
@@ -165,7 +165,7 @@ def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
     Raises:
         UserInputError: the settings are wrong, or there is no cache.
     """
-    if read_environment()[0] != 0:
+    if read_environment().rank != 0:
         return None
     folder = get_cache_folder(config)
     if not (folder / "cache.json").is_file():

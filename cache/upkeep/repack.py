@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from sdxl_trainer.cache.encode.pipeline import choose_text_file
 from sdxl_trainer.cache.encode.storage import (
@@ -18,6 +19,13 @@ from sdxl_trainer.cache.upkeep.verify import verify_shards
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
 
+class RepackResult(NamedTuple):
+    """Result of a conversion. Bad items failed the check and stay where they are."""
+
+    num_copied: int
+    bad: dict[str, str]  # key → reason
+
+
 def repack(
     folder: Path,
     entries: Mapping[str, ManifestEntry],
@@ -25,19 +33,16 @@ def repack(
     manifest: ManifestWriter,
     name_file: Callable[[ManifestEntry], str],
     get_record: Callable[[str], bytes],
-) -> tuple[int, dict[str, str]]:
+) -> RepackResult:
     """Copy every item's bytes to another storage and list it there. `remove_replaced` deletes the old files afterwards.
 
-    Items that are in that storage already stay. Bytes are checked against the manifest on the way.
+    Items that are in that storage already stay. Each item's bytes are checked against the manifest before the copy.
 
     Args:
         name_file: returns the npz file of an item.
         get_record: returns the JSON that is stored beside a key's latents in a shard.
-
-    Returns:
-        Number of copied items, and the items that failed the check and stay where they are (key → reason).
     """
-    done, bad = 0, {}
+    num_copied, bad = 0, {}
     to_files = isinstance(storage, NpzStorage)
     for key, entry in sorted(entries.items(), key=lambda pair: (pair[1].bucket, pair[1].file, pair[1].offset or 0)):
         if (entry.offset is None) == to_files:
@@ -51,9 +56,9 @@ def repack(
         target = _name_files(entry, name_file(entry)) if to_files else entry
         record = b"{}" if to_files else get_record(key)
         manifest.append(storage.write_packed(target, bytes(content), record, None if text is None else bytes(text)))
-        done += 1
+        num_copied += 1
     storage.close()
-    return done, bad
+    return RepackResult(num_copied, bad)
 
 
 def replace_outdated_shards(

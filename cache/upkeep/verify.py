@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_text_item
 from sdxl_trainer.data.formats.manifest import ManifestEntry
@@ -40,15 +41,21 @@ def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threa
     bad_text: dict[str, str] = {}
     bytes_read = 0
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1, thread_name_prefix="verify") as pool:
-        for found, found_text, size in pool.map(lambda chunk: _verify_chunk(folder, chunk), chunks):
-            bad |= found
-            bad_text |= found_text
-            bytes_read += size
-    return VerifyResult(len(listed), bytes_read, bad, bad_text, verify_shards(folder, entries.values()))
+        for checked in pool.map(lambda chunk: _verify_chunk(folder, chunk), chunks):
+            bad |= checked.bad
+            bad_text |= checked.bad_text
+            bytes_read += checked.bytes_read
+    return VerifyResult(
+        num_items=len(listed),
+        bytes_read=bytes_read,
+        bad=bad,
+        bad_text=bad_text,
+        bad_shards=verify_shards(folder, entries.values()),
+    )
 
 
 def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:
-    """Find finished shards with a wrong end or with bytes that no item accounts for; file → reason."""
+    """Find finished shards that have a wrong end or hold bytes of no listed item; file → reason."""
     taken = dict.fromkeys(list_shards(folder), 0)
     for entry in entries:
         if entry.file in taken and entry.offset is not None and entry.record_bytes is not None:
@@ -60,11 +67,19 @@ def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, s
     return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
 
 
-def _verify_chunk(folder: Path, entries: Iterable[ManifestEntry]) -> tuple[dict[str, str], dict[str, str], int]:
+class _ChunkResult(NamedTuple):
+    """Result of a few items; `bad` and `bad_text` map key → reason."""
+
+    bad: dict[str, str]
+    bad_text: dict[str, str]
+    bytes_read: int
+
+
+def _verify_chunk(folder: Path, entries: Iterable[ManifestEntry]) -> _ChunkResult:
     bad, bad_text, size = {}, {}, 0
     for entry in entries:
         for found, reason in ((bad, verify_item(folder, entry)), (bad_text, verify_text_item(folder, entry))):
             if reason is not None:
                 found[entry.key] = reason
         size += entry.bytes + (entry.text.bytes if entry.text else 0)
-    return bad, bad_text, size
+    return _ChunkResult(bad, bad_text, size)

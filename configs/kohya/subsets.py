@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS, Option
+from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 
 REPEATED = re.compile(r"(\d+)_")
 # Options that may differ between subsets here too.
@@ -115,7 +115,8 @@ def read_datasets(tables: Mapping[str, Any], others: Mapping[str, Any]) -> Datas
         if name in SUBSET_OPTIONS or name in options:
             continue
         values = _list_values(subsets, name, fallbacks)
-        if not KOHYA_OPTIONS.get(name, Option(("?",))).keys:
+        option = KOHYA_OPTIONS.get(name)
+        if option is not None and not option.keys:
             options[name] = next(filter(None, values), None)
             continue
         if name in subsets[0]:

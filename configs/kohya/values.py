@@ -109,7 +109,7 @@ def convert_masked_loss(value: Any, given: Given) -> dict[str, Any]:
 
 
 def keep_for_huber(value: Any, given: Given) -> Any:
-    """Keep the value for losses with a c only; kohya's files often set it for other losses too."""
+    """Keep the value for the losses that use it (`huber`, `smooth_l1`); kohya's files often set it for others too."""
     return value if given.get("loss_type") in ("huber", "smooth_l1") else None
 
 

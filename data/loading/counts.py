@@ -24,9 +24,9 @@ class TokenCounts:
     classes: dict[str, list[int]]  # captions of each length class, by tokenizer
 
 
-def count_buckets(plan: Plan) -> dict[str, int]:
-    """Return the number of samples of each bucket in epoch 0, largest number first."""
-    sizes = plan.count_samples_by_bucket(0)
+def count_buckets(plan: Plan, epoch: int = 0) -> dict[str, int]:
+    """Return the number of samples of each bucket in an epoch, largest number first; buckets are named 1024x1024."""
+    sizes = plan.count_samples_by_bucket(epoch)
     ordered = sorted(sizes, key=lambda bucket: -sizes[bucket])
     return {f"{bucket >> 16}x{bucket & 0xFFFF}": sizes[bucket] for bucket in ordered}
 

@@ -13,8 +13,8 @@ from rank_port import find_rank_port
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.launch import distributed
 
-# Rank 0 comes later than the time-out. Then rank 1 waits in collectives to which it does not come: of the first group,
-# and of one that is made as DeepSpeed makes its own.
+# Rank 0 joins later than the time-out. Then rank 1 waits in collectives that rank 0 does not call: in the first group,
+# and in a group that is made as DeepSpeed makes its own.
 LATE_AND_STUCK = """
 import sys
 import torch
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
 from sdxl_trainer.launch.program import end_program
 
-rank, _, _ = read_environment()
+rank = read_environment().rank
 print("here", flush=True) if rank else sys.stdin.readline()
 ranks = init_ranks(timeout_minutes=4 / 60)
 own = dist.new_group(ranks=range(2))
@@ -38,7 +38,7 @@ end_program(0)
 """
 
 
-# What torchrun's agent does for its ranks.
+# The store that torchrun's agent serves for its ranks.
 AGENT = """
 import os, sys
 import torch.distributed as dist
@@ -48,7 +48,7 @@ sys.stdin.read()
 """
 
 
-# Rank 0 finds something wrong before it meets the others; rank 1 has come already, or comes later.
+# Rank 0 fails in its checks; rank 1 waits for it already, or calls `init_ranks` later.
 MISTAKEN = """
 import sys, time
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -56,7 +56,7 @@ from sdxl_trainer.launch.distributed import init_ranks, read_environment
 from sdxl_trainer.launch.program import end_program, run_program
 
 def work():
-    if read_environment()[0] == 0:
+    if read_environment().rank == 0:
         raise UserInputError([Problem("run.name", 1, "is wrong", "mend it")])
     time.sleep(float(sys.argv[1]))
     init_ranks()

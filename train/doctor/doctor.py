@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine
-from sdxl_trainer.launch.program import FailedError, run_program
+from sdxl_trainer.launch.program import run_program
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.memory import (
@@ -31,7 +31,7 @@ from sdxl_trainer.train.estimates.memory import (
 
 
 def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
-    """Yield findings about the machine, then about the settings if there are any, and about what they need of it."""
+    """Yield findings about the machine, then about the settings and the memory, time and disk space that they need."""
     yield from examine_machine()
     if cfg is None:
         yield examine_disk("run.dir", Path("runs"))
@@ -57,7 +57,7 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
 
 def examine_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
     """Run the checks that training makes before it loads a network, with a temporary run folder."""
-    # Imported here, so that findings about the machine appear before it is loaded.
+    # Imported here, because the import takes seconds and findings about the machine should appear first.
     from sdxl_trainer.train.run.checks import verify_run
 
     yield from map(convert_problem, problems)
@@ -82,14 +82,14 @@ def convert_problem(problem: Problem) -> Finding:
 
 
 def examine_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
-    """Compare the memory for weights, gradients and optimizer state with the GPUs'. Activations are not included.
+    """Compare the memory for weights, gradients and optimizer state with that of the GPUs, without activations.
 
     Args:
-        num_weights: of the U-Net; 0 if it is not known.
+        num_weights: weights of the U-Net; 0 if their number is not known.
         gpu_bytes: memory of each GPU.
     """
     if not num_weights:
-        return Finding("memory", "the size of the model is not known before it is fetched")
+        return Finding("memory", "the size of the model is not known before its download")
     needed = estimate_memory(config, num_weights, world_size)
     detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB a rank on {world_size} ranks"
     detail += f" ({needed}), plus activations"
@@ -99,7 +99,7 @@ def examine_memory(config: Config, num_weights: int, world_size: int, gpu_bytes:
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
-    """Print each finding as soon as it is there.
+    """Print each finding as soon as it is yielded.
 
     Raises:
         FailedError: something is wrong.
@@ -115,7 +115,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 def read_num_ranks() -> int | None:
-    """Return the number of ranks in the environment variable NPROC, as the launch scripts do; None if it has none."""
+    """Return the number of ranks in the environment variable NPROC, or None if it is not a number."""
     number = os.environ.get("NPROC", "")
     return int(number) if number.isdecimal() else None
 

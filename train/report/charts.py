@@ -14,9 +14,9 @@ from sdxl_trainer.train.report.metrics import read_lines
 
 PALE, STRONG, OTHER = "#9db4c8", "#1f5c99", "#c2571a"
 SIZE_INCHES, DOTS_PER_INCH = (7.2, 3.6), 110
-MAX_POINTS = 2000  # of a curve; a chart has about 800 columns of pixels
+MAX_POINTS = 2000  # points of a curve; a chart has about 800 columns of pixels
 MAX_BUCKETS, MAX_VALIDATIONS = 24, 8
-SMOOTHED_SHARE = 0.05  # of all steps, that the moving average covers
+SMOOTHED_SHARE = 0.05  # share of all steps that the moving average covers
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class WandbLog:
     """A run at Weights & Biases.
 
     Args:
-        run: what `wandb.init` returned.
+        run: the result of `wandb.init`.
     """
 
     def __init__(self, run: Any):
@@ -31,7 +31,7 @@ class WandbLog:
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Send what is left and end the run at wandb."""
+        """Send the remaining metrics and end the run at wandb."""
         self._run.finish()
 
 
@@ -40,8 +40,8 @@ class MetricsLog:
 
     Args:
         folder: the log folder of the run.
-        last_step: the step that the run resumes from. Lines of later steps, left by a run that went further than its
-            last checkpoint, are dropped.
+        last_step: the step that the run resumes from. Lines of later steps, left by a run that stopped after its last
+            checkpoint, are dropped.
         wandb_log: None if `log.wandb` is not set.
     """
 

@@ -34,8 +34,9 @@ from sdxl_trainer.train.report.charts import (
 from sdxl_trainer.train.sampling.image_grid import select_step_folders
 
 NICENESS = 10  # of a report written during training: the loader's workers have priority
-THUMBNAIL_PX, WEBP_QUALITY = 160, 75  # of generated images; the former is the longer side
-MAX_PROMPTS, MAX_STEPS = 8, 10  # whose generated images are shown
+THUMBNAIL_PX = 160  # longer side of a generated image on the page
+WEBP_QUALITY = 75
+MAX_PROMPTS, MAX_STEPS = 8, 10  # with generated images on the page
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Strip:
-    """The images generated from a prompt, one a step; None if a step has no image of it."""
+    """The images generated from a prompt, one for each step; None if a step has no image of it."""
 
     prompt: str
     images: list[EmbeddedImage | None]
@@ -86,7 +87,7 @@ def load_template() -> jinja2.Template:
 
 
 def read_counts(file: Path) -> dict:
-    """Read the counts that the run has stored of its data; empty if the file does not exist."""
+    """Read the counts of the training set that the run has stored; empty if the file does not exist."""
     return orjson.loads(file.read_bytes()) if file.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""Write a run's report page in a process of its own: no step waits for it, and its failure does not end the run."""
+"""Report pages written by a separate process: no step waits for it, and its failure does not end the run."""
 
 import os
 import subprocess
@@ -19,8 +19,8 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import Tokenizers
 
-SECONDS_BETWEEN = 180  # between two reports while training
-MAX_SECONDS = 120  # that the end of a run waits for a report
+SECONDS_BETWEEN = 180  # minimum between two reports during training
+MAX_SECONDS = 120  # limit for writing a report
 
 
 class ReportProcess:
@@ -83,8 +83,8 @@ class ReportProcess:
 
 
 def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> ReportProcess:
-    """Store what the report shows of the data, and return what keeps the report up to date."""
-    # The training's own strategy must not be called more often on this rank than on others.
+    """Store the counts of the training set for the report, and return the process that writes the report."""
+    # A strategy of its own: the training's strategy must be called equally often on all ranks.
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     dataset = build_dataset(config, index, tokenizers, strategy)
     counts = {"buckets": count_buckets(plan), "tokens": asdict(count_tokens(dataset))}
@@ -93,5 +93,5 @@ def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "data.json", orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     except OSError as error:
-        logger.warning("report: cannot show the data: {}", error)
+        logger.warning("report: the counts of the training set cannot be stored: {}", error)
     return ReportProcess(config.run.folder)

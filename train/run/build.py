@@ -1,4 +1,4 @@
-"""Build a run from its settings: networks, data, state, and what records and shows them."""
+"""Build a run from its settings: networks, data, state, metrics, console and report."""
 
 from collections.abc import Iterator
 

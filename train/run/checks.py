@@ -61,7 +61,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
 
 
 def check_model_settings(config: Config) -> Iterator[Problem]:
-    """Yield problems of the model, of what is trained of it and how, and of the prompts."""
+    """Yield problems of the model, the optimizer, the engine, the adapters and the prompts."""
     yield from check_model(config.model)
     yield from check_vocabulary(config.model)
     yield from check_engine(config.engine)
@@ -73,7 +73,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
 
 
 def check_frozen_encoders(optim: OptimConfig) -> Iterator[Problem]:
-    """Yield a problem for each text encoder that is to be trained: with cached text the encoders do not run."""
+    """Yield a problem for each text encoder with a learning rate: with cached text the encoders do not run."""
     for name in list_trained_encoders(optim):
         rule, cure = "trains a text encoder, which does not run with cache.text", "set it to 0, or cache.text: false"
         yield Problem(f"optim.{name}_lr", getattr(optim, f"{name}_lr"), rule, cure)
@@ -88,21 +88,21 @@ def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
 
 
 def check_resume(run: RunConfig) -> Iterator[Problem]:
-    """Yield a problem if a run must start anew in a folder that holds checkpoints."""
+    """Yield a problem if `run.resume` is `never` and the run folder holds checkpoints."""
     if run.resume == "never" and list_checkpoints(run.folder / "checkpoints"):
         cure = "choose another run.name, or remove the folder"
         yield Problem("run.resume", "never", f"does not allow a run folder with checkpoints: {run.folder}", cure)
 
 
 def check_export_format(config: Config) -> Iterator[Problem]:
-    """Yield a problem if adapters are to be exported in another format than one file."""
+    """Yield a problem if `checkpoint.export_format` names another format for adapters than one file."""
     if config.lora.rank and config.checkpoint.export_format != "single":
-        rule = "does not apply to adapters, which are always one file"
+        rule = "does not apply to adapters, which are always exported as one file"
         yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
 
 
 def check_masks(config: Config, index: Index | None) -> Iterator[Problem]:
-    """Yield a problem if the loss is to be masked and no latent holds a mask."""
+    """Yield a problem if `objective.masked_loss` is set and no latent holds a mask."""
     if config.objective.masked_loss and index is not None and has_masks(index, get_cache_folder(config)) is False:
         rule = "has no effect: the latents hold no masks"
         cure = "set data.masks, or cache.alpha_mask: true, and run bash launch/cache.sh; or leave it out"

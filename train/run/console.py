@@ -1,6 +1,6 @@
 """Progress of a run: a live display on a terminal, log lines elsewhere.
 
-Uses only numbers that the loop has anyway: nothing here communicates with other ranks or waits for a device.
+Uses only numbers that the loop already has: nothing here communicates with other ranks or waits for a device.
 `launch/logger.py` draws the display between log lines.
 """
 
@@ -49,9 +49,9 @@ class Display:
     It is drawn as one text, which takes a third of the time of rich's tables; training needs the interpreter too.
 
     Args:
-        title, subtitle: at the upper and the lower edge of the frame.
-        share: of the bar that is full, 0 to 1.
-        left, right: name → value, equally many; short enough for half of 80 columns.
+        title, subtitle: text in the upper and the lower edge of the frame.
+        share: full part of the bar, 0 to 1.
+        left, right: name → value, as many on either side; short enough for half of 80 columns.
         lines: name → value of any length.
     """
 
@@ -125,7 +125,7 @@ class Progress:
     """Progress of a run, for the display, the log lines and the summary. Ranks other than 0 show nothing.
 
     Args:
-        mfu_reference: the peak that MFU is relative to; None if it is not known.
+        mfu_reference: the peak FLOP/s that MFU is relative to; None if the device is not known.
 
     Attributes:
         started: time of the run's start, on the monotonic clock.
@@ -174,7 +174,7 @@ class Progress:
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
-        """Show as the current activity what training waits for within the context."""
+        """Show `name` as the current activity within the context; training waits for it."""
         before, self._activity = self._activity, name
         try:
             yield

@@ -29,7 +29,7 @@ from sdxl_trainer.train.run.validation import validate
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Numbers of one optimizer step, over all ranks."""
+    """Results of one optimizer step, over all ranks unless a field names this rank."""
 
     loss: float
     updated: bool  # False if the loss or the gradient was not finite
@@ -37,7 +37,7 @@ class StepResult:
     num_bad: int
     stop: bool  # some rank was asked to stop
     save: bool  # some rank was asked to save
-    non_finite_samples: list[NonFiniteSample]  # of this rank, if the weights were not updated
+    non_finite_samples: list[NonFiniteSample]  # of this rank; empty if the weights were updated
     latent_size: tuple[int, int]  # (h, w) of the global batch's bucket
 
 
@@ -76,7 +76,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
 def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:
     """Accumulate the gradients of a global batch, and update the weights and their moving averages.
 
-    A sample's loss that is not finite, on any rank, makes the gradient so, and the engine then makes no update.
+    If the loss of one sample on any rank is not finite, the gradient is not finite, and the engine makes no update.
     """
     run.engine.set_lr(lr)
     accumulation_steps = run.batch_sizes.accumulation_steps

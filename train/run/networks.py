@@ -1,4 +1,4 @@
-"""The networks of a run: load, extend by adapters, group parameters, put under DeepSpeed."""
+"""The networks of a run: load them, add adapters, group parameters, and build the engine over them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +27,7 @@ from sdxl_trainer.train.optim.optimizers import build_optimizer
 
 
 def compute_batch_sizes(train: TrainConfig, world_size: int) -> BatchSizes:
-    """Return the batch sizes of the settings on so many ranks."""
+    """Return the batch sizes of the settings for a number of ranks."""
     accumulation_steps = train.global_batch_size // (train.micro_batch_size * world_size)
     return BatchSizes(train.global_batch_size, train.micro_batch_size, accumulation_steps)
 
@@ -68,7 +68,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
 def check_trained_parameters(config: Config) -> Iterator[Problem]:
     """Yield patterns that match no parameter, adapters of layers that do not exist, and rates that train nothing.
 
-    A model on the hub is not checked: its configs are there only once it has been fetched.
+    A model on the hub is not checked, because its configs are not available before the download.
     """
     optim = config.optim
     if not (optim.groups or optim.block_lrs or config.lora.rank) or not is_local(config.model):

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: no update is made, and the samples are listed.
 
-The engine makes no update with a gradient that is not finite, and all ranks know so at once. The fp16 loss scaler finds
-its scale by such steps: if only the scale was too large, nothing is wrong.
+The engine makes no update with a gradient that is not finite, on all ranks alike. The fp16 loss scaler finds its scale
+by such steps: if only the scale was too large, nothing is wrong.
 """
 
 import math
@@ -49,11 +49,11 @@ def propagate_non_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def find_non_finite_samples(index: Index, micro_steps: Sequence[MicroStep], loss: float) -> list[NonFiniteSample]:
-    """Return this rank's samples whose loss is not finite; if it was only the gradient, all samples of the step.
+    """Return this rank's samples whose loss is not finite; if only the gradient is not, all samples of the step.
 
     Args:
-        micro_steps: those of the step, on this rank.
-        loss: mean of the step, over all ranks.
+        micro_steps: this rank's micro steps of the optimizer step.
+        loss: mean loss of the optimizer step, over all ranks.
     """
     found = []
     for batch, losses in micro_steps:

@@ -1,4 +1,4 @@
-"""The parts of a run, which its steps, validations, generated images and checkpoints share."""
+"""The parts of a run that its steps, validations, generated images and checkpoints share."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,13 +1,15 @@
-"""Tables that a run logs: its data, model and batch at the start, and what was trained at the end."""
+"""Tables that a run logs: its data, model and batch at the start, its results at the end."""
 
 import time
 from collections.abc import Mapping
+from itertools import islice
 
 import torch
 from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
+from sdxl_trainer.data.loading.counts import count_buckets
 from sdxl_trainer.launch.logger import log_table
 from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds
 from sdxl_trainer.train.run.run import Run
@@ -17,7 +19,7 @@ NETWORK_NAMES = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encode
 
 
 def show_start(run: Run) -> None:
-    """Log a table of what is about to be trained, on all ranks; the console shows that of rank 0."""
+    """Log a table of the run's data, model and settings on all ranks; the console shows that of rank 0."""
     config, state, train, sizes = run.config, run.state, run.config.train, run.batch_sizes
     trained = [f"{name}: {count:,} weights" for name, count in count_trained_weights(run.engine.model).items()]
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
@@ -40,7 +42,7 @@ def show_start(run: Run) -> None:
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:
-    """Log what was trained, how fast, and where the results are. Only rank 0 has the numbers and logs them."""
+    """Log a table of steps, loss, speed and results. Only rank 0 has the numbers and logs them."""
     if not run.ranks.is_main:
         return
     progress, state = run.progress, run.state
@@ -88,7 +90,6 @@ def count_trained_weights(networks: torch.nn.Module) -> dict[str, int]:
 
 def describe_buckets(run: Run) -> str:
     """Return the number of buckets, and the largest ones with their samples in this epoch."""
-    counts = run.plan.count_samples_by_bucket(run.state.epoch)
-    largest = sorted(counts, key=lambda bucket: -counts[bucket])[:MAX_BUCKETS]
-    shown = ", ".join(f"{bucket >> 16}x{bucket & 0xFFFF}: {counts[bucket]:,}" for bucket in largest)
+    counts = count_buckets(run.plan, run.state.epoch)
+    shown = ", ".join(f"{bucket}: {count:,}" for bucket, count in islice(counts.items(), MAX_BUCKETS))
     return f"{len(counts)}: {shown}" if len(counts) <= MAX_BUCKETS else f"{len(counts)}; the largest are {shown}"

@@ -1,4 +1,4 @@
-"""The data of a run: which rows are trained on and how often, the validation set, and the stream of micro batches."""
+"""The data of a run: rows to train on and their repeats, the validation set, and the stream of micro batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.run.checks import check_regularisation_settings, get_repeats_file
 
-READ_AHEAD = 4  # micro batches of the validation set
+READ_AHEAD = 4  # micro batches of the validation set that are read in advance
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def combine_repeats(
     regularisation samples are repeated as `data.regularisation_repeats` asks.
 
     Raises:
-        UserInputError: regularisation samples have settings, and there are none.
+        UserInputError: there are settings for regularisation samples, but no such samples.
     """
     repeats = load_repeats(get_repeats_file(config.run)) if strategy and strategy.has("repeats") else None
     if len(held_out):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.distributed import gather_objects
@@ -24,7 +25,7 @@ class SampleLoss(NamedTuple):
     """The loss of one sample at one timestep."""
 
     timestep: float
-    bucket: tuple[int, int]  # (width, height) in pixels
+    bucket: Size
     loss: float
 
 
@@ -113,9 +114,9 @@ def average_losses(losses: list[SampleLoss], num_bins: int) -> dict[str, float]:
     Bins and buckets without samples are missing from the result.
     """
     values: dict[str, list[float]] = {"loss": []}
-    for timestep, (width, height), loss in losses:
+    for timestep, bucket, loss in losses:
         bin_number = min(int(timestep * num_bins / NUM_TIMESTEPS), num_bins - 1)
         first, end = (NUM_TIMESTEPS * edge // num_bins for edge in (bin_number, bin_number + 1))
-        for name in ("loss", f"loss_t{first:03d}-{end - 1:03d}", f"loss_{width}x{height}"):
+        for name in ("loss", f"loss_t{first:03d}-{end - 1:03d}", f"loss_{bucket}"):
             values.setdefault(name, []).append(loss)
     return {name: float(np.mean(values[name])) for name in sorted(values) if values[name]}

@@ -46,7 +46,7 @@ def run_sampling(
     Raises:
         UserInputError: every problem of the settings, the model and the prompts.
     """
-    rank, _, _ = read_environment()
+    rank = read_environment().rank
     init_logger(rank)
     checkpoint = find_model_checkpoint(Path(model), "--model")
     words = [f"sample.prompt_file={json.dumps(str(prompt_file))}", "sample.prompts=[]", *words]

@@ -72,7 +72,7 @@ def test_the_image_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
     sheet = Image.open(file)
     assert sheet.width > 4 * CELL_PX and sheet.height > 2 * CELL_PX
     assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 50
-    assert "6 images" in capsys.readouterr().out
+    assert "6 samples" in capsys.readouterr().out
 
 
 def read_samples(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[PreviewSample, np.ndarray]]]:

@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_named_and_not_adopted(foreign, capsys):
     shutil.copy(FIXTURES / "seed_cache" / "img000000.npz", folder)  # squeezed into another bucket
     assert run_job(settings, *KOHYA, "--adopt") == 1
     said = capsys.readouterr().err
-    assert "img000000 is not adopted" in said and "(288, 208), the settings give (288, 224)" in said
+    assert "img000000 is not adopted" in said and "288x208, the settings give 288x224" in said
     assert set(read_latest(folder)) == {"img000001"}
 
 
@@ -360,7 +360,7 @@ def test_latents_of_another_image_and_without_a_mirror_are_told(foreign, capsys)
     assert run_job(settings, *KOHYA, "--adopt") == 1
     said = capsys.readouterr().err
     assert "has no latents of the mirrored image" in said
-    assert "was made from an image of (359, 264) px, which now has (400, 264)" in said
+    assert "was made from an image of 359x264 px, which now has 400x264" in said
 
 
 def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:

@@ -20,13 +20,14 @@ from sdxl_trainer.data.checks.validation_set import (
     find_held_out_rows,
     open_validation_set,
 )
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.validation import average_losses, spread_timesteps
+from sdxl_trainer.train.run.validation import SampleLoss, average_losses, spread_timesteps
 from sdxl_trainer.train.sampling.job import load_image_generator, run_sampling
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
@@ -153,7 +154,9 @@ def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(predic
 
 
 def test_losses_are_averaged_by_timestep_and_by_bucket() -> None:
-    losses = [(0.0, (64, 32), 1.0), (499.9, (64, 32), 2.0), (500, (32, 64), 6.0), (1000, (32, 64), 7.0)]
+    wide, tall = Size(64, 32), Size(32, 64)
+    losses = [SampleLoss(0.0, wide, 1.0), SampleLoss(499.9, wide, 2.0)]
+    losses += [SampleLoss(500, tall, 6.0), SampleLoss(1000, tall, 7.0)]
     assert average_losses(losses, 2) == {
         "loss": 4.0,
         "loss_32x64": 6.5,
