@@ -1,4 +1,4 @@
-"""Encoding of missing latents while training (`cache.on_missing: encode`), and storing them for the next epoch.
+"""Encode missing latents during training (`cache.on_missing: encode`), and store them for the next epoch.
 
 Training uses exactly the stored values, made with the cache job's VAE, noise and rounding. A run over images therefore
 has the losses of a run over their cache.
@@ -30,7 +30,7 @@ from sdxl_trainer.data.loading.micro_batch import BadSample, MicroBatch, Pending
 from sdxl_trainer.launch.distributed import Ranks
 
 
-class MissingEncoder:
+class MissingLatentEncoder:
     """Encodes the images of micro batches on this rank's device and stores their latents in the background.
 
     Args:
@@ -94,7 +94,9 @@ class MissingEncoder:
             self._writer = None
 
 
-def fill_missing(batches: Iterator[MicroBatch], encoder: MissingEncoder) -> Generator[MicroBatch, None, None]:
+def fill_missing_latents(
+    batches: Iterator[MicroBatch], encoder: MissingLatentEncoder
+) -> Generator[MicroBatch, None, None]:
     """Yield micro batches with all their latents. Closing or dropping the generator waits for the files."""
     with closing(encoder):
         for batch in batches:
@@ -103,8 +105,10 @@ def fill_missing(batches: Iterator[MicroBatch], encoder: MissingEncoder) -> Gene
             yield batch
 
 
-def build_missing_encoder(config: Config, source: ModelSource, dataset: LatentDataset, ranks: Ranks) -> MissingEncoder:
-    """Load the VAE, lock the cache, and build the encoder of missing latents.
+def build_missing_latent_encoder(
+    config: Config, source: ModelSource, dataset: LatentDataset, ranks: Ranks
+) -> MissingLatentEncoder:
+    """Load the VAE, lock the cache, and build the encoder for missing latents.
 
     Raises:
         UserInputError: another job is writing the cache, or it was made with other settings.
@@ -121,7 +125,7 @@ def build_missing_encoder(config: Config, source: ModelSource, dataset: LatentDa
     if ranks.is_main:
         write_identities(folder, identities)
     writer = BackgroundWriter(NpzStorage(folder, cache.dtype), ManifestWriter(folder, ranks.rank))
-    return MissingEncoder(
+    return MissingLatentEncoder(
         encoder=build_vae_encoder(cache, vae, ranks.device),
         writer=writer,
         identities=identities,

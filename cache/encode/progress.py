@@ -97,18 +97,22 @@ class ProgressReporter:
                     bars.update(tasks[rank], completed=progress.done, numbers=describe_progress(progress))
 
     def _log_line(self) -> None:
-        ranks = self._collect()
-        whole = RankProgress(
-            total=sum(rank.total for rank in ranks),
-            done=sum(rank.done for rank in ranks),
-            bad=sum(rank.bad for rank in ranks),
-            bytes_written=sum(rank.bytes_written for rank in ranks),
-            wait_seconds=sum(rank.wait_seconds for rank in ranks) / len(ranks),
-            seconds=max(rank.seconds for rank in ranks),
-        )
+        whole = combine_progress(self._collect())
         rate = whole.done / whole.seconds
         left = f", {(whole.total - whole.done) / rate:.0f} s left" if rate else ""
         logger.info("{} of {} images, {}{}", whole.done, whole.total, describe_progress(whole), left)
+
+
+def combine_progress(ranks: Sequence[RankProgress]) -> RankProgress:
+    """Return the progress of all ranks together. Idle time is their mean, and the duration that of the slowest rank."""
+    return RankProgress(
+        total=sum(rank.total for rank in ranks),
+        done=sum(rank.done for rank in ranks),
+        bad=sum(rank.bad for rank in ranks),
+        bytes_written=sum(rank.bytes_written for rank in ranks),
+        wait_seconds=sum(rank.wait_seconds for rank in ranks) / len(ranks),
+        seconds=max(rank.seconds for rank in ranks),
+    )
 
 
 def describe_progress(progress: RankProgress) -> str:
@@ -123,14 +127,14 @@ def describe_progress(progress: RankProgress) -> str:
 def write_report(folder: Path, ranks: Sequence[RankProgress], entries: Mapping[str, ManifestEntry]) -> None:
     """Write the finished job's numbers to `cache_report.json` and print them as tables."""
     buckets = Counter(f"{entry.bucket[0]}x{entry.bucket[1]}" for entry in entries.values())
-    encoded, seconds = sum(rank.done for rank in ranks), max(rank.seconds for rank in ranks)
+    whole = combine_progress(ranks)
     report = {
         "cached": len(entries),
-        "encoded": encoded,
-        "bad": sum(rank.bad for rank in ranks),
-        "seconds": round(seconds, 3),
-        "bytes_written": sum(rank.bytes_written for rank in ranks),
-        "images_per_second": round(encoded / seconds, 3),
+        "encoded": whole.done,
+        "bad": whole.bad,
+        "seconds": round(whole.seconds, 3),
+        "bytes_written": whole.bytes_written,
+        "images_per_second": round(whole.done / whole.seconds, 3),
         "device_idle_share": round(sum(rank.wait_seconds for rank in ranks) / sum(rank.seconds for rank in ranks), 4),
         "buckets": dict(sorted(buckets.items())),
         "ranks": [asdict(rank) for rank in ranks],

@@ -126,7 +126,7 @@ class Index:
         """Hash all keys and buckets in their order.
 
         They decide which sample a plan's row number means: a resumed run has the same order of batches as long as the
-        hash stays. Where the data lie and whatever else changes has no influence.
+        hash stays. The location of the data and all other columns have no influence.
         """
         digest = hashlib.sha256()
         for chunk in self.table.column("key").chunks:
@@ -288,8 +288,8 @@ def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
 def _hash_folders(roots: Sequence[Path], masks: str | None) -> tuple[str, list[str]]:
     """Return a hash of the paths of all images below folders, and the paths of the caption files there.
 
-    The folders' own times would not do: an index or latents written among the images change them, and an edited caption
-    does not.
+    Modification times of the folders are not enough: an index or latents written among the images change them, and an
+    edited caption does not.
     """
     digest, sidecars = hashlib.sha256(), []
     for folder in walk_images(roots, masks):

@@ -1,7 +1,8 @@
 """The join of records with their latents.
 
 Latents are looked for in this order: in the cache's manifest (listed_latents.py), as files or shards that no manifest
-lists (unlisted_latents.py), and, if the settings say so, planned for images that have none (missing_latents.py).
+lists (unlisted_latents.py), and, with `cache.on_missing: encode`, planned for images that have none
+(missing_latents.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -29,8 +29,8 @@ SIDE_FIELDS = (("width", "height"), ("image_width", "image_height"))
 TEXT_FIELDS = ("caption", "tags", "description", "nl_caption")
 FIELDS = ("image_path", *TEXT_FIELDS, *SIZE_FIELDS, *(name for names in SIDE_FIELDS for name in names))
 
-Fields = msgspec.defstruct("Fields", [(name, Any, None) for name in FIELDS], gc=False)
-DECODER = msgspec.json.Decoder(dict[str, Fields])
+RecordFields = msgspec.defstruct("RecordFields", [(name, Any, None) for name in FIELDS], gc=False)
+DECODER = msgspec.json.Decoder(dict[str, RecordFields])
 SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half a pair, which msgspec accepts
 
 
@@ -44,7 +44,7 @@ class RecordBlock:
     keyed_paths: list[str | None]
     spans: list[ShardSpan | None]
     sources: list[int]
-    fields: list[Any]  # the FIELDS of each record: a dict, or Fields
+    fields: list[Any]  # the FIELDS of each record: a dict, or RecordFields
 
     def column(self, name: str) -> list[Any]:
         """Return one of the FIELDS as a list, with None for each record that lacks it."""

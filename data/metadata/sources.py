@@ -41,9 +41,9 @@ class SourceRecord(NamedTuple):
     key: str  # file stem of the image
     fields: dict[str, Any]
     base_folder: str = ""  # folder that a relative image path is relative to
-    keyed_path: str | None = None  # the image's path, where it was the record's key
-    span: ShardSpan | None = None  # where the latents are that came with the record
-    source: int = 0  # number of the record's source among those of the settings
+    keyed_path: str | None = None  # the image's path, if it was the record's key
+    span: ShardSpan | None = None  # place of the latents that came with the record
+    source: int = 0  # number of the record's source in the settings
 
 
 Reader = Callable[[Path], Iterator[list[SourceRecord]]]

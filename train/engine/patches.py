@@ -162,7 +162,7 @@ def collect_state_files(
 ) -> dict[str, Any]:
     """Return this rank's files of a checkpoint in DeepSpeed's own format: path → copied content. No collectives.
 
-    Why: the public `save_checkpoint` writes to disk itself, between barriers, at which a rank waits for ever if
+    Why: the public `save_checkpoint` writes to disk itself, between barriers, at which a rank waits forever if
     another one is dead. Looked for: DeepSpeed's checkpoint engines (`checkpoint.writer`), which run between the same
     barriers. The caller runs ZeRO-3's prologue and epilogue (`Weights.release_gathered`, `Weights.gather_persistent`).
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder, fill_missing
+from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.schema import Config
@@ -51,9 +51,9 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_loader(config, dataset, split.plan, state, ranks)
-    missing = build_missing_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
+    missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
-        batches = fill_missing(batches, missing)
+        batches = fill_missing_latents(batches, missing)
     engine, conditioner = build_networks(config, source, ranks)
     if checkpoint:
         restore_engine(engine, checkpoint)

@@ -84,14 +84,14 @@ def test_it_is_told_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, cap
         Image.new("RGB", (128, 128)).save(tmp_path / "images" / f"{name}.png")
         (tmp_path / "images" / f"{name}.txt").write_text("an image")
     settings = write_settings(tmp_path, tiny_folder / "model", text=text)
-    told = r"estimated time: \d+ s \(images \d+ s" + (r", captions \d+ s;" if text else ";")
+    pattern = r"estimated time: \d+ s \(images \d+ s" + (r", captions \d+ s;" if text else ";")
     assert run_job(settings, "--dry-run") == 0
-    said = capsys.readouterr().err
-    assert re.search(told, said) and said.rstrip().endswith("nothing was written")
+    output = capsys.readouterr().err
+    assert re.search(pattern, output) and output.rstrip().endswith("nothing was written")
     assert sorted(file.name for file in (tmp_path / "latents").rglob("*") if file.suffix in (".json", ".npz")) == []
     assert run_job(settings) == 0
-    said = capsys.readouterr().err
-    assert re.search(told, said)
+    output = capsys.readouterr().err
+    assert re.search(pattern, output)
     assert len(read_latest(tmp_path / "latents")) == 2
     assert run_job(settings) == 0
     assert "estimated time" not in capsys.readouterr().err  # nothing to encode

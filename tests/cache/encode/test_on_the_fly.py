@@ -11,7 +11,7 @@ import torch
 from cache_samples import hash_items, run_job, write_settings
 from programs import TINY, read_losses, run_program
 
-from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder, fill_missing
+from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import UserInputError
@@ -19,6 +19,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.manifest import read_latest
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules
@@ -64,7 +65,7 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
     """Return a micro batch of each sample in two epochs, by key."""
     dataset, specs = open_dataset(config, index), []
     for row in range(len(index)):
-        bucket = (int(index.column("bucket_width")[row]), int(index.column("bucket_height")[row]))
+        bucket = Size(int(index.column("bucket_width")[row]), int(index.column("bucket_height")[row]))
         specs.append(
             MicroSpec(
                 bucket=bucket,
@@ -75,7 +76,9 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
         )
     batches = [dataset[spec] for spec in specs]
     if fill:
-        filled = fill_missing(iter(batches), build_missing_encoder(config, resolve_model(config.model), dataset, RANKS))
+        filled = fill_missing_latents(
+            iter(batches), build_missing_latent_encoder(config, resolve_model(config.model), dataset, RANKS)
+        )
         batches = list(filled)
     return dict(zip(index.arrow_column("key").to_pylist(), batches, strict=True))
 
@@ -133,14 +136,14 @@ def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):
 def test_a_cache_of_other_settings_or_in_use_is_refused(images, tmp_path):
     config, index = open_run(images, tmp_path, "data.resolution_px=128")
     dataset, source = open_dataset(config, index), resolve_model(config.model)
-    encoder = build_missing_encoder(config, source, dataset, RANKS)
+    encoder = build_missing_latent_encoder(config, source, dataset, RANKS)
     with pytest.raises(UserInputError, match="being written by another job"):
-        build_missing_encoder(config, source, dataset, RANKS)
+        build_missing_latent_encoder(config, source, dataset, RANKS)
     encoder.close()
-    build_missing_encoder(config, source, dataset, RANKS).close()
+    build_missing_latent_encoder(config, source, dataset, RANKS).close()
     other, _ = open_run(images, tmp_path, "data.resolution_px=128", "cache.posterior=mean")
     with pytest.raises(UserInputError, match="posterior: sample") as caught:
-        build_missing_encoder(other, source, dataset, RANKS)
+        build_missing_latent_encoder(other, source, dataset, RANKS)
     assert [problem.key for problem in caught.value.problems] == ["cache.dir"]
 
 

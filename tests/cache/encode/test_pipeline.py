@@ -104,10 +104,10 @@ def get_bucket(item: WorkItem) -> tuple[int, int]:
         return place_image(image.size, RULE, BUCKETS).bucket
 
 
-@pytest.mark.parametrize("told", ["right", "unknown", "wrong"])
-def test_batches_are_of_one_bucket_and_full(tmp_path, images, told):
+@pytest.mark.parametrize("recorded", ["right", "unknown", "wrong"])
+def test_batches_are_of_one_bucket_and_full(tmp_path, images, recorded):
     sizes = {"right": lambda item: item.size, "unknown": lambda _: None, "wrong": lambda item: (item.size[1] * 3, 50)}
-    items = [replace(item, size=sizes[told](item)) for item in images]
+    items = [replace(item, size=sizes[recorded](item)) for item in images]
     encoder = FakeEncoder()
     bad, progress = run(tmp_path, items, encoder)
     buckets = {item.key: get_bucket(item) for item in items}

@@ -10,7 +10,7 @@ import torch
 from cache_samples import BUCKETS, RULE, run_job, write_settings
 from PIL import Image
 
-from sdxl_trainer.cache.encode.on_the_fly import build_missing_encoder
+from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
@@ -292,5 +292,5 @@ def test_masks_need_the_cache_job(folder):
     config, _ = load_config(folder / "settings.yaml", words)
     index = open_sample_index(folder / "latents", open_record_index(folder, [], [folder / "images"]))
     with pytest.raises(UserInputError, match="needs latents made by the cache job") as caught:
-        build_missing_encoder(config, resolve_model(config.model), index, Ranks(0, 0, 1, torch.device("cpu")))
+        build_missing_latent_encoder(config, resolve_model(config.model), index, Ranks(0, 0, 1, torch.device("cpu")))
     assert [problem.key for problem in caught.value.problems] == ["data.masks"]

@@ -163,7 +163,7 @@ def test_changed_data_stop_the_run_or_keep_the_share_of_the_epoch(messages: list
     state = restore_progress(saved, fresh, build_plan(num_samples=80), "continue")
     assert (state.step, state.epoch, state.index, state.epoch_batches) == (16, 1, 12, 20)
     assert state.index_fingerprint == "new" and "at batch 12 of 20 in epoch 1 instead of 6 of 10" in messages[-1]
-    # Past the end of the epoch, which a saved state never is.
+    # A position after the end of the epoch, which no saved state has.
     saved.index = 10
     assert (lambda s: (s.epoch, s.index))(restore_progress(saved, fresh, build_plan(), "continue")) == (2, 0)
 
