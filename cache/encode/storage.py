@@ -22,6 +22,7 @@ from sdxl_trainer.data.formats.shards import (
     recover_shard,
 )
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text
+from sdxl_trainer.data.images.bucket import Size
 
 SHARD_FOLDER = "shards"
 ITEM_ERRORS = (OSError, BadLatentError, BadShardError, BadTextError)
@@ -128,7 +129,7 @@ class ShardStorage:
         self._dtype = dtype
         self._rank = rank
         self._shard_bytes = shard_bytes
-        self._open: dict[tuple[int, int], ShardWriter] = {}
+        self._open: dict[Size, ShardWriter] = {}
         self._lock = threading.Lock()
 
     def write(self, item: EncodedItem) -> ManifestEntry:
@@ -193,7 +194,7 @@ class ShardStorage:
         if errors:
             raise errors[0]
 
-    def _choose_path(self, bucket: tuple[int, int]) -> Path:
+    def _choose_path(self, bucket: Size) -> Path:
         prefix = f"{bucket[0]}x{bucket[1]}-{self._rank:05d}-"
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.tar")
         self._folder.mkdir(parents=True, exist_ok=True)

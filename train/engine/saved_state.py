@@ -214,7 +214,7 @@ def check_average(checkpoint: Path | None, average: str | None) -> Iterator[Prob
     if average is None:
         return
     if checkpoint is None:
-        yield Problem("--ema", average, "needs a checkpoint, and the model is none", "leave it out")
+        yield Problem("--ema", average, "needs a checkpoint, but the model is not one", "leave it out")
         return
     kept = list(SavedState(checkpoint / STATE_TAG, map_state_file).read_averages()["averages"])
     if average not in kept:

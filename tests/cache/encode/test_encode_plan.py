@@ -78,7 +78,7 @@ def test_a_true_entry_is_valid(source):
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Identity)])
-def test_each_part_of_the_identity_makes_it_stale(source, name):
+def test_a_change_of_any_identity_field_makes_latents_stale(source, name):
     path, entry = source
     value = getattr(IDENTITY, name)
     other = replace(IDENTITY, **{name: not value if isinstance(value, bool) else value * 2 or ((64, 64),)})
@@ -100,7 +100,7 @@ def test_a_replaced_image_is_noticed_and_a_touched_one_is_not(source, tmp_path):
     assert classify_entry(refreshed, str(path), IDENTITY.name) == ("valid", None)  # without hashing again
 
 
-def test_a_moved_or_missing_image_is_the_same(source, tmp_path):
+def test_a_moved_or_missing_image_counts_as_unchanged(source, tmp_path):
     path, entry = source
     moved = shutil.copy2(path, tmp_path / "moved.png")
     assert classify_entry(entry, moved, IDENTITY.name)[0] == "valid"
@@ -131,7 +131,7 @@ def test_a_mask_counts_as_the_image_does(source, tmp_path):
         assert classify_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to encode from
 
 
-def test_the_list_is_what_the_cache_does_not_hold(tmp_path):
+def test_the_plan_lists_what_the_cache_does_not_hold(tmp_path):
     content = {f"k{number}": {"caption": "x", "original_size": [100 + number, 90]} for number in range(5)}
     content["k4"] = {"caption": "x"}
     (tmp_path / "m.json").write_text(json.dumps(content))

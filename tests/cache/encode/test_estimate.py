@@ -78,7 +78,7 @@ def test_a_time_in_words(seconds, words):
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_it_is_told_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, capsys, text):
+def test_the_estimate_is_printed_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, capsys, text):
     (tmp_path / "images").mkdir()
     for name in "ab":
         Image.new("RGB", (128, 128)).save(tmp_path / "images" / f"{name}.png")

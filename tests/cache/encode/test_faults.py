@@ -238,7 +238,7 @@ def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
     assert kept and all(after[name] == before[name] for name in kept)
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
+def test_a_second_signal_ends_the_job_at_once(tmp_path):
     """The first signal is only recorded, a repeat within two seconds is ignored, and a later one ends the process."""
     code = (
         "import time; from sdxl_trainer.launch.signals import StopRequest; request = StopRequest();"

@@ -88,7 +88,7 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
     [("cache.dtype=float16",), ("cache.posterior=moments", "cache.dtype=bfloat16"), ("cache.posterior=mean",)],
     ids=["sample", "moments", "mean"],
 )
-def test_what_is_trained_is_what_a_cache_job_would_have_stored(images, tmp_path, words):
+def test_trained_latents_are_those_that_a_cache_job_stores(images, tmp_path, words):
     assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'made'}", *words) == 0
     made = read_all(*open_run(images, tmp_path / "made", *words), fill=False)
     config, index = open_run(images, tmp_path / "new", *words)

@@ -158,7 +158,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_what_was_launched_is_written_when_the_work_is_stopped(tmp_path, images, after):
+def test_launched_batches_are_written_when_the_work_is_stopped(tmp_path, images, after):
     encoder = FakeEncoder()
 
     def stop() -> None:
@@ -171,7 +171,7 @@ def test_what_was_launched_is_written_when_the_work_is_stopped(tmp_path, images,
     assert set(read_latest(tmp_path)) == {key for batch in encoder.batches for key in batch}
 
 
-def test_what_was_launched_is_written_when_the_device_fails(tmp_path, images):
+def test_launched_batches_are_written_when_the_device_fails(tmp_path, images):
     encoder = FakeEncoder(fail_at=3)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(tmp_path, images, encoder)
@@ -294,7 +294,7 @@ class SmallDevice(torch.nn.Module):
 
 
 @pytest.mark.parametrize("posterior", ["sample", "moments"])
-def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(images, vae, posterior):
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_latents(images, vae, posterior):
     pixels, keys = (np.concatenate([part, part])[:7] for part in prepare(images, (128, 128)))
     small = SmallDevice(vae, 2)
     found = VaeEncoder(small, posterior, flip=True)

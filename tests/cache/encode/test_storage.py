@@ -34,7 +34,7 @@ def make_items(count: int) -> list[EncodedItem]:
     ]
 
 
-def test_npz_files_are_what_their_entries_say(tmp_path):
+def test_npz_files_match_their_entries(tmp_path):
     storage = NpzStorage(tmp_path, "float16")
     item = EncodedItem(make_entry("a", file="sub/folder/a.npz", offset=3, record_bytes=2), make_sample())
     entry = storage.write(item)

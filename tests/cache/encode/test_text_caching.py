@@ -143,7 +143,7 @@ def test_an_edited_caption_is_encoded_again_and_no_other(cache, tmp_path, model)
     assert run_job(settings, *words) == 0 and get_report(folder)["encoded"] == 0
 
 
-def test_only_what_decides_the_text_encodes_it_again(cache, model):
+def test_text_is_encoded_again_only_if_a_setting_changes_it(cache, model):
     settings, words, folder = cache
     latents, texts = hash_items(folder), hash_texts(folder)
     for word in ("cache.batch_size=3", "data.caption.dropout_rate=0.5", "cache.text_variants=4"):

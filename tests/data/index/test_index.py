@@ -69,7 +69,7 @@ def test_rows_are_read_from_several_groups(tmp_path, monkeypatch):
     assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
 
 
-def test_it_is_rebuilt_only_when_its_metadata_changes(tmp_path, builds):
+def test_the_index_is_rebuilt_only_when_its_metadata_changes(tmp_path, builds):
     first = write_metadata(tmp_path / "1.json", {"a": {"caption": "x"}})
     second = write_metadata(tmp_path / "2.json", {"b": {"caption": "y"}})
     paths = [open_record_index(tmp_path, [first, second], []).path for _ in range(3)]
@@ -81,7 +81,7 @@ def test_it_is_rebuilt_only_when_its_metadata_changes(tmp_path, builds):
     assert sorted(os.listdir(tmp_path / "index")) == sorted(builds)  # no temporary file is left
 
 
-def test_it_is_rebuilt_when_images_or_captions_change(tmp_path, builds):
+def test_the_index_is_rebuilt_when_images_or_captions_change(tmp_path, builds):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.jpg"):
         (tmp_path / name).touch()

@@ -124,7 +124,7 @@ def test_errors_name_the_place_of_a_mistake(tmp_path, name, content, said):
     assert str(caught.value).startswith(f"{tmp_path}/{said}")
 
 
-def test_no_field_of_the_metadata_is_taken_for_what_a_reader_adds(tmp_path):
+def test_no_metadata_field_is_confused_with_a_field_that_a_reader_adds(tmp_path):
     fields = {**RECORD, "//npz": 5, "//name": {}, "//base": [], "//source": "x"}
     files = [
         write(tmp_path / "m.jsonl", orjson.dumps(fields) + b"\n" + orjson.dumps({"image_path": "x.png"})),

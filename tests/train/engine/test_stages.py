@@ -185,7 +185,7 @@ def test_stochastic_rounding_is_equal_after_a_resume(stage: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"offload_param": True}])
-def test_offloaded_state_is_updated_the_same(settings: dict) -> None:
+def test_offloaded_state_gets_the_same_updates(settings: dict) -> None:
     """The optimizer is PyTorch's, because DeepSpeed's own CPU optimizer has to be compiled."""
     engine = build_engine(3, name="torch.optim.AdamW", offload_optimizer=True, **settings)
     assert (engine._engine.zero_offload_param() is not None) == bool(settings)

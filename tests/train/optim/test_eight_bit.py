@@ -108,7 +108,7 @@ def test_other_ranks_and_stages_load_it(saved: Saved, ranks: Ranks, old_ranks: i
 
 
 @needs_bitsandbytes
-def test_moments_stay_what_they_are_value_by_value(saved: Saved, ranks: Ranks, tmp_path: Path) -> None:
+def test_moments_are_kept_value_by_value(saved: Saved, ranks: Ranks, tmp_path: Path) -> None:
     path, _ = saved[2, 2]
     engine = build_engine(0, ranks)
     engine.load_state(path)
