@@ -170,7 +170,7 @@ def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[So
         for row in rows:
             place = f"{file}:{rows.line_num}"
             if row and len(row) != len(names):
-                raise ValueError(f"{place}: the row has {len(row)} values under {len(names)} names")
+                raise ValueError(f"{place}: the row has {len(row)} values for {len(names)} columns")
             if row:
                 yield _key_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place)
     except csv.Error as error:

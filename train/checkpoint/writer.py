@@ -165,7 +165,7 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{partial}: not every rank has written its part")
             time.sleep(0.05)
-        logger.info("checkpoint {}", sealed)
+        logger.info("checkpoint {} is saved", sealed)
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
 
 

@@ -107,7 +107,7 @@ class SavedState:
         self._shards: dict[int, Shard] = {}
         self.layouts = [Layout.from_plain(read_file(path)) for path in sorted(folder.glob("layout_rank_*.pt"))]
         if not self.layouts or len(self.layouts) < self._count_needed():
-            raise ReshardingError(f"{folder} holds {len(self.layouts)} of the ranks' layouts")
+            raise ReshardingError(f"{folder} lacks the layouts of some ranks; it holds {len(self.layouts)}")
         self.shapes = self.layouts[0].shapes
         self._places: dict[str, list[Place]] = {}
         for rank, layout in enumerate(self._distinct_layouts()):

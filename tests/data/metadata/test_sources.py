@@ -107,7 +107,7 @@ def test_all_formats_give_the_same_records(tmp_path):
         ("m.jsonl", '{"image_path": "a.png"}\n{"image_path": }\n', "m.jsonl:2:16: malformed JSON"),
         ("m.jsonl", '{"image_path": "a.png"}\n[1]\n', "m.jsonl:2: the record must be a JSON object, not a list"),
         ("m.jsonl", '{"image_path": "a.png"}\n{"caption": "a"}\n', "m.jsonl:2: the record has no `image_path`"),
-        ("m.csv", "image_path,caption\na.png,b\nc.png,d,e\n", "m.csv:3: the row has 3 values under 2 names"),
+        ("m.csv", "image_path,caption\na.png,b\nc.png,d,e\n", "m.csv:3: the row has 3 values for 2 columns"),
         ("m.csv", 'image_path,caption\na.png,"b" c\n', "m.csv:2: malformed CSV"),
         ("m.csv", "image_path,image_path\na,b\n", "m.csv:1: two columns have the name 'image_path'"),
         ("m.csv", b"image_path\nM\xf6.png\n", "m.csv: is not UTF-8"),
