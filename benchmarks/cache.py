@@ -117,12 +117,12 @@ def draw_mixed_set(folder: Path, count: int) -> list[Path]:
 
 
 def build_pipeline(
-    encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule, check_stop: Callable[[], None] = lambda: None
+    encoder: StandIn | VaeEncoder, folder: Path, rule: BucketRule, raise_if_stopped: Callable[[], None] = lambda: None
 ) -> Pipeline:
     """Build the job's data path around an encoder.
 
     Args:
-        check_stop: called between batches.
+        raise_if_stopped: called between batches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     writer = BackgroundWriter(NpzStorage(folder, "float32"), ManifestWriter(folder, 0))
@@ -135,7 +135,7 @@ def build_pipeline(
         num_workers=NUM_WORKERS,
         progress=RankProgress(0),
         report_bad=_refuse_bad,
-        check_stop=check_stop,
+        raise_if_stopped=raise_if_stopped,
     )
 
 

@@ -289,7 +289,7 @@ def encode_plans(
                 num_workers=cache.num_workers,
                 progress=reporter.progress,
                 report_bad=report_bad,
-                check_stop=stop.raise_if_received,
+                raise_if_stopped=stop.raise_if_received,
                 text=text_job,
                 with_alpha=cache.alpha_mask,
             )

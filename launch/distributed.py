@@ -68,7 +68,7 @@ def read_environment() -> RankEnvironment:
     )
 
 
-def init_ranks(timeout_minutes: float = 60.0, check_stop: Callable[[], None] = lambda: None) -> Ranks:
+def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], None] = lambda: None) -> Ranks:
     """Join the process group (NCCL with GPUs, gloo without) and choose this rank's device.
 
     A single process forms a group of its own, because DeepSpeed needs one.
@@ -76,7 +76,7 @@ def init_ranks(timeout_minutes: float = 60.0, check_stop: Callable[[], None] = l
     Args:
         timeout_minutes: limit for a rank that waits in a collective, and for rank 0 that waits here for the others.
             Waiting here for rank 0 has no limit.
-        check_stop: called while waiting; raises to stop.
+        raise_if_stopped: called while waiting; raises to stop.
 
     Raises:
         RankZeroError: rank 0 failed before it called this function.
@@ -95,7 +95,7 @@ def init_ranks(timeout_minutes: float = 60.0, check_stop: Callable[[], None] = l
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         patches.set_default_timeout(timeout)
-        _store = _open_own_store(timeout) if alone else _rendezvous(rank, world_size, timeout, check_stop)
+        _store = _open_own_store(timeout) if alone else _rendezvous(rank, world_size, timeout, raise_if_stopped)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
             store=_store,
@@ -150,7 +150,7 @@ def _open_own_store(timeout: timedelta) -> dist.Store:
     return dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
 
 
-def _open_shared_store(rank: int, timeout: timedelta, check_stop: Callable[[], None]) -> dist.Store:
+def _open_shared_store(rank: int, timeout: timedelta, raise_if_stopped: Callable[[], None]) -> dist.Store:
     """Open the store at MASTER_ADDR:MASTER_PORT. Rank 0 serves it, unless the launcher does.
 
     torchrun's store outlives a restart and keeps the addresses of dead ranks, which new ranks would try to reach (torch
@@ -168,20 +168,20 @@ def _open_shared_store(rank: int, timeout: timedelta, check_stop: Callable[[], N
         raise UserInputError([Problem("WORLD_SIZE", os.environ.get("WORLD_SIZE"), rule, cure)]) from None
     serves = rank == 0 and not _launcher_keeps_store()
     if not serves:
-        _wait_for_server(host, port, timeout, check_stop)
+        _wait_for_server(host, port, timeout, raise_if_stopped)
     # `wait_for_workers` would wait in C++, where Python handles no signal.
     store = dist.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _wait_for_server(host: str, port: int, timeout: timedelta, check_stop: Callable[[], None]) -> None:
+def _wait_for_server(host: str, port: int, timeout: timedelta, raise_if_stopped: Callable[[], None]) -> None:
     """Wait until a connection to host:port succeeds.
 
     Raises:
         TimeoutError: no connection succeeds within `timeout`.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    for _ in _poll(check_stop):
+    for _ in _poll(raise_if_stopped):
         try:
             socket.create_connection((host, port), timeout=LAST_POLL_SECONDS).close()
             return
@@ -190,29 +190,29 @@ def _wait_for_server(host: str, port: int, timeout: timedelta, check_stop: Calla
                 raise TimeoutError(f"no process answers at {host}:{port}: {error}") from None
 
 
-def _poll(check_stop: Callable[[], None]) -> Iterator[None]:
-    """Yield at growing intervals, without end. `check_stop` is called before each pause and raises to stop."""
+def _poll(raise_if_stopped: Callable[[], None]) -> Iterator[None]:
+    """Yield at growing intervals, without end. `raise_if_stopped` is called before each pause."""
     pause_seconds = FIRST_POLL_SECONDS
     while True:
         yield
-        check_stop()
+        raise_if_stopped()
         time.sleep(pause_seconds)
         pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
 
 
-def _rendezvous(rank: int, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> dist.Store:
+def _rendezvous(rank: int, world_size: int, timeout: timedelta, raise_if_stopped: Callable[[], None]) -> dist.Store:
     """Open the store with the ranks' addresses. Rank 0 waits there for all other ranks, which wait for rank 0.
 
     Raises:
         RankZeroError: rank 0 failed before it called this function.
         FailedError: some ranks did not call it in time (raised on rank 0).
     """
-    store = _open_shared_store(rank, timeout if rank == 0 else CHECKS_TIMEOUT, check_stop)
+    store = _open_shared_store(rank, timeout if rank == 0 else CHECKS_TIMEOUT, raise_if_stopped)
     if rank == 0:
         store.set(CHECKED_KEY, "")
-        _wait_for_ranks(store, world_size, timeout, check_stop)
+        _wait_for_ranks(store, world_size, timeout, raise_if_stopped)
         return store
-    for _ in _poll(check_stop):  # not `store.wait`, in which Python handles no signal
+    for _ in _poll(raise_if_stopped):  # not `store.wait`, in which Python handles no signal
         if store.check([CHECKED_KEY]):
             break
     if failed := store.get(CHECKED_KEY):
@@ -224,14 +224,16 @@ def _rendezvous(rank: int, world_size: int, timeout: timedelta, check_stop: Call
     return store
 
 
-def _wait_for_ranks(store: dist.Store, world_size: int, timeout: timedelta, check_stop: Callable[[], None]) -> None:
+def _wait_for_ranks(
+    store: dist.Store, world_size: int, timeout: timedelta, raise_if_stopped: Callable[[], None]
+) -> None:
     """Wait on rank 0 until all other ranks have arrived, and log which ranks are missing.
 
     Raises:
         FailedError: some ranks did not arrive within `timeout`.
     """
     start, next_report = time.monotonic(), REPORT_SECONDS
-    for _ in _poll(check_stop):
+    for _ in _poll(raise_if_stopped):
         if store.add(ARRIVED_KEY, 0) >= world_size - 1:
             return
         waited = time.monotonic() - start

@@ -66,7 +66,7 @@ class Pipeline:
         identity: name of the latents' identity.
         num_workers: decoding threads.
         report_bad: called with the key and the file of each image that cannot be used, and the reason.
-        check_stop: called between batches; raises to end the work after everything encoded is written.
+        raise_if_stopped: called between batches; raises to end the work after everything encoded is written.
         text: None: no captions are encoded.
         with_alpha: alpha channels become masks.
     """
@@ -79,7 +79,7 @@ class Pipeline:
     num_workers: int
     progress: RankProgress
     report_bad: Callable[[str, str, str], None]
-    check_stop: Callable[[], None]
+    raise_if_stopped: Callable[[], None]
     text: TextJob | None = None
     with_alpha: bool = False
 
@@ -95,7 +95,7 @@ class Pipeline:
                 pending.append(finish)
                 if len(pending) > 1:
                     self._submit(pending.popleft())
-                self.check_stop()
+                self.raise_if_stopped()
         finally:
             while pending:
                 self._submit(pending.popleft())

@@ -117,7 +117,7 @@ def test_masked_loss_needs_one_mask_only(settings: Path, tmp_path: Path) -> None
 
 
 def test_regularisation_settings_need_regularisation_samples(settings: Path, capsys: pytest.CaptureFixture) -> None:
-    """Found when the order of batches is built, before weights are read."""
+    """The problem is found when the order of batches is built, before weights are read."""
     assert main(["--cfg", str(settings), "objective.prior_loss_weight=0.5", "data.regularisation_repeats=2"]) == 2
     printed = capsys.readouterr().err
     assert "2 problems" in printed and "objective.prior_loss_weight = 0.5" in printed

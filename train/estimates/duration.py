@@ -77,4 +77,4 @@ def count_flops_per_image(model: ModelConfig, data: DataConfig) -> float | None:
     except (OSError, ValueError, KeyError):
         return None  # check_model reports the problem
     sides = [side // VAE_FACTOR for side in data.resolution_px]
-    return statistics.mean(count.compute((side, side)) for side in sides)
+    return statistics.mean(count.compute(side * side) for side in sides)

@@ -55,10 +55,9 @@ class FlopCount:
     per_area: float
     constant: float
 
-    def compute(self, latent_size: tuple[int, int]) -> float:
-        """Return the FLOPs of an image with this latent size (height, width)."""
-        area = latent_size[0] * latent_size[1]
-        return (self.per_area_squared * area + self.per_area) * area + self.constant
+    def compute(self, latent_area: int) -> float:
+        """Return the FLOPs of an image whose latent has this area (h x w)."""
+        return (self.per_area_squared * latent_area + self.per_area) * latent_area + self.constant
 
 
 @dataclass(frozen=True)

@@ -181,12 +181,12 @@ class Progress:
         finally:
             self._activity = before
 
-    def update(self, values: Mapping[str, float], latent_size: tuple[int, int]) -> None:
+    def update(self, values: Mapping[str, float], latent_area: int) -> None:
         """Record a finished step.
 
         Args:
             values: its metrics, named as in metrics.jsonl.
-            latent_size: (h, w) of its latents.
+            latent_area: h x w of its latents.
         """
         num_images, seconds = self._config.train.global_batch_size, values["step_seconds"]
         wait_seconds = values["data_wait_share"] * seconds
@@ -195,7 +195,7 @@ class Progress:
             seconds=seconds,
             data_wait_seconds=wait_seconds,
             num_images=num_images,
-            flops=num_images * self._mfu_reference.count.compute(latent_size) if self._mfu_reference else 0.0,
+            flops=num_images * self._mfu_reference.count.compute(latent_area) if self._mfu_reference else 0.0,
         )
         self._recent.append(step)
         self._values, self._updated = values, time.monotonic()

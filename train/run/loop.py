@@ -38,7 +38,7 @@ class StepResult:
     stop: bool  # some rank was asked to stop
     save: bool  # some rank was asked to save
     non_finite_samples: list[NonFiniteSample]  # of this rank; empty if the weights were updated
-    latent_size: tuple[int, int]  # (h, w) of the global batch's bucket
+    latent_area: int  # h x w of the global batch's latents
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
@@ -97,7 +97,6 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     sums[2:] = torch.tensor(run.requests.collect())
     loss_sum, num_bad, num_stop, num_save = reduce_sum(sums).tolist()
     mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)
-    height, width = micro_steps[-1].batch.latents.shape[2:]
     return StepResult(
         loss=mean_loss,
         updated=updated,
@@ -106,7 +105,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         stop=num_stop > 0,
         save=num_save > 0,
         non_finite_samples=[] if updated else find_non_finite_samples(run.index, micro_steps, mean_loss),
-        latent_size=(height, width),
+        latent_area=micro_steps[-1].batch.latents.shape[2:].numel(),
     )
 
 
@@ -174,7 +173,7 @@ def log_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
         "num_non_finite": run.state.num_non_finite,
     }
     run.metrics.write(step, values)
-    run.progress.update(values, result.latent_size)
+    run.progress.update(values, result.latent_area)
     if _is_due(step, run.config.log.every_steps) or step == run.config.train.max_steps:
         run.progress.log_line()
 

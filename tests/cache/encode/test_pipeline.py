@@ -76,7 +76,7 @@ class FakePending:
         return EncodedBatch(np.concatenate([blocks, blocks[:, :1]], 1).astype(np.float32))
 
 
-def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check_stop=lambda: None):
+def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, raise_if_stopped=lambda: None):
     """Run the pipeline and return (bad, progress)."""
     bad: list[tuple[str, str]] = []
     progress = RankProgress(len(items))
@@ -90,7 +90,7 @@ def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, check
         num_workers=3,
         progress=progress,
         report_bad=lambda key, file, reason: bad.append((key, reason)),
-        check_stop=check_stop,
+        raise_if_stopped=raise_if_stopped,
     )
     try:
         pipeline.run(items)
@@ -166,7 +166,7 @@ def test_launched_batches_are_written_when_the_work_is_stopped(tmp_path, images,
             raise StopError
 
     with pytest.raises(StopError):
-        run(tmp_path, images, encoder, check_stop=stop)
+        run(tmp_path, images, encoder, raise_if_stopped=stop)
     assert len(encoder.batches) == after + 1 and encoder.waited == encoder.batches
     assert set(read_latest(tmp_path)) == {key for batch in encoder.batches for key in batch}
 

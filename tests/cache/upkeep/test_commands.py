@@ -88,7 +88,7 @@ def test_every_flipped_byte_is_found(tmp_path, form, dtype):
 
 
 def get_owner(place: int, entries: dict, name: str, size: int) -> str:
-    """Key of the item that a byte belongs to, or the shard itself."""
+    """Return the key of the item that a byte belongs to, or the shard's name."""
     for key, entry in entries.items():
         if entry.offset is None and entry.file == name:
             return key
@@ -113,7 +113,7 @@ def test_wrong_latents_with_a_right_checksum_are_found(tmp_path):
 
 
 def list_regions(folder: Path, form: str) -> list[tuple[Path, int]]:
-    """A byte of each region of a cache's files: (path, place)."""
+    """Return a byte of each region of a cache's files: (path, place)."""
     entries = sorted(read_latest(folder).values(), key=lambda entry: entry.key)
     if form == "npz":
         content = (folder / entries[0].file).read_bytes()
@@ -364,7 +364,7 @@ def test_latents_of_another_image_and_without_a_mirror_are_told(foreign, capsys)
 
 
 def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:
-    """The rules by which kohya's scripts accept an SDXL latent file and read it (REFERENCE: latent cache)."""
+    """Read an SDXL latent file by the rules by which kohya's scripts accept it (REFERENCE: latent cache)."""
     npz = np.load(path)
     assert npz["latents"].shape[1:3] == (bucket[1] // 8, bucket[0] // 8)
     if "latents_flipped" in npz:

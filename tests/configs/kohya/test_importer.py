@@ -339,7 +339,7 @@ def test_the_same_images_at_several_resolutions(tmp_path: Path) -> None:
 
 
 def test_datasets_that_share_some_folders(tmp_path: Path) -> None:
-    """A folder that is given twice is used once, and every difference is reported."""
+    """A folder that is listed twice is used once, and every difference is reported."""
     first = "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\nnum_repeats = 2\n"
     regular = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
     second = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '/a/'\nnum_repeats = 3\n"

@@ -120,7 +120,7 @@ def test_memory_of_sdxl() -> None:
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks of training; the run folder is not touched."""
+    """The doctor makes the checks of training, and leaves the run folder unchanged."""
     shutil.copytree(CONFIGS / "tiny", tmp_path / "model")
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (tmp_path / "model" / name / "x.safetensors").touch()

@@ -155,7 +155,7 @@ def test_the_program_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
-    """Not too early, one at a time; a failure is logged only; `finish` waits for the last report."""
+    """`update` starts no report too early or beside another; a failure is only logged; `finish` waits for the last one."""
     messages: list[str] = []
     sink = logger.add(messages.append, format="{level} {message}")
     page = write_run(tmp_path, [{"step": 1, "loss": 0.5}]) / "report" / "report.html"
@@ -178,6 +178,6 @@ def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    """Otherwise it would take as long to start as a rank does, and hundreds of MB."""
+    """With torch the report would start as slowly as a rank and take hundreds of MB."""
     code = "import sys, sdxl_trainer.train.report.page; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -63,7 +63,7 @@ def test_a_terminal_that_goes_away_is_no_error() -> None:
 
 
 def test_lines_of_another_rank_are_clear_of_the_display() -> None:
-    """Its warnings and its error leave room below, because rank 0 draws over the rows that follow."""
+    """Warnings and errors of rank 1 leave room below, because rank 0 draws over the rows that follow."""
     _, written = run_in_terminal(PROGRAM, 1, "raise")
     rows = Terminal(written).rows
     for number in range(3):
@@ -202,10 +202,10 @@ def test_all_learning_rates_are_shown() -> None:
 
 
 def test_flops_of_sdxl() -> None:
-    """Three times the count of torch.utils.flop_counter for a forward pass."""
+    """The numbers are three times the count of torch.utils.flop_counter for a forward pass."""
     sdxl = json.loads((ROOT / "configs/sdxl/unet/config.json").read_text())
-    assert count_training_flops(sdxl, 77).compute((128, 128)) == 20_283_709_194_240
-    assert count_training_flops(sdxl, 227).compute((104, 152)) == 19_988_481_638_400
+    assert count_training_flops(sdxl, 77).compute(128 * 128) == 20_283_709_194_240
+    assert count_training_flops(sdxl, 227).compute(104 * 152) == 19_988_481_638_400
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -222,7 +222,7 @@ def test_flops_are_those_that_torch_counts() -> None:
             prediction = unet(torch.zeros(1, 4, 40, 24), torch.zeros(1), text, added_cond_kwargs=conditions).sample
         with FlopCounterMode(display=False) as backward:
             prediction.sum().backward()
-    counted = count_training_flops(tiny, 152).compute((40, 24))
+    counted = count_training_flops(tiny, 152).compute(40 * 24)
     assert counted == 3 * forward.get_total_flops()
     # The first layers' inputs need no gradient.
     assert counted == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)

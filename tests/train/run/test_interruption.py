@@ -60,7 +60,7 @@ def read_losses(run: Path) -> list[float]:
 
 
 def plant(folder: Path, name: str, **settings: object) -> list[str]:
-    """Write the planted class, and return the command line of a run with it."""
+    """Write the class that causes the faults, and return the command line of a run with it."""
     (folder / "planted.py").write_text(PLANTED)
     given = {"run.name": name, "sample.prompts": "[]", "data.strategy": f"{folder / 'planted.py'}:Captions", **settings}
     return ["--cfg", str(folder / "tiny.yaml"), *(f"{key}={value}" for key, value in given.items())]
@@ -96,7 +96,7 @@ def count_steps(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
 
-def test_restarts_go_on_after_a_killed_and_after_a_failed_rank(cached_folder: Path, two_ranks: Path, monkeypatch):
+def test_restarts_resume_after_a_killed_and_after_a_failed_rank(cached_folder: Path, two_ranks: Path, monkeypatch):
     """torchrun starts the job three times. First rank 1 is killed in step 7, then it raises in step 7, then in step 10.
 
     The killed rank left no shard: the checkpoint of step 4 remains, and the weights of step 6 as a file. The failed
@@ -155,7 +155,7 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None
     assert trained.shapes and all(trained.read_whole(name).isfinite().all() for name in trained.shapes)
 
 
-def test_a_rank_that_hangs_is_given_up_and_may_come_back(cached_folder: Path, two_ranks: Path) -> None:
+def test_other_ranks_save_and_end_when_one_hangs(cached_folder: Path, two_ranks: Path) -> None:
     """Rank 1 is stopped in step 4, as on a node that hangs. Rank 0 waits until its timeout, saves its shard and the
     weights, and ends. When rank 1 continues, it finds rank 0 gone and saves its own shard: no step is lost."""
     run = cached_folder / "runs" / "hanging"
