@@ -155,7 +155,7 @@ def test_the_program_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
-    """`update` starts no report too early or beside another; a failure is only logged; `finish` waits for the last one."""
+    """`update` starts no report too early or beside another; failures are logged; `finish` waits for the last."""
     messages: list[str] = []
     sink = logger.add(messages.append, format="{level} {message}")
     page = write_run(tmp_path, [{"step": 1, "loss": 0.5}]) / "report" / "report.html"

@@ -59,8 +59,8 @@ def read_losses(run: Path) -> list[float | None]:
 
 
 def test_samples_are_named_and_the_policy_is_kept(cached_folder: Path, spoilt_cache: tuple[Path, str]) -> None:
-    """A run on one rank skips each bad step and continues. Two ranks may skip one step; they stop at the second, and save
-    the state before it."""
+    """A run on one rank skips each bad step and continues. Two ranks may skip one step; they stop at the second,
+    and save the state before it."""
     cache, key = spoilt_cache
     words = (
         "--cfg",
