@@ -1,8 +1,8 @@
 """The rules of the layout: who may import whom, what modules may be called, and how long things may get."""
 
 import ast
+import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_forked
 from programs import ROOT
 
 LEVELS = {"configs": 0, "launch": 1, "data": 1, "cache": 2, "train": 3}
@@ -307,11 +308,9 @@ def test_no_folder_holds_more_modules_than_a_reader_can_survey():
 
 @pytest.mark.parametrize("file", PROGRAMS)
 def test_every_program_starts(file):
-    """By path where people start it so, else by its module's name; `--help` needs no settings and no device."""
-    module = "sdxl_trainer." + file.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    start = [str(ROOT / file)] if file in (*ENTRY_POINTS, "train/convert.py") else ["-m", module]
-    done = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, cwd=ROOT.parent)
-    assert done.returncode == 0 and done.stdout, done.stderr
+    """`--help` needs no settings and no device."""
+    status, printed = run_forked(ROOT / file, ["--help"], 1, dict(os.environ), timeout=100)
+    assert status == 0 and printed, printed
 
 
 @pytest.mark.parametrize("file", ENTRY_POINTS)

@@ -122,7 +122,7 @@ end_program(run_program(lambda: distributed.init_ranks(float(sys.argv[1]) / 60))
 """
 
 
-@pytest.mark.parametrize("launcher_keeps_store", [False, True])
+@pytest.mark.parametrize("launcher_keeps_store", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_rank_0_names_the_ranks_it_waits_for_and_gives_up(launcher_keeps_store: bool) -> None:
     process, *others = start_ranks(ALONE_OF_TWO, launcher_keeps_store, "1", ranks=1)
     try:

@@ -64,6 +64,7 @@ def test_a_wrong_byte_in_any_file_of_a_real_checkpoint_is_found(two_ranks: Path,
         shutil.copy(whole / name, copy / name)
 
 
+@pytest.mark.long
 def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks: Path) -> None:
     """2 ranks at ZeRO 2 → 1 rank at ZeRO 3 → 4 ranks at ZeRO 1, against the uninterrupted run on 2 ranks.
 

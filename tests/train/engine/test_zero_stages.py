@@ -4,9 +4,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pytest
 from campaigns.zero_stages import STAGES, compare
 
 
+@pytest.mark.long
 def test_losses_are_equal_in_every_stage_and_frozen_weights_stay(cached_folder: Path) -> None:
     losses, wrong = compare(cached_folder / "tiny.yaml", (2,), 3, ["train.global_batch_size=2"])
     assert losses.keys() == set(product((2,), STAGES)) and wrong == []
