@@ -6,11 +6,15 @@ precision does so in its own way; a `Layout` describes all of them alike.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from sdxl_trainer.train.engine.patches import read_fragment_offsets
+from sdxl_trainer.train.engine.patches import (
+    MasterWeights,
+    get_whole_shape,
+    read_fragment_offsets,
+    read_master_weights,
+    read_parameter_share,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Layout:
     rank: int
     world_size: int
     zero_stage: int
-    kind: str  # form of DeepSpeed's optimizer file, a key of _DESCRIBE
+    kind: str  # form of DeepSpeed's optimizer file, one of patches.MASTER_KINDS
     flats: tuple[FlatTensor, ...]
     shapes: dict[str, tuple[int, ...]]  # whole shape of every trained parameter
 
@@ -75,96 +79,70 @@ class Layout:
         return same_place and (self.zero_stage, self.kind, self.flats) == (other.zero_stage, other.kind, other.flats)
 
 
-class ParameterGroups(NamedTuple):
-    """The trained parameters by group, and the flat tensors that hold their master weights."""
-
-    groups: list[list[Any]]
-    flats: list[FlatTensor]
-
-
 def describe_layout(optimizer: Any, names: Mapping[int, str], rank: int, world_size: int, zero_stage: int) -> Layout:
     """Read the layout of a live engine from DeepSpeed's optimizer.
 
     Args:
         names: id of a parameter → its name.
     """
-    kind = get_kind(optimizer)
-    groups, flats = _DESCRIBE[kind](optimizer, names, rank)
-    trained = [parameter for group in groups for parameter in group]
+    masters = read_master_weights(optimizer)
+    trained = [parameter for group in masters.groups for parameter in group]
     return Layout(
         rank=rank,
         world_size=world_size,
         zero_stage=zero_stage,
-        kind=kind,
-        flats=tuple(flats),
-        shapes={names[id(parameter)]: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trained},
+        kind=masters.kind,
+        flats=tuple(_DESCRIBE[masters.kind](masters, names, rank)),
+        shapes={names[id(parameter)]: get_whole_shape(parameter) for parameter in trained},
     )
 
 
-def get_kind(optimizer: Any) -> str:
-    """Return the attribute in which an optimizer of DeepSpeed keeps its master weights, a key of _DESCRIBE."""
-    return next(attribute for attribute in _DESCRIBE if hasattr(optimizer, attribute))
-
-
-def list_masters(optimizer: Any) -> list[torch.Tensor]:
-    """List the live tensors that a layout's flats stand for, in the same order."""
-    kind = get_kind(optimizer)
-    if kind == "param_groups":
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    masters = getattr(optimizer, kind)
-    return [master for group in masters for master in group] if kind == "fp32_groups" else list(masters)
-
-
-def _describe_partitions(optimizer: Any, names: Mapping[int, str], rank: int) -> ParameterGroups:
+def _describe_partitions(masters: MasterWeights, names: Mapping[int, str], rank: int) -> list[FlatTensor]:
     """Stages 1 and 2: a group's parameters lie end to end, and each rank has an equal share of that."""
     flats = []
-    groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
-    for group, flat in zip(groups, masters, strict=True):
+    for group, flat in zip(masters.groups, masters.tensors, strict=True):
         found = [(names[id(parameter)], read_fragment_offsets(parameter)) for parameter in group]
         flats.append(FlatTensor(flat.numel(), tuple(Fragment(name, *offsets) for name, offsets in found if offsets)))
-    return ParameterGroups(groups, flats)
+    return flats
 
 
-def _describe_parameter_shares(optimizer: Any, names: Mapping[int, str], rank: int) -> ParameterGroups:
+def _describe_parameter_shares(masters: MasterWeights, names: Mapping[int, str], rank: int) -> list[FlatTensor]:
     """Stage 3: each rank has an equal share of every parameter; the last rank's may end in padding."""
     flats = []
-    for group in optimizer.fp16_groups:
+    for group in masters.groups:
         fragments, offset = [], 0
         for parameter in group:
-            share = parameter.ds_tensor.ds_numel
-            numel = min(share, parameter.ds_numel - rank * share)
+            share, whole = read_parameter_share(parameter)
+            numel = min(share, whole - rank * share)
             if numel > 0:
                 fragments.append(Fragment(names[id(parameter)], rank * share, offset, numel))
             offset += share
         flats.append(FlatTensor(offset, tuple(fragments)))
-    return ParameterGroups(optimizer.fp16_groups, flats)
+    return flats
 
 
-def _describe_groups(optimizer: Any, names: Mapping[int, str], rank: int) -> ParameterGroups:
+def _describe_groups(masters: MasterWeights, names: Mapping[int, str], rank: int) -> list[FlatTensor]:
     """Stage 0 with a fused optimizer in 16 bit: a group's parameters lie end to end on every rank."""
     flats = []
-    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+    for group, flat in zip(masters.groups, masters.tensors, strict=True):
         fragments, offset = [], 0
         for parameter in group:
             fragments.append(Fragment(names[id(parameter)], 0, offset, parameter.numel()))
             offset += parameter.numel()
         flats.append(FlatTensor(flat.numel(), tuple(fragments)))
-    return ParameterGroups(optimizer.fp16_groups, flats)
+    return flats
 
 
-def _describe_parameters(optimizer: Any, names: Mapping[int, str], rank: int) -> ParameterGroups:
+def _describe_parameters(masters: MasterWeights, names: Mapping[int, str], rank: int) -> list[FlatTensor]:
     """Stage 0: every rank has every parameter, each a tensor of its own."""
-    groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
-    flats = [
+    return [
         FlatTensor(parameter.numel(), (Fragment(names[id(parameter)], 0, 0, parameter.numel()),))
-        for group in groups
+        for group in masters.groups
         for parameter in group
     ]
-    return ParameterGroups(groups, flats)
 
 
-# By the attribute in which an optimizer of DeepSpeed keeps its master weights; a plain one has `param_groups` alone.
+# By the form of DeepSpeed's optimizer, `MasterWeights.kind`.
 _DESCRIBE = {
     "fp32_partitioned_groups_flat": _describe_parameter_shares,
     "single_partition_of_fp32_groups": _describe_partitions,

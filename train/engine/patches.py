@@ -4,8 +4,7 @@ Written for deepspeed 0.19.8 and torch 2.13.0. Each function states why it is ne
 for. tests/train/engine/test_patches.py fails when something that a function relies on is gone or has another shape.
 
 Import DeepSpeed from here (`from sdxl_trainer.train.engine.patches import deepspeed`), so that it loads patched.
-Besides these, train/engine/layout.py reads the undocumented attributes in which DeepSpeed's optimizers keep their
-master weights. Rooms below this one (train/networks, train/optim) use public parts only.
+Rooms below this one (train/networks, train/optim) use public parts only.
 """
 
 import math
@@ -134,6 +133,74 @@ def skip_overflow_scan(optimizer: Any) -> None:
     check of the norm too, so that NaN reaches the weights.
     """
     optimizer.check_overflow = lambda **_: None
+
+
+# Attributes in which DeepSpeed's optimizers keep their master weights, by stage and precision. A plain torch optimizer
+# has `param_groups` alone.
+MASTER_KINDS = (
+    "fp32_partitioned_groups_flat",  # stage 3
+    "single_partition_of_fp32_groups",  # stages 1 and 2
+    "fp32_groups_flat_partition",  # stage 1 in bf16 with fp32 accumulation
+    "fp32_groups_flat",  # stage 0 in 16 bit, a fused optimizer
+    "fp32_groups",  # stage 0 in 16 bit, any other optimizer
+    "param_groups",
+)
+
+
+class MasterWeights(NamedTuple):
+    """The master weights of a live engine, as DeepSpeed's optimizer keeps them."""
+
+    kind: str  # one of MASTER_KINDS
+    groups: list[list[Any]]  # the trained parameters by group
+    tensors: list[torch.Tensor]  # fp32 tensors that the optimizer updates, in its order
+
+
+def read_master_weights(optimizer: Any) -> MasterWeights:
+    """Read the master weights of DeepSpeed's optimizer, and the parameters that they belong to.
+
+    Why: averages, exports and checkpoints need this rank's masters without a collective. Looked for:
+    `safe_get_full_fp32_param` gathers whole parameters, and `state_dict` copies everything.
+    """
+    kind = next(name for name in MASTER_KINDS if hasattr(optimizer, name))
+    own_groups = [group["params"] for group in optimizer.param_groups]
+    if kind == "param_groups":
+        return MasterWeights(kind, own_groups, [parameter for group in own_groups for parameter in group])
+    names = ("bit16_groups", "bf16_groups", "fp16_groups")  # at most one of them belongs to an optimizer
+    groups = next(filter(None, (getattr(optimizer, name, None) for name in names)), own_groups)
+    masters = getattr(optimizer, kind)
+    tensors = [master for group in masters for master in group] if kind == "fp32_groups" else list(masters)
+    return MasterWeights(kind, groups, tensors)
+
+
+class ParameterShare(NamedTuple):
+    """Sizes of a parameter under ZeRO 3."""
+
+    share: int  # values of each rank's part, padding included
+    numel: int  # values of the whole parameter
+
+
+def read_parameter_share(parameter: Any) -> ParameterShare:
+    """Read how ZeRO 3 divides a parameter.
+
+    Why: checkpoints record the place of every parameter. Looked for: a public attribute; there is none.
+    """
+    return ParameterShare(parameter.ds_tensor.ds_numel, parameter.ds_numel)
+
+
+def get_whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a whole parameter, which ZeRO 3 keeps beside its empty stand-in.
+
+    Looked for: a public attribute; there is none.
+    """
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def get_local_part(parameter: Any) -> torch.Tensor:
+    """Return the part of a 16-bit weight that lies on this rank: the whole weight, except under ZeRO 3.
+
+    Looked for: a public attribute; there is none.
+    """
+    return getattr(parameter, "ds_tensor", parameter).data
 
 
 class FragmentOffsets(NamedTuple):

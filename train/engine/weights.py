@@ -9,8 +9,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.launch.distributed import broadcast_tensor, reduce_sum
-from sdxl_trainer.train.engine.layout import Fragment, describe_layout, list_masters
-from sdxl_trainer.train.engine.patches import deepspeed
+from sdxl_trainer.train.engine.layout import Fragment, describe_layout
+from sdxl_trainer.train.engine.patches import deepspeed, get_local_part, read_master_weights
 
 
 class Weights:
@@ -51,7 +51,7 @@ class Weights:
 
     def list_masters(self) -> list[torch.Tensor]:
         """List this rank's flat tensors of master weights, in the order of the layout."""
-        return list_masters(self._engine.optimizer)
+        return read_master_weights(self._engine.optimizer).tensors
 
     def update_averages(self) -> None:
         """Move every average towards the weights, after an update of the weights."""
@@ -108,7 +108,7 @@ class Weights:
         """List this rank's trained weights between steps: its share of each under ZeRO-3, otherwise all of them."""
         self.release_gathered()
         parameters = [self._parameters[name] for name in self._fragments]
-        return [getattr(parameter, "ds_tensor", parameter).data for parameter in parameters]
+        return [get_local_part(parameter) for parameter in parameters]
 
     def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
         """List this rank's part of the masters, or of a moving average, as flat fp32 tensors."""
