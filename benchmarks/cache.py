@@ -37,8 +37,10 @@ from sdxl_trainer.data.formats.manifest import ManifestWriter, read_latest
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets, place_image
 from sdxl_trainer.data.images.transforms import prepare_image
 
-RULE = BucketRule(1024, 256, 2048, 64)
-SMALL_RULE = BucketRule(256, 256, 256, 32)  # one bucket, because a CPU encodes only a few batches in the time
+RULE = BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64)
+SMALL_RULE = BucketRule(
+    resolution_px=256, min_px=256, max_px=256, step_px=32
+)  # one bucket, because a CPU encodes only a few batches in the time
 SECONDS_PER_MEGAPIXEL = 0.04
 FORMATS = ("jpg", "jpg", "jpg", "png", "webp")
 BATCH_SIZE, NUM_WORKERS = 4, 4
@@ -133,7 +135,7 @@ def build_pipeline(
         identity="benchmark",
         batch_size=BATCH_SIZE,
         num_workers=NUM_WORKERS,
-        progress=RankProgress(0),
+        progress=RankProgress(total=0),
         report_bad=_refuse_bad,
         raise_if_stopped=raise_if_stopped,
     )

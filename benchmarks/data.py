@@ -161,7 +161,11 @@ def make_samples(folder: Path, number: int) -> list[Path | str]:
                 writer.close()
             shards.append(folder / "packed" / f"{row // SAMPLES_A_SHARD:05d}.tar")
             writer = ShardWriter(shards[-1])
-        sample = LatentSample(rng.standard_normal((4, 128, 128), np.float32), (1500, 1000), (0, 0, *BUCKET))
+        sample = LatentSample(
+            latents=rng.standard_normal((4, 128, 128), np.float32),
+            original_size=(1500, 1000),
+            crop_ltrb=(0, 0, *BUCKET),
+        )
         content = pack_latents(sample)
         (folder / "npz" / f"{key}.npz").write_bytes(content)
         assert writer is not None, "the first row opens a shard"

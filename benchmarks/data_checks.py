@@ -15,7 +15,7 @@ from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, plan_missing_latents
 
 FILES_A_FOLDER = 1000
-RULE = BucketRule(1024, 256, 2048, 64, False)
+RULE = BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64, no_upscale=False)
 WRITTEN_BYTES = 1024  # at both ends of a file; the values between them are a hole
 
 
@@ -42,7 +42,9 @@ def time_checks(folder: Path, number: int) -> dict[str, float]:
 def make_files(folder: Path, number: int) -> None:
     """Make latent files of 1024² px with a hole in place of their values, metadata that name them as images, and a
     manifest."""
-    latents = LatentSample(np.zeros((4, 128, 128), np.float32), (1500, 1000), (0, 0, 1024, 1024))
+    latents = LatentSample(
+        latents=np.zeros((4, 128, 128), np.float32), original_size=(1500, 1000), crop_ltrb=(0, 0, 1024, 1024)
+    )
     content, records, writer = pack_latents(latents), {}, ManifestWriter(folder, 0)
     for row in range(number):
         key, file = f"img_{row:08d}", f"{row // FILES_A_FOLDER:05d}/img_{row:08d}.npz"
@@ -60,6 +62,6 @@ def make_files(folder: Path, number: int) -> None:
             "crop": (256, 0, 1280, 1024),
         }
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        writer.append(ManifestEntry(key, file, len(content), "", identity="0", **place, **source))
+        writer.append(ManifestEntry(key=key, file=file, bytes=len(content), sha256="", identity="0", **place, **source))
     writer.close()
     (folder / "metadata.json").write_bytes(orjson.dumps(records))

@@ -44,10 +44,10 @@ def make_set(folder: Path, number: int) -> None:
         source = {"source_path": f"/x/img_{row:08d}.jpg", "source_bytes": 1, "source_mtime_ns": 1}
         writer.append(
             ManifestEntry(
-                f"img_{row:08d}",
-                f"img_{row:08d}.npz",
-                262_600,
-                f"{row:064x}",
+                key=f"img_{row:08d}",
+                file=f"img_{row:08d}.npz",
+                bytes=262_600,
+                sha256=f"{row:064x}",
                 identity="0",
                 **place,
                 **source,

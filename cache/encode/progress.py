@@ -45,7 +45,7 @@ class ProgressReporter:
     """
 
     def __init__(self, ranks: Ranks, total: int):
-        self.progress = RankProgress(total)
+        self.progress = RankProgress(total=total)
         self._ranks = ranks
         self._started = time.monotonic()
         self._closing = threading.Event()

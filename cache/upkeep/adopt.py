@@ -51,7 +51,14 @@ class TextAdopter:
             raise BadTextError(f"{path}: {error}") from None
         file = _name_file(path, self.folder)
         digest, identity = hashlib.sha256(content).hexdigest(), self.plan.identity.name
-        return TextPart(file, len(content), digest, identity, hash_captions(captions), len(captions))
+        return TextPart(
+            file=file,
+            bytes=len(content),
+            sha256=digest,
+            identity=identity,
+            captions_sha256=hash_captions(captions),
+            variants=len(captions),
+        )
 
     def _verify(self, content: bytes, num_variants: int) -> None:
         outputs = parse_text(content, num_variants)[0]

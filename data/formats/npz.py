@@ -156,7 +156,7 @@ def _parse_local_header(head: Bytes, offset: int) -> Member | None:
         if tag != ZIP64:
             return None
     key = name[:-4].decode("utf-8", "replace")
-    return Member(key, crc, offset + start, offset + start + size, head[start:])
+    return Member(key=key, crc=crc, start=offset + start, end=offset + start + size, head=head[start:])
 
 
 def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -> dict[str, np.ndarray] | None:

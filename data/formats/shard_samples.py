@@ -66,7 +66,11 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
             offset, size = parts.get("npz", (None, None))
             header = headers.get(key)
             header, bad = (None, header) if isinstance(header, str) else (header, None)
-            samples.append(ShardSample(key, _build_record(name, key, parts), offset, size, header, bad))
+            samples.append(
+                ShardSample(
+                    key=key, record=_build_record(name, key, parts), offset=offset, size=size, header=header, bad=bad
+                )
+            )
     return samples
 
 

@@ -88,7 +88,7 @@ def plan_missing_latents(
             except BadImageError as error:
                 return BadImage(prefix + key, str(error))
         file = choose_latent_file(prefix + key, image, encoding.beside)
-        return PlannedLatents(row, prefix, file, size, place(size))
+        return PlannedLatents(row=row, prefix=prefix, file=file, size=size, placement=place(size))
 
     columns = [records.column(name) for name in ("key", "image_path", "width", "height")]
     with ThreadPoolExecutor(NUM_THREADS) as pool:

@@ -24,7 +24,11 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
     The largest resolution has no prefix, so that its latents have the same names with and without further resolutions.
     """
     if data.buckets:
-        return {"": BucketRule(0, 0, 0, 0, fixed=tuple(Size(*bucket) for bucket in data.buckets))}
+        return {
+            "": BucketRule(
+                resolution_px=0, min_px=0, max_px=0, step_px=0, fixed=tuple(Size(*bucket) for bucket in data.buckets)
+            )
+        }
     largest, *others = sorted(data.resolution_px, reverse=True)
     sides = (data.min_bucket_px, data.max_bucket_px, data.bucket_step_px, data.no_upscale)
     return {"": BucketRule(largest, *sides)} | {build_key_prefix(side): BucketRule(side, *sides) for side in others}

@@ -25,7 +25,9 @@ from sdxl_trainer.data.stores.remote_sources import find_latent_header
 NUM_THREADS = 16
 ROWS_AT_ONCE = 4096
 MAX_LISTED_FOLDERS = 64  # whose listing is kept
-ANY_RULE = BucketRule(1024, 64, 2048, 64)  # place_image does not use the rule where there is only one bucket
+ANY_RULE = BucketRule(
+    resolution_px=1024, min_px=64, max_px=2048, step_px=64
+)  # place_image does not use the rule where there is only one bucket
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ def find_unlisted_latents(
         values = (column.take(pa.array(some)).to_pylist() for column in columns)
         for row, path, offset, size in zip(some.tolist(), *values, strict=True):
             if offset is not None:
-                yield LatentLocation(row, path, offset, size)
+                yield LatentLocation(row=row, file=path, offset=offset, bytes=size)
                 continue
             if path.endswith(LATENT_SUFFIX) and os.path.isfile(path):
                 watched.add(os.path.dirname(path))
-                yield LatentLocation(row, path, None, None)
+                yield LatentLocation(row=row, file=path, offset=None, bytes=None)
                 continue
             image_folder, name = os.path.split(path)
             for base in dict.fromkeys((image_folder, cache)):
@@ -70,7 +72,9 @@ def find_unlisted_latents(
                 watched.add(folder)
                 found = list_latents(folder).get(get_image_stem(name))
                 if found is not None:
-                    yield LatentLocation(row, os.path.join(folder, found), None, None, prefix)
+                    yield LatentLocation(
+                        row=row, file=os.path.join(folder, found), offset=None, bytes=None, prefix=prefix
+                    )
                     break
 
 

@@ -112,7 +112,13 @@ def iterate_chunks(file: Path) -> Iterator[JsonChunk]:
                 text += more
                 continue
             members = text if comma < 0 else text[:comma] + b"}"
-            yield JsonChunk(prefix + members, starts + len(prefix), ends + len(prefix), position, len(prefix))
+            yield JsonChunk(
+                text=prefix + members,
+                starts=starts + len(prefix),
+                ends=ends + len(prefix),
+                position=position,
+                prefix=len(prefix),
+            )
             if comma < 0:
                 return
             position.advance(text[: comma + 1])

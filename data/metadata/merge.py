@@ -126,7 +126,14 @@ def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRe
         fields, later_folder, later_path, later_span = orjson.loads(content)
         merged.update(fields)
         base_folder, keyed_path, span = later_folder or base_folder, later_path or keyed_path, later_span or span
-    return SourceRecord(key, merged, base_folder, keyed_path, ShardSpan(*span) if span else None, source)
+    return SourceRecord(
+        key=key,
+        fields=merged,
+        base_folder=base_folder,
+        keyed_path=keyed_path,
+        span=ShardSpan(*span) if span else None,
+        source=source,
+    )
 
 
 def _dump_record(record: SourceRecord) -> bytes:

@@ -110,7 +110,9 @@ def read_image_folders(
                 for name in folder.images[start : start + ROWS_AT_ONCE]:
                     caption = read_caption_file(folder, name)
                     fields = {"image_path": os.path.join(folder.path, name), "caption": caption, **marks}
-                    records.append(SourceRecord(get_image_stem(name, has_suffix=True), fields, source=source))
+                    records.append(
+                        SourceRecord(key=get_image_stem(name, has_suffix=True), fields=fields, source=source)
+                    )
                 yield records
 
 

@@ -120,7 +120,7 @@ def _list_members(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
         if not isinstance(fields, dict):
             raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
         stem = key if fields.get(PATH_FIELDS[0]) is not None else get_image_stem(key)
-        records.append(SourceRecord(stem, fields, keyed_path=None if stem == key else key))
+        records.append(SourceRecord(key=stem, fields=fields, keyed_path=None if stem == key else key))
     return records
 
 
@@ -137,7 +137,16 @@ def _add_base_folder(records: list[SourceRecord], file: Path) -> list[SourceReco
         if isinstance(fields.get("caption"), dict):
             raise ValueError(f"{file}: the record '{key}' has a caption that is an object, not a text or a list")
         has_path = keyed_path is not None or fields.get(PATH_FIELDS[0]) is not None
-        based.append(SourceRecord(key, fields, base_folder if has_path else "", keyed_path, span, source))
+        based.append(
+            SourceRecord(
+                key=key,
+                fields=fields,
+                base_folder=base_folder if has_path else "",
+                keyed_path=keyed_path,
+                span=span,
+                source=source,
+            )
+        )
     return based
 
 
@@ -208,7 +217,9 @@ def _list_shard_records(shard: str, samples: list[ShardSample]) -> Iterator[list
             None if each.offset is None or each.size is None else ShardSpan(shard, each.offset, each.size)
             for each in some
         ]
-        yield [SourceRecord(each.key, each.record, span=span) for each, span in zip(some, spans, strict=True)]
+        yield [
+            SourceRecord(key=each.key, fields=each.record, span=span) for each, span in zip(some, spans, strict=True)
+        ]
 
 
 def _key_record(fields: dict[str, Any], place: str) -> SourceRecord:
@@ -220,9 +231,9 @@ def _key_record(fields: dict[str, Any], place: str) -> SourceRecord:
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:
         fields[PATH_FIELDS[0]] = name
-        return SourceRecord(get_image_stem(name, has_suffix=True), fields)
+        return SourceRecord(key=get_image_stem(name, has_suffix=True), fields=fields)
     if fields.get("key"):
-        return SourceRecord(str(fields["key"]), fields)
+        return SourceRecord(key=str(fields["key"]), fields=fields)
     raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")
 
 

@@ -27,7 +27,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "model" / name / "x.safetensors").touch()
     (folder / "data").mkdir()
     for number in range(4):
-        sample = LatentSample(np.zeros((4, 8, 8), np.float32), Size(64, 64), CropBox(0, 0, 64, 64))
+        sample = LatentSample(
+            latents=np.zeros((4, 8, 8), np.float32), original_size=Size(64, 64), crop_ltrb=CropBox(0, 0, 64, 64)
+        )
         write_latents(folder / "data" / f"{number}.npz", sample)
         (folder / "data" / f"{number}.txt").write_text("a b, c")
     (folder / "settings.yaml").write_text(
@@ -110,7 +112,12 @@ def test_a_missing_package_is_reported(settings: Path, capsys: pytest.CaptureFix
 def test_masked_loss_needs_one_mask_only(settings: Path, tmp_path: Path) -> None:
     data = shutil.copytree(settings.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     mask = np.ones((64, 64), np.float32)
-    sample = LatentSample(np.zeros((4, 8, 8), np.float32), Size(64, 64), CropBox(0, 0, 64, 64), alpha_mask=mask)
+    sample = LatentSample(
+        latents=np.zeros((4, 8, 8), np.float32),
+        original_size=Size(64, 64),
+        crop_ltrb=CropBox(0, 0, 64, 64),
+        alpha_mask=mask,
+    )
     write_latents(data / "3.npz", sample)
     config, _ = load_config(settings, ["objective.masked_loss=true", f"data.image_dirs=[{data}]"])
     assert verify_run(config, 1)[1] == []

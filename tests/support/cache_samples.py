@@ -13,7 +13,7 @@ from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.launch.distributed import close_ranks
 
-RULE = BucketRule(128, 64, 256, 32)
+RULE = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
 BUCKETS = list_buckets(RULE)
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -71,7 +71,7 @@ def make_sample(number: int = 0, bucket: tuple[int, int] = (96, 64)) -> LatentSa
     """Build random latents, with `number` as the seed."""
     shape = (4, bucket[1] // 8, bucket[0] // 8)
     latents = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
-    return LatentSample(latents, (100, 70), (0, 1, 96, 65))
+    return LatentSample(latents=latents, original_size=(100, 70), crop_ltrb=(0, 1, 96, 65))
 
 
 def hash_items(folder: Path) -> dict[str, str]:

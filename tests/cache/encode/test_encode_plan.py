@@ -26,7 +26,18 @@ from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_record_index
 from sdxl_trainer.data.index.missing_latents import choose_latent_file
 
-IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 128, 64, 256, 32, False)
+IDENTITY = Identity(
+    vae_sha256="ab",
+    vae_precision="fp32",
+    dtype="float32",
+    posterior="sample",
+    flip=False,
+    resolution_px=128,
+    min_bucket_px=64,
+    max_bucket_px=256,
+    bucket_step_px=32,
+    no_upscale=False,
+)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -51,7 +62,7 @@ def test_any_list_is_shared_wholly(costs, world_size):
 def test_costs_are_pixels_of_the_bucket():
     sizes = np.array([[0, 0], [50, 50], [5000, 5000]], np.int32)
     assert compute_costs(sizes[:, 0], sizes[:, 1], RULE).tolist() == [128**2] * 3
-    rule = BucketRule(128, 64, 256, 32, no_upscale=True)
+    rule = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32, no_upscale=True)
     assert compute_costs(sizes[:, 0], sizes[:, 1], rule).tolist() == [128**2, 2500, 128**2]
 
 

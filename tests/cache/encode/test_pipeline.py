@@ -79,7 +79,7 @@ class FakePending:
 def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, raise_if_stopped=lambda: None):
     """Run the pipeline and return (bad, progress)."""
     bad: list[tuple[str, str]] = []
-    progress = RankProgress(len(items))
+    progress = RankProgress(total=len(items))
     writer = BackgroundWriter(NpzStorage(folder, "float32"), ManifestWriter(folder, 0))
     pipeline = Pipeline(
         encoder=encoder,

@@ -111,7 +111,9 @@ def test_the_vae_is_loaded_only_for_latents(filled, monkeypatch):
     config, _ = load_config(filled / "settings.yaml", [])
     import torch
 
-    nothing = PreviewSample("a", "b", "", torch.zeros(4, 8, 8), np.zeros((64, 64, 3), np.uint8), None)
+    nothing = PreviewSample(
+        key="a", caption="b", note="", latents=torch.zeros(4, 8, 8), pixels=np.zeros((64, 64, 3), np.uint8), bad=None
+    )
     monkeypatch.setattr("sdxl_trainer.cache.preview.contact_sheet.load_vae", None)
     [(_, pixels)] = decode_samples([nothing], resolve_model(config.model), config.model)
     assert pixels.shape == (64, 64, 3)

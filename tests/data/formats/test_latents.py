@@ -24,7 +24,7 @@ from sdxl_trainer.data.formats.latents import (
 )
 
 LATENTS = np.random.default_rng(0).standard_normal((4, 8, 12)).astype(np.float32)
-GOOD = LatentSample(LATENTS, (100, 70), (1.0, 2.0, 97.0, 66.0))
+GOOD = LatentSample(latents=LATENTS, original_size=(100, 70), crop_ltrb=(1.0, 2.0, 97.0, 66.0))
 NUMBERS = {"original_size": np.array([100, 70]), "crop_ltrb": np.array([1, 2, 97, 66])}
 
 
@@ -50,7 +50,7 @@ def round_as(dtype: str, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("parts", [(), ("std",), ("flipped",), ("std", "flipped", "flipped_std")])
 def test_round_trip(tmp_path, dtype, parts):
     arrays = {part: LATENTS[:, ::-1] * (number + 2) for number, part in enumerate(parts)}
-    sample = LatentSample(LATENTS, (1920, 1080), (10.0, 0.0, 106.0, 64.0), **arrays)
+    sample = LatentSample(latents=LATENTS, original_size=(1920, 1080), crop_ltrb=(10.0, 0.0, 106.0, 64.0), **arrays)
     content = write_latents(tmp_path / "x.npz", sample, dtype)
     assert (tmp_path / "x.npz").read_bytes() == content
     assert os.listdir(tmp_path) == ["x.npz"]  # no temporary file is left
@@ -66,7 +66,11 @@ def test_bfloat16_is_read_by_plain_numpy_as_documented(tmp_path):
     """docs/CACHE.md's recipe; and no program that looks for `latents` takes the integers for latents."""
     # Ties go to even; what is too large becomes infinity, as in torch.
     values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1.5e-39, 3.3e38, 0.1, 0.0, -2.7], np.float32)
-    write_latents(tmp_path / "x.npz", LatentSample(values.repeat(4).reshape(4, 2, 4), (1, 1), (0, 0, 1, 1)), "bfloat16")
+    write_latents(
+        tmp_path / "x.npz",
+        LatentSample(latents=values.repeat(4).reshape(4, 2, 4), original_size=(1, 1), crop_ltrb=(0, 0, 1, 1)),
+        "bfloat16",
+    )
     with np.load(tmp_path / "x.npz") as arrays:
         assert set(arrays) == {"latents_bf16", "original_size", "crop_ltrb"}
         stored = arrays["latents_bf16"]
@@ -121,8 +125,10 @@ def test_the_same_content_gives_the_same_bytes(monkeypatch):
     first = pack_latents(GOOD)
     monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((2031, 2, 3, 4, 5, 6, 0, 34, 0)))
     monkeypatch.setattr(time, "time", lambda: 1.9e9)
-    assert pack_latents(LatentSample(LATENTS.copy(), (100, 70), (1, 2, 97, 66))) == first  # ints or floats
-    assert pack_latents(LatentSample(-LATENTS, (100, 70), (1, 2, 97, 66))) != first
+    assert (
+        pack_latents(LatentSample(latents=LATENTS.copy(), original_size=(100, 70), crop_ltrb=(1, 2, 97, 66))) == first
+    )  # ints or floats
+    assert pack_latents(LatentSample(latents=-LATENTS, original_size=(100, 70), crop_ltrb=(1, 2, 97, 66))) != first
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,14 @@ def make_compressed() -> bytes:
     return buffer.getvalue()
 
 
-FULL = LatentSample(LATENTS, (100, 70), GOOD.crop_ltrb, std=LATENTS, flipped=LATENTS, flipped_std=LATENTS)
+FULL = LatentSample(
+    latents=LATENTS,
+    original_size=(100, 70),
+    crop_ltrb=GOOD.crop_ltrb,
+    std=LATENTS,
+    flipped=LATENTS,
+    flipped_std=LATENTS,
+)
 
 
 @given(st.sampled_from([pack_latents(GOOD), pack_latents(FULL), make_compressed()]), st.data())
@@ -238,7 +251,14 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
 def test_the_header_says_what_the_whole_file_says(tmp_path):
     for number, (name, dtype) in enumerate((("a", "float32"), ("b", "float16"), ("c", "bfloat16"))):
         latents = np.ones((4, 8 + number, 12), np.float32)
-        sample = LatentSample(latents, (300, 200), (1, 2, 97, 66), latents * 2, latents, latents)
+        sample = LatentSample(
+            latents=latents,
+            original_size=(300, 200),
+            crop_ltrb=(1, 2, 97, 66),
+            std=latents * 2,
+            flipped=latents,
+            flipped_std=latents,
+        )
         write_latents(tmp_path / f"{name}.npz", sample, dtype)
         header = read_latent_header(str(tmp_path / f"{name}.npz"))
         assert (header.bucket, header.original_size, header.crop_ltrb) == (

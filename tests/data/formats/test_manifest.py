@@ -37,7 +37,18 @@ ENTRY = ManifestEntry(
     source_mtime_ns=17,
     source_sha256="1" * 64,
 )
-IDENTITY = Identity("ab", "fp32", "float32", "sample", False, 1024, 256, 2048, 64, False)
+IDENTITY = Identity(
+    vae_sha256="ab",
+    vae_precision="fp32",
+    dtype="float32",
+    posterior="sample",
+    flip=False,
+    resolution_px=1024,
+    min_bucket_px=256,
+    max_bucket_px=2048,
+    bucket_step_px=64,
+    no_upscale=False,
+)
 
 
 @pytest.fixture

@@ -19,7 +19,14 @@ from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pa
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions, list_random_settings
 
-IDENTITY = TextIdentity("1", "2", "3", "4", 75, "float32")
+IDENTITY = TextIdentity(
+    encoder_sha256="1",
+    encoder_2_sha256="2",
+    tokenizer_sha256="3",
+    tokenizer_2_sha256="4",
+    max_tokens=75,
+    dtype="float32",
+)
 TAGS = {"key": "a", "caption": "one, two, three, four, five, six"}
 
 

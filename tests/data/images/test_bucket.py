@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from sdxl_trainer.data.images.bucket import BucketRule, choose_bucket, list_buckets, place_image
 
-SDXL = BucketRule(1024, 256, 2048, 64)
+SDXL = BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64)
 SDXL_BUCKETS = list_buckets(SDXL)
-NO_UPSCALE = BucketRule(1024, 256, 2048, 64, no_upscale=True)
+NO_UPSCALE = BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64, no_upscale=True)
 
 
 def test_sdxl_has_kohyas_41_buckets():
@@ -35,15 +35,19 @@ def test_sdxl_has_kohyas_41_buckets():
 
 
 def test_the_shortest_side_may_be_the_least_allowed():
-    assert [size for size in list_buckets(BucketRule(256, 64, 1024, 64)) if size[1] == 64] == [
-        (width, 64) for width in range(576, 1025, 64)
-    ]
+    assert [
+        size
+        for size in list_buckets(BucketRule(resolution_px=256, min_px=64, max_px=1024, step_px=64))
+        if size[1] == 64
+    ] == [(width, 64) for width in range(576, 1025, 64)]
 
 
 def test_limits_off_the_step_are_moved_inwards():
-    assert list_buckets(BucketRule(256, 250, 600, 64)) == [(256, 256)]
-    assert list_buckets(BucketRule(256, 130, 350, 64)) == list_buckets(BucketRule(256, 192, 320, 64))
-    assert list_buckets(BucketRule(64, 32, 600, 128)) == []
+    assert list_buckets(BucketRule(resolution_px=256, min_px=250, max_px=600, step_px=64)) == [(256, 256)]
+    assert list_buckets(BucketRule(resolution_px=256, min_px=130, max_px=350, step_px=64)) == list_buckets(
+        BucketRule(resolution_px=256, min_px=192, max_px=320, step_px=64)
+    )
+    assert list_buckets(BucketRule(resolution_px=64, min_px=32, max_px=600, step_px=128)) == []
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,11 @@ def test_no_upscale(size, bucket, resized):
     size=st.tuples(st.integers(1, 20000), st.integers(1, 20000)),
     rule=st.builds(
         lambda resolution, step, least, most, no_upscale: BucketRule(
-            resolution, min(least, resolution), max(most, resolution), step, no_upscale
+            resolution_px=resolution,
+            min_px=min(least, resolution),
+            max_px=max(most, resolution),
+            step_px=step,
+            no_upscale=no_upscale,
         ),
         st.integers(256, 1536),
         st.sampled_from([32, 64, 128]),
@@ -124,7 +132,7 @@ def test_any_image_covers_its_bucket_and_is_cut_inside(size, rule):
 
 @given(st.integers(64, 4096), st.sampled_from([32, 64]), st.sampled_from([64, 256]), st.sampled_from([2048, 4096]))
 def test_buckets_keep_to_the_area(resolution, step, least, most):
-    rule = BucketRule(resolution, least, most, step)
+    rule = BucketRule(resolution_px=resolution, min_px=least, max_px=most, step_px=step)
     for width, height in list_buckets(rule):
         assert width % step == height % step == 0
         assert width * height <= resolution**2

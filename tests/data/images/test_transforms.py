@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, JpegImagePlugin, features
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError, cut_image, decode_image, prepare_image
 
-RULE = BucketRule(128, 64, 256, 32)
+RULE = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
 BUCKETS = list_buckets(RULE)
 RED, GREEN, BLUE, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
 

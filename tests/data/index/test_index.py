@@ -38,7 +38,7 @@ def list_entries(folder: Path, *keys: str, rank: int = 0, bucket: tuple[int, int
         size = (100 + len(key), 150)
         place = {"bucket": bucket, "original_size": size, "resized": (70, 96), "crop": (3, 0, 67, 96)}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        writer.append(ManifestEntry(key, f"{key}.npz", 1, "", **place, identity="", **source))
+        writer.append(ManifestEntry(key=key, file=f"{key}.npz", bytes=1, sha256="", **place, identity="", **source))
     writer.close()
 
 

@@ -90,7 +90,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
     for number, key in enumerate(captions):
         bucket = BUCKETS[number % 2]
         latents = np.random.default_rng(number).standard_normal((4, bucket[1] // 8, bucket[0] // 8)).astype(np.float32)
-        content = pack_latents(LatentSample(latents, bucket, (0, 0, *bucket)))
+        content = pack_latents(LatentSample(latents=latents, original_size=bucket, crop_ltrb=(0, 0, *bucket)))
         file, offset = f"{key}.npz", None
         if number > 20 and number % 2:
             file, offset = "a.tar", shard.append(key, b"{}", content).offset
@@ -99,7 +99,11 @@ def dataset(tmp_path_factory) -> LatentDataset:
             (folder / file).write_bytes(content)
         place = {"bucket": bucket, "original_size": bucket, "resized": bucket, "crop": (0, 0, *bucket)}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        manifest.append(ManifestEntry(key, file, len(content), "", **place, identity="", **source, offset=offset))
+        manifest.append(
+            ManifestEntry(
+                key=key, file=file, bytes=len(content), sha256="", **place, identity="", **source, offset=offset
+            )
+        )
     shard.close()
     manifest.close()
     index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))

@@ -46,10 +46,16 @@ def cache(tmp_path_factory) -> Path:
     for number in range(NUM_SAMPLES):
         bucket, size = BUCKETS[number % 2], (200 + number, 300 + number)
         crop = (number, 2 * number, number + bucket[0], 2 * number + bucket[1])
-        content = write_latents(folder / f"s{number}.npz", LatentSample(get_latents(number), size, crop))
+        content = write_latents(
+            folder / f"s{number}.npz", LatentSample(latents=get_latents(number), original_size=size, crop_ltrb=crop)
+        )
         place = {"bucket": bucket, "original_size": size, "resized": size, "crop": crop}
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": ""}
-        writer.append(ManifestEntry(f"s{number}", f"s{number}.npz", len(content), "", **place, identity="", **source))
+        writer.append(
+            ManifestEntry(
+                key=f"s{number}", file=f"s{number}.npz", bytes=len(content), sha256="", **place, identity="", **source
+            )
+        )
     writer.close()
     return folder
 
@@ -113,9 +119,16 @@ def test_a_bad_latent_weighs_nothing_and_is_named(cache):
         for damage, reason in (
             (lambda path: path.write_bytes(original[:100]), "not a readable npz file"),
             (lambda path: path.unlink(), "cannot be read: No such file"),
-            (lambda path: write_latents(path, LatentSample(good[:, :8], (1, 1), (0, 0, 1, 1))), "encoded at 64x64 px"),
             (
-                lambda path: write_latents(path, LatentSample(good * np.float16("nan"), (1, 1), (0, 0, 1, 1))),
+                lambda path: write_latents(
+                    path, LatentSample(latents=good[:, :8], original_size=(1, 1), crop_ltrb=(0, 0, 1, 1))
+                ),
+                "encoded at 64x64 px",
+            ),
+            (
+                lambda path: write_latents(
+                    path, LatentSample(latents=good * np.float16("nan"), original_size=(1, 1), crop_ltrb=(0, 0, 1, 1))
+                ),
                 "not finite",
             ),
         ):
@@ -196,7 +209,9 @@ def test_moments_give_a_fresh_sample_each_epoch(cache, tmp_path):
             (tmp_path / path.relative_to(cache)).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path.relative_to(cache)).write_bytes(path.read_bytes())
     mean, std = get_latents(0).astype(np.float32), np.full((4, 12, 8), 0.5, np.float32)
-    write_latents(tmp_path / "s0.npz", LatentSample(mean, (200, 300), (0, 0, 64, 96), std=std))
+    write_latents(
+        tmp_path / "s0.npz", LatentSample(latents=mean, original_size=(200, 300), crop_ltrb=(0, 0, 64, 96), std=std)
+    )
     dataset = build_dataset(tmp_path)
     first, again, later = (dataset[make_spec([0], epochs=[epoch])].latents[0].numpy() for epoch in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, later)

@@ -28,7 +28,13 @@ def make_sample(number: int, flipped: bool) -> LatentSample:
     rng = np.random.default_rng(number)
     latents, mirrored = rng.standard_normal((2, *SHAPE), np.float32)
     mask = np.linspace(0, 1, 96 * 64, dtype=np.float32).reshape(96, 64) if number == 0 else None
-    return LatentSample(latents, (750, 960), CROP, flipped=mirrored if flipped else None, alpha_mask=mask)
+    return LatentSample(
+        latents=latents,
+        original_size=(750, 960),
+        crop_ltrb=CROP,
+        flipped=mirrored if flipped else None,
+        alpha_mask=mask,
+    )
 
 
 def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, listed: bool = True) -> None:
@@ -49,7 +55,13 @@ def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, liste
         source = {"source_path": "", "source_bytes": 1, "source_mtime_ns": 1, "source_sha256": "", "identity": ""}
         manifest.append(
             ManifestEntry(
-                f"s{number}", file, len(content), "", **place, **source, flipped=has_flipped if listed else None
+                key=f"s{number}",
+                file=file,
+                bytes=len(content),
+                sha256="",
+                **place,
+                **source,
+                flipped=has_flipped if listed else None,
             )
         )
     manifest.close()

@@ -28,8 +28,8 @@ from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.order.plan import Position
 
 NUM_IMAGES = 6
-LOW = BucketRule(64, 32, 256, 32)
-HIGH = BucketRule(128, 32, 256, 32)
+LOW = BucketRule(resolution_px=64, min_px=32, max_px=256, step_px=32)
+HIGH = BucketRule(resolution_px=128, min_px=32, max_px=256, step_px=32)
 BOTH = LatentSelection(prefixes=("", "64px/"))
 WORDS = ("data.min_bucket_px=32", "data.resolution_px=[64, 128]")
 
@@ -63,7 +63,7 @@ def test_rules_are_the_same_in_any_order_and_the_largest_is_the_plain_one():
     rules = build_bucket_rules(DataConfig(resolution_px=[512, 1024, 768]))  # pyright: ignore[reportCallIssue]
     assert list(rules) == ["", "768px/", "512px/"]
     assert rules == build_bucket_rules(DataConfig(resolution_px=[768, 512, 1024]))  # pyright: ignore
-    assert rules[""] == BucketRule(1024, 256, 2048, 64)
+    assert rules[""] == BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64)
     # Each resolution has kohya's list and choice of its own.
     assert place_image((1920, 1080), rules[""], list_buckets(rules[""])) == Placement((1344, 768), (1365, 768), 10, 0)
     assert place_image((1920, 1080), rules["512px/"], list_buckets(rules["512px/"])).bucket == (640, 384)

@@ -51,7 +51,7 @@ def list_rows(index: Index) -> list[dict]:
 def make_latents(path: Path, seed: int = 0, size=(300, 200), bucket=(96, 64)) -> bytes:
     latents = np.random.default_rng(seed).standard_normal((4, bucket[1] // 8, bucket[0] // 8)).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_latents(path, LatentSample(latents, size, (0, 0, *bucket)))
+    return write_latents(path, LatentSample(latents=latents, original_size=size, crop_ltrb=(0, 0, *bucket)))
 
 
 @pytest.mark.parametrize("name", re.findall(r"^```\w+ (\S+)$", PAGE.read_text(), re.M))

@@ -32,7 +32,10 @@ def folder(tmp_path: Path) -> Path:
     for row in range(16):
         side = (64, 96) if row % 2 else (64, 64)
         write_latents(
-            tmp_path / f"s{row:02d}.npz", LatentSample(np.zeros((4, side[1] // 8, 8), np.float32), side, (0, 0, *side))
+            tmp_path / f"s{row:02d}.npz",
+            LatentSample(
+                latents=np.zeros((4, side[1] // 8, 8), np.float32), original_size=side, crop_ltrb=(0, 0, *side)
+            ),
         )
     return tmp_path
 

@@ -52,7 +52,7 @@ def test_latents(
     waits: list[float],
 ) -> None:
     latents = np.arange(256, dtype=np.float32).reshape(4, 8, 8)
-    content = pack_latents(LatentSample(latents, BUCKET, (0, 0, *BUCKET)))
+    content = pack_latents(LatentSample(latents=latents, original_size=BUCKET, crop_ltrb=(0, 0, *BUCKET)))
     (tmp_path / "x").write_bytes(b"-" * (offset or 0) + content)
     fine = len(codes) < tries
     spoil(monkeypatch, list(codes))
@@ -66,7 +66,9 @@ def test_latents(
 
 
 def test_a_shard_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
-    content = pack_latents(LatentSample(np.ones((4, 8, 8), np.float32), BUCKET, (0, 0, *BUCKET)))
+    content = pack_latents(
+        LatentSample(latents=np.ones((4, 8, 8), np.float32), original_size=BUCKET, crop_ltrb=(0, 0, *BUCKET))
+    )
     path, store = tmp_path / "x.tar", LatentStore(tmp_path)
     path.write_bytes(content)
     row = {"file": path.name, "offset": 0, "bytes": len(content)}

@@ -83,7 +83,11 @@ def shards(tmp_path_factory, store) -> Path:
             shape = (4, bucket[1] // 8, bucket[0] // 8)
             latents = np.random.default_rng(number * PER_SHARD + item).standard_normal(shape).astype(np.float32)
             crop = (item, 0, item + bucket[0], bucket[1])
-            npz = pack_latents(LatentSample(latents, (200 + item, 300), crop, flipped=latents[..., ::-1]))
+            npz = pack_latents(
+                LatentSample(
+                    latents=latents, original_size=(200 + item, 300), crop_ltrb=crop, flipped=latents[..., ::-1]
+                )
+            )
             writer.append(f"k{number}.{item}", orjson.dumps({"caption": f"a {number} b {item}", "n": item}), npz)
         writer.close()
         store.put_file(str(writer.path), f"bucket/set/s-{number}.tar")
@@ -137,7 +141,7 @@ def test_the_index_reads_little_of_the_shards_and_only_once(tmp_path, store, mon
     latents = np.ones((4, 128, 128), np.float32)
     writer = ShardWriter(tmp_path / "big.tar")
     for item in range(6):
-        npz = pack_latents(LatentSample(latents, (1024, 1024), (0, 0, 1024, 1024)))
+        npz = pack_latents(LatentSample(latents=latents, original_size=(1024, 1024), crop_ltrb=(0, 0, 1024, 1024)))
         writer.append(f"k{item}", orjson.dumps({"caption": "c" * 1500}), npz)
     writer.close()
     store.put_file(str(writer.path), "bucket/one/big.tar")

@@ -51,7 +51,9 @@ def cache(tmp_path_factory) -> Path:
     (folder / "metadata.json").write_text(json.dumps(RECORDS))
     writer, latents = ManifestWriter(folder, 0), np.ones((4, 12, 8), np.float32)
     for key in RECORDS:
-        content = write_latents(folder / f"{key}.npz", LatentSample(latents, BUCKET, (0, 0, *BUCKET)))
+        content = write_latents(
+            folder / f"{key}.npz", LatentSample(latents=latents, original_size=BUCKET, crop_ltrb=(0, 0, *BUCKET))
+        )
         sizes = dict(bucket=BUCKET, original_size=BUCKET, resized=BUCKET, crop=(0, 0, *BUCKET), bytes=len(content))
         source = dict(source_path="", source_bytes=1, source_mtime_ns=1, source_sha256="")
         writer.append(ManifestEntry(key=key, file=f"{key}.npz", sha256="", identity="", **sizes, **source))

@@ -126,7 +126,7 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (tmp_path / "model" / name / "x.safetensors").touch()
     (tmp_path / "data").mkdir()
     for number in range(4):
-        sample = LatentSample(np.zeros((4, 8, 8), np.float32), (64, 64), (0, 0, 64, 64))
+        sample = LatentSample(latents=np.zeros((4, 8, 8), np.float32), original_size=(64, 64), crop_ltrb=(0, 0, 64, 64))
         write_latents(tmp_path / "data" / f"{number}.npz", sample)
         (tmp_path / "data" / f"{number}.txt").write_text("a")
     raw = {

@@ -130,7 +130,10 @@ def dataset(tmp_path_factory) -> LatentDataset:
     for number in range(4):
         mask = np.linspace(0, 1, 32 * 64, dtype=np.float32).reshape(32, 64) if number % 2 else None
         latents = np.full((4, 4, 8), number, np.float32)
-        write_latents(folder / f"{number}.npz", LatentSample(latents, (64, 32), (0, 0, 64, 32), alpha_mask=mask))
+        write_latents(
+            folder / f"{number}.npz",
+            LatentSample(latents=latents, original_size=(64, 32), crop_ltrb=(0, 0, 64, 32), alpha_mask=mask),
+        )
     tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), prior_loss_weight=0.25)
     return LatentDataset(Rows(), folder, tokenizers, settings)
@@ -157,7 +160,9 @@ def test_batches_hold_masks_and_ones_for_samples_without(dataset):
     "mask", [np.ones((4, 8)), np.full((32, 64), 2.0), np.full((32, 64), np.nan), -np.ones((32, 64))]
 )
 def test_a_wrong_mask_is_a_bad_latent(mask):
-    sample = LatentSample(np.zeros((4, 4, 8), np.float32), (64, 32), (0, 0, 64, 32), alpha_mask=mask)
+    sample = LatentSample(
+        latents=np.zeros((4, 4, 8), np.float32), original_size=(64, 32), crop_ltrb=(0, 0, 64, 32), alpha_mask=mask
+    )
     with pytest.raises(BadLatentError, match="`alpha_mask` is float32"):
         parse_latents(pack_latents(sample))
 
