@@ -24,7 +24,7 @@ from sdxl_trainer.cache.encode.encode_plan import (
 from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estimate_work
 from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
-from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress, write_report
+from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress, write_cache_report
 from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, Storage, recover_shards
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
@@ -330,7 +330,7 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
         write_atomic(file, b"".join(orjson.dumps(line) + b"\n" for line in bad))
         if not signals:
             replace_shards(config.cache, folder)
-        write_report(folder, [result.progress for result in results], read_latest(folder))
+        write_cache_report(folder, [result.progress for result in results], read_latest(folder))
     barrier()
     if signals:
         close_ranks()

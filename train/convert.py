@@ -16,7 +16,7 @@ DESCRIPTION = """Convert a checkpoint, a single file or a diffusers folder into 
 python train/convert.py runs/x/checkpoints/step-00001000 model.safetensors [--dtype fp16] [model.path=…]"""
 
 
-def build_arguments() -> argparse.ArgumentParser:
+def build_convert_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -32,7 +32,7 @@ def build_arguments() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, convert, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    options = build_arguments().parse_intermixed_args(arguments)
+    options = build_convert_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
         from sdxl_trainer.train.export.convert import run_conversion

@@ -12,7 +12,7 @@ except ImportError:
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
 
-def build_arguments() -> RankParser:
+def build_sample_parser() -> RankParser:
     """Build the parser of the command line."""
     parser = RankParser(description="Generate the images of a prompt file, and a contact sheet of them.")
     parser.add_argument(
@@ -33,7 +33,7 @@ def build_arguments() -> RankParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, generate, return the exit status (0 done, 1 failed, 2 wrong input)."""
     require_checkout(__file__)
-    options = build_arguments().parse_intermixed_args(arguments)
+    options = build_sample_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
         from sdxl_trainer.train.sampling.job import run_sampling

@@ -24,9 +24,10 @@ from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.formats.latents import BadLatentError, pack_latents, parse_latents
 from sdxl_trainer.data.formats.manifest import Identity, ManifestWriter
 from sdxl_trainer.data.images.bucket import split_key
+from sdxl_trainer.data.index.schema import BadSample
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.loading.dataset import LatentDataset
-from sdxl_trainer.data.loading.micro_batch import BadSample, MicroBatch, PendingImage
+from sdxl_trainer.data.loading.micro_batch import MicroBatch, PendingImage
 from sdxl_trainer.launch.distributed import Ranks
 
 

@@ -124,7 +124,7 @@ def describe_progress(progress: RankProgress) -> str:
     )
 
 
-def write_report(folder: Path, ranks: Sequence[RankProgress], entries: Mapping[str, ManifestEntry]) -> None:
+def write_cache_report(folder: Path, ranks: Sequence[RankProgress], entries: Mapping[str, ManifestEntry]) -> None:
     """Write the finished job's numbers to `cache_report.json` and print them as tables."""
     buckets = Counter(f"{entry.bucket[0]}x{entry.bucket[1]}" for entry in entries.values())
     whole = combine_progress(ranks)

@@ -21,7 +21,7 @@ from sdxl_trainer.data.formats.shards import (
     read_text_member,
     recover_shard,
 )
-from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text_outputs
 from sdxl_trainer.data.images.bucket import Size
 
 SHARD_FOLDER = "shards"
@@ -277,7 +277,7 @@ def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
     try:
         content = read_text_item(folder, entry)
         if entry.text is not None and content is not None:
-            parse_text(content, entry.text.variants, check_crc=False)
+            parse_text_outputs(content, entry.text.variants, check_crc=False)
     except ITEM_ERRORS as error:
         assert entry.text is not None, "an item without text reads nothing"
         return _describe(entry.text.file, entry.key if entry.text.offset is not None else None, error)

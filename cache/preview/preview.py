@@ -23,11 +23,11 @@ from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipped
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index, open_sample_index
+from sdxl_trainer.data.index.schema import BadSample
 from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
 from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions, select_evenly
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
-from sdxl_trainer.data.loading.micro_batch import BadSample
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_samples
 from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy

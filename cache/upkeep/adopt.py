@@ -12,7 +12,7 @@ from sdxl_trainer.cache.encode.text_caching import TextShapes
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
-from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
+from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text_outputs
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
@@ -61,7 +61,7 @@ class TextAdopter:
         )
 
     def _verify(self, content: bytes, num_variants: int) -> None:
-        outputs = parse_text(content, num_variants)[0]
+        outputs = parse_text_outputs(content, num_variants)[0]
         shapes = TextShapes(outputs.hidden_1.shape, outputs.hidden_2.shape, outputs.pooled.shape)
         if shapes != self.shapes:
             raise BadTextError(f"holds arrays of {_list_shapes(shapes)}, the settings give {_list_shapes(self.shapes)}")

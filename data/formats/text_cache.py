@@ -14,7 +14,7 @@ import orjson
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import TextIdentity
-from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text_outputs
 
 STATE_FILE = "text.json"
 EMPTY_FILE = "manifest/empty_te_outputs.npz"  # a path that no key of an image is likely to give
@@ -60,7 +60,7 @@ def read_empty_text(folder: Path, state: TextState) -> TextOutputs:
         raise BadTextError(f"{EMPTY_FILE}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != state.empty_sha256:
         raise BadTextError(f"{EMPTY_FILE}: has another SHA-256 than {STATE_FILE} lists")
-    return parse_text(content, 1, check_crc=False)[0]
+    return parse_text_outputs(content, 1, check_crc=False)[0]
 
 
 def verify_text_state(folder: Path) -> str | None:

@@ -59,7 +59,7 @@ def pack_text(variants: Sequence[TextOutputs], dtype: str = "float32") -> bytes:
     return buffer.getvalue()
 
 
-def parse_text(content: bytes | memoryview, variants: int, check_crc: bool = True) -> list[TextOutputs]:
+def parse_text_outputs(content: bytes | memoryview, variants: int, check_crc: bool = True) -> list[TextOutputs]:
     """Parse and check all variants of a text file. bfloat16 becomes float32.
 
     Args:
@@ -97,7 +97,7 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
         descriptor = os.open(path if offset is None else locate_shard(path), os.O_RDONLY)
         try:
             if variants == 1:
-                return parse_text(os.pread(descriptor, size, offset or 0), 1)[0]
+                return parse_text_outputs(os.pread(descriptor, size, offset or 0), 1)[0]
             with zipfile.ZipFile(SpanReader(descriptor, offset or 0, size)) as archive:
                 names = {key + suffix for key in _list_keys(variant) for suffix in ("", BF16_SUFFIX)}
                 found = names.intersection(name.removesuffix(".npy") for name in archive.namelist())

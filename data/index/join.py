@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -26,6 +26,7 @@ from sdxl_trainer.data.index.schema import (
     LATENT_COLUMNS,
     RECORD_COLUMNS,
     SAMPLE_SCHEMA,
+    BadSample,
     FoundLatents,
     build_found_batch,
 )
@@ -52,13 +53,6 @@ class LatentSelection:
 
 
 ALL_LATENTS = LatentSelection()
-
-
-class BadSample(NamedTuple):
-    """A sample that cannot be trained on."""
-
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True)

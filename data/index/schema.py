@@ -39,6 +39,13 @@ LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), ("id
 FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *LATENT_FIELDS])
 
 
+class BadSample(NamedTuple):
+    """A sample that cannot be trained on."""
+
+    key: str
+    reason: str
+
+
 class FoundLatents(NamedTuple):
     """Latents of a record that no manifest lists. The fields are those of FOUND_SCHEMA, in the same order."""
 

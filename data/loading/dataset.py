@@ -12,9 +12,9 @@ from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image, split_key
 from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.schema import BadSample
 from sdxl_trainer.data.loading.latent_store import LatentStore
 from sdxl_trainer.data.loading.micro_batch import (
-    BadSample,
     DrawnLatents,
     MicroBatch,
     MicroSpec,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from sdxl_trainer.data.formats.latents import VAE_FACTOR, compute_shape
 from sdxl_trainer.data.formats.text_outputs import TextOutputs
 from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.data.index.schema import BadSample
 
 if TYPE_CHECKING:
     from sdxl_trainer.data.images.transforms import PreparedImage
@@ -27,13 +28,6 @@ class MicroSpec:
     positions: np.ndarray  # [B] int64, place in the global batch
     step: int = 0  # optimizer steps done before the step of this micro batch
     shards: tuple[str, ...] = ()  # shards of coming samples, to copy from their store in the background
-
-
-class BadSample(NamedTuple):
-    """A sample that cannot be trained on."""
-
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True)

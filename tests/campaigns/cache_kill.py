@@ -29,7 +29,7 @@ from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.formats.shards import BadShardError, iterate_members
-from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text
+from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text_outputs
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def check_folder(folder: Path, whole: dict[str, str] | None = None) -> list[str]
 def _check_npz(content: bytes, name: str, is_text: bool) -> list[str]:
     try:
         if is_text:
-            parse_text(content, 1)
+            parse_text_outputs(content, 1)
         else:
             parse_latents(content)
     except (BadLatentError, BadTextError) as error:

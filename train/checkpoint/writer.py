@@ -169,14 +169,14 @@ class CheckpointWriter:
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
 
 
-class HashedFile(NamedTuple):
+class WrittenFile(NamedTuple):
     """A file that was written."""
 
     sha256: str
     bytes: int
 
 
-def save_hashed(path: Path, content: Any) -> HashedFile:
+def save_hashed(path: Path, content: Any) -> WrittenFile:
     """Write `content` by torch.save, and return the file's hash and size.
 
     Raises:
@@ -185,7 +185,7 @@ def save_hashed(path: Path, content: Any) -> HashedFile:
     file = DirectFile(path)
     try:
         torch.save(content, cast(Any, file))
-        return HashedFile(file.close(), file.size)
+        return WrittenFile(file.close(), file.size)
     except RuntimeError as error:
         raise file.error or error from None
     finally:

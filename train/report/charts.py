@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would keep all figures and look for a screen
 
-from sdxl_trainer.train.report.metrics import read_lines
+from sdxl_trainer.train.report.metrics import read_metric_lines
 
 PALE, STRONG, OTHER = "#9db4c8", "#1f5c99", "#c2571a"
 SIZE_INCHES, DOTS_PER_INCH = (7.2, 3.6), 110
@@ -67,7 +67,7 @@ class Chart:
 def read_series(file: Path) -> dict[str, Series]:
     """Read every metric of a metrics file, by name. If a step has several lines, the last one counts."""
     columns: dict[str, tuple[array, array]] = {}
-    for line in read_lines(file) if file.is_file() else ():
+    for line in read_metric_lines(file) if file.is_file() else ():
         step = line.pop("step")
         for name, value in line.items():
             steps, values = columns.setdefault(name, (array("q"), array("d")))

@@ -51,7 +51,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "metrics.jsonl"
         if self.file.is_file():
-            kept = [line for line in read_lines(self.file) if line["step"] <= last_step]
+            kept = [line for line in read_metric_lines(self.file) if line["step"] <= last_step]
             write_atomic(self.file, b"".join(orjson.dumps(line) + b"\n" for line in kept))
         self._lines = open(self.file, "ab")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
@@ -76,10 +76,10 @@ class MetricsLog:
 
 def read_metrics(file: Path, having: str = "loss") -> Iterator[dict[str, Any]]:
     """Yield the lines of a metrics file that hold a metric: `loss` for steps, `validation/loss` for validations."""
-    return (line for line in read_lines(file) if having in line)
+    return (line for line in read_metric_lines(file) if having in line)
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_metric_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield all lines of a metrics file; a last line without its line break is skipped."""
     with open(file, "rb") as lines:
         for line in lines:

@@ -51,7 +51,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     problems += prepare_strategy(config, index)
     problems += check_wandb(config.log.wandb)
     problems += check_export_format(config)
-    problems += check_masks(config, index)
+    problems += check_mask_use(config, index)
     warn_of_unused_masks(config)
     if config.cache.text and not problems:
         problems += check_cached_text(config, index)
@@ -101,7 +101,7 @@ def check_export_format(config: Config) -> Iterator[Problem]:
         yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
 
 
-def check_masks(config: Config, index: Index | None) -> Iterator[Problem]:
+def check_mask_use(config: Config, index: Index | None) -> Iterator[Problem]:
     """Yield a problem if `objective.masked_loss` is set and no latent holds a mask."""
     if config.objective.masked_loss and index is not None and has_masks(index, get_cache_folder(config)) is False:
         rule = "has no effect: the latents hold no masks"

@@ -76,7 +76,7 @@ def parse_scale(value: Any) -> float:
     return float(value)
 
 
-def parse_text(value: Any) -> str:
+def parse_prompt_text(value: Any) -> str:
     """Parse a text. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError("is not a text")
@@ -101,7 +101,7 @@ class PromptField(NamedTuple):
 
 # Fields by kohya's flag, and by the name in a JSON object.
 FLAGS: dict[str, PromptField] = {
-    "n": PromptField("negative", parse_text),
+    "n": PromptField("negative", parse_prompt_text),
     "w": PromptField("width_px", parse_side),
     "h": PromptField("height_px", parse_side),
     "s": PromptField("num_inference_steps", parse_count),
@@ -110,7 +110,7 @@ FLAGS: dict[str, PromptField] = {
     "ss": PromptField("scheduler", parse_scheduler),
 }
 NAMES: dict[str, PromptField] = {
-    "prompt": PromptField("text", parse_text),
+    "prompt": PromptField("text", parse_prompt_text),
     "negative_prompt": FLAGS["n"],
     "width": FLAGS["w"],
     "height": FLAGS["h"],
@@ -130,7 +130,7 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
     problems: list[Problem] = []
     entries = [PromptEntry(f"sample.prompts.{number}", "", text) for number, text in enumerate(config.prompts)]
     if config.prompt_file is not None:
-        read = read_json if config.prompt_file.suffix.lower() == ".json" else read_lines
+        read = read_json_prompts if config.prompt_file.suffix.lower() == ".json" else read_text_prompts
         try:
             entries += read(config.prompt_file)
         except ValueError as error:
@@ -200,7 +200,7 @@ def parse_object(entry: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def read_lines(file: Path) -> Iterator[PromptEntry]:
+def read_text_prompts(file: Path) -> Iterator[PromptEntry]:
     """Yield the lines of a text file, without empty lines and comments (`#`). Raises ValueError."""
     lines = [(number, line.strip()) for number, line in enumerate(_read_file(file).splitlines(), start=1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
@@ -210,7 +210,7 @@ def read_lines(file: Path) -> Iterator[PromptEntry]:
         yield PromptEntry(KEY, f"{file}:{number}: ", line)
 
 
-def read_json(file: Path) -> Iterator[PromptEntry]:
+def read_json_prompts(file: Path) -> Iterator[PromptEntry]:
     """Yield the entries of a JSON list of prompts or objects. Raises ValueError."""
     try:
         contents = json.loads(_read_file(file))

@@ -17,7 +17,7 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest
 from sdxl_trainer.data.formats.shards import iterate_members
-from sdxl_trainer.data.formats.text_outputs import TextOutputs, parse_text
+from sdxl_trainer.data.formats.text_outputs import TextOutputs, parse_text_outputs
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 
@@ -63,7 +63,7 @@ def read_texts(folder: Path) -> dict[str, list[TextOutputs]]:
     for key, entry in read_latest(folder).items():
         content = read_text_item(folder, entry)
         assert content is not None and entry.text is not None, key
-        texts[key] = parse_text(content, entry.text.variants)
+        texts[key] = parse_text_outputs(content, entry.text.variants)
     return texts
 
 

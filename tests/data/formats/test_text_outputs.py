@@ -15,7 +15,13 @@ from sdxl_trainer.data.formats.text_cache import (
     verify_text_state,
     write_text_state,
 )
-from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text, read_text_variant
+from sdxl_trainer.data.formats.text_outputs import (
+    BadTextError,
+    TextOutputs,
+    pack_text,
+    parse_text_outputs,
+    read_text_variant,
+)
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions, list_random_settings
 
@@ -54,7 +60,7 @@ def test_each_variant_is_read_back_from_file_and_shard(tmp_path, dtype, atol, va
         plain = read_text_variant(tmp_path / "a_te_outputs.npz", None, len(content), number, variants)
         packed = read_text_variant(tmp_path / "s.tar", place.text_offset, len(content), number, variants)
         assert is_same(plain, expected, atol) and is_same(packed, plain)
-    assert all(is_same(a, b, atol) for a, b in zip(parse_text(content, variants), outputs, strict=True))
+    assert all(is_same(a, b, atol) for a, b in zip(parse_text_outputs(content, variants), outputs, strict=True))
     members = [(key, kind) for key, kind, _, _ in iterate_members(tmp_path / "s.tar")]
     assert members == [(key, kind) for key in ("first", "a") for kind in ("json", "npz", "te.npz")]
 
@@ -90,7 +96,7 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, variants):
         read()
     np.savez(path, hidden_state1=np.zeros((77, 2)), pool2=np.zeros(3))
     with pytest.raises(BadTextError, match="has no floats `hidden_state2"):
-        parse_text(path.read_bytes(), variants)
+        parse_text_outputs(path.read_bytes(), variants)
 
 
 def test_variants_are_keyed_to_the_sample_and_leave_dropout_out():
