@@ -43,4 +43,5 @@ def raise_if_any(problems: Iterable[Problem]) -> None:
 
 def _shorten(value: Any, limit: int = 100) -> str:
     text = repr(str(value)) if not isinstance(value, (int, float, bool, list, dict)) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    # The end of a path says more than its middle.
+    return text if len(text) <= limit else f"{text[: limit // 2 - 3]}...{text[-limit // 2 :]}"

@@ -8,7 +8,7 @@ from programs import ROOT
 
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config, save_config, suggest_key
-from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 
 PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
@@ -198,3 +198,8 @@ def test_suggested_keys_exist():
 def test_a_single_value_is_wrapped_in_a_list():
     config, problems = build_config({}, ["data.image_dirs=../images", "data.resolution_px=512"])
     assert problems == [] and config.data.image_dirs == [Path("../images")] and config.data.resolution_px == [512]
+
+
+def test_a_long_path_in_a_problem_keeps_its_end() -> None:
+    shown = str(Problem("model.path", Path("/data") / ("x" * 200) / "model.safetensors", "is not there"))
+    assert "'/data/xxx" in shown and "xxx/model.safetensors'" in shown and "..." in shown and len(shown) < 150
