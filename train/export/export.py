@@ -27,7 +27,6 @@ from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.distributed import Ranks, barrier
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import write_adapters
-from sdxl_trainer.train.networks.conditioning import TextConditioner
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,17 +61,12 @@ def build_export_settings(config: Config, source: ModelSource) -> ExportSettings
 
 
 def export_model(
-    path: Path,
-    engine: Engine,
-    conditioner: TextConditioner,
-    settings: ExportSettings,
-    ranks: Ranks,
-    average: str | None = None,
+    path: Path, engine: Engine, settings: ExportSettings, ranks: Ranks, average: str | None = None
 ) -> None:
     """Write U-Net, text encoders and VAE as a single file or diffusers folder, or the adapters if those are trained.
 
-    Trained weights are gathered one tensor at a time, so no rank ever holds all of them in fp32. All ranks call this
-    together.
+    Trained weights are gathered one tensor at a time, so no rank ever holds all of them in fp32. Frozen weights are
+    read from the base model, because the engine may hold them in 16 bit. All ranks call this together.
 
     Args:
         path: a name that ends in .safetensors for a single file, else a folder.
@@ -84,45 +78,50 @@ def export_model(
             write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
         barrier()
         return
-    names = list_gathered_parameters(engine, conditioner, settings.source)
+    names = list_gathered_parameters(engine, settings.source)
     if ranks.is_main:
         weights = {
             component: {name: partial(engine.weights.gather, parameter, average) for name, parameter in found.items()}
             for component, found in names.items()
         }
-        write_model(path, weights, conditioner, settings)
+        write_model(path, weights, settings)
     else:
         for parameter in (parameter for found in names.values() for parameter in found.values()):
             engine.weights.gather(parameter, average)
     barrier()
 
 
-def list_gathered_parameters(
-    engine: Engine, conditioner: TextConditioner, source: ModelSource
-) -> dict[str, dict[str, str]]:
-    """Map component → name → the engine's parameter, for the U-Net and the trained text encoders.
+def list_gathered_parameters(engine: Engine, source: ModelSource) -> dict[str, dict[str, str]]:
+    """Map component → name → the engine's parameter, for all trained parameters.
 
     The order is the one in which the writers of both formats ask for the tensors. Each request is a collective, so all
     ranks must make the same requests in the same order.
     """
-    found = {}
-    for component in COMPONENT_PREFIXES:
-        if component == "unet" or component in conditioner.trained:
-            parameters = getattr(engine.model, component).named_parameters()
-            held = {get_canonical_name(component, name): f"{component}.{name}" for name, _ in parameters}
-            names = list_source_names(component, source.read_config(component))
-            found[component] = {name: held[name] for name in names if name in held}
-    return found
+    trained = {component: {} for component in COMPONENTS}
+    for parameter in engine.weights.trained_names:
+        component, _, name = parameter.partition(".")
+        trained[component][get_canonical_name(component, name)] = parameter
+    return {
+        component: {
+            name: held[name] for name in list_source_names(component, source.read_config(component)) if name in held
+        }
+        for component in COMPONENT_PREFIXES
+        if (held := trained[component])
+    }
 
 
-def export_local_model(path: Path, engine: Engine, conditioner: TextConditioner, settings: ExportSettings) -> None:
-    """Write the weights that this rank holds, in the precision of training, without any collective."""
+def export_local_model(path: Path, engine: Engine, settings: ExportSettings) -> None:
+    """Write the trained weights that this rank holds, in the precision of training, without any collective."""
+    held = engine.model.state_dict()
     if settings.lora.rank:
-        trained = set(engine.weights.trained_names)
-        weights = {name: weight for name, weight in engine.model.state_dict().items() if name in trained}
+        weights = {name: held[name] for name in engine.weights.trained_names}
         write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
-    else:
-        write_model(path, {"unet": engine.model.unet.state_dict()}, conditioner, settings)
+        return
+    names = list_gathered_parameters(engine, settings.source)
+    weights = {
+        component: {name: held[parameter] for name, parameter in found.items()} for component, found in names.items()
+    }
+    write_model(path, weights, settings)
 
 
 def get_model_path(config: Config, step: int, average: str | None = None) -> Path:
@@ -132,14 +131,11 @@ def get_model_path(config: Config, step: int, average: str | None = None) -> Pat
     return config.run.folder / "models" / (f"{name}.safetensors" if is_file else name)
 
 
-def write_model(path: Path, weights: Weights, conditioner: TextConditioner, settings: ExportSettings) -> None:
-    """Write a model from this process alone. Components that `weights` lacks are written as they were loaded."""
-    components = {
-        "text_encoder": conditioner.encoders.encoder.state_dict(),
-        "text_encoder_2": conditioner.encoders.encoder_2.state_dict(),
-        "vae": load_vae(settings.source, settings.model).state_dict(),
-        **weights,
-    }
+def write_model(path: Path, weights: Weights, settings: ExportSettings) -> None:
+    """Write a model from this process alone. Tensors that `weights` lacks are read from the base model."""
+    components = open_components(settings.source, settings.model)
+    for component, tensors in weights.items():
+        components[component] |= tensors
     write_components(path, components, settings)
 
 
@@ -182,10 +178,17 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
 
 
 def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[str, TensorSource]]:
-    """Open all four components of a model on disk: component → name → function that reads the tensor."""
-    if source.file is None:
-        return {name: open_folder_component(source.folder, name) for name in COMPONENTS}
-    return {
-        name: open_single_file(source.file, name, source.read_config(name), text_projection=config.text_projection)
-        for name in COMPONENTS
-    }
+    """Open all four components of a model on disk: component → name → function that reads the tensor.
+
+    The VAE is `model.vae` if that is set.
+    """
+    components: dict[str, dict[str, TensorSource]] = {}
+    for name in COMPONENTS:
+        if name == "vae" and config.vae:
+            components[name] = dict(load_vae(source, config).state_dict())
+        elif source.file is None:
+            components[name] = open_folder_component(source.folder, name)
+        else:
+            settings, projection = source.read_config(name), config.text_projection
+            components[name] = open_single_file(source.file, name, settings, text_projection=projection)
+    return components

@@ -102,7 +102,7 @@ def finish(run: Run) -> None:
     with run.progress.activity("writing the model"):
         for average in (None, *run.engine.weights.average_names):
             path = get_model_path(run.config, run.state.step, average)
-            export_model(path, run.engine, run.conditioner, settings, run.ranks, average)
+            export_model(path, run.engine, settings, run.ranks, average)
         run.checkpoints.wait()
     if run.metrics is not None:
         run.metrics.close()
@@ -119,7 +119,7 @@ def build_emergency_saver(run: Run) -> EmergencySaver:
         return copy_state_at(run, first_step + completed)
 
     def export(path: Path) -> None:
-        export_local_model(path, run.engine, run.conditioner, build_export_settings(run.config, run.source))
+        export_local_model(path, run.engine, build_export_settings(run.config, run.source))
 
     whole = run.engine.zero_stage < 3
     return EmergencySaver(run.engine, run.checkpoints, read_state, export if whole else None, run.folder / "models")
