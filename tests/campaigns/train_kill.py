@@ -42,7 +42,15 @@ STAGES = (3, 1, 2)
 PHASES = ("step", "saving", "forward", "backward", "sampling", "loading")
 ENDS = ("raise", "term", "kill", "int")
 SIGNALS = {"kill": signal.SIGKILL, "stall": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
-STATUSES = {"term": {143}, "int": {130}, "kill": {-9, 1, 143}, "stall": {-9, 1, 143}, "raise": {1, 143, 134, -6}}
+# A rank that already ends with an error, when the signal for the others comes, may die of it while Python shuts down.
+FAILED_STATUSES = {1, 143, -15}
+STATUSES = {
+    "term": {143},
+    "int": {130},
+    "kill": {-9, *FAILED_STATUSES},
+    "stall": {-9, *FAILED_STATUSES},
+    "raise": {134, -6, *FAILED_STATUSES},
+}
 SAVE_EVERY, SAMPLE_EVERY = 5, 3
 GRACE_SECONDS = 30.0  # torchrun's
 TIMEOUT_SECONDS = 400.0
