@@ -50,7 +50,7 @@ class CaptionVariants:
 
 
 def hash_captions(captions: tuple[str, ...]) -> str:
-    """Return the SHA-256 of captions as JSON, which tells whether cached outputs still belong to them."""
+    """Return the SHA-256 of captions as JSON, by which cached outputs are matched to them."""
     return hashlib.sha256(orjson.dumps(captions)).hexdigest()
 
 

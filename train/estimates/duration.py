@@ -21,7 +21,7 @@ ASSUMED_MFU = 0.3
 
 
 class Throughput(NamedTuple):
-    """Progress and speed of a run, as its log tells."""
+    """Progress and speed of a run, from its log."""
 
     last_step: int
     images_per_second: float  # median over the last steps; 0 before the first
