@@ -12,7 +12,7 @@ USUAL_GAMMA = {"min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0, "v_pred_like": 1.
 
 
 class Dependency(NamedTuple):
-    """A setting that must have one of some values, or without values be above 0, for another one to have an effect."""
+    """A setting that another setting depends on: it must have one of `values`, or be above 0 if there are none."""
 
     setting: str
     values: tuple[str, ...] = ()
@@ -168,10 +168,10 @@ class ObjectiveConfig(Section):
         assert info.field_name is not None, "a field validator has a field"
         other, values = USED_WITH[info.field_name]
         chosen = info.data.get(other)
-        used = chosen in values if values and not isinstance(chosen, list) else not values and chosen
-        if value != cls.model_fields[info.field_name].default and other in info.data and not used:
-            needed = " or ".join(values) or "above 0"
-            raise ValueError(f"has no effect: objective.{other} is {chosen}; set that to {needed}, or leave this out")
+        has_effect = chosen in values if values else bool(chosen)
+        if value != cls.model_fields[info.field_name].default and other in info.data and not has_effect:
+            needed = f"to {' or '.join(values)}" if values else "above 0"
+            raise ValueError(f"has no effect: objective.{other} is {chosen}; set that {needed}, or leave this out")
         return value
 
     @property

@@ -75,7 +75,7 @@ class ModelConfig(Section):
         if std is not None and min(std) <= 0:
             raise ValueError("must be above 0")
         if (std is None) != (info.data.get("latents_mean") is None):
-            raise ValueError("needs both model.latents_mean and model.latents_std; give both or neither")
+            raise ValueError("needs both model.latents_mean and model.latents_std; set both or neither")
         return std
 
 

@@ -1,4 +1,4 @@
-"""The training objective: pure functions for noise, timesteps, targets, losses and weightings, and their one user.
+"""The training objective: pure functions for noise, timesteps, targets, losses and weightings, and their combination.
 
-Loading networks, and everything that needs a rank, belongs elsewhere.
+Code that loads networks or needs a rank belongs elsewhere.
 """

@@ -20,21 +20,21 @@ from typing import NamedTuple
 import torch
 
 NUM_TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012  # SDXL's
+BETA_START, BETA_END = 0.00085, 0.012  # of SDXL's schedule
 
 # (x0, n, signal, noise_level) -> target; the last two broadcast over [B, ...].
 Target = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Levels(NamedTuple):
-    """The two coefficients of x_t = signal·x0 + noise_level·n, one of each per sample."""
+    """The two coefficients of x_t = signal·x0 + noise_level·n for each sample."""
 
     signal: torch.Tensor  # [B] float32
     noise_level: torch.Tensor  # [B] float32
 
 
 class LatentStatistics(NamedTuple):
-    """Per-channel statistics that turn latents of the VAE into x0 = (latent - mean)·scale, and back."""
+    """Per-channel statistics that convert latents of the VAE to x0 = (latent - mean)·scale and back."""
 
     mean: torch.Tensor  # [C], or [1] for all channels
     scale: torch.Tensor  # [C], or [1] for all channels
@@ -54,8 +54,8 @@ def compute_alphas_cumprod(zero_terminal_snr: bool = False) -> torch.Tensor:
 def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """Rescale a schedule to zero terminal SNR, [T] in and out (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
 
-    sqrt(abar) is shifted so that its last value becomes 0, then scaled so that its first value stays. The paper also
-    recomputes the betas; training needs only abar.
+    sqrt(abar) is shifted so that its last value becomes 0, then scaled so that its first value does not change. The
+    paper also recomputes the betas; training needs only abar.
     """
     roots = alphas_cumprod.sqrt()
     return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
@@ -88,8 +88,8 @@ class FlowProcess:
 
     def compute_levels(self, timesteps: torch.Tensor) -> Levels:
         """Return the levels 1 - s and s at `timesteps` = 1000·s, [B] float32."""
-        levels = timesteps / NUM_TIMESTEPS
-        return Levels(1 - levels, levels)
+        noise_levels = timesteps / NUM_TIMESTEPS
+        return Levels(1 - noise_levels, noise_levels)
 
     def compute_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the SNR ((1 - s) / s)², [B], at `timesteps` = 1000·s, [B] float32."""
@@ -162,5 +162,5 @@ def denormalize_latents(x0: torch.Tensor, mean: torch.Tensor, scale: torch.Tenso
 
 
 def expand_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshape one value per sample, [B], to [B, 1, ...] with as many dimensions as `like`."""
+    """Reshape one value per sample, [B], to [B, 1, ...] with the number of dimensions of `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))

@@ -25,7 +25,7 @@ def compute_sample_loss(
     Args:
         prediction, target: [B, C, h, w].
         loss: a name in `LOSSES`.
-        huber_c: [B], the c of `huber` and `smooth_l1`; 1 without it.
+        huber_c: [B], the c of `huber` and `smooth_l1`; None means 1.
         masks: [B, H, W] values from 0 to 1, at any resolution. They are resized to the latent and multiplied into the
             error before the mean. The mean is over all values; it is not divided by the sum of the mask.
     """

@@ -1,8 +1,8 @@
 """Noise, as pure functions: plain, offset, pyramid and perturbed.
 
 Each sample is drawn from a seed of its own, so its noise does not depend on the rank, on the micro batch or on the
-other samples in it. Each kind of noise has its own seeds, so enabling one kind leaves the draws of the others as they
-were.
+other samples in the batch. Each kind of noise has its own seeds, so enabling one kind does not change the draws of the
+others.
 """
 
 from collections.abc import Sequence
@@ -44,13 +44,14 @@ def add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seeds: Se
     Shapes: `noise` and the result [B, C, h, w].
     Source: Whitaker 2023, "Multi-resolution noise for diffusion model training".
     """
-    return torch.stack([_add_pyramid(one, num_levels, discount, seed) for one, seed in zip(noise, seeds, strict=True)])
+    pairs = zip(noise, seeds, strict=True)
+    return torch.stack([_add_pyramid(sample_noise, num_levels, discount, seed) for sample_noise, seed in pairs])
 
 
 def _add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seed: int) -> torch.Tensor:
     """Add pyramid noise to one sample, [C, h, w]."""
     channels, height, width = noise.shape
-    # Drawn on the CPU: the sizes are needed on the host, and a GPU would have to be waited for.
+    # Drawn on the CPU, because the sizes are needed on the host and reading them from a GPU would wait for it.
     ratios = (2 + 2 * torch.rand(num_levels, generator=build_generator(seed))).tolist()
     generator = build_generator(seed, noise.device)
     for level, ratio in enumerate(ratios):

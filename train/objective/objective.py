@@ -35,7 +35,7 @@ SCALING_FACTOR = 0.13025  # of SDXL's VAE, for VAE configs without one
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Keys of the random draws of a micro batch. The draws depend on nothing else, so any rank can make them."""
+    """Keys of the random draws of a micro batch. The draws depend only on these keys, so any rank can make them."""
 
     seed: int
     step: int
@@ -93,9 +93,9 @@ class Objective:
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
             draws = draw_uniform(keys.derive_seeds(RandomStream.TIMESTEP))
-        return self.draws_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
+        return self.convert_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
 
-    def draws_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
+    def convert_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
         """Map draws in [0, 1], [B] float64, to timesteps in the trained range, with the dtype of `sample_timesteps`."""
         values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
         return (values.float() if self._is_flow else values.long()).to(self.device)
@@ -182,11 +182,11 @@ def build_inverse_cdf(config: ObjectiveConfig) -> InverseCdf:
 
 
 def build_weighting(config: ObjectiveConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Build the function SNR [B] → weights [B] of `objective.weighting`, with the settings it takes bound to it."""
+    """Build the function SNR [B] → weights [B] of `objective.weighting`, with its settings bound to it."""
     weigh = WEIGHTINGS[config.weighting]
     settings = {"prediction": config.prediction, "gamma": config.gamma, "sigma_data": config.sigma_data}
-    wanted = inspect.signature(weigh).parameters
-    return partial(weigh, **{name: value for name, value in settings.items() if name in wanted})
+    parameters = inspect.signature(weigh).parameters
+    return partial(weigh, **{name: value for name, value in settings.items() if name in parameters})
 
 
 def resolve_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> LatentStatistics:

@@ -105,7 +105,7 @@ def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> 
     """
     first_turn = SampleKeys(keys.seed, 0, keys.positions)
     draws = draw_uniform(first_turn.derive_seeds(RandomStream.TIMESTEP))
-    return objective.draws_to_timesteps((keys.step + draws) / num_turns)
+    return objective.convert_to_timesteps((keys.step + draws) / num_turns)
 
 
 def average_losses(losses: list[SampleLoss], num_bins: int) -> dict[str, float]:

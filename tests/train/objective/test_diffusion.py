@@ -28,7 +28,7 @@ def weigh(snr: list[float], **settings) -> list[float]:
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_schedule_noise_and_targets_are_diffusers_own(zero_terminal_snr):
+def test_schedule_noise_and_targets_match_diffusers(zero_terminal_snr):
     scheduler = DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=zero_terminal_snr)
     process = diffusion.build_diffusion_process(zero_terminal_snr)
     torch.testing.assert_close(process.signals**2, scheduler.alphas_cumprod, rtol=2e-5, atol=1e-7)
@@ -44,7 +44,7 @@ def test_schedule_noise_and_targets_are_diffusers_own(zero_terminal_snr):
     assert diffusion.compute_target("epsilon", x0, noise, *levels).equal(noise)
 
 
-def test_the_schedule_at_its_ends():
+def test_the_first_and_last_timesteps_of_the_schedule():
     process = diffusion.build_diffusion_process()
     assert process.signals[0].item() ** 2 == pytest.approx(1 - 0.00085, rel=1e-7)
     assert process.snr[0].item() == pytest.approx((1 - 0.00085) / 0.00085, rel=1e-6)  # 1 - abar has not cancelled
@@ -109,11 +109,11 @@ def test_latents_are_normalized_per_channel():
     ],
     ids=str,
 )
-def test_weightings_give_the_numbers_worked_out_by_hand(settings, weights):
+def test_weightings_match_values_computed_by_hand(settings, weights):
     assert weigh([0.25, 4, 2500], **settings) == pytest.approx(weights, rel=1e-5)
 
 
-def test_min_snr_is_that_of_diffusers_training_scripts():
+def test_min_snr_matches_diffusers_training_script():
     """diffusers' train_text_to_image_sdxl.py: min(snr, γ), divided by snr or by snr + 1, over the whole schedule."""
     snr = compute_snr_of_diffusers(DDPMScheduler(**SCHEDULE), ALL)
     least = torch.stack([snr, 5 * torch.ones(1000)], dim=1).min(dim=1)[0]
@@ -123,7 +123,7 @@ def test_min_snr_is_that_of_diffusers_training_scripts():
         torch.testing.assert_close(weights, expected, rtol=2e-4, atol=0)
 
 
-def test_weighting_turns_one_error_into_the_other():
+def test_v_like_epsilon_converts_the_error_of_v_to_that_of_epsilon():
     """v's squared error is epsilon's times (snr + 1)/snr if both predictions imply the same x0."""
     x0, noise = draw_pair()
     process = diffusion.build_diffusion_process()
@@ -150,7 +150,7 @@ def test_weights_are_finite_with_zero_terminal_snr():
         assert (weights[-1] == 0) == (name in ("min_snr", "soft_min_snr", "v_like_epsilon"))
 
 
-def test_losses_at_a_right_triangle():
+def test_losses_match_values_computed_by_hand():
     difference, c = torch.tensor([0.3, -0.3]), torch.tensor([0.4, 0.4])  # sqrt(d² + c²) = 0.5
     expected = {"l2": 0.09, "l1": 0.3, "huber": 2 * 0.4 * 0.1, "smooth_l1": 2 * 0.1}
     assert LOSSES.keys() == expected.keys()
@@ -158,25 +158,26 @@ def test_losses_at_a_right_triangle():
         assert LOSSES[name](difference, c).tolist() == pytest.approx([value, value]), name
 
 
-def test_huber_schedules():
+def test_huber_schedules_fall_from_one_to_c():
     timesteps, snr = torch.tensor([0, 500, 999]), torch.tensor([float("inf"), 1.0, 1 / 9])  # σ = 0, 1, 3
-    got = {name: schedule(0.25, timesteps, snr).tolist() for name, schedule in HUBER_SCHEDULES.items()}
-    assert got["constant"] == [0.25] * 3
-    assert got["exponential"] == pytest.approx([1, 0.5, math.exp(999 * math.log(0.25) / 1000)])
-    assert got["snr"] == pytest.approx([1, 0.75 / 4 + 0.25, 0.75 / 16 + 0.25])
+    values = {name: schedule(0.25, timesteps, snr).tolist() for name, schedule in HUBER_SCHEDULES.items()}
+    assert values["constant"] == [0.25] * 3
+    assert values["exponential"] == pytest.approx([1, 0.5, math.exp(999 * math.log(0.25) / 1000)])
+    assert values["snr"] == pytest.approx([1, 0.75 / 4 + 0.25, 0.75 / 16 + 0.25])
     zero = diffusion.build_diffusion_process(zero_terminal_snr=True).snr[-1:]
     assert HUBER_SCHEDULES["snr"](0.1, ALL[-1:], zero).item() == pytest.approx(0.1)
 
 
-def test_each_sample_has_its_own_c():
+def test_each_sample_has_its_own_huber_c():
     prediction, target = torch.full((2, 4, 2, 2), 0.3), torch.zeros(2, 4, 2, 2)
     losses = compute_sample_loss(prediction, target, "huber", torch.tensor([0.4, 1.0]))
     assert losses.tolist() == pytest.approx([0.08, 2 * (math.sqrt(1.09) - 1)])
-    rough = compute_sample_loss(prediction.bfloat16(), target.bfloat16())
-    assert rough.equal(compute_sample_loss(prediction.bfloat16().float(), target)) and rough.dtype == torch.float32
+    bf16_losses = compute_sample_loss(prediction.bfloat16(), target.bfloat16())
+    assert bf16_losses.equal(compute_sample_loss(prediction.bfloat16().float(), target))
+    assert bf16_losses.dtype == torch.float32
 
 
-def test_masks_are_averaged_over_the_area_and_multiply_before_the_mean():
+def test_masks_are_resized_by_area_and_applied_before_the_mean():
     masks = torch.tensor([[[1.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.5]]])  # [1, 2, 4] over a latent of 1 x 2
     assert resize_masks(masks, (1, 2)).tolist() == [[[[0.25, 0.5]]]]
     prediction = torch.tensor([2.0, 4.0]).expand(1, 4, 1, 2)
@@ -186,7 +187,7 @@ def test_masks_are_averaged_over_the_area_and_multiply_before_the_mean():
     assert whole.equal(compute_sample_loss(prediction, torch.zeros(1, 4, 1, 2)))
 
 
-def test_every_weighting_with_a_gamma_has_a_usual_one():
+def test_every_weighting_with_a_gamma_has_a_default_gamma():
     with_gamma = {name for name, function in WEIGHTINGS.items() if "gamma" in function.__annotations__}
     assert with_gamma == set(USUAL_GAMMA)
     assert np.isfinite(list(USUAL_GAMMA.values())).all()

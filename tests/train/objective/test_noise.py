@@ -1,4 +1,4 @@
-"""Noise: the formulas of offset, pyramid and perturbation. A sample's noise is independent of its batch."""
+"""Noise: the formulas of offset, pyramid and perturbation, and the independence of a sample's noise from its batch."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_plain_noise_is_a_seeded_unit_gaussian():
     assert noise[2].equal(torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(SEEDS[2])))
 
 
-def test_offset_adds_one_number_to_each_channel():
+def test_offset_adds_a_constant_to_each_channel():
     x0, noise = draw_x0(), draw_noise(SHAPE, SEEDS)
     strength = torch.tensor([0.1, 0.1, 0.1, 0.2, 0.0, 0.1])
     added = add_offset(noise, x0, strength, 0.0, SEEDS) - noise
@@ -70,7 +70,7 @@ def test_pyramid_noise_has_unit_deviation_and_more_low_frequencies():
     assert not add_pyramid(noise, 1, 0.7, SEEDS).equal(noise)  # level 0 is a second noise of full size
 
 
-def test_the_objective_adds_offset_and_pyramid_from_draws_of_their_own():
+def test_the_objective_draws_offset_and_pyramid_noise_from_separate_streams():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain = build().sample_noise(x0, keys)
     offset = add_offset(plain, x0, torch.zeros(6), 0.2, keys.derive_seeds(RandomStream.NOISE_OFFSET))
@@ -112,7 +112,7 @@ def test_random_strengths_are_uniform_up_to_the_setting(name):
 
 
 @pytest.mark.parametrize("low_discrepancy", [False, True])
-def test_no_draw_depends_on_the_batch_that_a_sample_is_in(low_discrepancy):
+def test_draws_of_a_sample_do_not_depend_on_its_batch(low_discrepancy):
     objective = build(
         noise_offset=0.1,
         noise_offset_random_strength=True,

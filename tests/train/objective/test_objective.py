@@ -1,4 +1,4 @@
-"""The objective of a run: what a step computes, what batches hold for it, and which settings are refused."""
+"""The objective of a run: the computation of a step, masks and weights in batches, and settings that are refused."""
 
 from types import SimpleNamespace
 
@@ -34,8 +34,8 @@ def draw_latents() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
-def test_the_step_from_latent_to_loss(prediction):
-    """The test computes every part of the equation from its definition."""
+def test_a_step_from_latents_to_losses(prediction):
+    """Every part of the equation is compared with its definition."""
     objective = build(prediction=prediction)
     x0 = objective.normalize_latents(draw_latents())
     assert x0.equal(0.5 * draw_latents())
@@ -84,13 +84,13 @@ def test_masks_count_only_with_masked_loss():
     assert masked.compute_losses(target + 1, target, timesteps).tolist() == [1, 1, 1]
 
 
-def test_text_dropout_zeroes_both_embeddings_of_its_share():
+def test_text_dropout_zeroes_both_embeddings_of_a_share_of_the_samples():
     keys = SampleKeys(0, 0, list(range(4000)))
     kept = build(text_dropout_rate=0.2).sample_text_keep(keys)
     assert kept is not None and set(kept.tolist()) == {0, 1} and kept.mean().item() == pytest.approx(0.8, abs=0.02)
     assert build().sample_text_keep(keys) is None
-    none = build(text_dropout_rate=1).sample_text_keep(keys)
-    assert none is not None and not none.any()
+    all_dropped = build(text_dropout_rate=1).sample_text_keep(keys)
+    assert all_dropped is not None and not all_dropped.any()
 
     unet = RecordingUnet()
     text = {"hidden": torch.ones(3, 4, 2), "hidden_2": torch.ones(3, 4, 3), "pooled": torch.ones(3, 5)}
@@ -145,11 +145,11 @@ def read(dataset: LatentDataset, rows: list[int]):
     ]
 
 
-def test_regularisation_samples_weigh_the_prior_loss_weight(dataset):
+def test_regularisation_samples_have_the_prior_loss_weight(dataset):
     assert read(dataset, [0, 1, 2, 3, 2]).weights.tolist() == [1, 1, 0.25, 0.25, 0.25]
 
 
-def test_batches_hold_masks_and_ones_for_samples_without(dataset):
+def test_samples_without_a_mask_get_a_mask_of_ones(dataset):
     assert read(dataset, [0, 2]).masks is None
     masks = read(dataset, [2, 1]).masks
     assert masks is not None and masks.dtype == torch.float32 and masks.shape == (2, 32, 64)
@@ -168,7 +168,7 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
 
 
 @pytest.mark.parametrize(
-    ("settings", "key", "said"),
+    ("settings", "key", "message"),
     [
         ("zero_terminal_snr: true", "zero_terminal_snr", "set it to v"),
         ("{prediction: flow, zero_terminal_snr: true}", "zero_terminal_snr", "leave this out"),
@@ -189,7 +189,7 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
         ("timestep_density: [0, 0]", "timestep_density", "at least one of them above 0"),
         ("timestep_density: [2, -1]", "timestep_density", "0 or more"),
         ("timestep_density: []", "timestep_density", "at least one of them above 0"),
-        ("noise_offset_random_strength: true", "noise_offset_random_strength", "set that to above 0"),
+        ("noise_offset_random_strength: true", "noise_offset_random_strength", "set that above 0"),
         ("multires_noise_discount: 0.5", "multires_noise_discount", "multires_noise_iterations is 0"),
         ("ip_noise_gamma_random_strength: true", "ip_noise_gamma_random_strength", "ip_noise_gamma is 0"),
         ("prior_loss_weight: 0", "prior_loss_weight", "greater than 0"),
@@ -197,24 +197,24 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
         ("prediction: x", "prediction", "'epsilon', 'v' or 'flow'"),
     ],
 )
-def test_a_contradictory_setting_is_one_problem_with_a_cure(tmp_path, settings, key, said):
+def test_a_contradictory_setting_is_one_problem_with_a_cure(tmp_path, settings, key, message):
     path = tmp_path / "x.yaml"
     path.write_text(f"objective:\n  {settings}")
     _, problems = load_config(path)
     # pydantic reports a wrong list of numbers once for each type that the key allows.
     assert {problem.key.split(".")[1] for problem in problems} == {key}
-    assert said in " ".join(problem.rule for problem in problems)
+    assert message in " ".join(problem.rule for problem in problems)
 
 
-def test_latent_statistics_need_each_other(tmp_path):
+def test_latents_mean_and_latents_std_must_be_set_together(tmp_path):
     path = tmp_path / "x.yaml"
-    for settings, said in (
-        ("latents_mean: [0, 0, 0, 0]", "give both or neither"),
-        ("latents_std: [1, 1, 1, 1]", "give both or neither"),
+    for settings, message in (
+        ("latents_mean: [0, 0, 0, 0]", "set both or neither"),
+        ("latents_std: [1, 1, 1, 1]", "set both or neither"),
         ("{latents_mean: [0, 0, 0, 0], latents_std: [1, 1, 0, 1]}", "must be above 0"),
     ):
         path.write_text(f"model:\n  {settings}")
-        assert said in load_config(path)[1][0].rule
+        assert message in load_config(path)[1][0].rule
     path.write_text("model: {latents_mean: [0, 0, 0], latents_std: [1, 1, 1, 1]}")
     assert load_config(path)[1]
 
@@ -245,7 +245,7 @@ def test_settings_are_checked_after_those_they_depend_on():
     assert [name for name, (other, _) in USED_WITH.items() if order.index(other) > order.index(name)] == []
 
 
-def test_the_program_ends_with_status_2(tmp_path, capsys):
+def test_contradictory_settings_end_the_program_with_status_2(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("objective: {zero_terminal_snr: true, weighting: v_like_epsilon}")
     assert main(["--cfg", str(tmp_path / "x.yaml")]) == 2
     printed = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Timesteps have the requested distribution, one by one and spread over a global batch."""
+"""Distributions of timesteps, drawn independently or spread evenly over a global batch."""
 
 import math
 
@@ -31,7 +31,7 @@ def build(global_batch_size: int = 16, **settings) -> Objective:
 def draw(objective: Objective, steps: int, positions: int) -> np.ndarray:
     """Draw timesteps, [steps, positions]."""
     keys = (SampleKeys(3, step, list(range(positions))) for step in range(steps))
-    return np.stack([objective.sample_timesteps(one).numpy() for one in keys])
+    return np.stack([objective.sample_timesteps(step_keys).numpy() for step_keys in keys])
 
 
 def measure_distance(values: np.ndarray, cdf) -> float:
@@ -54,7 +54,7 @@ def test_keyed_draws_are_uniform_and_below_one():
 
 
 @pytest.mark.parametrize("low_discrepancy", [False, True])
-def test_uniform_timesteps_cover_the_range_and_no_more(low_discrepancy):
+def test_uniform_timesteps_cover_exactly_the_range(low_discrepancy):
     objective = build(min_timestep=200, max_timestep=220, low_discrepancy=low_discrepancy)
     values = draw(objective, COUNT // 16, 16)
     assert values.dtype == np.int64
@@ -62,11 +62,11 @@ def test_uniform_timesteps_cover_the_range_and_no_more(low_discrepancy):
     assert counts[:200].sum() == 0 and len(counts) == 221 and counts[220] == 0
     assert np.abs(counts[200:220] / values.size - 1 / 20).max() < 0.006
     # Each position by itself is uniform too: 1250 draws into 4 parts.
-    by_place = np.stack([np.bincount((values[:, place] - 200) // 5, minlength=4) for place in range(16)]) / len(values)
-    assert np.abs(by_place - 0.25).max() < 0.05
+    counts_by_position = np.stack([np.bincount((column - 200) // 5, minlength=4) for column in values.T])
+    assert np.abs(counts_by_position / len(values) - 0.25).max() < 0.05
 
 
-def test_the_whole_range_is_the_schedule():
+def test_the_default_range_covers_the_whole_schedule():
     values = draw(build(), COUNT // 16, 16)
     assert (values.min(), values.max()) == (0, 999)
     assert measure_distance(values + 0.5, lambda t: t / 1000) < KS_LIMIT + 0.0005
@@ -93,14 +93,14 @@ def test_logit_normal_has_its_distribution(low_discrepancy):
     assert measure_distance(values, cdf) < KS_LIMIT
 
 
-def test_logit_normal_by_hand():
+def test_logit_normal_matches_values_computed_by_hand():
     invert = build_logit_normal(mean=1.0, std=2.0)
     draws = torch.tensor([0.0, 0.5, compute_normal_cdf(np.array([1.0])).item(), 1.0], dtype=torch.float64)
     expected = [0, 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3)), 1]
     assert invert(draws).tolist() == pytest.approx(expected)
 
 
-def test_a_histogram_is_any_density():
+def test_a_histogram_gives_the_frequencies_of_its_parts():
     invert = build_histogram([1, 0, 3])
     draws = torch.tensor([0, 0.125, 0.2499999, 0.25, 0.625, 0.9999999], dtype=torch.float64)
     assert invert(draws).tolist() == pytest.approx([0, 1 / 6, 1 / 3, 2 / 3, 5 / 6, 1], abs=1e-6)
@@ -127,7 +127,7 @@ def test_the_shift_comes_after_the_density():
     assert measure_distance(values + 0.0005, lambda t: 2 * t / (3 - 2 * t)) < KS_LIMIT + 0.001
 
 
-def test_rounding_does_not_leave_the_range():
+def test_rounded_timesteps_stay_in_the_range():
     ends = torch.tensor([0.0, 1 - 2.0**-53, 1.0], dtype=torch.float64)
     assert scale_to_range(ends, 0, 1000).long().tolist() == [0, 999, 999]
     assert scale_to_range(ends, 999, 1000).long().tolist() == [999, 999, 999]
@@ -135,7 +135,7 @@ def test_rounding_does_not_leave_the_range():
     assert (scale_to_range(ends, 0, 1000).float() < 1000).all()
 
 
-def test_low_discrepancy_spreads_evenly_whoever_draws():
+def test_low_discrepancy_draws_are_evenly_spaced_on_any_number_of_ranks():
     seed = derive_seed(5)
     whole = draw_low_discrepancy(seed, range(12), 12)
     assert np.diff(np.sort(whole.numpy())) == pytest.approx([1 / 12] * 11)
@@ -154,8 +154,8 @@ def test_low_discrepancy_over_ranks_and_accumulation_through_the_objective():
         counts = np.bincount(torch.cat(micro).numpy() // 25, minlength=40)
         assert (np.abs(counts - 1) <= 1).all()  # one in each fortieth of the schedule, up to its edges
         assert np.bincount(torch.cat(micro).numpy() // 250, minlength=4) == pytest.approx([10] * 4, abs=1)
-    one_place = draw(objective, 1000, 40)[:, 7]
-    assert measure_distance(one_place + 0.5, lambda t: t / 1000) < 1.95 / math.sqrt(1000)
+    position_7 = draw(objective, 1000, 40)[:, 7]
+    assert measure_distance(position_7 + 0.5, lambda t: t / 1000) < 1.95 / math.sqrt(1000)
 
 
 def test_low_discrepancy_lowers_the_variance_of_a_batch():
