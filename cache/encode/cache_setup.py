@@ -1,11 +1,11 @@
 """Set-up of a cache folder: checks of settings and data, identities of the latents, and the lock."""
 
-import fcntl
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO
 
 import orjson
+from filelock import FileLock, Timeout
 
 from sdxl_trainer.cache.encode.text_caching import check_captioning
 from sdxl_trainer.cache.models.source import check_model
@@ -70,8 +70,8 @@ def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterat
     yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh first, or set another cache.dir")
 
 
-def lock_cache(folder: Path) -> IO[bytes]:
-    """Lock the cache until the returned file is closed or the process ends.
+def lock_cache(folder: Path) -> AbstractContextManager:
+    """Lock the cache until the end of the returned context or of the process.
 
     Two jobs in one cache would finish and delete each other's shards.
 
@@ -79,13 +79,10 @@ def lock_cache(folder: Path) -> IO[bytes]:
         UserInputError: another job holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "wb")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
         problem = Problem("cache.dir", folder, "is being written by another job", "wait for that job, or stop it")
         raise UserInputError([problem]) from None
     except OSError:
-        pass  # some network file systems have no locks; the job runs without one there
-    return file
+        return nullcontext()  # some network file systems have no locks; the job runs without one there

@@ -5,8 +5,7 @@ has the losses of a run over their cache.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
-from typing import IO
+from contextlib import ExitStack, closing
 
 import torch
 from loguru import logger
@@ -37,7 +36,7 @@ class MissingLatentEncoder:
     Args:
         identities: identity of each resolution's latents, by the prefix of their keys.
         dataset: draws the training latents from an encoded item.
-        lock: lock of the cache, released by `close`.
+        lock: holds the lock of the cache on the main rank; released by `close`.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class MissingLatentEncoder:
         identities: Mapping[str, Identity],
         settings: CacheConfig,
         dataset: LatentDataset,
-        lock: IO[bytes] | None = None,
+        lock: ExitStack,
     ):
         self._encoder = encoder
         self._writer: BackgroundWriter | None = writer
@@ -72,8 +71,7 @@ class MissingLatentEncoder:
         """Wait until all latents are on disk and in the manifest, and release the lock."""
         if self._writer is not None:
             self._try_storing(self._writer.close)
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def _fill_image(self, batch: MicroBatch, image: PendingImage, item: EncodedItem) -> None:
         assert item.sample is not None, "missing latents have been encoded"
@@ -122,8 +120,9 @@ def build_missing_latent_encoder(
     vae = load_vae(source, config.model)
     identities = build_identities(cache, config.data, hash_weights(vae))
     raise_if_any(check_identities(folder, identities))
-    lock = lock_cache(folder) if ranks.is_main else None
+    lock = ExitStack()
     if ranks.is_main:
+        lock.enter_context(lock_cache(folder))
         write_identities(folder, identities)
     writer = BackgroundWriter(NpzStorage(folder, cache.dtype), ManifestWriter(folder, ranks.rank))
     return MissingLatentEncoder(

@@ -4,12 +4,13 @@ Single samples are written at their offset in the shard, into a sparse file; the
 there. All ranks of a node share the folder. When it is full, the least recently used copies are deleted.
 """
 
-import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.data.formats.shards import OpenFile
@@ -83,15 +84,14 @@ class ShardCopies:
         if path.exists():
             os.utime(path)
             return
-        with open(path.with_suffix(".lock"), "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return
-            if not path.exists():
-                self._clean_up()
-                download(url, path)
-                self._get_path(url, HOLES).unlink(missing_ok=True)
+        try:
+            with FileLock(path.with_suffix(".lock")).acquire(timeout=-1 if wait else 0):
+                if not path.exists():
+                    self._clean_up()
+                    download(url, path)
+                    self._get_path(url, HOLES).unlink(missing_ok=True)
+        except Timeout:
+            return
 
     def _get_path(self, url: str, suffix: str) -> Path:
         return self._folder / (self._name(url) + suffix)
