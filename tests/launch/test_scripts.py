@@ -1,4 +1,4 @@
-"""Launch scripts: the number of ranks that they start by default."""
+"""Launch scripts: each starts its program, and chooses the number of ranks."""
 
 import os
 import subprocess
@@ -7,14 +7,60 @@ from pathlib import Path
 import pytest
 from programs import ROOT
 
+STARTED_BY_CI = {"quickstart.sh", "test.sh"}
+# Status of each script's program for settings that do not exist. The doctor reports them as a finding.
+STATUS_OF_WRONG_SETTINGS = {
+    "cache.sh": 2,
+    "train.sh": 2,
+    "deepspeed.sh": 2,
+    "preview.sh": 2,
+    "sample.sh": 2,
+    "slurm.sbatch": 2,
+    "doctor.sh": 1,
+}
+SAMPLE_WORDS = ("--model", "no/model", "--prompts", "no/prompts.txt", "--out", "no/folder")
+# Slurm's programs for a job on one node: this machine.
+SLURM_PROGRAMS = {"srun": 'SLURM_NODEID=0 exec "$@"', "scontrol": "echo 127.0.0.1", "scancel": "exit 1"}
+
+
+def write_programs(folder: Path, programs: dict[str, str]) -> Path:
+    """Write shell programs into a folder, for use as a part of PATH."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def test_every_script_is_started_by_a_test_or_by_ci() -> None:
+    sourced = "# shellcheck shell="
+    files = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")]
+    scripts = {file.name for file in files if not file.read_text().startswith(sourced)}
+    assert scripts == {*STATUS_OF_WRONG_SETTINGS, *STARTED_BY_CI}
+    ci = (ROOT / ".ci/run").read_text()
+    assert all(f"bash launch/{name}" in ci for name in STARTED_BY_CI)
+
+
+@pytest.mark.parametrize(("script", "status"), STATUS_OF_WRONG_SETTINGS.items())
+def test_a_script_passes_its_words_and_returns_the_status_of_its_program(
+    tmp_path: Path, script: str, status: int
+) -> None:
+    words = ("--cfg", "no/such settings.yaml", *(SAMPLE_WORDS if script == "sample.sh" else ()))
+    path = write_programs(tmp_path, SLURM_PROGRAMS)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, "NPROC": "1", "PATH": f"{path}:{os.environ['PATH']}", **job}
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / script, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == status, output
+    assert "no/such settings.yaml" in output and "Traceback" not in output
+
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Path:
     """A folder with a stand-in for nvidia-smi that lists four GPUs."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n')
-    program.chmod(0o755)
-    return tmp_path
+    body = 'for i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done'
+    return write_programs(tmp_path, {"nvidia-smi": body})
 
 
 @pytest.mark.parametrize(
