@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: the size that an image is trained at, and its resize and cut to that size.
+"""Aspect-ratio buckets: the size that an image is trained at, and the resize and crop to that size.
 
-The rules are those of kohya-ss/sd-scripts, so that caches and habits carry over.
+The rules are those of kohya-ss/sd-scripts, so that caches and settings carry over.
 """
 
 import math
@@ -20,7 +20,7 @@ class Size(NamedTuple):
 
 
 class CropBox(NamedTuple):
-    """The edges of a cut, in pixels of the resized image."""
+    """The edges of a crop, in pixels of the resized image."""
 
     left: float
     top: float
@@ -29,15 +29,15 @@ class CropBox(NamedTuple):
 
 
 class ImageKey(NamedTuple):
-    """The key of an item of the cache."""
+    """The two parts of a cache item's key."""
 
-    prefix: str  # of a further resolution, such as `512px/`; empty for the largest
+    prefix: str  # of the resolution, such as `512px/`; empty for the largest
     name: str  # the image's key
 
 
 @dataclass(frozen=True)
 class BucketRule:
-    """The settings that buckets follow from. Two caches with equal rules hold interchangeable latents."""
+    """The settings that determine the buckets. Two caches with equal rules hold interchangeable latents."""
 
     resolution_px: int
     min_px: int
@@ -54,7 +54,7 @@ class BucketRule:
 
 @dataclass(frozen=True)
 class Placement:
-    """The way of an image into its bucket: resize to `resized`, then cut `bucket` out at (`left`, `top`)."""
+    """The resize and crop of an image: resize it to `resized`, then crop it to `bucket` at (`left`, `top`)."""
 
     bucket: Size
     resized: Size
@@ -63,15 +63,15 @@ class Placement:
 
     @property
     def crop(self) -> CropBox:
-        """The cut, in the pixel grid of the resized image. Its edges are integers."""
+        """The crop box in the pixel grid of the resized image. Its edges are integers."""
         return CropBox(self.left, self.top, self.left + self.bucket[0], self.top + self.bucket[1])
 
 
 def list_buckets(rule: BucketRule) -> list[Size]:
-    """Return all buckets of a rule, sorted, or the user's own in their order.
+    """Return all buckets of a rule, sorted. The user's own buckets keep their order.
 
-    A rule of 1024² px, sides of 256 to 2048 px and a step of 64 px gives 41. Limits that are no multiples of the step
-    are moved inwards to the next multiple. The list is empty if the area is smaller than a step.
+    A rule of 1024² px, sides of 256 to 2048 px and a step of 64 px gives 41 buckets. Limits are rounded inwards to
+    multiples of the step. The list is empty if the resolution is smaller than the step.
     """
     if rule.fixed:
         return [Size(*bucket) for bucket in rule.fixed]
@@ -87,10 +87,10 @@ def list_buckets(rule: BucketRule) -> list[Size]:
 
 
 def place_image(size: Size, rule: BucketRule, buckets: list[Size]) -> Placement:
-    """Choose the bucket of an image, and the resize and centred cut that fill it.
+    """Choose the bucket of an image, and the resize and centred crop that fill the bucket.
 
     Args:
-        size: of the image.
+        size: size of the image.
         buckets: `list_buckets(rule)`, computed once for all images.
     """
     if rule.no_upscale:
@@ -106,18 +106,18 @@ def place_image(size: Size, rule: BucketRule, buckets: list[Size]) -> Placement:
 
 
 def build_key_prefix(resolution_px: int) -> str:
-    """Return the prefix of keys of latents at a further resolution than the largest, such as `512px/`."""
+    """Return the key prefix for latents at a resolution below the largest one, such as `512px/`."""
     return f"{resolution_px}px/"
 
 
 def split_key(key: str) -> ImageKey:
-    """Split the key of an item into the prefix of its resolution and the image's key."""
+    """Split a cache item's key into the prefix of its resolution and the image's key."""
     match = re.match(r"\d+px/", key)
     return ImageKey(match[0], key[match.end() :]) if match else ImageKey("", key)
 
 
 def choose_bucket(size: Size, buckets: list[Size]) -> Size:
-    """Return the bucket of exactly this size, else the first of those nearest in aspect ratio.
+    """Return the bucket of exactly this size, or else the first of the buckets with the nearest aspect ratio.
 
     The distance is the absolute difference of width / height.
     """
@@ -137,9 +137,9 @@ def _cover(size: Size, bucket: Size) -> Size:
 
 
 def _shrink_to_area(size: Size, rule: BucketRule) -> Size:
-    """Return the image's size if it fits the area, else about the area with one side a multiple of the step.
+    """Return the image's size if it fits the area, or else a size of about that area.
 
-    Of the two sides that could be the multiple, the one that distorts the aspect ratio less is chosen.
+    One side of the smaller size is a multiple of the step: the side that distorts the aspect ratio less.
     """
     area, step = rule.resolution_px**2, rule.step_px
     if size[0] * size[1] <= area:

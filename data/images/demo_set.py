@@ -1,7 +1,6 @@
-"""The demo set: images of coloured shapes with captions, and a measure of their colour.
+"""The demo set: images of coloured shapes with captions, and a function that measures their colour.
 
-The set is small enough to learn in minutes and plain enough to check: `nearest_colour` shows whether a model paints the
-colour that a prompt names.
+A model learns the set in minutes. `nearest_colour` then shows whether it paints the colour that a prompt names.
 """
 
 import argparse
@@ -49,7 +48,7 @@ FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
     (".webp", {"quality": 95}),
 )
 SUPERSAMPLING = 4  # Pillow draws polygons with hard edges; drawing large and shrinking smooths them
-CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its image, which excludes the background
+CHROMATIC_SHARE = 0.05  # less than the smallest shape's share of its image, so that no background is measured
 
 
 def demo_caption(colour: str, shape: str, background: str) -> str:
@@ -60,7 +59,7 @@ def demo_caption(colour: str, shape: str, background: str) -> str:
 def draw_image(
     colour: Colour, shape: str, background: Colour, size_px: tuple[int, int], rng: random.Random
 ) -> Image.Image:
-    """Draw one shape near the middle of an image of size_px = (width, height). `rng` varies its place and size."""
+    """Draw one shape near the centre of an image of size_px = (width, height). `rng` varies its position and size."""
     width, height = (side * SUPERSAMPLING for side in size_px)
     radius = min(width, height) * rng.uniform(0.30, 0.38)
     centre = (
@@ -76,7 +75,7 @@ def draw_demo_set(folder: Path, num_images: int = 96, seed: int = 0) -> Path:
     """Write the demo set into folder and return the path of its `metadata.json`.
 
     The metadata is an object keyed by file stem with `image_path` (relative to folder), `caption` and
-    `original_size` (width, height). One seed gives the same bytes each time.
+    `original_size` (width, height). Equal seeds give equal files.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -100,9 +99,10 @@ def draw_demo_set(folder: Path, num_images: int = 96, seed: int = 0) -> Path:
 
 
 def nearest_colour(image: np.ndarray) -> str:
-    """Return which of the six colours an image [H, W, 3] (uint8, or float 0..1) shows.
+    """Return the name of the colour in COLOURS that an image [H, W, 3] (uint8, or float 0..1) shows.
 
-    Its most chromatic pixels (largest max − min over RGB) are averaged; the colour nearest to that mean in RGB wins.
+    The function averages the most chromatic pixels (largest max − min over RGB) and returns the colour nearest to that
+    mean in RGB.
     """
     pixels = image.reshape(-1, 3).astype(np.float64)  # [H·W, 3]
     if np.issubdtype(image.dtype, np.floating):
@@ -114,7 +114,7 @@ def nearest_colour(image: np.ndarray) -> str:
 
 
 def _draw_subjects(num_images: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """Return (colour, shape, background) for each image: each run of six images has all six colours."""
+    """Return (colour, shape, background) for each image. Each block of six images has all six colours."""
     subjects: list[tuple[str, str, str]] = []
     scenes = [(shape, background) for shape in SHAPES for background in BACKGROUNDS]
     while len(subjects) < num_images:
@@ -127,7 +127,7 @@ def _draw_subjects(num_images: int, rng: random.Random) -> list[tuple[str, str, 
 
 
 def _shuffled_cycle(items: Sequence[T], num_items: int, rng: random.Random) -> list[T]:
-    """Return num_items items, each as often as any other (±1), in random order within each cycle."""
+    """Return num_items items in cycles, each of which holds every item once in random order."""
     cycle: list[T] = []
     while len(cycle) < num_items:
         cycle.extend(rng.sample(items, len(items)))
@@ -135,7 +135,7 @@ def _shuffled_cycle(items: Sequence[T], num_items: int, rng: random.Random) -> l
 
 
 def _outline(shape: str, centre: tuple[float, float], radius: float) -> list[tuple[float, float]]:
-    """Return the corners (x, y) of a shape that stands upright around centre within radius."""
+    """Return the corners (x, y) of an upright shape around centre, of about the given radius."""
     if shape == "square":
         return _polygon(centre, [radius * 1.2] * 4, math.pi / 4)
     if shape == "triangle":
@@ -160,8 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: draw the demo set into a folder."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.data.demo", description="Draw the demo set.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument("--num-images", type=int, default=96, metavar="N", help="how many images (96)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="one seed gives the same bytes (0)")
+    parser.add_argument("--num-images", type=int, default=96, metavar="N", help="number of images (96)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="random seed; equal seeds give equal files (0)"
+    )
     options = parser.parse_args(arguments)
     path = draw_demo_set(options.out, options.num_images, options.seed)
     sys.stdout.write(f"{options.num_images} images, metadata in {path}\n")

@@ -1,7 +1,6 @@
-"""Image files in folders: list them, find the one that a record names, and read the caption file beside it.
+"""Image files in folders: list them, find the image that a record names, and read caption files.
 
-Folders are listed instead of looking up one file after the other: over a network that is a thousand times fewer
-requests.
+Whole folders are listed instead of looking up each file, which takes a thousand times fewer requests over a network.
 """
 
 import os
@@ -19,8 +18,9 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 LATENT_SUFFIX = ".npz"
 SIZE_ENDING = re.compile(r"_\d{4,}x\d{4,}_sdxl$")  # kohya's scripts append it to a latent file's stem
 TEXT_OUTPUTS_SUFFIX = "_te_outputs.npz"  # kohya's cache of text encoder outputs, not of latents
-FEW = 32  # for fewer names a folder is not listed
-MAX_LISTINGS = 256
+MIN_NAMES_TO_LIST = 32  # for fewer names in a folder, each file is looked up
+MAX_LISTINGS = 256  # folders whose listing is kept
+MAX_SHOWN = 32  # records that an error lists
 NO_HASHES = np.empty(0, np.int64)
 
 
@@ -33,12 +33,12 @@ class ImageFolder(NamedTuple):
 
 
 def get_image_stem(path: str, has_suffix: bool = False) -> str:
-    """Return the stem of the path of an image or a latent file: both `a/b.c.png` and `a/b.c` give `b.c`.
+    """Return the stem of an image's or a latent file's path: both `a/b.c.png` and `a/b.c` give `b.c`.
 
     The size that kohya's scripts append to the name of a latent file is removed too.
 
     Args:
-        has_suffix: the path has a suffix for certain; False removes only that of an image or latent file.
+        has_suffix: True removes any suffix; False removes only the suffix of an image or latent file.
     """
     name = path.replace("\\", "/").rsplit("/", 1)[-1] if "/" in path or "\\" in path else path
     stem, suffix = os.path.splitext(name)
@@ -48,10 +48,10 @@ def get_image_stem(path: str, has_suffix: bool = False) -> str:
 
 
 def walk_files(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yield (absolute path, sorted names of its files) of each folder below the roots, in sorted order.
+    """Yield (absolute path, sorted names of its files) for each folder below the roots, in sorted order.
 
     Args:
-        masks: as in `data.masks`, an ending of file names or a folder: such files are skipped.
+        masks: as in `data.masks`, an ending of file names or a folder; mask files are skipped.
     """
     ending = masks if masks is not None and is_name_ending(masks) else None
     mask_folder = os.path.abspath(masks) if masks is not None and ending is None else None
@@ -67,9 +67,9 @@ def is_name_ending(masks: str) -> bool:
 
 
 def walk_images(roots: Sequence[Path], masks: str | None = None) -> Iterator[ImageFolder]:
-    """Yield each folder below the roots.
+    """Yield the images of each folder below the roots.
 
-    Below a root without images, latent files stand in for them, one for each stem.
+    If a root holds no images, its latent files take their place, one for each stem.
 
     Args:
         masks: as in `walk_files`.
@@ -91,7 +91,7 @@ def choose_latent_files(names: Sequence[str]) -> dict[str, str]:
     `{stem}.npz` is preferred to kohya's `{stem}_{W:04d}x{H:04d}_sdxl.npz`.
 
     Args:
-        names: of the folder's files, sorted.
+        names: names of the folder's files, sorted.
 
     Returns:
         stem of the image → name of its latent file.
@@ -116,13 +116,13 @@ def read_caption_file(folder: ImageFolder, name: str) -> str | None:
     """Read the `.txt` or `.caption` file beside an image.
 
     Args:
-        name: of the image in the folder.
+        name: file name of the image in the folder.
 
     Returns:
-        None if there is no such file.
+        The caption without surrounding white space, or None if there is no such file.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the file is not UTF-8.
     """
     stem = get_image_stem(name, has_suffix=True)
     for suffix in CAPTION_SUFFIXES:
@@ -136,26 +136,26 @@ def read_caption_file(folder: ImageFolder, name: str) -> str | None:
 
 
 class FileChecker:
-    """Looks up which files exist, mostly in listings of their folders."""
+    """Checks whether files exist, mostly in listings of their folders."""
 
     def __init__(self) -> None:
         self._listings: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def exist(self, paths: Sequence[str]) -> np.ndarray:
-        """Return [N] bool: whether each absolute path is a file. "" is none.
+        """Return whether each absolute path is a file, [N] bool. An empty path is not a file.
 
-        Listings of all folders of one call are held at once, so the paths should be of few folders.
+        A call holds the listings of all its folders in memory, so pass paths of few folders.
         """
         folders = [path.rpartition("/")[0] for path in paths]
         counts = Counter(folders)
-        few = {folder for folder, count in counts.items() if count < FEW and folder not in self._listings}
-        listings = [self._list(folder) for folder in counts if folder not in few]
+        unlisted = {name for name, count in counts.items() if count < MIN_NAMES_TO_LIST and name not in self._listings}
+        listings = [self._list(folder) for folder in counts if folder not in unlisted]
         # The listings are sorted; a stable sort merges them.
         listing = np.sort(np.concatenate(listings), kind="stable") if len(listings) > 1 else [*listings, NO_HASHES][0]
-        found = contains(listing, hash_texts(paths)) if len(listing) else np.zeros(len(paths), bool)
-        if few - {""}:
+        found = _contains(listing, hash_texts(paths))
+        if unlisted - {""}:
             for at, (path, folder) in enumerate(zip(paths, folders, strict=True)):
-                found[at] |= folder in few and path != "" and os.path.isfile(path)
+                found[at] |= folder in unlisted and path != "" and os.path.isfile(path)
         return found
 
     def _list(self, folder: str) -> np.ndarray:
@@ -174,11 +174,11 @@ class FileChecker:
 
 
 class AmbiguousImageError(ValueError):
-    """Records whose image may be one of several."""
+    """Records name an image that exists more than once."""
 
 
 class ImageTable:
-    """Images below folders, by file name and by stem. Each takes 50 bytes and its path."""
+    """Images below folders, by file name and by stem. An image takes 50 bytes plus its path."""
 
     def __init__(self, roots: Sequence[Path], masks: str | None = None):
         paths, names, stems, seen = [], [], [], set()
@@ -195,15 +195,15 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def find_twins(self) -> tuple[str, str] | None:
-        """Return two images of one stem, or None."""
+    def find_duplicate_stem(self) -> tuple[str, str] | None:
+        """Return the paths of two images with the same stem, or None."""
         hashes, order = self._stems
         same = np.flatnonzero(hashes[1:] == hashes[:-1])[:1]
-        twins = [self._paths[int(order[at])].as_py() for place in same.tolist() for at in (place, place + 1)]
-        return (twins[0], twins[1]) if twins else None
+        pair = [self._paths[int(order[at])].as_py() for place in same.tolist() for at in (place, place + 1)]
+        return (pair[0], pair[1]) if pair else None
 
     def find(self, names: Sequence[str], stems: Sequence[str]) -> list[str | None]:
-        """Return the image of each name, else of each stem, else None.
+        """Return the path of the image with each name, or else with each stem, or else None.
 
         Raises:
             AmbiguousImageError: two images have the name, or none has it and two have the stem.
@@ -212,18 +212,20 @@ class ImageTable:
             _search(*table, hash_texts(texts)) for table, texts in ((self._names, names), (self._stems, stems))
         )
         firsts, seconds = np.where(by_name[0] >= 0, by_name, by_stem)
-        self._refuse_several(names, firsts, seconds)
+        self._raise_if_ambiguous(names, firsts, seconds)
         return [self._paths[row].as_py() if row >= 0 else None for row in firsts.tolist()]
 
-    def _refuse_several(self, names: Sequence[str], firsts: np.ndarray, seconds: np.ndarray) -> None:
-        several = np.flatnonzero(seconds >= 0).tolist()
-        if several:
-            pairs = [(names[at], self._paths[int(firsts[at])], self._paths[int(seconds[at])]) for at in several[:FEW]]
-            shown = ", ".join(f"'{name}' ({first} and {second})" for name, first, second in pairs)
-            more = ", ..." if len(several) > FEW else ""
+    def _raise_if_ambiguous(self, names: Sequence[str], firsts: np.ndarray, seconds: np.ndarray) -> None:
+        ambiguous = np.flatnonzero(seconds >= 0).tolist()
+        if ambiguous:
+            shown = ", ".join(
+                f"'{names[at]}' ({self._paths[int(firsts[at])]} and {self._paths[int(seconds[at])]})"
+                for at in ambiguous[:MAX_SHOWN]
+            )
+            more = ", ..." if len(ambiguous) > MAX_SHOWN else ""
             raise AmbiguousImageError(
-                f"{len(several)} records name an image of which there are several under data.image_dirs: "
-                f"{shown}{more}; give their whole path as image_path, or remove a folder"
+                f"{len(ambiguous)} records name an image that exists more than once under data.image_dirs: "
+                f"{shown}{more}; set image_path to the whole path, or remove a folder"
             )
 
 
@@ -235,15 +237,16 @@ def hash_texts(texts: Sequence[str]) -> np.ndarray:
     return np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
-def contains(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return [N] bool: whether each of `wanted` [N] is among the sorted `hashes`."""
+def _contains(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return whether each of `wanted` [N] is among the sorted `hashes`, [N] bool."""
     if len(hashes) == 0:
         return np.zeros(len(wanted), bool)
     return hashes[np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)] == wanted
 
 
 def _sort_hashes(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    hashes = np.concatenate([np.empty(0, np.int64), *parts])
+    """Sort the concatenated hashes. Return ([N] sorted hashes, [N] their positions before the sort)."""
+    hashes = np.concatenate([NO_HASHES, *parts])
     order = np.argsort(hashes, kind="stable")
     return hashes[order], order
 

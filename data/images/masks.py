@@ -1,6 +1,6 @@
-"""Mask files (`data.masks`): find the mask of an image, and cut it like the image.
+"""Mask files (`data.masks`): find the mask of an image, and crop it like the image.
 
-A mask is a grey image. Its values weigh the loss: white counts in full, black not at all.
+A mask is a grey image. Its values weight the loss: white counts in full, black not at all.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from sdxl_trainer.data.images.transforms import (
     DECODE_ERRORS,
     BadImageError,
     PreparedImage,
-    cut_image,
-    decode_content,
+    decode_rgb,
     read_content,
+    resize_and_crop,
 )
 
 CHUNK_SIZE = 8192  # images, mostly of few folders
@@ -33,7 +33,7 @@ class MaskFinder:
     """Finds the masks of images.
 
     Args:
-        masks: as in `data.masks`: the ending of the names of masks beside their images, or the folder of the masks.
+        masks: as in `data.masks`: the ending of file names of masks beside their images, or the folder of the masks.
     """
 
     def __init__(self, masks: str):
@@ -47,9 +47,9 @@ class MaskFinder:
         while chunk := list(islice(images, CHUNK_SIZE)):
             yield from self._find_in_folder(chunk) if self._ending is None else self._find_beside(chunk, self._ending)
 
-    def find_twins(self) -> tuple[str, str] | None:
-        """Return two masks of one stem, or None."""
-        return self._table.find_twins()
+    def find_duplicate_stem(self) -> tuple[str, str] | None:
+        """Return the paths of two masks with the same stem, or None."""
+        return self._table.find_duplicate_stem()
 
     @property
     def is_empty(self) -> bool:
@@ -67,7 +67,7 @@ class MaskFinder:
 
 
 def check_masks(masks: str | None) -> Iterator[Problem]:
-    """Check `data.masks` where masks are read: an ending of file names, or a folder with one image a stem."""
+    """Yield a problem unless `data.masks` is an ending of file names, or a folder with one mask for each stem."""
     if masks is None:
         return
     if not is_name_ending(masks) and not os.path.isdir(masks):
@@ -77,24 +77,24 @@ def check_masks(masks: str | None) -> Iterator[Problem]:
     finder = MaskFinder(masks)
     if finder.is_empty:
         yield Problem("data.masks", masks, "holds no images", "check the path and the file types")
-    elif twins := finder.find_twins():
-        rule = f"holds two masks of one stem: {twins[0]} and {twins[1]}"
-        yield Problem("data.masks", masks, rule, "keep one of them")
+    elif pair := finder.find_duplicate_stem():
+        rule = f"holds two masks with the same stem: {pair[0]} and {pair[1]}"
+        yield Problem("data.masks", masks, rule, "remove one of them")
 
 
 class BadMaskError(BadImageError):
-    """A mask that cannot be used. Its image is bad too, because it would be trained as if it had no mask."""
+    """A mask that cannot be used. Its image is bad too, because training would ignore the mask."""
 
 
 def add_mask(image: PreparedImage, image_file: Path, mask: Path) -> PreparedImage:
-    """Return the image with the mask of a file, cut like the pixels.
+    """Return the image with the mask from a file, resized and cropped like the pixels.
 
-    The mask replaces the image's opacity, as in kohya's scripts. It is resized with a triangle filter, which averages
-    when it shrinks and keeps black at 0 and white at 1. Bicubic would overshoot.
+    The mask replaces the image's opacity, as in kohya's scripts. A triangle filter resizes the mask: it averages when
+    it shrinks, and keeps black at 0 and white at 1. A bicubic filter would overshoot.
 
     Args:
         image_file: the file that the image was read from.
-        mask: the file of the mask.
+        mask: the mask file.
 
     Raises:
         BadMaskError: the mask is missing, unreadable, transparent, or of another aspect ratio than the image.
@@ -102,37 +102,37 @@ def add_mask(image: PreparedImage, image_file: Path, mask: Path) -> PreparedImag
     try:
         content, mtime_ns = read_content(mask)
         grey = _decode_grey(content)
-        if not _has_shape(grey, image.original_size):
-            grey = _turn_like(grey, image_file)
+        if not _has_aspect_ratio(grey, image.original_size):
+            grey = _rotate_like(grey, image_file)
     except BadImageError as error:
         raise BadMaskError(f"mask {error}") from None
     except DECODE_ERRORS as error:
         raise BadMaskError(f"mask {mask}: cannot be decoded: {error}") from None
-    if not _has_shape(grey, image.original_size):
-        sizes = "{}x{}, which is not the shape of its image of {}x{}".format(*grey.shape[::-1], *image.original_size)
-        raise BadMaskError(f"mask {mask}: is of {sizes} px")
-    cut = np.ascontiguousarray(cut_image(grey, image.placement, "bilinear"))
+    if not _has_aspect_ratio(grey, image.original_size):
+        size, image_size = Size(grey.shape[1], grey.shape[0]), image.original_size
+        raise BadMaskError(f"mask {mask}: {size} px is not the aspect ratio of its image, {image_size} px")
+    cropped = np.ascontiguousarray(resize_and_crop(grey, image.placement, "bilinear"))
     digest = hashlib.sha256(content).hexdigest()
     file = HashedFile(path=str(mask), bytes=len(content), mtime_ns=mtime_ns, sha256=digest)
-    return replace(image, mask=cut, mask_file=file)
+    return replace(image, mask=cropped, mask_file=file)
 
 
 def _decode_grey(content: bytes) -> np.ndarray:
-    """Return the red channel, [H, W] uint8, as kohya's scripts do; in a grey image all channels are equal."""
-    decoded = decode_content(content)
+    """Return the red channel, [H, W] uint8, as kohya's scripts do. All channels of a grey image are equal."""
+    decoded = decode_rgb(content)
     if decoded.alpha is not None and decoded.alpha.min() < 255:
-        raise ValueError("it is transparent in places; save it as plain grey, white where the loss counts")
+        raise ValueError("the mask is transparent in places; save it as opaque grey, white where the loss counts")
     return np.ascontiguousarray(decoded.pixels[..., 0])
 
 
-def _has_shape(mask: np.ndarray, size: Size) -> bool:
-    """Return whether a mask [H, W] has the aspect ratio of an image's size, each side to less than a pixel."""
+def _has_aspect_ratio(mask: np.ndarray, size: Size) -> bool:
+    """Return whether a mask [H, W] has the aspect ratio of an image's size, to less than a pixel of each side."""
     return abs(mask.shape[1] * size.height - mask.shape[0] * size.width) < size.width + size.height
 
 
-def _turn_like(mask: np.ndarray, image_file: Path) -> np.ndarray:
-    """Apply the EXIF rotation of the image to a mask [H, W] that was drawn on the pixels as they are stored."""
-    turned = Image.fromarray(mask)
+def _rotate_like(mask: np.ndarray, image_file: Path) -> np.ndarray:
+    """Apply the image's EXIF rotation to a mask [H, W] that was drawn on the pixels as they are stored."""
+    rotated = Image.fromarray(mask)
     with Image.open(image_file) as image:
-        turned.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return np.asarray(ImageOps.exif_transpose(turned))
+        rotated.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return np.asarray(ImageOps.exif_transpose(rotated))

@@ -1,4 +1,4 @@
-"""Image files: read, decode, turn upright, convert to sRGB, resize and cut to a bucket."""
+"""Image files: read, decode, rotate by EXIF, convert to sRGB, resize and crop to a bucket."""
 
 import hashlib
 import io
@@ -19,11 +19,11 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from sdxl_trainer.data.files import HashedFile
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
 
-# Pillow's pixels are only read; a filter set for each read would not be safe on threads.
+# Arrays of Pillow's pixels are only read. The filter is global, because setting one for each read is not thread-safe.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
-# A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8, but to no less than this many times its new sides: the
-# result is indistinguishable from a full decode (Pillow's documentation of `reducing_gap`).
+# A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8, with sides of at least this many times the new sides.
+# The result is indistinguishable from a full decode (Pillow's documentation of `reducing_gap`).
 REDUCING_GAP = 2
 
 # Pillow's decoders raise all of these on damaged bytes.
@@ -48,7 +48,7 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image cut to its bucket, and the file that it was read from."""
+    """An image cropped to its bucket, and the size, time and checksum of its file."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
     original_size: Size  # upright, after EXIF rotation
@@ -56,13 +56,13 @@ class PreparedImage:
     source_bytes: int
     source_mtime_ns: int
     source_sha256: str
-    mask: np.ndarray | None = None  # [H, W] uint8, cut like the pixels: weight of the loss; None: 1 everywhere
+    mask: np.ndarray | None = None  # [H, W] uint8, cropped like the pixels: weight of the loss; None: 1 everywhere
     mask_file: HashedFile | None = None  # None: no mask, or the image's own opacity
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An upright RGB image. Its conversion to sRGB is left to do, because the cut has fewer pixels."""
+    """An upright RGB image. The caller converts it to sRGB after the crop, which has fewer pixels."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
     size: Size  # of the image, which may be larger than `pixels`: see REDUCING_GAP
@@ -73,23 +73,23 @@ class DecodedImage:
 def prepare_image(
     path: Path, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
 ) -> PreparedImage:
-    """Read, decode, turn upright, resize and cut one image.
+    """Read one image file, rotate it by EXIF, resize and crop it to its bucket, and convert it to sRGB.
 
     Args:
         buckets: `list_buckets(rule)`.
         with_alpha: keep the opacity as a mask.
-        out: [H, W, 3] uint8 buffer for the pixels, used if its shape is that of the bucket.
+        out: [H, W, 3] uint8 buffer for the pixels, used if it has the bucket's shape.
 
     Raises:
-        BadImageError: missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
+        BadImageError: the file is missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
     """
     content, mtime_ns = read_content(path)
     try:
-        decoded = decode_content(content, lambda size: place_image(size, rule, buckets).resized)
+        decoded = decode_rgb(content, lambda size: place_image(size, rule, buckets).resized)
     except DECODE_ERRORS as error:
         raise BadImageError(f"{path}: cannot be decoded: {error}") from None
     placement = place_image(decoded.size, rule, buckets)
-    pixels = cut_image(decoded.pixels, placement)
+    pixels = resize_and_crop(decoded.pixels, placement)
     if decoded.to_srgb is not None:
         pixels = np.asarray(decoded.to_srgb.apply(Image.fromarray(pixels)))
     if out is not None and out.shape == pixels.shape:
@@ -97,7 +97,7 @@ def prepare_image(
         pixels = out
     mask = None
     if with_alpha and decoded.alpha is not None:
-        mask = np.ascontiguousarray(cut_image(decoded.alpha, placement))
+        mask = np.ascontiguousarray(resize_and_crop(decoded.alpha, placement))
     return PreparedImage(
         pixels=np.ascontiguousarray(pixels),
         original_size=decoded.size,
@@ -110,14 +110,14 @@ def prepare_image(
 
 
 def read_content(path: Path) -> tuple[bytes, int]:
-    """Return the content of a file and its time of change in nanoseconds.
+    """Return the content of a file and its modification time in nanoseconds.
 
     Raises:
-        BadImageError: missing, or unreadable.
+        BadImageError: the file is missing or unreadable.
     """
     try:
         with open(path, "rb") as file:
-            # Before the read, so that a change during it is noticed next time.
+            # Taken before the read, so that the next job notices a change during the read.
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns
             return file.read(), mtime_ns
     except OSError as error:
@@ -125,38 +125,39 @@ def read_content(path: Path) -> tuple[bytes, int]:
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """Decode the first frame to upright sRGB, with transparency laid on white.
+    """Decode the first frame of an image file to an upright sRGB image. Transparent areas become white.
 
     Raises:
-        one of DECODE_ERRORS: it cannot be decoded.
+        one of DECODE_ERRORS: the content cannot be decoded.
     """
-    decoded = decode_content(content)
+    decoded = decode_rgb(content)
     image = Image.fromarray(decoded.pixels)
     return image if decoded.to_srgb is None else decoded.to_srgb.apply(image)
 
 
-def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> DecodedImage:
-    """Decode the first frame to upright RGB, with transparency laid on white.
+def decode_rgb(content: bytes, choose_size: Callable[[Size], Size] | None = None) -> DecodedImage:
+    """Decode the first frame of an image file to upright RGB. Transparent areas become white.
 
     Args:
-        choose_size: maps the image's size to the one that it will be resized to; a large JPEG is then decoded smaller.
+        choose_size: returns the size that an image of a given size will be resized to. With it, a large JPEG is
+            decoded smaller.
 
     Raises:
-        one of DECODE_ERRORS: it cannot be decoded.
+        one of DECODE_ERRORS: the content cannot be decoded.
     """
     try:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:  # Pillow's own message names the buffer by its address
         raise UnidentifiedImageError("not an image in a format that Pillow knows") from None
     size = Size(*image.size)
-    # Pillow only warns of images up to twice its limit, and warning filters are not safe on threads.
+    # Up to twice its limit Pillow only warns, and turning the warning into an error is not thread-safe.
     if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {Image.MAX_IMAGE_PIXELS} (a bomb?)")
+        raise ValueError(f"{size} pixels are more than {Image.MAX_IMAGE_PIXELS} (a decompression bomb?)")
     if choose_size is not None and image.format == "JPEG":
-        wanted = _swap_if_turned(choose_size(_swap_if_turned(size, image)), image)
-        image.draft(None, (REDUCING_GAP * wanted[0], REDUCING_GAP * wanted[1]))
+        stored_size = _swap_if_rotated(choose_size(_swap_if_rotated(size, image)), image)
+        image.draft(None, (REDUCING_GAP * stored_size.width, REDUCING_GAP * stored_size.height))
     image.load()
-    size = _swap_if_turned(size, image)
+    size = _swap_if_rotated(size, image)
     profile = image.info.get("icc_profile")
     ImageOps.exif_transpose(image, in_place=True)
     image, alpha = _reduce_depth(image), None
@@ -171,24 +172,24 @@ def decode_content(content: bytes, choose_size: Callable[[Size], Size] | None = 
     return DecodedImage(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), size, to_srgb, alpha)
 
 
-def _swap_if_turned(size: Size, image: Image.Image, exact: bool = True) -> Size:
-    """Return the upright size for the stored one, or the reverse. `exact` as in `read_image_size`."""
+def _swap_if_rotated(size: Size, image: Image.Image, exact: bool = True) -> Size:
+    """Swap width and height if the image's EXIF orientation is a quarter turn. `exact` as in `read_image_size`."""
     exif = image.getexif() if exact else Image.Image.getexif(image)
-    is_turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return Size(size.height, size.width) if is_turned else size
+    is_rotated = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return Size(size.height, size.width) if is_rotated else size
 
 
 @lru_cache(maxsize=64)
 def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the conversion of a colour profile to sRGB.
 
-    Threads may share it, because it has no cache.
+    Threads may share the conversion, because it has no cache.
 
     Args:
         mode: RGB or CMYK.
 
     Returns:
-        None if there is no profile, or it is sRGB, of another colour model, or damaged.
+        None if the profile is missing, sRGB, of another colour model, or damaged.
     """
     if not profile:
         return None
@@ -205,11 +206,11 @@ def _build_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTrans
         return None
 
 
-def cut_image(pixels: np.ndarray, placement: Placement, mode: str = "bicubic") -> np.ndarray:
-    """Resize an image and cut its bucket out.
+def resize_and_crop(pixels: np.ndarray, placement: Placement, mode: str = "bicubic") -> np.ndarray:
+    """Resize an image and crop it to its bucket.
 
-    The result is Pillow's, in a fifth of its time: the filter widens with the step when it shrinks, so that fine
-    patterns do not alias. OpenCV's area averaging takes twice as long and is less true.
+    The result equals Pillow's, in a fifth of the time. The filter is widened when it shrinks an image, so that fine
+    patterns do not alias. OpenCV's area averaging takes twice as long and is less accurate.
 
     Args:
         pixels: [H, W] or [H, W, C] uint8.
@@ -219,7 +220,7 @@ def cut_image(pixels: np.ndarray, placement: Placement, mode: str = "bicubic") -
         [h, w] or [h, w, C] uint8, of the bucket's size.
     """
     if placement.resized != (pixels.shape[1], pixels.shape[0]):
-        # [1, C, H, W], channels last in memory: the layout that has a fast kernel
+        # [1, C, H, W] in channels-last memory, the layout with a fast kernel.
         images = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])[None].permute(0, 3, 1, 2)
         size = (placement.resized[1], placement.resized[0])
         resized = torch.nn.functional.interpolate(images, size=size, mode=mode, antialias=True)
@@ -232,21 +233,21 @@ def read_image_size(path: Path, exact: bool = True) -> Size:
     """Read the upright size of an image from its header.
 
     Args:
-        exact: decode PNGs, because their EXIF rotation may stand after the pixels; False ignores such a rotation and
+        exact: decode PNGs too, because their EXIF rotation may follow the pixels. False ignores such a rotation and
             takes a twentieth of the time.
 
     Raises:
-        BadImageError: missing, or no image.
+        BadImageError: the file is missing, or is not an image.
     """
     try:
         with Image.open(path) as image:
-            return _swap_if_turned(Size(*image.size), image, exact)
+            return _swap_if_rotated(Size(*image.size), image, exact)
     except DECODE_ERRORS as error:
         raise BadImageError(f"{path}: cannot be read: {error}") from None
 
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8-bit grey by scaling; Pillow's own conversion clips, which turns most images white."""
+    """Convert 16-bit grey to 8-bit grey by scaling. Pillow's own conversion clips, which turns most images white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

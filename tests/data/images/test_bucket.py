@@ -1,4 +1,4 @@
-"""Buckets: kohya's numbers, and what must hold of any image."""
+"""Buckets: kohya's numbers, and properties of the placement of any image."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ def test_sdxl_has_kohyas_41_buckets():
     assert len(SDXL_BUCKETS) == 41
 
 
-def test_the_shortest_side_may_be_the_least_allowed():
+def test_the_shortest_side_may_equal_the_minimum():
     assert [
         size
         for size in list_buckets(BucketRule(resolution_px=256, min_px=64, max_px=1024, step_px=64))
@@ -42,7 +42,7 @@ def test_the_shortest_side_may_be_the_least_allowed():
     ] == [(width, 64) for width in range(576, 1025, 64)]
 
 
-def test_limits_off_the_step_are_moved_inwards():
+def test_limits_are_rounded_inwards_to_the_step():
     assert list_buckets(BucketRule(resolution_px=256, min_px=250, max_px=600, step_px=64)) == [(256, 256)]
     assert list_buckets(BucketRule(resolution_px=256, min_px=130, max_px=350, step_px=64)) == list_buckets(
         BucketRule(resolution_px=256, min_px=192, max_px=320, step_px=64)
@@ -73,7 +73,7 @@ def test_an_exact_match_wins_over_the_nearest_ratio():
     buckets = [(512, 512), (1024, 1024), (768, 1024)]
     assert choose_bucket((1024, 1024), buckets) == (1024, 1024)
     assert choose_bucket((600, 600), buckets) == (512, 512)
-    # Width / height, linear: 1.2 lies nearer 1.0 than 1.5, though not by the ratio of ratios.
+    # The distance is the difference of the ratios: 1.24 is nearer to 1.0 than to 1.5, although 1.5 / 1.24 < 1.24 / 1.0.
     assert choose_bucket((1240, 1000), [(1000, 1000), (1500, 1000)]) == (1000, 1000)
 
 
@@ -84,7 +84,7 @@ def test_an_exact_match_wins_over_the_nearest_ratio():
         ((1500, 1000), (1216, 832), (1248, 832)),
         ((4000, 3000), (1088, 832), (1109, 832)),
         ((1024, 1024), (1024, 1024), (1024, 1024)),
-        ((40, 900), (64, 896), (64, 1440)),  # thinner than a step: the only case that is enlarged
+        ((40, 900), (64, 896), (64, 1440)),  # thinner than one step: the only case that is enlarged
     ],
 )
 def test_no_upscale(size, bucket, resized):
@@ -109,7 +109,7 @@ def test_no_upscale(size, bucket, resized):
         st.booleans(),
     ),
 )
-def test_any_image_covers_its_bucket_and_is_cut_inside(size, rule):
+def test_any_image_covers_its_bucket_and_is_cropped_inside(size, rule):
     buckets = list_buckets(rule)
     placement = place_image(size, rule, buckets)
     (width, height), (resized_width, resized_height) = placement.bucket, placement.resized
@@ -118,20 +118,20 @@ def test_any_image_covers_its_bucket_and_is_cut_inside(size, rule):
     assert resized_width >= width and resized_height >= height
     assert 0 <= left and 0 <= top and right <= resized_width and bottom <= resized_height
     assert (right - left, bottom - top) == (width, height)
-    # Centred: what is cut off on both sides differs by a pixel at most.
+    # Centred: the margins cropped from both sides differ by at most one pixel.
     assert 0 <= (resized_width - right) - left <= 1 and 0 <= (resized_height - bottom) - top <= 1
     if not rule.no_upscale:
         assert placement.bucket in buckets
-        assert resized_width == width or resized_height == height  # no larger than it must be
+        assert resized_width == width or resized_height == height  # no larger than necessary
     elif size[0] * size[1] <= rule.resolution_px**2 and min(size) >= rule.step_px:
         assert placement.resized == size  # never enlarged
-    if min(resized_width, resized_height) >= 200:  # the aspect ratio is kept to a pixel's rounding
+    if min(resized_width, resized_height) >= 200:  # the aspect ratio is kept except for the rounding of one pixel
         error = abs(resized_width / resized_height * size[1] / size[0] - 1)
         assert error <= 1 / min(resized_width, resized_height)
 
 
 @given(st.integers(64, 4096), st.sampled_from([32, 64]), st.sampled_from([64, 256]), st.sampled_from([2048, 4096]))
-def test_buckets_keep_to_the_area(resolution, step, least, most):
+def test_buckets_do_not_exceed_the_area(resolution, step, least, most):
     rule = BucketRule(resolution_px=resolution, min_px=least, max_px=most, step_px=step)
     for width, height in list_buckets(rule):
         assert width % step == height % step == 0

@@ -1,4 +1,4 @@
-"""Mask files: found beside the images or in a folder, cut as the image is, stored with its latents, and true."""
+"""Mask files: found beside the images or in a folder, cropped like the image, stored with its latents, and learnt."""
 
 import json
 import os
@@ -27,11 +27,11 @@ from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective
 
 ENDING = "-masklabel.png"
-WIDE = (300, 200)  # an image's size, which is resized to 160x107 and cut to 160x96
+WIDE = (300, 200)  # size of an image, which is resized to 160x107 and cropped to 160x96
 
 
 def save(path: Path, content: np.ndarray | int, size: tuple[int, int] = WIDE, **options) -> Path:
-    """A grey image of some values, or of one."""
+    """Save a grey image with the given values [H, W], or with one value everywhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grey = np.full((size[1], size[0]), content, np.uint8) if isinstance(content, int) else content
     Image.fromarray(grey.astype(np.uint8)).save(path, **options)
@@ -39,7 +39,7 @@ def save(path: Path, content: np.ndarray | int, size: tuple[int, int] = WIDE, **
 
 
 def draw_ramp(width: int, height: int) -> np.ndarray:
-    """0 at the left edge, 255 at the right one."""
+    """Return values [height, width] that rise from 0 at the left edge to 255 at the right edge."""
     return np.broadcast_to((np.arange(width) + 0.5) / width * 255, (height, width))
 
 
@@ -59,41 +59,41 @@ def list_keys(index: Index) -> list[str]:
 
 
 def test_masks_are_found_and_are_no_images(tmp_path):
-    images, apart = tmp_path / "images", tmp_path / "images" / "masks"
+    images, mask_folder = tmp_path / "images", tmp_path / "images" / "masks"
     image_files = [save(images / name, 9) for name in ("a.jpg", "b.png", "c.png", "sub/d.png")]
     beside = [save(images / name, 9) for name in (f"a{ENDING}", f"sub/d{ENDING}", f"lonely{ENDING}")]
-    inside = [save(apart / name, 9) for name in ("b.png", "deep/c.webp")]
+    inside = [save(mask_folder / name, 9) for name in ("b.png", "deep/c.webp")]
     paths = [str(image) for image in image_files]
     assert list(MaskFinder(ENDING).find(paths)) == [str(beside[0]), None, None, str(beside[1])]
-    assert list(MaskFinder(str(apart)).find(paths)) == [None, str(inside[0]), str(inside[1]), None]
+    assert list(MaskFinder(str(mask_folder)).find(paths)) == [None, str(inside[0]), str(inside[1]), None]
     assert list_keys(open_record_index(tmp_path / "1", [], [images / "sub"])) == ["d-masklabel", "d"]
     assert list_keys(open_record_index(tmp_path / "1", [], [images / "sub"], masks=ENDING)) == ["d"]
     for file in beside:
         file.unlink()
-    assert list_keys(open_record_index(tmp_path / "2", [], [images], masks=str(apart))) == ["a", "b", "c", "d"]
+    assert list_keys(open_record_index(tmp_path / "2", [], [images], masks=str(mask_folder))) == ["a", "b", "c", "d"]
     metadata = tmp_path / "m.json"
     metadata.write_text(json.dumps({"b": {"caption": "x"}}))
-    index = open_record_index(tmp_path / "3", [metadata], [images], masks=str(apart))
-    assert index.row(0)["image_path"] == str(images / "b.png")  # and not one of two files of that name
+    index = open_record_index(tmp_path / "3", [metadata], [images], masks=str(mask_folder))
+    assert index.row(0)["image_path"] == str(images / "b.png")  # not ambiguous, although the mask has the same name
 
 
-def test_a_setting_that_cannot_be_meant_is_refused(tmp_path):
+def test_an_invalid_setting_of_masks_is_refused(tmp_path):
     assert list(check_masks(None)) == list(check_masks(ENDING)) == []
     (tmp_path / "empty").mkdir()
     save(tmp_path / "masks" / "a.png", 9)
     assert list(check_masks(str(tmp_path / "masks"))) == []
     save(tmp_path / "masks" / "old" / "a.jpg", 9)
-    for masks, said in (
+    for masks, rule in (
         (".png", "is not a folder"),
         (str(tmp_path / "empty"), "holds no images"),
-        (str(tmp_path / "masks"), "two masks of one stem"),
+        (str(tmp_path / "masks"), "two masks with the same stem"),
     ):
         problem, *others = check_masks(masks)
-        assert (problem.key, problem.value, others) == ("data.masks", masks, []) and said in problem.rule
+        assert (problem.key, problem.value, others) == ("data.masks", masks, []) and rule in problem.rule
 
 
 @pytest.mark.parametrize("scale", [1, 2, 0.5, 0.25])
-def test_a_mask_is_cut_where_its_image_is_at_any_scale(tmp_path, scale):
+def test_a_mask_of_any_scale_is_cropped_like_its_image(tmp_path, scale):
     image = save(tmp_path / "a.png", 9)
     placement = prepare_image(image, RULE, BUCKETS).placement
     assert (placement.resized, placement.bucket, placement.crop) == ((160, 107), (160, 96), (0, 5, 160, 101))
@@ -106,7 +106,7 @@ def test_a_mask_is_cut_where_its_image_is_at_any_scale(tmp_path, scale):
     np.testing.assert_allclose(down, np.broadcast_to(expected[1][:, None], (96, 160)), atol=tolerance)
 
 
-def test_grey_levels_stay_and_edges_do_not_ring(tmp_path):
+def test_resizing_keeps_grey_levels_and_sharp_edges_do_not_ring(tmp_path):
     image = save(tmp_path / "a.png", 9)
     assert (get_mask(image, save(tmp_path / "m.png", 77)) == 77).all()
     halves = np.where(np.arange(300) < 150, 50, 200)[None].repeat(200, 0)
@@ -115,38 +115,38 @@ def test_grey_levels_stay_and_edges_do_not_ring(tmp_path):
     assert mask.min() == 50 and mask.max() == 200
     coloured = np.dstack([halves, np.zeros_like(halves), np.full_like(halves, 255)]).astype(np.uint8)
     Image.fromarray(coloured).save(tmp_path / "red.png")
-    assert (get_mask(image, tmp_path / "red.png") == mask).all()  # as kohya's scripts: the red channel
+    assert (get_mask(image, tmp_path / "red.png") == mask).all()  # kohya's scripts use the red channel too
     Image.fromarray(np.full((200, 300), 77 << 8, np.uint16)).save(tmp_path / "deep.png")
     assert (get_mask(image, tmp_path / "deep.png") == 77).all()
 
 
-def test_a_mask_drawn_on_the_stored_pixels_is_turned_as_its_image_is(tmp_path):
+def test_a_mask_drawn_on_the_stored_pixels_is_rotated_like_its_image(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # a person sees it turned by a quarter clockwise
+    exif[0x0112] = 6  # viewers show the image rotated by 90° clockwise
     image = save(tmp_path / "a.jpg", 9, exif=exif)
     assert prepare_image(image, RULE, BUCKETS).original_size == (200, 300)
-    seen = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200).T))  # dark above
-    stored = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200)))  # dark at the left: above when turned
-    told = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200), exif=exif))
-    assert (seen == stored).all() and (seen == told).all()
-    assert seen.shape == (160, 96) and seen[0].max() < 3 and seen[-1].min() > 252
+    upright = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200).T))  # dark at the top
+    stored = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200)))  # dark at the left: rotated, at the top
+    tagged = get_mask(image, save(tmp_path / "m.png", draw_ramp(300, 200), exif=exif))
+    assert (upright == stored).all() and (upright == tagged).all()
+    assert upright.shape == (160, 96) and upright[0].max() < 3 and upright[-1].min() > 252
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "message"),
     [
         (lambda mask: mask.write_bytes(mask.read_bytes()[:60]), "m.png: cannot be decoded"),
         (lambda mask: mask.write_bytes(b""), "m.png: cannot be decoded"),
         (lambda mask: mask.unlink(), "m.png: cannot be read"),
-        (lambda mask: save(mask, 9, (200, 200)), "200x200, which is not the shape of its image of 300x200 px"),
-        (lambda mask: save(mask, 9, (200, 300)), "200x300, which is not the shape"),
+        (lambda mask: save(mask, 9, (200, 200)), "200x200 px is not the aspect ratio of its image, 300x200 px"),
+        (lambda mask: save(mask, 9, (200, 300)), "200x300 px is not the aspect ratio"),
         (lambda mask: Image.new("RGBA", WIDE, (255, 255, 255, 128)).save(mask), "transparent in places"),
     ],
 )
-def test_a_broken_mask_is_an_error_that_names_it(tmp_path, spoil, said):
+def test_the_error_of_a_broken_mask_names_the_mask(tmp_path, damage, message):
     image, mask = save(tmp_path / "a.png", 9), save(tmp_path / "m.png", 9)
-    spoil(mask)
-    with pytest.raises(BadMaskError, match=said) as caught:
+    damage(mask)
+    with pytest.raises(BadMaskError, match=message) as caught:
         prepare(image, mask)
     assert str(caught.value).startswith("mask ")
 
@@ -165,7 +165,7 @@ def folder(tmp_path, tiny_folder) -> Path:
 
 
 def encode(folder: Path, *words: str, masks: str = ENDING, expect: int = 0) -> list[str]:
-    """Run the cache job. Returns the keys of what it encoded."""
+    """Run the cache job and return the keys of the items that it encoded."""
     before = {key: entry.listed_ns for key, entry in read_latest(folder / "latents").items()}
     assert run_job(folder / "settings.yaml", f"data.masks={masks}", *words) == expect
     after = read_latest(folder / "latents")
@@ -185,10 +185,11 @@ def test_exactly_the_images_whose_masks_changed_are_encoded_again(folder, capsys
     identity = read_identity(folder / "latents")
     plain = {key: entry.sha256 for key, entry in read_latest(folder / "latents").items()}
     assert run_job(settings, f"data.masks={ENDING}") == 2
-    assert "data.masks = '-masklabel.png'" in (said := capsys.readouterr().err) and "matches no image's mask" in said
+    errors = capsys.readouterr().err
+    assert "data.masks = '-masklabel.png'" in errors and "matches no image's mask" in errors
     left = np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0)
     mask = save(images / f"a{ENDING}", left)
-    assert encode(folder) == ["a"]  # those that have none are as they were
+    assert encode(folder) == ["a"]  # images without a mask keep their latents
     assert "1 images have a mask; the loss of the other 3 counts everywhere" in capsys.readouterr().err
     stored, entry = read_mask(folder, "a"), read_latest(folder / "latents")["a"]
     assert stored is not None and stored.shape == (96, 160) and stored.dtype == np.float32
@@ -214,11 +215,11 @@ def test_exactly_the_images_whose_masks_changed_are_encoded_again(folder, capsys
         file.rename(file.with_name(f"{file.name}-away"))
     assert run_job(settings, "--verify", f"data.masks={folder / 'apart'}") == 0
     (folder / "images-away").rename(images)
-    assert run_job(settings) == 0  # without masks it is as it was at first
+    assert run_job(settings) == 0  # without masks the job restores the first latents
     assert {key: entry.sha256 for key, entry in read_latest(folder / "latents").items()} == plain
 
 
-def test_a_mask_file_goes_before_opacity(folder):
+def test_a_mask_file_has_priority_over_opacity(folder):
     save(folder / "images" / f"a{ENDING}", 51)
     assert encode(folder, "cache.alpha_mask=true") == ["a", "b", "c", "d"]
     opacity = read_mask(folder, "d")
@@ -228,9 +229,9 @@ def test_a_mask_file_goes_before_opacity(folder):
     np.testing.assert_allclose(read_mask(folder, "d"), 0.2, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["npz", "shards"])
-def test_a_image_whose_mask_is_broken_is_bad_and_never_trained_unmasked(folder, form):
-    words = (f"cache.format={form}", "data.max_bad_fraction=0.5")
+@pytest.mark.parametrize("cache_format", ["npz", "shards"])
+def test_an_image_with_a_broken_mask_is_bad_and_never_trained_unmasked(folder, cache_format):
+    words = (f"cache.format={cache_format}", "data.max_bad_fraction=0.5")
     assert run_job(folder / "settings.yaml", *words) == 0
     whole = save(folder / "images" / f"a{ENDING}", 255)
     broken = save(folder / "images" / f"b{ENDING}", 0)
@@ -240,23 +241,23 @@ def test_a_image_whose_mask_is_broken_is_bad_and_never_trained_unmasked(folder, 
     lines = [json.loads(line) for line in (folder / "latents" / "logs" / "bad_samples.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["b"] and f"mask {broken}: cannot be decoded" in lines[0]["reason"]
     assert read_latest(folder / "latents")["a"].mask is not None
-    bad = name_bad_latents(folder, *words)
+    bad = list_bad_latents(folder, *words)
     assert [line["key"] for line in bad] == ["b"] and "cannot be read" in bad[0]["reason"]
-    assert encode(folder, *words) == []  # nothing got better
+    assert encode(folder, *words) == []  # the mask is still broken
     broken.write_bytes(content)
     assert encode(folder, *words, "--repair") == ["b"]
     assert run_job(folder / "settings.yaml", *words, f"data.masks={ENDING}", "--verify") == 0
-    assert name_bad_latents(folder, *words) == []
+    assert list_bad_latents(folder, *words) == []
     masks = {key: entry.mask for key, entry in read_latest(folder / "latents").items()}
-    turn = "--unpack" if form == "shards" else "--pack"
-    assert run_job(folder / "settings.yaml", *words, f"data.masks={ENDING}", turn) == 0
+    command = "--unpack" if cache_format == "shards" else "--pack"
+    assert run_job(folder / "settings.yaml", *words, f"data.masks={ENDING}", command) == 0
     assert {key: entry.mask for key, entry in read_latest(folder / "latents").items()} == masks
     assert masks["b"] is not None and masks["a"] is not None and masks["a"].path == str(whole) and masks["c"] is None
     assert encode(folder, *words) == []
 
 
-def name_bad_latents(folder: Path, *words: str) -> list[dict]:
-    """What training says at its start of latents that it leaves out."""
+def list_bad_latents(folder: Path, *words: str) -> list[dict]:
+    """Start a run and return its log of bad samples: the latents that it leaves out."""
     run = (f"run.name=run-{len(list(folder.glob('runs/*')))}", f"data.masks={ENDING}")
     config, problems = load_config(folder / "settings.yaml", [*words, *run])
     index, found = open_training_set(config)
@@ -267,7 +268,7 @@ def name_bad_latents(folder: Path, *words: str) -> list[dict]:
 
 
 def test_nothing_is_learnt_where_a_mask_is_black(folder):
-    """From the mask file to the gradient of what the U-Net predicts."""
+    """The mask file reaches the gradient of the U-Net's prediction."""
     save(folder / "images" / f"a{ENDING}", np.where(np.arange(300) < 150, 0, 255)[None].repeat(200, 0))
     assert encode(folder) == ["a", "b", "c", "d"]
     sample = read_latents(folder / "latents" / "a.npz")
@@ -280,7 +281,7 @@ def test_nothing_is_learnt_where_a_mask_is_black(folder):
     )
     target = torch.ones_like(prediction)
     losses = objective.compute_losses(prediction, target, torch.tensor([100, 900]), masks)
-    assert losses.tolist() == pytest.approx([0.5, 1], abs=2e-3)  # black counts as no error, over all of the area
+    assert losses.tolist() == pytest.approx([0.5, 1], abs=2e-3)  # the mean over the whole area; black counts as 0
     losses.sum().backward()
     assert prediction.grad is not None and prediction.grad[0, ..., :9].eq(0).all()
     assert prediction.grad[0, ..., 11:].eq(-2 / prediction[0].numel()).all()

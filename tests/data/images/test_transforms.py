@@ -1,4 +1,4 @@
-"""Images: decoded as a person sees them, cut where the bucket says, and refused with a reason when they are bad."""
+"""Images: decoded as a viewer shows them, cropped to their bucket, and refused with a reason if they are bad."""
 
 import hashlib
 import io
@@ -15,27 +15,27 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, JpegImagePlugin, features
 
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, list_buckets
-from sdxl_trainer.data.images.transforms import BadImageError, cut_image, decode_image, prepare_image
+from sdxl_trainer.data.images.transforms import BadImageError, decode_image, prepare_image, resize_and_crop
 
 RULE = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
 BUCKETS = list_buckets(RULE)
 RED, GREEN, BLUE, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
 
 
-def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, form, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
-def decode(image: Image.Image, form: str = "PNG", **options) -> np.ndarray:
-    decoded = decode_image(encode(image, form, **options))
+def decode(image: Image.Image, file_format: str = "PNG", **options) -> np.ndarray:
+    decoded = decode_image(encode(image, file_format, **options))
     assert decoded.mode == "RGB"
     return np.asarray(decoded)
 
 
 def draw_quarters() -> Image.Image:
-    """Red, green over blue, white; 60 x 40 px."""
+    """Return an image of 60x40 px with a colour in each quarter: red, green above blue, white."""
     image = Image.new("RGB", (60, 40), RED)
     image.paste(GREEN, (30, 0, 60, 20))
     image.paste(BLUE, (0, 20, 30, 40))
@@ -44,7 +44,7 @@ def draw_quarters() -> Image.Image:
 
 
 def get_corners(pixels: np.ndarray) -> list[tuple]:
-    """Top left, top right, bottom left, bottom right, a little inside."""
+    """Return the colours a little inside the corners: top left, top right, bottom left, bottom right."""
     return [tuple(int(value) for value in pixels[y, x]) for y in (4, -5) for x in (4, -5)]
 
 
@@ -69,7 +69,7 @@ def test_exif_rotation_is_applied(tmp_path, orientation, corners, size):
     assert (prepared.placement.bucket[0] > prepared.placement.bucket[1]) == (size[0] > size[1])
 
 
-def test_transparency_is_laid_on_white():
+def test_transparent_areas_become_white():
     image = Image.new("RGBA", (4, 4), (*RED, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 128))
@@ -86,7 +86,7 @@ def test_palettes_with_and_without_a_transparent_colour():
     assert decode(image)[0].tolist() == [list(RED), list(BLUE)]
     assert decode(image, transparency=0)[0].tolist() == [list(WHITE), list(BLUE)]
     assert decode(image, "GIF", transparency=1)[0].tolist() == [list(RED), list(WHITE)]
-    # One colour of an RGB or grey PNG may be the transparent one, too.
+    # An RGB or grey PNG may declare one colour transparent, too.
     assert decode(Image.new("RGB", (1, 1), GREEN), transparency=GREEN)[0].tolist() == [list(WHITE)]
     assert decode(Image.new("L", (1, 1), 9), transparency=9)[0].tolist() == [list(WHITE)]
 
@@ -95,21 +95,23 @@ def test_other_colour_modes():
     assert decode(Image.new("L", (1, 1), 77))[0, 0].tolist() == [77] * 3
     assert decode(Image.new("1", (1, 1), 1))[0, 0].tolist() == [255] * 3
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink: red
-    for form in ("JPEG", "TIFF"):
-        assert np.abs(decode(cmyk, form)[8, 8].astype(int) - RED).max() <= 3
+    for file_format in ("JPEG", "TIFF"):
+        assert np.abs(decode(cmyk, file_format)[8, 8].astype(int) - RED).max() <= 3
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "big-endian TIFF"])
-def test_16_bit_grey_keeps_its_greys(form):
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "big-endian TIFF"])
+def test_16_bit_grey_keeps_its_greys(file_format):
     ramp = (np.arange(0, 65536, 256) + 200).astype(np.uint16).reshape(16, 16)
     image = Image.fromarray(ramp)
-    pixels = np.asarray(decode_image(encode_big_endian_tiff(ramp) if "big" in form else encode(image, form)))
+    pixels = np.asarray(
+        decode_image(encode_big_endian_tiff(ramp) if "big" in file_format else encode(image, file_format))
+    )
     assert pixels[..., 0].ravel().tolist() == list(range(256))
     assert (pixels == pixels[..., :1]).all()
 
 
 def encode_big_endian_tiff(values: np.ndarray) -> bytes:
-    """A TIFF of 16-bit grey as old programs write it: mark, pixels, directory."""
+    """Return a TIFF of 16-bit grey as old programs write it: header, pixels, directory."""
     height, width = values.shape
     data = values.astype(">u2").tobytes()
     tags = [
@@ -153,7 +155,7 @@ def test_16_bit_colour_keeps_its_colours():
 
 
 def make_profile() -> bytes:
-    """An ICC profile whose red is sRGB's green and the other way round, so that nobody can overlook it."""
+    """Return an ICC profile that swaps sRGB's red and green, so that applying it is easy to see."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
     return profile.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
@@ -167,18 +169,18 @@ def test_colour_profiles_are_applied(mode):
     assert np.abs(plain[0, 0].astype(int) - (200, 10, 60)).max() <= (12 if mode == "P" else 0)
     assert np.abs(applied.astype(int) - plain[..., [1, 0, 2]]).max() <= 2
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for profile in (srgb, b"no profile", make_profile()[:200]):  # nothing to do, or nothing that can be done
+    for profile in (srgb, b"no profile", make_profile()[:200]):  # already sRGB, or damaged
         assert np.array_equal(np.asarray(decode_image(encode(image, "PNG", icc_profile=profile))), plain)
 
 
-def test_colour_profiles_are_applied_to_the_cut(tmp_path):
+def test_colour_profiles_are_applied_to_the_crop(tmp_path):
     image = Image.new("RGB", (300, 200), (200, 10, 60))
     (tmp_path / "x.png").write_bytes(encode(image, "PNG", icc_profile=make_profile()))
     pixels = prepare_image(tmp_path / "x.png", RULE, BUCKETS).pixels
     assert pixels.flags.c_contiguous and np.abs(pixels.astype(int) - (10, 200, 60)).max() <= 2
 
 
-def test_a_profile_of_another_colour_model_is_left_alone():
+def test_a_profile_of_another_colour_model_is_ignored():
     grey = Image.new("L", (8, 8), 77)
     pixels = np.asarray(decode_image(encode(grey, "PNG", icc_profile=make_profile().replace(b"RGB XYZ ", b"GRAYXYZ "))))
     assert (pixels == 77).all()
@@ -188,18 +190,19 @@ def test_a_profile_of_another_colour_model_is_left_alone():
     assert np.array_equal(pixels, plain)
 
 
-@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
-def test_the_first_frame_of_an_animation_is_taken(form):
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_is_used(file_format):
     frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN, BLUE)]
-    options = {"lossless": True} if form == "WEBP" else {}
-    assert decode(frames[0], form, save_all=True, append_images=frames[1:], **options)[16, 16].tolist() == list(RED)
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    pixels = decode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert pixels[16, 16].tolist() == list(RED)
 
 
-def test_the_cut_holds_the_pixels_it_says():
-    # A ramp that tells where each pixel came from: 300 wide, resized to a third, 64 of 100 columns kept.
+def test_a_crop_holds_the_pixels_of_its_box():
+    # Red and green encode each pixel's column and row. The image is resized to a third; 64 of 100 columns are kept.
     ramp = np.zeros((150, 300, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(300)[None] * 255 // 299, np.arange(150)[:, None]
-    pixels = cut_image(ramp, Placement((64, 32), (100, 50), 18, 9))
+    pixels = resize_and_crop(ramp, Placement((64, 32), (100, 50), 18, 9))
     assert pixels.shape == (32, 64, 3) and pixels.dtype == np.uint8
     columns, rows = (18 + np.arange(64) + 0.5) * 3 - 0.5, (9 + np.arange(32) + 0.5) * 3 - 0.5  # centres in the original
     assert np.abs(pixels[16, :, 0] - columns * 255 / 299).max() <= 1.5
@@ -208,9 +211,9 @@ def test_the_cut_holds_the_pixels_it_says():
 
 
 @pytest.mark.parametrize("place", [(0, 0), (37, 11), (236, 118)])
-def test_a_cut_without_a_resize_is_exact(place):
+def test_a_crop_without_a_resize_is_exact(place):
     noise = np.random.default_rng(0).integers(0, 256, (150, 300, 3), np.uint8)
-    pixels = cut_image(noise, Placement((64, 32), (300, 150), *place))
+    pixels = resize_and_crop(noise, Placement((64, 32), (300, 150), *place))
     assert np.array_equal(pixels, noise[place[1] : place[1] + 32, place[0] : place[0] + 64])
 
 
@@ -219,30 +222,30 @@ def test_resizing_is_pillows_bicubic(resized):
     noise = np.random.default_rng(0).integers(0, 256, (200, 333, 3), np.uint8)
     image = Image.fromarray(noise)
     whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
-    pixels = cut_image(noise, Placement((64, 32), resized, 5, 3))
+    pixels = resize_and_crop(noise, Placement((64, 32), resized, 5, 3))
     assert np.abs(pixels.astype(int) - whole[3:35, 5:69]).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_large_jpeg_is_decoded_smaller_and_cannot_be_told_from_a_whole_one(tmp_path, orientation, monkeypatch):
+def test_a_large_jpeg_is_decoded_smaller_with_nearly_the_same_pixels(tmp_path, orientation, monkeypatch):
     coarse = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "x.jpg"
     Image.fromarray(coarse).resize((1500, 900), Image.Resampling.BICUBIC).save(path, exif=exif, quality=95)
     prepared = prepare_image(path, RULE, BUCKETS)
-    decoded = []
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: decoded.append(size))
+    draft_sizes = []
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: draft_sizes.append(size))
     whole = prepare_image(path, RULE, BUCKETS)
     assert prepared.original_size == whole.original_size == ((1500, 900) if orientation == 1 else (900, 1500))
     assert prepared.placement == whole.placement
     resized = prepared.placement.resized[:: 1 if orientation == 1 else -1]
-    assert decoded == [(2 * resized[0], 2 * resized[1])]
+    assert draft_sizes == [(2 * resized[0], 2 * resized[1])]
     difference = np.abs(prepared.pixels.astype(int) - whole.pixels)
     assert 0 < difference.max() <= 6 and difference.mean() < 0.6, (difference.max(), difference.mean())
 
 
-def test_what_is_told_of_the_source(tmp_path):
+def test_size_time_and_checksum_of_the_file_are_kept(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(content := encode(draw_quarters()))
     prepared = prepare_image(path, RULE, BUCKETS)
@@ -254,20 +257,18 @@ def test_what_is_told_of_the_source(tmp_path):
 def test_a_bomb_is_refused_on_every_thread(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     path.write_bytes(encode(Image.new("RGB", (100, 100))))
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 9_999
-    )  # Pillow itself refuses from twice its limit on, below it warns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)  # up to twice this limit Pillow itself only warns
     reasons = []
 
-    def try_often() -> None:
+    def prepare_repeatedly() -> None:
         for _ in range(50):
-            with pytest.raises(BadImageError, match="100 x 100 pixels are more than 9999") as caught:
+            with pytest.raises(BadImageError, match="100x100 pixels are more than 9999") as caught:
                 prepare_image(path, RULE, BUCKETS)
             reasons.append(str(caught.value))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        threads = [threading.Thread(target=try_often) for _ in range(4)]
+        threads = [threading.Thread(target=prepare_repeatedly) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -278,9 +279,9 @@ def test_a_bomb_is_refused_on_every_thread(tmp_path, monkeypatch):
         prepare_image(path, RULE, BUCKETS)
 
 
-FORMS = [
-    form
-    for form, feature in (
+FORMATS = [
+    file_format
+    for file_format, feature in (
         ("PNG", None),
         ("JPEG", "jpg"),
         ("GIF", None),
@@ -292,10 +293,10 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_truncated_image_is_refused_by_name(tmp_path, form):
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_truncated_image_is_refused_by_name(tmp_path, file_format):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    content = encode(noise, form)
+    content = encode(noise, file_format)
     path = tmp_path / "x"
     for kept in (0, 3, len(content) // 2):
         path.write_bytes(content[:kept])
@@ -304,7 +305,7 @@ def test_a_truncated_image_is_refused_by_name(tmp_path, form):
 
 
 @pytest.mark.parametrize("name", ["absent.png", "."])
-def test_what_is_no_file_is_refused_by_name(tmp_path, name):
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
     with pytest.raises(BadImageError, match="cannot be read: (No such file|Is a directory)"):
         prepare_image(tmp_path / name, RULE, BUCKETS)
 
@@ -316,13 +317,16 @@ def damaged(tmp_path_factory) -> Path:
 
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
-WHOLE = {form: encode(draw_quarters(), form, **({} if form == "GIF" else {"exif": EXIF})) for form in FORMS}
+WHOLE = {
+    file_format: encode(draw_quarters(), file_format, **({} if file_format == "GIF" else {"exif": EXIF}))
+    for file_format in FORMATS
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@given(st.sampled_from(FORMS), st.data())
-def test_no_damage_does_more_than_make_a_image_bad(damaged, form, data):
-    content = bytearray(WHOLE[form])
+@given(st.sampled_from(FORMATS), st.data())
+def test_damage_at_most_makes_an_image_bad(damaged, file_format, data):
+    content = bytearray(WHOLE[file_format])
     for place in data.draw(st.lists(st.integers(0, min(len(content), 400) - 1), min_size=1, max_size=4)):
         content[place] = data.draw(st.integers(0, 255))
     damaged.write_bytes(content)

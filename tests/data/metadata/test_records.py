@@ -141,7 +141,7 @@ def test_an_ambiguous_image_is_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         read_records([metadata], folders)
     said = str(caught.value)
-    assert said.startswith("1 records name an image of which there are several under data.image_dirs: 'x.png' (")
+    assert said.startswith("1 records name an image that exists more than once under data.image_dirs: 'x.png' (")
     assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in said and "z.png" not in said
     metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.webp"}, "x": {"image_path": "b/x.png"}})
     found = read_records([metadata], folders)  # a file name has priority over a stem, and an existing path over both
