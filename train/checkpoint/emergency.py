@@ -102,13 +102,25 @@ class EmergencySaver:
         with self._engine.hold_updates(DEADLINE_SECONDS * UPDATE_SHARE) as completed:
             if completed is None:
                 logger.error("an update is under way; the next start resumes from the newest checkpoint")
-            elif (state := self._read_state(completed)).step == self._writer.last_step:
-                logger.error("step {} is saved already", state.step)
+            elif saved := self._describe_saved(state := self._read_state(completed), started + DEADLINE_SECONDS):
+                logger.error("step {} {}", state.step, saved)
             elif completed > 0:
-                partial = self._writer.write_shard(self._engine.capture_state(alone=True), state)
+                # Updates are held, so state in host memory is written without copying it.
+                partial = self._writer.write_shard(self._engine.capture_state(alone=True, lend=True), state)
                 logger.error("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
                 self._export_once(state.step)
         return partial
+
+    def _describe_saved(self, state: TrainState, deadline: float) -> str:
+        """Describe what the checkpoint writer has written of the state's step; "" if nothing.
+
+        If the checkpoint of this step is being written, it is waited for: a second one would write the same files.
+        """
+        if state.step != self._writer.last_step and self._writer.is_writing_step(state.step):
+            self._writer.wait_at_most(max(0.0, deadline - time.monotonic()))
+            if state.step != self._writer.last_step and self._writer.is_writing_step(state.step):
+                return "is being written, and that does not end"
+        return "is saved already" if state.step == self._writer.last_step else ""
 
     def _export_once(self, step: int) -> None:
         """Write the model file unless another living rank has claimed it."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -45,24 +46,33 @@ class CheckpointWriter:
     keep_every_steps: int = 0
     wait_for_space_seconds: float = 0.0
     last_step: int = field(default=-1, init=False)
+    _writing_step: int = field(default=-1, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
 
     def save(self, engine: Engine, state: TrainState) -> None:
         """Copy the state and write it in the background. All ranks call it at the same step.
 
-        Waits for the previous checkpoint, if it is still being written.
+        Waits for the previous checkpoint, if it is still being written. Optimizer state that is in host memory is not
+        copied: the engine's next update waits until it is written.
 
         Raises:
             OSError: the previous checkpoint could not be written.
         """
         self.wait()
         # The previous copy has been written, so its memory is free.
-        self.start_writing(engine.capture_state(reuse=True), replace(state))
+        self.start_writing(engine.capture_state(reuse=True, lend=True), replace(state), engine.release_state)
 
-    def start_writing(self, files: dict[str, Any], state: TrainState) -> None:
-        """Write captured files on a thread."""
-        self._thread = threading.Thread(target=self._run, args=(files, state), name="checkpoint", daemon=True)
+    def start_writing(
+        self, files: dict[str, Any], state: TrainState, release: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write captured files on a thread.
+
+        Args:
+            release: called once the files are not read any more, whether or not they could be written.
+        """
+        self._writing_step = state.step
+        self._thread = threading.Thread(target=self._run, args=(files, state, release), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -83,6 +93,10 @@ class CheckpointWriter:
         # Read once: the console calls this from a thread of its own.
         thread = self._thread
         return thread is not None and thread.is_alive()
+
+    def is_writing_step(self, step: int) -> bool:
+        """Return whether the checkpoint of this step is being written."""
+        return self.is_writing() and self._writing_step == step
 
     def wait_at_most(self, timeout_seconds: float) -> None:
         """Wait some time for the current checkpoint, and ignore its errors."""
@@ -114,11 +128,14 @@ class CheckpointWriter:
             return None
         return f"{self.folder}: a checkpoint needs about {needed:,} bytes, {free:,} are free"
 
-    def _run(self, files: dict[str, Any], state: TrainState) -> None:
+    def _run(self, files: dict[str, Any], state: TrainState, release: Callable[[], None]) -> None:
         # Training has priority over the writer on the same core.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
-            partial = self._write_when_there_is_space(files, state)
+            try:
+                partial = self._write_when_there_is_space(files, state)
+            finally:
+                release()
             if self.rank == 0:
                 self._seal(partial)
         except (OSError, RuntimeError) as error:

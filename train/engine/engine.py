@@ -68,6 +68,10 @@ class Engine:
             self._engine.basic_optimizer.state.clear()
         self._host_memory = HostMemory()
         self._updating = threading.Lock()
+        self._lends_state = config.offload_optimizer
+        # Set while no other thread reads the live state (see `capture_state`).
+        self._state_is_free = threading.Event()
+        self._state_is_free.set()
         # True while the weights are halfway through an update. An error during an update leaves it True.
         self._halfway = False
         self._engine.basic_optimizer.register_step_pre_hook(lambda *_: setattr(self, "_halfway", True))
@@ -100,6 +104,7 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return False
+        self._state_is_free.wait()
         with self._updating:
             # The ranks first agree on the gradients' norm. If one of them is dead, no weight has been touched yet.
             self._engine.step()
@@ -137,14 +142,24 @@ class Engine:
         """Factor of the loss that keeps fp16 gradients in range; None in other precisions."""
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
 
-    def capture_state(self, alone: bool = False, reuse: bool = False) -> dict[str, Any]:
+    def capture_state(self, alone: bool = False, reuse: bool = False, lend: bool = False) -> dict[str, Any]:
         """Return this rank's files of a checkpoint: path within it → content, copied to the host.
 
         Args:
             alone: take no part in collectives, because other ranks may be dead; training cannot continue afterwards.
             reuse: overwrite the copy that was captured before, which the caller no longer needs.
+            lend: with `engine.offload_optimizer`, return the optimizer's state itself, which is in host memory
+                already. The next update waits for `release_state`; forward and backward passes do not.
         """
-        return capture_state(self._engine, self.weights, self._host_memory.rewind() if reuse else None, alone)
+        lend = lend and self._lends_state
+        if lend:
+            self._state_is_free.clear()
+        memory = self._host_memory.rewind() if reuse else None
+        return capture_state(self._engine, self.weights, memory, alone, lend=lend)
+
+    def release_state(self) -> None:
+        """Allow updates again after the caller has written the state that `capture_state` has lent."""
+        self._state_is_free.set()
 
     def load_state(self, folder: Path) -> None:
         """Load a checkpoint that any number of ranks has written at any ZeRO stage. All ranks call it together.

@@ -224,8 +224,15 @@ def read_fragment_offsets(parameter: Any) -> FragmentOffsets | None:
     return FragmentOffsets(mapping.lp_fragment_address.start, address.start, address.numel)
 
 
+class StateCopies(NamedTuple):
+    """Functions that copy the content of a checkpoint's files. Each is called before the next file is built."""
+
+    module: Callable[[Any], Any]
+    optimizer: Callable[[Any], Any]
+
+
 def collect_state_files(
-    engine: Any, tag: str, client_state: dict[str, Any], copy: Callable[[Any], Any], with_module: bool
+    engine: Any, tag: str, client_state: dict[str, Any], copies: StateCopies, with_module: bool
 ) -> dict[str, Any]:
     """Return this rank's files of a checkpoint in DeepSpeed's own format: path → copied content. No collectives.
 
@@ -236,10 +243,10 @@ def collect_state_files(
     Args:
         tag: folder of the files.
         client_state: further entries of the module's file.
-        copy: copies the content of a file, called before the next file is built.
+        copies: copy the module's file, and the file of the optimizer under ZeRO 1 to 3.
         with_module: return the file with the module's weights even if rank 0 alone writes it.
     """
-    recorder = _Recorder(engine.checkpoint_engine, copy)
+    recorder = _Recorder(engine.checkpoint_engine, copies.module)
     replaced = engine.checkpoint_engine, engine.save_non_zero_checkpoint
     engine.checkpoint_engine = recorder
     engine.save_non_zero_checkpoint |= with_module
@@ -254,7 +261,7 @@ def collect_state_files(
             "ds_config": engine.config,
             "ds_version": deepspeed.__version__,
         }
-        recorder.save(content, engine._get_zero_ckpt_name("", tag))
+        recorder.files[engine._get_zero_ckpt_name("", tag)] = copies.optimizer(content)
     return recorder.files
 
 

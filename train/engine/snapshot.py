@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from sdxl_trainer.train.engine.patches import collect_state_files
+from sdxl_trainer.train.engine.patches import StateCopies, collect_state_files
 from sdxl_trainer.train.engine.resharding import reshard
 from sdxl_trainer.train.engine.saved_state import (
     AVERAGE,
@@ -50,22 +50,39 @@ class HostMemory:
         return held.copy_(tensor)
 
 
-def copy_to_host(content: Any, memory: HostMemory | None = None) -> Any:
+def copy_to_host(content: Any, memory: HostMemory | None = None, keep_host_tensors: bool = False) -> Any:
     """Return a copy of nested dicts, lists and tuples with all tensors on the CPU, sharing no memory with the original.
 
     A tensor that is a view is copied alone: torch.save would write the whole buffer behind it.
+
+    Args:
+        memory: host memory to reuse.
+        keep_host_tensors: return a tensor that is in host memory already, and no view, without copying it.
     """
     if isinstance(content, torch.Tensor):
-        return memory.copy(content.detach()) if memory else content.detach().to("cpu", copy=True)
+        tensor = content.detach()
+        if keep_host_tensors and is_whole_host_tensor(tensor):
+            return tensor
+        return memory.copy(tensor) if memory else tensor.to("cpu", copy=True)
     if isinstance(content, dict):
-        return type(content)((key, copy_to_host(value, memory)) for key, value in content.items())
+        return type(content)((key, copy_to_host(value, memory, keep_host_tensors)) for key, value in content.items())
     if isinstance(content, (list, tuple)) and type(content) in (list, tuple):
-        return type(content)(copy_to_host(value, memory) for value in content)
+        return type(content)(copy_to_host(value, memory, keep_host_tensors) for value in content)
     return content
 
 
+def is_whole_host_tensor(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is in host memory and fills its storage, so that torch.save writes nothing else."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def capture_state(
-    engine: Any, weights: Weights, memory: HostMemory | None = None, alone: bool = False, with_module: bool = False
+    engine: Any,
+    weights: Weights,
+    memory: HostMemory | None = None,
+    alone: bool = False,
+    with_module: bool = False,
+    lend: bool = False,
 ) -> dict[str, Any]:
     """Return this rank's files of a checkpoint: path within it → content, copied to the host.
 
@@ -76,21 +93,27 @@ def capture_state(
         memory: host memory to reuse.
         alone: take no part in collectives, because other ranks may be dead; training cannot continue afterwards.
         with_module: return the file with the module's weights even if rank 0 alone writes it.
+        lend: return optimizer state and moving averages that are in host memory without copying them. The caller
+            keeps updates from starting until it has written them.
     """
 
     def copy(content: Any) -> Any:
         return copy_to_host(content, memory)
 
+    def copy_optimizer(content: Any) -> Any:
+        return copy_to_host(content, memory, keep_host_tensors=lend)
+
     layout, ema = weights.layout, weights.ema
     weights.restore_replaced()
     weights.release_gathered()
-    files = collect_state_files(engine, STATE_TAG, UNIVERSAL_INFO, copy, with_module)
+    copies = StateCopies(copy, copy_optimizer)
+    files = collect_state_files(engine, STATE_TAG, UNIVERSAL_INFO, copies, with_module)
     if not alone:
         weights.gather_persistent()
     files[f"{STATE_TAG}/layout_rank_{layout.rank:05d}.pt"] = layout.to_plain()
     if ema and (layout.zero_stage or layout.rank == 0):
         averages = {"num_updates": ema.num_updates, "averages": ema.averages}
-        files[f"{STATE_TAG}/ema_rank_{layout.rank:05d}.pt"] = copy(averages)
+        files[f"{STATE_TAG}/ema_rank_{layout.rank:05d}.pt"] = copy_optimizer(averages)
     return files
 
 
