@@ -1,7 +1,6 @@
-"""The description of a latent file, read from its headers.
+"""Read the description of a latent file from its zip and npy headers.
 
-A header costs a few reads of 1 KB instead of one of the whole file. Files that are compressed or streamed are read
-whole by `parse_latents`.
+That takes a few reads of 1 KB instead of a read of the whole file. Compressed and streamed files are read whole.
 """
 
 import os
@@ -17,10 +16,17 @@ from sdxl_trainer.data.formats.latents import (
     compute_bucket,
     parse_latents,
 )
-from sdxl_trainer.data.formats.npz import Member, NpzError, ReadBytes, list_members, parse_npy_header
+from sdxl_trainer.data.formats.npz import (
+    Member,
+    NpzError,
+    ReadBytes,
+    list_members,
+    parse_npy_header,
+    verify_num_bytes,
+)
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
-NUMBERS = {"original_size": 2, "crop_ltrb": 4}
+VECTOR_LENGTHS = {"original_size": 2, "crop_ltrb": 4}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class LatentHeader:
     bucket: Size
     original_size: Size | None  # None: not in the file
     crop_ltrb: CropBox | None  # None: not in the file
-    bytes: int  # of the file
+    bytes: int  # size of the file
     flipped: bool  # has latents of the mirrored image too
     masked: bool = False  # has an `alpha_mask`
 
@@ -39,11 +45,12 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
     """Read the header of an npz file, or of one within a shard.
 
     Args:
-        offset: of the npz in the shard, in bytes.
-        size: of the npz, in bytes; None: up to the end of the file.
+        offset: first byte of the npz in the shard.
+        size: size of the npz in bytes; None: up to the end of the file.
 
     Raises:
-        BadLatentError: missing, torn, or no latents of SDXL's; the message is the reason without the path.
+        BadLatentError: the file is missing or torn, or holds no SDXL latents; the message is the reason without the
+            path.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -52,7 +59,7 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
             end = length if size is None else offset + size
             if end > length:
                 raise BadLatentError(f"is cut short: {length} bytes of {end}")
-            return parse_latent_header(lambda place, count: os.pread(descriptor, count, place), offset, end)
+            return parse_latent_header(lambda start, count: os.pread(descriptor, count, start), offset, end)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -63,7 +70,7 @@ def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
     """Like `read_latent_header`, but for the npz in bytes [offset, end) of any source.
 
     Args:
-        read: returns `count` bytes from a place of the source on, called as `read(place, count)`.
+        read: `read(start, count)` returns `count` bytes of the source from byte `start` on.
     """
     try:
         members = list_members(read, offset, end)
@@ -86,29 +93,31 @@ def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
     key = "latents" + BF16_SUFFIX if "latents" + BF16_SUFFIX in members else "latents"
     if key not in members:
         raise BadLatentError(f"has no `latents` but {', '.join(members)}")
-    dtype, shape, *_ = parse_npy_header(key, members[key].head)
+    header = parse_npy_header(key, members[key].head)
+    dtype, shape = header.dtype, header.shape
     if len(shape) != 3 or shape[0] != LATENT_CHANNELS or dtype.kind not in ("f" if key == "latents" else "u"):
         raise BadLatentError(f"latents are {dtype}{list(shape)}, not floats [{LATENT_CHANNELS}, h, w]")
-    numbers = {name: _read_numbers(members[name], count) for name, count in NUMBERS.items() if name in members}
-    width, height = (int(side) for side in numbers.get("original_size") or (0, 0))
+    verify_num_bytes(key, header, members[key].end - members[key].start)
+    vectors = {name: _read_vector(members[name], length) for name, length in VECTOR_LENGTHS.items() if name in members}
+    width, height = (int(side) for side in vectors.get("original_size") or (0, 0))
     return LatentHeader(
         bucket=compute_bucket(shape),
         original_size=Size(width, height) if min(width, height) > 0 else None,
-        crop_ltrb=CropBox(*numbers["crop_ltrb"]) if numbers.get("crop_ltrb") else None,
+        crop_ltrb=CropBox(*vectors["crop_ltrb"]) if vectors.get("crop_ltrb") else None,
         bytes=size,
         flipped=key.replace("latents", ARRAY_KEYS["flipped"]) in members,
         masked="alpha_mask" in members,
     )
 
 
-def _read_numbers(member: Member, count: int) -> list[float]:
-    """Return the values of a vector of `count` numbers, or nothing if the member is something else."""
+def _read_vector(member: Member, length: int) -> list[float]:
+    """Return the values of a vector of `length` numbers, or an empty list if the member is something else."""
     header = parse_npy_header(member.key, member.head)
-    if header.shape != (count,) or header.dtype.kind not in "iuf":
+    if header.shape != (length,) or header.dtype.kind not in "iuf":
         return []
-    if header.bytes + count * header.dtype.itemsize > len(member.head):
+    if header.bytes + length * header.dtype.itemsize > len(member.head):
         raise BadLatentError(f"not a readable npz file: `{member.key}` is cut short")
-    numbers = np.frombuffer(member.head, header.dtype, count, header.bytes)
-    if not np.isfinite(numbers).all():
-        raise BadLatentError(f"`{member.key}` is {numbers.tolist()}, not {count} finite numbers")
-    return numbers.tolist()
+    vector = np.frombuffer(member.head, header.dtype, length, header.bytes)
+    if not np.isfinite(vector).all():
+        raise BadLatentError(f"`{member.key}` is {vector.tolist()}, not {length} finite numbers")
+    return vector.tolist()

@@ -1,4 +1,4 @@
-"""Latent files: writer and reader of the npz form that kohya-ss/sd-scripts and the first sdxl-trainer use.
+"""Latent files: writer and reader of the npz format that kohya-ss/sd-scripts and the first sdxl-trainer use.
 
 | key | dtype, shape | meaning |
 |---|---|---|
@@ -9,10 +9,12 @@
 | `original_size` | int64 [2] | (width, height) before any resize |
 | `crop_ltrb` | float64 [4] | left, top, right, bottom in the pixel grid of the resized image |
 
-numpy has no bfloat16. Such arrays have the suffix `_bf16` and are uint16; `(a.astype("uint32") << 16).view("float32")`
-gives the values. Programs that expect `latents` then stop with a missing key instead of training on wrong numbers.
+numpy has no bfloat16. The keys of such arrays end in `_bf16`, and the arrays are uint16;
+`(a.astype("uint32") << 16).view("float32")` gives the values. Programs that expect `latents` then stop with a missing
+key instead of training on wrong numbers.
 """
 
+import glob
 import io
 import math
 from collections.abc import Sequence
@@ -71,7 +73,7 @@ def pack_latents(sample: LatentSample, dtype: str = "float32") -> bytes:
     """Return the bytes of an npz file, stored uncompressed. Equal samples give equal bytes.
 
     Args:
-        dtype: of the arrays: float32, float16 or bfloat16.
+        dtype: type of the arrays: float32, float16 or bfloat16.
     """
     arrays = {}
     for name, key in ARRAY_KEYS.items():
@@ -101,10 +103,11 @@ def read_latents(path: Path, bucket: Size | None = None, span: Span | None = Non
 
     Args:
         bucket: the size that the latents must have been encoded at, if known.
-        span: of the npz within a shard; None for a file of its own.
+        span: bytes of the shard that the npz takes; None for a file of its own.
 
     Raises:
-        BadLatentError: missing, torn, pickled, of another form or shape, or not finite.
+        BadLatentError: the file is missing, torn or pickled, or an array is missing, has another type or shape, or is
+            not finite.
     """
     try:
         content = OpenFile(path).read() if span is None else OpenFile(locate_shard(path)).read(*span)
@@ -117,7 +120,7 @@ def read_latents(path: Path, bucket: Size | None = None, span: Span | None = Non
 
 
 def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check_crc: bool = True) -> LatentSample:
-    """Like `read_latents`, but from the file's bytes. Arrays of uncompressed files are views of them.
+    """Like `read_latents`, but for the bytes of a file. Arrays of uncompressed files are views of `content`.
 
     Args:
         check_crc: False skips the CRC-32, for callers that have checked the bytes' SHA-256.
@@ -129,17 +132,18 @@ def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check
     parts = {name: _read_array(arrays, key, bucket) for name, key in ARRAY_KEYS.items()}
     latents = parts.pop("latents")
     if latents is None:
-        form = "of another model family" if any(key.startswith("latents_") for key in arrays) else "no latent file"
-        raise BadLatentError(f"has no `latents` but {', '.join(arrays) or 'nothing'}: {form}")
+        is_foreign = any(key.startswith("latents_") for key in arrays)
+        kind = "latents of another model family" if is_foreign else "not a latent file"
+        raise BadLatentError(f"has no `latents` but {', '.join(arrays) or 'nothing'}: {kind}")
     for name, part in parts.items():
         if part is not None and part.shape != latents.shape:
             raise BadLatentError(f"`{ARRAY_KEYS[name]}` is {list(part.shape)}, unlike latents {list(latents.shape)}")
     size = compute_bucket(latents.shape)
-    width, height = _read_numbers(arrays, "original_size", size)
+    width, height = _read_vector(arrays, "original_size", size)
     return LatentSample(
         latents=latents,
         original_size=Size(int(width), int(height)),
-        crop_ltrb=CropBox(*_read_numbers(arrays, "crop_ltrb", CropBox(0, 0, size.width, size.height))),
+        crop_ltrb=CropBox(*_read_vector(arrays, "crop_ltrb", CropBox(0, 0, size.width, size.height))),
         **parts,
         alpha_mask=_read_mask(arrays, (size.height, size.width)),
         dtype="bfloat16" if "latents" + BF16_SUFFIX in arrays else latents.dtype.name,
@@ -157,30 +161,29 @@ def compute_bucket(shape: Sequence[int]) -> Size:
 
 
 def find_latent_file(image: Path, folder: Path) -> Path | None:
-    """Find the latent file of an image, beside it or in `folder`, under the names of kohya's scripts and ours.
+    """Find the latent file of an image, beside the image or in `folder`, by this project's name or kohya's.
 
-    `{stem}.npz` is preferred to kohya's `{stem}_{W:04d}x{H:04d}_sdxl.npz`. An npz given as the image is its own latent
-    file.
+    `{stem}.npz` is preferred to kohya's `{stem}_{W:04d}x{H:04d}_sdxl.npz`. If `image` is an npz file, it is returned.
     """
     if image.suffix == ".npz" and image.is_file():
         return image
-    for place in dict.fromkeys((image.parent, folder)):
-        plain = place / f"{image.stem}.npz"
+    for parent in dict.fromkeys((image.parent, folder)):
+        plain = parent / f"{image.stem}.npz"
         if plain.is_file():
             return plain
-        sized = sorted(place.glob(f"{_escape_glob(image.stem)}_[0-9]*x[0-9]*_sdxl.npz"))
+        sized = sorted(parent.glob(f"{glob.escape(image.stem)}_[0-9]*x[0-9]*_sdxl.npz"))
         if sized:
             return sized[0]
     return None
 
 
 def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: Size | None) -> np.ndarray | None:
-    """Return the array of floats [4, h, w] under `key`, checked, or None if the file has none."""
+    """Check and return the array of floats [4, h, w] under `key`, or None if the file has none."""
     if key + BF16_SUFFIX in arrays:
         stored = arrays[key + BF16_SUFFIX]
         if stored.dtype != np.uint16:
             raise BadLatentError(f"`{key}{BF16_SUFFIX}` is {stored.dtype}, not uint16")
-        array = (stored.astype(np.uint32) << 16).view(np.float32)
+        array = expand_bfloat16(stored)
     elif key in arrays:
         array = arrays[key]
     else:
@@ -205,7 +208,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _read_mask(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
-    """Return the `alpha_mask` [H, W], checked, or None if the file has none."""
+    """Check and return the `alpha_mask` [H, W], or None if the file has none."""
     mask = arrays.get("alpha_mask")
     if mask is None:
         return None
@@ -214,15 +217,15 @@ def _read_mask(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndar
     return mask
 
 
-def _read_numbers(arrays: dict[str, np.ndarray], key: str, default: tuple[float, ...]) -> list[float]:
-    """Return a vector of as many numbers as the default has, which is returned if the file has none."""
+def _read_vector(arrays: dict[str, np.ndarray], key: str, default: tuple[float, ...]) -> list[float]:
+    """Check and return the vector under `key`, which has the length of `default`; `default` if the file has none."""
     if key not in arrays:
         return list(default)
     array = arrays[key]
-    numbers = array.tolist() if array.shape == (len(default),) and array.dtype.kind in "iuf" else []
-    if not numbers or not all(map(math.isfinite, numbers)):
+    vector = array.tolist() if array.shape == (len(default),) and array.dtype.kind in "iuf" else []
+    if not vector or not all(map(math.isfinite, vector)):
         raise BadLatentError(f"`{key}` is {array.dtype}{list(array.shape)}, not {len(default)} finite numbers")
-    return [float(number) for number in numbers]
+    return [float(number) for number in vector]
 
 
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -231,5 +234,6 @@ def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _escape_glob(text: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+def expand_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return bfloat16 numbers, given as their bits in uint16 [...], as float32 [...]."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,8 +1,8 @@
-"""The manifest of a latent cache: `cache.json` names its settings, `manifest/part-<rank>.jsonl` lists every item.
+"""The manifest of a latent cache: `cache.json` holds its settings, `manifest/part-<rank>.jsonl` lists every item.
 
-Parts are append-only, one JSON object a line; of several lines with one key the latest counts. Any tool that reads JSON
-and computes SHA-256 can audit a cache with them. The last field of a line is the CRC-32 of the line without it, which
-reveals damage; a line without that field is accepted as it is.
+Parts are append-only and hold one JSON object per line. The latest line of a key counts. Any tool that reads JSON and
+computes SHA-256 can audit a cache with them. The last field of a line is the CRC-32 of the rest of the line, which
+reveals damage; a line without that field is accepted.
 """
 
 import hashlib
@@ -52,7 +52,10 @@ class Identity:
         return _hash_fields(self.list_fields())
 
     def list_fields(self) -> dict[str, Any]:
-        """Return all fields by name; later ones only if they are set, so that the names of older caches stay valid."""
+        """Return the fields by name.
+
+        LATER_FIELDS are left out unless they are set, so that the names of older caches stay valid.
+        """
         return {name: value for name, value in asdict(self).items() if name not in LATER_FIELDS or value}
 
 
@@ -111,7 +114,7 @@ class ManifestEntry:
     flipped: bool | None = None  # has latents of the mirrored image too; None: unknown
     text: TextPart | None = None  # None: no cached text
     mask: HashedFile | None = None  # None: no mask file
-    listed_ns: int = 0  # time of the line: of several lines with one key the latest counts
+    listed_ns: int = 0  # time of the line; the latest line of a key counts
 
     def as_stale(self) -> "ManifestEntry":
         """Return a copy that matches no identity, so that the item is encoded again."""
@@ -134,19 +137,19 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     """Read `cache.json`; None if the folder holds no cache.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     file = folder / "cache.json"
     if not file.is_file():
         return None
     fields = orjson.loads(file.read_bytes())
     if not isinstance(fields, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     return fields
 
 
 def verify_identity(folder: Path) -> str | None:
-    """Return what is wrong with `cache.json`, or None if it is whole: its name must be the hash of its fields."""
+    """Return a message if `cache.json` is damaged, or None. Its name must be the hash of its fields."""
     try:
         fields = read_identity(folder) or {}
         identity = Identity(**{name: value for name, value in fields.items() if name not in ("name", "further")})
@@ -154,11 +157,11 @@ def verify_identity(folder: Path) -> str | None:
             prefix: replace(identity, resolution_px=int(prefix.removesuffix("px/"))).name
             for prefix in fields.get("further", {})
         }
-        named = identity.name == fields.get("name") and names == fields.get("further", {})
+        names_match = identity.name == fields.get("name") and names == fields.get("further", {})
     except (ValueError, TypeError, AttributeError) as error:
         return f"cache.json: damaged: {error}"
-    whole = named and (folder / "cache.json").read_bytes() == _dump_identity(fields)
-    return None if whole else "cache.json: damaged: its name is not the hash of its fields"
+    is_whole = names_match and (folder / "cache.json").read_bytes() == _dump_identity(fields)
+    return None if is_whole else "cache.json: damaged: its name is not the hash of its fields"
 
 
 def _hash_fields(fields: dict[str, Any]) -> str:
@@ -180,12 +183,13 @@ def read_entries(
 ) -> Iterator[ManifestEntry]:
     """Yield the entry of every line of every part, in order.
 
-    A damaged line is skipped with a warning: its item is encoded again. A last line without its end is skipped without
-    one, because a job may be writing it.
+    A damaged line is skipped with a warning: its item is encoded again. An unfinished last line is skipped without a
+    warning, because a job may be writing it.
 
     Args:
-        damaged: gets the place of each skipped line.
-        keys: yield only entries of these; lines of other keys are not parsed, which takes a tenth of the time.
+        damaged: list to which the place of each skipped line is appended.
+        keys: skip lines of other keys without parsing them, which takes a tenth of the time. A line whose key holds an
+            escape is parsed and yielded all the same.
     """
     damaged = [] if damaged is None else damaged
     for part in list_manifest_parts(folder):
@@ -202,7 +206,7 @@ def read_entries(
 
 
 def _has_other_key(line: bytes, keys: Container[str]) -> bool:
-    """Return whether a line begins with a key, as ours do, that is none of `keys`."""
+    """Return whether a line begins with a key, as lines of this project do, that is not in `keys`."""
     key = line[len(KEY_MARK) : line.find(b'"', len(KEY_MARK))]
     return line.startswith(KEY_MARK) and b"\\" not in key and key.decode("utf-8", "replace") not in keys
 
@@ -233,7 +237,7 @@ def _parse_entry(line: bytes, place: str) -> ManifestEntry | None:
 def _load_line(line: bytes) -> dict[str, Any]:
     fields = orjson.loads(line)
     if "crc32" in fields and _dump_line(line[: line.rindex(CRC_MARK)] + b"}") != line:
-        raise ValueError("its CRC-32 does not match")
+        raise ValueError("the CRC-32 does not match")
     fields.pop("crc32", None)
     return fields
 
@@ -246,7 +250,7 @@ def _dump_line(content: bytes) -> bytes:
 def read_latest(
     folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
 ) -> dict[str, ManifestEntry]:
-    """Return the latest entry of each key. `damaged` and `keys` are those of `read_entries`."""
+    """Return the latest entry of each key. `damaged` and `keys` are as in `read_entries`."""
     latest: dict[str, ManifestEntry] = {}
     for entry in read_entries(folder, damaged, keys):
         known = latest.get(entry.key)
@@ -256,7 +260,7 @@ def read_latest(
 
 
 def drop_damaged_lines(folder: Path) -> None:
-    """Rewrite each part that has damaged lines without them."""
+    """Remove the damaged lines from all parts."""
     for part in list_manifest_parts(folder):
         lines = part.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, str(part)) is not None]
@@ -265,13 +269,13 @@ def drop_damaged_lines(folder: Path) -> None:
 
 
 class ManifestWriter:
-    """Appends entries to the part of a rank."""
+    """Appends entries to a rank's part of the manifest."""
 
     def __init__(self, folder: Path, rank: int):
         (folder / "manifest").mkdir(parents=True, exist_ok=True)
         path = folder / "manifest" / f"part-{rank:05d}.jsonl"
         if path.is_file():
-            _cut_torn_line(path)
+            _remove_torn_line(path)
         self._file = open(path, "ab")
 
     def append(self, entry: ManifestEntry) -> None:
@@ -294,9 +298,9 @@ class ManifestWriter:
             os.fsync(self._file.fileno())
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Remove a last line without its end, left by a killed job, so that the next entry starts on a line of its own."""
+def _remove_torn_line(path: Path) -> None:
+    """Remove the unfinished last line that a killed job left, so that the next entry starts on a new line."""
     content = path.read_bytes()
-    # A whole part must keep its mtime: indexes are rebuilt when it changes.
+    # A whole part must keep its modification time: indexes are rebuilt when it changes.
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)

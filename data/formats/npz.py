@@ -1,7 +1,7 @@
 """npz files: a zip of npy arrays, which `np.savez` stores uncompressed.
 
-Reading them through zipfile costs most of a loader's time. `list_members` therefore reads the zip's local headers
-(APPNOTE 4.3.7) itself, and arrays are views of the file's bytes. Files of any other form are left to zipfile.
+Reading them through zipfile takes most of a loader's time. `list_members` therefore parses the zip's local headers
+(APPNOTE 4.3.7) itself, and arrays are views of the file's bytes. Only files of another form are read through zipfile.
 """
 
 import ast
@@ -27,6 +27,7 @@ DIRECTORY, END_SIGNATURE, END_SIZE = b"PK\x01\x02", b"PK\x05\x06", 22
 HEAD_BYTES = 1024  # holds a local header, an npy header, and the values of a short vector
 MAX_MEMBERS = 1024
 NPY_MAGIC = b"\x93NUMPY\x01"
+# zipfile raises all of these on damaged bytes.
 READ_ERRORS = (KeyError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 Bytes = bytes | memoryview
@@ -34,7 +35,7 @@ ReadBytes = Callable[[int, int], Bytes]  # (offset, count) → bytes, fewer at t
 
 
 class NpzError(ValueError):
-    """A file that is no readable npz file or is unsafe to read; the message is the reason."""
+    """An npz file that is unreadable or unsafe to read; the message is the reason."""
 
 
 class Member(NamedTuple):
@@ -63,18 +64,18 @@ def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: 
     that are not in `limits` get an empty array, so that a caller can report what the file holds instead.
 
     Args:
-        limits: key → most bytes that the array may unpack to.
+        limits: key → maximum number of bytes that the array may unpack to.
         check_crc: False skips the members' CRC-32, for callers that have checked a better checksum.
 
     Raises:
-        NpzError: the file is torn, no npz, pickled, or claims more than it holds or may hold.
+        NpzError: the file is torn, not an npz or pickled, or claims more bytes than it holds or may hold.
     """
     arrays = _load_stored(memoryview(content), limits, check_crc)
-    return arrays if arrays is not None else _load_any(bytes(content), limits)
+    return arrays if arrays is not None else _load_with_zipfile(bytes(content), limits)
 
 
 class SpanReader(SeekableBytes):
-    """Bytes [offset, offset + size) of an open file as a file, for zipfile to read an archive within a shard."""
+    """File object over bytes [offset, offset + size) of an open file, for zipfile to read an archive within a shard."""
 
     def __init__(self, descriptor: int, offset: int, size: int):
         super().__init__(size)
@@ -91,15 +92,15 @@ def load_member(archive: zipfile.ZipFile, key: str, limit: int) -> np.ndarray:
     """Read one array of an open npz file.
 
     Args:
-        limit: most bytes that the array may unpack to.
+        limit: maximum number of bytes that the array may unpack to.
 
     Raises:
-        NpzError: torn, pickled, or claiming more than it holds or may hold.
+        NpzError: the array is torn or pickled, or claims more bytes than it holds or may hold.
     """
     try:
         member = archive.getinfo(f"{key}.npy")
         if member.file_size > limit:
-            raise NpzError(f"`{key}` claims to unpack to {member.file_size} bytes (a bomb?)")
+            raise NpzError(f"`{key}` claims to unpack to {member.file_size} bytes (a decompression bomb?)")
         return _view_npy(memoryview(archive.read(member)), key)
     except READ_ERRORS as error:
         raise NpzError(f"not a readable npz file: {error}") from None
@@ -109,10 +110,10 @@ def list_members(read: ReadBytes, start: int, end: int) -> list[Member] | None:
     """Return the members of the zip in bytes [start, end), from its local headers alone.
 
     Returns:
-        None for a zip of another form: compressed or streamed members, or members that are no npy arrays.
+        None for a zip of another form: compressed or streamed members, or members that are not npy arrays.
 
     Raises:
-        NpzError: no zip, or cut short.
+        NpzError: the bytes are not a zip, or are cut short.
     """
     members: list[Member] = []
     for _ in range(MAX_MEMBERS):
@@ -120,7 +121,7 @@ def list_members(read: ReadBytes, start: int, end: int) -> list[Member] | None:
         if head[:4] == DIRECTORY and members:
             return members
         if head[:4] != SIGNATURE or len(head) < LOCAL_HEADER.size:
-            raise NpzError("not a readable npz file: it is cut short, or no zip")
+            raise NpzError("not a readable npz file: cut short, or not a zip")
         member = _parse_local_header(head, start)
         if member is None:
             return None
@@ -130,15 +131,26 @@ def list_members(read: ReadBytes, start: int, end: int) -> list[Member] | None:
 
 
 def parse_npy_header(key: str, head: Bytes) -> NpyHeader:
-    """Parse the header of an npy array from the first bytes of it.
+    """Parse the header of an npy array from its first bytes.
 
     Raises:
-        NpzError: no npy array of version 1.
+        NpzError: the bytes are not an npy array of version 1.
     """
     size = 10 + int.from_bytes(head[8:10], "little")
     if head[:7] != NPY_MAGIC or size > len(head):
-        raise NpzError(f"`{key}` is no npy array of version 1")
+        raise NpzError(f"`{key}` is not an npy array of version 1")
     return _parse_npy_fields(bytes(head[10:size]))
+
+
+def verify_num_bytes(key: str, header: NpyHeader, num_bytes: int) -> None:
+    """Verify that an npy array of `num_bytes`, header included, holds the values that its header claims.
+
+    Raises:
+        NpzError: the array holds more or fewer bytes.
+    """
+    value_bytes = num_bytes - header.bytes
+    if math.prod(header.shape) * header.dtype.itemsize != value_bytes:
+        raise NpzError(f"`{key}` claims {header.dtype}{list(header.shape)} but holds {value_bytes} bytes")
 
 
 def _parse_local_header(head: Bytes, offset: int) -> Member | None:
@@ -164,8 +176,8 @@ def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -
     try:
         members = list_members(lambda offset, count: content[offset : offset + count], 0, len(content))
     except NpzError:
-        members = None  # zipfile may still read it, or reports the damage more exactly
-    # A file that was cut within its central directory is torn as well.
+        members = None  # zipfile may still read the file, or reports the damage more exactly
+    # A file that was cut within its central directory is torn, too.
     if members is None or content[-END_SIZE : 4 - END_SIZE] != END_SIGNATURE:
         return None
     arrays: dict[str, np.ndarray] = {}
@@ -174,28 +186,33 @@ def _load_stored(content: memoryview, limits: dict[str, int], check_crc: bool) -
         if key not in limits:
             return None  # perhaps a damaged name; zipfile compares it with the one in the directory
         if len(data) > limits[key]:
-            raise NpzError(f"`{key}` holds {len(data)} bytes (a bomb?)")
+            raise NpzError(f"`{key}` holds {len(data)} bytes (a decompression bomb?)")
         if check_crc and crc32(data) != crc:
-            raise NpzError(f"not a readable npz file: `{key}` has another CRC-32 than it should have")
+            raise NpzError(f"not a readable npz file: the CRC-32 of `{key}` does not match")
         arrays[key] = _view_npy(data, key)
     return arrays
 
 
 def _view_npy(data: memoryview, key: str) -> np.ndarray:
+    """Return an npy array as a view of its bytes.
+
+    Raises:
+        NpzError: the array is not of version 1 or is pickled, or its header claims what numpy cannot build.
+    """
     header = parse_npy_header(key, data)
     if header.dtype.hasobject:
-        raise NpzError(f"`{key}` is pickled, which is not read because it may run code")
-    count = math.prod(header.shape)
-    if count * header.dtype.itemsize != len(data) - header.bytes:
-        claim = f"{header.dtype}{list(header.shape)}"
-        raise NpzError(f"`{key}` claims {claim} but holds {len(data) - header.bytes} bytes")
-    array = np.frombuffer(data, header.dtype, count, header.bytes)
-    return array.reshape(header.shape, order="F" if header.is_fortran else "C")
+        raise NpzError(f"`{key}` is pickled; pickles are refused because they may run code")
+    verify_num_bytes(key, header, len(data))
+    try:
+        array = np.frombuffer(data, header.dtype, math.prod(header.shape), header.bytes)
+        return array.reshape(header.shape, order="F" if header.is_fortran else "C")
+    except ValueError as error:  # an item of no bytes, too many sides, or a side that is too long
+        raise NpzError(f"`{key}` claims {header.dtype}{list(header.shape)}: {error}") from None
 
 
 @lru_cache(maxsize=1024)
 def _parse_npy_fields(fields_text: bytes) -> NpyHeader:
-    """Parse the fields of an npy header, which all files of one bucket share."""
+    """Parse the fields of an npy header. Files of one bucket have the same fields, so results are cached."""
     try:
         fields = ast.literal_eval(fields_text.decode("latin1").strip())
         shape = tuple(int(side) for side in fields["shape"])
@@ -206,8 +223,8 @@ def _parse_npy_fields(fields_text: bytes) -> NpyHeader:
         raise NpzError(f"unreadable npy header: {error}") from None
 
 
-def _load_any(content: bytes, limits: dict[str, int]) -> dict[str, np.ndarray]:
-    """Return the arrays through zipfile, which reads compressed members and other forms."""
+def _load_with_zipfile(content: bytes, limits: dict[str, int]) -> dict[str, np.ndarray]:
+    """Load the arrays through zipfile, which reads compressed members and other forms."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             keys = [member.filename.removesuffix(".npy") for member in archive.infolist()]

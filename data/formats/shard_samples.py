@@ -1,7 +1,7 @@
-"""The samples of a webdataset shard: place and record of each, from one pass over the headers.
+"""List the samples of a webdataset shard, with their offsets and records, in one pass over the headers.
 
-For a remote shard the samples are stored in a local file, the shard's catalogue, so that the pass is made once. It
-takes two reads of a few KB for each sample, and reads no latents.
+The pass takes two reads of a few KB for each sample, and reads no latents. For a remote shard, a local file stores the
+samples: the shard's catalogue. One pass is then enough.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,15 +34,15 @@ class ShardSample:
     bad: str | None = None  # the reason why its latents are bad
 
 
-def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list[ShardSample]:
-    """Read all samples of a shard that have latents or a record, in their order.
+def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False) -> list[ShardSample]:
+    """List the samples of a shard that have latents or a record, in their order.
 
     Args:
-        name: of the shard, for errors.
+        name: name of the shard, for errors.
         with_headers: read the headers of the npz files too.
 
     Raises:
-        BadShardError: torn, no tar, two members of one name, or a record that is no JSON object.
+        BadShardError: the shard is torn or not a tar, two members have the same name, or a record is not a JSON object.
     """
     members: dict[str, dict[str, Any]] = {}
     headers: dict[str, LatentHeader | str] = {}
@@ -56,7 +56,7 @@ def read_shard(name: str, stream: IO[bytes], with_headers: bool = False) -> list
         members[key][suffix] = (offset, size)
         if suffix in ("json", "txt"):
             if size > MAX_RECORD_BYTES:
-                raise BadShardError(f"{name}: member {key}.{suffix} has {size} bytes")
+                raise BadShardError(f"{name}: member {key}.{suffix} has {size} bytes, more than {MAX_RECORD_BYTES}")
             stream.seek(offset)
             members[key][suffix] = stream.read(size)
     headers |= _read_header(stream, pending)
@@ -82,7 +82,7 @@ def save_catalogue(path: Path, url: str, samples: list[ShardSample]) -> None:
 
 
 def load_catalogue(path: Path) -> tuple[str, list[ShardSample]]:
-    """Return the URL of the shard and its samples from a catalogue."""
+    """Load a catalogue: the URL of the shard, and its samples."""
     with open(path, "rb") as lines:
         url = orjson.loads(next(lines))["url"]
         return url, list(map(_parse_sample, lines))
@@ -101,12 +101,12 @@ def _parse_sample(line: bytes) -> ShardSample:
 
 
 def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, LatentHeader | str]:
-    """Return the header of an npz, or the reason why it is bad, by its key."""
+    """Return the header of an npz by its key, or the reason why the npz is bad; an empty dict without a member."""
     if member is None:
         return {}
 
-    def read(place: int, count: int) -> bytes:
-        stream.seek(place)
+    def read(start: int, count: int) -> bytes:
+        stream.seek(start)
         return stream.read(count)
 
     try:

@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's form: written so that a crash loses nothing, and read by offset.
+"""Tar shards in webdataset's format: written so that a crash loses nothing, and read by offset.
 
 A sample is two members of plain USTAR/GNU tar, `key.json` (the record) and `key.npz` (the latents), and with cached
 text a third, `key.te.npz` (the text encoders' outputs). The manifest lists the offset of each npz, so one `pread` reads
@@ -78,11 +78,11 @@ class BadShardError(ValueError):
 class ShardWriter:
     """Appends samples to one shard.
 
-    Each sample is written at its offset instead of at the end of the file: the remains of a failed write (the disk is
-    full) are overwritten by the next sample, or cut off when the shard is closed.
+    Each sample is written at its offset instead of at the end of the file. The next sample therefore overwrites the
+    remains of a failed write (on a full disk), or `close` removes them.
 
     Args:
-        path: final name of the shard; it appears when `close` is called.
+        path: final name of the shard, which appears when `close` is called.
     """
 
     def __init__(self, path: Path):
@@ -96,10 +96,10 @@ class ShardWriter:
     def append(
         self, key: str, json_content: bytes, npz_content: bytes, text_content: bytes | None = None
     ) -> ShardPlace:
-        """Append one sample and return the place of its npz. It is on disk only after `flush`.
+        """Append one sample and return the place of its npz. The sample is on disk only after `flush`.
 
         Raises:
-            OSError: it could not be written; the shard is as it was before.
+            OSError: the sample could not be written; the shard is unchanged.
         """
         frame = build_sample_frame(key, len(json_content), len(npz_content))
         sample = b"".join((frame.before, json_content, frame.between, npz_content, frame.after))
@@ -116,7 +116,7 @@ class ShardWriter:
     def flush(self, end: int) -> None:
         """Flush bytes [0, end) to disk.
 
-        Threads may call this at once, also while one appends: one sync serves all that wait.
+        Threads may call this at the same time, also while one of them appends. One sync serves all waiting threads.
         """
         with self._flush_lock:
             if self._bytes_flushed < end:
@@ -128,11 +128,11 @@ class ShardWriter:
         """Close the tar and rename the shard to its final name.
 
         Raises:
-            OSError: it could not be written; the shard stays unfinished, for `recover_shard`.
+            OSError: the end of the tar could not be written; the shard stays unfinished, for `recover_shard`.
         """
         with self._flush_lock:
             try:
-                _finish(self._descriptor, self.bytes_written)
+                _write_end(self._descriptor, self.bytes_written)
                 self._bytes_flushed = self.bytes_written
             finally:
                 os.close(self._descriptor)
@@ -142,38 +142,38 @@ class ShardWriter:
 def build_sample_frame(key: str, record_bytes: int, npz_bytes: int) -> SampleFrame:
     """Build the frame of a sample's record and npz.
 
-    It follows from the manifest alone, so a single wrong byte of it is found.
+    The frame follows from the manifest's fields, so a reader finds every wrong byte of it.
     """
     name = encode_key(key)
-    between = bytes(_pad(record_bytes)) + _build_header(f"{name}.npz", npz_bytes)
-    return SampleFrame(_build_header(f"{name}.json", record_bytes), between, bytes(_pad(npz_bytes)))
+    between = bytes(_count_padding(record_bytes)) + _build_header(f"{name}.npz", npz_bytes)
+    return SampleFrame(_build_header(f"{name}.json", record_bytes), between, bytes(_count_padding(npz_bytes)))
 
 
 def build_text_frame(key: str, text_bytes: int) -> MemberFrame:
     """Build the frame of a sample's text encoder outputs."""
-    return MemberFrame(_build_header(encode_key(key) + TEXT_SUFFIX, text_bytes), bytes(_pad(text_bytes)))
+    return MemberFrame(_build_header(encode_key(key) + TEXT_SUFFIX, text_bytes), bytes(_count_padding(text_bytes)))
 
 
 def compute_sample_span(key: str, record_bytes: int, offset: int, npz_bytes: int) -> Span:
-    """Compute the bytes of a shard that a sample's record and npz take, with their frame; the npz is at `offset`."""
+    """Compute the span of a shard that a sample's record and npz take with their frame. The npz is at `offset`."""
     length = len(encode_key(key).encode())
-    record = _count_header_bytes(length + len(".json")) + record_bytes + _pad(record_bytes)
+    record = _count_header_bytes(length + len(".json")) + record_bytes + _count_padding(record_bytes)
     before = record + _count_header_bytes(length + len(".npz"))
-    return Span(offset - before, before + npz_bytes + _pad(npz_bytes))
+    return Span(offset - before, before + npz_bytes + _count_padding(npz_bytes))
 
 
 def compute_text_span(key: str, offset: int, text_bytes: int) -> Span:
-    """Compute the bytes of a shard that a sample's text encoder outputs at `offset` take, with their frame."""
+    """Compute the span of a shard that a sample's text encoder outputs at `offset` take with their frame."""
     header = _count_header_bytes(len(encode_key(key).encode()) + len(TEXT_SUFFIX))
-    return Span(offset - header, header + text_bytes + _pad(text_bytes))
+    return Span(offset - header, header + text_bytes + _count_padding(text_bytes))
 
 
 def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes: int) -> SampleContent:
     """Read one sample of a shard, finished or not, and check the tar headers and padding around it.
 
     Raises:
-        OSError: there is no such shard, or it cannot be read.
-        BadShardError: the sample is not at this offset, or not whole.
+        OSError: the shard is missing or unreadable.
+        BadShardError: the sample is not at this offset, or is damaged.
     """
     span = compute_sample_span(key, record_bytes, offset, npz_bytes)
     content = _read_span(path, span, "sample")
@@ -181,7 +181,7 @@ def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes:
     record_start, npz_start = len(frame.before), offset - span.offset
     record_end, npz_end = record_start + record_bytes, npz_start + npz_bytes
     if (content[:record_start], content[record_end:npz_start], content[npz_end:]) != frame:
-        raise BadShardError("has another tar header around the sample than it should have")
+        raise BadShardError("has a wrong tar header or padding around the sample")
     return SampleContent(content[record_start:record_end], content[npz_start:npz_end])
 
 
@@ -189,14 +189,14 @@ def read_text_member(path: Path, key: str, offset: int, text_bytes: int) -> memo
     """Read the text encoder outputs of one sample of a shard, and check the tar header and padding around them.
 
     Raises:
-        OSError: there is no such shard, or it cannot be read.
-        BadShardError: the outputs are not at this offset, or not whole.
+        OSError: the shard is missing or unreadable.
+        BadShardError: the outputs are not at this offset, or are damaged.
     """
     span = compute_text_span(key, offset, text_bytes)
     content = _read_span(path, span, "text outputs")
     start, end = offset - span.offset, offset - span.offset + text_bytes
     if (content[:start], content[end:]) != build_text_frame(key, text_bytes):
-        raise BadShardError("has another tar header around the text outputs than it should have")
+        raise BadShardError("has a wrong tar header or padding around the text outputs")
     return content[start:end]
 
 
@@ -211,7 +211,7 @@ def locate_shard(path: Path) -> Path:
 
 
 class OpenFile:
-    """A file that is open as long as this object lives."""
+    """A file that stays open as long as this object exists."""
 
     def __init__(self, path: Path | str):
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -221,7 +221,7 @@ class OpenFile:
             os.close(self._descriptor)
 
     def read(self, offset: int = 0, size: int | None = None) -> memoryview:
-        """Return `size` bytes from `offset` on, or all up to the end; fewer if the file ends before."""
+        """Return `size` bytes from `offset` on, or fewer if the file ends before. None reads up to the end."""
         size = os.fstat(self._descriptor).st_size - offset if size is None else size
         buffer = np.empty(NPZ_SHIFT + size, np.uint8)[NPZ_SHIFT:].data
         return buffer[: os.preadv(self._descriptor, (buffer,), offset)]
@@ -235,7 +235,7 @@ class OpenShards:
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
 
     def open(self, path: str) -> OpenFile:
-        """Open a shard, finished or not, unless it is open."""
+        """Return the open file of a shard, finished or not."""
         file = self._files.get(path)
         if file is None:
             file = self._files[path] = OpenFile(locate_shard(Path(path)))
@@ -246,7 +246,7 @@ class OpenShards:
         return file
 
     def forget(self, path: str) -> None:
-        """Drop a shard's handle, which may be stale, so that the next `open` opens it again."""
+        """Drop a shard's handle, which may be stale, so that the next `open` opens the file again."""
         self._files.pop(path, None)
 
 
@@ -262,15 +262,15 @@ def recover_shard(path: Path, end: int) -> None:
         partial.unlink()
         return
     with open(partial, "rb+") as file:
-        _finish(file.fileno(), end + _pad(end))
+        _write_end(file.fileno(), end + _count_padding(end))
     os.replace(partial, path)
 
 
 def verify_shard_end(path: Path, end: int) -> str | None:
-    """Return what is wrong with a finished shard after its samples, which end at `end`, or None.
+    """Return a message if a finished shard is damaged after its samples, which end at `end`; None if it is whole.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the shard cannot be read.
     """
     size = path.stat().st_size
     if size != end + len(END):
@@ -282,18 +282,18 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
     """Yield every file of a tar, from its headers alone.
 
     Args:
-        path: of the tar, or its name in errors if a stream is given.
+        path: path of the tar, or its name for errors if a stream is given.
         stream: the tar; None opens `path`.
 
     Raises:
-        BadShardError: torn, no tar, or a member that is a link, or whose name is absolute or climbs out with `..`.
+        BadShardError: the tar is torn, the file is not a tar, or a member is a link or points outside the tar.
     """
     try:
         with nullcontext(stream) if stream else open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 _check_member(path, member)
                 if member.isfile():
-                    key, _, suffix = member.name.partition(".") if "/" not in member.name else _split(member.name)
+                    key, suffix = _split_member_name(member.name)
                     yield ShardMember(decode_key(key), suffix, member.offset_data, member.size)
             # tarfile treats a damaged header, and the end of the file, as the end of the tar.
             file.seek(tar.offset)
@@ -317,14 +317,14 @@ def _check_member(path: Path | str, member: tarfile.TarInfo) -> None:
     if member.name.startswith("/") or ".." in Path(member.name).parts:
         raise BadShardError(f"{path}: member '{member.name}' points outside the archive")
     if not (member.isfile() or member.isdir()):
-        raise BadShardError(f"{path}: member '{member.name}' is no plain file, but a link or a device")
+        raise BadShardError(f"{path}: member '{member.name}' is a link or a device, not a plain file")
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """Split a member's name by webdataset's rule: the key ends at the first dot of the base name."""
-    folder, _, base = name.rpartition("/")
-    key, dot, suffix = base.partition(".")
-    return f"{folder}/{key}", dot, suffix
+def _split_member_name(name: str) -> tuple[str, str]:
+    """Split a member's name into (key, suffix) by webdataset's rule: the key ends at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    key, _, suffix = base.partition(".")
+    return folder + slash + key, suffix
 
 
 def _build_header(name: str, size: int) -> bytes:
@@ -335,16 +335,17 @@ def _build_header(name: str, size: int) -> bytes:
 
 
 def _count_header_bytes(name_bytes: int) -> int:
-    """Return the length of `_build_header`: GNU tar puts a name of more than 100 bytes into a member before it."""
-    return BLOCK if name_bytes <= tarfile.LENGTH_NAME else 2 * BLOCK + name_bytes + 1 + _pad(name_bytes + 1)
+    """Return the length of a member's header. GNU tar stores a name of more than 100 bytes in a member before it."""
+    return BLOCK if name_bytes <= tarfile.LENGTH_NAME else 2 * BLOCK + name_bytes + 1 + _count_padding(name_bytes + 1)
 
 
-def _pad(size: int) -> int:
+def _count_padding(size: int) -> int:
     """Return the number of bytes up to the next full block."""
     return -size % BLOCK
 
 
-def _finish(descriptor: int, end: int) -> None:
+def _write_end(descriptor: int, end: int) -> None:
+    """Cut a tar at `end`, write the blocks that close it, and flush the file to disk."""
     os.ftruncate(descriptor, end)
     _write_at(descriptor, END, end)
     os.fsync(descriptor)
@@ -362,7 +363,7 @@ def _read_span(path: Path, span: Span, name: str) -> memoryview:
         raise BadShardError(f"cannot hold the {name} at the offset in the manifest")
     content = memoryview(_read_at(path, span))
     if len(content) != span.size:
-        raise BadShardError(f"is cut short: {len(content)} of {span.size} bytes of the {name} are left")
+        raise BadShardError(f"is cut short: holds {len(content)} of the {span.size} bytes of the {name}")
     return content
 
 

@@ -1,6 +1,6 @@
 """State of cached text: `text.json` with the identity of all outputs, and the outputs of the empty caption.
 
-Dropped captions have the outputs of the empty caption, which are stored once.
+A dropped caption uses the outputs of the empty caption, which are stored once.
 """
 
 import hashlib
@@ -52,19 +52,19 @@ def read_empty_text(folder: Path, state: TextState) -> TextOutputs:
     """Read the outputs of the empty caption.
 
     Raises:
-        BadTextError: they are missing, or differ from the checksum in `text.json`.
+        BadTextError: the outputs are missing, or their checksum differs from the one in `text.json`.
     """
     try:
         content = (folder / EMPTY_FILE).read_bytes()
     except OSError as error:
         raise BadTextError(f"{EMPTY_FILE}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != state.empty_sha256:
-        raise BadTextError(f"{EMPTY_FILE}: has another SHA-256 than {STATE_FILE} lists")
+        raise BadTextError(f"{EMPTY_FILE}: the SHA-256 differs from the one in {STATE_FILE}")
     return parse_text_outputs(content, 1, check_crc=False)[0]
 
 
 def verify_text_state(folder: Path) -> str | None:
-    """Return what is wrong with `text.json` or the empty caption's outputs; None also if no text is cached."""
+    """Return a message if `text.json` or the outputs of the empty caption are damaged, or None."""
     if not (folder / STATE_FILE).is_file():
         return None
     state = read_text_state(folder)
@@ -78,7 +78,7 @@ def verify_text_state(folder: Path) -> str | None:
 
 
 def describe_file(path: Path) -> list[Any]:
-    """Return the path, size and mtime of a file, which reveal a change without reading it."""
+    """Return the path, size and modification time of a file, which reveal a change without reading the file."""
     status = os.stat(path)
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 

@@ -1,14 +1,14 @@
-"""Text encoder outputs: writer and reader of the npz form that kohya-ss/sd-scripts uses.
+"""Text encoder outputs: writer and reader of the npz format that kohya-ss/sd-scripts uses.
 
 | key | dtype, shape | meaning |
 |---|---|---|
 | `hidden_state1` | floats [L, 768] | penultimate layer of encoder 1, without the final norm; L = 77, 152 or 227 |
 | `hidden_state2` | floats [L, 1280] | penultimate layer of encoder 2 |
 | `pool2` | floats [1280] | encoder 2's pooled output of the first 75 tokens |
-| `hidden_state1_v1`, `hidden_state2_v1`, `pool2_v1`, `..._v2` | like those above | further variants of the caption |
+| `hidden_state1_v1`, `hidden_state2_v1`, `pool2_v1`, `..._v2` | like the first three | more variants of the caption |
 
 Programs that know only the first three keys read the first variant. bfloat16 is stored as in latent files: as uint16,
-the upper half of the float32, under the key + `_bf16`.
+the upper half of the float32, under a key that ends in `_bf16`.
 """
 
 import io
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_trainer.data.formats.latents import BF16_SUFFIX, round_to_bfloat16
-from sdxl_trainer.data.formats.npz import NpzError, SpanReader, load_arrays, load_member
+from sdxl_trainer.data.formats.latents import BF16_SUFFIX, expand_bfloat16, round_to_bfloat16
+from sdxl_trainer.data.formats.npz import READ_ERRORS, NpzError, SpanReader, load_arrays, load_member
 from sdxl_trainer.data.formats.shards import locate_shard
 
 KEYS = ("hidden_state1", "hidden_state2", "pool2")
@@ -45,7 +45,7 @@ def pack_text(variants: Sequence[TextOutputs], dtype: str = "float32") -> bytes:
     """Return the bytes of an npz file, stored uncompressed. Equal outputs give equal bytes.
 
     Args:
-        dtype: of the arrays: float32, float16 or bfloat16.
+        dtype: type of the arrays: float32, float16 or bfloat16.
     """
     arrays = {}
     for number, outputs in enumerate(variants):
@@ -67,7 +67,7 @@ def parse_text_outputs(content: bytes | memoryview, variants: int, check_crc: bo
         check_crc: False skips the CRC-32, for callers that have checked the bytes' SHA-256.
 
     Raises:
-        BadTextError: torn, pickled, of another form, or not finite.
+        BadTextError: the file is torn or pickled, or an array is missing, has another type or shape, or is not finite.
     """
     keys = [key for number in range(variants) for key in _list_keys(number)]
     limits = dict.fromkeys([*keys, *(key + BF16_SUFFIX for key in keys)], MAX_ARRAY_BYTES)
@@ -85,13 +85,14 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
     """Read and check one variant of a text file, without reading the others.
 
     Args:
-        offset: of the npz in its shard, in bytes; None for a file of its own.
-        size: of the npz, in bytes.
+        offset: first byte of the npz in its shard; None for a file of its own.
+        size: size of the npz in bytes.
         variant: number of the variant, from 0.
         variants: number of variants in the file.
 
     Raises:
-        BadTextError: missing, torn, pickled, of another form, or not finite.
+        BadTextError: the file is missing, torn or pickled, or an array is missing, has another type or shape, or is
+            not finite.
     """
     try:
         descriptor = os.open(path if offset is None else locate_shard(path), os.O_RDONLY)
@@ -106,8 +107,10 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
             os.close(descriptor)
     except OSError as error:
         raise BadTextError(f"{path}: cannot be read: {error.strerror}") from None
-    except (BadTextError, NpzError, zipfile.BadZipFile) as error:
+    except (BadTextError, NpzError) as error:
         raise BadTextError(f"{path}: {error}") from None
+    except (ValueError, *READ_ERRORS) as error:
+        raise BadTextError(f"{path}: not a readable npz file: {error}") from None
 
 
 def _list_keys(variant: int) -> list[str]:
@@ -126,11 +129,11 @@ def _build_outputs(arrays: dict[str, np.ndarray], variant: int) -> TextOutputs:
 
 def _read_array(arrays: dict[str, np.ndarray], key: str) -> np.ndarray:
     if key + BF16_SUFFIX in arrays and arrays[key + BF16_SUFFIX].dtype == np.uint16:
-        array = (arrays[key + BF16_SUFFIX].astype(np.uint32) << 16).view(np.float32)
+        array = expand_bfloat16(arrays[key + BF16_SUFFIX])
     elif key in arrays and arrays[key].dtype.kind == "f":
         array = arrays[key]
     else:
-        raise BadTextError(f"has no floats `{key}` but {', '.join(arrays) or 'nothing'}")
+        raise BadTextError(f"has no array of floats `{key}` but {', '.join(arrays) or 'nothing'}")
     if not np.isfinite(array).all():
         raise BadTextError(f"`{key}` holds values that are not finite")
     return array

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, load_catalogue, read_shard
+from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, list_shard_samples, load_catalogue
 from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
@@ -202,7 +202,7 @@ def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
 def _read_shard(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a webdataset shard: `key.npz` with `key.json` (the record) or `key.txt` (the caption)."""
     with open(file, "rb") as stream:
-        yield from _list_shard_records(str(file.absolute()), read_shard(str(file), stream))
+        yield from _list_shard_records(str(file.absolute()), list_shard_samples(str(file), stream))
 
 
 def _read_catalogue(file: Path) -> Iterator[list[SourceRecord]]:

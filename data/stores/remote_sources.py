@@ -19,8 +19,8 @@ from sdxl_trainer.data.formats.shard_samples import (
     CATALOGUE_SUFFIX,
     WINDOW_AFTER,
     WINDOW_BEFORE,
+    list_shard_samples,
     load_catalogue,
-    read_shard,
     save_catalogue,
 )
 from sdxl_trainer.data.stores.remote import (
@@ -147,13 +147,13 @@ def _fetch_source(item: StoredObject, target: Path) -> None:
 def _write_catalogue(item: StoredObject, target: Path) -> None:
     try:
         with RemoteFile(item, WINDOW_BEFORE, WINDOW_AFTER) as stream:
-            samples = read_shard(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]
+            samples = list_shard_samples(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]
     except NoRangesError:
         whole = target.with_suffix(SHARD_SUFFIX)
         try:
             download(item.url, whole)
             with open(whole, "rb") as stream:
-                samples = read_shard(item.url, stream, with_headers=True)
+                samples = list_shard_samples(item.url, stream, with_headers=True)
         finally:
             whole.unlink(missing_ok=True)
     save_catalogue(target, item.url, samples)

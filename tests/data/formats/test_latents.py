@@ -1,4 +1,4 @@
-"""Latent files: what is written is read back, other systems' files are read, and every bad one is refused by name."""
+"""Latent files: round trips, files of other programs, and bad files, which are refused by name."""
 
 import io
 import os
@@ -33,16 +33,16 @@ def save(path: Path, compressed: bool = False, **arrays) -> Path:
     return path
 
 
-def add_member(path: Path, name: str, header: str, content: bytes) -> Path:
-    """Append an array to an npz whose header may say anything."""
+def add_member(path: Path, name: str, header: str, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    """Append a member to an npz, with any text as its npy header."""
     head = np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header.encode()
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "a", compression) as archive:
         archive.writestr(name, head + content)
     return path
 
 
 def round_as(dtype: str, values: np.ndarray) -> np.ndarray:
-    """What is left of float32 values in a smaller type; torch says it for bfloat16."""
+    """Round float32 values to a smaller type with torch, and return them as float32."""
     return torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
 
 
@@ -63,8 +63,8 @@ def test_round_trip(tmp_path, dtype, parts):
 
 
 def test_bfloat16_is_read_by_plain_numpy_as_documented(tmp_path):
-    """docs/CACHE.md's recipe; and no program that looks for `latents` takes the integers for latents."""
-    # Ties go to even; what is too large becomes infinity, as in torch.
+    """The recipe of docs/CACHE.md works. A program that looks for `latents` finds none, instead of the integers."""
+    # Ties go to even, and too large values become infinity, as in torch.
     values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1.5e-39, 3.3e38, 0.1, 0.0, -2.7], np.float32)
     write_latents(
         tmp_path / "x.npz",
@@ -91,13 +91,13 @@ def test_every_array_is_checked(tmp_path, part):
         read_latents(save(tmp_path / "x.npz", latents=LATENTS, **{part: LATENTS * np.nan}), (96, 64))
 
 
-def test_a_images_latents_are_found_under_every_name(tmp_path):
+def test_the_latents_of_an_image_are_found_under_every_name(tmp_path):
     images, cache = tmp_path / "images", tmp_path / "cache"
     images.mkdir()
     cache.mkdir()
     image = images / "a [1].jpg"
     assert find_latent_file(image, cache) is None
-    (images / "a 1_0100x0070_sdxl.npz").touch()  # the brackets are no pattern
+    (images / "a 1_0100x0070_sdxl.npz").touch()  # matches only if the brackets are read as a pattern
     assert find_latent_file(image, cache) is None
     for name in (
         "cache/a [1]_0100x0070_sdxl.npz",
@@ -105,13 +105,13 @@ def test_a_images_latents_are_found_under_every_name(tmp_path):
         "images/a [1]_0100x0070_sdxl.npz",
         "images/a [1].npz",
     ):
-        (tmp_path / name).touch()  # each goes before those above it
+        (tmp_path / name).touch()  # each name is preferred to the names above it
         assert find_latent_file(image, cache) == tmp_path / name
     (images / "b.npz").touch()
-    assert find_latent_file(images / "b.npz", cache) == images / "b.npz"  # an npz may stand in for an image
+    assert find_latent_file(images / "b.npz", cache) == images / "b.npz"  # an npz may take the place of an image
 
 
-def test_other_tools_find_what_they_look_for(tmp_path):
+def test_files_have_the_keys_and_types_that_other_programs_expect(tmp_path):
     write_latents(tmp_path / "x.npz", GOOD)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
         found = {key: (arrays[key].dtype.str, arrays[key].shape) for key in arrays}
@@ -121,14 +121,13 @@ def test_other_tools_find_what_they_look_for(tmp_path):
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
 
 
-def test_the_same_content_gives_the_same_bytes(monkeypatch):
+def test_equal_samples_give_equal_bytes_at_any_time(monkeypatch):
     first = pack_latents(GOOD)
     monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((2031, 2, 3, 4, 5, 6, 0, 34, 0)))
     monkeypatch.setattr(time, "time", lambda: 1.9e9)
-    assert (
-        pack_latents(LatentSample(latents=LATENTS.copy(), original_size=(100, 70), crop_ltrb=(1, 2, 97, 66))) == first
-    )  # ints or floats
-    assert pack_latents(LatentSample(latents=-LATENTS, original_size=(100, 70), crop_ltrb=(1, 2, 97, 66))) != first
+    numbers = {"original_size": (100, 70), "crop_ltrb": (1, 2, 97, 66)}  # a crop of integers instead of floats
+    assert pack_latents(LatentSample(latents=LATENTS.copy(), **numbers)) == first
+    assert pack_latents(LatentSample(latents=-LATENTS, **numbers)) != first
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_the_same_content_gives_the_same_bytes(monkeypatch):
         ("seed_cache/img000000.npz", (288, 208), (0.0, 0.0, 0.0, 0.0), -0.1503405),
     ],
 )
-def test_other_systems_caches_are_read(file, bucket, crop, mean):
+def test_files_of_other_programs_are_read(file, bucket, crop, mean):
     sample = read_latents(FIXTURES / file, bucket)
     assert (sample.original_size, sample.crop_ltrb, sample.bucket) == ((348, 256), crop, bucket)
     assert sample.flipped is not None and sample.flipped.shape == sample.latents.shape and sample.std is None
@@ -147,11 +146,11 @@ def test_other_systems_caches_are_read(file, bucket, crop, mean):
         read_latents(FIXTURES / file, (256, 256))
 
 
-def test_what_may_be_missing_and_what_may_be_more(tmp_path):
+def test_optional_arrays_may_be_missing_or_present(tmp_path):
     bare = read_latents(save(tmp_path / "x.npz", latents=LATENTS))
     assert (bare.original_size, bare.crop_ltrb) == ((96, 64), (0, 0, 96, 64))
-    more = {"latents_flipped": LATENTS, "alpha_mask": np.ones((64, 96), np.float32)}
-    full = read_latents(save(tmp_path / "x.npz", compressed=True, latents=LATENTS.astype(">f8"), **NUMBERS, **more))
+    optional = {"latents_flipped": LATENTS, "alpha_mask": np.ones((64, 96), np.float32)}
+    full = read_latents(save(tmp_path / "x.npz", compressed=True, latents=LATENTS.astype(">f8"), **NUMBERS, **optional))
     assert np.array_equal(full.latents, LATENTS) and full.crop_ltrb == (1, 2, 97, 66)
 
 
@@ -169,10 +168,10 @@ def test_what_may_be_missing_and_what_may_be_more(tmp_path):
         ({"latents": LATENTS, "original_size": np.array(["a", None], object)}, "`original_size` is pickled"),
         (
             {"latents_8x12": LATENTS},
-            "has no `latents` but latents_8x12, original_size, crop_ltrb: of another model family",
+            "has no `latents` but latents_8x12, original_size, crop_ltrb: latents of another model family",
         ),
-        ({"hidden_state1": LATENTS}, "no latent file"),
-        ({}, "has no `latents` but original_size, crop_ltrb: no latent file"),
+        ({"hidden_state1": LATENTS}, "not a latent file"),
+        ({}, "has no `latents` but original_size, crop_ltrb: not a latent file"),
         ({"latents": LATENTS, "original_size": np.array([1, 2, 3])}, "not 2 finite numbers"),
         ({"latents": LATENTS, "original_size": np.array(7)}, "not 2 finite numbers"),
         ({"latents": LATENTS, "original_size": np.array([np.inf, 1])}, "not 2 finite numbers"),
@@ -193,10 +192,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
             read_latents(path)
 
 
-def test_bombs_are_refused_before_memory_is_set_aside(tmp_path):
+def test_bombs_are_refused_before_memory_is_allocated(tmp_path):
     claim = "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4000000, 1000000)}\n"  # 64 TB
-    with pytest.raises(BadLatentError, match=r"`latents` claims float32\[4, 4000000, 1000000\] but holds 8 bytes"):
-        read_latents(add_member(save(tmp_path / "claim.npz", **NUMBERS), "latents.npy", claim, bytes(8)))
+    for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        path = add_member(save(tmp_path / "claim.npz", **NUMBERS), "latents.npy", claim, bytes(8), compression)
+        for read in (read_latents, lambda path: read_latent_header(str(path))):
+            with pytest.raises(BadLatentError, match=r"`latents` claims float32\[4, 4000000, 1000000\] but holds 8 "):
+                read(path)
     big = "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4096, 4096)}\n"  # 256 MB of zeros in 256 kB
     path = add_member(save(tmp_path / "big.npz", **NUMBERS), "latents.npy", big, bytes(4 * 4096 * 4096 * 4))
     assert path.stat().st_size < 400_000
@@ -228,7 +230,7 @@ FULL = LatentSample(
 
 
 @given(st.sampled_from([pack_latents(GOOD), pack_latents(FULL), make_compressed()]), st.data())
-def test_any_damage_is_refused_or_does_no_harm(damaged, content, data):
+def test_any_damage_is_refused_or_harmless(damaged, content, data):
     places = st.integers(0, len(content) - 1) | st.integers(max(0, len(content) - 400), len(content) - 1)
     torn = bytearray(content)
     for place in data.draw(st.lists(places, min_size=1, max_size=3)):
@@ -248,7 +250,7 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
         read_latents(tmp_path / "x.npz")
 
 
-def test_the_header_says_what_the_whole_file_says(tmp_path):
+def test_the_header_agrees_with_the_whole_file(tmp_path):
     for number, (name, dtype) in enumerate((("a", "float32"), ("b", "float16"), ("c", "bfloat16"))):
         latents = np.ones((4, 8 + number, 12), np.float32)
         sample = LatentSample(

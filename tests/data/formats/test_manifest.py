@@ -1,4 +1,4 @@
-"""The manifest: what is listed is read back, after a crash too, and looking at it changes nothing."""
+"""The manifest: entries are read back, also after a crash, and reading changes no file."""
 
 import os
 import time
@@ -72,7 +72,7 @@ def list_keys(folder):
 
 
 def compute_crc(line: bytes) -> str:
-    """A line's CRC-32 as docs/CACHE.md tells it."""
+    """Compute a line's CRC-32 as docs/CACHE.md describes it."""
     return f"{zlib.crc32(line[: line.rindex(b',')] + b'}'):08x}"
 
 
@@ -86,13 +86,12 @@ def test_only_the_lines_of_wanted_keys_are_read(tmp_path):
     lines = part.read_bytes().splitlines(keepends=True)
     part.write_bytes(lines[0] + lines[1].replace(b"33342", b"33343") + lines[5])
     damaged = []
-    assert (
-        set(read_latest(tmp_path, damaged, {"a", "c"})) == {"a", "c"} and damaged == []
-    )  # what is not read is not judged
+    # Lines of other keys are not checked.
+    assert set(read_latest(tmp_path, damaged, {"a", "c"})) == {"a", "c"} and damaged == []
     assert set(read_latest(tmp_path, damaged, {"a", "b"})) == {"a"} and len(damaged) == 1
 
 
-def test_entries_of_all_ranks_and_all_sessions_are_read_back(tmp_path):
+def test_entries_of_all_ranks_and_jobs_are_read_back(tmp_path):
     first, second = append(tmp_path, 0, "a", "b"), append(tmp_path, 1, "c")
     append(tmp_path, 0, "d")
     os.utime(first, ns=(1, 1))
@@ -128,11 +127,11 @@ def test_a_line_is_plain_json(tmp_path):
     assert (line["offset"], line["record_bytes"], line["record_sha256"]) == (1536, 2, "2" * 64)
 
 
-def test_the_line_listed_last_counts(tmp_path):
+def test_the_latest_line_of_a_key_counts(tmp_path):
     append(tmp_path, 0, "a", "b")
     second = append(tmp_path, 1, "a", bytes=1)
     append(tmp_path, 0, "c")
-    os.utime(second, ns=(1, 1))  # the part with the older line of a is the newer file now
+    os.utime(second, ns=(1, 1))  # the file with the newer line of `a` is the older file now
     assert [entry.bytes for entry in read_entries(tmp_path)] == [1, 33342, 33342, 33342]
     assert {key: entry.bytes for key, entry in read_latest(tmp_path).items()} == {"a": 1, "b": 33342, "c": 33342}
 
@@ -152,7 +151,7 @@ def test_every_flipped_byte_of_a_line_is_noticed(tmp_path):
             assert {entry.key for entry in entries} <= {"a", "c"}
 
 
-def test_a_line_without_a_crc_is_taken_as_it_is(tmp_path, warnings):
+def test_a_line_without_a_crc_is_accepted(tmp_path, warnings):
     part = append(tmp_path, 0, "a")
     line = orjson.loads(part.read_bytes())
     line.pop("crc32")
@@ -174,7 +173,7 @@ def test_damaged_lines_are_dropped_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "x', b"{", b"\x00\x00"])
-def test_a_line_torn_by_a_crash_is_passed_over_and_cut_off(tmp_path, warnings, torn):
+def test_a_line_torn_by_a_crash_is_skipped_and_removed(tmp_path, warnings, torn):
     part = append(tmp_path, 0, "a")
     with open(part, "ab") as file:
         file.write(torn)
@@ -187,7 +186,7 @@ def test_a_line_torn_by_a_crash_is_passed_over_and_cut_off(tmp_path, warnings, t
 @pytest.mark.parametrize(
     "damaged", [b"\x00\x00\n", b"{}\n", b"[1]\n", b'{"key": "x", "source": {}}\n', b"\xff\n", b"\n"]
 )
-def test_a_damaged_line_is_passed_over_and_named(tmp_path, warnings, damaged):
+def test_a_damaged_line_is_skipped_and_named(tmp_path, warnings, damaged):
     part = append(tmp_path, 0, "a")
     with open(part, "ab") as file:
         file.write(damaged)
@@ -196,11 +195,11 @@ def test_a_damaged_line_is_passed_over_and_named(tmp_path, warnings, damaged):
     assert len(warnings) == 1 and warnings[0].startswith(f"{part}:2: damaged line skipped")
 
 
-def test_a_job_with_nothing_to_do_leaves_the_parts_as_they_are(tmp_path):
+def test_a_job_with_nothing_to_do_leaves_the_parts_unchanged(tmp_path):
     part = append(tmp_path, 0, "a")
     os.utime(part, ns=(5, 5))
     append(tmp_path, 0)
-    append(tmp_path, 1)  # a rank more than before, with nothing to do either
+    append(tmp_path, 1)  # another rank with nothing to do
     assert list_manifest_parts(tmp_path) == [part] and part.stat().st_mtime_ns == 5
     assert list_manifest_parts(tmp_path / "absent") == [] and list_keys(tmp_path / "absent") == []
 
@@ -226,7 +225,7 @@ def test_identity_is_read_back(tmp_path):
     assert os.listdir(tmp_path) == ["cache.json"]
 
 
-def test_the_identitys_name_belongs_to_all_of_it():
+def test_the_name_of_an_identity_depends_on_every_field():
     fields = {field: getattr(IDENTITY, field) for field in IDENTITY.__dataclass_fields__}
     changed = [
         Identity(**{**fields, field: not value if isinstance(value, bool) else value * 2 or ((64, 64),)})

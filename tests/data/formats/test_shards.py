@@ -1,4 +1,4 @@
-"""Tar shards: webdataset and tar read what we write, a crash loses nothing that was listed, and damage is named."""
+"""Tar shards: webdataset and tar read them, a crash loses no listed sample, and damage is named."""
 
 import io
 import json
@@ -42,7 +42,7 @@ KEYS = [
 
 
 def make_content(number: int) -> tuple[bytes, bytes]:
-    """(record, npz) of sizes around a block's."""
+    """Return (record, npz) with sizes around that of a tar block."""
     buffer = io.BytesIO()
     np.savez(buffer, latents=np.full((4, 2, number % 7 + 1), number, np.float32))
     return json.dumps({"number": number, "text": "ä" * (number * 40)}).encode(), buffer.getvalue()
@@ -50,7 +50,7 @@ def make_content(number: int) -> tuple[bytes, bytes]:
 
 @pytest.fixture
 def shard(tmp_path):
-    """A finished shard of all keys: (path, key → (record, npz, place))."""
+    """Write a finished shard of all keys. Return (path, key → (record, npz, place))."""
     writer = ShardWriter(tmp_path / "shards" / "x.tar")
     items = {}
     for number, key in enumerate(KEYS):
@@ -88,19 +88,19 @@ def test_webdataset_reads_a_shard(shard):
     assert decoded["json"]["number"] == 0 and decoded["npz"]["latents"].shape == (4, 2, 1)
 
 
-def test_names_of_tar_members_are_unique_and_undone():
+def test_encoded_keys_are_unique_and_can_be_decoded():
     assert [decode_key(encode_key(key)) for key in KEYS] == KEYS
     assert len({encode_key(key) for key in KEYS}) == len(KEYS)
-    assert encode_key("0001_red_circle") == "0001_red_circle"  # a usual stem stays what it is
+    assert encode_key("0001_red_circle") == "0001_red_circle"  # an ordinary stem is unchanged
 
 
-def test_a_sample_is_read_by_its_place(shard):
+def test_a_sample_is_read_by_its_offset(shard):
     path, items = shard
     for key, (record, npz, place) in items.items():
         assert read_sample(path, key, len(record), place.offset, place.size) == (record, npz)
 
 
-def test_spans_are_what_tar_takes(shard):
+def test_spans_of_samples_fill_the_tar(shard):
     path, items = shard
     end = 0
     for key, (record, _, place) in items.items():
@@ -124,7 +124,7 @@ def test_members_are_listed_from_headers(shard):
     ]
 
 
-def test_other_peoples_folders_in_a_tar(tmp_path):
+def test_folders_in_a_tar_of_another_program(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name in ("a/b.c/", "a/b.c/d.e.npz"):
             info = tarfile.TarInfo(name)
@@ -147,7 +147,7 @@ def test_links_are_refused(tmp_path):
         info = tarfile.TarInfo("a.npz")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
-    with pytest.raises(BadShardError, match="'a.npz' is no plain file"):
+    with pytest.raises(BadShardError, match="'a.npz' is a link or a device"):
         list(iterate_members(tmp_path / "x.tar"))
 
 
@@ -167,7 +167,7 @@ def test_every_truncation_of_a_tar_is_noticed(tmp_path):
         assert len(list(iterate_members(writer.path))) == 6
         assert "bytes, but its samples and the end of the tar take" in verify_shard_end(writer.path, end)
     writer.path.write_bytes(content[:BLOCK] + b"\1" + content[BLOCK + 1 :])
-    assert len(list(iterate_members(writer.path))) == 6  # a record's content is the manifest's business
+    assert len(list(iterate_members(writer.path))) == 6  # only the manifest has a checksum of a record's content
     writer.path.write_bytes(content[: 2 * BLOCK] + b"\1" + content[2 * BLOCK + 1 :])
     with pytest.raises(BadShardError, match="cut short or damaged at byte 1024"):
         list(iterate_members(writer.path))
@@ -200,7 +200,7 @@ def test_every_flipped_byte_of_a_sample_or_of_the_end_is_noticed(tmp_path):
     os.close(file)
 
 
-def test_a_wrong_place_is_refused(shard):
+def test_a_wrong_offset_or_key_is_refused(shard):
     path, items = shard
     record, npz, place = items["plain"]
     for offset in (place.offset - BLOCK, place.offset + BLOCK, 0, 1 << 40):
@@ -210,8 +210,8 @@ def test_a_wrong_place_is_refused(shard):
         read_sample(path, "plane", len(record), place.offset, len(npz))
 
 
-def test_a_cut_partial_is_finished_wherever_it_was_cut(tmp_path):
-    """What the manifest lists is on disk; of what came after it any part may be."""
+def test_an_unfinished_shard_is_recovered_wherever_it_was_cut(tmp_path):
+    """The samples that the manifest lists are on disk. Any part of the later ones may be there, too."""
     path = tmp_path / "x.tar"
     partial = get_partial_path(path)
     writer = ShardWriter(path)
@@ -241,7 +241,7 @@ def test_a_cut_partial_is_finished_wherever_it_was_cut(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_write_that_failed_half_way_leaves_no_trace(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
     writer = ShardWriter(tmp_path / "x.tar")
     writer.append("a", b"{}", b"1" * 3000)
     whole, write, room = writer.bytes_written, os.pwrite, [1500]
@@ -258,7 +258,7 @@ def test_a_write_that_failed_half_way_leaves_no_trace(tmp_path, monkeypatch):
         writer.append("b", b"{}", b"2" * 3000)
     assert writer.bytes_written == whole
     room[0] = 1 << 20
-    place = writer.append("c", b"{}", b"3" * 100)  # shorter than what the failed one left
+    place = writer.append("c", b"{}", b"3" * 100)  # shorter than the remains of the failed write
     end = writer.bytes_written
     writer.close()
     assert [(key, suffix) for key, suffix, _, _ in iterate_members(writer.path)] == [

@@ -1,4 +1,4 @@
-"""Cached text encoder outputs: their file form, their variants, and the captions they are made of."""
+"""Cached text encoder outputs: their file format, their variants, and the captions that they are made of."""
 
 import io
 import os
@@ -74,7 +74,7 @@ def test_kohya_finds_the_first_variant():
 
 
 @pytest.mark.parametrize("variants", [1, 2])
-def test_what_is_wrong_with_a_file_is_told(tmp_path, variants):
+def test_errors_name_the_fault_of_a_file(tmp_path, variants):
     outputs = [make_outputs(number) for number in range(variants)]
     content = bytearray(pack_text(outputs))
     path = tmp_path / "a.npz"
@@ -95,24 +95,43 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, variants):
     with pytest.raises(BadTextError, match="pool2.*not finite"):
         read()
     np.savez(path, hidden_state1=np.zeros((77, 2)), pool2=np.zeros(3))
-    with pytest.raises(BadTextError, match="has no floats `hidden_state2"):
+    with pytest.raises(BadTextError, match="has no array of floats `hidden_state2"):
         parse_text_outputs(path.read_bytes(), variants)
 
 
-def test_variants_are_keyed_to_the_sample_and_leave_dropout_out():
+@pytest.mark.parametrize("variants", [1, 2])
+def test_every_flipped_byte_of_a_file_is_refused_or_harmless(tmp_path, variants):
+    rng = np.random.default_rng(0)
+    shapes = ((1, 2), (1, 3), (3,))
+    outputs = [TextOutputs(*(rng.standard_normal(shape, np.float32) for shape in shapes)) for _ in range(variants)]
+    path, content = tmp_path / "a.npz", bytearray(pack_text(outputs))
+    for place in range(len(content)):
+        for mask in (0x01, 0x80, 0xFF):
+            content[place] ^= mask
+            path.write_bytes(content)
+            try:
+                found = read_text_variant(path, None, len(content), variants - 1, variants)
+            except BadTextError:
+                pass
+            else:
+                assert is_same(found, outputs[-1]), place
+            content[place] ^= mask
+
+
+def test_variants_are_keyed_to_the_sample_and_ignore_dropout():
     settings = CaptionSettings(shuffle=True, dropout_rate=0.9, dropout_every_epochs=1, keep_tokens=1)
     shaped = CaptionVariants(settings, 8).build(TAGS)
     assert len(shaped) == 8 and len(set(shaped)) > 4
     assert all(sorted(text.split(", ")) == sorted(TAGS["caption"].split(", ")) for text in shaped)
     assert all(text.startswith("one") for text in shaped)
     assert shaped == CaptionVariants(replace(settings, dropout_rate=0.0), 8).build(TAGS)
-    assert shaped[:3] == CaptionVariants(settings, 3).build(TAGS)  # more of them keeps the first
+    assert shaped[:3] == CaptionVariants(settings, 3).build(TAGS)  # more variants keep the first ones
     assert shaped != CaptionVariants(settings, 8).build({**TAGS, "key": "b"})
-    assert CaptionVariants(CaptionSettings(), 8).build(TAGS) == (TAGS["caption"],)  # all the same: once
+    assert CaptionVariants(CaptionSettings(), 8).build(TAGS) == (TAGS["caption"],)  # equal variants are kept once
     assert hash_captions(shaped) != hash_captions(shaped[:7])
 
 
-def test_what_makes_captions_random_is_told():
+def test_random_caption_settings_are_listed():
     assert (
         list_random_settings(CaptionSettings(dropout_rate=0.5, keep_tokens=2, prefix="x", replacements={"a": "b"}))
         == []
@@ -121,7 +140,7 @@ def test_what_makes_captions_random_is_told():
     assert list_random_settings(random) == ["shuffle", "tag_dropout_rate", "wildcards", "replacements"]
 
 
-def test_every_flipped_byte_of_what_all_outputs_share_is_found(tmp_path):
+def test_every_flipped_byte_of_the_text_state_is_found(tmp_path):
     assert verify_text_state(tmp_path) is None and read_text_state(tmp_path) is None
     write_text_state(tmp_path, IDENTITY, ["correct", ["/m", 1, 2]], pack_text([make_outputs(0, 3)]))
     state = read_text_state(tmp_path)

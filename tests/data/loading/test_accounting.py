@@ -68,7 +68,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "s8": (lambda content: save_arrays(latents=np.zeros((4, 8, 8), np.float32)), "encoded at 64x64 px"),
     "s10": (lambda content: save_arrays(latents=np.zeros(SHAPE, np.int32)), "not floats"),
     "s12": (lambda content: save_arrays(latents=np.array([{}] * 4)), "pickled"),
-    "s14": (pack_bomb, "a bomb"),
+    "s14": (pack_bomb, "decompression bomb"),
     "s16": (lambda content: save_arrays(latents_12x8=np.zeros(SHAPE, np.float32)), "another model family"),
     "s18": (lambda content: b"<html>not found</html>" * 30, "not a readable npz file"),
 }
