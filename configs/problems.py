@@ -26,8 +26,7 @@ class UserInputError(ValueError):
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
         lines = "\n".join(str(problem) for problem in self.problems)
-        count = len(self.problems)
-        super().__init__(f"{count} problem{'s' if count != 1 else ''} in the settings:\n{lines}")
+        super().__init__(f"{format_count(len(self.problems), 'problem')} in the settings:\n{lines}")
 
 
 class FailedError(RuntimeError):
@@ -39,6 +38,11 @@ def raise_if_any(problems: Iterable[Problem]) -> None:
     problems = list(problems)
     if problems:
         raise UserInputError(problems)
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun, in the singular for 1: `1 rank`, `2,000 ranks`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _shorten(value: Any, limit: int = 100) -> str:

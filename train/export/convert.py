@@ -1,4 +1,4 @@
-"""The conversion program: a checkpoint, single file or diffusers folder becomes a single file or diffusers folder."""
+"""The conversion program: convert checkpoints, single files and diffusers folders to a single file or a folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,26 +20,28 @@ from sdxl_trainer.train.networks.adapters import write_adapters
 
 
 def run_conversion(
-    source: Path, target: Path, cfg: Path | None, words: Sequence[str], average: str | None = None
+    source: Path, target: Path, cfg: Path | None, overrides: Sequence[str], average: str | None = None
 ) -> None:
-    """Write the source as `target`, tensor by tensor.
+    """Convert `source` to the format of `target`, tensor by tensor.
 
-    A checkpoint holds the trained weights; all others come from the model that its training started from.
+    A checkpoint contains only the trained weights; the others come from the model that training started from.
 
     Args:
-        cfg: file with settings. Default: the settings of the checkpoint, or for a model the prediction it declares.
-        words: `key.sub=value` words that override the other settings.
+        cfg: file with settings. Default: the settings of the checkpoint, or for a model the prediction that it
+            declares.
+        overrides: `key.sub=value` words that override the other settings.
         average: decay of the moving average to write instead of the checkpoint's weights.
 
     Raises:
-        UserInputError: the source is not a model, or the checkpoint does not hold that average.
+        UserInputError: the source is not a model, or the checkpoint does not contain that average.
     """
     init_logger(rank=0)
     checkpoint = find_model_checkpoint(source, "source")
     if checkpoint is None:
         declared = read_declared_prediction(source) if cfg is None else None
-        words = [*(declared.list_overrides() if declared else ()), *words, f"model.path={json.dumps(str(source))}"]
-    config, problems = load_model_config(checkpoint, cfg, words)
+        prediction = declared.list_overrides() if declared else ()
+        overrides = [*prediction, *overrides, f"model.path={json.dumps(str(source))}"]
+    config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
     raise_if_any([*check_model(config.model), *check_average(checkpoint, average)])
     settings = build_export_settings(config, resolve_model(config.model))
@@ -56,7 +58,7 @@ def run_conversion(
 def replace_trained_weights(
     components: Mapping[str, dict[str, TensorSource]], trained: Mapping[str, TensorSource]
 ) -> None:
-    """Replace the weights of a base model by the trained ones, in place."""
+    """Replace weights of a base model with the trained weights, in place."""
     for name, weight in trained.items():
         component, _, inner = name.partition(".")
         components[component][get_canonical_name(component, inner)] = weight

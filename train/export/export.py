@@ -1,4 +1,4 @@
-"""Export of the trained model in the formats that other programs read."""
+"""Export of the trained model as a single file, a diffusers folder, or adapters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class ExportSettings:
     lora: LoraConfig
     dtype: torch.dtype
     title: str
-    size_px: tuple[int, int]  # resolution that the metadata declare
+    size_px: tuple[int, int]  # resolution that the metadata declares
 
 
 def build_export_settings(config: Config, source: ModelSource) -> ExportSettings:
@@ -63,7 +63,7 @@ def build_export_settings(config: Config, source: ModelSource) -> ExportSettings
 def export_model(
     path: Path, engine: Engine, settings: ExportSettings, ranks: Ranks, average: str | None = None
 ) -> None:
-    """Write U-Net, text encoders and VAE as a single file or diffusers folder, or the adapters if those are trained.
+    """Write U-Net, text encoders and VAE as a single file or diffusers folder, or the adapters if the run trains them.
 
     Trained weights are gathered one tensor at a time, so no rank ever holds all of them in fp32. Frozen weights are
     read from the base model, because the engine may hold them in 16 bit. All ranks call this together.
@@ -78,24 +78,24 @@ def export_model(
             write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
         barrier()
         return
-    names = list_gathered_parameters(engine, settings.source)
+    parameters = list_gathered_parameters(engine, settings.source)
     if ranks.is_main:
         weights = {
-            component: {name: partial(engine.weights.gather, parameter, average) for name, parameter in found.items()}
-            for component, found in names.items()
+            component: {name: partial(engine.weights.gather, parameter, average) for name, parameter in names.items()}
+            for component, names in parameters.items()
         }
         write_model(path, weights, settings)
     else:
-        for parameter in (parameter for found in names.values() for parameter in found.values()):
+        for parameter in (parameter for names in parameters.values() for parameter in names.values()):
             engine.weights.gather(parameter, average)
     barrier()
 
 
 def list_gathered_parameters(engine: Engine, source: ModelSource) -> dict[str, dict[str, str]]:
-    """Map component → name → the engine's parameter, for all trained parameters.
+    """Map component → name → the engine's name of the parameter, for all trained parameters.
 
-    The order is the one in which the writers of both formats ask for the tensors. Each request is a collective, so all
-    ranks must make the same requests in the same order.
+    The order is the one in which both format writers read the tensors. Each read is a collective, so all ranks must
+    read the same tensors in the same order.
     """
     trained = {component: {} for component in COMPONENTS}
     for parameter in engine.weights.trained_names:
@@ -103,36 +103,37 @@ def list_gathered_parameters(engine: Engine, source: ModelSource) -> dict[str, d
         trained[component][get_canonical_name(component, name)] = parameter
     return {
         component: {
-            name: held[name] for name in list_source_names(component, source.read_config(component)) if name in held
+            name: names[name] for name in list_source_names(component, source.read_config(component)) if name in names
         }
         for component in COMPONENT_PREFIXES
-        if (held := trained[component])
+        if (names := trained[component])
     }
 
 
 def export_local_model(path: Path, engine: Engine, settings: ExportSettings) -> None:
     """Write the trained weights that this rank holds, in the precision of training, without any collective."""
-    held = engine.model.state_dict()
+    state = engine.model.state_dict()
     if settings.lora.rank:
-        weights = {name: held[name] for name in engine.weights.trained_names}
+        weights = {name: state[name] for name in engine.weights.trained_names}
         write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
         return
-    names = list_gathered_parameters(engine, settings.source)
+    parameters = list_gathered_parameters(engine, settings.source)
     weights = {
-        component: {name: held[parameter] for name, parameter in found.items()} for component, found in names.items()
+        component: {name: state[parameter] for name, parameter in names.items()}
+        for component, names in parameters.items()
     }
     write_model(path, weights, settings)
 
 
 def get_model_path(config: Config, step: int, average: str | None = None) -> Path:
-    """Return the path of the model of a step, or of a moving average: a file, or a folder in diffusers layout."""
+    """Return the path of the exported model of a step, or of its moving average: a file or a diffusers folder."""
     name = f"step-{step:08d}{'-lora' if config.lora.rank else ''}{f'-ema-{average}' if average else ''}"
     is_file = config.lora.rank or config.checkpoint.export_format == "single"
     return config.run.folder / "models" / (f"{name}.safetensors" if is_file else name)
 
 
 def write_model(path: Path, weights: Weights, settings: ExportSettings) -> None:
-    """Write a model from this process alone. Tensors that `weights` lacks are read from the base model."""
+    """Write a model from this process. Tensors that `weights` does not contain are read from the base model."""
     components = open_components(settings.source, settings.model)
     for component, tensors in weights.items():
         components[component] |= tensors
@@ -142,7 +143,8 @@ def write_model(path: Path, weights: Weights, settings: ExportSettings) -> None:
 def write_components(path: Path, components: Weights, settings: ExportSettings) -> None:
     """Write a model as a single file if `path` ends in .safetensors, else as a diffusers folder.
 
-    Both declare the prediction type: a file by modelspec metadata and marks, a folder by its scheduler.
+    Both declare the prediction type: a file in its modelspec metadata and marker tensors, a folder in its scheduler's
+    config.
     """
     source, objective = settings.source, settings.objective
     configs = {name: source.read_config(name) for name in COMPONENTS}

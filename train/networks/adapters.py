@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): added to the networks by PEFT, written with kohya's names."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685), added to the networks by PEFT and exported with kohya's tensor names."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.order.keyed_random import derive_seed
 
-DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names, after that of the layer
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's suffixes of a layer's name
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
 def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0) -> None:
     """Freeze the networks and add adapters to the target layers that were trainable.
 
-    The adapters start as zero changes and are equal on every rank.
+    New adapters do not change the output of a network. They are equal on every rank.
 
     Args:
-        networks: the trained ones of `unet`, `text_encoder` and `text_encoder_2`, by name.
+        networks: the networks to train, by name (`unet`, `text_encoder`, `text_encoder_2`).
 
     Raises:
         UserInputError: a network has no target layer.
@@ -38,7 +38,7 @@ def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0)
         layers = find_target_layers(network, targets)
         if not layers:
             rule = f"matches no trainable layer of the {name}"
-            cure = "leave it out: the default targets the layers that kohya's scripts target"
+            cure = "leave it out: the default is the layers that kohya's scripts train"
             raise UserInputError([Problem(f"lora.{key}", targets, rule, cure)])
         network.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -90,7 +90,7 @@ def write_adapters(
 
 
 def map_layer_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
-    """Map diffusers' names of the U-Net's layers to their LDM names, which kohya's scripts use."""
+    """Map diffusers' names of the U-Net's layers to the LDM names that kohya's scripts use."""
     prefix = COMPONENT_PREFIXES["unet"]
     return {
         row.sources[0].removesuffix(".weight"): row.file_name.removeprefix(prefix).removesuffix(".weight")
@@ -109,4 +109,4 @@ def build_kohya_name(layer: str, layers: Mapping[str, str]) -> str:
     """
     component, _, inner = layer.partition(".")
     inner = layers[inner] if component == "unet" else get_canonical_name(component, inner)
-    return f"{PREFIXES[component]}_{inner.replace('.', '_')}"
+    return f"{KOHYA_PREFIXES[component]}_{inner.replace('.', '_')}"

@@ -12,8 +12,8 @@ from sdxl_trainer.cache.encode.text_encoder import encode_text
 from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 
-# The text of a micro batch, as `TrainedNetworks` takes it. For a frozen encoder: its states `hidden` [B, L, C1], or
-# `hidden_2` [B, L, C2] and `pooled` [B, P]. For a trained one: its token ids `input_ids` or `input_ids_2`
+# The text inputs of `TrainedNetworks` for a micro batch. For a frozen encoder: its states `hidden` [B, L, C1], or
+# `hidden_2` [B, L, C2] and `pooled` [B, P]. For a trained encoder: its token ids `input_ids` or `input_ids_2`
 # [B, windows, 77]. L = 75·windows + 2.
 TextInputs = dict[str, torch.Tensor]
 
@@ -30,8 +30,8 @@ class TextConditioner:
 
     Args:
         encoders: both encoders, on their device.
-        trained: the names `text_encoder` and `text_encoder_2` of encoders that are trained. They run within
-            `TrainedNetworks`, so `encode_frozen` passes their token ids on.
+        trained: names of the encoders that are trained (`text_encoder`, `text_encoder_2`). They run within
+            `TrainedNetworks`, so `encode_frozen` returns their token ids.
     """
 
     def __init__(self, encoders: TextEncoders, trained: Collection[str] = ()):
@@ -45,7 +45,7 @@ class TextConditioner:
         return self._encoders
 
     def build_inputs(self, batch: MicroBatch, device: torch.device) -> TextInputs:
-        """Return the text inputs of a micro batch on the device: cached states, or those of its token ids."""
+        """Return the text inputs of a micro batch on the device, from its cached states or its token ids."""
         if batch.text is not None:
             return {name: states.to(device, non_blocking=True) for name, states in batch.text.items()}
         return self.encode_frozen(
@@ -53,11 +53,11 @@ class TextConditioner:
         )
 
     def release(self) -> None:
-        """Free encoders that can be loaded again; there are none."""
+        """Do nothing: only `LazyTextConditioner` can load its encoders again."""
 
     @torch.no_grad()
     def encode_frozen(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextInputs:
-        """Encode token ids [B, windows, 77] with the frozen encoders, and pass on the ids of the trained ones."""
+        """Encode token ids [B, windows, 77] with the frozen encoders, and keep the ids for the trained encoders."""
         text: TextInputs = {}
         if "text_encoder" in self.trained:
             text["input_ids"] = input_ids
@@ -78,7 +78,7 @@ class TextConditioner:
 
 
 class LazyTextConditioner(TextConditioner):
-    """Text conditioning for runs with cached text: the encoders are loaded only for prompts and model files.
+    """Text conditioning for runs with cached text, which need the encoders only for prompts and model files.
 
     Args:
         load: loads both encoders on their device.

@@ -10,12 +10,12 @@ from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, buil
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 
-# kohya's number of the first block of each part of the U-Net, by the part's LDM name. In the three lists each entry is
-# a block of its own.
+# The number of the first block in each part of the U-Net, as kohya's scripts count, by the part's LDM name. Each entry
+# of the three lists is a block of its own.
 BLOCK_STARTS = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 10, "output_blocks": 13, "out": 22}
 BLOCK_LISTS = ("input_blocks", "middle_block", "output_blocks")
-# The part of a parameter's name that PEFT adds when it wraps a layer.
-LORA_PART = re.compile(r"\.(lora_\w+|base_layer)\..*$")
+# The suffix that PEFT adds to a parameter's name when it wraps a layer.
+PEFT_SUFFIX = re.compile(r"\.(lora_\w+|base_layer)\..*$")
 
 
 class GroupSettings(NamedTuple):
@@ -48,7 +48,7 @@ def build_parameter_groups(
             parameter.use_muon = parameter.dim() == 2 and "embedding" not in name  # pyright: ignore
             groups.setdefault(settings, []).append(parameter)
     if not groups:
-        raise_if_any([Problem("optim", None, "all learning rates are 0, nothing is trained", "give one above 0")])
+        raise_if_any([Problem("optim", None, "all learning rates are 0, so nothing is trained", "set one above 0")])
     return [
         {
             "params": parameters,
@@ -63,7 +63,7 @@ def build_parameter_groups(
 def resolve_group_settings(
     name: str, parameter: torch.nn.Parameter, config: OptimConfig, blocks: Mapping[str, int]
 ) -> GroupSettings:
-    """Return the settings of a parameter: of the first pattern that matches it, else of its block or its network."""
+    """Return the settings of a parameter: those of the first matching pattern, else those of its block or network."""
     network = name.partition(".")[0]
     lr = {"text_encoder": config.text_encoder_lr, "text_encoder_2": config.text_encoder_2_lr}.get(network, config.lr)
     if config.block_lrs and network == "unet":
@@ -81,11 +81,11 @@ def check_patterns(names: Sequence[str], config: OptimConfig) -> Iterator[Proble
     for number, group in enumerate(config.groups):
         if not any(re.search(group.match, name) for name in names):
             rule = f"matches none of the {len(names)} parameters"
-            yield Problem(f"optim.groups.{number}.match", group.match, rule, f"a parameter is called {names[0]}")
+            yield Problem(f"optim.groups.{number}.match", group.match, rule, f"match names such as {names[0]}")
 
 
 def map_layers_to_blocks(unet_config: Mapping[str, Any]) -> dict[str, int]:
-    """Map each layer of the U-Net, such as `unet.conv_in`, to its number among kohya's 23 blocks."""
+    """Map each layer of the U-Net, such as `unet.conv_in`, to its block, 0 to 22 as kohya's scripts count."""
     prefix, blocks = COMPONENT_PREFIXES["unet"], {}
     for row in build_name_table("unet", unet_config):
         head, number, *_ = row.file_name.removeprefix(prefix).split(".")
@@ -95,5 +95,5 @@ def map_layers_to_blocks(unet_config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def get_layer_name(name: str) -> str:
-    """Return the name of a parameter's layer, without PEFT's additions: `unet.conv_in` for `unet.conv_in.weight`."""
-    return LORA_PART.sub("", name.removesuffix(".weight").removesuffix(".bias"))
+    """Return the name of a parameter's layer, without PEFT's suffix: `unet.conv_in` for `unet.conv_in.weight`."""
+    return PEFT_SUFFIX.sub("", name.removesuffix(".weight").removesuffix(".bias"))

@@ -1,4 +1,4 @@
-"""The networks that are trained, as one module for one DeepSpeed engine."""
+"""The trained networks, as one module for DeepSpeed's engine."""
 
 from functools import partial
 from typing import Any
@@ -51,7 +51,8 @@ class TrainedNetworks(torch.nn.Module):
             timesteps: [B].
             text: text inputs of `TextConditioner.build_inputs`.
             time_ids: [B, 6], SDXL's size and crop conditioning.
-            text_keep: [B], 1 for samples that keep their text embeddings and 0 for zeros; None keeps all.
+            text_keep: [B], 1 for samples that keep their text embeddings, 0 for samples whose embeddings become zeros;
+                None keeps all.
         """
         hidden, pooled = self.encode(text)
         if text_keep is not None:
@@ -61,7 +62,7 @@ class TrainedNetworks(torch.nn.Module):
         return self.unet(x_t, timesteps, hidden.to(x_t.dtype), added_cond_kwargs=conditions).sample
 
     def encode(self, text: TextInputs) -> TextEmbeddings:
-        """Return the U-Net's text conditioning; trained encoders run here, with gradients."""
+        """Return the U-Net's text conditioning. Trained encoders run here, with gradients."""
         hidden, hidden_2, pooled = (text.get(name) for name in ("hidden", "hidden_2", "pooled"))
         if self.text_encoder is not None:
             hidden = encode_text(self.text_encoder, text["input_ids"]).hidden
@@ -72,10 +73,13 @@ class TrainedNetworks(torch.nn.Module):
 
 
 def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | str = "cpu") -> torch.nn.Module:
-    """Load SDXL's U-Net for training, in fp32 on `device`, with the execution options of `engine` applied to it."""
+    """Load SDXL's U-Net for training in fp32 on `device`, and apply the settings of `engine` that change its execution.
+
+    The settings are gradient checkpointing, the attention backend, channels_last and compilation.
+    """
     from diffusers import UNet2DConditionModel
 
-    unet: Any  # diffusers' from_pretrained is typed as a union that is never returned
+    unet: Any  # diffusers annotates from_pretrained with a union that it never returns
     if source.file is None:
         load = partial(UNet2DConditionModel.from_pretrained, subfolder="unet", use_safetensors=True)
         unet = read_patiently(lambda: load(source.folder), source.folder)
@@ -99,10 +103,11 @@ def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | 
 def convert_to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Convert the inputs of a convolution to channels_last; a forward pre-hook.
 
-    The input's layout determines the convolution's, and that of the layers after it up to the next attention. Weights
-    keep their layout: ZeRO stores them in flat buffers, and DeepSpeed 0.19 cannot broadcast other layouts.
+    The layout of its input determines the layout of a convolution's output and of the following layers, up to the next
+    attention layer. Weights keep their layout: ZeRO stores them in flat buffers, and DeepSpeed 0.19 cannot broadcast
+    other layouts.
     """
-    return tuple(image.contiguous(memory_format=torch.channels_last) for image in inputs)
+    return tuple(activation.contiguous(memory_format=torch.channels_last) for activation in inputs)
 
 
 def list_trained_encoders(config: OptimConfig) -> list[str]:
@@ -113,8 +118,8 @@ def list_trained_encoders(config: OptimConfig) -> list[str]:
 def unfreeze_text_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     """Prepare a text encoder for training.
 
-    The U-Net uses the hidden states before the last layer. Encoder 1's pooled state is not used either, so its last
-    layer and final norm have no part in the loss and stay frozen.
+    The U-Net uses the hidden states before the last layer. The pooled state of encoder 1 is not used either, so its
+    last layer and final norm do not affect the loss and stay frozen.
     """
     encoder.train()
     if gradient_checkpointing:

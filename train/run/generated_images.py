@@ -34,7 +34,7 @@ def write_generated_images(run: Run) -> Path:
     average = next(iter(engine.weights.average_names), None) if run.config.ema.sample else None
     engine.model.eval()
     with engine.weights.use_average(average):
-        images = generate_images(generator, prompts, run.ranks, in_step=engine.zero_stage == 3)
+        images = generate_images(generator, prompts, run.ranks, in_lockstep=engine.zero_stage == 3)
     engine.model.train()
     run.conditioner.release()
     name = f"step-{run.state.step:08d}"

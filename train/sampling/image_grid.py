@@ -1,4 +1,4 @@
-"""Images side by side: the grid of one step, the strip over all steps, and the contact sheet with prompts."""
+"""Image grids: the generated images of one step, a strip over all steps, and a contact sheet with prompts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Se
 
     Args:
         columns: images per row; 0 makes the grid about square.
-        labels: a text under each image, cut after three lines.
+        labels: text under each image, truncated after three lines.
     """
     columns = columns or -(-len(images) // max(1, int(len(images) ** 0.5)))
     width = max(image.width for image in images)
@@ -36,22 +36,21 @@ def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Se
     return grid
 
 
-def draw_label(sheet: Image.Image, text: str, top_left: tuple[int, int], width_px: int) -> None:
-    """Draw a text into a sheet, wrapped to a width and cut after three lines."""
+def draw_label(grid: Image.Image, text: str, top_left: tuple[int, int], width_px: int) -> None:
+    """Draw a label on a grid, wrapped to a width and truncated after three lines."""
     lines = textwrap.wrap(text, max(8, width_px // 6))
     if len(lines) > LABEL_LINES:
         lines = [*lines[: LABEL_LINES - 1], lines[LABEL_LINES - 1] + " ..."]
-    # The font lacks other letters: it would draw boxes or raise.
-    shown = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
+    # The default font has no letters beyond Latin-1; Pillow would draw boxes for them or raise.
+    latin_text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
     font = ImageFont.load_default()
-    ImageDraw.Draw(sheet).multiline_text(top_left, shown, fill="black", font=font, spacing=2)
+    ImageDraw.Draw(grid).multiline_text(top_left, latin_text, fill="black", font=font, spacing=2)
 
 
 def build_progress_strip(folder: Path) -> Image.Image | None:
     """Build the strip of a samples folder: a row for each prompt and a column for each step.
 
-    Of more than 16 steps, 16 evenly spaced ones are shown, the first and the last included. Returns None without
-    images.
+    At most 16 steps are shown, evenly spaced, the first and the last included. Returns None if there are no images.
     """
     steps = select_step_folders(folder, MAX_COLUMNS)
     names = sorted({path.name for step in steps for path in step.glob("*.png")})
@@ -72,7 +71,7 @@ def select_step_folders(folder: Path, max_count: int) -> list[Path]:
 
 
 def load_thumbnail(path: Path) -> Image.Image:
-    """Load a small copy of an image, or a white pixel if the file does not exist."""
+    """Load a thumbnail of an image, or a white pixel if the file does not exist."""
     if not path.is_file():
         return Image.new("RGB", (1, 1), "white")
     with Image.open(path) as image:
@@ -82,9 +81,9 @@ def load_thumbnail(path: Path) -> Image.Image:
 
 def write_image(path: Path, image: Image.Image, description: str = "") -> None:
     """Write a PNG atomically, with the description under the key `parameters`, where image viewers look for it."""
-    notes = PngImagePlugin.PngInfo()
+    metadata = PngImagePlugin.PngInfo()
     if description:
-        notes.add_text("parameters", description)
+        metadata.add_text("parameters", description)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomic(path) as file:
-        image.save(file, "PNG", pnginfo=notes)
+        image.save(file, "PNG", pnginfo=metadata)

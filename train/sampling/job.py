@@ -1,4 +1,4 @@
-"""The sampling program: generate the images of a prompt file with any model, and a contact sheet of them."""
+"""The sampling program: generate images for the prompts of a file with any model, and a contact sheet."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenize
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.problems import raise_if_any
+from sdxl_trainer.configs.problems import format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
@@ -31,57 +31,58 @@ from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
 def run_sampling(
-    model: str, prompt_file: Path, out: Path, cfg: Path | None, words: Sequence[str], average: str | None = None
+    model: str, prompt_file: Path, out: Path, cfg: Path | None, overrides: Sequence[str], average: str | None = None
 ) -> None:
     """Generate an image for each prompt of a file, and write the images and a contact sheet to `out`.
 
-    The ranks share the prompts.
+    The prompts are divided among the ranks.
 
     Args:
         model: single file, diffusers folder, hub id, checkpoint, or run folder.
-        cfg: file with settings. Default: the settings of the checkpoint, or for a model the prediction it declares.
-        words: `key.sub=value` words that override the other settings.
+        cfg: file with settings. Default: the settings of the checkpoint, or for a model the prediction that it
+            declares.
+        overrides: `key.sub=value` words that override the other settings.
         average: decay of the moving average to use instead of the checkpoint's weights.
 
     Raises:
-        UserInputError: every problem of the settings, the model and the prompts.
+        UserInputError: the settings, the model or the prompts are wrong; the message lists every problem.
     """
     rank = read_environment().rank
     init_logger(rank)
     checkpoint = find_model_checkpoint(Path(model), "--model")
-    words = [f"sample.prompt_file={json.dumps(str(prompt_file))}", "sample.prompts=[]", *words]
+    overrides = [f"sample.prompt_file={json.dumps(str(prompt_file))}", "sample.prompts=[]", *overrides]
     if checkpoint is None:
-        words = [*list_model_overrides(model, has_cfg=cfg is not None), *words]
-    config, problems = load_model_config(checkpoint, cfg, words)
-    prompts, found = load_prompts(config.sample, config.objective)
-    if rank == 0:  # the others wait for it in init_ranks
-        raise_if_any([*problems, *found, *check_model(config.model), *check_average(checkpoint, average)])
+        overrides = [*list_model_overrides(model, has_cfg=cfg is not None), *overrides]
+    config, problems = load_model_config(checkpoint, cfg, overrides)
+    prompts, prompt_problems = load_prompts(config.sample, config.objective)
+    if rank == 0:  # the other ranks wait for rank 0 in init_ranks
+        raise_if_any([*problems, *prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
     images = generate_images(load_image_generator(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             write_image(out / f"{number:03d}.png", image, prompt.describe())
         write_image(out / "contact_sheet.png", build_image_grid(images, labels=[prompt.text for prompt in prompts]))
-        logger.info("{} images written to {}", len(images), out)
+        logger.info("{} written to {}", format_count(len(images), "image"), out)
     close_ranks()
 
 
 def list_model_overrides(model: str, has_cfg: bool) -> list[str]:
-    """List the settings of a model that is not a checkpoint: its path, its declared prediction, and a precision.
+    """List the overrides for a model that is not a checkpoint: its path, the prediction it declares, and a precision.
 
     Args:
-        has_cfg: a file with settings is given; it determines the precision.
+        has_cfg: true if a file with settings is given, which then determines the precision.
     """
     declared = read_declared_prediction(Path(model))
-    words = [f"model.path={json.dumps(model)}", *(declared.list_overrides() if declared else ())]
+    overrides = [f"model.path={json.dumps(model)}", *(declared.list_overrides() if declared else ())]
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return words if has_cfg else [*words, f"engine.precision={precision}"]
+    return overrides if has_cfg else [*overrides, f"engine.precision={precision}"]
 
 
 def load_image_generator(
     config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None
 ) -> ImageGenerator:
-    """Load all networks on a device, with the checkpoint's weights in place of the base model's where it has them."""
+    """Load all networks on a device: the base model's weights, replaced with the checkpoint's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
     unet, encoders = load_unet(source, config.engine, device), load_text_encoders(source, config.model)
     networks = {"unet": unet, "text_encoder": encoders.encoder, "text_encoder_2": encoders.encoder_2}
@@ -111,9 +112,9 @@ def add_untrained_adapters(networks: Mapping[str, torch.nn.Module], optim: Optim
 
 
 def load_trained_weights(checkpoint: Path, networks: Mapping[str, torch.nn.Module], average: str | None = None) -> None:
-    """Replace the networks' weights by the checkpoint's fp32 masters, or by one of its moving averages.
+    """Replace the networks' weights with the checkpoint's fp32 masters, or with one of its moving averages.
 
-    Weights that were not trained stay as they are.
+    Weights that were not trained do not change.
     """
     weights = open_weights(checkpoint, average)
     for prefix, network in networks.items():

@@ -20,7 +20,7 @@ from sdxl_trainer.train.sampling.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGenerator:
-    """Generates images with networks that are loaded."""
+    """Image generation with loaded networks."""
 
     unet: Any
     vae: Any
@@ -71,7 +71,7 @@ def build_image_generator(
     config: Config,
     dtype: torch.dtype,
 ) -> ImageGenerator:
-    """Build an image generator around loaded networks, with the settings of a run."""
+    """Build an image generator from loaded networks and the settings of a run."""
     return ImageGenerator(
         unet=unet,
         vae=vae,
@@ -95,29 +95,29 @@ def decode_latents(vae: Any, x0: torch.Tensor, statistics: LatentStatistics) -> 
 
 
 def generate_images(
-    generator: ImageGenerator, prompts: Sequence[Prompt], ranks: Ranks, in_step: bool = False
+    generator: ImageGenerator, prompts: Sequence[Prompt], ranks: Ranks, in_lockstep: bool = False
 ) -> list[Image.Image]:
-    """Generate the image of each prompt, shared among the ranks, and return all of them in order on every rank.
+    """Generate an image for each prompt, divided among the ranks, and return all images in order on every rank.
 
     Args:
-        in_step: forward passes are collectives (see `assign_prompts`).
+        in_lockstep: true if forward passes are collectives (see `assign_prompts`).
     """
-    mine = assign_prompts(prompts, ranks.rank, ranks.world_size, in_step)
+    numbers = assign_prompts(prompts, ranks.rank, ranks.world_size, in_lockstep)
     images: dict[int, Image.Image] = {}
-    for part in gather_objects({number: generator.generate(prompts[number]) for number in mine}):
-        images |= part
+    for rank_images in gather_objects({number: generator.generate(prompts[number]) for number in numbers}):
+        images |= rank_images
     return [images[number] for number in range(len(prompts))]
 
 
-def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_step: bool) -> list[int]:
+def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_lockstep: bool) -> list[int]:
     """List the numbers of the prompts that a rank generates.
 
     Args:
-        in_step: forward passes are collectives, as under ZeRO-3, so all ranks must make the same number of passes at a
-            time. Prompts with equal numbers of passes are then assigned together. If they do not divide evenly among
-            the ranks, some are generated twice.
+        in_lockstep: true if forward passes are collectives, as under ZeRO-3. All ranks then generate prompts with the
+            same number of passes at a time. If such prompts do not divide evenly among the ranks, some are generated
+            twice.
     """
-    if not in_step:
+    if not in_lockstep:
         return list(range(rank, len(prompts), world_size))
     groups: dict[tuple[int, str], list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -130,7 +130,7 @@ def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_ste
 
 
 def build_pipeline(unet: Any, vae: Any, scheduler: Any) -> Any:
-    """Build diffusers' SDXL pipeline around loaded networks, without text encoders: prompts come encoded."""
+    """Build diffusers' SDXL pipeline from loaded networks, without text encoders: prompts are already encoded."""
     from diffusers import StableDiffusionXLPipeline
 
     absent: Any = None  # diffusers' annotations do not allow None

@@ -1,6 +1,6 @@
-"""Prompts for generated images, from the settings and from prompt files in the format of kohya's scripts.
+"""Prompts for generated images, read from the settings and from prompt files in the format of kohya's scripts.
 
-All problems are collected, each with its file and line, before a network is loaded.
+All problems are reported together, each with its file and line, before a network is loaded.
 """
 
 import json
@@ -14,7 +14,7 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
 
-KEY = "sample.prompt_file"
+PROMPT_FILE_KEY = "sample.prompt_file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Prompt:
     scheduler: str
 
     def describe(self) -> str:
-        """Return the prompt in the form that most programs write into PNG files as `parameters`."""
+        """Return the prompt in the form that most programs store in PNG files as `parameters`."""
         return (
             f"{self.text}\nNegative prompt: {self.negative}\nSteps: {self.num_inference_steps}, Sampler: "
             f"{self.scheduler}, CFG scale: {self.guidance_scale:g}, Seed: {self.seed}, "
@@ -40,10 +40,10 @@ class Prompt:
 
 
 class PromptEntry(NamedTuple):
-    """A prompt as the settings or a prompt file hold it."""
+    """An unparsed prompt of the settings or of a prompt file."""
 
-    key: str  # the setting that it comes from
-    place: str  # its file and line, as the start of a message; "" for a prompt of the settings
+    key: str  # the setting that contains or names the prompt
+    location: str  # its file and line, as the start of a message; "" for a prompt of the settings
     content: str | dict[str, Any]  # a line with flags, or a JSON object
 
 
@@ -51,7 +51,7 @@ def parse_side(value: Any) -> int:
     """Parse a width or height in pixels. Raises ValueError."""
     side = parse_count(value)
     if side < 64 or side % 8:
-        raise ValueError("is not a multiple of 8 of at least 64")
+        raise ValueError("is below 64 or not a multiple of 8")
     return side
 
 
@@ -77,29 +77,29 @@ def parse_scale(value: Any) -> float:
 
 
 def parse_prompt_text(value: Any) -> str:
-    """Parse a text. Raises ValueError."""
+    """Parse a string. Raises ValueError."""
     if not isinstance(value, str):
-        raise ValueError("is not a text")
+        raise ValueError("is not a string")
     return value.strip()
 
 
 def parse_scheduler(value: Any) -> str:
     """Parse a scheduler: kohya's name, with or without `k_`, or diffusers' class name. Raises ValueError."""
     name = str(value).removeprefix("k_")
-    names = {class_name: known for known, class_name in SCHEDULERS.items()}
-    if name not in SCHEDULERS and name not in names:
+    kohya_names = {class_name: kohya_name for kohya_name, class_name in SCHEDULERS.items()}
+    if name not in SCHEDULERS and name not in kohya_names:
         raise ValueError(f"is none of the schedulers {', '.join(SCHEDULERS)}")
-    return names.get(name, name)
+    return kohya_names.get(name, name)
 
 
 class PromptField(NamedTuple):
-    """A field of `Prompt` that an entry may set."""
+    """A field of `Prompt` that an entry can set, and the parser of its values."""
 
     name: str
     parse: Callable[[Any], Any]
 
 
-# Fields by kohya's flag, and by the name in a JSON object.
+# Fields by kohya's flag, and by the key in a JSON object.
 FLAGS: dict[str, PromptField] = {
     "n": PromptField("negative", parse_prompt_text),
     "w": PromptField("width_px", parse_side),
@@ -109,7 +109,7 @@ FLAGS: dict[str, PromptField] = {
     "d": PromptField("seed", parse_seed),
     "ss": PromptField("scheduler", parse_scheduler),
 }
-NAMES: dict[str, PromptField] = {
+JSON_KEYS: dict[str, PromptField] = {
     "prompt": PromptField("text", parse_prompt_text),
     "negative_prompt": FLAGS["n"],
     "width": FLAGS["w"],
@@ -122,9 +122,9 @@ NAMES: dict[str, PromptField] = {
 
 
 def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list[Prompt], list[Problem]]:
-    """Load all prompts, and the problems of those that are wrong.
+    """Load all prompts, and return the valid ones and a problem for each invalid one.
 
-    A prompt without a seed of its own gets `sample.seed` plus its number.
+    A prompt without a seed gets `sample.seed` plus its number.
     """
     prompts: list[Prompt] = []
     problems: list[Problem] = []
@@ -135,12 +135,12 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
             entries += read(config.prompt_file)
         except ValueError as error:
             cure = "see the setting in docs/CONFIG.md" if config.prompt_file.exists() else "check the path"
-            problems.append(Problem(KEY, config.prompt_file, str(error), cure))
+            problems.append(Problem(PROMPT_FILE_KEY, config.prompt_file, str(error), cure))
     try:
         validate_scheduler(config.scheduler, objective)
     except ValueError as error:
         problems.append(Problem("sample.scheduler", config.scheduler, str(error), "see docs/CONFIG.md"))
-    for key, place, content in entries:
+    for key, location, content in entries:
         try:
             given = parse_object(content) if isinstance(content, dict) else parse_line(content)
             prompt = build_prompt(given, config, number=len(prompts))
@@ -149,12 +149,12 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
             prompts.append(prompt)
         except ValueError as error:
             cure = "flags: " + " ".join(f"--{flag}" for flag in FLAGS)
-            problems.append(Problem(key, content, f"{place}{error}", cure))
+            problems.append(Problem(key, content, f"{location}{error}", cure))
     return prompts, problems
 
 
 def build_prompt(given: dict[str, Any], config: SampleConfig, number: int) -> Prompt:
-    """Build a prompt from the fields that its entry gives, with the settings as defaults."""
+    """Build a prompt from the fields that its entry sets, with the settings as defaults."""
     defaults = {field.name: getattr(config, field.name, None) for field in fields(Prompt)}
     defaults |= {"negative": config.negative_prompt, "seed": config.seed + number}
     return Prompt(**{**defaults, **given})
@@ -163,11 +163,11 @@ def build_prompt(given: dict[str, Any], config: SampleConfig, number: int) -> Pr
 def validate_scheduler(name: str, objective: ObjectiveConfig) -> None:
     """Raise ValueError if diffusers' scheduler of this name does not support the model's objective."""
     if objective.prediction == "flow" and name not in FLOW_SCHEDULERS:
-        known = " or ".join(sorted(FLOW_SCHEDULERS))
-        raise ValueError(f"the scheduler {name} does not support rectified flow; choose {known}")
+        supported = " or ".join(sorted(FLOW_SCHEDULERS))
+        raise ValueError(f"the scheduler {name} does not support rectified flow; choose {supported}")
     if objective.zero_terminal_snr and name not in ZERO_SNR_SCHEDULERS:
-        known = ", ".join(sorted(ZERO_SNR_SCHEDULERS))
-        raise ValueError(f"the scheduler {name} does not support zero terminal SNR; choose one of {known}")
+        supported = ", ".join(sorted(ZERO_SNR_SCHEDULERS))
+        raise ValueError(f"the scheduler {name} does not support zero terminal SNR; choose one of {supported}")
 
 
 def parse_line(line: str) -> dict[str, Any]:
@@ -193,25 +193,25 @@ def parse_object(entry: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError("has no `prompt`")
     given: dict[str, Any] = {}
-    for name, value in entry.items():
-        if name not in NAMES:
-            raise ValueError(f"has the unknown name `{name}`; known names are {', '.join(NAMES)}")
-        _parse_into(given, NAMES[name], f"`{name}`", value)
+    for key, value in entry.items():
+        if key not in JSON_KEYS:
+            raise ValueError(f"has the unknown key `{key}`; known keys are {', '.join(JSON_KEYS)}")
+        _parse_into(given, JSON_KEYS[key], f"`{key}`", value)
     return given
 
 
 def read_text_prompts(file: Path) -> Iterator[PromptEntry]:
-    """Yield the lines of a text file, without empty lines and comments (`#`). Raises ValueError."""
+    """Yield the prompts of a text file, one per line; empty lines and comments (`#`) are skipped. Raises ValueError."""
     lines = [(number, line.strip()) for number, line in enumerate(_read_file(file).splitlines(), start=1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ValueError("holds no prompt")
+        raise ValueError("contains no prompt")
     for number, line in lines:
-        yield PromptEntry(KEY, f"{file}:{number}: ", line)
+        yield PromptEntry(PROMPT_FILE_KEY, f"{file}:{number}: ", line)
 
 
 def read_json_prompts(file: Path) -> Iterator[PromptEntry]:
-    """Yield the entries of a JSON list of prompts or objects. Raises ValueError."""
+    """Yield the prompts of a JSON file, a list of strings or objects. Raises ValueError."""
     try:
         contents = json.loads(_read_file(file))
     except json.JSONDecodeError as error:
@@ -221,7 +221,7 @@ def read_json_prompts(file: Path) -> Iterator[PromptEntry]:
     if not isinstance(contents, list) or not contents or not all(isinstance(each, (str, dict)) for each in contents):
         raise ValueError("is not a JSON list of prompts or objects with `prompt`")
     for number, content in enumerate(contents, start=1):
-        yield PromptEntry(KEY, f"{file}, entry {number}: ", content)
+        yield PromptEntry(PROMPT_FILE_KEY, f"{file}, entry {number}: ", content)
 
 
 def _read_file(file: Path) -> str:
@@ -233,10 +233,10 @@ def _read_file(file: Path) -> str:
         raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _parse_into(given: dict[str, Any], field: PromptField, shown: str, value: Any) -> None:
+def _parse_into(given: dict[str, Any], field: PromptField, label: str, value: Any) -> None:
     if field.name in given:
-        raise ValueError(f"has {shown} twice")
+        raise ValueError(f"has {label} twice")
     try:
         given[field.name] = field.parse(value)
     except ValueError as error:
-        raise ValueError(f"has {shown} = {value!r:.60}, which {error}") from None
+        raise ValueError(f"has {label} = {value!r:.60}, which {error}") from None

@@ -1,4 +1,4 @@
-"""diffusers' schedulers for the prediction type of the U-Net. Import this module late: it imports diffusers."""
+"""diffusers' schedulers for the U-Net's prediction type. Import this module inside functions: it imports diffusers."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class FlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
     """Euler's method along a rectified flow from s = 1 to 0, with the interface that diffusers' SDXL pipeline expects.
 
-    The U-Net receives the timestep t = 1000·s, and its input is not scaled.
+    The U-Net receives the timestep t = 1000·s and an input that is not scaled.
     """
 
     init_noise_sigma = 1.0
@@ -35,19 +35,19 @@ class FlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **kwargs: Any
     ) -> None:
-        """Set evenly spaced steps from 1 to 0; the parent's last step would go only from 1/1000 to 0."""
+        """Set evenly spaced steps from 1 to 0; the parent class would make the last step from 1/1000 to 0."""
         if num_inference_steps is not None and sigmas is None and not kwargs:
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)
 
 
 def build_scheduler(source: ModelSource, objective: ObjectiveConfig, name: str = "euler") -> Any:
-    """Build diffusers' scheduler of a name (configs/samples.py) for the prediction type of the U-Net.
+    """Build the scheduler that `name` stands for in configs/samples.py, for the prediction type of the U-Net.
 
     With zero terminal SNR, sampling starts at the last timestep, the only one that is pure noise.
 
     Args:
-        name: a scheduler that `validate_scheduler` (train/sampling/prompts.py) accepts.
+        name: name of a scheduler that `validate_scheduler` (train/sampling/prompts.py) accepts.
     """
     if objective.prediction == "flow" and name == "euler":
         return FlowEulerScheduler(shift=objective.timestep_shift)

@@ -1,4 +1,4 @@
-"""Conversion: files and folders are bit-equal after a round trip, and diffusers generates the same images with them."""
+"""Conversion: bit-equal round trips between files and folders, and the same generated images with diffusers."""
 
 import json
 import shutil
@@ -15,43 +15,43 @@ from sdxl_trainer.train.checkpoint.model_argument import DeclaredPrediction, rea
 from sdxl_trainer.train.convert import main
 
 
-def assert_same(left: Path, right: Path) -> None:
-    one, other = load_file(left), load_file(right)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+def assert_equal_files(file: Path, expected_file: Path) -> None:
+    tensors, expected = load_file(file), load_file(expected_file)
+    assert tensors.keys() == expected.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
 
 
 @pytest.fixture(scope="module")
-def forms(one_rank: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(one_rank: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Convert the run's newest checkpoint to a file, and that file to a diffusers folder, both in fp32."""
-    folder = tmp_path_factory.mktemp("forms")
+    folder = tmp_path_factory.mktemp("converted")
     assert main([str(one_rank), str(folder / "model.safetensors"), "--dtype", "fp32"]) == 0
     words = ["--dtype", "fp32", f"model.config={one_rank.parent.parent / 'model'}"]
     assert main([str(folder / "model.safetensors"), str(folder / "model"), *words]) == 0
     return folder
 
 
-def test_a_checkpoint_gives_the_file_that_training_wrote(forms: Path, one_rank: Path) -> None:
-    assert_same(forms / "model.safetensors", one_rank / "models" / "step-00000020.safetensors")
+def test_a_checkpoint_gives_the_file_that_training_wrote(converted: Path, one_rank: Path) -> None:
+    assert_equal_files(converted / "model.safetensors", one_rank / "models" / "step-00000020.safetensors")
 
 
-def test_an_older_checkpoint_by_name(one_rank: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_is_converted_by_its_path(one_rank: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.safetensors"
     assert main([str(one_rank / "checkpoints" / "step-00000004"), str(target), "--dtype", "bf16"]) == 0
-    now, newest = load_file(target), load_file(one_rank / "models" / "step-00000020.safetensors")
+    older, newest = load_file(target), load_file(one_rank / "models" / "step-00000020.safetensors")
     name = "model.diffusion_model.input_blocks.0.0.weight"
-    assert now[name].dtype == torch.bfloat16 and not torch.equal(now[name].float(), newest[name])
+    assert older[name].dtype == torch.bfloat16 and not torch.equal(older[name].float(), newest[name])
 
 
-def test_file_to_folder_and_back_is_bit_equal(forms: Path, tmp_path: Path) -> None:
-    assert main([str(forms / "model"), str(tmp_path / "again.safetensors"), "--dtype", "fp32"]) == 0
-    assert_same(forms / "model.safetensors", tmp_path / "again.safetensors")
+def test_file_to_folder_and_back_is_bit_equal(converted: Path, tmp_path: Path) -> None:
+    assert main([str(converted / "model"), str(tmp_path / "again.safetensors"), "--dtype", "fp32"]) == 0
+    assert_equal_files(converted / "model.safetensors", tmp_path / "again.safetensors")
 
 
-def test_diffusers_generates_the_images_of_training_from_the_folder(forms: Path, one_rank: Path) -> None:
+def test_diffusers_generates_the_images_of_training_from_the_folder(converted: Path, one_rank: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(forms / "model", add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(converted / "model", add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         prompt="a red circle on a white background",
@@ -66,11 +66,11 @@ def test_diffusers_generates_the_images_of_training_from_the_folder(forms: Path,
     assert np.abs(np.asarray(image, np.int16) - drawn).max() <= 2
 
 
-def test_both_formats_declare_the_prediction_type(forms: Path, tmp_path: Path) -> None:
+def test_both_formats_declare_the_prediction_type(converted: Path, tmp_path: Path) -> None:
     words = ["objective.prediction=v", "objective.zero_terminal_snr=true", "run.name=mine"]
     file, folder = tmp_path / "v.safetensors", tmp_path / "v"
-    assert main([str(forms / "model"), str(file), *words]) == 0
-    assert main([str(forms / "model"), str(folder), *words]) == 0
+    assert main([str(converted / "model"), str(file), *words]) == 0
+    assert main([str(converted / "model"), str(folder), *words]) == 0
     with safe_open(file, framework="pt") as opened:
         assert {"v_pred", "ztsnr"} < set(opened.keys())
         metadata = opened.metadata()
@@ -81,12 +81,12 @@ def test_both_formats_declare_the_prediction_type(forms: Path, tmp_path: Path) -
     assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
 
 
-def test_conversion_keeps_the_declared_prediction_type(forms: Path, tmp_path: Path) -> None:
+def test_conversion_keeps_the_declared_prediction_type(converted: Path, tmp_path: Path) -> None:
     """Without settings, a v-prediction model stays one in either format, and `--cfg` overrules the declaration."""
-    config, tokenizer = f"model.config={forms / 'model'}", f"model.tokenizer={forms / 'model' / 'tokenizer'}"
+    config, tokenizer = f"model.config={converted / 'model'}", f"model.tokenizer={converted / 'model' / 'tokenizer'}"
     file, folder, again = tmp_path / "v.safetensors", tmp_path / "v", tmp_path / "again.safetensors"
     words = ["objective.prediction=v", "objective.zero_terminal_snr=true"]
-    assert main([str(forms / "model"), str(file), *words]) == 0
+    assert main([str(converted / "model"), str(file), *words]) == 0
     assert main([str(file), str(folder), config, tokenizer]) == 0
     assert main([str(folder), str(again)]) == 0
     assert read_declared_prediction(folder) == read_declared_prediction(again) == DeclaredPrediction("v", True)
@@ -95,7 +95,9 @@ def test_conversion_keeps_the_declared_prediction_type(forms: Path, tmp_path: Pa
     assert read_declared_prediction(again) == DeclaredPrediction("flow", False)
 
 
-def test_a_source_that_is_no_model_is_status_2(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_source_that_is_not_a_model_ends_with_status_2(
+    one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(one_rank / "checkpoints" / "step-00000020", damaged)
     weights = next((damaged / "state").glob("*_model_states.pt"))

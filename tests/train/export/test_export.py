@@ -1,4 +1,4 @@
-"""Export of the live model, weights or averages, one tensor at a time under every ZeRO stage."""
+"""Export of the model in training, its weights or averages, one tensor at a time under ZeRO-3."""
 
 import weakref
 from pathlib import Path
@@ -26,7 +26,7 @@ CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 @pytest.fixture(scope="module")
-def built(tiny_folder: Path):
+def zero_3(tiny_folder: Path):
     """Build (config, engine, source) under ZeRO-3, with a moving average of the weights plus 1."""
     words = ["engine.zero_stage=3", "ema.decays=[0.9]", "run.name=exported"]
     words += ["optim.text_encoder_lr=1e-4", "optim.text_encoder_2_lr=1e-4"]
@@ -41,25 +41,25 @@ def built(tiny_folder: Path):
 
 
 @pytest.mark.parametrize("average", [None, "0.9"])
-def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_path: Path, monkeypatch) -> None:
-    """One gathered tensor is alive at a time, or the three that the file stacks into one."""
-    config, engine, source = built
+def test_no_rank_holds_the_whole_model_in_fp32(zero_3, average: str | None, tmp_path: Path, monkeypatch) -> None:
+    """Only one gathered tensor is alive at a time, or three that the file stacks into one."""
+    config, engine, source = zero_3
     alive: set[str] = set()
-    most, gather = [], Weights.gather
+    num_alive, gather = [], Weights.gather
 
     def gather_counted(self: Weights, name: str, average: str | None = None) -> torch.Tensor:
         weight = gather(self, name, average)
         alive.add(name)
         weakref.finalize(weight, alive.discard, name)
-        most.append(len(alive))
+        num_alive.append(len(alive))
         return weight
 
     monkeypatch.setattr(Weights, "gather", gather_counted)
     path = tmp_path / "model.safetensors"
     export_model(path, engine, build_export_settings(config, source), init_ranks(), average)
-    assert len(most) > 600 and max(most) <= 4  # the next one is gathered before the ones before it are freed
-    written, begun = load_file(path), engine.weights.gather("unet.conv_in.weight")
-    assert torch.equal(written[CONV_IN], begun + (1.0 if average else 0.0))
+    assert len(num_alive) > 600 and max(num_alive) <= 4  # the next tensor is gathered before the last three are freed
+    written, conv_in = load_file(path), engine.weights.gather("unet.conv_in.weight")
+    assert torch.equal(written[CONV_IN], conv_in + (1.0 if average else 0.0))
     encoder = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.layer_norm1.weight"
     name = next(
         n
@@ -72,27 +72,25 @@ def test_no_rank_holds_the_model_whole_in_fp32(built, average: str | None, tmp_p
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model"])
-def test_other_ranks_know_the_order_in_which_weights_are_gathered(
-    built, name: str, tmp_path: Path, monkeypatch
-) -> None:
-    """Each is a collective: rank 0 follows the format writer, the others `list_source_names`."""
-    config, engine, source = built
+def test_all_ranks_gather_weights_in_the_same_order(zero_3, name: str, tmp_path: Path, monkeypatch) -> None:
+    """Rank 0 gathers in the order of the format writer, the other ranks in that of `list_gathered_parameters`."""
+    config, engine, source = zero_3
     settings = build_export_settings(config, source)
-    asked, gather = [], Weights.gather
+    gathered, gather = [], Weights.gather
 
-    def gather_noted(self: Weights, name: str, average: str | None = None) -> torch.Tensor:
-        asked.append(name)
+    def gather_recorded(self: Weights, name: str, average: str | None = None) -> torch.Tensor:
+        gathered.append(name)
         return gather(self, name, average)
 
-    monkeypatch.setattr(Weights, "gather", gather_noted)
+    monkeypatch.setattr(Weights, "gather", gather_recorded)
     export_model(tmp_path / name, engine, settings, init_ranks())
-    main, asked[:] = list(asked), []
+    by_rank_0, gathered[:] = list(gathered), []
     export_model(tmp_path / name, engine, settings, Ranks(1, 1, 2, torch.device("cpu")))
-    assert main == asked and len(main) == len(set(main)) > 600
+    assert by_rank_0 == gathered and len(gathered) == len(set(gathered)) > 600
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_frozen_weights_are_those_of_the_base_model_to_the_bit(tiny_folder: Path, tmp_path: Path, local: bool) -> None:
+def test_frozen_weights_are_bit_equal_to_the_base_model(tiny_folder: Path, tmp_path: Path, local: bool) -> None:
     """Training in bf16 holds frozen weights in 16 bit; an fp32 export must not be made from those."""
     words = ["engine.precision=bf16", "engine.zero_stage=2", "optim.text_encoder_lr=1e-4", "run.name=frozen"]
     words += ["optim.groups=[{match: 'unet.mid_block', lr: 0}]", "checkpoint.export_dtype=fp32"]
@@ -123,8 +121,8 @@ def test_frozen_weights_are_those_of_the_base_model_to_the_bit(tiny_folder: Path
     assert not torch.equal(value, value.bfloat16().float()), "the base model's weights are not bf16 already"
 
 
-def test_files_are_named_by_step_and_average(built) -> None:
-    config = built[0]
+def test_files_are_named_by_step_and_average(zero_3) -> None:
+    config = zero_3[0]
     folder = config.run.folder / "models"
     assert get_model_path(config, 12) == folder / "step-00000012.safetensors"
     assert get_model_path(config, 12, "0.9") == folder / "step-00000012-ema-0.9.safetensors"

@@ -1,4 +1,4 @@
-"""Adapters: what they train, and that diffusers loads their file with its own code and computes the same."""
+"""Adapters: their trained layers, and diffusers' own loading of their file, which gives the same outputs."""
 
 from pathlib import Path
 
@@ -43,12 +43,12 @@ def build_networks() -> tuple[TrainedNetworks, dict]:
     return networks, encoders
 
 
-def test_adapters_alone_are_trained_and_change_nothing_at_first():
+def test_only_adapters_are_trained_and_new_ones_change_nothing():
     networks, _ = build_networks()
     trained = {name: parameter for name, parameter in networks.named_parameters() if parameter.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert not any(".layers.1." in name for name in trained if name.startswith("text_encoder.")), (
-        "has no part in the loss"
+        "the last layer of encoder 1 does not affect the loss"
     )
     assert any(".layers.1." in name for name in trained if name.startswith("text_encoder_2."))
     assert not any(parameter.any() for name, parameter in trained.items() if "lora_B" in name)
@@ -63,7 +63,7 @@ def test_adapters_alone_are_trained_and_change_nothing_at_first():
         add_adapters({"unet": build_tiny_unet()}, LoraConfig(rank=4, targets=["to_x"]))
 
 
-def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path):
+def test_diffusers_loads_the_file_and_computes_the_same_outputs(tmp_path: Path):
     from diffusers import StableDiffusionXLPipeline
 
     folder = build_tiny_sdxl(tmp_path / "model")
@@ -107,16 +107,16 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path):
     before = compute(*parts.values())
     pipeline.load_lora_weights(str(tmp_path / "x.safetensors"))
     after, live = compute(*parts.values()), compute(networks.unet, *encoders.values())
-    for plain, loaded, own in zip(before, after, live, strict=True):
-        torch.testing.assert_close(loaded, own, rtol=1e-4, atol=1e-4)
-        assert (plain - own).abs().max() > 1e-2
+    for base_output, loaded_output, live_output in zip(before, after, live, strict=True):
+        torch.testing.assert_close(loaded_output, live_output, rtol=1e-4, atol=1e-4)
+        assert (base_output - live_output).abs().max() > 1e-2
 
 
 def test_sdxl_gets_the_adapters_of_kohyas_scripts():
     """kohya's scripts report 722 modules of SDXL's U-Net, 72 of text encoder 1 and 192 of text encoder 2.
 
-    Six modules of encoder 1 are in its last layer, which SDXL does not use. The names are the ones that ComfyUI derives
-    from those of the single file.
+    Six modules of encoder 1 are in its last layer, which SDXL does not use. ComfyUI derives the same names from the
+    tensor names of the single file.
     """
     source = ModelSource(SDXL_CONFIG_FOLDER)
     networks = build_empty_networks(source, ["text_encoder", "text_encoder_2"])
@@ -145,8 +145,8 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
     }
     parts = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")
     for network, prefix, count in (("text_encoder", "lora_te1", 11), ("text_encoder_2", "lora_te2", 32)):
-        layers_of = [f"{prefix}_text_model_encoder_layers_{number}_{part}" for number in range(count) for part in parts]
-        assert names[network] == set(layers_of)
+        expected = [f"{prefix}_text_model_encoder_layers_{number}_{part}" for number in range(count) for part in parts]
+        assert names[network] == set(expected)
 
 
 def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: Path):
@@ -159,8 +159,9 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     names = ["step-00000006-lora-ema-0.5.safetensors", "step-00000006-lora.safetensors"]
     assert sorted(path.name for path in models.iterdir()) == names
     for name in names:
-        one, other = load_file(models / name), load_file(twice / name)
-        assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one), name
+        straight, resumed = load_file(models / name), load_file(twice / name)
+        assert straight.keys() == resumed.keys(), name
+        assert all(straight[key].equal(resumed[key]) for key in straight), name
     losses = [
         [line["loss"] for line in read_metrics(folder.parent / "logs" / "metrics.jsonl")] for folder in (models, twice)
     ]

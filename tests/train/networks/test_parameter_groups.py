@@ -1,4 +1,4 @@
-"""Parameter groups: kohya's block numbers, patterns, weight decay, and freezing by a rate of 0."""
+"""Parameter groups: kohya's block numbers, patterns, weight decay, and parameters frozen by a learning rate of 0."""
 
 import json
 
@@ -31,7 +31,7 @@ def build(unet: torch.nn.Module, **settings) -> dict[str, tuple[float, float]]:
     return found
 
 
-def test_blocks_are_counted_as_kohyas_scripts_do(unet):
+def test_blocks_are_numbered_as_in_kohyas_scripts(unet):
     blocks = map_layers_to_blocks(UNET_CONFIG)
     # diffusers' names → block number, from the layout of the LDM U-Net.
     expected = {
@@ -69,7 +69,7 @@ def test_biases_and_norms_do_not_decay(unet):
     }
 
 
-def test_the_first_pattern_that_matches_counts(unet):
+def test_the_first_matching_pattern_sets_a_parameter(unet):
     groups = [
         {"match": r"attn2\.to_k\.weight$", "lr": 0.25},
         {"match": r"\.attn2\.", "lr": 0},
@@ -95,6 +95,6 @@ def test_text_encoders_have_their_own_rates(unet):
     networks = TrainedNetworks(unet.requires_grad_(True), **encoders)
     config = OptimConfig(lr=0.5, text_encoder_lr=0.1, text_encoder_2_lr=0.2)
     groups = build_parameter_groups(networks, config, UNET_CONFIG)
-    of_parameter = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     for name, rate in (("unet", 0.5), ("text_encoder", 0.1), ("text_encoder_2", 0.2)):
-        assert {of_parameter[id(p)] for p in getattr(networks, name).parameters()} == {rate}
+        assert {rates[id(p)] for p in getattr(networks, name).parameters()} == {rate}

@@ -1,4 +1,4 @@
-"""Text encoders trained with the U-Net: trained and frozen parts, resuming, export, moving averages."""
+"""Text encoders trained with the U-Net: trained and frozen layers, resuming, export, moving averages."""
 
 import shutil
 from pathlib import Path
@@ -50,11 +50,11 @@ def test_exactly_the_unfrozen_parameters_have_a_gradient(trained):
     text = TextConditioner(TextEncoders(*encoders.values()), trained).encode_frozen(*make_text())
     prediction = networks(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), text, torch.ones(2, 6))
     prediction.square().mean().backward()
-    learning = {name for name, parameter in networks.named_parameters() if parameter.grad is not None}
-    assert learning == {name for name, parameter in networks.named_parameters() if parameter.requires_grad}
-    still = {name for name, parameter in networks.named_parameters() if not parameter.requires_grad}
-    assert len(still) == (18 if "text_encoder" in trained else 0)  # 16 of the last layer, 2 of the norm after it
-    assert all("text_encoder.encoder.layers.1." in name or "final_layer_norm" in name for name in still)
+    with_gradient = {name for name, parameter in networks.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, parameter in networks.named_parameters() if parameter.requires_grad}
+    frozen_names = {name for name, parameter in networks.named_parameters() if not parameter.requires_grad}
+    assert len(frozen_names) == (18 if "text_encoder" in trained else 0)  # 16 of the last layer, 2 of the final norm
+    assert all("text_encoder.encoder.layers.1." in name or "final_layer_norm" in name for name in frozen_names)
     # Trained and frozen encoders give the same embeddings.
     with torch.no_grad():
         frozen = TextConditioner(TextEncoders(*encoders.values())).encode(*make_text())
@@ -74,22 +74,22 @@ def read_losses(run: Path) -> list[float]:
 
 
 def test_resuming_on_another_stage_and_number_of_ranks(trained_run: Path, cached_folder: Path) -> None:
-    part = cached_folder / "runs" / "te-resumed"
-    shutil.copytree(trained_run / "checkpoints" / "step-00000002", part / "checkpoints" / "step-00000002")
-    shutil.copytree(trained_run / "logs", part / "logs", ignore=shutil.ignore_patterns("tensorboard"))
+    resumed = cached_folder / "runs" / "te-resumed"
+    shutil.copytree(trained_run / "checkpoints" / "step-00000002", resumed / "checkpoints" / "step-00000002")
+    shutil.copytree(trained_run / "logs", resumed / "logs", ignore=shutil.ignore_patterns("tensorboard"))
     words = (*SETTINGS, "engine.zero_stage=1", "sample.prompts=[]")
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te-resumed", *words)
-    losses, expected = read_losses(part), read_losses(trained_run)
+    losses, expected = read_losses(resumed), read_losses(trained_run)
     assert len(losses) == 4
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
     for name in ("step-00000004.safetensors", "step-00000004-ema-0.9.safetensors"):
-        one, other = load_file(part / "models" / name), load_file(trained_run / "models" / name)
-        for key, value in one.items():
-            torch.testing.assert_close(value, other[key], rtol=0, atol=2e-4, msg=f"{name}: {key}")
+        tensors, expected_tensors = load_file(resumed / "models" / name), load_file(trained_run / "models" / name)
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected_tensors[key], rtol=0, atol=2e-4, msg=f"{name}: {key}")
 
 
-def test_the_exported_file_holds_the_trained_weights(trained_run: Path, one_rank: Path) -> None:
-    """The encoders of `one_rank` were frozen, so its file holds the original ones."""
+def test_the_exported_file_contains_the_trained_weights(trained_run: Path, one_rank: Path) -> None:
+    """The run `one_rank` trained no text encoders, so its file contains the original ones."""
     now = load_file(trained_run / "models" / "step-00000004.safetensors")
     mean = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
     before = load_file(one_rank / "models" / "step-00000020.safetensors")
@@ -104,12 +104,12 @@ def test_the_exported_file_holds_the_trained_weights(trained_run: Path, one_rank
 
 
 def test_a_moving_average_is_read_from_a_checkpoint(trained_run: Path, tmp_path: Path, capsys) -> None:
-    """Both `convert.py` and sampling read it as training exported it; an unknown decay is refused."""
+    """`convert.py` and sampling read the average that training exported; an unknown decay is refused."""
     exported = load_file(trained_run / "models" / "step-00000004-ema-0.9.safetensors")
     target = tmp_path / "average.safetensors"
     assert main([str(trained_run), str(target), "--ema", "0.9", "--dtype", "fp32"]) == 0
-    taken = load_file(target)
-    assert taken.keys() == exported.keys() and all(taken[key].equal(exported[key]) for key in taken)
+    converted = load_file(target)
+    assert converted.keys() == exported.keys() and all(converted[key].equal(exported[key]) for key in converted)
     checkpoint = trained_run / "checkpoints" / "step-00000004"
     config, _ = load_config(trained_run / "config.yaml")
     generator = load_image_generator(config, checkpoint, torch.device("cpu"), "0.9")

@@ -1,4 +1,4 @@
-"""Settings that change how the U-Net runs but not its results."""
+"""Settings that change the execution of the U-Net but not its results."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.train.networks.trained_networks import load_unet
 
 
-def test_checkpointing_and_layout_change_no_number(tiny_folder: Path) -> None:
+def test_checkpointing_and_channels_last_do_not_change_results(tiny_folder: Path) -> None:
     source, generator = ModelSource(tiny_folder / "model"), torch.Generator().manual_seed(0)
     x_t = torch.randn(2, 4, 8, 8, generator=generator)
-    found, layouts = [], []
+    results, layouts = [], []
     for settings in ({}, {"gradient_checkpointing": True}, {"channels_last": True}):
         unet = load_unet(source, EngineConfig(**settings))
         config = unet.config
@@ -25,7 +25,8 @@ def test_checkpointing_and_layout_change_no_number(tiny_folder: Path) -> None:
         prediction = unet(x_t, torch.tensor([3, 700]), hidden, added_cond_kwargs=conditions).sample
         prediction.square().mean().backward()
         layouts.append((len(seen), seen[0].is_contiguous(memory_format=torch.channels_last)))
-        found.append(torch.cat([prediction.flatten(), *(parameter.grad.flatten() for parameter in unet.parameters())]))
+        gradients = (parameter.grad.flatten() for parameter in unet.parameters())
+        results.append(torch.cat([prediction.flatten(), *gradients]))
     assert layouts == [(1, False), (2, False), (1, True)]  # checkpointing repeats the forward pass in the backward pass
-    for values in found[1:]:
-        torch.testing.assert_close(values, found[0], rtol=1e-4, atol=1e-6)
+    for values in results[1:]:
+        torch.testing.assert_close(values, results[0], rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The U-Net gets the same conditioning in training as from diffusers' SDXL pipeline, for the same prompt and sizes."""
+"""The U-Net's conditioning in training, compared with diffusers' SDXL pipeline for the same prompt and sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,30 +19,30 @@ from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import ENCODERS, TrainedNetworks, load_unet, unfreeze_text_encoder
 
 
-class SeenError(Exception):
+class UnetReachedError(Exception):
     """Raised in place of running the U-Net."""
 
 
 @torch.no_grad()
-def catch_input(unet: torch.nn.Module, call: Callable[[], Any]) -> dict[str, torch.Tensor]:
+def capture_conditioning(unet: torch.nn.Module, call: Callable[[], Any]) -> dict[str, torch.Tensor]:
     """Return the conditioning that `call` passes to the U-Net: everything besides latents and timestep."""
-    seen: dict[str, torch.Tensor] = {}
+    conditioning: dict[str, torch.Tensor] = {}
 
-    def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def capture(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-        seen.update(hidden=hidden, **kwargs["added_cond_kwargs"])
-        raise SeenError
+        conditioning.update(hidden=hidden, **kwargs["added_cond_kwargs"])
+        raise UnetReachedError
 
-    handle = unet.register_forward_pre_hook(look, with_kwargs=True)
-    with pytest.raises(SeenError):
+    handle = unet.register_forward_pre_hook(capture, with_kwargs=True)
+    with pytest.raises(UnetReachedError):
         call()
     handle.remove()
-    return seen
+    return conditioning
 
 
 @pytest.mark.parametrize("trained", [(), ("text_encoder", "text_encoder_2")])
 @pytest.mark.parametrize("caption", ["a red circle on a white background", ("a blue star " * 40).strip(), ""])
-def test_conditions_are_those_of_diffusers(cached_folder: Path, tmp_path: Path, caption: str, trained: tuple) -> None:
+def test_conditioning_matches_diffusers(cached_folder: Path, tmp_path: Path, caption: str, trained: tuple) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     (tmp_path / "own.py").write_text(f"class Own:\n    def caption(self, record, rng):\n        return {caption!r}\n")
@@ -62,10 +62,10 @@ def test_conditions_are_those_of_diffusers(cached_folder: Path, tmp_path: Path, 
         unfreeze_text_encoder(encoders[name].eval(), gradient_checkpointing=False)
     networks = TrainedNetworks(load_unet(source, config.engine), **{name: encoders[name] for name in trained}).eval()
     text = TextConditioner(loaded, trained).build_inputs(batch, torch.device("cpu"))
-    ours = catch_input(networks.unet, lambda: networks(batch.latents, torch.tensor([7]), text, batch.time_ids))
+    ours = capture_conditioning(networks.unet, lambda: networks(batch.latents, torch.tensor([7]), text, batch.time_ids))
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(cached_folder / "model", add_watermarker=False)
-    theirs = catch_input(
+    theirs = capture_conditioning(
         pipeline.unet,
         lambda: pipeline(
             caption,

@@ -1,4 +1,4 @@
-"""Prompt files: kohya's flags, JSON, defaults from the settings, and every mistake with its place."""
+"""Prompt files: kohya's flags, JSON, defaults from the settings, and a message with the location of each mistake."""
 
 import json
 from dataclasses import replace
@@ -12,8 +12,8 @@ from sdxl_trainer.train.sampling.pipeline import assign_prompts
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
 SETTINGS = {"width_px": 512, "height_px": 768, "num_inference_steps": 20, "guidance_scale": 5.0, "seed": 40}
-PLAIN = Prompt(text="", negative="dull", scheduler="euler", **SETTINGS)  # a prompt that takes everything from SETTINGS
-FULL = replace(PLAIN, width_px=1024, height_px=832, num_inference_steps=30, seed=9)  # one that sets sizes, steps, seed
+PLAIN = Prompt(text="", negative="dull", scheduler="euler", **SETTINGS)  # every field is from SETTINGS
+FULL = replace(PLAIN, width_px=1024, height_px=832, num_inference_steps=30, seed=9)  # with its own size, steps and seed
 
 
 def load(prompts: list[str], file: Path | None = None, **objective) -> tuple[list[Prompt], list[str]]:
@@ -42,7 +42,7 @@ def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
     )
 
 
-def test_json_means_the_same(tmp_path: Path) -> None:
+def test_json_objects_and_settings_make_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.json"
     entry = {
         "prompt": "a cat",
@@ -68,7 +68,7 @@ def test_json_means_the_same(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("a\nb --q 3", ":2: has the unknown flag --q"),
-        ("a --w 100", ":1: has --w = '100', which is not a multiple of 8 of at least 64"),
+        ("a --w 100", ":1: has --w = '100', which is below 64 or not a multiple of 8"),
         ("a --w", ":1: has --w = '', which is not a whole number"),
         ("a --s 0", "--s = '0', which is not a whole number of at least 1"),
         ("a --d -1", "--d = '-1', which is not a whole number of at least 0"),
@@ -77,7 +77,7 @@ def test_json_means_the_same(tmp_path: Path) -> None:
         ("a --ss best", "is none of the schedulers euler, euler_a"),
         ("a --d 1 --d 2", "has --d twice"),
         ("--w 64", ":1: has no prompt before its flags"),
-        ("# nothing\n", "holds no prompt"),
+        ("# nothing\n", "contains no prompt"),
         (b"\xff\xfe", "is not UTF-8"),
         ("[", ".json:1:2: malformed JSON"),
         ("{}", "is not a JSON list"),
@@ -86,14 +86,14 @@ def test_json_means_the_same(tmp_path: Path) -> None:
         ('["a", {"text": "b"}]', ", entry 2: has no `prompt`"),
         (
             '[{"prompt": "b", "steps": 3}]',
-            ", entry 1: has the unknown name `steps`; known names are prompt, negative_prompt",
+            ", entry 1: has the unknown key `steps`; known keys are prompt, negative_prompt",
         ),
         ('[{"prompt": "b", "width": 64.5}]', "has `width` = 64.5, which is not a whole number"),
         ('[{"prompt": "b", "scale": true}]', "has `scale` = True, which is not a number"),
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_mistake_is_named_with_its_place(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+def test_a_mistake_is_reported_with_its_location(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     is_json = isinstance(content, str) and content[0] in "[{"
     file = tmp_path / ("prompts.json" if is_json else "prompts.txt")
     if content is not None:
@@ -102,7 +102,7 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, content: str | bytes 
     assert len(problems) == 1 and problems[0].startswith("sample.prompt_file: ") and message in problems[0], problems
 
 
-def test_the_cure_of_a_missing_file_is_its_path(tmp_path: Path) -> None:
+def test_the_cure_for_a_missing_file_is_to_check_the_path(tmp_path: Path) -> None:
     _, problems = load_prompts(SampleConfig(prompt_file=tmp_path / "absent.txt"), ObjectiveConfig())
     assert [problem.cure for problem in problems] == ["check the path"]
 
@@ -130,9 +130,9 @@ def test_a_scheduler_must_support_the_objective(objective: dict, supported: froz
 
 def test_prompts_are_assigned_to_ranks() -> None:
     prompts, _ = load([f"p --s {steps}" for steps in (1, 2, 1, 1, 2, 3)])
-    assert [assign_prompts(prompts, rank, 4, in_step=False) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
+    assert [assign_prompts(prompts, rank, 4, in_lockstep=False) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
     for world_size in (1, 2, 3, 5):
-        shares = [assign_prompts(prompts, rank, world_size, in_step=True) for rank in range(world_size)]
+        shares = [assign_prompts(prompts, rank, world_size, in_lockstep=True) for rank in range(world_size)]
         assert {number for share in shares for number in share} == set(range(6))
         for turn in zip(*shares, strict=True):  # in each turn all ranks make the same number of forward passes
             assert len({prompts[number].num_inference_steps for number in turn}) == 1

@@ -1,4 +1,4 @@
-"""Sampling: a U-Net that always predicts one latent must generate that latent, with every prediction type."""
+"""Sampling: a perfect model of one latent must generate that latent, with every prediction type."""
 
 import json
 
@@ -19,7 +19,7 @@ STEPS = 10
 
 
 class PerfectPrediction:
-    """A stand-in for a U-Net's forward: the prediction of a perfect model of one latent. It stores its inputs."""
+    """A stand-in for a U-Net's forward pass: a perfect model of one latent, which records its inputs."""
 
     def __init__(self, objective: ObjectiveConfig, latent: torch.Tensor):
         self.prediction, self.latent = objective.prediction, latent
@@ -46,7 +46,7 @@ def build(objective: ObjectiveConfig):
     return build_pipeline(unet, vae, build_scheduler(ModelSource(TINY.parent / "sdxl"), objective))
 
 
-def draw(pipeline) -> torch.Tensor:
+def generate(pipeline) -> torch.Tensor:
     width = pipeline.unet.config.cross_attention_dim
     pooled = pipeline.unet.add_embedding.linear_1.in_features - 6 * pipeline.unet.config.addition_time_embed_dim
     return pipeline(
@@ -77,7 +77,7 @@ def test_the_known_latent_is_generated(settings, first, last):
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     pipeline = build(objective)
     pipeline.unet.forward = model = PerfectPrediction(objective, latent)
-    torch.testing.assert_close(draw(pipeline), latent, rtol=0, atol=2e-3)
+    torch.testing.assert_close(generate(pipeline), latent, rtol=0, atol=2e-3)
     assert (len(model.timesteps), model.timesteps[0], model.timesteps[-1]) == (STEPS, first, pytest.approx(last))
     assert model.timesteps == sorted(model.timesteps, reverse=True)
     # The U-Net's inputs have the same scale as in training: noise at the start, the latent at the end.
@@ -95,11 +95,11 @@ def test_decoding_inverts_the_latent_statistics():
     pipeline = build(objective)
     pipeline.unet.forward = PerfectPrediction(objective, x0)
     with torch.no_grad():
-        pixels = decode_latents(pipeline.vae, draw(pipeline), resolve_latent_statistics(model, pipeline.vae.config))
+        pixels = decode_latents(pipeline.vae, generate(pipeline), resolve_latent_statistics(model, pipeline.vae.config))
         torch.testing.assert_close(pixels, pipeline.vae.decode(vae_latent).sample, rtol=0, atol=5e-3)
         # A U-Net in bf16 passes bf16 latents to the VAE, which is always in fp32.
-        rounded = decode_latents(pipeline.vae, x0.bfloat16(), resolve_latent_statistics(model, pipeline.vae.config))
-    torch.testing.assert_close(rounded, pixels, rtol=0, atol=5e-2)
+        bf16_pixels = decode_latents(pipeline.vae, x0.bfloat16(), resolve_latent_statistics(model, pipeline.vae.config))
+    torch.testing.assert_close(bf16_pixels, pixels, rtol=0, atol=5e-2)
 
 
 def test_latent_statistics_come_from_the_settings_or_the_vae():
