@@ -1,1 +1,1 @@
-"""The doctor: examination of machine, settings and data before a run."""
+"""The doctor: examination of the machine, the settings and the data before a run."""

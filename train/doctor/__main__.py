@@ -1,4 +1,4 @@
-"""Examine machine, settings and data: `python -m sdxl_trainer.train.doctor [--cfg x.yaml]`."""
+"""Examine the machine, the settings and the data: `python -m sdxl_trainer.train.doctor [--cfg x.yaml]`."""
 
 from sdxl_trainer.launch.program import end_program
 from sdxl_trainer.train.doctor.doctor import main

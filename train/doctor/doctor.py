@@ -1,7 +1,7 @@
-"""Examine machine, settings and data before a run: `bash launch/doctor.sh --cfg x.yaml`.
+"""Examine the machine, the settings and the data before a run: `bash launch/doctor.sh --cfg x.yaml`.
 
-Each finding is a line: ok, or what is wrong and its cure. Without settings only the machine is examined
-(launch/machine.py). The program is part of train/ because it runs the checks of training on the settings and the data.
+Each finding is a line that starts with `ok`, or with `WRONG` and gives a cure. Without settings only the machine is
+examined (launch/machine.py). The program is part of train/ because it runs the checks of training.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine
@@ -31,7 +31,7 @@ from sdxl_trainer.train.estimates.memory import (
 
 
 def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
-    """Yield findings about the machine, then about the settings and the memory, time and disk space that they need."""
+    """Yield findings about the machine, then about the settings and the memory, time and disk space of the run."""
     yield from examine_machine()
     if cfg is None:
         yield examine_disk("run.dir", Path("runs"))
@@ -42,57 +42,57 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
         yield from map(convert_problem, error.problems)
         return
     world_size = num_ranks or max(1, torch.cuda.device_count())
-    config, chosen = resolve_zero_stage(config, world_size)
-    if chosen:
-        yield Finding("engine.zero_stage", chosen)
+    config, stage_choice = resolve_zero_stage(config, world_size)
+    if stage_choice:
+        yield Finding("engine.zero_stage", stage_choice)
     yield from examine_settings(config, problems, world_size)
     num_weights = count_unet_parameters(config.model)
     yield examine_memory(config, num_weights, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))
-    saved = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
-    yield examine_disk("run.dir", config.run.folder, saved)
+    checkpoint_bytes = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
+    yield examine_disk("run.dir", config.run.folder, checkpoint_bytes)
     yield examine_disk("cache.dir", get_cache_folder(config))
 
 
 def examine_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
-    """Run the checks that training makes before it loads a network, with a temporary run folder."""
-    # Imported here, because the import takes seconds and findings about the machine should appear first.
+    """Run the checks that training runs before it loads a network, with a temporary run folder."""
+    # Imported here because the import takes seconds, and findings about the machine should appear first.
     from sdxl_trainer.train.run.checks import verify_run
 
     yield from map(convert_problem, problems)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run = config.run.model_copy(update={"dir": Path(folder)})
         try:
-            index, found = verify_run(config.model_copy(update={"run": run}), world_size)
+            index, run_problems = verify_run(config.model_copy(update={"run": run}), world_size)
         except RuntimeError as error:  # more latents are bad than data.max_bad_fraction allows
-            yield Finding("data", str(error), "repair the samples listed, or run bash launch/cache.sh with --repair")
+            yield Finding("data", str(error), "repair the listed samples, or run bash launch/cache.sh with --repair")
             return
-        yield from map(convert_problem, found)
-        if not problems and not found:
-            yield Finding("settings", f"no contradictions on {world_size} ranks")
+        yield from map(convert_problem, run_problems)
+        if not problems and not run_problems:
+            yield Finding("settings", f"no contradictions on {format_count(world_size, 'rank')}")
         if index is not None:
-            yield Finding("data", f"{len(index)} samples to train on")
+            yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
 
 
 def convert_problem(problem: Problem) -> Finding:
-    """Return a problem of the settings as a finding."""
+    """Convert a problem with the settings to a finding."""
     value = "" if problem.value is None else f"{problem.value!s:.100} "
     return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md")
 
 
 def examine_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
-    """Compare the memory for weights, gradients and optimizer state with that of the GPUs, without activations.
+    """Compare the memory for weights, gradients and optimizer state with the GPUs' memory. Activations are left out.
 
     Args:
-        num_weights: weights of the U-Net; 0 if their number is not known.
+        num_weights: number of weights of the U-Net; 0 if it is not known.
         gpu_bytes: memory of each GPU.
     """
     if not num_weights:
         return Finding("memory", "the size of the model is not known before its download")
     needed = estimate_memory(config, num_weights, world_size)
-    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB a rank on {world_size} ranks"
-    detail += f" ({needed}), plus activations"
+    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB per rank"
+    detail += f" on {format_count(world_size, 'rank')} ({needed}), plus activations"
     if gpu_bytes and needed.total > min(gpu_bytes):
         return Finding("memory", f"{detail}; a GPU has {min(gpu_bytes) / 1e9:.3g} GB", TOO_LITTLE_MEMORY)
     return Finding("memory", detail)
@@ -102,7 +102,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
     """Print each finding as soon as it is yielded.
 
     Raises:
-        FailedError: something is wrong.
+        FailedError: a finding is a fault.
     """
     total = wrong = 0
     for finding in findings:
@@ -111,7 +111,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
         sys.stdout.write(f"{'':<7}cure: {finding.cure}\n" if finding.cure else "")
         sys.stdout.flush()
     if wrong:
-        raise FailedError(f"{wrong} of {total} findings are wrong")
+        raise FailedError(f"{wrong} of {total} examinations found a fault")
 
 
 def read_num_ranks() -> int | None:
@@ -121,7 +121,7 @@ def read_num_ranks() -> int | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Examine everything; return the exit status (0 nothing is wrong, 1 something is wrong)."""
+    """Parse the command line, print all findings, and return the exit status (0 no faults, 1 faults)."""
     parser = argparse.ArgumentParser(description="Examine machine, settings and data before training.")
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is examined")
     parser.add_argument(

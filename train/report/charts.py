@@ -10,27 +10,28 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would keep all figures and look for a screen
 
-from sdxl_trainer.train.report.metrics import read_metric_lines
+from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.train.report.metrics import read_all_metrics
 
 PALE, STRONG, OTHER = "#9db4c8", "#1f5c99", "#c2571a"
 SIZE_INCHES, DOTS_PER_INCH = (7.2, 3.6), 110
-MAX_POINTS = 2000  # points of a curve; a chart has about 800 columns of pixels
+MAX_POINTS = 2000  # points of a curve; a chart is about 800 pixels wide
 MAX_BUCKETS, MAX_VALIDATIONS = 24, 8
 SMOOTHED_SHARE = 0.05  # share of all steps that the moving average covers
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over the steps: [N] steps, each once and in order, and [N] values, NaN if a value is not finite."""
+    """A metric over the steps: [N] distinct steps in ascending order, and [N] values, NaN where not finite."""
 
     steps: np.ndarray
     values: np.ndarray
 
     @property
     def finite(self) -> "Series":
-        """The series without values that are not finite."""
-        kept = np.isfinite(self.values)
-        return Series(self.steps[kept], self.values[kept])
+        """The series without its values that are not finite."""
+        is_finite = np.isfinite(self.values)
+        return Series(self.steps[is_finite], self.values[is_finite])
 
     @property
     def last(self) -> float:
@@ -56,7 +57,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart; `text` describes in words what it shows."""
+    """A drawn chart; `text` describes it in words."""
 
     name: str
     title: str
@@ -67,7 +68,7 @@ class Chart:
 def read_series(file: Path) -> dict[str, Series]:
     """Read every metric of a metrics file, by name. If a step has several lines, the last one counts."""
     columns: dict[str, tuple[array, array]] = {}
-    for line in read_metric_lines(file) if file.is_file() else ():
+    for line in read_all_metrics(file) if file.is_file() else ():
         step = line.pop("step")
         for name, value in line.items():
             steps, values = columns.setdefault(name, (array("q"), array("d")))
@@ -77,39 +78,40 @@ def read_series(file: Path) -> dict[str, Series]:
 
 
 def _build_series(steps: np.ndarray, values: np.ndarray) -> Series:
-    # In reversed order the first of equal steps is the last one written.
-    kept, places = np.unique(steps[::-1], return_index=True)
-    return Series(kept, values[::-1][places])
+    # np.unique returns the first of equal steps, which in reversed order is the last one written.
+    distinct_steps, positions = np.unique(steps[::-1], return_index=True)
+    return Series(distinct_steps, values[::-1][positions])
 
 
 def smooth(values: np.ndarray, share: float = SMOOTHED_SHARE) -> np.ndarray:
     """Return the bias-corrected exponential moving average over about `share` of all values, [N]."""
     decay = 1 - 1 / max(1.0, share * len(values))
-    average, weight, result = 0.0, 0.0, np.empty(len(values))
-    for place, value in enumerate(values.tolist()):
+    average, weight, averages = 0.0, 0.0, np.empty(len(values))
+    for position, value in enumerate(values.tolist()):
         average = decay * average + (1 - decay) * value
         weight = decay * weight + (1 - decay)
-        result[place] = average / weight if weight else value
-    return result
+        averages[position] = average / weight if weight else value
+    return averages
 
 
 def draw_charts(numbers: RunNumbers) -> list[Chart]:
-    """Draw every chart that the run has numbers for."""
+    """Draw every chart for which the run has numbers."""
     return [chart for draw in CHARTS if (chart := draw(numbers)) is not None]
 
 
 def draw_loss(numbers: RunNumbers) -> Chart | None:
     """Draw the loss of each step, its moving average, and the validation losses."""
-    every = numbers.get("loss")
-    steps, validations = every.finite, numbers.get("validation/loss").finite
-    if len(every.steps) + len(validations.steps) == 0:
+    losses = numbers.get("loss")
+    finite_losses, validations = losses.finite, numbers.get("validation/loss").finite
+    if len(losses.steps) + len(validations.steps) == 0:
         return None
     figure, axes = build_figure("loss")
-    texts = [f"{len(every.steps)} steps"]
-    if len(steps.steps):
-        averages = smooth(steps.values)
-        draw_noisy_curve(axes, steps, "loss of the step")
-        draw_smooth_curve(axes, Series(steps.steps, averages), color=STRONG, linewidth=2, label="moving average")
+    texts = [format_count(len(losses.steps), "step")]
+    if len(finite_losses.steps):
+        averages = smooth(finite_losses.values)
+        draw_noisy_curve(axes, finite_losses, "loss of the step")
+        average_curve = Series(finite_losses.steps, averages)
+        draw_smooth_curve(axes, average_curve, color=STRONG, linewidth=2, label="moving average")
         texts.append(f"moving average from {averages[0]:.4g} to {averages[-1]:.4g}")
     for name, series in numbers.series.items():
         if name == "validation/loss" or name.startswith("validation/loss_ema_"):
@@ -118,7 +120,7 @@ def draw_loss(numbers: RunNumbers) -> Chart | None:
             axes.plot(series.finite.steps, series.finite.values, line, color=OTHER, marker="o", ms=3, label=label)
     if len(validations.steps):
         texts.append(f"validation loss from {validations.values[0]:.4g} to {validations.last:.4g}")
-    non_finite = every.steps[~np.isfinite(every.values)]
+    non_finite = losses.steps[~np.isfinite(losses.values)]
     if len(non_finite):
         axes.plot(
             non_finite,
@@ -130,7 +132,7 @@ def draw_loss(numbers: RunNumbers) -> Chart | None:
             clip_on=False,
             transform=axes.get_xaxis_transform(),
         )
-        texts.append(f"not finite in {len(non_finite)} steps")
+        texts.append(f"not finite in {format_count(len(non_finite), 'step')}")
     axes.legend(frameon=False)
     return Chart("loss", "Loss", "; ".join(texts), figure)
 
@@ -145,23 +147,23 @@ def draw_loss_by_timestep(numbers: RunNumbers) -> Chart | None:
         return None
     figure, axes = build_figure("loss", "timesteps")
     shown = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_VALIDATIONS).round().astype(int))]
-    for place, step in enumerate(shown.tolist()):
-        known = [dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) for series in bins.values()]
-        values = [column.get(step, float("nan")) for column in known]
-        share = (place + 1) / len(shown)
+    losses = [dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) for series in bins.values()]
+    for number, step in enumerate(shown.tolist(), start=1):
+        values = [bin_losses.get(step, float("nan")) for bin_losses in losses]
+        share = number / len(shown)
         axes.plot(list(bins), values, marker="o", ms=3, color=STRONG, alpha=0.2 + 0.8 * share, label=f"step {step}")
     rotate_labels(axes, len(bins))
     figure.subplots_adjust(right=0.84)
     axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     text = (
-        f"{len(bins)} bins of timesteps at {len(shown)} of {len(steps)} validations; at the last validation "
+        f"bins of timesteps: {len(bins)}, validations: {len(shown)} of {len(steps)}; at the last validation "
         + ", ".join(f"{name}: {series.last:.4g}" for name, series in bins.items())
     )
     return Chart("loss_by_timestep", "Validation loss by timestep", text, figure)
 
 
 def build_curve_chart(name: str, title: str, unit: str, scale: float = 1.0) -> Callable[[RunNumbers], Chart | None]:
-    """Return a function that draws a metric over the steps, with its moving average."""
+    """Return a function that draws a metric over the steps with its moving average."""
 
     def draw(numbers: RunNumbers) -> Chart | None:
         series = numbers.get(name).finite
@@ -197,25 +199,24 @@ def draw_lr(numbers: RunNumbers) -> Chart | None:
 
 
 def draw_buckets(numbers: RunNumbers) -> Chart | None:
-    """Draw the samples of each bucket in an epoch; the smallest buckets share a bar."""
+    """Draw the number of samples of each bucket in an epoch; the smallest buckets share a bar."""
     sizes: dict[str, int] = numbers.counts.get("buckets", {})
     if not sizes:
         return None
     shown = dict(list(sizes.items())[:MAX_BUCKETS])
     if len(sizes) > len(shown):
-        shown[f"{len(sizes) - len(shown)} others"] = sum(sizes.values()) - sum(shown.values())
+        shown[f"{format_count(len(sizes) - len(shown), 'other')}"] = sum(sizes.values()) - sum(shown.values())
     figure, axes = build_figure("samples in epoch 0", "bucket")
     axes.bar(list(shown), list(shown.values()), color=STRONG)
     rotate_labels(axes, len(shown))
     axes.grid(visible=False, axis="x")
-    text = f"{sum(sizes.values()):,} samples in {len(sizes)} buckets; the largest are " + ", ".join(
-        f"{name} with {count:,}" for name, count in list(sizes.items())[:3]
-    )
-    return Chart("buckets", "Buckets", text, figure)
+    total = f"{format_count(sum(sizes.values()), 'sample')} in {format_count(len(sizes), 'bucket')}"
+    largest = ", ".join(f"{name}: {count:,}" for name, count in list(sizes.items())[:3])
+    return Chart("buckets", "Buckets", f"{total}; largest {largest}", figure)
 
 
 def draw_tokens(numbers: RunNumbers) -> Chart | None:
-    """Draw the lengths of captions in tokens, by the tokenizer of text encoder 1."""
+    """Draw the lengths of captions in tokens of text encoder 1's tokenizer."""
     tokens = numbers.counts.get("tokens", {})
     if not tokens.get("num_captions"):
         return None
@@ -233,7 +234,7 @@ def draw_tokens(numbers: RunNumbers) -> Chart | None:
 
 def build_figure(y_label: str, x_label: str = "step") -> tuple[Figure, Axes]:
     """Build an empty chart."""
-    # No automatic layout: it would draw everything twice.
+    # No automatic layout, which would draw everything twice.
     figure = Figure(figsize=SIZE_INCHES)
     figure.subplots_adjust(left=0.11, right=0.98, top=0.95, bottom=0.14)
     axes = figure.subplots()
@@ -245,14 +246,14 @@ def build_figure(y_label: str, x_label: str = "step") -> tuple[Figure, Axes]:
 
 
 def rotate_labels(axes: Axes, num_labels: int) -> None:
-    """Rotate the x axis's labels and make room for them if they are too many to stand side by side."""
+    """Rotate the labels of the x axis and make room for them if they do not fit side by side."""
     if num_labels > 6:
         axes.tick_params(axis="x", labelrotation=60, labelsize="small")
         axes.figure.subplots_adjust(bottom=0.3)
 
 
 def draw_noisy_curve(axes: Axes, series: Series, label: str) -> None:
-    """Draw a noisy curve; of a long one, the band between its minima and maxima."""
+    """Draw a noisy curve, or for a long curve the band between its minima and maxima."""
     if len(series.steps) <= MAX_POINTS:
         axes.plot(series.steps, series.values, color=PALE, linewidth=0.8, label=label)
         return
@@ -263,8 +264,8 @@ def draw_noisy_curve(axes: Axes, series: Series, label: str) -> None:
 
 def draw_smooth_curve(axes: Axes, series: Series, **style: Any) -> None:
     """Draw a smooth curve through at most `MAX_POINTS` of its points."""
-    places = np.unique(np.linspace(0, len(series.steps) - 1, MAX_POINTS).round().astype(int))
-    axes.plot(series.steps[places], series.values[places], **style)
+    positions = np.unique(np.linspace(0, len(series.steps) - 1, MAX_POINTS).round().astype(int))
+    axes.plot(series.steps[positions], series.values[positions], **style)
 
 
 CHARTS: tuple[Callable[[RunNumbers], Chart | None], ...] = (

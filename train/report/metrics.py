@@ -23,7 +23,7 @@ class WandbLog:
 
     def __init__(self, run: Any):
         self._run = run
-        # wandb's own step counter rejects steps that a resumed run repeats.
+        # wandb's own step counter rejects the steps that a resumed run repeats.
         run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -51,7 +51,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "metrics.jsonl"
         if self.file.is_file():
-            kept = [line for line in read_metric_lines(self.file) if line["step"] <= last_step]
+            kept = [line for line in read_all_metrics(self.file) if line["step"] <= last_step]
             write_atomic(self.file, b"".join(orjson.dumps(line) + b"\n" for line in kept))
         self._lines = open(self.file, "ab")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
@@ -74,13 +74,13 @@ class MetricsLog:
             self._wandb_log.close()
 
 
-def read_metrics(file: Path, having: str = "loss") -> Iterator[dict[str, Any]]:
-    """Yield the lines of a metrics file that hold a metric: `loss` for steps, `validation/loss` for validations."""
-    return (line for line in read_metric_lines(file) if having in line)
+def read_metrics(file: Path, metric: str = "loss") -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics file that contain a metric: `loss` for steps, `validation/loss` for validations."""
+    return (line for line in read_all_metrics(file) if metric in line)
 
 
-def read_metric_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield all lines of a metrics file; a last line without its line break is skipped."""
+def read_all_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield all lines of a metrics file; a last line without a line break is skipped."""
     with open(file, "rb") as lines:
         for line in lines:
             if line.endswith(b"\n"):
@@ -88,10 +88,10 @@ def read_metric_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def check_wandb(project: str | None) -> Iterator[Problem]:
-    """Yield a problem if `log.wandb` names a project and wandb is not installed."""
+    """Yield a problem if `log.wandb` is set and wandb is not installed."""
     try:
         if project is not None:
-            # Python would also import a mere folder named wandb, which wandb leaves where it has run.
+            # Not an import: it would succeed on the plain folder wandb/ that wandb creates where it runs.
             importlib.metadata.version("wandb")
     except importlib.metadata.PackageNotFoundError:
         yield Problem("log.wandb", project, "needs the package wandb", "pip install wandb, or leave it out")
@@ -101,7 +101,7 @@ def open_wandb(project: str, run_name: str, folder: Path, settings: dict[str, An
     """Start or resume the run at Weights & Biases.
 
     Args:
-        folder: the log folder of the run, which keeps the run's id at wandb.
+        folder: the log folder of the run, where the run's id at wandb is stored.
         settings: all settings, shown as the run's config at wandb.
 
     Raises:

@@ -33,10 +33,10 @@ from sdxl_trainer.train.report.charts import (
 )
 from sdxl_trainer.train.sampling.image_grid import select_step_folders
 
-NICENESS = 10  # of a report written during training: the loader's workers have priority
+NICENESS = 10  # of a report written during training, so that the loader's workers have priority
 THUMBNAIL_PX = 160  # longer side of a generated image on the page
 WEBP_QUALITY = 75
-MAX_PROMPTS, MAX_STEPS = 8, 10  # with generated images on the page
+MAX_PROMPTS, MAX_STEPS = 8, 10  # rows and columns of generated images on the page
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Strip:
-    """The images generated from a prompt, one for each step; None if a step has no image of it."""
+    """The images generated from a prompt, one for each step; None for a step without one."""
 
     prompt: str
     images: list[EmbeddedImage | None]
@@ -81,18 +81,18 @@ def write_report(folder: Path) -> Path:
 
 
 def load_template() -> jinja2.Template:
-    """Load the page's template; every value put into it is escaped."""
+    """Load the page's template, which escapes every value."""
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     return jinja2.Environment(**options).from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
 def read_counts(file: Path) -> dict:
-    """Read the counts of the training set that the run has stored; empty if the file does not exist."""
+    """Read the counts of the training set that the run stored; an empty dict if the file does not exist."""
     return orjson.loads(file.read_bytes()) if file.is_file() else {}
 
 
 def list_facts(numbers: RunNumbers) -> dict[str, str]:
-    """Return the figures at the top of the page, name → value, of the metrics that the run has."""
+    """List the figures at the top of the page, name → value, for the metrics that the run has."""
     loss, validation = numbers.get("loss"), numbers.get("validation/loss")
     facts = {"steps": f"{loss.steps[-1]:,}"} if len(loss.steps) else {}
     if len(loss.finite.values):
@@ -111,7 +111,7 @@ def list_facts(numbers: RunNumbers) -> dict[str, str]:
 
 
 def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
-    """Write a chart as PNG with a transparent background, and return it for the page."""
+    """Write a chart as a PNG with a transparent background, and return it for embedding."""
     buffer = io.BytesIO()
     chart.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, transparent=True)
     write_atomic(file, buffer.getvalue())
@@ -126,9 +126,9 @@ def read_strips(folder: Path) -> tuple[list[int], list[Strip]]:
     file_names = sorted({file.name for path in folders for file in path.glob("*.png")})[:MAX_PROMPTS]
     strips = []
     for file_name in file_names:
-        read = [read_generated_image(path / file_name, step) for path, step in zip(folders, steps, strict=True)]
-        prompt = next((prompt for _, prompt in reversed(read) if prompt), file_name)
-        strips.append(Strip(prompt, [image for image, _ in read]))
+        results = [read_generated_image(path / file_name, step) for path, step in zip(folders, steps, strict=True)]
+        prompt = next((prompt for _, prompt in reversed(results) if prompt), file_name)
+        strips.append(Strip(prompt, [image for image, _ in results]))
     return steps, strips
 
 
@@ -152,10 +152,7 @@ def make_uri(content: bytes, kind: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of a run, finished or not, into its folder; return the exit status.
-
-    0 done, 1 failed, 2 wrong input.
-    """
+    """Write the report of a run, finished or not, and return the exit status (0 done, 1 failed, 2 wrong input)."""
     parser = argparse.ArgumentParser(description="Write the report of a run, finished or not, into its folder.")
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
     parser.add_argument("--background", action="store_true", help="run at low priority")
@@ -169,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         file = write_report(folder)
     except OSError as error:
-        sys.stderr.write(f"report: cannot be written: {error}\n")
+        sys.stderr.write(f"the report cannot be written: {error}\n")
         return 1
     sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.1f} s)\n")
     return 0

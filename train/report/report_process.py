@@ -1,4 +1,4 @@
-"""Report pages written by a separate process: no step waits for it, and its failure does not end the run."""
+"""Writing of report pages in a separate process: no step waits for it, and its failure does not end the run."""
 
 import os
 import subprocess
@@ -19,8 +19,8 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import Tokenizers
 
-SECONDS_BETWEEN = 180  # minimum between two reports during training
-MAX_SECONDS = 120  # limit for writing a report
+SECONDS_BETWEEN = 180  # minimum interval between two reports during training
+MAX_SECONDS = 120  # time limit of a report
 
 
 class ReportProcess:
@@ -28,7 +28,8 @@ class ReportProcess:
 
     Args:
         folder: the run folder.
-        seconds_between: minimum between two reports that `update` starts, and between the run's start and the first.
+        seconds_between: minimum interval between the run's start and the first report that `update` starts, and between
+            two such reports.
     """
 
     def __init__(self, folder: Path, seconds_between: float = SECONDS_BETWEEN):
@@ -37,7 +38,7 @@ class ReportProcess:
         self._started = time.monotonic()
 
     def update(self) -> None:
-        """Start a report, unless one is being written or the last one is recent."""
+        """Start a report, unless another is still being written or the last one is recent."""
         if self._process is not None and self._process.poll() is None:
             return
         if time.monotonic() - self._started >= self._seconds_between:
@@ -60,10 +61,10 @@ class ReportProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C must reach the training alone
+                start_new_session=True,  # Ctrl-C must reach only the training process
             )
         except OSError as error:
-            logger.warning("report: cannot be started: {}", error)
+            logger.warning("the report cannot be started: {}", error)
 
     def _log_result(self) -> None:
         """Wait for a report that was started, and log its path or its error."""
@@ -79,12 +80,12 @@ class ReportProcess:
         if process.returncode == 0:
             logger.info("report: {}", self._folder / "report" / "report.html")
         else:
-            logger.warning("report: cannot be written: {}", errors.strip() or f"status {process.returncode}")
+            logger.warning("report failed: {}", errors.strip() or f"the program ended with status {process.returncode}")
 
 
 def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> ReportProcess:
     """Store the counts of the training set for the report, and return the process that writes the report."""
-    # A strategy of its own: the training's strategy must be called equally often on all ranks.
+    # A separate instance of the strategy: training must call its own equally often on all ranks.
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     dataset = build_dataset(config, index, tokenizers, strategy)
     counts = {"buckets": count_buckets(plan), "tokens": asdict(count_tokens(dataset))}
@@ -93,5 +94,5 @@ def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "data.json", orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     except OSError as error:
-        logger.warning("report: the counts of the training set cannot be stored: {}", error)
+        logger.warning("the counts of the training set cannot be stored for the report: {}", error)
     return ReportProcess(config.run.folder)

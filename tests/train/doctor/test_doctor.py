@@ -1,4 +1,4 @@
-"""The doctor: a line for each finding, and a cure for whatever is wrong."""
+"""The doctor: a line for each finding, and a cure for each fault."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ from sdxl_trainer.train.estimates.memory import compute_checkpoint_bytes, count_
 CONFIGS = ROOT / "configs"
 
 
-def test_versions_that_are_missing_or_wrong() -> None:
+def test_missing_packages_and_wrong_versions() -> None:
     wanted = ["numpy>=1", "torch>=99", "no-such-package", "another>=3; extra == 'x'", "older; python_version < '3'"]
     findings = {finding.name: finding for finding in examine_versions(wanted)}
     assert set(findings) == {"torch", "no-such-package", "versions"}
@@ -50,7 +50,7 @@ def test_versions_that_are_missing_or_wrong() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which PyTorch finds no GPU")
-def test_gpus_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_pytorch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert examine_gpus([]).is_ok
     found = examine_gpus(["NVIDIA H200"] * 2)
@@ -59,10 +59,10 @@ def test_gpus_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None
     assert examine_gpus(["NVIDIA H200"]).cure == "unset CUDA_VISIBLE_DEVICES"
 
 
-def test_ranks_that_fail_or_do_not_meet() -> None:
+def test_ranks_that_fail_or_do_not_connect() -> None:
     python = [sys.executable, "-c"]
-    fine = examine_ranks(0, [*python, "print('note\\n{\"gb_per_second\": 1.5}')"])
-    assert fine == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s")
+    connected = examine_ranks(0, [*python, "print('note\\n{\"gb_per_second\": 1.5}')"])
+    assert connected == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s")
     failed = examine_ranks(0, [*python, "raise ValueError('no network')"])
     assert "ValueError: no network" in failed.detail and "127.0.0.1" in failed.cure
     start = time.monotonic()
@@ -72,7 +72,7 @@ def test_ranks_that_fail_or_do_not_meet() -> None:
     assert "NCCL_DEBUG=INFO" in interpret_probe(1, "", "NCCL", 8).cure
 
 
-def test_disks(tmp_path: Path) -> None:
+def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
     found = examine_disk("run.dir", tmp_path / "not" / "yet", 10)
     assert found.is_ok and "GB free, writes" in found.detail and str(tmp_path) in found.detail
     assert list(tmp_path.iterdir()) == []  # nothing was created or left behind
@@ -99,7 +99,7 @@ def test_disks(tmp_path: Path) -> None:
         ("lora.rank=4", 2, 2, 0),
     ],
 )
-def test_bytes_of_a_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:
+def test_bytes_per_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:
     config, problems = build_config({}, words.split())
     config, _ = resolve_zero_stage(config, ranks)
     assert problems == []
@@ -113,14 +113,15 @@ def test_memory_of_sdxl() -> None:
     config, _ = build_config({"model": model})
     config, _ = resolve_zero_stage(config, 1)
     assert count_unet_parameters(config.model) == 2_567_463_684  # SDXL base's U-Net
-    assert "2.57 billion" in examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
+    detail = examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
+    assert detail.startswith("2.57 billion weights: about ") and " GB per rank on 1 rank (" in detail
     assert examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
     assert "engine.zero_stage: 3" in examine_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
     assert count_unet_parameters(build_config({"model": {"path": "stabilityai/absent"}})[0].model) == 0
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The doctor makes the checks of training, and leaves the run folder unchanged."""
+    """The doctor runs the checks of training and does not create the run folder."""
     shutil.copytree(CONFIGS / "tiny", tmp_path / "model")
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (tmp_path / "model" / name / "x.safetensors").touch()
@@ -137,19 +138,20 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config, problems = build_config(yaml.safe_load(yaml.safe_dump(raw)))
     found = list(examine_settings(config, problems, world_size=2))
     assert [finding.name for finding in found] == ["settings", "data"] and all(finding.is_ok for finding in found)
-    assert found[1].detail == "4 samples to train on"
+    assert [finding.detail for finding in found] == ["no contradictions on 2 ranks", "4 samples to train on"]
+    assert next(examine_settings(config, problems, world_size=1)).detail == "no contradictions on 1 rank"
     config, problems = build_config(raw, ["train.global_batch_size=3", "optim.lr=fast"])
     wrong = {finding.name: finding for finding in examine_settings(config, problems, world_size=2) if not finding.is_ok}
     assert set(wrong) == {"train.global_batch_size", "optim.lr"}
     assert wrong["train.global_batch_size"].cure == "set it to a multiple of 2"
     assert not (tmp_path / "runs").exists()
-    shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # like a single file, which carries no vocabulary
+    shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # like a single file, which contains no vocabulary
     monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
     wrong = {finding.name: finding for finding in examine_settings(config, [], world_size=2) if not finding.is_ok}
     assert "open_clip_torch" in wrong["model.tokenizer"].cure
 
 
-def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
+def test_the_script_starts_ranks_and_reports_wrong_settings(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"run: {{dir: {tmp_path}}}\nmodel: {{path: {tmp_path}/absent}}\n")
     command = ["bash", str(ROOT / "launch" / "doctor.sh"), "--cfg", str(tmp_path / "x.yaml"), "train.globl=3"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # two ranks on the CPU
@@ -165,7 +167,7 @@ def test_the_script_with_real_ranks_and_wrong_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("nproc", "expected"), [("", None), ("gpu", None), ("2", 2)])
-def test_number_of_ranks_is_read_from_nproc(monkeypatch, nproc: str, expected: int | None) -> None:
+def test_the_number_of_ranks_is_read_from_nproc(monkeypatch, nproc: str, expected: int | None) -> None:
     monkeypatch.setenv("NPROC", nproc)
     assert read_num_ranks() == expected
 

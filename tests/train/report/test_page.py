@@ -1,4 +1,4 @@
-"""The report of a run: shown by a real browser, drawn from whatever metrics exist, harmless to training."""
+"""The report of a run: its page in a real browser, its charts for any set of metrics, its process beside training."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 from sdxl_trainer.train.report.charts import RunNumbers, draw_charts, read_series, smooth
 from sdxl_trainer.train.report.page import main, read_strips, write_report
 from sdxl_trainer.train.report.report_process import ReportProcess
-from sdxl_trainer.train.sampling import image_grid as sheets
+from sdxl_trainer.train.sampling.image_grid import write_image
 
 BROKEN = """<!DOCTYPE html><title>broken</title><img alt="gone" src="gone.png">
 <img alt="torn" src="data:image/png;base64,aa">
@@ -25,7 +25,7 @@ BROKEN = """<!DOCTYPE html><title>broken</title><img alt="gone" src="gone.png">
 
 
 def write_run(folder: Path, lines: list[dict | str], samples: int = 0) -> Path:
-    """Write a run folder with these lines of metrics, and with images of noise, which no codec compresses."""
+    """Write a run folder with these lines of metrics, and with images of noise, which cannot be compressed."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     (folder / "logs" / "metrics.jsonl").write_text(text)
@@ -33,13 +33,13 @@ def write_run(folder: Path, lines: list[dict | str], samples: int = 0) -> Path:
     for number in range(9 if samples else 0):
         image = Image.fromarray(noise.integers(0, 256, (160, 160, 3), np.uint8))
         path = folder / "samples" / "step-00000000" / f"{number:03d}.png"
-        sheets.write_image(path, image, f"prompt {number} <b>&\nNegative prompt: none\nSteps: 4")
+        write_image(path, image, f"prompt {number} <b>&\nNegative prompt: none\nSteps: 4")
     for step in range(1, samples):
         shutil.copytree(folder / "samples" / "step-00000000", folder / "samples" / f"step-{step:08d}")
     return folder
 
 
-def draw_names(folder: Path) -> list[str]:
+def write_and_list_charts(folder: Path) -> list[str]:
     write_report(folder)
     return sorted(path.stem for path in (folder / "report").glob("*.png"))
 
@@ -50,19 +50,19 @@ def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tm
     (tmp_path / "broken.html").write_text(BROKEN)
     pages = [(page, "light"), (page, "dark"), (tmp_path / "broken.html", "light")]
     light, dark, broken = visit([(Path(path), scheme) for path, scheme in pages], tmp_path / "browser")
-    for seen in (light, dark):
-        assert seen.complaints == [] and seen.requests == [Path(page).as_uri()] and not seen.overflow
-        assert all(image["width"] > 50 and len(image["alt"]) > 10 for image in seen.images)
+    for view in (light, dark):
+        assert view.complaints == [] and view.requests == [Path(page).as_uri()] and not view.overflow
+        assert all(image["width"] > 50 and len(image["alt"]) > 10 for image in view.images)
     # Eight charts, and the generated images of three prompts at steps 1 and 2.
     assert len(light.images) == 8 + 6 and light.title == "ranks-1: training report"
     assert sum(image["alt"] == "step 2: a red circle on a white background" for image in light.images) == 1
     assert light.ground == "rgb(255, 255, 255)" and dark.ground == "rgb(18, 22, 28)"
-    # The browser does report the faults of a broken page.
+    # The browser reports the faults of a broken page.
     assert [image["width"] for image in broken.images] == [0, 0] and len(broken.complaints) >= 2
     assert len(broken.requests) == 2
 
 
-def test_a_real_runs_report_is_drawn_by_the_run(validated: dict[int, Path]) -> None:
+def test_a_run_writes_its_report(validated: dict[int, Path]) -> None:
     folder = validated[1] / "report"
     assert sorted(path.stem for path in folder.glob("*.png")) == [
         "buckets",
@@ -81,17 +81,17 @@ def test_a_real_runs_report_is_drawn_by_the_run(validated: dict[int, Path]) -> N
     assert "24 samples in" in page and "of 24 captions," in page and "<script" not in page
 
 
-def test_the_last_line_of_a_step_counts(tmp_path: Path) -> None:
+def test_the_last_line_of_a_step_is_used(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": float(step), "lr": 1.0} for step in (1, 2, 3, 4)]
-    again = [{"step": step, "loss": step + 0.5} for step in (3, 4, 5)]
-    run = write_run(tmp_path, [*lines, {"step": 4, "validation/loss": 9.0}, *again, '{"step": 6, "lo'])
+    repeated = [{"step": step, "loss": step + 0.5} for step in (3, 4, 5)]
+    run = write_run(tmp_path, [*lines, {"step": 4, "validation/loss": 9.0}, *repeated, '{"step": 6, "lo'])
     series = read_series(run / "logs" / "metrics.jsonl")
     assert series["loss"].steps.tolist() == [1, 2, 3, 4, 5]
     assert series["loss"].values.tolist() == [1, 2, 3.5, 4.5, 5.5]
     assert series["lr"].values.tolist() == [1] * 4 and series["validation/loss"].values.tolist() == [9]
 
 
-def test_charts_describe_what_they_show(tmp_path: Path) -> None:
+def test_the_texts_and_lines_of_charts(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": None if step == 2 else 1 / step, "lr": 1e-5 * step} for step in (1, 2, 3)]
     validations = {"validation/loss": 1.0, "validation/loss_ema_0.9": 1.1, "validation/loss_t500-999": 1.5}
     validations["validation/loss_t500-999_ema_0.9"] = 2.0
@@ -99,7 +99,7 @@ def test_charts_describe_what_they_show(tmp_path: Path) -> None:
     run = write_run(tmp_path, lines)
     charts = {chart.name: chart for chart in draw_charts(RunNumbers(read_series(run / "logs" / "metrics.jsonl"), {}))}
     assert list(charts) == ["loss", "loss_by_timestep", "lr"]
-    assert "not finite in 1 steps" in charts["loss"].text
+    assert charts["loss"].text.startswith("3 steps; ") and charts["loss"].text.endswith("not finite in 1 step")
     assert "first 1e-05, max 3e-05" in charts["lr"].text
     assert charts["loss_by_timestep"].text.endswith("at the last validation 000-499: 0.1667, 500-999: 1.5")
     labels = [line.get_label() for line in charts["loss"].figure.axes[0].lines]
@@ -116,20 +116,20 @@ def test_charts_describe_what_they_show(tmp_path: Path) -> None:
         ([{"step": step, "loss": None, "grad_norm": None} for step in (1, 2, 3)], ["loss"]),
         ([{"step": 0, "validation/loss": 0.5}], ["loss"]),
         ([{"step": 0, "validation/loss": None, "validation/loss_t000-999": None}], []),
-        ([{"step": 1, "loss": 0.5, "unheard_of": 3, "lr": 0.0}], ["loss", "lr"]),
+        ([{"step": 1, "loss": 0.5, "unknown": 3, "lr": 0.0}], ["loss", "lr"]),
     ],
 )
-def test_little_is_enough(tmp_path: Path, lines: list[dict], names: list[str]) -> None:
-    assert draw_names(write_run(tmp_path, lines)) == names
+def test_a_report_needs_only_a_few_metrics(tmp_path: Path, lines: list[dict], names: list[str]) -> None:
+    assert write_and_list_charts(write_run(tmp_path, lines)) == names
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<img") == len(names) and ("No step is finished" in page) == (not names)
 
 
-def test_images_that_are_many_missing_or_torn(tmp_path: Path) -> None:
+def test_many_missing_and_truncated_images(tmp_path: Path) -> None:
     run = write_run(tmp_path, [{"step": 1, "loss": 0.5}], samples=14)
     (run / "samples" / "step-00000000" / "000.png").unlink()
-    torn = run / "samples" / "step-00000013" / "000.png"
-    torn.write_bytes(torn.read_bytes()[:9000])
+    truncated = run / "samples" / "step-00000013" / "000.png"
+    truncated.write_bytes(truncated.read_bytes()[:9000])
     steps, strips = read_strips(run / "samples")
     assert len(steps) == 10 and (steps[0], steps[-1]) == (0, 13) and len(strips) == 8
     assert [image is None for image in strips[0].images] == [True, *[False] * 8, True]
@@ -145,16 +145,16 @@ def test_the_moving_average_is_unbiased() -> None:
     assert np.all(np.diff(falling) < 0) and math.isclose(falling[-1], 0.05, abs_tol=0.01)
 
 
-def test_the_program_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_the_program_reports_wrong_input_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
         main([str(tmp_path)])
-    assert ended.value.code == 2 and "holds no logs/metrics.jsonl" in capsys.readouterr().err
+    assert caught.value.code == 2 and "holds no logs/metrics.jsonl" in capsys.readouterr().err
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.5}])
     (run / "report").touch()
-    assert main([str(run)]) == 1 and "report: cannot be written" in capsys.readouterr().err
+    assert main([str(run)]) == 1 and "the report cannot be written" in capsys.readouterr().err
 
 
-def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
+def test_a_report_process_runs_beside_training(tmp_path: Path) -> None:
     """`update` starts no report too early or beside another; failures are logged; `finish` waits for the last."""
     messages: list[str] = []
     sink = logger.add(messages.append, format="{level} {message}")
@@ -172,12 +172,12 @@ def test_the_report_is_drawn_beside_the_training(tmp_path: Path) -> None:
     digest = hashlib.sha256((tmp_path / "report" / "loss.png").read_bytes()).digest()
     shutil.rmtree(tmp_path / "logs")
     eager.finish()
-    assert messages[-1].startswith("WARNING report: cannot be written: ") and "no logs/metrics.jsonl" in messages[-1]
+    assert messages[-1].startswith("WARNING report failed: ") and "no logs/metrics.jsonl" in messages[-1]
     assert hashlib.sha256((tmp_path / "report" / "loss.png").read_bytes()).digest() == digest
     logger.remove(sink)
 
 
-def test_the_report_needs_no_torch() -> None:
-    """With torch the report would start as slowly as a rank and take hundreds of MB."""
+def test_the_report_does_not_import_torch_or_pydantic() -> None:
+    """With torch the report would start as slowly as a rank and take hundreds of MB of memory."""
     code = "import sys, sdxl_trainer.train.report.page; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

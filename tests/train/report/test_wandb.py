@@ -1,4 +1,4 @@
-"""Metrics at Weights & Biases, by the real package offline. test_contradictions.py covers its absence."""
+"""Metrics at Weights & Biases, with the real package offline. test_contradictions.py covers a missing package."""
 
 import subprocess
 import sys
@@ -44,12 +44,12 @@ def test_a_resumed_run_keeps_its_id(settings: Path, monkeypatch: pytest.MonkeyPa
     config, _ = load_config(settings)
     assert list(check_wandb(config.log.wandb)) == []
     logs = config.run.folder / "logs"
-    names = []
-    for first in (0, 1):  # the second repeats step 2
+    ids = []
+    for first in (0, 1):  # the second run repeats step 2
         subprocess.run([sys.executable, "-c", LOG, str(settings), str(first)], check=True, timeout=120)
-        names.append((logs / "wandb_id.txt").read_text())
+        ids.append((logs / "wandb_id.txt").read_text())
     files = sorted(logs.glob("wandb/offline-run-*/*.wandb"))
-    assert names[0] == names[1] and {file.stem for file in files} == {f"run-{names[0]}"} and len(files) == 2
+    assert ids[0] == ids[1] and {file.stem for file in files} == {f"run-{ids[0]}"} and len(files) == 2
     for file, step in zip(files, (2, 3), strict=True):
         content = file.read_bytes()
         assert b"my-project" in content and b"7.25" in content and str(step / 1024).encode() in content

@@ -33,7 +33,7 @@ from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
 def read_numbers(run: Path, name: str) -> list[dict]:
-    return list(read_metrics(run / "logs" / "metrics.jsonl", having=name))
+    return list(read_metrics(run / "logs" / "metrics.jsonl", metric=name))
 
 
 def test_training_is_not_affected(validated: dict[int, Path], one_rank: Path) -> None:
