@@ -1,7 +1,10 @@
 """Build the optimizer that the settings name, and check its settings."""
 
 import importlib
+import importlib.util
 import inspect
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ class OptimizerEntry(NamedTuple):
 
     path: str
     kwargs: dict[str, Any] = {}
+    compiled_module: str = ""  # of an optimizer in C++: DeepSpeed compiles it at first use, unless it is installed
 
 
 OPTIMIZERS = {
@@ -34,8 +38,10 @@ OPTIMIZERS = {
 }
 # Implementations for optimizer state in host memory while the weights are on a GPU.
 ON_HOST = {
-    "adamw": OptimizerEntry("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": True}),
-    "lion": OptimizerEntry("deepspeed.ops.lion.DeepSpeedCPULion"),
+    "adamw": OptimizerEntry(
+        "deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": True}, "deepspeed.ops.adam.cpu_adam_op"
+    ),
+    "lion": OptimizerEntry("deepspeed.ops.lion.DeepSpeedCPULion", {}, "deepspeed.ops.lion.cpu_lion_op"),
 }
 # Implementations without fp32 masters, by precision. Optimi's second beta of 0.99 stays: with 0.999, a second
 # moment that is rounded to the nearest bf16 would hardly ever fall.
@@ -142,6 +148,8 @@ def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Probl
         cure = f"pip install {DISTRIBUTIONS.get(package, package)}"
         yield Problem("optim.name", config.name, f"cannot be imported: {error}", cure)
         return
+    if entry.compiled_module:
+        yield from check_compiler(entry.compiled_module)
     reason = explain_whole_tensors(config, engine)
     if reason and engine.zero_stage:
         rule = f"{reason}, which is impossible on the flat shards of ZeRO {engine.zero_stage}"
@@ -156,6 +164,19 @@ def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Probl
     if kind.__name__ == "Prodigy":
         yield from check_prodigy(config)
     yield from check_arguments(kind, config)
+
+
+def check_compiler(module: str) -> Iterator[Problem]:
+    """Yield a problem for each missing tool that compiles `module`, unless the module is installed."""
+    if importlib.util.find_spec(module) is not None:
+        return
+    rule = "needs {}, with which DeepSpeed compiles the optimizer for host memory"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        cure = "install a C++ compiler (apt-get install g++), or name yours in the environment variable CXX"
+        yield Problem("engine.offload_optimizer", True, rule.format(f"the C++ compiler {compiler}"), cure)
+    if shutil.which("ninja") is None:
+        yield Problem("engine.offload_optimizer", True, rule.format("ninja"), "pip install ninja")
 
 
 def check_arguments(kind: Any, config: OptimConfig) -> Iterator[Problem]:

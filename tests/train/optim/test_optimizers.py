@@ -1,5 +1,7 @@
 """Optimizers by name and by path against their formulas, and settings that are refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch._dynamo
@@ -7,7 +9,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.train.optim.optimizers import OPTIMIZERS, build_optimizer, check_optimizer
+from sdxl_trainer.train.optim.optimizers import ON_HOST, OPTIMIZERS, build_optimizer, check_optimizer
 
 LR, DECAY = 0.1, 0.01
 
@@ -214,3 +216,24 @@ def test_contradictions_are_refused(settings, message):
 def test_contradictions_of_the_engine_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**settings)
+
+
+def test_optimizers_in_host_memory_need_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for tool in ("c++", "ninja", "my-c++"):
+        (tmp_path / tool).write_text("")
+        (tmp_path / tool).chmod(0o755)
+    offload = {"offload_optimizer": True}
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list_problems(offload) == []
+    (tmp_path / "c++").unlink()
+    (tmp_path / "ninja").unlink()
+    for name in ("adamw", "lion"):
+        [compiler, ninja] = list_problems(offload, name=name)
+        assert compiler[0] == ninja[0] == "engine.offload_optimizer"
+        assert "g++" in compiler[1] and ninja[1] == "pip install ninja"
+    monkeypatch.setenv("CXX", "my-c++ -O2")
+    assert list_problems(offload) == [("engine.offload_optimizer", "pip install ninja")]
+    assert list_problems() == []  # nothing is compiled without offload
+    monkeypatch.setitem(ON_HOST, "adamw", ON_HOST["adamw"]._replace(compiled_module="deepspeed"))
+    assert list_problems(offload) == []  # installed with DeepSpeed
