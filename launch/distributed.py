@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.launch import patches
+from sdxl_trainer.launch.interfaces import check_network
 from sdxl_trainer.launch.status import RankZeroError
 
 # Without a launcher that keeps the store, rank 0 opens it only after its checks, which may read a whole data set.
@@ -81,7 +82,8 @@ def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], Non
     Raises:
         RankZeroError: rank 0 failed before it called this function.
         FailedError: other ranks did not call it in time.
-        UserInputError: this node has more ranks than GPUs, or the address of rank 0 is missing.
+        UserInputError: this node has more ranks than GPUs, the address of rank 0 is missing, or NCCL or gloo would
+            use a network interface that does not exist or leads nowhere.
     """
     global _joined, _store  # noqa: PLW0603 (a process joins one group at a time)
     timeout = timedelta(minutes=timeout_minutes)
@@ -94,6 +96,7 @@ def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], Non
         _require_device(local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        raise_if_any(check_network(use_gpu, world_size))
         patches.set_default_timeout(timeout)
         _store = _open_own_store(timeout) if alone else _rendezvous(rank, world_size, timeout, raise_if_stopped)
         dist.init_process_group(
