@@ -2,6 +2,7 @@
 # Train with DeepSpeed's launcher:  bash launch/deepspeed.sh --cfg x.yaml [key.sub=value ...]
 #   HOSTFILE       lines of `host slots=8`; without it this machine alone. Needs pdsh, and ssh without a password.
 #   NPROC, NNODES  ranks per node, and number of the hostfile's nodes (default: all)
+#   PROGRAM=doctor measures the communication between the ranks instead
 #   LAUNCHER_ARGS  further arguments for the launcher, such as "--master_port=29501 --ssh_port=2222"
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/child.sh"
@@ -20,4 +21,6 @@ else
     where+=(--num_gpus="${NPROC:-$(choose_num_ranks)}")
 fi
 read -ra more <<< "${LAUNCHER_ARGS:-}"
-run_child deepspeed "${where[@]}" ${more[@]+"${more[@]}"} "$ROOT/train/main.py" "$@"
+program=("$ROOT/train/main.py" "$@")
+if [ "${PROGRAM:-train}" = doctor ]; then program=(--module sdxl_trainer.launch.probe --report); fi
+run_child deepspeed "${where[@]}" ${more[@]+"${more[@]}"} "${program[@]}"

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -30,6 +31,10 @@ class Finding:
     name: str
     detail: str
     cure: str = ""
+
+    def __str__(self) -> str:
+        line = f"{'ok' if self.is_ok else 'WRONG':<7}{self.name}: {self.detail}"
+        return f"{line}\n{'':<7}cure: {self.cure}" if self.cure else line
 
     @property
     def is_ok(self) -> bool:
@@ -131,17 +136,27 @@ def interpret_probe(status: int | None, printed: str, backend: str, num_ranks: i
     lines = printed.strip().splitlines()
     if status == 0:
         figures = next((json.loads(line) for line in lines if line.startswith("{")), {})
-        speed = figures.get("gb_per_second", 0)
-        return Finding("ranks", f"{num_ranks} by {backend}, sums of 64 MB at {speed:.2f} GB/s")
+        return Finding("ranks", f"{num_ranks} by {backend}, {describe_sums(figures.get('gb_per_second', {}))}")
+    if status is None:
+        return explain_failed_ranks("did not connect", backend, num_ranks)
     message = next(
         (line.strip() for line in reversed(lines) if "Error" in line), lines[-1].strip() if lines else "nothing"
     )
-    detail = f"{num_ranks} ranks by {backend} " + ("did not connect" if status is None else f"failed: {message[:200]}")
+    return explain_failed_ranks(f"failed: {message[:200]}", backend, num_ranks)
+
+
+def describe_sums(gb_per_second: Mapping[Any, float]) -> str:
+    """Describe the speed of sums over ranks, by size in megabytes."""
+    return "sums of " + ", of ".join(f"{size} MB at {speed:.2f} GB/s" for size, speed in gb_per_second.items())
+
+
+def explain_failed_ranks(failure: str, backend: str, num_ranks: int) -> Finding:
+    """Return the finding about ranks that cannot communicate, with the cure for their backend."""
     if backend == "NCCL":
         cure = "run again with NCCL_DEBUG=INFO; NCCL_P2P_DISABLE=1 or NCCL_SOCKET_IFNAME may help"
     else:
         cure = "make 127.0.0.1 reachable; set GLOO_SOCKET_IFNAME=lo if the host name does not resolve"
-    return Finding("ranks", detail, cure)
+    return Finding("ranks", f"{num_ranks} ranks by {backend} {failure}", cure)
 
 
 def examine_disk(name: str, folder: Path, needed_bytes: int = 0) -> Finding:

@@ -1,11 +1,13 @@
 """Launch scripts: each starts its program, and chooses the number of ranks."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from programs import ROOT
+from rank_port import find_rank_port
 
 STARTED_BY_CI = {"quickstart.sh", "test.sh"}
 # Status of each script's program for settings that do not exist. The doctor reports them as a finding.
@@ -20,7 +22,8 @@ STATUS_OF_WRONG_SETTINGS = {
 }
 SAMPLE_WORDS = ("--model", "no/model", "--prompts", "no/prompts.txt", "--out", "no/folder")
 # Slurm's programs for a job on one node: this machine.
-SLURM_PROGRAMS = {"srun": 'SLURM_NODEID=0 exec "$@"', "scontrol": "echo 127.0.0.1", "scancel": "exit 1"}
+SRUN = 'while [ "${1#--}" != "$1" ]; do echo "srun option $1"; shift; done; SLURM_NODEID=0 exec "$@"'
+SLURM_PROGRAMS = {"srun": SRUN, "scontrol": "echo 127.0.0.1", "scancel": "exit 1"}
 
 
 def write_programs(folder: Path, programs: dict[str, str]) -> Path:
@@ -46,7 +49,8 @@ def test_a_script_passes_its_words_and_returns_the_status_of_its_program(
 ) -> None:
     words = ("--cfg", "no/such settings.yaml", *(SAMPLE_WORDS if script == "sample.sh" else ()))
     path = write_programs(tmp_path, SLURM_PROGRAMS)
-    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "7"}
+    job = {"SUBMIT_DIR": str(ROOT), "JOB_NUM_NODES": "1", "JOB_NODELIST": "here", "JOB_ID": "7", "CPUS_ON_NODE": "2"}
+    job = {f"SLURM_{name}": value for name, value in job.items()}
     environment = {**os.environ, "NPROC": "1", "PATH": f"{path}:{os.environ['PATH']}", **job}
     done = subprocess.run(
         ["bash", ROOT / "launch" / script, *words], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -54,6 +58,23 @@ def test_a_script_passes_its_words_and_returns_the_status_of_its_program(
     output = done.stdout + done.stderr
     assert done.returncode == status, output
     assert "no/such settings.yaml" in output and "Traceback" not in output
+    assert ("srun option --cpus-per-task=2" in output) == (script == "slurm.sbatch")
+
+
+@pytest.mark.parametrize("script", ["doctor.sh", "deepspeed.sh"])
+def test_the_doctor_measures_communication_through_the_launcher_of_several_nodes(script: str) -> None:
+    # One node that numbers itself by a rendezvous, as each of several would.
+    where = {"RDZV_ENDPOINT": f"127.0.0.1:{find_rank_port()}"} if script == "doctor.sh" else {"PROGRAM": "doctor"}
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / script],
+        cwd=ROOT,
+        env={**os.environ, "NPROC": "2", **where},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^ok     nodes: 1 \(.*torch", done.stdout, re.M)
+    assert re.search(r"^ok     ranks: 2 by gloo, sums of 64 MB at [\d.]+ GB/s, of 400 MB at", done.stdout, re.M)
 
 
 @pytest.fixture

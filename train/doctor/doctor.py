@@ -107,8 +107,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
     total = wrong = 0
     for finding in findings:
         total, wrong = total + 1, wrong + (not finding.is_ok)
-        sys.stdout.write(f"{'ok' if finding.is_ok else 'WRONG':<7}{finding.name}: {finding.detail}\n")
-        sys.stdout.write(f"{'':<7}cure: {finding.cure}\n" if finding.cure else "")
+        sys.stdout.write(f"{finding}\n")
         sys.stdout.flush()
     if wrong:
         raise FailedError(f"{wrong} of {total} examinations found a fault")

@@ -61,8 +61,8 @@ def test_gpus_that_pytorch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_that_fail_or_do_not_connect() -> None:
     python = [sys.executable, "-c"]
-    connected = examine_ranks(0, [*python, "print('note\\n{\"gb_per_second\": 1.5}')"])
-    assert connected == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s")
+    connected = examine_ranks(0, [*python, 'print(\'note\\n{"gb_per_second": {"64": 1.5, "400": 2}}\')'])
+    assert connected == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s, of 400 MB at 2.00 GB/s")
     failed = examine_ranks(0, [*python, "raise ValueError('no network')"])
     assert "ValueError: no network" in failed.detail and "127.0.0.1" in failed.cure
     start = time.monotonic()
