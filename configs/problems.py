@@ -40,9 +40,9 @@ def raise_if_any(problems: Iterable[Problem]) -> None:
         raise UserInputError(problems)
 
 
-def format_count(count: int, noun: str) -> str:
-    """Return a count with its noun, in the singular for 1: `1 rank`, `2,000 ranks`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def format_count(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun, in the singular for 1: `1 rank`, `2,000 ranks`. The plural adds an s by default."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def _shorten(value: Any, limit: int = 100) -> str:

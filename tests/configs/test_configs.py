@@ -8,7 +8,7 @@ from programs import ROOT
 
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config, save_config, suggest_key
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config
 
 PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
@@ -203,3 +203,9 @@ def test_a_single_value_is_wrapped_in_a_list():
 def test_a_long_path_in_a_problem_keeps_its_end() -> None:
     shown = str(Problem("model.path", Path("/data") / ("x" * 200) / "model.safetensors", "is not there"))
     assert "'/data/xxx" in shown and "xxx/model.safetensors'" in shown and "..." in shown and len(shown) < 150
+
+
+def test_counts_in_messages_are_singular_for_one() -> None:
+    assert [format_count(count, "rank") for count in (0, 1, 2, 2000)] == ["0 ranks", "1 rank", "2 ranks", "2,000 ranks"]
+    assert [format_count(count, "batch", "batches") for count in (1, 3)] == ["1 batch", "3 batches"]
+    assert str(UserInputError([Problem("a", 1, "b")])).startswith("1 problem in the settings:")

@@ -8,7 +8,7 @@ from loguru import logger
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
 from sdxl_trainer.cache.models.encoders import check_vocabulary
 from sdxl_trainer.cache.models.source import check_model
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config, OptimConfig, RunConfig, TrainConfig
 from sdxl_trainer.data.checks.latent_files import has_masks
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
@@ -83,7 +83,9 @@ def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
     """Yield a problem if the ranks' micro batches do not divide the global batch."""
     divisor = train.micro_batch_size * world_size
     if train.global_batch_size % divisor:
-        rule = f"is not a multiple of train.micro_batch_size {train.micro_batch_size} x {world_size} ranks"
+        rule = (
+            f"is not a multiple of train.micro_batch_size {train.micro_batch_size} x {format_count(world_size, 'rank')}"
+        )
         yield Problem("train.global_batch_size", train.global_batch_size, rule, f"set it to a multiple of {divisor}")
 
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.logger import SCREEN
@@ -318,8 +319,8 @@ def describe_learning_rates(config: OptimConfig, lr: float) -> str:
 
 
 def describe_skipped(state: TrainState) -> str:
-    """Return how many samples and updates were skipped so far."""
-    return f"{state.num_bad:,} bad samples, {state.num_non_finite:,} updates that were not finite"
+    """Return the numbers of samples and updates skipped so far."""
+    return f"{format_count(state.num_bad, 'bad sample')}, {format_count(state.num_non_finite, 'non-finite update')}"
 
 
 def describe_peak_memory(device: torch.device) -> str:

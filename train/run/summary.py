@@ -9,6 +9,7 @@ from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.loading.counts import count_buckets
 from sdxl_trainer.launch.logger import log_table
 from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds
@@ -25,17 +26,18 @@ def show_start(run: Run) -> None:
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
     resumed = f", resumed at step {state.step}" if state.step else ""
     rows = {
-        "data": f"{len(run.index):,} samples in the index{held_out}; {run.plan.num_batches(state.epoch):,} batches in "
-        f"epoch {state.epoch}, {run.plan.num_carried(state.epoch)} samples carried over to the next",
+        "data": f"{format_count(len(run.index), 'sample')} in the index{held_out}; "
+        f"{format_count(run.plan.num_batches(state.epoch), 'global batch', 'global batches')} in epoch {state.epoch}, "
+        f"{format_count(run.plan.num_carried(state.epoch), 'sample')} carried over to the next",
         "buckets": describe_buckets(run),
         "model": f"{config.model.path}, {config.objective.prediction} prediction",
         "trained": "; ".join(trained),
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; "
         f"{config.engine.precision}, ZeRO-{run.engine.zero_stage}",
         "memory": f"{describe_peak_memory(run.ranks.device)} on rank 0 before the first step",
-        "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x {sizes.world_size} ranks "
-        f"= {sizes.global_batch_size} global",
-        "steps": f"{train.max_steps:,}{resumed}: {train.max_steps * train.global_batch_size:,} samples",
+        "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x "
+        f"{format_count(sizes.world_size, 'rank')} = {sizes.global_batch_size} global",
+        "steps": f"{train.max_steps:,}{resumed}: {format_count(train.max_steps * train.global_batch_size, 'sample')}",
         "folder": str(run.folder),
     }
     log_table(build_summary_table(f"Training {config.run.name}", rows))
@@ -54,7 +56,7 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
     rows = {
         "steps": f"{state.step:,} of {run.config.train.max_steps:,}, {num_steps:,} of them in this job; "
         f"epoch {state.epoch}",
-        "loss": f"{averages.loss:.4f}, average of the last {averages.num_steps} steps",
+        "loss": f"{averages.loss:.4f}, average of the last {format_count(averages.num_steps, 'step')}",
         "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, generated "
         "images, checkpoints and export",
         "speed": f"{images_per_second:.1f} images/s, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",

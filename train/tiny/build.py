@@ -1,7 +1,7 @@
 """The tiny SDXL: a complete model folder in diffusers layout, with SDXL's topology and about 3 million weights.
 
-With it the tests, the quick start and the learning benchmark run the real programs on a CPU. The VAE is trained
-(train/tiny/vae.py wrote its weights); the U-Net and the text encoders are random, from a seed.
+The tests, the quick start and the learning benchmark use it to run the real programs on a CPU. The VAE is trained
+(train/tiny/vae.py wrote its weights); the U-Net and the text encoders have random weights from a seed.
 """
 
 import argparse
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 CONFIG_FOLDER = Path(sdxl_trainer.configs.__file__).parent / "tiny"
 VAE_WEIGHTS = CONFIG_FOLDER / "vae" / "diffusion_pytorch_model.safetensors"
-# Standard deviation of a text encoder's random weights, times the square root of their fan-in, by part of the name.
-WORD_GAINS = {
+# Standard deviation of a text encoder's random weights, times the square root of their fan-in, by part of their name.
+TEXT_ENCODER_GAINS = {
     "token_embedding": 1.0,
     "position_embedding": 0.3,
     "q_proj": 0.5,
     "k_proj": 0.5,
     "fc1": 0.5,
     "fc2": 0.5,
-    "": 1.5,  # all others
+    "": 1.5,  # all other weights
 }
-COPIED = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
+COPIED_PARTS = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 
 
 def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     """Write the tiny SDXL into a folder, in fp32 safetensors, and return the folder.
 
-    `StableDiffusionXLPipeline.from_pretrained(folder)` loads it. A seed always gives the same weights. The caller's
-    random state is not changed.
+    `StableDiffusionXLPipeline.from_pretrained(folder)` loads it. A seed always gives the same weights, and torch's
+    global random state does not change.
     """
     import torch
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
+    for name in COPIED_PARTS:
         source = CONFIG_FOLDER / name
         if source.is_dir():
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
@@ -77,8 +77,8 @@ def build_tiny_text_encoders() -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     encoders = {}
-    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        model = kind(CLIPTextConfig.from_pretrained(CONFIG_FOLDER / name))
+    for name, model_class in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        model = model_class(CLIPTextConfig.from_pretrained(CONFIG_FOLDER / name))
         _initialise_text_encoder(model)
         encoders[name] = model.eval()
     return encoders
@@ -100,15 +100,15 @@ def _read_config(name: str) -> dict[str, Any]:
 def _initialise_text_encoder(model: "torch.nn.Module") -> None:
     """Initialise a frozen text encoder so that different words give clearly different hidden and pooled states.
 
-    CLIP's own initialisation (std 0.02) is meant for training: its states differ in the third decimal place. Here a
-    word's embedding has std 1 and dominates its state. Queries and keys are small, so attention averages over the words
-    before, and later positions, such as the pooled EOS, carry a bag of the caption's words.
+    CLIP's own initialisation (std 0.02) is meant for training: its states differ only in the third decimal place. Here
+    a word's embedding has std 1 and dominates its state. Queries and keys are small, so attention averages over the
+    preceding words. The pooled state, at EOS, is therefore about a bag of the caption's words.
     """
     import torch
 
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # biases and norms stay zeros and ones, as built
-            gain = next(gain for part, gain in WORD_GAINS.items() if part in name)
+            gain = next(gain for part, gain in TEXT_ENCODER_GAINS.items() if part in name)
             fan_in = 1 if "embedding" in name else parameter.shape[1]
             torch.nn.init.normal_(parameter, std=gain / math.sqrt(fan_in))
 

@@ -1,6 +1,6 @@
 """The tiny SDXL's two CLIP tokenizers: byte-level BPE in CLIP's file format, with a few hundred tokens.
 
-Each word of the demo set's captions is one token. Other text is split into bytes, so every prompt works.
+Each word of the demo set's captions is one token. Other text is split into bytes, so every prompt can be tokenized.
 `python -m sdxl_trainer.train.tiny.tokenizer --out DIR` rewrites the files in configs/tiny.
 """
 
@@ -39,7 +39,7 @@ def list_byte_symbols() -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[Merge]:
-    """Return byte-pair merges, most frequent pair first, that make each (ASCII) word a single token."""
+    """Return byte-pair merges, most frequent pair first, that turn each (ASCII) word into a single token."""
     spellings = [[*word[:-1], word[-1] + END_OF_WORD] for word in sorted(set(words))]
     merges: list[Merge] = []
     while any(len(spelling) > 1 for spelling in spellings):
@@ -51,7 +51,7 @@ def learn_merges(words: Iterable[str]) -> list[Merge]:
 
 
 def _merge(spelling: list[str], pair: Merge) -> list[str]:
-    """Join each occurrence of a pair, from the left, to one symbol."""
+    """Merge each occurrence of a pair, from the left, into one symbol."""
     merged: list[str] = []
     for symbol in spelling:
         if merged and (merged[-1], symbol) == pair:

@@ -56,7 +56,7 @@ class VaeLoss(NamedTuple):
 def draw_batch(
     rng: random.Random, size_px: tuple[int, int], batch_size: int = BATCH_SIZE, other_colours_share: float = 0.0
 ) -> torch.Tensor:
-    """Draw images [B, 3, H, W] from -1 to 1, of `size_px` = (width, height)."""
+    """Draw training images, [B, 3, H, W] from -1 to 1, of `size_px` = (width, height)."""
     images = []
     for _ in range(batch_size):
         colour, background = rng.choice(list(COLOURS.values())), rng.choice(list(BACKGROUNDS.values()))
@@ -71,22 +71,22 @@ def _draw_colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def start_as_box_filter(vae: Vae) -> None:
+def initialise_as_box_filter(vae: Vae) -> None:
     """Initialise the VAE as a box filter, the mean colour of each 8×8 block, so that training only adds edges.
 
-    From the default initialisation it takes 20 CPU minutes until the colours are right. Here every residual branch
-    starts at 0, and three channels carry RGB through the shortcuts. The last activation passes them on because
-    silu(x) - silu(-x) = x.
+    With the default initialisation, the colours need 20 minutes of training on a CPU. Here every residual branch starts
+    at 0, and three channels carry RGB through the shortcuts. The last activation keeps them because silu(x) - silu(-x)
+    = x.
     """
     for name, module in vae.named_modules():
-        for ending, start in LAYER_STARTS.items():
+        for ending, initialise in INITIALISERS.items():
             if name.endswith(ending):
-                start(module.weight)
+                initialise(module.weight)
     opponent = torch.tensor(OPPONENT)
     encoder, decoder = vae.encoder, vae.decoder
-    _start_last_layers(encoder, encoder.down_blocks[-1].resnets[0].conv_shortcut, opponent)
-    _start_last_layers(decoder, decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.eye(3))
-    encoder.conv_out.weight[4:] = 0  # log variances start constant
+    _initialise_last_layers(encoder, encoder.down_blocks[-1].resnets[0].conv_shortcut, opponent)
+    _initialise_last_layers(decoder, decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.eye(3))
+    encoder.conv_out.weight[4:] = 0  # the log variances start constant
     encoder.conv_out.bias[4:] = -6
     decoder.conv_in.weight[:3] = 0
     decoder.conv_in.weight[:3, :3, 1, 1] = torch.linalg.inv(opponent)
@@ -95,25 +95,25 @@ def start_as_box_filter(vae: Vae) -> None:
         conv.bias.zero_()
 
 
-def _pass_rgb(weight: torch.Tensor, value: float, taps: slice = slice(None)) -> None:
-    """Make output channels 0..2 of a convolution [out, in, k, k] copies of input channels 0..2."""
+def _copy_rgb(weight: torch.Tensor, value: float, taps: slice = slice(None)) -> None:
+    """Make output channels 0 to 2 of a convolution [out, in, k, k] copies of input channels 0 to 2."""
     weight[:3] = 0
     for channel in range(3):
         weight[channel, channel, taps, taps] = value
 
 
 # Initial weights of layers, by the end of their name.
-LAYER_STARTS: dict[str, Callable[[torch.Tensor], Any]] = {
+INITIALISERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "conv2": torch.nn.init.zeros_,
     "to_out.0": torch.nn.init.zeros_,
-    "conv_shortcut": partial(_pass_rgb, value=1.0),
-    "downsamplers.0.conv": partial(_pass_rgb, value=0.25, taps=slice(0, 2)),
-    "upsamplers.0.conv": partial(_pass_rgb, value=1.0, taps=slice(1, 2)),
-    "encoder.conv_in": partial(_pass_rgb, value=1.0, taps=slice(1, 2)),
+    "conv_shortcut": partial(_copy_rgb, value=1.0),
+    "downsamplers.0.conv": partial(_copy_rgb, value=0.25, taps=slice(0, 2)),
+    "upsamplers.0.conv": partial(_copy_rgb, value=1.0, taps=slice(1, 2)),
+    "encoder.conv_in": partial(_copy_rgb, value=1.0, taps=slice(1, 2)),
 }
 
 
-def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
+def _initialise_last_layers(coder: Any, shortcut: Any, matrix: torch.Tensor) -> None:
     """Make the shortcut output RGB, -RGB, ±REFERENCE and zeros, and norm, SiLU and conv_out output matrix @ RGB."""
     shortcut.weight.zero_()
     shortcut.bias.zero_()
@@ -121,14 +121,14 @@ def _start_last_layers(half: Any, shortcut: Any, matrix: torch.Tensor) -> None:
         shortcut.weight[channel, channel] = 1
         shortcut.weight[channel + 3, channel] = -1
     shortcut.bias[6], shortcut.bias[7] = REFERENCE, -REFERENCE
-    half.conv_norm_out.weight.fill_(REFERENCE * math.sqrt(2 / shortcut.out_channels))
-    half.conv_out.weight[:3] = 0
-    half.conv_out.weight[:3, :3, 1, 1] = matrix
-    half.conv_out.weight[:3, 3:6, 1, 1] = -matrix
+    coder.conv_norm_out.weight.fill_(REFERENCE * math.sqrt(2 / shortcut.out_channels))
+    coder.conv_out.weight[:3] = 0
+    coder.conv_out.weight[:3, :3, 1, 1] = matrix
+    coder.conv_out.weight[:3, 3:6, 1, 1] = -matrix
 
 
 def compute_loss(vae: Vae, images: torch.Tensor) -> VaeLoss:
-    """Return the loss L1 + 4·L2 + KL of a batch [B, 3, H, W], decoded from noisy latents."""
+    """Return the loss L1 + 4·L2 + KL_WEIGHT·KL of a batch [B, 3, H, W] that is decoded from noisy latents."""
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()  # [B, 4, H/8, W/8]
     std = latents.detach().std(dim=(0, 2, 3), keepdim=True)  # [1, 4, 1, 1]
@@ -151,26 +151,26 @@ def train_steps(vae: Vae, seconds: float, seed: int) -> Iterator[VaeLoss]:
     start = time.monotonic()
     step = 0
     while (progress := (time.monotonic() - start) / seconds) < 1:
-        # Half-cosine to zero: edges become sharp in the last, slow part.
+        # Half a cosine to zero, because edges become sharp at the low rates of the end.
         rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = rate
-        full = progress > 1 - FULL_SIZE_SHARE
-        size_px = rng.choice(SIZES_PX if full else HALF_SIZES_PX)
+        is_full_size = progress > 1 - FULL_SIZE_SHARE
+        size_px = rng.choice(SIZES_PX if is_full_size else HALF_SIZES_PX)
         images = draw_batch(rng, size_px, other_colours_share=OTHER_COLOURS_SHARE)
-        found = compute_loss(vae, images.contiguous(memory_format=torch.channels_last))
+        result = compute_loss(vae, images.contiguous(memory_format=torch.channels_last))
         optimizer.zero_grad(set_to_none=True)
-        found.loss.backward()
+        result.loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
-        yield found
+        yield result
 
 
 @torch.no_grad()
 def scale_latents(vae: Vae, seed: int) -> None:
     """Change quant_conv and post_quant_conv so that each latent channel has mean 0 and std 1/0.13025.
 
-    Both are 1×1 convolutions next to the latents, so the decoded images do not change.
+    Both are 1×1 convolutions next to the latents, and their changes cancel, so the decoded images stay the same.
     """
     rng = random.Random(seed)
     # The demo set's proportions: half of the images are squares, and the other three buckets share the rest.
@@ -196,8 +196,8 @@ def measure_psnr(vae: Vae, seed: int, num_images: int = 24) -> float:
     return compute_psnr((rounded - images).square().mean().item())
 
 
-def save_samples(vae: Vae, path: Path) -> None:
-    """Write eight images above their reconstructions, as one image."""
+def save_reconstructions(vae: Vae, path: Path) -> None:
+    """Write one image that shows eight images above their reconstructions."""
     images = draw_batch(random.Random(FIRST_SEED + 2), (128, 128), other_colours_share=OTHER_COLOURS_SHARE)
     with torch.no_grad():
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
@@ -210,22 +210,22 @@ def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path
     torch.manual_seed(seed)
     if start_from is None:
         vae = build_tiny_vae()
-        start_as_box_filter(vae)
+        initialise_as_box_filter(vae)
     else:
         vae = load_tiny_vae(start_from)
     vae = vae.to(memory_format=torch.channels_last).train()
-    for step, found in enumerate(train_steps(vae, minutes * 60, FIRST_SEED + seed), start=1):
+    for step, result in enumerate(train_steps(vae, minutes * 60, FIRST_SEED + seed), start=1):
         if step % 50 == 0:
-            sys.stdout.write(f"step {step}  loss {found.loss.item():.4f}  PSNR {found.psnr_db:.1f} dB\n")
+            sys.stdout.write(f"step {step}  loss {result.loss.item():.4f}  PSNR {result.psnr_db:.1f} dB\n")
             sys.stdout.flush()
     vae.eval()
     scale_latents(vae, FIRST_SEED + 1)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "diffusion_pytorch_model.safetensors"
     save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, path)
-    shipped = load_tiny_vae(path)
-    save_samples(shipped, folder / "reconstructions.png")
-    sys.stdout.write(f"PSNR {measure_psnr(shipped, FIRST_SEED + 3):.2f} dB, {path.stat().st_size} bytes in {path}\n")
+    saved_vae = load_tiny_vae(path)
+    save_reconstructions(saved_vae, folder / "reconstructions.png")
+    sys.stdout.write(f"PSNR {measure_psnr(saved_vae, FIRST_SEED + 3):.2f} dB, {path.stat().st_size} bytes in {path}\n")
     return path
 
 
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, train the VAE and write it."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny.vae", description="Train the tiny VAE.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights")
-    parser.add_argument("--minutes", type=float, default=20, metavar="M", help="how long to train (20)")
+    parser.add_argument("--minutes", type=float, default=20, metavar="M", help="minutes of training (20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights and images (0)")
     parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to continue from")
     options = parser.parse_args(arguments)

@@ -106,7 +106,7 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     assert terminal.cursor_is_visible
     # At the start: the table with the batch sizes.
     assert "Training one" in screen
-    assert "2 micro x 2 accumulation x 1 ranks = 4 global" in re.sub(r" *│\n│ *│ +", " ", screen)
+    assert "2 micro x 2 accumulation x 1 rank = 4 global" in re.sub(r" *│\n│ *│ +", " ", screen)
     # During the run, and still there at the end: the display, once.
     assert screen.count("step 20 of 20") == 1, screen
     display = screen[screen.index("╭─ step 20") :]

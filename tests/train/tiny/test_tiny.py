@@ -1,4 +1,4 @@
-"""The demo set and the tiny SDXL, which every test of a whole run and the quick start use."""
+"""The demo set and the tiny SDXL of the quick start and of all tests of whole runs."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def _load_resized(path: Path) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def test_demo_set_holds_what_its_metadata_says(demo):
+def test_demo_images_match_their_metadata(demo):
     path, metadata = demo
     assert len(metadata) == 96
     formats, ratios, captions = Counter(), set(), Counter()
@@ -69,7 +69,7 @@ def test_demo_set_holds_what_its_metadata_says(demo):
     assert Counter(caption.split()[1] for caption in captions.elements()) == dict.fromkeys(COLOURS, 16)
 
 
-def test_nearest_colour_is_right_on_every_demo_image(demo):
+def test_nearest_colour_finds_the_colour_of_every_demo_image(demo):
     path, metadata = demo
     for record in metadata.values():
         image = np.asarray(Image.open(path.parent / record["image_path"]).convert("RGB"))
@@ -77,7 +77,7 @@ def test_nearest_colour_is_right_on_every_demo_image(demo):
         assert nearest_colour(image / 255) == record["caption"].split()[1], record
 
 
-def test_demo_set_is_the_same_for_one_seed_and_another_for_another(tmp_path):
+def test_demo_set_depends_only_on_its_seed(tmp_path):
     def read(name: str, seed: int) -> dict[str, bytes]:
         folder = draw_demo_set(tmp_path / name, num_images=12, seed=seed).parent
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -103,13 +103,13 @@ def test_vae_reconstructs_demo_images_and_has_sdxl_latent_scale(demo):
         assert posterior.std.max() * SCALING_FACTOR < 0.2
         latents.append(posterior.mean[0].flatten(1) * SCALING_FACTOR)
         errors.append((decoded - image).square().mean().item())
-    assert 10 * math.log10(4 / np.mean(errors)) >= 26  # 22 dB would do
+    assert 10 * math.log10(4 / np.mean(errors)) >= 26  # dB
     channels = torch.cat(latents, dim=1)  # [4, pixels]
     assert channels.mean(dim=1).abs().max() < 0.35
     assert (channels.std(dim=1) - 1).abs().max() < 0.25
 
 
-def test_tokenizers_make_one_token_of_a_demo_word_and_pad_like_sdxl(pipeline):
+def test_tokenizers_have_a_token_for_each_demo_word_and_pad_like_sdxl(pipeline):
     bos, eos = len(pipeline.tokenizer) - 2, len(pipeline.tokenizer) - 1
     for tokenizer, pad in ((pipeline.tokenizer, eos), (pipeline.tokenizer_2, 0)):
         ids = tokenizer(PROMPT, padding="max_length", truncation=True).input_ids
@@ -127,7 +127,7 @@ def test_tokenizers_make_one_token_of_a_demo_word_and_pad_like_sdxl(pipeline):
         assert encoder.config.vocab_size == len(pipeline.tokenizer)
 
 
-def test_tokenizer_files_are_what_the_code_writes(tmp_path):
+def test_tokenizer_files_are_current(tmp_path):
     write_tokenizers(tmp_path)
     for folder in ("tokenizer", "tokenizer_2"):
         for file in (tmp_path / folder).iterdir():
@@ -137,7 +137,7 @@ def test_tokenizer_files_are_what_the_code_writes(tmp_path):
     assert learn_merges(["aab", "ab"]) == [("a", "b</w>"), ("a", "ab</w>")]
 
 
-def test_tiny_sdxl_has_sdxl_topology_and_makes_an_image(pipeline):
+def test_tiny_sdxl_has_sdxl_topology_and_generates_an_image(pipeline):
     unet, first, second = pipeline.unet.config, pipeline.text_encoder.config, pipeline.text_encoder_2.config
     assert unet.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     assert unet.addition_embed_type == "text_time"
@@ -150,7 +150,7 @@ def test_tiny_sdxl_has_sdxl_topology_and_makes_an_image(pipeline):
     assert np.isfinite(image).all()
 
 
-def test_text_encoders_tell_words_apart(pipeline):
+def test_text_encoders_distinguish_words(pipeline):
     prompts = [f"a {colour} circle on a white background" for colour in COLOURS]
     with torch.no_grad():
         hidden, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
@@ -159,7 +159,7 @@ def test_text_encoders_tell_words_apart(pipeline):
         assert distances[~torch.eye(6, dtype=torch.bool)].min() > 0.1
 
 
-def test_tiny_sdxl_is_the_same_for_one_seed_and_leaves_the_random_state(model_folder, tmp_path):
+def test_tiny_sdxl_depends_only_on_its_seed_and_keeps_the_random_state(model_folder, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
