@@ -19,15 +19,16 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, count_unflipped, find_bad_latents
-from sdxl_trainer.data.checks.records import open_checked_records
-from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipped
+from sdxl_trainer.data.checks.records import count_uncaptioned, open_checked_records
+from sdxl_trainer.data.checks.training_set import check_flip, count_missing, warn_about_unflipped
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.schema import BadSample
 from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
-from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions, select_evenly
+from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
+from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_samples
 from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
@@ -79,23 +80,23 @@ def show_preview(config: Config, problems: list[Problem], file: Path | None, num
 
 def tabulate_state(config: Config, records: Index, index: Index) -> Table:
     """Build the table of sample counts: total, missing and bad."""
-    num_wanted, num_bad = index.summary.num_wanted, len(index.summary.bad)
+    num_wanted = index.summary.num_wanted
     blocks = select_evenly(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
-    num_seen = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
+    num_verified = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
     bad = find_bad_latents(index, get_cache_folder(config), "header", blocks.tolist())
     table = Table(title=f"{config.run.name}: samples", show_header=False)
     counts = {
         "records": len(records),
-        "without a caption": int((~records.column("captioned")).sum()),
+        "without a caption": count_uncaptioned(records),
         "samples (records x resolutions)": num_wanted,
         "with latents": len(index) - index.summary.num_uncached,
         "encoded during training": index.summary.num_uncached,
-        "skipped: no latents": num_wanted - len(index) - num_bad,
-        "skipped: bad": num_bad,
+        "skipped: no latents": count_missing(index),
+        "skipped: bad": index.summary.num_bad,
     }
     for name, count in counts.items():
         table.add_row(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}")
-    table.add_row(f"bad among {num_seen:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_seen):.1%}")
+    table.add_row(f"bad among {num_verified:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_verified):.1%}")
     for _, reason in bad[:NUM_SHOWN]:
         table.add_row("", reason, "")
     return table

@@ -15,6 +15,7 @@ from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.formats.shards import locate_shard
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.stores.remote import RemoteSpan, is_remote, read_spans
 
 NUM_THREADS = 16
@@ -42,7 +43,7 @@ class BadRow(NamedTuple):
 
 
 def find_bad_latents(index: Index, folder: Path, level: str, starts: Sequence[int] | None = None) -> list[BadRow]:
-    """Return the samples whose latents fail verification, in the order of the index.
+    """Return the rows whose latents fail verification, in the order of the index.
 
     Args:
         folder: the cache folder.
@@ -71,37 +72,40 @@ def find_bad_latents(index: Index, folder: Path, level: str, starts: Sequence[in
 
 
 def count_unflipped(index: Index, folder: Path) -> int:
-    """Return the number of samples without latents of the mirrored image; reads headers where no manifest says."""
+    """Return the number of samples without latents of the mirrored image.
+
+    Where the index does not hold this, the header of the latents is read.
+    """
     flipped = index.arrow_column("flipped")
-    num_known = pc.call_function("sum", [flipped]).as_py() or 0
+    num_flipped = pc.call_function("sum", [flipped]).as_py() or 0
     unknown_rows = pc.call_function("indices_nonzero", [flipped.is_null()]).to_pylist()
 
-    def is_flipped(row: int) -> bool:
+    def has_flipped(row: int) -> bool:
         header = _read_local_header(index.row(row), folder)
         return header is not None and header.flipped
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return len(index) - num_known - sum(pool.map(is_flipped, unknown_rows))
+        return len(index) - num_flipped - sum(pool.map(has_flipped, unknown_rows))
 
 
 def has_masks(index: Index, folder: Path) -> bool | None:
     """Return whether any of NUM_MASKS_SAMPLED evenly spaced samples has an `alpha_mask` by its header.
 
-    None if no header could be read, as with shards on stores.
+    None if no header could be read, for example because all latents are on remote stores.
     """
-    rows = sorted({place * len(index) // NUM_MASKS_SAMPLED for place in range(NUM_MASKS_SAMPLED)})
+    rows = select_evenly(len(index), NUM_MASKS_SAMPLED).tolist()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         headers = list(filter(None, pool.map(lambda row: _read_local_header(index.row(row), folder), rows)))
     return any(header.masked for header in headers) if headers else None
 
 
 def verify_size(latents: IndexedLatents, file_sizes: dict[Path | str, int]) -> None:
-    """Verify that the latents' file is there and has the size that the index says.
+    """Verify that the latents' file exists and has the size listed in the index.
 
     Remote shards pass: opening the index compared their size and version with the store's.
 
     Args:
-        file_sizes: sizes of files met before, in bytes; the function adds this file's.
+        file_sizes: known sizes of files in bytes; the function adds this file's size.
 
     Raises:
         BadLatentError: the file is missing or has another size.
@@ -115,8 +119,10 @@ def verify_size(latents: IndexedLatents, file_sizes: dict[Path | str, int]) -> N
         except OSError as error:
             raise BadLatentError(f"cannot be read: {error.strerror}") from None
     size, end = file_sizes[latents.path], (latents.offset or 0) + latents.num_bytes
-    if size < end or (latents.offset is None and size != end):
-        raise BadLatentError(f"has {size} bytes, not {end}")
+    if latents.offset is None and size != end:
+        raise BadLatentError(f"has {size} bytes instead of {end}")
+    if size < end:
+        raise BadLatentError(f"has {size} bytes, but the sample ends at byte {end}")
 
 
 def verify_header(latents: IndexedLatents) -> None:
@@ -143,7 +149,7 @@ def verify_content(latents: IndexedLatents) -> None:
     """
     content = _read_content(latents)
     if latents.sha256 and hashlib.sha256(content).digest() != latents.sha256:
-        raise BadLatentError("has another SHA-256 than the manifest says")
+        raise BadLatentError("SHA-256 differs from the manifest")
     parse_latents(content, latents.bucket, check_crc=not latents.sha256)
 
 
@@ -171,7 +177,7 @@ VERIFIERS: dict[str, Callable[[IndexedLatents], None] | None] = {
 
 
 def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None:
-    """Read the header of local latents; None for remote and for bad ones."""
+    """Read the header of local latents; None for remote and for bad latents."""
     path = folder / row["file"]
     try:
         span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])

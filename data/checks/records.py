@@ -32,7 +32,8 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
     """Open the index of all records, check it, and log warnings about it.
 
     Args:
-        need_captions: False logs a warning instead of a problem if captions are missing, for a cache without text.
+        need_captions: False logs a warning instead of yielding a problem if captions are missing. The cache job does so
+            if it caches no text.
     """
     data = config.data
     problems = list(check_data_settings(data, config.cache.dir))
@@ -62,7 +63,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
 
 
 def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Problem]:
-    """Yield the problems of the `data` section that show without opening an index."""
+    """Yield the problems of the `data` section that can be found without an index."""
     yield from check_sources(data.metadata, data.image_dirs)
     yield from check_regularisation(data)
     yield from check_source_weights(data)
@@ -91,20 +92,20 @@ def check_captions(data: DataConfig, index: Index) -> Iterator[Problem]:
         rows = np.flatnonzero(~index.column("captioned"))[:MAX_SHOWN].tolist()
         keys = index.arrow_column("key")
         shown = ", ".join(str(keys[row]) for row in rows) + (", ..." if num_uncaptioned > MAX_SHOWN else "")
-        cure = "give them captions, or set data.on_missing_caption: skip, or empty"
+        cure = "give them captions, or set data.on_missing_caption to skip or empty"
         rule = f"{num_uncaptioned} records have no caption: {shown}"
         yield Problem("data.on_missing_caption", "error", rule, cure)
 
 
 def warn_about_records(data: DataConfig, index: Index) -> None:
-    """Log how many records lack an image size or a caption, if training goes ahead without them."""
+    """Log how many records lack an image size or a caption, unless `check_captions` yields a problem for it."""
     num_unsized = int((index.column("width") == 0).sum()) if data.metadata else 0
     if num_unsized:
         logger.warning("{} of {} records have no original_size", num_unsized, len(index))
     num_uncaptioned, choice = count_uncaptioned(index), data.on_missing_caption
     if 0 < num_uncaptioned < len(index) and choice != "error":
-        fate = {"empty": "are trained with the empty caption", "skip": "are skipped"}[choice]
-        logger.warning("{} of {} records have no caption and {}", num_uncaptioned, len(index), fate)
+        treatment = {"empty": "are trained with the empty caption", "skip": "are skipped"}[choice]
+        logger.warning("{} of {} records have no caption and {}", num_uncaptioned, len(index), treatment)
 
 
 def count_uncaptioned(index: Index) -> int:
@@ -127,7 +128,7 @@ def find_key_clash(index: Index, prefixes: Sequence[str]) -> str | None:
 
 
 def _build_source_problem(data: DataConfig, rule: str, cure: str) -> Problem:
-    """Build a problem of `data.metadata`, or of `data.image_dirs` where there is no metadata."""
+    """Build a problem of `data.metadata`, or of `data.image_dirs` if no metadata is set."""
     key = "data.metadata" if data.metadata else "data.image_dirs"
     paths: Sequence[Any] = data.metadata or data.image_dirs
     return Problem(key, ", ".join(map(str, paths)), rule, cure)

@@ -1,4 +1,4 @@
-"""Open and check the training set: the records that have latents, against the settings that use them."""
+"""Open the training set, the records that have latents, and check it against the settings."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from sdxl_trainer.data.stores.remote import is_remote
 def open_training_set(config: Config) -> OpenedIndex:
     """Open the index of the training set, check it, and log warnings about it.
 
-    Latent files are not read, but for the headers of files that no manifest lists (data/checks/left_out.py reads them).
+    Latent files are not read, except the headers of files that no manifest lists; data/checks/left_out.py verifies all.
     """
     records, problems = open_checked_records(config)
     if records is None:
@@ -58,11 +58,12 @@ def check_missing(index: Index) -> Iterator[Problem]:
     """Yield a problem if samples have no latents, for `cache.on_missing: error`."""
     if num_missing := count_missing(index):
         rule = f"{num_missing} of {index.summary.num_wanted} samples have no latents"
-        yield Problem("cache.on_missing", "error", rule, "run bash launch/cache.sh, or set it to encode or skip")
+        cure = "run bash launch/cache.sh, or set cache.on_missing to encode or skip"
+        yield Problem("cache.on_missing", "error", rule, cure)
 
 
 def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[Problem]:
-    """Yield a problem if the cache was made with another bucket rule, or only in part with its last settings."""
+    """Yield a problem if the cache was made with another bucket rule, or if its last job did not finish."""
     identity = read_identity(folder)
     if identity is None:  # another program made the latents
         return
@@ -75,16 +76,16 @@ def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[P
         fixed=tuple(Size(*bucket) for bucket in identity.get("buckets", ())),
     )
     if made != wanted:
-        rule = f"holds latents made with {_describe_rule(made)}, and the settings have {_describe_rule(wanted)}"
-        cure = "run bash launch/cache.sh with these settings, or use the cache's; another cache.dir keeps both"
+        rule = f"holds latents made with {_describe_rule(made)}, but the settings have {_describe_rule(wanted)}"
+        cure = "run bash launch/cache.sh with these settings, or use the cache's settings; another cache.dir keeps both"
         yield Problem("cache.dir", folder, rule, cure)
     elif num_stale := _count_stale(identity, index):
-        rule = f"holds {num_stale} latents of other settings than the cache job's last ones: it did not finish"
+        rule = f"holds {num_stale} latents of other settings, because the last cache job did not finish"
         yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh again")
 
 
 def check_copies(settings: RemoteShardsConfig, index: Index) -> Iterator[Problem]:
-    """Yield a problem if `copies_gb` holds less than two windows of shards: the one being read, and the next."""
+    """Yield a problem if `copies_gb` is too small for two windows of shards, the current and the next one."""
     if not settings.shuffle_shards:
         return
     names = index.group_by_shard().names
@@ -93,12 +94,12 @@ def check_copies(settings: RemoteShardsConfig, index: Index) -> Iterator[Problem
     ends = np.nan_to_num(index.column("bytes")) + np.nan_to_num(index.column("offset"))
     needed_gb = 2 * min(settings.shuffle_shards, len(names)) * float(ends.max()) / 1e9
     if needed_gb > settings.copies_gb:
-        rule = f"is less than two windows of data.remote_shards.shuffle_shards shards take: {needed_gb:.3g} GB"
+        rule = f"is less than the {needed_gb:.3g} GB of two windows of data.remote_shards.shuffle_shards shards"
         yield Problem("data.remote_shards.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")
 
 
 def check_flip(flip_rate: float, num_unflipped: int, num_samples: int) -> Iterator[Problem]:
-    """Yield a problem if `data.flip_rate` is set and no sample has latents of the mirrored image."""
+    """Yield a problem if `data.flip_rate` is set but no sample has latents of the mirrored image."""
     if flip_rate and num_unflipped == num_samples:
         rule = "no sample has latents of its mirrored image, and mirroring latents does not mirror the image"
         cure = "set cache.flip: true and run bash launch/cache.sh, or data.flip_rate: 0"
@@ -106,7 +107,7 @@ def check_flip(flip_rate: float, num_unflipped: int, num_samples: int) -> Iterat
 
 
 def warn_about_samples(index: Index, on_missing: str) -> None:
-    """Log how many samples have no latents, and which latents no manifest describes in full.
+    """Log how many samples have no latents, and how many have latents that no manifest describes in full.
 
     Args:
         on_missing: `cache.on_missing`; missing latents are a problem instead of a warning if it is `error`.
@@ -127,7 +128,7 @@ def warn_about_samples(index: Index, on_missing: str) -> None:
 
 
 def warn_about_unflipped(num_unflipped: int, num_samples: int) -> None:
-    """Log how many samples are never flipped, if others are."""
+    """Log how many samples are never flipped, if other samples are."""
     if 0 < num_unflipped < num_samples:
         logger.warning(
             "{} of {} samples have no latents of the mirrored image and are never flipped", num_unflipped, num_samples
@@ -136,11 +137,11 @@ def warn_about_unflipped(num_unflipped: int, num_samples: int) -> None:
 
 def count_missing(index: Index) -> int:
     """Return the number of samples that the index leaves out because they have no latents."""
-    return index.summary.num_wanted - len(index) - len(index.summary.bad)
+    return index.summary.num_wanted - len(index) - index.summary.num_bad
 
 
 def _count_stale(identity: dict, index: Index) -> int:
-    """Return the number of latents of other settings than `identity`; those marked STALE count as bad latents."""
+    """Return the number of latents of other settings than `identity`. Latents marked STALE count as bad instead."""
     names = {"": identity.get("name"), **identity.get("further", {})}
     return sum(
         count

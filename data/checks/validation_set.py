@@ -1,4 +1,4 @@
-"""Derive and open the validation set: a share of the training data, or a set with metadata of its own."""
+"""Derive and open the validation set: a share of the training data, or a separate set with its own metadata."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +13,7 @@ from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
 from sdxl_trainer.data.order.split import find_matching_rows, hash_keys, select_by_hash
 
-# Caption settings that switch off what is random or depends on the step.
+# Caption settings that switch off randomness and dependence on the step.
 DETERMINISTIC_CAPTIONS = {
     "dropout_rate": 0.0,
     "dropout_every_epochs": 0,
@@ -21,35 +21,34 @@ DETERMINISTIC_CAPTIONS = {
     "shuffle": False,
     "tag_dropout_rate": 0.0,
 }
-# Cached text holds captions as training shapes them, so only dropout, which is drawn at reading, can be switched off.
+# Cached text holds captions as training shapes them; only dropout can be switched off, because it is drawn on reading.
 DETERMINISTIC_CACHED_CAPTIONS = {"dropout_rate": 0.0, "dropout_every_epochs": 0}
 
 
 def derive_validation_config(config: Config) -> Config:
     """Return the validation set's settings: its sources, cache and seed, and no caption dropout, shuffle or flip."""
-    own = config.validation
+    settings = config.validation
     captions = DETERMINISTIC_CACHED_CAPTIONS if config.cache.text else DETERMINISTIC_CAPTIONS
     data = {"caption": config.data.caption.model_copy(update=captions), "flip_rate": 0.0}
     cache = {}
-    if own.has_own_set:
-        data |= {"metadata": own.metadata, "image_dirs": own.image_dirs, "source_weights": []}
-        cache = {"dir": own.cache_dir or get_cache_folder(config)}
-    changes = {"run": {"seed": own.seed}, "data": data, "cache": cache}
+    if settings.has_own_set:
+        data |= {"metadata": settings.metadata, "image_dirs": settings.image_dirs, "source_weights": []}
+        cache = {"dir": settings.cache_dir or get_cache_folder(config)}
+    changes = {"run": {"seed": settings.seed}, "data": data, "cache": cache}
     return config.model_copy(
         update={section: getattr(config, section).model_copy(update=update) for section, update in changes.items()}
     )
 
 
 def open_validation_set(config: Config) -> OpenedIndex:
-    """Open and check the index of a validation set of its own; without such a set, there is no index and no problem."""
-    own = config.validation
-    if not own.has_own_set:
+    """Open and check the index of a separate validation set; without one, there is no index and no problem."""
+    settings = config.validation
+    if not settings.has_own_set:
         return OpenedIndex(None, [])
-    if own.share:
+    if settings.share:
         cure = "set it to 0, or leave validation.metadata and validation.image_dirs out"
-        return OpenedIndex(
-            None, [Problem("validation.share", own.share, "cannot be combined with a set of its own", cure)]
-        )
+        problem = Problem("validation.share", settings.share, "cannot be combined with a separate set", cure)
+        return OpenedIndex(None, [problem])
     derived = derive_validation_config(config)
     records, problems = open_checked_records(derived)
     problems = [replace(problem, key=problem.key.replace("data", "validation", 1)) for problem in problems]
@@ -58,19 +57,19 @@ def open_validation_set(config: Config) -> OpenedIndex:
     folder = get_cache_folder(derived)
     index = open_sample_index(folder, records, replace(build_latent_selection(derived), encoding=None))
     if len(index) == 0:
-        cure = "run bash launch/cache.sh with data.metadata (or data.image_dirs) and cache.dir set to these"
+        cure = "run bash launch/cache.sh with data.metadata (or data.image_dirs) and cache.dir of the validation set"
         problem = Problem("validation.cache_dir", folder, "holds the latents of none of its records", cure)
         return OpenedIndex(None, [problem])
     return OpenedIndex(index, [])
 
 
 def find_held_out_rows(settings: ValidationConfig, index: Index, validation_index: Index | None) -> np.ndarray:
-    """Return the rows of the training index that must not be trained on, [K] int64.
+    """Return the rows of the training index that are held out for validation, [K] int64.
 
     With `validation.share`, they are in the order in which validation uses them.
 
     Args:
-        validation_index: of a validation set of its own; None without such a set.
+        validation_index: index of a separate validation set; None without such a set.
     """
     if validation_index is not None:
         return find_matching_rows(index.arrow_column("key"), validation_index.arrow_column("key"))
@@ -83,7 +82,7 @@ def check_held_out(settings: ValidationConfig, index: Index, validation_index: I
     """Yield a problem if validation holds out none or all of the training samples.
 
     Args:
-        validation_index: of a validation set of its own; None without such a set.
+        validation_index: index of a separate validation set; None without such a set.
     """
     if validation_index is None and (settings.has_own_set or not settings.share):
         return

@@ -65,7 +65,8 @@ class JoinSummary:
     num_assumed_sizes: int  # samples whose original size is unknown and taken to be their bucket's
     other_sizes: str  # a message about records whose size is not their image's; "" if there are none
     identities: dict[str, dict[str, int]]  # prefix → name of a cache identity → number of samples made under it
-    bad: list[BadSample]  # at most MAX_BAD of them
+    num_bad: int  # samples whose latents or image cannot be used
+    bad: list[BadSample]  # the first MAX_BAD of them
     watched: list[str]  # folders that were searched for unlisted latents
 
     def to_metadata(self) -> dict[str, bytes]:
@@ -118,6 +119,7 @@ def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelecti
             num_assumed_sizes=search.num_assumed_sizes,
             other_sizes=_describe_other_sizes(records, latents, row_of_record),
             identities=identities,
+            num_bad=search.num_bad,
             bad=search.bad,
             watched=sorted(search.watched),
         )
@@ -222,7 +224,8 @@ class _Search:
     """Search for the latents of records that the manifest does not list.
 
     Attributes:
-        bad: samples that were found and cannot be used.
+        num_bad: samples that were found and cannot be used.
+        bad: the first MAX_BAD of them.
         num_assumed_sizes: samples whose original size is unknown.
         watched: folders in which latents were looked for.
     """
@@ -232,6 +235,7 @@ class _Search:
         self._missing = missing  # prefix → [N] bool, true for records whose latents are still to be found
         self._keys = records.column("key")
         self._widths, self._heights = (records.column(name).to_numpy() for name in ("width", "height"))
+        self.num_bad = 0
         self.bad: list[BadSample] = []
         self.num_assumed_sizes = 0
         self.watched: set[str] = set()
@@ -280,6 +284,7 @@ class _Search:
         return found._replace(offset=location.offset, bytes=header.bytes)
 
     def _add_bad(self, key: str, reason: str) -> None:
+        self.num_bad += 1
         if len(self.bad) < MAX_BAD:
             self.bad.append(BadSample(key, reason))
 

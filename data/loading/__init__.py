@@ -1,1 +1,1 @@
-"""Micro batches: the dataset, the store it reads latents from, and the loader with its worker processes."""
+"""Micro batches: the dataset, the latent store that it reads, and the loader with its worker processes."""

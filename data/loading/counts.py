@@ -7,9 +7,10 @@ from itertools import pairwise
 import numpy as np
 
 from sdxl_trainer.data.loading.dataset import LatentDataset, WeightedCaption
+from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.order.plan import Plan
 
-NUM_CAPTIONS = 2000  # measured
+NUM_CAPTIONS = 2000  # captions to measure
 LENGTHS = (0, 20, 40, 60, 75, 150, 225)  # tokens, upper ends of the length classes; the last class is open
 CLASSES = ("0", *(f"{low + 1}-{high}" for low, high in pairwise(LENGTHS)), f"> {LENGTHS[-1]}")
 
@@ -18,14 +19,14 @@ CLASSES = ("0", *(f"{low + 1}-{high}" for low, high in pairwise(LENGTHS)), f"> {
 class TokenCounts:
     """Lengths of captions in tokens, for both tokenizers."""
 
-    num_captions: int  # measured
+    num_captions: int  # captions measured
     max_tokens: int
     num_cut: list[int]  # captions longer than `max_tokens`, by tokenizer
     classes: dict[str, list[int]]  # captions of each length class, by tokenizer
 
 
 def count_buckets(plan: Plan, epoch: int = 0) -> dict[str, int]:
-    """Return the number of samples of each bucket in an epoch, largest number first; buckets are named 1024x1024."""
+    """Return the number of samples of each bucket in an epoch, fullest bucket first; buckets are named 1024x1024."""
     sizes = plan.count_samples_by_bucket(epoch)
     ordered = sorted(sizes, key=lambda bucket: -sizes[bucket])
     return {f"{bucket >> 16}x{bucket & 0xFFFF}": sizes[bucket] for bucket in ordered}
@@ -36,22 +37,17 @@ def count_tokens(dataset: LatentDataset) -> TokenCounts:
     rows = select_evenly(len(dataset.index), NUM_CAPTIONS)
     captions = [caption for caption in draw_captions(dataset, rows, epoch=0) if caption is not None]
     lengths = [[tokenizer.count_tokens(caption) for caption in captions] for tokenizer in dataset.tokenizers]
-    counted = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in lengths]
+    class_counts = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in lengths]
     max_tokens = dataset.settings.max_tokens
     return TokenCounts(
         num_captions=len(captions),
         max_tokens=max_tokens,
         num_cut=[sum(length > max_tokens for length in column) for column in lengths],
-        classes={name: [column[number] for column in counted] for number, name in enumerate(CLASSES)},
+        classes={name: [counts[number] for counts in class_counts] for number, name in enumerate(CLASSES)},
     )
 
 
 def draw_captions(dataset: LatentDataset, rows: np.ndarray, epoch: int) -> list[str | None]:
-    """Return the captions of samples in an epoch; None where the user's strategy fails."""
+    """Return the captions of samples in an epoch; None for a sample on which the user's strategy fails."""
     drawn = [dataset.draw_caption(dataset.index.row(row), 0, epoch, row) for row in rows.tolist()]
     return [caption.text if isinstance(caption, WeightedCaption) else None for caption in drawn]
-
-
-def select_evenly(length: int, number: int) -> np.ndarray:
-    """Return at most `number` different, evenly spaced indices below `length`, [K] int64."""
-    return np.unique(np.arange(number) * length // number) if length else np.zeros(0, np.int64)

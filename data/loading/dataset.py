@@ -1,4 +1,4 @@
-"""The dataset: reads the rows of a micro batch from the latent cache, and shapes and tokenizes their captions."""
+"""The dataset reads the rows of a micro batch from the latent cache, and shapes and tokenizes their captions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,17 +60,17 @@ class WeightedCaption(NamedTuple):
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """Micro batches by their MicroSpec, read from the latent cache.
+    """Reads the micro batch of each MicroSpec from the latent cache.
 
-    Images are read only for rows of the index that have no latents yet.
+    Images are read only for rows that have no latents yet.
 
     Args:
         index: records joined with the cache (data/index/index.py).
         cache_folder: the folder that file names in the index are relative to.
-        tokenizers: of both text encoders.
+        tokenizers: tokenizers of both text encoders.
         strategy: the user's class, which may supply captions and loss weights.
         rules: bucket rules of images without latents, by the prefix of their keys.
-        copies: local copies of latents on a store.
+        copies: local copies of latents on remote stores.
         text: cached text encoder outputs, read instead of tokenizing captions.
     """
 
@@ -101,15 +101,15 @@ class LatentDataset(torch.utils.data.Dataset):
         self.store.fetch(spec.shards)
         loaded = self._load(rows, spec.bucket)
         samples = [
-            self._draw_sample(place, *each)
-            for place, each in enumerate(zip(rows, loaded, epochs, numbers, strict=True))
+            self._draw_sample(place, *arguments)
+            for place, arguments in enumerate(zip(rows, loaded, epochs, numbers, strict=True))
         ]
         captions = [
             self.draw_caption(row, spec.step, epoch, number)
             for row, epoch, number in zip(rows, epochs, numbers, strict=True)
         ]
-        texts = [self._read_text(*each) for each in zip(rows, epochs, numbers, strict=True)]
-        bad = [find_bad(each) for each in zip(samples, captions, texts, strict=True)]
+        texts = [self._read_text(*arguments) for arguments in zip(rows, epochs, numbers, strict=True)]
+        bad = [_find_bad_part(parts) for parts in zip(samples, captions, texts, strict=True)]
         drawn = [sample if isinstance(sample, DrawnLatents) else None for sample in samples]
         token_ids = self._tokenize(["" if isinstance(caption, BadSample) else caption.text for caption in captions])
         weights = [
@@ -127,13 +127,13 @@ class LatentDataset(torch.utils.data.Dataset):
             text=self._stack_texts(texts),
             masks=stack_masks(drawn, spec.bucket),
             bad=list(filter(None, bad)),
-            pending=[each for each in samples if isinstance(each, PendingImage) and bad[each.place] is None],
+            pending=[image for image in samples if isinstance(image, PendingImage) and bad[image.place] is None],
         )
 
     def _load(self, rows: list[Row], bucket: Size) -> "list[Loaded]":
         """Read each row's latents, or prepare its image if no latents are cached.
 
-        Rows whose latents were not cached when the index was built get the sizes of their image.
+        A row whose latents were not cached when the index was built is updated with the sizes of its image.
         """
         is_missing = [row["bytes"] is None and not (self.cache_folder / row["file"]).is_file() for row in rows]
         cached = [row for row, missing in zip(rows, is_missing, strict=True) if not missing]
@@ -142,14 +142,14 @@ class LatentDataset(torch.utils.data.Dataset):
             self._prepare_image(row, bucket) if missing else next(stored)
             for row, missing in zip(rows, is_missing, strict=True)
         ]
-        for row, each in zip(rows, loaded, strict=True):
-            if row["bytes"] is None and not isinstance(each, BadLatentError):
-                row |= self._place_image(row["key"], each.original_size)
+        for row, item in zip(rows, loaded, strict=True):
+            if row["bytes"] is None and not isinstance(item, BadLatentError):
+                row |= self._place_image(row["key"], item.original_size)
         return loaded
 
     def _prepare_image(self, row: Row, bucket: Size) -> "PreparedImage | BadLatentError":
-        """Decode and crop an image. It is bad if unreadable, or if its true size belongs in another bucket."""
-        # Imported here, because cached latents do not need its several megabytes.
+        """Decode and crop an image. It is bad if it is unreadable or if its true size belongs in another bucket."""
+        # Imported here, because the module takes several megabytes and cached latents do not need it.
         from sdxl_trainer.data.images.transforms import BadImageError, prepare_image
 
         path = Path(row["image_path"])
@@ -159,7 +159,7 @@ class LatentDataset(torch.utils.data.Dataset):
             return BadLatentError(str(error))
         if image.placement.bucket != bucket:
             (width, height), listed = image.original_size, f"{row['original_width']}x{row['original_height']}"
-            return BadLatentError(f"{path}: is {width}x{height} px, and its metadata says {listed}")
+            return BadLatentError(f"{path}: is {width}x{height} px, but its metadata says {listed}")
         return image
 
     def _place_image(self, key: str, original_size: Size) -> dict[str, int]:
@@ -244,12 +244,12 @@ class LatentDataset(torch.utils.data.Dataset):
             return BadSample(row["key"], str(error))
 
     def _stack_texts(self, texts: Sequence[TextOutputs | BadSample | None]) -> dict[str, torch.Tensor] | None:
-        """Stack cached text encoder outputs, with those of the empty caption for bad samples."""
+        """Stack cached text encoder outputs; bad samples get the outputs of the empty caption."""
         if self.text is None:
             return None
         return stack_text_outputs([text if isinstance(text, TextOutputs) else self.text.empty for text in texts])
 
 
-def find_bad(parts: Sequence[Any]) -> BadSample | None:
+def _find_bad_part(parts: Sequence[Any]) -> BadSample | None:
     """Return the first BadSample among the parts of a sample: latents, caption and text."""
     return next((part for part in parts if isinstance(part, BadSample)), None)

@@ -16,18 +16,19 @@ from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, is_remote
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
 
 Row = Mapping[str, Any]  # of the index, as Index.row returns it
-Found = LatentSample | BadLatentError
+ReadResult = LatentSample | BadLatentError
+Content = bytes | memoryview | FileNotFoundError  # of a span on a store
 NUM_COPIES_AT_ONCE = 2  # shards that each reading process copies at a time
 
 
 class LatentStore:
-    """Reader of latents. A sample in a shard on disk takes one `pread`, and one on a store takes one ranged request.
+    """Reads latents: by one `pread` from a shard on disk, by one ranged request from a store.
 
     All requests of a micro batch are sent to the store at once.
 
     Args:
-        folder: the cache folder, which file names are relative to.
-        copies: local copies of what was read from stores; None keeps none.
+        folder: the cache folder, to which file names are relative.
+        copies: local copies of remote samples and shards; None keeps no copies.
     """
 
     def __init__(self, folder: Path, copies: ShardCopies | None = None):
@@ -43,7 +44,7 @@ class LatentStore:
         return (LatentStore, (Path(self._folder), self._copies))
 
     def fetch(self, shards: Sequence[str]) -> None:
-        """Start to copy whole shards in the background, except those that are copied already or by another process."""
+        """Start copying whole remote shards in the background, except shards that are local or being copied."""
         wanted = [shard for shard in shards if is_remote(shard)]
         if self._copies is None or not wanted:
             return
@@ -58,8 +59,8 @@ class LatentStore:
             elif not self._copies.has(shard):
                 self._running[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)
 
-    def read(self, rows: Sequence[Row], bucket: Size) -> list[Found]:
-        """Read the latents of each row; a BadLatentError in the list says why a sample cannot be trained on.
+    def read(self, rows: Sequence[Row], bucket: Size) -> list[ReadResult]:
+        """Read the latents of each row; a BadLatentError in the list gives the reason why a sample cannot be used.
 
         Raises:
             StoreError: a store cannot be reached.
@@ -67,7 +68,7 @@ class LatentStore:
         remote = iter(self._read_remote([row for row in rows if is_remote(row["file"])], bucket))
         return [next(remote) if is_remote(row["file"]) else self._read_local(row, bucket) for row in rows]
 
-    def _read_local(self, row: Row, bucket: Size) -> Found:
+    def _read_local(self, row: Row, bucket: Size) -> ReadResult:
         path = os.path.join(self._folder, row["file"])
 
         def read() -> memoryview:
@@ -82,17 +83,17 @@ class LatentStore:
         except BadLatentError as error:
             return BadLatentError(f"{path}: {error}")
 
-    def _read_remote(self, rows: Sequence[Row], bucket: Size) -> list[Found]:
-        samples: list[LatentSample | BadLatentError | None] = [self._read_copy(row, bucket) for row in rows]
-        missing = [at for at, sample in enumerate(samples) if sample is None]
-        spans = [_get_span(rows[at]) for at in missing]
-        for at, span, content in zip(missing, spans, self._read_spans(spans), strict=True):
-            samples[at] = sample = _parse(span, content, bucket)
+    def _read_remote(self, rows: Sequence[Row], bucket: Size) -> list[ReadResult]:
+        samples: list[ReadResult | None] = [self._read_copy(row, bucket) for row in rows]
+        missing = [place for place, sample in enumerate(samples) if sample is None]
+        spans = [_get_span(rows[place]) for place in missing]
+        for place, span, content in zip(missing, spans, self._read_spans(spans), strict=True):
+            samples[place] = sample = _parse(span, content, bucket)
             if self._copies is not None and isinstance(sample, LatentSample) and isinstance(content, bytes):
                 self._copies.keep(span.url, span.offset, content)
         return [sample for sample in samples if sample is not None]
 
-    def _read_spans(self, spans: Sequence[RemoteSpan]) -> Sequence[bytes | memoryview | FileNotFoundError]:
+    def _read_spans(self, spans: Sequence[RemoteSpan]) -> Sequence[Content]:
         """Read spans from the store, or from copies of whole shards if the store sends only whole files."""
         try:
             return read_spans(spans) if spans else []
@@ -102,7 +103,7 @@ class LatentStore:
         return [_read_whole(self._copies, span) for span in spans]
 
     def _read_copy(self, row: Row, bucket: Size) -> LatentSample | None:
-        """Read a sample from its local copy; None if there is none, or if its checksums show it incomplete."""
+        """Read a sample from its local copy; None if there is no copy, or if the copy's checksums do not match."""
         content = None if self._copies is None else self._copies.read(*_get_span(row))
         sample = None if content is None else _parse(_get_span(row), content, bucket)
         return sample if isinstance(sample, LatentSample) else None
@@ -112,7 +113,7 @@ def _get_span(row: Row) -> RemoteSpan:
     return RemoteSpan(row["file"], row["offset"], row["bytes"])
 
 
-def _read_whole(copies: ShardCopies, span: RemoteSpan) -> bytes | memoryview | FileNotFoundError:
+def _read_whole(copies: ShardCopies, span: RemoteSpan) -> Content:
     try:
         copies.fetch(span.url)
     except FileNotFoundError as error:
@@ -120,16 +121,14 @@ def _read_whole(copies: ShardCopies, span: RemoteSpan) -> bytes | memoryview | F
     return copies.read(*span) or b""
 
 
-def _parse(
-    span: RemoteSpan, content: bytes | memoryview | FileNotFoundError, bucket: Size
-) -> LatentSample | BadLatentError:
+def _parse(span: RemoteSpan, content: Content, bucket: Size) -> ReadResult:
     url, offset, size = span
-    place = f"{url} at byte {offset}"
+    location = f"{url} at byte {offset}"
     if isinstance(content, FileNotFoundError):
-        return BadLatentError(f"{place}: cannot be read: {content}")
+        return BadLatentError(f"{location}: cannot be read: {content}")
     if len(content) != size:
-        return BadLatentError(f"{place}: is truncated: has {len(content)} of {size} bytes")
+        return BadLatentError(f"{location}: is truncated: has {len(content)} of {size} bytes")
     try:
         return parse_latents(content, bucket)
     except BadLatentError as error:
-        return BadLatentError(f"{place}: {error}")
+        return BadLatentError(f"{location}: {error}")

@@ -1,4 +1,4 @@
-"""One rank's stream of micro batches, from any position on, read ahead by worker processes."""
+"""The stream of one rank's micro batches from any position on, read ahead by worker processes."""
 
 import os
 import threading
@@ -35,9 +35,9 @@ def build_plan(
     """Build the order of batches over an index. A bucket's number in the plan is `width << 16 | height`.
 
     Args:
-        repeats: [N] how often each row is used in an epoch; None for once each.
-        shuffle_shards: if not 0, shards are read one after the other, and samples are shuffled over this many at a
-            time (ShardPlan).
+        repeats: [N] how often each row is used in an epoch; None uses each row once.
+        shuffle_shards: number of shards over which samples are shuffled, with shards read one after the other
+            (ShardPlan); 0 shuffles all samples.
     """
     buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
     if not shuffle_shards:
@@ -83,14 +83,14 @@ def build_dataset(config: Config, index: Index, tokenizers: Tokenizers, strategy
 def iterate_specs(
     plan: Plan, position: Position, rank: int, world_size: int, micro_batch_size: int, step: int = 0
 ) -> Iterator[MicroSpec]:
-    """Yield what a rank reads for each of its micro batches, without end.
+    """Yield the specification of each of a rank's micro batches, without end.
 
-    Micro step m of a global batch takes its samples [m, m + 1) x ranks x micro batch size, shared out in the order of
-    the ranks. So all ranks work on one bucket at a time, and the global batch does not depend on their number.
+    Micro step m of a global batch takes its samples [m, m + 1) x ranks x micro batch size, divided among the ranks in
+    their order. All ranks therefore work on one bucket at a time, and the global batch does not depend on their number.
 
     Args:
-        position: of the first global batch.
-        step: optimizer steps done before `position`; each global batch is one more.
+        position: position of the first global batch.
+        step: optimizer steps done before `position`; each global batch adds one.
     """
     stride = micro_batch_size * world_size
     assert plan.global_batch_size % stride == 0, "ranks x micro batch size must divide the global batch size"
@@ -115,15 +115,16 @@ def iterate_batches(
 ) -> Iterator[MicroBatch]:
     """Read micro batches in the order of `specs`. The workers start as soon as this is called.
 
-    Workers are forked from a server, a fresh process that loads what they share only once. That is as safe beside a
-    GPU as spawning them, and each worker adds a few megabytes of memory and starts at once.
+    Workers are forked from a server, a fresh process that loads shared modules and vocabularies once. This is as safe
+    beside a GPU as spawning workers, and each worker starts at once and adds only a few megabytes of memory.
     """
-    workers: dict[str, Any] = {}
+    worker_options: dict[str, Any] = {}
     if num_workers:
         context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-        os.environ[SOURCES_VARIABLE] = os.pathsep.join(dict.fromkeys(str(each.source) for each in dataset.tokenizers))
+        sources = dict.fromkeys(str(tokenizer.source) for tokenizer in dataset.tokenizers)
+        os.environ[SOURCES_VARIABLE] = os.pathsep.join(sources)
         context.set_forkserver_preload([PRELOADED_MODULE])
-        workers = dict(
+        worker_options = dict(
             multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_init_worker
         )
     loader = DataLoader(
@@ -132,7 +133,7 @@ def iterate_batches(
         batch_size=None,  # a spec is a whole micro batch already
         num_workers=num_workers,  # pyright: ignore
         pin_memory=pin_memory,
-        **workers,
+        **worker_options,
     )
     batches = iter(loader)
     os.environ.pop(SOURCES_VARIABLE, None)  # the server has read it by now
@@ -148,7 +149,7 @@ def _init_worker(worker: int) -> None:
 def end_with_parent() -> None:
     """End this process when its parent ends, even if the parent is killed.
 
-    torch watches the process that forked the worker. That is the server here, which lives as long as its workers, so
+    torch watches the process that forked the worker. Here this is the server, which lives as long as its workers, so
     both would outlive a killed rank.
     """
 
@@ -162,7 +163,7 @@ def end_with_parent() -> None:
 
 
 class _IteratorSampler:
-    """Sampler over an iterator. DataLoader needs no more of a sampler if its batch size is None."""
+    """Sampler over an iterator: with a batch size of None, DataLoader only iterates over its sampler."""
 
     def __init__(self, specs: Iterator[MicroSpec]):
         self._specs = specs

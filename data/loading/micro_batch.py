@@ -1,4 +1,4 @@
-"""Micro batches: what one rank reads for one forward pass, and the tensors that the networks get."""
+"""Micro batches: the specification and the input tensors of one forward pass on one rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,8 +43,8 @@ class DrawnLatents:
 class PendingImage:
     """An image whose latents are not cached: the input of the VAE, and the key of the latents' random choices."""
 
-    place: int  # in the micro batch
-    row: dict[str, Any]  # of the index, with the image's true sizes
+    place: int  # position in the micro batch
+    row: dict[str, Any]  # row of the index, with the image's true sizes
     epoch: int
     row_number: int
     pixels: torch.Tensor  # [H, W, 3] uint8; a tensor, because a worker sends tensors without copying them
@@ -70,7 +70,7 @@ class MicroBatch:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle tensors as arrays, for the pipe from a worker.
 
-        Each tensor would need a shared-memory file and a connection of its own, which takes twice the time.
+        As a tensor, each would need its own shared-memory file and connection, which takes twice the time.
         """
         text = self.text and {name: value.numpy() for name, value in self.text.items()}
         parts = vars(self) | {"text": text}
@@ -128,7 +128,8 @@ def stack_text_outputs(outputs: Sequence[TextOutputs]) -> dict[str, torch.Tensor
     """Stack text encoder outputs by the names that the networks use: hidden, hidden_2 and pooled."""
     fields = {"hidden": "hidden_1", "hidden_2": "hidden_2", "pooled": "pooled"}
     return {
-        name: torch.from_numpy(np.stack([getattr(each, field) for each in outputs])) for name, field in fields.items()
+        name: torch.from_numpy(np.stack([getattr(output, field) for output in outputs]))
+        for name, field in fields.items()
     }
 
 
@@ -138,8 +139,9 @@ def build_time_ids(
     """Build SDXL's size conditioning, [B, 6] float32: original height, width; crop top, left; bucket height, width.
 
     Args:
-        rows: of the index.
-        samples: their latents, whose left crop counts, because it depends on the flip; None for those without.
+        rows: rows of the index.
+        samples: drawn latents of each row, which replace the row's left crop because it depends on the flip; None for
+            a row without latents.
     """
     width, height = bucket
     ids = [

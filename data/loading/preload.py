@@ -1,6 +1,7 @@
-"""Load what all loader workers share. Imported only by the server process that the workers are forked from.
+"""Load the modules and vocabularies that all loader workers share.
 
-The environment names the vocabularies to load, because the server takes no arguments.
+Only the server process that forks the workers imports this module. An environment variable names the vocabularies,
+because the server takes no arguments.
 """
 
 import gc
@@ -12,5 +13,5 @@ from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, preload_vocabulary
 
 for source in filter(None, os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep)):
     preload_vocabulary(Path(source))
-# Without this, a garbage collection in a worker would write to the shared pages and so copy them.
+# Without this, garbage collection in a worker would write to the shared pages and thereby copy them.
 gc.freeze()

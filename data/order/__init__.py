@@ -1,4 +1,4 @@
 """The order of batches: keyed randomness, plans, held-out splits, and how often each row is used.
 
-All are functions of integers; nothing here opens an image or a latent file.
+All of them are functions of integers; nothing here opens an image or a latent file.
 """

@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 class RandomStream(IntEnum):
-    """The uses of random numbers. Each is the second key of its draws, after the seed, so that no two share numbers."""
+    """The uses of random numbers. Each is the second key of its draws, after the seed, so that no two share draws."""
 
     BATCH_ORDER = 0
     SAMPLE_ORDER = 1

@@ -47,9 +47,9 @@ class Plan:
         bucket_of_row: [N] bucket number of each row; numbers need not be dense.
         global_batch_size: samples per batch, over all ranks and accumulation steps.
         seed: chooses the order.
-        repeats: [N] how often each row is used in an epoch; a fraction holds on average, and exactly over as many
-            epochs as make it a whole number. None means once.
-        members: [N] all rows, bucket after bucket; None sorts them.
+        repeats: [N] how often each row is used in an epoch; None uses each row once. A fraction holds on average, and
+            exactly over as many epochs as make it a whole number.
+        members: [N] all rows, bucket after bucket; None sorts the rows.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Plan:
 
     @property
     def order_name(self) -> str:
-        """Identifier of what the order depends on besides rows, buckets and seed: "" for this plan."""
+        """Identifier of the order's inputs besides rows, buckets and seed; "" for this plan, which has no others."""
         return ""
 
     def list_shards(self, position: Position) -> tuple[str, ...]:
-        """List the shards that should be local at a position: none for this plan, where any sample may be next."""
+        """List the shards that should be local at a position: none for this plan, in which any sample may be next."""
         return ()
 
     def num_batches(self, epoch: int) -> int:
@@ -150,7 +150,7 @@ class Plan:
         return GlobalBatch(self.buckets[bucket], np.concatenate(rows), np.concatenate(epochs))
 
     def _find_rows(self, bucket: int, epoch: int, items: np.ndarray) -> np.ndarray:
-        """Return the rows of some items of a bucket's epoch. A row that is used n times has n consecutive items."""
+        """Return the rows of items of a bucket's epoch. A row that is used n times has n consecutive items."""
         if self._repeats is not None:
             items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
         return self._members[self._starts[bucket] + items]

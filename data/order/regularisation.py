@@ -1,4 +1,4 @@
-"""Regularisation samples (prior preservation): finding them, and how often they are used."""
+"""Regularisation samples (prior preservation): find them, and balance how often they are used."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -16,7 +16,7 @@ MARK = r'"is_reg"\s*:\s*true'
 
 
 def check_regularisation(data: DataConfig) -> Iterator[Problem]:
-    """Yield a problem for each folder of regularisation images that does not exist, and if they come with metadata."""
+    """Yield a problem for each missing folder of regularisation images, and one if `data.metadata` is set too."""
     key, cure = "data.regularisation_dirs", "check the path (relative to the working directory)"
     for number, path in enumerate(data.regularisation_dirs):
         if not path.is_dir():
@@ -40,13 +40,13 @@ def find_regularisation_rows(index: Index) -> np.ndarray:
 def balance_regularisation(
     rows: np.ndarray, num_rows: int, repeats: np.ndarray | None, factor: Literal["balanced"] | float
 ) -> np.ndarray | None:
-    """Return how often each row is used in an epoch, [num_rows]; None means once each.
+    """Return each row's repeats, times a factor for regularisation samples, [num_rows]; None uses each row once.
 
     Args:
-        rows: of the regularisation samples.
-        repeats: how often each row would be used otherwise; 0 for held-out and bad samples.
-        factor: for the repeats of regularisation samples. `balanced` makes them as many as all others together, as
-            kohya-ss/sd-scripts does. A fraction holds on average over the epochs (data/order/plan.py).
+        rows: rows of the regularisation samples.
+        repeats: how often each row would be used without the factor; 0 for held-out and bad samples.
+        factor: `balanced` uses regularisation samples as often as all other samples together, as kohya-ss/sd-scripts
+            does. A fraction holds on average over the epochs (data/order/plan.py).
     """
     used = np.ones(num_rows) if repeats is None else repeats.astype(np.float64)
     total = used[rows].sum()

@@ -1,10 +1,10 @@
-"""The order of batches for shards that are read whole: samples are shuffled over some shards at a time.
+"""The order of batches for shards that are read whole: samples are shuffled over a few shards at a time.
 
-An epoch takes the shards in a random order of its own, some at a time: a window. A window is to this plan what an epoch
-is to the plain plan (data/order/plan.py): each bucket's samples are in random order within a window, their sequence
-continues from window to window and from epoch to epoch, and a batch belongs to the window of its last sample. Batches
-are still a pure function of their position, every sample is used in every epoch, and resuming and the number of ranks
-change nothing. Samples are mixed only over the shards of a window, which is less than under a plain plan.
+An epoch reads the shards in its own random order, a few at a time; these few shards are a *window*. A window is to this
+plan what an epoch is to the plain plan (data/order/plan.py): each bucket's samples are in random order within a window,
+their sequence continues from window to window and from epoch to epoch, and a batch belongs to the window of its last
+sample. Batches are still a pure function of their position, every sample is used in every epoch, and resuming and the
+number of ranks change nothing. Samples are mixed only over the shards of a window, which is less than in a plain plan.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed, permute
 from sdxl_trainer.data.order.plan import GlobalBatch, Plan, Position, argsort_stable
 
-FETCH_SHARE = 0.75  # of a window's batches, over which all shards of the next window are requested
+FETCH_SHARE = 0.75  # share of a window's batches over which all shards of the next window are requested
 
 
 class _WindowPosition(NamedTuple):
@@ -68,7 +68,7 @@ class ShardPlan(Plan):
 
     @property
     def order_name(self) -> str:
-        """Identifier of what the order depends on besides rows, buckets and seed: the shards and the window size."""
+        """Identifier of the order's inputs besides rows, buckets and seed: the shards and the window size."""
         return f"{self._order_hash}-{self._per_window}"
 
     def num_batches(self, epoch: int) -> int:
@@ -88,7 +88,7 @@ class ShardPlan(Plan):
         return GlobalBatch(batch.bucket, batch.rows, batch.epochs // self.num_windows)
 
     def list_shards(self, position: Position) -> tuple[str, ...]:
-        """List the shards that should be local at a position: those of its window, and more and more of the next."""
+        """List the shards that should be local at a position: its window's, and more and more of the next window's."""
         window, index = self._find_window(position)
         ends = self._window_ends(position.epoch)
         num_batches = int(ends[window]) - (int(ends[window - 1]) if window else 0)
@@ -136,7 +136,7 @@ class ShardPlan(Plan):
         """Return the rows of a bucket in a window, each as often as it is used.
 
         Args:
-            number: of the window, counted over all epochs.
+            number: the window's number, counted over all epochs.
         """
         epoch, window = divmod(number, self.num_windows)
         groups = bucket * len(self._names) + np.array(self._list_window(epoch, window))
@@ -147,7 +147,7 @@ class ShardPlan(Plan):
         return self._members[places]
 
     def _compute_turns(self, epoch: int, places: np.ndarray | slice) -> np.ndarray:
-        """Return how often the members at some places are used in an epoch (their turns), [places] int64."""
+        """Return how often the members at `places` are used in an epoch (their turns), [places] int64."""
         assert self._repeats is not None and self._phases is not None, "only uneven repeats are counted row by row"
         repeats, phases = self._repeats[places], self._phases[places]
         return (np.floor((epoch + 1) * repeats + phases) - np.floor(epoch * repeats + phases)).astype(np.int64)

@@ -11,12 +11,12 @@ from sdxl_trainer.data.index.index import Index
 
 
 def check_source_weights(data: DataConfig) -> Iterator[Problem]:
-    """Yield a problem if `data.source_weights` is set and does not have one number for each source."""
+    """Yield a problem if `data.source_weights` is set but does not have one number for each source."""
     name = "metadata" if data.metadata else "image_dirs"
     entries = getattr(data, name)
     if data.source_weights and len(data.source_weights) != len(entries):
         rule = f"holds {len(data.source_weights)} numbers for the {len(entries)} entries of data.{name}"
-        cure = "give one number per entry; files that one entry names by a pattern share it"
+        cure = "give one number per entry; files that match one entry's pattern share its number"
         yield Problem("data.source_weights", data.source_weights, rule, cure)
 
 
@@ -29,11 +29,11 @@ def check_weighted_samples(weights: Sequence[float], index: Index) -> Iterator[P
 
 
 def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:
-    """Return how often each row is used in an epoch if each source has a weight, [N]; None means once each.
+    """Return each row's repeats times the weight of its source, [N]; None uses each row once.
 
     Args:
-        repeats: how often each row would be used otherwise.
-        weights: of each source. Sources beyond them, the folders of regularisation images, keep their repeats.
+        repeats: how often each row would be used without weights.
+        weights: weight of each source. Further sources, which are folders of regularisation images, keep their repeats.
     """
     if all(weight == 1 for weight in weights):
         return repeats
@@ -41,8 +41,9 @@ def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequ
     factors = np.ones(max(len(weights), int(sources.max(initial=0)) + 1))
     factors[: len(weights)] = weights
     used = factors[sources] if repeats is None else repeats * factors[sources]
-    counts = np.bincount(sources, minlength=len(weights)), np.bincount(sources, used, minlength=len(weights))
+    num_samples = np.bincount(sources, minlength=len(weights))
+    num_used = np.bincount(sources, used, minlength=len(weights))
     for number, weight in enumerate(weights):
         text = "source {}: {} samples, weight {:g}, {:.6g} samples an epoch"
-        logger.info(text, number, counts[0][number], weight, counts[1][number])
+        logger.info(text, number, num_samples[number], weight, num_used[number])
     return used

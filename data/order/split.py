@@ -1,4 +1,4 @@
-"""The split of samples into training and held-out ones, by a hash of their keys alone."""
+"""The split of samples into a training and a held-out part, by a hash of their keys alone."""
 
 import numpy as np
 import pyarrow as pa
@@ -29,16 +29,16 @@ def select_by_hash(hashes: np.ndarray, share: float) -> np.ndarray:
 
 
 def find_matching_rows(keys: pa.ChunkedArray, others: pa.ChunkedArray) -> np.ndarray:
-    """Return the rows of the keys that are among `others`."""
+    """Return the rows of the keys that also occur in `others`."""
     found = pc.call_function("is_in", [keys], pc.SetLookupOptions(others.combine_chunks()))
     return np.flatnonzero(found.to_numpy())
 
 
 def exclude_rows(rows: np.ndarray, num_rows: int, repeats: np.ndarray | None) -> np.ndarray | None:
-    """Return how often each row is used if `rows` are not used at all, [num_rows]; None means once each.
+    """Return each row's repeats, with 0 for `rows`, [num_rows]; None uses each row once.
 
     Args:
-        repeats: how often each row would be used otherwise.
+        repeats: how often each row would be used without the exclusion.
     """
     if len(rows) == 0:
         return repeats
@@ -57,8 +57,8 @@ def _hash_chunk(chunk: pa.Array, start: np.uint64) -> np.ndarray:
     # All arithmetic is modulo 2^64.
     powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _ODD))
     values *= powers[np.arange(len(values)) - np.repeat(places[:-1] - first, lengths)]
-    until = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values)])
-    return _finish(until[places[1:] - first] - until[places[:-1] - first] + start)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values)])
+    return _finish(sums[places[1:] - first] - sums[places[:-1] - first] + start)
 
 
 def _finish(values: np.ndarray) -> np.ndarray:

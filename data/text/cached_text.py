@@ -1,4 +1,4 @@
-"""Cached text encoder outputs for training: a variant of a sample's caption, or the empty caption after dropout."""
+"""Cached text encoder outputs for training: of a variant of a sample's caption, or of the empty caption."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -33,7 +33,7 @@ class CachedText:
         """Outputs for the empty caption.
 
         Raises:
-            BadTextError: they are missing or damaged.
+            BadTextError: the outputs are missing or damaged.
         """
         state = read_text_state(self.folder)
         if state is None:
@@ -62,16 +62,16 @@ class CachedText:
         """Verify that a row has cached outputs, and that they belong to the captions that the settings build.
 
         Raises:
-            BadTextError: it has none, or they belong to other captions.
+            BadTextError: the row has no outputs, or they belong to other captions.
             StrategyError: the user's class failed on the record.
         """
         if row["text"] is None:
-            raise BadTextError("its text is not cached")
+            raise BadTextError("its text is not cached: run bash launch/cache.sh")
         if hash_captions(self.variants.build(record)) != row["text"]["captions_sha256"]:
-            raise BadTextError("its captions are not those whose text is cached: run bash launch/cache.sh again")
+            raise BadTextError("its captions have changed since its text was cached: run bash launch/cache.sh again")
 
     def _is_dropped(self, record: Mapping[str, Any], epoch: int, row_number: int) -> bool:
-        """Draw caption dropout, with the same result as for a caption that is encoded during training."""
+        """Draw caption dropout, with the result that a caption encoded during training would have."""
         settings = self.variants.settings
         rng = np.random.default_rng(derive_seed(self.seed, RandomStream.CAPTION, epoch, row_number))
         # The choice of texts comes before dropout in the caption pipeline and uses the same generator.

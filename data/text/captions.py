@@ -14,8 +14,8 @@ import numpy as np
 
 TAG_FIELDS = ("caption", "tags")
 DESCRIPTION_FIELDS = ("description", "nl_caption")
-JOINT = ", "  # between joined tags, whatever separator the record uses
-# `{2$$a|b|c}` takes two options, `{1-2$$ and $$a|b|c}` one or two, joined by " and ". The joint is limited to 32
+TAG_JOINER = ", "  # between the tags of a caption, whatever separator the record uses
+# `{2$$a|b|c}` takes two options, `{1-2$$ and $$a|b|c}` one or two, joined by " and ". The joiner has at most 32
 # characters, so that nested groups cannot blow up a caption.
 COUNT = re.compile(r"\s*(\d{1,4})(?:-(\d{1,4}))?\$\$(?:(.{0,32}?)\$\$)?", re.DOTALL)
 
@@ -55,9 +55,9 @@ def build_caption(
     """Build the caption of a record for one epoch.
 
     Args:
-        rng: keyed to the sample and epoch, so that the caption depends on nothing else.
+        rng: keyed to the sample and the epoch, so that the caption depends on nothing else.
         step: optimizer steps done before this one, for the token warm-up.
-        epoch: of the sample, from 0.
+        epoch: the sample's epoch, from 0.
     """
     return process_texts(choose_texts(record, settings, rng), settings, rng, step, epoch)
 
@@ -88,7 +88,7 @@ def process_texts(
     if settings.wildcards:
         texts = CaptionTexts(*(expand_wildcards(_pick_line(text, rng), rng) for text in texts))
     tags = _process_tags(texts.tags, settings, rng, step)
-    caption = JOINT.join(text for text in (tags, texts.description) if text)
+    caption = TAG_JOINER.join(text for text in (tags, texts.description) if text)
     if settings.secondary_separator:
         caption = caption.replace(settings.secondary_separator, settings.separator)
     for old, new in settings.replacements.items():
@@ -113,10 +113,11 @@ def read_caption_fields(record: Mapping[str, Any], fields: tuple[str, ...], sepa
 
 
 def expand_wildcards(text: str, rng: np.random.Generator) -> str:
-    """Replace each `{a|b}` by one of its options, which may hold groups themselves.
+    """Replace each group `{a|b}` by one of its options, which may hold further groups.
 
     `{{` and `}}` stand for literal braces, so a group that begins with a group is written `{ {a|b}|c}`. An unmatched
-    brace and `{}` stay as they are. Takes one pass and no recursion, because captions may be hostile.
+    brace and `{}` stay as they are. The text is read in one pass without recursion, because
+    captions may be hostile.
     """
     if "{" not in text and "}" not in text:
         return text
@@ -165,15 +166,15 @@ class _Group:
             return self.options[int(rng.integers(len(self.options)))]
         options = [self.options[0][count.end() :], *self.options[1:]]
         low, high = sorted((int(count[1]), int(count[2] or count[1])))
-        number = int(rng.integers(low, high + 1))  # may exceed the number of options, and then takes all
+        number = int(rng.integers(low, high + 1))  # a number beyond the options takes all of them
         chosen = rng.permutation(len(options))[:number]
-        return (JOINT if count[3] is None else count[3]).join(options[i] for i in chosen)
+        return (TAG_JOINER if count[3] is None else count[3]).join(options[i] for i in chosen)
 
 
 def _add_affixes(texts: CaptionTexts, settings: CaptionSettings) -> CaptionTexts:
     """Put the prefix before the first text and the suffix after the last.
 
-    With wildcards, every line gets them, because one line is picked later.
+    With wildcards, every line gets both, because one line is picked later.
     """
     if not (settings.prefix or settings.suffix):
         return texts
@@ -206,14 +207,14 @@ def _process_tags(text: str, settings: CaptionSettings, rng: np.random.Generator
     marked = bool(mark) and mark in text
     if not (marked or settings.shuffle or warmup_steps or settings.tag_dropout_rate):
         return text
-    fixed, ending = [], []
+    ending = []
     if marked:
         head, middle, *tail = text.split(mark)
-        fixed, flexible = _split(head, settings), _split(middle, settings)
-        ending = [tag for part in tail for tag in _split(part, settings)]
+        fixed, flexible = _split_tags(head, settings), _split_tags(middle, settings)
+        ending = [tag for part in tail for tag in _split_tags(part, settings)]
     else:
-        flexible = _split(text, settings)
-        fixed, flexible = flexible[: settings.keep_tokens], flexible[settings.keep_tokens :]
+        tags = _split_tags(text, settings)
+        fixed, flexible = tags[: settings.keep_tokens], tags[settings.keep_tokens :]
     if step < warmup_steps:
         least = settings.token_warmup_min
         # kohya's formula in integers, so that rounding cannot lose a tag.
@@ -223,8 +224,8 @@ def _process_tags(text: str, settings: CaptionSettings, rng: np.random.Generator
     if settings.tag_dropout_rate:
         kept = rng.random(len(flexible)) >= settings.tag_dropout_rate
         flexible = [tag for tag, keep in zip(flexible, kept, strict=True) if keep]
-    return JOINT.join(fixed + flexible + ending)
+    return TAG_JOINER.join(fixed + flexible + ending)
 
 
-def _split(text: str, settings: CaptionSettings) -> list[str]:
+def _split_tags(text: str, settings: CaptionSettings) -> list[str]:
     return [tag for part in text.split(settings.separator) if (tag := part.strip())]

@@ -23,11 +23,12 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.metadata.records import Record, parse_record
+from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.text.captions import TAG_FIELDS, read_caption_fields
 
 KEY = "data.strategy"
 METHODS = {"repeats": "(record, counts)", "caption": "(record, rng)", "loss_weight": "(record)"}
-# Counted attributes, and the record fields that hold them; the first non-empty field counts.
+# Counted attributes and the record fields that hold them; only the first non-empty field is counted.
 ATTRIBUTES = {
     "artist": ("artist", "artists"),
     "characters": ("characters", "character"),
@@ -36,7 +37,7 @@ ATTRIBUTES = {
 }
 TAGS = "tags"
 ROWS_AT_ONCE = 16_384
-NUM_TRIED = 16  # samples that a strategy is tried on before a run
+NUM_TRIED = 16  # samples that a strategy is tested on before a run
 
 
 class StrategyError(ValueError):
@@ -69,9 +70,9 @@ class AttributeCounts(dict[str, Counter]):
 def count_attributes(index: Index) -> AttributeCounts:
     """Count the values of ATTRIBUTES over all records.
 
-    A field is a list, or a string of comma-separated values. A record counts each of its values once.
+    A field is a list or a string of comma-separated values. Each distinct value of a record is counted once.
     """
-    # Unsplit values are counted first and split at the end: a million records have far fewer distinct ones.
+    # Unsplit values are counted first and split at the end, because a million records have far fewer distinct values.
     unsplit: dict[str, dict[Any, int]] = {name: {} for name in ATTRIBUTES}
     for record in iterate_records(index):
         for name, fields in ATTRIBUTES.items():
@@ -87,7 +88,7 @@ def count_attributes(index: Index) -> AttributeCounts:
 
 
 def iterate_records(index: Index) -> Iterator[Record]:
-    """Yield all records in the order of the index. At most ROWS_AT_ONCE are in memory."""
+    """Yield all records in the order of the index, with at most ROWS_AT_ONCE in memory."""
     for batch in index.table.select(["key", "image_path", "record"]).to_batches(max_chunksize=ROWS_AT_ONCE):
         yield from map(parse_record, batch.to_pylist())
 
@@ -95,7 +96,7 @@ def iterate_records(index: Index) -> Iterator[Record]:
 class Strategy:
     """An object of the user's class, with its results validated.
 
-    It pickles as its spec: a loader worker loads the class again and makes an object of its own.
+    A strategy pickles as its spec: each loader worker loads the class again and makes its own object.
 
     Args:
         spec: value of `data.strategy`, with an absolute path.
@@ -126,8 +127,8 @@ class Strategy:
         repeats = np.empty(num_records)
         for row, record in enumerate(records):
             value = self._call(record, "repeats", counts)
-            if not _is_amount(value):
-                raise self._build_amount_error(record, "repeats", value)
+            if not _is_non_negative(value):
+                raise self._build_number_error(record, "repeats", value)
             repeats[row] = value
         return repeats
 
@@ -146,7 +147,7 @@ class Strategy:
         return caption
 
     def loss_weight(self, record: Record) -> float:
-        """Return the factor of a sample's loss, by the user's `loss_weight(record)`; 1 without that method.
+        """Return the factor of a sample's loss, by the user's `loss_weight(record)`; 1 if the class has no such method.
 
         Raises:
             StrategyError: the method raised, or returned something other than a finite number of 0 or more.
@@ -154,8 +155,8 @@ class Strategy:
         if not self.has("loss_weight"):
             return 1.0
         weight = self._call(record, "loss_weight")
-        if not _is_amount(weight):
-            raise self._build_amount_error(record, "loss_weight", weight)
+        if not _is_non_negative(weight):
+            raise self._build_number_error(record, "loss_weight", weight)
         return float(weight)
 
     def _call(self, record: Record, method: str, *arguments: Any) -> Any:
@@ -164,7 +165,7 @@ class Strategy:
         except UserCodeError as error:
             raise self._build_error(record, method, f"raised {error}") from None
 
-    def _build_amount_error(self, record: Record, method: str, value: Any) -> StrategyError:
+    def _build_number_error(self, record: Record, method: str, value: Any) -> StrategyError:
         return self._build_error(record, method, f"returned {value!r:.100}, which is not a finite number of 0 or more")
 
     def _build_error(self, record: Record, method: str, reason: str) -> StrategyError:
@@ -221,7 +222,7 @@ def call_user_code(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this function's own frame
+        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without the frame of this function
         lines = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
         raise UserCodeError(f"{type(error).__name__}: {error}\n{lines}") from error
 
@@ -229,9 +230,9 @@ def call_user_code(function: Callable[..., Any], *arguments: Any) -> Any:
 def check_strategy(strategy: Strategy, index: Index) -> Iterator[Problem]:
     """Yield a problem for each of `caption` and `loss_weight` that fails on all of NUM_TRIED samples.
 
-    A method that fails on some samples only is no problem: training skips and reports these samples.
+    A method that fails only on some samples is no problem: training skips and reports these samples.
     """
-    records = [index.record(row) for row in _select_evenly(len(index), NUM_TRIED)]
+    records = [index.record(row) for row in select_evenly(len(index), NUM_TRIED).tolist()]
     rng = np.random.default_rng(0)
     calls = {"caption": lambda record: strategy.caption(record, rng), "loss_weight": strategy.loss_weight}
     for method, call in calls.items():
@@ -277,8 +278,7 @@ def hash_repeats(repeats: np.ndarray) -> str:
 
 
 def _load_file(path: str) -> ModuleType:
-    # The unusual name keeps a user's file from shadowing a module. It must be in sys.modules, where dataclasses look
-    # their module up.
+    # The unusual name keeps a user's file from shadowing a module. Dataclasses look their module up in sys.modules.
     name = f"sdxl_trainer_strategy_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
@@ -288,7 +288,7 @@ def _load_file(path: str) -> ModuleType:
     return module
 
 
-def _is_amount(value: Any) -> bool:
+def _is_non_negative(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and bool(0 <= value < math.inf)
 
 
@@ -304,11 +304,6 @@ def _suggest_methods(user_class: type) -> str:
     if near:
         return ", ".join(f"rename {name} to {match}" for name, match in near.items())
     return f"it defines {', '.join(own) or 'nothing'}"
-
-
-def _select_evenly(length: int, number: int) -> list[int]:
-    """Return at most `number` different, evenly spaced rows below `length`."""
-    return sorted({position * length // number for position in range(number)}) if length else []
 
 
 def _build_input_error(spec: str, rule: str, cure: str) -> UserInputError:

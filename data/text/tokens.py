@@ -22,9 +22,9 @@ from tokenizers.models import BPE
 SOURCES_VARIABLE = "SDXL_TRAINER_VOCABULARIES"
 WINDOW = 75  # tokens between the marks
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's vocabulary: 256 bytes, the same 256 at the end of a word, 48,894 merges, and the two marks.
+# CLIP's vocabulary: 256 bytes, 256 bytes at the end of a word, 48,894 merges, and the two marks.
 NUM_MERGES = 48_894
-MAX_WORDS, MAX_LETTERS = 16_384, 64  # limits of the cache of words and their ids, a few MB
+MAX_WORDS, MAX_LETTERS = 16_384, 64  # limits of the cache of words and their ids; it takes a few MB
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # published by OpenAI, and shipped with open_clip_torch
 # CLIP's pre-tokenization: contractions, runs of letters, single digits, runs of other characters.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -34,15 +34,15 @@ SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class CaptionTokenizer:
     """CLIP's byte-level BPE with one text encoder's padding.
 
-    Made for loader workers: it imports fast, and pickles as the path of its vocabulary.
+    Made for loader workers: the module imports fast, and a tokenizer pickles as the path of its vocabulary.
     """
 
     tokenizer: Tokenizer
     start_id: int
     end_id: int
     pad_id: int
-    vocabulary: str  # hash: tokenizers with equal hashes give equal ids
-    source: Path  # that the vocabulary was loaded from
+    vocabulary: str  # its hash; tokenizers with equal hashes give equal ids
+    source: Path  # file or folder of the vocabulary
     _words: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Callable[..., "CaptionTokenizer"], tuple[Path, str, int]]:
@@ -61,8 +61,8 @@ class CaptionTokenizer:
         """
         ids: list[int] = []
         for word in caption.split(" "):
-            found = self._words.get(word)
-            ids += self._tokenize_word(word) if found is None else found
+            cached = self._words.get(word)
+            ids += self._tokenize_word(word) if cached is None else cached
         return ids
 
     def _tokenize_word(self, word: str) -> list[int]:
@@ -152,7 +152,7 @@ def restore_tokenizer(source: Path, vocabulary: str, pad_id: int) -> CaptionToke
     """Unpickle a tokenizer that another process sent.
 
     Raises:
-        ValueError: the source holds another vocabulary by now.
+        ValueError: the vocabulary in `source` has changed since.
     """
     loaded = preload_vocabulary(source)
     if loaded.vocabulary != vocabulary:
@@ -161,7 +161,7 @@ def restore_tokenizer(source: Path, vocabulary: str, pad_id: int) -> CaptionToke
 
 
 def share_vocabulary(tokenizers: Tokenizers) -> Tokenizers:
-    """Let both tokenizers use one vocabulary in memory if their vocabularies are equal; each takes about 14 MB."""
+    """Let both tokenizers share one vocabulary in memory if their vocabularies are equal; each takes about 14 MB."""
     first, second = tokenizers
     if first.vocabulary != second.vocabulary:
         return tokenizers
@@ -176,16 +176,16 @@ def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens:
     """
     first, second = tokenizers
     ids = [first.tokenize(caption) for caption in captions]
-    is_shared = first.vocabulary == second.vocabulary
-    ids_2 = ids if is_shared else [second.tokenize(caption) for caption in captions]
+    are_equal = first.vocabulary == second.vocabulary
+    ids_2 = ids if are_equal else [second.tokenize(caption) for caption in captions]
     return TokenIds(
-        np.stack([first.cut_windows(each, max_tokens) for each in ids]),
-        np.stack([second.cut_windows(each, max_tokens) for each in ids_2]),
+        np.stack([first.cut_windows(caption_ids, max_tokens) for caption_ids in ids]),
+        np.stack([second.cut_windows(caption_ids, max_tokens) for caption_ids in ids_2]),
     )
 
 
 def find_installed_vocabulary() -> Path | None:
-    """Return the file of CLIP's merges in an installed open_clip_torch, without importing it; None without it."""
+    """Return the file of CLIP's merges in an installed open_clip_torch, or None. The package is not imported."""
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations if package else None) or []
     return next((file for folder in folders if (file := Path(folder) / MERGES_FILE).is_file()), None)

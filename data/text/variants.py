@@ -1,7 +1,7 @@
 """Caption variants: a fixed number of captions per sample, whose text encoder outputs are cached.
 
 Their random choices are keyed to the sample's key alone, so all runs with the same caption settings build the same
-variants. Caption dropout is not part of them: it is drawn when a sample is read, and selects the outputs of the empty
+variants. They exclude caption dropout, which is drawn when a sample is read and selects the outputs of the empty
 caption.
 """
 
@@ -20,11 +20,11 @@ from sdxl_trainer.data.text.strategy import Strategy
 
 @dataclass(frozen=True)
 class CaptionVariants:
-    """Builder of the captions of a record that are cached.
+    """Builds the captions of a record whose text encoder outputs are cached.
 
     Args:
-        settings: of the caption pipeline.
-        count: number of variants.
+        settings: settings of the caption pipeline.
+        count: number of variants of each caption.
         strategy: the user's class, which may supply the text.
     """
 
@@ -50,7 +50,7 @@ class CaptionVariants:
 
 
 def hash_captions(captions: tuple[str, ...]) -> str:
-    """Return the SHA-256 of captions as JSON, by which cached outputs are matched to them."""
+    """Return the SHA-256 of captions as JSON, which matches cached outputs to their captions."""
     return hashlib.sha256(orjson.dumps(captions)).hexdigest()
 
 

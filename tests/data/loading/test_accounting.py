@@ -22,7 +22,6 @@ from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
-TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
 SHAPE = (4, 12, 8)
 NUM_SAMPLES, NUM_EPOCHS, GLOBAL_BATCH, MICRO_BATCH = 41, 3, 8, 2
@@ -59,7 +58,7 @@ def flip_bit(content: bytes) -> bytes:
     return content[:400] + bytes([content[400] ^ 1]) + content[401:]
 
 
-# Damage to a good file of bucket (64, 96), and the reason that must be reported.
+# Damage to an intact file of bucket (64, 96), and the reason that must be reported.
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "s0": (lambda content: b"", "not a readable npz file"),
     "s2": (lambda content: content[:700], "not a readable npz file"),
@@ -72,15 +71,19 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "s16": (lambda content: save_arrays(latents_12x8=np.zeros(SHAPE, np.float32)), "another model family"),
     "s18": (lambda content: b"<html>not found</html>" * 30, "not a readable npz file"),
 }
-SAID = {**{key: said for key, (_, said) in DAMAGES.items()}, "s20": "cannot be read", "s21": "not a readable npz file"}
-SAID |= {"s30": "Fails.caption", "s31": "KeyError", "s32": "loss_weight"}
+REASONS = {
+    **{key: reason for key, (_, reason) in DAMAGES.items()},
+    "s20": "cannot be read",
+    "s21": "not a readable npz file",
+}
+REASONS |= {"s30": "Fails.caption", "s31": "KeyError", "s32": "loss_weight"}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> LatentDataset:
-    """Build a dataset of two buckets, and damage its files in every way after the index was built.
+    """Build a dataset of two buckets, then damage its files in every way after the index is built.
 
-    Odd samples from the 21st on are in a shard, the others are files.
+    Samples with odd numbers from 21 on are in a shard, all others are npz files.
     """
     folder = tmp_path_factory.mktemp("cache")
     captions = {f"s{number}": {"caption": f"a red circle {number}"} for number in range(NUM_SAMPLES)}
@@ -114,9 +117,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
     content = bytearray((folder / "a.tar").read_bytes())
     content[places["s21"] : places["s21"] + 4] = b"junk"
     (folder / "a.tar").write_bytes(content)
-    tokenizers = Tokenizers(
-        load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
-    )
+    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     strategy = load_strategy(f"{folder / 'fails.py'}:Fails")
     return LatentDataset(
         index, folder, tokenizers, SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings()), strategy
@@ -124,7 +125,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_samples_planned_are_samples_trained_and_samples_reported(dataset, num_workers):
+def test_every_planned_sample_is_trained_or_reported_bad(dataset, num_workers):
     plan = build_plan(dataset.index, GLOBAL_BATCH, seed=1)
     num_batches = sum(plan.num_batches(epoch) for epoch in range(NUM_EPOCHS))
     num_micro = num_batches * GLOBAL_BATCH // MICRO_BATCH
@@ -142,6 +143,6 @@ def test_samples_planned_are_samples_trained_and_samples_reported(dataset, num_w
         assert not batch.latents[~used].any() or {key for key, _ in batch.bad} & {"s30", "s31", "s32"}
     assert planned == trained + reported
     assert planned.total() == NUM_EPOCHS * NUM_SAMPLES - plan.num_carried(NUM_EPOCHS - 1)
-    assert set(reported) == set(SAID) and not set(trained) & set(SAID)
-    assert {key: said for key, said in SAID.items() if said not in reasons[key]} == {}
+    assert set(reported) == set(REASONS) and not set(trained) & set(REASONS)
+    assert {key: reason for key, reason in REASONS.items() if reason not in reasons[key]} == {}
     assert max(planned.values()) == NUM_EPOCHS and min(planned.values()) >= NUM_EPOCHS - 1

@@ -1,4 +1,4 @@
-"""Micro batches hold what the networks need, from the cache alone, and do not depend on who reads them."""
+"""Micro batches are read from the cache alone, hold all network inputs, and do not depend on the workers."""
 
 import json
 import subprocess
@@ -24,7 +24,6 @@ from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
-TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
 NUM_SAMPLES = 12
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -63,9 +62,7 @@ def cache(tmp_path_factory) -> Path:
 def build_dataset(
     folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75, flip_rate: float = 0.0
 ) -> LatentDataset:
-    tokenizers = Tokenizers(
-        load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
-    )
+    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
     index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)
     return LatentDataset(
@@ -90,7 +87,7 @@ def read_batches(dataset: LatentDataset, num_workers: int, count: int) -> list[M
     return list(islice(iterate_batches(dataset, specs, num_workers), count))
 
 
-def test_a_micro_batch_holds_what_the_networks_need(cache):
+def test_a_micro_batch_holds_all_network_inputs(cache):
     dataset = build_dataset(cache, max_tokens=150)
     batch = dataset[make_spec([4, 0, 4])]
     assert batch.latents.dtype == torch.float32 and batch.latents.shape == (3, 4, 12, 8)
@@ -106,28 +103,29 @@ def test_a_micro_batch_holds_what_the_networks_need(cache):
     assert (batch.positions.tolist(), batch.rows.tolist()) == ([7, 8, 9], [4, 0, 4])
 
 
-def test_a_sample_without_a_caption_gets_the_empty_one(cache):
+def test_a_sample_without_a_caption_gets_the_empty_caption(cache):
     dataset = build_dataset(cache)
     batch = dataset[make_spec([5], BUCKETS[1])]
     assert np.array_equal(batch.input_ids[0].numpy(), dataset.tokenizers[0].encode(""))
 
 
-def test_a_bad_latent_weighs_nothing_and_is_named(cache):
-    good, original = get_latents(2), (cache / "s2.npz").read_bytes()
+def test_a_bad_latent_gets_weight_zero_and_is_reported(cache):
+    latents, original = get_latents(2), (cache / "s2.npz").read_bytes()
     dataset = build_dataset(cache)
     try:
-        for damage, reason in (
+        for damage, expected in (
             (lambda path: path.write_bytes(original[:100]), "not a readable npz file"),
             (lambda path: path.unlink(), "cannot be read: No such file"),
             (
                 lambda path: write_latents(
-                    path, LatentSample(latents=good[:, :8], original_size=(1, 1), crop_ltrb=(0, 0, 1, 1))
+                    path, LatentSample(latents=latents[:, :8], original_size=(1, 1), crop_ltrb=(0, 0, 1, 1))
                 ),
                 "encoded at 64x64 px",
             ),
             (
                 lambda path: write_latents(
-                    path, LatentSample(latents=good * np.float16("nan"), original_size=(1, 1), crop_ltrb=(0, 0, 1, 1))
+                    path,
+                    LatentSample(latents=latents * np.float16("nan"), original_size=(1, 1), crop_ltrb=(0, 0, 1, 1)),
                 ),
                 "not finite",
             ),
@@ -137,8 +135,8 @@ def test_a_bad_latent_weighs_nothing_and_is_named(cache):
             assert batch.weights.tolist() == [1, 0, 1]
             assert batch.latents[1].eq(0).all() and batch.latents.shape == (3, 4, 12, 8)
             assert np.array_equal(batch.latents[2].numpy(), get_latents(4))
-            [(key, said)] = batch.bad
-            assert key == "s2" and said.startswith(f"{cache / 's2.npz'}: ") and reason in said
+            [(key, reason)] = batch.bad
+            assert key == "s2" and reason.startswith(f"{cache / 's2.npz'}: ") and expected in reason
     finally:
         (cache / "s2.npz").write_bytes(original)
 
@@ -154,10 +152,11 @@ def test_caption_dropout_is_keyed_to_sample_and_epoch(cache):
     dataset = build_dataset(cache, dropout_rate=0.3)
     dropped = list_dropped(dataset, rows, epochs)
     assert 0.2 < np.mean(dropped) < 0.4
-    order = np.random.default_rng(0).permutation(len(rows))  # the same in another order and other batches
+    # The draws do not depend on the order of the samples or on their batches.
+    order = np.random.default_rng(0).permutation(len(rows))
     assert list_dropped(dataset, [rows[i] for i in order], [epochs[i] for i in order]) == [dropped[i] for i in order]
     by_row = np.array(dropped).reshape(50, 6)
-    assert 0 < by_row.mean(0).min() and by_row.mean(0).max() < 1  # no sample always or never
+    assert 0 < by_row.mean(0).min() and by_row.mean(0).max() < 1  # no sample is dropped always or never
     assert list_dropped(build_dataset(cache, dropout_rate=0.3, seed=1), rows, epochs) != dropped
     assert not any(list_dropped(build_dataset(cache), rows, epochs))
     assert all(list_dropped(build_dataset(cache, dropout_rate=1.0), rows, epochs))
@@ -165,18 +164,18 @@ def test_caption_dropout_is_keyed_to_sample_and_epoch(cache):
 
 def test_any_number_of_workers_reads_the_same_batches(cache):
     dataset = build_dataset(cache, dropout_rate=0.5)
-    alone, together = read_batches(dataset, 0, 9), read_batches(dataset, 2, 9)
-    for one, other in zip(alone, together, strict=True):
-        for name, value in vars(one).items():
-            found = getattr(other, name)
+    in_process, in_workers = read_batches(dataset, 0, 9), read_batches(dataset, 2, 9)
+    for expected, batch in zip(in_process, in_workers, strict=True):
+        for name, value in vars(expected).items():
+            found = getattr(batch, name)
             assert torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found, name
-    assert len({tuple(batch.rows.tolist()) for batch in alone}) > 6  # and they are not all the same batch
+    assert len({tuple(batch.rows.tolist()) for batch in in_process}) > 6  # the batches differ
     empty = torch.from_numpy(dataset.tokenizers[0].encode(""))
-    dropped = [ids.equal(empty) for batch in alone for ids in batch.input_ids]
+    dropped = [ids.equal(empty) for batch in in_process for ids in batch.input_ids]
     assert 3 <= sum(dropped) <= 15
 
 
-def test_samples_in_shards_are_the_same_as_files(cache, tmp_path):
+def test_samples_in_shards_equal_samples_in_files(cache, tmp_path):
     """Samples read from a tar by pread give the same batches as npz files."""
     (tmp_path / "metadata.json").write_text((cache / "metadata.json").read_text())
     manifest = ManifestWriter(tmp_path, 0)
@@ -241,9 +240,9 @@ if __name__ == "__main__":
     {end}
 """
     (tmp_path / "program.py").write_text(program)
-    with open(tmp_path / "said", "wb") as said:  # a pipe would be held open by a worker that stays
-        subprocess.run([sys.executable, str(tmp_path / "program.py")], stdout=said, timeout=100)
-    worker = Path("/proc") / (tmp_path / "said").read_text().strip()
+    with open(tmp_path / "output", "wb") as output:  # a worker that stays alive would hold a pipe open
+        subprocess.run([sys.executable, str(tmp_path / "program.py")], stdout=output, timeout=100)
+    worker = Path("/proc") / (tmp_path / "output").read_text().strip()
     assert worker.name.isdigit()
     for _ in range(100):
         if not worker.exists():

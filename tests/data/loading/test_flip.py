@@ -85,14 +85,14 @@ def make_spec(rows: list[int], epochs: list[int]) -> MicroSpec:
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_flipped_sample_is_what_the_mirrored_image_gives(tmp_path, shards):
+def test_a_flipped_sample_has_the_latents_crop_and_mask_of_the_mirrored_image(tmp_path, shards):
     fill_cache(tmp_path, [True, True, False], shards=shards)
     batch = open_dataset(tmp_path, 1.0)[make_spec([0, 1, 2], [0, 0, 0])]
     assert batch.bad == [] and batch.masks is not None
     for number, has_flipped in enumerate((True, True, False)):
         sample = make_sample(number, has_flipped)
         assert torch.equal(batch.latents[number], torch.from_numpy(sample.flipped if has_flipped else sample.latents))
-    # 5 px were cut off on the left and 75 - 64 - 5 = 6 on the right: mirrored, 6 are missing on the left.
+    # 5 px were cropped on the left and 75 - 64 - 5 = 6 px on the right. In the mirrored image, 6 px are on the left.
     assert batch.time_ids[:, 3].tolist() == [6, 6, 5] and batch.time_ids[:, 2].tolist() == [0, 0, 0]
     mask = make_sample(0, True).alpha_mask
     assert mask is not None and np.array_equal(batch.masks[0].numpy(), mask[:, ::-1])
@@ -109,8 +109,8 @@ def test_flips_are_keyed_to_sample_and_epoch_and_change_nothing_else(tmp_path):
     assert np.array_equal(half.time_ids[:, 3].numpy(), np.where(flips, 6, 5))
     assert torch.equal(half.input_ids, plain.input_ids) and torch.equal(half.weights, plain.weights)
     order = np.random.default_rng(0).permutation(400)
-    other = open_dataset(tmp_path, 0.5)[make_spec([rows[i] for i in order], [epochs[i] for i in order])]
-    assert torch.equal(other.latents, half.latents[torch.from_numpy(order)])
+    reordered = open_dataset(tmp_path, 0.5)[make_spec([rows[i] for i in order], [epochs[i] for i in order])]
+    assert torch.equal(reordered.latents, half.latents[torch.from_numpy(order)])
 
 
 def check(folder: Path, rate: float) -> tuple[list[tuple[str, str]], str]:
@@ -142,7 +142,7 @@ def test_samples_without_flipped_latents_are_counted(tmp_path, shards, listed):
     assert key == "data.flip_rate" and "cache.flip: true" in cure
 
 
-def test_headers_of_unlisted_latents_tell_whether_they_are_flipped(tmp_path):
+def test_flips_of_unlisted_latents_are_read_from_their_headers(tmp_path):
     fill_cache(tmp_path, [True, False])
     for part in (tmp_path / "manifest").iterdir():
         part.unlink()

@@ -59,19 +59,19 @@ def open_index(filled: Path, folder: Path, selection: LatentSelection = BOTH) ->
     return open_sample_index(folder, records, selection)
 
 
-def test_rules_are_the_same_in_any_order_and_the_largest_is_the_plain_one():
+def test_bucket_rules_ignore_the_order_and_the_largest_has_no_prefix():
     rules = build_bucket_rules(DataConfig(resolution_px=[512, 1024, 768]))  # pyright: ignore[reportCallIssue]
     assert list(rules) == ["", "768px/", "512px/"]
     assert rules == build_bucket_rules(DataConfig(resolution_px=[768, 512, 1024]))  # pyright: ignore
     assert rules[""] == BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64)
-    # Each resolution has kohya's list and choice of its own.
+    # Each resolution has its own buckets, listed and chosen as by kohya's scripts.
     assert place_image((1920, 1080), rules[""], list_buckets(rules[""])) == Placement((1344, 768), (1365, 768), 10, 0)
     assert place_image((1920, 1080), rules["512px/"], list_buckets(rules["512px/"])).bucket == (640, 384)
     assert split_key("512px/a/b") == ("512px/", "a/b") and split_key("a512px/b") == ("", "a512px/b")
 
 
 @given(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), st.permutations(list_buckets(HIGH)))
-def test_a_fixed_list_is_chosen_from_as_kohya_does(size, buckets):
+def test_fixed_buckets_are_chosen_as_by_kohya(size, buckets):
     data = DataConfig(buckets=buckets)  # pyright: ignore[reportCallIssue]
     [rule] = build_bucket_rules(data).values()
     assert list_buckets(rule) == buckets and rule.area_px == 128 * 128
@@ -84,7 +84,7 @@ def test_a_fixed_list_is_chosen_from_as_kohya_does(size, buckets):
     assert bottom <= placement.resized[1] and placement.bucket in (placement.resized, *buckets)
 
 
-def test_of_two_fixed_buckets_of_one_ratio_the_first_is_used():
+def test_the_first_of_two_fixed_buckets_of_one_ratio_is_used():
     assert choose_bucket((700, 700), [(1024, 1024), (512, 512)]) == (1024, 1024)
     assert choose_bucket((700, 700), [(512, 512), (1024, 1024)]) == (512, 512)
     assert choose_bucket((1024, 1024), [(512, 512), (1024, 1024)]) == (1024, 1024)
@@ -119,21 +119,21 @@ def test_the_index_holds_each_image_at_each_resolution(cache, filled):
     plan = build_plan(index, 1, 0)
     rows = [plan.batch(Position(0, number)).rows[0] for number in range(plan.num_batches(0))]
     assert sorted(rows) == list(range(2 * NUM_IMAGES))
-    # A run at one resolution takes its own.
+    # A run at one resolution uses only its latents.
     assert open_index(filled, folder, LatentSelection()).arrow_column("key").to_pylist() == keys[:NUM_IMAGES]
 
 
-def test_without_a_manifest_they_are_found_by_name(filled, tmp_path):
+def test_latents_of_both_resolutions_are_found_without_a_manifest(filled, tmp_path):
     shutil.copytree(filled / "npz", tmp_path / "latents")
-    whole = open_index(filled, tmp_path / "latents")
+    listed = open_index(filled, tmp_path / "latents")
     shutil.rmtree(tmp_path / "latents" / "manifest")
     found = open_index(filled, tmp_path / "latents")
-    assert found.summary.num_unlisted == 2 * NUM_IMAGES and found.hash_rows() == whole.hash_rows()
+    assert found.summary.num_unlisted == 2 * NUM_IMAGES and found.hash_rows() == listed.hash_rows()
     for name in ("original_width", "resized_width", "crop_left", "crop_top"):
-        assert np.array_equal(found.column(name), whole.column(name)), name
+        assert np.array_equal(found.column(name), listed.column(name)), name
 
 
-def test_every_item_is_verified_and_only_the_bad_one_repaired(cache, capfd):
+def test_every_item_is_verified_and_only_the_bad_item_repaired(cache, capfd):
     settings, words, folder = cache
     before = hash_items(folder)
     assert run_job(settings, *words, "--verify") == 0
@@ -149,7 +149,7 @@ def test_every_item_is_verified_and_only_the_bad_one_repaired(cache, capfd):
     assert hash_items(folder) == before
 
 
-def test_packing_and_unpacking_keep_both(cache):
+def test_packing_and_unpacking_keep_both_resolutions(cache):
     settings, words, folder = cache
     before = hash_items(folder)
     for mode in ("--pack", "--unpack", "--pack") if "cache.format=npz" in words else ("--unpack", "--pack"):
@@ -159,7 +159,7 @@ def test_packing_and_unpacking_keep_both(cache):
         assert len(files) == (2 * NUM_IMAGES if mode == "--unpack" else 0)
 
 
-def test_a_further_resolution_leaves_what_is_there(filled, tmp_path):
+def test_adding_a_resolution_keeps_the_existing_latents(filled, tmp_path):
     settings, single = filled / "settings.yaml", (f"cache.dir={tmp_path}", "data.min_bucket_px=32")
     assert run_job(settings, *single) == 0
     before = {name: time for name, time in list_files(tmp_path).items() if name.endswith(".npz")}
@@ -168,12 +168,12 @@ def test_a_further_resolution_leaves_what_is_there(filled, tmp_path):
     after = {name: time for name, time in list_files(tmp_path).items() if name.endswith(".npz")}
     assert len(after) == 2 * NUM_IMAGES and after.items() >= before.items()
     assert hash_items(tmp_path) == hash_items(filled / "npz")
-    # And back: nothing to do.
+    # Back at one resolution there is nothing to encode.
     assert run_job(settings, *single) == 0
     assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == 0
 
 
-def test_beside_the_images_they_lie_in_a_folder_of_their_own(filled, tmp_path):
+def test_a_further_resolution_beside_the_images_has_its_own_folder(filled, tmp_path):
     shutil.copytree(filled / "data", tmp_path / "data")
     metadata = tmp_path / "data" / "metadata.json"
     words = (f"data.metadata=[{metadata}]", "cache.dir=null", *WORDS)
@@ -186,17 +186,17 @@ def test_beside_the_images_they_lie_in_a_folder_of_their_own(filled, tmp_path):
     assert problems == [] and index is not None and len(index) == 2 * NUM_IMAGES
 
 
-def test_a_fixed_list_makes_another_cache(filled, tmp_path):
+def test_fixed_buckets_make_another_cache(filled, tmp_path):
     words = (f"cache.dir={tmp_path}", "data.buckets=[[96, 64], [64, 96]]")
     assert run_job(filled / "settings.yaml", *words) == 0
     assert {entry.bucket for entry in read_latest(tmp_path).values()} == {(96, 64), (64, 96)}
     assert run_job(filled / "settings.yaml", *words, "data.resolution_px=256", "data.min_bucket_px=32") == 0
-    assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == 0  # they play no part
+    assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == 0  # these settings have no effect
     assert run_job(filled / "settings.yaml", f"cache.dir={tmp_path}", "data.buckets=[[64, 64]]") == 0
     assert json.loads((tmp_path / "cache_report.json").read_text())["encoded"] == NUM_IMAGES
 
 
-def test_a_key_that_reads_like_the_latents_of_another_is_a_problem(tmp_path):
+def test_a_key_with_the_prefix_of_a_resolution_is_a_problem(tmp_path):
     records = {key: {"image_path": f"{key}.png", "caption": "x"} for key in ("a", "64px/a")}
     (tmp_path / "m.json").write_text(json.dumps(records))
     data = {"metadata": [tmp_path / "m.json"], "min_bucket_px": 32}
@@ -210,7 +210,7 @@ def test_latents_of_other_settings_are_not_trained_on(filled):
     settings = filled / "settings.yaml"
     for words, made, wanted in (
         ([*WORDS, "data.bucket_step_px=64"], "px by 32", "px by 64"),
-        ([*WORDS, "data.no_upscale=true"], "px by 32, and", "px by 32, no_upscale"),
+        ([*WORDS, "data.no_upscale=true"], "px by 32, but", "px by 32, no_upscale"),
         (["data.buckets=[[96, 64]]"], "data.resolution_px 128", "the settings have data.buckets [[96, 64]]"),
     ):
         config, _ = load_config(
@@ -221,7 +221,7 @@ def test_latents_of_other_settings_are_not_trained_on(filled):
         assert made in problems[0].rule and wanted in problems[0].rule and "launch/cache.sh" in problems[0].cure
 
 
-def test_latents_that_were_not_encoded_again_yet_are_not_trained_on(filled, tmp_path):
+def test_stale_latents_are_not_trained_on(filled, tmp_path):
     """A cache job that stopped halfway after a change of settings leaves latents of the old settings."""
     words = (f"cache.dir={tmp_path}", "cache.flip=false", "data.min_bucket_px=32")
     assert run_job(filled / "settings.yaml", *words) == 0

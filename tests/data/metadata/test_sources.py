@@ -22,9 +22,10 @@ from programs import FIXTURES, ROOT
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents, load_left_out_rows
-from sdxl_trainer.data.checks.training_set import open_training_set
+from sdxl_trainer.data.checks.training_set import count_missing, open_training_set
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
+from sdxl_trainer.data.index import join
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.metadata import json_stream
 from sdxl_trainer.data.metadata.records import parse_record
@@ -385,14 +386,17 @@ def test_each_level_of_verification_finds_its_faults(tmp_path, level, found):
     assert np.array_equal(load_left_out_rows(config.run.folder, again), rows)
 
 
-def test_too_many_bad_latents_stop_the_start(tmp_path):
-    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "ab"}))
+def test_too_many_bad_latents_stop_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(join, "MAX_BAD", 1)  # the index lists fewer bad samples than it counts
+    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcd"}))
     make_latents(tmp_path / "cache" / "a.npz")
-    write(tmp_path / "cache" / "b.npz", "")
-    config = build_config(tmp_path, max_bad_fraction=0.4)
+    for key in "bc":
+        write(tmp_path / "cache" / f"{key}.npz", "")
+    config = build_config(tmp_path, max_bad_fraction=0.6)
     index, problems = open_training_set(config)
     assert index is not None and problems == []
-    with pytest.raises(RuntimeError, match="1 of 1 latents are bad, more than data.max_bad_fraction"):
+    assert len(index.summary.bad) == 1 and index.summary.num_bad == 2 and count_missing(index) == 1
+    with pytest.raises(RuntimeError, match="2 of 3 latents are bad, more than data.max_bad_fraction"):
         leave_out_bad_latents(config, index, resuming=False)
     assert "b.npz" in (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_text()
 

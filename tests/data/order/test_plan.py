@@ -1,4 +1,4 @@
-"""The order of batches: every sample is used as often as it should be, and a position alone determines its batch."""
+"""The order of batches: samples are used as often as their repeats, and a position alone determines its batch."""
 
 from collections import Counter
 from itertools import islice
@@ -43,8 +43,8 @@ def test_permute_is_a_permutation(size, key):
 
 def test_permute_is_even_and_works_index_by_index():
     size, num_keys = 7, 2000
-    images = np.array([permute(np.arange(size), size, key) for key in range(num_keys)])
-    counts = np.array([[(images[:, place] == value).sum() for value in range(size)] for place in range(size)])
+    permuted = np.array([permute(np.arange(size), size, key) for key in range(num_keys)])
+    counts = np.array([[(permuted[:, place] == value).sum() for value in range(size)] for place in range(size)])
     assert abs(counts / num_keys * size - 1).max() < 0.27  # 5 sigma
     big = 10**8
     assert permute(np.array([12_345_678]), big, 3) == permute(np.arange(12_345_600, 12_345_700), big, 3)[78]
@@ -96,13 +96,13 @@ def test_fractional_repeats_are_exact_over_the_epochs_that_make_them_whole(seed)
         0,
         250,
     ]
-    for (epoch, row), count in turns.items():  # and never a whole turn early or late
+    for (epoch, row), count in turns.items():  # never a whole turn early or late
         assert count in (int(repeats[row]), int(repeats[row]) + 1), epoch
 
 
 @settings(max_examples=40, deadline=None)
 @given(BUCKETS, st.integers(1, 12), st.integers(0, 2**63 - 1), st.data())
-def test_quarters_of_repeats_are_whole_after_four_epochs(buckets, size, seed, data):
+def test_repeats_in_quarters_are_exact_after_four_epochs(buckets, size, seed, data):
     length = len(buckets)
     quarters = data.draw(st.lists(st.integers(0, 9), min_size=length, max_size=length).filter(any).map(np.array))
     plan = Plan(buckets, size, seed, quarters / 4)
@@ -145,7 +145,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
 
 @settings(max_examples=25, deadline=None)
 @given(BUCKETS, st.sampled_from([2, 8, 40]), st.integers(0, 12), st.integers(0, 2**63 - 1))
-def test_resuming_anywhere_gives_the_same_rest(buckets, size, num_done, seed):
+def test_resuming_at_any_position_gives_the_same_batches(buckets, size, num_done, seed):
     plan = Plan(buckets, size, seed)
     position = Position(0, 0)  # valid even if the first epochs complete no batch
     straight = list(islice(iterate_specs(plan, position, 0, 1, size), num_done + 5))
@@ -178,14 +178,14 @@ def test_seeds_epochs_and_keys_differ():
     assert len({str(order) for order in orders.values()}) == 9
     assert orders[0, 0] == [batch.rows.tolist() for batch in list_epoch(make_plan(seed=0), 0)]
     # The order of buckets changes too, not only the samples in a batch.
-    kinds = [[batch.bucket for batch in list_epoch(make_plan(240), epoch)] for epoch in range(2)]
-    assert kinds[0] != kinds[1] and Counter(kinds[0]) == Counter(kinds[1])
+    buckets = [[batch.bucket for batch in list_epoch(make_plan(240), epoch)] for epoch in range(2)]
+    assert buckets[0] != buckets[1] and Counter(buckets[0]) == Counter(buckets[1])
     keys = {derive_seed(*keys) for keys in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,), (2**64 - 2,)]}
     assert len(keys) == 8 and all(0 <= key < 2**63 for key in keys)
 
 
 def test_the_order_is_pinned():
-    # If these numbers change, every resumed run gets another order than it began with.
+    # If these numbers change, every resumed run continues in another order.
     assert derive_seed(1, 2, 3) == 2623250113353451629
     assert permute(np.arange(8), 8, 5).tolist() == [6, 2, 0, 1, 4, 5, 3, 7]
     assert make_plan(20, 4, 7).batch(Position(1, 0)).rows.tolist() == [7, 10, 16, 4]

@@ -1,4 +1,4 @@
-"""Prior preservation: which samples are regularisation samples, and how often they are used."""
+"""Prior preservation: finding regularisation samples, and how often they are used."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sdxl_trainer.data.order.regularisation import balance_regularisation, find_
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Make six images in `own/` and four in `prior/`. A caption holds the text of the mark, which does not count."""
+    """Make six images in `own/` and four in `prior/`. Captions contain the mark's text, which has no effect."""
     for name, number in (("own", 6), ("prior", 4)):
         (tmp_path / name).mkdir()
         for at in range(number):
@@ -32,7 +32,7 @@ def test_images_of_regularisation_folders_are_marked(folders: Path) -> None:
     assert find_regularisation_rows(open_record_index(folders / "cache", [], [folders / "own"])).tolist() == []
 
 
-def test_records_of_metadata_mark_themselves(tmp_path: Path) -> None:
+def test_is_reg_marks_records_of_metadata(tmp_path: Path) -> None:
     marks = {"a": {"is_reg": True}, "b": {}, "c": {"is_reg": False}, "d": {"note": "is_reg: true"}, "e": {"is_reg": 1}}
     items = {key: {"image_path": f"{key}.png", "caption": key, **fields} for key, fields in marks.items()}
     (tmp_path / "metadata.json").write_bytes(orjson.dumps(items, option=orjson.OPT_INDENT_2))
@@ -40,11 +40,11 @@ def test_records_of_metadata_mark_themselves(tmp_path: Path) -> None:
     assert [index.row(row)["key"] for row in find_regularisation_rows(index).tolist()] == ["a"]
 
 
-def test_balanced_means_as_many_as_all_others() -> None:
+def test_balanced_uses_regularisation_samples_as_often_as_all_others() -> None:
     regular = np.array([6, 7, 8, 9])
     balanced = balance_regularisation(regular, 10, None, "balanced")
     assert balanced.tolist() == [1] * 6 + [1.5] * 4
-    # One image held out and one used twice: still as many as the others. Few are repeated, many are used less often.
+    # Held-out and repeated images count in the balance. Few images are repeated, and many are used less often.
     repeats = np.array([0, 1, 1, 1, 1, 2, 1, 1, 2, 0])
     assert balance_regularisation(regular, 10, repeats, "balanced").tolist() == [0, 1, 1, 1, 1, 2, 1.5, 1.5, 3, 0]
     assert balance_regularisation(np.arange(2, 10), 10, None, "balanced").tolist() == [1, 1] + [0.25] * 8

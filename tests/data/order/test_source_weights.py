@@ -21,7 +21,7 @@ from sdxl_trainer.data.order.source_weights import apply_source_weights
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.run.training_data import combine_repeats
 
-SOURCES = {"a.json": range(0, 8), "b.json": range(8, 13), "c.json": range(3, 16)}  # the last one updates the others
+SOURCES = {"a.json": range(0, 8), "b.json": range(8, 13), "c.json": range(3, 16)}  # the last file updates the others
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_record_belongs_to_the_source_in_which_it_first_appears(folder: Path) 
     index = open_index(folder, *SOURCES)
     assert index.column("source").tolist() == [0] * 8 + [1] * 5 + [2] * 3
     assert index.record(4)["caption"] == "c.json" and "//source" not in index.record(4)
-    # All files that one entry names are one source, and the index depends on which files those are.
+    # All files that match one entry's pattern are one source. Another list of files gives another index.
     (folder / "c.json").unlink()
     assert open_index(folder, "{a,b}.json").column("source").tolist() == [0] * 13
     assert open_index(folder, "a.json", "b.json").column("source").tolist() == [0] * 8 + [1] * 5
@@ -59,12 +59,12 @@ def test_sources_are_used_by_their_weight_on_any_number_of_ranks(folder: Path) -
     assert apply_source_weights(index, None, []) is None and apply_source_weights(index, None, [1, 1, 1]) is None
     repeats = apply_source_weights(index, None, [1, 2.25, 0])
     assert repeats is not None and repeats.tolist() == [1.0] * 8 + [2.25] * 5 + [0.0] * 3
-    held_out = np.array([0.0] + [2.0] * 15)  # repeats of a strategy or a validation set still count
+    held_out = np.array([0.0] + [2.0] * 15)  # multiplied with the repeats of a strategy or a validation set
     assert apply_source_weights(index, held_out, [1, 2.25, 0]).tolist() == [0.0] + [2.0] * 7 + [4.5] * 5 + [0.0] * 3  # pyright: ignore
     plan = build_plan(index, 8, 3, repeats)
     batches = [plan.batch(Position(epoch, number)) for epoch in range(4) for number in range(plan.num_batches(epoch))]
     turns = Counter(row for batch in batches for row in batch.rows.tolist())
-    wanted = np.array([4] * 8 + [9] * 5 + [0] * 3)  # over four epochs, which make them whole
+    wanted = np.array([4] * 8 + [9] * 5 + [0] * 3)  # whole numbers of turns in four epochs
     missing = wanted - np.array([turns[row] for row in range(16)])
     assert missing.min() >= 0 and missing.sum() == plan.num_carried(3) < 2 * 8
     for world_size in (1, 2, 4, 8):
@@ -77,7 +77,7 @@ def test_sources_are_used_by_their_weight_on_any_number_of_ranks(folder: Path) -
         assert rows == [row for batch in batches for row in batch.rows.tolist()]
 
 
-def test_folders_have_weights_and_regularisation_folders_none(tmp_path: Path) -> None:
+def test_image_folders_have_weights_but_regularisation_folders_do_not(tmp_path: Path) -> None:
     for name in ("one", "two", "prior"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / name / f"{name}.png")
@@ -107,6 +107,6 @@ def test_wrong_weights_are_problems(folder: Path) -> None:
     index, problems = open_training_set(config)
     assert problems == [] and index is not None
     repeats = combine_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
-    assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last one is held out
+    assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last row is held out
     write("[1, -1, 1]")
     assert [problem.key for problem in load_config(settings)[1]] == ["data.source_weights"]

@@ -18,14 +18,14 @@ def test_a_keys_hash_ignores_other_keys_and_is_evenly_spread() -> None:
     assert len(np.unique(hashes)) == len(KEYS)
     counts, _ = np.histogram(hashes.astype(np.float64), 20, (0, 2.0**64))
     assert abs(counts - len(KEYS) / 20).max() < 5 * (len(KEYS) / 20) ** 0.5
-    # With other keys, in other chunks, in a slice: the same hash.
+    # The hash is the same among other keys, in other chunks, and in a slice.
     some = [KEYS[number] for number in (5, 20_003, 17, 20_000)]
     cut = pa.chunked_array([pa.array(["x", *some[:2]]).slice(1), pa.array(some[2:])])
     assert hash_keys(cut, 0).tolist() == hashes[[5, 20_003, 17, 20_000]].tolist()
     assert not np.any(hash_keys(chunk(KEYS), 1) == hashes)
 
 
-def test_a_share_is_stable_when_samples_are_added_and_removed() -> None:
+def test_a_share_is_stable_when_samples_are_added_or_removed() -> None:
     hashes = hash_keys(chunk(KEYS), 7)
     held = {KEYS[row] for row in select_by_hash(hashes, 0.1)}
     assert abs(len(held) - 0.1 * len(KEYS)) < 5 * (0.09 * len(KEYS)) ** 0.5

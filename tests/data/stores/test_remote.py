@@ -340,7 +340,7 @@ def test_too_little_room_for_copies_is_an_error_at_the_start(tmp_path, shards, s
     data = {"metadata": ["s3://bucket/set/s-{0..2}.tar"], "remote_shards": stream}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
     [problem] = open_training_set(Config.model_validate(settings))[1]
-    assert problem.key == "data.remote_shards.copies_gb" and "less than two windows" in problem.rule
+    assert problem.key == "data.remote_shards.copies_gb" and "GB of two windows of" in problem.rule
 
 
 def test_a_file_window_reads_any_place(store):

@@ -19,15 +19,15 @@ def shape(caption, seed=0, step=0, epoch=0, **settings) -> str:
     return build_caption(record, CaptionSettings(**settings), np.random.default_rng(seed), step, epoch)
 
 
-def draw(caption, number=400, **settings) -> Counter:
-    """Count the captions that many seeds give."""
-    return Counter(shape(caption, seed, **settings) for seed in range(number))
+def draw(caption, num_seeds=400, **settings) -> Counter:
+    """Count the captions drawn with many seeds."""
+    return Counter(shape(caption, seed, **settings) for seed in range(num_seeds))
 
 
 @pytest.mark.parametrize(
     "text", ["", "a,b ,, c", "two\nlines", "{a|b} {{x}} ||| y;;;z", " spaces , kept ", "ein Mädchen 🙂"]
 )
-def test_without_options_a_caption_stays_as_it_is(text):
+def test_without_options_a_caption_is_unchanged(text):
     assert draw(text, 20) == {text: 20}
 
 
@@ -42,18 +42,18 @@ def test_prefix_and_suffix():
     assert shape({"description": "Prose."}, prefix="p", suffix="s") == "p Prose. s"
     both = {"caption": "a", "description": "Prose."}
     assert shape(both, prefix="p", suffix="s", source="join") == "p a, Prose. s"
-    # One line is picked later, and whichever it is has both.
+    # One line is picked later, so every line has both affixes.
     assert set(draw("x\ny", prefix="p", suffix="s", wildcards=True)) == {"p x s", "p y s"}
 
 
-def test_dropout_leaves_the_empty_string_whatever_else_is_on():
+def test_dropout_gives_the_empty_caption_with_all_other_options():
     everything = dict(prefix="p", suffix="s", replacements={"": "all"}, keep_tokens=2, shuffle=True, source="join")
     assert draw({"caption": TAGS, "description": "Prose"}, 20, dropout_rate=1.0, **everything) == {"": 20}
     dropped = draw(TAGS, dropout_rate=0.25)
     assert 70 <= dropped[""] <= 130 and dropped[TAGS] == 400 - dropped[""]
 
 
-def test_every_nth_epoch_goes_without_captions():
+def test_every_nth_epoch_drops_all_captions():
     assert [shape("a", epoch=epoch, dropout_every_epochs=3) for epoch in range(7)] == ["a", "a", "", "a", "a", "", "a"]
     assert [shape("a", epoch=epoch, dropout_every_epochs=1) for epoch in range(2)] == ["", ""]
 
@@ -87,11 +87,11 @@ def test_wildcards(text, expected):
     assert {expand_wildcards(text, np.random.default_rng(seed)) for seed in range(100)} == expected
 
 
-def test_each_option_of_a_wildcard_comes_equally_often():
+def test_wildcard_options_are_equally_likely():
     assert all(90 <= count <= 180 for count in draw("{a|b|c}", wildcards=True).values())
 
 
-def test_a_caption_made_to_break_the_parser_does_not():
+def test_hostile_captions_do_not_break_the_parser():
     rng = np.random.default_rng(0)
     assert expand_wildcards("{" * 20_001, rng) == "{" * 10_001
     assert expand_wildcards("{ " * 5_000 + "x" + "}" * 5_000, rng).strip() == "x"
@@ -101,7 +101,7 @@ def test_a_caption_made_to_break_the_parser_does_not():
     assert len(expand_wildcards(bomb, rng)) < 4 * len(bomb)
 
 
-def test_one_line_of_several_is_picked_with_wildcards_only():
+def test_a_line_is_picked_only_with_wildcards():
     assert set(draw("one\n\n two \r\n{3|4}", wildcards=True)) == {"one", "two", "3", "4"}
     assert shape("\n\n", wildcards=True) == ""
 
@@ -114,13 +114,13 @@ def test_shuffle_keeps_the_first_tags_in_front():
     assert len(draw("a, b, c", shuffle=True)) == 6
 
 
-def test_the_separator_marks_what_is_fixed():
+def test_keep_tokens_separator_marks_the_fixed_tags():
     shuffled = draw("a, b ||| c, d ||| e, f", shuffle=True, keep_tokens_separator="|||", keep_tokens=4)
     assert set(shuffled) == {"a, b, c, d, e, f", "a, b, d, c, e, f"}
     assert shape("a ||| b, c", keep_tokens_separator="|||", tag_dropout_rate=1.0) == "a"
-    # The mark never reaches the model, not even if nothing else is done with tags.
+    # The separator never reaches the model, even if no other option works on tags.
     assert shape("a ||| b, c ||| d ||| e", keep_tokens_separator="|||") == "a, b, c, d, e"
-    # Without the mark keep_tokens counts.
+    # In a caption without the separator, keep_tokens applies.
     assert set(draw("a, b, c", shuffle=True, keep_tokens_separator="|||", keep_tokens=1)) == {"a, b, c", "a, c, b"}
 
 
@@ -132,13 +132,14 @@ def test_the_number_of_tags_grows_over_the_warm_up():
     assert [count(step) for step in range(12)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert [count(step, token_warmup_min=4) for step in (0, 4, 5, 9, 10)] == [4, 4, 5, 5, 6]
     assert [count(step, keep_tokens=2) for step in (0, 9, 10)] == [3, 5, 6]
-    assert shape("a", step=9, token_warmup_steps=10, token_warmup_min=5) == "a"  # more than there are: all
+    # A minimum beyond the number of tags keeps all tags.
+    assert shape("a", step=9, token_warmup_steps=10, token_warmup_min=5) == "a"
     assert shape(TAGS, step=0, token_warmup_steps=10, token_warmup_min=0) == ""
-    assert shape(TAGS, step=3, token_warmup_steps=10) == "a, b"  # the first ones, before the shuffle
+    assert shape(TAGS, step=3, token_warmup_steps=10) == "a, b"  # the first tags, before the shuffle
     assert {text[0] for text in draw(TAGS, step=3, token_warmup_steps=10, shuffle=True)} == {"a", "b"}
 
 
-def test_tag_dropout_spares_what_is_kept():
+def test_tag_dropout_spares_kept_tags():
     counts = Counter(
         tag for text, n in draw(TAGS, tag_dropout_rate=0.3, keep_tokens=1).items() for tag in text.split(", ") * n
     )
@@ -173,7 +174,7 @@ def test_tags_or_description(names):
     assert shape({names[0]: "t"}, source="description") == shape({names[1]: "d"}, source="tags") == shape({}) == ""
 
 
-def test_a_description_is_not_taken_apart():
+def test_a_description_is_not_split_into_tags():
     record = {"tags": ["a", "b", "c"], "description": "One, two, three, {4|4}."}
     options = dict(shuffle=True, keep_tokens=1, tag_dropout_rate=0.5, wildcards=True, keep_tokens_separator="|||")
     assert draw(record, 20, source="description", **options) == {"One, two, three, 4.": 20}
@@ -182,22 +183,22 @@ def test_a_description_is_not_taken_apart():
 
 
 def test_the_order_of_the_steps():
-    """Pairs of steps for which the other order would give another caption."""
-    # The prefix is there when wildcards are replaced and tags are kept.
+    """Check pairs of steps whose reversed order would give another caption."""
+    # The prefix comes before wildcards and before kept tags.
     assert shape("a, b", prefix="{x|x},", wildcards=True, keep_tokens=1, tag_dropout_rate=1.0) == "x"
-    # Wildcards before tags are counted: one group may hold several.
+    # Wildcards come before tags are counted, because one group may hold several tags.
     assert shape("{a, b|a, b}, c", wildcards=True, keep_tokens=2, tag_dropout_rate=1.0) == "a, b"
-    # Kept tags before the warm-up, the warm-up before the shuffle.
+    # Kept tags come before the warm-up, and the warm-up before the shuffle.
     assert set(draw("a, b, c, d", keep_tokens=1, token_warmup_steps=9, token_warmup_min=2, shuffle=True)) == {
         "a, b, c",
         "a, c, b",
     }
-    # The secondary separator after the shuffle, replacements after that.
+    # The secondary separator comes after the shuffle, and replacements come last.
     assert shape("a;;;b, c", secondary_separator=";;;", tag_dropout_rate=1.0, keep_tokens=1) == "a,b"
     assert shape("a;;;b", secondary_separator=";;;", replacements={";;;": "!", ",": "?"}) == "a?b"
 
 
-def test_one_generator_gives_one_caption():
+def test_equal_seeds_give_equal_captions():
     options = dict(shuffle=True, tag_dropout_rate=0.2, dropout_rate=0.2, wildcards=True)
     text = ", ".join(f"tag{number} {{x|y}}" for number in range(20))
     assert draw(text, 50, **options) == draw(text, 50, **options)
@@ -206,7 +207,8 @@ def test_one_generator_gives_one_caption():
     with_dropout, without = (
         [shape(text, seed, **{**options, "dropout_rate": rate}) for seed in range(50)] for rate in (0.5, 0.0)
     )
-    assert {""} == {one for one, other in zip(with_dropout, without, strict=True) if one != other}
+    changed = {dropped for dropped, kept in zip(with_dropout, without, strict=True) if dropped != kept}
+    assert changed == {""}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_wrong_settings_are_refused(wrong):
         CaptionConfig(**wrong)
 
 
-def test_settings_within_settings_load_and_are_explained(tmp_path):
+def test_nested_caption_settings_are_loaded_and_documented(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("data:\n  caption:\n    shuffle: true\n")
     config, problems = load_config(file, ["data.caption.keep_tokens=2", "data.caption.replacements={a: [b, c]}"])

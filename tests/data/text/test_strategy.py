@@ -1,4 +1,4 @@
-"""The user's class: its results reach the batches, from spawned workers too, and its failures are reported."""
+"""The user's class: its results reach the batches, also through worker processes, and its failures are reported."""
 
 import json
 import pickle
@@ -98,7 +98,7 @@ def read_all(dataset: LatentDataset) -> torch.Tensor:
     return dataset[MicroSpec(bucket=BUCKET, rows=rows, epochs=rows * 0, positions=rows)].input_ids
 
 
-def test_attributes_are_counted_once_a_record(index):
+def test_attributes_are_counted_once_per_record(index):
     counts = count_attributes(index)
     assert dict(counts) == {
         "artist": Counter(alice=2, bob=1, carol=1),
@@ -164,18 +164,18 @@ def test_the_pipeline_applies_to_the_users_caption(cache, index, tmp_path):
         ({}, "a ||| b, c ||| d"),
         ({"keep_tokens_separator": "|||", "tag_dropout_rate": 1.0, "prefix": "p,"}, "p, a, d"),
         ({"dropout_rate": 1.0}, ""),
-        ({"source": "description"}, "a ||| b, c ||| d"),  # there is no choice to make
+        ({"source": "description"}, "a ||| b, c ||| d"),  # the source applies only to records
     ):
         dataset = build_dataset(cache, index, strategy, **caption)
         assert np.array_equal(read_all(dataset).numpy(), encode(dataset, *[expected] * 4)), caption
 
 
-def test_without_a_strategy_the_record_is_used_whole(cache, index):
+def test_without_a_strategy_captions_come_from_the_record(cache, index):
     dataset = build_dataset(cache, index, None, keep_tokens=1, tag_dropout_rate=1.0)
     assert np.array_equal(read_all(dataset).numpy(), encode(dataset, "1girl", "1girl", "scenery", ""))
 
 
-def test_the_step_of_a_batch_drives_the_warm_up_on_any_rank_and_after_a_resume(cache, index):
+def test_token_warm_up_follows_the_step_on_any_rank_and_after_a_resume(cache, index):
     dataset = build_dataset(cache, index, None, token_warmup_steps=2, token_warmup_min=1)
     plan = build_plan(index, 4, 0)
     for rank in (0, 1):
@@ -189,7 +189,7 @@ def test_the_step_of_a_batch_drives_the_warm_up_on_any_rank_and_after_a_resume(c
         assert np.array_equal(dataset[spec].input_ids.numpy(), encode(dataset, expected))
 
 
-def test_a_spawned_worker_loads_the_class_anew(cache, index, tmp_path):
+def test_a_worker_process_loads_its_own_class(cache, index, tmp_path):
     spec = write_class(
         tmp_path,
         """
@@ -208,18 +208,19 @@ def loss_weight(self, record):
     )
     dataset = build_dataset(cache, index, load_strategy(spec), shuffle=True, dropout_rate=0.2)
     plan = build_plan(index, 4, 0)
-    alone, spawned = (
+    in_process, in_worker = (
         list(islice(iterate_batches(dataset, iterate_specs(plan, Position(0, 0), 0, 1, 2), workers), 6))
         for workers in (0, 1)
     )
-    for one, other in zip(alone, spawned, strict=True):
-        assert one.input_ids.equal(other.input_ids) and one.weights.equal(other.weights) and one.bad == other.bad
-        assert one.weights.tolist() == [0 if row == 1 else 1 + row for row in one.rows.tolist()]
-    assert sum(len(batch.bad) for batch in spawned) == 3  # once an epoch, in 3 epochs
+    for expected, found in zip(in_process, in_worker, strict=True):
+        assert found.input_ids.equal(expected.input_ids)
+        assert found.weights.equal(expected.weights) and found.bad == expected.bad
+        assert found.weights.tolist() == [0 if row == 1 else 1 + row for row in found.rows.tolist()]
+    assert sum(len(batch.bad) for batch in in_worker) == 3  # once in each of 3 epochs
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("def caption(self, record, rng): return {}['x']", "caption of data.strategy = SPEC raised KeyError: 'x'\nT"),
         ("def loss_weight(self, record): return 1 / 0", "s2: Mine.loss_weight of data.strategy = SPEC raised ZeroDiv"),
@@ -237,7 +238,7 @@ def loss_weight(self, record):
         ("def caption(self, record, rng): return self.caption(record, rng)", "raised RecursionError"),
     ],
 )
-def test_a_strategy_that_fails_makes_a_bad_sample(cache, index, tmp_path, body, said):
+def test_a_failing_strategy_makes_a_bad_sample(cache, index, tmp_path, body, message):
     strategy = load_strategy(write_class(tmp_path, body))
     dataset = build_dataset(cache, index, strategy, prefix="p")
     rows = np.array([2, 0])
@@ -245,10 +246,10 @@ def test_a_strategy_that_fails_makes_a_bad_sample(cache, index, tmp_path, body, 
     assert batch.weights.tolist() == [0, 0] and batch.latents.eq(1).all()
     assert [key for key, _ in batch.bad] == ["s2", "s0"]
     reason = batch.bad[0][1]
-    assert reason.startswith("s2: ") and said.replace("SPEC", strategy.spec) in reason
-    if "raised" in said:  # the traceback begins in the user's file
+    assert reason.startswith("s2: ") and message.replace("SPEC", strategy.spec) in reason
+    if "raised" in message:  # the traceback begins in the user's file
         assert "Traceback" in reason and str(tmp_path / "user.py") in reason and "data/text/strategy.py" not in reason
-    # Failing on every sample is known before a run; with one sample that works it is not the start's affair.
+    # The check before a run finds failures on all samples.
     [problem] = check_strategy(strategy, index)
     assert problem.key == "data.strategy" and "failed on all samples tried: s0: " in str(problem)
 
@@ -267,13 +268,13 @@ def test_a_sample_that_is_bad_twice_is_counted_once(cache, index, tmp_path):
     assert key == "s2" and "No such file" in reason
 
 
-def test_a_strategy_that_fails_now_and_then_may_start(index, tmp_path):
+def test_a_strategy_that_fails_on_some_samples_passes_the_check(index, tmp_path):
     body = "def caption(self, record, rng):\n    assert record['key'] != 's0'\n    return ''"
     assert list(check_strategy(load_strategy(write_class(tmp_path, body)), index)) == []
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (
             "return {'s2': 0}.get(record['key']) or counts['x']",
@@ -288,16 +289,16 @@ def test_a_strategy_that_fails_now_and_then_may_start(index, tmp_path):
         ("return 0", "repeats() is 0 for all 4 samples"),
     ],
 )
-def test_repeats_that_fail_stop_the_start(index, tmp_path, body, said):
+def test_failing_repeats_stop_the_start(index, tmp_path, body, message):
     spec = write_class(tmp_path, f"def repeats(self, record, counts):\n    {body}")
     with pytest.raises(UserInputError) as caught:
         compute_repeats(load_strategy(spec), index)
-    assert said.replace("SPEC", spec) in str(caught.value)
-    assert ("Traceback" in str(caught.value)) == ("raised" in said)
+    assert message.replace("SPEC", spec) in str(caught.value)
+    assert ("Traceback" in str(caught.value)) == ("raised" in message)
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("no_colon.py", "is not path/to/file.py:ClassName"),
         ("x.py:", "is not path/to/file.py:ClassName"),
@@ -316,7 +317,7 @@ def test_repeats_that_fail_stop_the_start(index, tmp_path, body, said):
         ("collections:OrderedDict", "has none of the methods"),
     ],
 )
-def test_what_cannot_be_loaded_is_explained(tmp_path, spec, said):
+def test_strategies_that_cannot_be_loaded_are_explained(tmp_path, spec, message):
     write_class(tmp_path, "def repeat(self): pass\ndef captions(self): pass\nother = 3")
     write_class(tmp_path, "def __init__(self, needed): pass\ndef repeats(self, r, c): return 1", "init.py")
     (tmp_path / "broken.py").write_text("class Mine:\n  def (")
@@ -324,18 +325,18 @@ def test_what_cannot_be_loaded_is_explained(tmp_path, spec, said):
     with pytest.raises(UserInputError) as caught:
         load_strategy(spec.replace("FOLDER", str(tmp_path)))
     [problem] = caught.value.problems
-    assert problem.key == "data.strategy" and said in str(problem), str(problem)
+    assert problem.key == "data.strategy" and message in str(problem), str(problem)
 
 
-def test_files_of_one_name_do_not_mix_and_modules_load_too(tmp_path, monkeypatch):
+def test_files_of_one_name_are_separate_and_modules_can_be_loaded(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_class(tmp_path / name, f"def caption(self, record, rng): return {name!r}", "json.py")
     monkeypatch.chdir(tmp_path)
     one, two = load_strategy("one/json.py:Mine"), load_strategy(f"{tmp_path}/two/json.py:Mine")
-    monkeypatch.chdir("/")  # the spec that a worker is given does not depend on the working directory
+    monkeypatch.chdir("/")  # a pickled strategy does not depend on the working directory
     rng = np.random.default_rng(0)
-    assert [pickle.loads(pickle.dumps(s)).caption({}, rng) for s in (one, two)] == ["one", "two"]
+    assert [pickle.loads(pickle.dumps(strategy)).caption({}, rng) for strategy in (one, two)] == ["one", "two"]
     monkeypatch.syspath_prepend(str(tmp_path))
     write_class(tmp_path, "def loss_weight(self, record): return 3", "my_strategy_module.py")
     module = pickle.loads(pickle.dumps(load_strategy("my_strategy_module:Mine")))
@@ -349,7 +350,7 @@ def test_files_of_one_name_do_not_mix_and_modules_load_too(tmp_path, monkeypatch
         load_strategy(write_class(tmp_path, "def caption(self, *a): return 3")).caption({"key": "k"}, rng)
 
 
-def test_the_example_of_the_docs_does_what_they_say(cache, index):
+def test_the_documented_example_behaves_as_documented(cache, index):
     page = (ROOT / "docs" / "STRATEGY.md").read_text()
     assert EXAMPLE.read_text() in page, "docs/STRATEGY.md shows another example than docs/examples/strategy.py"
     strategy = load_strategy(f"{EXAMPLE}:Strategy")
@@ -367,14 +368,14 @@ def test_the_example_of_the_docs_does_what_they_say(cache, index):
     assert seen == {encode(dataset, text).tobytes() for text in texts}
 
 
-def test_artists_with_many_images_come_less_often():
+def test_the_example_uses_artists_with_many_images_less_often():
     spec = load_strategy(f"{EXAMPLE}:Strategy")
     counts = {"artist": Counter(many=400, few=3)}
     records = [{"key": name, "artist": name, "aesthetic_score": 7} for name in ("many", "few")]
     assert spec.repeats(records, counts, 2).tolist() == [1, 2]
 
 
-def test_a_run_uses_the_strategy_and_refuses_to_go_on_with_other_repeats(cached_folder, tmp_path):
+def test_a_run_uses_the_strategy_and_refuses_to_resume_with_other_repeats(cached_folder, tmp_path):
     """Train twice: repeats are stored in the run folder, bad samples are reported, changed repeats are refused."""
     body = """
 def repeats(self, record, counts):

@@ -15,9 +15,8 @@ from transformers import CLIPTokenizer
 from sdxl_trainer.data.text import tokens
 from sdxl_trainer.data.text.tokens import END, MERGES_FILE, find_installed_vocabulary, load_tokenizer
 
-FOLDER = TINY
-FIRST, SECOND = load_tokenizer(FOLDER / "tokenizer", END), load_tokenizer(FOLDER / "tokenizer_2", "!")
-REFERENCE = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+FIRST, SECOND = load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!")
+REFERENCE = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
 CAPTIONS = [
     "",
     " ",
@@ -69,13 +68,13 @@ def test_ids_equal_transformers(caption):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30) | st.text(alphabet="abz'srevml d<|>\n\t09,.!ÉéſḰİ日", max_size=30))
-def test_ids_equal_transformers_whatever_the_caption(caption):
+def test_ids_equal_transformers_for_any_caption(caption):
     assert get_ids(caption) == get_reference(caption)
 
 
 def test_the_cache_of_words_is_bounded_and_gives_the_same_ids(monkeypatch):
     monkeypatch.setattr(tokens, "MAX_WORDS", 3)
-    tokenizer = load_tokenizer(FOLDER / "tokenizer", END)
+    tokenizer = load_tokenizer(TINY / "tokenizer", END)
     for caption in ("a red circle on a white a red circle", "red " * 9, "x" * 100 + " circle", "a red"):
         assert tokenizer.tokenize(caption) == tokenizer.tokenize(caption) == get_reference(caption)
         assert len(tokenizer._words) <= 3 and "x" * 100 not in tokenizer._words
@@ -86,7 +85,7 @@ def test_words_of_the_demo_are_single_tokens():
     assert len(set(get_ids("red green blue yellow cyan magenta"))) == 6
 
 
-def test_a_short_caption_fills_one_window_padded_as_each_encoder_wants():
+def test_a_short_caption_fills_one_window_with_each_encoders_padding():
     ids = get_reference("a red circle")
     start, end = REFERENCE.bos_token_id, REFERENCE.eos_token_id
     assert FIRST.encode("a red circle").tolist() == [[start, *ids, end, *[end] * 72]]
@@ -135,7 +134,7 @@ def test_a_pickled_tokenizer_gives_the_same_ids():
 def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"vocab\.json: CLIP's vocabulary is missing"):
         load_tokenizer(tmp_path, END)
-    shutil.copy(FOLDER / "tokenizer" / "vocab.json", tmp_path)
+    shutil.copy(TINY / "tokenizer" / "vocab.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"merges\.txt"):
         load_tokenizer(tmp_path, END)
     (tmp_path / "vocab.json").write_text('{"a": 0, "a</w>": 1, "!": 2}')
@@ -145,8 +144,8 @@ def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path):
 
 
 def test_a_list_of_merges_gives_the_same_ids_as_the_vocabulary(tmp_path):
-    # CLIP's vocabulary is a function of its merges; open_clip_torch carries only those.
-    merges = (FOLDER / "tokenizer" / "merges.txt").read_text().replace("#version", '"bpe_simple_vocab_16e6.txt#version')
+    # CLIP's vocabulary is a function of its merges, and open_clip_torch ships only the merges.
+    merges = (TINY / "tokenizer" / "merges.txt").read_text().replace("#version", '"bpe_simple_vocab_16e6.txt#version')
     (tmp_path / MERGES_FILE).write_bytes(gzip.compress(merges.encode()))
     first, second = (load_tokenizer(tmp_path / MERGES_FILE, pad) for pad in (END, "!"))
     assert first.tokenizer.get_vocab() == FIRST.tokenizer.get_vocab() and second.pad_id == 0

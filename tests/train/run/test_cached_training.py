@@ -134,7 +134,7 @@ def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path)
     assert [bad[0] for bad in batch.bad] == [key] and "not a readable npz file" in batch.bad[0][1]
     assert batch.weights.tolist() == [0, 1] and batch.text["hidden"].shape[1] == 77
     other = open_dataset(settings, CaptionSettings(prefix="edited"), 1)[spec]
-    assert len(other.bad) == 2 and "its captions are not those whose text is cached" in other.bad[0][1]
+    assert len(other.bad) == 2 and "its captions have changed since its text was cached" in other.bad[0][1]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path)
         (["cache.dtype=float16"], "24 have text made with dtype float32"),
         (["cache.on_missing=encode"], "encodes latents without text"),
         (["optim.text_encoder_2_lr=1e-6"], "trains a text encoder, which does not run with cache.text"),
-        (["data.caption.prefix=a photo of"], "its captions are not those whose text is cached"),
+        (["data.caption.prefix=a photo of"], "its captions have changed since its text was cached"),
     ],
 )
 def test_text_that_is_not_what_the_settings_say_is_refused(texted, words, rule):
