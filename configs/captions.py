@@ -13,9 +13,9 @@ class CaptionConfig(Section):
     description is its `description` or `nl_caption`. A description is prose and is never split at its commas."""
 
     source: Literal["pick", "join", "tags", "description"] = "pick"
-    """Text to use for records that have both tags and a description: one of the two at random (`pick`), both with the
-    tags first (`join`), or always the `tags` or the `description`. `pick` and `join` fall back to the text that
-    exists; with `tags` or `description`, a record that has only the other text gets the empty caption."""
+    """Text to use for records with both tags and a description: one of the two at random (`pick`), both with the tags
+    first (`join`), or always the `tags` or the `description`. `pick` and `join` use the only text of a record that has
+    one; with `tags` or `description`, a record that has only the other text gets the empty caption."""
     description_rate: float = Field(0.5, ge=0, le=1)
     """Probability that `pick` chooses the description."""
     prefix: str = ""
@@ -23,16 +23,16 @@ class CaptionConfig(Section):
     suffix: str = ""
     """Text put after every caption, preceded by a space."""
     dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Share of captions replaced by the empty caption, so that the model also learns to generate without a prompt, as
+    """Share of captions replaced with the empty caption. The model then also learns to generate without a prompt, which
     classifier-free guidance needs. 0.05 to 0.1 is usual for large training sets."""
     dropout_every_epochs: int = Field(0, ge=0)
     """Use empty captions in every n-th epoch; 0 never does."""
     wildcards: bool = False
-    """Choose one line at random of captions with several lines, and replace `{a|b}` by one of its options.
+    """Choose one line at random from captions with several lines, and replace `{a|b}` with one of its options.
     `{2$$a|b|c}` chooses two different options, and `{1-2$$ and $$a|b|c}` one or two, joined by ` and `. Options may
     contain groups; `{{` and `}}` are literal braces. When off, lines and braces reach the tokenizer unchanged."""
     keep_tokens: int = Field(0, ge=0)
-    """Number of tags at the front that warm-up, shuffling and tag dropout leave alone. Tags of the prefix count."""
+    """Number of tags at the front that warm-up, shuffling and tag dropout do not change. Tags of the prefix count."""
     keep_tokens_separator: str = ""
     """Mark in captions, such as `|||`, that sets the kept tags instead of `keep_tokens`: tags before the first mark
     stay in front, tags after the second mark stay at the end. Captions without the mark are unaffected."""
@@ -51,8 +51,8 @@ class CaptionConfig(Section):
     """Mark, such as `;;;`, between tags that stay together during shuffling and dropout. It becomes the separator
     afterwards."""
     replacements: dict[str, str | list[str]] = {}
-    """Words to replace, each with a text or with a list from which one text is drawn each time. The key `""` replaces
-    the whole caption. Captions that were dropped stay empty."""
+    """Words to replace, each with a text or with a random text from a list. The key `""` replaces the whole caption.
+    Dropped captions stay empty."""
 
     @field_validator("replacements")
     @classmethod

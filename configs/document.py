@@ -43,7 +43,7 @@ def build_page() -> str:
 
 
 def _build_section(name: str, section: type[BaseModel]) -> str:
-    """Return heading and table of a section, followed by those of the sections inside it."""
+    """Return the heading and the table of a section, followed by the sections inside it."""
     inner = {f"{name}.{key}": model for key, model in iterate_sections(section)}
     rows = [_build_row(f"{name}.{key}", entry) for key, entry in section.model_fields.items()]
     return (

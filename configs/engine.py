@@ -26,10 +26,10 @@ class EngineConfig(Section):
     """Sharding, precision and offload through DeepSpeed, and speed."""
 
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the parameters. Leave it out
-    to have a stage chosen and logged at the start: 0 for optimizers that need whole weights; 3 with
-    `engine.offload_param`; 2 on several ranks or with `engine.offload_optimizer`; on one rank, where nothing can be
-    sharded, 0 in fp32 and 1 (which keeps fp32 master weights) otherwise. Set 3 if the weights do not fit on one GPU."""
+    """ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the parameters. Without it, a
+    stage is chosen and logged at the start: 0 for optimizers that need whole weights; 3 with `engine.offload_param`; 2
+    on several ranks or with `engine.offload_optimizer`; on one rank, where nothing can be sharded, 0 in fp32 and 1
+    (which keeps fp32 master weights) otherwise. Set 3 if the weights do not fit on one GPU."""
     precision: Literal["fp32", "bf16", "fp16", "bf16_kahan", "bf16_stochastic"] = "bf16"
     """Precision of the weights in training. `bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer;
     `fp16` scales the loss and skips steps that overflow. `bf16_kahan` and `bf16_stochastic` save memory by keeping
@@ -50,7 +50,7 @@ class EngineConfig(Section):
     """Compile the U-Net with `torch.compile`. Each bucket's shape is compiled once, which takes time at the start. Not
     for ZeRO 3."""
     channels_last: bool = False
-    """Use the channels-last memory format, which can speed up convolutions on tensor cores."""
+    """Use the channels_last memory format, which can speed up convolutions on tensor cores."""
     initial_loss_scale_power: int = Field(16, ge=0, le=32)
     """Exponent of the first loss scale of `fp16`, which is 2 to this power."""
     timeout_minutes: float = Field(60.0, gt=0)
@@ -60,8 +60,7 @@ class EngineConfig(Section):
     index, are not limited."""
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, merged into the configuration that is built from the other settings. Batch sizes,
-    optimizer, schedule, gradient clipping, precision and ZeRO stage have settings of their own and are refused
-    here."""
+    optimizer, schedule, gradient clipping, precision and ZeRO stage have their own settings and are rejected here."""
 
     @field_validator("precision", "offload_optimizer")
     @classmethod
@@ -99,10 +98,10 @@ class EngineConfig(Section):
     def _reject_own_settings(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
         for path, ours in OWN_SETTINGS.items():
             section, _, key = path.rpartition(".")
-            place = deepspeed.get(section, {}) if section else deepspeed
-            if not isinstance(place, dict):
+            settings = deepspeed.get(section, {}) if section else deepspeed
+            if not isinstance(settings, dict):
                 raise ValueError(f"must contain a mapping under {section}")
-            if key in place:
+            if key in settings:
                 raise ValueError(f"must not contain {path}; set {ours} instead")
         return deepspeed
 

@@ -21,32 +21,32 @@ from sdxl_trainer.configs.schema import Config
 
 
 class ImportedYaml(NamedTuple):
-    """Imported settings as YAML, and the settings that break a rule of the schema."""
+    """Imported settings as YAML, and remarks on the settings that break a rule of the schema."""
 
     text: str
-    refused: list[Remark]
+    rejected: list[Remark]
 
 
 def build_yaml(found: Imported) -> ImportedYaml:
     """Return imported settings as YAML.
 
-    A setting that breaks a rule of its own is left out. If a rule for a whole section is broken, the section's settings
-    are kept, to be corrected by hand.
+    A setting that breaks a rule of its own is left out. If the settings break a rule of a whole section, they are kept,
+    to be corrected by hand.
     """
     problems = build_config(nest_settings(found.settings))[1]
-    refused = [Remark(problem.key, problem.value, problem.rule) for problem in problems]
+    rejected = [Remark(problem.key, problem.value, problem.rule) for problem in problems]
     keys = [key for key in flatten_settings(Config().model_dump(mode="json")) if key in found.settings]
     kept = [key for key in keys if not any(f"{problem.key}.".startswith(f"{key}.") for problem in problems)]
     settings = nest_settings({key: found.settings[key] for key in kept})
-    return ImportedYaml(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), refused)
+    return ImportedYaml(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), rejected)
 
 
-def format_remarks(found: Imported, refused: Sequence[Remark]) -> str:
-    """Return the remarks that you should read before using the YAML; an empty text if there are none."""
+def format_remarks(found: Imported, rejected: Sequence[Remark]) -> str:
+    """Return the remarks to read before the YAML is used, as one text; empty if there are none."""
     parts = {
         "imported, but not exactly the same": found.changed,
         "not imported (docs/FROM_KOHYA.md describes further differences)": found.unsupported,
-        "not accepted by the rules of the settings here": refused,
+        "rejected by the rules of the settings here": rejected,
         "always on here, without a setting": found.built_in,
     }
     lines = []
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="YAML", help="file to write (default: standard output)")
     parser.add_argument("--ranks", type=int, help="number of GPUs of the run (default: accelerate's --num_processes)")
     parser.add_argument("--samples", type=int, help="samples per epoch (images x repeats), to convert epochs to steps")
-    # Intermixed, so that files may stand after options.
+    # Intermixed, so that files can follow options.
     options = parser.parse_intermixed_args(arguments)
     try:
         _import_files(options)
@@ -86,19 +86,19 @@ def _import_files(options: argparse.Namespace) -> None:
     Raises:
         UserInputError: a file cannot be read or written.
     """
-    sources = read_files(options.files)
+    contents = read_files(options.files)
     given = {"num_processes": options.ranks, "num_samples": options.samples}
-    words = {name: value for name, value in given.items() if value}
-    found = convert(replace(sources, options=sources.options | words))
+    arguments = {name: value for name, value in given.items() if value}
+    found = convert(replace(contents, options=contents.options | arguments))
     imported = build_yaml(found)
-    remarks = format_remarks(found, imported.refused)
+    remarks = format_remarks(found, imported.rejected)
     title = f"Imported from {', '.join(map(str, options.files))}"
-    page = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{imported.text}"
+    text = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{imported.text}"
     if options.out is None:
-        sys.stdout.write(page)
+        sys.stdout.write(text)
         return
     try:
-        options.out.write_text(page, encoding="utf-8")
+        options.out.write_text(text, encoding="utf-8")
     except OSError as error:
         rule = f"cannot be written: {error.strerror}"
         raise UserInputError([Problem("--out", options.out, rule, "choose a path that can be written")]) from None

@@ -1,4 +1,4 @@
-"""Load settings: a YAML file and `key.sub=value` overrides become one checked `Config`, or all problems at once."""
+"""Load settings: build a checked `Config` from a YAML file and `key.sub=value` overrides, or report all problems."""
 
 import copy
 import difflib
@@ -31,8 +31,8 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
 
     Settings with an old name (configs/renames.py) are accepted with a warning.
 
-    Returns the config with every wrong value left at its default, and the problems found, so that the caller can look
-    for further problems (missing folders, a world size that does not fit) and report all of them together.
+    Returns the config, with the default in place of each wrong value, and the problems. The caller can look for further
+    problems (missing folders, a world size that does not fit) and report all of them together.
 
     Raises:
         UserInputError: so much is wrong that no config can be built from the rest.
@@ -49,11 +49,11 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
         try:
             return Config.model_validate(settings), problems
         except ValidationError as error:
-            found = _explain(error, settings)
-            problems += [problem for problem in found.problems if problem not in problems]
-            if not found.locations:
+            violations = _list_violations(error, settings)
+            problems += [problem for problem in violations.problems if problem not in problems]
+            if not violations.locations:
                 raise UserInputError(problems) from None
-            for location in found.locations:
+            for location in violations.locations:
                 _remove(settings, location)
 
 
@@ -81,7 +81,7 @@ def iterate_sections(model: type[BaseModel] = Config) -> Iterator[tuple[str, typ
 def suggest_key(key: str) -> str:
     """Return the known dotted key that an unknown one most likely means, or an empty string.
 
-    Names of kohya's scripts, old names, keys in the wrong section and mistyped keys are recognised, in this order.
+    The key may be a name of kohya's scripts, an old name, a key in the wrong section, or mistyped, tried in this order.
     """
     last = key.rsplit(".", 1)[-1]
     option = _find_kohya_option(last)
@@ -103,20 +103,20 @@ def suggest_cure(key: str) -> str:
     if option is None:
         return f"did you mean {near}?" if near else "see docs/CONFIG.md for the known keys"
     if near and (option.keys or near.rsplit(".", 1)[-1] == last):
-        page = f" docs/FROM_KOHYA.md explains how to convert kohya's {last}" if option.convert is not None else ""
-        return f"did you mean {near}?{page}"
+        hint = f" docs/FROM_KOHYA.md explains how to convert kohya's {last}" if option.convert is not None else ""
+        return f"did you mean {near}?{hint}"
     return f"leave it out; kohya's {last} has no setting here: {option.note}"
 
 
 def _find_kohya_option(name: str) -> "Option | None":
-    # Imported here because the table is large and only needed for wrong keys.
+    # Imported here because the table is large and needed only for wrong keys.
     from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 
     return KOHYA_OPTIONS.get(name)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses duplicate keys, of which YAML would silently use the last."""
+    """A safe YAML loader that rejects duplicate keys, where YAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -134,7 +134,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as file:  # an open file, because YAML's messages then contain its name
+        with path.open(encoding="utf-8") as file:  # an open file, so that YAML's messages contain its name
             raw = yaml.load(file, Loader=_UniqueKeyLoader)
     except OSError as error:
         rule, cure = f"cannot be read: {error.strerror}", "give a YAML file"
@@ -149,7 +149,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _fill_sections(raw: dict, model: type[BaseModel]) -> dict:
-    """Replace null by an empty section: YAML reads a section whose keys are all commented out as null."""
+    """Replace null with an empty section: YAML reads a section whose keys are all commented out as null."""
     filled = dict(raw)
     for name, section in iterate_sections(model):
         if name in raw and raw[name] is None:
@@ -178,31 +178,31 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
     return None
 
 
-class _Explained(NamedTuple):
-    """Problems of a ValidationError, and the places to remove so that the rest can be checked."""
+class _Violations(NamedTuple):
+    """The problems of a ValidationError, and the locations of the values to remove before the rest can be checked."""
 
     problems: list[Problem]
     locations: list[tuple]
 
 
-def _explain(error: ValidationError, settings: dict) -> _Explained:
-    found = _Explained([], [])
+def _list_violations(error: ValidationError, settings: dict) -> _Violations:
+    violations = _Violations([], [])
     for item in error.errors(include_url=False):
         location = _trim_location(item["loc"], settings)
         key = ".".join(str(part) for part in location) or "--cfg"
         if item["type"] == "extra_forbidden":
-            found.problems.append(Problem(key, item["input"], "is not a known key", suggest_cure(key)))
+            violations.problems.append(Problem(key, item["input"], "is not a known key", suggest_cure(key)))
         else:
             value = None if isinstance(item["input"], dict) else item["input"]
             rule = item["msg"].removeprefix("Value error, ")
-            found.problems.append(Problem(key, value, rule, "see docs/CONFIG.md"))
-        if location and location not in found.locations:
-            found.locations.append(location)
-    return found
+            violations.problems.append(Problem(key, value, rule, "see docs/CONFIG.md"))
+        if location and location not in violations.locations:
+            violations.locations.append(location)
+    return violations
 
 
 def _trim_location(location: tuple, settings: Any) -> tuple:
-    """Return the part of a pydantic location that exists in the settings; members of unions add parts that do not."""
+    """Return the part of a pydantic location that exists in the settings, without the names of union members."""
     trimmed = []
     for part in location:
         if not isinstance(settings, dict) or part not in settings:

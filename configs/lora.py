@@ -8,7 +8,7 @@ from sdxl_trainer.configs.section import Section
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA, through peft). The network stays frozen, and a small file with kohya's tensor names is
+    """Low-rank adapters (LoRA, through peft). The networks stay frozen, and a small file with kohya's tensor names is
     exported instead of a model. Text encoders with a learning rate above 0 get adapters too."""
 
     rank: int = Field(0, ge=0)
@@ -27,5 +27,5 @@ class LoraConfig(Section):
     @classmethod
     def _require_rank(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("rank") == 0 and value != cls.model_fields[info.field_name or ""].default:
-            raise ValueError("has no effect: lora.rank is 0; set that, or leave this out")
+            raise ValueError("has no effect: lora.rank is 0; set that above 0, or leave this out")
         return value

@@ -42,21 +42,21 @@ class ObjectiveConfig(Section):
     sqrt(1 - abar)·latent; `flow`: rectified flow, noise - latent on a straight line between the two. Generated images
     and exported files use the same prediction."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is pure noise (arXiv 2305.08891), which lets images be
-    entirely dark or bright. Needs `prediction: v`."""
+    """Rescale the noise schedule so that the last timestep is pure noise (arXiv 2305.08891). The model can then
+    generate entirely dark or bright images. Needs `prediction: v`."""
 
     loss: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
     """Error of each value with difference d: d² (`l2`), |d| (`l1`), 2c(sqrt(d² + c²) - c) (`huber`) or
     2(sqrt(d² + c²) - c) (`smooth_l1`). The last two reduce the effect of outliers."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
-    """Value of c over the timesteps for `huber` and `smooth_l1`: `huber_c` at all of them (`constant`), or falling from
-    1 without noise to `huber_c`, as exp(t·ln(c)/1000) (`exponential`) or (1 - c)/(1 + sigma)² + c (`snr`, not for
+    """Value of c at each timestep for `huber` and `smooth_l1`: `huber_c` at every timestep (`constant`), or falling
+    from 1 without noise to `huber_c`, as exp(t·ln(c)/1000) (`exponential`) or (1 - c)/(1 + sigma)² + c (`snr`, not for
     `flow`)."""
     huber_c: float = Field(0.1, gt=0, le=1)
     """Difference c at which `huber` and `smooth_l1` change from quadratic to linear."""
     masked_loss: bool = False
-    """Multiply the error by the sample's mask (`alpha_mask` in its latent file, 0 to 1) before taking the mean. Samples
-    without a mask count fully. Masks come from `data.masks` or `cache.alpha_mask`."""
+    """Multiply the error by the sample's mask (`alpha_mask` in its latent file, 0 to 1) before the mean is taken.
+    Samples without a mask count fully. `data.masks` and `cache.alpha_mask` provide masks."""
     prior_loss_weight: float = Field(1.0, gt=0)
     """Loss weight of regularisation samples (prior preservation): samples from `data.regularisation_dirs`, or with
     `is_reg: true` in their metadata."""
@@ -99,11 +99,11 @@ class ObjectiveConfig(Section):
     noise_offset_random_strength: bool = False
     """Draw the strength of the offset for each sample, between 0 and `noise_offset`."""
     adaptive_noise_scale: float = 0.0
-    """Factor of the absolute mean of the sample's channel, whose product is added to the strength of the offset. The
-    sum is at least 0."""
+    """Factor a of the adaptive offset: the strength of a channel is `noise_offset` + a·|mean of the channel|, and at
+    least 0."""
     multires_noise_iterations: int = Field(0, ge=0, le=16)
-    """Levels of pyramid noise: noise drawn at full and at ever smaller sizes, enlarged and added up. 0 uses plain
-    noise; 6 to 10 is usual."""
+    """Levels of pyramid noise, the sum of enlarged noise that is drawn at full size and at ever smaller sizes. 0 uses
+    plain noise; 6 to 10 is usual."""
     multires_noise_discount: float = Field(0.3, gt=0, lt=1)
     """Strength of each level of pyramid noise, relative to the level before."""
     ip_noise_gamma: float = Field(0.0, ge=0)

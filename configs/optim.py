@@ -45,7 +45,7 @@ class OptimConfig(Section):
     """Peak learning rate of the U-Net. 1e-5 suits full fine-tuning with `adamw`, 1e-4 adapters (`lora.rank`). Use 1
     with `prodigy`, which finds its own rate."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the moments, for optimizers that take two. The default is the optimizer's own."""
+    """Decay rates of the two moments, for optimizers that have them. The default is the optimizer's own."""
     eps: float | None = Field(None, gt=0)
     """Term added to the denominator for numerical stability. The default is the optimizer's own."""
     weight_decay: float = Field(0.01, ge=0)
@@ -63,7 +63,7 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"] = "constant"
     """Course of the learning rate from the end of the warm-up to `train.max_steps`: constant, a linear fall, half a
     cosine, several half cosines, a power, or constant with a linear fall over the last `decay_steps` (`wsd`: warm-up,
-    stable, decay). `wsd` and `constant` suit runs that you may want to prolong."""
+    stable, decay). `wsd` and `constant` suit runs that you may want to extend."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises from 0 to its peak."""
     num_cycles: int = Field(1, ge=1)
@@ -73,7 +73,7 @@ class OptimConfig(Section):
     decay_steps: int = Field(0, ge=0)
     """Optimizer steps over which `wsd` lowers the learning rate at the end."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the end of the schedule, as a share of the peak. `constant` has no such end."""
+    """Learning rate at the end of the schedule, as a share of the peak. `constant` does not use it."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Maximum global norm of the gradients, which are scaled down to it; 0 turns clipping off."""
 
@@ -81,7 +81,7 @@ class OptimConfig(Section):
     @classmethod
     def _require_all_blocks(cls, block_lrs: list[float] | None) -> list[float] | None:
         if block_lrs is not None and len(block_lrs) != NUM_BLOCKS:
-            raise ValueError(f"must hold {NUM_BLOCKS} learning rates, one per block, but holds {len(block_lrs)}")
+            raise ValueError(f"needs {NUM_BLOCKS} learning rates, one per block, but has {len(block_lrs)}")
         return block_lrs
 
     @field_validator("min_lr_ratio")

@@ -1,4 +1,4 @@
-"""Problems with the user's input, collected and reported in one message, and the errors that programs end with."""
+"""Problems with the user's input, reported together in one message, and the errors that end programs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem with one setting or argument: its key, its value, the rule that it breaks, and the cure."""
+    """A problem with a setting or argument: its key, its value, the broken rule, and a cure."""
 
     key: str
     value: Any

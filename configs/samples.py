@@ -21,7 +21,7 @@ SchedulerName = Literal[
     "deis",
     "unipc",
 ]
-# Name in kohya's scripts → diffusers' class. Prompt files may use either.
+# Name in kohya's scripts → diffusers' class. Prompt files accept both.
 SCHEDULERS: dict[SchedulerName, str] = {
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
@@ -36,7 +36,7 @@ SCHEDULERS: dict[SchedulerName, str] = {
     "deis": "DEISMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-# Schedulers that can start at a timestep without any signal, and schedulers that can follow a flow.
+# Schedulers that can start from pure noise (zero terminal SNR), and schedulers that support rectified flow.
 ZERO_SNR_SCHEDULERS = frozenset({"euler", "euler_a", "ddim", "ddpm", "dpmsolver++", "unipc"})
 FLOW_SCHEDULERS = frozenset({"euler", "dpmsolver++", "unipc"})
 
@@ -45,19 +45,19 @@ class SampleConfig(Section):
     """Images generated from fixed prompts during training and at its end."""
 
     prompts: list[str] = []
-    """Prompts, with the flags of `sample.prompt_file` if you like. Without any prompt no image is generated."""
+    """Prompts, optionally with the flags of `sample.prompt_file`. Without prompts, no images are generated."""
     prompt_file: Path | None = None
-    """File with further prompts. A text file has one prompt per line (lines that begin with `#` are comments), which
+    """File with further prompts. A text file has one prompt per line (lines that begin with `#` are comments). A prompt
     may end in flags: `--n` negative prompt, `--w` width, `--h` height, `--s` steps, `--l` guidance scale, `--d` seed,
     `--ss` scheduler. A `.json` file is a list of prompts, or of objects with `prompt` and any of `negative_prompt`,
-    `width`, `height`, `sample_steps`, `scale`, `seed`, `sample_sampler`. The settings below apply where a prompt gives
-    no value of its own."""
+    `width`, `height`, `sample_steps`, `scale`, `seed`, `sample_sampler`. The settings below are the defaults of all
+    prompts."""
     negative_prompt: str = ""
-    """Negative prompt, which guidance steers away from."""
+    """Negative prompt: what the images should not show."""
     every_steps: int = Field(0, ge=0)
     """Optimizer steps between image grids; 0 generates images only at the end."""
     at_start: bool = False
-    """Also generate images before the first step, to see what the model can do without training."""
+    """Also generate images before the first step, to see what the model generates before training."""
     scheduler: SchedulerName = "euler"
     """Scheduler of diffusers. With `objective.zero_terminal_snr` it must be `euler`, `euler_a`, `ddim`, `ddpm`,
     `dpmsolver++` or `unipc`; with `objective.prediction: flow` it must be `euler`, `dpmsolver++` or `unipc`."""
@@ -70,7 +70,7 @@ class SampleConfig(Section):
     height_px: int = Field(1024, ge=64, multiple_of=8)
     """Height of the images, in pixels."""
     seed: int = Field(0, ge=0)
-    """Seed of the first prompt; each further prompt uses the next number."""
+    """Seed of the first prompt; the seeds of the next prompts are the numbers that follow."""
 
     @field_validator("every_steps", "at_start")
     @classmethod
@@ -83,5 +83,5 @@ class SampleConfig(Section):
 
     @property
     def has_prompts(self) -> bool:
-        """Return whether any prompt is given."""
+        """True if there is any prompt."""
         return bool(self.prompts) or self.prompt_file is not None

@@ -1,6 +1,6 @@
 """All settings: one pydantic model per section of the YAML file, with defaults, rules and descriptions.
 
-The text under a field is its description, from which docs/CONFIG.md is generated. Relative paths are relative to the
+The string under a field is its description; docs/CONFIG.md is generated from these. Relative paths are relative to the
 working directory.
 """
 
@@ -75,7 +75,7 @@ class ModelConfig(Section):
         if std is not None and min(std) <= 0:
             raise ValueError("must be above 0")
         if (std is None) != (info.data.get("latents_mean") is None):
-            raise ValueError("needs both model.latents_mean and model.latents_std; set both or neither")
+            raise ValueError("needs model.latents_mean and model.latents_std together; set both or neither")
         return std
 
 
@@ -92,31 +92,33 @@ class DataConfig(Section):
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In
     a folder without images, latent files (`.npz`) take their place."""
     masks: str | None = None
-    """Mask files for `objective.masked_loss`: greyscale images whose brightness weights the loss. Give either the end
-    of their names beside the images, such as `-masklabel.png` (OneTrainer), or a folder where each mask has its image's
-    stem (kohya's `conditioning_data_dir`). Masks are not trained on as images. The cache job stores them with the
-    latents, as float32 per pixel: 4 MB at 1024 px. The loss of an image without a mask counts everywhere."""
+    """Mask files for `objective.masked_loss`: greyscale images whose brightness weights the loss. Give either the
+    ending of mask files beside the images, such as `-masklabel.png` (OneTrainer), or a folder where each mask has the
+    stem of its image (kohya's `conditioning_data_dir`). Masks are not used as training images. The cache job stores
+    them with the latents, as float32 per pixel: 4 MB at 1024 px. The loss of an image without a mask counts
+    everywhere."""
     source_weights: list[NonNegativeFloat] = []
     """Repeats per epoch for the samples of each entry of `data.metadata` or, without metadata, of each folder of
     `data.image_dirs`: one number per entry, such as `[1, 0.5]`. Fractions are exact over several epochs, and 0 leaves
-    an entry out. The repeats of `data.strategy` are multiplied with these. An empty list uses every sample once per
-    epoch."""
+    an entry out. These numbers are multiplied by the repeats of `data.strategy`. An empty list uses every sample once
+    per epoch."""
     regularisation_dirs: list[Path] = []
     """Folders of regularisation images (prior preservation), in addition to `data.image_dirs`. In metadata, mark such
     records with `is_reg: true` instead. `objective.prior_loss_weight` sets the weight of their loss."""
     regularisation_repeats: Literal["balanced"] | PositiveFloat = "balanced"
-    """Repeats per epoch of the regularisation samples: a number, or `balanced`, which repeats them until they are as
-    many as all other samples together."""
+    """Repeats per epoch of the regularisation samples: a number, or `balanced`, which repeats them until they equal all
+    other samples in number."""
     on_missing_caption: Literal["empty", "skip", "error"] = "empty"
-    """What to do with samples without a caption: train them with the `empty` caption, `skip` them, or stop with an
+    """What to do with samples without a caption: train on them with the `empty` caption, `skip` them, or stop with an
     `error`. A warning gives their number."""
     verify_latents: Literal["none", "stat", "header", "full"] = "stat"
-    """Checks of the cached latents before training: `none`; `stat`, that each file exists with its recorded size;
-    `header`, also that its header fits its bucket; `full`, also that its bytes match the manifest's checksum. Bad
-    latents are reported and left out. Each level takes longer; use `full` after copying a cache to another disk."""
+    """Checks of the cached latents before training. `none` checks nothing. `stat` checks that each file exists with its
+    recorded size, `header` also that its header fits its bucket, and `full` also that its bytes match the manifest's
+    checksum. Bad latents are reported and left out. Each level takes longer; use `full` after copying a cache to
+    another disk."""
     resolution_px: list[Annotated[int, Field(ge=64, le=8192)]] = Field([1024], min_length=1)
-    """Side of the square whose area no bucket exceeds, in pixels. With several, such as `[512, 1024]`, every image is
-    trained at each resolution: each is a separate sample, and an epoch contains them all."""
+    """Side of the square whose area no bucket exceeds, in pixels. With several sides, such as `[512, 1024]`, every
+    image is trained at each resolution: each is a separate sample, and an epoch contains them all."""
     buckets: list[tuple[int, int]] = []
     """Fixed buckets as [width, height] in pixels, such as `[[1024, 1024], [832, 1216]]`, instead of those computed from
     `resolution_px`, `min_bucket_px`, `max_bucket_px` and `bucket_step_px`. If two have the same aspect ratio, the first
@@ -179,7 +181,7 @@ class DataConfig(Section):
 
     @property
     def largest_size(self) -> tuple[int, int]:
-        """Return (width, height) of the largest fixed bucket, or of the square of the largest resolution."""
+        """Width and height of the largest fixed bucket, or of the square of the largest resolution."""
         side = max(self.resolution_px)
         return max(self.buckets, key=lambda size: size[0] * size[1], default=(side, side))
 

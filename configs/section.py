@@ -6,14 +6,14 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """A section of the settings. Unknown keys are errors, and the text under a field is its description."""
+    """A section of the settings. Unknown keys are errors. The string under a field is its description."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse booleans for other types: pydantic would read `max_steps: true` as one step."""
+        """Reject booleans for other types: pydantic would read `max_steps: true` as one step."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if _holds_boolean(value) and not _accepts_boolean(annotation):
             raise ValueError("must not be true or false")

@@ -29,7 +29,7 @@ class ValidationConfig(Section):
     at_start: bool = False
     """Also validate before the first step, to measure the model that training starts from."""
     max_samples: int = Field(1000, ge=1)
-    """Maximum number of samples to validate on, always the same ones. The whole share is held out nevertheless."""
+    """Maximum number of samples to validate on, always the same ones. The rest of the share is still held out."""
     timesteps_per_sample: int = Field(4, ge=1)
     """Timesteps at which the loss of each sample is computed: one in each of this many equal parts of the trained
     range."""
@@ -51,5 +51,5 @@ class ValidationConfig(Section):
 
     @property
     def has_own_set(self) -> bool:
-        """Return whether a separate validation set is given."""
+        """True if there is a separate validation set."""
         return bool(self.metadata or self.image_dirs)

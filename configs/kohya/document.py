@@ -45,7 +45,7 @@ bash launch/train.sh --cfg my.yaml
   strategy (docs/STRATEGY.md).
 - `train.global_batch_size` is the batch of all GPUs and accumulation steps together. The run is the same on any number
   of GPUs.
-- Samples that do not fill a global batch are carried into the next epoch. All ranks work on the same bucket.
+- Samples that do not fill a global batch are carried over to the next epoch. All ranks work on the same bucket.
 - The crop that the model is conditioned on is the crop that was made.
 - Weight decay is not applied to biases and norm weights.
 - An SDXL file is read and written in SDXL's own layout. Set `model.text_projection: legacy` only to continue a model

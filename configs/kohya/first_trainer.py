@@ -1,6 +1,6 @@
 """Table of all settings of the first sdxl-trainer's Python file.
 
-Each is the name of the same option of kohya's scripts, or an option of its own.
+Each setting maps to the name of the same option of kohya's scripts, or to an `Option` of its own.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from sdxl_trainer.configs.kohya.options import (
 from sdxl_trainer.configs.kohya.values import Given, UnsupportedError, as_list, constant, look_up
 
 STRATEGY = "is Python code; write it as a class for `data.strategy` (docs/STRATEGY.md)"
-# Defaults for settings that its file leaves out, by kohya's names: the defaults here, except for the batch size.
+# Defaults of settings that the file does not set, by kohya's names: the defaults here, except for the batch size.
 FIRST_TRAINER_DEFAULTS = {"learning_rate": 1e-5, "max_train_steps": 1000, "train_batch_size": 1}
 SAMPLES = {
     "prompt": "sample.prompts",
@@ -151,5 +151,5 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
     "sample_sampler": converted(look_up({"euler": "euler", "euler_a": "euler_a", "ddim": "ddim"}), "sample.scheduler"),
     "eval_benchmark": unsupported("set `sample.prompts` or `sample.prompt_file`"),
     "sample_benchmark": unsupported("set `sample.prompts` or `sample.prompt_file`"),
-    "eval_size": unsupported("images are generated one after the other"),
+    "eval_size": unsupported("images are generated one at a time"),
 }

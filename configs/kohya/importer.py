@@ -1,7 +1,7 @@
 """Conversion of files of kohya's scripts, or of the first sdxl-trainer, to settings and remarks.
 
 Files are TOML files of training arguments or datasets, files with a command line, and the Python file of the first
-sdxl-trainer. Values of later files win. Every option that is not imported exactly is reported with the reason.
+sdxl-trainer. Later files override earlier ones. Every option that is not imported exactly is reported with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,18 @@ from sdxl_trainer.configs.kohya.readers import (
     read_python,
     read_toml,
 )
-from sdxl_trainer.configs.kohya.subsets import Remark, list_places, list_repeated_folders, read_datasets
+from sdxl_trainer.configs.kohya.subsets import Remark, list_data_sources, list_repeated_folders, read_datasets
 from sdxl_trainer.configs.kohya.values import Given, UnsupportedError
 from sdxl_trainer.configs.schema import Config
 
-# Options that have no effect beside a dataset file.
-PLACE_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
+# Options that have no effect together with a dataset file.
+SOURCE_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
 # Options that are on by default, so that False is not the same as leaving them out.
 ON_BY_DEFAULT = ("train_nnet",)
 # Options that name further files to read.
 FILE_OPTIONS = ("config_file", "dataset_config")
-RENAMED = {name: ours for name, ours in FIRST_TRAINER_OPTIONS.items() if isinstance(ours, str)}
+# Setting of the first sdxl-trainer → the same option of kohya's scripts.
+KOHYA_NAMES = {name: option for name, option in FIRST_TRAINER_OPTIONS.items() if isinstance(option, str)}
 NO_FOLDER = (
     "is not a folder on this machine, so its `N_name` folders cannot be listed; used as one folder without weights; "
     "import where the folder exists, or list its folders in data.image_dirs, with their N in data.source_weights"
@@ -48,7 +49,7 @@ class Imported:
 
 
 @dataclass
-class Sources:
+class FileContents:
     """Contents of the files before conversion."""
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -56,28 +57,28 @@ class Sources:
     unsupported: list[Remark] = field(default_factory=list)
     is_first_trainer: bool = False  # settings of the first sdxl-trainer, not of kohya's scripts
 
-    def add(self, other: "Sources") -> None:
-        """Add the contents of another file, whose options win."""
+    def add(self, other: "FileContents") -> None:
+        """Add the contents of another file, whose options override those here."""
         self.options |= other.options
         self.datasets += other.datasets
         self.unsupported += other.unsupported
 
 
-def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> Sources:
+def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> FileContents:
     """Read files, and the files that they name.
 
     Args:
-        known: files that are not followed when a file names them, because they are read separately.
+        known: files that are skipped when another file names them, because they are read separately.
 
     Raises:
         UserInputError: a file cannot be read.
     """
-    found = Sources()
+    found = FileContents()
     known |= {file.resolve() for file in files}
     for file in dict.fromkeys(files):
         if file.suffix == ".py":
             python = read_python(file)
-            found.options |= {RENAMED.get(name, name): value for name, value in python.values.items()}
+            found.options |= {KOHYA_NAMES.get(name, name): value for name, value in python.values.items()}
             found.unsupported += [Remark(name, text, _explain_python(name)) for name, text in python.sources.items()]
             found.is_first_trainer = True
             continue
@@ -93,39 +94,39 @@ def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> S
     return found
 
 
-def convert(sources: Sources) -> Imported:
+def convert(contents: FileContents) -> Imported:
     """Convert all options, in the order of the table."""
-    found = Imported(unsupported=list(sources.unsupported))
-    given = dict(sources.options)
-    for tables in sources.datasets:
-        dataset = read_datasets(tables, sources.options)
+    found = Imported(unsupported=list(contents.unsupported))
+    given = dict(contents.options)
+    for tables in contents.datasets:
+        dataset = read_datasets(tables, contents.options)
         given |= dataset.options
         found.settings |= dataset.settings
         found.changed += dataset.remarks
     given = {name: value for name, value in given.items() if name in ON_BY_DEFAULT or not _is_unset(value)}
     if found.settings:
         reason = "has no effect with a dataset file, as in kohya's scripts"
-        found.unsupported += [Remark(name, given.pop(name), reason) for name in PLACE_OPTIONS if name in given]
+        found.unsupported += [Remark(name, given.pop(name), reason) for name in SOURCE_OPTIONS if name in given]
     if "train_data_dir" in given and "in_json" not in given:
         folder = Path(str(given["train_data_dir"]))
         subsets = list_repeated_folders(folder)
-        found.settings |= list_places(subsets).settings
+        found.settings |= list_data_sources(subsets).settings
         if subsets:
             del given["train_data_dir"]
         else:
             reason = NO_SUBFOLDERS if folder.is_dir() else NO_FOLDER
             found.changed.append(Remark("train_data_dir", str(folder), reason))
     own = {name: option for name, option in FIRST_TRAINER_OPTIONS.items() if isinstance(option, Option)}
-    table = KOHYA_OPTIONS | (own if sources.is_first_trainer else {})
-    known = (FIRST_TRAINER_DEFAULTS if sources.is_first_trainer else KOHYA_DEFAULTS) | given
+    table = KOHYA_OPTIONS | (own if contents.is_first_trainer else {})
+    given_or_default = (FIRST_TRAINER_DEFAULTS if contents.is_first_trainer else KOHYA_DEFAULTS) | given
     defaults = flatten_settings(Config().model_dump(mode="json"))
     for name, option in table.items():
         if name in given:
-            _convert_option(name, option, known, found)
-        elif name in known:
-            guessed = Imported()
-            _convert_option(name, option, known, guessed)
-            found.settings |= {key: value for key, value in guessed.settings.items() if value != defaults[key]}
+            _convert_option(name, option, given_or_default, found)
+        elif name in given_or_default:
+            by_default = Imported()
+            _convert_option(name, option, given_or_default, by_default)
+            found.settings |= {key: value for key, value in by_default.settings.items() if value != defaults[key]}
     unknown = [name for name in given if name not in (*table, "num_samples")]
     found.unsupported += [Remark(name, given[name], "is not a known option") for name in unknown]
     hidden = [remark._replace(value="...") if remark.option in SECRETS else remark for remark in found.unsupported]
@@ -138,11 +139,11 @@ def _convert_option(name: str, option: Option, given: Given, found: Imported) ->
         found.built_in.append(Remark(name, value, option.note))
         return
     if not option.keys:
-        if value:  # a strength of 0 is the same as leaving the option out
+        if value:  # a strength of 0 has no effect
             found.unsupported.append(Remark(name, value, option.note))
         return
     try:
-        made = option.convert(value, given) if option.convert else value
+        converted = option.convert(value, given) if option.convert else value
     except UnsupportedError as error:
         found.settings |= error.settings
         (found.changed if error.settings else found.unsupported).append(Remark(name, value, str(error)))
@@ -150,9 +151,9 @@ def _convert_option(name: str, option: Option, given: Given, found: Imported) ->
     except (TypeError, ValueError, SyntaxError) as error:
         found.unsupported.append(Remark(name, value, f"cannot be read: {error}"))
         return
-    if made is None:
+    if converted is None:
         return
-    found.settings |= made if isinstance(made, dict) else {option.keys[0]: made}
+    found.settings |= converted if isinstance(converted, dict) else {option.keys[0]: converted}
 
 
 def _explain_python(name: str) -> str:
@@ -174,12 +175,13 @@ def _locate(name: str, file: Path) -> Path:
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key; settings that are mappings themselves stay whole."""
-    whole = ("optim.kwargs", "engine.deepspeed", "data.caption.replacements")
+    """Return nested settings by dotted key, without flattening the values of settings that are mappings."""
+    mappings = ("optim.kwargs", "engine.deepspeed", "data.caption.replacements")
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = prefix + name
-        flat |= flatten_settings(value, f"{key}.") if isinstance(value, dict) and key not in whole else {key: value}
+        is_section = isinstance(value, dict) and key not in mappings
+        flat |= flatten_settings(value, f"{key}.") if is_section else {key: value}
     return flat
 
 

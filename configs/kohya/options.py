@@ -1,7 +1,7 @@
 """Table of all options of kohya's sdxl_train.py and sdxl_train_network.py, with their settings here.
 
-The import uses it, and docs/FROM_KOHYA.md is generated from it. Options are imported in the order of the table: a later
-one may overwrite what an earlier one set.
+The importer uses the table, and docs/FROM_KOHYA.md is generated from it. Options are imported in the order of the
+table: a later option can override a setting of an earlier one.
 """
 
 from dataclasses import dataclass
@@ -42,10 +42,10 @@ from sdxl_trainer.configs.kohya.values import (
 class Option:
     """The settings that an option of kohya's scripts becomes, and how its value is converted."""
 
-    keys: tuple[str, ...] = ()  # dotted keys; none if there is no setting, and `note` gives the reason
+    keys: tuple[str, ...] = ()  # dotted keys; if there are none, `note` gives the reason
     note: str = ""  # what differs from kohya's scripts
     convert: Convert | None = None  # without it the value is copied
-    is_built_in: bool = False  # the effect is always there, without a setting
+    is_built_in: bool = False  # the effect is always on, without a setting
 
 
 def copied(key: str, note: str = "") -> Option:
@@ -64,7 +64,7 @@ def unsupported(reason: str) -> Option:
 
 
 def built_in(note: str = "") -> Option:
-    """Return an option whose effect is always there, without a setting."""
+    """Return an option whose effect is always on, without a setting."""
     return Option((), note or "needs no setting", is_built_in=True)
 
 
@@ -85,7 +85,7 @@ KOHYA_DEFAULTS = {
 ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses kohya's files as they are"
-MEMORY = "trades memory for speed in kohya's scripts; use ZeRO, offload and precision here (docs/TRAINING.md)"
+MEMORY = "controls memory use in kohya's scripts; use ZeRO, offload and precision here (docs/TRAINING.md)"
 PIXELS = "images are encoded before training, so their pixels cannot be changed during training"
 UPLOAD = "nothing is uploaded; upload the file afterwards"
 RESUME = "the same command resumes; states of kohya's scripts cannot be read"
@@ -123,7 +123,7 @@ DATA = {
         note="its `N_name` folders, with N in `data.source_weights`; the name is not used as a caption",
     ),
     "reg_data_dir": converted(
-        as_list, "data.regularisation_dirs", note="repeated until they are as many as all others"
+        as_list, "data.regularisation_dirs", note="repeated until they equal all others in number"
     ),
     "in_json": converted(as_list, "data.metadata"),
     "image_dir": converted(as_list, "data.image_dirs", note="in a subset"),
@@ -132,7 +132,7 @@ DATA = {
     "num_repeats": copied(
         "data.source_weights",
         "in a subset; one number per entry of `data.metadata` or `data.image_dirs`. Not imported with `is_reg`: such "
-        "images are repeated until they are as many as all others, as in kohya's scripts",
+        "images are repeated until they equal all others in number, as in kohya's scripts",
     ),
     "dataset_repeats": unsupported("repeats all images; train more steps instead"),
     "class_tokens": unsupported("an image without a caption gets the empty caption; write .txt files"),
@@ -154,7 +154,7 @@ DATA = {
     ),
     "min_bucket_reso": converted(requires("enable_bucket"), "data.min_bucket_px"),
     "max_bucket_reso": converted(
-        requires("enable_bucket"), "data.max_bucket_px", note="default 1024 in kohya's scripts, 2048 here"
+        requires("enable_bucket"), "data.max_bucket_px", note="the default is 1024 in kohya's scripts, 2048 here"
     ),
     "bucket_reso_steps": converted(requires("enable_bucket"), "data.bucket_step_px", note="must be a multiple of 32"),
     "bucket_no_upscale": converted(requires("enable_bucket"), "data.no_upscale"),

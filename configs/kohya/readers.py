@@ -26,7 +26,8 @@ LAUNCHER_OPTIONS = ("num_processes", "mixed_precision")
 SHELL_ENDS = {"&&", "||", "|", ";", "&", ">", ">>", "2>&1"}
 # Line continuations of POSIX shells, cmd.exe and PowerShell.
 CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")
-COMMENT = re.compile(r"(?m)(?:^|(?<=\s))(?:#|REM |::).*$")
+# A quoted text, which may contain the signs of a comment, or a comment.
+QUOTED_OR_COMMENT = re.compile(r"""(?m)("(?:\\.|[^"\\])*"|'[^']*')|(?:^|(?<=\s))(?:#|REM |::).*$""")
 WINDOWS = (".bat", ".cmd", ".ps1")
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -68,7 +69,7 @@ def is_dataset_config(tables: dict[str, Any]) -> bool:
 
 
 def flatten_sections(tables: dict[str, Any]) -> dict[str, Any]:
-    """Return the options in a file of training arguments, whose sections have no meaning."""
+    """Return the options in a file of training arguments; the names of its sections have no meaning."""
     options: dict[str, Any] = {}
     for name, value in tables.items():
         options |= value if isinstance(value, dict) else {name: value}
@@ -81,16 +82,17 @@ def read_command(path: Path) -> dict[str, Any]:
     Raises:
         UserInputError: the file contains no options.
     """
-    text = COMMENT.sub("", CONTINUED.sub(" ", _read_text(path)))
+    text = CONTINUED.sub(" ", _read_text(path))
     if path.suffix.lower() in WINDOWS:
-        text = text.replace("\\", "\\\\")  # Windows paths; backslashes are no escapes there
+        text = text.replace("\\", "\\\\")  # backslashes separate folders there and escape nothing
+    text = QUOTED_OR_COMMENT.sub(lambda match: match[1] or "", text)
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UserInputError([Problem("FILE", path, f"is not a command line: {error}", "correct the quotes")]) from None
-    start = next((at for at, word in enumerate(words) if SCRIPT.search(word)), -1)
-    options = {name: value for name, value in _collect(words[:start]).items() if name in LAUNCHER_OPTIONS}
-    options = (options if start >= 0 else {}) | _collect(words[start + 1 :])
+    script = next((number for number, word in enumerate(words) if SCRIPT.search(word)), -1)
+    options = {name: value for name, value in _collect_options(words[:script]).items() if name in LAUNCHER_OPTIONS}
+    options = (options if script >= 0 else {}) | _collect_options(words[script + 1 :])
     if not options:
         rule = "contains no options such as --learning_rate=1e-5"
         cure = "give a TOML file, a command line, or the Python settings of the first sdxl-trainer"
@@ -98,7 +100,7 @@ def read_command(path: Path) -> dict[str, Any]:
     return options
 
 
-def _collect(words: list[str]) -> dict[str, Any]:
+def _collect_options(words: list[str]) -> dict[str, Any]:
     """Return the options in words, up to the end of the shell command; words before the first option are ignored."""
     options: dict[str, list[str]] = {}
     name = ""
@@ -110,12 +112,12 @@ def _collect(words: list[str]) -> dict[str, Any]:
             options[name] = [value] if equals else []
         elif name:
             options[name].append(word)
-    return {name: _read_words(values) for name, values in options.items() if name}
+    return {name: _read_values(values) for name, values in options.items() if name}
 
 
-def _read_words(values: list[str]) -> Any:
-    read = [read_literal(value) for value in values] or [True]
-    return read if len(read) > 1 else read[0]
+def _read_values(words: list[str]) -> Any:
+    values = [read_literal(word) for word in words] or [True]
+    return values if len(values) > 1 else values[0]
 
 
 def read_python(path: Path) -> PythonSettings:
@@ -132,21 +134,21 @@ def read_python(path: Path) -> PythonSettings:
     except SyntaxError as error:
         rule = f"is not valid Python: {error.msg} (line {error.lineno})"
         raise UserInputError([Problem("FILE", path, rule, "correct the line that is named")]) from None
-    plain: dict[str, Any] = {}
-    others: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for node in ast.walk(tree):
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         if not (isinstance(node, ast.Assign) and isinstance(target, ast.Attribute)):
             continue
         if isinstance(target.value, ast.Name) and target.value.id == "config":
             try:
-                plain[target.attr] = _evaluate(node.value, plain)
+                values[target.attr] = _evaluate(node.value, values)
             except NotPlainError as error:
-                others[target.attr] = str(error)
-    if not plain:
+                sources[target.attr] = str(error)
+    if not values:
         rule = "assigns nothing to config.<name>"
         raise UserInputError([Problem("FILE", path, rule, "give the file that contains get_config()")])
-    return PythonSettings(plain, others)
+    return PythonSettings(values, sources)
 
 
 def _evaluate(node: ast.expr, known: dict[str, Any]) -> Any:

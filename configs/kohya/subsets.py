@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 
-REPEATED = re.compile(r"(\d+)_")
-# Options that may differ between subsets here too.
+REPEATS_PREFIX = re.compile(r"(\d+)_")
+# Options that can differ between subsets here too.
 SUBSET_OPTIONS = ("image_dir", "metadata_file", "num_repeats", "is_reg")
 # Option in a dataset file → the same option in a training file.
-RENAMED = {"batch_size": "train_batch_size"}
+TRAINING_NAMES = {"batch_size": "train_batch_size"}
 # Defaults of kohya's scripts for subsets.
 SUBSET_DEFAULTS = {
     "batch_size": 1,
@@ -59,15 +59,15 @@ class Remark(NamedTuple):
     reason: str
 
 
-class Places(NamedTuple):
-    """Settings of `data` by dotted key, and remarks."""
+class DataSources(NamedTuple):
+    """The settings of `data` that name metadata files and image folders, by dotted key, and remarks."""
 
     settings: dict[str, Any]
     remarks: list[Remark]
 
 
 class DatasetFile(NamedTuple):
-    """Contents of a dataset file: options by kohya's names, settings by dotted key, and remarks."""
+    """A converted dataset file: options by kohya's names, settings by dotted key, and remarks."""
 
     options: dict[str, Any]
     settings: dict[str, Any]
@@ -75,7 +75,7 @@ class DatasetFile(NamedTuple):
 
 
 class _Unset:
-    """A value that is not given and has no default."""
+    """The value of an option that is not set and has no default."""
 
     def __bool__(self) -> bool:
         return False
@@ -87,12 +87,12 @@ class _Unset:
 UNSET = _Unset()
 
 
-def read_datasets(tables: Mapping[str, Any], others: Mapping[str, Any]) -> DatasetFile:
+def read_datasets(tables: Mapping[str, Any], training_options: Mapping[str, Any]) -> DatasetFile:
     """Convert a dataset file to options for the whole training set, settings of `data`, and remarks.
 
     Args:
-        tables: the file's tables, `general` and `datasets` with `subsets`. The innermost value wins.
-        others: training options, used where the file gives no value.
+        tables: the file's tables, `general` and `datasets` with `subsets`. The innermost value is used.
+        training_options: used for options that the file does not set.
     """
     general = dict(tables.get("general", {}))
     groups = [
@@ -102,13 +102,13 @@ def read_datasets(tables: Mapping[str, Any], others: Mapping[str, Any]) -> Datas
     ]
     subsets = [subset for group in groups for subset in group]
     names: list[str] = list(dict.fromkeys(name for subset in subsets for name in subset))
-    given = {name: others.get(RENAMED.get(name, name)) for name in names}
+    given = {name: training_options.get(TRAINING_NAMES.get(name, name)) for name in names}
     fallbacks = SUBSET_DEFAULTS | {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = {}
-    settings, remarks = list_places(subsets)
+    settings, remarks = list_data_sources(subsets)
     sizes = _list_values([group[0] for group in groups], "resolution", fallbacks)
-    places = [_list_trained_places(group) for group in groups]
-    if len(sizes) > 1 and UNSET not in sizes and all(found == places[0] for found in places):
+    sources = [_list_trained_sources(group) for group in groups]
+    if len(sizes) > 1 and UNSET not in sizes and all(group_sources == sources[0] for group_sources in sources):
         options = {"resolution": [size if isinstance(size, list) else [size] for size in sizes], "enable_bucket": True}
         settings, remarks = _merge_resolutions(groups, not any(_list_values(subsets, "enable_bucket", fallbacks)))
     for name in names:
@@ -120,47 +120,47 @@ def read_datasets(tables: Mapping[str, Any], others: Mapping[str, Any]) -> Datas
             options[name] = next(filter(None, values), None)
             continue
         if name in subsets[0]:
-            options[RENAMED.get(name, name)] = values[0]
+            options[TRAINING_NAMES.get(name, name)] = values[0]
         if len(values) > 1:
             remarks.append(Remark(name, values, _explain_difference(name, values)))
     return DatasetFile(options, settings, remarks)
 
 
-def list_places(subsets: list[dict[str, Any]]) -> Places:
+def list_data_sources(subsets: list[dict[str, Any]]) -> DataSources:
     """Return the metadata files and folders of subsets as settings of `data`, each once."""
     trained = [subset for subset in subsets if not subset.get("is_reg")]
-    listed = [subset for subset in trained if subset.get("metadata_file")]
-    repeats = _sum_repeats(listed or trained)
+    with_metadata = [subset for subset in trained if subset.get("metadata_file")]
+    repeats = _sum_repeats(with_metadata or trained)
     settings: dict[str, Any] = {
-        "data.metadata": list(repeats) if listed else [],
-        "data.image_dirs": _list_folders(trained) if listed else list(repeats),
+        "data.metadata": list(repeats) if with_metadata else [],
+        "data.image_dirs": _list_folders(trained) if with_metadata else list(repeats),
         "data.source_weights": list(repeats.values()) if any(number != 1 for number in repeats.values()) else [],
         "data.regularisation_dirs": _list_folders(subset for subset in subsets if subset.get("is_reg")),
     }
     remarks: list[Remark] = []
-    if listed and len(listed) < len(trained):
-        bare = _list_folders(subset for subset in trained if not subset.get("metadata_file"))
+    if with_metadata and len(with_metadata) < len(trained):
+        folders = _list_folders(subset for subset in trained if not subset.get("metadata_file"))
         reason = "with metadata, images in folders are not samples of their own; write metadata for these too"
-        remarks.append(Remark("image_dir", bare, reason))
-    keys = [_get_place(subset) for subset in listed or trained]
-    if twice := [key for key in repeats if keys.count(key) > 1]:
-        name = "metadata_file" if listed else "image_dir"
+        remarks.append(Remark("image_dir", folders, reason))
+    sources = [_get_source(subset) for subset in with_metadata or trained]
+    if duplicates := [source for source in repeats if sources.count(source) > 1]:
+        name = "metadata_file" if with_metadata else "image_dir"
         reason = "is in several datasets or subsets; used once, with the sum of num_repeats in data.source_weights"
-        remarks.append(Remark(name, twice, reason))
-    regular = [subset.get("num_repeats", 1) for subset in subsets if subset.get("is_reg")]
-    if any(number != 1 for number in regular):
+        remarks.append(Remark(name, duplicates, reason))
+    reg_repeats = [subset.get("num_repeats", 1) for subset in subsets if subset.get("is_reg")]
+    if any(number != 1 for number in reg_repeats):
         reason = (
-            "has no effect with is_reg, as in kohya's scripts: regularisation images are repeated until they are as "
-            f"many as all others; set data.regularisation_repeats: {regular[0]} to use this number of repeats"
+            "has no effect with is_reg, as in kohya's scripts: regularisation images are repeated until they equal all "
+            f"others in number; set data.regularisation_repeats: {reg_repeats[0]} to use this number of repeats"
         )
-        remarks.append(Remark("num_repeats", regular if len(set(regular)) > 1 else regular[0], reason))
-    return Places({key: value for key, value in settings.items() if value}, remarks)
+        remarks.append(Remark("num_repeats", reg_repeats if len(set(reg_repeats)) > 1 else reg_repeats[0], reason))
+    return DataSources({key: value for key, value in settings.items() if value}, remarks)
 
 
-def _merge_resolutions(groups: list[list[dict[str, Any]]], has_fixed_size: bool) -> Places:
+def _merge_resolutions(groups: list[list[dict[str, Any]]], has_fixed_size: bool) -> DataSources:
     """Return the settings of `data` for datasets that use the same folders at several resolutions."""
-    regular = [subset for group in groups[1:] for subset in group if subset.get("is_reg")]
-    settings, remarks = list_places(groups[0] + regular)
+    reg_subsets = [subset for group in groups[1:] for subset in group if subset.get("is_reg")]
+    settings, remarks = list_data_sources(groups[0] + reg_subsets)
     repeats = [_sum_repeats(subset for subset in group if not subset.get("is_reg")) for group in groups]
     if any(numbers != repeats[0] for numbers in repeats):
         reason = "differs between resolutions, which have the same repeats here; the first dataset's are used"
@@ -170,7 +170,7 @@ def _merge_resolutions(groups: list[list[dict[str, Any]]], has_fixed_size: bool)
             "gives one bucket per resolution in kohya's scripts; several resolutions use buckets of all shapes here"
         )
         remarks.append(Remark("enable_bucket", False, reason))
-    return Places(settings, remarks)
+    return DataSources(settings, remarks)
 
 
 def _explain_difference(name: str, values: list[Any]) -> str:
@@ -186,44 +186,44 @@ def _explain_difference(name: str, values: list[Any]) -> str:
 def list_repeated_folders(folder: Path) -> list[dict[str, Any]]:
     """Return the `N_name` folders in `train_data_dir` as subsets; an empty list if there are none."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    found = [(name, REPEATED.match(name)) for name in names]
-    return [{"image_dir": str(folder / name), "num_repeats": int(match[1])} for name, match in found if match]
+    matches = [(name, REPEATS_PREFIX.match(name)) for name in names]
+    return [{"image_dir": str(folder / name), "num_repeats": int(match[1])} for name, match in matches if match]
 
 
-def _get_place(subset: Mapping[str, Any]) -> str:
+def _get_source(subset: Mapping[str, Any]) -> str:
     """Return the metadata file or the folder of a subset."""
-    return str(subset.get("metadata_file") or _strip(subset.get("image_dir")))
+    return str(subset.get("metadata_file") or _strip_slash(subset.get("image_dir")))
 
 
-def _strip(folder: Any) -> str:
+def _strip_slash(folder: Any) -> str:
     return str(folder or "").rstrip("/\\") or str(folder or "")
 
 
-def _list_trained_places(group: list[dict[str, Any]]) -> set[str]:
-    return {_get_place(subset) for subset in group if not subset.get("is_reg")}
+def _list_trained_sources(group: list[dict[str, Any]]) -> set[str]:
+    return {_get_source(subset) for subset in group if not subset.get("is_reg")}
 
 
 def _list_folders(subsets: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(_strip(subset["image_dir"]) for subset in subsets if subset.get("image_dir")))
+    return list(dict.fromkeys(_strip_slash(subset["image_dir"]) for subset in subsets if subset.get("image_dir")))
 
 
 def _sum_repeats(subsets: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the repeats of each metadata file or folder, added up over subsets."""
+    """Return the repeats of each metadata file or folder, summed over subsets."""
     repeats: dict[str, Any] = {}
     for subset in subsets:
-        if key := _get_place(subset):
-            repeats[key] = repeats.get(key, 0) + subset.get("num_repeats", 1)
+        if source := _get_source(subset):
+            repeats[source] = repeats.get(source, 0) + subset.get("num_repeats", 1)
     return repeats
 
 
 def _list_values(tables: Iterable[Mapping[str, Any]], name: str, fallbacks: Mapping[str, Any]) -> list[Any]:
-    """Return the different values of a name in tables, in their order."""
-    found: list[Any] = []
+    """Return the distinct values of an option in tables, in the order of the tables."""
+    values: list[Any] = []
     for table in tables:
         value = table.get(name, fallbacks.get(name, UNSET))
-        if value not in found:
-            found.append(value)
-    return found
+        if value not in values:
+            values.append(value)
+    return values
 
 
 def _without(table: Mapping[str, Any], name: str) -> dict[str, Any]:

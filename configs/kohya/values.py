@@ -43,7 +43,7 @@ KOHYA_OPTIMIZERS = {
     "sgdnesterov": KnownOptimizer("torch.optim.SGD", 0.0, {"momentum": 0.9, "nesterov": True}),
     "sgdnesterov8bit": KnownOptimizer("bitsandbytes.optim.SGD8bit", 0.0, {"momentum": 0.9, "nesterov": True}),
 }
-# Beginnings of the names of optimizers that need whole weights and so change under ZeRO's sharding.
+# Name prefixes of optimizers that need whole weights, which ZeRO would shard.
 WHOLE_WEIGHTS = ("adafactor", "prodigy", "dadapt")
 # Arguments of Adafactor that are not copied to `optim.kwargs`.
 ADAFACTOR_ARGUMENTS = ("relative_step", "warmup_init", "scale_parameter")
@@ -60,10 +60,10 @@ VAE_CONVERSION = (
 
 
 class UnsupportedError(ValueError):
-    """A value that cannot be converted; the message gives the reason and an alternative.
+    """A value that cannot be converted, or not completely; the message gives the reason and an alternative.
 
     Args:
-        settings: the part of the value that is kept nevertheless, by dotted key.
+        settings: settings by dotted key that are imported anyway.
     """
 
     def __init__(self, reason: str, settings: Mapping[str, Any] | None = None):
@@ -83,24 +83,24 @@ def look_up(values: dict[Any, Any]) -> Convert:
     return convert
 
 
-def constant(answer: Any) -> Convert:
-    """Return a conversion of flags, which gives the same answer for every value."""
-    return lambda value, given: answer
+def constant(result: Any) -> Convert:
+    """Return a conversion of flags, which has the same result for every value."""
+    return lambda value, given: result
 
 
 def requires(option: str, convert: Convert | None = None) -> Convert:
-    """Return a conversion that refuses the value without another option, where kohya's scripts ignore it."""
+    """Return a conversion that rejects the value without another option; kohya's scripts then ignore the value."""
 
-    def checked(value: Any, given: Given) -> Any:
+    def convert_if_given(value: Any, given: Given) -> Any:
         if not given.get(option):
             raise UnsupportedError(f"has no effect without {option}, as in kohya's scripts")
         return convert(value, given) if convert else value
 
-    return checked
+    return convert_if_given
 
 
 def convert_masked_loss(value: Any, given: Given) -> dict[str, Any]:
-    """Convert masks from files (`conditioning_data_dir`); masks from opacity are converted with `alpha_mask`."""
+    """Convert masks from files (`conditioning_data_dir`); `alpha_mask` converts masks from the alpha channel."""
     if given.get("conditioning_data_dir"):
         return {"objective.masked_loss": True, "data.masks": str(given["conditioning_data_dir"])}
     if given.get("alpha_mask"):
@@ -124,7 +124,7 @@ def as_list(value: Any, given: Given) -> list[str]:
 
 
 def refuse_suffixes(*suffixes: str, reason: str) -> Convert:
-    """Return a conversion that refuses paths with one of these suffixes."""
+    """Return a conversion that rejects paths with one of these suffixes."""
 
     def convert(value: Any, given: Given) -> str:
         if str(value).lower().endswith(suffixes):
@@ -135,9 +135,10 @@ def refuse_suffixes(*suffixes: str, reason: str) -> Convert:
 
 
 def convert_vae(value: Any, given: Given) -> str:
-    """Keep a folder or a hub id; for a single file, give the command that converts it to a folder.
+    """Keep a folder or a hub id; reject a single file with the command that converts it to a folder.
 
-    Single files are refused because diffusers would guess Stable Diffusion 1.5's config, with another scaling factor.
+    Single files are rejected because diffusers would guess Stable Diffusion 1.5's config, which has another scaling
+    factor.
     """
     path = str(value).replace("\\", "/")
     if not path.lower().endswith((".safetensors", ".ckpt", ".pt")):
@@ -152,7 +153,7 @@ def _uses_wandb(given: Given) -> bool:
 
 
 def convert_log_with(value: Any, given: Given) -> str | None:
-    """Return the project at Weights & Biases: the name of kohya's tracker."""
+    """Return the project at Weights & Biases: the name of kohya's tracker, or None for TensorBoard alone."""
     if value == "tensorboard":
         return None
     if not _uses_wandb(given):
@@ -177,19 +178,19 @@ def convert_wandb_run(value: Any, given: Given) -> str | None:
 
 
 def read_numbers(value: Any) -> list[float]:
-    """Return the numbers in a number, a list, or a text such as `1e-5,2e-5`."""
+    """Return the numbers in a number, a list, or a string such as `1e-5,2e-5`."""
     if isinstance(value, str):
         value = [ast.literal_eval(part) for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def convert_numbers(value: Any, given: Given) -> list[float]:
-    """Apply `read_numbers` as a conversion."""
+    """Convert a number, a list or a string to a list of numbers."""
     return read_numbers(value)
 
 
 def read_pairs(value: Any) -> dict[str, Any]:
-    """Return the items of a mapping, or of `name=value` words in a list or a text."""
+    """Return the items of a mapping, or of `name=value` words in a list or a string."""
     if isinstance(value, Mapping):
         return dict(value)
     words = value.split() if isinstance(value, str) else list(value)
@@ -197,8 +198,8 @@ def read_pairs(value: Any) -> dict[str, Any]:
 
 
 def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
-    """Return an area for buckets or, without `enable_bucket`, one size for all images, as in kohya's scripts."""
-    # A list of sizes: subsets.py builds it for several datasets.
+    """Convert a size to the area of buckets or, without `enable_bucket`, to a single bucket, as in kohya's scripts."""
+    # subsets.py builds a list of sizes for several datasets.
     if isinstance(value, list) and value and isinstance(value[0], list):
         return {"data.resolution_px": list(dict.fromkeys(_compute_side(size) for size in value))}
     sizes = [int(side) for side in read_numbers(value)]
@@ -209,13 +210,13 @@ def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
 
 
 def _compute_side(size: Any) -> int:
-    """Return the side of the smallest square whose area holds a bucket of this size."""
+    """Return the side of the smallest square whose area is at least that of a bucket of this size."""
     sides = [int(side) for side in read_numbers(size)]
     return math.isqrt(sides[0] * sides[-1] - 1) + 1
 
 
 def count_ranks(given: Given) -> int:
-    """Return the number of processes that the launcher was given."""
+    """Return the launcher's number of processes."""
     return int(given.get("num_processes") or 1)
 
 
@@ -349,12 +350,12 @@ def choose_weighting(option: str) -> Convert:
 
 
 def count_kept_checkpoints(value: Any, given: Given) -> int:
-    """Return how many checkpoints kohya's scripts keep, from the steps they look back and the interval of saving."""
+    """Return the number of checkpoints that kohya's scripts keep among those of the last `value` steps."""
     return int(value) // int(given["save_every_n_steps"]) + 1
 
 
 def read_literal(text: str) -> Any:
-    """Return a Python literal (number, list, True, ...), or the text if it is none."""
+    """Return the value of a Python literal (number, list, True, ...), or the text itself if it is not a literal."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -1,4 +1,4 @@
-"""Settings: all mistakes are reported at once with key, value and cure, and correct settings are kept."""
+"""Settings: all problems are reported together with key, value and cure, and correct settings are kept."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from sdxl_trainer.configs.schema import Config
 
 PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
-OF_KOHYA = {
+KOHYA_SUGGESTIONS = {
     "learning_rate": "optim.lr",
     "train.learning_rate": "optim.lr",
     "optim.optimizer_type": "optim.name",
@@ -54,7 +54,7 @@ def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
             2,
             "leave it out; kohya's dataset_repeats has no setting here: repeats all images; train more steps instead",
         ),
-        ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # our key wins over kohya's option
+        ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # not kohya's option
         ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
         ("train: {max_steps: many}", "train.max_steps", "many", "see docs/CONFIG.md"),
         ("train: {max_steps: 1.5}", "train.max_steps", 1.5, "see docs/CONFIG.md"),
@@ -98,7 +98,7 @@ def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("run: {name: a}\nrun: {name: b}", "key 'run' is given twice"),
         ("run:\n  name: a\n  seed: 1\n  name: b", "line 4"),
@@ -109,14 +109,14 @@ def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
         ("just words", "must be a mapping"),
     ],
 )
-def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text, said):
-    with pytest.raises(UserInputError, match=said) as caught:
+def test_a_file_that_is_not_a_mapping_is_rejected(tmp_path, text, message):
+    with pytest.raises(UserInputError, match=message) as caught:
         load(tmp_path, text)
     assert [problem.key for problem in caught.value.problems] == ["--cfg"]
     assert "unicode string" not in str(caught.value)
 
 
-def test_missing_and_binary_files_are_refused(tmp_path):
+def test_missing_and_binary_files_are_rejected(tmp_path):
     with pytest.raises(UserInputError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "x.yaml").write_bytes(b"run: {name: \xff}")
@@ -190,7 +190,7 @@ def test_the_page_of_settings_is_current():
 def test_suggested_keys_exist():
     assert suggest_key("checkpoint.keep_latest") == "checkpoint.keep_last"
     assert suggest_key("learning_rte") == ""
-    assert {key: suggest_key(key) for key in OF_KOHYA} == OF_KOHYA
+    assert {key: suggest_key(key) for key in KOHYA_SUGGESTIONS} == KOHYA_SUGGESTIONS
     known = set(iterate_keys())
     assert all(suggest_key(key[:-1]) in known for key in known if "." in key and len(key.rsplit(".")[-1]) > 4)
 

@@ -50,7 +50,7 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "said"),
+    ("words", "key", "message"),
     [
         ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "set it to v"),
         ("objective.prediction=flow objective.weighting=min_snr", "objective.weighting", "set it to none"),
@@ -60,7 +60,7 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
         ("cache.text=true optim.text_encoder_lr=1e-6", "optim.text_encoder_lr", "set it to 0, or cache.text: false"),
         ("cache.text=true", "cache.text", "run bash launch/cache.sh with the same settings"),
         ("data.flip_rate=0.5", "data.flip_rate", "set cache.flip: true"),
-        (f"optim.block_lrs={BLOCKS[1:]}", "optim.block_lrs", "must hold 23 learning rates"),
+        (f"optim.block_lrs={BLOCKS[1:]}", "optim.block_lrs", "needs 23 learning rates"),
         (f"optim.block_lrs={[0] * 23}", "optim", "set one above 0"),
         ("optim.groups=[{match: atn2}]", "optim.groups.0.match", "match names such as unet.conv_in.weight"),
         ("optim.groups=[{match: text_encoder}]", "optim.groups.0.match", "matches none of the"),
@@ -77,7 +77,7 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
         ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "set engine.zero_stage instead"),
         ("engine.deepspeed={gradient_clipping: 3}", "engine.deepspeed", "set optim.max_grad_norm instead"),
         ("engine.deepspeed={bf16: true}", "engine.deepspeed", "must contain a mapping under bf16"),
-        ("lora.alpha=4", "lora.alpha", "lora.rank is 0; set that"),
+        ("lora.alpha=4", "lora.alpha", "lora.rank is 0; set that above 0"),
         (
             "lora.rank=4 lora.targets=[to_x]",
             "lora.targets",
@@ -92,12 +92,12 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
     ],
 )
 def test_a_contradiction_ends_with_status_2(
-    settings: Path, words: str, key: str, said: str, capsys: pytest.CaptureFixture
+    settings: Path, words: str, key: str, message: str, capsys: pytest.CaptureFixture
 ) -> None:
     overrides = words.replace(": ", ":\t").replace(", ", ",\t").split(" ")  # keep spaces inside a word
     assert main(["--cfg", str(settings), *(word.replace("\t", " ") for word in overrides)]) == 2
     printed = capsys.readouterr().err
-    assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and said in printed, printed
+    assert printed.count("\n  - ") == 1 and f"\n  - {key}" in printed and message in printed, printed
     assert not list(settings.parent.glob("runs/*/config.yaml"))
 
 
@@ -109,7 +109,7 @@ def test_a_missing_package_is_reported(settings: Path, capsys: pytest.CaptureFix
     assert not list(settings.parent.glob("runs/*/config.yaml"))
 
 
-def test_masked_loss_needs_one_mask_only(settings: Path, tmp_path: Path) -> None:
+def test_masked_loss_needs_at_least_one_mask(settings: Path, tmp_path: Path) -> None:
     data = shutil.copytree(settings.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     mask = np.ones((64, 64), np.float32)
     sample = LatentSample(

@@ -1,4 +1,4 @@
-"""Old names of settings: accepted with a warning in files, overrides and checkpoints, never reported as a change."""
+"""Old names of settings: accepted with a warning in files, overrides and checkpoints, and not reported as a change."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_every_renamed_setting_is_in_the_table() -> None:
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_old_name_is_accepted_with_one_warning(old: str, new: str, tmp_path: Path, warnings: list[str]) -> None:
     value = VALUES[old]
-    wanted = Config.model_validate(nest(new, value))
+    expected = Config.model_validate(nest(new, value))
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(nest(old, value)))
     (tmp_path / "empty.yaml").write_text("")
     section, name = old.split(".")
@@ -54,15 +54,15 @@ def test_an_old_name_is_accepted_with_one_warning(old: str, new: str, tmp_path: 
         ("x.yaml", []),
         ("empty.yaml", [f"{old}={value}"]),
         ("empty.yaml", [f"{section}={{{name}: {value}}}"]),
-        ("x.yaml", [f"{new}={value}"]),  # an override goes before the file, by whatever name
+        ("x.yaml", [f"{new}={value}"]),  # an override takes precedence over the file, under either name
     ]:
         warnings.clear()
-        assert load_config(tmp_path / file, overrides) == (wanted, [])
+        assert load_config(tmp_path / file, overrides) == (expected, [])
         assert len(warnings) == 1 and f"{old} is now called {new}" in warnings[0]
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_old_and_new_name_together_are_a_problem(old: str, new: str) -> None:
+def test_an_old_and_a_new_name_together_are_a_problem(old: str, new: str) -> None:
     value = VALUES[old]
     section, name = old.split(".")
     both = {section: {name: value, new.split(".")[1]: value}}
@@ -72,13 +72,13 @@ def test_old_and_new_name_together_are_a_problem(old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_suggestions_know_old_names(old: str, new: str) -> None:
+def test_unknown_keys_close_to_old_names_get_suggestions(old: str, new: str) -> None:
     section, name = old.split(".")
     assert suggest_key(f"{section}.{name[:-1]}") == new
     assert suggest_key(f"optim.{name}") == new
 
 
-def test_keys_of_a_renamed_section_follow_it(warnings: list[str]) -> None:
+def test_keys_of_a_renamed_section_are_renamed_too(warnings: list[str]) -> None:
     config, problems = build_config({}, ["data.stream.copies_gb=5", "data.stream.shuffle_shards=3"])
     assert problems == [] and len(warnings) == 1
     assert (config.data.remote_shards.copies_gb, config.data.remote_shards.shuffle_shards) == (5.0, 3)
@@ -89,7 +89,7 @@ def test_keys_of_a_renamed_section_follow_it(warnings: list[str]) -> None:
     assert build_config({"data": {"stream": None}})[1] == []  # all its keys are commented out
 
 
-def test_settings_that_are_given_are_not_changed() -> None:
+def test_build_config_does_not_change_its_argument() -> None:
     given = {"data": {"check": "none", "stream": {}}}
     build_config(given, ["data.stream.copies_gb=5"])
     assert given == {"data": {"check": "none", "stream": {}}}
@@ -101,7 +101,7 @@ def test_only_the_first_rank_warns(monkeypatch: pytest.MonkeyPatch, warnings: li
 
 
 @pytest.mark.parametrize("old", RENAMED)
-def test_a_resume_reports_no_rename(old: str, tmp_path: Path, warnings: list[str]) -> None:
+def test_a_resume_does_not_report_renames(old: str, tmp_path: Path, warnings: list[str]) -> None:
     """Settings in a checkpoint of an earlier version: only values that differ are changes, under the current name."""
     config = Config.model_validate(nest(RENAMED[old], VALUES[old])).model_dump(mode="json")
     section, name = old.split(".")

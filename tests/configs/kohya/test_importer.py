@@ -88,7 +88,7 @@ accelerate launch --num_processes 4 --mixed_precision=fp16 ./sdxl_train_network.
   --sample_sampler k_euler_a \
   && echo --seed 3
 """
-SEED = """
+FIRST_TRAINER = """
 import os
 from ml_collections import ConfigDict
 from tools import captions
@@ -133,8 +133,6 @@ def get_config():
     config.save_max_n_models = 5
     return config
 """
-
-SGD = {"momentum": 0.8, "nesterov": True}
 
 
 def import_files(folder: Path, files: dict[str, str], *words: str) -> tuple[dict, str]:
@@ -189,7 +187,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "gradient_checkpointing": True,
             "attention": "xformers",
         },
-        # The dataset file's batch size 2 wins over 4; 10 epochs of 3200 samples in global batches of 2 x 8 x 2 ranks.
+        # The dataset file's batch size 2 overrides 4; 10 epochs of 3200 samples in global batches of 2 x 8 x 2 ranks.
         "train": {"max_steps": 1000, "global_batch_size": 32, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 500, "keep_last": 4, "export_dtype": "fp16"},  # of the last 1500 steps
     }
@@ -230,7 +228,7 @@ def test_a_command_line_of_kohya(tmp_path: Path) -> None:
 
 
 def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
-    settings, comment = import_files(tmp_path, {"config.py": SEED}, "--samples", "800")
+    settings, comment = import_files(tmp_path, {"config.py": FIRST_TRAINER}, "--samples", "800")
     assert settings["data"] == {
         "metadata": ["/data/a.json", "/data/b.json"],
         "image_dirs": ["/data/images"],
@@ -321,7 +319,7 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
     ],
 )
-def test_values_that_depend_on_others(tmp_path: Path, options: str, key: str, value: object) -> None:
+def test_conversion_of_single_options(tmp_path: Path, options: str, key: str, value: object) -> None:
     settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --seed 1 {options}"})
     section, name = key.split(".")
     assert settings.get(section, {}).get(name) == value
@@ -341,9 +339,9 @@ def test_the_same_images_at_several_resolutions(tmp_path: Path) -> None:
 def test_datasets_that_share_some_folders(tmp_path: Path) -> None:
     """A folder that is listed twice is used once, and every difference is reported."""
     first = "[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\nnum_repeats = 2\n"
-    regular = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
+    regularisation = "[[datasets.subsets]]\nimage_dir = '/r'\nis_reg = true\nnum_repeats = 7\n"
     second = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '/a/'\nnum_repeats = 3\n"
-    settings, comment = import_files(tmp_path, {"d.toml": first + regular + second})
+    settings, comment = import_files(tmp_path, {"d.toml": first + regularisation + second})
     data = settings["data"]
     assert (data["resolution_px"], data["image_dirs"], data["source_weights"]) == ([1024, 512], ["/a"], [2])
     assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
@@ -387,7 +385,7 @@ def test_built_in_options_are_not_reported_as_unsupported(tmp_path: Path, capsys
     assert capsys.readouterr().err.endswith(f"doctor.sh --cfg {tmp_path / 'x.yaml'}\n")
 
 
-def test_a_dataset_file_wins_over_folders_in_the_command(tmp_path: Path) -> None:
+def test_a_dataset_file_overrides_folders_in_the_command(tmp_path: Path) -> None:
     sets = "".join(
         f"[[datasets]]\nresolution = [1024, 1024]\n[[datasets.subsets]]\nimage_dir = '/{name}'\n" for name in "ab"
     )
@@ -411,9 +409,16 @@ def test_folders_with_repeats(tmp_path: Path) -> None:
 
 def test_commands_of_other_shells(tmp_path: Path) -> None:
     (tmp_path / "x.bat").write_text(
-        'accelerate launch sdxl_train.py ^\r\n  --output_dir="C:\\out\\new" ^\r\n  --seed=3\r\nREM --seed=4\r\n'
+        'accelerate launch sdxl_train.py ^\r\n  --output_dir="C:\\out\\new\\" ^\r\n  --seed=3\r\nREM --seed=4\r\n'
     )
-    assert read_command(tmp_path / "x.bat") == {"output_dir": "C:\\out\\new", "seed": 3}
+    assert read_command(tmp_path / "x.bat") == {"output_dir": "C:\\out\\new\\", "seed": 3}
+
+
+def test_comments_and_number_signs_in_quotes(tmp_path: Path) -> None:
+    (tmp_path / "x.sh").write_text(
+        "# it's a comment\nsdxl_train.py --caption_prefix 'a #1 photo, ' --output_name \"b # c\" # don't\n"
+    )
+    assert read_command(tmp_path / "x.sh") == {"caption_prefix": "a #1 photo, ", "output_name": "b # c"}
 
 
 def test_python_is_never_executed(tmp_path: Path) -> None:
@@ -422,7 +427,7 @@ def test_python_is_never_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("x.toml", "a = ", "is not valid TOML"),
         ("x.sh", "echo hello", "contains no options"),
@@ -432,10 +437,10 @@ def test_python_is_never_executed(tmp_path: Path) -> None:
         ("x.toml", 'dataset_config = "absent.toml"', "No such file"),
     ],
 )
-def test_files_that_cannot_be_read_are_reported(tmp_path: Path, name: str, text: str, said: str, capsys) -> None:
+def test_files_that_cannot_be_read_are_reported(tmp_path: Path, name: str, text: str, message: str, capsys) -> None:
     (tmp_path / name).write_text(text)
     assert main([str(tmp_path / name)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_frozen_unet_of_the_first_sdxl_trainer(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_missing_package_is_named():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_lrs": [1e-5] * 22}, "must hold 23 learning rates"),
+        ({"block_lrs": [1e-5] * 22}, "needs 23 learning rates"),
         ({"groups": [{"match": "a("}]}, "is not a regular expression"),
         ({"power": 2.0}, "has no effect: optim.schedule is constant; set that to polynomial"),
         ({"schedule": "cosine", "num_cycles": 2}, "has no effect"),
