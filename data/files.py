@@ -19,31 +19,31 @@ from loguru import logger
 
 T = TypeVar("T")
 
-# Errors of a network file system that may pass. A missing or forbidden file stays so.
-PASSING_ERRORS = {
+# Errors of a network file system that a retry may cure. A missing or forbidden file is not among them.
+TRANSIENT_ERRORS = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO),
     *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
 }
 WAITS_SECONDS = (0.5, 2.0)
 
 
-def read_patiently(read: Callable[[], T], what: Path | str, before_retry: Callable[[], None] | None = None) -> T:
-    """Return the result of `read()`, called again after a wait if storage fails in a way that may pass.
+def read_with_retries(read: Callable[[], T], name: Path | str, before_retry: Callable[[], None] | None = None) -> T:
+    """Return the result of `read()`. After a transient error of the storage, call `read` again.
 
     Args:
-        what: name of the file, for the warning.
+        name: name of the file, for the warning.
         before_retry: called before each further attempt, to release what the failed one left.
 
     Raises:
-        OSError: the error of the last attempt, or one that will not pass.
+        OSError: the error of the last attempt, or a permanent error.
     """
     for wait_seconds in WAITS_SECONDS:
         try:
             return read()
         except OSError as error:
-            if error.errno not in PASSING_ERRORS:
+            if error.errno not in TRANSIENT_ERRORS:
                 raise
-            logger.warning("{}: {}; read again in {:g} s", what, error.strerror, wait_seconds)
+            logger.warning("{}: {}; read again in {:g} s", name, error.strerror, wait_seconds)
         time.sleep(wait_seconds)
         if before_retry is not None:
             before_retry()

@@ -29,7 +29,7 @@ from sdxl_trainer.cache.models.single_file_names import (
     get_canonical_name,
 )
 from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
-from sdxl_trainer.data.files import read_patiently
+from sdxl_trainer.data.files import read_with_retries
 
 HASH_KEY = "modelspec.hash_sha256"
 MARKS = ("v_pred", "ztsnr")  # empty tensors by whose presence ComfyUI recognises the prediction type
@@ -131,7 +131,7 @@ def build_component(
     def load() -> None:
         load_component(module, path, component, config, text_projection=text_projection)
 
-    read_patiently(load, Path(path))
+    read_with_retries(load, Path(path))
     return module
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdxl_trainer.data.files import read_patiently
+from sdxl_trainer.data.files import read_with_retries
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, parse_latents
 from sdxl_trainer.data.formats.shards import OpenFile, OpenShards
 from sdxl_trainer.data.images.bucket import Size
@@ -77,7 +77,7 @@ class LatentStore:
             return OpenFile(path).read()
 
         try:
-            return parse_latents(read_patiently(read, path, before_retry=lambda: self._shards.forget(path)), bucket)
+            return parse_latents(read_with_retries(read, path, before_retry=lambda: self._shards.forget(path)), bucket)
         except OSError as error:
             return BadLatentError(f"{path}: cannot be read: {error.strerror}")
         except BadLatentError as error:

@@ -1,8 +1,8 @@
 """Objects on stores that fsspec opens (`s3://`, `gs://`, `https://`, ...): list them, describe them, read byte ranges.
 
-Credentials and endpoints are found by fsspec's own means: the back end's environment variables and files, `FSSPEC_...`
-variables, and `~/.config/fsspec`. Errors that may pass (a dropped connection, a busy server) are retried after growing
-waits. An error that remains is no fault of a sample: it ends the job, whose state is saved.
+fsspec itself finds credentials and endpoints: in environment variables and files of the back end, in `FSSPEC_...`
+variables, and in `~/.config/fsspec`. Transient errors (a dropped connection, a busy server) are retried after growing
+waits. An error that remains is not a fault of a sample: it ends the job, whose state is saved.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from fsspec.registry import known_implementations
 
 from sdxl_trainer.data.files import SeekableBytes
 
-ATTEMPTS, FEW_ATTEMPTS = 8, 3
+ATTEMPTS, DESCRIBE_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
-PATIENCE_SECONDS = 60.0  # no attempt begins later: the back ends' own retries take long
+RETRY_LIMIT_SECONDS = 60.0  # retries end after this time, because the back ends' own retries take long, too
 NUM_THREADS = 32
-MANY = 32  # from this many objects on, folders are listed instead of describing each object
+MIN_OBJECTS_TO_LIST = 32  # for fewer objects, each one is described without a listing of its folder
 VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
-# Errors of libraries that may not be installed. A library that is not loaded cannot have raised one.
+# Errors of libraries that may not be installed. A library that is not loaded cannot have raised an error.
 FOREIGN_ERRORS = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
@@ -38,7 +38,7 @@ FOREIGN_ERRORS = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("requests.exceptions", "RequestException"),
 )
-LASTING_ERRORS = {
+PERMANENT_ERRORS = {
     "NoCredentialsError",
     "PartialCredentialsError",
     "ProfileNotFound",
@@ -60,7 +60,7 @@ class StoreError(RuntimeError):
 
 
 class NoRangesError(StoreError):
-    """A server that sends whole files only."""
+    """A server that sends only whole files."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StoredObject:
 
     url: str
     size: int
-    version: str  # differs from that of an earlier object of the same name
+    version: str  # differs from the version of an earlier object with this URL
 
 
 def is_remote(name: str | Path) -> bool:
@@ -78,7 +78,7 @@ def is_remote(name: str | Path) -> bool:
 
 
 def open_store(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URL, and the path in it.
+    """Return fsspec's file system for a URL, and the path in it.
 
     Raises:
         StoreError: the protocol is unknown, or its package is not installed.
@@ -110,27 +110,27 @@ def describe_objects(urls: Sequence[str]) -> list[StoredObject | FileNotFoundErr
     """Return the size and version of each object, or the error if it does not exist.
 
     Raises:
-        StoreError: the store does not answer, or refuses.
+        StoreError: the store does not answer, or denies access.
     """
-    for folder in {url.rpartition("/")[0] for url in urls} if len(urls) >= MANY else ():
-        _list_folder(folder)  # fsspec caches the listing; without one each object costs a request
+    for folder in {url.rpartition("/")[0] for url in urls} if len(urls) >= MIN_OBJECTS_TO_LIST else ():
+        _list_folder(folder)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(_describe_object, urls))
 
 
 def read_spans(spans: Sequence[RemoteSpan], attempts: int = ATTEMPTS) -> list[bytes | FileNotFoundError]:
-    """Read all spans concurrently; the bytes of a span are fewer where its object ends before.
+    """Read all spans concurrently. The bytes of a span are fewer if its object ends before the span.
 
     Raises:
-        StoreError: a store refuses, or does not answer any of the attempts.
+        StoreError: a store denies access, or does not answer any of the attempts.
     """
     results: list[Any] = [None] * len(spans)
-    left = list(range(len(spans)))
+    pending = list(range(len(spans)))
     for _ in _iterate_attempts(attempts):
-        for number, result in zip(left, _read_once([spans[number] for number in left]), strict=True):
+        for number, result in zip(pending, _read_once([spans[number] for number in pending]), strict=True):
             results[number] = result
-        left = [number for number in left if isinstance(results[number], Exception) and _may_pass(results[number])]
-        if not left:
+        pending = [number for number in pending if _is_transient(results[number])]
+        if not pending:
             break
     for (url, offset, _), result in zip(spans, results, strict=True):
         if isinstance(result, NoRangesError):
@@ -145,7 +145,7 @@ def download(url: str, target: Path) -> None:
 
     Raises:
         FileNotFoundError: the object does not exist.
-        StoreError: the store refuses, does not answer any of the attempts, or sends another number of bytes.
+        StoreError: the store denies access, does not answer any of the attempts, or sends another number of bytes.
     """
     [item] = describe_objects([url])
     if isinstance(item, FileNotFoundError):
@@ -155,18 +155,18 @@ def download(url: str, target: Path) -> None:
     try:
         _call_with_retries(url, ATTEMPTS, lambda: store.get_file(path, str(temporary)))
         if (size := temporary.stat().st_size) != item.size:
-            raise StoreError(f"{url}: {size} of {item.size} bytes were received")
+            raise StoreError(f"{url}: received {size} of {item.size} bytes")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class RemoteFile(SeekableBytes):
-    """An object as a file to read and seek in. It reads windows around the place of a read, and keeps the latest ones.
+    """File object over a remote object. It reads windows around the position of a read, and keeps the latest windows.
 
     Args:
-        before: bytes of a window before the place.
-        after: bytes of a window from the place on.
+        before: bytes of a window before the position.
+        after: bytes of a window from the position on.
     """
 
     MAX_WINDOWS = 4
@@ -228,32 +228,32 @@ def _read_once(spans: Sequence[RemoteSpan]) -> list[Any]:
 
 
 def _verify_answer(result: Any, span: RemoteSpan) -> Any:
-    """Return a store's answer to a span, or an error if it is a whole file."""
+    """Return a store's answer to a span, b"" if the object ends before the span, or an error for a whole file."""
     if isinstance(result, Exception) and re.search("range.*not satisfiable|\\b416\\b", str(result), re.I):
-        return b""  # the object ends before the span
+        return b""
     if not isinstance(result, Exception) and len(result) > span.size:
-        return NoRangesError(f"{span.url}: the server sends whole files only; set data.remote_shards.shuffle_shards")
+        return NoRangesError(f"{span.url}: the server sends only whole files; set data.remote_shards.shuffle_shards")
     return result
 
 
 def _describe_object(url: str) -> StoredObject | FileNotFoundError:
     store, path = open_store(url)
     try:
-        fields = _call_with_retries(url, FEW_ATTEMPTS, lambda: store.info(path))
+        fields = _call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: store.info(path))
     except FileNotFoundError as error:
         return error
     if fields.get("type", "file") != "file" or fields.get("size") is None:
-        return FileNotFoundError(errno.ENOENT, "is no file, or its size is unknown", url)
+        return FileNotFoundError(errno.ENOENT, "not a file, or its size is unknown", url)
     version = "|".join(str(fields[name]) for name in VERSION_FIELDS if fields.get(name) is not None)
     return StoredObject(url, int(fields["size"]), f"{fields['size']}|{version}")
 
 
 def _call_with_retries(url: str, attempts: int, call: Callable[[], Any]) -> Any:
-    """Return the result of a call to a store, repeated while its error may pass.
+    """Call a store and return the result. Repeat the call after a transient error.
 
     Raises:
         FileNotFoundError: the object does not exist.
-        StoreError: the store refuses, or does not answer any of the attempts.
+        StoreError: the store denies access, or does not answer any of the attempts.
     """
     failure: Exception | None = None
     for _ in _iterate_attempts(attempts):
@@ -263,24 +263,25 @@ def _call_with_retries(url: str, attempts: int, call: Callable[[], Any]) -> Any:
             raise
         except _list_error_classes() as error:
             failure = error
-            if not _may_pass(error):
+            if not _is_transient(error):
                 break
     assert failure is not None, "at least one attempt was made"
     raise StoreError(f"{url}: {_describe(failure)}") from failure
 
 
 def _iterate_attempts(attempts: int) -> Iterator[int]:
-    """Yield the numbers of attempts, each after a wait, until PATIENCE_SECONDS are over."""
+    """Yield the number of each attempt. Wait before all but the first, and end after RETRY_LIMIT_SECONDS."""
     started = time.monotonic()
     for attempt in range(attempts):
         if attempt:
             time.sleep(_choose_wait(attempt))
         yield attempt
-        if time.monotonic() - started > PATIENCE_SECONDS:
+        if time.monotonic() - started > RETRY_LIMIT_SECONDS:
             return
 
 
 def _list_folder(folder: str) -> None:
+    """List a folder, so that fsspec caches the size and version of all its objects in one request. Ignore errors."""
     store, path = open_store(folder)
     try:
         store.ls(path, detail=True)
@@ -288,12 +289,16 @@ def _list_folder(folder: str) -> None:
         return
 
 
-def _may_pass(error: Exception) -> bool:
-    """Return whether a retry may succeed."""
-    status = getattr(error, "status", 0) or getattr(error, "code", 0)
-    lasting = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, StoreError))
-    lasting |= any(base.__name__ in LASTING_ERRORS for base in type(error).__mro__)
-    return not lasting and not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
+def _is_transient(result: Any) -> bool:
+    """Return whether a store's answer is an error that a retry may cure."""
+    if not isinstance(result, Exception):
+        return False
+    if isinstance(result, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, StoreError)):
+        return False
+    if any(base.__name__ in PERMANENT_ERRORS for base in type(result).__mro__):
+        return False
+    status = getattr(result, "status", 0) or getattr(result, "code", 0)
+    return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
 
 
 def _list_error_classes() -> tuple[type[Exception], ...]:
@@ -308,5 +313,5 @@ def _describe(error: Exception) -> str:
 
 
 def _choose_wait(attempt: int) -> float:
-    """Return the seconds before an attempt: doubled each time, and randomised so that ranks do not retry together."""
+    """Return the seconds before an attempt: doubled each time, and random, so that ranks do not retry together."""
     return min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)

@@ -1,6 +1,6 @@
-"""Local files for metadata sources on stores: a catalogue for each shard, a copy of any other file.
+"""Local files for metadata sources on stores: a catalogue for each shard, and a copy of any other file.
 
-They lie beside the index and are named after the object and its version, so that only changed objects are read again.
+They lie beside the index. Their names hold the object's version, so that only changed objects are read again.
 """
 
 import hashlib
@@ -46,15 +46,15 @@ class LocalSources:
 
 
 def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
-    """Return local files for sources: a path itself, and for a URL its catalogue or copy, fetched unless it exists.
+    """Return the local file of each source: a path itself, or the catalogue or copy of a URL. Fetch missing files.
 
     Args:
-        folder: of the indexes; the files lie in its folder `remote/`.
+        folder: folder of the indexes. The files lie in its subfolder `remote/`.
 
     Raises:
         FileNotFoundError: an object does not exist.
         StoreError: a store cannot be read.
-        BadShardError: a shard is torn, or no tar.
+        BadShardError: a shard is torn, or not a tar.
     """
     urls = [str(name) for name in names if is_remote(name)]
     items = describe_objects(urls)
@@ -62,7 +62,7 @@ def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
         if isinstance(item, FileNotFoundError):
             raise item
     described = [item for item in items if isinstance(item, StoredObject)]
-    targets = {item.url: folder / FOLDER / _choose_name(item) for item in described}
+    targets = {item.url: folder / FOLDER / _build_file_name(item) for item in described}
     missing = [item for item in described if not targets[item.url].is_file()]
     if missing:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def show_urls_in_errors(sources: Sequence[LocalSources]) -> Iterator[None]:
     """Replace local files by their URLs in the messages of errors raised in the block.
 
     Raises:
-        ValueError: the error with the other message.
+        ValueError: the error, with URLs in its message.
     """
     try:
         yield
@@ -102,7 +102,7 @@ def find_latent_header(folder: Path, url: str, offset: int) -> LatentHeader:
     Raises:
         BadLatentError: the latents are bad, or the shard has no catalogue.
     """
-    header = _load_headers(folder, url).get(offset, "is in no catalogue")
+    header = _load_headers(folder, url).get(offset, "is not in the catalogue of its shard")
     if isinstance(header, str):
         raise BadLatentError(header)
     return header
@@ -113,14 +113,14 @@ def find_catalogue(folder: Path, url: str) -> Path | None:
     """Find the latest catalogue of a remote shard. Its name contains the shard's version.
 
     Args:
-        folder: of the indexes.
+        folder: folder of the indexes.
     """
     files = (folder / FOLDER).glob(f"{_hash(url)}-*{CATALOGUE_SUFFIX}")
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
 def name_shard_version(folder: Path, url: str) -> str:
-    """Return a file name's stem for the version of a remote shard that the index was built from."""
+    """Return a file stem that identifies the version of a remote shard that the index was built from."""
     file = find_catalogue(folder, url)
     return file.stem if file else _hash(url)
 
@@ -139,8 +139,8 @@ def _fetch_source(item: StoredObject, target: Path) -> None:
         _write_catalogue(item, target)
     else:
         download(item.url, target)
-    for file in target.parent.glob(f"{_hash(item.url)}-*"):  # of earlier versions
-        if file != target:
+    for file in target.parent.glob(f"{_hash(item.url)}-*"):
+        if file != target:  # an earlier version
             file.unlink(missing_ok=True)
 
 
@@ -159,7 +159,7 @@ def _write_catalogue(item: StoredObject, target: Path) -> None:
     save_catalogue(target, item.url, samples)
 
 
-def _choose_name(item: StoredObject) -> str:
+def _build_file_name(item: StoredObject) -> str:
     suffix = Path(item.url.partition("?")[0]).suffix.lower()
     suffix = CATALOGUE_SUFFIX if suffix == SHARD_SUFFIX else suffix
     return f"{_hash(item.url)}-{_hash(item.version)}{suffix}"

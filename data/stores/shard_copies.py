@@ -1,7 +1,7 @@
 """Local copies of remote shards: of single samples as they are read, or of whole shards.
 
-Single samples are written at their offset in the shard, into a sparse file; the npz's checksums show whether one is
-there. All ranks of a node share the folder. When it is full, the least recently used copies are deleted.
+Single samples are written into a sparse file at their offset in the shard. The checksums of an npz show whether the
+file holds the sample. All ranks of a node share the folder. If it is full, the least recently used copies are deleted.
 """
 
 import os
@@ -17,15 +17,15 @@ from sdxl_trainer.data.formats.shards import OpenFile
 from sdxl_trainer.data.stores.remote import download
 from sdxl_trainer.data.stores.remote_sources import name_shard_version
 
-WHOLE, HOLES = ".tar", ".holes"
-KEPT_BETWEEN_CLEANUPS = 1000  # samples
+WHOLE_SUFFIX, SPARSE_SUFFIX = ".tar", ".holes"
+SAMPLES_PER_CLEANUP = 1000
 
 
 def open_copies(settings: RemoteShardsConfig, index_folder: Path) -> "ShardCopies | None":
     """Open the folder of copies, or return None if the settings ask for none.
 
     Args:
-        index_folder: in the cache folder.
+        index_folder: folder of the indexes, in the cache folder.
     """
     folder = settings.copies_dir or (index_folder.parent / "copies" if settings.shuffle_shards else None)
     if folder is None:
@@ -37,50 +37,50 @@ class ShardCopies:
     """Copies of remote shards in a folder.
 
     Args:
-        limit_bytes: most bytes that the folder may take on disk.
-        name: returns a file name's stem for the version of a shard, given its URL.
+        limit_bytes: maximum number of bytes that the folder may take on disk.
+        name_version: returns a file stem that identifies the version of a shard, given its URL.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, name: Callable[[str], str]):
+    def __init__(self, folder: Path, limit_bytes: int, name_version: Callable[[str], str]):
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._name = name
+        self._name_version = name_version
         self._num_kept = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, url: str, offset: int, size: int) -> memoryview | None:
-        """Return the bytes of a copy at an offset, zeros in a hole; None if there is no copy."""
-        for suffix in (WHOLE, HOLES):
+        """Return the bytes of a copy at an offset, with zeros in holes; None if there is no copy."""
+        for suffix in (WHOLE_SUFFIX, SPARSE_SUFFIX):
             with suppress(FileNotFoundError):
                 return OpenFile(self._get_path(url, suffix)).read(offset, size)
         return None
 
     def keep(self, url: str, offset: int, content: bytes) -> None:
         """Write one sample into the sparse copy of its shard."""
-        if self._num_kept % KEPT_BETWEEN_CLEANUPS == 0:
+        if self._num_kept % SAMPLES_PER_CLEANUP == 0:
             self._clean_up()
         self._num_kept += 1
-        descriptor = os.open(self._get_path(url, HOLES), os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(self._get_path(url, SPARSE_SUFFIX), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(descriptor, content, offset)
         finally:
             os.close(descriptor)
 
     def has(self, url: str) -> bool:
-        """Return whether the whole shard has been copied."""
-        return self._get_path(url, WHOLE).exists()
+        """Return whether a copy of the whole shard exists."""
+        return self._get_path(url, WHOLE_SUFFIX).exists()
 
     def fetch(self, url: str, wait: bool = True) -> None:
-        """Copy a whole shard, unless it has been copied. One process copies it.
+        """Copy a whole shard unless a copy exists. Only one process at a time copies a shard.
 
         Args:
-            wait: wait while another process copies it; False returns at once.
+            wait: wait while another process copies the shard; False returns at once.
 
         Raises:
             FileNotFoundError: the shard no longer exists.
             StoreError: the store does not answer.
         """
-        path = self._get_path(url, WHOLE)
+        path = self._get_path(url, WHOLE_SUFFIX)
         if path.exists():
             os.utime(path)
             return
@@ -89,24 +89,25 @@ class ShardCopies:
                 if not path.exists():
                     self._clean_up()
                     download(url, path)
-                    self._get_path(url, HOLES).unlink(missing_ok=True)
+                    self._get_path(url, SPARSE_SUFFIX).unlink(missing_ok=True)
         except Timeout:
             return
 
     def _get_path(self, url: str, suffix: str) -> Path:
-        return self._folder / (self._name(url) + suffix)
+        return self._folder / (self._name_version(url) + suffix)
 
     def _clean_up(self) -> None:
-        """Delete the least recently used copies until there is room for one more of the largest."""
+        """Delete the least recently used copies until there is room for one more copy of the largest size."""
         files = []
-        for entry in os.scandir(self._folder):
-            with suppress(FileNotFoundError):  # another rank cleans up too
-                status = entry.stat()
-                files.append((status.st_mtime_ns, status.st_blocks * 512, entry))
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # another rank may clean up, too
+                    status = entry.stat()
+                    files.append((status.st_mtime_ns, status.st_blocks * 512, entry))
         excess = sum(size for _, size, _ in files) + max((size for _, size, _ in files), default=0) - self._limit_bytes
         for _, size, entry in sorted(files, key=lambda file: file[0]):
             if excess <= 0:
                 break
-            if entry.name.endswith((WHOLE, HOLES)):
+            if entry.name.endswith((WHOLE_SUFFIX, SPARSE_SUFFIX)):
                 Path(entry.path).unlink(missing_ok=True)
                 excess -= size

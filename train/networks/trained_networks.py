@@ -10,7 +10,7 @@ from sdxl_trainer.cache.models.single_file import build_component
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.data.files import read_patiently
+from sdxl_trainer.data.files import read_with_retries
 from sdxl_trainer.train.networks.conditioning import TextEmbeddings, TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -82,7 +82,7 @@ def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | 
     unet: Any  # diffusers annotates from_pretrained with a union that it never returns
     if source.file is None:
         load = partial(UNet2DConditionModel.from_pretrained, subfolder="unet", use_safetensors=True)
-        unet = read_patiently(lambda: load(source.folder), source.folder)
+        unet = read_with_retries(lambda: load(source.folder), source.folder)
     else:
         settings = source.read_config("unet")
         build = partial(UNet2DConditionModel.from_config, settings)

@@ -1,4 +1,4 @@
-"""Shards and metadata on an S3 server on loopback give the very batches that local files give, and faults are named."""
+"""Shards and metadata on an S3 server on loopback give the same batches as local files, and faults are named."""
 
 import io
 import json
@@ -45,14 +45,14 @@ NUM_SHARDS, PER_SHARD = 3, 8
 
 @pytest.fixture(scope="module")
 def server():
-    """An S3 server; its address and made-up credentials are where s3fs looks for them."""
+    """Run an S3 server, set the variables that s3fs reads its address and credentials from, and yield the address."""
     settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
     running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     settings["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*running.get_host_and_port())
     before = dict(os.environ)
     os.environ.update(settings)
-    forkserver._forkserver._stop()  # loader workers have the environment of when it started
+    forkserver._forkserver._stop()  # a fork server that runs already would start workers without these variables
     yield settings["AWS_ENDPOINT_URL"]
     running.stop()
     os.environ.clear()
@@ -112,12 +112,25 @@ def read_epoch(dataset: LatentDataset, num_workers: int = 0, size: int = 2) -> l
     return [next(batches) for _ in range(plan.num_batches(0))]
 
 
-def assert_same(one: list[MicroBatch], other: list[MicroBatch]) -> None:
-    assert len(one) == len(other) > 0
-    for left, right in zip(one, other, strict=True):
+def assert_same(expected: list[MicroBatch], found: list[MicroBatch]) -> None:
+    assert len(expected) == len(found) > 0
+    for left, right in zip(expected, found, strict=True):
         for name, value in vars(left).items():
-            found = getattr(right, name)
-            assert torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found, name
+            other = getattr(right, name)
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+
+
+def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[remote.RemoteSpan]:
+    """Return a list that records the spans that are read from the store from now on."""
+    reads: list[remote.RemoteSpan] = []
+    read_once = remote._read_once
+
+    def record(spans: list[remote.RemoteSpan]) -> list:
+        reads.extend(spans)
+        return read_once(spans)
+
+    monkeypatch.setattr(remote, "_read_once", record)
+    return reads
 
 
 def make_copies(cache: Path, folder: Path, limit_bytes: int = 1 << 30) -> ShardCopies:
@@ -131,13 +144,12 @@ def test_shards_on_a_store_give_the_batches_of_local_ones(tmp_path, shards, stor
     dataset = build_dataset(tmp_path / "b", index)
     assert_same(local, read_epoch(dataset))
     assert sorted(row for batch in local for row in batch.rows.tolist()) == list(range(NUM_SHARDS * PER_SHARD))
-    assert_same(local, read_epoch(dataset, num_workers=1))  # spawned: it finds the store by itself
+    assert_same(local, read_epoch(dataset, num_workers=1))  # a worker process opens the store itself
     everything = open_index(tmp_path / "b", "s3://bucket/set/*.tar")
     assert everything.arrow_column("key").to_pylist() == index.arrow_column("key").to_pylist()
 
 
-def test_the_index_reads_little_of_the_shards_and_only_once(tmp_path, store, monkeypatch):
-    """The latents are not read for it."""
+def test_the_index_reads_headers_but_no_latents_and_only_once(tmp_path, store, monkeypatch):
     latents = np.ones((4, 128, 128), np.float32)
     writer = ShardWriter(tmp_path / "big.tar")
     for item in range(6):
@@ -145,21 +157,20 @@ def test_the_index_reads_little_of_the_shards_and_only_once(tmp_path, store, mon
         writer.append(f"k{item}", orjson.dumps({"caption": "c" * 1500}), npz)
     writer.close()
     store.put_file(str(writer.path), "bucket/one/big.tar")
-    read, once = [], remote._read_once
-    monkeypatch.setattr(remote, "_read_once", lambda spans: (read.extend(spans), once(spans))[1])
+    reads = record_reads(monkeypatch)
     index = open_index(tmp_path / "cache", "s3://bucket/one/big.tar")
     assert len(index) == 6 and index.row(5)["original_width"] == 1024
-    assert len(read) <= 2 * 6 + 2
-    assert sum(size for _, _, size in read) < 0.1 * writer.path.stat().st_size
-    read.clear()
+    assert len(reads) <= 2 * 6 + 2
+    assert sum(span.size for span in reads) < 0.1 * writer.path.stat().st_size
+    reads.clear()
     (tmp_path / "m.jsonl").write_text('{"key": "k0", "caption": "another"}\n')
     again = open_index(tmp_path / "cache", "s3://bucket/one/big.tar", tmp_path / "m.jsonl")
-    assert again.record(0)["caption"] == "another" and read == []
-    # Another object under the name is noticed, and read.
+    assert again.record(0)["caption"] == "another" and reads == []
+    # An object that has been replaced is read again.
     store.pipe_file("bucket/one/big.tar", (tmp_path / "big.tar").read_bytes().replace(b"cc", b"dd"))
     store.invalidate_cache()
     changed = open_index(tmp_path / "cache", "s3://bucket/one/big.tar")
-    assert changed.record(5)["caption"].startswith("dd") and read
+    assert changed.record(5)["caption"].startswith("dd") and reads
 
 
 def test_metadata_on_a_store(tmp_path, store):
@@ -182,35 +193,33 @@ def test_metadata_on_a_store(tmp_path, store):
         open_record_index(tmp_path, ["s3://bucket/meta/bad.jsonl"], [])
 
 
-def check(tmp_path: Path, *metadata: str) -> list[Problem]:
+def list_problems(tmp_path: Path, *metadata: str) -> list[Problem]:
     data = {"metadata": list(metadata), "max_bad_fraction": 1.0}
     config = Config.model_validate({"data": data, "cache": {"dir": str(tmp_path / "cache")}})
     return open_checked_records(config)[1]
 
 
-def test_what_is_not_there_is_named_before_the_start(tmp_path, shards, store, monkeypatch):
-    [problem] = check(tmp_path, "s3://bucket/set/s-{0..3}.tar")
-    assert (
-        problem.key == "data.metadata.0"
-        and "names 1 files that do not exist, the first is s3://bucket/set/s-3.tar" in problem.rule
-    )
-    [problem] = check(tmp_path, "s3://no-such-bucket/s-0.tar")
+def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shards, store):
+    [problem] = list_problems(tmp_path, "s3://bucket/set/s-{0..3}.tar")
+    assert problem.key == "data.metadata.0"
+    assert "names 1 files that do not exist, the first is s3://bucket/set/s-3.tar" in problem.rule
+    [problem] = list_problems(tmp_path, "s3://no-such-bucket/s-0.tar")
     assert "cannot be found: The specified bucket does not exist" in problem.rule
-    [problem] = check(tmp_path, "s3://bucket/nothing/*.tar")
+    [problem] = list_problems(tmp_path, "s3://bucket/nothing/*.tar")
     assert "s3://bucket/nothing/*.tar" in str(problem) and "cannot be found" in problem.rule
-    [problem] = check(tmp_path, "gs://bucket/s-0.tar")
+    [problem] = list_problems(tmp_path, "gs://bucket/s-0.tar")
     assert "gs:// needs a package that is not installed: Please install gcsfs" in problem.rule
-    [problem] = check(tmp_path, "tape://x/y.tar")
+    [problem] = list_problems(tmp_path, "tape://x/y.tar")
     assert "Protocol not known: tape" in problem.rule
     config = Config.model_validate({"data": {"metadata": ["s3://bucket/set/s-0.tar"]}})
     [problem] = open_checked_records(config)[1]
     assert problem.key == "cache.dir"
     store.pipe_file("bucket/bad/cut.tar", (shards / "s-0.tar").read_bytes()[:9000])
-    [problem] = check(tmp_path, "s3://bucket/bad/cut.tar")
+    [problem] = list_problems(tmp_path, "s3://bucket/bad/cut.tar")
     assert "s3://bucket/bad/cut.tar: " in problem.rule and "unexpected end of data" in problem.rule
 
 
-def test_a_store_that_cannot_be_reached_ends_the_job_and_no_sample(tmp_path, shards, store, monkeypatch):
+def test_an_unreachable_store_ends_the_job_and_makes_no_sample_bad(tmp_path, shards, store, monkeypatch):
     index = open_index(tmp_path, "s3://bucket/set/s-0.tar")
     dataset = build_dataset(tmp_path, index)
     whole = read_epoch(dataset)
@@ -249,14 +258,15 @@ def test_shards_that_change_while_training_make_bad_samples(tmp_path, shards, st
     store.rm("bucket/gone/a.tar")
     batches = read_epoch(dataset)
     bad = [item for batch in batches for item in batch.bad]
-    assert sorted(key for key, _ in bad) == keys[:PER_SHARD] and all("key does not exist" in said for _, said in bad)
+    assert sorted(key for key, _ in bad) == keys[:PER_SHARD]
+    assert all("key does not exist" in reason for _, reason in bad)
     assert sum(batch.weights.sum().item() for batch in batches) == len(index) - len(bad)
 
 
-def test_full_checking_reads_from_the_store(tmp_path, shards, store):
+def test_full_verification_reads_from_the_store(tmp_path, shards, store):
     content = bytearray((shards / "s-2.tar").read_bytes())
-    place = open_index(tmp_path, shards / "s-2.tar").row(3)
-    content[place["offset"] + 500] ^= 1
+    row = open_index(tmp_path, shards / "s-2.tar").row(3)
+    content[row["offset"] + 500] ^= 1
     store.pipe_file("bucket/flipped/x.tar", bytes(content))
     data = {"metadata": ["s3://bucket/flipped/x.tar"], "verify_latents": "full", "max_bad_fraction": 0.5}
     settings = {"run": {"name": "r", "dir": str(tmp_path)}, "data": data, "cache": {"dir": str(tmp_path / "cache")}}
@@ -275,23 +285,22 @@ def test_copies_are_read_instead_of_the_store(tmp_path, shards, store, monkeypat
     assert_same(plain, read_epoch(dataset))
     files = sorted((tmp_path / "copies").iterdir())
     assert len(files) == NUM_SHARDS
-    reads, once = [], remote._read_once
-    monkeypatch.setattr(remote, "_read_once", lambda spans: (reads.extend(spans), once(spans))[1])
+    reads = record_reads(monkeypatch)
     assert_same(plain, read_epoch(dataset))
     assert reads == []
     content = bytearray(files[0].read_bytes())
-    content[-700] ^= 1  # a torn copy is read anew
+    content[-700] ^= 1  # a damaged sample is read from the store again
     files[0].write_bytes(content)
     assert_same(plain, read_epoch(dataset))
     assert len(reads) == 1
     assert_same(plain, read_epoch(dataset))
     assert len(reads) == 1
     make_copies(tmp_path, tmp_path / "copies", limit_bytes=1).keep("s3://bucket/set/s-0.tar", 0, b"x")
-    assert len(list((tmp_path / "copies").iterdir())) == 1  # too little room: the others went
+    assert len(list((tmp_path / "copies").iterdir())) == 1  # too little room: the other copies are deleted
 
 
 def read_streamed(dataset: LatentDataset, num_epochs: int, rank: int = 0, ranks: int = 1, at: Position = START) -> dict:
-    """(key, epoch) of what each batch of the epochs holds for a rank, by position in its stream."""
+    """Return the (key, epoch) pairs of a rank's samples in each batch, by position in the stream."""
     plan = build_plan(dataset.index, 4, seed=1, shuffle_shards=1)
     specs = iterate_specs(plan, at, rank, ranks, 4 // ranks)
     keys, found, position = dataset.index.arrow_column("key").to_pylist(), {}, plan.skip_empty_epochs(at)
@@ -304,7 +313,7 @@ def read_streamed(dataset: LatentDataset, num_epochs: int, rank: int = 0, ranks:
     return found
 
 
-def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, store, monkeypatch):
+def test_streamed_shards_give_every_sample_once_an_epoch(tmp_path, shards, store, monkeypatch):
     index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
     dataset = build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies"))
     whole = read_streamed(dataset, 2)
@@ -313,9 +322,8 @@ def test_whole_shards_in_turn_give_every_sample_once_an_epoch(tmp_path, shards, 
     for future in dataset.store._running.values():
         future.result()
     assert len(list((tmp_path / "copies").glob("*.tar"))) == NUM_SHARDS
-    reads, once = [], remote._read_once
-    monkeypatch.setattr(remote, "_read_once", lambda spans: (reads.extend(spans), once(spans))[1])
-    for rank in (0, 1):  # the ranks' shares, in their order, are the batches of one rank
+    reads = record_reads(monkeypatch)
+    for rank in (0, 1):  # the batches of two ranks, joined, are the batches of one rank
         share = read_streamed(dataset, 2, rank, 2)
         assert {at: batch[2 * rank :][:2] for at, batch in whole.items()} == share
     middle = list(whole)[5]
@@ -329,7 +337,7 @@ def test_a_server_without_ranges_is_read_by_whole_shards(tmp_path, shards, store
 
     monkeypatch.setattr(remote, "_read_once", send_all)
     index = open_index(tmp_path, "s3://bucket/set/s-{0..2}.tar")
-    with pytest.raises(remote.NoRangesError, match="sends whole files only; set data.remote_shards.shuffle_shards"):
+    with pytest.raises(remote.NoRangesError, match="sends only whole files; set data.remote_shards.shuffle_shards"):
         read_epoch(build_dataset(tmp_path, index))
     streamed = read_streamed(build_dataset(tmp_path, index, make_copies(tmp_path, tmp_path / "copies")), 1)
     assert len({key for batch in streamed.values() for key, _ in batch}) == NUM_SHARDS * PER_SHARD
@@ -343,7 +351,7 @@ def test_too_little_room_for_copies_is_an_error_at_the_start(tmp_path, shards, s
     assert problem.key == "data.remote_shards.copies_gb" and "GB of two windows of" in problem.rule
 
 
-def test_a_file_window_reads_any_place(store):
+def test_a_remote_file_reads_at_any_position(store):
     content = bytes(range(256)) * 20
     store.pipe_file("bucket/window", content)
     [item] = remote.describe_objects(["s3://bucket/window"])

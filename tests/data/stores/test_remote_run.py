@@ -1,4 +1,4 @@
-"""A store that goes away in the middle of a run: tried again, then an error that names it, with the state saved."""
+"""A store that fails during a run: reads are retried, then an error names the object, and the state is saved."""
 
 import os
 import subprocess
@@ -21,12 +21,12 @@ from sdxl_trainer.train.checkpoint.folder import list_checkpoints, recover_parti
 from sdxl_trainer.train.checkpoint.state import TrainState  # noqa: E402
 from sdxl_trainer.train.report.metrics import read_metrics  # noqa: E402
 
-# The program as it is, but that its patience with a store ends after a second.
-IMPATIENT = """
+# The training program, but retries of a store end after one second.
+PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 from sdxl_trainer.data.stores import remote
-remote.FIRST_WAIT_SECONDS, remote.PATIENCE_SECONDS = 0.05, 1.0
+remote.FIRST_WAIT_SECONDS, remote.RETRY_LIMIT_SECONDS = 0.05, 1.0
 from sdxl_trainer.train.main import main
 from sdxl_trainer.launch.program import end_program
 end_program(main())
@@ -34,7 +34,7 @@ end_program(main())
 
 
 def make_shard(cached_folder: Path, path: Path) -> None:
-    """The latents of `cached_folder` with their captions as one shard."""
+    """Write the latents of `cached_folder` and their captions into one shard."""
     metadata = orjson.loads((cached_folder / "data" / "metadata.json").read_bytes())
     writer = ShardWriter(path)
     for entry in read_entries(cached_folder / "latents"):
@@ -44,13 +44,13 @@ def make_shard(cached_folder: Path, path: Path) -> None:
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, number: int) -> None:
-    """Until so many steps are logged, or the program has ended."""
+    """Wait until `number` steps are logged or the program has ended."""
     log = run / "logs" / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < number):
         time.sleep(0.05)
 
 
-def test_a_store_that_goes_away_ends_the_run_with_its_state_saved(cached_folder, tmp_path):
+def test_a_store_that_fails_ends_the_run_with_its_state_saved(cached_folder, tmp_path):
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
@@ -73,7 +73,7 @@ def test_a_store_that_goes_away_ends_the_run_with_its_state_saved(cached_folder,
         "sample.prompts=[]",
         "checkpoint.every_steps=0",
     )
-    command = [sys.executable, "-c", IMPATIENT, str(ROOT / "train"), "--cfg", str(cached_folder / "tiny.yaml"), *words]
+    command = [sys.executable, "-c", PROGRAM, str(ROOT / "train"), "--cfg", str(cached_folder / "tiny.yaml"), *words]
     environment = {**os.environ, **access, "AWS_ENDPOINT_URL": address, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "run"
     with open(tmp_path / "printed", "wb") as printed:
@@ -84,10 +84,10 @@ def test_a_store_that_goes_away_ends_the_run_with_its_state_saved(cached_folder,
             status = process.wait(120)
         finally:
             process.kill()
-    said = (tmp_path / "printed").read_text()
-    assert status == 1, said[-4000:]
-    assert "StoreError: s3://lost/a.tar at byte" in said and "shard of step" in said
+    output = (tmp_path / "printed").read_text()
+    assert status == 1, output[-4000:]
+    assert "StoreError: s3://lost/a.tar at byte" in output and "shard of step" in output
     recover_partial_checkpoints(run / "checkpoints")
     [folder] = list_checkpoints(run / "checkpoints")
     assert TrainState.load(folder).step == len(list(read_metrics(run / "logs" / "metrics.jsonl"))) >= 3
-    assert not (run / "logs" / "bad_samples.jsonl").exists()  # nothing is wrong with the samples
+    assert not (run / "logs" / "bad_samples.jsonl").exists()  # no sample is at fault
