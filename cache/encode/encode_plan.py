@@ -21,7 +21,7 @@ from sdxl_trainer.data.formats.shards import get_partial_path
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.masks import MaskFinder
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.index.missing_latents import choose_latent_file
+from sdxl_trainer.data.index.missing_latents import choose_output_file
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
@@ -246,7 +246,7 @@ class EncodePlanner:
         if text is not None:
             record = self._index.record_json(image.row)
             if not text.is_valid(record, self._find_text(image.known)):
-                file = choose_text_file(choose_latent_file(image.key, image.path, self._beside))
+                file = choose_text_file(choose_output_file(image.key, image.path, self._beside))
                 plan.texts.append(TextItem(refreshed or image.known, file, record))
                 plan.count_text(text.item_bytes)
                 return
@@ -267,7 +267,7 @@ class EncodePlanner:
         return WorkItem(
             key=image.key,
             image_path=image.path,
-            file=choose_latent_file(image.key, image.path, self._beside),
+            file=choose_output_file(image.key, image.path, self._beside),
             size=Size(width, height) if width > 0 else None,
             record=record,
             with_text=text_due,

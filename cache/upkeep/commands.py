@@ -27,7 +27,7 @@ from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, re
 from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
-from sdxl_trainer.data.index.missing_latents import choose_latent_file
+from sdxl_trainer.data.index.missing_latents import choose_output_file
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
@@ -148,7 +148,7 @@ def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
             entries,
             storage,
             manifest,
-            lambda entry: choose_latent_file(entry.key, entry.source_path, beside=config.cache.dir is None),
+            lambda entry: choose_output_file(entry.key, entry.source_path, beside=config.cache.dir is None),
             get_record,
         )
         manifest.close()

@@ -1,4 +1,4 @@
-"""The index: records in a memory-mapped Arrow file, and the samples that records and their latents are joined into.
+"""The index: memory-mapped Arrow files of all records, and of the samples that join records with their latents.
 
 Processes that open an index share its pages, and no Python object is kept for a row. The name of each file holds a
 fingerprint of the sources: if a source has changed, a new index is built; if not, the existing one is opened. A process
@@ -12,7 +12,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -44,7 +44,7 @@ from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_
 
 VERSION = 12  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
-KEPT_FILES = 3  # of each kind, besides those that are in use
+KEPT_FILES = 3  # indexes of each kind that are kept, besides those in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
 
 
@@ -76,11 +76,11 @@ class Index:
         return self.table.num_rows
 
     def __reduce__(self) -> tuple:
-        return (Index, (self.path,))  # a worker maps the file anew instead of receiving a copy
+        return (Index, (self.path,))  # a worker maps the file itself instead of receiving a copy
 
     def row(self, number: int) -> dict[str, Any]:
         """Return all columns of a row."""
-        # The columns of a group: a column of the whole table searches its hundreds of groups for each value.
+        # Read from the columns of one group: a column of the whole table searches hundreds of groups for each value.
         group = bisect_right(self._ends, number)
         at = number - (self._ends[group - 1] if group else 0)
         columns = zip(self._names, self._columns_of_group[group], strict=True)
@@ -91,7 +91,7 @@ class Index:
         return parse_record(self.row(number))
 
     def record_json(self, number: int) -> bytes:
-        """Return the whole record of a row as JSON, for files that are read without the index."""
+        """Return the whole record of a row as JSON, for files whose readers have no index."""
         return orjson.dumps(self.record(number))
 
     def column(self, name: str) -> np.ndarray:
@@ -103,7 +103,7 @@ class Index:
         return self.table.column(name)
 
     def group_by_shard(self) -> ShardGroups:
-        """Return which shard holds each row's latents. All npz files together count as the shard ""."""
+        """Group the rows by the shard that holds their latents. All npz files together count as the shard ""."""
         names = pc.call_function(
             "if_else", [self.arrow_column("offset").is_valid(), self.arrow_column("file"), pa.scalar("")]
         )
@@ -119,14 +119,14 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the index was built from, the end of its file's name."""
+        """Hash of the sources that the index was built from, the end of its file name."""
         return self.path.stem.rsplit("-", 1)[-1]
 
     def hash_rows(self) -> str:
         """Hash all keys and buckets in their order.
 
         They decide which sample a plan's row number means: a resumed run has the same order of batches as long as the
-        hash stays. The location of the data and all other columns have no influence.
+        hash stays the same. The location of the data and all other columns do not affect the hash.
         """
         digest = hashlib.sha256()
         for chunk in self.table.column("key").chunks:
@@ -166,8 +166,8 @@ def open_record_index(
     local = [fetch_sources(list_source_files([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
     images_hash, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
-    sources = files or sidecars  # with metadata, folders only say where images are
-    counts = [str(len(source.files)) for source in local]  # which files are one source
+    sources = files or sidecars  # with metadata, folders only serve to find images
+    counts = [str(len(source.files)) for source in local]
     words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     if not path.is_file():
@@ -183,9 +183,9 @@ def open_record_index(
 def open_sample_index(folder: Path, records: Index, selection: LatentSelection = ALL_LATENTS) -> Index:
     """Open the index of the samples of `records`, and build it first if it does not exist.
 
-    A sample is a record at one resolution with latents: those that the manifest of the cache at `folder` lists, and
-    those of other programs that lie beside the images or in `folder`. With `selection.encoding`, images without latents
-    are samples too. Rows are in the order of the records, one resolution after the other.
+    A sample is a record with latents at one resolution. The manifest of the cache at `folder` lists the latents, or
+    another program wrote them beside the images or into `folder`. With `selection.encoding`, images without latents are
+    samples, too. Rows are in the order of the records, one resolution after the other.
     """
     words = [records.fingerprint, str(folder.absolute()), repr(selection)]
     name = f"latents-{_fingerprint(list_manifest_parts(folder), words)}"
@@ -260,24 +260,25 @@ def _open(path: Path) -> Index:
 
 def _clean_up(path: Path) -> None:
     """Delete indexes of the same kind, except this one, those used last, and those that a process has open."""
-    files = list(path.parent.glob(f"{path.name.split('-', 1)[0]}-*.arrow"))
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-KEPT_FILES]:
-        with open(file, "rb") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            file.unlink(missing_ok=True)
+    times: dict[Path, int] = {}
+    for file in path.parent.glob(f"{path.name.split('-', 1)[0]}-*.arrow"):
+        with suppress(FileNotFoundError):  # another process may delete old indexes, too
+            times[file] = file.stat().st_mtime_ns
+    for file in sorted(times, key=times.__getitem__)[:-KEPT_FILES]:
+        # Either another process deleted the file, or one has it open.
+        with suppress(OSError), open(file, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
 
 
 def _hash_folder_times(folders: Sequence[str]) -> str:
-    """Hash the times of the folders that were searched for latents of other programs."""
+    """Hash the modification times of the folders that were searched for unlisted latents."""
     times = [os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0 for folder in folders]
     return hashlib.sha256(orjson.dumps([folders, times])).hexdigest()[:16]
 
 
 def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
-    """Hash `words`, and the paths, sizes and times of files."""
+    """Hash `words`, and the paths, sizes and modification times of files."""
     digest = hashlib.sha256(orjson.dumps([VERSION, words]))
     for file in files:
         status = os.stat(file)

@@ -1,7 +1,7 @@
-"""The join of records with their latents.
+"""Join records with their latents.
 
-Latents are looked for in this order: in the cache's manifest (listed_latents.py), as files or shards that no manifest
-lists (unlisted_latents.py), and, with `cache.on_missing: encode`, planned for images that have none
+The join searches for latents in this order: in the cache's manifest (listed_latents.py), then in files and shards that
+no manifest lists (unlisted_latents.py). With `cache.on_missing: encode` it plans latents for images that have none
 (missing_latents.py).
 """
 
@@ -17,6 +17,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.images.bucket import Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.listed_latents import open_listed_latents
@@ -29,6 +30,7 @@ from sdxl_trainer.data.index.schema import (
     BadSample,
     FoundLatents,
     build_found_batch,
+    fits_columns,
 )
 from sdxl_trainer.data.index.unlisted_latents import (
     LatentHeader,
@@ -47,9 +49,9 @@ MAX_BAD = 100_000  # bad samples that the summary lists
 class LatentSelection:
     """The latents that a run trains on."""
 
-    captioned_only: bool = False  # leave out records without a caption
+    captioned_only: bool = False  # skip records without a caption
     prefixes: tuple[str, ...] = ("",)  # of the keys of each resolution's latents
-    encoding: EncodingSettings | None = None  # for images without latents; None leaves them out
+    encoding: EncodingSettings | None = None  # for images without latents; None skips these images
 
 
 ALL_LATENTS = LatentSelection()
@@ -59,7 +61,7 @@ ALL_LATENTS = LatentSelection()
 class JoinSummary:
     """Counts and findings of a join. The index stores them, each field as JSON under its name."""
 
-    num_wanted: int  # samples looked for: the selected records at each resolution
+    num_wanted: int  # samples that should have latents: the selected records at each resolution
     num_unlisted: int  # samples whose latents no manifest lists
     num_uncached: int  # samples whose latents are encoded during training
     num_assumed_sizes: int  # samples whose original size is unknown and taken to be their bucket's
@@ -141,8 +143,8 @@ def iterate_sample_rows(
             rows = row_of_record[start : start + len(batch)]
             start += len(batch)
             has_latents = np.flatnonzero(rows >= 0)
-            some = batch if len(has_latents) == len(batch) else batch.take(pa.array(has_latents))
-            keys, *left = some.columns
+            joined_batch = batch if len(has_latents) == len(batch) else batch.take(pa.array(has_latents))
+            keys, *left = joined_batch.columns
             right = [column.take(pa.array(rows[has_latents])) for column in columns]
             yield pa.record_batch([add_prefix(prefix, keys), *left, *right], SAMPLE_SCHEMA)
             release_pages()
@@ -199,7 +201,7 @@ def _assign_rows(row_of_record: dict[str, np.ndarray], found: pa.Table, start: i
 def _describe_other_sizes(records: pa.Table, latents: pa.Table, row_of_record: dict[str, np.ndarray]) -> str:
     """Describe the records whose size contradicts their latents, or return "".
 
-    A record may also hold the bucket's size, as kohya's `train_resolution` does: that is no contradiction.
+    A record may hold the bucket's size instead, as kohya's `train_resolution` does. That is not a contradiction.
     """
     recorded, original, bucket = (
         np.stack([table.column(f"{name}{side}").to_numpy() for side in ("width", "height")])
@@ -216,18 +218,18 @@ def _describe_other_sizes(records: pa.Table, latents: pa.Table, row_of_record: d
         return ""
     number = len(np.unique(rows))  # a record counts once, at however many resolutions
     key, *sizes = records.column("key")[int(rows[0])], *recorded[:, rows[0]], *original[:, at[0]]
-    text = "{} records have another size than their images; the first is {} ({}x{} instead of {}x{})"
-    return text.format(number, key, *sizes)
+    text = "{} whose size is not that of the image; the first is {} ({}x{} instead of {}x{})"
+    return text.format(format_count(number, "record"), key, *sizes)
 
 
 class _Search:
     """Search for the latents of records that the manifest does not list.
 
     Attributes:
-        num_bad: samples that were found and cannot be used.
-        bad: the first MAX_BAD of them.
+        num_bad: samples whose latents or images were found but cannot be used.
+        bad: the first MAX_BAD bad samples.
         num_assumed_sizes: samples whose original size is unknown.
-        watched: folders in which latents were looked for.
+        watched: folders that were searched for latents.
     """
 
     def __init__(self, records: pa.Table, missing: dict[str, np.ndarray]):
@@ -241,14 +243,14 @@ class _Search:
         self.watched: set[str] = set()
 
     def iterate_unlisted(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
-        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. Records with bad files are not encoded."""
+        """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. No latents are planned for bad files."""
         locations = chain.from_iterable(
             find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix)
             for prefix, rows in self._missing.items()
         )
         headers = read_latent_headers(locations, cache_folder / "index")
-        while some := list(islice(headers, LATENTS_AT_ONCE)):
-            yield build_found_batch([found for each in some if (found := self._examine(*each)) is not None])
+        while chunk := list(islice(headers, LATENTS_AT_ONCE)):
+            yield build_found_batch([found for pair in chunk if (found := self._examine(*pair)) is not None])
 
     def iterate_planned(self, encoding: EncodingSettings | None) -> Iterator[pa.RecordBatch]:
         """Yield the latents that training will encode of the images that have none, as columns of FOUND_SCHEMA."""
@@ -259,10 +261,10 @@ class _Search:
             plan_missing_latents(self._records, np.flatnonzero(rows & images), prefix, encoding)
             for prefix, rows in self._missing.items()
         )
-        while some := list(islice(plans, LATENTS_AT_ONCE)):
-            for image in (plan for plan in some if isinstance(plan, BadImage)):
+        while chunk := list(islice(plans, LATENTS_AT_ONCE)):
+            for image in (plan for plan in chunk if isinstance(plan, BadImage)):
                 self._add_bad(image.key, image.reason)
-            planned = [plan for plan in some if isinstance(plan, PlannedLatents)]
+            planned = [plan for plan in chunk if isinstance(plan, PlannedLatents)]
             yield build_found_batch(
                 [
                     _build_found(plan.row, plan.prefix, plan.file, plan.size, plan.placement, encoding.flip)
@@ -273,13 +275,17 @@ class _Search:
     def _examine(self, location: LatentLocation, header: LatentHeader | Exception) -> FoundLatents | None:
         """Build the row of latents that were found, or return None if they are bad."""
         self._missing[location.prefix][location.row] = False
+        key = location.prefix + self._keys[location.row].as_py()
         if isinstance(header, Exception):
-            self._add_bad(location.prefix + self._keys[location.row].as_py(), f"{location.file}: {header}")
+            self._add_bad(key, f"{location.file}: {header}")
             return None
         recorded = Size(int(self._widths[location.row]), int(self._heights[location.row]))
         self.num_assumed_sizes += header.original_size is None and recorded == (0, 0)
         size = header.original_size or (recorded if recorded != (0, 0) else header.bucket)
         placement = infer_placement(header, size)
+        if not fits_columns(size, placement):
+            self._add_bad(key, f"{location.file}: the original size {size} px is out of range")
+            return None
         found = _build_found(location.row, location.prefix, location.file, size, placement, header.flipped)
         return found._replace(offset=location.offset, bytes=header.bytes)
 

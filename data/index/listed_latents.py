@@ -1,7 +1,7 @@
 """Latents that the cache's manifest lists, as a table.
 
-A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_entries`. Where a
-line is damaged, `read_entries` reads the manifest instead: it names damaged lines and skips them.
+A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_entries`. If
+a line is damaged, `read_entries` reads the manifest instead: it names damaged lines and skips them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class DamagedLineError(ValueError):
 
 
 class ManifestLine(msgspec.Struct, gc=False):
-    """The fields of a manifest's line that the index needs, as in `ManifestEntry` of data/formats/manifest.py."""
+    """The fields of a manifest line that the index needs, as in `ManifestEntry` of data/formats/manifest.py."""
 
     key: str
     file: str
@@ -57,7 +57,7 @@ def open_listed_latents(cache_folder: Path, work: Path) -> Iterator[pa.Table]:
         try:
             yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _decode_parts(cache_folder)))
         except DamagedLineError:
-            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _read_entries(cache_folder)))
+            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _read_undamaged_lines(cache_folder)))
 
 
 def _decode_parts(cache_folder: Path) -> Iterator[pa.RecordBatch]:
@@ -69,7 +69,7 @@ def _decode_parts(cache_folder: Path) -> Iterator[pa.RecordBatch]:
     for part in list_manifest_parts(cache_folder):
         with open(part, "rb") as stream:
             while lines := stream.readlines(PART_BYTES):
-                # A last line without its end is torn, or a cache job is writing it now.
+                # An unfinished last line is torn, or a cache job is still writing it.
                 if not lines[-1].endswith(b"\n"):
                     lines.pop()
                 if lines:
@@ -96,11 +96,11 @@ def verify_lines(lines: list[bytes]) -> None:
         raise DamagedLineError
 
 
-def _read_entries(cache_folder: Path) -> Iterator[pa.RecordBatch]:
+def _read_undamaged_lines(cache_folder: Path) -> Iterator[pa.RecordBatch]:
     """Yield the undamaged lines of all parts as columns."""
     entries = read_entries(cache_folder)
-    while some := list(islice(entries, ENTRIES_AT_ONCE)):
-        yield _build_listed_batch(some)
+    while chunk := list(islice(entries, ENTRIES_AT_ONCE)):
+        yield _build_listed_batch(chunk)
 
 
 def _build_listed_batch(entries: Sequence[ManifestLine] | Sequence[ManifestEntry]) -> pa.RecordBatch:

@@ -1,7 +1,7 @@
-"""Images that have no latents yet: the bucket of each, and the file its latents will be written to.
+"""Images that have no latents yet: the bucket of each, and the file that its latents will be written to.
 
-With `cache.on_missing: encode` they are part of the sample index, and encoded when training reaches them
-(cache/encode/on_the_fly.py).
+With `cache.on_missing: encode` these images are part of the sample index. Their latents are encoded when training
+reaches them (cache/encode/on_the_fly.py).
 """
 
 import os
@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from sdxl_trainer.data.formats.shards import encode_key
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image, split_key
+from sdxl_trainer.data.index.schema import fits_columns
 
 NUM_THREADS = 16
 MAX_CACHED_SIZES = 65_536  # image sizes whose placement is kept, because many images share a size
 IMAGES_AT_ONCE = 16_384
-IMAGES_PER_TASK = 256  # a thread's task for each image would cost more than the check of its file
+IMAGES_PER_TASK = 256  # one task for each image would cost more than the check of its file
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PlannedLatents:
 
     row: int  # of the image's record
     prefix: str  # of the resolution
-    file: str  # where they will be written: relative to the cache folder, or absolute
+    file: str  # file that they will be written to: relative to the cache folder, or absolute
     size: Size  # (width, height) px of the image
     placement: Placement
 
@@ -52,10 +53,10 @@ class BadImage(NamedTuple):
     reason: str
 
 
-def choose_latent_file(key: str, image_path: str, beside: bool) -> str:
-    """Return the npz file for a sample's latents: absolute beside the image, else relative to the cache folder.
+def choose_output_file(key: str, image_path: str, beside: bool) -> str:
+    """Return the npz file to write a sample's latents to: absolute beside the image, or relative to the cache folder.
 
-    Latents of further resolutions lie in a folder of their own, named by the key's prefix. No key leads out of the
+    Latents of each resolution below the largest lie in a subfolder named by the key's prefix. No key leads out of the
     cache folder.
     """
     prefix, name = split_key(key)
@@ -71,9 +72,9 @@ def plan_missing_latents(
 ) -> Iterator[PlannedLatents | BadImage]:
     """Yield the latents to encode for the given rows of the records, at one resolution.
 
-    An image that exists and whose size the metadata hold is not opened: training detects a wrong size.
+    An image that exists is not opened if the metadata hold its size: training detects a wrong size.
     """
-    # Importing transforms costs megabytes, which programs that plan nothing should not pay.
+    # Imported here, because the module takes megabytes of memory that programs without missing latents do not need.
     from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
 
     rule = dict(encoding.rules)[prefix]
@@ -87,14 +88,17 @@ def plan_missing_latents(
                 size = read_image_size(Path(image))
             except BadImageError as error:
                 return BadImage(prefix + key, str(error))
-        file = choose_latent_file(prefix + key, image, encoding.beside)
-        return PlannedLatents(row=row, prefix=prefix, file=file, size=size, placement=place(size))
+        placement = place(size)
+        if not fits_columns(size, placement):
+            return BadImage(prefix + key, f"{image}: the size {size} px in its metadata is out of range")
+        file = choose_output_file(prefix + key, image, encoding.beside)
+        return PlannedLatents(row=row, prefix=prefix, file=file, size=size, placement=placement)
 
     columns = [records.column(name) for name in ("key", "image_path", "width", "height")]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for start in range(0, len(rows), IMAGES_AT_ONCE):
-            some = rows[start : start + IMAGES_AT_ONCE]
-            values = [column.take(pa.array(some)).to_pylist() for column in columns]
-            images = list(zip(some.tolist(), *values, strict=True))
+            chunk = rows[start : start + IMAGES_AT_ONCE]
+            values = [column.take(pa.array(chunk)).to_pylist() for column in columns]
+            images = list(zip(chunk.tolist(), *values, strict=True))
             tasks = [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)]
             yield from chain.from_iterable(pool.map(lambda task: list(starmap(plan, task)), tasks))

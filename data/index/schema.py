@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from sdxl_trainer.data.images.bucket import Placement, Size
 from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
 
 TEXT_FIELDS = pa.struct(
@@ -29,7 +30,7 @@ LATENT_FIELDS = [
     ("offset", pa.int64()),  # of the npz in its shard; null: an npz file of its own
     ("bytes", pa.int64()),  # null: the latents do not exist yet, and `file` is where they will be written
     ("sha256", pa.binary()),  # of the npz; null: no manifest lists it
-    ("flipped", pa.bool_()),  # whether it also holds latents of the mirrored image; null: the manifest does not say
+    ("flipped", pa.bool_()),  # whether the npz also holds latents of the mirrored image; null: unknown
     ("text", TEXT_FIELDS),  # the cached text encoder outputs; null: not cached
 ]
 LATENT_COLUMNS = [name for name, _ in LATENT_FIELDS]
@@ -64,6 +65,11 @@ class FoundLatents(NamedTuple):
     sha256: None = None
     flipped: bool | None = None
     text: dict[str, Any] | None = None
+
+
+def fits_columns(size: Size, placement: Placement) -> bool:
+    """Return whether an image's size and placement fit the 32-bit columns of LATENT_FIELDS."""
+    return max(*size, placement.resized.width, placement.left, placement.top) < 2**31
 
 
 def build_found_batch(found: Sequence[FoundLatents]) -> pa.RecordBatch:

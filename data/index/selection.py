@@ -1,4 +1,4 @@
-"""The latents that a run reads, as its settings choose them: cache folder, bucket rules, and selection."""
+"""The latents that a run reads, by its settings: cache folder, bucket rules, and selection."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from sdxl_trainer.data.stores.remote import is_remote
 
 
 def get_cache_folder(config: Config) -> Path:
-    """Return the cache folder: `cache.dir`, else the folder of the first metadata file, else the first image folder."""
+    """Return `cache.dir`, or else the folder of the first metadata file, or else the first image folder."""
     if config.cache.dir is not None:
         return config.cache.dir
     if config.data.metadata and not is_remote(config.data.metadata[0]):
@@ -21,7 +21,7 @@ def get_cache_folder(config: Config) -> Path:
 def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
     """Build the bucket rule of each resolution, by the prefix of its latents' keys.
 
-    The largest resolution has no prefix, so that its latents have the same names with and without further resolutions.
+    The largest resolution has no prefix, so that more resolutions do not change the names of its latents.
     """
     if data.buckets:
         return {

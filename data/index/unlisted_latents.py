@@ -1,7 +1,7 @@
 """Latents that no manifest lists: made by other programs, or by this one and moved without their manifest.
 
-They are found by the names that `find_latent_file` (data/formats/latents.py) accepts, but each folder is listed only
-once. Their bucket and crop are read from the headers of the npz files, on many threads, because storage may be slow.
+The search accepts the same file names as `find_latent_file` (data/formats/latents.py), but lists each folder only once.
+Many threads read bucket and crop from the headers of the npz files, because storage may be slow.
 """
 
 import os
@@ -24,10 +24,9 @@ from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
 NUM_THREADS = 16
 ROWS_AT_ONCE = 4096
-MAX_LISTED_FOLDERS = 64  # whose listing is kept
-ANY_RULE = BucketRule(
-    resolution_px=1024, min_px=64, max_px=2048, step_px=64
-)  # place_image does not use the rule where there is only one bucket
+MAX_LISTED_FOLDERS = 64  # folders whose listing is kept
+# A placeholder: `place_image` does not use the rule if there is only one bucket.
+ANY_RULE = BucketRule(resolution_px=1024, min_px=64, max_px=2048, step_px=64)
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,16 @@ def find_unlisted_latents(
     They may lie in the shard that the record came from, in place of the image, beside it, or in the cache folder.
 
     Args:
-        watched: receives the folders that were searched; the result holds until one of them changes.
-        prefix: of a further resolution, whose latents lie in a subfolder of this name.
+        watched: set to which the searched folders are added. The result is valid until one of them changes.
+        prefix: prefix of the resolution's keys. Its latents lie in a subfolder of this name.
     """
     list_latents = lru_cache(maxsize=MAX_LISTED_FOLDERS)(_list_latents)
     cache = os.path.abspath(cache_folder)
     columns = [records.column(name) for name in ("image_path", "offset", "bytes")]
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        values = (column.take(pa.array(some)).to_pylist() for column in columns)
-        for row, path, offset, size in zip(some.tolist(), *values, strict=True):
+        chunk = rows[start : start + ROWS_AT_ONCE]
+        values = (column.take(pa.array(chunk)).to_pylist() for column in columns)
+        for row, path, offset, size in zip(chunk.tolist(), *values, strict=True):
             if offset is not None:
                 yield LatentLocation(row=row, file=path, offset=offset, bytes=size)
                 continue
@@ -81,15 +80,15 @@ def find_unlisted_latents(
 def read_latent_headers(
     locations: Iterator[LatentLocation], index_folder: Path
 ) -> Iterator[tuple[LatentLocation, LatentHeader | BadLatentError]]:
-    """Yield each location with its npz's header, or with the error of reading it, in order.
+    """Yield each location with its npz's header, or with the error that the read raised, in order.
 
     Args:
         index_folder: folder of the indexes, which also holds the headers of remote shards.
     """
     read, rows_per_task = partial(_read_headers, index_folder), ROWS_AT_ONCE // NUM_THREADS
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        while some := list(islice(locations, ROWS_AT_ONCE)):
-            tasks = [some[start : start + rows_per_task] for start in range(0, len(some), rows_per_task)]
+        while chunk := list(islice(locations, ROWS_AT_ONCE)):
+            tasks = [chunk[start : start + rows_per_task] for start in range(0, len(chunk), rows_per_task)]
             for task, headers in zip(tasks, pool.map(read, tasks), strict=True):
                 yield from zip(task, headers, strict=True)
 

@@ -24,7 +24,7 @@ from sdxl_trainer.data.files import HashedFile, hash_file
 from sdxl_trainer.data.formats.manifest import Identity
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_record_index
-from sdxl_trainer.data.index.missing_latents import choose_latent_file
+from sdxl_trainer.data.index.missing_latents import choose_output_file
 
 IDENTITY = Identity(
     vae_sha256="ab",
@@ -181,6 +181,6 @@ def test_the_plan_lists_what_the_cache_does_not_hold(tmp_path):
     ],
 )
 def test_no_key_leads_out_of_the_cache(key, file, tmp_path):
-    assert choose_latent_file(key, "/images/x.jpg", beside=False) == file
+    assert choose_output_file(key, "/images/x.jpg", beside=False) == file
     assert (tmp_path / file).resolve().is_relative_to(tmp_path.resolve())
-    assert choose_latent_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"
+    assert choose_output_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"

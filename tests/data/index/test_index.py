@@ -13,15 +13,18 @@ import pyarrow as pa
 import pytest
 
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
+from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index import index as module
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
+from sdxl_trainer.data.index.join import LatentSelection
+from sdxl_trainer.data.index.missing_latents import EncodingSettings
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.metadata.records import parse_record
 
 
 @pytest.fixture
 def builds(monkeypatch):
-    """Record the names of the index files that are built, not only opened."""
+    """Record the names of the index files that are built. Those that are only opened are not recorded."""
     names, write = [], module._write
     monkeypatch.setattr(module, "_write", lambda path, *rest: (names.append(path.name), write(path, *rest)))
     return names
@@ -52,8 +55,7 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
     content["k4"] = {}
     before = pa.total_allocated_bytes()
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
-    # The columns lie in the mapped file and not in memory.
-    assert pa.total_allocated_bytes() == before
+    assert pa.total_allocated_bytes() == before  # no column is in memory
     assert str(index.path) in Path("/proc/self/maps").read_text()
     assert len(index) == 5 and get_keys(index) == list(content)
     row = index.row(3)
@@ -85,7 +87,7 @@ def test_the_index_is_rebuilt_when_images_or_captions_change(tmp_path, builds):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.jpg"):
         (tmp_path / name).touch()
-    # Neither the index nor latents among the images are a change.
+    # An index or latents among the images are not a change.
     fingerprints = [open_record_index(tmp_path, [], [tmp_path]).fingerprint]
     (tmp_path / "a.npz").touch()
     fingerprints.append(open_record_index(tmp_path, [], [tmp_path]).fingerprint)
@@ -162,7 +164,7 @@ def test_old_files_are_deleted_except_those_in_use(tmp_path):
         index = open_record_index(tmp_path, [metadata], [])
         os.utime(index.path, (number, number))
         if number in (0, 2):
-            indexes.append(index)  # held open
+            indexes.append(index)  # in use
     kept = {path.name for path in (tmp_path / "index").iterdir()}
     assert {index.path.name for index in indexes} <= kept and index.path.name in kept
     assert len(kept) == len(indexes) + module.KEPT_FILES
@@ -180,13 +182,46 @@ def test_processes_that_start_at_once_build_one_index(tmp_path):
         "print(index.path, len(index), index.hash_rows(), index.row(9_999)['key'])"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    starts = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    for process in starts:
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    answers = {process.communicate("go\n")[0] for process in starts}
-    [answer] = answers
-    assert answer.split()[1] == "10000" and answer.split()[3] == "k19998"
+    [output] = {process.communicate("go\n")[0] for process in processes}
+    assert output.split()[1] == "10000" and output.split()[3] == "k19998"
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "index").iterdir()) == ["latents", "records"]
+
+
+def test_an_index_that_another_process_deletes_is_no_error(tmp_path):
+    """A dangling link behaves like a file that is deleted after its folder was listed."""
+    (tmp_path / "index").mkdir()
+    for number in range(module.KEPT_FILES + 1):
+        (tmp_path / "index" / f"records-{number}.arrow").symlink_to(tmp_path / "deleted")
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {"caption": "x"}})], [])
+    assert get_keys(records) == ["a"]
+
+
+@pytest.mark.parametrize("size", [(2**40, 5), (1, 2**31 - 1)])
+def test_latents_with_a_size_out_of_range_are_a_bad_sample(tmp_path, size):
+    """Such a size overflows the columns, by itself or scaled to the bucket."""
+    np.savez(tmp_path / "a.npz", latents=np.ones((4, 8, 8), np.float32), original_size=np.array(size))
+    np.savez(tmp_path / "b.npz", latents=np.ones((4, 8, 8), np.float32), original_size=np.array([64, 64]))
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {}, "b": {}})], [])
+    index = open_sample_index(tmp_path, records)
+    [bad] = index.summary.bad
+    assert get_keys(index) == ["b"] and bad.key == "a"
+    assert bad.reason == f"{tmp_path}/a.npz: the original size {size[0]}x{size[1]} px is out of range"
+
+
+def test_an_image_with_a_recorded_size_out_of_range_is_a_bad_sample(tmp_path):
+    (tmp_path / "a.png").touch()
+    content = {"a": {"image_path": "a.png", "original_size": [1, 2**31 - 1]}}
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    rule = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
+    selection = LatentSelection(encoding=EncodingSettings(rules=(("", rule),), beside=False, flip=False))
+    index = open_sample_index(tmp_path, records, selection)
+    [bad] = index.summary.bad
+    assert (
+        len(index) == 0 and bad.key == "a" and "the size 1x2147483647 px in its metadata is out of range" in bad.reason
+    )
 
 
 def test_the_hash_of_rows_covers_keys_and_buckets_only(tmp_path):
