@@ -37,7 +37,7 @@ ARRAY_KEYS = {
     "flipped": "latents_flipped",
     "flipped_std": "latents_flipped_std",
 }
-# Enough for the latents of a 16384 x 16384 image in float64. A file that claims more is no latent file.
+# Enough for the latents of a 16384 x 16384 image in float64. A file that claims more is not a latent file.
 MAX_BYTES = {
     **{key + suffix: 4 * 2048 * 2048 * 8 for key in ARRAY_KEYS.values() for suffix in ("", BF16_SUFFIX)},
     "alpha_mask": 4096 * 4096 * 8,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from sdxl_trainer.configs.problems import format_count
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CAPTION_SUFFIXES = (".txt", ".caption")
 LATENT_SUFFIX = ".npz"
@@ -224,7 +226,7 @@ class ImageTable:
             )
             more = ", ..." if len(ambiguous) > MAX_SHOWN else ""
             raise AmbiguousImageError(
-                f"{len(ambiguous)} records name an image that exists more than once under data.image_dirs: "
+                f"{format_count(len(ambiguous), 'image name')} found more than once under data.image_dirs: "
                 f"{shown}{more}; set image_path to the whole path, or remove a folder"
             )
 

@@ -1,8 +1,7 @@
 """Blocks of records as columns: the common form of all metadata formats, before images are found.
 
-A JSON object of records, the format of the largest sets, is decoded by msgspec into the few fields that the index
-needs, and each record's JSON is kept as it stands in the file. That is five times as fast as building a dict for each
-record.
+msgspec decodes a JSON object of records, the format of the largest sets, into the few fields that the index needs. Each
+record's JSON is kept as it is in the file. That is five times as fast as building a dict for each record.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ FIELDS = ("image_path", *TEXT_FIELDS, *SIZE_FIELDS, *(name for names in SIDE_FIE
 
 RecordFields = msgspec.defstruct("RecordFields", [(name, Any, None) for name in FIELDS], gc=False)
 DECODER = msgspec.json.Decoder(dict[str, RecordFields])
-SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half a pair, which msgspec accepts
+SURROGATES = (b"\\ud", b"\\uD")  # orjson refuses half of a surrogate pair, which msgspec accepts
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def read_blocks(file: Path) -> Iterator[RecordBlock]:
     """Yield the records of one metadata file, in its order.
 
     Raises:
-        ValueError: malformed; the message names the file and the place in it.
+        ValueError: the file is malformed; the message names the file and the place in it.
     """
     if detect_format(file) != "json":
         yield from map(build_block, read_metadata_file(file))
@@ -86,14 +85,14 @@ def read_blocks(file: Path) -> Iterator[RecordBlock]:
 
 def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
     """Build a block the fast way. Return None if anything is unusual: `parse_chunk` then accepts or refuses it."""
-    escaped = b"\\u" in chunk.text  # most texts hold no escape, and are searched only once
+    escaped = b"\\u" in chunk.text  # most texts hold no escape, so that one search is enough
     if (escaped and any(mark in chunk.text for mark in SURROGATES)) or not _is_utf8(chunk.text):
         return None
     try:
         members = DECODER.decode(chunk.text)
     except msgspec.MsgspecError:
         return None
-    # The counts differ after a trailing comma, and where a key occurs twice.
+    # The counts differ if there is a trailing comma, or if a key occurs twice.
     if not members or not len(members) == len(chunk.starts) == len(chunk.ends):
         return None
     keys, records = list(members), list(members.values())

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from sdxl_trainer.configs.problems import format_count
+
 BLOCK_BYTES = 4 << 20
+MAX_SHOWN = 20  # duplicate keys that an error lists
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 QUOTE, BACKSLASH = 0x22, 0x5C
 OPENING, CLOSING, BRACKET_BIT = 0x7B, 0x7D, 0x20  # `{` and `}`; brackets differ from braces in this one bit
@@ -35,7 +38,7 @@ class FilePosition:
         self.column = (0 if start else self.column) + len(text[start:].decode("utf-8", "replace"))
 
     def build_error(self, text: bytes, error: orjson.JSONDecodeError, prefix: int = 0) -> ValueError:
-        """Build the error that names the file, line and column of a mistake in `text`, which begins at this position.
+        """Build the error that names the file, line and column of a mistake in `text`, which starts at this position.
 
         Args:
             prefix: bytes at the beginning of `text` that are not in the file.
@@ -43,9 +46,9 @@ class FilePosition:
         line, column, message = error.lineno, error.colno, error.msg
         try:
             text.decode("utf-8")
-        except UnicodeDecodeError as wrong:
-            before = text[: wrong.start]
-            line, message = before.count(b"\n") + 1, f"not UTF-8: {wrong.reason}"
+        except UnicodeDecodeError as decode_error:
+            before = text[: decode_error.start]
+            line, message = before.count(b"\n") + 1, f"not UTF-8: {decode_error.reason}"
             column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
         column += self.column - prefix if line == 1 else 0
         return ValueError(f"{self.file}:{self.line + line}:{column}: malformed JSON: {message}")
@@ -107,7 +110,7 @@ def iterate_chunks(file: Path) -> Iterator[JsonChunk]:
             is_object = bool(prefix) or text.lstrip()[:1] == b"{"
             starts, ends, comma = _find_members(text, len(prefix)) if is_object else NO_MEMBERS
             more = stream.read(max(BLOCK_BYTES, len(text)) if comma < 0 else max(0, BLOCK_BYTES - len(text) + comma))
-            # No comma: a record of many megabytes, the last record, or a malformed file. More text decides.
+            # No comma: a record of many megabytes, the last record, or a malformed file. More text shows which.
             if comma < 0 and more:
                 text += more
                 continue
@@ -141,7 +144,7 @@ def iterate_lines(file: Path) -> Iterator[list[NumberedLine]]:
 
 
 def is_json_lines(file: Path) -> bool:
-    """Return whether a file's first line is a JSON object and another object follows, whatever the file's name."""
+    """Return whether a file's first line is a JSON object and another object follows. The file name is ignored."""
     with open(file, "rb") as stream:
         first, second = stream.readline(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), stream.read(64).lstrip()
     try:
@@ -171,19 +174,22 @@ def _parse_members(text: bytes, position: FilePosition, prefix: int, num_members
         place = f"{position.file}:{position.line + 1}:{position.column + 1}"
         raise ValueError(f"{place}: malformed JSON: trailing comma")
     if len(members) < num_members:
-        # A dict would lose the duplicates; json.loads returns what the hook returns for the outer object.
+        # A dict would lose the duplicates. With the hook, json.loads returns the pairs of the outer object.
         counts = Counter(key for key, _ in json.loads(text, object_pairs_hook=lambda pairs: pairs))
-        twice = [key for key, count in counts.items() if count > 1]
-        if twice:
-            raise ValueError(f"{position.file}: {len(twice)} keys occur twice: {', '.join(map(repr, twice[:20]))}")
+        duplicates = [key for key, count in counts.items() if count > 1]
+        if duplicates:
+            shown = ", ".join(map(repr, duplicates[:MAX_SHOWN])) + (", ..." if len(duplicates) > MAX_SHOWN else "")
+            raise ValueError(f"{position.file}: {format_count(len(duplicates), 'duplicate key')}: {shown}")
     return members
 
 
 def _find_members(text: bytes, depth: int) -> _Members:
-    """Find the outer object's members up to the last one with a comma after it; without one, all that end in the text.
+    """Find the outer object's members up to the last one with a comma after it, or all that end in the text.
+
+    The members before the last comma are complete. Without a comma, the object ends or more text is needed.
 
     Args:
-        depth: 1 if the text begins inside the object, 0 if before it.
+        depth: 1 if the text starts inside the object, 0 if it starts before the object.
     """
     places, opens = _find_brackets(text)
     depths = depth + np.cumsum(np.where(opens, 1, -1))
@@ -204,7 +210,7 @@ def _find_brackets(text: bytes) -> _Brackets:
     """Find the braces and brackets outside strings."""
     letters = np.frombuffer(text, np.uint8)
     quotes = np.flatnonzero(letters == QUOTE)
-    # For a quote at the first byte, numpy looks at the last byte: harmless.
+    # For a quote at index 0, numpy looks at the last byte; `_count_backslashes` then finds none before the quote.
     after_backslash = np.flatnonzero(letters[quotes - 1] == BACKSLASH)
     escaped = [at for at in after_backslash.tolist() if _count_backslashes(text, int(quotes[at])) % 2]
     quotes = np.delete(quotes, escaped)

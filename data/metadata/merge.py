@@ -1,4 +1,4 @@
-"""Merge several sources: later ones update earlier ones key by key; a key that one source has twice is an error.
+"""Merge several sources: later sources update earlier ones key by key. A key that one source has twice is an error.
 
 During the merge, the records wait in a temporary file. Memory holds only a few integers for each record.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, dump_json, read_blocks
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, ShardSpan, SourceRecord, read_metadata_file
 
@@ -22,7 +23,7 @@ MAX_SHOWN = 20  # items that an error lists
 
 
 class DuplicateKeyError(ValueError):
-    """Images of one source have the same stem."""
+    """Two images of one source have the same stem."""
 
 
 def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[RecordBlock]:
@@ -65,12 +66,13 @@ def verify_unique_keys(keys: pa.ChunkedArray, describe_image: Callable[[int], st
     if num_keys == len(keys):
         return
     order = np.argsort(numbers, kind="stable")
-    again = np.flatnonzero(np.diff(numbers[order], prepend=-1) == 0)
-    firsts = np.searchsorted(numbers[order], numbers[order[again]])
-    pairs = sorted(zip(order[again].tolist(), order[firsts].tolist(), strict=True))
+    repeats = np.flatnonzero(np.diff(numbers[order], prepend=-1) == 0)
+    firsts = np.searchsorted(numbers[order], numbers[order[repeats]])
+    pairs = sorted(zip(order[repeats].tolist(), order[firsts].tolist(), strict=True))
     shown = [f"'{keys[row]}' ({describe_image(first)} and {describe_image(row)})" for row, first in pairs[:MAX_SHOWN]]
     more = ", ..." if len(pairs) > MAX_SHOWN else ""
-    raise DuplicateKeyError(f"{len(pairs)} images have the file stem of another image: {', '.join(shown)}{more}")
+    count = format_count(len(pairs), "image")
+    raise DuplicateKeyError(f"{count} with the file stem of another image: {', '.join(shown)}{more}")
 
 
 def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
@@ -137,7 +139,7 @@ def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRe
 
 
 def _dump_record(record: SourceRecord) -> bytes:
-    """Return a record as JSON for the temporary file, without its key and source, which the table holds."""
+    """Return a record as JSON for the temporary file, without its key and source, which the table holds already."""
     return dump_json([record.fields, record.base_folder, record.keyed_path, record.span and list(record.span)])
 
 

@@ -1,6 +1,6 @@
 """Records: the metadata of each image, from metadata files of any format or from image folders.
 
-A record is a dict with `key` (the file stem), `image_path` (absolute), `caption`, and whatever else its source holds.
+A record is a dict with `key` (the file stem), `image_path` (absolute), `caption`, and all other fields of its source.
 sources.py reads the formats, blocks.py turns records into columns, and merge.py merges several sources. This module
 finds the images, joins captions and tags, and reads sizes.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import Problem, format_count
 from sdxl_trainer.data.images.bucket import Size, split_key
 from sdxl_trainer.data.images.image_files import (
     FileChecker,
@@ -54,7 +54,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
     cure = "check the path (relative to the working directory)"
     for number, pattern in enumerate(metadata):
         try:
-            missing = _find_missing(pattern)
+            missing = _list_missing_files(pattern)
         except StoreError as error:
             cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
             yield Problem(f"data.metadata.{number}", pattern, str(error), cure_store)
@@ -62,7 +62,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
         if missing and missing[0].name == str(pattern):
             yield Problem(f"data.metadata.{number}", pattern, missing[0].reason, cure)
         elif missing:
-            rule = f"names {len(missing)} files that do not exist, the first is {missing[0].name}"
+            rule = f"names {format_count(len(missing), 'missing file')}, the first is {missing[0].name}"
             yield Problem(f"data.metadata.{number}", pattern, rule, cure)
     for number, path in enumerate(image_dirs):
         if not path.is_dir():
@@ -70,13 +70,13 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
 
 
 class _MissingFile(NamedTuple):
-    """A file that a setting names and that does not exist."""
+    """A file that a setting names but that does not exist."""
 
     name: str
     reason: str
 
 
-def _find_missing(pattern: Path | str) -> list[_MissingFile]:
+def _list_missing_files(pattern: Path | str) -> list[_MissingFile]:
     """List the files that a setting names and that do not exist.
 
     Raises:
@@ -103,13 +103,13 @@ def read_image_folders(
         masks: as in `data.masks`; mask files are not images.
     """
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
-    for source, (root, marks) in enumerate(roots):
+    for source, (root, flags) in enumerate(roots):
         for folder in walk_images([root], masks):
             for start in range(0, len(folder.images), ROWS_AT_ONCE):
                 records = []
                 for name in folder.images[start : start + ROWS_AT_ONCE]:
                     caption = read_caption_file(folder, name)
-                    fields = {"image_path": os.path.join(folder.path, name), "caption": caption, **marks}
+                    fields = {"image_path": os.path.join(folder.path, name), "caption": caption, **flags}
                     records.append(
                         SourceRecord(key=get_image_stem(name, has_suffix=True), fields=fields, source=source)
                     )
@@ -120,7 +120,7 @@ def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str)
     """Build rows of the record index: find images, join captions and tags, and read sizes.
 
     Args:
-        separator: between caption and tags where a record has both and is keyed by its image's path, as kohya's are.
+        separator: text between caption and tags, for records that have both and no `image_path`, as kohya's have.
     """
     captioned, sizes = _join_captions(block, separator), _read_sizes(block)
     columns = [
@@ -166,7 +166,7 @@ def _join_captions(block: RecordBlock, separator: str) -> list[bool]:
     A caption is `caption` or `tags` (a text, or a list of tags), or else a description.
     """
     captions, tags = block.column("caption"), block.column("tags")
-    texts = [caption or some or None for caption, some in zip(captions, tags, strict=True)]
+    texts = [caption or own_tags or None for caption, own_tags in zip(captions, tags, strict=True)]
     for at in [at for at, path in enumerate(block.column("image_path")) if path is None]:
         if captions[at] and tags[at] and block.spans[at] is None:
             texts[at] = f"{_join_tags(captions[at])}{separator}{_join_tags(tags[at])}"
@@ -178,7 +178,7 @@ def _join_captions(block: RecordBlock, separator: str) -> list[bool]:
 
 
 def _read_sizes(block: RecordBlock) -> np.ndarray:
-    """Return (width, height) of the images as the metadata have them, (0, 0) where they do not, [N, 2] int32."""
+    """Return the (width, height) of each image that its metadata hold, [N, 2] int32; (0, 0) if they hold none."""
     values = block.column(SIZE_FIELDS[0])
     if set(map(type, values)) == {list} and set(map(len, values)) == {2}:
         sizes = np.array(list(chain.from_iterable(values)))
@@ -197,7 +197,7 @@ def _read_sizes(block: RecordBlock) -> np.ndarray:
 
 
 class ImageFinder:
-    """Finds the image of a record: by its path, else by its file name, else by its stem under the image folders."""
+    """Finds the image of a record: by its path, or else by its file name or its stem under the image folders."""
 
     def __init__(self, image_dirs: Sequence[Path], masks: str | None = None):
         self._masks = masks
@@ -253,14 +253,14 @@ class ImageFinder:
 
 
 def _join_tags(text: Any) -> str | None:
-    """Return a text, or a list of tags, as a text; None if it is empty."""
+    """Return a text, or a list of tags, as one text; None if it is empty."""
     if isinstance(text, str) or not text:
         return text or None
     return ", ".join(map(str, text)) if isinstance(text, (list, tuple)) else str(text)
 
 
 def _parse_size(size: Any) -> Size:
-    """Return the size in a list or in a text such as 1500x1000; (0, 0) for anything else."""
+    """Return the size that a list or a text such as `1500x1000` holds; (0, 0) for anything else."""
     if isinstance(size, str):
         size = re.findall(r"\d+", size)
     return _read_sides(*size) if isinstance(size, (list, tuple)) and len(size) == 2 else Size(0, 0)

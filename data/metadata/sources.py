@@ -50,7 +50,7 @@ Reader = Callable[[Path], Iterator[list[SourceRecord]]]
 
 
 def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
-    """List the metadata files that settings name: `{000..012}` and `{a,b}` are expanded, and `*` and `?` looked up.
+    """List the metadata files that settings name: expand `{000..012}` and `{a,b}`, and look up `*` and `?`.
 
     URLs stay strings, in which only braces and `*` are expanded; `file://` URLs become paths. A pattern that matches no
     file is returned unchanged.
@@ -77,7 +77,7 @@ def read_metadata_file(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of one metadata file, in its order.
 
     Raises:
-        ValueError: malformed; the message names the file and the place in it.
+        ValueError: the file is malformed; the message names the file and the place in it.
     """
     for records in READERS[detect_format(file)](file):
         yield _add_base_folder(records, file)
@@ -87,24 +87,23 @@ def detect_format(file: Path) -> str:
     """Return the name of a file's format, by its suffix, and by its content where the suffix is not enough.
 
     Raises:
-        ValueError: the format is not known.
+        ValueError: the format is unknown.
     """
-    suffix = file.suffix.lower()
-    form = SUFFIXES.get(suffix)
-    if form is None:
+    name = SUFFIXES.get(file.suffix.lower())
+    if name is None:
         with open(file, "rb") as stream:
             start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-        form = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
-    if form is None:
+        name = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
+    if name is None:
         raise ValueError(f"{file}: has no known metadata format; the file name must end in one of {KNOWN_SUFFIXES}")
-    return "json_lines" if form == "json" and is_json_lines(file) else form
+    return "json_lines" if name == "json" and is_json_lines(file) else name
 
 
 def parse_chunk(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
-    """Return the records of a part of a JSON object, keyed by stem with `image_path`, or keyed by the image's path.
+    """Return the records of a chunk of a JSON object. A record's key is its stem or, without `image_path`, its path.
 
     Raises:
-        ValueError: malformed; the message names the file and the place in it.
+        ValueError: the chunk is malformed; the message names the file and the place in it.
     """
     return _add_base_folder(_list_members(file, chunk), file)
 
@@ -130,29 +129,20 @@ def _add_base_folder(records: list[SourceRecord], file: Path) -> list[SourceReco
     Raises:
         ValueError: a key is empty, or a caption is an object.
     """
-    base_folder, based = str(file.parent), []
-    for key, fields, _, keyed_path, span, source in records:
-        if not key:
+    based_records = []
+    for record in records:
+        if not record.key:
             raise ValueError(f"{file}: a record has an empty key")
-        if isinstance(fields.get("caption"), dict):
-            raise ValueError(f"{file}: the record '{key}' has a caption that is an object, not a text or a list")
-        has_path = keyed_path is not None or fields.get(PATH_FIELDS[0]) is not None
-        based.append(
-            SourceRecord(
-                key=key,
-                fields=fields,
-                base_folder=base_folder if has_path else "",
-                keyed_path=keyed_path,
-                span=span,
-                source=source,
-            )
-        )
-    return based
+        if isinstance(record.fields.get("caption"), dict):
+            raise ValueError(f"{file}: the record '{record.key}' has a caption that is an object, not a text or a list")
+        has_path = record.keyed_path is not None or record.fields.get(PATH_FIELDS[0]) is not None
+        based_records.append(record._replace(base_folder=str(file.parent) if has_path else ""))
+    return based_records
 
 
 def _read_lines(file: Path) -> Iterator[list[SourceRecord]]:
     for lines in iterate_lines(file):
-        yield [_key_record(line.fields, f"{file}:{line.number}") for line in lines]
+        yield [_build_record(line.fields, f"{file}:{line.number}") for line in lines]
 
 
 def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
@@ -165,11 +155,11 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
             names = next(rows, [])
-            if twice := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"{file}:1: two columns have the name '{twice[0]}'")
+            if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{file}:1: two columns have the name '{duplicates[0]}'")
             records = _iterate_csv_records(file, rows, names)
-            while some := list(itertools.islice(records, ROWS_AT_ONCE)):
-                yield some
+            while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
+                yield chunk
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8: {error.reason}") from None
 
@@ -181,7 +171,7 @@ def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[So
             if row and len(row) != len(names):
                 raise ValueError(f"{place}: the row has {len(row)} values for {len(names)} columns")
             if row:
-                yield _key_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place)
+                yield _build_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place)
     except csv.Error as error:
         raise ValueError(f"{file}:{rows.line_num}: malformed CSV: {error}") from None
 
@@ -193,7 +183,7 @@ def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
         for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
             rows = batch.to_pylist()
             records = [{name: value for name, value in row.items() if value is not None} for row in rows]
-            yield [_key_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
+            yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
             number += len(rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
@@ -212,21 +202,20 @@ def _read_catalogue(file: Path) -> Iterator[list[SourceRecord]]:
 
 def _list_shard_records(shard: str, samples: list[ShardSample]) -> Iterator[list[SourceRecord]]:
     for start in range(0, len(samples), ROWS_AT_ONCE):
-        some = samples[start : start + ROWS_AT_ONCE]
-        spans = [
-            None if each.offset is None or each.size is None else ShardSpan(shard, each.offset, each.size)
-            for each in some
-        ]
-        yield [
-            SourceRecord(key=each.key, fields=each.record, span=span) for each, span in zip(some, spans, strict=True)
-        ]
+        records = []
+        for sample in samples[start : start + ROWS_AT_ONCE]:
+            span = None
+            if sample.offset is not None and sample.size is not None:
+                span = ShardSpan(shard, sample.offset, sample.size)
+            records.append(SourceRecord(key=sample.key, fields=sample.record, span=span))
+        yield records
 
 
-def _key_record(fields: dict[str, Any], place: str) -> SourceRecord:
-    """Build a record from its fields. Its key is the stem of its image's path, else its `key`.
+def _build_record(fields: dict[str, Any], place: str) -> SourceRecord:
+    """Build a record from its fields. Its key is the stem of its image's path, or else its `key`.
 
     Raises:
-        ValueError: it has neither; the message begins with `place`.
+        ValueError: the record has neither; the message starts with `place`.
     """
     name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
     if name is not None:
@@ -238,18 +227,22 @@ def _key_record(fields: dict[str, Any], place: str) -> SourceRecord:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand `{000..012}` and `{a,b}` as a shell and webdataset do, leftmost first."""
+    """Expand `{000..012}` and `{a,b}` as a shell and webdataset do, leftmost first. A range may count down."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
     first, last, words = match.groups()
-    options = (
-        words.split(",")
-        if words is not None
-        else [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    )
+    options = words.split(",") if words is not None else _expand_range(first, last)
     head, tail = pattern[: match.start()], pattern[match.end() :]
     return [path for option in options for path in _expand_braces(head + option + tail)]
+
+
+def _expand_range(first: str, last: str) -> list[str]:
+    """Return the numbers from `first` to `last`, as wide as the wider end if one of the ends has leading zeros."""
+    is_padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if is_padded else 1
+    step = 1 if int(first) <= int(last) else -1
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
 
 
 READERS: dict[str, Reader] = {

@@ -57,7 +57,7 @@ def test_metadata_of_the_first_sdxl_trainer(tmp_path):
         "original_size": [348, 256],
         "caption": json.loads(SEED_METADATA.read_text())["img000000"]["caption"],
     }
-    # The second image is missing: the record has the path where it should be.
+    # The second image is missing: the record has the path where the image should be.
     assert records["img000001"]["image_path"] == str(tmp_path / "img000001.jpg")
 
 
@@ -100,6 +100,7 @@ def test_a_caption_is_made_of_caption_and_tags(tmp_path, fields, caption):
 
 
 def test_images_are_found_by_path_then_name_then_stem(tmp_path):
+    # `here` is the folder of the metadata, `there` lies below the image folder.
     here, there = tmp_path / "here", tmp_path / "there" / "deep"
     for path in (
         here / "direct.png",
@@ -140,9 +141,9 @@ def test_an_ambiguous_image_is_refused(tmp_path):
     metadata = write(tmp_path / "m.json", {"x": {"image_path": "/gone/x.png"}, "z": {"image_path": "/gone/z.png"}})
     with pytest.raises(ValueError) as caught:
         read_records([metadata], folders)
-    said = str(caught.value)
-    assert said.startswith("1 records name an image that exists more than once under data.image_dirs: 'x.png' (")
-    assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in said and "z.png" not in said
+    message = str(caught.value)
+    assert message.startswith("1 image name found more than once under data.image_dirs: 'x.png' (")
+    assert f"({tmp_path}/a/x.png and {tmp_path}/b/x.png)" in message and "z.png" not in message
     metadata = write(tmp_path / "m.json", {"y": {"image_path": "/gone/y.webp"}, "x": {"image_path": "b/x.png"}})
     found = read_records([metadata], folders)  # a file name has priority over a stem, and an existing path over both
     assert found["y"]["image_path"] == f"{tmp_path}/b/y.webp" and found["x"]["image_path"] == f"{tmp_path}/b/x.png"
@@ -173,7 +174,7 @@ def test_a_folder_of_images_and_caption_files(tmp_path):
 def test_all_images_of_one_stem_are_listed(tmp_path):
     for name in ("a/x.png", "a/y.png", "b/x.jpg", "b/z.png", "c/x.png", "c/z.webp"):
         write(tmp_path / name, "")
-    with pytest.raises(ValueError, match="^3 images have the file stem of another image") as caught:
+    with pytest.raises(ValueError, match="^3 images with the file stem of another image") as caught:
         open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     for pair in (("a/x.png", "b/x.jpg"), ("a/x.png", "c/x.png"), ("b/z.png", "c/z.webp")):
         assert f"({tmp_path / pair[0]} and {tmp_path / pair[1]})" in str(caught.value)
@@ -181,7 +182,7 @@ def test_all_images_of_one_stem_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{\n "x": {"caption": "a"},\n "y" {}\n}', ":3:6: malformed JSON"),
         ('{"x": {"caption": "a"', ":1:22: malformed JSON"),
@@ -192,9 +193,9 @@ def test_all_images_of_one_stem_are_listed(tmp_path):
         ('{"": {"caption": "a"}}', "a record has an empty key"),
     ],
 )
-def test_malformed_metadata_is_named_with_its_place(tmp_path, text, said):
+def test_the_error_of_malformed_metadata_names_the_place(tmp_path, text, message):
     metadata = write(tmp_path / "m.json", text)
-    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_records([metadata], [])
     assert str(caught.value).startswith(str(metadata))
 
@@ -207,7 +208,7 @@ def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
     assert read_captions([write(tmp_path / "m.json", {"x": {"caption": "a"}})], [tmp_path]) == {"x": "a"}
 
 
-def test_all_wrong_sources_are_problems(tmp_path):
+def test_every_missing_source_is_a_problem(tmp_path):
     file = write(tmp_path / "m.json", "{}")
     assert [problem.key for problem in check_sources([], [])] == ["data"]
     assert list(check_sources([file], [tmp_path])) == []

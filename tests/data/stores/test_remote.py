@@ -202,7 +202,7 @@ def list_problems(tmp_path: Path, *metadata: str) -> list[Problem]:
 def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shards, store):
     [problem] = list_problems(tmp_path, "s3://bucket/set/s-{0..3}.tar")
     assert problem.key == "data.metadata.0"
-    assert "names 1 files that do not exist, the first is s3://bucket/set/s-3.tar" in problem.rule
+    assert "names 1 missing file, the first is s3://bucket/set/s-3.tar" in problem.rule
     [problem] = list_problems(tmp_path, "s3://no-such-bucket/s-0.tar")
     assert "cannot be found: The specified bucket does not exist" in problem.rule
     [problem] = list_problems(tmp_path, "s3://bucket/nothing/*.tar")
