@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,35 @@ WEIGHTS = {
 COPIED = ("model_index.json", "tokenizer", "tokenizer_2")
 
 
+def read_folder_component(folder: Path, component: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (source name, tensor) of one component, memory-mapped, in the file's dtype.
+
+    Raises:
+        FileNotFoundError: the component has no safetensors weights.
+    """
+    for path in find_weights(folder, component):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if not name.endswith("position_ids"):
+                    yield get_canonical_name(component, name), file.get_tensor(name)
+
+
 def open_folder_component(folder: Path, component: str) -> dict[str, TensorSource]:
     """Map each source name of one component to a function that reads its tensor.
+
+    Raises:
+        FileNotFoundError: the component has no safetensors weights.
+    """
+    sources: dict[str, TensorSource] = {}
+    for path in find_weights(folder, component):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if not name.endswith("position_ids")]
+        sources |= {get_canonical_name(component, name): lambda at=(path, name): _read(*at) for name in names}
+    return sources
+
+
+def find_weights(folder: Path, component: str) -> list[Path]:
+    """Find the safetensors files of one component: the plain one, else its parts, else the first of any name.
 
     Raises:
         FileNotFoundError: the component has no safetensors weights.
@@ -35,12 +62,7 @@ def open_folder_component(folder: Path, component: str) -> dict[str, TensorSourc
     chosen = plain or parts or files[:1]
     if not chosen:
         raise FileNotFoundError(f"{folder / component} has no safetensors weights")
-    sources: dict[str, TensorSource] = {}
-    for path in chosen:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not name.endswith("position_ids")]
-        sources |= {get_canonical_name(component, name): lambda at=(path, name): _read(*at) for name in names}
-    return sources
+    return chosen
 
 
 def _read(path: Path, name: str) -> torch.Tensor:

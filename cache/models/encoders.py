@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdxl_trainer.cache.models.single_file import build_component
+from sdxl_trainer.cache.models.components import build_component
 from sdxl_trainer.cache.models.source import ModelSource, fetch_from_hub, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
@@ -36,23 +36,26 @@ def load_vae(source: ModelSource, config: ModelConfig) -> torch.nn.Module:
         vae = AutoencoderKL.from_pretrained(source.folder, subfolder="vae", use_safetensors=True)
     else:
         settings = source.read_config("vae")
-        vae = build_component(lambda: AutoencoderKL.from_config(settings), source.file, "vae", settings)
+        vae = build_component(lambda: AutoencoderKL.from_config(settings), source, "vae")
     return vae.float().eval().requires_grad_(False)
 
 
-def load_text_encoders(source: ModelSource, config: ModelConfig) -> TextEncoders:
-    """Load both text encoders in fp32, frozen."""
+def load_text_encoders(
+    source: ModelSource,
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoders:
+    """Load both text encoders, frozen."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     encoders = []
     for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        if source.file is None:
-            encoder = kind.from_pretrained(source.folder / name, use_safetensors=True)
-        else:
-            settings = source.read_config(name)
-            build = partial(kind, CLIPTextConfig(**settings))
-            encoder = build_component(build, source.file, name, settings, text_projection=config.text_projection)
-        encoders.append(encoder.float().eval().requires_grad_(False))
+        build = partial(kind, CLIPTextConfig(**source.read_config(name)))
+        encoder = build_component(
+            build, source, name, device=device, dtype=dtype, text_projection=config.text_projection
+        )
+        encoders.append(encoder.eval().requires_grad_(False))
     return TextEncoders(*encoders)
 
 

@@ -6,14 +6,13 @@ single_file_names.py, the checks before reading from single_file_check.py.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch.overrides import TorchFunctionMode
 
 from sdxl_trainer.cache.models.single_file_check import (
     find_component_problems,
@@ -29,7 +28,6 @@ from sdxl_trainer.cache.models.single_file_names import (
     get_canonical_name,
 )
 from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
-from sdxl_trainer.data.files import read_with_retries
 
 HASH_KEY = "modelspec.hash_sha256"
 MARKS = ("v_pred", "ztsnr")  # empty tensors by whose presence ComfyUI recognises the prediction type
@@ -48,7 +46,7 @@ def read_single_file(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Check a file and yield (source name, tensor) of one component, memory-mapped, in the file's dtype.
 
-    Text encoders' names have the classic `text_model.` prefix; `load_component` adapts them to a module. All checks
+    Text encoders' names have the classic `text_model.` prefix; `copy_weights` adapts them to a module. All checks
     run before the first tensor is read.
 
     Raises:
@@ -88,67 +86,6 @@ def _iterate_tensors(path: str | os.PathLike[str], rows: Sequence[TableRow]) -> 
                 tensor = tensor.t()
             for name, piece in zip(row.sources, tensor.chunk(len(row.sources)), strict=True):
                 yield name, piece.reshape(row.source_shape)
-
-
-def load_component(
-    module: torch.nn.Module,
-    path: str | os.PathLike[str],
-    component: str,
-    config: Mapping[str, Any],
-    *,
-    text_projection: TextProjection = "correct",
-) -> None:
-    """Copy one component of a single file into a module, whose names may be those of any transformers version.
-
-    Raises like `read_single_file`, and RuntimeError if `config` does not describe the module.
-    """
-    names = {get_canonical_name(component, name): name for name in module.state_dict()}
-    tensors = read_single_file(path, component, config, text_projection=text_projection)
-    module.load_state_dict({names.get(name, name): tensor for name, tensor in tensors}, strict=True)
-
-
-def build_component(
-    build: Callable[[], Any],
-    path: str | os.PathLike[str],
-    component: str,
-    config: Mapping[str, Any],
-    *,
-    device: torch.device | str = "cpu",
-    text_projection: TextProjection = "correct",
-) -> Any:
-    """Build a module on its device and load its weights from a single file.
-
-    The file stays memory-mapped, so the ranks of a machine share its pages, and a rank with a GPU holds no copy in host
-    memory. Random initialisation is skipped, because it takes a minute for SDXL's networks. Raises like
-    `load_component`.
-
-    Args:
-        build: returns the module.
-    """
-    with torch.device(device), SkippedInitialization():
-        module = build()
-
-    def load() -> None:
-        load_component(module, path, component, config, text_projection=text_projection)
-
-    read_with_retries(load, Path(path))
-    return module
-
-
-class SkippedInitialization(TorchFunctionMode):
-    """Context that leaves new weights uninitialised, in torch's modules and in those of diffusers and transformers.
-
-    Only for modules whose weights are all loaded afterwards.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        is_random = getattr(func, "__name__", "") in ("uniform_", "normal_")
-        if is_random or getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def read_carried_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

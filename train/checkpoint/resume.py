@@ -1,7 +1,7 @@
 """Resume from a checkpoint: choose it, report what has changed since, and restore progress and engine."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.text.strategy import hash_repeats
@@ -158,6 +158,21 @@ def iterate_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tup
             yield from iterate_settings(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def check_base_model(model: ModelConfig, hashes: Mapping[str, str], saved: TrainState) -> Iterator[Problem]:
+    """Yield a problem if frozen weights, which checkpoints do not hold, are not those that the checkpoint goes with.
+
+    Args:
+        hashes: hash of each network with frozen weights.
+        saved: state of the checkpoint. Older ones do not identify their base model, and hold its weights.
+    """
+    wrong = [name for name, found in hashes.items() if saved.base_model.get(name, found) != found]
+    if wrong:
+        path = dict(iterate_settings(saved.config)).get("model.path")
+        rule = f"is not the base model of the checkpoint: the weights of {' and '.join(wrong)} differ"
+        cure = f"restore the model that step {saved.step} was trained on ({path}), or set another run.name"
+        yield Problem("model.path", model.path, rule, cure)
 
 
 def restore_engine(engine: Engine, checkpoint: Path) -> None:

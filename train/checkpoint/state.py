@@ -33,6 +33,8 @@ class TrainState:
     samples_seen: int = 0
     num_bad: int = 0  # samples skipped so far
     num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
+    # Network → hash, of the base model's networks with frozen weights, which checkpoints do not hold.
+    base_model: dict[str, str] = field(default_factory=dict)
     # The settings and data of the run that saved the state; a resume compares them with its own.
     seed: int = 0
     global_batch_size: int = 0

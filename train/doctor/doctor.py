@@ -20,10 +20,10 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine
 from sdxl_trainer.launch.program import run_program
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
+from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.memory import (
     TOO_LITTLE_MEMORY,
-    compute_checkpoint_bytes,
     count_unet_parameters,
     estimate_memory,
     list_gpu_memory_bytes,
@@ -50,7 +50,7 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
     yield examine_memory(config, num_weights, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))
-    checkpoint_bytes = compute_checkpoint_bytes(config, num_weights) * (config.checkpoint.keep_last + 1)
+    checkpoint_bytes = compute_checkpoint_bytes(config, count_trained(config)) * (config.checkpoint.keep_last + 1)
     yield examine_disk("run.dir", config.run.folder, checkpoint_bytes)
     yield examine_disk("cache.dir", get_cache_folder(config))
 
@@ -73,6 +73,16 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
             yield Finding("settings", f"no contradictions on {format_count(world_size, 'rank')}")
         if index is not None:
             yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
+
+
+def count_trained(config: Config) -> int:
+    """Count the weights that a run with these settings trains; 0 if the settings or the model do not tell."""
+    from sdxl_trainer.train.run.networks import count_trained_weights
+
+    try:
+        return count_trained_weights(config)
+    except (OSError, ValueError, KeyError):
+        return 0  # examine_settings has reported the problem
 
 
 def convert_problem(problem: Problem) -> Finding:

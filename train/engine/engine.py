@@ -1,7 +1,7 @@
 """One training engine over DeepSpeed ZeRO: build, forward, backward, step."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ from sdxl_trainer.train.engine.patches import (
     skip_overflow_scan,
 )
 from sdxl_trainer.train.engine.snapshot import HostMemory, capture_state, load_state
-from sdxl_trainer.train.engine.weights import Weights, copy_share
+from sdxl_trainer.train.engine.weights import Weights, copy_fp32_share
 
 
 class Engine:
     """A model under DeepSpeed ZeRO.
 
     Args:
-        model: in fp32; DeepSpeed casts it to the precision of training and keeps fp32 masters.
+        model: in the precision of training, or in fp32, which DeepSpeed casts to that precision.
         optimizer: over groups of the model's parameters; the learning rate of a group is multiplied by its `lr_scale`.
         config: the `engine` section, with a ZeRO stage (`resolve_zero_stage`).
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
         ema: the `ema` section.
+        exact_weights: name and value of trained weights in full precision. The fp32 masters of a 16-bit run begin as
+            these, or as the model's own weights if those are in fp32.
 
     Attributes:
         weights: access to the trained weights by name, and their moving averages.
@@ -53,6 +55,7 @@ class Engine:
         batch: BatchSizes,
         max_grad_norm: float,
         ema: EmaConfig | None = None,
+        exact_weights: Iterable[tuple[str, torch.Tensor]] = (),
     ):
         assert config.zero_stage is not None, "resolve_zero_stage chooses a stage"
         self.zero_stage: int = config.zero_stage
@@ -60,9 +63,10 @@ class Engine:
         self.completed_steps = 0
         self._lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         rank, _, world_size = read_environment()
-        unrounded = copy_share(model, rank, world_size) if config.precision in ("bf16", "fp16") else None
+        has_masters = config.precision in ("bf16", "fp16")
+        copies = copy_fp32_share(model, rank, world_size) if has_masters else None
         self._engine = _build_deepspeed(model, optimizer, config, batch, max_grad_norm)
-        self.weights = Weights(self._engine, unrounded, ema)
+        self.weights = Weights(self._engine, copies, exact_weights if has_masters else (), ema)
         if self.zero_stage == 0:
             # DeepSpeed has updated once with gradients of zero, which Adam would count as its first step.
             self._engine.basic_optimizer.state.clear()

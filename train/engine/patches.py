@@ -26,6 +26,7 @@ import deepspeed.ops
 import deepspeed.runtime.compiler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address
 
 # Types in DeepSpeed's checkpoint files besides tensors and plain values; nothing else is unpickled from them.
@@ -75,9 +76,26 @@ def silence_renamed_collectives() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
+def skip_gradient_allocation() -> None:
+    """Let ZeRO 1 and 2 allocate no gradients of the masters when they are built, unless those stay, in host memory.
+
+    Why: DeepSpeed allocates fp32 zeros for all masters and frees them again, which is the peak of memory while a run
+    starts: 4 bytes a weight more than it holds afterwards. Looked for: a setting; there is none. Only Adagrad, which no
+    setting here names, would need them.
+    """
+    initialize = DeepSpeedZeroOptimizer.initialize_optimizer_states
+
+    def initialize_if_offloaded(optimizer: Any) -> None:
+        if optimizer.cpu_offload or isinstance(optimizer.optimizer, torch.optim.Adagrad):
+            initialize(optimizer)
+
+    DeepSpeedZeroOptimizer.initialize_optimizer_states = initialize_if_offloaded
+
+
 skip_op_probe()
 delay_kernel_compilation()
 silence_renamed_collectives()
+skip_gradient_allocation()
 
 
 def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
@@ -236,6 +254,8 @@ def collect_state_files(
 ) -> dict[str, Any]:
     """Return this rank's files of a checkpoint in DeepSpeed's own format: path → copied content. No collectives.
 
+    Frozen weights are left out: they are those of the base model.
+
     Why: the public `save_checkpoint` writes to disk itself, between barriers, at which a rank waits forever if
     another one is dead. Looked for: DeepSpeed's checkpoint engines (`checkpoint.writer`), which run between the same
     barriers. The caller runs ZeRO-3's prologue and epilogue (`Weights.release_gathered`, `Weights.gather_persistent`).
@@ -251,7 +271,7 @@ def collect_state_files(
     engine.checkpoint_engine = recorder
     engine.save_non_zero_checkpoint |= with_module
     try:
-        engine._save_checkpoint("", tag, client_state=client_state)
+        engine._save_checkpoint("", tag, client_state=client_state, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine, engine.save_non_zero_checkpoint = replaced
     if engine.save_zero_checkpoint:

@@ -117,10 +117,3 @@ def _fill_module(template: Shard, saved: SavedState) -> None:
     for name, value in model["module"].items():
         if saved.has(name) and tuple(value.shape) == saved.shapes[name]:
             value.copy_(saved.read_whole(name))
-    for name, value in (model.get("frozen_param_fragments") or {}).items():
-        # Parameters that the saving run trained and that are frozen now.
-        if saved.has(name):
-            share = value.numel() if template.layout.zero_stage == 3 else 0
-            whole, start = saved.read(name), template.layout.rank * share
-            part = whole[start : start + share] if share else whole
-            value.view(-1)[: part.numel()] = part.to(value.dtype)

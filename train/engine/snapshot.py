@@ -13,6 +13,7 @@ from sdxl_trainer.train.engine.resharding import reshard
 from sdxl_trainer.train.engine.saved_state import (
     AVERAGE,
     STATE_TAG,
+    ReshardingError,
     SavedState,
     Shard,
     build_shard,
@@ -86,7 +87,8 @@ def capture_state(
 ) -> dict[str, Any]:
     """Return this rank's files of a checkpoint: path within it → content, copied to the host.
 
-    The files are in DeepSpeed's own format. An additional file records the place of each parameter (layout.py).
+    The files are in DeepSpeed's own format, without frozen weights. An additional file records the place of each
+    parameter (layout.py).
 
     Args:
         engine: the engine that `deepspeed.initialize` returned.
@@ -120,7 +122,8 @@ def capture_state(
 def load_state(engine: Any, weights: Weights, folder: Path) -> None:
     """Load a checkpoint that any number of ranks has written at any ZeRO stage. All ranks call it together.
 
-    The optimizer keeps its present settings; its moments and counters are the checkpoint's.
+    The optimizer keeps its present settings; its moments and counters are the checkpoint's. Frozen weights that the
+    checkpoint does not hold keep their present values.
 
     Raises:
         ReshardingError: these ranks cannot load the checkpoint.
@@ -142,16 +145,17 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
         reshard(shard, saved)
     groups = engine.optimizer.param_groups
     settings = [dict(group) for group in groups]
-    _load_into_engine(engine, weights, shard)
+    _load_into_engine(engine, weights, shard, saved)
     _restore_settings(engine.optimizer.param_groups, settings, engine.basic_optimizer)
     _load_averages(weights, saved)
 
 
-def _load_into_engine(engine: Any, weights: Weights, shard: Shard) -> None:
+def _load_into_engine(engine: Any, weights: Weights, shard: Shard, saved: SavedState) -> None:
     """Load a rank's files, which have the engine's layout, into DeepSpeed."""
     assert shard.model is not None
     weights.release_gathered()
-    engine.load_module_state_dict(shard.model)
+    engine.load_module_state_dict(shard.model, custom_load_fn=_load_module)
+    _load_frozen(weights, saved)
     if weights.layout.zero_stage:
         shards = [None] * engine.world_size
         shards[engine.global_rank] = shard.optimizer_state
@@ -161,6 +165,30 @@ def _load_into_engine(engine: Any, weights: Weights, shard: Shard) -> None:
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, shard.model[counter])
     weights.gather_persistent()
+
+
+def _load_module(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Load a checkpoint's weights into the module. Older checkpoints hold frozen weights too.
+
+    Raises:
+        ReshardingError: the checkpoint lacks a trained weight, or is of another network.
+    """
+    found = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, weight in dst.named_parameters() if not weight.requires_grad}
+    lacking = [name for name in found.missing_keys if name not in frozen]
+    if lacking or found.unexpected_keys:
+        raise ReshardingError(f"it lacks {lacking[:3]} and has unknown {found.unexpected_keys[:3]}")
+
+
+@torch.no_grad()
+def _load_frozen(weights: Weights, saved: SavedState) -> None:
+    """Load this rank's part of the weights that the saving run trained and that are frozen now."""
+    for name, part in weights.list_frozen_parts():
+        if saved.has(name):
+            # Under ZeRO-3 each rank has an equal share of a weight, and the last one's may end in padding.
+            start = weights.layout.rank * part.numel() if weights.layout.zero_stage == 3 else 0
+            values = saved.read(name)[start : start + part.numel()]
+            part.view(-1)[: len(values)] = values.to(part)
 
 
 def _restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]], optimizer: Any) -> None:

@@ -1,7 +1,8 @@
 """The trained weights of a live engine, whole and in fp32, and their moving averages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,19 @@ class Weights:
 
     Args:
         engine: the engine that `deepspeed.initialize` returned.
-        unrounded: this rank's share of the weights as they were in fp32 (`copy_share`), if DeepSpeed has made the
-            masters from weights in 16 bit; None if the masters are exact.
+        copies: this rank's share of the weights that were in fp32 before DeepSpeed made the masters from weights in
+            16 bit; None if the masters are exact.
+        exact_weights: name and value of weights that were in 16 bit already, in full precision.
         ema: the `ema` section.
     """
 
-    def __init__(self, engine: Any, unrounded: Mapping[str, torch.Tensor] | None, ema: EmaConfig | None):
+    def __init__(
+        self,
+        engine: Any,
+        copies: "Fp32Share | None",
+        exact_weights: Iterable[tuple[str, torch.Tensor]],
+        ema: EmaConfig | None,
+    ):
         self._engine = engine
         self._zero_stage: int = engine.zero_optimization_stage()
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
@@ -34,8 +42,9 @@ class Weights:
         for number, flat in enumerate(self.layout.flats):
             for fragment in flat.fragments:
                 self._fragments[fragment.name].append((number, fragment))
-        if unrounded is not None:
-            self._set_masters(unrounded)
+        if copies is not None:
+            self._set_masters(self._exchange(copies))
+        self._set_masters(exact_weights)
         self.ema = Ema(ema.decays, ema.warmup, self.list_masters()) if ema and ema.decays else None
         self._replaced: list[torch.Tensor] = []  # see use_average
 
@@ -110,6 +119,12 @@ class Weights:
         parameters = [self._parameters[name] for name in self._fragments]
         return [get_local_part(parameter) for parameter in parameters]
 
+    def list_frozen_parts(self) -> list[tuple[str, torch.Tensor]]:
+        """List name and this rank's part of each frozen weight: its share under ZeRO-3, otherwise the whole weight."""
+        self.release_gathered()
+        frozen = [(name, weight) for name, weight in self._parameters.items() if not weight.requires_grad]
+        return [(name, get_local_part(weight)) for name, weight in frozen]
+
     def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
         """List this rank's part of the masters, or of a moving average, as flat fp32 tensors."""
         if average is not None:
@@ -126,27 +141,32 @@ class Weights:
             whole[fragment.start : fragment.start + fragment.numel] = part.to(whole.device)
         return (reduce_sum(whole) if self._zero_stage else whole).view(shape)
 
+    def _exchange(self, copies: "Fp32Share") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and whole of every weight in the shares of all ranks. All ranks call it together."""
+        engine = self._engine
+        for number, name in enumerate(copies.names):
+            held = copies.weights.get(name)
+            shape = self.layout.shapes[name]
+            whole = torch.empty(shape, device=engine.device) if held is None else held.to(engine.device)
+            yield name, broadcast_tensor(whole, number % engine.world_size)
+
     @torch.no_grad()
-    def _set_masters(self, unrounded: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite the masters, which DeepSpeed makes from weights that it has cast to 16 bit, with the exact weights.
+    def _set_masters(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite this rank's part of masters, which DeepSpeed makes from weights in 16 bit, with exact values.
 
         Args:
-            unrounded: this rank's share of the weights, which it sends to the others.
+            weights: names and whole weights, in any precision on any device.
         """
-        masters, engine = self.list_masters(), self._engine
-        trained = (name for name, parameter in self._parameters.items() if parameter.requires_grad)
-        for number, name in enumerate(trained):
-            shape = torch.Size(self.layout.shapes[name])
-            held = unrounded.get(name)
-            whole = torch.empty(shape, device=engine.device) if held is None else held.to(engine.device)
-            broadcast_tensor(whole, number % engine.world_size)
-            for flat, fragment in self._fragments[name]:
+        masters = self.list_masters()
+        for name, weight in weights:
+            for number, fragment in self._fragments[name]:
+                master = masters[number]
                 # A master with the parameter's own shape may have its strides too.
-                if masters[flat].shape == shape:
-                    masters[flat].copy_(whole)
+                if master.shape == weight.shape:
+                    master.copy_(weight)
                 else:
-                    part = whole.view(-1)[fragment.start : fragment.start + fragment.numel]
-                    masters[flat][fragment.offset : fragment.offset + fragment.numel] = part
+                    part = weight.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+                    master[fragment.offset : fragment.offset + fragment.numel] = part
 
     @torch.no_grad()
     def _set_weights(self, flats: list[torch.Tensor]) -> None:
@@ -192,8 +212,19 @@ def flatten(master: torch.Tensor) -> torch.Tensor:
     return master.detach().float().reshape(-1)
 
 
-def copy_share(model: torch.nn.Module, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Return host copies in fp32 of every `world_size`-th trained weight, starting at number `rank`."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    share = trained[rank::world_size]
-    return {name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in share}
+@dataclass(frozen=True)
+class Fp32Share:
+    """Copies of the trained weights that are in fp32; each is held by one rank."""
+
+    names: list[str]  # of all of them; rank R of W holds every W-th, starting at number R
+    weights: dict[str, torch.Tensor]  # of this rank, on the host
+
+
+def copy_fp32_share(model: torch.nn.Module, rank: int, world_size: int) -> Fp32Share:
+    """Copy this rank's share of the trained weights that are in fp32."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    found = [(name, weight) for name, weight in trained if weight.dtype == torch.float32]
+    return Fp32Share(
+        names=[name for name, _ in found],
+        weights={name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in found[rank::world_size]},
+    )

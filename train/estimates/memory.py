@@ -90,14 +90,6 @@ def count_optimizer_bytes(engine: EngineConfig, optimizer: str) -> float:
     return masters + NUM_MOMENTS.get(optimizer, 2.0) * (2 if precision in PURE_BF16 else 4)
 
 
-def compute_checkpoint_bytes(config: Config, num_weights: int) -> int:
-    """Return the approximate size of a checkpoint in bytes."""
-    if config.lora.rank:
-        return 0  # adapters are small
-    bytes_per_weight = WEIGHT_BYTES[config.engine.precision] + count_optimizer_bytes(config.engine, config.optim.name)
-    return int(num_weights * (bytes_per_weight + AVERAGE_BYTES * len(config.ema.decays)))
-
-
 def list_gpu_memory_bytes() -> list[int]:
     """Return the memory of each GPU in bytes."""
     return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]

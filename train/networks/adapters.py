@@ -22,7 +22,7 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder
 def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0) -> None:
     """Freeze the networks and add adapters to the target layers that were trainable.
 
-    New adapters do not change the output of a network. They are equal on every rank.
+    New adapters do not change the output of a network. They are in fp32, and equal on every rank.
 
     Args:
         networks: the networks to train, by name (`unet`, `text_encoder`, `text_encoder_2`).
@@ -44,6 +44,20 @@ def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, number))
             network.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
+            initialize_adapters(network)
+
+
+def initialize_adapters(network: torch.nn.Module) -> None:
+    """Draw the adapters' weights from PEFT's distributions, in fp32 on the host.
+
+    PEFT rounds its own draws to the type of the frozen layer.
+    """
+    for name, weight in network.named_parameters():
+        if weight.requires_grad and not weight.is_meta:
+            drawn = torch.zeros(weight.shape)
+            weight.data = (torch.nn.init.kaiming_uniform_(drawn, a=5**0.5) if name.endswith(DOWN) else drawn).to(
+                weight.device
+            )
 
 
 def find_target_layers(network: torch.nn.Module, targets: Sequence[str]) -> list[str]:

@@ -1,16 +1,17 @@
 """The trained networks, as one module for DeepSpeed's engine."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from sdxl_trainer.cache.encode.text_encoder import encode_text
-from sdxl_trainer.cache.models.single_file import build_component
+from sdxl_trainer.cache.models.components import build_component, read_component
+from sdxl_trainer.cache.models.single_file_names import TextProjection, get_canonical_name
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.data.files import read_with_retries
 from sdxl_trainer.train.networks.conditioning import TextEmbeddings, TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -72,21 +73,20 @@ class TrainedNetworks(torch.nn.Module):
         return TextEmbeddings(torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled)
 
 
-def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | str = "cpu") -> torch.nn.Module:
-    """Load SDXL's U-Net for training in fp32 on `device`, and apply the settings of `engine` that change its execution.
+def load_unet(
+    source: ModelSource,
+    config: EngineConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.nn.Module:
+    """Load SDXL's U-Net for training, and apply the settings of `engine` that change its execution.
 
     The settings are gradient checkpointing, the attention backend, channels_last and compilation.
     """
     from diffusers import UNet2DConditionModel
 
-    unet: Any  # diffusers annotates from_pretrained with a union that it never returns
-    if source.file is None:
-        load = partial(UNet2DConditionModel.from_pretrained, subfolder="unet", use_safetensors=True)
-        unet = read_with_retries(lambda: load(source.folder), source.folder)
-    else:
-        settings = source.read_config("unet")
-        build = partial(UNet2DConditionModel.from_config, settings)
-        unet = build_component(build, source.file, "unet", settings, device=device)
+    build = partial(UNet2DConditionModel.from_config, source.read_config("unet"))
+    unet: Any = build_component(build, source, "unet", device=device, dtype=dtype)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.attention == "xformers":
@@ -97,7 +97,22 @@ def load_unet(source: ModelSource, config: EngineConfig, device: torch.device | 
                 layer.register_forward_pre_hook(convert_to_channels_last)
     if config.compile:
         unet.compile()
-    return unet.to(device, torch.float32).train()
+    return unet.train()
+
+
+def read_trained_weights(
+    networks: TrainedNetworks, source: ModelSource, text_projection: TextProjection
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (parameter name, tensor) of each trained weight of the base model, in the precision of the file.
+
+    Not for networks with adapters, whose trained weights are not in the base model.
+    """
+    for component, network in networks.named_children():
+        parameters = network.named_parameters()
+        names = {get_canonical_name(component, name): name for name, weight in parameters if weight.requires_grad}
+        for name, tensor in read_component(source, component, text_projection):
+            if name in names:
+                yield f"{component}.{names[name]}", tensor
 
 
 def convert_to_channels_last(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -5,13 +5,20 @@ from collections.abc import Iterator
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.configs.problems import raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.train.checkpoint.resume import build_initial_state, open_checkpoints, restore_engine, restore_progress
+from sdxl_trainer.train.checkpoint.resume import (
+    build_initial_state,
+    check_base_model,
+    open_checkpoints,
+    restore_engine,
+    restore_progress,
+)
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
@@ -19,7 +26,7 @@ from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
-from sdxl_trainer.train.run.networks import build_networks, compute_batch_sizes
+from sdxl_trainer.train.run.networks import build_networks, compute_batch_sizes, hash_frozen_networks
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import build_validation_set, split_data, start_loader
 
@@ -46,8 +53,9 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     split = split_data(config, index, strategy, ranks)
     checkpoint, checkpoints = open_checkpoints(config.run.folder / "checkpoints", config.checkpoint, ranks)
     state = build_initial_state(config, index, split.plan, ranks, split.repeats)
-    if checkpoint:
-        state = restore_progress(TrainState.load(checkpoint), state, split.plan, config.run.on_data_change)
+    saved = TrainState.load(checkpoint) if checkpoint else None
+    if saved:
+        state = restore_progress(saved, state, split.plan, config.run.on_data_change)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     batches = start_loader(config, dataset, split.plan, state, ranks)
@@ -55,8 +63,11 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     if missing is not None:
         batches = fill_missing_latents(batches, missing)
     engine, conditioner = build_networks(config, source, ranks)
-    if checkpoint:
+    base_model = hash_frozen_networks(engine, config, source, ranks)
+    if checkpoint and saved:
+        raise_if_any(check_base_model(config.model, base_model, saved))
         restore_engine(engine, checkpoint)
+    state.base_model = base_model
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     unet_config = source.read_config("unet")
     num_text_tokens, precision = config.data.max_tokens + 2, config.engine.precision

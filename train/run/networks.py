@@ -1,16 +1,18 @@
 """The networks of a run: load them, add adapters, group parameters, and build the engine over them."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from sdxl_trainer.cache.models.encoders import TextEncoders, load_text_encoders
+from sdxl_trainer.cache.models.components import hash_component
+from sdxl_trainer.cache.models.encoders import load_text_encoders
 from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config, TrainConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
-from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES, BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import add_adapters
@@ -21,6 +23,7 @@ from sdxl_trainer.train.networks.trained_networks import (
     TrainedNetworks,
     list_trained_encoders,
     load_unet,
+    read_trained_weights,
     unfreeze_text_encoder,
 )
 from sdxl_trainer.train.optim.optimizers import build_optimizer
@@ -33,36 +36,49 @@ def compute_batch_sizes(train: TrainConfig, world_size: int) -> BatchSizes:
 
 
 def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[Engine, TextConditioner]:
-    """Load the networks to this rank's device.
+    """Load the networks to this rank's device, in the precision of training.
 
     Returns:
         The engine over all trained networks, and the text conditioner, whose encoders may be among the trained ones.
     """
     dtype = DTYPES[config.engine.precision]
-
-    def load_frozen() -> TextEncoders:
-        encoder, encoder_2 = load_text_encoders(source, config.model)
-        return TextEncoders(encoder.to(ranks.device, dtype), encoder_2.to(ranks.device, dtype))
-
-    loaded = None if config.cache.text else load_text_encoders(source, config.model)
+    load_encoders = partial(load_text_encoders, source, config.model, ranks.device, dtype)
+    loaded = None if config.cache.text else load_encoders()
     encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=True)) if loaded else {}
     trained = list_trained_encoders(config.optim)
-    for name, encoder in encoders.items():
-        if name in trained:
-            unfreeze_text_encoder(encoder, config.engine.gradient_checkpointing)
-        else:
-            encoder.to(ranks.device, dtype)
-    unet = load_unet(source, config.engine, ranks.device)
+    for name in trained:
+        unfreeze_text_encoder(encoders[name], config.engine.gradient_checkpointing)
+    unet = load_unet(source, config.engine, ranks.device, dtype)
     networks = TrainedNetworks(unet, **{name: encoders[name] for name in trained})
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
-    networks.to(ranks.device)
     groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
     seed = derive_seed(config.run.seed, RandomStream.ROUNDING, ranks.rank)
-    optimizer = build_optimizer(groups, config.optim, config.engine, seed)
-    batch_sizes = compute_batch_sizes(config.train, ranks.world_size)
-    engine = Engine(networks, optimizer, config.engine, batch_sizes, config.optim.max_grad_norm, config.ema)
-    return engine, TextConditioner(loaded, trained) if loaded else LazyTextConditioner(load_frozen)
+    engine = Engine(
+        networks,
+        build_optimizer(groups, config.optim, config.engine, seed),
+        config.engine,
+        compute_batch_sizes(config.train, ranks.world_size),
+        config.optim.max_grad_norm,
+        config.ema,
+        () if config.lora.rank else read_trained_weights(networks, source, config.model.text_projection),
+    )
+    return engine, TextConditioner(loaded, trained) if loaded else LazyTextConditioner(load_encoders)
+
+
+def hash_frozen_networks(engine: Engine, config: Config, source: ModelSource, ranks: Ranks) -> dict[str, str]:
+    """Return the hash of each network of the base model whose weights train frozen, all or some: network → hash.
+
+    Checkpoints do not hold those weights, so a resume needs the same base model. All ranks call this together.
+    """
+    parameters = engine.model.named_parameters()
+    frozen = {name.partition(".")[0] for name, parameter in parameters if not parameter.requires_grad}
+    if not config.cache.text:
+        frozen.update(set(ENCODERS).difference(list_trained_encoders(config.optim)))
+    hashes: dict[str, str] = {}
+    if ranks.is_main:
+        hashes = {name: hash_component(source, name, config.model.text_projection) for name in sorted(frozen)}
+    return broadcast_object(hashes)
 
 
 def check_trained_parameters(config: Config) -> Iterator[Problem]:
@@ -73,14 +89,36 @@ def check_trained_parameters(config: Config) -> Iterator[Problem]:
     optim = config.optim
     if not (optim.groups or optim.block_lrs or config.lora.rank) or not is_local(config.model):
         return
-    source = resolve_model(config.model)
-    networks = build_empty_networks(source, list_trained_encoders(optim))
     try:
-        if config.lora.rank:
-            add_adapters(dict(networks.named_children()), config.lora)
-        build_parameter_groups(networks, optim, source.read_config("unet"))
+        build_empty_run(config)
     except UserInputError as error:
         yield from error.problems
+
+
+def count_trained_weights(config: Config) -> int:
+    """Count the weights that a run with these settings trains; 0 for a model that is not on disk.
+
+    Raises:
+        UserInputError: the settings train nothing.
+        OSError, ValueError, KeyError: the model has no usable configs.
+    """
+    if not is_local(config.model):
+        return 0
+    return sum(weight.numel() for weight in build_empty_run(config).parameters() if weight.requires_grad)
+
+
+def build_empty_run(config: Config) -> TrainedNetworks:
+    """Build the trained networks of a run on the meta device, with adapters, and with what the settings freeze frozen.
+
+    Raises:
+        UserInputError: a pattern or a target of adapters matches nothing, or every learning rate is 0.
+    """
+    source = resolve_model(config.model)
+    networks = build_empty_networks(source, list_trained_encoders(config.optim))
+    if config.lora.rank:
+        add_adapters(dict(networks.named_children()), config.lora)
+    build_parameter_groups(networks, config.optim, source.read_config("unet"))
+    return networks
 
 
 def build_empty_networks(source: ModelSource, trained: list[str]) -> TrainedNetworks:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
+from safetensors.torch import save_file
 from single_file_samples import LOGIT_SCALE, POSITION_IDS, TINY, build_modules, build_tiny_modules
 
+from sdxl_trainer.cache.models.components import build_component, copy_weights, hash_component
+from sdxl_trainer.cache.models.diffusers_folder import WEIGHTS
 from sdxl_trainer.cache.models.single_file import (
-    build_component,
     build_modelspec,
     list_prediction_marks,
-    load_component,
     read_carried_tensors,
     read_single_file,
     write_single_file,
@@ -33,6 +34,7 @@ from sdxl_trainer.cache.models.single_file_names import (
     get_canonical_name,
     list_source_names,
 )
+from sdxl_trainer.cache.models.source import ModelSource
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_reading_back_is_bit_equal(tmp_path, tiny_modules):
         found = dict(read_single_file(path, component, TINY[component]))
         assert list(found) == list_source_names(component, TINY[component]) and found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        load_component(fresh[component], path, component, TINY[component])
+        copy_weights(fresh[component], component, found.items())
         copied = {get_canonical_name(component, name): tensor for name, tensor in fresh[component].state_dict().items()}
         assert all(torch.equal(copied[name], expected[name]) for name in expected)
     again = tmp_path / "again.safetensors"
@@ -97,19 +99,44 @@ def test_reading_back_is_bit_equal(tmp_path, tiny_modules):
     assert again.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("component", TINY)
-def test_networks_are_built_without_drawing_weights(tmp_path, tiny_modules, component):
+def test_networks_are_built_in_their_type_without_drawing_weights(tmp_path, tiny_modules, component, dtype):
     path = tmp_path / "model.safetensors"
     write_tiny(path, tiny_modules)
+    source = ModelSource(make_diffusers_folder(tmp_path / "configs"), path)
     before = torch.get_rng_state()
-    module = build_component(lambda: build_modules(TINY, "cpu")[component], path, component, TINY[component])
+    module = build_component(lambda: build_modules(TINY, "cpu")[component], source, component, dtype=dtype)
     assert torch.equal(torch.get_rng_state(), before)  # drawing SDXL's weights would take a minute
     weights = tiny_modules[component].state_dict()
     expected = {get_canonical_name(component, name): tensor for name, tensor in weights.items()}
     for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, expected[get_canonical_name(component, name)]), name
+        assert torch.equal(tensor, expected[get_canonical_name(component, name)].to(dtype)), name
     buffers, wanted = dict(module.named_buffers()), dict(tiny_modules[component].named_buffers())
     assert buffers.keys() == wanted.keys() and all(torch.equal(buffers[name], wanted[name]) for name in buffers)
+
+
+def test_a_network_that_lacks_a_weight_or_has_another_shape_is_refused(tiny_modules):
+    vae = build_modules(TINY, "cpu")["vae"]
+    found = dict(tiny_modules["vae"].state_dict())
+    bias = found.pop("encoder.conv_in.bias")
+    with pytest.raises(ValueError, match="vae lacks encoder.conv_in.bias"):
+        copy_weights(vae, "vae", found.items())
+    with pytest.raises(ValueError, match=r"vae encoder.conv_in.bias is \[1\], not \[8\]"):
+        copy_weights(vae, "vae", {**found, "encoder.conv_in.bias": bias[:1]}.items())
+
+
+def test_one_value_decides_on_the_hash_of_a_network_and_its_form_on_disk_does_not(tmp_path, tiny_modules):
+    folder, path = make_diffusers_folder(tmp_path / "folder"), tmp_path / "model.safetensors"
+    write_tiny(path, tiny_modules)
+    for component, module in build_tiny_modules().items():
+        module.float()
+        save_file(module.state_dict(), folder / component / WEIGHTS[component])
+        single = hash_component(ModelSource(folder, path), component)
+        assert hash_component(ModelSource(folder), component) == single
+        next(weight for name, weight in module.state_dict().items() if name.endswith("bias"))[-1] += 2**-10
+        save_file(module.state_dict(), folder / component / WEIGHTS[component])
+        assert hash_component(ModelSource(folder), component) != single
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -35,7 +35,8 @@ from sdxl_trainer.train.doctor.doctor import (
     read_num_ranks,
 )
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
-from sdxl_trainer.train.estimates.memory import compute_checkpoint_bytes, count_unet_parameters, estimate_memory
+from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
+from sdxl_trainer.train.estimates.memory import count_unet_parameters, estimate_memory
 
 CONFIGS = ROOT / "configs"
 
@@ -96,7 +97,7 @@ def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
         ("engine.precision=fp32", 2, 4 + 2 + 6, 16),  # ZeRO keeps separate masters in fp32 too
         ("optim.name=adamw8bit", 1, 2 + 2 + 6, 8),
         ("ema.decays=[0.9,0.99]", 2, 2 + 1 + 10, 22),
-        ("lora.rank=4", 2, 2, 0),
+        ("lora.rank=4", 2, 2, 14),
     ],
 )
 def test_bytes_per_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:

@@ -20,17 +20,17 @@ STAGES = (0, 1, 2, 3)
 LR, MAX_NORM, STEPS = 0.05, 0.5, 4
 
 
-def build_net() -> torch.nn.Sequential:
+def build_net(frozen: bool = True) -> torch.nn.Sequential:
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 7), torch.nn.Linear(7, 3))
-    net[2].requires_grad_(False)
+    net[2].requires_grad_(not frozen)
     for parameter in net.parameters():
         parameter.use_muon = parameter.dim() == 2  # pyright: ignore
     return net
 
 
 def build_groups(net: torch.nn.Sequential) -> list[dict]:
-    scales = {0: 1.0, 3: 0.5}
+    scales = {0: 1.0, 2: 1.0, 3: 0.5} if net[2].weight.requires_grad else {0: 1.0, 3: 0.5}
     return [
         {"params": list(net[place].parameters()), "lr": LR * scale, "weight_decay": 0.1 * scale, "lr_scale": scale}
         for place, scale in scales.items()
@@ -40,7 +40,10 @@ def build_groups(net: torch.nn.Sequential) -> list[dict]:
 def build_engine(stage: int, precision: str = "fp32", name: str = "adamw", lr: float = LR, **settings) -> Engine:
     init_ranks()
     ema = settings.pop("ema", None)
-    net, config = build_net(), EngineConfig(zero_stage=stage, precision=precision, **settings)
+    net, config = (
+        build_net(settings.pop("frozen", True)),
+        EngineConfig(zero_stage=stage, precision=precision, **settings),
+    )
     kwargs = {"adam_lr": lr} if name == "muon" else {}
     optimizer = build_optimizer(build_groups(net), OptimConfig(name=name, lr=lr, kwargs=kwargs), config)
     return Engine(net, optimizer, config, BatchSizes(8, 4, 2), 0.0 if name == "muon" else MAX_NORM, ema)
@@ -115,6 +118,48 @@ def test_frozen_parameters_have_no_gradient_and_no_state(stage: int) -> None:
     layout = next(content for name, content in files.items() if "layout" in name)
     assert list(layout["shapes"]) == ["0.weight", "0.bias", "3.weight", "3.bias"]
     assert sum(piece["numel"] for flat in layout["flats"] for piece in flat["pieces"]) == 5 * 7 + 7 + 7 * 3 + 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_hold_no_frozen_weights_and_older_ones_are_loaded(stage: int, tmp_path: Path, monkeypatch) -> None:
+    """A resume keeps the base model's frozen weights, and takes those that the saving run trained or wrote."""
+    frozen = ("2.weight", "2.bias")
+    engine = build_engine(stage)
+    trained = train(engine, 2)
+    model = next(content for name, content in engine.capture_state().items() if name.endswith("model_states.pt"))
+    assert list(model["module"]) == ["0.weight", "0.bias", "3.weight", "3.bias"] and not model["frozen_param_fragments"]
+    shift_frozen(engine, 1.0)
+    shifted = gather(engine)
+    engine.load_state(save(engine, tmp_path / "new"))
+    assert gather(engine).equal(shifted) and not shifted.equal(trained)
+
+    with monkeypatch.context() as older:
+        save_all = engine._engine._save_checkpoint
+
+        def save_as_before(*words, exclude_frozen_parameters, **named) -> None:
+            save_all(*words, **named)
+
+        older.setattr(engine._engine, "_save_checkpoint", save_as_before)
+        checkpoint = save(engine, tmp_path / "old")
+    shift_frozen(engine, 1.0)
+    engine.load_state(checkpoint)
+    assert gather(engine).equal(shifted)
+
+    whole = build_engine(stage, frozen=False)
+    weights = train(whole, 2)
+    checkpoint = save(whole, tmp_path / "whole")
+    engine.load_state(checkpoint)
+    assert gather(engine).equal(weights)
+    assert all(engine.weights.gather(name).equal(whole.weights.gather(name)) for name in frozen)
+
+
+@torch.no_grad()
+def shift_frozen(engine: Engine, change: float) -> None:
+    """Add `change` to the frozen weights."""
+    engine.weights.release_gathered()
+    for _, part in engine.weights.list_frozen_parts():
+        part += change
+    engine.weights.gather_persistent()
 
 
 @pytest.fixture

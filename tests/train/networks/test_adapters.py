@@ -15,7 +15,9 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.train.checkpoint.writer import count_tensor_bytes
 from sdxl_trainer.train.convert import main
+from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.networks.adapters import (
     add_adapters,
     build_kohya_name,
@@ -26,7 +28,7 @@ from sdxl_trainer.train.networks.adapters import (
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.networks import build_empty_networks
+from sdxl_trainer.train.run.networks import build_empty_networks, count_trained_weights
 from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
 
@@ -149,12 +151,17 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
         assert names[network] == set(expected)
 
 
-def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: Path):
-    settings = cached_folder / "tiny.yaml"
+def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: Path, tmp_path: Path):
+    """The run resumes on its own base model, and is refused on another one, whose frozen weights it would need."""
+    settings, other = cached_folder / "tiny.yaml", build_tiny_sdxl(tmp_path / "other", seed=1)
     words = ("lora.rank=2", "optim.text_encoder_2_lr=1e-3", "ema.decays=[0.5]", "sample.prompts=[]")
     whole = ("train", settings, "run.name=lora", "train.max_steps=6", *words)
     parts = [("train", settings, "run.name=lora-twice", f"train.max_steps={steps}", *words) for steps in (4, 6)]
-    run_program("tests/support/several_runs.py", *whole, "+", *parts[0], "+", *parts[1])
+    refused = ("train", settings, "run.name=lora", "train.max_steps=7", f"model.path={other}", *words)
+    runs = (*whole, "+", *parts[0], "+", *parts[1], "+", *refused)
+    printed = run_program("tests/support/several_runs.py", *runs, expect=2)
+    assert "is not the base model of the checkpoint: the weights of text_encoder and text_encoder_2 and unet" in printed
+    assert f"restore the model that step 6 was trained on ({cached_folder / 'model'})" in printed
     models, twice = (cached_folder / "runs" / name / "models" for name in ("lora", "lora-twice"))
     names = ["step-00000006-lora-ema-0.5.safetensors", "step-00000006-lora.safetensors"]
     assert sorted(path.name for path in models.iterdir()) == names
@@ -173,7 +180,14 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     assert main([str(run), str(models / "again.safetensors"), "--dtype", "fp32"]) == 0
     again = load_file(models / "again.safetensors")
     assert again.keys() == tensors.keys() and all(again[name].equal(tensors[name]) for name in tensors)
-    config, _ = load_config(run / "config.yaml")
+    config, _ = load_config(settings, [*words, "run.name=lora", "engine.zero_stage=0"])
+    state = run / "checkpoints" / "step-00000006" / "state"
+    written = [torch.load(path, weights_only=False) for path in state.glob("*.pt")]
+    num_trained = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("alpha"))
+    assert count_trained_weights(config) == num_trained
+    # Besides, each weight has a counter of its steps, a tensor of 4 bytes.
+    counters = 4 * (len(tensors) * 2 // 3)
+    assert sum(map(count_tensor_bytes, written)) == compute_checkpoint_bytes(config, num_trained) + counters
     generator = load_image_generator(config, run / "checkpoints" / "step-00000006", torch.device("cpu"))
     layer = generator.unet.mid_block.attentions[0].proj_in
     up = layer.lora_B["default"].weight
