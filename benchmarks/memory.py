@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, run_script
+from loading import compare_loading, measure_loading
 
 RANKS = 2
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -44,7 +45,7 @@ def compare(work: Path, quick: bool) -> dict[str, Figure]:
         name = f"zero{stage}_{precision}"
         figures[f"memory_of_theory_{name}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
         figures[f"bytes_a_weight_{name}"] = Figure(found["held"] / found["weights"])
-    return figures
+    return {**figures, **compare_loading(work, quick)}
 
 
 def measure(settings: dict[str, Any]) -> int:
@@ -57,6 +58,9 @@ def measure(settings: dict[str, Any]) -> int:
     from sdxl_trainer.train.run.job import set_up
     from sdxl_trainer.train.run.loop import train_step
 
+    if "loading" in settings:
+        print(json.dumps(measure_loading(Path(settings["loading"]), settings["words"])), flush=True)
+        end_program(0)
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
     run, batches = build_run(*set_up(config, problems))
     for _ in range(2):

@@ -85,9 +85,9 @@ def skip_gradient_allocation() -> None:
     """
     initialize = DeepSpeedZeroOptimizer.initialize_optimizer_states
 
-    def initialize_if_offloaded(optimizer: Any) -> None:
-        if optimizer.cpu_offload or isinstance(optimizer.optimizer, torch.optim.Adagrad):
-            initialize(optimizer)
+    def initialize_if_offloaded(self: Any) -> None:
+        if self.cpu_offload or isinstance(self.optimizer, torch.optim.Adagrad):
+            initialize(self)
 
     DeepSpeedZeroOptimizer.initialize_optimizer_states = initialize_if_offloaded
 

@@ -112,6 +112,18 @@ def test_overflow_is_scanned_by_the_replaced_method_and_by_the_norm():
     assert "compute_grad_norm" in vars(build_engine(2)._engine.optimizer)
 
 
+def test_gradients_of_masters_are_allocated_at_the_start_only_to_stay():
+    assert "self.initialize_optimizer_states()" in get_source(DeepSpeedZeroOptimizer.__init__)
+    assert list_arguments(DeepSpeedZeroOptimizer.initialize_optimizer_states) == ["self"]
+    # The replaced method, which the patch keeps in its closure.
+    (replaced,) = inspect.getclosurevars(DeepSpeedZeroOptimizer.initialize_optimizer_states).nonlocals.values()
+    source = " ".join(get_source(replaced).split())
+    assert "self.single_partition_of_fp32_groups[i].grad = " in source
+    assert "if not self.cpu_offload: for group in self.single_partition_of_fp32_groups: group.grad = None" in source
+    optimizer = build_engine(2)._engine.optimizer
+    assert all(master.grad is None for master in optimizer.single_partition_of_fp32_groups)
+
+
 def test_fragment_offsets_cover_every_parameter():
     for stage in (1, 2):
         engine = build_engine(stage)
