@@ -31,7 +31,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 24 * 1024**3
-POOL = (1 << 24) - 3  # random values that all weights are cut from; prime to their widths
+POOL = (1 << 24) - 3  # random values that all weights are cut from; no multiple of their widths
 PROMPT = "a red circle on a white background"
 Launch = Callable[[str, list[str]], object]
 
@@ -159,8 +159,9 @@ def write_random_model(path: Path, configs: Path) -> None:
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) == 1:
             return torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
-        count, start = torch.Size(shape).numel(), zlib.crc32(name.encode()) % POOL
-        values = pool.roll(-start)[:count] if count < POOL else pool.repeat(-(-count // POOL))[:count]
+        count = torch.Size(shape).numel()
+        start = zlib.crc32(name.encode()) % max(1, POOL - count)
+        values = (pool.repeat(-(-count // POOL)) if count > POOL else pool)[start : start + count]
         # Norms keep the states near 1; a gain below 1 keeps residual sums small.
         return (values * (0.5 / torch.Size(shape[1:]).numel() ** 0.5)).half().view(shape)
 
