@@ -14,7 +14,7 @@ import torch
 from sdxl_trainer.cache.encode.encode_plan import DTYPE_BYTES, TextRequirement
 from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CaptionEncoder, TextNetworks
-from sdxl_trainer.cache.models.encoders import TextEncoders, hash_weights, load_text_encoders, load_tokenizers
+from sdxl_trainer.cache.models.encoders import hash_weights, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.problems import Problem
@@ -187,7 +187,7 @@ def load_text_job(
 ) -> TextJob:
     """Load the text encoders onto their device and build the job that encodes captions with them."""
     source = resolve_model(model)
-    encoders = TextEncoders(*(encoder.to(device) for encoder in load_text_encoders(source, model)))
+    encoders = load_text_encoders(source, model, device)
     networks = TextNetworks(encoders, load_tokenizers(source, model))
     variants = build_caption_variants(data, cache.text_variants)
     return TextJob(CaptionEncoder(networks, data.max_tokens), variants, identity.name)

@@ -84,7 +84,8 @@ def load_image_generator(
 ) -> ImageGenerator:
     """Load all networks on a device: the base model's weights, replaced with the checkpoint's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
-    unet, encoders = load_unet(source, config.engine, device), load_text_encoders(source, config.model)
+    unet = load_unet(source, config.engine, device, dtype)
+    encoders = load_text_encoders(source, config.model, device, dtype)
     networks = {"unet": unet, "text_encoder": encoders.encoder, "text_encoder_2": encoders.encoder_2}
     if checkpoint is not None:
         if config.lora.rank:
