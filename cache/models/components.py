@@ -73,7 +73,8 @@ def copy_weights(module: torch.nn.Module, component: str, tensors: Iterable[tupl
             continue
         if weight.shape != tensor.shape:
             raise ValueError(f"{component} {name} is {list(tensor.shape)}, not {list(weight.shape)}")
-        weight.copy_(tensor)
+        # Casting on the device spares the host, which has one thread for each rank.
+        weight.copy_(tensor.to(weight.device))
     if missing:
         raise ValueError(f"{component} lacks {', '.join([*missing][:5])}" + (" and more" if len(missing) > 5 else ""))
 

@@ -163,10 +163,10 @@ class Weights:
                 master = masters[number]
                 # A master with the parameter's own shape may have its strides too.
                 if master.shape == weight.shape:
-                    master.copy_(weight)
+                    master.copy_(weight.to(master.device))
                 else:
                     part = weight.reshape(-1)[fragment.start : fragment.start + fragment.numel]
-                    master[fragment.offset : fragment.offset + fragment.numel] = part
+                    master[fragment.offset : fragment.offset + fragment.numel] = part.to(master.device)
 
     @torch.no_grad()
     def _set_weights(self, flats: list[torch.Tensor]) -> None:
