@@ -63,15 +63,13 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     if missing is not None:
         batches = fill_missing_latents(batches, missing)
     engine, conditioner = build_networks(config, source, ranks)
-    base_model = hash_frozen_networks(engine, config, source, ranks)
+    state.base_model = hash_frozen_networks(engine, config, source, ranks)
     if checkpoint and saved:
-        raise_if_any(check_base_model(config.model, base_model, saved))
+        raise_if_any(check_base_model(config.model, state.base_model, saved))
         restore_engine(engine, checkpoint)
-    state.base_model = base_model
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
-    unet_config = source.read_config("unet")
-    num_text_tokens, precision = config.data.max_tokens + 2, config.engine.precision
-    mfu_reference = build_mfu_reference(engine.model.unet, unet_config, num_text_tokens, precision, ranks)
+    unet, unet_config, num_text_tokens = engine.model.unet, source.read_config("unet"), config.data.max_tokens + 2
+    mfu_reference = build_mfu_reference(unet, unet_config, num_text_tokens, config.engine.precision, ranks)
     requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
     run = Run(
         config=config,
