@@ -1,4 +1,4 @@
-"""Write encoded items on threads while the device encodes the next ones."""
+"""Write encoded items on threads while the device encodes the next items."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +11,10 @@ class BackgroundWriter:
     """Stores items on its own threads and lists each in the manifest once it is on disk.
 
     Args:
-        manifest: lists the finished items.
+        manifest: manifest that lists the finished items.
         num_threads: number of items written at once.
-        max_in_flight: number of items accepted and not yet on disk; `submit` waits when it is reached, so that memory
-            stays bounded.
+        max_in_flight: number of accepted items that are not yet on disk. At this number `submit` waits, which bounds
+            the memory.
     """
 
     def __init__(self, storage: Storage, manifest: ManifestWriter, num_threads: int = 4, max_in_flight: int = 32):

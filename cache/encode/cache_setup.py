@@ -1,4 +1,4 @@
-"""Set-up of a cache folder: checks of settings and data, identities of the latents, and the lock."""
+"""Set up a cache folder: check settings and data, build the identities of the latents, and lock the folder."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +21,14 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     """Check the settings and the data, and open the index of all records.
 
     Args:
-        problems: problems found so far; they are reported with the others.
+        problems: problems found so far, which are reported together with new ones.
 
     Raises:
         UserInputError: there are problems; the error lists all of them.
     """
     index, found = open_checked_records(config, need_captions=config.cache.text)
-    captioning = check_captioning(config.data.caption, config.cache)
-    raise_if_any([*problems, *found, *check_model(config.model), *captioning])
+    caption_problems = check_captioning(config.data.caption, config.cache)
+    raise_if_any([*problems, *found, *check_model(config.model), *caption_problems])
     assert index is not None, "records without problems have an index"
     return index
 
@@ -60,13 +60,13 @@ def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
 
 
 def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterator[Problem]:
-    """Check that new latents would have the identity of those already in the cache."""
+    """Yield a problem if the cache holds latents of another identity than new latents would have."""
     known, wanted = read_identity(folder), identities[""]
     if known is None or known.get("name") == wanted.name:
         return
     fields = orjson.loads(orjson.dumps(wanted.list_fields(), default=tuple))
-    others = ", ".join(f"{name}: {known.get(name)}" for name, value in fields.items() if known.get(name) != value)
-    rule = f"holds latents made with other settings ({others}), which cannot be mixed with new ones"
+    differences = ", ".join(f"{name}: {known.get(name)}" for name, value in fields.items() if known.get(name) != value)
+    rule = f"holds latents made with other settings ({differences}), which cannot be mixed with new ones"
     yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh first, or set another cache.dir")
 
 

@@ -1,4 +1,4 @@
-"""Decoding of images into batches of one bucket, on threads, a few batches ahead of the device."""
+"""Decode images into batches of one bucket, on threads, a few batches ahead of the device."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ class WorkItem:
         record: JSON of the image's record.
         with_text: its captions are encoded too.
         text: cached text encoder outputs that stay valid.
-        unmasked: entry of latents that were encoded without the mask; withdrawn if the mask is bad.
+        unmasked: entry of latents that were encoded without the mask. It is withdrawn if the mask is bad.
     """
 
     key: str
@@ -45,7 +45,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class PreparedItem:
-    """A work item with its pixels, and with its captions if they are to be encoded."""
+    """A work item with its pixels, and with the captions to encode."""
 
     item: WorkItem
     image: PreparedImage
@@ -83,7 +83,7 @@ class Decoder:
     """Decodes images into batches.
 
     Batches are planned by the sizes in metadata or file headers, and threads decode directly into their arrays, so
-    that nothing is copied. Images that turn out to have another bucket are grouped into batches of their own.
+    that nothing is copied. Images whose decoded size belongs in another bucket (strays) form separate batches.
 
     Args:
         shape_captions: returns the captions to encode for a record.
@@ -100,14 +100,14 @@ class Decoder:
     def decode(self, items: Sequence[WorkItem]) -> Iterator[DecodedBatch]:
         """Yield batches of at most `batch_size` images, each as soon as it is complete."""
         buckets = list_buckets(self.rule)
-        ahead = 2 * self.batch_size + self.num_workers
+        max_ahead = 2 * self.batch_size + self.num_workers
         planned: deque[_PlannedBatch] = deque()
         strays: dict[Size, list[PreparedItem]] = defaultdict(list)
         with ThreadPoolExecutor(self.num_workers, thread_name_prefix="decoder") as pool:
             try:
                 for bucket, group in self._plan(self._probe(items, pool), buckets):
                     planned.append(self._start(bucket, group, buckets, pool))
-                    if sum(len(batch.images) for batch in planned) > ahead:
+                    if sum(len(batch.images) for batch in planned) > max_ahead:
                         yield from self._finish(planned.popleft(), strays)
                 while planned:
                     yield from self._finish(planned.popleft(), strays)
@@ -116,7 +116,7 @@ class Decoder:
         yield from (_stack(group) for group in strays.values() if group)
 
     def _probe(self, items: Sequence[WorkItem], pool: ThreadPoolExecutor) -> Iterator[_SizedItem]:
-        """Yield the items with their sizes, reading the headers of files ahead."""
+        """Yield the items with their sizes. Headers of files are read ahead."""
         waiting: deque[Sequence[tuple[WorkItem, Future | None]]] = deque()
         for start in range(0, len(items), PROBE_GROUP):
             group = items[start : start + PROBE_GROUP]
@@ -181,7 +181,7 @@ class Decoder:
 def prepare_item(
     item: WorkItem, rule: BucketRule, buckets: list[Size], with_alpha: bool = False, out: np.ndarray | None = None
 ) -> PreparedImage:
-    """Decode an item's image, crop it to its bucket, and add its mask. Other arguments are those of `prepare_image`.
+    """Decode an item's image, crop it to its bucket, and add its mask. The other arguments are as in `prepare_image`.
 
     Raises:
         BadImageError: the image or the mask cannot be used.

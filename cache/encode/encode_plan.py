@@ -1,4 +1,4 @@
-"""Encode plans: each rank's share of the records, and the latents and text in it that are missing or stale."""
+"""Encode plans: each rank's share of the records, and the missing or stale latents and text of the share."""
 
 import os
 from collections import Counter
@@ -31,7 +31,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES: tuple[State, ...] = ("valid", "new", "stale", "changed", "missing")
 LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of an image has nothing to encode
 MASK_BYTES_PER_PX = 4
-ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes and crop, and the line in the manifest
+ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes, crop, and the line in the manifest
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextRequirement:
 
     Args:
         caption_bytes: size on disk of the outputs of one caption.
-        in_shards: new outputs are stored beside the latents in a shard, so both are encoded together.
+        in_shards: new outputs are stored beside the latents in a shard, so latents and text are encoded together.
     """
 
     variants: CaptionVariants
@@ -72,9 +72,9 @@ class TextRequirement:
         return self.caption_bytes * self.variants.count
 
     def is_valid(self, record: bytes, known: TextPart | None) -> bool:
-        """Return whether cached outputs have this identity and are of the record's captions.
+        """Return whether cached outputs have this identity and belong to the record's captions.
 
-        Captions that the user's strategy cannot shape count as invalid; the encoding reports them.
+        Captions on which the user's strategy fails count as invalid; the encoding reports the failure.
         """
         if known is None or known.identity != self.identity.name:
             return False
@@ -86,7 +86,7 @@ class TextRequirement:
 
 @dataclass(frozen=True)
 class PlanTotals:
-    """Numbers of an `EncodePlan`, which ranks exchange instead of its items."""
+    """Counts of an `EncodePlan`, which ranks exchange instead of its items."""
 
     counts: Counter
     bytes_needed: int
@@ -101,8 +101,8 @@ class EncodePlan:
         identity: name of the latents' identity.
         items: images to encode.
         texts: valid latents whose captions are to be encoded.
-        counts: number of latents in each of `STATES`; and of images with captions to encode (`text`), with a mask
-            (`masked`), and with latents that the record itself names (`given`).
+        counts: number of latents in each of `STATES`, and of images with captions to encode (`text`), with a mask
+            (`masked`), and with latents named by the record (`given`).
         refreshed: entries of files with new times and the same content, which only need a new line in the manifest.
         bytes_needed: estimated size on disk of the new files.
         num_pixels: pixels of all items' buckets.
@@ -129,7 +129,7 @@ class EncodePlan:
 
     @property
     def totals(self) -> PlanTotals:
-        """Numbers of the plan without its items, of which there may be millions."""
+        """Counts of the plan without its items, of which there may be millions."""
         return PlanTotals(self.counts, self.bytes_needed, self.num_items)
 
     def add_item(self, item: WorkItem, num_pixels: int, block_bytes: int) -> None:
@@ -146,7 +146,7 @@ class EncodePlan:
 
 
 class EntryState(NamedTuple):
-    """State of an image's latents, and their entry with new file times if only those have changed."""
+    """State of an image's latents, and their entry with new file times if only the file times have changed."""
 
     state: State
     refreshed: ManifestEntry | None
@@ -169,10 +169,10 @@ class EncodePlanner:
     Args:
         folder: cache folder.
         entries: newest manifest entry of each key of the share; other keys are ignored.
-        beside: latents are stored beside the images instead of under the cache folder.
-        text: None: captions are not encoded.
-        known_only: images without an entry are counted but not encoded.
-        masks: None: there are no mask files.
+        beside: store latents beside the images instead of under the cache folder.
+        text: required text encoder outputs; None encodes no captions.
+        known_only: count images without an entry, but do not encode them.
+        masks: finder of mask files; None if there are no mask files.
     """
 
     def __init__(
@@ -301,7 +301,7 @@ def build_share(index: Index, resolution: Resolution, rank: int, world_size: int
 
 
 def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> np.ndarray:
-    """Compute the pixels [N] that encoding each image takes: the rule's area, or less for images kept smaller."""
+    """Compute the number of pixels to encode of each image, [N]: the rule's area, or less for images kept smaller."""
     area = np.full(len(widths), rule.area_px, np.int64)
     if rule.no_upscale:
         known = widths > 0
@@ -347,7 +347,7 @@ def classify_entry(
 
 
 def find_mtime_if_unchanged(path: str, status: os.stat_result, size: int, mtime_ns: int, sha256: str) -> int | None:
-    """Return a file's mtime if its bytes are unchanged, else None. A file of the same size and mtime is not hashed."""
+    """Return a file's mtime if its bytes are unchanged, else None. A file of equal size and mtime is not hashed."""
     if status.st_size != size:
         return None
     unchanged = status.st_mtime_ns == mtime_ns or hash_file(Path(path)) == sha256
@@ -356,8 +356,8 @@ def find_mtime_if_unchanged(path: str, status: os.stat_result, size: int, mtime_
 
 def estimate_block_bytes(identity: Identity) -> int:
     """Return the bytes of latents for each 8x8 block of pixels."""
-    arrays = (2 if identity.posterior == "moments" else 1) * (2 if identity.flip else 1)
-    return LATENT_CHANNELS * DTYPE_BYTES[identity.dtype] * arrays
+    num_arrays = (2 if identity.posterior == "moments" else 1) * (2 if identity.flip else 1)
+    return LATENT_CHANNELS * DTYPE_BYTES[identity.dtype] * num_arrays
 
 
 class _FileLister:

@@ -1,4 +1,4 @@
-"""Estimate of the job's duration before it starts, from decoding a few images and encoding one batch as a trial."""
+"""Estimate the job's duration before it starts, by decoding a few images and encoding one batch as a trial."""
 
 import math
 import time
@@ -16,8 +16,9 @@ from sdxl_trainer.cache.encode.text_encoder import CAPTION_GROUP
 from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError
+from sdxl_trainer.data.order.even_selection import select_evenly
 
-IMAGES_PER_WORKER = 4  # enough to even out an image that takes longer than the others
+IMAGES_PER_WORKER = 4  # enough to even out single slow images
 SIDE_STEP_PX = 64
 
 Clock = Callable[[], float]
@@ -57,10 +58,9 @@ def estimate_work(plans: Sequence[EncodePlan], encoder: Encoder, text: TextJob |
 def time_decoding(
     items: Sequence[WorkItem], rule: BucketRule, num_workers: int, clock: Clock = time.monotonic
 ) -> float:
-    """Measure the seconds for each image with `num_workers` threads, on evenly spread items."""
+    """Measure the seconds per image with `num_workers` threads, on evenly spaced items."""
     buckets = list_buckets(rule)
-    count = min(len(items), num_workers * IMAGES_PER_WORKER)
-    chosen = [items[place * len(items) // count] for place in range(count)]
+    chosen = [items[place] for place in select_evenly(len(items), num_workers * IMAGES_PER_WORKER)]
 
     def decode(item: WorkItem) -> None:
         try:
@@ -71,11 +71,11 @@ def time_decoding(
     with ThreadPoolExecutor(num_workers) as pool:
         started = clock()
         list(pool.map(decode, chosen))
-        return (clock() - started) / count
+        return (clock() - started) / len(chosen)
 
 
 def time_encoding(encoder: Encoder, side_px: int, batch_size: int, clock: Clock = time.monotonic) -> float:
-    """Measure the seconds for each pixel, on a batch with half the side length so that a CPU does not take long."""
+    """Measure the seconds per pixel, on a batch with half the side length so that a CPU does not take long."""
     side = max(SIDE_STEP_PX, side_px // 2 // SIDE_STEP_PX * SIDE_STEP_PX)
     pixels = np.zeros((batch_size, side, side, 3), np.uint8)
     keys = [""] * batch_size
@@ -87,7 +87,7 @@ def time_encoding(encoder: Encoder, side_px: int, batch_size: int, clock: Clock 
 
 
 def time_captions(text: TextJob, clock: Clock = time.monotonic) -> float:
-    """Measure the seconds for each caption; all captions are padded to one length."""
+    """Measure the seconds per caption; all captions are padded to one length."""
     captions = [""] * CAPTION_GROUP
     text.encoder.launch(captions).wait()
     started = clock()

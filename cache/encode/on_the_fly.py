@@ -1,7 +1,7 @@
 """Encode missing latents during training (`cache.on_missing: encode`), and store them for the next epoch.
 
-Training uses exactly the stored values, made with the cache job's VAE, noise and rounding. A run over images therefore
-has the losses of a run over their cache.
+Training uses exactly the stored values, which are made with the cache job's VAE, noise and rounding. A run over images
+therefore has the same losses as a run over their cache.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -35,7 +35,7 @@ class MissingLatentEncoder:
 
     Args:
         identities: identity of each resolution's latents, by the prefix of their keys.
-        dataset: draws the training latents from an encoded item.
+        dataset: dataset that draws the training latents from an encoded item.
         lock: holds the lock of the cache on the main rank; released by `close`.
     """
 
@@ -113,10 +113,9 @@ def build_missing_latent_encoder(
         UserInputError: another job is writing the cache, or it was made with other settings.
     """
     folder, cache = get_cache_folder(config), config.cache
-    for key, value in (("cache.alpha_mask", cache.alpha_mask), ("data.masks", config.data.masks)):
-        rule = "needs latents made by the cache job"
-        cure = "run bash launch/cache.sh and set cache.on_missing: skip"
-        raise_if_any([Problem(key, value, rule, cure)] if value else [])
+    rule, cure = "needs latents made by the cache job", "run bash launch/cache.sh and set cache.on_missing: skip"
+    masks = {"cache.alpha_mask": cache.alpha_mask, "data.masks": config.data.masks}
+    raise_if_any(Problem(key, value, rule, cure) for key, value in masks.items() if value)
     vae = load_vae(source, config.model)
     identities = build_identities(cache, config.data, hash_weights(vae))
     raise_if_any(check_identities(folder, identities))

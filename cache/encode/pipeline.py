@@ -67,8 +67,8 @@ class Pipeline:
         num_workers: decoding threads.
         report_bad: called with the key and the file of each image that cannot be used, and the reason.
         raise_if_stopped: called between batches; raises to end the work after everything encoded is written.
-        text: None: no captions are encoded.
-        with_alpha: alpha channels become masks.
+        text: encoder and variants of captions; None encodes no captions.
+        with_alpha: turn alpha channels into masks.
     """
 
     encoder: Encoder
@@ -86,8 +86,8 @@ class Pipeline:
     def run(self, items: Sequence[WorkItem], texts: Sequence[TextItem] = ()) -> None:
         """Encode images, then captions of cached latents, and submit the results to the writer.
 
-        While the device encodes one batch, the batch before it is submitted, the next ones are decoded and earlier ones
-        are written. Launched batches are submitted even if the work is stopped.
+        While the device encodes a batch, the previous batch is submitted, earlier batches are written, and the next
+        batches are decoded. Launched batches are submitted even if the work is stopped.
         """
         pending: deque[FinishItems] = deque()
         try:

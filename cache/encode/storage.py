@@ -1,4 +1,4 @@
-"""Storage of cached items, as one npz file each or in tar shards of one bucket: writing, reading and verifying."""
+"""Write, read and verify cached items, stored as npz files or in tar shards of one bucket."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ class StoredItem(NamedTuple):
 class EncodedItem:
     """An image's encoder outputs and its manifest entry, whose files, sizes and checksums the storage fills in.
 
-    Without `sample` the cached latents stay as they are. With `texts`, `entry.text` describes their captions.
+    Without `sample` the cached latents stay unchanged. With `texts`, `entry.text` describes the captions.
     """
 
     entry: ManifestEntry
@@ -179,10 +179,10 @@ class ShardStorage:
         )
 
     def close(self) -> None:
-        """Finish all open shards. `recover_shards` finishes later those that fail, for example on a full disk.
+        """Finish all open shards. `recover_shards` can finish a shard that fails here, for example on a full disk.
 
         Raises:
-            OSError: a shard could not be finished; the first such error.
+            OSError: the first error of a shard that could not be finished.
         """
         errors = []
         while self._open:
@@ -268,7 +268,7 @@ def verify_item(folder: Path, entry: ManifestEntry) -> str | None:
         # The manifest's SHA-256 has been compared already, so the weaker checksum is not needed.
         parse_latents(read_item(folder, entry).npz, entry.bucket, check_crc=False)
     except ITEM_ERRORS as error:
-        return _describe(entry.file, entry.key if entry.offset is not None else None, error)
+        return _describe_fault(entry.file, entry.key if entry.offset is not None else None, error)
     return None
 
 
@@ -280,25 +280,25 @@ def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
             parse_text_outputs(content, entry.text.variants, check_crc=False)
     except ITEM_ERRORS as error:
         assert entry.text is not None, "an item without text reads nothing"
-        return _describe(entry.text.file, entry.key if entry.text.offset is not None else None, error)
+        return _describe_fault(entry.text.file, entry.key if entry.text.offset is not None else None, error)
     return None
 
 
-def _verify_bytes(content: Content, size: int, sha256: str, kind: type[ValueError]) -> None:
+def _verify_bytes(content: Content, size: int, sha256: str, error_type: type[ValueError]) -> None:
     if len(content) != size:
         found = f"more than {size} bytes" if len(content) > size else f"{len(content)} bytes"
-        raise kind(f"has {found} instead of {size}")
+        raise error_type(f"has {found} instead of {size}")
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise kind("SHA-256 differs from the manifest")
+        raise error_type("SHA-256 differs from the manifest")
 
 
-def _describe(file: str, key: str | None, error: Exception) -> str:
+def _describe_fault(file: str, key: str | None, error: Exception) -> str:
     reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
     return f"{file}: {reason}" if key is None else f"{file}: {key}: {reason}"
 
 
 def _read_file(path: Path, size: int) -> bytes:
-    """Read a file of at most `size` bytes, and one byte more of a file that is too long."""
+    """Read up to `size` + 1 bytes of a file; the additional byte shows that a file is too long."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.pread(descriptor, size + 1, 0)

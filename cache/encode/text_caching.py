@@ -1,4 +1,4 @@
-"""Caching of text encoder outputs: checks of the settings, identity of the outputs, and set-up of the encoders."""
+"""Cache text encoder outputs: check the settings, compute the identity of the outputs, and load the encoders."""
 
 import hashlib
 import math
@@ -31,14 +31,14 @@ from sdxl_trainer.data.formats.text_outputs import BadTextError, pack_text
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.metadata.records import parse_record
+from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import StrategyError, load_strategy
 from sdxl_trainer.data.text.tokens import CaptionTokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants, list_random_settings
 
-# A check of the cached text before a run looks at the captions of this many samples.
-MAX_CHECKED_SAMPLES = 10_000
+MAX_CHECKED_SAMPLES = 10_000  # samples whose captions are compared with their cached text before a run
 
 
 class TextShapes(NamedTuple):
@@ -50,14 +50,14 @@ class TextShapes(NamedTuple):
 
 
 def check_captioning(caption: CaptionConfig, cache: CacheConfig) -> Iterator[Problem]:
-    """Check that the caption settings are possible with cached text."""
+    """Yield a problem for each caption setting that cached text cannot support."""
     if not cache.text:
         return
-    random = list_random_settings(CaptionSettings(**caption.model_dump()))
-    if random and cache.text_variants == 1:
-        named = ", ".join(f"data.caption.{name}" for name in random)
-        rule = f"would keep one random form of each caption, although {named} makes a new one each time"
-        cure = "set cache.text_variants to 2 or more, turn that off, or set cache.text: false"
+    random_settings = list_random_settings(CaptionSettings(**caption.model_dump()))
+    if random_settings and cache.text_variants == 1:
+        keys = ", ".join(f"data.caption.{name}" for name in random_settings)
+        rule = f"would keep one random form of each caption, although {keys} makes a new one each time"
+        cure = "set cache.text_variants to 2 or more, switch these settings off, or set cache.text: false"
         yield Problem("cache.text_variants", 1, rule, cure)
     if caption.token_warmup_steps:
         rule = "makes captions depend on the step, which is impossible with cached text"
@@ -66,13 +66,13 @@ def check_captioning(caption: CaptionConfig, cache: CacheConfig) -> Iterator[Pro
 
 
 def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
-    """Check that the cache holds current text encoder outputs for all samples.
+    """Yield a problem if the cache does not hold current text encoder outputs for all samples.
 
-    Captions are compared for at most `MAX_CHECKED_SAMPLES` evenly spread samples; training checks the others when it
-    reads them.
+    Captions are compared for at most `MAX_CHECKED_SAMPLES` evenly spaced samples. Training checks every sample when it
+    is read.
 
     Args:
-        index: index of the latents; None: only the settings are checked.
+        index: index of the latents; None checks only the settings.
     """
     problems = list(check_captioning(config.data.caption, config.cache))
     if config.cache.on_missing == "encode":
@@ -94,19 +94,19 @@ def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
 def _describe_outdated(config: Config, folder: Path, index: Index) -> str | None:
     """Describe how many samples have no text, or text of other settings or captions; None if all text is current."""
     identity = compute_text_identity(config.model, config.data.max_tokens, config.cache.dtype, folder)
-    found = pc.call_function("struct_field", [index.arrow_column("text")], pc.StructFieldOptions(["identity"]))
-    missing = found.null_count
-    outdated = len(found) - missing - found.to_pylist().count(identity.name)
-    if missing or outdated:
+    names = pc.call_function("struct_field", [index.arrow_column("text")], pc.StructFieldOptions(["identity"]))
+    num_missing = names.null_count
+    num_outdated = len(names) - num_missing - names.to_pylist().count(identity.name)
+    if num_missing or num_outdated:
         change = _describe_change(folder, identity)
-        return f"of {len(index)} samples, {missing} have no cached text and {outdated} have text made {change}"
+        return f"of {len(index)} samples, {num_missing} have no cached text and {num_outdated} have text made {change}"
     text = CachedText(folder, build_caption_variants(config.data, config.cache.text_variants), config.run.seed)
-    rows = sorted({place * len(index) // MAX_CHECKED_SAMPLES for place in range(MAX_CHECKED_SAMPLES)})
-    wrong = [reason for reason in (_describe_row(text, index.row(row)) for row in rows) if reason]
-    return f"is outdated in {len(wrong)} of {len(rows)} checked samples, first {wrong[0]}" if wrong else None
+    rows = select_evenly(len(index), MAX_CHECKED_SAMPLES).tolist()
+    faults = [fault for row in rows if (fault := _describe_row_fault(text, index.row(row))) is not None]
+    return f"is outdated in {len(faults)} of {len(rows)} checked samples, first {faults[0]}" if faults else None
 
 
-def _describe_row(text: CachedText, row: dict[str, Any]) -> str | None:
+def _describe_row_fault(text: CachedText, row: dict[str, Any]) -> str | None:
     try:
         text.verify(row, parse_record(row))
     except (BadTextError, StrategyError) as error:
@@ -115,7 +115,7 @@ def _describe_row(text: CachedText, row: dict[str, Any]) -> str | None:
 
 
 def _describe_change(folder: Path, identity: TextIdentity) -> str:
-    """Describe the settings under which the cached text was made, as far as they differ."""
+    """Describe the settings of the cached text that differ from the current settings."""
     state = read_text_state(folder)
     if state is None or state.identity == identity:
         return "with other settings"
@@ -124,7 +124,7 @@ def _describe_change(folder: Path, identity: TextIdentity) -> str:
 
 
 def build_caption_variants(data: DataConfig, num_variants: int) -> CaptionVariants:
-    """Build the object that shapes the captions to cache."""
+    """Build the caption variants that the settings describe."""
     strategy = load_strategy(data.strategy) if data.strategy else None
     return CaptionVariants(CaptionSettings(**data.caption.model_dump()), num_variants, strategy)
 
@@ -143,11 +143,11 @@ def build_text_requirement(
     model: ModelConfig, data: DataConfig, cache: CacheConfig, identity: TextIdentity
 ) -> TextRequirement:
     """Build the description of the text encoder outputs that the settings require."""
-    values = sum(math.prod(shape) for shape in compute_text_shapes(model, data.max_tokens))
+    num_values = sum(math.prod(shape) for shape in compute_text_shapes(model, data.max_tokens))
     return TextRequirement(
         variants=build_caption_variants(data, cache.text_variants),
         identity=identity,
-        caption_bytes=values * DTYPE_BYTES[cache.dtype],
+        caption_bytes=num_values * DTYPE_BYTES[cache.dtype],
         in_shards=cache.format == "shards",
     )
 
@@ -175,7 +175,7 @@ def compute_text_identity(model: ModelConfig, max_tokens: int, dtype: str, folde
 
 
 def list_text_encoder_files(source: ModelSource, model: ModelConfig) -> list[Any]:
-    """List everything that decides the encoders' weights: `model.text_projection`, and each file's size and mtime."""
+    """List what determines the encoders' weights: `model.text_projection`, and each file's size and mtime."""
     folders = [source.folder / name for name in ("text_encoder", "text_encoder_2")]
     files = [source.file] if source.file else [file for folder in folders for file in folder.glob("*.safetensors")]
     configs = [folder / "config.json" for folder in folders]
@@ -206,7 +206,7 @@ def is_text_state_valid(folder: Path, identity: TextIdentity) -> bool:
 
 
 def _hash_tokenizer(tokenizer: CaptionTokenizer) -> str:
-    """Return the SHA-256 of a vocabulary, its merges and the padding, which is the same for every file format."""
+    """Return the SHA-256 of a vocabulary, its merges and the padding. It does not depend on the file format."""
     model = orjson.loads(tokenizer.tokenizer.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     words = [sorted(model["vocab"].items()), merges, tokenizer.pad_id]

@@ -1,4 +1,4 @@
-"""Text encoding: captions to the hidden states of both text encoders and the pooled state of the second one.
+"""Encode captions into the hidden states of both text encoders and the pooled state of the second encoder.
 
 The hidden states are those of the penultimate layers, without the final norm (Podell et al. 2023, arXiv 2307.01952).
 """
@@ -65,7 +65,7 @@ class PendingText:
         self._copy = copy
 
     def wait(self) -> list[TextOutputs]:
-        """Wait for the outputs and return those of each caption."""
+        """Wait for the outputs and return them by caption."""
         hidden, hidden_2, pooled = self._copy.wait()
         return [TextOutputs(*arrays) for arrays in zip(hidden, hidden_2, pooled, strict=True)]
 

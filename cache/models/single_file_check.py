@@ -105,11 +105,28 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def load_component_configs(folder: str | os.PathLike[str] = SDXL_CONFIG_FOLDER) -> dict[str, dict[str, Any]]:
-    """Load the configs of the four components from a diffusers folder, by default those of SDXL base 1.0."""
-    return {
-        component: json.loads((Path(folder) / component / "config.json").read_text(encoding="utf-8"))
-        for component in COMPONENT_PREFIXES
-    }
+    """Load the configs of the four components from a diffusers folder, by default those of SDXL base 1.0.
+
+    Raises:
+        ValueError: a file is not a JSON object.
+    """
+    return {component: read_component_config(folder, component) for component in COMPONENT_PREFIXES}
+
+
+def read_component_config(folder: str | os.PathLike[str], component: str) -> dict[str, Any]:
+    """Read the `config.json` of one component of a diffusers folder.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    file = Path(folder) / component / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return config
 
 
 def find_single_file_problems(
@@ -140,7 +157,7 @@ def find_single_file_problems(
 
 
 def find_component_problems(header: SafetensorsHeader, component: str, rows: Sequence[TableRow]) -> list[str]:
-    """Find the tensors of one component that are missing, unknown, or of a wrong shape or type."""
+    """List the faults of one component: tensors that are missing, unknown, or of a wrong shape or type."""
     prefix = COMPONENT_PREFIXES[component]
     if not any(name.startswith(prefix) for name in header.shapes):
         return [f"{component}: none of its tensors (no name begins with {prefix})"]
@@ -162,8 +179,8 @@ def find_component_problems(header: SafetensorsHeader, component: str, rows: Seq
         ],
     }
     return [
-        f"{component}: {len(items)} {what} ({'; '.join(items[:3])}{'; …' if len(items) > 3 else ''})"
-        for what, items in found.items()
+        f"{component}: {len(items)} {fault} ({'; '.join(items[:3])}{'; …' if len(items) > 3 else ''})"
+        for fault, items in found.items()
         if items
     ]
 
@@ -184,7 +201,7 @@ def _has(*fragments: str) -> Callable[[Mapping[str, Shape]], bool]:
 
 
 def _has_context(width: int) -> Callable[[Mapping[str, Shape]], bool]:
-    """Build a test for a U-Net in LDM names whose text states have this width; the file may lack text encoders."""
+    """Build a test for a U-Net in LDM names whose text states have this width. Text encoders are not needed."""
     return lambda shapes: any(
         name.startswith(COMPONENT_PREFIXES["unet"]) and name.endswith("attn2.to_k.weight") and shape[-1:] == (width,)
         for name, shape in shapes.items()
@@ -196,7 +213,7 @@ def _has_inputs(channels: int) -> Callable[[Mapping[str, Shape]], bool]:
     return lambda shapes: shapes.get(name, ())[1:2] == (channels,)
 
 
-def _either(*tests: Callable[[Mapping[str, Shape]], bool]) -> Callable[[Mapping[str, Shape]], bool]:
+def _any_of(*tests: Callable[[Mapping[str, Shape]], bool]) -> Callable[[Mapping[str, Shape]], bool]:
     return lambda shapes: any(test(shapes) for test in tests)
 
 
@@ -208,9 +225,9 @@ _FOREIGN_FORMATS: dict[str, Callable[[Mapping[str, Shape]], bool]] = {
     "a ControlNet, not a base model": _has("control_model.", "controlnet_"),
     "a Flux model": _has("double_blocks.0."),
     "an SD3 model": _has("joint_blocks.0."),
-    "an SD1.5 model": _either(_has("cond_stage_model.transformer."), _has_context(768)),
-    "an SD2 model": _either(_has("cond_stage_model.model."), _has_context(1024)),
-    "an SDXL refiner: this project trains the base model": _either(
+    "an SD1.5 model": _any_of(_has("cond_stage_model.transformer."), _has_context(768)),
+    "an SD2 model": _any_of(_has("cond_stage_model.model."), _has_context(1024)),
+    "an SDXL refiner: this project trains the base model": _any_of(
         _has("conditioner.embedders.0.model."), _has_context(1280)
     ),
     "an inpainting SDXL U-Net (9 input channels): this project trains the base model (4)": _has_inputs(9),

@@ -35,7 +35,7 @@ _UNET_RESNET = {
 }
 _VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# transformers leaves values equal to its class's defaults out of config.json.
+# transformers omits values that equal the defaults of its class from config.json.
 _CLIP_DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -135,7 +135,7 @@ def list_source_names(component: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def get_canonical_name(component: str, name: str) -> str:
-    """Return a source name with the classic `text_model.` prefix, which depends on transformers' version otherwise."""
+    """Return a source name with the classic `text_model.` prefix, which some versions of transformers leave out."""
     outside = ("text_model.", "text_projection.", "logit_scale")
     if component in ("text_encoder", "text_encoder_2") and not name.startswith(outside):
         return f"text_model.{name}"
@@ -379,7 +379,7 @@ def _add_clip(table: _Table, config: Mapping[str, Any]) -> None:
         layers |= {f"{layer}.layer_norm1": (hidden,), f"{layer}.mlp.fc1": (inner, hidden)}
         layers |= {f"{layer}.mlp.fc2": (hidden, inner), f"{layer}.layer_norm2": (hidden,)}
     layers["text_model.final_layer_norm"] = (hidden,)
-    for name, size in _embedding_sizes(config).items():
+    for name, size in _list_embedding_sizes(config).items():
         table.add(name, name, (size, hidden))
     for name, shape in layers.items():
         table.add_layer(name, name, *shape)
@@ -389,7 +389,7 @@ def _add_open_clip(table: _Table, config: Mapping[str, Any], text_projection: Te
     """Add text encoder 2: OpenCLIP stacks q, k and v, and transposes the projection because it computes x @ W."""
     hidden, inner, projected = config["hidden_size"], config["intermediate_size"], config["projection_dim"]
     file_names = ("token_embedding.weight", "positional_embedding")
-    for file, (source, size) in zip(file_names, _embedding_sizes(config).items(), strict=True):
+    for file, (source, size) in zip(file_names, _list_embedding_sizes(config).items(), strict=True):
         table.add(source, file, (size, hidden))
     for index in range(config["num_hidden_layers"]):
         layer, block = f"text_model.encoder.layers.{index}", f"transformer.resblocks.{index}"
@@ -408,7 +408,7 @@ def _add_open_clip(table: _Table, config: Mapping[str, Any], text_projection: Te
     table.add("logit_scale", "logit_scale", (), carried=True)
 
 
-def _embedding_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def _list_embedding_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the source names of the token and position embeddings with their numbers of rows."""
     return {
         "text_model.embeddings.token_embedding.weight": config["vocab_size"],

@@ -1,6 +1,5 @@
-"""Location of the model in `model.path` (a diffusers folder, a single file or a hub id), and checks of it."""
+"""Locate and check the model of `model.path`: a diffusers folder, a single file or a hub id."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from sdxl_trainer.cache.models.single_file_check import (
     SDXL_CONFIG_FOLDER,
     find_single_file_problems,
     load_component_configs,
+    read_component_config,
 )
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PATH_CURE = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
 HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
 HUB_FILES = [
     "*.json",
@@ -35,12 +36,16 @@ class ModelSource:
     file: Path | None = None
 
     def read_config(self, component: str) -> dict:
-        """Read the `config.json` of a component."""
-        return json.loads((self.folder / component / "config.json").read_text())
+        """Read the `config.json` of a component.
+
+        Raises:
+            ValueError: the file is not a JSON object.
+        """
+        return read_component_config(self.folder, component)
 
 
 def check_model(config: ModelConfig) -> Iterator[Problem]:
-    """Check the model settings by names and file headers, without loading the model."""
+    """Yield the problems of the model settings that show in names, configs and headers, without loading the model."""
     yield from _check_path(config)
     is_hub_vae = HUB_ID.fullmatch(config.vae or "") and not is_missing_path(config.vae or "")
     if config.vae and not Path(config.vae).is_dir() and not is_hub_vae:
@@ -50,25 +55,31 @@ def check_model(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _check_path(config: ModelConfig) -> Iterator[Problem]:
-    cure = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
     path = Path(config.path)
-    if not config.path:
-        yield Problem("model.path", None, "is needed", cure)
-    elif path.is_dir():
-        for rule in _find_folder_problems(path):
-            yield Problem("model.path", config.path, rule, cure)
-    elif path.is_file():
-        yield from _check_single_file(config, path, cure)
+    if path.is_file():
+        yield from _check_single_file(config, path)
     elif is_missing_path(config.path):
         rule = f"does not exist; it is not looked up on the hub, because the folder {path.parts[0]} exists here"
         yield Problem("model.path", config.path, rule, "check the path")
+    else:
+        for rule in _find_path_problems(config.path):
+            yield Problem("model.path", config.path or None, rule, PATH_CURE)
+
+
+def _find_path_problems(path: str) -> list[str]:
+    """List the reasons why a path is neither a diffusers folder of an SDXL model nor a hub id."""
+    if not path:
+        return ["must be set"]
+    if Path(path).is_dir():
+        return _find_folder_problems(Path(path))
     # The hub is asked only when the model is fetched.
-    elif not HUB_ID.fullmatch(config.path) or config.path.endswith(".safetensors"):
-        yield Problem("model.path", config.path, "is neither a file nor a folder", cure)
+    if HUB_ID.fullmatch(path) and not path.endswith(".safetensors"):
+        return []
+    return ["is neither a file nor a folder"]
 
 
 def is_missing_path(path: str) -> bool:
-    """Return whether a path looks like a hub id but must be a local one: its folder exists, and the path does not."""
+    """Return whether a path looks like a hub id but is a missing local path: its folder exists, the path does not."""
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and Path(path).parent.is_dir()
 
 
@@ -106,20 +117,26 @@ def fetch_from_hub(key: str, name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         cure = "check the name and the network, or give a local path"
         raise UserInputError([Problem(key, name, f"cannot be downloaded from the hub: {reason}", cure)]) from None
 
 
-def _check_single_file(config: ModelConfig, path: Path, cure: str) -> Iterator[Problem]:
+def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:
     folder = config.config or SDXL_CONFIG_FOLDER
     missing = _list_missing_configs(folder)
     if missing:
         yield Problem("model.config", folder, f"lacks {', '.join(missing)}", "give a folder in diffusers layout")
         return
+    try:
+        configs = load_component_configs(folder)
+    except ValueError as error:
+        yield Problem("model.config", folder, f"cannot be used: {error}", "repair the file")
+        return
+    cure = PATH_CURE
     if config.config is None:
         cure += "; for a model of another shape than SDXL base, set model.config to the folder of its configs"
-    for rule in find_single_file_problems(path, load_component_configs(folder)):
+    for rule in find_single_file_problems(path, configs):
         yield Problem("model.path", config.path, rule, cure)
 
 
@@ -135,8 +152,11 @@ def _find_folder_problems(folder: Path) -> list[str]:
         return [f"is not an SDXL model in diffusers layout: it lacks {', '.join(missing)}"]
     weightless = [name for name in COMPONENTS if not list((folder / name).glob("*.safetensors"))]
     problems = [f"has no safetensors weights in {name}/" for name in weightless]
-    source = ModelSource(folder)
-    unet, vae = source.read_config("unet"), source.read_config("vae")
+    try:
+        configs = load_component_configs(folder)
+    except ValueError as error:
+        return [*problems, f"cannot be used: {error}"]
+    unet, vae = configs["unet"], configs["vae"]
     if unet.get("addition_embed_type") != "text_time":
         problems.append("has a U-Net without SDXL's text_time conditioning (SD 1.5 or SD 2?)")
     if unet.get("in_channels") != 4:
@@ -145,7 +165,7 @@ def _find_folder_problems(folder: Path) -> list[str]:
         )
     if vae.get("latent_channels") != 4:
         problems.append(f"has a VAE with {vae.get('latent_channels')} latent channels instead of 4")
-    widths = [source.read_config(name).get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")]
+    widths = [configs[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")]
     if unet.get("cross_attention_dim") != sum(widths):
         problems.append(
             f"has text encoders of width {widths[0]} + {widths[1]}, not the U-Net's {unet.get('cross_attention_dim')}"

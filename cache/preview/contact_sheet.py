@@ -22,14 +22,14 @@ COLUMNS = 4
 
 @dataclass(frozen=True)
 class PreviewSample:
-    """One sample of the contact sheet: latents, or pixels where there are no latents yet, and its texts."""
+    """One sample of the contact sheet: its latents or, if they are not cached yet, its pixels; and its texts."""
 
     key: str
     caption: str
     note: str  # sizes and crop
     latents: torch.Tensor  # [4, h, w] float32
-    pixels: np.ndarray | None  # [H, W, 3] uint8, where there are no latents yet
-    bad: str | None  # reason why training skips it
+    pixels: np.ndarray | None  # [H, W, 3] uint8 of an image without cached latents
+    bad: str | None  # reason why training skips the sample
 
 
 def decode_samples(

@@ -36,7 +36,7 @@ from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, run_program
 
 NUM_BLOCKS = 8  # blocks of ROWS_A_TASK samples whose latents are verified
-NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and drawn captions of each
+NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and captions drawn of each
 MAX_BUCKETS = 60
 
 
@@ -70,7 +70,10 @@ def show_preview(config: Config, problems: list[Problem], file: Path | None, num
     repeats = apply_source_weights(index, repeats, config.data.source_weights)
     shuffle_shards = config.data.remote_shards.shuffle_shards
     plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
-    dataset = build_dataset(config, index, load_tokenizers(source, config.model), strategy)
+    # Captions are drawn from the records, so the preview needs no cached text.
+    cache = config.cache.model_copy(update={"text": False})
+    textless = config.model_copy(update={"cache": cache})
+    dataset = build_dataset(textless, index, load_tokenizers(source, config.model), strategy)
     console.print(tabulate_buckets(plan))
     console.print(tabulate_lengths(dataset))
     console.print(tabulate_captions(dataset))
@@ -97,8 +100,8 @@ def tabulate_state(config: Config, records: Index, index: Index) -> Table:
     for name, count in counts.items():
         table.add_row(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}")
     table.add_row(f"bad among {num_verified:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_verified):.1%}")
-    for _, reason in bad[:NUM_SHOWN]:
-        table.add_row("", reason, "")
+    for row in bad[:NUM_SHOWN]:
+        table.add_row("", row.reason, "")
     return table
 
 
@@ -106,15 +109,15 @@ def tabulate_buckets(plan: Plan) -> Table:
     """Build the table of samples and global batches per bucket, the fullest bucket first."""
     sizes = count_buckets(plan)
     total, per_batch = sum(sizes.values()), plan.global_batch_size
-    shown = list(sizes)
+    names = list(sizes)
     title = f"{len(sizes)} buckets, {total:,} samples and {plan.num_batches(0):,} global batches in epoch 0"
     table = Table("bucket", "ratio", "samples", "share", "batches", title=title)
-    for bucket in shown[:MAX_BUCKETS]:
+    for bucket in names[:MAX_BUCKETS]:
         (width, height), count = map(int, bucket.split("x")), sizes[bucket]
         table.add_row(bucket, f"{width / height:.2f}", f"{count:,}", f"{count / total:.1%}", f"{count / per_batch:.1f}")
-    if len(shown) > MAX_BUCKETS:
-        rest = sum(sizes[bucket] for bucket in shown[MAX_BUCKETS:])
-        table.add_row(f"{len(shown) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", "")
+    if len(names) > MAX_BUCKETS:
+        rest = sum(sizes[bucket] for bucket in names[MAX_BUCKETS:])
+        table.add_row(f"{len(names) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", "")
     return table
 
 
@@ -171,7 +174,7 @@ def write_sheet(
 
 
 def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSample]:
-    """Yield samples in the order of training."""
+    """Yield the training samples in the order in which the run uses them."""
     for spec in iterate_specs(plan, Position(0, 0), 0, 1, 1):
         batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
         caption = dataset.draw_caption(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))

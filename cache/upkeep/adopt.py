@@ -1,4 +1,4 @@
-"""Adoption of latents and text encoder outputs that other programs wrote (`--adopt`)."""
+"""Adopt latents and text encoder outputs of other programs (`--adopt`)."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -23,13 +23,15 @@ from sdxl_trainer.data.text.variants import hash_captions
 
 @dataclass(frozen=True)
 class TextAdopter:
-    """Finder and checker of `<stem>_te_outputs.npz` files, beside images or in the cache folder.
+    """Finds and verifies `<stem>_te_outputs.npz` files beside images or in the cache folder.
 
     Args:
+        requirement: text encoder outputs that the settings require.
         shapes: expected shapes of the arrays of one caption.
+        folder: the cache folder.
     """
 
-    plan: TextRequirement
+    requirement: TextRequirement
     shapes: TextShapes
     folder: Path
 
@@ -37,20 +39,20 @@ class TextAdopter:
         """Return the manifest's entry of an image's text file, or None if there is no file.
 
         Raises:
-            BadTextError: these settings would produce another file.
+            BadTextError: the file does not fit the settings.
             StrategyError: the user's class failed on the record.
         """
         name = image.stem + TEXT_OUTPUTS_SUFFIX
         path = next((path for path in (image.with_name(name), self.folder / name) if path.is_file()), None)
         if path is None:
             return None
-        content, captions = path.read_bytes(), self.plan.variants.build(orjson.loads(record))
+        content, captions = path.read_bytes(), self.requirement.variants.build(orjson.loads(record))
         try:
             self._verify(content, len(captions))
         except BadTextError as error:
             raise BadTextError(f"{path}: {error}") from None
         file = _name_file(path, self.folder)
-        digest, identity = hashlib.sha256(content).hexdigest(), self.plan.identity.name
+        digest, identity = hashlib.sha256(content).hexdigest(), self.requirement.identity.name
         return TextPart(
             file=file,
             bytes=len(content),
@@ -65,10 +67,10 @@ class TextAdopter:
         shapes = TextShapes(outputs.hidden_1.shape, outputs.hidden_2.shape, outputs.pooled.shape)
         if shapes != self.shapes:
             raise BadTextError(f"holds arrays of {_list_shapes(shapes)}, the settings give {_list_shapes(self.shapes)}")
-        wanted = self.plan.identity.dtype
-        found = "bfloat16" if b"_bf16.npy" in content else str(outputs.pooled.dtype)
-        if found != wanted:
-            raise BadTextError(f"holds {found}, cache.dtype is {wanted}")
+        expected = self.requirement.identity.dtype
+        dtype = "bfloat16" if b"_bf16.npy" in content else str(outputs.pooled.dtype)
+        if dtype != expected:
+            raise BadTextError(f"holds {dtype}, cache.dtype is {expected}")
 
 
 def _name_file(path: Path, folder: Path) -> str:
@@ -90,8 +92,8 @@ def adopt_files(
 ) -> Iterator[tuple[str, ManifestEntry | str]]:
     """Yield (key, manifest entry) for each usable file, (key, reason) for each file that does not fit the settings.
 
-    Files are searched beside the images and in the cache folder. A file does not name the VAE, encoders or caption that
-    it was made with; the user who adopts it asserts that they are those of the settings.
+    Files are searched beside the images and in the cache folder. A file does not name its VAE, text encoders or
+    caption; the user who adopts the file asserts that they match the settings.
 
     Args:
         text: adopter of text encoder outputs; None skips them.
@@ -113,7 +115,7 @@ def adopt_files(
                 yield key, f"{path}: {error}"
                 continue
             entry = _build_entry(key, _name_file(path, folder), content, sample, image, identity, placement)
-        if text is not None and not text.plan.is_valid(index.record_json(row), entry.text):
+        if text is not None and not text.requirement.is_valid(index.record_json(row), entry.text):
             try:
                 entry = replace(entry, text=text.adopt(image, index.record_json(row)) or entry.text)
             except (OSError, BadTextError, StrategyError) as error:
@@ -125,20 +127,19 @@ def adopt_files(
 def _verify_fit(
     sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]
 ) -> Placement:
-    """Compare latents with the settings, and return the placement (resize and crop) that they were made with.
+    """Compare latents with the settings, and return the placement (resize and crop) of their image.
 
     Raises:
-        BadLatentError: these settings would make other latents of the image.
+        BadLatentError: the latents do not fit the settings or the image.
     """
     placement = place_image(sample.original_size, rule, buckets)
-    wanted = (identity.flip, identity.posterior == "moments")
-    found = (sample.flipped is not None, sample.std is not None)
+    has_moments = sample.std is not None
     if placement.bucket != sample.bucket:
         raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {placement.bucket}")
-    if wanted[0] and not found[0]:
+    if identity.flip and sample.flipped is None:
         raise BadLatentError("has no latents of the mirrored image, which cache.flip requires")
-    if wanted[1] != found[1]:
-        raise BadLatentError(f"{'holds' if found[1] else 'lacks'} moments, cache.posterior is {identity.posterior}")
+    if has_moments != (identity.posterior == "moments"):
+        raise BadLatentError(f"{'holds' if has_moments else 'lacks'} moments, cache.posterior is {identity.posterior}")
     if sample.dtype != identity.dtype:
         raise BadLatentError(f"holds {sample.dtype}, cache.dtype is {identity.dtype}")
     try:

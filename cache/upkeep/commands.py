@@ -1,4 +1,4 @@
-"""Commands on a cache besides filling it: verify, pack, unpack, and adopt. They run on rank 0 alone."""
+"""Commands that maintain a cache: verify, pack, unpack, and adopt. They run only on rank 0."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,28 +51,28 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
         return
     damaged: list[str] = []
     result = verify_entries(folder, read_latest(folder, damaged))
-    others = [f"{place}: damaged line of the manifest" for place in damaged]
+    other_faults = [f"{place}: damaged line of the manifest" for place in damaged]
     states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
-    others += [reason for reason in states if reason is not None]
-    for reason in (*result.reasons, *others):
+    other_faults += [reason for reason in states if reason is not None]
+    for reason in (*result.reasons, *other_faults):
         logger.error("bad: {}", reason)
     num_bad = len(result.bad.keys() | result.bad_text.keys())
     logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, num_bad)
-    if num_bad or others:
-        also = f", and {len(others)} other parts of the cache" if others else ""
+    if num_bad or other_faults:
+        also = f", and {len(other_faults)} other parts of the cache" if other_faults else ""
         raise BadCacheError(
             f"{num_bad} of {result.num_items} items are bad{also}; run with --repair to encode them again"
         )
 
 
 def pack_cache(config: Config, problems: list[Problem]) -> None:
-    """Move npz files into shards."""
-    _convert(config, problems, to_shards=True)
+    """Move npz files into shards. Raises like `_repack_cache`."""
+    _repack_cache(config, problems, to_shards=True)
 
 
 def unpack_cache(config: Config, problems: list[Problem]) -> None:
-    """Move items of shards into npz files under the cache folder."""
-    _convert(config, problems, to_shards=False)
+    """Move items of shards into npz files. Raises like `_repack_cache`."""
+    _repack_cache(config, problems, to_shards=False)
 
 
 def adopt_cache(config: Config, problems: list[Problem]) -> None:
@@ -122,14 +122,19 @@ def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
     return TextAdopter(requirement, compute_text_shapes(model, data.max_tokens), folder)
 
 
-def _convert(config: Config, problems: list[Problem], to_shards: bool) -> None:
+def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> None:
+    """Copy all items to shards or to npz files, and delete the files that they replace.
+
+    Raises:
+        BadCacheError: at least one item is bad. Bad items stay where they are.
+    """
     folder = _open_existing(config, problems)
     if folder is None:
         return
     with lock_cache(folder):
         entries = read_latest(folder)
         recover_shards(folder, entries.values())
-        dtype = config.cache.dtype  # has no effect here: bytes are copied unchanged
+        dtype = config.cache.dtype  # without effect, because bytes are copied unchanged
         storage = (
             ShardStorage(folder, dtype, 0, config.cache.shard_mb * 1_000_000)
             if to_shards
@@ -169,7 +174,8 @@ def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
         return None
     folder = get_cache_folder(config)
     if not (folder / "cache.json").is_file():
-        problems = [*problems, Problem("cache.dir", folder, "holds no latent cache", "fill it first, or --adopt one")]
+        cure = "run bash launch/cache.sh first, with --adopt for latents of other programs"
+        problems = [*problems, Problem("cache.dir", folder, "holds no latent cache", cure)]
     raise_if_any(problems)
     init_logger(0, config.log.level, folder / "logs", "cache")
     return folder

@@ -1,4 +1,4 @@
-"""The undocumented parts of libraries that cache/patches.py relies on are still there and still needed."""
+"""The undocumented parts of libraries that cache/patches.py uses still exist and are still needed."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from sdxl_trainer.cache.patches import TILING_ATTRIBUTES, enable_tiling
 
 @pytest.fixture
 def vae() -> AutoencoderKL:
-    """A VAE with SDXL's factor of 8 and the fewest channels."""
+    """Build a VAE with SDXL's factor of 8 and few channels."""
     blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     channels = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1}
     built = AutoencoderKL(down_block_types=blocks[0], up_block_types=blocks[1], sample_size=64, **channels)

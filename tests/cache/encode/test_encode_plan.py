@@ -1,4 +1,4 @@
-"""The encode plan: each image on exactly one rank, even shares, and stale latents found."""
+"""The encode plan: each image is on exactly one rank, shares are even, and stale latents are found."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_shares_are_disjoint_complete_and_even(world_size):
 
 
 @given(st.lists(st.integers(0, 2**40), max_size=50), st.integers(1, 9))
-def test_any_list_is_shared_wholly(costs, world_size):
+def test_shares_cover_any_list(costs, world_size):
     shares = [assign_positions(np.array(costs, np.int64), rank, world_size) for rank in range(world_size)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(costs)))
     sums = [sum(costs[place] for place in share) for share in shares]
@@ -82,7 +82,7 @@ def source(tmp_path):
     return path, entry
 
 
-def test_a_true_entry_is_valid(source):
+def test_an_entry_that_matches_is_valid(source):
     path, entry = source
     assert classify_entry(entry, str(path), IDENTITY.name) == ("valid", None)
     assert classify_entry(None, str(path), IDENTITY.name) == ("new", None)
@@ -117,11 +117,11 @@ def test_a_moved_or_missing_image_counts_as_unchanged(source, tmp_path):
     assert classify_entry(entry, moved, IDENTITY.name)[0] == "valid"
     path.unlink()
     assert classify_entry(entry, str(path), IDENTITY.name) == ("valid", None)
-    vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
-    assert classify_entry(vouched, moved, IDENTITY.name) == ("valid", None)
+    adopted = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
+    assert classify_entry(adopted, moved, IDENTITY.name) == ("valid", None)
 
 
-def test_a_mask_counts_as_the_image_does(source, tmp_path):
+def test_masks_are_compared_like_images(source, tmp_path):
     path, entry = source
     mask = tmp_path / "a-masklabel.png"
     mask.write_bytes(b"some mask")
@@ -135,14 +135,15 @@ def test_a_mask_counts_as_the_image_does(source, tmp_path):
     assert (state, refreshed) == ("valid", replace(masked, mask=replace(masked.mask, mtime_ns=3)))
     mask.write_bytes(b"same mask")
     assert classify_entry(masked, str(path), IDENTITY.name, str(mask)) == ("changed", None)
-    vouched = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
-    assert classify_entry(vouched, str(path), IDENTITY.name, str(mask)) == ("changed", None)
+    adopted = replace(entry, source_bytes=0, source_mtime_ns=0, source_sha256="", adopted=True)
+    assert classify_entry(adopted, str(path), IDENTITY.name, str(mask)) == ("changed", None)
     path.unlink()
-    for known, now in ((masked, None), (masked, str(mask)), (entry, str(mask))):
-        assert classify_entry(known, str(path), IDENTITY.name, now) == ("valid", None)  # nothing to encode from
+    # Without its image, an entry stays valid, because nothing can be encoded.
+    for known, mask_path in ((masked, None), (masked, str(mask)), (entry, str(mask))):
+        assert classify_entry(known, str(path), IDENTITY.name, mask_path) == ("valid", None)
 
 
-def test_the_plan_lists_what_the_cache_does_not_hold(tmp_path):
+def test_the_plan_lists_missing_and_stale_items(tmp_path):
     content = {f"k{number}": {"caption": "x", "original_size": [100 + number, 90]} for number in range(5)}
     content["k4"] = {"caption": "x"}
     (tmp_path / "m.json").write_text(json.dumps(content))
@@ -151,9 +152,9 @@ def test_the_plan_lists_what_the_cache_does_not_hold(tmp_path):
     entries["k1"] = replace(entries["k1"], identity="another")
     (tmp_path / "k0.npz").touch()
     (tmp_path / "k1.npz").touch()  # the file of k2 is missing
-    made = Resolution(RULE, IDENTITY)
+    resolution = Resolution(RULE, IDENTITY)
     planner = EncodePlanner(index, tmp_path, entries, beside=False)
-    plans = [planner.plan(build_share(index, made, rank, 2)) for rank in range(2)]
+    plans = [planner.plan(build_share(index, resolution, rank, 2)) for rank in range(2)]
     assert plans[0].counts + plans[1].counts == {"valid": 1, "stale": 1, "missing": 1, "new": 2}
     items = {item.key: item for plan in plans for item in plan.items}
     assert sorted(items) == ["k1", "k2", "k3", "k4"] and len(plans[0].items) + len(plans[1].items) == 4
@@ -164,7 +165,7 @@ def test_the_plan_lists_what_the_cache_does_not_hold(tmp_path):
     entries = {key: replace(entry, file="shards/x.tar", offset=0) for key, entry in entries.items()}
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / ".x.tar.partial").touch()  # a killed or running job
-    share = build_share(index, made, 0, 1)
+    share = build_share(index, resolution, 0, 1)
     assert share.keys == ["k0", "k1", "k2", "k3", "k4"]
     assert EncodePlanner(index, tmp_path, entries, beside=False).plan(share).counts["missing"] == 0
 
@@ -180,7 +181,7 @@ def test_the_plan_lists_what_the_cache_does_not_hold(tmp_path):
         ("a/../../b", "a%2F%2E%2E%2F%2E%2E%2Fb.npz"),
     ],
 )
-def test_no_key_leads_out_of_the_cache(key, file, tmp_path):
+def test_no_key_names_a_file_outside_the_cache(key, file, tmp_path):
     assert choose_output_file(key, "/images/x.jpg", beside=False) == file
     assert (tmp_path / file).resolve().is_relative_to(tmp_path.resolve())
     assert choose_output_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"

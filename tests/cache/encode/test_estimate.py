@@ -36,14 +36,14 @@ class SteadyDevice:
         return EncodedBatch(np.zeros(0))
 
 
-@pytest.mark.parametrize(("side", "tried"), [(1024, 512), (1000, 448), (100, 64)])
-def test_a_pixels_time_leaves_out_the_first_batch(side, tried):
+@pytest.mark.parametrize(("side", "trial_side"), [(1024, 512), (1000, 448), (100, 64)])
+def test_the_time_per_pixel_excludes_the_first_batch(side, trial_side):
     device = SteadyDevice()
     assert time_encoding(device, side, 3, device.clock) == pytest.approx(0.04e-6)
-    assert device.shape == (3, tried, tried, 3)
+    assert device.shape == (3, trial_side, trial_side, 3)
 
 
-def test_a_spread_of_images_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
+def test_decoding_is_timed_on_evenly_spaced_images_and_bad_ones_are_ignored(tmp_path):
     ticks = iter((5.0, 13.0))
     items = []
     for number in range(100):
@@ -56,13 +56,13 @@ def test_a_spread_of_images_is_decoded_and_broken_ones_do_not_end_it(tmp_path):
     assert time_decoding(items, RULE, 1, lambda: next(ticks)) == 8 / 4
 
 
-def test_the_slower_of_decoding_and_encoding_decides():
+def test_the_duration_is_that_of_the_slower_of_decoding_and_encoding():
     assert Estimate(10, 3, 4).seconds == 10
     assert Estimate(6, 3, 4).seconds == 7
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [
         (0.2, "1 s"),
         (89.0, "89 s"),
@@ -73,12 +73,12 @@ def test_the_slower_of_decoding_and_encoding_decides():
         (172_800 + 4 * 3600, "2 d 4 h"),
     ],
 )
-def test_a_time_in_words(seconds, words):
-    assert describe_seconds(seconds) == words
+def test_durations_as_text(seconds, text):
+    assert describe_seconds(seconds) == text
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_the_estimate_is_printed_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, capsys, text):
+def test_the_estimate_is_logged_before_the_start_and_by_a_dry_run(tmp_path, tiny_folder, capsys, text):
     (tmp_path / "images").mkdir()
     for name in "ab":
         Image.new("RGB", (128, 128)).save(tmp_path / "images" / f"{name}.png")

@@ -37,7 +37,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, model) -> tuple[Path, dict[str, str]]:
-    """Return settings for 120 images, and the SHA-256 of each item after an undisturbed job."""
+    """Return settings for 120 images, and the SHA-256 of each item after a job without faults."""
     folder = tmp_path_factory.mktemp("many")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=120), batch_size=2)
     assert run_job(settings, f"cache.dir={folder / 'whole'}") == 0
@@ -63,7 +63,7 @@ def encode(image: Image.Image, form: str, **options) -> bytes:
 
 
 def make_good_images() -> dict[str, tuple[bytes, Image.Image]]:
-    """Return (content, visible image) by file name."""
+    """Return (content, image that viewers show) by file name."""
     size = (128, 128)
     gradient = np.zeros((128, 128, 3), np.uint8)
     gradient[..., 0], gradient[..., 1] = np.arange(128)[None] * 2, np.arange(128)[:, None]
@@ -108,7 +108,7 @@ def make_bad_images() -> dict[str, bytes]:
     }
 
 
-def test_odd_images_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, model, capsys):
+def test_unusual_images_are_encoded_as_viewers_show_them_and_bad_images_are_named(tmp_path, model, capsys):
     good, bad = make_good_images(), make_bad_images()
     (tmp_path / "images").mkdir()
     (tmp_path / "seen").mkdir()
@@ -136,20 +136,20 @@ def test_odd_images_are_what_a_person_sees_and_bad_ones_are_named(tmp_path, mode
     assert not any(" object at " in reason for reason in reasons.values())
     assert "decompression bomb" in reasons["bomb.png"]
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
-    # The fraction is of the whole set, so a second run, which has only the bad images to do, ends the same way.
+    # The fraction is of the whole set, so a second job, which has only the bad images to encode, passes too.
     assert run_job(settings, "data.max_bad_fraction=0.5") == 0
     assert run_job(settings) == 1  # more than 1 %
     assert "or raise data.max_bad_fraction" in capsys.readouterr().err
     assert hash_items(tmp_path / "latents").keys() == good.keys()
 
 
-def test_too_little_space_is_said_before_anything_is_encoded(tmp_path, model, monkeypatch, capsys):
+def test_too_little_disk_space_is_reported_before_encoding(tmp_path, model, monkeypatch, capsys):
     settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=4))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3000))
     assert run_job(settings) == 2
-    said = capsys.readouterr().err
-    assert "has 3,000 bytes free and the latents need about" in said and "cache.dir" in said
+    printed = capsys.readouterr().err
+    assert "has 3,000 bytes free and the latents need about" in printed and "cache.dir" in printed
     assert read_latest(tmp_path / "latents") == {}
 
 
@@ -165,7 +165,7 @@ def test_two_jobs_do_not_write_one_cache(tmp_path, model, capsys):
 
 
 @pytest.mark.parametrize("form", ["npz", "shards"])
-def test_a_full_disk_ends_the_job_and_tears_nothing(many, small_disk, monkeypatch, capsys, form):
+def test_a_full_disk_ends_the_job_without_damage(many, small_disk, monkeypatch, capsys, form):
     settings, whole = many
     usage = shutil.disk_usage(small_disk)._replace(free=1 << 40)
     # The check before the start must pass here.
@@ -174,8 +174,8 @@ def test_a_full_disk_ends_the_job_and_tears_nothing(many, small_disk, monkeypatc
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).total - 400_000))
     words = (f"cache.dir={small_disk / 'latents'}", f"cache.format={form}")
     assert run_job(settings, *words) == 1
-    said = capsys.readouterr().err
-    assert "No space left on device" in said and "run the same command again" in said
+    printed = capsys.readouterr().err
+    assert "No space left on device" in printed and "run the same command again" in printed
     folder = small_disk / "latents"
     assert check_folder(folder) == []
     listed = {key for key, sha256 in hash_listed(folder).items() if sha256 == whole[key]}
@@ -188,10 +188,9 @@ def test_a_full_disk_ends_the_job_and_tears_nothing(many, small_disk, monkeypatc
 
 
 def hash_listed(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each item, after verifying all, also in unfinished shards."""
+    """Verify all items, also in unfinished shards, and return the SHA-256 of each."""
     entries = read_latest(folder)
-    bad = verify_entries(folder, entries).bad
-    assert bad == {}
+    assert verify_entries(folder, entries).bad == {}
     return {key: entry.sha256 for key, entry in entries.items()}
 
 
@@ -210,7 +209,7 @@ def wait_for_lines(folder: Path, count: int, job: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize(("number", "ranks", "form"), [("SIGTERM", 1, "shards"), ("SIGINT", 2, "npz")])
-def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
+def test_a_signal_ends_the_job_with_everything_saved(many, tmp_path, number, ranks, form):
     settings, whole = many
     words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={form}")
     # On a busy machine the job may end before the signal is sent.
@@ -219,11 +218,11 @@ def test_a_signal_ends_the_job_in_order(many, tmp_path, number, ranks, form):
         job = start(settings, *words, ranks=ranks)
         wait_for_lines(tmp_path / "latents", 10, job)
         job.send_signal(getattr(signal, number))
-        _, said = job.communicate(timeout=60)
+        _, printed = job.communicate(timeout=60)
         if job.returncode:
             break
-    assert job.returncode == 128 + getattr(signal, number), said[-3000:]
-    assert f"stopped by {number}; everything done so far is saved" in said and "Traceback" not in said
+    assert job.returncode == 128 + getattr(signal, number), printed[-3000:]
+    assert f"stopped by {number}; everything done so far is saved" in printed and "Traceback" not in printed
     assert check_folder(tmp_path / "latents") == []
     listed = hash_items(tmp_path / "latents")  # every shard is finished
     assert 10 <= len(listed) < 120 and listed.items() <= whole.items()
@@ -253,8 +252,8 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path):
     time.sleep(2.2)
     assert job.poll() is None, "torchrun repeats the terminal's signal, which does not count as a second one"
     job.send_signal(signal.SIGINT)
-    said, _ = job.communicate(timeout=30)
-    assert job.returncode == 143 and said == "" and (tmp_path / "status").read_text() == "143"
+    printed, _ = job.communicate(timeout=30)
+    assert job.returncode == 143 and printed == "" and (tmp_path / "status").read_text() == "143"
 
 
 def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
@@ -263,9 +262,9 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
     job = start(settings, *words, ranks=2)
     wait_for_lines(tmp_path / "latents", 6, job)
     os.kill(find_rank(job, 1), signal.SIGKILL)
-    _, said = job.communicate(timeout=90)
-    assert job.returncode == 1 and "ChildFailedError" not in said, said[-3000:]
-    assert said.endswith("torchrun: rank 1 was killed by SIGKILL before any other; its messages are above\n")
+    _, printed = job.communicate(timeout=90)
+    assert job.returncode == 1 and "ChildFailedError" not in printed, printed[-3000:]
+    assert printed.endswith("torchrun: rank 1 was killed by SIGKILL before any other; its messages are above\n")
     assert check_folder(tmp_path / "latents") == []
     assert 6 <= len(hash_listed(tmp_path / "latents")) < 120
     assert run_job(settings, *words) == 0
@@ -286,7 +285,7 @@ def find_rank(job: subprocess.Popen, rank: int) -> int:
     return next(process for process in list_descendants(job.pid) if get_variable(process, "RANK") == str(rank))
 
 
-def test_kills_at_random_moments_tear_nothing(many, tmp_path):
+def test_kills_at_random_moments_damage_nothing(many, tmp_path):
     """Run a short form of tests/campaigns/cache_kill.py."""
     settings, whole = many
     trials = [Trial("job", 1, "shards")] * 3

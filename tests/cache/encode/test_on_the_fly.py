@@ -1,4 +1,4 @@
-"""Training over images without latents: the order and losses of a filled cache, and the cache it leaves."""
+"""Training over images without latents: order and losses as with a filled cache, and the latents that it stores."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def open_dataset(config: Config, index: Index) -> LatentDataset:
 
 
 def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True) -> dict[str, MicroBatch]:
-    """Return a micro batch of each sample in two epochs, by key."""
+    """Return a micro batch by key, which holds the sample of that key in two epochs."""
     dataset, specs = open_dataset(config, index), []
     for row in range(len(index)):
         bucket = Size(int(index.column("bucket_width")[row]), int(index.column("bucket_height")[row]))
@@ -88,7 +88,7 @@ def read_all(config: Config, index: Index, epoch: int = 0, *, fill: bool = True)
     [("cache.dtype=float16",), ("cache.posterior=moments", "cache.dtype=bfloat16"), ("cache.posterior=mean",)],
     ids=["sample", "moments", "mean"],
 )
-def test_trained_latents_are_those_that_a_cache_job_stores(images, tmp_path, words):
+def test_trained_latents_equal_those_of_a_cache_job(images, tmp_path, words):
     assert run_job(images / "settings.yaml", f"cache.dir={tmp_path / 'made'}", *words) == 0
     made = read_all(*open_run(images, tmp_path / "made", *words), fill=False)
     config, index = open_run(images, tmp_path / "new", *words)
@@ -110,27 +110,27 @@ def test_trained_latents_are_those_that_a_cache_job_stores(images, tmp_path, wor
     assert resumed.summary.num_uncached == 0 and resumed.hash_rows() == index.hash_rows()
 
 
-def test_bad_images_are_named_and_the_rest_goes_on(images, tmp_path):
+def test_bad_images_are_named_and_all_others_are_encoded(images, tmp_path):
     shutil.copytree(images / "data", tmp_path / "data")
     metadata = tmp_path / "data" / "metadata.json"
     records = json.loads(metadata.read_text())
-    torn, gone, wrong, *_ = records
-    image = tmp_path / "data" / records[torn]["image_path"]
+    truncated, missing, misplaced, *_ = records
+    image = tmp_path / "data" / records[truncated]["image_path"]
     image.write_bytes(image.read_bytes()[:200])
-    (tmp_path / "data" / records[gone]["image_path"]).unlink()
-    records[wrong]["original_size"] = [900, 100]
+    (tmp_path / "data" / records[missing]["image_path"]).unlink()
+    records[misplaced]["original_size"] = [900, 100]
     metadata.write_text(json.dumps(records))
     words = (f"data.metadata=[{metadata}]", "data.max_bad_fraction=1.0", "data.resolution_px=128")
     config, index = open_run(images, tmp_path / "cache", *words)
     lines = (tmp_path / "cache" / "runs" / "x" / "logs" / "bad_samples.jsonl").read_bytes().splitlines()
-    assert [orjson.loads(line)["key"] for line in lines] == [gone]  # reported before training
+    assert [orjson.loads(line)["key"] for line in lines] == [missing]  # reported before training
     batches = read_all(config, index)
     assert len(batches) == NUM_IMAGES - 1
     reasons = {key: batch.bad[0][1] for key, batch in batches.items() if batch.bad}
-    assert set(reasons) == {torn, wrong}
-    assert "cannot be decoded" in reasons[torn] and "its metadata says 900x100" in reasons[wrong]
+    assert set(reasons) == {truncated, misplaced}
+    assert "cannot be decoded" in reasons[truncated] and "its metadata says 900x100" in reasons[misplaced]
     assert all(batches[key].weights.tolist() == [0, 0] for key in reasons)
-    assert set(read_latest(tmp_path / "cache")) == set(records) - {torn, gone, wrong}
+    assert set(read_latest(tmp_path / "cache")) == set(records) - {truncated, missing, misplaced}
 
 
 def test_a_cache_of_other_settings_or_in_use_is_refused(images, tmp_path):
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_training(images, tmp_path, 
 
 
 @pytest.mark.parametrize("ranks", [2])
-def test_losses_are_those_of_a_run_over_a_made_cache(cached_folder, one_rank, tmp_path, ranks):
+def test_losses_equal_those_of_a_run_over_a_filled_cache(cached_folder, one_rank, tmp_path, ranks):
     words = (
         f"cache.dir={tmp_path / 'latents'}",
         f"data.image_dirs=[{cached_folder / 'images-put-away'}]",

@@ -130,7 +130,7 @@ def test_batches_are_of_one_bucket_and_full(tmp_path, images, recorded):
         assert (entry.source_sha256, entry.identity) == (image.source_sha256, "identity")
 
 
-def test_bad_images_in_the_middle_are_named_and_the_rest_go_on(tmp_path, images):
+def test_bad_images_are_named_and_all_others_are_encoded(tmp_path, images):
     items = list(images)
     (tmp_path / "broken.png").write_bytes(Path(items[0].image_path).read_bytes()[:200])
     for place, key, path, size in (
@@ -147,7 +147,7 @@ def test_bad_images_in_the_middle_are_named_and_the_rest_go_on(tmp_path, images)
     assert set(read_latest(tmp_path)) == {item.key for item in images}
 
 
-def test_nothing_but_bad_images_and_nothing_at_all(tmp_path):
+def test_only_bad_images_and_no_images(tmp_path):
     bad, progress = run(tmp_path, [WorkItem(key="a", image_path="/absent/a.png", file="a.npz")] * 3, FakeEncoder())
     assert len(bad) == progress.bad == 3 and read_latest(tmp_path) == {}
     assert run(tmp_path, [], FakeEncoder())[1].done == 0
@@ -179,7 +179,7 @@ def test_launched_batches_are_written_when_the_device_fails(tmp_path, images):
     assert len(encoder.batches) == 3
 
 
-def test_one_batch_is_under_way_while_the_next_is_launched(tmp_path, images):
+def test_the_next_batch_is_launched_before_the_previous_one_is_awaited(tmp_path, images):
     encoder, order = FakeEncoder(), []
     launch = encoder.launch
 

@@ -1,4 +1,4 @@
-"""Storage of items: once an entry is returned, the item is on disk as the entry describes it."""
+"""Storage of items: when an entry is returned, the item is on disk as the entry describes it."""
 
 import hashlib
 import os
@@ -71,7 +71,7 @@ def test_shards_hold_one_bucket_each_and_keep_their_limit(tmp_path):
         assert np.array_equal(parse_latents(content, item.entry.bucket).latents, item.sample.latents)
 
 
-def test_a_later_storage_never_changes_earlier_shards(tmp_path):
+def test_a_later_job_never_changes_earlier_shards(tmp_path):
     for _ in range(2):
         storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
         storage.write(make_items(1)[0])
@@ -85,7 +85,7 @@ def test_a_later_storage_never_changes_earlier_shards(tmp_path):
     assert list_shards(tmp_path) == [f"shards/96x64-00000-{number:05d}.tar" for number in range(4)]
 
 
-def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
+def test_shards_of_a_killed_job_keep_listed_items_and_lose_all_others(tmp_path):
     storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
     entries = [storage.write(item) for item in make_items(9)]
     listed = [entry for entry in entries if entry.bucket == BUCKETS[0]][:2] + [entries[1]]  # no item of BUCKETS[2]
@@ -100,7 +100,7 @@ def test_killed_shards_keep_what_is_listed_and_lose_the_rest(tmp_path):
     assert "bytes, but its samples" in verify_shards(tmp_path, listed[:2])["shards/64x96-00000-00000.tar"]
 
 
-def test_a_shard_that_cannot_be_finished_does_not_hold_the_others_up(tmp_path, monkeypatch):
+def test_a_shard_that_cannot_be_finished_does_not_block_the_others(tmp_path, monkeypatch):
     storage = ShardStorage(tmp_path, "float32", 0, 1 << 30)
     entries = [storage.write(item) for item in make_items(3)]
     replace, calls = os.replace, []

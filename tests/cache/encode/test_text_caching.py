@@ -1,8 +1,7 @@
-"""The cache job with `cache.text`: text encoder outputs stored beside the latents and checked like them."""
+"""The cache job with `cache.text`: text encoder outputs are stored beside the latents and verified like them."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from sdxl_trainer.train.networks.conditioning import TextConditioner
 
 TEXT = "cache.text=true"
 SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.text_variants=3")
-OFTEN_CHANGED = (".npz", ".tar")
+DATA_SUFFIXES = (".npz", ".tar")
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +91,14 @@ def assert_near(found: TextOutputs, wanted: TextOutputs) -> None:
         np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
 
 
-def test_outputs_are_those_that_training_would_make(filled, model):
+def test_outputs_equal_those_of_training(filled, model):
     captions = {key: r["caption"] for key, r in json.loads((filled / "data/metadata.json").read_text()).items()}
     plain, packed = read_texts(filled / "npz"), read_texts(filled / "shards")
     assert plain.keys() == packed.keys() == captions.keys()
-    assert hash_texts(filled / "npz") == hash_texts(filled / "shards")  # the order and the batch do not matter
+    assert hash_texts(filled / "npz") == hash_texts(filled / "shards")  # outputs do not depend on order and batch
     for key, (outputs,) in plain.items():
         assert_near(outputs, encode(model, captions[key]))
-    # Names and format are those of kohya's scripts.
+    # Names and format are as in kohya's scripts.
     key, entry = next(iter(read_latest(filled / "npz").items()))
     assert entry.text is not None and entry.text.file == f"{key}_te_outputs.npz" and entry.file == f"{key}.npz"
     with np.load(filled / "npz" / entry.text.file, allow_pickle=False) as arrays:
@@ -112,7 +111,7 @@ def test_outputs_are_those_that_training_would_make(filled, model):
     assert members == ["json", "npz", "te.npz"] * 8
 
 
-def test_encoders_are_loaded_only_where_there_is_work(cache, monkeypatch):
+def test_text_encoders_are_loaded_only_for_work(cache, monkeypatch):
     settings, words, folder = cache
 
     def refuse(*_):
@@ -124,7 +123,7 @@ def test_encoders_are_loaded_only_where_there_is_work(cache, monkeypatch):
     assert run_job(settings, *words[:-1]) == 0 and get_report(folder)["encoded"] == 0  # cache.text off
     assert run_job(settings, *words, "--verify") == 0
     after = list_files(folder)
-    assert all(after[name] == changed for name, changed in before.items() if name.endswith(OFTEN_CHANGED))
+    assert all(after[name] == changed for name, changed in before.items() if name.endswith(DATA_SUFFIXES))
 
 
 def test_an_edited_caption_is_encoded_again_and_no_other(cache, tmp_path, model):
@@ -153,10 +152,10 @@ def test_text_is_encoded_again_only_if_a_setting_changes_it(cache, model):
         each[0].hidden_1.shape[0] == 152 for each in read_texts(folder).values()
     )
     assert run_job(settings, *words, "data.max_tokens=150", "--verify") == 0
-    assert run_job(settings, *words) == 0 and hash_texts(folder) == texts  # and back again
+    assert run_job(settings, *words) == 0 and hash_texts(folder) == texts  # back to the first settings
 
 
-def test_text_is_added_to_latents_that_are_there(filled, tmp_path):
+def test_text_is_added_to_existing_latents(filled, tmp_path):
     for form in ("npz", "shards"):
         folder = tmp_path / form
         words = (filled / "settings.yaml", f"cache.dir={folder}", f"cache.format={form}")
@@ -170,7 +169,7 @@ def test_text_is_added_to_latents_that_are_there(filled, tmp_path):
             assert all(after[name] == changed for name, changed in before.items() if name.endswith(".npz"))
 
 
-def test_random_captions_are_kept_in_variants(cache):
+def test_random_captions_are_cached_as_variants(cache):
     settings, words, folder = cache
     assert run_job(settings, *words, *SHUFFLED) == 0
     entries = read_latest(folder)
@@ -183,16 +182,16 @@ def test_random_captions_are_kept_in_variants(cache):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("data.caption.shuffle=true", "cache.text_variants = 1"),
         ("data.caption.wildcards=true", "data.caption.wildcards makes a new one"),
         ("data.caption.token_warmup_steps=9", "data.caption.token_warmup_steps = 9"),
     ],
 )
-def test_contradictions_are_refused(filled, tmp_path, capsys, setting, said):
+def test_contradictory_settings_are_refused(filled, tmp_path, capsys, setting, message):
     assert run_job(filled / "settings.yaml", f"cache.dir={tmp_path}", TEXT, setting) == 2
-    assert said in capsys.readouterr().err and read_latest(tmp_path) == {}
+    assert message in capsys.readouterr().err and read_latest(tmp_path) == {}
 
 
 def flip(path: Path, place: int) -> None:
@@ -209,7 +208,7 @@ def list_text_regions(folder: Path, entry: ManifestEntry) -> list[tuple[Path, in
     return [(path, place) for place in places + ([start - 500, end + 1] if entry.text.offset is not None else [])]
 
 
-def test_damage_is_found_and_mended(cache, capsys):
+def test_damaged_text_is_found_and_repaired(cache, capsys):
     settings, words, folder = cache
     latents, texts = hash_items(folder), hash_texts(folder)
     entries = sorted(read_latest(folder).values(), key=lambda entry: entry.key)
@@ -259,7 +258,7 @@ def test_stale_latents_keep_their_text(cache):
         assert {entry.text.file for entry in read_latest(folder).values() if entry.text} == set(list_shards(folder))
 
 
-def test_a_cache_that_was_adopted_gets_text_of_kohyas_name(filled, tmp_path):
+def test_text_of_an_adopted_cache_has_kohyas_file_names(filled, tmp_path):
     folder = tmp_path / "latents"
     shutil.copytree(filled / "npz", folder)
     for entry in read_latest(folder).values():
@@ -272,7 +271,7 @@ def test_a_cache_that_was_adopted_gets_text_of_kohyas_name(filled, tmp_path):
     assert {entry.text.file for entry in read_latest(folder).values() if entry.text} == {
         f"{key}_te_outputs.npz" for key in read_latest(folder)
     }
-    assert all(replace(entry).adopted for entry in read_latest(folder).values())
+    assert all(entry.adopted for entry in read_latest(folder).values())
     assert run_job(*words, TEXT, "--verify") == 0
 
 
@@ -283,20 +282,21 @@ def test_text_of_other_programs_is_adopted_if_it_fits(filled, tmp_path, capsys):
     for path in (*folder.glob("manifest/*"), folder / "text.json"):
         path.unlink()
     before = list_files(folder)
-    wrong, gone, torn, *_ = sorted(texts)
-    with np.load(folder / f"{wrong}_te_outputs.npz") as arrays:
-        np.savez(folder / f"{wrong}_te_outputs.npz", **{key: array[:-1] for key, array in arrays.items()})
-    (folder / f"{gone}_te_outputs.npz").unlink()
-    (folder / f"{torn}_te_outputs.npz").write_bytes((folder / f"{torn}_te_outputs.npz").read_bytes()[:-9])
+    misshapen, missing, truncated, *_ = sorted(texts)
+    with np.load(folder / f"{misshapen}_te_outputs.npz") as arrays:
+        np.savez(folder / f"{misshapen}_te_outputs.npz", **{key: array[:-1] for key, array in arrays.items()})
+    (folder / f"{missing}_te_outputs.npz").unlink()
+    (folder / f"{truncated}_te_outputs.npz").write_bytes((folder / f"{truncated}_te_outputs.npz").read_bytes()[:-9])
     words = (filled / "settings.yaml", f"cache.dir={folder}")
     assert run_job(*words, "--adopt") == 0 and hash_texts(folder) == {}  # cache.text is off
     assert run_job(*words, TEXT, *SHUFFLED, "--adopt") == 1
     assert "hidden_state1_v1" in capsys.readouterr().err and hash_texts(folder) == {}  # three variants are needed
     assert run_job(*words, TEXT, "--adopt") == 1
-    said = capsys.readouterr().err
-    assert f"{wrong} is not adopted" in said and f"{torn} is not adopted" in said and gone not in said
-    assert "the settings give [77, " in said
-    left = {key: digest for key, digest in texts.items() if key not in (wrong, gone, torn)}
+    printed = capsys.readouterr().err
+    assert f"{misshapen} is not adopted" in printed and f"{truncated} is not adopted" in printed
+    assert missing not in printed
+    assert "the settings give [77, " in printed
+    left = {key: digest for key, digest in texts.items() if key not in (misshapen, missing, truncated)}
     assert len(left) == 5 and hash_texts(folder) == left
     assert run_job(*words, TEXT, "--verify") == 0
     assert run_job(*words, TEXT) == 0 and get_report(folder)["encoded"] == 3 and hash_texts(folder) == texts

@@ -264,14 +264,14 @@ def test_marks(tmp_path, tiny_modules):
             write_tiny(path, tiny_modules, marks=marks)
 
 
-def test_one_tensor_at_a_time_in_the_promised_order(tmp_path, tiny_modules):
-    asked, alive = [], []
+def test_tensors_are_read_one_at_a_time_in_the_documented_order(tmp_path, tiny_modules):
+    requested, alive = [], []
 
     def make_loader(component, name, tensor):
         def load():
-            assert not any(reference() is not None for reference in alive), f"{asked[-1]} is still held"
+            assert not any(reference() is not None for reference in alive), f"{requested[-1]} is still held"
             array = np.array(tensor.numpy())
-            asked.append((component, get_canonical_name(component, name)))
+            requested.append((component, get_canonical_name(component, name)))
             alive[:] = [weakref.ref(array)]  # torch holds the array while its memory is in use
             return torch.from_numpy(array)
 
@@ -283,7 +283,7 @@ def test_one_tensor_at_a_time_in_the_promised_order(tmp_path, tiny_modules):
     }
     streamed = write_single_file(tmp_path / "a.safetensors", loaders, TINY, dtype=torch.float32, metadata={})
     assert streamed == write_tiny(tmp_path / "b.safetensors", tiny_modules)
-    assert asked == [
+    assert requested == [
         (component, name) for component in COMPONENT_PREFIXES for name in list_source_names(component, TINY[component])
     ]
 
@@ -309,7 +309,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, tiny_modules):
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
 
 
-def test_sources_that_do_not_fit_are_all_named_before_writing(tmp_path, tiny_modules):
+def test_all_mismatched_sources_are_named_before_writing(tmp_path, tiny_modules):
     state = get_states(tiny_modules)
     del state["unet"]["conv_in.bias"]
     state["unet"]["conv_in.weight"] = torch.zeros(16, 9, 3, 3)

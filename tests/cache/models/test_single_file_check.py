@@ -31,7 +31,7 @@ FOREIGN_FILES = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN_FILES)
-def test_foreign_files_are_called_by_their_name(tmp_path, kind):
+def test_other_kinds_of_model_are_named(tmp_path, kind):
     tensors = {name: ("F16", shape) for name, shape in FOREIGN_FILES[kind].items()}
     path = write_fake(tmp_path / "other.safetensors", tensors)
     problems = find_single_file_problems(path)
@@ -95,7 +95,7 @@ def test_missing_unexpected_misshapen_and_quantised_tensors(tmp_path):
         ((2).to_bytes(8, "little") + b"{}more", "describes 10 bytes, the file has 14"),
     ],
 )
-def test_files_that_are_no_safetensors(tmp_path, content, message):
+def test_files_that_are_not_safetensors(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert len(find_single_file_problems(path)) == 1 and message in find_single_file_problems(path)[0]

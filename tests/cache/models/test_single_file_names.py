@@ -29,7 +29,7 @@ def test_full_size_has_the_tensors_of_sdxl_base():
     assert [row.file_name for row in rows if row.carried] == [LOGIT_SCALE]
     shapes = {row.file_name: row.file_shape for row in rows}
     unet, vae, bigg = (COMPONENT_PREFIXES[name] for name in ("unet", "vae", "text_encoder_2"))
-    # Printed from the public file.
+    # Shapes of the published model file.
     for name, shape in {
         f"{unet}label_emb.0.0.weight": (1280, 2816),
         f"{unet}input_blocks.3.0.op.weight": (320, 320, 3, 3),
@@ -86,7 +86,7 @@ def test_diffusers_converters_find_every_name(size, modules):
         assert {name: tensor.shape for name, tensor in converted[component].items()} == expected
 
 
-def test_one_number_for_all_blocks_and_convolutional_projections():
+def test_configs_with_one_number_for_all_blocks_and_convolutional_projections():
     config = {**TINY["unet"], "transformer_layers_per_block": 2, "layers_per_block": 1, "use_linear_projection": False}
     with torch.device("meta"):
         module = UNet2DConditionModel.from_config(config)

@@ -1,4 +1,4 @@
-"""What the preview prints and draws: the counts that training will see, and its samples cropped and flipped."""
+"""The preview: the counts of training, and its samples cropped and flipped."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cache_samples import run_job, write_settings
 from PIL import Image
 from rich.console import Console
@@ -23,7 +24,7 @@ CAPTIONS = ("data.caption.shuffle=true", "data.flip_rate=1.0", "cache.flip=true"
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, tiny_folder) -> Path:
-    """A cache of ten demo images, one of which was never encoded and another's latents are torn."""
+    """Fill a cache of ten demo images, of which one is not encoded and one has truncated latents."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", num_images=NUM_IMAGES))
     metadata = folder / "data" / "metadata.json"
@@ -35,8 +36,8 @@ def filled(tmp_path_factory, tiny_folder) -> Path:
     metadata.write_text(json.dumps({key: record for key, record in records.items() if key != last}))
     assert run_job(settings, *CAPTIONS) == 0
     metadata.write_text(json.dumps(records))
-    torn = folder / "latents" / f"{list(records)[1]}.npz"
-    torn.write_bytes(torn.read_bytes()[:999])
+    truncated = folder / "latents" / f"{list(records)[1]}.npz"
+    truncated.write_bytes(truncated.read_bytes()[:999])
     return folder
 
 
@@ -53,20 +54,20 @@ def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):
     assert rows["records"] == "10" and rows["with latents"] == "9" and rows["skipped: no latents"] == "1"
     assert rows["bad among 9 verified"] == "1" and "9 samples" in printed
     sizes = {key: count for key, count in rows.items() if "x" in key and key[0].isdigit()}
-    assert sizes and "cut short" in printed or "has 999 bytes" in printed
-    # Eight captions of 11 tokens, and one that is cut off.
+    assert sizes and "has 999 bytes instead of" in printed
+    # Eight captions have 11 tokens, and one is cut off.
     assert rows["1-20"] == "8" and "1 and 1 are longer than data.max_tokens = 75" in printed
     drawn = [line.split("│")[2:5] for line in printed.splitlines() if "square" in line]
     assert any(len({text.strip() for text in texts}) > 1 for texts in drawn)  # shuffled anew each epoch
     assert not (filled / "runs").exists()  # nothing is written
 
 
-def test_no_latents_at_all_is_wrong_input(filled, tmp_path, capsys):
+def test_a_set_without_latents_is_wrong_input(filled, tmp_path, capsys):
     run(filled, f"cache.dir={tmp_path}", expect=2)
     assert "holds no latents of these records" in capsys.readouterr().err
 
 
-def test_the_image_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
+def test_the_contact_sheet_shows_samples_as_trained(filled, tmp_path, capsys):
     file = tmp_path / "deep" / "sheet.png"
     run(filled, "--out", str(file), images=6)
     sheet = Image.open(file)
@@ -75,8 +76,13 @@ def test_the_image_shows_samples_as_they_are_trained(filled, tmp_path, capsys):
     assert "6 samples" in capsys.readouterr().out
 
 
+def test_captions_are_shown_before_their_text_is_cached(filled, tmp_path, capsys):
+    run(filled, "cache.text=true", "cache.text_variants=2", "--out", str(tmp_path / "sheet.png"), images=2)
+    assert "2 samples" in capsys.readouterr().out
+
+
 def read_samples(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[PreviewSample, np.ndarray]]]:
-    """Each sample of the set with its pixels as the sheet shows them."""
+    """Return the settings, and each sample with its pixels on the contact sheet, by key."""
     config, _ = load_config(filled / "settings.yaml", [*CAPTIONS, *words])
     console = Console(record=True)
     shown = {}
@@ -91,7 +97,7 @@ def read_samples(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[Pre
     return config, shown
 
 
-def test_flipped_samples_look_mirrored_and_uncached_ones_are_shown_uncoded(filled, tmp_path):
+def test_flipped_samples_are_mirrored_and_uncached_samples_show_their_image(filled, tmp_path):
     shutil.copytree(filled / "latents", tmp_path / "latents")
     words = (f"cache.dir={tmp_path / 'latents'}", "train.global_batch_size=1", "cache.on_missing=encode")
     _, plain = read_samples(filled, *words, "data.flip_rate=0.0")
@@ -104,17 +110,15 @@ def test_flipped_samples_look_mirrored_and_uncached_ones_are_shown_uncoded(fille
         difference = np.abs(plain[key][1][:, ::-1].astype(int) - flipped[key][1]).mean()
         assert difference < 12, key
     image = Image.open(next((filled / "data" / "images").glob(f"{new[0]}.*"))).convert("RGB")
-    assert abs(np.asarray(image).mean() - plain[new[0]][1].mean()) < 12  # the image itself
+    assert abs(np.asarray(image).mean() - plain[new[0]][1].mean()) < 12  # pixels that no VAE has encoded
 
 
 def test_the_vae_is_loaded_only_for_latents(filled, monkeypatch):
     config, _ = load_config(filled / "settings.yaml", [])
-    import torch
-
-    nothing = PreviewSample(
+    uncached = PreviewSample(
         key="a", caption="b", note="", latents=torch.zeros(4, 8, 8), pixels=np.zeros((64, 64, 3), np.uint8), bad=None
     )
     monkeypatch.setattr("sdxl_trainer.cache.preview.contact_sheet.load_vae", None)
-    [(_, pixels)] = decode_samples([nothing], resolve_model(config.model), config.model)
+    [(_, pixels)] = decode_samples([uncached], resolve_model(config.model), config.model)
     assert pixels.shape == (64, 64, 3)
     run(filled)

@@ -1,4 +1,4 @@
-"""Verify, repair, pack, unpack, adopt: what is bad is named and mended, and nothing else is touched."""
+"""Verify, repair, pack, unpack and adopt: bad items are named and repaired, and nothing else changes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from programs import FIXTURES
 
 from sdxl_trainer.cache.encode.storage import EncodedItem, NpzStorage, ShardStorage, list_shards, read_item, verify_item
 from sdxl_trainer.cache.upkeep.verify import verify_entries
-from sdxl_trainer.data.formats.latents import pack_latents, read_latents
+from sdxl_trainer.data.formats.latents import pack_latents, parse_latents, read_latents
 from sdxl_trainer.data.formats.manifest import read_identity, read_latest
 from sdxl_trainer.data.formats.shards import compute_sample_span, iterate_members
 from sdxl_trainer.data.images.demo_set import draw_demo_set
@@ -36,7 +36,7 @@ def model(tiny_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, model) -> Path:
-    """A folder with settings and two whole caches of eight images, `npz` and `shards`."""
+    """Return a folder with settings and two filled caches of eight images, `npz` and `shards`."""
     folder = tmp_path_factory.mktemp("filled")
     settings = write_settings(folder, model, draw_demo_set(folder / "data", num_images=8))
     for form in ("npz", "shards"):
@@ -46,7 +46,7 @@ def filled(tmp_path_factory, model) -> Path:
 
 @pytest.fixture(params=["npz", "shards"])
 def cache(request, filled, tmp_path):
-    """(settings, words for the job, cache folder) of a copy of a whole cache."""
+    """Return (settings, words for the job, cache folder) of a copy of a filled cache."""
     shutil.copytree(filled / request.param, tmp_path / "latents")
     words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={request.param}")
     return filled / "settings.yaml", words, tmp_path / "latents"
@@ -132,10 +132,10 @@ def list_regions(folder: Path, form: str) -> list[tuple[Path, int]]:
     ]
 
 
-def test_repair_mends_exactly_what_is_bad(cache, capsys):
+def test_repair_replaces_exactly_the_bad_items(cache, capsys):
     settings, words, folder = cache
     form = words[1].partition("=")[2]
-    whole, before = hash_items(folder), list_files(folder)
+    hashes, before = hash_items(folder), list_files(folder)
     assert run_job(settings, *words, "--verify") == 0
     regions = list_regions(folder, form)
     touched = {str(path.relative_to(folder)) for path, _ in regions}
@@ -143,14 +143,14 @@ def test_repair_mends_exactly_what_is_bad(cache, capsys):
         flip(path, place)
         assert run_job(settings, *words, "--verify") == 1, (path, place)
         if form == "shards":
-            flip(path, place)  # one at a time: several of one item would be one
-    said = capsys.readouterr().err
-    assert all(Path(name).name in said for name in touched) and "run with --repair" in said
+            flip(path, place)  # one byte at a time, because several bytes of one item are one bad item
+    printed = capsys.readouterr().err
+    assert all(Path(name).name in printed for name in touched) and "run with --repair" in printed
     for path, place in regions if form == "shards" else []:
         flip(path, place)
     assert run_job(settings, *words, "--repair") == 0
     assert run_job(settings, *words, "--verify") == 0
-    assert hash_items(folder) == whole
+    assert hash_items(folder) == hashes
     after = list_files(folder)
     for name, changed in before.items():
         if name.endswith((".npz", ".tar")) and name not in touched:
@@ -159,13 +159,13 @@ def test_repair_mends_exactly_what_is_bad(cache, capsys):
         keys = [
             key for file in list_shards(folder) for key, kind, *_ in iterate_members(folder / file) if kind == "npz"
         ]
-        assert sorted(keys) == sorted(whole)  # the bad sample is in no shard any more
+        assert sorted(keys) == sorted(hashes)  # no shard holds the bad sample any more
         assert not touched & set(list_shards(folder))
     else:
-        assert set(name for name in after if name.endswith(".npz")) == {f"{key}.npz" for key in whole}
+        assert set(name for name in after if name.endswith(".npz")) == {f"{key}.npz" for key in hashes}
 
 
-def test_repair_leaves_what_was_never_there(cache):
+def test_repair_does_not_encode_images_that_were_never_cached(cache):
     settings, words, folder = cache
     (folder / "manifest" / "part-00000.jsonl").write_bytes(b"")
     assert run_job(settings, *words, "--repair") == 0 and read_latest(folder) == {}
@@ -173,31 +173,31 @@ def test_repair_leaves_what_was_never_there(cache):
     assert run_job(settings, *words, "--verify") == 0
 
 
-def test_a_damaged_manifest_is_found_and_mended(cache, capsys):
+def test_a_damaged_manifest_is_found_and_repaired(cache, capsys):
     settings, words, folder = cache
-    whole, part = hash_items(folder), folder / "manifest" / "part-00000.jsonl"
+    hashes, part = hash_items(folder), folder / "manifest" / "part-00000.jsonl"
     size = part.stat().st_size
     flip(part, size // 2)
     assert run_job(settings, *words, "--verify") == 1
     assert "damaged line of the manifest" in capsys.readouterr().err
     assert run_job(settings, *words, "--repair") == 0
-    assert run_job(settings, *words, "--verify") == 0 and hash_items(folder) == whole
+    assert run_job(settings, *words, "--verify") == 0 and hash_items(folder) == hashes
     flip(folder / "cache.json", 40)
     assert run_job(settings, *words, "--verify") == 1
     assert "cache.json: damaged" in capsys.readouterr().err
     assert run_job(settings, *words) == 0 and run_job(settings, *words, "--verify") == 0
 
 
-def test_a_deleted_file_is_made_again_by_the_next_run(cache):
+def test_a_deleted_file_is_encoded_again_by_the_next_job(cache):
     settings, words, folder = cache
-    whole = hash_items(folder)
+    hashes = hash_items(folder)
     entry = min(read_latest(folder).values(), key=lambda entry: entry.key)
     (folder / entry.file).unlink()
     assert run_job(settings, *words) == 0
-    assert hash_items(folder) == whole and run_job(settings, *words, "--verify") == 0
+    assert hash_items(folder) == hashes and run_job(settings, *words, "--verify") == 0
 
 
-def test_only_what_decides_the_latents_encodes_again(cache, tmp_path):
+def test_only_settings_that_change_the_latents_encode_again(cache, tmp_path):
     settings, words, folder = cache
     form = words[1]
     before = list_files(folder)
@@ -219,38 +219,36 @@ def test_only_what_decides_the_latents_encodes_again(cache, tmp_path):
 
 
 def read_item_dtype(folder: Path, entry) -> str:
-    from sdxl_trainer.data.formats.latents import parse_latents
-
-    return parse_latents(read_item(folder, entry)[1], entry.bucket).dtype
+    return parse_latents(read_item(folder, entry).npz, entry.bucket).dtype
 
 
 def test_a_replaced_image_is_encoded_again_and_no_other(filled, model, tmp_path):
     metadata = draw_demo_set(tmp_path / "data", num_images=8)
     settings = write_settings(tmp_path, model, metadata, format="shards")
     assert run_job(settings) == 0
-    whole = hash_items(tmp_path / "latents")
+    hashes = hash_items(tmp_path / "latents")
     image_file = sorted((tmp_path / "data" / "images").iterdir())[0]
     with Image.open(image_file) as image:
         turned = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     turned.save(image_file)
     others = sorted((tmp_path / "data" / "images").iterdir())[1:]
-    os.utime(others[0])  # touched and the same
+    os.utime(others[0])  # a new time, but the same content
     assert run_job(settings) == 0
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["encoded"] == 1
     now = hash_items(tmp_path / "latents")
-    assert {key for key in whole if now[key] != whole[key]} == {image_file.stem}
-    assert run_job(settings, "--verify") == 0  # and the old sample is in no shard
+    assert {key for key in hashes if now[key] != hashes[key]} == {image_file.stem}
+    assert run_job(settings, "--verify") == 0  # no shard holds the old sample
     assert run_job(settings) == 0
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["encoded"] == 0
 
 
 def test_pack_and_unpack_keep_every_byte(cache):
     settings, words, folder = cache
-    whole, form = hash_items(folder), words[1].partition("=")[2]
+    hashes, form = hash_items(folder), words[1].partition("=")[2]
     order = ["--pack", "--unpack"] if form == "npz" else ["--unpack", "--pack"]
     for mode in order:
         assert run_job(settings, *words, mode) == 0
-        assert hash_items(folder) == whole
+        assert hash_items(folder) == hashes
         assert run_job(settings, *words, "--verify") == 0
         npz = {name for name in list_files(folder) if name.endswith(".npz")}
         if mode == "--pack":
@@ -261,9 +259,9 @@ def test_pack_and_unpack_keep_every_byte(cache):
                 for key, kind, *_ in iterate_members(folder / file)
                 if kind == "json"
             }
-            assert records == set(whole)
+            assert records == set(hashes)
         else:
-            assert npz == {f"{key}.npz" for key in whole} and list_shards(folder) == []
+            assert npz == {f"{key}.npz" for key in hashes} and list_shards(folder) == []
         files = list_files(folder)
         assert run_job(settings, *words, mode) == 0  # again, with nothing to do
         assert {name: time for name, time in list_files(folder).items() if name.endswith((".npz", ".tar"))} == {
@@ -273,7 +271,7 @@ def test_pack_and_unpack_keep_every_byte(cache):
         assert json.loads((folder / "cache_report.json").read_text())["encoded"] == 0
 
 
-def test_packing_leaves_what_is_bad(filled, tmp_path, capsys):
+def test_packing_leaves_bad_items_in_place(filled, tmp_path, capsys):
     folder = tmp_path / "latents"
     shutil.copytree(filled / "npz", folder)
     words = (filled / "settings.yaml", f"cache.dir={folder}")
@@ -285,28 +283,29 @@ def test_packing_leaves_what_is_bad(filled, tmp_path, capsys):
     assert run_job(*words, "--repair") == 0 and run_job(*words, "--verify") == 0
 
 
-def test_an_audit_of_nothing_is_wrong_input(tmp_path, model, capsys):
+def test_commands_without_a_cache_are_wrong_input(tmp_path, model, capsys):
     settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=2))
     for mode in ("--verify", "--pack", "--unpack"):
         assert run_job(settings, mode) == 2
         assert "holds no latent cache" in capsys.readouterr().err
     assert run_job(settings, "--adopt") == 0
-    said = capsys.readouterr().err
-    assert "found no files to adopt: expected <stem>.npz or <stem>_<width>" in said and f"{tmp_path}/latents" in said
+    printed = capsys.readouterr().err
+    assert "found no files to adopt: expected <stem>.npz or <stem>_<width>" in printed
+    assert f"{tmp_path}/latents" in printed
 
 
 @pytest.fixture
 def foreign(tmp_path, model):
-    """(settings, folder) of images with kohya's latents beside them."""
+    """Return (settings, folder) of images with kohya's latents beside them."""
     folder = tmp_path / "images"
     shutil.copytree(FIXTURES / "kohya_cache", folder)
     (folder / "metadata.json").unlink()
     return write_settings(tmp_path, model, dir=None), folder
 
 
-def test_kohyas_cache_is_adopted_as_it_is(foreign, capsys):
+def test_kohyas_cache_is_adopted_unchanged(foreign, capsys):
     settings, folder = foreign
-    before = {name: time for name, time in list_files(folder).items()}
+    before = list_files(folder)
     assert run_job(settings, *KOHYA, "--adopt") == 0
     entries = read_latest(folder)
     assert {entry.file for entry in entries.values()} == {
@@ -315,7 +314,8 @@ def test_kohyas_cache_is_adopted_as_it_is(foreign, capsys):
     }
     entry = entries["img000000"]
     assert entry.adopted and entry.bucket == (288, 224) and entry.original_size == (348, 256)
-    assert entry.resized == (305, 224) and entry.crop == (8, 0, 296, 224)  # what kohya did, not what it wrote
+    # The crop is the one that kohya made, which differs from the crop in its file.
+    assert entry.resized == (305, 224) and entry.crop == (8, 0, 296, 224)
     assert entry.source_sha256 == hashlib.sha256((folder / "img000000.jpg").read_bytes()).hexdigest()
     assert read_identity(folder)["flip"] is True
     assert run_job(settings, *KOHYA, "--verify") == 0
@@ -328,13 +328,13 @@ def test_kohyas_cache_is_adopted_as_it_is(foreign, capsys):
     assert before.items() <= list_files(folder).items()  # another program's files stay
 
 
-def test_what_does_not_fit_is_named_and_not_adopted(foreign, capsys):
+def test_files_that_do_not_fit_are_named_and_not_adopted(foreign, capsys):
     settings, folder = foreign
     (folder / "img000000_0348x0256_sdxl.npz").unlink()
     shutil.copy(FIXTURES / "seed_cache" / "img000000.npz", folder)  # squeezed into another bucket
     assert run_job(settings, *KOHYA, "--adopt") == 1
-    said = capsys.readouterr().err
-    assert "img000000 is not adopted" in said and "288x208, the settings give 288x224" in said
+    printed = capsys.readouterr().err
+    assert "img000000 is not adopted" in printed and "288x208, the settings give 288x224" in printed
     assert set(read_latest(folder)) == {"img000001"}
 
 
@@ -346,25 +346,25 @@ def test_what_does_not_fit_is_named_and_not_adopted(foreign, capsys):
         ("data.resolution_px=320", "the settings give"),
     ],
 )
-def test_settings_that_would_make_other_latents_are_told(foreign, capsys, word, reason):
+def test_latents_of_other_settings_are_not_adopted(foreign, capsys, word, reason):
     settings, folder = foreign
     assert run_job(settings, *KOHYA, word, "--adopt") == 1
     assert reason in capsys.readouterr().err and read_latest(folder) == {}
 
 
-def test_latents_of_another_image_and_without_a_mirror_are_told(foreign, capsys):
+def test_latents_of_another_image_or_without_flip_are_not_adopted(foreign, capsys):
     settings, folder = foreign
     sample = read_latents(folder / "img000000_0348x0256_sdxl.npz")
-    (folder / "img000000.npz").write_bytes(pack_latents(replace(sample, flipped=None)))  # goes before the other name
+    (folder / "img000000.npz").write_bytes(pack_latents(replace(sample, flipped=None)))  # this name has precedence
     Image.new("RGB", (400, 264)).save(folder / "img000001.jpg")
     assert run_job(settings, *KOHYA, "--adopt") == 1
-    said = capsys.readouterr().err
-    assert "has no latents of the mirrored image" in said
-    assert "was made from an image of 359x264 px, which now has 400x264" in said
+    printed = capsys.readouterr().err
+    assert "has no latents of the mirrored image" in printed
+    assert "was made from an image of 359x264 px, which now has 400x264" in printed
 
 
 def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:
-    """Read an SDXL latent file by the rules by which kohya's scripts accept it (REFERENCE: latent cache)."""
+    """Read an SDXL latent file as kohya's scripts do, with their checks."""
     npz = np.load(path)
     assert npz["latents"].shape[1:3] == (bucket[1] // 8, bucket[0] // 8)
     if "latents_flipped" in npz:
@@ -378,7 +378,7 @@ def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_other_programs_read_what_we_write(tmp_path, model, flipped):
+def test_other_programs_can_read_the_latents(tmp_path, model, flipped):
     settings = write_settings(tmp_path, model, draw_demo_set(tmp_path / "data", num_images=4), flip=flipped)
     assert run_job(settings) == 0
     folder = tmp_path / "latents"
@@ -406,14 +406,14 @@ def test_latents_lie_beside_the_images_if_no_folder_is_given(tmp_path, model):
     assert len(images) == 4 and all(path.with_suffix(".npz").is_file() for path in images)
     folder = tmp_path / "data"
     assert (folder / "cache.json").is_file() and run_job(settings, "--verify") == 0
-    whole = hash_items(folder)
+    hashes = hash_items(folder)
     assert run_job(settings, "--pack") == 0 and not list((folder / "images").glob("*.npz"))
-    assert run_job(settings, "--unpack") == 0 and hash_items(folder) == whole
+    assert run_job(settings, "--unpack") == 0 and hash_items(folder) == hashes
     assert all(path.with_suffix(".npz").is_file() for path in images)
 
 
-def test_opacity_is_kept_when_asked_for(tmp_path, model):
-    """As kohya's `alpha_mask`: float32 of 0 to 1 in the bucket's pixels, cut like the image."""
+def test_alpha_masks_are_stored_if_the_setting_is_on(tmp_path, model):
+    """Check kohya's format of `alpha_mask`: float32 from 0 to 1 per pixel of the bucket, cropped like the image."""
     (tmp_path / "images").mkdir()
     ramp = np.linspace(0, 255, 200).astype(np.uint8)[None].repeat(100, 0)
     Image.merge("RGBA", [Image.new("L", (200, 100), 90)] * 3 + [Image.fromarray(ramp)]).save(tmp_path / "images/a.png")
@@ -423,11 +423,11 @@ def test_opacity_is_kept_when_asked_for(tmp_path, model):
     folder = tmp_path / "latents"
     assert run_job(settings) == 0
     assert read_latents(folder / "a.npz").alpha_mask is None
-    assert run_job(settings, "cache.alpha_mask=true") == 0  # other latent files than without
+    assert run_job(settings, "cache.alpha_mask=true") == 0  # the setting changes the latent files
     assert json.loads((folder / "cache_report.json").read_text())["encoded"] == 2
     entry, mask = read_latest(folder)["a"], read_latents(folder / "a.npz").alpha_mask
     assert mask is not None and mask.dtype == np.float32 and mask.shape == (entry.bucket[1], entry.bucket[0])
     across = (np.arange(entry.crop[0], entry.crop[2]) + 0.5) / entry.resized[0]
     np.testing.assert_allclose(mask, np.broadcast_to(across, mask.shape), atol=0.01)
-    assert read_latents(folder / "b.npz").alpha_mask is None  # the loss counts everywhere
+    assert read_latents(folder / "b.npz").alpha_mask is None  # without a mask, the loss counts everywhere
     assert run_job(settings, "cache.alpha_mask=true", "--verify") == 0

@@ -1,0 +1,60 @@
+"""Checks of `model.path` and `model.config`: each kind of wrong path has its own message."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from single_file_samples import TINY, fake_tensors, write_fake
+
+from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
+from sdxl_trainer.cache.models.source import check_model, fetch_from_hub
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.schema import ModelConfig
+
+
+def list_problems(**settings: object) -> list[Problem]:
+    return list(check_model(ModelConfig.model_validate(settings)))
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("", "must be set"),
+        ("models/absent", "does not exist; it is not looked up on the hub, because the folder models exists here"),
+        ("/absent/model", "is neither a file nor a folder"),
+        ("somebody/model.safetensors", "is neither a file nor a folder"),
+        ("empty", "is not an SDXL model in diffusers layout: it lacks unet/config.json"),
+    ],
+)
+def test_wrong_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, rule: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "empty").mkdir()
+    [problem] = list_problems(path=path)
+    assert problem.key == "model.path" and problem.rule.startswith(rule)
+
+
+def test_a_hub_id_is_not_asked_for_before_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list_problems(path="somebody/model") == []
+
+
+@pytest.mark.parametrize(("content", "rule"), [("{", "is not valid JSON"), ("[]", "is not a JSON object")])
+def test_a_damaged_config_is_a_problem(tmp_path: Path, content: str, rule: str) -> None:
+    folder = shutil.copytree(SDXL_CONFIG_FOLDER, tmp_path / "model")
+    (folder / "vae" / "config.json").write_text(content)
+    *_, problem = list_problems(path=str(folder))
+    assert problem.key == "model.path" and f"{folder}/vae/config.json {rule}" in problem.rule
+    file = write_fake(tmp_path / "model.safetensors", fake_tensors(TINY))
+    [problem] = list_problems(path=str(file), config=folder)
+    assert problem.key == "model.config" and f"{folder}/vae/config.json {rule}" in problem.rule
+
+
+def test_an_error_of_the_hub_without_a_message_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserInputError, match="cannot be downloaded from the hub: OSError"):
+        fetch_from_hub("model.path", "somebody/model")
