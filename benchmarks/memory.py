@@ -1,16 +1,23 @@
-"""Memory of a rank between steps, compared with the estimate by ZeRO's arithmetic (train/estimates/memory.py).
+"""Memory of a rank between steps and during an update, in bytes for each weight.
 
-Trains the tiny SDXL for two steps on two ranks, for every ZeRO stage in fp32 and bf16. Then it adds up the storages of
-all live tensors of rank 0, without the frozen text encoders. ZeRO-3's threshold for small weights and the sizes of
-buckets are close to zero, because the tiny model would otherwise consist of small weights and fit into one bucket.
-Stage 3 keeps a buffer of gradients between steps; the other stages keep none.
+Between steps: trains the tiny SDXL for two steps on two ranks, for every ZeRO stage in fp32 and bf16. Then it adds up
+the storages of all live tensors of rank 0, without the frozen text encoders, and compares the sum with the estimate by
+ZeRO's arithmetic (train/estimates/memory.py). ZeRO-3's threshold for small weights and the sizes of buckets are close
+to zero, because the tiny model would otherwise consist of small weights and fit into one bucket. Stage 3 keeps a buffer
+of gradients between steps; the other stages keep none.
+
+During an update: counts every allocation of a step by torch's profiler, which reads them from torch's CPU allocator.
+The figure is the peak within `engine.step()` above the memory at its start, when all gradients are there. Groups of
+parameters are limited so that the tiny U-Net falls into as many pieces as SDXL's. `whole_groups` is without a limit.
 """
 
 import gc
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, run_script
 from loading import compare_loading, measure_loading
+from scale import WEIGHTS
 
 RANKS = 2
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -30,30 +38,55 @@ SMALL = {
     "stage3_max_reuse_distance": 30_000,
 }
 LIMIT = 1.02  # measured bytes / estimated bytes
+UPDATES = ((1, 1), (2, 2), (3, 2))  # (ZeRO stage, ranks) whose update is measured, in bf16
+UPDATE_LIMIT = 0.8  # bytes a weight during an update
 
 
 def compare(work: Path, quick: bool) -> dict[str, Figure]:
-    """Measure each stage and precision."""
-    figures: dict[str, Figure] = {}
-    words = [*make_tiny_set(work), "train.micro_batch_size=2", f"train.global_batch_size={2 * RANKS}"]
+    """Measure memory between steps and during an update."""
+    words = [*make_tiny_set(work), "train.micro_batch_size=2"]
     run_script("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
+    figures = {**compare_between_steps(words, quick), **compare_updates(words, quick)}
+    return {**figures, **compare_loading(work, quick)}
+
+
+def compare_between_steps(words: list[str], quick: bool) -> dict[str, Figure]:
+    """Measure each stage and precision between steps."""
+    figures: dict[str, Figure] = {}
     for stage, precision in product(STAGES[2:] if quick else STAGES, PRECISIONS[quick:]):
         deepspeed = json.dumps({"zero_optimization": SMALL})
         more = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"engine.deepspeed={deepspeed}"]
-        more += [f"run.name={stage}-{precision}-{time.time_ns()}"]
+        more += [f"run.name={stage}-{precision}-{time.time_ns()}", f"train.global_batch_size={2 * RANKS}"]
         found = measure_on_ranks(__file__, {"words": [*words, *more]}, RANKS)
         name = f"zero{stage}_{precision}"
         figures[f"memory_of_theory_{name}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
         figures[f"bytes_a_weight_{name}"] = Figure(found["held"] / found["weights"])
-    return {**figures, **compare_loading(work, quick)}
+    return figures
+
+
+def compare_updates(words: list[str], quick: bool) -> dict[str, Figure]:
+    """Measure an update with parameter groups in pieces, and with whole groups."""
+    figures: dict[str, Figure] = {}
+    for (stage, ranks), pieces in product(UPDATES[:2] if quick else UPDATES, ("pieces", "whole")):
+        more = [f"engine.zero_stage={stage}", "engine.precision=bf16", f"train.global_batch_size={2 * ranks}"]
+        more += [f"run.name=update-{stage}-{time.time_ns()}"]
+        found = measure_on_ranks(__file__, {"words": [*words, *more], "groups": pieces}, ranks)
+        name = f"update_bytes_a_weight_zero{stage}_bf16_ranks_{ranks}"
+        if pieces == "pieces":
+            figures[name] = Figure(found["peak"] / found["weights"], "<=", UPDATE_LIMIT)
+            figures[name.replace("bytes_a_weight", "groups")] = Figure(found["groups"])
+        else:
+            figures[f"{name}_whole_groups"] = Figure(found["peak"] / found["weights"])
+    return figures
 
 
 def measure(settings: dict[str, Any]) -> int:
-    """Train two steps, then print this rank's bytes, measured and estimated."""
+    """Train two steps, then print this rank's bytes between steps, or those of a third update."""
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
-    from sdxl_trainer.train.estimates.memory import estimate_memory
+    from sdxl_trainer.train.estimates.memory import count_unet_parameters
+    from sdxl_trainer.train.optim import optimizers
     from sdxl_trainer.train.run.build import build_run
     from sdxl_trainer.train.run.job import set_up
     from sdxl_trainer.train.run.loop import train_step
@@ -62,18 +95,60 @@ def measure(settings: dict[str, Any]) -> int:
         print(json.dumps(measure_loading(Path(settings["loading"]), settings["words"])), flush=True)
         end_program(0)
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
+    groups = settings.get("groups")
+    if groups == "pieces":
+        optimizers.MAX_GROUP_VALUES = optimizers.MAX_GROUP_VALUES * count_unet_parameters(config.model) // WEIGHTS
+    elif groups == "whole":
+        optimizers.MAX_GROUP_VALUES = sys.maxsize
     run, batches = build_run(*set_up(config, problems))
     for _ in range(2):
         train_step(run, batches, config.optim.lr)
-    frozen = [parameter for encoder in run.conditioner.encoders for parameter in encoder.parameters()]
-    held = add_up_storages() - sum(weight.untyped_storage().nbytes() for weight in frozen)
     num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in run.engine.model.parameters())
-    theory = estimate_memory(run.config, num_weights, RANKS)
-    expected = theory.weights + theory.optimizer + (theory.gradients if run.engine.zero_stage == 3 else 0)
+    if groups:
+        peak = measure_update(run.engine, lambda: train_step(run, batches, config.optim.lr))
+        found = {"peak": peak, "groups": len(run.engine.weights.layout.flats)}
+    else:
+        found = measure_held(run, num_weights)
     if run.ranks.is_main:
-        print(json.dumps({"held": held, "theory": expected, "weights": num_weights}), flush=True)
+        print(json.dumps({**found, "weights": num_weights}), flush=True)
     close_ranks()
     end_program(0)
+
+
+def measure_held(run: Any, num_weights: int) -> dict[str, float]:
+    """Return the bytes of all tensors without the frozen text encoders, and those of the estimate."""
+    from sdxl_trainer.train.estimates.memory import estimate_memory
+
+    frozen = [parameter for encoder in run.conditioner.encoders for parameter in encoder.parameters()]
+    held = add_up_storages() - sum(weight.untyped_storage().nbytes() for weight in frozen)
+    theory = estimate_memory(run.config, num_weights, RANKS)
+    gradients = theory.gradients if run.engine.zero_stage == 3 else 0
+    return {"held": held, "theory": theory.weights + theory.optimizer + gradients}
+
+
+def measure_update(engine: Any, train: Callable[[], object]) -> int:
+    """Return the peak of torch's CPU memory within `engine.step()` above the memory at its start, in bytes.
+
+    Args:
+        train: makes one training step of one micro batch.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    def step() -> bool:
+        with record_function("update"):
+            return type(engine).step(engine)
+
+    engine.step = step
+    # The whole step is profiled, because memory that was allocated before would not be counted when it is freed.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    (update,) = (event for event in events if event["name"] == "update" and "dur" in event)
+    held = [(event["ts"], event["args"]["Total Allocated"]) for event in events if event["name"] == "[memory]"]
+    before = max((time, number) for time, number in held if time < update["ts"])[1]
+    return max(number for time, number in held if 0 <= time - update["ts"] <= update["dur"]) - before
 
 
 def add_up_storages() -> int:

@@ -1,8 +1,9 @@
 """Resharding between ranks, run by test_resharding.py.
 
 Two ranks save under ZeRO 1, 2 and 3, each while the other has ended or waits. Then one, two and four ranks continue
-from each checkpoint under every stage, in fp32. Ranks are forked from a process that has imported everything. The last
-line states how many resumes were compared.
+from each checkpoint under every stage, in fp32, with parameter groups in pieces that were whole when they were saved.
+Checkpoints of pieces are continued with whole groups under the same stage. Ranks are forked from a process that has
+imported everything. The last line states how many resumes were compared.
 """
 
 import os
@@ -25,9 +26,16 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.networks.parameter_groups import split_groups
 
 STAGES, SAVED_STEPS, ALL_STEPS, GLOBAL_BATCH = (1, 2, 3), 3, 5, 4
 AVERAGE = "0.9"
+WHOLE, SPLIT = sys.maxsize, 14  # values in a piece of a parameter group
+# (stage and pieces of the checkpoint, stage and pieces of the run that continues)
+RESUMES = [
+    *(((old, WHOLE), (new, SPLIT)) for old, new in product(STAGES, STAGES)),
+    *(((stage, SPLIT), (stage, WHOLE)) for stage in STAGES),
+]
 
 
 def run_ranks(world_size: int, work: Callable[[Ranks], None]) -> None:
@@ -53,8 +61,8 @@ def run_ranks(world_size: int, work: Callable[[Ranks], None]) -> None:
     assert statuses == [0] * world_size, f"{world_size} ranks ended with {statuses}"
 
 
-def build_engine(stage: int, ranks: Ranks) -> Engine:
-    """Build an engine over weights whose sizes no number of ranks divides, in two groups."""
+def build_engine(stage: int, max_values: int, ranks: Ranks) -> Engine:
+    """Build an engine over weights whose sizes no number of ranks divides, in two groups or in four pieces of them."""
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
     groups = [
@@ -63,7 +71,9 @@ def build_engine(stage: int, ranks: Ranks) -> Engine:
     ]
     batch = BatchSizes(GLOBAL_BATCH, GLOBAL_BATCH // ranks.world_size, 1)
     settings, averages = EngineConfig(zero_stage=stage, precision="fp32"), EmaConfig(decays=[float(AVERAGE)])
-    return Engine(net, torch.optim.AdamW(groups, lr=0.05), settings, batch, max_grad_norm=1.0, ema=averages)
+    optimizer = torch.optim.AdamW(split_groups(groups, max_values), lr=0.05)
+    assert len(optimizer.param_groups) == (4 if max_values == SPLIT else 2)
+    return Engine(net, optimizer, settings, batch, max_grad_norm=1.0, ema=averages)
 
 
 def train(engine: Engine, ranks: Ranks, steps: range) -> list[float]:
@@ -89,20 +99,24 @@ def gather_all(engine: Engine) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, ranks: Ranks) -> None:
     """Save the result of an uninterrupted run, and a checkpoint under each stage in the middle of it."""
-    uninterrupted = build_engine(2, ranks)
+    uninterrupted = build_engine(2, WHOLE, ranks)
     losses, weights = train(uninterrupted, ranks, range(ALL_STEPS)), gather_all(uninterrupted)
     if ranks.is_main:
         torch.save((losses[SAVED_STEPS:], weights), folder / "expected.pt")
-    engines = {stage: build_engine(stage, ranks) for stage in STAGES}
+    engines = {key: build_engine(*key, ranks) for key in product(STAGES, (WHOLE, SPLIT))}
     for engine in engines.values():
         train(engine, ranks, range(SAVED_STEPS))
     deadline = time.monotonic() + 60
     while ranks.rank and not (folder / "rank 0 has saved").exists():
         assert time.monotonic() < deadline, "rank 0 cannot save alone"
         time.sleep(0.01)
-    for stage, engine in engines.items():
+    for (stage, max_values), engine in engines.items():
         writer = CheckpointWriter(
-            folder=folder / str(stage), rank=ranks.rank, world_size=ranks.world_size, token="t", keep_last=1
+            folder=folder / f"{stage}-{max_values}",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            token="t",
+            keep_last=1,
         )
         state = TrainState(step=SAVED_STEPS, world_size=ranks.world_size, zero_stage=stage)
         partial = writer.write_shard(engine.capture_state(alone=True), state)
@@ -113,15 +127,15 @@ def save(folder: Path, ranks: Ranks) -> None:
 def resume(folder: Path, ranks: Ranks) -> None:
     """Continue from each checkpoint under each stage."""
     expected, weights = torch.load(folder / "expected.pt")
-    for old, new in product(STAGES, STAGES):
-        engine, checkpoint = build_engine(new, ranks), find_newest_checkpoint(folder / str(old))
+    for old, new in RESUMES:
+        engine, checkpoint = build_engine(*new, ranks), find_newest_checkpoint(folder / "{}-{}".format(*old))
         assert checkpoint is not None
         engine.load_state(checkpoint)
         losses = train(engine, ranks, range(SAVED_STEPS, ALL_STEPS))
         worst = max(abs(one - other) for one, other in zip(losses, expected, strict=True))
         for name, weight in gather_all(engine).items():
             worst = max(worst, (weight - weights[name]).abs().max().item())
-        assert worst < 1e-5, f"ZeRO-{old} on 2 ranks to ZeRO-{new} on {ranks.world_size}: {worst}"
+        assert worst < 1e-5, f"{old} on 2 ranks to {new} on {ranks.world_size}: {worst}"
 
 
 def main() -> int:
@@ -131,7 +145,7 @@ def main() -> int:
         run_ranks(2, lambda ranks: save(folder, ranks))
         for world_size in (1, 2, 4):
             run_ranks(world_size, lambda ranks: resume(folder, ranks))
-    print(f"{3 * len(STAGES) ** 2} resumes compared")
+    print(f"{3 * len(RESUMES)} resumes compared")
     return 0
 
 

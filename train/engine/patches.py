@@ -190,6 +190,18 @@ def read_master_weights(optimizer: Any) -> MasterWeights:
     return MasterWeights(kind, groups, tensors)
 
 
+def count_group_masters(optimizer: Any) -> list[int]:
+    """Count the tensors of master weights in each parameter group of a live engine.
+
+    Why: a checkpoint of other groups cannot be loaded as it is, even where the tensors are the same. Looked for:
+    `param_groups`, which ZeRO 3 keeps empty between updates.
+    """
+    if hasattr(optimizer, "sub_group_to_group_id"):
+        owners = list(optimizer.sub_group_to_group_id.values())
+        return [owners.count(number) for number in range(len(optimizer.param_groups))]
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
 class ParameterShare(NamedTuple):
     """Sizes of a parameter under ZeRO 3."""
 

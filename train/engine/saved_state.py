@@ -62,6 +62,10 @@ class Shard:
         """Return the optimizer's state of a flat tensor, 8-bit moments as `QuantisedMoment`."""
         return join_moments(self.base["state"].get(number, {}))
 
+    def count_group_masters(self) -> list[int]:
+        """Count the flat tensors of each parameter group."""
+        return [len(group["params"]) for group in self.base["param_groups"]]
+
     def find_group(self, number: int) -> dict[str, Any]:
         """Return the parameter group of a flat tensor."""
         return next(group for group in self.base["param_groups"] if number in group["params"])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from loguru import logger
 
-from sdxl_trainer.train.engine.patches import StateCopies, collect_state_files
+from sdxl_trainer.train.engine.layout import Layout
+from sdxl_trainer.train.engine.patches import StateCopies, collect_state_files, count_group_masters
 from sdxl_trainer.train.engine.resharding import reshard
 from sdxl_trainer.train.engine.saved_state import (
     AVERAGE,
@@ -129,7 +130,7 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
         ReshardingError: these ranks cannot load the checkpoint.
     """
     saved, layout = SavedState(folder / STATE_TAG, map_state_file), weights.layout
-    matching = next((rank for rank, other in enumerate(saved.layouts) if layout.matches(other)), None)
+    matching = _find_matching_rank(saved, layout, count_group_masters(engine.optimizer))
     if matching is not None:
         shard = SavedState(folder / STATE_TAG, load_state_file).load_shard(matching)
         shard = replace(shard, model=shard.model or saved.load_shard(0).model)
@@ -148,6 +149,16 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
     _load_into_engine(engine, weights, shard, saved)
     _restore_settings(engine.optimizer.param_groups, settings, engine.basic_optimizer)
     _load_averages(weights, saved)
+
+
+def _find_matching_rank(saved: SavedState, layout: Layout, group_masters: list[int]) -> int | None:
+    """Return the rank whose files can be loaded for a layout as they are; None if there is none.
+
+    Args:
+        group_masters: number of tensors in each parameter group, which torch compares with the file's.
+    """
+    rank = next((rank for rank, other in enumerate(saved.layouts) if layout.matches(other)), None)
+    return rank if rank is not None and saved.load_shard(rank).count_group_masters() == group_masters else None
 
 
 def _load_into_engine(engine: Any, weights: Weights, shard: Shard, saved: SavedState) -> None:

@@ -1,7 +1,9 @@
 """Parameter groups: the learning rate and weight decay of each parameter, by network, block and regular expression."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,35 @@ def build_parameter_groups(
         }
         for settings, parameters in groups.items()
     ]
+
+
+def split_groups(groups: Sequence[Mapping[str, Any]], max_values: int) -> list[dict[str, Any]]:
+    """Split parameter groups into pieces of at most `max_values` values, with the settings of their group.
+
+    Parameters keep their order. A group has as few pieces as possible, of sizes as equal as whole parameters allow. A
+    parameter of more values is a piece of its own, because optimizers may need a whole parameter in one group.
+    """
+    pieces = []
+    for group in groups:
+        parameters = group["params"]
+        sizes = [parameter.numel() for parameter in parameters]
+        num_pieces = len(find_piece_starts(sizes, max_values))
+        # Smaller pieces are never fewer, so the smallest limit that keeps their number is found by bisection.
+        limit = bisect_left(range(max_values), -num_pieces, key=lambda limit: -len(find_piece_starts(sizes, limit)))
+        bounds = pairwise([*find_piece_starts(sizes, limit), len(parameters)])
+        pieces += [{**group, "params": parameters[start:end]} for start, end in bounds]
+    return pieces
+
+
+def find_piece_starts(sizes: Sequence[int], max_values: int) -> list[int]:
+    """Return the place of the first parameter of each piece, when pieces are filled one after the other."""
+    starts, filled = [], 0
+    for place, size in enumerate(sizes):
+        if not starts or filled + size > max_values:
+            starts.append(place)
+            filled = 0
+        filled += size
+    return starts
 
 
 def resolve_group_settings(

@@ -14,6 +14,12 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.launch.logger import warn_once
+from sdxl_trainer.train.networks.parameter_groups import split_groups
+
+# Under ZeRO 1 to 3, the optimizer updates the parameters of a group as one tensor. Kernels that count values in int32,
+# as optimi's and bitsandbytes' do, fail above 2^31 of them, and SDXL's U-Net has 2.57e9. In 16 bit, DeepSpeed also
+# copies the gradients of a whole group before its update, which takes 6 bytes for each value.
+MAX_GROUP_VALUES = 2**28
 
 
 class OptimizerEntry(NamedTuple):
@@ -73,7 +79,11 @@ NEEDS_WHOLE_TENSORS = {
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, engine: EngineConfig, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Build the configured optimizer over parameter groups; `seed` is for the rounding of `bf16_stochastic`."""
+    """Build the configured optimizer over parameter groups, in pieces of at most MAX_GROUP_VALUES values.
+
+    Args:
+        seed: for the rounding of `bf16_stochastic`.
+    """
     if engine.zero_stage and config.name not in OPTIMIZERS:
         warn_once(
             "optim.name: ZeRO {} passes flat shards to {}; its update must be elementwise",
@@ -87,7 +97,8 @@ def build_optimizer(
     given = {"lr": config.lr, "betas": config.betas, "eps": config.eps} | config.kwargs
     if engine.precision == "bf16_stochastic":
         given["seed"] = seed
-    return kind(groups, **entry.kwargs | {name: value for name, value in given.items() if value is not None})
+    pieces = split_groups(groups, MAX_GROUP_VALUES)
+    return kind(pieces, **entry.kwargs | {name: value for name, value in given.items() if value is not None})
 
 
 def build_muon(entry: OptimizerEntry, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -106,7 +117,8 @@ def build_muon(entry: OptimizerEntry, groups: list[dict[str, Any]], config: Opti
         halves.append({**group, **adam, **rates, "use_muon": False})
     for half in halves:
         half["params"] = [parameter for parameter in half["params"] if parameter.use_muon == half["use_muon"]]
-    return import_class(entry.path)([half for half in halves if half["params"]])
+    pieces = split_groups([half for half in halves if half["params"]], MAX_GROUP_VALUES)
+    return import_class(entry.path)(pieces)
 
 
 def find_optimizer_entry(name: str, engine: EngineConfig) -> OptimizerEntry:

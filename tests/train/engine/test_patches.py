@@ -21,6 +21,7 @@ from sdxl_trainer.train.engine import patches
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.engine.quantised import WRAPPED
+from sdxl_trainer.train.engine.saved_state import build_shard
 
 
 def build_engine(stage: int, precision: str = "fp32") -> Engine:
@@ -168,6 +169,20 @@ def test_master_weights_are_kept_where_the_layout_looks(stage: int, precision: s
     engine = build_engine(stage, precision)
     assert patches.read_master_weights(engine._engine.optimizer).kind == kind
     assert sum(master.numel() for master in engine.weights.list_masters()) >= 12 + 4 + 8 + 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_masters_are_counted_by_group_and_as_in_the_file(stage: int):
+    init_ranks()
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW([{"params": net[0].parameters()}, {"params": [net[1].weight]}], lr=0.1)
+    net[1].bias.requires_grad_(False)
+    settings = {"zero_optimization": {"sub_group_size": 1}}  # ZeRO 3 makes a tensor of each parameter
+    config = EngineConfig(zero_stage=stage, precision="fp32", deepspeed=settings)  # pyright: ignore
+    engine = Engine(net, optimizer, config, BatchSizes(2, 2, 1), max_grad_norm=0.5)
+    expected = [1, 1] if stage in (1, 2) else [2, 1]
+    assert patches.count_group_masters(engine._engine.optimizer) == expected
+    assert build_shard(engine.weights.layout, engine.capture_state()).count_group_masters() == expected
 
 
 def test_the_loss_scale_is_a_property_of_every_sharded_optimizer():

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from programs import ROOT
 
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups, map_layers_to_blocks
+from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups, map_layers_to_blocks, split_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
+from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
 from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, build_tiny_text_encoders, build_tiny_unet
 
 UNET_CONFIG = json.loads((CONFIG_FOLDER / "unet" / "config.json").read_text())
@@ -98,3 +101,49 @@ def test_text_encoders_have_their_own_rates(unet):
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     for name, rate in (("unet", 0.5), ("text_encoder", 0.1), ("text_encoder_2", 0.2)):
         assert {rates[id(p)] for p in getattr(networks, name).parameters()} == {rate}
+
+
+def split_sizes(sizes: list[int], max_values: int) -> list[list[int]]:
+    """Split one group of parameters of the given sizes, and return the sizes in each piece."""
+    parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
+    pieces = split_groups([{"params": parameters}], max_values)
+    assert [parameter for piece in pieces for parameter in piece["params"]] == parameters
+    return [[parameter.numel() for parameter in piece["params"]] for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pieces"),
+    [
+        ([3, 3, 4], [[3, 3, 4]]),
+        ([3, 3, 4, 1], [[3, 3], [4, 1]]),  # equal pieces instead of 10 and 1
+        ([5, 5, 5, 5, 5], [[5, 5], [5, 5], [5]]),
+        ([6, 6, 6], [[6], [6], [6]]),
+        ([2, 23, 2, 2], [[2], [23], [2, 2]]),  # 23 stays whole
+        ([23], [[23]]),
+    ],
+)
+def test_a_group_is_split_into_few_and_equal_pieces(sizes, pieces):
+    assert split_sizes(sizes, 10) == pieces
+
+
+def test_pieces_keep_the_settings_and_the_order_of_their_group():
+    weights = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in (4, 4, 4, 1)]
+    groups = [
+        {"params": weights[:3], "lr": 0.1, "weight_decay": 0.2, "lr_scale": 1.0, "other": "kept"},
+        {"params": weights[3:], "lr": 0.3, "weight_decay": 0.0, "lr_scale": 3.0},
+    ]
+    pieces = split_groups(groups, 8)
+    assert [len(piece["params"]) for piece in pieces] == [2, 1, 1] and len(groups[0]["params"]) == 3
+    assert [{**piece, "params": 0} for piece in pieces] == [{**groups[number], "params": 0} for number in (0, 0, 1)]
+    assert pieces[1]["params"][0] is weights[2]
+
+
+def test_sdxls_unet_has_ten_pieces_below_the_limit():
+    config = json.loads((ROOT / "configs" / "sdxl" / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        networks = TrainedNetworks(UNet2DConditionModel.from_config(config))  # pyright: ignore
+    groups = build_parameter_groups(networks, OptimConfig(), config)
+    sizes = [sum(p.numel() for p in piece["params"]) for piece in split_groups(groups, MAX_GROUP_VALUES)]
+    assert sum(sizes) == 2_567_463_684 and max(sizes) <= MAX_GROUP_VALUES
+    decaying = sizes[:10]
+    assert len(sizes) == 11 and max(decaying) - min(decaying) < 0.1 * max(decaying)
