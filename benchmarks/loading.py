@@ -79,9 +79,7 @@ def measure_loading(model: Path, words: list[str]) -> dict[str, float]:
     ranks = init_ranks()
     config, _ = resolve_zero_stage(config, ranks.world_size)
     num_weights = count_unet_parameters(config.model)
-    if hasattr(optimizers, "MAX_GROUP_VALUES"):
-        limit = optimizers.MAX_GROUP_VALUES * num_weights // WEIGHTS  # pyright: ignore
-        optimizers.MAX_GROUP_VALUES = limit  # pyright: ignore
+    optimizers.MAX_GROUP_VALUES = optimizers.MAX_GROUP_VALUES * num_weights // WEIGHTS
     _, allocated = count_allocated(lambda: build_networks(config, resolve_model(config.model), ranks))
     return {"peak": allocated.peak, "held": allocated.held, "weights": num_weights}
 
