@@ -30,9 +30,9 @@ class LargestFp32(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_frozen_weights_never_exist_in_fp32(tiny_folder: Path, stage: int) -> None:
-    """With adapters, no fp32 tensor is as large as the adapters of one layer can be."""
+    """With adapters, the largest fp32 tensor is that of the adapters' masters."""
     words = [f"engine.zero_stage={stage}", "engine.precision=bf16", "lora.rank=1", "optim.text_encoder_2_lr=1e-3"]
     config, problems = load_config(tiny_folder / "tiny.yaml", words)
     assert problems == []
