@@ -1,14 +1,14 @@
 """Memory while the networks of a run are loaded, compared with what is held afterwards; figures of memory.py.
 
 Every allocation is counted by torch's profiler, which reads them from torch's CPU allocator. Files that are mapped into
-memory are not among them. The model is the tiny SDXL with a U-Net eight times as wide, 186 million weights in fp32.
+memory are left out. The model is the tiny SDXL with a U-Net eight times as wide, 186 million weights in fp32.
 Parameter groups are limited so that it falls into as many pieces as SDXL's. Text encoders are tiny.
 """
 
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,19 +80,25 @@ def measure_loading(model: Path, words: list[str]) -> dict[str, float]:
     config, _ = resolve_zero_stage(config, ranks.world_size)
     num_weights = count_unet_parameters(config.model)
     optimizers.MAX_GROUP_VALUES = optimizers.MAX_GROUP_VALUES * num_weights // WEIGHTS
-    _, allocated = count_allocated(lambda: build_networks(config, resolve_model(config.model), ranks))
+    mapped = {path.stat().st_size for path in model.rglob("*.safetensors")}
+    _, allocated = count_allocated(lambda: build_networks(config, resolve_model(config.model), ranks), mapped)
     return {"peak": allocated.peak, "held": allocated.held, "weights": num_weights}
 
 
-def count_allocated(call: Callable[[], T]) -> tuple[T, Allocated]:
-    """Count the bytes that a call allocates, and return its result, which holds some of them, with the count."""
+def count_allocated(call: Callable[[], T], mapped: Collection[int]) -> tuple[T, Allocated]:
+    """Count the bytes that a call allocates, and return its result, which holds some of them, with the count.
+
+    Args:
+        mapped: sizes of files; what has one of these sizes is a file that is mapped into memory, and not counted.
+    """
     activities, events = [torch.profiler.ProfilerActivity.CPU], []
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = call()
         gc.collect()
     for event in profiler.profiler.kineto_results.events():  # pyright: ignore
-        if event.name() == "[memory]":
-            events.append((event.start_ns(), event.nbytes()))  # pyright: ignore
+        num_bytes = event.nbytes()  # pyright: ignore
+        if event.name() == "[memory]" and abs(num_bytes) not in mapped:
+            events.append((event.start_ns(), num_bytes))
     held = peak = 0
     for _, num_bytes in sorted(events, key=lambda event: event[0]):
         held += num_bytes
