@@ -36,6 +36,9 @@ class EngineConfig(Section):
     weights and moments in bf16 only, for `adamw` and `lion`: `bf16_kahan` adds the rounding error of each update to the
     next (Kahan summation), `bf16_stochastic` rounds up or down at random, correct on average. They take 10 and 8 bytes
     per weight instead of 14, plus gradients. All but `fp32` and `bf16` need ZeRO 1 to 3."""
+    tf32: bool = False
+    """Let convolutions and matrix products in fp32 round their inputs to TF32 (10 bits) on NVIDIA GPUs. It makes
+    `precision: fp32` faster and less accurate. The cache job's VAE has `cache.vae_precision` for this."""
     offload_optimizer: bool = False
     """Keep master weights and optimizer state in host memory and update them there. Saves GPU memory, and makes
     updates slower. Needs ZeRO 1 to 3 and fp32 master weights."""
@@ -47,8 +50,8 @@ class EngineConfig(Section):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Implementation of attention: `sdpa` is PyTorch's own, `xformers` needs that package."""
     compile: bool = False
-    """Compile the U-Net with `torch.compile`. Each bucket's shape is compiled once, which takes time at the start. Not
-    for ZeRO 3."""
+    """Compile the U-Net with `torch.compile`, which takes time at the start. The first bucket is compiled for its size;
+    two more graphs, for any height or width, serve all others. Not for ZeRO 3."""
     channels_last: bool = False
     """Use the channels_last memory format, which can speed up convolutions on tensor cores."""
     initial_loss_scale_power: int = Field(16, ge=0, le=32)

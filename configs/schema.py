@@ -31,6 +31,9 @@ class RunConfig(Section):
     """Folder that contains the run folders."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of all random choices: order of batches, captions, noise, timesteps, posterior samples."""
+    noise_device: Literal["rank", "cpu"] = "rank"
+    """Device that draws the noise: each `rank`'s own, or the `cpu`, whose noise is the same on every machine. The noise
+    of a GPU depends on its kind (docs/TRAINING.md). A thread draws the noise of the `cpu` ahead of the step."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` resumes from the newest valid checkpoint in the run folder, if there is one. `never` always starts from
     step 0, and is an error if the run folder already contains checkpoints."""
@@ -211,8 +214,10 @@ class CacheConfig(Section):
     are composited onto white in any case."""
     batch_size: int = Field(4, ge=1)
     """Images per forward pass of the VAE on a rank. A batch that does not fit into GPU memory is halved."""
-    vae_precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the VAE. fp16 is not available because SDXL's own VAE overflows in it."""
+    vae_precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the VAE. With `tf32`, fp32 convolutions and matrix products round their inputs to 10 bits on NVIDIA
+    GPUs, which is faster and less accurate. fp16 is not available because SDXL's own VAE overflows in it. A cache holds
+    latents of one precision."""
     num_workers: int = Field(4, ge=1)
     """Threads per rank that decode and resize images. Raise it if the GPU waits for images."""
     text: bool = False

@@ -19,6 +19,7 @@ from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, 
 from sdxl_trainer.launch import patches
 from sdxl_trainer.launch.interfaces import check_network
 from sdxl_trainer.launch.status import RankZeroError
+from sdxl_trainer.launch.tf32 import set_tf32
 
 # Without a launcher that keeps the store, rank 0 opens it only after its checks, which may read a whole data set.
 CHECKS_TIMEOUT = timedelta(days=1)
@@ -70,9 +71,10 @@ def read_environment() -> RankEnvironment:
 
 
 def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], None] = lambda: None) -> Ranks:
-    """Join the process group (NCCL with GPUs, gloo without) and choose this rank's device.
+    """Join the process group (NCCL with GPUs, gloo without), choose this rank's device, and forbid TF32.
 
-    A single process forms a group of its own, because DeepSpeed needs one.
+    A single process forms a group of its own, because DeepSpeed needs one. PyTorch's default would round the inputs of
+    fp32 convolutions on GPUs; programs allow it where their settings do (launch/tf32.py).
 
     Args:
         timeout_minutes: limit for a rank that waits in a collective, and for rank 0 that waits here for the others.
@@ -92,6 +94,7 @@ def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], Non
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))  # DeepSpeed reads them
     use_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    set_tf32(False)
     if use_gpu:
         _require_device(local_rank)
         torch.cuda.set_device(device)

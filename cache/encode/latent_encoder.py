@@ -13,6 +13,7 @@ from sdxl_trainer.cache.patches import enable_tiling
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.order.keyed_random import derive_seed
+from sdxl_trainer.launch.tf32 import use_tf32
 
 Posterior = Literal["sample", "mean", "moments"]
 
@@ -55,10 +56,12 @@ class VaeEncoder:
         vae: diffusers' AutoencoderKL on its device, frozen.
         posterior: part of the latent distribution to keep.
         flip: also encode the mirrored pixels (a mirrored latent is not the latent of the mirrored image).
+        tf32: allow TF32 in an fp32 VAE.
     """
 
-    def __init__(self, vae: Any, posterior: Posterior, flip: bool):
+    def __init__(self, vae: Any, posterior: Posterior, flip: bool, tf32: bool = False):
         self._vae = vae
+        self._tf32 = tf32
         self._posterior: Posterior = posterior
         self._flip = flip
         self._max_values: float = math.inf  # batches with as many pixel values exceed the device's memory
@@ -103,7 +106,8 @@ class VaeEncoder:
         # On a CPU a batch of one runs other kernels, which round differently. A batch of two rounds like larger ones.
         alone = len(images) == 1 and images.device.type == "cpu"
         padded = torch.cat([images, images]) if alone else images
-        distribution = self._vae.encode(padded).latent_dist
+        with use_tf32(self._tf32):  # training may have chosen otherwise for this process
+            distribution = self._vae.encode(padded).latent_dist
         mean, std = distribution.mean[: len(images)].float(), distribution.std[: len(images)].float()
         if self._posterior == "mean":
             return [mean]
@@ -188,4 +192,4 @@ def build_vae_encoder(cache: CacheConfig, vae: torch.nn.Module, device: torch.de
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if cache.tile_above_px:
         enable_tiling(vae, cache.tile_above_px)
-    return VaeEncoder(vae, cache.posterior, cache.flip)
+    return VaeEncoder(vae, cache.posterior, cache.flip, tf32=cache.vae_precision == "tf32")

@@ -18,7 +18,9 @@ a green square on a black background --ss euler_a --n a circle
 """
 
 
-def run_program(program: str, *words: object, ranks: int = 1, expect: int = 0, restarts: int | None = None) -> str:
+def run_program(
+    program: str | Path, *words: object, ranks: int = 1, expect: int = 0, restarts: int | None = None
+) -> str:
     """Run train/main.py or another program on `ranks` ranks and return what it printed.
 
     Args:

@@ -3,6 +3,9 @@
 Each sample is drawn from a seed of its own, so its noise does not depend on the rank, on the micro batch or on the
 other samples in the batch. Each kind of noise has its own seeds, so enabling one kind does not change the draws of the
 others.
+
+Generators of a CPU and of a GPU give different numbers for one seed. `drawn_on` names the device of the generator; by
+default that of the result.
 """
 
 from collections.abc import Sequence
@@ -13,13 +16,25 @@ from torch.nn.functional import interpolate
 from sdxl_trainer.train.objective.diffusion import expand_like
 
 
-def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+def draw_noise(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    device: torch.device | str = "cpu",
+    drawn_on: torch.device | str | None = None,
+) -> torch.Tensor:
     """Draw standard normal noise, [B, *shape] float32, each sample from its own seed."""
-    return torch.stack([torch.randn(*shape, generator=build_generator(seed, device), device=device) for seed in seeds])
+    source = device if drawn_on is None else drawn_on
+    samples = [torch.randn(*shape, generator=build_generator(seed, source), device=source) for seed in seeds]
+    return torch.stack(samples).to(device, non_blocking=True)
 
 
 def add_offset(
-    noise: torch.Tensor, x0: torch.Tensor, strength: torch.Tensor, adaptive_scale: float, seeds: Sequence[int]
+    noise: torch.Tensor,
+    x0: torch.Tensor,
+    strength: torch.Tensor,
+    adaptive_scale: float,
+    seeds: Sequence[int],
+    drawn_on: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Add offset noise n + k·randn(B, C, 1, 1), which shifts the mean of each channel.
 
@@ -31,10 +46,16 @@ def add_offset(
     """
     adaptive = adaptive_scale * x0.mean(dim=(2, 3), keepdim=True).abs()  # [B, C, 1, 1]
     strengths = expand_like(strength, noise) + adaptive  # [B, C, 1, 1]
-    return noise + strengths.clamp(min=0) * draw_noise((noise.shape[1], 1, 1), seeds, noise.device)
+    return noise + strengths.clamp(min=0) * draw_noise((noise.shape[1], 1, 1), seeds, noise.device, drawn_on)
 
 
-def add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seeds: Sequence[int]) -> torch.Tensor:
+def add_pyramid(
+    noise: torch.Tensor,
+    num_levels: int,
+    discount: float,
+    seeds: Sequence[int],
+    drawn_on: torch.device | str | None = None,
+) -> torch.Tensor:
     """Add pyramid noise (also called multi-resolution noise) and rescale the sum to a standard deviation of 1.
 
     Level i adds discount^i times noise drawn at 1/r^i of the latent's size and enlarged to it, with a random r in
@@ -45,25 +66,30 @@ def add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seeds: Se
     Source: Whitaker 2023, "Multi-resolution noise for diffusion model training".
     """
     pairs = zip(noise, seeds, strict=True)
-    return torch.stack([_add_pyramid(sample_noise, num_levels, discount, seed) for sample_noise, seed in pairs])
+    source = noise.device if drawn_on is None else drawn_on
+    return torch.stack([_add_pyramid(own, num_levels, discount, seed, source) for own, seed in pairs])
 
 
-def _add_pyramid(noise: torch.Tensor, num_levels: int, discount: float, seed: int) -> torch.Tensor:
+def _add_pyramid(
+    noise: torch.Tensor, num_levels: int, discount: float, seed: int, drawn_on: torch.device | str
+) -> torch.Tensor:
     """Add pyramid noise to one sample, [C, h, w]."""
     channels, height, width = noise.shape
     # Drawn on the CPU, because the sizes are needed on the host and reading them from a GPU would wait for it.
     ratios = (2 + 2 * torch.rand(num_levels, generator=build_generator(seed))).tolist()
-    generator = build_generator(seed, noise.device)
+    generator = build_generator(seed, drawn_on)
     for level, ratio in enumerate(ratios):
         size = (max(1, int(height / ratio**level)), max(1, int(width / ratio**level)))
-        small = torch.randn(1, channels, *size, generator=generator, device=noise.device)
+        small = torch.randn(1, channels, *size, generator=generator, device=drawn_on).to(noise.device)
         noise = noise + discount**level * interpolate(small, (height, width), mode="bilinear")[0]
         if 1 in size:
             break
     return noise / noise.std()
 
 
-def perturb_noise(noise: torch.Tensor, strength: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+def perturb_noise(
+    noise: torch.Tensor, strength: torch.Tensor, seeds: Sequence[int], drawn_on: torch.device | str | None = None
+) -> torch.Tensor:
     """Return n + γ·randn for input perturbation (Ning et al. 2023, arXiv 2301.11706).
 
     The result is used for x_t only, not for the target: the U-Net learns to handle inputs that are as imperfect as its
@@ -71,7 +97,7 @@ def perturb_noise(noise: torch.Tensor, strength: torch.Tensor, seeds: Sequence[i
 
     Shapes: `noise` and the result [B, ...]; `strength` γ [B].
     """
-    return noise + expand_like(strength, noise) * draw_noise(noise.shape[1:], seeds, noise.device)
+    return noise + expand_like(strength, noise) * draw_noise(noise.shape[1:], seeds, noise.device, drawn_on)
 
 
 def build_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -16,6 +16,7 @@ from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
+from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss
 from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_noise, perturb_noise
 from sdxl_trainer.train.objective.timesteps import (
@@ -58,6 +59,7 @@ class Objective:
         latent_statistics: per-channel mean and scale of the latents (`resolve_latent_statistics`).
         global_batch_size: number of samples that the low-discrepancy timesteps of a step are spread over.
         device: device of the tensors that the methods return.
+        drawn_noise: noise drawn on the CPU ahead of time; None draws on `device`.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Objective:
         latent_statistics: LatentStatistics,
         global_batch_size: int,
         device: torch.device | str = "cpu",
+        drawn_noise: DrawnNoise | None = None,
     ):
         self.config = config
         self.global_batch_size = global_batch_size
         self.device = torch.device(device)
+        self._drawn_noise = drawn_noise
+        self._drawn_on = self.device if drawn_noise is None else torch.device("cpu")
         self._latent_statistics = LatentStatistics(*(values.to(device) for values in latent_statistics))
         self._is_flow = config.prediction == "flow"
         self._process = (
@@ -102,17 +107,20 @@ class Objective:
 
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
         """Draw the noise n of the target, with the shape of `x0` [B, C, h, w]."""
-        config = self.config
-        noise = draw_noise(x0.shape[1:], keys.derive_seeds(RandomStream.NOISE), self.device)
+        config, shape, seeds = self.config, x0.shape[1:], keys.derive_seeds(RandomStream.NOISE)
+        noise = None if self._drawn_noise is None else self._drawn_noise.take(shape, seeds, self.device)
+        if noise is None:
+            noise = draw_noise(shape, seeds, self.device, self._drawn_on)
         if config.noise_offset or config.adaptive_noise_scale:
             strength = self._draw_strength(
                 config.noise_offset, config.noise_offset_random_strength, RandomStream.NOISE_OFFSET, keys
             )
             seeds = keys.derive_seeds(RandomStream.NOISE_OFFSET)
-            noise = add_offset(noise, x0, strength, config.adaptive_noise_scale, seeds)
+            noise = add_offset(noise, x0, strength, config.adaptive_noise_scale, seeds, self._drawn_on)
         if config.multires_noise_iterations:
             seeds = keys.derive_seeds(RandomStream.PYRAMID_NOISE)
-            noise = add_pyramid(noise, config.multires_noise_iterations, config.multires_noise_discount, seeds)
+            levels, discount = config.multires_noise_iterations, config.multires_noise_discount
+            noise = add_pyramid(noise, levels, discount, seeds, self._drawn_on)
         return noise
 
     def add_noise(
@@ -127,7 +135,8 @@ class Objective:
             strength = self._draw_strength(
                 config.ip_noise_gamma, config.ip_noise_gamma_random_strength, RandomStream.INPUT_PERTURBATION, keys
             )
-            noise = perturb_noise(noise, strength, keys.derive_seeds(RandomStream.INPUT_PERTURBATION))
+            seeds = keys.derive_seeds(RandomStream.INPUT_PERTURBATION)
+            noise = perturb_noise(noise, strength, seeds, self._drawn_on)
         return diffusion.add_noise(x0, noise, *self._process.compute_levels(timesteps))
 
     def sample_text_keep(self, keys: SampleKeys) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ from sdxl_trainer.train.checkpoint.resume import (
 )
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
+from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
 from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
@@ -58,7 +59,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         state = restore_progress(saved, state, split.plan, config.run.on_data_change)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
-    batches = start_loader(config, dataset, split.plan, state, ranks)
+    drawn_noise = DrawnNoise(ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
+    batches = start_loader(config, dataset, split.plan, state, ranks, drawn_noise)
     missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
         batches = fill_missing_latents(batches, missing)
@@ -81,7 +83,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         batch_sizes=compute_batch_sizes(config.train, ranks.world_size),
         engine=engine,
         conditioner=conditioner,
-        objective=Objective(config.objective, statistics, config.train.global_batch_size, ranks.device),
+        objective=Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise),
         state=state,
         checkpoints=checkpoints,
         requests=requests,

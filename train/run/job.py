@@ -14,6 +14,7 @@ from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted
+from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
@@ -80,6 +81,7 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
         config.run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run.folder / "config.yaml")
     ranks = init_ranks(config.engine.timeout_minutes)
+    set_tf32(config.engine.tf32)
     init_logger(rank, config.log.level, config.run.folder / "logs")
     return Setup(config, Index(broadcast_object(path)), ranks)
 

@@ -15,6 +15,7 @@ from sdxl_trainer.configs.problems import format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
     load_model_config,
@@ -58,6 +59,7 @@ def run_sampling(
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
         raise_if_any([*problems, *prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
+    set_tf32(config.engine.tf32)
     images = generate_images(load_image_generator(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):

@@ -12,16 +12,18 @@ from PIL import Image
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.decoder import WorkItem
-from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch, VaeEncoder
+from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch, VaeEncoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline
 from sdxl_trainer.cache.encode.progress import RankProgress
 from sdxl_trainer.cache.encode.storage import NpzStorage
 from sdxl_trainer.cache.patches import enable_tiling
 from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import ManifestWriter, read_latest
 from sdxl_trainer.data.images.bucket import place_image
 from sdxl_trainer.data.images.transforms import prepare_image
+from sdxl_trainer.launch.tf32 import use_tf32
 
 SIZES = [(128, 128), (200, 100), (100, 200), (130, 120), (64, 64), (300, 60)]
 
@@ -270,6 +272,24 @@ def test_the_flipped_sample_has_noise_of_its_own(images, vae):
     means = VaeEncoder(vae, "mean", flip=True).launch(same, keys).wait()
     assert np.array_equal(means.flipped, means.latents)
     assert np.abs(encoded.flipped - encoded.latents).max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_the_vae_rounds_to_tf32_only_where_the_settings_say_so(images, vae, precision):
+    pixels, keys = prepare(images, (128, 128))
+    flags = []
+
+    def record(*_):
+        flags.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    allowed = precision == "tf32"
+    encoder = build_vae_encoder(CacheConfig(vae_precision=precision), vae, torch.device("cpu"))
+    hook = vae.encoder.conv_in.register_forward_hook(record)
+    with use_tf32(not allowed):  # as training may have chosen
+        encoder.launch(pixels, keys).wait()
+        record()
+    hook.remove()
+    assert flags == [(allowed, allowed), (not allowed, not allowed)]
 
 
 def test_half_precision_stays_near(images, vae):

@@ -7,6 +7,7 @@ from torch.nn.functional import interpolate
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
+from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, build_generator, draw_noise, perturb_noise
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
@@ -138,3 +139,27 @@ def test_draws_of_a_sample_do_not_depend_on_its_batch(low_discrepancy):
     other_step = objective.sample_noise(x0, SampleKeys(7, 4, list(range(6))))
     other_seed = objective.sample_noise(x0, SampleKeys(8, 3, list(range(6))))
     assert not whole[0].equal(other_step) and not whole[0].equal(other_seed) and not whole[0][0].equal(whole[0][1])
+
+
+def test_noise_drawn_ahead_is_that_of_the_cpu():
+    drawn = DrawnNoise()
+    drawn.request(SHAPE, SEEDS)
+    drawn.request((4, 2, 3), SEEDS)
+    assert drawn.take((4, 2, 3), SEEDS, torch.device("cpu")).equal(draw_noise((4, 2, 3), SEEDS))
+    assert drawn.take(SHAPE, SEEDS, torch.device("cpu")).equal(draw_noise(SHAPE, SEEDS))
+    assert drawn.take(SHAPE, SEEDS, torch.device("cpu")) is None  # it is handed out once
+    assert drawn.take(SHAPE, SEEDS[:3], torch.device("cpu")) is None
+
+
+def test_with_noise_of_the_cpu_no_draw_uses_a_generator_of_the_device():
+    """The meta device has no generators, so each draw on the device would fail."""
+    settings = {name: 0.1 for name in ("noise_offset", "adaptive_noise_scale", "ip_noise_gamma")}
+    config = ObjectiveConfig(**settings, multires_noise_iterations=3)
+    objective = Objective(config, STATISTICS, 6, "meta", DrawnNoise())
+    x0, keys = draw_x0().to("meta"), SampleKeys(0, 1, list(range(6)))
+    noise = objective.sample_noise(x0, keys)
+    assert noise.is_meta and noise.shape == x0.shape
+    x_t = objective.add_noise(x0, noise, objective.sample_timesteps(keys), keys)
+    assert x_t.is_meta and x_t.shape == x0.shape
+    with pytest.raises(RuntimeError):
+        Objective(config, STATISTICS, 6, "meta").sample_noise(x0, keys)
