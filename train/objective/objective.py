@@ -4,7 +4,7 @@ The formulas themselves are pure functions in diffusion.py, timesteps.py, noise.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -104,6 +104,11 @@ class Objective:
         """Map draws in [0, 1], [B] float64, to timesteps in the trained range, with the dtype of `sample_timesteps`."""
         values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
         return (values.float() if self._is_flow else values.long()).to(self.device)
+
+    def request_noise(self, shape: Sequence[int], keys: SampleKeys) -> None:
+        """Draw the noise of a coming micro batch, [B, *shape], ahead of `sample_noise`, if it is drawn on the CPU."""
+        if self._drawn_noise is not None:
+            self._drawn_noise.request(shape, keys.derive_seeds(RandomStream.NOISE))
 
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
         """Draw the noise n of the target, with the shape of `x0` [B, C, h, w]."""

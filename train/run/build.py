@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
-from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.cache.models.source import ModelSource, resolve_model
 from sdxl_trainer.configs.problems import raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
@@ -59,8 +59,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         state = restore_progress(saved, state, split.plan, config.run.on_data_change)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
-    drawn_noise = DrawnNoise(ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
-    batches = start_loader(config, dataset, split.plan, state, ranks, drawn_noise)
+    objective = build_objective(config, source, ranks)
+    batches = start_loader(config, dataset, split.plan, state, ranks, objective)
     missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
         batches = fill_missing_latents(batches, missing)
@@ -69,7 +69,6 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     if checkpoint and saved:
         raise_if_any(check_base_model(config.model, state.base_model, saved))
         restore_engine(engine, checkpoint)
-    statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     unet, unet_config, num_text_tokens = engine.model.unet, source.read_config("unet"), config.data.max_tokens + 2
     mfu_reference = build_mfu_reference(unet, unet_config, num_text_tokens, config.engine.precision, ranks)
     requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
@@ -83,7 +82,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         batch_sizes=compute_batch_sizes(config.train, ranks.world_size),
         engine=engine,
         conditioner=conditioner,
-        objective=Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise),
+        objective=objective,
         state=state,
         checkpoints=checkpoints,
         requests=requests,
@@ -93,3 +92,10 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         report=open_report(config, index, split.plan, tokenizers) if publish else None,
     )
     return run, batches
+
+
+def build_objective(config: Config, source: ModelSource, ranks: Ranks) -> Objective:
+    """Build the objective for the VAE of the model and this rank's device."""
+    statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
+    drawn_noise = DrawnNoise(pin_memory=ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
+    return Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise)

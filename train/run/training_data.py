@@ -18,7 +18,6 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
-from sdxl_trainer.data.order.keyed_random import RandomStream
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation_rows
 from sdxl_trainer.data.order.source_weights import apply_source_weights
@@ -27,8 +26,7 @@ from sdxl_trainer.data.text.strategy import Strategy, load_repeats
 from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
-from sdxl_trainer.train.objective.objective import SampleKeys
+from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.run.checks import check_regularisation_settings, get_repeats_file
 
 READ_AHEAD = 4  # micro batches of the validation set that are read in advance
@@ -96,12 +94,12 @@ def start_loader(
     plan: Plan,
     state: TrainState,
     ranks: Ranks,
-    drawn_noise: DrawnNoise | None = None,
+    objective: Objective,
 ) -> Iterator[MicroBatch]:
     """Return this rank's micro batches from the state's position on, without end. The workers start at once.
 
     Args:
-        drawn_noise: draws the noise of each micro batch as soon as a worker is asked for it.
+        objective: may draw the noise of each micro batch as soon as a worker is asked for it.
     """
     specs = iterate_specs(
         plan,
@@ -111,16 +109,14 @@ def start_loader(
         config.train.micro_batch_size,
         state.step,
     )
-    if drawn_noise is not None:
-        specs = request_noise(specs, drawn_noise, config.run.seed)
+    specs = request_noise(specs, objective, config.run.seed)
     return iterate_batches(dataset, specs, config.data.num_workers, pin_memory=ranks.device.type == "cuda")
 
 
-def request_noise(specs: Iterator[MicroSpec], drawn_noise: DrawnNoise, seed: int) -> Iterator[MicroSpec]:
+def request_noise(specs: Iterator[MicroSpec], objective: Objective, seed: int) -> Iterator[MicroSpec]:
     """Yield the specs of micro batches, and request the noise that the objective will need for each."""
     for spec in specs:
-        keys = SampleKeys(seed, spec.step, spec.positions.tolist())
-        drawn_noise.request(compute_shape(spec.bucket), keys.derive_seeds(RandomStream.NOISE))
+        objective.request_noise(compute_shape(spec.bucket), SampleKeys(seed, spec.step, spec.positions.tolist()))
         yield spec
 
 
