@@ -66,7 +66,7 @@ def split_groups(groups: Sequence[Mapping[str, Any]], max_values: int) -> list[d
     """Split parameter groups into pieces of at most `max_values` values, with the settings of their group.
 
     Parameters keep their order. A group has as few pieces as possible, of sizes as equal as whole parameters allow. A
-    parameter of more values is a piece of its own, because optimizers may need a whole parameter in one group.
+    parameter of more values is a piece of its own: optimizers take whole parameters only.
     """
     pieces = []
     for group in groups:

@@ -18,7 +18,8 @@ from sdxl_trainer.train.networks.parameter_groups import split_groups
 
 # Under ZeRO 1 to 3, the optimizer updates the parameters of a group as one tensor. Kernels that count values in int32,
 # as optimi's and bitsandbytes' do, fail above 2^31 of them, and SDXL's U-Net has 2.57e9. In 16 bit, DeepSpeed also
-# copies the gradients of a whole group before its update, which takes 6 bytes for each value.
+# copies the gradients of a whole group before its update, which takes 6 bytes for each value. ZeRO 3 splits groups by
+# itself, but only above `sub_group_size`, 1e9 values on a rank.
 MAX_GROUP_VALUES = 2**28
 
 
