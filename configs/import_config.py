@@ -27,27 +27,27 @@ class ImportedYaml(NamedTuple):
     rejected: list[Remark]
 
 
-def build_yaml(found: Imported) -> ImportedYaml:
+def build_yaml(imported: Imported) -> ImportedYaml:
     """Return imported settings as YAML.
 
     A setting that breaks a rule of its own is left out. If the settings break a rule of a whole section, they are kept,
     to be corrected by hand.
     """
-    problems = build_config(nest_settings(found.settings))[1]
+    problems = build_config(nest_settings(imported.settings))[1]
     rejected = [Remark(problem.key, problem.value, problem.rule) for problem in problems]
-    keys = [key for key in flatten_settings(Config().model_dump(mode="json")) if key in found.settings]
+    keys = [key for key in flatten_settings(Config().model_dump(mode="json")) if key in imported.settings]
     kept = [key for key in keys if not any(f"{problem.key}.".startswith(f"{key}.") for problem in problems)]
-    settings = nest_settings({key: found.settings[key] for key in kept})
+    settings = nest_settings({key: imported.settings[key] for key in kept})
     return ImportedYaml(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), rejected)
 
 
-def format_remarks(found: Imported, rejected: Sequence[Remark]) -> str:
+def format_remarks(imported: Imported, rejected: Sequence[Remark]) -> str:
     """Return the remarks to read before the YAML is used, as one text; empty if there are none."""
     parts = {
-        "imported, but not exactly the same": found.changed,
-        "not imported (docs/FROM_KOHYA.md describes further differences)": found.unsupported,
+        "imported, but not exactly the same": imported.changed,
+        "not imported (docs/FROM_KOHYA.md describes further differences)": imported.unsupported,
         "rejected by the rules of the settings here": rejected,
-        "always on here, without a setting": found.built_in,
+        "always on here, without a setting": imported.built_in,
     }
     lines = []
     for title, remarks in parts.items():
@@ -65,7 +65,9 @@ def _shorten(value: Any, limit: int = 60) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Import files and return the exit status (0 done, 2 wrong input)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    files_help = "TOML file, script with the command line, or Python file of the first sdxl-trainer; later files win"
+    files_help = (
+        "TOML file, script with the command line, or Python file of the first sdxl-trainer; later files override"
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=files_help)
     parser.add_argument("--out", type=Path, metavar="YAML", help="file to write (default: standard output)")
     parser.add_argument("--ranks", type=int, help="number of GPUs of the run (default: accelerate's --num_processes)")
@@ -89,11 +91,11 @@ def _import_files(options: argparse.Namespace) -> None:
     contents = read_files(options.files)
     given = {"num_processes": options.ranks, "num_samples": options.samples}
     arguments = {name: value for name, value in given.items() if value}
-    found = convert(replace(contents, options=contents.options | arguments))
-    imported = build_yaml(found)
-    remarks = format_remarks(found, imported.rejected)
+    imported = convert(replace(contents, options=contents.options | arguments))
+    result = build_yaml(imported)
+    remarks = format_remarks(imported, result.rejected)
     title = f"Imported from {', '.join(map(str, options.files))}"
-    text = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{imported.text}"
+    text = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{result.text}"
     if options.out is None:
         sys.stdout.write(text)
         return

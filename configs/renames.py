@@ -76,7 +76,7 @@ def find_old_keys(keys: Iterable[str]) -> OldNames:
 
 
 def warn_of_old_names(used: Iterable[str]) -> None:
-    """Log one warning for each old name, on rank 0 only: every rank reads the same settings."""
+    """Log a warning for each old name, on rank 0 only, because every rank reads the settings."""
     if os.environ.get("RANK", "0") == "0":
         for old in dict.fromkeys(used):
             logger.warning("{} is now called {}; the next version will reject the old name", old, RENAMED[old])

@@ -38,9 +38,9 @@ class RunConfig(Section):
     """`auto` resumes from the newest valid checkpoint in the run folder, if there is one. `never` always starts from
     step 0, and is an error if the run folder already contains checkpoints."""
     on_data_change: Literal["stop", "continue"] = "stop"
-    """What a resume does if the training set has changed: `stop` ends with an error; `continue` keeps the step and
-    continues at the same fraction of the epoch, in the new order. Added, removed and re-bucketed records are changes,
-    and so are other repeats; other captions are not."""
+    """What a resume does if the training set has changed. `stop` ends with an error. `continue` keeps the step and
+    continues at the same fraction of the epoch, in the new order. Added, removed and re-bucketed records and different
+    repeats are changes; different captions are not."""
 
     @property
     def folder(self) -> Path:
@@ -88,8 +88,8 @@ class DataConfig(Section):
     metadata: list[Path | str] = []
     """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
     webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens (`s3://`, `gs://`,
-    `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later entries update those
-    of earlier ones key by key."""
+    `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later entries update records
+    of earlier entries key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In
@@ -123,9 +123,9 @@ class DataConfig(Section):
     """Side of the square whose area no bucket exceeds, in pixels. With several sides, such as `[512, 1024]`, every
     image is trained at each resolution: each is a separate sample, and an epoch contains them all."""
     buckets: list[tuple[int, int]] = []
-    """Fixed buckets as [width, height] in pixels, such as `[[1024, 1024], [832, 1216]]`, instead of those computed from
-    `resolution_px`, `min_bucket_px`, `max_bucket_px` and `bucket_step_px`. If two have the same aspect ratio, the first
-    is used."""
+    """Fixed buckets as [width, height] in pixels, such as `[[1024, 1024], [832, 1216]]`, instead of buckets computed
+    from `resolution_px`, `min_bucket_px`, `max_bucket_px` and `bucket_step_px`. If two have the same aspect ratio, the
+    first is used."""
     min_bucket_px: int = Field(256, ge=32)
     """Shortest side of a bucket, in pixels."""
     max_bucket_px: int = Field(2048, ge=32)

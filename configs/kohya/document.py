@@ -46,7 +46,7 @@ bash launch/train.sh --cfg my.yaml
 - `train.global_batch_size` is the batch of all GPUs and accumulation steps together. The run is the same on any number
   of GPUs.
 - Samples that do not fill a global batch are carried over to the next epoch. All ranks work on the same bucket.
-- The crop that the model is conditioned on is the crop that was made.
+- The model is conditioned on the crop that was actually made.
 - Weight decay is not applied to biases and norm weights.
 - An SDXL file is read and written in SDXL's own layout. Set `model.text_projection: legacy` only to continue a model
   whose second text projection was saved untransposed.

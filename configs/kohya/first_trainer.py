@@ -51,7 +51,7 @@ def convert_sources(value: Any, given: Given) -> dict[str, Any]:
         "data.metadata": [path for path in paths if Path(path).suffix],
         "data.image_dirs": [path for path in paths if not Path(path).suffix],
     }
-    return {key: found for key, found in settings.items() if found}
+    return {key: value for key, value in settings.items() if value}
 
 
 def convert_density(value: Any, given: Given) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def convert_density(value: Any, given: Given) -> dict[str, Any]:
     density = look_up({"uniform": "uniform", "logit_normal": "logit_normal"})(value, given)
     kwargs = given.get("timestep_sampler_kwargs") or {}
     names = {"mu": "objective.logit_mean", "sigma": "objective.logit_std"}
-    found = {names[name]: number for name, number in kwargs.items() if name in names}
-    return {"objective.timestep_density": density} | (found if density == "logit_normal" else {})
+    parameters = {names[name]: number for name, number in kwargs.items() if name in names}
+    return {"objective.timestep_density": density} | (parameters if density == "logit_normal" else {})
 
 
 def convert_largest_side(value: Any, given: Given) -> int:

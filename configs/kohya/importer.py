@@ -73,87 +73,87 @@ def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> F
     Raises:
         UserInputError: a file cannot be read.
     """
-    found = FileContents()
+    contents = FileContents()
     known |= {file.resolve() for file in files}
     for file in dict.fromkeys(files):
         if file.suffix == ".py":
             python = read_python(file)
-            found.options |= {KOHYA_NAMES.get(name, name): value for name, value in python.values.items()}
-            found.unsupported += [Remark(name, text, _explain_python(name)) for name, text in python.sources.items()]
-            found.is_first_trainer = True
+            contents.options |= {KOHYA_NAMES.get(name, name): value for name, value in python.values.items()}
+            contents.unsupported += [Remark(name, text, _explain_python(name)) for name, text in python.sources.items()]
+            contents.is_first_trainer = True
             continue
         tables = read_toml(file) if file.suffix == ".toml" else {}
         if is_dataset_config(tables):
-            found.datasets.append(tables)
+            contents.datasets.append(tables)
             continue
         options = flatten_sections(tables) if file.suffix == ".toml" else read_command(file)
         for name in FILE_OPTIONS:
             if name in options and (named := _locate(str(options.pop(name)), file)).resolve() not in known:
-                found.add(read_files([named], known))
-        found.options |= options
-    return found
+                contents.add(read_files([named], known))
+        contents.options |= options
+    return contents
 
 
 def convert(contents: FileContents) -> Imported:
     """Convert all options, in the order of the table."""
-    found = Imported(unsupported=list(contents.unsupported))
+    imported = Imported(unsupported=list(contents.unsupported))
     given = dict(contents.options)
     for tables in contents.datasets:
         dataset = read_datasets(tables, contents.options)
         given |= dataset.options
-        found.settings |= dataset.settings
-        found.changed += dataset.remarks
+        imported.settings |= dataset.settings
+        imported.changed += dataset.remarks
     given = {name: value for name, value in given.items() if name in ON_BY_DEFAULT or not _is_unset(value)}
-    if found.settings:
+    if imported.settings:
         reason = "has no effect with a dataset file, as in kohya's scripts"
-        found.unsupported += [Remark(name, given.pop(name), reason) for name in SOURCE_OPTIONS if name in given]
+        imported.unsupported += [Remark(name, given.pop(name), reason) for name in SOURCE_OPTIONS if name in given]
     if "train_data_dir" in given and "in_json" not in given:
         folder = Path(str(given["train_data_dir"]))
         subsets = list_repeated_folders(folder)
-        found.settings |= list_data_sources(subsets).settings
+        imported.settings |= list_data_sources(subsets).settings
         if subsets:
             del given["train_data_dir"]
         else:
             reason = NO_SUBFOLDERS if folder.is_dir() else NO_FOLDER
-            found.changed.append(Remark("train_data_dir", str(folder), reason))
+            imported.changed.append(Remark("train_data_dir", str(folder), reason))
     own = {name: option for name, option in FIRST_TRAINER_OPTIONS.items() if isinstance(option, Option)}
     table = KOHYA_OPTIONS | (own if contents.is_first_trainer else {})
     given_or_default = (FIRST_TRAINER_DEFAULTS if contents.is_first_trainer else KOHYA_DEFAULTS) | given
     defaults = flatten_settings(Config().model_dump(mode="json"))
     for name, option in table.items():
         if name in given:
-            _convert_option(name, option, given_or_default, found)
+            _convert_option(name, option, given_or_default, imported)
         elif name in given_or_default:
             by_default = Imported()
             _convert_option(name, option, given_or_default, by_default)
-            found.settings |= {key: value for key, value in by_default.settings.items() if value != defaults[key]}
+            imported.settings |= {key: value for key, value in by_default.settings.items() if value != defaults[key]}
     unknown = [name for name in given if name not in (*table, "num_samples")]
-    found.unsupported += [Remark(name, given[name], "is not a known option") for name in unknown]
-    hidden = [remark._replace(value="...") if remark.option in SECRETS else remark for remark in found.unsupported]
-    return replace(found, unsupported=hidden)
+    imported.unsupported += [Remark(name, given[name], "is not a known option") for name in unknown]
+    hidden = [remark._replace(value="...") if remark.option in SECRETS else remark for remark in imported.unsupported]
+    return replace(imported, unsupported=hidden)
 
 
-def _convert_option(name: str, option: Option, given: Given, found: Imported) -> None:
+def _convert_option(name: str, option: Option, given: Given, imported: Imported) -> None:
     value = given[name]
     if option.is_built_in:
-        found.built_in.append(Remark(name, value, option.note))
+        imported.built_in.append(Remark(name, value, option.note))
         return
     if not option.keys:
         if value:  # a strength of 0 has no effect
-            found.unsupported.append(Remark(name, value, option.note))
+            imported.unsupported.append(Remark(name, value, option.note))
         return
     try:
         converted = option.convert(value, given) if option.convert else value
     except UnsupportedError as error:
-        found.settings |= error.settings
-        (found.changed if error.settings else found.unsupported).append(Remark(name, value, str(error)))
+        imported.settings |= error.settings
+        (imported.changed if error.settings else imported.unsupported).append(Remark(name, value, str(error)))
         return
     except (TypeError, ValueError, SyntaxError) as error:
-        found.unsupported.append(Remark(name, value, f"cannot be read: {error}"))
+        imported.unsupported.append(Remark(name, value, f"cannot be read: {error}"))
         return
     if converted is None:
         return
-    found.settings |= converted if isinstance(converted, dict) else {option.keys[0]: converted}
+    imported.settings |= converted if isinstance(converted, dict) else {option.keys[0]: converted}
 
 
 def _explain_python(name: str) -> str:

@@ -258,14 +258,14 @@ def convert_optimizer(value: Any, given: Given) -> dict[str, Any]:
     name = str(value)
     if "schedulefree" in name.lower():
         raise UnsupportedError("needs separate weights for sampling; use adamw with optim.schedule: wsd")
-    other = KnownOptimizer(name if "." in name else f"torch.optim.{name}", 0.01 if "adamw" in name.lower() else 0.0)
-    found = KOHYA_OPTIMIZERS.get(name.lower(), other)
-    settings: dict[str, Any] = {"optim.name": found.name, "optim.weight_decay": found.weight_decay}
-    if found.kwargs:
-        settings["optim.kwargs"] = dict(found.kwargs)
+    unknown = KnownOptimizer(name if "." in name else f"torch.optim.{name}", 0.01 if "adamw" in name.lower() else 0.0)
+    optimizer = KOHYA_OPTIMIZERS.get(name.lower(), unknown)
+    settings: dict[str, Any] = {"optim.name": optimizer.name, "optim.weight_decay": optimizer.weight_decay}
+    if optimizer.kwargs:
+        settings["optim.kwargs"] = dict(optimizer.kwargs)
     if name.lower().startswith(WHOLE_WEIGHTS):
         settings["engine.zero_stage"] = 0
-    if found.name == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
+    if optimizer.name == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
         reason = "uses relative steps unless relative_step=False; here optim.lr and optim.schedule apply"
         raise UnsupportedError(reason, settings)
     return settings
@@ -325,7 +325,7 @@ def convert_network(value: Any, given: Given) -> dict[str, Any]:
         settings |= _name_rates([given["learning_rate"]] * 2)
     if str(value) != "networks.lora":
         raise UnsupportedError(
-            "is not available here; adapters are those of networks.lora, in linear layers (docs/TRAINING.md)", settings
+            "is not available here; networks.lora is used, with adapters in linear layers (docs/TRAINING.md)", settings
         )
     return settings
 

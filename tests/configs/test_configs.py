@@ -124,7 +124,7 @@ def test_missing_and_binary_files_are_rejected(tmp_path):
         load_config(tmp_path / "x.yaml")
 
 
-def test_overrides_win_over_the_file(tmp_path):
+def test_overrides_take_precedence_over_the_file(tmp_path):
     words = [
         "train.max_steps=5",
         "optim.lr=1e-5",
@@ -161,7 +161,7 @@ def test_yaml_anchors_and_merges_work(tmp_path):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
-def test_every_preset_loads_and_survives_being_saved(tmp_path, path):
+def test_every_preset_can_be_loaded_saved_and_loaded_again(tmp_path, path):
     config, problems = load_config(path)
     assert problems == []
     assert config != Config()
@@ -169,7 +169,7 @@ def test_every_preset_loads_and_survives_being_saved(tmp_path, path):
     assert load_config(tmp_path / "saved.yaml") == (config, [])
 
 
-def test_special_characters_and_null_survive_saving(tmp_path):
+def test_special_characters_and_null_are_kept_when_saved(tmp_path):
     text = "run: {name: a.b-c}\nsample: {prompts: ['ein Mädchen: \"x\" # y', '']}\ncache: {dir: ~}"
     config, problems = load(tmp_path, text)
     assert problems == []

@@ -66,7 +66,7 @@ def export_model(
     """Write U-Net, text encoders and VAE as a single file or diffusers folder, or the adapters if the run trains them.
 
     Trained weights are gathered one tensor at a time, so no rank ever holds all of them in fp32. Frozen weights are
-    read from the base model, because the engine may hold them in 16 bit. All ranks call this together.
+    read from the base model, because the engine may keep them in 16 bit. All ranks must call this together.
 
     Args:
         path: a name that ends in .safetensors for a single file, else a folder.
@@ -111,7 +111,10 @@ def list_gathered_parameters(engine: Engine, source: ModelSource) -> dict[str, d
 
 
 def export_local_model(path: Path, engine: Engine, settings: ExportSettings) -> None:
-    """Write the trained weights that this rank holds, in the precision of training, without any collective."""
+    """Write the model with this rank's own copy of the trained weights, without collectives.
+
+    The weights have the precision of training. Frozen weights are read from the base model.
+    """
     state = engine.model.state_dict()
     if settings.lora.rank:
         weights = {name: state[name] for name in engine.weights.trained_names}

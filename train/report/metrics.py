@@ -105,7 +105,7 @@ def open_wandb(project: str, run_name: str, folder: Path, settings: dict[str, An
         settings: all settings, shown as the run's config at wandb.
 
     Raises:
-        UserInputError: wandb refuses the run, for instance because the user is not logged in.
+        UserInputError: wandb raises an error, for example because the user is not logged in.
     """
     import wandb  # pyright: ignore[reportMissingImports]  (an optional package)
 

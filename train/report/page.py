@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = options.folder
     if not (folder / "logs" / "metrics.jsonl").is_file():
-        parser.error(f"{folder} is not a run folder: it holds no logs/metrics.jsonl")
+        parser.error(f"{folder} is not a run folder: it contains no logs/metrics.jsonl")
     if options.background:
         os.nice(NICENESS)
     started = time.monotonic()

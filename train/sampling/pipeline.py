@@ -26,7 +26,7 @@ class ImageGenerator:
     vae: Any
     conditioner: TextConditioner
     tokenizers: Tokenizers
-    source: ModelSource  # holds the config of the scheduler
+    source: ModelSource  # contains the config of the scheduler
     objective: ObjectiveConfig
     latent_statistics: LatentStatistics
     max_tokens: int  # longest prompt, as in training

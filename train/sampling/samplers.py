@@ -12,7 +12,7 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.samples import SCHEDULERS
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
-# Settings that SDXL's scheduler_config.json lacks, because it was written for the Euler scheduler.
+# Settings that are missing in SDXL's scheduler_config.json, which was written for the Euler scheduler.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ddim": {"clip_sample": False, "set_alpha_to_one": True},
     "ddpm": {"clip_sample": False},

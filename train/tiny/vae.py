@@ -37,7 +37,7 @@ KL_WEIGHT = 1e-5
 LATENT_NOISE = 0.15
 FULL_SIZE_SHARE = 0.5  # last share of the time, spent on full-size images; half-size images are 4 × faster
 NUM_STATISTICS_BATCHES = 24
-OTHER_COLOURS_SHARE = 0.25  # share of training images in random colours, so that the VAE reconstructs those too
+OTHER_COLOURS_SHARE = 0.25  # share of training images in random colours, so that the VAE reconstructs other colours too
 SIZES_PX = ((128, 128), (160, 96), (96, 160), (192, 64))  # (width, height): the demo set's buckets
 HALF_SIZES_PX = ((64, 64), (80, 48), (48, 80), (96, 32))
 # Brightness and two colour differences. Each is standardised, so colour gets as much of the latents' energy as

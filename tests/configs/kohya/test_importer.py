@@ -314,7 +314,7 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
             "--bucket_reso_steps 8 --enable_bucket --resolution 1024",
             "data.bucket_step_px",
             None,
-        ),  # refused by the schema
+        ),  # rejected by the schema
         ("--train_text_encoder --learning_rate_te1 0", "optim.text_encoder_lr", 0),
         ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
     ],
@@ -345,7 +345,7 @@ def test_datasets_that_share_some_folders(tmp_path: Path) -> None:
     data = settings["data"]
     assert (data["resolution_px"], data["image_dirs"], data["source_weights"]) == ([1024, 512], ["/a"], [2])
     assert "num_repeats = [[2], [3]]: differs between resolutions" in comment
-    # Regularisation images are balanced, whatever num_repeats is.
+    # Regularisation images are balanced for every value of num_repeats.
     assert data["regularisation_dirs"] == ["/r"] and "regularisation_repeats" not in data
     assert "num_repeats = 7: has no effect with is_reg" in comment and "data.regularisation_repeats: 7" in comment
     other = "[[datasets.subsets]]\nimage_dir = '/b'\n"

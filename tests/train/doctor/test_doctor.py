@@ -42,8 +42,8 @@ CONFIGS = ROOT / "configs"
 
 
 def test_missing_packages_and_wrong_versions() -> None:
-    wanted = ["numpy>=1", "torch>=99", "no-such-package", "another>=3; extra == 'x'", "older; python_version < '3'"]
-    findings = {finding.name: finding for finding in examine_versions(wanted)}
+    requirements = ["numpy>=1", "torch>=99", "no-such-package", "x>=3; extra == 'y'", "older; python_version < '3'"]
+    findings = {finding.name: finding for finding in examine_versions(requirements)}
     assert set(findings) == {"torch", "no-such-package", "versions"}
     assert findings["torch"].detail.endswith("and must be >=99") and "torch>=99" in findings["torch"].cure
     assert "pip install -e ." in findings["no-such-package"].cure

@@ -31,7 +31,7 @@ def converted(one_rank: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_checkpoint_gives_the_file_that_training_wrote(converted: Path, one_rank: Path) -> None:
+def test_a_converted_checkpoint_equals_the_exported_file(converted: Path, one_rank: Path) -> None:
     assert_equal_files(converted / "model.safetensors", one_rank / "models" / "step-00000020.safetensors")
 
 
@@ -48,7 +48,7 @@ def test_file_to_folder_and_back_is_bit_equal(converted: Path, tmp_path: Path) -
     assert_equal_files(converted / "model.safetensors", tmp_path / "again.safetensors")
 
 
-def test_diffusers_generates_the_images_of_training_from_the_folder(converted: Path, one_rank: Path) -> None:
+def test_diffusers_generates_the_same_images_from_the_folder(converted: Path, one_rank: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(converted / "model", add_watermarker=False)

@@ -91,7 +91,7 @@ def test_all_ranks_gather_weights_in_the_same_order(zero_3, name: str, tmp_path:
 
 @pytest.mark.parametrize("local", [False, True])
 def test_frozen_weights_are_bit_equal_to_the_base_model(tiny_folder: Path, tmp_path: Path, local: bool) -> None:
-    """Training in bf16 holds frozen weights in 16 bit; an fp32 export must not be made from those."""
+    """Training in bf16 keeps frozen weights in 16 bit; an fp32 export must not use these copies."""
     words = ["engine.precision=bf16", "engine.zero_stage=2", "optim.text_encoder_lr=1e-4", "run.name=frozen"]
     words += ["optim.groups=[{match: 'unet.mid_block', lr: 0}]", "checkpoint.export_dtype=fp32"]
     config, problems = load_config(tiny_folder / "tiny.yaml", words)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import run_program
+from programs import read_losses, run_program
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -27,7 +27,6 @@ from sdxl_trainer.train.networks.adapters import (
 )
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
-from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.networks import build_empty_networks, count_trained_weights
 from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
@@ -169,9 +168,7 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
         straight, resumed = load_file(models / name), load_file(twice / name)
         assert straight.keys() == resumed.keys(), name
         assert all(straight[key].equal(resumed[key]) for key in straight), name
-    losses = [
-        [line["loss"] for line in read_metrics(folder.parent / "logs" / "metrics.jsonl")] for folder in (models, twice)
-    ]
+    losses = [read_losses(folder.parent) for folder in (models, twice)]
     assert losses[0] == losses[1] and len(set(losses[0])) == 6
     tensors = load_file(models / names[1])
     assert any(name.startswith("lora_te2_") for name in tensors) and not any("lora_te1_" in name for name in tensors)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import run_program
+from programs import read_losses, run_program
 from safetensors.torch import load_file
 
 from sdxl_trainer.cache.models.encoders import TextEncoders
@@ -15,7 +15,6 @@ from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.engine.saved_state import check_average
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
-from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_text_encoders, build_tiny_unet
 
@@ -67,10 +66,6 @@ def trained_run(cached_folder: Path) -> Path:
     """Train four steps on two ranks under ZeRO-2."""
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te", *SETTINGS, ranks=2)
     return cached_folder / "runs" / "te"
-
-
-def read_losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
 
 def test_resuming_on_another_stage_and_number_of_ranks(trained_run: Path, cached_folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_objective_draws_offset_and_pyramid_noise_from_separate_streams():
     assert both.sample_noise(x0, keys).equal(pyramid)
 
 
-def test_perturbation_reaches_the_input_alone():
+def test_perturbation_changes_only_the_input():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain, perturbed = build(), build(ip_noise_gamma=0.1)
     timesteps, noise = plain.sample_timesteps(keys), plain.sample_noise(x0, keys)

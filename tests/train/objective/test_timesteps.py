@@ -120,7 +120,7 @@ def test_shift_moves_draws_towards_noise():
     )
 
 
-def test_the_shift_comes_after_the_density():
+def test_the_shift_is_applied_after_the_density():
     """A density over the first half, s from 0 to 1/2, shifted by 3: 3·s/(1 + 2·s), from 0 to 3/4."""
     values = draw(build(timestep_density=[1.0, 0.0], timestep_shift=3.0), COUNT // 16, 16) / 1000
     assert values.max() == pytest.approx(0.75, abs=0.002)

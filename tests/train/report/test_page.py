@@ -148,7 +148,7 @@ def test_the_moving_average_is_unbiased() -> None:
 def test_the_program_reports_wrong_input_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path)])
-    assert caught.value.code == 2 and "holds no logs/metrics.jsonl" in capsys.readouterr().err
+    assert caught.value.code == 2 and "contains no logs/metrics.jsonl" in capsys.readouterr().err
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.5}])
     (run / "report").touch()
     assert main([str(run)]) == 1 and "the report cannot be written" in capsys.readouterr().err
