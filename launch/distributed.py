@@ -6,33 +6,37 @@ Every collective returns at once in a single process, so callers never ask wheth
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.launch import patches
+from sdxl_trainer.launch.activity import ACTIVITY, Watchdog
 from sdxl_trainer.launch.interfaces import check_network
 from sdxl_trainer.launch.status import RankZeroError
 from sdxl_trainer.launch.tf32 import set_tf32
+from sdxl_trainer.launch.waiting import LAST_POLL_SECONDS, LOOKS_PER_LIMIT, RankWaits, give_patience, poll
 
 # Without a launcher that keeps the store, rank 0 opens it only after its checks, which may read a whole data set.
 CHECKS_TIMEOUT = timedelta(days=1)
 CHECKED_KEY = "rank 0 has checked settings and data"  # its value: empty, or the exit status of a failed rank 0
-FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 1.0
 ANNOUNCE_SECONDS = 20.0  # that a failed rank 0 waits until the other ranks have read its exit status
 HEARD_KEY = "ranks that know that rank 0 has failed"  # a count
-ARRIVED_KEY = "ranks that have arrived"  # a count; the same name with a rank behind it is set by that rank
-REPORT_SECONDS, REPEAT_REPORT_SECONDS = 10.0, 60.0  # until the first and between further lines about missing ranks
-MAX_SHOWN_RANKS = 8
+# A collective ends this much later than `engine.timeout_minutes`. NCCL then ends the process without an exception, so
+# the watchdog of training must have saved by then.
+COLLECTIVE_MARGIN = timedelta(minutes=10)
 
 _joined = False  # whether this process has ever joined the process group
-_store: dist.Store | None = None  # the store that the process group was made with
+
+
+class StuckRanksError(FailedError):
+    """Other ranks have stopped making progress or cannot be reached. This rank has saved nothing yet."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,18 @@ class RankEnvironment(NamedTuple):
     world_size: int
 
 
+class _Meeting(NamedTuple):
+    """The means by which the ranks of a process group meet without a collective."""
+
+    store: dist.Store
+    waits: RankWaits
+    timeout: timedelta
+    raise_if_stopped: Callable[[], None]
+
+
+_meeting: _Meeting | None = None
+
+
 def read_environment() -> RankEnvironment:
     """Read RANK, LOCAL_RANK and WORLD_SIZE, which torchrun and the deepspeed launcher set.
 
@@ -70,16 +86,21 @@ def read_environment() -> RankEnvironment:
     )
 
 
-def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], None] = lambda: None) -> Ranks:
+def init_ranks(
+    timeout_minutes: float = 60.0,
+    raise_if_stopped: Callable[[], None] = lambda: None,
+    collective_margin: timedelta = COLLECTIVE_MARGIN,
+) -> Ranks:
     """Join the process group (NCCL with GPUs, gloo without), choose this rank's device, and forbid TF32.
 
     A single process forms a group of its own, because DeepSpeed needs one. PyTorch's default would round the inputs of
     fp32 convolutions on GPUs; programs allow it where their settings do (launch/tf32.py).
 
     Args:
-        timeout_minutes: limit for a rank that waits in a collective, and for rank 0 that waits here for the others.
-            Waiting here for rank 0 has no limit.
-        raise_if_stopped: called while waiting; raises to stop.
+        timeout_minutes: limit for a rank that waits for others which make no progress, and for rank 0 that waits here
+            for the others. Waiting here for rank 0 has no limit.
+        raise_if_stopped: called while waiting, here and in `wait_for_ranks`; raises Interrupted to stop.
+        collective_margin: added to the limit for a rank that waits in a collective.
 
     Raises:
         RankZeroError: rank 0 failed before it called this function.
@@ -87,7 +108,7 @@ def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], Non
         UserInputError: this node has more ranks than GPUs, the address of rank 0 is missing, or NCCL or gloo would
             use a network interface that does not exist or leads nowhere.
     """
-    global _joined, _store  # noqa: PLW0603 (a process joins one group at a time)
+    global _joined, _meeting  # noqa: PLW0603 (a process joins one group at a time)
     timeout = timedelta(minutes=timeout_minutes)
     rank, local_rank, world_size = read_environment()
     alone = world_size == 1 and "MASTER_PORT" not in os.environ
@@ -100,16 +121,23 @@ def init_ranks(timeout_minutes: float = 60.0, raise_if_stopped: Callable[[], Non
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         raise_if_any(check_network(use_gpu, world_size))
-        patches.set_default_timeout(timeout)
-        _store = _open_own_store(timeout) if alone else _rendezvous(rank, world_size, timeout, raise_if_stopped)
+        patches.set_default_timeout(timeout + collective_margin)
+        patience = timeout if rank == 0 else CHECKS_TIMEOUT
+        store = _open_own_store(timeout) if alone else _open_shared_store(rank, patience, raise_if_stopped)
+        meeting = _Meeting(store, RankWaits(store, rank, world_size), timeout, raise_if_stopped)
+        if not alone:
+            _rendezvous(meeting, rank, world_size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            store=_store,
+            store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timeout,
+            timeout=timeout + collective_margin,
             device_id=device if use_gpu else None,
         )
+        _meeting = meeting
+        if world_size > 1:
+            ACTIVITY.publish_by(_publish_activity)
     _joined = True
     return Ranks(rank, local_rank, world_size, device)
 
@@ -187,7 +215,7 @@ def _wait_for_server(host: str, port: int, timeout: timedelta, raise_if_stopped:
         TimeoutError: no connection succeeds within `timeout`.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    for _ in _poll(raise_if_stopped):
+    for _ in poll(raise_if_stopped):
         try:
             socket.create_connection((host, port), timeout=LAST_POLL_SECONDS).close()
             return
@@ -196,63 +224,32 @@ def _wait_for_server(host: str, port: int, timeout: timedelta, raise_if_stopped:
                 raise TimeoutError(f"no process answers at {host}:{port}: {error}") from None
 
 
-def _poll(raise_if_stopped: Callable[[], None]) -> Iterator[None]:
-    """Yield at growing intervals, without end. `raise_if_stopped` is called before each pause."""
-    pause_seconds = FIRST_POLL_SECONDS
-    while True:
-        yield
-        raise_if_stopped()
-        time.sleep(pause_seconds)
-        pause_seconds = min(1.5 * pause_seconds, LAST_POLL_SECONDS)
-
-
-def _rendezvous(rank: int, world_size: int, timeout: timedelta, raise_if_stopped: Callable[[], None]) -> dist.Store:
-    """Open the store with the ranks' addresses. Rank 0 waits there for all other ranks, which wait for rank 0.
+def _rendezvous(meeting: _Meeting, rank: int, world_size: int) -> None:
+    """Wait on rank 0 for all other ranks, which wait for rank 0 to finish its checks.
 
     Raises:
         RankZeroError: rank 0 failed before it called this function.
         FailedError: some ranks did not call it in time (raised on rank 0).
     """
-    store = _open_shared_store(rank, timeout if rank == 0 else CHECKS_TIMEOUT, raise_if_stopped)
+    store, waits, timeout, raise_if_stopped = meeting
     if rank == 0:
         store.set(CHECKED_KEY, "")
-        _wait_for_ranks(store, world_size, timeout, raise_if_stopped)
-        return store
-    for _ in _poll(raise_if_stopped):  # not `store.wait`, in which Python handles no signal
+        waits.arrive()
+        absent = waits.until_all_arrive("start", timeout.total_seconds(), raise_if_stopped)
+        if absent:
+            raise FailedError(_explain_absent_ranks(absent, world_size, timeout))
+        return
+    for _ in poll(raise_if_stopped):  # not `store.wait`, in which Python handles no signal
         if store.check([CHECKED_KEY]):
             break
     if failed := store.get(CHECKED_KEY):
         store.add(HEARD_KEY, 1)
         raise RankZeroError(int(failed))
-    store.set(f"{ARRIVED_KEY} {rank}", "")
-    store.add(ARRIVED_KEY, 1)
+    waits.arrive()
     store.set_timeout(timeout)
-    return store
 
 
-def _wait_for_ranks(
-    store: dist.Store, world_size: int, timeout: timedelta, raise_if_stopped: Callable[[], None]
-) -> None:
-    """Wait on rank 0 until all other ranks have arrived, and log which ranks are missing.
-
-    Raises:
-        FailedError: some ranks did not arrive within `timeout`.
-    """
-    start, next_report = time.monotonic(), REPORT_SECONDS
-    for _ in _poll(raise_if_stopped):
-        if store.add(ARRIVED_KEY, 0) >= world_size - 1:
-            return
-        waited = time.monotonic() - start
-        if waited > min(next_report, timeout.total_seconds()):
-            missing = [rank for rank in range(1, world_size) if not store.check([f"{ARRIVED_KEY} {rank}"])]
-            shown = ", ".join(map(str, missing[:MAX_SHOWN_RANKS])) + (", ..." if len(missing) > MAX_SHOWN_RANKS else "")
-            if waited > timeout.total_seconds():
-                raise FailedError(_explain_missing_ranks(shown, world_size, timeout))
-            logger.warning("waiting for {} of {} ranks: {}", len(missing), world_size, shown)
-            next_report = waited + REPEAT_REPORT_SECONDS
-
-
-def _explain_missing_ranks(shown: str, world_size: int, timeout: timedelta) -> str:
+def _explain_absent_ranks(shown: str, world_size: int, timeout: timedelta) -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = (
         f"ranks {shown} of {world_size} did not connect to rank 0 at {address} within engine.timeout_minutes = "
@@ -265,16 +262,51 @@ def _explain_missing_ranks(shown: str, world_size: int, timeout: timedelta) -> s
 
 def close_ranks() -> None:
     """Leave the process group, if there is one. The process may join another one afterwards."""
-    global _store  # noqa: PLW0603
+    global _meeting  # noqa: PLW0603
     if dist.is_initialized():
+        ACTIVITY.publish_by(None)
         patches.destroy_process_groups()
-        _store = None
+        _meeting = None
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if _is_distributed():
-        dist.barrier()
+def _publish_activity(text: str) -> None:
+    """Publish this rank's progress. A store that has gone is no error here: the next wait or collective reports it."""
+    if _meeting is not None:
+        with suppress(dist.DistError):
+            _meeting.waits.publish_activity(text)
+
+
+def wait_for_ranks(purpose: str) -> None:
+    """Wait until all ranks have called this function, as long as those that have not make progress.
+
+    A collective would end after a fixed time, although another rank may rightly work longer on its own. Progress is
+    what `ACTIVITY` notes. All ranks call it together.
+
+    Args:
+        purpose: what the ranks wait for, for the log.
+
+    Raises:
+        StuckRanksError: a missing rank made no progress for `engine.timeout_minutes`, or rank 0 has ended.
+        Interrupted: this rank was asked to stop, and the others have not stopped some seconds later.
+    """
+    if not _is_distributed():
+        return
+    assert _meeting is not None, "init_ranks has opened the store"
+    _, waits, timeout, raise_if_stopped = _meeting
+    limit_seconds = timeout.total_seconds()
+    # The store does not answer if the process that keeps it is stopped, or its node is frozen.
+    is_silent = Watchdog(limit_seconds * (1 + 2 / LOOKS_PER_LIMIT), on_stall=lambda _: None)
+    with ACTIVITY.during(f"waiting for other ranks, {purpose}"), is_silent:
+        try:
+            waits.arrive()
+            stuck = waits.until_all_arrive(purpose, limit_seconds, give_patience(raise_if_stopped))
+            if not stuck:
+                waits.leave()
+        except dist.DistError as error:
+            raise StuckRanksError(f"{purpose}: the store of the ranks cannot be reached any more: {error}") from error
+    if stuck:
+        text = f"rank {stuck} made no progress for engine.timeout_minutes = {limit_seconds / 60:g}"
+        raise StuckRanksError(f"{purpose}: {text}. Look at its log and its node; raise the setting if it only was slow")
 
 
 def reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -292,18 +324,26 @@ def broadcast_tensor(values: torch.Tensor, source_rank: int) -> torch.Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's `value` on every rank. It is pickled, so keep it small."""
+    """Return rank 0's `value` on every rank. It is pickled, so keep it small.
+
+    Ranks may work alone before they call it, as before `wait_for_ranks`.
+    """
     if not _is_distributed():
         return value
+    wait_for_ranks(f"after {ACTIVITY.phase}")
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return every rank's `value`, ordered by rank, on every rank. Values are pickled, so keep them small."""
+    """Return every rank's `value`, ordered by rank, on every rank. Values are pickled, so keep them small.
+
+    Ranks may work alone before they call it, as before `wait_for_ranks`.
+    """
     if not _is_distributed():
         return [value]
+    wait_for_ranks(f"after {ACTIVITY.phase}")
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
@@ -315,11 +355,11 @@ def _is_distributed() -> bool:
 
 def publish(key: str, value: str) -> None:
     """Store a value that other ranks can read at any time, without a collective. Needs a process group."""
-    if _store is not None:
-        _store.set(f"published/{key}", value)
+    if _meeting is not None:
+        _meeting.store.set(f"published/{key}", value)
 
 
 def read_published(key: str) -> str | None:
     """Return the value published under `key`, or None if there is none yet. Never waits."""
-    name = f"published/{key}"
-    return _store.get(name).decode() if _store is not None and _store.check([name]) else None
+    name, store = f"published/{key}", _meeting and _meeting.store
+    return store.get(name).decode() if store is not None and store.check([name]) else None

@@ -1,0 +1,148 @@
+"""What this rank is doing, and the watchdog that ends a rank whose work has stopped.
+
+A rank makes progress when its main thread finishes a piece of work: a batch, an image, a file, a step. No other thread
+may note progress, because it could hide that the main thread hangs. docs/RELIABILITY.md lists the pieces.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from loguru import logger
+
+from sdxl_trainer.launch.status import STATUS_FAILED, record_status
+
+PUBLISH_SECONDS = 1.0
+TICKS_PER_LIMIT, LONGEST_TICK_SECONDS = 20, 5.0
+
+
+class Activity:
+    """The current work of this rank, and a count of finished pieces.
+
+    Attributes:
+        phase: the work that other ranks may wait for, such as "validating".
+        part: the part of a training step; known to this rank alone.
+        step: the last finished step, or None.
+        count: pieces of work finished so far.
+    """
+
+    def __init__(self) -> None:
+        self.phase, self.part, self.count = "starting", "", 0
+        self.step: int | None = None
+        self._send: Callable[[str], None] | None = None
+        self._sent_at = 0.0
+
+    def publish_by(self, send: Callable[[str], None] | None) -> None:
+        """Publish progress through `send` from now on, at most once a second and at each new phase."""
+        self._send = send
+        self._publish()
+
+    def note(self, part: str | None = None) -> None:
+        """Note a finished piece of work, and the part of the step that begins. Main thread only."""
+        self.count += 1
+        if part is not None:
+            self.part = part
+        if self._send is not None and time.monotonic() - self._sent_at >= PUBLISH_SECONDS:
+            self._publish()
+
+    def finish_step(self, step: int) -> None:
+        """Note a finished training step."""
+        self.step = step
+        self.note("")
+
+    def enter(self, phase: str) -> None:
+        """Begin another phase."""
+        self.phase, self.part = phase, ""
+        self.count += 1
+        self._publish()
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Enter a phase, and the one before when the context ends."""
+        before = self.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def describe(self) -> str:
+        """Describe the current work, such as "training (updating the weights), last finished step 12"."""
+        part = f" ({self.part})" if self.part else ""
+        step = "" if self.step is None else f", last finished step {self.step}"
+        return f"{self.phase}{part}{step}"
+
+    def _publish(self) -> None:
+        self._sent_at = time.monotonic()
+        if self._send is not None:
+            # The count makes two texts of one phase differ.
+            self._send(f"{self.count} {self.phase}")
+
+
+ACTIVITY = Activity()
+
+
+class Watchdog:
+    """Context in which a thread ends the process with status 1 once the main thread makes no progress.
+
+    The main thread may hang in a collective or wait for a device. Both release the interpreter, so the thread still
+    runs. Time in which the whole process is stopped (SIGSTOP) does not count.
+
+    Args:
+        limit_seconds: longest time without progress.
+        on_stall: called before the process ends, with a description of the work that hangs.
+        stall_seconds: longest time that `on_stall` may take.
+        first_extra_seconds: added to the limit until the first training step is finished, which may compile.
+    """
+
+    def __init__(
+        self,
+        limit_seconds: float,
+        on_stall: Callable[[str], object],
+        stall_seconds: float = 0.0,
+        first_extra_seconds: float = 0.0,
+    ):
+        self._limit_seconds = limit_seconds
+        self._on_stall = on_stall
+        self._stall_seconds = stall_seconds
+        self._first_extra_seconds = first_extra_seconds
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _run(self) -> None:
+        tick_seconds = min(LONGEST_TICK_SECONDS, self._limit_seconds / TICKS_PER_LIMIT)
+        seen, stalled_seconds = ACTIVITY.count, 0.0
+        while not self._done.wait(tick_seconds):
+            if ACTIVITY.count != seen:
+                seen, stalled_seconds = ACTIVITY.count, 0.0
+                continue
+            # Ticks are counted instead of reading the clock, which also runs while the process is stopped.
+            stalled_seconds += tick_seconds
+            extra_seconds = self._first_extra_seconds if ACTIVITY.step is None else 0.0
+            if stalled_seconds >= self._limit_seconds + extra_seconds:
+                self._end(f"no progress for {stalled_seconds / 60:.3g} minutes in: {ACTIVITY.describe()}")
+
+    def _end(self, reason: str) -> None:
+        # `on_stall` may hang too, for example on the same storage.
+        last_resort = threading.Timer(self._stall_seconds, exit_with_failure)
+        last_resort.daemon = True
+        if self._stall_seconds:
+            last_resort.start()
+        try:
+            logger.error(reason)
+            self._on_stall(reason)
+        finally:
+            exit_with_failure()
+
+
+def exit_with_failure() -> None:
+    """End the process with status 1 without cleaning up."""
+    os._exit(record_status(STATUS_FAILED))
