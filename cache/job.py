@@ -51,14 +51,15 @@ from sdxl_trainer.data.formats.manifest import (
 from sdxl_trainer.data.images.masks import MaskFinder, check_masks
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import (
     Ranks,
-    barrier,
     broadcast_object,
     close_ranks,
     gather_objects,
     init_ranks,
     read_environment,
+    wait_for_ranks,
 )
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
@@ -108,6 +109,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             for prefix, rule in build_bucket_rules(config.data).items()
         ]
         own = frozenset(key for share in shares for key in share.keys)
+        ACTIVITY.enter("opening the cache")
         state = open_cache(folder, ranks, own, repair, dry_run)
         beside = config.cache.dir is None
         known_only = repair and not state.lines_lost
@@ -115,16 +117,21 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         planner = EncodePlanner(
             index, folder, state.entries, beside=beside, text=text, known_only=known_only, masks=finder
         )
+        ACTIVITY.enter("planning the work")
         plans = [planner.plan(share) for share in shares]
         report_plan(config.data, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
+        ACTIVITY.enter("loading the networks")
         encoder = build_vae_encoder(config.cache, vae, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
         report_estimate(estimate_work(plans, encoder, text_job, config.cache), ranks)
         if not dry_run:
             if ranks.is_main:
                 write_identities(folder, identities)
+            ACTIVITY.enter("encoding images")
             result = encode_plans(config, plans, encoder, text_job, ranks, stop)
-            finish(config, folder, len(index) * len(plans), gather_objects(result), ranks)
+            results = gather_objects(result)
+            ACTIVITY.enter("finishing the cache")
+            finish(config, folder, len(index) * len(plans), results, ranks)
         elif ranks.is_main:
             logger.info("dry run: no problem found up to the first image; nothing was written")
     close_ranks()
@@ -176,6 +183,7 @@ def append_entries(folder: Path, entries: Sequence[ManifestEntry]) -> None:
 def clear_leftovers(folder: Path) -> None:
     """Finish the shards of a killed job and delete its temporary files."""
     for shard in recover_shards(folder, read_entries(folder)):
+        ACTIVITY.note()
         logger.info("finished {}, left by an interrupted job", shard)
     for place in (folder, *folder.glob("*px")):  # one folder per further resolution
         for file in place.glob(".*.tmp"):
@@ -207,7 +215,7 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: list[list[
             rule = f"has {free:,} bytes free and the latents need about {needed:,}"
             cure = "free some space, choose another cache.dir, or set cache.dtype: float16"
             raise UserInputError([Problem("cache.dir", folder, rule, cure)])
-    barrier()
+    wait_for_ranks("the plan")
 
 
 def report_estimate(own: Estimate, ranks: Ranks) -> None:
@@ -331,7 +339,7 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
         if not signals:
             replace_shards(config.cache, folder)
         write_cache_report(folder, [result.progress for result in results], read_latest(folder))
-    barrier()
+    wait_for_ranks("the report and the replaced shards")
     if signals:
         close_ranks()
         raise Interrupted(signals[0])

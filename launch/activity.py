@@ -1,7 +1,7 @@
-"""What this rank is doing, and the watchdog that ends a rank whose work has stopped.
+"""Activity of this rank, and a watchdog that ends the rank if its work stops.
 
-A rank makes progress when its main thread finishes a piece of work: a batch, an image, a file, a step. No other thread
-may note progress, because it could hide that the main thread hangs. docs/RELIABILITY.md lists the pieces.
+A rank makes progress when its main thread finishes a piece of work: a batch, an image, a file, a step.
+docs/RELIABILITY.md lists the pieces.
 """
 
 import os
@@ -14,7 +14,7 @@ from loguru import logger
 
 from sdxl_trainer.launch.status import STATUS_FAILED, record_status
 
-PUBLISH_SECONDS = 1.0
+PUBLISH_SECONDS = FOLLOW_SECONDS = 1.0
 TICKS_PER_LIMIT, LONGEST_TICK_SECONDS = 20, 5.0
 
 
@@ -26,11 +26,14 @@ class Activity:
         part: the part of a training step; known to this rank alone.
         step: the last finished step, or None.
         count: pieces of work finished so far.
+        background: pieces that another thread has finished. They count only while the main thread waits for that thread
+            (`follow`); otherwise they could hide that it hangs.
     """
 
     def __init__(self) -> None:
         self.phase, self.part, self.count = "starting", "", 0
         self.step: int | None = None
+        self.background = 0
         self._send: Callable[[str], None] | None = None
         self._sent_at = 0.0
 
@@ -67,6 +70,18 @@ class Activity:
             yield
         finally:
             self.enter(before)
+
+    def follow(self, wait: Callable[[float], bool]) -> None:
+        """Wait for another thread, whose progress is this rank's meanwhile.
+
+        Args:
+            wait: waits up to the given number of seconds, and returns whether the wait is over.
+        """
+        seen = self.background
+        while not wait(FOLLOW_SECONDS):
+            if self.background != seen:
+                seen = self.background
+                self.note()
 
     def describe(self) -> str:
         """Describe the current work, such as "training (updating the weights), last finished step 12"."""

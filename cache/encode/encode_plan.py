@@ -24,6 +24,7 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import choose_output_file
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
+from sdxl_trainer.launch.activity import ACTIVITY
 
 State = Literal["valid", "new", "stale", "changed", "missing"]
 
@@ -226,6 +227,7 @@ class EncodePlanner:
         masks = repeat(None) if self._masks is None else self._masks.find(paths)
         for row, key, mask in zip(share.rows, share.keys, masks, strict=False):
             path, known = self._paths[row].as_py(), self._entries.get(key)
+            ACTIVITY.note()
             yield _Image(row=row, key=key, path=path, mask_path=mask, known=known)
 
     def _classify(self, image: _Image, identity_name: str) -> EntryState:

@@ -25,6 +25,7 @@ from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
+from sdxl_trainer.launch.activity import ACTIVITY
 
 TEXT_BATCH = 16  # images whose captions are encoded together
 WITHDRAWN_SUFFIX = ".withdrawn"
@@ -93,6 +94,7 @@ class Pipeline:
         try:
             for finish in chain(self._launch_images(items), self._launch_texts(texts)):
                 pending.append(finish)
+                ACTIVITY.note()
                 if len(pending) > 1:
                     self._submit(pending.popleft())
                 self.raise_if_stopped()

@@ -17,6 +17,7 @@ from sdxl_trainer.cache.encode.storage import (
 )
 from sdxl_trainer.cache.upkeep.verify import verify_shards
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
+from sdxl_trainer.launch.activity import ACTIVITY
 
 
 class RepackResult(NamedTuple):
@@ -74,10 +75,12 @@ def replace_outdated_shards(
         if entry.file in outdated:
             listed[entry.file].append(entry)
     for file, held in listed.items():
+        ACTIVITY.note()
         if any(verify_item(folder, entry) or verify_text_item(folder, entry) for entry in held):
             outdated.remove(file)
             continue
         for entry in sorted(held, key=lambda entry: entry.offset or 0):
+            ACTIVITY.note()
             record, content = read_item(folder, entry)
             beside = entry.text is not None and entry.text.offset is not None
             text = read_text_item(folder, entry) if beside else None

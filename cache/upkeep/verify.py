@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_text_item
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
+from sdxl_trainer.launch.activity import ACTIVITY
 
 CHUNK = 64  # items per task; for single items the scheduling would cost more than the check
 
@@ -42,6 +43,7 @@ def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threa
     bytes_read = 0
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1, thread_name_prefix="verify") as pool:
         for checked in pool.map(lambda chunk: _verify_chunk(folder, chunk), chunks):
+            ACTIVITY.note()
             bad |= checked.bad
             bad_text |= checked.bad_text
             bytes_read += checked.bytes_read

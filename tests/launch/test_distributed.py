@@ -17,13 +17,16 @@ from sdxl_trainer.launch import distributed
 # and in a group that is made as DeepSpeed makes its own.
 LATE_AND_STUCK = """
 import sys
+from datetime import timedelta
 import torch
 import torch.distributed as dist
+from sdxl_trainer.launch import distributed
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
 from sdxl_trainer.launch.program import end_program
 
 rank = read_environment().rank
 print("here", flush=True) if rank else sys.stdin.readline()
+distributed.COLLECTIVE_MARGIN = timedelta(0)
 ranks = init_ranks(timeout_minutes=4 / 60)
 own = dist.new_group(ranks=range(2))
 print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
@@ -112,11 +115,11 @@ def test_nobody_waits_for_a_rank_0_that_has_failed(launcher_keeps_store: bool, l
 # Rank 0 of two; rank 1 never starts.
 ALONE_OF_TWO = """
 import sys
-from sdxl_trainer.launch import distributed
+from sdxl_trainer.launch import distributed, waiting
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import end_program, run_program
 
-distributed.REPORT_SECONDS = 0.2
+waiting.REPORT_SECONDS = 0.2
 init_logger(0)
 end_program(run_program(lambda: distributed.init_ranks(float(sys.argv[1]) / 60)))
 """

@@ -5,7 +5,9 @@ Each living rank writes its own shard of the state alone, in the form in which e
 rank was killed, its shard is missing, and the next start uses the newest sealed checkpoint.
 
 A rank that is blocked inside a collective runs no Python signal handler. So signals are also written to a pipe
-(`signal.set_wakeup_fd`), which a thread reads: it gives the loop time to end normally, then saves without it.
+(`signal.set_wakeup_fd`), which a thread reads: it gives the loop time to end normally, then saves without it. If no
+signal comes, the watchdog of the run calls `save` (launch/activity.py). NCCL ends a process whose collective timed out
+without raising anything in Python, so the watchdog acts minutes earlier.
 """
 
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.launch.distributed import StuckRanksError
 from sdxl_trainer.launch.signals import STOP_SIGNALS, Interrupted, exit_at_once
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
@@ -34,7 +37,7 @@ class EmergencySaver:
     """Context around the training loop that writes this rank's shard at most once, from the main or another thread.
 
     An exception that leaves the loop is raised again after the state is saved. `Interrupted` and `FailedError` save
-    nothing, because the loop has saved before it raises them.
+    nothing, because the loop has saved before it raises them; only `StuckRanksError` comes unforeseen.
 
     Args:
         read_state: returns the state after the given number of completed optimizer steps.
@@ -70,7 +73,8 @@ class EmergencySaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, (Interrupted, FailedError)):
+        is_saved = isinstance(error, (Interrupted, FailedError)) and not isinstance(error, StuckRanksError)
+        if error is not None and not is_saved:
             self.save(f"{kind.__name__ if kind else 'error'}: {error}")
         self._done.set()
         signal.set_wakeup_fd(-1)

@@ -17,6 +17,7 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.data.files import hash_file, sync_folder, write_atomic
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.train.checkpoint.state import STATE_FILE, TrainState
 
 MANIFEST = "manifest.json"
@@ -137,6 +138,7 @@ def verify_manifest(folder: Path) -> str | None:
     with ThreadPoolExecutor() as pool:
         found = pool.map(hash_file, [folder / name for name in expected_files])
         for (name, (_, digest)), actual in zip(expected_files.items(), found, strict=True):
+            ACTIVITY.note()
             if actual != digest:
                 return f"{name} has another SHA-256"
     return None

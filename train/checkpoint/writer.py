@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from loguru import logger
 
+from sdxl_trainer.launch.activity import ACTIVITY
+from sdxl_trainer.launch.distributed import wait_for_ranks
 from sdxl_trainer.train.checkpoint.direct_file import DirectFile
 from sdxl_trainer.train.checkpoint.folder import get_partial_folder, prune_checkpoints, seal_checkpoint, write_part
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -60,6 +63,8 @@ class CheckpointWriter:
             OSError: the previous checkpoint could not be written.
         """
         self.wait()
+        # A rank may wait long for space on its disk or, as rank 0, for the parts of the others.
+        wait_for_ranks("the previous checkpoint")
         # The previous copy has been written, so its memory is free.
         self.start_writing(engine.capture_state(reuse=True, lend=True), replace(state), engine.release_state)
 
@@ -82,7 +87,7 @@ class CheckpointWriter:
             OSError: it could not be written.
         """
         if self._thread is not None:
-            self._thread.join()
+            ACTIVITY.follow(partial(_join, self._thread))
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -113,6 +118,7 @@ class CheckpointWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = save_hashed(path, content)
             written[name] = {"bytes": file.bytes, "sha256": file.sha256}
+            ACTIVITY.background += 1
         # Equal on every rank, so every living rank may write it.
         state.save(partial)
         write_part(partial, self.rank, self.world_size, written)
@@ -168,6 +174,7 @@ class CheckpointWriter:
                 logger.warning("{}; the checkpoint of step {} waits for space", lack, state.step)
                 has_warned = True
             time.sleep(min(SPACE_POLL_SECONDS, self.wait_for_space_seconds))
+            ACTIVITY.background += 1  # this wait has a limit of its own, and so has the one for other ranks' parts
 
     def _discard(self, files: dict[str, Any], step: int) -> None:
         """Delete this rank's files of a checkpoint that did not fit on the disk."""
@@ -182,8 +189,15 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{partial}: not every rank has written its part")
             time.sleep(0.05)
+            ACTIVITY.background += 1
         logger.info("checkpoint {} is saved", sealed)
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
+
+
+def _join(thread: threading.Thread, timeout_seconds: float) -> bool:
+    """Wait for a thread for some time, and return whether it has ended."""
+    thread.join(timeout_seconds)
+    return not thread.is_alive()
 
 
 class WrittenFile(NamedTuple):

@@ -1,8 +1,8 @@
 """One training engine over DeepSpeed ZeRO: build, forward, backward, step."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.train.engine.deepspeed_config import (
     DTYPES,
@@ -26,6 +27,7 @@ from sdxl_trainer.train.engine.patches import (
     skip_overflow_scan,
 )
 from sdxl_trainer.train.engine.snapshot import HostMemory, capture_state, load_state
+from sdxl_trainer.train.engine.update_guard import UpdateGuard
 from sdxl_trainer.train.engine.weights import Weights, copy_fp32_share
 
 
@@ -44,7 +46,6 @@ class Engine:
     Attributes:
         weights: access to the trained weights by name, and their moving averages.
         dtype: data type in which the model computes.
-        completed_steps: optimizer steps since the engine was built, skipped updates included.
     """
 
     def __init__(
@@ -60,30 +61,35 @@ class Engine:
         assert config.zero_stage is not None, "resolve_zero_stage chooses a stage"
         self.zero_stage: int = config.zero_stage
         self.dtype = DTYPES[config.precision]
-        self.completed_steps = 0
         self._lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         rank, _, world_size = read_environment()
         has_masters = config.precision in ("bf16", "fp16")
         copies = copy_fp32_share(model, rank, world_size) if has_masters else None
         self._engine = _build_deepspeed(model, optimizer, config, batch, max_grad_norm)
-        self.weights = Weights(self._engine, copies, exact_weights if has_masters else (), ema)
+        self._guard = UpdateGuard(self._engine.device)
+        exact_weights = exact_weights if has_masters else ()
+        self.weights = Weights(self._engine, copies, exact_weights, ema, self._guard.mark.record)
         if self.zero_stage == 0:
             # DeepSpeed has updated once with gradients of zero, which Adam would count as its first step.
             self._engine.basic_optimizer.state.clear()
         self._host_memory = HostMemory()
-        self._updating = threading.Lock()
         self._lends_state = config.offload_optimizer
         # Set while no other thread reads the live state (see `capture_state`).
         self._state_is_free = threading.Event()
         self._state_is_free.set()
-        # True while the weights are halfway through an update. An error during an update leaves it True.
-        self._halfway = False
-        self._engine.basic_optimizer.register_step_pre_hook(lambda *_: setattr(self, "_halfway", True))
+        self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._guard.begin_writing())
+        # DeepSpeed moves the momentum of Muon before the ranks agree on the norm.
+        self._writes_early = any("use_muon" in group for group in optimizer.param_groups)
 
     @property
     def model(self) -> Any:
         """The wrapped module; call its parts for forward passes without gradient, as sampling does."""
         return self._engine.module
+
+    @property
+    def completed_steps(self) -> int:
+        """Optimizer steps since the engine was built, skipped updates included."""
+        return self._guard.completed_steps
 
     @property
     def device(self) -> torch.device:
@@ -108,28 +114,19 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return False
-        self._state_is_free.wait()
-        with self._updating:
-            # The ranks first agree on the gradients' norm. If one of them is dead, no weight has been touched yet.
+        ACTIVITY.follow(self._state_is_free.wait)
+        with self._guard.update():
+            if self._writes_early:
+                self._guard.begin_writing()
+            # The ranks first agree on the gradients' norm. The hook of the optimizer marks the end of that.
             self._engine.step()
             if self._engine.was_step_applied():
                 self.weights.update_averages()
-            self._halfway = False
-            self.completed_steps += 1
         return self._engine.was_step_applied()
 
-    @contextmanager
-    def hold_updates(self, timeout_seconds: float) -> Iterator[int | None]:
-        """Keep updates from starting within the context, and yield the number of completed steps.
-
-        Yields None if the weights are halfway through an update that does not end in time.
-        """
-        held = self._updating.acquire(timeout=timeout_seconds)
-        try:
-            yield self.completed_steps if held and not self._halfway else None
-        finally:
-            if held:
-                self._updating.release()
+    def hold_updates(self, timeout_seconds: float) -> AbstractContextManager[int | None]:
+        """Keep weights from being changed within the context; see `UpdateGuard.hold`."""
+        return self._guard.hold(timeout_seconds)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group to `lr` times the group's scale."""

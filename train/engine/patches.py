@@ -26,6 +26,7 @@ import deepspeed.ops
 import deepspeed.runtime.compiler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -215,6 +216,20 @@ def read_parameter_share(parameter: Any) -> ParameterShare:
     Why: checkpoints record the place of every parameter. Looked for: a public attribute; there is none.
     """
     return ParameterShare(parameter.ds_tensor.ds_numel, parameter.ds_numel)
+
+
+def abandon_gathers(engine: Any) -> None:
+    """Let ZeRO 3 release weights whose gather never ends, without waiting for it.
+
+    Why: `checkpoint_event_prologue` waits for gathers that are under way, or refuses them, so a rank could not save
+    while another one hangs in the forward or backward pass. Nothing is lost: each rank keeps its own part. Looked for:
+    an argument; there is none. Training cannot continue afterwards.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    coordinator._PartitionedParameterCoordinator__inflight_param_registry.clear()
+    for parameter in engine.module.parameters():
+        if parameter.ds_status == ZeroParamStatus.INFLIGHT:
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
 def get_whole_shape(parameter: Any) -> tuple[int, ...]:

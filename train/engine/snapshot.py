@@ -107,8 +107,8 @@ def capture_state(
         return copy_to_host(content, memory, keep_host_tensors=lend)
 
     layout, ema = weights.layout, weights.ema
+    weights.release_gathered(alone)
     weights.restore_replaced()
-    weights.release_gathered()
     copies = StateCopies(copy, copy_optimizer)
     files = collect_state_files(engine, STATE_TAG, UNIVERSAL_INFO, copies, with_module)
     if not alone:

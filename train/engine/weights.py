@@ -1,6 +1,6 @@
 """The trained weights of a live engine, whole and in fp32, and their moving averages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.launch.distributed import broadcast_tensor, reduce_sum
 from sdxl_trainer.train.engine.layout import Fragment, describe_layout
-from sdxl_trainer.train.engine.patches import deepspeed, get_local_part, read_master_weights
+from sdxl_trainer.train.engine.patches import abandon_gathers, deepspeed, get_local_part, read_master_weights
 
 
 class Weights:
@@ -23,6 +23,7 @@ class Weights:
             16 bit; None if the masters are exact.
         exact_weights: name and value of weights that were in 16 bit already, in full precision.
         ema: the `ema` section.
+        mark_written: called behind each change of what a checkpoint reads, except updates (`WriteMark.record`).
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Weights:
         copies: "Fp32Share | None",
         exact_weights: Iterable[tuple[str, torch.Tensor]],
         ema: EmaConfig | None,
+        mark_written: Callable[[], None],
     ):
         self._engine = engine
         self._zero_stage: int = engine.zero_optimization_stage()
@@ -47,6 +49,7 @@ class Weights:
         self._set_masters(exact_weights)
         self.ema = Ema(ema.decays, ema.warmup, self.list_masters()) if ema and ema.decays else None
         self._replaced: list[torch.Tensor] = []  # see use_average
+        self._mark_written = mark_written
 
     @property
     def trained_names(self) -> list[str]:
@@ -90,6 +93,7 @@ class Weights:
             yield
             return
         self._replaced = [weight.clone() for weight in self._list_local_weights()]
+        self._mark_written()
         try:
             self._set_weights(self._list_flats(average))
             yield
@@ -102,10 +106,17 @@ class Weights:
             for weight, replaced in zip(self._list_local_weights(), self._replaced, strict=True):
                 weight.copy_(replaced)
             self._replaced = []
+            self._mark_written()
 
-    def release_gathered(self) -> None:
-        """Free the whole weights that ZeRO-3 has gathered."""
+    def release_gathered(self, alone: bool = False) -> None:
+        """Free the whole weights that ZeRO-3 has gathered.
+
+        Args:
+            alone: do not wait for gathers that are under way, because other ranks may be dead.
+        """
         if self._zero_stage == 3:
+            if alone:
+                abandon_gathers(self._engine)
             self._engine.optimizer.checkpoint_event_prologue()
 
     def gather_persistent(self) -> None:

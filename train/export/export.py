@@ -24,7 +24,8 @@ from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
-from sdxl_trainer.launch.distributed import Ranks, barrier
+from sdxl_trainer.launch.activity import ACTIVITY
+from sdxl_trainer.launch.distributed import Ranks, wait_for_ranks
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import write_adapters
 
@@ -73,22 +74,29 @@ def export_model(
         average: decay of the moving average to write instead of the current weights.
     """
     if settings.lora.rank:
-        weights = {name: engine.weights.gather(name, average) for name in engine.weights.trained_names}
+        weights = {name: _gather(engine, name, average) for name in engine.weights.trained_names}
         if ranks.is_main:
             write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
-        barrier()
+        wait_for_ranks("the model file")
         return
     parameters = list_gathered_parameters(engine, settings.source)
     if ranks.is_main:
         weights = {
-            component: {name: partial(engine.weights.gather, parameter, average) for name, parameter in names.items()}
+            component: {name: partial(_gather, engine, parameter, average) for name, parameter in names.items()}
             for component, names in parameters.items()
         }
         write_model(path, weights, settings)
     else:
         for parameter in (parameter for names in parameters.values() for parameter in names.values()):
-            engine.weights.gather(parameter, average)
-    barrier()
+            _gather(engine, parameter, average)
+    wait_for_ranks("the model file")
+
+
+def _gather(engine: Engine, parameter: str, average: str | None) -> torch.Tensor:
+    """Gather a parameter, which counts as progress of every rank."""
+    weight = engine.weights.gather(parameter, average)
+    ACTIVITY.note()
+    return weight
 
 
 def list_gathered_parameters(engine: Engine, source: ModelSource) -> dict[str, dict[str, str]]:

@@ -24,6 +24,7 @@ from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.logger import SCREEN
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -175,10 +176,11 @@ class Progress:
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
-        """Show `name` as the current activity within the context; training waits for it."""
+        """Show and publish `name` as the current activity within the context; training waits for it."""
         before, self._activity = self._activity, name
         try:
-            yield
+            with ACTIVITY.during(name):
+                yield
         finally:
             self._activity = before
 

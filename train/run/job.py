@@ -11,7 +11,16 @@ from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
-from sdxl_trainer.launch.distributed import Ranks, broadcast_object, close_ranks, init_ranks, read_environment
+from sdxl_trainer.launch.activity import ACTIVITY, Watchdog
+from sdxl_trainer.launch.distributed import (
+    COLLECTIVE_MARGIN,
+    Ranks,
+    broadcast_object,
+    close_ranks,
+    init_ranks,
+    read_environment,
+    wait_for_ranks,
+)
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted
 from sdxl_trainer.launch.tf32 import set_tf32
@@ -49,6 +58,7 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
     config, index, ranks = set_up(config, problems)
     run, batches = build_run(config, index, ranks, publish=not dry_run)
     show_start(run)
+    wait_for_ranks("the networks and the newest checkpoint")
     if not dry_run:
         train(run, batches)
     close_ranks()
@@ -88,8 +98,15 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
 
 def train(run: Run, batches: Iterator[MicroBatch]) -> None:
     """Fit and finish with the live display on, and log a summary at the end, also when the run was asked to stop."""
+    saver = build_emergency_saver(run)
+    watchdog = Watchdog(
+        60 * run.config.engine.timeout_minutes,
+        on_stall=saver.save,
+        stall_seconds=COLLECTIVE_MARGIN.total_seconds(),
+        first_extra_seconds=COLLECTIVE_MARGIN.total_seconds() / 2,
+    )
     try:
-        with build_emergency_saver(run), run.progress.show():
+        with watchdog, saver, ACTIVITY.during("training"), run.progress.show():
             fit(run, batches)
             finish(run)
     except Interrupted:
@@ -111,6 +128,7 @@ def finish(run: Run) -> None:
     if run.report is not None:
         with run.progress.activity("writing the report"):
             run.report.finish()
+    wait_for_ranks("the last checkpoint and the report")
 
 
 def build_emergency_saver(run: Run) -> EmergencySaver:

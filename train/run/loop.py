@@ -9,6 +9,7 @@ from loguru import logger
 
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.memory import StepMemoryLogger
@@ -59,6 +60,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         if not result.updated:
             handle_skipped_update(run, result.loss, result.non_finite_samples)
         record_step(run, result)
+        ACTIVITY.finish_step(state.step)
         log_step(run, result, lr, time.monotonic() - started)
         memory.note_step()
         is_last = state.step == config.train.max_steps
@@ -84,16 +86,20 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     wait_seconds, updated, micro_steps = 0.0, False, []
     for _ in range(accumulation_steps):
         asked = time.monotonic()
+        ACTIVITY.note("waiting for data")
         batch = next(batches)
         wait_seconds += time.monotonic() - asked
+        ACTIVITY.note("computing gradients")
         losses = compute_losses(run, batch)  # [B]
         loss = losses.mean()
         run.engine.backward(propagate_non_finite(loss))
+        ACTIVITY.note("updating the weights")
         updated = run.engine.step()
         sums[0] += loss.detach()
         sums[1] += len(batch.bad)
         micro_steps.append(MicroStep(batch, losses.detach()))
     log_skipped_samples(run, micro_steps)
+    ACTIVITY.note("adding up the losses")
     sums[2:] = torch.tensor(run.requests.collect())
     loss_sum, num_bad, num_stop, num_save = reduce_sum(sums).tolist()
     mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)

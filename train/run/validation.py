@@ -13,6 +13,7 @@ from loguru import logger
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
@@ -66,6 +67,7 @@ def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[SampleL
             for turn in range(held_out.config.timesteps_per_sample)
             for loss in compute_batch_losses(run, held_out, batches[number], batch, turn)
         ]
+        ACTIVITY.note()
     of_all_ranks: dict[int, list[SampleLoss]] = {}
     for part in gather_objects(found):
         of_all_ranks |= part

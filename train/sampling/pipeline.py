@@ -11,6 +11,7 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.text.tokens import Tokenizers, encode_captions
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.train.networks.conditioning import TextConditioner, TextEmbeddings
 from sdxl_trainer.train.objective.diffusion import LatentStatistics, denormalize_latents
@@ -104,7 +105,10 @@ def generate_images(
     """
     numbers = assign_prompts(prompts, ranks.rank, ranks.world_size, in_lockstep)
     images: dict[int, Image.Image] = {}
-    for rank_images in gather_objects({number: generator.generate(prompts[number]) for number in numbers}):
+    for number in numbers:
+        images[number] = generator.generate(prompts[number])
+        ACTIVITY.note()
+    for rank_images in gather_objects(images):
         images |= rank_images
     return [images[number] for number in range(len(prompts))]
 

@@ -93,9 +93,9 @@ def test_weights_halfway_through_an_update_are_not_saved(
 ) -> None:
     """Nothing is saved during an update, nor after an error in the middle of one."""
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
-    engine._updating.acquire()
-    assert build_saver(engine, tmp_path).save("planted") is None
-    engine._updating.release()
+    with engine._guard.update():
+        engine._guard.begin_writing()
+        assert build_saver(engine, tmp_path).save("planted") is None
     step = engine._engine.optimizer.optimizer.step
     monkeypatch.setattr(engine._engine.optimizer.optimizer, "step", lambda *_: (step(), 1 / 0))
     with pytest.raises(ZeroDivisionError), build_saver(engine, tmp_path):
