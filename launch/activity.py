@@ -107,7 +107,7 @@ class Watchdog:
 
     Args:
         limit_seconds: longest time without progress.
-        on_stall: called before the process ends, with a description of the work that hangs.
+        on_stall: called before the process ends, after the hung work is logged.
         stall_seconds: longest time that `on_stall` may take.
         first_extra_seconds: added to the limit until the first training step is finished, which may compile.
     """
@@ -115,7 +115,7 @@ class Watchdog:
     def __init__(
         self,
         limit_seconds: float,
-        on_stall: Callable[[str], object],
+        on_stall: Callable[[], object] = lambda: None,
         stall_seconds: float = 0.0,
         first_extra_seconds: float = 0.0,
     ):
@@ -144,6 +144,7 @@ class Watchdog:
             extra_seconds = self._first_extra_seconds if ACTIVITY.step is None else 0.0
             if stalled_seconds >= self._limit_seconds + extra_seconds:
                 self._end(f"no progress for {stalled_seconds / 60:.3g} minutes in: {ACTIVITY.describe()}")
+                return
 
     def _end(self, reason: str) -> None:
         # `on_stall` may hang too, for example on the same storage.
@@ -153,7 +154,7 @@ class Watchdog:
             last_resort.start()
         try:
             logger.error(reason)
-            self._on_stall(reason)
+            self._on_stall()
         finally:
             exit_with_failure()
 

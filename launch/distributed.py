@@ -295,7 +295,7 @@ def wait_for_ranks(purpose: str) -> None:
     _, waits, timeout, raise_if_stopped = _meeting
     limit_seconds = timeout.total_seconds()
     # The store does not answer if the process that keeps it is stopped, or its node is frozen.
-    is_silent = Watchdog(limit_seconds * (1 + 2 / LOOKS_PER_LIMIT), on_stall=lambda _: None)
+    is_silent = Watchdog(limit_seconds * (1 + 2 / LOOKS_PER_LIMIT))
     with ACTIVITY.during(f"waiting for other ranks, {purpose}"), is_silent:
         try:
             waits.arrive()

@@ -101,7 +101,7 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
     saver = build_emergency_saver(run)
     watchdog = Watchdog(
         60 * run.config.engine.timeout_minutes,
-        on_stall=saver.save,
+        on_stall=lambda: saver.save("no progress"),
         stall_seconds=COLLECTIVE_MARGIN.total_seconds(),
         first_extra_seconds=COLLECTIVE_MARGIN.total_seconds() / 2,
     )
