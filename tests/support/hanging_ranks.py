@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from reshard_ranks import build_engine, gather_all, train
+from reshard_ranks import WHOLE, build_engine, gather_all, train
 
 from sdxl_trainer.launch.activity import ACTIVITY, Watchdog
 from sdxl_trainer.launch.distributed import init_ranks
@@ -29,7 +29,8 @@ folder, stage, place = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 ranks = init_ranks()
 init_logger(ranks.rank)
 signal.signal(signal.SIGTERM, lambda *_: None)  # the launcher's, once the first rank has ended
-engine = build_engine(stage, ranks)
+# Under ZeRO 3 every weight is gathered anew in each pass, as large ones are.
+engine = build_engine(stage, WHOLE, ranks, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
 train(engine, ranks, range(STEPS))
 weights = gather_all(engine)
 if ranks.is_main:

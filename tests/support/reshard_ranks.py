@@ -61,17 +61,25 @@ def run_ranks(world_size: int, work: Callable[[Ranks], None]) -> None:
     assert statuses == [0] * world_size, f"{world_size} ranks ended with {statuses}"
 
 
-def build_engine(stage: int, max_values: int, ranks: Ranks) -> Engine:
-    """Build an engine over weights whose sizes no number of ranks divides, in two groups or in four pieces of them."""
+def build_engine(stage: int, max_values: int, ranks: Ranks, **zero_settings: int) -> Engine:
+    """Build an engine over weights whose sizes no number of ranks divides, in two groups or in four pieces of them.
+
+    Args:
+        zero_settings: further entries of DeepSpeed's `zero_optimization`.
+    """
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
     groups = [
         {"params": [weight for weight in net.parameters() if weight.dim() > 1], "weight_decay": 0.1},
         {"params": [weight for weight in net.parameters() if weight.dim() <= 1], "weight_decay": 0.0},
     ]
+    extra = {"zero_optimization": zero_settings} if zero_settings else {}
     batch = BatchSizes(GLOBAL_BATCH, GLOBAL_BATCH // ranks.world_size, 1)
-    settings, averages = EngineConfig(zero_stage=stage, precision="fp32"), EmaConfig(decays=[float(AVERAGE)])
-    optimizer = torch.optim.AdamW(split_groups(groups, max_values), lr=0.05)
+    settings = EngineConfig(zero_stage=stage, precision="fp32", deepspeed=extra)
+    optimizer, averages = (
+        torch.optim.AdamW(split_groups(groups, max_values), lr=0.05),
+        EmaConfig(decays=[float(AVERAGE)]),
+    )
     assert len(optimizer.param_groups) == (4 if max_values == SPLIT else 2)
     return Engine(net, optimizer, settings, batch, max_grad_norm=1.0, ema=averages)
 

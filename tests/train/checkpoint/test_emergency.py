@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from loguru import logger
-from reshard_ranks import build_engine, train
+from reshard_ranks import WHOLE, build_engine, train
 
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
@@ -33,7 +33,7 @@ def ranks() -> Ranks:
 @pytest.fixture
 def engine(ranks: Ranks) -> Engine:
     """Build an engine that has completed three steps."""
-    engine = build_engine(2, ranks)
+    engine = build_engine(2, WHOLE, ranks)
     train(engine, ranks, range(3))
     return engine
 
@@ -110,7 +110,7 @@ def test_a_step_that_is_saved_already_and_a_run_without_steps_are_not_written(
     saver = build_saver(engine, tmp_path, write_model)
     saver._writer.last_step = FIRST_STEP + 3
     assert saver.save("planted") is None and f"step {FIRST_STEP + 3} is saved already" in messages[-1]
-    assert build_saver(build_engine(2, ranks), tmp_path, write_model).save("no step yet") is None
+    assert build_saver(build_engine(2, WHOLE, ranks), tmp_path, write_model).save("no step yet") is None
     assert not (tmp_path / "models").exists() and find_step(tmp_path) is None
 
 
