@@ -11,6 +11,7 @@ import pytest
 import torch
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -188,6 +189,17 @@ def test_masters_are_counted_by_group_and_as_in_the_file(stage: int):
 def test_the_loss_scale_is_a_property_of_every_sharded_optimizer():
     for kind in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
         assert isinstance(kind.loss_scale, property)
+
+
+def test_gathers_of_zero_3_are_kept_where_they_are_abandoned():
+    engine = build_engine(3)._engine
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    weight = next(engine.module.parameters())
+    coordinator._PartitionedParameterCoordinator__inflight_param_registry[weight] = None  # waiting for it would raise
+    weight.ds_status = ZeroParamStatus.INFLIGHT
+    patches.abandon_gathers(engine)
+    engine.optimizer.checkpoint_event_prologue()
+    assert weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
 
 
 def test_averages_are_moved_by_torch_in_place():
