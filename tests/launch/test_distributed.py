@@ -20,14 +20,12 @@ import sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from sdxl_trainer.launch import distributed
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
 from sdxl_trainer.launch.program import end_program
 
 rank = read_environment().rank
 print("here", flush=True) if rank else sys.stdin.readline()
-distributed.COLLECTIVE_MARGIN = timedelta(0)
-ranks = init_ranks(timeout_minutes=4 / 60)
+ranks = init_ranks(timeout_minutes=4 / 60, collective_margin=timedelta(0))
 own = dist.new_group(ranks=range(2))
 print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
 if rank == 0:
