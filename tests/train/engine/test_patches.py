@@ -195,8 +195,8 @@ def test_gathers_of_zero_3_are_kept_where_they_are_abandoned():
     engine = build_engine(3)._engine
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     weight = next(engine.module.parameters())
-    coordinator._PartitionedParameterCoordinator__inflight_param_registry[weight] = None  # waiting for it would raise
     weight.ds_status = ZeroParamStatus.INFLIGHT
+    coordinator._PartitionedParameterCoordinator__inflight_param_registry[weight] = None  # waiting for it would raise
     patches.abandon_gathers(engine)
     engine.optimizer.checkpoint_event_prologue()
     assert weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
