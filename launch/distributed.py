@@ -287,7 +287,7 @@ def wait_for_ranks(purpose: str) -> None:
 
     Raises:
         StuckRanksError: a missing rank made no progress for `engine.timeout_minutes`, or rank 0 has ended.
-        Interrupted: this rank was asked to stop, and the others have not stopped some seconds later.
+        InterruptedAlone: this rank was asked to stop, and the others have not stopped some seconds later.
     """
     if not _is_distributed():
         return

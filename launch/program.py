@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdxl_trainer.configs.problems import FailedError, UserInputError
-from sdxl_trainer.launch.signals import Interrupted, exit_on_signals
+from sdxl_trainer.launch.signals import Interrupted, InterruptedAlone, exit_on_signals
 from sdxl_trainer.launch.status import (
     STATUS_DONE,
     STATUS_FAILED,
     STATUS_WRONG_INPUT,
     RankZeroError,
+    clear_status,
     record_status,
 )
 
@@ -89,6 +90,10 @@ def _run(work: Callable[[], None]) -> int:
         else:
             time.sleep(RANK_ZERO_SECONDS)
         return record_status(STATUS_WRONG_INPUT)
+    except InterruptedAlone as request:
+        clear_status()  # the launch script knows whether the signal came from the user or because a rank had died
+        sys.stderr.write(f"{request}, and other ranks do not answer; the same command resumes from what is saved\n")
+        return 128 + request.signal_number
     except Interrupted as request:
         if _is_rank_zero():
             sys.stderr.write(f"{request}; everything done so far is saved; the same command resumes\n")

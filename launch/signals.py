@@ -28,6 +28,13 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
         super().__init__(f"stopped by {cause or signal.Signals(signal_number).name}")
 
 
+class InterruptedAlone(Interrupted):  # noqa: N818 (not an error)
+    """A stop signal ended this rank's wait for ranks that did not stop too.
+
+    A launcher also sends the signal to the ranks that are left when another one has died.
+    """
+
+
 class StopRequest:
     """Record of a stop signal. Create it on the main thread, where Python allows signal handlers.
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from loguru import logger
 
 from sdxl_trainer.launch.activity import ACTIVITY
-from sdxl_trainer.launch.signals import Interrupted
+from sdxl_trainer.launch.signals import Interrupted, InterruptedAlone
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.001, 1.0
 REPORT_SECONDS, REPEAT_REPORT_SECONDS = 10.0, 60.0  # until the first and between further lines about missing ranks
@@ -139,7 +139,7 @@ def poll(raise_if_stopped: Callable[[], None]) -> Iterator[None]:
 
 
 def give_patience(raise_if_stopped: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that raises what `raise_if_stopped` raises, but `STOP_PATIENCE_SECONDS` later.
+    """Return a function that raises InterruptedAlone `STOP_PATIENCE_SECONDS` after `raise_if_stopped` raises Interrupted.
 
     A signal usually reaches all ranks. If the others stop too, they all end in good order.
     """
@@ -149,9 +149,9 @@ def give_patience(raise_if_stopped: Callable[[], None]) -> Callable[[], None]:
         nonlocal first_time
         try:
             raise_if_stopped()
-        except Interrupted:
+        except Interrupted as request:
             first_time = first_time or time.monotonic()
             if time.monotonic() - first_time > STOP_PATIENCE_SECONDS:
-                raise
+                raise InterruptedAlone(request.signal_number) from None
 
     return raise_later

@@ -30,3 +30,4 @@ def test_a_rank_0_that_is_frozen_with_the_store_ends_the_others() -> None:
 def test_a_waiting_rank_heeds_a_signal() -> None:
     status, printed = run("signal", 2)
     assert status == 143 and "status 143 of rank 1" in printed, printed
+    assert "stopped by SIGTERM, and other ranks do not answer" in printed, printed
