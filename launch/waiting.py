@@ -139,7 +139,7 @@ def poll(raise_if_stopped: Callable[[], None]) -> Iterator[None]:
 
 
 def give_patience(raise_if_stopped: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that raises InterruptedAlone `STOP_PATIENCE_SECONDS` after `raise_if_stopped` raises Interrupted.
+    """Return a function that raises InterruptedAlone, `STOP_PATIENCE_SECONDS` after `raise_if_stopped` first raised.
 
     A signal usually reaches all ranks. If the others stop too, they all end in good order.
     """
