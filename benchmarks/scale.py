@@ -26,6 +26,11 @@ INDEX_GB_A_MILLION = 1.6
 SAMPLES_A_SECOND_OF_A_WORKER = 1644  # whole samples, through the pipe to the rank
 CACHE_CPU_MS_A_IMAGE = 16.6
 MICRO_BATCH = 8
+# How often a rank of a ring sends each byte that a collective reduces or gathers, without the factor (N-1)/N for N
+# ranks.
+TIMES_SENT = {"allreduce": 2, "reduce": 1, "reduce_scatter_base": 1, "allgather_base": 1, "broadcast": 1}
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+MOST_REDUCING_RANKS = 64  # train/engine/deepspeed_config.py: with more, ZeRO 1 and 2 all-reduce
 
 
 def main() -> int:
@@ -46,45 +51,56 @@ def compute_rate() -> float:
     return MFU * PEAK_TFLOPS / TFLOP_AN_IMAGE
 
 
-def compute_traffic_gb(stage: int, accumulation: int) -> float:
-    """Return the GB that a rank sends in a step, equal to the GB it receives, without the factor (N-1)/N of N ranks.
+def compute_sent_bytes(stage: int, accumulation: int, communication: str, ranks: int = 8) -> float:
+    """Return the bytes a weight that a rank sends in a step, equal to those it receives, without the factor (N-1)/N.
 
-    Gradients in bf16 are reduced once a step by stages 0 and 1, and once a micro batch by stages 2 and 3. Weights in
-    bf16 are gathered once a step by stages 1 and 2, and in each forward and backward pass by stage 3.
+    Gradients are reduced once a step by stages 0 and 1, and once a micro batch by stages 2 and 3. Weights in bf16 are
+    gathered once a step by stages 1 and 2, and in each forward and backward pass by stage 3.
+    `python benchmarks/gradients.py` counts the same.
     """
-    weights_gb = 2 * WEIGHTS / 1e9
-    reduced = {0: 2, 1: 1, 2: accumulation, 3: accumulation}[stage]
+    reduces = {0: "allreduce", 3: "reduce_scatter_base"}.get(stage, "reduce")
+    if ranks > MOST_REDUCING_RANKS and stage in (1, 2):
+        reduces = "allreduce"
+    reduced = TIMES_SENT[reduces] * GRADIENT_BYTES[communication] * (accumulation if stage >= 2 else 1)
     gathered = {0: 0, 1: 1, 2: 1, 3: 2 * accumulation}[stage]
-    return weights_gb * (reduced + gathered)
+    return reduced + 2 * gathered
+
+
+def compute_traffic_gb(stage: int, accumulation: int, communication: str, ranks: int = 8) -> float:
+    """Return the GB that a rank sends in a step, without the factor (N-1)/N of N ranks."""
+    return compute_sent_bytes(stage, accumulation, communication, ranks) * WEIGHTS / 1e9
 
 
 def tabulate_step() -> str:
     """Tabulate the step time, and the time of communication if nothing overlapped."""
     seconds = MICRO_BATCH / compute_rate()
-    rows = [
-        "| GPUs | global batch | images/s | step | sending, ZeRO 1, 2 | ZeRO 3 | hours for 1, 10, 100 million images |"
-    ]
-    rows.append("|---|---|---|---|---|---|---|")
+    rows = ["| GPUs | global batch | images/s | step | ZeRO 1, 2: fp32 | bf16 | ZeRO 3: fp32 | bf16 | hours |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
     for gpus in GPUS:
         bandwidth = NVLINK_GBS if gpus <= NODE else NETWORK_GBS
-        sent = [compute_traffic_gb(stage, 1) * (gpus - 1) / gpus / bandwidth for stage in (2, 3)]
+        cases = [(stage, communication) for stage in (2, 3) for communication in GRADIENT_BYTES]
+        sent = [compute_traffic_gb(stage, 1, kind, gpus) * (gpus - 1) / gpus / bandwidth for stage, kind in cases]
         hours = ", ".join(f"{images / (gpus * compute_rate()) / 3600:,.3g}" for images in IMAGES)
         rows.append(
             f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate():,.0f} | {seconds * 1e3:.0f} ms | "
-            f"{sent[0] * 1e3:.0f} ms | {sent[1] * 1e3:.0f} ms | {hours} |"
+            f"{' | '.join(f'{one * 1e3:.0f} ms' for one in sent)} | {hours} |"
         )
     return "\n".join(rows)
 
 
 def tabulate_traffic() -> str:
-    """Tabulate bytes by stage and accumulation, and the bandwidth below which sending takes longer than computing."""
+    """Tabulate bytes by stage, type and accumulation, and the bandwidth that takes as long as the arithmetic."""
     seconds = MICRO_BATCH / compute_rate()
-    rows = ["| ZeRO | GB sent a step, no accumulation | 4 micro batches | 16 | becomes the limit below, GB/s |"]
-    rows.append("|---|---|---|---|---|")
+    rows = ["| ZeRO | gradients sent in | bytes a weight | GB a step | 4 micro batches | 16 | limit below, GB/s |"]
+    rows.append("|---|---|---|---|---|---|---|")
     for stage in range(4):
-        sent = [compute_traffic_gb(stage, accumulation) for accumulation in (1, 4, 16)]
-        limits = ", ".join(f"{gb / (seconds * n):.0f}" for gb, n in zip(sent, (1, 4, 16), strict=True))
-        rows.append(f"| {stage} | {' | '.join(f'{gb:.1f}' for gb in sent)} | {limits} |")
+        for communication in GRADIENT_BYTES:
+            sent = [compute_traffic_gb(stage, steps, communication) for steps in (1, 4, 16)]
+            limits = ", ".join(f"{gb / (seconds * n):.0f}" for gb, n in zip(sent, (1, 4, 16), strict=True))
+            rows.append(
+                f"| {stage} | {communication} | {compute_sent_bytes(stage, 1, communication):.0f} | "
+                f"{' | '.join(f'{gb:.1f}' for gb in sent)} | {limits} |"
+            )
     return "\n".join(rows)
 
 

@@ -76,6 +76,24 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
         ("engine.initial_loss_scale_power=8", "engine.initial_loss_scale_power", "engine.precision is not fp16"),
         ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "set engine.zero_stage instead"),
         ("engine.deepspeed={gradient_clipping: 3}", "engine.deepspeed", "set optim.max_grad_norm instead"),
+        ("engine.accumulation_dtype=fp16", "engine.accumulation_dtype", "set it to auto or fp32 or bf16"),
+        ("engine.precision=fp32 engine.accumulation_dtype=bf16", "engine.accumulation_dtype", "set it to auto or fp32"),
+        ("engine.communication_dtype=fp16", "engine.communication_dtype", "set it to auto or fp32 or bf16"),
+        (
+            "optim.name=muon optim.max_grad_norm=0 engine.accumulation_dtype=fp32",
+            "engine.accumulation_dtype",
+            "set it to auto, or set engine.precision: fp32",
+        ),
+        (
+            "engine.deepspeed={communication_data_type: fp16}",
+            "engine.deepspeed",
+            "set engine.communication_dtype instead",
+        ),
+        (
+            "engine.deepspeed={data_types: {grad_accum_dtype: fp32}}",
+            "engine.deepspeed",
+            "set engine.accumulation_dtype instead",
+        ),
         ("engine.deepspeed={bf16: true}", "engine.deepspeed", "must contain a mapping under bf16"),
         ("lora.alpha=4", "lora.alpha", "lora.rank is 0; set that above 0"),
         (

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
+from sdxl_trainer.configs.engine import PURE_BF16, WEIGHT_TYPES, EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, TrainConfig
 from sdxl_trainer.train.optim.optimizers import explain_whole_tensors
 
 DTYPES = {
@@ -18,6 +18,13 @@ DTYPES = {
     "fp16": torch.float16,
     **dict.fromkeys(PURE_BF16, torch.bfloat16),
 }
+
+
+# Whether autograd can add gradients up in another type than the weights', as ZeRO 0 needs: from torch 2.10 on.
+CAN_SUM_IN_FP32 = hasattr(torch.Tensor, "grad_dtype")
+# Ranks up to which each part of a bucket is reduced to the rank that needs it. That sends half of what an all-reduce of
+# the bucket does. More ranks make the parts so small that latency outweighs the saving (estimated, not measured).
+MOST_REDUCING_RANKS = 64
 
 
 class BatchSizes(NamedTuple):
@@ -33,6 +40,19 @@ class BatchSizes(NamedTuple):
         return self.global_batch_size // (self.micro_batch_size * self.accumulation_steps)
 
 
+def compute_batch_sizes(train: TrainConfig, world_size: int) -> BatchSizes:
+    """Return the batch sizes of the settings for a number of ranks."""
+    accumulation_steps = train.global_batch_size // (train.micro_batch_size * world_size)
+    return BatchSizes(train.global_batch_size, train.micro_batch_size, accumulation_steps)
+
+
+class GradientTypes(NamedTuple):
+    """Data types of gradients: fp32, bf16 or fp16."""
+
+    accumulation: str  # of the sum over micro steps and ranks
+    communication: str  # of what ranks send each other
+
+
 class StageChoice(NamedTuple):
     """A ZeRO stage and the reason for it, a clause after "because"."""
 
@@ -40,23 +60,38 @@ class StageChoice(NamedTuple):
     reason: str
 
 
-def check_engine(engine: EngineConfig) -> Iterator[Problem]:
-    """Yield a problem for each setting whose package is not installed."""
+def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem for each setting that the installed packages or the optimizer do not support."""
     if engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
         yield Problem("engine.attention", "xformers", "is not installed", "pip install xformers, or set it to sdpa")
+    if engine.accumulation_dtype != "fp32" or WEIGHT_TYPES[engine.precision] == "fp32":
+        return
+    if optim.name == "muon":
+        rule = f"is impossible with muon, which adds gradients in the type of the weights ({engine.precision})"
+        yield Problem("engine.accumulation_dtype", "fp32", rule, "set it to auto, or set engine.precision: fp32")
+    elif engine.zero_stage == 0 and not CAN_SUM_IN_FP32:
+        rule = f"is impossible in {engine.precision} under ZeRO 0 with PyTorch {torch.__version__}"
+        yield Problem("engine.accumulation_dtype", "fp32", rule, "install torch 2.10 or later, or set it to auto")
 
 
 def resolve_zero_stage(config: Config, world_size: int) -> tuple[Config, str]:
     """Return the settings with a ZeRO stage, and a line that explains the choice; "" if the user has set the stage."""
     if config.engine.zero_stage is not None:
         return config, ""
-    choice = choose_default_stage(config.engine, config.optim, world_size)
+    steps = compute_batch_sizes(config.train, world_size).accumulation_steps
+    types = resolve_gradient_types(config.engine, world_size, steps, config.optim.name == "muon")
+    choice = choose_default_stage(config.engine, config.optim, world_size, types)
     engine = config.engine.model_copy(update={"zero_stage": choice.stage})
     return config.model_copy(update={"engine": engine}), f"{choice.stage}, chosen because {choice.reason}"
 
 
-def choose_default_stage(engine: EngineConfig, optim: OptimConfig, world_size: int) -> StageChoice:
-    """Choose the lowest ZeRO stage that suits the settings, because each higher stage adds work for each weight."""
+def choose_default_stage(
+    engine: EngineConfig, optim: OptimConfig, world_size: int, types: GradientTypes
+) -> StageChoice:
+    """Choose the lowest ZeRO stage that suits the settings, because each higher stage adds work for each weight.
+
+    ZeRO 2 adds gradients up in this rank's part of an fp32 buffer. ZeRO 1 keeps fp32 gradients of all weights besides.
+    """
     if engine.offload_param:
         return StageChoice(3, "engine.offload_param needs it")
     if engine.offload_optimizer:
@@ -68,7 +103,41 @@ def choose_default_stage(engine: EngineConfig, optim: OptimConfig, world_size: i
         return StageChoice(2, f"{world_size} ranks share gradients, masters and optimizer state")
     if engine.precision == "fp32":
         return StageChoice(0, "a single rank in fp32 has nothing to share")
+    if types.accumulation == "fp32":
+        return StageChoice(
+            2, f"gradients in {engine.precision} are added up in fp32, which takes the least memory there"
+        )
     return StageChoice(1, f"engine.precision {engine.precision} needs a ZeRO stage, and one rank has nothing to share")
+
+
+def resolve_gradient_types(
+    engine: EngineConfig, world_size: int, accumulation_steps: int, is_muon: bool = False
+) -> GradientTypes:
+    """Resolve `engine.accumulation_dtype` and `engine.communication_dtype`, of which `auto` depends on the batch.
+
+    Args:
+        accumulation_steps: micro steps of each rank in one optimizer step.
+        is_muon: the optimizer is DeepSpeed's Muon, which keeps gradients in the type of the weights.
+    """
+    own = WEIGHT_TYPES[engine.precision]
+    accumulation, communication = engine.accumulation_dtype, engine.communication_dtype
+    if accumulation == "auto":
+        is_possible = not is_muon and (engine.zero_stage != 0 or CAN_SUM_IN_FP32)
+        # ZeRO 0 copies gradients to fp32 for the update anyway, so it takes the least memory to have them in fp32.
+        is_useful = engine.zero_stage == 0 or world_size > 1 or accumulation_steps > 1
+        accumulation = "fp32" if is_possible and is_useful else own
+    if world_size == 1:
+        # Nothing is sent, but DeepSpeed still casts: from buckets in the type of the weights (ZeRO 2 and 3) or from the
+        # sums (ZeRO 1).
+        communication = accumulation if engine.zero_stage == 1 else own
+    elif communication == "auto":
+        communication = "fp32"
+    return GradientTypes(accumulation, communication)
+
+
+def uses_muon(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer is DeepSpeed's Muon."""
+    return any("use_muon" in group for group in optimizer.param_groups)
 
 
 def build_communication_settings(engine: EngineConfig, world_size: int) -> dict[str, object]:
@@ -82,6 +151,8 @@ def build_communication_settings(engine: EngineConfig, world_size: int) -> dict[
         # Without contiguous gradients, DeepSpeed makes no copy of each gradient.
         return alone if engine.zero_stage != 1 else {**alone, "contiguous_gradients": False}
     settings: dict[str, object] = {"reduce_bucket_size": 200_000_000, "allgather_bucket_size": 200_000_000}
+    if world_size <= MOST_REDUCING_RANKS:
+        settings["use_multi_rank_bucket_allreduce"] = False
     if torch.cuda.is_available() and engine.zero_stage:
         settings["overlap_comm"] = True
     return settings
@@ -92,8 +163,10 @@ def build_deepspeed_config(
 ) -> dict[str, Any]:
     """Build DeepSpeed's JSON from the settings, with `engine.deepspeed` merged over it."""
     pure_bf16 = config.precision in PURE_BF16
+    is_muon = uses_muon(optimizer)
+    types = resolve_gradient_types(config, batch.world_size, batch.accumulation_steps, is_muon)
     zero: dict[str, Any] = {"stage": config.zero_stage, **build_communication_settings(config, batch.world_size)}
-    if any("use_muon" in group for group in optimizer.param_groups):
+    if is_muon:
         # Muon needs whole gradients on every rank.
         zero["reduce_scatter"] = False
     if config.offload_optimizer:
@@ -112,6 +185,9 @@ def build_deepspeed_config(
             "bf16_master_weights_and_grads": pure_bf16,
             "bf16_optimizer_states": pure_bf16,
         },
+        # Under ZeRO 0 DeepSpeed refuses other types than the weights'; `accumulate_in_fp32` takes its place.
+        "data_types": {"grad_accum_dtype": types.accumulation if config.zero_stage else WEIGHT_TYPES[config.precision]},
+        "communication_data_type": types.communication,
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": config.initial_loss_scale_power},
         # check_optimizer refuses what is unsound on a shard; DeepSpeed's own lists of optimizers are shorter.
         "zero_allow_untested_optimizer": True,

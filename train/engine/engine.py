@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.ema import EmaConfig
-from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.engine import WEIGHT_TYPES, EngineConfig
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.train.engine.deepspeed_config import (
@@ -18,10 +18,14 @@ from sdxl_trainer.train.engine.deepspeed_config import (
     BatchSizes,
     build_deepspeed_config,
     describe_deepspeed_config,
+    resolve_gradient_types,
+    uses_muon,
 )
 from sdxl_trainer.train.engine.patches import (
+    accumulate_in_fp32,
     deepspeed,
     guard_updates,
+    reduce_without_waiting,
     replace_zero_grad,
     skip_gradient_allreduce,
     skip_overflow_scan,
@@ -183,7 +187,10 @@ def _build_deepspeed(
     The result is typed as Any because DeepSpeed's attributes are too loosely typed to be checked.
     """
     settings = build_deepspeed_config(config, batch, max_grad_norm, optimizer)
-    logger.info("DeepSpeed: {}", describe_deepspeed_config(settings))
+    types = resolve_gradient_types(config, batch.world_size, batch.accumulation_steps, uses_muon(optimizer))
+    sent = f", sent in {types.communication}" if batch.world_size > 1 else ""
+    described = describe_deepspeed_config(settings)
+    logger.info("DeepSpeed: {}, gradients added in {}{}", described, types.accumulation, sent)
     # DeepSpeed uses a plain optimizer as it is: it neither clips by its norm nor skips an update.
     is_plain = config.zero_stage == 0 and config.precision == "fp32"
     if is_plain:
@@ -192,9 +199,13 @@ def _build_deepspeed(
     engine = built[0]
     if is_plain:
         guard_updates(engine.optimizer, max_grad_norm)
+    if config.zero_stage == 0 and types.accumulation != WEIGHT_TYPES[config.precision]:
+        accumulate_in_fp32(engine)
     if config.zero_stage == 0 and engine.world_size == 1:
         skip_gradient_allreduce(engine)
         replace_zero_grad(engine)
     if config.zero_stage in (1, 2) and not config.offload_optimizer and engine.optimizer.compute_grad_norm:
         skip_overflow_scan(engine.optimizer)
+    if config.zero_stage in (1, 2) and engine.optimizer.overlap_comm:
+        reduce_without_waiting(engine.optimizer)
     return engine

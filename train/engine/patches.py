@@ -24,8 +24,9 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 import deepspeed.runtime.compiler
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -93,10 +94,27 @@ def skip_gradient_allocation() -> None:
     DeepSpeedZeroOptimizer.initialize_optimizer_states = initialize_if_offloaded
 
 
+def keep_zero_optimizer() -> None:
+    """Let ZeRO 1 in bf16 with fp32 accumulation use DeepSpeed's optimizer of ZeRO 1 and 2, as it does in fp16.
+
+    Why: DeepSpeed takes `BF16_Optimizer` instead, which all-reduces whole gradients, applies gradients that are not
+    finite, and keeps its state in attributes of its own. Looked for: a setting; only offloading the optimizer has this
+    effect.
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    @wraps(choose)
+    def choose_wrapper(engine: Any, optimizer: Any) -> Any:
+        return ZERO_OPTIMIZATION if engine.zero_optimization_stage() == 1 else choose(engine, optimizer)
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_wrapper
+
+
 skip_op_probe()
 delay_kernel_compilation()
 silence_renamed_collectives()
 skip_gradient_allocation()
+keep_zero_optimizer()
 
 
 def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
@@ -143,6 +161,49 @@ def replace_zero_grad(engine: Any) -> None:
             weight.grad = None
 
     engine.zero_grad = zero_grad
+
+
+def accumulate_in_fp32(engine: Any) -> None:
+    """Let autograd add the gradients of ZeRO 0 up in fp32, by PyTorch's `grad_dtype` of a parameter.
+
+    Why: DeepSpeed raises NotImplementedError for another type than the weights', but takes fp32 gradients as they are.
+    For a weight without a gradient it makes one in the weight's type, which autograd refuses; here it is fp32. Looked
+    for: a setting; there is none for ZeRO 0.
+    """
+    weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+    collect = engine._get_gradients_for_reduction
+    for weight in weights:
+        weight.grad_dtype = torch.float32
+
+    def collect_in_fp32() -> Any:
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+        return collect()
+
+    engine._get_gradients_for_reduction = collect_in_fp32
+
+
+def reduce_without_waiting(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 reduce parts of buckets on a stream of their own without synchronizing the device.
+
+    Why: with `overlap_comm`, DeepSpeed synchronizes the device before each part that it reduces to one rank, so that
+    nothing overlaps. It does so to free gradients that lie outside the bucket's buffer (`contiguous_gradients: false`).
+    It does not when it all-reduces. Looked for: a setting; there is none.
+    """
+    reduce = optimizer.allreduce_and_copy
+
+    def reduce_on_stream(small_bucket: list[torch.Tensor], *arguments: Any, **named: Any) -> None:
+        # The caller has entered the stream already. Without the flag DeepSpeed stays on it and does not wait.
+        optimizer.overlap_comm = False
+        try:
+            reduce(small_bucket, *arguments, **named)
+        finally:
+            optimizer.overlap_comm = True
+        for gradient in small_bucket if optimizer.reduction_stream is not None else ():
+            gradient.record_stream(optimizer.reduction_stream)
+
+    optimizer.allreduce_and_copy = reduce_on_stream
 
 
 def skip_overflow_scan(optimizer: Any) -> None:

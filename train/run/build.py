@@ -20,6 +20,7 @@ from sdxl_trainer.train.checkpoint.resume import (
     restore_progress,
 )
 from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.engine.deepspeed_config import compute_batch_sizes
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
@@ -27,7 +28,7 @@ from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
-from sdxl_trainer.train.run.networks import build_networks, compute_batch_sizes, hash_frozen_networks
+from sdxl_trainer.train.run.networks import build_networks, hash_frozen_networks
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import build_validation_set, split_data, start_loader
 

@@ -64,7 +64,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
     """Yield problems of the model, the optimizer, the engine, the adapters and the prompts."""
     yield from check_model(config.model)
     yield from check_vocabulary(config.model)
-    yield from check_engine(config.engine)
+    yield from check_engine(config.engine, config.optim)
     yield from check_optimizer(config.optim, config.engine)
     if config.cache.text:
         yield from check_frozen_encoders(config.optim)

@@ -10,10 +10,10 @@ from sdxl_trainer.cache.models.components import hash_component
 from sdxl_trainer.cache.models.encoders import load_text_encoders
 from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.configs.schema import Config, TrainConfig
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
-from sdxl_trainer.train.engine.deepspeed_config import DTYPES, BatchSizes
+from sdxl_trainer.train.engine.deepspeed_config import DTYPES, compute_batch_sizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner, TextConditioner
@@ -27,12 +27,6 @@ from sdxl_trainer.train.networks.trained_networks import (
     unfreeze_text_encoder,
 )
 from sdxl_trainer.train.optim.optimizers import build_optimizer
-
-
-def compute_batch_sizes(train: TrainConfig, world_size: int) -> BatchSizes:
-    """Return the batch sizes of the settings for a number of ranks."""
-    accumulation_steps = train.global_batch_size // (train.micro_batch_size * world_size)
-    return BatchSizes(train.global_batch_size, train.micro_batch_size, accumulation_steps)
 
 
 def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[Engine, TextConditioner]:

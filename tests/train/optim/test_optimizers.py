@@ -211,6 +211,9 @@ def test_contradictions_are_refused(settings, message):
         ({"precision": "bf16_stochastic", "offload_optimizer": True}, "needs fp32 master weights"),
         ({"zero_stage": 2, "offload_optimizer": True, "offload_param": True}, "needs engine.zero_stage 3"),
         ({"zero_stage": 3, "offload_param": True}, "set engine.offload_optimizer: true"),
+        ({"precision": "bf16", "accumulation_dtype": "fp16"}, "set it to auto or fp32 or bf16"),
+        ({"precision": "fp16", "communication_dtype": "bf16"}, "set it to auto or fp32 or fp16"),
+        ({"precision": "fp32", "accumulation_dtype": "bf16"}, "set it to auto or fp32"),
     ],
 )
 def test_contradictions_of_the_engine_are_refused(settings, message):
