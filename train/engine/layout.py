@@ -146,7 +146,6 @@ def _describe_parameters(masters: MasterWeights, names: Mapping[int, str], rank:
 _DESCRIBE = {
     "fp32_partitioned_groups_flat": _describe_parameter_shares,
     "single_partition_of_fp32_groups": _describe_partitions,
-    "fp32_groups_flat_partition": _describe_partitions,
     "fp32_groups_flat": _describe_groups,
     "fp32_groups": _describe_parameters,
     "param_groups": _describe_parameters,

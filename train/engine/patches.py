@@ -220,7 +220,6 @@ def skip_overflow_scan(optimizer: Any) -> None:
 MASTER_KINDS = (
     "fp32_partitioned_groups_flat",  # stage 3
     "single_partition_of_fp32_groups",  # stages 1 and 2
-    "fp32_groups_flat_partition",  # stage 1 in bf16 with fp32 accumulation
     "fp32_groups_flat",  # stage 0 in 16 bit, a fused optimizer
     "fp32_groups",  # stage 0 in 16 bit, any other optimizer
     "param_groups",
@@ -245,7 +244,7 @@ def read_master_weights(optimizer: Any) -> MasterWeights:
     own_groups = [group["params"] for group in optimizer.param_groups]
     if kind == "param_groups":
         return MasterWeights(kind, own_groups, [parameter for group in own_groups for parameter in group])
-    names = ("bit16_groups", "bf16_groups", "fp16_groups")  # at most one of them belongs to an optimizer
+    names = ("bit16_groups", "fp16_groups")  # at most one of them belongs to an optimizer
     groups = next(filter(None, (getattr(optimizer, name, None) for name in names)), own_groups)
     masters = getattr(optimizer, kind)
     tensors = [master for group in masters for master in group] if kind == "fp32_groups" else list(masters)

@@ -25,11 +25,11 @@ from sdxl_trainer.train.engine.quantised import WRAPPED
 from sdxl_trainer.train.engine.saved_state import build_shard
 
 
-def build_engine(stage: int, precision: str = "fp32") -> Engine:
+def build_engine(stage: int, precision: str = "fp32", **settings: str) -> Engine:
     init_ranks()
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    config = EngineConfig(zero_stage=stage, precision=precision)  # pyright: ignore
+    config = EngineConfig(zero_stage=stage, precision=precision, **settings)  # pyright: ignore
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     return Engine(net, optimizer, config, BatchSizes(2, 2, 1), max_grad_norm=0.5)
 
@@ -104,6 +104,33 @@ def test_zero_grad_is_called_by_the_engine_and_replaced():
     engine.backward(engine(torch.ones(2, 3)).sum())
     engine.step()
     assert all(weight.grad is None for weight in engine.model.parameters())
+
+
+def test_zero_1_in_bf16_with_sums_in_fp32_has_the_optimizer_of_zero_2():
+    wrapped = DeepSpeedEngine._do_optimizer_sanity_check.__wrapped__  # pyright: ignore
+    assert "grad_accum_dtype == torch.float32 and self.zero_optimization_stage(\n            ) == 1" in get_source(
+        wrapped
+    )
+    assert "optimizer_wrapper == ZERO_OPTIMIZATION" in get_source(DeepSpeedEngine._configure_optimizer)
+    engine = build_engine(1, "bf16", accumulation_dtype="fp32")._engine
+    assert type(engine.optimizer) is DeepSpeedZeroOptimizer and engine.optimizer.use_grad_accum_attribute
+
+
+def test_zero_0_makes_gradients_in_the_type_of_the_weights():
+    source = get_source(DeepSpeedEngine._get_gradients_for_reduction)
+    assert "param.grad = torch.zeros(param.size(), dtype=param.dtype, device=param.device)" in source
+    assert "self._get_gradients_for_reduction()" in get_source(DeepSpeedEngine.buffered_allreduce_fallback)
+    weights = build_engine(0, "bf16").model.parameters()
+    assert {(weight.dtype, weight.grad_dtype) for weight in weights} == {(torch.bfloat16, torch.float32)}
+
+
+def test_only_reductions_to_one_rank_synchronize_the_device():
+    source = get_source(DeepSpeedZeroOptimizer.allreduce_and_copy)
+    assert source.index("if self.overlap_comm:") < source.index("get_accelerator().synchronize()")
+    assert list_arguments(DeepSpeedZeroOptimizer.allreduce_and_copy)[:2] == ["self", "small_bucket"]
+    assert "synchronize()" not in get_source(DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks)
+    assert "with get_accelerator().stream(stream):" in get_source(DeepSpeedZeroOptimizer.average_tensor)
+    assert "self.allreduce_and_copy(" in get_source(DeepSpeedZeroOptimizer.allreduce_no_retain)
 
 
 def test_overflow_is_scanned_by_the_replaced_method_and_by_the_norm():
