@@ -104,8 +104,8 @@ def keep_zero_optimizer() -> None:
     choose = DeepSpeedEngine._do_optimizer_sanity_check
 
     @wraps(choose)
-    def choose_wrapper(engine: Any, optimizer: Any) -> Any:
-        return ZERO_OPTIMIZATION if engine.zero_optimization_stage() == 1 else choose(engine, optimizer)
+    def choose_wrapper(self: Any, basic_optimizer: Any) -> Any:
+        return ZERO_OPTIMIZATION if self.zero_optimization_stage() == 1 else choose(self, basic_optimizer)
 
     DeepSpeedEngine._do_optimizer_sanity_check = choose_wrapper
 
@@ -191,7 +191,7 @@ def reduce_without_waiting(optimizer: Any) -> None:
     nothing overlaps. It does so to free gradients that lie outside the bucket's buffer (`contiguous_gradients: false`).
     It does not when it all-reduces. Looked for: a setting; there is none.
     """
-    reduce = optimizer.allreduce_and_copy
+    reduce, stream = optimizer.allreduce_and_copy, optimizer.reduction_stream
 
     def reduce_on_stream(small_bucket: list[torch.Tensor], *arguments: Any, **named: Any) -> None:
         # The caller has entered the stream already. Without the flag DeepSpeed stays on it and does not wait.
@@ -200,8 +200,9 @@ def reduce_without_waiting(optimizer: Any) -> None:
             reduce(small_bucket, *arguments, **named)
         finally:
             optimizer.overlap_comm = True
-        for gradient in small_bucket if optimizer.reduction_stream is not None else ():
-            gradient.record_stream(optimizer.reduction_stream)
+        if stream is not None:
+            for gradient in small_bucket:
+                gradient.record_stream(stream)
 
     optimizer.allreduce_and_copy = reduce_on_stream
 
