@@ -28,7 +28,7 @@ from sdxl_trainer.train.optim.optimizers import check_optimizer
         ("engine.precision=fp32", 2, 2),
         ("engine.precision=fp16", 1, 2),
         ("engine.precision=bf16_kahan train.global_batch_size=1", 1, 1),
-        ("optim.name=muon", 1, 1),
+        ("optim.name=muon optim.max_grad_norm=0", 1, 1),
         ("optim.name=adafactor", 8, 0),
         ("optim.name=torch.optim.Adafactor", 8, 0),
         ("engine.offload_optimizer=true", 1, 2),
