@@ -74,9 +74,13 @@ def measure(settings: dict[str, Any]) -> int:
     end_program(0)
 
 
-def measure_sum(stage: int, accumulation: str, communication: str) -> tuple[float, Counter[str]]:
-    """Return the relative error of the sum that one update used, and the bytes of each collective."""
-    types = {"accumulation_dtype": accumulation, "communication_dtype": communication}
+def measure_sum(stage: int, accumulation: str, communication: str, **more: Any) -> tuple[float, Counter[str]]:
+    """Return the relative error of the sum that one update used, and the bytes of each collective in a later step.
+
+    Args:
+        more: further settings of the engine.
+    """
+    types = {"accumulation_dtype": accumulation, "communication_dtype": communication, **more}
     engine, rank, world_size = build_engine(stage, STEPS, torch.optim.SGD, types)
     train_step(engine, range(STEPS), rank)
     with CollectiveBytes() as counted:
@@ -104,7 +108,7 @@ def measure_peak(stage: int, steps: int) -> float:
     return held + counted.peak
 
 
-def build_engine(stage: int, steps: int, kind: Any, types: dict[str, str]) -> tuple[Any, int, int]:
+def build_engine(stage: int, steps: int, kind: Any, types: dict[str, Any]) -> tuple[Any, int, int]:
     """Build an engine in bf16 over weights of zero; return it, this rank and the number of ranks."""
     from sdxl_trainer.configs.engine import EngineConfig
     from sdxl_trainer.launch.distributed import read_environment

@@ -17,7 +17,7 @@ from sdxl_trainer.train.engine.deepspeed_config import CAN_SUM_IN_FP32, BatchSiz
 from sdxl_trainer.train.engine.engine import Engine
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from gradients import LARGEST_PEAK, RANKS, STAGES, STEPS  # noqa: E402
+from gradients import LARGEST_PEAK, RANKS, STAGES, STEPS, measure_sum  # noqa: E402
 from scale import compute_sent_bytes  # noqa: E402
 
 
@@ -55,6 +55,13 @@ def test_one_rank_takes_no_more_memory_without_accumulation(monkeypatch: pytest.
     for stage in STAGES:
         assert figures[f"error_ranks1_zero{stage}_auto_auto"] < 1e-6 < 1e-3
         assert figures[f"error_ranks1_zero{stage}_bf16_auto"] > 1e-3
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_sums_are_in_fp32_too(stage: int) -> None:
+    init_ranks()
+    exact, rounded = (measure_sum(stage, kind, "auto", offload_optimizer=True)[0] for kind in ("auto", "bf16"))
+    assert exact < 1e-6 < 1e-3 < rounded
 
 
 @pytest.mark.skipif(not CAN_SUM_IN_FP32, reason="this PyTorch has no grad_dtype")
