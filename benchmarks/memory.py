@@ -70,7 +70,7 @@ def compare_updates(words: list[str], quick: bool) -> dict[str, Figure]:
     cases = [(UPDATES[0], "pieces")] if quick else product(UPDATES, ("pieces", "whole"))
     for (stage, ranks), pieces in cases:
         more = [f"engine.zero_stage={stage}", "engine.precision=bf16", f"train.global_batch_size={2 * ranks}"]
-        more += [f"run.name=update-{stage}-{time.time_ns()}"]
+        more += [f"run.name=update-{stage}-{time.time_ns()}", "engine.accumulation_dtype=bf16"]
         if stage == 3:
             # DeepSpeed gathers small weights at the end of an update, which are nearly all of the tiny model's.
             more += ['engine.deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}']
