@@ -104,9 +104,7 @@ def choose_default_stage(
     if engine.precision == "fp32":
         return StageChoice(0, "a single rank in fp32 has nothing to share")
     if types.accumulation == "fp32":
-        return StageChoice(
-            2, f"gradients in {engine.precision} are added up in fp32, which takes the least memory there"
-        )
+        return StageChoice(2, f"it accumulates gradients in {engine.precision} in fp32 with the least memory")
     return StageChoice(1, f"engine.precision {engine.precision} needs a ZeRO stage, and one rank has nothing to share")
 
 

@@ -83,7 +83,7 @@ class Engine:
         self._state_is_free.set()
         self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._guard.begin_writing())
         # DeepSpeed moves the momentum of Muon before the ranks agree on the norm.
-        self._writes_early = any("use_muon" in group for group in optimizer.param_groups)
+        self._writes_early = uses_muon(optimizer)
 
     @property
     def model(self) -> Any:
