@@ -104,7 +104,7 @@ def choose_default_stage(
     if engine.precision == "fp32":
         return StageChoice(0, "a single rank in fp32 has nothing to share")
     if types.accumulation == "fp32":
-        return StageChoice(2, f"it accumulates gradients in {engine.precision} in fp32 with the least memory")
+        return StageChoice(2, f"ZeRO 2 accumulates {engine.precision} gradients in fp32 with the least memory")
     return StageChoice(1, f"engine.precision {engine.precision} needs a ZeRO stage, and one rank has nothing to share")
 
 

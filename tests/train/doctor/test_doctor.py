@@ -161,7 +161,7 @@ def test_the_script_starts_ranks_and_reports_wrong_settings(tmp_path: Path) -> N
     assert "ok     ranks: 2 by gloo, sums of 64 MB at " in done.stdout
     assert "WRONG  train.globl: 3 is not a known key\n       cure: did you mean train.global_batch_size?" in done.stdout
     assert f"WRONG  model.path: {tmp_path}/absent is neither a file nor a folder\n" in done.stdout
-    assert "ok     engine.zero_stage: 1, chosen because engine.precision bf16" in done.stdout
+    assert "ok     engine.zero_stage: 2, chosen because ZeRO 2 accumulates bf16 gradients in fp32" in done.stdout
     assert "INFO" not in done.stderr
     assert "ok     run.dir: " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"]
