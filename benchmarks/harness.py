@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 SETTINGS_VARIABLE = "BENCHMARK_SETTINGS"  # set for a benchmark that starts itself on ranks
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +35,16 @@ class Figure:
         if self.target is None:
             return True
         return self.value >= self.target if self.sign == ">=" else self.value <= self.target
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A measurement that this machine cannot make."""
+
+    reason: str
+
+
+Results = Mapping[str, Figure | Skipped]  # by name
 
 
 def parse_arguments(description: str, **choices: Sequence[str]) -> argparse.Namespace:
@@ -64,26 +72,34 @@ def run_script(script: str, *words: object, ranks: int) -> None:
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
 
 
-def make_tiny_set(work: Path) -> list[str]:
+def make_tiny_set(work: Path, num_images: int = 96) -> list[str]:
     """Write the tiny SDXL and the demo set, and return the settings that refer to them."""
     from sdxl_trainer.data.images.demo_set import draw_demo_set
     from sdxl_trainer.train.tiny.build import build_tiny_sdxl
 
-    model, metadata = build_tiny_sdxl(work / "model"), draw_demo_set(work / "data")
+    model, metadata = build_tiny_sdxl(work / "model"), draw_demo_set(work / "data", num_images)
     words = [f"model.path={model}", f"data.metadata=[{metadata}]", f"cache.dir={work / 'latents'}"]
     return [*words, f"run.dir={work / 'runs'}", "sample.prompts=[]", "log.level=WARNING"]
+
+
+def limit_ranks(most: int) -> int:
+    """Return the number of ranks that can be started here, at most `most`: with GPUs, each rank needs its own."""
+    import torch
+
+    return min(most, torch.cuda.device_count() or most)
 
 
 def run_on_ranks(
     name: str,
     description: str,
-    compare: Callable[[Path, bool], dict[str, Figure]],
+    compare: Callable[[Path, bool], Results],
     measure: Callable[[dict[str, Any]], int],
 ) -> int:
     """Run a benchmark that starts itself on ranks, and return its exit status.
 
     Args:
-        compare: function of a folder for input and output and of `--quick`. It collects figures by `measure_on_ranks`.
+        compare: function of a folder for input and output and of `--quick`. It collects figures by `measure_on_ranks`,
+            and names what it skips.
         measure: function that runs on each rank, with the settings passed to `measure_on_ranks`. Rank 0 prints the
             measurements as a line of JSON.
     """
@@ -107,8 +123,9 @@ def measure_on_ranks(script: str, settings: Mapping[str, Any], ranks: int) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_result(name: str, figures: dict[str, Figure]) -> int:
+def print_result(name: str, results: Results) -> int:
     """Print the result as one JSON line and return the exit status: 0 if every target is met, else 1."""
+    figures = {key: result for key, result in results.items() if isinstance(result, Figure)}
     shown = {
         key: {
             "value": round(figure.value, 5),
@@ -117,12 +134,17 @@ def print_result(name: str, figures: dict[str, Figure]) -> int:
         }
         for key, figure in figures.items()
     }
-    print(json.dumps({"benchmark": name, "figures": shown, "machine": describe_machine()}))
+    document: dict[str, Any] = {"benchmark": name, "figures": shown, "machine": describe_machine()}
+    if skipped := {key: result.reason for key, result in results.items() if isinstance(result, Skipped)}:
+        document["skipped"] = skipped
+    print(json.dumps(document))
     return 0 if all(figure.met for figure in figures.values()) else 1
 
 
 def describe_machine() -> dict[str, str | int]:
     """Return processor, cores, GPU and versions."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "cpu": _read_cpu_name(),

@@ -6,8 +6,9 @@ also measured on one rank, to separate DeepSpeed's cost from this project's. The
 builds and tokenises captions, draws noise and timesteps, checks the gradient, exchanges requests and logs.
 
 Both loops alternate step by step within one process, on the same batch. Their times over a turn are compared, as wall
-time and as CPU time of the main thread. The tiny SDXL runs on a CPU with one thread per rank. Fixed costs per weight
-are a larger share there than in the longer steps of the real model.
+time and as CPU time of the main thread. The tiny SDXL runs on a CPU with one thread per rank, or on one GPU per rank.
+Fixed costs per weight are a larger share there than in the longer steps of the real model. A case that needs more GPUs
+than the machine has is skipped and named.
 """
 
 import json
@@ -24,7 +25,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from harness import ROOT, Figure, make_tiny_set, measure_on_ranks, run_on_ranks, run_script
+from harness import (
+    ROOT,
+    Figure,
+    Results,
+    Skipped,
+    limit_ranks,
+    make_tiny_set,
+    measure_on_ranks,
+    run_on_ranks,
+    run_script,
+)
 
 
 class Case(NamedTuple):
@@ -46,18 +57,21 @@ TURNS, STEPS = 12, 5
 LIMIT = 1.02  # of the bare step's time
 
 
-def compare(work: Path, quick: bool) -> dict[str, Figure]:
-    """Measure all cases."""
-    figures: dict[str, Figure] = {}
+def compare(work: Path, quick: bool) -> Results:
+    """Measure all cases for which there are enough devices."""
+    figures: dict[str, Figure | Skipped] = {}
     words = [*make_tiny_set(work), "checkpoint.every_steps=0", "data.num_workers=1", "run.resume=never"]
-    run_script("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=2)
+    run_script("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=limit_ranks(2))
     for bare, ranks, precision in CASES[::3] if quick else CASES:
+        name = f"{bare}_{precision}_{ranks}_rank{'s' * (ranks > 1)}"
+        if limit_ranks(ranks) < ranks:
+            figures[f"time_of_bare_{name}"] = Skipped(f"needs {ranks} GPUs; this machine has {limit_ranks(ranks)}")
+            continue
         more = [f"engine.precision={precision}", f"train.global_batch_size={8 * ranks}"]
         more += [f"run.name={precision}-{ranks}-{time.time_ns()}"]
         settings = {"words": [*words, *more], "bare": bare, "turns": 3 if quick else TURNS}
         found = measure_on_ranks(__file__, settings, ranks)
         print(ranks, bare, precision, found, file=sys.stderr)
-        name = f"{bare}_{precision}_{ranks}_rank{'s' * (ranks > 1)}"
         figures[f"time_of_bare_{name}"] = Figure(found["ratio"], "<=", LIMIT)
         figures[f"time_of_bare_{name}_least"] = Figure(found["least"])
         figures[f"time_of_bare_{name}_most"] = Figure(found["most"])
@@ -102,8 +116,8 @@ def measure(settings: dict[str, Any]) -> int:
         spent = np.zeros((2, 2))
         for _ in range(STEPS):
             spent[0] += time_call(take_real_step)
-            inputs = draw_inputs(used[0])  # outside the measured time
-            spent[1] += time_call(partial(bare, *inputs))
+            inputs = draw_inputs(used[0], run.ranks.device)  # outside the measured time
+            spent[1] += time_call(partial(bare, inputs))
         return spent
 
     take_turn()  # warm-up: allocates memory and builds kernels
@@ -128,17 +142,44 @@ class Elapsed(NamedTuple):
     """Time that a call took."""
 
     seconds: float
-    cpu_seconds: float  # of this thread, which does all the arithmetic
+    cpu_seconds: float  # of this thread, which does all the arithmetic of a CPU
 
 
 def time_call(call: Callable[[], None]) -> Elapsed:
-    """Measure the time of a call."""
+    """Measure the time of a call, and of the work that it starts on a GPU."""
+    wait_for_gpu()
     started, cpu_started = time.perf_counter(), time.thread_time()
     call()
-    return Elapsed(time.perf_counter() - started, time.thread_time() - cpu_started)
+    cpu_seconds = time.thread_time() - cpu_started
+    wait_for_gpu()
+    return Elapsed(time.perf_counter() - started, cpu_seconds)
 
 
-def build_bare_pytorch(run: Any) -> Callable[..., None]:
+def wait_for_gpu() -> None:
+    """Wait for all work of this rank's GPU; return at once without one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class StepInputs(NamedTuple):
+    """Inputs of a bare step, on the rank's device except for the batch."""
+
+    batch: Any  # a MicroBatch
+    x_t: torch.Tensor  # [B, 4, h, w]
+    noise: torch.Tensor  # [B, 4, h, w], the target
+    timesteps: torch.Tensor  # [B]
+    time_ids: torch.Tensor  # [B, 6]
+
+
+def draw_inputs(batch: Any, device: torch.device) -> StepInputs:
+    """Draw the inputs of a bare step from a batch."""
+    latents = batch.latents.to(device)
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(0, 1000, (len(noise),), device=device)
+    return StepInputs(batch, latents + noise, noise, timesteps, batch.time_ids.to(device))
+
+
+def build_bare_pytorch(run: Any) -> Callable[[StepInputs], None]:
     """Build the step of a plain PyTorch loop."""
     from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
     from sdxl_trainer.train.optim.optimizers import build_optimizer
@@ -157,10 +198,10 @@ def build_bare_pytorch(run: Any) -> Callable[..., None]:
             group["params"] = [replaced[weight] for weight in group["params"]]
         masters = list(replaced.values())
 
-    def step(batch: Any, x_t: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> None:
-        text = run.conditioner.build_inputs(batch, run.ranks.device)
-        prediction = networks(x_t.to(dtype), timesteps, text, batch.time_ids)
-        torch.nn.functional.mse_loss(prediction.float(), noise).backward()
+    def step(inputs: StepInputs) -> None:
+        text = run.conditioner.build_inputs(inputs.batch, run.ranks.device)
+        prediction = networks(inputs.x_t.to(dtype), inputs.timesteps, text, inputs.time_ids)
+        torch.nn.functional.mse_loss(prediction.float(), inputs.noise).backward()
         for master, weight in zip(masters, weights, strict=bool(masters)):
             master.grad = weight.grad.float()  # pyright: ignore (there is one)
         torch.nn.utils.clip_grad_norm_(masters or weights, config.optim.max_grad_norm)
@@ -174,7 +215,7 @@ def build_bare_pytorch(run: Any) -> Callable[..., None]:
     return step
 
 
-def build_bare_deepspeed(run: Any) -> Callable[..., None]:
+def build_bare_deepspeed(run: Any) -> Callable[[StepInputs], None]:
     """Build the step of a loop over a plain DeepSpeed engine."""
     import deepspeed
 
@@ -190,28 +231,13 @@ def build_bare_deepspeed(run: Any) -> Callable[..., None]:
     settings = build_deepspeed_config(config.engine, batch_sizes, config.optim.max_grad_norm, optimizer)
     engine, *_ = deepspeed.initialize(model=networks, optimizer=optimizer, config=settings, dist_init_required=False)
 
-    def step(batch: Any, x_t: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> None:
-        text = run.conditioner.build_inputs(batch, run.ranks.device)
-        prediction = engine(x_t.to(run.engine.dtype), timesteps, text, batch.time_ids)
-        engine.backward(torch.nn.functional.mse_loss(prediction.float(), noise))
+    def step(inputs: StepInputs) -> None:
+        text = run.conditioner.build_inputs(inputs.batch, run.ranks.device)
+        prediction = engine(inputs.x_t.to(run.engine.dtype), inputs.timesteps, text, inputs.time_ids)
+        engine.backward(torch.nn.functional.mse_loss(prediction.float(), inputs.noise))
         engine.step()
 
     return step
-
-
-class StepInputs(NamedTuple):
-    """Inputs of a bare step."""
-
-    batch: Any  # a MicroBatch
-    x_t: torch.Tensor  # [B, 4, h, w]
-    noise: torch.Tensor  # [B, 4, h, w], the target
-    timesteps: torch.Tensor  # [B]
-
-
-def draw_inputs(batch: Any) -> StepInputs:
-    """Draw the inputs of a bare step from a batch."""
-    noise = torch.randn_like(batch.latents)
-    return StepInputs(batch, batch.latents + noise, noise, torch.randint(0, 1000, (len(noise),)))
 
 
 if __name__ == "__main__":
