@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
+import torch.cuda.nccl
 
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.distributed import Ranks, close_ranks, gather_objects, init_ranks, reduce_sum
