@@ -59,8 +59,11 @@ class EngineConfig(Section):
     offload_param: bool = False
     """Also keep the weights in host memory, and copy each to the GPU when it is used. Saves the most GPU memory and is
     the slowest. Needs ZeRO 3 and `engine.offload_optimizer`."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: far less memory, about a third slower."""
+    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
+    """Recompute activations in the backward pass, which takes far less memory and is about a third slower: `none` keeps
+    all activations, `full` recomputes every block. `auto` estimates the memory of the run before it starts and chooses
+    `none` if that fits on the smallest GPU of all ranks, else `full`. The choice is logged and kept in checkpoints, so
+    a resumed run makes it no second time; losses are the same either way. `true` means `full`, `false` means `none`."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Implementation of attention: `sdpa` is PyTorch's own, `xformers` needs that package."""
     compile: bool = False
@@ -78,6 +81,11 @@ class EngineConfig(Section):
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, merged into the configuration that is built from the other settings. Batch sizes,
     optimizer, schedule, gradient clipping, precision and ZeRO stage have their own settings and are rejected here."""
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _name_choice(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("precision", "offload_optimizer")
     @classmethod

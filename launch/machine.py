@@ -22,6 +22,8 @@ SHOWN = ("torch", "deepspeed", "diffusers", "transformers")
 PROBE_SECONDS = 180
 WRITTEN_BYTES = 256 << 20
 BLOCK_BYTES = 16 << 20
+# Files with the limit of this process's memory in bytes, by the version of cgroups.
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,19 @@ def examine_gpus(driver_gpus: list[str]) -> Finding:
         return Finding("GPUs", f"{count} x {properties[0].name}, without bf16", "set engine.precision: fp16")
     memory_gb = min(each.total_memory for each in properties) / 1e9
     return Finding("GPUs", f"{count} x {properties[0].name}, {memory_gb:.0f} GB each, CUDA {built_for}")
+
+
+def read_host_memory_bytes() -> int | None:
+    """Return the memory that processes of this host may use: the machine's, or the limit of a container's cgroup."""
+    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else -1
+    limits = [pages * os.sysconf("SC_PAGE_SIZE")] if pages > 0 else []
+    for path in CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdecimal() else []  # "max" means that there is none
+    return min(limits, default=None)
 
 
 def examine_ranks(num_gpus: int, command: list[str] | None = None, timeout_seconds: float = PROBE_SECONDS) -> Finding:

@@ -13,21 +13,20 @@ from pathlib import Path
 
 import torch
 
+from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
-from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine
+from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine, read_host_memory_bytes
 from sdxl_trainer.launch.program import run_program
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.estimates.duration import describe_duration
-from sdxl_trainer.train.estimates.memory import (
-    TOO_LITTLE_MEMORY,
-    count_unet_parameters,
-    estimate_memory,
-    list_gpu_memory_bytes,
-)
+from sdxl_trainer.train.estimates.measured_memory import list_gpu_memory_bytes
+from sdxl_trainer.train.estimates.memory_choice import describe_lack, plan_memory
+from sdxl_trainer.train.estimates.memory_table import MemoryLimits
+from sdxl_trainer.train.estimates.networks import measure_networks
 
 
 def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
@@ -46,8 +45,7 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
     if stage_choice:
         yield Finding("engine.zero_stage", stage_choice)
     yield from examine_settings(config, problems, world_size)
-    num_weights = count_unet_parameters(config.model)
-    yield examine_memory(config, num_weights, world_size, list_gpu_memory_bytes())
+    yield from examine_memory(config, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, world_size, gpu_names))
     checkpoint_bytes = compute_checkpoint_bytes(config, count_trained(config)) * (config.checkpoint.keep_last + 1)
@@ -91,21 +89,34 @@ def convert_problem(problem: Problem) -> Finding:
     return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md")
 
 
-def examine_memory(config: Config, num_weights: int, world_size: int, gpu_bytes: list[int]) -> Finding:
-    """Compare the memory for weights, gradients and optimizer state with the GPUs' memory. Activations are left out.
+def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Iterator[Finding]:
+    """Yield the estimated memory of a rank by components, and whether it suffices on this machine's GPUs and host.
 
     Args:
-        num_weights: number of weights of the U-Net; 0 if it is not known.
-        gpu_bytes: memory of each GPU.
+        gpu_bytes: memory of each GPU; empty without GPUs.
     """
-    if not num_weights:
-        return Finding("memory", "the size of the model is not known before its download")
-    needed = estimate_memory(config, num_weights, world_size)
-    detail = f"{num_weights / 1e9:.3g} billion weights: about {needed.total / 1e9:.3g} GB per rank"
-    detail += f" on {format_count(world_size, 'rank')} ({needed}), plus activations"
-    if gpu_bytes and needed.total > min(gpu_bytes):
-        return Finding("memory", f"{detail}; a GPU has {min(gpu_bytes) / 1e9:.3g} GB", TOO_LITTLE_MEMORY)
-    return Finding("memory", detail)
+    # Imported here like the checks above.
+    from sdxl_trainer.train.run.memory_plan import check_device, check_room, list_largest_bucket
+
+    bucket = list_largest_bucket(config)
+    if not is_local(config.model) or bucket is None:
+        yield Finding("memory", "the size of the model is not known before its download")
+        return
+    try:
+        sizes = measure_networks(config, resolve_model(config.model), bucket)
+    except (UserInputError, OSError, ValueError, KeyError):
+        yield Finding("memory", "unknown as long as the settings or the model are wrong")
+        return
+    ranks_per_host = min(world_size, len(gpu_bytes) or world_size)
+    device, host = min(gpu_bytes, default=None), read_host_memory_bytes()
+    limits = MemoryLimits(device=device, host=host, ranks_per_host=ranks_per_host)
+    config, table, reason = plan_memory(config, sizes, world_size, limits)
+    if reason:
+        yield Finding("engine.gradient_checkpointing", reason)
+    for component, text in table.describe().items():
+        yield Finding("memory", f"{component}: {text}")
+    cure = "" if table.fits_device else describe_lack(config, sizes, world_size, limits)
+    yield from map(convert_problem, list(check_device(table, cure)) or check_room(table, cure))
 
 
 def print_findings(findings: Iterable[Finding]) -> None:

@@ -1,82 +1,79 @@
-"""Device memory of training: estimated by arithmetic before a run, and measured in its first steps."""
+"""Estimate the memory of a rank before a run, by components.
+
+ZeRO's arithmetic (arXiv 1910.02054) gives weights, gradients and optimizer state; networks.py counts activations. What
+PyTorch pins in host memory is counted as its allocator rounds it, up to a power of two.
+"""
 
 import math
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-import torch
-from loguru import logger
-
-from sdxl_trainer.cache.models.single_file_names import build_name_table
-from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
-from sdxl_trainer.configs.schema import Config, ModelConfig
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import build_communication_settings
+from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryLine, MemoryTable, Phase
+from sdxl_trainer.train.estimates.networks import NetworkSizes
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
 # Bytes of the copy that the optimizer updates: fp32 masters, or DeepSpeed's bf16 copy (with Kahan's compensation).
 MASTER_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "bf16_kahan": 4, "bf16_stochastic": 2}
 # Values that an optimizer keeps for each weight. Other optimizers are assumed to keep two, as AdamW does.
 NUM_MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "prodigy": 4.0, "muon": 1.0}
-AVERAGE_BYTES = 4
-TOO_LITTLE_MEMORY = "set engine.zero_stage: 3, engine.offload_optimizer: true or engine.precision: bf16_stochastic"
+AVERAGE_BYTES, FP32_BYTES = 4, 4
+# Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
+CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
+MAX_GROUP_VALUES = 2**28
+ZERO_3_GROUP_VALUES = 1_000_000_000  # DeepSpeed's default sub_group_size
+PASSES: tuple[Phase, ...] = ("forward pass", "backward pass")
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank's device, without activations: those depend on shapes and kernels and are measured instead."""
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes of a value of the training state, and the number of ranks that share the state."""
 
-    weights: float
-    gradients: float
-    optimizer: float  # masters and moments
-    averages: float
-    buffers: float  # for communication of gradients and weights
-
-    @property
-    def total(self) -> float:
-        """Sum of all parts, in bytes."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def __str__(self) -> str:
-        parts = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return " + ".join(f"{number / 1e9:.3g} {name}" for name, number in parts if number)
+    weight: int  # bytes in which the networks compute
+    gradient: int  # of the sum of gradients over micro steps and ranks
+    master: int  # of the copy that the optimizer updates; 0 if it updates the weights themselves
+    moments: float  # of all moments together
+    averages: int  # of all moving averages together
+    keeps_gradients: bool  # between the micro steps of an update
+    weight_shares: int  # number of ranks among which the weights are divided
+    gradient_shares: int
+    optimizer_shares: int
 
 
-def count_unet_parameters(model: ModelConfig) -> int:
-    """Count the U-Net's weights from its config; 0 for a model that is not on disk or does not have SDXL's topology."""
-    if not is_local(model):
-        return 0
-    try:
-        rows = build_name_table("unet", resolve_model(model).read_config("unet"))
-    except (OSError, ValueError, KeyError):
-        return 0  # check_model reports the problem
-    return sum(math.prod(row.source_shape) * len(row.sources) for row in rows)
-
-
-def estimate_memory(config: Config, num_weights: int, world_size: int) -> MemoryEstimate:
-    """Estimate the memory of one rank for training a U-Net of `num_weights`, by ZeRO's arithmetic (arXiv 1910.02054).
-
-    `engine.zero_stage` must be set (`resolve_zero_stage`). Frozen text encoders and adapters are left out.
-    """
-    engine, weight = config.engine, WEIGHT_BYTES[config.engine.precision]
-    if config.lora.rank:
-        # Adapters, their gradients and their optimizer state are small beside the frozen weights.
-        return MemoryEstimate(weights=num_weights * weight, gradients=0, optimizer=0, averages=0, buffers=0)
-    stage = engine.zero_stage or 0
+def resolve_state_bytes(config: Config, world_size: int) -> StateBytes:
+    """Return the bytes of a value for the settings, whose `engine.zero_stage` is chosen."""
+    engine, stage = config.engine, config.engine.zero_stage or 0
+    weight = WEIGHT_BYTES[engine.precision]
     shares = {part: world_size if stage >= part else 1 for part in (1, 2, 3)}
-    communication = build_communication_settings(engine, world_size) if stage else {}
-    num_sent = min(float(str(communication.get("reduce_bucket_size", 0))), num_weights)
-    # Bytes per weight on the device; offloading moves the optimizer's state and the averages to the host.
-    optimizer = 0 if engine.offload_optimizer else count_optimizer_bytes(engine, config.optim.name)
-    averages = 0 if engine.offload_optimizer else AVERAGE_BYTES * len(config.ema.decays)
-    return MemoryEstimate(
-        weights=0 if engine.offload_param else num_weights * weight / shares[3],
-        gradients=num_weights * weight / shares[2],
-        optimizer=num_weights * optimizer / shares[1],
-        averages=num_weights * averages / shares[1],
-        buffers=num_sent * weight * (2 if communication.get("overlap_comm") else 1),
+    steps = config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+    return StateBytes(
+        weight=weight,
+        gradient=weight,
+        master=count_master_bytes(engine),
+        moments=count_moment_bytes(engine, config.optim.name),
+        averages=AVERAGE_BYTES * len(config.ema.decays),
+        # ZeRO 3 keeps its buffer of gradients.
+        keeps_gradients=steps > 1 or stage == 3,
+        weight_shares=shares[3],
+        gradient_shares=shares[2],
+        optimizer_shares=shares[1],
     )
+
+
+def count_master_bytes(engine: EngineConfig) -> int:
+    """Count the bytes per trained weight of the copy that the optimizer updates, besides the weights themselves."""
+    return 0 if engine.precision == "fp32" and not engine.zero_stage else MASTER_BYTES[engine.precision]
+
+
+def count_moment_bytes(engine: EngineConfig, optimizer: str) -> float:
+    """Count the bytes per trained weight of the moments.
+
+    Args:
+        optimizer: `optim.name`.
+    """
+    return NUM_MOMENTS.get(optimizer, 2.0) * (2 if engine.precision in PURE_BF16 else 4)
 
 
 def count_optimizer_bytes(engine: EngineConfig, optimizer: str) -> float:
@@ -85,72 +82,161 @@ def count_optimizer_bytes(engine: EngineConfig, optimizer: str) -> float:
     Args:
         optimizer: `optim.name`.
     """
-    precision = engine.precision
-    masters = 0 if precision == "fp32" and not engine.zero_stage else MASTER_BYTES[precision]
-    return masters + NUM_MOMENTS.get(optimizer, 2.0) * (2 if precision in PURE_BF16 else 4)
+    return count_master_bytes(engine) + count_moment_bytes(engine, optimizer)
 
 
-def list_gpu_memory_bytes() -> list[int]:
-    """Return the memory of each GPU in bytes."""
-    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+def estimate_memory(
+    config: Config, sizes: NetworkSizes, world_size: int, limits: MemoryLimits, max_group_values: int = MAX_GROUP_VALUES
+) -> MemoryTable:
+    """Estimate the memory of one rank.
 
-
-def log_memory_estimate(config: Config, world_size: int) -> None:
-    """Log the memory of a rank without activations, and warn if a GPU has less."""
-    if num_weights := count_unet_parameters(config.model):
-        needed, gpus = estimate_memory(config, num_weights, world_size), list_gpu_memory_bytes()
-        logger.info("memory of a rank: about {:.3g} GB without activations ({})", needed.total / 1e9, needed)
-        if gpus and needed.total > min(gpus):
-            logger.warning(
-                "memory of a GPU: {:.3g} GB, too little for this run; {}", min(gpus) / 1e9, TOO_LITTLE_MEMORY
-            )
-
-
-class StepMemoryLogger:
-    """Logs once, after the second step of a job, how much memory a step needs beyond what is held between steps.
-
-    The first step is left out, because the optimizer allocates its state in it. Without a GPU the memory of the process
-    is measured.
+    Args:
+        config: with `engine.zero_stage` and `engine.gradient_checkpointing` chosen.
+        max_group_values: weights that the optimizer updates at a time, at most.
     """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._num_steps = self._held = 0
-
-    def note_step(self) -> None:
-        """Count a finished step, and log after the second."""
-        self._num_steps += 1
-        if self._num_steps == 1:
-            reset_peak_memory(self._device)
-            self._held = measure_memory(self._device).held
-        elif self._num_steps == 2:
-            held_gb, peak_gb = self._held / 1e9, measure_memory(self._device).peak / 1e9
-            logger.info(
-                "memory: {:.3g} GB between steps and {:.3g} GB more during a step, for activations and gradients",
-                held_gb,
-                peak_gb - held_gb,
-            )
+    state = resolve_state_bytes(config, world_size)
+    groups = divide_weights(sizes, config, max_group_values)
+    lines = [
+        *list_weights(config, sizes, state, limits.has_gpu),
+        *list_gradients(config, sizes, state, world_size),
+        *list_optimizer(config, sizes, state, groups, limits.has_gpu),
+        *list_activations(config, sizes),
+        *list_generation(config, sizes, state),
+        *list_checkpoint_copy(config, sizes, state),
+        list_process(limits.has_gpu),
+    ]
+    return MemoryTable(
+        lines=tuple(line for line in lines if line.device or line.host),
+        limits=limits,
+        micro_batch_size=config.train.micro_batch_size,
+    )
 
 
-class MemoryUse(NamedTuple):
-    """Measured memory in bytes: of tensors on a GPU, or of this process without one."""
-
-    held: int  # now
-    peak: int  # since `reset_peak_memory`
-
-
-def measure_memory(device: torch.device) -> MemoryUse:
-    """Measure the memory in use."""
-    if device.type == "cuda":
-        return MemoryUse(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kilobytes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines) if rest.strip()}
-    return MemoryUse(int(kilobytes["VmRSS"]) * 1024, int(kilobytes["VmHWM"]) * 1024)
+def divide_weights(sizes: NetworkSizes, config: Config, max_group_values: int) -> list[int]:
+    """Divide the trained weights into the groups that the optimizer updates one after the other; their values."""
+    if config.engine.zero_stage == 3:
+        max_group_values = ZERO_3_GROUP_VALUES
+    number = max(1, math.ceil(sizes.num_trained / max_group_values))
+    return [math.ceil(sizes.num_trained / number)] * number
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Restart the measurement of the peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def list_weights(config: Config, sizes: NetworkSizes, state: StateBytes, has_gpu: bool) -> Iterator[MemoryLine]:
+    """Yield the lines of weights in the precision of training."""
+    bytes_of_value = state.weight / state.weight_shares
+    frozen = sizes.frozen * bytes_of_value
+    if config.engine.offload_param:
+        trained = sum(round_pinned(numel * bytes_of_value, has_gpu) for numel in sizes.trained)
+        yield MemoryLine(component="trained weights", host=trained)
+        yield MemoryLine(component="frozen weights", host=frozen)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
+        yield MemoryLine(component="trained weights", device=sizes.num_trained * bytes_of_value)
+        yield MemoryLine(component="frozen weights", device=frozen)
+    # With cached text the encoders are loaded for prompts alone.
+    phases: tuple[Phase, ...] = ("image generation",)
+    if not config.cache.text:
+        yield MemoryLine(component="frozen text encoders", device=sizes.frozen_encoders * state.weight)
+    elif sizes.generation:
+        yield MemoryLine(component="text encoders", device=sizes.frozen_encoders * state.weight, phases=phases)
+
+
+def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world_size: int) -> Iterator[MemoryLine]:
+    """Yield the lines of gradients and of the buffers in which ranks send them."""
+    engine, numel = config.engine, sizes.num_trained
+    phases: tuple[Phase, ...] = ("forward pass", "backward pass", "update")
+    if engine.zero_stage == 3:
+        phases = (*phases, "image generation")
+    elif not state.keeps_gradients:
+        phases = phases[1:]
+    if not (engine.offload_optimizer and engine.zero_stage in (2, 3)):
+        yield MemoryLine(component="gradients", device=numel * state.gradient / state.gradient_shares, phases=phases)
+    communication = build_communication_settings(engine, world_size) if engine.zero_stage else {}
+    num_sent = min(float(str(communication.get("reduce_bucket_size", 0))), numel)
+    buffers = num_sent * state.weight * (2 if communication.get("overlap_comm") else 1)
+    yield MemoryLine(component="buffers of gradients to send", device=buffers, phases=("backward pass",))
+
+
+def list_optimizer(
+    config: Config, sizes: NetworkSizes, state: StateBytes, groups: list[int], has_gpu: bool
+) -> Iterator[MemoryLine]:
+    """Yield the lines of masters, moments, moving averages, and copies that an update needs for a time."""
+    engine, share = config.engine, sizes.num_trained / state.optimizer_shares
+    names = ("master weights", "moments of the optimizer", "moving averages")
+    numbers = (state.master, state.moments, state.averages)
+    if not engine.offload_optimizer:
+        for name, number in zip(names, numbers, strict=True):
+            yield MemoryLine(component=name, device=share * number)
+        copies = count_update_copies(state, groups)
+        yield MemoryLine(component="copies in an update", device=copies, phases=("update",))
+        return
+    parts = [numel / state.optimizer_shares for numel in groups]
+
+    def pin(number: float) -> float:
+        return sum(round_pinned(part * number, has_gpu) for part in parts)
+
+    yield MemoryLine(component="master weights", host=pin(state.master))
+    yield MemoryLine(component="moments of the optimizer", host=share * state.moments)
+    yield MemoryLine(component="moving averages", host=share * state.averages)
+    yield MemoryLine(component="gradients in fp32", host=pin(FP32_BYTES))
+    yield MemoryLine(component="copy of the weights to send back", host=pin(state.weight))
+    if state.keeps_gradients and engine.zero_stage != 3:
+        sums = sum(round_pinned(numel * state.gradient, has_gpu) for numel in sizes.trained) / state.gradient_shares
+        yield MemoryLine(component="gradients of earlier micro steps", host=sums)
+
+
+def count_update_copies(state: StateBytes, groups: Iterable[int]) -> float:
+    """Count the bytes that an update needs besides gradients and state: those of the largest group.
+
+    DeepSpeed copies the gradients of a group into one flat tensor, and that to the type of the masters.
+    """
+    if not state.master:
+        return 0
+    converted = state.master if state.master != state.gradient else 0
+    return max(groups) / state.optimizer_shares * (state.gradient + converted)
+
+
+def list_activations(config: Config, sizes: NetworkSizes) -> Iterator[MemoryLine]:
+    """Yield the lines of activations of a micro batch.
+
+    Without accumulation the sum of a phase is a close lower bound: the forward pass ends with all activations and no
+    gradient, the backward pass with all gradients and the activations of one block.
+    """
+    is_full = config.engine.gradient_checkpointing == "full"
+    activations = sizes.with_checkpointing if is_full else sizes.without_checkpointing
+    number = config.train.micro_batch_size
+    name = f"activations of {number} x {sizes.bucket}"
+    yield MemoryLine(component=name, device=number * activations.kept, phases=("forward pass",), grows=True)
+    again = "recomputed activations of a block"
+    yield MemoryLine(component=again, device=number * activations.recomputed, phases=PASSES, grows=True)
+
+
+def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:
+    """Yield the lines of image generation: the VAE, its or the U-Net's activations, and the weights put aside."""
+    if not sizes.generation:
+        return
+    phases: tuple[Phase, ...] = ("image generation",)
+    yield MemoryLine(component="VAE in fp32", device=sizes.vae * FP32_BYTES, phases=phases)
+    yield MemoryLine(component="activations of an image", device=sizes.generation, phases=phases)
+    if config.ema.sample and config.ema.decays:
+        kept = sizes.num_trained * state.weight / state.weight_shares
+        yield MemoryLine(component="weights while an average is used", device=kept, phases=phases)
+
+
+def list_checkpoint_copy(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:
+    """Yield the line of the copy of the state that is written in the background, on rank 0, which has the most."""
+    # Optimizer state in host memory is written from there; ZeRO 3 has no file of whole weights.
+    optimizer = 0 if config.engine.offload_optimizer else state.master + state.moments + state.averages
+    module = 0 if config.engine.zero_stage == 3 else state.weight
+    copied = sizes.num_trained * (optimizer / state.optimizer_shares + module)
+    yield MemoryLine(component="copy of the state for a checkpoint", host=copied)
+
+
+def list_process(has_gpu: bool) -> MemoryLine:
+    """Return the line of the process without its tensors, and of the CUDA context."""
+    if not has_gpu:
+        return MemoryLine(component="process", host=CPU_PROCESS_BYTES)
+    return MemoryLine(component="process, CUDA context", device=CUDA_CONTEXT_BYTES, host=CUDA_PROCESS_BYTES)
+
+
+def round_pinned(num_bytes: float, is_pinned: bool) -> float:
+    """Return what PyTorch's allocator of pinned host memory takes: the next power of two."""
+    return 2.0 ** math.ceil(math.log2(num_bytes)) if is_pinned and num_bytes >= 1 else num_bytes

@@ -87,7 +87,15 @@ def load_unet(
 
     build = partial(UNet2DConditionModel.from_config, source.read_config("unet"))
     unet: Any = build_component(build, source, "unet", device=device, dtype=dtype)
-    if config.gradient_checkpointing:
+    configure_unet(unet, config)
+    if config.compile:
+        unet.compile()
+    return unet.train()
+
+
+def configure_unet(unet: Any, config: EngineConfig) -> None:
+    """Apply the execution options of `engine` that act on single layers; `gradient_checkpointing: auto` is none."""
+    if config.gradient_checkpointing == "full":
         unet.enable_gradient_checkpointing()
     if config.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
@@ -95,9 +103,6 @@ def load_unet(
         for layer in unet.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 layer.register_forward_pre_hook(convert_to_channels_last)
-    if config.compile:
-        unet.compile()
-    return unet.train()
 
 
 def read_trained_weights(

@@ -28,6 +28,7 @@ from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
+from sdxl_trainer.train.run.memory_plan import plan_run_memory
 from sdxl_trainer.train.run.networks import build_networks, hash_frozen_networks
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import build_validation_set, split_data, start_loader
@@ -65,6 +66,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
         batches = fill_missing_latents(batches, missing)
+    config, memory, _ = plan_run_memory(config, source, split.plan, ranks, state.gradient_checkpointing)
+    state.gradient_checkpointing = config.engine.gradient_checkpointing
     engine, conditioner = build_networks(config, source, ranks)
     state.base_model = hash_frozen_networks(engine, config, source, ranks)
     if checkpoint and saved:
@@ -91,6 +94,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         metrics=MetricsLog(logs, state.step, wandb_log) if ranks.is_main else None,
         validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
         report=open_report(config, index, split.plan, tokenizers) if publish else None,
+        memory=memory,
     )
     return run, batches
 

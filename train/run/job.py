@@ -27,7 +27,6 @@ from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
-from sdxl_trainer.train.estimates.memory import log_memory_estimate
 from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
 from sdxl_trainer.train.run.checks import verify_run, warn_of_prediction
@@ -85,7 +84,6 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
         if chosen:
             logger.info("engine.zero_stage: {}", chosen)
         warn_of_prediction(config)
-        log_memory_estimate(config, world_size)
         assert index is not None, "a run without problems has an index"
         path = index.path
         config.run.folder.mkdir(parents=True, exist_ok=True)

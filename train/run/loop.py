@@ -12,7 +12,7 @@ from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.estimates.memory import StepMemoryLogger
+from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
 from sdxl_trainer.train.run.generated_images import write_generated_images

@@ -17,6 +17,7 @@ from sdxl_trainer.train.engine.deepspeed_config import DTYPES, compute_batch_siz
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner, TextConditioner
+from sdxl_trainer.train.networks.empty_networks import build_empty_run_networks
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import (
     ENCODERS,
@@ -41,7 +42,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     encoders: dict[str, Any] = dict(zip(ENCODERS, loaded, strict=True)) if loaded else {}
     trained = list_trained_encoders(config.optim)
     for name in trained:
-        unfreeze_text_encoder(encoders[name], config.engine.gradient_checkpointing)
+        unfreeze_text_encoder(encoders[name], config.engine.gradient_checkpointing == "full")
     unet = load_unet(source, config.engine, ranks.device, dtype)
     networks = TrainedNetworks(unet, **{name: encoders[name] for name in trained})
     if config.lora.rank:
@@ -102,28 +103,9 @@ def count_trained_weights(config: Config) -> int:
 
 
 def build_empty_run(config: Config) -> TrainedNetworks:
-    """Build the trained networks of a run on the meta device, with adapters, and with what the settings freeze frozen.
+    """Build the trained networks of a run on the meta device, in fp32.
 
     Raises:
         UserInputError: a pattern or a target of adapters matches nothing, or every learning rate is 0.
     """
-    source = resolve_model(config.model)
-    networks = build_empty_networks(source, list_trained_encoders(config.optim))
-    if config.lora.rank:
-        add_adapters(dict(networks.named_children()), config.lora)
-    build_parameter_groups(networks, config.optim, source.read_config("unet"))
-    return networks
-
-
-def build_empty_networks(source: ModelSource, trained: list[str]) -> TrainedNetworks:
-    """Build the trained networks on the meta device: parameters with names and shapes, without values."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(source.read_config("unet"))
-        encoders = {name: kinds[name](CLIPTextConfig(**source.read_config(name))) for name in trained}
-    for encoder in encoders.values():
-        unfreeze_text_encoder(encoder, gradient_checkpointing=False)
-    return TrainedNetworks(unet, **encoders)
+    return build_empty_run_networks(resolve_model(config.model), config, torch.float32)

@@ -13,6 +13,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.estimates.memory_table import MemoryTable
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.objective import Objective
 from sdxl_trainer.train.report.metrics import MetricsLog
@@ -43,6 +44,7 @@ class Run:
     metrics: MetricsLog | None  # rank 0 only
     validation: ValidationSet | None  # None if nothing is held out
     report: ReportProcess | None  # rank 0 only, and only if the run publishes one
+    memory: MemoryTable  # estimated
 
     @property
     def folder(self) -> Path:

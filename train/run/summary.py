@@ -41,6 +41,7 @@ def show_start(run: Run) -> None:
         "folder": str(run.folder),
     }
     log_table(build_summary_table(f"Training {config.run.name}", rows))
+    log_table(build_summary_table("Memory of a rank, estimated", run.memory.describe()))
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:

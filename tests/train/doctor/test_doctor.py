@@ -36,7 +36,6 @@ from sdxl_trainer.train.doctor.doctor import (
 )
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
-from sdxl_trainer.train.estimates.memory import count_unet_parameters, estimate_memory
 
 CONFIGS = ROOT / "configs"
 
@@ -84,41 +83,35 @@ def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "ranks", "rank_bytes", "checkpoint_bytes"),
+    ("words", "expected"),
     [
-        ("", 1, 2 + 2 + 12, 14),  # bf16: weight, gradient, and master with two moments
-        ("", 4, 2 + 0.5 + 3, 14),
-        ("engine.zero_stage=0", 4, 2 + 2 + 12, 14),
-        ("engine.zero_stage=1", 4, 2 + 2 + 3, 14),
-        ("engine.zero_stage=3", 4, 0.5 + 0.5 + 3, 14),
-        ("engine.offload_optimizer=true", 4, 2 + 0.5, 14),
-        ("engine.precision=bf16_stochastic", 1, 2 + 2 + 6, 8),
-        ("engine.precision=fp32", 1, 4 + 4 + 8, 12),
-        ("engine.precision=fp32", 2, 4 + 2 + 6, 16),  # ZeRO keeps separate masters in fp32 too
-        ("optim.name=adamw8bit", 1, 2 + 2 + 6, 8),
-        ("ema.decays=[0.9,0.99]", 2, 2 + 1 + 10, 22),
-        ("lora.rank=4", 2, 2, 14),
+        ("", 14),  # bf16: weight, and master with two moments
+        ("engine.precision=bf16_stochastic", 8),
+        ("engine.precision=fp32", 12),
+        ("engine.precision=fp32 engine.zero_stage=2", 16),  # ZeRO keeps separate masters in fp32 too
+        ("optim.name=adamw8bit", 8),
+        ("ema.decays=[0.9,0.99]", 22),
+        ("lora.rank=4", 14),
     ],
 )
-def test_bytes_per_weight(words: str, ranks: int, rank_bytes: float, checkpoint_bytes: int) -> None:
+def test_bytes_of_a_checkpoint(words: str, expected: int) -> None:
     config, problems = build_config({}, words.split())
-    config, _ = resolve_zero_stage(config, ranks)
     assert problems == []
-    memory = estimate_memory(config, 1000, ranks)
-    assert memory.total - memory.buffers == 1000 * rank_bytes
-    assert compute_checkpoint_bytes(config, 1000) == 1000 * checkpoint_bytes
+    assert compute_checkpoint_bytes(resolve_zero_stage(config, 1)[0], 1000) == 1000 * expected
 
 
-def test_memory_of_sdxl() -> None:
+def test_memory_of_sdxl_by_components() -> None:
     model = {"path": str(CONFIGS / "sdxl")}
-    config, _ = build_config({"model": model})
-    config, _ = resolve_zero_stage(config, 1)
-    assert count_unet_parameters(config.model) == 2_567_463_684  # SDXL base's U-Net
-    detail = examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).detail
-    assert detail.startswith("2.57 billion weights: about ") and " GB per rank on 1 rank (" in detail
-    assert examine_memory(config, 2_567_463_684, 1, [80 * 10**9]).is_ok
-    assert "engine.zero_stage: 3" in examine_memory(config, 2_567_463_684, 1, [24 * 10**9]).cure
-    assert count_unet_parameters(build_config({"model": {"path": "stabilityai/absent"}})[0].model) == 0
+    config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
+    found = {finding.detail.split(":")[0]: finding for finding in examine_memory(config, 1, [80 * 10**9])}
+    assert "trained weights: 5.13 GB GPU" in found["trained weights"].detail
+    assert "6.89 GB GPU, in the forward pass" in found["activations of 1 x 1024x1024"].detail
+    assert "of 80 GB, in the" in found["GPU, peak"].detail and all(finding.is_ok for finding in found.values())
+    assert any(finding.name == "engine.gradient_checkpointing" for finding in found.values())
+    wrong = [finding for finding in examine_memory(config, 1, [24 * 10**9]) if not finding.is_ok]
+    assert len(wrong) == 1 and "engine.offload_optimizer: true saves" in wrong[0].cure
+    absent = build_config({"model": {"path": "stabilityai/absent"}})[0]
+    assert [finding.is_ok for finding in examine_memory(absent, 1, [])] == [True]
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

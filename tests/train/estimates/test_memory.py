@@ -1,20 +1,203 @@
-"""Memory of a training step, as it is measured and logged."""
+"""The memory estimate: bytes of a weight, a live engine's tensors, SDXL's lines, and what follows from them."""
 
+import gc
+
+import pytest
 import torch
-from loguru import logger
 
-from sdxl_trainer.train.estimates.memory import StepMemoryLogger
+from sdxl_trainer.configs.ema import EmaConfig
+from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.launch.distributed import init_ranks
+from sdxl_trainer.train.engine.deepspeed_config import BatchSizes, resolve_zero_stage
+from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.estimates.memory import estimate_memory, round_pinned
+from sdxl_trainer.train.estimates.memory_choice import list_savings, plan_memory
+from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryTable
+from sdxl_trainer.train.estimates.networks import Activations, NetworkSizes
+from sdxl_trainer.train.optim.optimizers import build_optimizer
+from sdxl_trainer.train.run.memory_plan import RankMemory, check_device, check_room, find_smallest
+
+GIB = 1 << 30
+CPU = MemoryLimits(device=None, host=None)
+NO_ACTIVATIONS = Activations(kept=0, recomputed=0)
+# As test_networks.py finds them.
+SDXL = NetworkSizes(
+    trained=(2_567_463_684 // 1680,) * 1680,
+    frozen=0,
+    frozen_encoders=817_720_320,
+    vae=83_653_863,
+    bucket=Size(1024, 1024),
+    without_checkpointing=Activations(kept=6_888_906_624, recomputed=0),
+    with_checkpointing=Activations(kept=587_672_448, recomputed=147_739_136),
+    generation=3_222_011_904,
+)
 
 
-def test_memory_of_a_step_is_measured_in_the_second_one() -> None:
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]))
-    memory = StepMemoryLogger(torch.device("cpu"))
-    try:
-        for size_mb in (300, 150, 600):  # the second step is measured
-            torch.ones(size_mb * 250_000)
-            memory.note_step()
-    finally:
-        logger.remove(sink)
-    assert len(lines) == 1
-    assert 0.14 < float(lines[0].split("and ")[1].split()[0]) < 0.2
+def build(*words: str, ranks: int = 1) -> Config:
+    """Settings with stage and checkpointing chosen; one micro step on each rank unless the words say otherwise."""
+    batch = f"train.global_batch_size={ranks}"
+    config, problems = build_config({}, ["engine.gradient_checkpointing=none", batch, *words])
+    assert problems == []
+    return resolve_zero_stage(config, ranks)[0]
+
+
+def build_sizes(*trained: int) -> NetworkSizes:
+    return NetworkSizes(
+        trained=trained,
+        frozen=0,
+        frozen_encoders=0,
+        vae=0,
+        bucket=Size(64, 64),
+        without_checkpointing=NO_ACTIVATIONS,
+        with_checkpointing=NO_ACTIVATIONS,
+        generation=0,
+    )
+
+
+def get_line(table: MemoryTable, component: str) -> tuple[float, float]:
+    """Bytes on the device and on the host."""
+    line = next((line for line in table.lines if line.component.startswith(component)), None)
+    return (line.device, line.host) if line else (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "weights", "gradients", "state"),
+    [
+        ("", 1, 2, 2, 12),  # bf16: weight, gradient, and master with two moments
+        ("", 4, 2, 0.5, 3),
+        ("engine.zero_stage=1", 4, 2, 2, 3),
+        ("engine.zero_stage=3", 4, 0.5, 0.5, 3),
+        ("engine.precision=bf16_stochastic", 1, 2, 2, 6),
+        ("engine.precision=bf16_kahan", 1, 2, 2, 8),
+        ("engine.precision=fp32", 1, 4, 4, 8),
+        ("engine.precision=fp32", 2, 4, 2, 6),  # ZeRO keeps separate masters in fp32 too
+        ("optim.name=adamw8bit", 1, 2, 2, 6),
+        ("ema.decays=[0.9,0.99]", 2, 2, 1, 10),
+    ],
+)
+def test_bytes_of_a_weight(words: str, ranks: int, weights: float, gradients: float, state: float) -> None:
+    table = estimate_memory(build(*words.split(), ranks=ranks), build_sizes(600, 400), ranks, CPU)
+    found = [get_line(table, name)[0] / 1000 for name in ("trained weights", "gradients")]
+    assert found == [weights, gradients]
+    names = ("master weights", "moments of the optimizer", "moving averages")
+    assert sum(get_line(table, name)[0] for name in names) / 1000 == state
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_live_engine_holds_what_is_estimated(stage: int, precision: str) -> None:
+    """Weights, masters, moments and averages between two steps, to the byte; 64 x 64 weights need no padding."""
+    init_ranks()
+    config = build(f"engine.zero_stage={stage}", f"engine.precision={precision}", "ema.decays=[0.5]")
+    gc.collect()
+    before = {id(storage) for storage in list_storages()}
+    net = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(2)))
+    groups = [{"params": list(net.parameters()), "lr": 0.1, "lr_scale": 1.0}]
+    optimizer = build_optimizer(groups, OptimConfig(), config.engine)
+    engine = Engine(net, optimizer, config.engine, BatchSizes(2, 2, 1), 0.0, EmaConfig(decays=[0.5]))
+    engine.backward(engine(torch.ones(2, 64, dtype=engine.dtype)).float().square().mean())
+    engine.step()
+    gc.collect()
+    held = sum(storage.nbytes() for storage in list_storages() if id(storage) not in before and storage.nbytes() > 64)
+    table = estimate_memory(config, build_sizes(4096, 4096), 1, CPU)
+    names = ["trained weights", "master weights", "moments of the optimizer", "moving averages"]
+    # ZeRO 3 keeps its buffer of gradients.
+    names += ["gradients"] if stage == 3 else []
+    assert held == sum(get_line(table, name)[0] for name in names)
+    del engine, optimizer, net
+
+
+def list_storages() -> list[torch.UntypedStorage]:
+    """Storages of all live tensors of this process, each once; kept alive, so that their ids stay theirs."""
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return list({id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}.values())
+
+
+def test_an_update_copies_the_gradients_of_one_group() -> None:
+    config = build()
+    whole, pieces = (estimate_memory(config, SDXL, 1, CPU, limit) for limit in (1 << 40, 1 << 28))
+    assert get_line(whole, "copies in an update")[0] / SDXL.num_trained == pytest.approx(6)
+    assert get_line(pieces, "copies in an update")[0] / SDXL.num_trained == pytest.approx(0.6, abs=0.01)
+    sharded = estimate_memory(build(ranks=2), SDXL, 2, CPU, 1 << 40)
+    assert get_line(sharded, "copies in an update")[0] / SDXL.num_trained == pytest.approx(3)
+
+
+def test_sdxl_on_a_gpu() -> None:
+    """Each phase has a peak of its own, and the largest micro batch is the last that leaves room."""
+    gpu = MemoryLimits(device=80 * GIB, host=500 * GIB)
+    table = estimate_memory(build("train.micro_batch_size=4", "train.global_batch_size=4"), SDXL, 1, gpu)
+    fixed = 14 * SDXL.num_trained + 2 * SDXL.frozen_encoders + 0.8e9
+    assert table.sum_device("forward pass") == pytest.approx(fixed + 4 * 6.889e9, rel=1e-4)
+    assert table.sum_device("backward pass") == pytest.approx(fixed + 2 * SDXL.num_trained + 0.1e9, rel=1e-3)
+    assert table.sum_device("update") == pytest.approx(fixed + 2.6 * SDXL.num_trained, rel=1e-2)
+    assert table.sum_device("image generation") == pytest.approx(fixed + 4 * 83_653_863 + 3.222e9, rel=1e-4)
+    assert table.peak_phase == "forward pass" and table.fits_device
+    assert table.find_largest_micro_batch() == 5
+    assert table.describe()["largest micro batch"] == "5 (train.micro_batch_size is 4)"
+    full = estimate_memory(build("engine.gradient_checkpointing=full"), SDXL, 1, gpu)
+    largest = full.find_largest_micro_batch()
+    assert largest is not None
+    for size, fits in ((largest, True), (largest + 1, False)):
+        peak = max(full.sum_device(phase, micro_batch_size=size) for phase in PHASES)
+        assert (peak <= 0.92 * 80 * GIB) == fits
+    # Gradients of earlier micro steps lie beside the activations.
+    summed = estimate_memory(build("train.global_batch_size=4"), SDXL, 1, gpu)
+    assert summed.sum_device("forward pass") == pytest.approx(fixed + 6.889e9 + 2 * SDXL.num_trained, rel=0.1)
+
+
+def test_host_memory_under_offload() -> None:
+    """105 GB as one group with a copy for checkpoints, by the reference; pieces of 2^28 values and no copy save 31."""
+    gpu, words = MemoryLimits(device=24 * GIB, host=64 * GIB), ["engine.offload_optimizer=true"]
+    config = build(*words, "train.global_batch_size=16", "engine.gradient_checkpointing=full")
+    one_group = estimate_memory(config, SDXL, 1, gpu, 1 << 40)
+    copied = one_group.host_peak - 3e9 + 12 * SDXL.num_trained
+    assert copied == pytest.approx(105e9, rel=0.05)
+    table = estimate_memory(config, SDXL, 1, gpu)
+    assert get_line(table, "master weights") == (0, 10 * GIB)  # ten groups, each pinned in a GiB
+    assert get_line(table, "moments") == (0, 8 * SDXL.num_trained)
+    assert get_line(table, "copy of the state") == (0, 2 * SDXL.num_trained)
+    assert table.host_peak < one_group.host_peak - 10e9 and not table.fits_host
+    rules = [problem.rule for problem in check_room(table, "")]
+    assert len(rules) == 1 and "of host memory are needed" in rules[0] and "68.7 GB" in rules[0]
+    assert round_pinned(3.0, is_pinned=True) == 4 and round_pinned(3.0, is_pinned=False) == 3
+
+
+def test_the_choice_follows_the_memory_of_the_smallest_gpu() -> None:
+    config = build("engine.gradient_checkpointing=auto", "train.micro_batch_size=4", "train.global_batch_size=4")
+    limits = find_smallest(
+        [RankMemory(80 * GIB, 900, "a"), RankMemory(40 * GIB, 700, "a"), RankMemory(80 * GIB, 800, "b")]
+    )
+    assert limits == MemoryLimits(device=40 * GIB, host=700, ranks_per_host=2)
+    for gib, choice in ((141, "none"), (80, "none"), (56, "full")):
+        planned = plan_memory(config, SDXL, 1, MemoryLimits(device=gib * GIB, host=None))
+        assert planned.config.engine.gradient_checkpointing == choice, planned.reason
+        assert f"{choice}, because a rank needs 65.9 GB without and " in planned.reason, planned.reason
+    kept = plan_memory(config, SDXL, 1, limits, kept="none")
+    assert kept.config.engine.gradient_checkpointing == "none" and not kept.table.fits_device
+    on_host = MemoryLimits(device=None, host=120 * GIB, ranks_per_host=2)
+    assert plan_memory(config, SDXL, 1, on_host).config.engine.gradient_checkpointing == "full"
+    assert plan_memory(config, SDXL, 1, CPU).config.engine.gradient_checkpointing == "none"
+    asked = build("engine.gradient_checkpointing=none")
+    assert plan_memory(asked, SDXL, 1, limits) == (asked, estimate_memory(asked, SDXL, 1, limits), "")
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_what_saves_memory() -> None:
+    gpu = MemoryLimits(device=24 * GIB, host=None)
+    config = build("ema.decays=[0.9]")
+    table = estimate_memory(config, SDXL, 1, gpu)
+    problems = list(check_device(table, "x saves 9 GB"))
+    assert (
+        len(problems) == 1 and "x saves 9 GB; or train adapters" in problems[0].cure and "25.8 GB" in problems[0].rule
+    )
+    savings = {saving.setting: saving.saved_bytes / 1e9 for saving in list_savings(config, SDXL, 1, gpu)}
+    assert list(savings)[0] == "engine.offload_optimizer: true" and savings["ema.decays: []"] == pytest.approx(
+        10.3, abs=0.1
+    )
+    assert savings["engine.precision: bf16_stochastic"] > 15 and savings["cache.text: true"] == pytest.approx(
+        1.64, abs=0.01
+    )
+    assert list(check_device(estimate_memory(config, SDXL, 1, MemoryLimits(device=80 * GIB, host=None)), "")) == []

@@ -25,9 +25,10 @@ from sdxl_trainer.train.networks.adapters import (
     map_layer_names,
     write_adapters,
 )
+from sdxl_trainer.train.networks.empty_networks import build_empty_networks
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
-from sdxl_trainer.train.run.networks import build_empty_networks, count_trained_weights
+from sdxl_trainer.train.run.networks import count_trained_weights
 from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
 

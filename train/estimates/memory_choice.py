@@ -1,0 +1,104 @@
+"""Choose gradient checkpointing by the memory estimate, and name the settings that save memory."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sdxl_trainer.configs.engine import PURE_BF16
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
+from sdxl_trainer.train.estimates.memory import estimate_memory
+from sdxl_trainer.train.estimates.memory_table import HEADROOM, MemoryLimits, MemoryTable, format_gb
+from sdxl_trainer.train.estimates.networks import NetworkSizes
+
+SMALLEST_SAVING = 0.02  # share of the present peak; less is not worth naming
+MOST_SAVINGS = 4
+
+
+class Saving(NamedTuple):
+    """A setting that saves memory of the device."""
+
+    setting: str  # such as `ema.decays: []`
+    saved_bytes: float  # of the peak
+
+
+class MemoryPlan(NamedTuple):
+    """Settings with gradient checkpointing chosen, the memory that they need, and the reason for the choice."""
+
+    config: Config
+    table: MemoryTable
+    reason: str  # "" if the settings name the choice
+
+
+def plan_memory(
+    config: Config, sizes: NetworkSizes, world_size: int, limits: MemoryLimits, kept: str = ""
+) -> MemoryPlan:
+    """Resolve `engine.gradient_checkpointing: auto`, and estimate the memory of a rank.
+
+    Args:
+        config: with `engine.zero_stage` chosen.
+        kept: the choice in the checkpoint that the run resumes from; "" if there is none.
+    """
+    asked = config.engine.gradient_checkpointing
+    if asked != "auto":
+        return MemoryPlan(config, estimate_memory(config, sizes, world_size, limits), "")
+    if kept:
+        chosen = replace_settings(config, "engine", gradient_checkpointing=kept)
+        table = estimate_memory(chosen, sizes, world_size, limits)
+        return MemoryPlan(chosen, table, f"{kept}, as in the checkpoint")
+    none, full = (replace_settings(config, "engine", gradient_checkpointing=choice) for choice in ("none", "full"))
+    without, table = (estimate_memory(choice, sizes, world_size, limits) for choice in (none, full))
+    if limits.rank is None:
+        return MemoryPlan(none, without, "none, because the memory of this machine is not known")
+    room = f"{format_gb(limits.rank * (1 - HEADROOM))} ({1 - HEADROOM:.0%} of {format_gb(limits.rank)})"
+    needed = f"a rank needs {format_gb(without.device_peak)} without and {format_gb(table.device_peak)} with it"
+    if without.fits_device:
+        return MemoryPlan(none, without, f"none, because {needed}, and has {room}")
+    return MemoryPlan(full, table, f"full, because {needed}, and has {room}")
+
+
+def replace_settings(config: Config, section: str, **values: Any) -> Config:
+    """Return the settings with values of one section replaced. The values are not validated."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def describe_lack(config: Config, sizes: NetworkSizes, world_size: int, limits: MemoryLimits) -> str:
+    """Describe in one line what saves how much memory of the device, most first."""
+    savings = list_savings(config, sizes, world_size, limits)
+    shown = [f"{saving.setting} saves {format_gb(saving.saved_bytes)}" for saving in savings[:MOST_SAVINGS]]
+    return "; ".join(shown) or "use more GPUs, or GPUs with more memory"
+
+
+def list_savings(config: Config, sizes: NetworkSizes, world_size: int, limits: MemoryLimits) -> list[Saving]:
+    """List the settings that lower the peak on the device, the largest saving first."""
+    peak = estimate_memory(config, sizes, world_size, limits).device_peak
+    savings = []
+    for setting, changed in iterate_changes(config, world_size):
+        saved = peak - estimate_memory(changed, sizes, world_size, limits).device_peak
+        if saved > SMALLEST_SAVING * peak:
+            savings.append(Saving(setting, saved))
+    return sorted(savings, key=lambda saving: -saving.saved_bytes)
+
+
+def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
+    """Yield single settings that may save memory, each with the settings of the run after that change."""
+    engine, micro_batch = config.engine, config.train.micro_batch_size
+    if engine.gradient_checkpointing == "none":
+        name = "engine.gradient_checkpointing: full"
+        yield name, replace_settings(config, "engine", gradient_checkpointing="full")
+    if micro_batch > 1:
+        yield "train.micro_batch_size: 1", replace_settings(config, "train", micro_batch_size=1)
+    if world_size > 1 and engine.zero_stage != 3 and not engine.compile:
+        yield "engine.zero_stage: 3", replace_settings(config, "engine", zero_stage=3)
+    if engine.precision in ("bf16", "fp16") and not engine.offload_optimizer:
+        stage = max(2, engine.zero_stage or 0)
+        changed = replace_settings(config, "engine", offload_optimizer=True, zero_stage=stage)
+        yield "engine.offload_optimizer: true", changed
+    if engine.precision not in PURE_BF16 and not engine.offload_optimizer and config.optim.name in ("adamw", "lion"):
+        changed = replace_settings(config, "engine", precision="bf16_stochastic", zero_stage=None)
+        yield "engine.precision: bf16_stochastic", resolve_zero_stage(changed, world_size)[0]
+    if config.optim.name == "adamw" and not engine.offload_optimizer and engine.precision not in PURE_BF16:
+        yield "optim.name: adamw8bit", replace_settings(config, "optim", name="adamw8bit")
+    if config.ema.decays:
+        yield "ema.decays: []", replace_settings(config, "ema", decays=[])
+    if not config.cache.text:
+        yield "cache.text: true", replace_settings(config, "cache", text=True)
