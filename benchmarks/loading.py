@@ -70,7 +70,8 @@ def measure_loading(model: Path, words: list[str]) -> dict[str, float]:
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.launch.distributed import init_ranks
     from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
-    from sdxl_trainer.train.estimates.memory import count_unet_parameters
+    from sdxl_trainer.train.estimates.networks import count_values
+    from sdxl_trainer.train.networks.empty_networks import build_empty_networks
     from sdxl_trainer.train.optim import optimizers
     from sdxl_trainer.train.run.networks import build_networks
 
@@ -78,7 +79,7 @@ def measure_loading(model: Path, words: list[str]) -> dict[str, float]:
     raise_if_any(problems)
     ranks = init_ranks()
     config, _ = resolve_zero_stage(config, ranks.world_size)
-    num_weights = count_unet_parameters(config.model)
+    num_weights = count_values(build_empty_networks(resolve_model(config.model), []))
     optimizers.MAX_GROUP_VALUES = optimizers.MAX_GROUP_VALUES * num_weights // WEIGHTS
     mapped = {path.stat().st_size for path in model.rglob("*.safetensors")}
     _, allocated = count_allocated(lambda: build_networks(config, resolve_model(config.model), ranks), mapped)

@@ -86,10 +86,12 @@ def compare_updates(words: list[str], quick: bool) -> dict[str, Figure]:
 
 def measure(settings: dict[str, Any]) -> int:
     """Train two steps, then print this rank's bytes between steps, or those of a third update."""
+    from sdxl_trainer.cache.models.source import resolve_model
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.launch.distributed import close_ranks
     from sdxl_trainer.launch.program import end_program
-    from sdxl_trainer.train.estimates.memory import count_unet_parameters
+    from sdxl_trainer.train.estimates.networks import count_values
+    from sdxl_trainer.train.networks.empty_networks import build_empty_networks
     from sdxl_trainer.train.optim import optimizers
     from sdxl_trainer.train.run.build import build_run
     from sdxl_trainer.train.run.job import set_up
@@ -101,7 +103,8 @@ def measure(settings: dict[str, Any]) -> int:
     config, problems = load_config(ROOT / "configs" / "tiny.yaml", settings["words"])
     groups = settings.get("groups")
     if groups == "pieces":
-        optimizers.MAX_GROUP_VALUES = optimizers.MAX_GROUP_VALUES * count_unet_parameters(config.model) // WEIGHTS
+        num_weights = count_values(build_empty_networks(resolve_model(config.model), []))
+        optimizers.MAX_GROUP_VALUES = optimizers.MAX_GROUP_VALUES * num_weights // WEIGHTS
     elif groups == "whole":
         optimizers.MAX_GROUP_VALUES = sys.maxsize
     run, batches = build_run(*set_up(config, problems))
@@ -112,22 +115,21 @@ def measure(settings: dict[str, Any]) -> int:
         peak = measure_update(run.engine, lambda: train_step(run, batches, config.optim.lr))
         found = {"peak": peak, "groups": len(run.engine.weights.layout.flats)}
     else:
-        found = measure_held(run, num_weights)
+        found = measure_held(run)
     if run.ranks.is_main:
         print(json.dumps({**found, "weights": num_weights}), flush=True)
     close_ranks()
     end_program(0)
 
 
-def measure_held(run: Any, num_weights: int) -> dict[str, float]:
+def measure_held(run: Any) -> dict[str, float]:
     """Return the bytes of all tensors without the frozen text encoders, and those of the estimate."""
-    from sdxl_trainer.train.estimates.memory import estimate_memory
-
     frozen = [parameter for encoder in run.conditioner.encoders for parameter in encoder.parameters()]
     held = add_up_storages() - sum(weight.untyped_storage().nbytes() for weight in frozen)
-    theory = estimate_memory(run.config, num_weights, RANKS)
-    gradients = theory.gradients if run.engine.zero_stage == 3 else 0
-    return {"held": held, "theory": theory.weights + theory.optimizer + gradients}
+    # ZeRO 3 keeps its buffer of gradients between steps.
+    names = ("trained weights", "master weights", "moments of the optimizer", "moving averages")
+    names += ("gradients",) if run.engine.zero_stage == 3 else ()
+    return {"held": held, "theory": sum(line.device for line in run.memory.lines if line.component in names)}
 
 
 def measure_update(engine: Any, train: Callable[[], object]) -> int:

@@ -13,6 +13,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import build_communication_settings
 from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryLine, MemoryTable, Phase
 from sdxl_trainer.train.estimates.networks import NetworkSizes
+from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
 # Bytes of the copy that the optimizer updates: fp32 masters, or DeepSpeed's bf16 copy (with Kahan's compensation).
@@ -22,7 +23,6 @@ NUM_MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "p
 AVERAGE_BYTES, FP32_BYTES = 4, 4
 # Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
 CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
-MAX_GROUP_VALUES = 2**28
 ZERO_3_GROUP_VALUES = 1_000_000_000  # DeepSpeed's default sub_group_size
 PASSES: tuple[Phase, ...] = ("forward pass", "backward pass")
 
@@ -222,12 +222,13 @@ def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> I
 
 
 def list_checkpoint_copy(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:
-    """Yield the line of the copy of the state that is written in the background, on rank 0, which has the most."""
+    """Yield the lines of the copy of the state that is written in the background."""
     # Optimizer state in host memory is written from there; ZeRO 3 has no file of whole weights.
     optimizer = 0 if config.engine.offload_optimizer else state.master + state.moments + state.averages
-    module = 0 if config.engine.zero_stage == 3 else state.weight
-    copied = sizes.num_trained * (optimizer / state.optimizer_shares + module)
-    yield MemoryLine(component="copy of the state for a checkpoint", host=copied)
+    share = sizes.num_trained / state.optimizer_shares
+    weights = 0 if config.engine.zero_stage == 3 else sizes.num_trained * state.weight
+    yield MemoryLine(component="copy of the optimizer for a checkpoint", host=share * optimizer)
+    yield MemoryLine(component="copy of the weights for a checkpoint", host=weights, only_rank_0=True)
 
 
 def list_process(has_gpu: bool) -> MemoryLine:

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sdxl_trainer.configs.problems import format_count
+
 Phase = Literal["forward pass", "backward pass", "update", "image generation"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 # Share of a device's memory that an estimate must leave free: for kernels' workspaces and fragments of the allocator,
@@ -24,6 +26,7 @@ class MemoryLine:
     host: float = 0
     phases: tuple[Phase, ...] = PHASES  # in which it exists
     grows: bool = False  # in proportion to the micro batch
+    only_rank_0: bool = False  # other ranks do not have it; a rank's memory counts it anyway
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,13 @@ class MemoryTable:
 
     @property
     def host_peak(self) -> float:
-        """The largest sum of all phases on the host, in bytes."""
-        return max(sum(line.host for line in self.lines if phase in line.phases) for phase in PHASES)
+        """The largest sum of all phases on a host, of all its ranks, in bytes."""
+        number = self.limits.ranks_per_host
+        sums = dict.fromkeys(PHASES, 0.0)
+        for line in self.lines:
+            for phase in line.phases:
+                sums[phase] += line.host * (1 if line.only_rank_0 else number)
+        return max(sums.values())
 
     @property
     def fits_device(self) -> bool:
@@ -99,9 +107,9 @@ class MemoryTable:
 
     @property
     def fits_host(self) -> bool:
-        """Return whether the host has what its ranks keep there besides GPUs; True if its size is not known."""
-        share = self.limits.host_share
-        return share is None or not self.limits.has_gpu or self.host_peak <= share
+        """Return whether a host has what its ranks keep there besides GPUs; True if its size is not known."""
+        host = self.limits.host
+        return host is None or not self.limits.has_gpu or self.host_peak <= host
 
     def find_largest_micro_batch(self) -> int | None:
         """Return the largest micro batch that fits the device, 0 if none does; None if its size is not known."""
@@ -126,8 +134,8 @@ class MemoryTable:
         if self.limits.has_gpu:
             total = self.limits.host
             of_total = "" if total is None else f" of {format_gb(total)}"
-            number = self.limits.ranks_per_host
-            rows["host, peak"] = f"{format_gb(self.host_peak * number)}{of_total}, of {number} ranks on a host"
+            ranks = format_count(self.limits.ranks_per_host, "rank")
+            rows["host, peak"] = f"{format_gb(self.host_peak)}{of_total}, for {ranks} on a host"
         if largest is not None:
             rows["largest micro batch"] = f"{largest} (train.micro_batch_size is {self.micro_batch_size})"
         return rows
@@ -137,7 +145,7 @@ def describe_line(line: MemoryLine, has_gpu: bool) -> str:
     """Return the bytes of a line as text, with the phases in which it exists if these are not all."""
     places = [(line.device, " GPU"), (line.host, " host")] if has_gpu else [(line.device + line.host, "")]
     parts = [f"{format_gb(number)}{place}" for number, place in places if number]
-    when = "" if line.phases == PHASES else f", in the {' and '.join(line.phases)}"
+    when = "" if line.phases == PHASES else f", {', '.join(line.phases)}"
     return " and ".join(parts) + when
 
 

@@ -104,7 +104,6 @@ def check_room(table: MemoryTable, cure: str) -> Iterator[Problem]:
         yield Problem("memory", format_gb(table.device_peak), rule, cure)
     if not table.fits_host:
         assert table.limits.host is not None, "an unknown size is large enough"
-        number = table.limits.ranks_per_host
-        rule = f"of host memory are needed by the ranks of a host ({number}), which has {format_gb(table.limits.host)}"
+        rule = f"of host memory are needed by all ranks of a host, which has {format_gb(table.limits.host)}"
         cure = "set engine.zero_stage: 3 on more GPUs, or engine.precision: bf16_stochastic instead of offloading"
-        yield Problem("memory", format_gb(table.host_peak * number), rule, cure)
+        yield Problem("memory", format_gb(table.host_peak), rule, cure)

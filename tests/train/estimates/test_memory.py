@@ -159,11 +159,20 @@ def test_host_memory_under_offload() -> None:
     table = estimate_memory(config, SDXL, 1, gpu)
     assert get_line(table, "master weights") == (0, 10 * GIB)  # ten groups, each pinned in a GiB
     assert get_line(table, "moments") == (0, 8 * SDXL.num_trained)
-    assert get_line(table, "copy of the state") == (0, 2 * SDXL.num_trained)
+    assert get_line(table, "copy of the weights for a") == (0, 2 * SDXL.num_trained)
+    assert get_line(table, "copy of the optimizer") == (0, 0)
     assert table.host_peak < one_group.host_peak - 10e9 and not table.fits_host
     rules = [problem.rule for problem in check_room(table, "")]
     assert len(rules) == 1 and "of host memory are needed" in rules[0] and "68.7 GB" in rules[0]
     assert round_pinned(3.0, is_pinned=True) == 4 and round_pinned(3.0, is_pinned=False) == 3
+
+
+def test_ranks_of_a_host_add_up() -> None:
+    """All ranks hold their share of the copied optimizer, and rank 0 the copy of the weights."""
+    limits = MemoryLimits(device=80 * GIB, host=200 * GIB, ranks_per_host=8)
+    table = estimate_memory(build(ranks=8), SDXL, 8, limits)
+    assert table.host_peak == pytest.approx(8 * 3e9 + (12 + 2) * SDXL.num_trained)
+    assert table.describe()["host, peak"].endswith(" of 215 GB, for 8 ranks on a host")
 
 
 def test_the_choice_follows_the_memory_of_the_smallest_gpu() -> None:
