@@ -1,6 +1,7 @@
 """Build a run from its settings: networks, data, state, metrics, console and report."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
@@ -21,7 +22,9 @@ from sdxl_trainer.train.checkpoint.resume import (
 )
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import compute_batch_sizes
+from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
+from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
 from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
@@ -56,9 +59,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     split = split_data(config, index, strategy, ranks)
     checkpoint, checkpoints = open_checkpoints(config.run.folder / "checkpoints", config.checkpoint, ranks)
     state = build_initial_state(config, index, split.plan, ranks, split.repeats)
-    saved = TrainState.load(checkpoint) if checkpoint else None
-    if saved:
-        state = restore_progress(saved, state, split.plan, config.run.on_data_change)
+    if checkpoint:
+        state = restore_progress(TrainState.load(checkpoint), state, split.plan, config.run.on_data_change)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     objective = build_objective(config, source, ranks)
@@ -68,11 +70,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         batches = fill_missing_latents(batches, missing)
     config, memory, _ = plan_run_memory(config, source, split.plan, ranks, state.gradient_checkpointing)
     state.gradient_checkpointing = config.engine.gradient_checkpointing
-    engine, conditioner = build_networks(config, source, ranks)
-    state.base_model = hash_frozen_networks(engine, config, source, ranks)
-    if checkpoint and saved:
-        raise_if_any(check_base_model(config.model, state.base_model, saved))
-        restore_engine(engine, checkpoint)
+    engine, conditioner = load_engine(config, source, state, ranks, checkpoint)
     unet, unet_config, num_text_tokens = engine.model.unet, source.read_config("unet"), config.data.max_tokens + 2
     mfu_reference = build_mfu_reference(unet, unet_config, num_text_tokens, config.engine.precision, ranks)
     requests = Requests(config.run.folder, ranks, config.checkpoint.every_minutes)
@@ -104,3 +102,19 @@ def build_objective(config: Config, source: ModelSource, ranks: Ranks) -> Object
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     drawn_noise = DrawnNoise(pin_memory=ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
     return Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise)
+
+
+def load_engine(
+    config: Config, source: ModelSource, state: TrainState, ranks: Ranks, checkpoint: Path | None
+) -> tuple[Engine, TextConditioner]:
+    """Load the networks, restore the checkpoint if there is one, and note the base model in the state.
+
+    Raises:
+        UserInputError: the checkpoint belongs to another base model, or these ranks cannot load it.
+    """
+    engine, conditioner = build_networks(config, source, ranks)
+    state.base_model = hash_frozen_networks(engine, config, source, ranks)
+    if checkpoint:
+        raise_if_any(check_base_model(config.model, state.base_model, TrainState.load(checkpoint)))
+        restore_engine(engine, checkpoint)
+    return engine, conditioner
