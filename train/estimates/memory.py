@@ -147,11 +147,17 @@ def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world
         phases = (*phases, "image generation")
     elif not state.keeps_gradients:
         phases = phases[1:]
-    if not (engine.offload_optimizer and engine.zero_stage in (2, 3)):
+    # With offload, ZeRO 2 and 3 keep gradients in the type of the weights on the host, and sums in fp32 on the GPU.
+    if not (engine.offload_optimizer and engine.zero_stage in (2, 3) and state.gradient == state.weight):
         yield MemoryLine(component="gradients", device=numel * state.gradient / state.gradient_shares, phases=phases)
+    if engine.zero_stage == 1 and state.gradient > state.weight:
+        share = numel * state.gradient / state.optimizer_shares
+        yield MemoryLine(component="gradients in fp32 of this rank's share", device=share, phases=phases)
     communication = build_communication_settings(engine, world_size) if engine.zero_stage else {}
     num_sent = min(float(str(communication.get("reduce_bucket_size", 0))), numel)
-    buffers = num_sent * state.weight * (2 if communication.get("overlap_comm") else 1)
+    # ZeRO 1 sends the sums, ZeRO 2 and 3 what the backward pass computes.
+    sent = state.gradient if engine.zero_stage == 1 else state.weight
+    buffers = num_sent * sent * (2 if communication.get("overlap_comm") else 1)
     yield MemoryLine(component="buffers of gradients to send", device=buffers, phases=("backward pass",))
 
 
@@ -178,7 +184,7 @@ def list_optimizer(
     yield MemoryLine(component="moving averages", host=share * state.averages)
     yield MemoryLine(component="gradients in fp32", host=pin(FP32_BYTES))
     yield MemoryLine(component="copy of the weights to send back", host=pin(state.weight))
-    if state.keeps_gradients and engine.zero_stage != 3:
+    if state.keeps_gradients and engine.zero_stage != 3 and state.gradient == state.weight:
         sums = sum(round_pinned(numel * state.gradient, has_gpu) for numel in sizes.trained) / state.gradient_shares
         yield MemoryLine(component="gradients of earlier micro steps", host=sums)
 
