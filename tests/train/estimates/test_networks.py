@@ -28,7 +28,7 @@ NETWORKS = {
     "U-Net": "",
     "adapters": "lora.rank=4 optim.text_encoder_2_lr=1e-3",
     "encoders, long captions": "optim.text_encoder_lr=1e-3 optim.text_encoder_2_lr=1e-3 data.max_tokens=150",
-    "frozen parts, channels last": "optim.groups=[{match:down_blocks,lr:0}] engine.channels_last=true",
+    "frozen parts, channels last": 'optim.groups=[{"match":"down_blocks","lr":0}] engine.channels_last=true',
 }
 
 
