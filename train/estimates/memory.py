@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import build_communication_settings
-from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryLine, MemoryTable, Phase
+from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryLine, MemoryTable, Phase
 from sdxl_trainer.train.estimates.networks import NetworkSizes
 from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
 
@@ -154,11 +154,14 @@ def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world
         share = numel * state.gradient / state.optimizer_shares
         yield MemoryLine(component="gradients in fp32 of this rank's share", device=share, phases=phases)
     communication = build_communication_settings(engine, world_size) if engine.zero_stage else {}
-    num_sent = min(float(str(communication.get("reduce_bucket_size", 0))), numel)
+    num_sent = float(str(communication.get("reduce_bucket_size", 0)))
     # ZeRO 1 sends the sums, ZeRO 2 and 3 what the backward pass computes.
     sent = state.gradient if engine.zero_stage == 1 else state.weight
+    # ZeRO 3 allocates its buffer at the start; the others fill a bucket with the gradients that there are.
+    num_sent = num_sent if engine.zero_stage == 3 else min(num_sent, numel)
     buffers = num_sent * sent * (2 if communication.get("overlap_comm") else 1)
-    yield MemoryLine(component="buffers of gradients to send", device=buffers, phases=("backward pass",))
+    phases = PHASES if engine.zero_stage == 3 else ("backward pass",)
+    yield MemoryLine(component="buffers of gradients to send", device=buffers, phases=phases)
 
 
 def list_optimizer(

@@ -75,7 +75,8 @@ def find_largest_bucket(plan: Plan) -> Size:
 def list_largest_bucket(config: Config) -> Size | None:
     """Return the largest bucket that the settings allow; None if they allow none."""
     buckets = [bucket for rule in build_bucket_rules(config.data).values() for bucket in list_buckets(rule)]
-    return max(buckets, key=get_area, default=None)
+    # Of equal areas the least elongated, which is the one that people know.
+    return max(buckets, key=lambda bucket: (get_area(bucket), min(bucket)), default=None)
 
 
 def check_device(table: MemoryTable, cure: str) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from sdxl_trainer.launch.machine import (
     measure_write_speed,
 )
 from sdxl_trainer.launch.program import FailedError
+from sdxl_trainer.train.doctor import doctor
 from sdxl_trainer.train.doctor.doctor import (
     convert_problem,
     examine_memory,
@@ -100,7 +101,8 @@ def test_bytes_of_a_checkpoint(words: str, expected: int) -> None:
     assert compute_checkpoint_bytes(resolve_zero_stage(config, 1)[0], 1000) == 1000 * expected
 
 
-def test_memory_of_sdxl_by_components() -> None:
+def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "read_host_memory_bytes", lambda: 500 * 10**9)
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
     found = {finding.detail.split(":")[0]: finding for finding in examine_memory(config, 1, [80 * 10**9])}

@@ -93,7 +93,7 @@ def test_a_live_engine_holds_what_is_estimated(stage: int, precision: str) -> No
     init_ranks()
     config = build(f"engine.zero_stage={stage}", f"engine.precision={precision}", "ema.decays=[0.5]")
     gc.collect()
-    before = {id(storage) for storage in list_storages()}
+    before = list_storages()  # kept, because the id of one that is gone may be used again
     net = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(2)))
     groups = [{"params": list(net.parameters()), "lr": 0.1, "lr_scale": 1.0}]
     optimizer = build_optimizer(groups, OptimConfig(), config.engine)
@@ -101,18 +101,20 @@ def test_a_live_engine_holds_what_is_estimated(stage: int, precision: str) -> No
     engine.backward(engine(torch.ones(2, 64, dtype=engine.dtype)).float().square().mean())
     engine.step()
     gc.collect()
-    held = sum(storage.nbytes() for storage in list_storages() if id(storage) not in before and storage.nbytes() > 64)
+    known = {id(storage) for storage in before}
+    made = [storage.nbytes() for storage in list_storages() if id(storage) not in known]
+    held = sum(num_bytes for num_bytes in made if num_bytes > 64)  # less are counters
     table = estimate_memory(config, build_sizes(4096, 4096), 1, CPU)
     names = ["trained weights", "master weights", "moments of the optimizer", "moving averages"]
-    # ZeRO 3 keeps its buffer of gradients.
-    names += ["gradients"] if stage == 3 else []
-    assert held == sum(get_line(table, name)[0] for name in names)
+    # ZeRO 3 keeps gradients, and the buffer to send them, which is larger than these.
+    names += ["gradients", "buffers of gradients to send"] if stage == 3 else []
+    assert held == sum(get_line(table, name)[0] for name in names), sorted(made)
     del engine, optimizer, net
 
 
 def list_storages() -> list[torch.UntypedStorage]:
-    """Storages of all live tensors of this process, each once; kept alive, so that their ids stay theirs."""
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    """Storages of all live tensors of this process, each once; DeepSpeed's copies on the meta device take no memory."""
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and not item.is_meta]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     return list({id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}.values())
 
@@ -151,7 +153,7 @@ def test_sdxl_on_a_gpu() -> None:
 
 def test_host_memory_under_offload() -> None:
     """105 GB as one group with a copy for checkpoints, by the reference; pieces of 2^28 values and no copy save 31."""
-    gpu, words = MemoryLimits(device=24 * GIB, host=64 * GIB), ["engine.offload_optimizer=true"]
+    gpu, words = MemoryLimits(device=24 * GIB, host=48 * GIB), ["engine.offload_optimizer=true"]
     config = build(*words, "train.global_batch_size=16", "engine.gradient_checkpointing=full")
     one_group = estimate_memory(config, SDXL, 1, gpu, 1 << 40)
     copied = one_group.host_peak - 3e9 + 12 * SDXL.num_trained
@@ -163,7 +165,7 @@ def test_host_memory_under_offload() -> None:
     assert get_line(table, "copy of the optimizer") == (0, 0)
     assert table.host_peak < one_group.host_peak - 10e9 and not table.fits_host
     rules = [problem.rule for problem in check_room(table, "")]
-    assert len(rules) == 1 and "of host memory are needed" in rules[0] and "68.7 GB" in rules[0]
+    assert len(rules) == 1 and "of host memory are needed" in rules[0] and "51.5 GB" in rules[0]
     assert round_pinned(3.0, is_pinned=True) == 4 and round_pinned(3.0, is_pinned=False) == 3
 
 
@@ -196,7 +198,7 @@ def test_the_choice_follows_the_memory_of_the_smallest_gpu() -> None:
 
 def test_a_gpu_that_is_too_small_is_refused_with_what_saves_memory() -> None:
     gpu = MemoryLimits(device=24 * GIB, host=None)
-    config = build("ema.decays=[0.9]")
+    config = build("ema.decays=[0.9]", "ema.sample=false")
     table = estimate_memory(config, SDXL, 1, gpu)
     problems = list(check_device(table, "x saves 9 GB"))
     assert (
