@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.train.engine.deepspeed_config import build_communication_settings
+from sdxl_trainer.train.engine.deepspeed_config import (
+    build_communication_settings,
+    compute_batch_sizes,
+    resolve_gradient_types,
+)
 from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryLine, MemoryTable, Phase
 from sdxl_trainer.train.estimates.networks import NetworkSizes
 from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
@@ -23,7 +27,7 @@ NUM_MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "p
 AVERAGE_BYTES, FP32_BYTES = 4, 4
 # Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
 CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
-ZERO_3_GROUP_VALUES = 1_000_000_000  # DeepSpeed's default sub_group_size
+ZERO_0_BUCKET_VALUES = 500_000_000  # that DeepSpeed sends at a time without ZeRO
 PASSES: tuple[Phase, ...] = ("forward pass", "backward pass")
 
 
@@ -47,10 +51,11 @@ def resolve_state_bytes(config: Config, world_size: int) -> StateBytes:
     engine, stage = config.engine, config.engine.zero_stage or 0
     weight = WEIGHT_BYTES[engine.precision]
     shares = {part: world_size if stage >= part else 1 for part in (1, 2, 3)}
-    steps = config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+    steps = compute_batch_sizes(config.train, world_size).accumulation_steps
+    types = resolve_gradient_types(engine, world_size, steps, config.optim.name == "muon")
     return StateBytes(
         weight=weight,
-        gradient=weight,
+        gradient=WEIGHT_BYTES[types.accumulation],
         master=count_master_bytes(engine),
         moments=count_moment_bytes(engine, config.optim.name),
         averages=AVERAGE_BYTES * len(config.ema.decays),
@@ -95,7 +100,7 @@ def estimate_memory(
         max_group_values: weights that the optimizer updates at a time, at most.
     """
     state = resolve_state_bytes(config, world_size)
-    groups = divide_weights(sizes, config, max_group_values)
+    groups = divide_weights(sizes, max_group_values)
     lines = [
         *list_weights(config, sizes, state, limits.has_gpu),
         *list_gradients(config, sizes, state, world_size),
@@ -112,10 +117,8 @@ def estimate_memory(
     )
 
 
-def divide_weights(sizes: NetworkSizes, config: Config, max_group_values: int) -> list[int]:
+def divide_weights(sizes: NetworkSizes, max_group_values: int) -> list[int]:
     """Divide the trained weights into the groups that the optimizer updates one after the other; their values."""
-    if config.engine.zero_stage == 3:
-        max_group_values = ZERO_3_GROUP_VALUES
     number = max(1, math.ceil(sizes.num_trained / max_group_values))
     return [math.ceil(sizes.num_trained / number)] * number
 
@@ -151,12 +154,14 @@ def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world
     if not (engine.offload_optimizer and engine.zero_stage in (2, 3) and state.gradient == state.weight):
         yield MemoryLine(component="gradients", device=numel * state.gradient / state.gradient_shares, phases=phases)
     if engine.zero_stage == 1 and state.gradient > state.weight:
+        # DeepSpeed's optimizer for fp32 sums keeps this rank's share of them besides.
         share = numel * state.gradient / state.optimizer_shares
-        yield MemoryLine(component="gradients in fp32 of this rank's share", device=share, phases=phases)
+        yield MemoryLine(component="gradients of this rank's share", device=share, phases=phases)
     communication = build_communication_settings(engine, world_size) if engine.zero_stage else {}
-    num_sent = float(str(communication.get("reduce_bucket_size", 0)))
-    # ZeRO 1 sends the sums, ZeRO 2 and 3 what the backward pass computes.
-    sent = state.gradient if engine.zero_stage == 1 else state.weight
+    default = ZERO_0_BUCKET_VALUES if world_size > 1 else 0
+    num_sent = float(str(communication.get("reduce_bucket_size", default)))
+    # ZeRO 0 and 1 send the sums, ZeRO 2 and 3 what the backward pass computes.
+    sent = state.weight if engine.zero_stage in (2, 3) else state.gradient
     # ZeRO 3 allocates its buffer at the start; the others fill a bucket with the gradients that there are.
     num_sent = num_sent if engine.zero_stage == 3 else min(num_sent, numel)
     buffers = num_sent * sent * (2 if communication.get("overlap_comm") else 1)
@@ -195,9 +200,10 @@ def list_optimizer(
 def count_update_copies(state: StateBytes, groups: Iterable[int]) -> float:
     """Count the bytes that an update needs besides gradients and state: those of the largest group.
 
-    DeepSpeed copies the gradients of a group into one flat tensor, and that to the type of the masters.
+    DeepSpeed copies the gradients of a group into one flat tensor, and that to the type of the masters. Sums in fp32
+    are flat already.
     """
-    if not state.master:
+    if not state.master or state.gradient == FP32_BYTES:
         return 0
     converted = state.master if state.master != state.gradient else 0
     return max(groups) / state.optimizer_shares * (state.gradient + converted)
