@@ -1,12 +1,10 @@
 """Build a run from its settings: networks, data, state, metrics, console and report."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
-from sdxl_trainer.configs.problems import raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
@@ -15,16 +13,12 @@ from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.checkpoint.resume import (
     build_initial_state,
-    check_base_model,
     open_checkpoints,
-    restore_engine,
     restore_progress,
 )
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import compute_batch_sizes
-from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
-from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
 from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
@@ -32,7 +26,7 @@ from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
 from sdxl_trainer.train.run.memory_plan import plan_run_memory
-from sdxl_trainer.train.run.networks import build_networks, hash_frozen_networks
+from sdxl_trainer.train.run.networks import load_engine
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import build_validation_set, split_data, start_loader
 
@@ -102,19 +96,3 @@ def build_objective(config: Config, source: ModelSource, ranks: Ranks) -> Object
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     drawn_noise = DrawnNoise(pin_memory=ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
     return Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise)
-
-
-def load_engine(
-    config: Config, source: ModelSource, state: TrainState, ranks: Ranks, checkpoint: Path | None
-) -> tuple[Engine, TextConditioner]:
-    """Load the networks, restore the checkpoint if there is one, and note the base model in the state.
-
-    Raises:
-        UserInputError: the checkpoint belongs to another base model, or these ranks cannot load it.
-    """
-    engine, conditioner = build_networks(config, source, ranks)
-    state.base_model = hash_frozen_networks(engine, config, source, ranks)
-    if checkpoint:
-        raise_if_any(check_base_model(config.model, state.base_model, TrainState.load(checkpoint)))
-        restore_engine(engine, checkpoint)
-    return engine, conditioner

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ import torch
 from sdxl_trainer.cache.models.components import hash_component
 from sdxl_trainer.cache.models.encoders import load_text_encoders
 from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
+from sdxl_trainer.train.checkpoint.resume import check_base_model, restore_engine
+from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES, compute_batch_sizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import add_adapters
@@ -59,6 +62,22 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         () if config.lora.rank else read_trained_weights(networks, source, config.model.text_projection),
     )
     return engine, TextConditioner(loaded, trained) if loaded else LazyTextConditioner(load_encoders)
+
+
+def load_engine(
+    config: Config, source: ModelSource, state: TrainState, ranks: Ranks, checkpoint: Path | None
+) -> tuple[Engine, TextConditioner]:
+    """Load the networks, restore the checkpoint if there is one, and note the base model in the state.
+
+    Raises:
+        UserInputError: the checkpoint belongs to another base model, or these ranks cannot load it.
+    """
+    engine, conditioner = build_networks(config, source, ranks)
+    state.base_model = hash_frozen_networks(engine, config, source, ranks)
+    if checkpoint:
+        raise_if_any(check_base_model(config.model, state.base_model, TrainState.load(checkpoint)))
+        restore_engine(engine, checkpoint)
+    return engine, conditioner
 
 
 def hash_frozen_networks(engine: Engine, config: Config, source: ModelSource, ranks: Ranks) -> dict[str, str]:
