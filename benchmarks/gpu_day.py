@@ -207,7 +207,7 @@ def is_shown(key: str, value: Any) -> bool:
     """Return whether the summary shows a value: a number that is not in a group, or one of the most telling in it."""
     group, _, name = key.rpartition(".")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and (not group or name in SHOWN_IN_GROUPS or group.startswith("phases"))
+    return is_number and (not group or name in SHOWN_IN_GROUPS or group.startswith(("phases", "estimated")))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

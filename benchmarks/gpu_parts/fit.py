@@ -1,15 +1,13 @@
-"""Whether a training step at full size fits the device, by arithmetic from counted activations."""
+"""Whether a training step at full size fits the device, by the estimate that every run makes (train/estimates)."""
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
 from gpu_parts.devices import Place
-from gpu_parts.report import SkippedCase
-
-NUM_WEIGHTS, ENCODER_BYTES, CONTEXT_BYTES = 2_567_463_684, 1_640_000_000, 2_000_000_000
-ACTIVATION_BYTES = {False: 6_890_000_000, True: 590_000_000}  # of an image at 1024², without and with checkpointing
-HEADROOM = 0.06
+from gpu_parts.full_size import build_settings, get_side_px
+from gpu_parts.report import Case, SkippedCase
 
 
 class StepSizes(NamedTuple):
@@ -36,33 +34,46 @@ class StepSizes(NamedTuple):
         return [
             f"train.micro_batch_size={self.micro_batch_size}",
             f"train.global_batch_size={self.num_images}",
-            f"engine.gradient_checkpointing={str(self.checkpointing).lower()}",
+            f"engine.gradient_checkpointing={'full' if self.checkpointing else 'none'}",
         ]
 
 
-def find_lack(place: Place, sizes: StepSizes) -> str:
-    """Return why a step does not fit the device; "" if it does, and where nothing is estimated."""
-    if not place.is_cuda or place.tiny:
-        return ""
-    bytes_of_weight = 18 if sizes.accumulation_steps > 1 else 16
-    held = NUM_WEIGHTS * bytes_of_weight + ENCODER_BYTES + CONTEXT_BYTES
-    needed = held + sizes.micro_batch_size * ACTIVATION_BYTES[sizes.checkpointing]
-    total = torch.cuda.get_device_properties(0).total_memory
-    fits = needed <= total * (1 - HEADROOM)
-    return "" if fits else f"needs about {needed / 1e9:.1f} GB; the device has {total / 1e9:.1f} GB"
+@cache  # counting the activations of SDXL takes seconds
+def count_networks(place: Place) -> Any:
+    """Count weights and activations of the networks, which do not depend on the micro batch."""
+    from sdxl_trainer.cache.models.source import resolve_model
+    from sdxl_trainer.data.images.bucket import Size
+    from sdxl_trainer.train.estimates.networks import measure_networks
+
+    config, side = build_settings(place, "fit", StepSizes(1).list_words()), get_side_px(place)
+    return measure_networks(config, resolve_model(config.model), Size(side, side))
 
 
-def require_room(place: Place, sizes: StepSizes) -> None:
-    """Skip a case that does not fit the device.
+def estimate_step(place: Place, sizes: StepSizes) -> Any:
+    """Estimate the memory of a step, and return its table."""
+    from sdxl_trainer.train.estimates.memory import estimate_memory
+    from sdxl_trainer.train.estimates.memory_table import MemoryLimits
+
+    config = build_settings(place, "fit", sizes.list_words())
+    total = torch.cuda.get_device_properties(0).total_memory if place.is_cuda else None
+    return estimate_memory(config, count_networks(place), 1, MemoryLimits(device=total, host=None))
+
+
+def require_room(place: Place, sizes: StepSizes, case: Case) -> None:
+    """Note the estimated peaks of a step's phases, and skip the case if they do not fit the device.
 
     Raises:
         SkippedCase: the estimate is above the device's memory.
     """
-    if lack := find_lack(place, sizes):
-        raise SkippedCase(lack)
+    table = estimate_step(place, sizes)
+    phases = ("forward pass", "backward pass", "update")
+    case.note(estimated_peak_gb={phase: table.sum_device(phase) / 1e9 for phase in phases})
+    if not table.fits_device:
+        needed, total = table.device_peak / 1e9, table.limits.device / 1e9
+        raise SkippedCase(f"needs {needed:.1f} GB by the estimate; the device has {total:.1f} GB")
 
 
 def choose_first_sizes(place: Place) -> StepSizes:
     """Return micro batch 4, with gradient checkpointing if it does not fit without."""
     sizes = StepSizes(4)
-    return sizes._replace(checkpointing=bool(find_lack(place, sizes)))
+    return sizes if estimate_step(place, sizes).fits_device else sizes._replace(checkpointing=True)

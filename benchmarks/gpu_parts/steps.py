@@ -136,7 +136,7 @@ class PhaseProbe:
 
 def measure_step(place: Place, sizes: StepSizes, case: Case) -> None:
     """Measure the real step, and then its phases."""
-    require_room(place, sizes)
+    require_room(place, sizes, case)
     step = RealStep(place, sizes, case)
     case.note(**step.measure())
     case.note(**step.probe_phases())
@@ -144,7 +144,7 @@ def measure_step(place: Place, sizes: StepSizes, case: Case) -> None:
 
 def measure_bare_step(place: Place, sizes: StepSizes, case: Case) -> None:
     """Measure the bare loop on the micro batch of the real step."""
-    require_room(place, sizes)
+    require_room(place, sizes, case)
     step = build_bare_step(place, sizes)
     place.reset_peak()
     seconds = place.time_calls(step, 2 if place.tiny else STEPS, WARM_UP)
