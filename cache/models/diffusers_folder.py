@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
 from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
 from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
 from sdxl_trainer.data.files import sync_folder
+from sdxl_trainer.data.text.tokens import write_vocabulary
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -19,8 +21,6 @@ WEIGHTS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
 }
-# A pipeline also needs these files, which are copied from the model that training started from.
-COPIED = ("model_index.json", "tokenizer", "tokenizer_2")
 
 
 def read_folder_component(folder: Path, component: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,6 +78,7 @@ def write_diffusers_folder(
     dtype: torch.dtype,
     scheduler: Mapping[str, Any],
     origin: Path,
+    vocabularies: Mapping[str, Path],
 ) -> None:
     """Write the four components as a folder that diffusers' SDXL pipeline loads; it is written whole or not at all.
 
@@ -85,7 +86,8 @@ def write_diffusers_folder(
         components: tensors by component and name, as for `write_single_file`.
         configs: `config.json` of each component.
         scheduler: `scheduler_config.json`.
-        origin: diffusers folder from which the model index and the tokenizers are copied, if it has them.
+        origin: diffusers folder from which the model index and the settings of the tokenizers are copied.
+        vocabularies: file or folder of the vocabulary of `tokenizer` and `tokenizer_2`.
 
     Raises:
         ValueError: names or shapes do not match `configs`, or float16 cannot hold a value.
@@ -97,12 +99,9 @@ def write_diffusers_folder(
         write_safetensors(temporary / component / WEIGHTS[component], items, {})
         _write_json(temporary / component / "config.json", configs[component])
     _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-    for name in COPIED:
-        if (origin / name).is_dir():
-            shutil.copytree(origin / name, temporary / name)
-        elif (origin / name).is_file():
-            shutil.copyfile(origin / name, temporary / name)
-    _set_scheduler(temporary / "model_index.json", scheduler)
+    for name, vocabulary in vocabularies.items():
+        _write_tokenizer(temporary / name, origin / name, vocabulary)
+    _write_model_index(temporary, origin, scheduler)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync_folder(folder.parent)
@@ -123,10 +122,21 @@ def _plan_items(
     ]
 
 
-def _set_scheduler(index: Path, scheduler: Mapping[str, Any]) -> None:
-    content = json.loads(index.read_text())
+def _write_tokenizer(target: Path, origin: Path, vocabulary: Path) -> None:
+    """Copy a tokenizer, or SDXL's settings for one, and write the vocabulary if it is another one than the tokenizer's.
+
+    The settings of a single file carry no vocabulary, and `model.tokenizer` replaces the model's own.
+    """
+    shutil.copytree(origin if origin.is_dir() else SDXL_CONFIG_FOLDER / target.name, target)
+    if vocabulary != origin:
+        (target / "tokenizer.json").unlink(missing_ok=True)  # holds a copy of the replaced vocabulary
+        write_vocabulary(vocabulary, target)
+
+
+def _write_model_index(target: Path, origin: Path, scheduler: Mapping[str, Any]) -> None:
+    content = json.loads((origin / "model_index.json").read_text())
     content["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    _write_json(index, content)
+    _write_json(target / "model_index.json", content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -114,7 +114,7 @@ def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
         FileNotFoundError: the folder lacks one of the two files.
         ValueError: the vocabulary is not CLIP's.
     """
-    known, merges = _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
+    known, merges = _read_vocabulary(source)
     unknown = [token for token in (START, END, pad_token) if token not in known]
     if unknown:
         raise ValueError(f"{source}: lacks {', '.join(unknown)}; this is not CLIP's vocabulary")
@@ -189,6 +189,24 @@ def find_installed_vocabulary() -> Path | None:
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations if package else None) or []
     return next((file for folder in folders if (file := Path(folder) / MERGES_FILE).is_file()), None)
+
+
+def write_vocabulary(source: Path, folder: Path) -> None:
+    """Write CLIP's vocabulary into a folder, as the `vocab.json` and `merges.txt` that transformers' tokenizers read.
+
+    Args:
+        source: file or folder of the vocabulary, as for `load_tokenizer`.
+    """
+    known, merges = _read_vocabulary(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(known, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read_vocabulary(source: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read the ids of all tokens, and the merges in their order."""
+    return _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

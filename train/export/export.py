@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.models.diffusers_folder import open_folder_component, write_diffusers_folder
-from sdxl_trainer.cache.models.encoders import load_vae
+from sdxl_trainer.cache.models.encoders import PAD_TOKENS, find_vocabulary, load_vae
 from sdxl_trainer.cache.models.single_file import (
     build_modelspec,
     list_prediction_marks,
@@ -156,6 +156,9 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
 
     Both declare the prediction type: a file in its modelspec metadata and marker tensors, a folder in its scheduler's
     config.
+
+    Raises:
+        UserInputError: a folder is to be written, and the model has no vocabulary.
     """
     source, objective = settings.source, settings.objective
     configs = {name: source.read_config(name) for name in COMPONENTS}
@@ -166,7 +169,13 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
         if objective.prediction == "flow":
             scheduler["_class_name"] = "FlowMatchEulerDiscreteScheduler"
         write_diffusers_folder(
-            path, components, configs, dtype=settings.dtype, scheduler=scheduler, origin=source.folder
+            path,
+            components,
+            configs,
+            dtype=settings.dtype,
+            scheduler=scheduler,
+            origin=source.folder,
+            vocabularies={name: find_vocabulary(source, settings.model, name) for name in PAD_TOKENS},
         )
         logger.info("model written to {}", path)
         return

@@ -13,7 +13,7 @@ from programs import TINY
 from transformers import CLIPTokenizer
 
 from sdxl_trainer.data.text import tokens
-from sdxl_trainer.data.text.tokens import END, MERGES_FILE, find_installed_vocabulary, load_tokenizer
+from sdxl_trainer.data.text.tokens import END, MERGES_FILE, find_installed_vocabulary, load_tokenizer, write_vocabulary
 
 FIRST, SECOND = load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!")
 REFERENCE = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
@@ -150,6 +150,9 @@ def test_a_list_of_merges_gives_the_same_ids_as_the_vocabulary(tmp_path):
     first, second = (load_tokenizer(tmp_path / MERGES_FILE, pad) for pad in (END, "!"))
     assert first.tokenizer.get_vocab() == FIRST.tokenizer.get_vocab() and second.pad_id == 0
     assert all(np.array_equal(first.encode(caption, 150), FIRST.encode(caption, 150)) for caption in CAPTIONS)
+    write_vocabulary(tmp_path / MERGES_FILE, tmp_path / "folder")
+    written, reference = load_tokenizer(tmp_path / "folder", END), CLIPTokenizer.from_pretrained(tmp_path / "folder")
+    assert written.vocabulary == first.vocabulary and reference.get_vocab() == REFERENCE.get_vocab()
 
 
 def test_an_installed_vocabulary_is_found_without_importing_its_package(tmp_path, monkeypatch):

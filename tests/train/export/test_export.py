@@ -1,13 +1,18 @@
 """Export of the model in training, its weights or averages, one tensor at a time under ZeRO-3."""
 
+import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
+from programs import TINY
 from safetensors.torch import load_file
 
 from sdxl_trainer.cache.models.diffusers_folder import open_folder_component
+from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
@@ -19,6 +24,7 @@ from sdxl_trainer.train.export.export import (
     get_model_path,
     list_gathered_parameters,
     open_components,
+    write_model,
 )
 from sdxl_trainer.train.run.networks import build_networks
 
@@ -132,3 +138,24 @@ def test_files_are_named_by_step_and_average(zero_3) -> None:
     assert get_model_path(as_folder, 12) == folder / "step-00000012"
     adapters = as_folder.model_copy(update={"lora": config.lora.model_copy(update={"rank": 4})})
     assert get_model_path(adapters, 12) == folder / "step-00000012-lora.safetensors"
+
+
+def test_diffusers_loads_a_folder_written_from_a_single_file(tiny_folder: Path, tmp_path: Path) -> None:
+    """The folder of `model.config` lacks a vocabulary, as configs/sdxl does; the exported one has that of training."""
+    config, problems = load_config(tiny_folder / "tiny.yaml", ["checkpoint.export_dtype=fp32"])
+    assert problems == []
+    settings = build_export_settings(config, resolve_model(config.model))
+    write_model(tmp_path / "model.safetensors", {}, settings)
+    bare = tmp_path / "bare"
+    shutil.copytree(TINY, bare, ignore=shutil.ignore_patterns("vocab.json", "merges.txt", "tokenizer_2"))
+    (bare / "tokenizer" / "tokenizer.json").write_text("that of another vocabulary")
+    model = config.model.model_copy(
+        update={"path": str(tmp_path / "model.safetensors"), "config": bare, "tokenizer": TINY / "tokenizer"}
+    )
+    write_model(tmp_path / "folder", {}, replace(settings, source=resolve_model(model), model=model))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "folder")
+    for name, tokenizer in zip(
+        ("tokenizer", "tokenizer_2"), load_tokenizers(settings.source, config.model), strict=True
+    ):
+        ids = getattr(pipeline, name)("a red circle", padding="max_length", max_length=77)["input_ids"]
+        assert ids == tokenizer.encode("a red circle")[0].tolist()
