@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def open_folder_component(folder: Path, component: str) -> dict[str, TensorSourc
     for path in find_weights(folder, component):
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if not name.endswith("position_ids")]
-        sources |= {get_canonical_name(component, name): lambda at=(path, name): _read(*at) for name in names}
+        sources |= {get_canonical_name(component, name): partial(_read_tensor, path, name) for name in names}
     return sources
 
 
@@ -65,7 +66,7 @@ def find_weights(folder: Path, component: str) -> list[Path]:
     return chosen
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
+def _read_tensor(path: Path, name: str) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 

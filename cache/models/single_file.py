@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,12 @@ def open_single_file(
     # Only the checks run here, because the iterator is dropped.
     read_single_file(path, component, config, text_projection=text_projection)
     rows = [row for row in build_name_table(component, config, text_projection) if not row.carried]
-    places = {name: (row, place) for row in rows for place, name in enumerate(row.sources)}
-    return {name: lambda at=at: list(_iterate_tensors(path, [at[0]]))[at[1]][1] for name, at in places.items()}
+    return {name: partial(_read_tensor, path, row, name) for row in rows for name in row.sources}
+
+
+def _read_tensor(path: str | os.PathLike[str], row: TableRow, name: str) -> torch.Tensor:
+    """Read one source tensor, which may share its row, a tensor of the file, with others."""
+    return dict(_iterate_tensors(path, [row]))[name]
 
 
 def _iterate_tensors(path: str | os.PathLike[str], rows: Sequence[TableRow]) -> Iterator[tuple[str, torch.Tensor]]:
