@@ -9,7 +9,8 @@ import orjson
 import pytest
 import torch
 from cache_samples import hash_items, run_job, write_settings
-from programs import TINY, read_losses, run_program
+from programs import read_losses, run_program
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.source import resolve_model
@@ -26,7 +27,6 @@ from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.launch.distributed import Ranks
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
@@ -55,7 +55,7 @@ def open_run(images: Path, folder: Path, *words: str) -> tuple[Config, Index]:
 
 
 def open_dataset(config: Config, index: Index) -> LatentDataset:
-    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = load_tiny_tokenizers()
     assert config.cache.dir is not None
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), flip_rate=config.data.flip_rate)
     return LatentDataset(index, config.cache.dir, tokenizers, settings, rules=build_bucket_rules(config.data))

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from programs import TINY
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
@@ -20,7 +20,6 @@ from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterat
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import load_strategy
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 BUCKETS = [(64, 96), (96, 64)]
 SHAPE = (4, 12, 8)
@@ -117,7 +116,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
     content = bytearray((folder / "a.tar").read_bytes())
     content[places["s21"] : places["s21"] + 4] = b"junk"
     (folder / "a.tar").write_bytes(content)
-    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = load_tiny_tokenizers()
     strategy = load_strategy(f"{folder / 'fails.py'}:Fails")
     return LatentDataset(
         index, folder, tokenizers, SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings()), strategy

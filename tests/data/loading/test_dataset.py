@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import TINY
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
@@ -22,7 +22,6 @@ from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterat
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 BUCKETS = [(64, 96), (96, 64)]
 NUM_SAMPLES = 12
@@ -62,7 +61,7 @@ def cache(tmp_path_factory) -> Path:
 def build_dataset(
     folder: Path, dropout_rate: float = 0.0, seed: int = 0, max_tokens: int = 75, flip_rate: float = 0.0
 ) -> LatentDataset:
-    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = load_tiny_tokenizers()
     index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     caption = CaptionSettings(dropout_rate=dropout_rate)
     return LatentDataset(

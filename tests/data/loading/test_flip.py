@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from loguru import logger
-from programs import TINY
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.training_set import open_training_set
@@ -18,7 +18,6 @@ from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 BUCKET, RESIZED, CROP = (64, 96), (75, 96), (5, 0, 69, 96)
 SHAPE = (4, 12, 8)
@@ -70,7 +69,7 @@ def fill_cache(folder: Path, flipped: list[bool], *, shards: bool = False, liste
 
 
 def open_dataset(folder: Path, rate: float) -> LatentDataset:
-    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = load_tiny_tokenizers()
     index = open_sample_index(folder, open_record_index(folder, [folder / "metadata.json"], []))
     return LatentDataset(
         index,

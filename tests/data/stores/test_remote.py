@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-from programs import TINY
+from tiny_tokenizers import load_tiny_tokenizers
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -35,9 +35,7 @@ from sdxl_trainer.data.stores import remote  # noqa: E402
 from sdxl_trainer.data.stores.remote_sources import name_shard_version  # noqa: E402
 from sdxl_trainer.data.stores.shard_copies import ShardCopies  # noqa: E402
 from sdxl_trainer.data.text.captions import CaptionSettings  # noqa: E402
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer  # noqa: E402
 
-TOKENIZERS = TINY
 BUCKETS = [(64, 96), (96, 64)]
 START = Position(0, 0)
 NUM_SHARDS, PER_SHARD = 3, 8
@@ -99,9 +97,7 @@ def open_index(cache: Path, *metadata: Path | str) -> Index:
 
 
 def build_dataset(cache: Path, index: Index, copies: ShardCopies | None = None) -> LatentDataset:
-    tokenizers = Tokenizers(
-        load_tokenizer(TOKENIZERS / "tokenizer", END), load_tokenizer(TOKENIZERS / "tokenizer_2", "!")
-    )
+    tokenizers = load_tiny_tokenizers()
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings())
     return LatentDataset(index, cache, tokenizers, settings, copies=copies)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from programs import ROOT, run_program
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
@@ -32,7 +33,6 @@ from sdxl_trainer.data.text.strategy import (
     load_strategy,
     save_repeats,
 )
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 
 EXAMPLE = ROOT / "docs" / "examples" / "strategy.py"
 BUCKET = (64, 96)
@@ -74,8 +74,7 @@ def write_class(folder: Path, body: str, name: str = "user.py") -> str:
 
 
 def build_dataset(cache: Path, index: Index, strategy: Strategy | None, **caption) -> LatentDataset:
-    folder = ROOT / "configs" / "tiny"
-    tokenizers = Tokenizers(load_tokenizer(folder / "tokenizer", END), load_tokenizer(folder / "tokenizer_2", "!"))
+    tokenizers = load_tiny_tokenizers()
     settings = CaptionSettings(**caption)
     return LatentDataset(index, cache, tokenizers, SampleSettings(seed=5, max_tokens=75, caption=settings), strategy)
 

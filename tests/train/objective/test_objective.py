@@ -6,7 +6,7 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from programs import TINY
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.configs.load import load_config, save_config
 from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
@@ -14,7 +14,6 @@ from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.train.main import main
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.objective import diffusion
@@ -134,7 +133,7 @@ def dataset(tmp_path_factory) -> LatentDataset:
             folder / f"{number}.npz",
             LatentSample(latents=latents, original_size=(64, 32), crop_ltrb=(0, 0, 64, 32), alpha_mask=mask),
         )
-    tokenizers = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+    tokenizers = load_tiny_tokenizers()
     settings = SampleSettings(seed=0, max_tokens=75, caption=CaptionSettings(), prior_loss_weight=0.25)
     return LatentDataset(Rows(), folder, tokenizers, settings)
 

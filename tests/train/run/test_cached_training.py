@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from cache_samples import run_job
-from programs import TINY, run_program
+from programs import run_program
+from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.configs.load import load_config
@@ -20,13 +21,12 @@ from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
-from sdxl_trainer.data.text.tokens import END, Tokenizers, load_tokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.checks import verify_run
 
-TOKENIZERS = Tokenizers(load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!"))
+TOKENIZERS = load_tiny_tokenizers()
 SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.text_variants=4")
 
 
