@@ -4,7 +4,7 @@ Training uses exactly the stored values, which are made with the cache job's VAE
 therefore has the same losses as a run over their cache.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 
 import torch
@@ -69,8 +69,7 @@ class MissingLatentEncoder:
 
     def close(self) -> None:
         """Wait until all latents are on disk and in the manifest, and release the lock."""
-        if self._writer is not None:
-            self._try_storing(self._writer.close)
+        self._close_writer()
         self._lock.close()
 
     def _fill_image(self, batch: MicroBatch, image: PendingImage, item: EncodedItem) -> None:
@@ -82,15 +81,22 @@ class MissingLatentEncoder:
             return
         batch.insert_latents(image.place, self._dataset.draw_latents(stored, image.row, image.epoch, image.row_number))
         if self._writer is not None:
-            self._try_storing(self._writer.submit, item)
+            try:
+                self._writer.submit(item)
+            except OSError:
+                self._close_writer()
 
-    def _try_storing(self, store: Callable[..., None], *arguments: EncodedItem) -> None:
-        """Call `store`. An unwritable cache costs time in the next epoch but does not end the training."""
+    def _close_writer(self) -> None:
+        """Close the writer, for good, and warn if it could not store an item.
+
+        An unwritable cache costs time in the next epoch but does not end the training.
+        """
+        writer, self._writer = self._writer, None
         try:
-            store(*arguments)
+            if writer is not None:
+                writer.close()
         except OSError as error:
             logger.warning("latents are no longer stored, because the cache cannot be written: {}", error)
-            self._writer = None
 
 
 def fill_missing_latents(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -12,6 +13,8 @@ from cache_samples import hash_items, run_job, write_settings
 from programs import read_losses, run_program
 from tiny_tokenizers import load_tiny_tokenizers
 
+from sdxl_trainer.cache.encode import on_the_fly
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
@@ -153,10 +156,18 @@ def test_a_cache_that_cannot_be_written_does_not_end_training(images, tmp_path, 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def build_writer(*arguments: Any) -> BackgroundWriter:
+        writers.append(BackgroundWriter(*arguments))
+        return writers[-1]
+
+    writers: list[BackgroundWriter] = []
+    monkeypatch.setattr(on_the_fly, "BackgroundWriter", build_writer)
     monkeypatch.setattr("sdxl_trainer.cache.encode.storage.write_atomic", fail)
     batches = read_all(config, index)
     assert all(batch.latents.ne(0).any() and batch.bad == [] for batch in batches.values())
     assert read_latest(tmp_path) == {}
+    [writer] = writers
+    assert writer._manifest._file.closed and writer._pool._shutdown
 
 
 @pytest.mark.parametrize("ranks", [2])
