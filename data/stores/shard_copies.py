@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from loguru import logger
 
 from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.data.formats.shards import OpenFile
@@ -46,17 +47,30 @@ class ShardCopies:
         self._limit_bytes = limit_bytes
         self._name_version = name_version
         self._num_kept = 0
+        self._is_writable = True
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, url: str, offset: int, size: int) -> memoryview | None:
-        """Return the bytes of a copy at an offset, with zeros in holes; None if there is no copy."""
+        """Return the bytes of a copy at an offset, with zeros in holes; None if there is no copy that can be read."""
         for suffix in (WHOLE_SUFFIX, SPARSE_SUFFIX):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 return OpenFile(self._get_path(url, suffix)).read(offset, size)
         return None
 
     def keep(self, url: str, offset: int, content: bytes) -> None:
-        """Write one sample into the sparse copy of its shard."""
+        """Write one sample into the sparse copy of its shard.
+
+        After an error such as a full disk, no more samples are written: copies save time but are not needed.
+        """
+        if not self._is_writable:
+            return
+        try:
+            self._write(url, offset, content)
+        except OSError as error:
+            logger.warning("samples are no longer copied to {}, which cannot be written: {}", self._folder, error)
+            self._is_writable = False
+
+    def _write(self, url: str, offset: int, content: bytes) -> None:
         if self._num_kept % SAMPLES_PER_CLEANUP == 0:
             self._clean_up()
         self._num_kept += 1
