@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdxl_trainer.data.files import read_with_retries
 from sdxl_trainer.data.formats.latents import (
     ARRAY_KEYS,
     BF16_SUFFIX,
@@ -52,7 +53,8 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
         BadLatentError: the file is missing or torn, or holds no SDXL latents; the message is the reason without the
             path.
     """
-    try:
+
+    def read() -> LatentHeader:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             length = os.fstat(descriptor).st_size
@@ -62,6 +64,9 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
             return parse_latent_header(lambda start, count: os.pread(descriptor, count, start), offset, end)
         finally:
             os.close(descriptor)
+
+    try:
+        return read_with_retries(read, path)
     except OSError as error:
         raise BadLatentError(f"cannot be read: {error.strerror}") from None
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_trainer.data.files import Span, write_atomic
+from sdxl_trainer.data.files import Span, read_with_retries, write_atomic
 from sdxl_trainer.data.formats.npz import NpzError, load_arrays
 from sdxl_trainer.data.formats.shards import OpenFile, locate_shard
 from sdxl_trainer.data.images.bucket import CropBox, Size
@@ -109,8 +109,12 @@ def read_latents(path: Path, bucket: Size | None = None, span: Span | None = Non
         BadLatentError: the file is missing, torn or pickled, or an array is missing, has another type or shape, or is
             not finite.
     """
+
+    def read() -> memoryview:
+        return OpenFile(path).read() if span is None else OpenFile(locate_shard(path)).read(*span)
+
     try:
-        content = OpenFile(path).read() if span is None else OpenFile(locate_shard(path)).read(*span)
+        content = read_with_retries(read, path)
     except OSError as error:
         raise BadLatentError(f"{path}: cannot be read: {error.strerror}") from None
     try:

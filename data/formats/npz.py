@@ -75,15 +75,23 @@ def load_arrays(content: bytes | memoryview, limits: dict[str, int], check_crc: 
 
 
 class SpanReader(SeekableBytes):
-    """File object over bytes [offset, offset + size) of an open file, for zipfile to read an archive within a shard."""
+    """File object over bytes [offset, offset + size) of an open file, for zipfile to read an archive within a shard.
+
+    `disk_error` is the last error of the disk, which zipfile reports as damage of the archive.
+    """
 
     def __init__(self, descriptor: int, offset: int, size: int):
         super().__init__(size)
         self._descriptor, self._offset = descriptor, offset
+        self.disk_error: OSError | None = None
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._bytes - self._place)
-        content = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._place)
+        try:
+            content = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._place)
+        except OSError as error:
+            self.disk_error = error
+            raise
         self._place += len(content)
         return content
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.files import read_with_retries, write_atomic
 from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text_outputs
 
@@ -40,7 +40,7 @@ def write_text_state(folder: Path, identity: TextIdentity, sources: Sequence[Any
 def read_text_state(folder: Path) -> TextState | None:
     """Read `text.json`; None if it is missing or damaged."""
     try:
-        content = (folder / STATE_FILE).read_bytes()
+        content = read_with_retries((folder / STATE_FILE).read_bytes, folder / STATE_FILE)
         fields = orjson.loads(content)
         state = TextState(TextIdentity(**fields["identity"]), fields["sources"], fields["empty_sha256"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -55,7 +55,7 @@ def read_empty_text(folder: Path, state: TextState) -> TextOutputs:
         BadTextError: the outputs are missing, or their checksum differs from the one in `text.json`.
     """
     try:
-        content = (folder / EMPTY_FILE).read_bytes()
+        content = read_with_retries((folder / EMPTY_FILE).read_bytes, folder / EMPTY_FILE)
     except OSError as error:
         raise BadTextError(f"{EMPTY_FILE}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != state.empty_sha256:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdxl_trainer.data.files import read_with_retries
 from sdxl_trainer.data.formats.latents import BF16_SUFFIX, expand_bfloat16, round_to_bfloat16
 from sdxl_trainer.data.formats.npz import READ_ERRORS, NpzError, SpanReader, load_arrays, load_member
 from sdxl_trainer.data.formats.shards import locate_shard
@@ -94,23 +95,42 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
         BadTextError: the file is missing, torn or pickled, or an array is missing, has another type or shape, or is
             not finite.
     """
-    try:
+
+    def read() -> TextOutputs:
         descriptor = os.open(path if offset is None else locate_shard(path), os.O_RDONLY)
         try:
             if variants == 1:
                 return parse_text_outputs(os.pread(descriptor, size, offset or 0), 1)[0]
-            with zipfile.ZipFile(SpanReader(descriptor, offset or 0, size)) as archive:
-                names = {key + suffix for key in _list_keys(variant) for suffix in ("", BF16_SUFFIX)}
-                found = names.intersection(name.removesuffix(".npy") for name in archive.namelist())
-                return _build_outputs({key: load_member(archive, key, MAX_ARRAY_BYTES) for key in found}, variant)
+            return _load_variant(SpanReader(descriptor, offset or 0, size), variant)
         finally:
             os.close(descriptor)
+
+    try:
+        return read_with_retries(read, path)
     except OSError as error:
         raise BadTextError(f"{path}: cannot be read: {error.strerror}") from None
     except (BadTextError, NpzError) as error:
         raise BadTextError(f"{path}: {error}") from None
+
+
+def _load_variant(file: SpanReader, variant: int) -> TextOutputs:
+    """Load the arrays of one variant.
+
+    Raises:
+        OSError: the disk cannot be read.
+        BadTextError, NpzError: the archive is damaged.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {key + suffix for key in _list_keys(variant) for suffix in ("", BF16_SUFFIX)}
+            found = names.intersection(name.removesuffix(".npy") for name in archive.namelist())
+            return _build_outputs({key: load_member(archive, key, MAX_ARRAY_BYTES) for key in found}, variant)
     except (ValueError, *READ_ERRORS) as error:
-        raise BadTextError(f"{path}: not a readable npz file: {error}") from None
+        if file.disk_error is not None:
+            raise file.disk_error from None
+        if isinstance(error, (BadTextError, NpzError)):
+            raise
+        raise NpzError(f"not a readable npz file: {error}") from None
 
 
 def _list_keys(variant: int) -> list[str]:

@@ -2,14 +2,20 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sdxl_trainer.data import files
+from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents
+from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.shards import OpenFile
+from sdxl_trainer.data.formats.text_cache import read_text_state, write_text_state
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, read_text_variant
 from sdxl_trainer.data.loading.latent_store import LatentStore
 
 BUCKET = (64, 64)
@@ -62,6 +68,53 @@ def test_reads_of_latents_are_retried_after_transient_errors(
         assert isinstance(found, LatentSample) and np.array_equal(found.latents, latents)
     else:
         assert isinstance(found, BadLatentError) and os.strerror((codes or [0])[-1]) in str(found)
+
+
+@pytest.mark.parametrize("kind", ["text", "variants", "text state", "header"])
+def test_reads_of_text_and_headers_are_retried_after_transient_errors(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    """zipfile would report an error of the disk as damage of the file, a bad sample."""
+    outputs = TextOutputs(np.ones((77, 3), np.float32), np.ones((77, 4), np.float32), np.ones(4, np.float32))
+    path, content = tmp_path / "x.npz", pack_text([outputs] * (2 if kind == "variants" else 1))
+    if kind == "header":
+        latents = np.ones((4, 8, 8), np.float32)
+        content = pack_latents(LatentSample(latents=latents, original_size=BUCKET, crop_ltrb=(0, 0, *BUCKET)))
+    path.write_bytes(content)
+    identity = TextIdentity(
+        encoder_sha256="1",
+        encoder_2_sha256="2",
+        tokenizer_sha256="3",
+        tokenizer_2_sha256="4",
+        max_tokens=75,
+        dtype="float32",
+    )
+    write_text_state(tmp_path, identity, [], content)
+    reads: dict[str, Callable[[], object]] = {
+        "text": lambda: read_text_variant(path, None, len(content), 0, 1),
+        "variants": lambda: read_text_variant(path, None, len(content), 1, 2),
+        "text state": lambda: read_text_state(tmp_path),
+        "header": lambda: read_latent_header(str(path)),
+    }
+    codes, expected = [errno.ESTALE, errno.EIO], reads[kind]()
+
+    def fail_first(function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            if codes:
+                code = codes.pop(0)
+                raise OSError(code, os.strerror(code))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "pread", fail_first(os.pread))
+    monkeypatch.setattr(Path, "read_bytes", fail_first(Path.read_bytes))
+    assert str(reads[kind]()) == str(expected) and expected is not None
+    assert waits == [0.5, 2.0]
+    codes += [errno.EIO] * 3
+    if kind in ("text", "variants"):
+        with pytest.raises(BadTextError, match="cannot be read: Input/output error"):
+            reads[kind]()
 
 
 def test_a_shard_with_a_stale_handle_is_reopened(
