@@ -18,7 +18,7 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.configs.samples import SampleConfig
-from sdxl_trainer.configs.section import Section
+from sdxl_trainer.configs.section import Section, remove_file_scheme
 from sdxl_trainer.configs.validation import ValidationConfig
 
 
@@ -158,6 +158,11 @@ class DataConfig(Section):
     @classmethod
     def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Path, int)) else value
+
+    @field_validator("metadata")
+    @classmethod
+    def _resolve_file_urls(cls, metadata: list[Path | str]) -> list[Path | str]:
+        return [remove_file_scheme(name) for name in metadata]
 
     @field_validator("resolution_px", "buckets")
     @classmethod

@@ -1,5 +1,6 @@
 """Base class of all sections of the settings."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -18,6 +19,11 @@ class Section(BaseModel):
         if _holds_boolean(value) and not _accepts_boolean(annotation):
             raise ValueError("must not be true or false")
         return value
+
+
+def remove_file_scheme(name: Path | str) -> Path | str:
+    """Return the path that a `file://` URL names, and any other path or URL unchanged."""
+    return name.removeprefix("file://") if isinstance(name, str) else name
 
 
 def _holds_boolean(value: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sdxl_trainer.configs.section import Section
+from sdxl_trainer.configs.section import Section, remove_file_scheme
 
 
 class ValidationConfig(Section):
@@ -38,6 +38,11 @@ class ValidationConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the split, the noise and the timesteps. It is independent of `run.seed`, so that runs with different
     seeds can be compared."""
+
+    @field_validator("metadata")
+    @classmethod
+    def _resolve_file_urls(cls, metadata: list[Path | str]) -> list[Path | str]:
+        return [remove_file_scheme(name) for name in metadata]
 
     @field_validator("every_steps", "at_start")
     @classmethod

@@ -52,15 +52,14 @@ Reader = Callable[[Path], Iterator[list[SourceRecord]]]
 def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
     """List the metadata files that settings name: expand `{000..012}` and `{a,b}`, and look up `*` and `?`.
 
-    URLs stay strings, in which only braces and `*` are expanded; `file://` URLs become paths. A pattern that matches no
-    file is returned unchanged.
+    URLs stay strings, in which only braces and `*` are expanded. A pattern that matches no file is returned unchanged.
 
     Raises:
         StoreError: a store cannot be listed.
     """
     files: list[Path | str] = []
     for pattern in patterns:
-        text = str(pattern).removeprefix("file://")
+        text = str(pattern)
         if is_remote(text):
             for url in _expand_braces(text):
                 files += (find_objects(url) if "*" in url else []) or [url]

@@ -10,6 +10,8 @@ from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config, save_config, suggest_key
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.records import check_data_settings
+from sdxl_trainer.data.index.selection import get_cache_folder
 
 PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -33,6 +35,17 @@ def load(folder: Path, text: str, *overrides: str):
 
 def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
     return [(problem.key, problem.value, problem.cure) for problem in load(folder, text, *overrides)[1]]
+
+
+def test_file_urls_of_metadata_are_the_paths_they_name(tmp_path: Path) -> None:
+    text = "{metadata: ['file:///set/{0..9}.json', 's3://set/a.json', b.json]}"
+    config, problems = load(tmp_path, f"data: {text}\nvalidation: {text}")
+    assert problems == []
+    expected = ["/set/{0..9}.json", "s3://set/a.json", "b.json"]
+    assert [*map(str, config.data.metadata)] == [*map(str, config.validation.metadata)] == expected
+    assert get_cache_folder(config) == Path("/set")
+    data = config.data.model_copy(update={"metadata": config.data.metadata[:1]})
+    assert {problem.key for problem in check_data_settings(data, None)} == {"data.metadata.0"}  # not cache.dir
 
 
 @pytest.mark.parametrize(
