@@ -119,14 +119,22 @@ def read_component_config(folder: str | os.PathLike[str], component: str) -> dic
     Raises:
         ValueError: the file is not a JSON object.
     """
-    file = Path(folder) / component / "config.json"
+    return read_json_object(Path(folder) / component / "config.json")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
     try:
-        config = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
-    return config
+    return content
 
 
 def find_single_file_problems(

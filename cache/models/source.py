@@ -4,17 +4,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdxl_trainer.cache.models.single_file_check import (
     SDXL_CONFIG_FOLDER,
     find_single_file_problems,
     load_component_configs,
     read_component_config,
+    read_json_object,
 )
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Sampling and exported diffusers folders need these files besides the components' configs.
+PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
 PATH_CURE = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
 HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
 HUB_FILES = [
@@ -129,7 +133,7 @@ def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:
         yield Problem("model.config", folder, f"lacks {', '.join(missing)}", "give a folder in diffusers layout")
         return
     try:
-        configs = load_component_configs(folder)
+        configs = _load_configs(folder)
     except ValueError as error:
         yield Problem("model.config", folder, f"cannot be used: {error}", "repair the file")
         return
@@ -141,8 +145,19 @@ def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:
 
 
 def _list_missing_configs(folder: Path) -> list[str]:
-    files = (f"{name}/config.json" for name in COMPONENTS)
+    files = (*(f"{name}/config.json" for name in COMPONENTS), *PIPELINE_FILES)
     return [file for file in files if not (folder / file).is_file()]
+
+
+def _load_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Load the configs of the components, and check the pipeline's files.
+
+    Raises:
+        ValueError: a file is not a JSON object.
+    """
+    for file in PIPELINE_FILES:
+        read_json_object(folder / file)
+    return load_component_configs(folder)
 
 
 def _find_folder_problems(folder: Path) -> list[str]:
@@ -153,7 +168,7 @@ def _find_folder_problems(folder: Path) -> list[str]:
     weightless = [name for name in COMPONENTS if not list((folder / name).glob("*.safetensors"))]
     problems = [f"has no safetensors weights in {name}/" for name in weightless]
     try:
-        configs = load_component_configs(folder)
+        configs = _load_configs(folder)
     except ValueError as error:
         return [*problems, f"cannot be used: {error}"]
     unet, vae = configs["unet"], configs["vae"]

@@ -8,7 +8,7 @@ import pytest
 from single_file_samples import TINY, fake_tensors, write_fake
 
 from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
-from sdxl_trainer.cache.models.source import check_model, fetch_from_hub
+from sdxl_trainer.cache.models.source import PIPELINE_FILES, check_model, fetch_from_hub
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
 
@@ -40,15 +40,22 @@ def test_a_hub_id_is_not_asked_for_before_it_is_fetched(tmp_path: Path, monkeypa
     assert list_problems(path="somebody/model") == []
 
 
-@pytest.mark.parametrize(("content", "rule"), [("{", "is not valid JSON"), ("[]", "is not a JSON object")])
-def test_a_damaged_config_is_a_problem(tmp_path: Path, content: str, rule: str) -> None:
+@pytest.mark.parametrize("name", ["vae/config.json", *PIPELINE_FILES])
+@pytest.mark.parametrize(
+    ("content", "rule"), [(None, "lacks {}"), ("{", "{}/{} is not valid JSON"), ("[]", "{}/{} is not a JSON object")]
+)
+def test_a_missing_or_damaged_config_is_a_problem(tmp_path: Path, name: str, content: str | None, rule: str) -> None:
+    """Sampling and the export read some configs only at the end of a run."""
     folder = shutil.copytree(SDXL_CONFIG_FOLDER, tmp_path / "model")
-    (folder / "vae" / "config.json").write_text(content)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    expected = rule.format(*[name] if content is None else [folder, name])
     *_, problem = list_problems(path=str(folder))
-    assert problem.key == "model.path" and f"{folder}/vae/config.json {rule}" in problem.rule
+    assert problem.key == "model.path" and expected in problem.rule
     file = write_fake(tmp_path / "model.safetensors", fake_tensors(TINY))
     [problem] = list_problems(path=str(file), config=folder)
-    assert problem.key == "model.config" and f"{folder}/vae/config.json {rule}" in problem.rule
+    assert problem.key == "model.config" and expected in problem.rule
 
 
 def test_an_error_of_the_hub_without_a_message_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
