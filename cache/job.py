@@ -11,7 +11,12 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
-from sdxl_trainer.cache.encode.cache_setup import build_identities, lock_cache, open_checked_index, write_identities
+from sdxl_trainer.cache.encode.cache_setup import (
+    build_identities,
+    lock_cache_for_ranks,
+    open_checked_index,
+    write_identities,
+)
 from sdxl_trainer.cache.encode.encode_plan import (
     STATES,
     EncodePlan,
@@ -59,6 +64,7 @@ from sdxl_trainer.launch.distributed import (
     gather_objects,
     init_ranks,
     read_environment,
+    share_problems,
     wait_for_ranks,
 )
 from sdxl_trainer.launch.logger import init_logger
@@ -103,12 +109,12 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config.cache, config.data, hash_weights(vae))
     text = resolve_text_requirement(config, folder, ranks)
-    with lock_cache(folder) if ranks.is_main and not dry_run else nullcontext():
-        shares = [
+    with nullcontext() if dry_run else lock_cache_for_ranks(folder, ranks):
+        parts = [
             build_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
             for prefix, rule in build_bucket_rules(config.data).items()
         ]
-        own = frozenset(key for share in shares for key in share.keys)
+        own = frozenset(key for part in parts for key in part.keys)
         ACTIVITY.enter("opening the cache")
         state = open_cache(folder, ranks, own, repair, dry_run)
         beside = config.cache.dir is None
@@ -118,8 +124,11 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             index, folder, state.entries, beside=beside, text=text, known_only=known_only, masks=finder
         )
         ACTIVITY.enter("planning the work")
-        plans = [planner.plan(share) for share in shares]
-        report_plan(config.data, folder, index, gather_objects([plan.totals for plan in plans]), ranks)
+        plans = [planner.plan(part) for part in parts]
+        shares = gather_objects([plan.totals for plan in plans])
+        with share_problems():
+            if ranks.is_main:
+                report_plan(config.data, folder, index, shares)
         ACTIVITY.enter("loading the networks")
         encoder = build_vae_encoder(config.cache, vae, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
@@ -190,7 +199,7 @@ def clear_leftovers(folder: Path) -> None:
             file.unlink()
 
 
-def report_plan(data: DataConfig, folder: Path, index: Index, shares: list[list[PlanTotals]], ranks: Ranks) -> None:
+def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[Sequence[PlanTotals]]) -> None:
     """Log how many images are cached, how many will be encoded, and the disk space that the latents need.
 
     Args:
@@ -200,22 +209,20 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: list[list[
         UserInputError: the disk has too little space, or no image has a mask.
     """
     totals = [each for share in shares for each in share]
-    if ranks.is_main:
-        counts = sum((each.counts for each in totals), Counter())
-        needed, free = sum(each.bytes_needed for each in totals), shutil.disk_usage(folder).free
-        to_do = sum(each.num_items for each in totals)
-        states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-        logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, ranks.world_size)
-        if data.masks is not None:
-            report_masks(data.masks, counts["masked"], len(index))
-        if counts["text"]:
-            logger.info("captions of {} images will be encoded", counts["text"])
-        logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
-        if needed > free:
-            rule = f"has {free:,} bytes free and the latents need about {needed:,}"
-            cure = "free some space, choose another cache.dir, or set cache.dtype: float16"
-            raise UserInputError([Problem("cache.dir", folder, rule, cure)])
-    wait_for_ranks("the plan")
+    counts = sum((each.counts for each in totals), Counter())
+    needed, free = sum(each.bytes_needed for each in totals), shutil.disk_usage(folder).free
+    to_do = sum(each.num_items for each in totals)
+    states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, len(shares))
+    if data.masks is not None:
+        report_masks(data.masks, counts["masked"], len(index))
+    if counts["text"]:
+        logger.info("captions of {} images will be encoded", counts["text"])
+    logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
+    if needed > free:
+        rule = f"has {free:,} bytes free and the latents need about {needed:,}"
+        cure = "free some space, choose another cache.dir, or set cache.dtype: float16"
+        raise UserInputError([Problem("cache.dir", folder, rule, cure)])
 
 
 def report_estimate(own: Estimate, ranks: Ranks) -> None:

@@ -6,8 +6,8 @@ Every collective returns at once in a single process, so callers never ask wheth
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -334,6 +334,20 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextmanager
+def share_problems() -> Iterator[None]:
+    """Raise the UserInputError of rank 0 in this block on every rank, so that none waits for a rank that has ended.
+
+    All ranks enter the block together; only rank 0 looks for problems in it.
+    """
+    problems: list[Problem] = []
+    try:
+        yield
+    except UserInputError as error:
+        problems = error.problems
+    raise_if_any(broadcast_object(problems))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules
+from sdxl_trainer.launch.distributed import Ranks, share_problems
 
 
 def open_checked_index(config: Config, problems: list[Problem]) -> Index:
@@ -68,6 +69,15 @@ def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterat
     differences = ", ".join(f"{name}: {known.get(name)}" for name, value in fields.items() if known.get(name) != value)
     rule = f"holds latents made with other settings ({differences}), which cannot be mixed with new ones"
     yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh first, or set another cache.dir")
+
+
+def lock_cache_for_ranks(folder: Path, ranks: Ranks) -> AbstractContextManager:
+    """Lock the cache on rank 0, like `lock_cache`, for all ranks of a job. All ranks call this together."""
+    lock = nullcontext()
+    with share_problems():
+        if ranks.is_main:
+            lock = lock_cache(folder)
+    return lock
 
 
 def lock_cache(folder: Path) -> AbstractContextManager:

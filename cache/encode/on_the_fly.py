@@ -11,7 +11,12 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
-from sdxl_trainer.cache.encode.cache_setup import build_identities, check_identities, lock_cache, write_identities
+from sdxl_trainer.cache.encode.cache_setup import (
+    build_identities,
+    check_identities,
+    lock_cache_for_ranks,
+    write_identities,
+)
 from sdxl_trainer.cache.encode.decoder import PreparedItem, WorkItem
 from sdxl_trainer.cache.encode.latent_encoder import Encoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import build_item
@@ -126,8 +131,8 @@ def build_missing_latent_encoder(
     identities = build_identities(cache, config.data, hash_weights(vae))
     raise_if_any(check_identities(folder, identities))
     lock = ExitStack()
+    lock.enter_context(lock_cache_for_ranks(folder, ranks))
     if ranks.is_main:
-        lock.enter_context(lock_cache(folder))
         write_identities(folder, identities)
     writer = BackgroundWriter(NpzStorage(folder, cache.dtype), ManifestWriter(folder, ranks.rank))
     return MissingLatentEncoder(

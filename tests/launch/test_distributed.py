@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from rank_port import find_rank_port
 
-from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.launch import distributed
 
 # Rank 0 joins later than the time-out. Then rank 1 waits in collectives that rank 0 does not call: in the first group,
@@ -18,9 +19,11 @@ from sdxl_trainer.launch import distributed
 LATE_AND_STUCK = """
 import sys
 from datetime import timedelta
+from pathlib import Path
 import torch
 import torch.distributed as dist
-from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment, share_problems
 from sdxl_trainer.launch.program import end_program
 
 rank = read_environment().rank
@@ -28,6 +31,12 @@ print("here", flush=True) if rank else sys.stdin.readline()
 ranks = init_ranks(timeout_minutes=4 / 60, collective_margin=timedelta(0))
 own = dist.new_group(ranks=range(2))
 print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
+try:
+    with share_problems():
+        if rank == 0:
+            raise UserInputError([Problem("cache.dir", Path("/x"), "is full")])
+except UserInputError as error:
+    print(error.problems, flush=True)
 if rank == 0:
     sys.stdin.read()  # until rank 1 has ended
 for group in (None, own) if rank else ():
@@ -92,8 +101,9 @@ def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_stor
         time.sleep(5)  # longer than the time-out
         processes[0].stdin.write("\n")
         processes[0].stdin.flush()
-        assert processes[1].communicate(timeout=100)[0].splitlines() == ["[0, 1] 4.0", "gave up", "gave up"]
-        assert processes[0].communicate(timeout=100)[0].splitlines() == ["[0, 1] 4.0"]
+        shared = ["[0, 1] 4.0", str([Problem("cache.dir", Path("/x"), "is full")])]
+        assert processes[1].communicate(timeout=100)[0].splitlines() == [*shared, "gave up", "gave up"]
+        assert processes[0].communicate(timeout=100)[0].splitlines() == shared
     finally:
         for process in processes:
             process.kill()

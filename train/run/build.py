@@ -10,7 +10,7 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.text.strategy import load_strategy
-from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.train.checkpoint.resume import (
     build_initial_state,
     open_checkpoints,
@@ -21,7 +21,7 @@ from sdxl_trainer.train.engine.deepspeed_config import compute_batch_sizes
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
-from sdxl_trainer.train.report.metrics import MetricsLog, open_wandb
+from sdxl_trainer.train.report.metrics import MetricsLog, WandbLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
@@ -43,10 +43,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     Raises:
         UserInputError: the settings contradict the data, the checkpoint or wandb.
     """
-    publish, logs, wandb_log = publish and ranks.is_main, config.run.folder / "logs", None
-    # wandb may refuse the run, so it is asked before the networks are loaded.
-    if publish and config.log.wandb is not None:
-        wandb_log = open_wandb(config.log.wandb, config.run.name, logs, config.model_dump(mode="json"))
+    publish, logs = publish and ranks.is_main, config.run.folder / "logs"
+    wandb_log = open_wandb_for_ranks(config, publish)
     source = resolve_model(config.model)
     tokenizers = load_tokenizers(source, config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
@@ -89,6 +87,17 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         memory=memory,
     )
     return run, batches
+
+
+def open_wandb_for_ranks(config: Config, publish: bool) -> WandbLog | None:
+    """Open the run at wandb on the rank that publishes. All ranks call this together.
+
+    wandb may refuse the run, so it is asked before the networks are loaded.
+    """
+    with share_problems():
+        if publish and config.log.wandb is not None:
+            folder, settings = config.run.folder / "logs", config.model_dump(mode="json")
+            return open_wandb(config.log.wandb, config.run.name, folder, settings)
 
 
 def build_objective(config: Config, source: ModelSource, ranks: Ranks) -> Objective:
