@@ -28,7 +28,7 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
         UserInputError: there are problems; the error lists all of them.
     """
     index, found = open_checked_records(config, need_captions=config.cache.text)
-    caption_problems = check_captioning(config.data.caption, config.cache)
+    caption_problems = check_captioning(config.data, config.cache, index)
     raise_if_any([*problems, *found, *check_model(config.model), *caption_problems])
     assert index is not None, "records without problems have an index"
     return index

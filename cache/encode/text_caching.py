@@ -16,8 +16,7 @@ from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CaptionEncoder, TextNetworks
 from sdxl_trainer.cache.models.encoders import hash_weights, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
-from sdxl_trainer.configs.captions import CaptionConfig
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig, ModelConfig
 from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_cache import (
@@ -33,10 +32,10 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.text.cached_text import CachedText
-from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.captions import CaptionSettings, has_both_texts
 from sdxl_trainer.data.text.strategy import StrategyError, load_strategy
 from sdxl_trainer.data.text.tokens import CaptionTokenizer
-from sdxl_trainer.data.text.variants import CaptionVariants, list_random_settings
+from sdxl_trainer.data.text.variants import CaptionVariants, is_choice_random, list_random_settings
 
 MAX_CHECKED_SAMPLES = 10_000  # samples whose captions are compared with their cached text before a run
 
@@ -49,12 +48,16 @@ class TextShapes(NamedTuple):
     pooled: tuple[int, ...]
 
 
-def check_captioning(caption: CaptionConfig, cache: CacheConfig) -> Iterator[Problem]:
-    """Yield a problem for each caption setting that cached text cannot support."""
+def check_captioning(data: DataConfig, cache: CacheConfig, index: Index | None) -> Iterator[Problem]:
+    """Yield a problem for each caption setting that cached text cannot support.
+
+    Args:
+        index: index of the records or latents, of which at most `MAX_CHECKED_SAMPLES` are searched for two texts.
+    """
     if not cache.text:
         return
-    random_settings = list_random_settings(CaptionSettings(**caption.model_dump()))
-    if random_settings and cache.text_variants == 1:
+    caption = data.caption
+    if cache.text_variants == 1 and (random_settings := _list_random_settings(data, index)):
         keys = ", ".join(f"data.caption.{name}" for name in random_settings)
         rule = f"would keep one random form of each caption, although {keys} makes a new one each time"
         cure = "set cache.text_variants to 2 or more, switch these settings off, or set cache.text: false"
@@ -63,6 +66,22 @@ def check_captioning(caption: CaptionConfig, cache: CacheConfig) -> Iterator[Pro
         rule = "makes captions depend on the step, which is impossible with cached text"
         cure = "set it to 0, or cache.text: false"
         yield Problem("data.caption.token_warmup_steps", caption.token_warmup_steps, rule, cure)
+
+
+def _list_random_settings(data: DataConfig, index: Index | None) -> list[str]:
+    settings, both = CaptionSettings(**data.caption.model_dump()), False
+    if index is not None and is_choice_random(settings) and not _supplies_captions(data.strategy):
+        rows = select_evenly(len(index), MAX_CHECKED_SAMPLES).tolist()
+        both = any(has_both_texts(orjson.loads(index.row(row)["record"]), settings.separator) for row in rows)
+    return list_random_settings(settings, both)
+
+
+def _supplies_captions(strategy: str | None) -> bool:
+    """Return whether the user's class replaces the choice of texts; other checks report a class that cannot be used."""
+    try:
+        return strategy is not None and load_strategy(strategy).has("caption")
+    except UserInputError:
+        return True
 
 
 def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
@@ -74,7 +93,7 @@ def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
     Args:
         index: index of the latents; None checks only the settings.
     """
-    problems = list(check_captioning(config.data.caption, config.cache))
+    problems = list(check_captioning(config.data, config.cache, index))
     if config.cache.on_missing == "encode":
         rule = "encodes latents without text, but cache.text needs text for all samples"
         problems.append(Problem("cache.on_missing", "encode", rule, "set it to skip or error, or cache.text: false"))

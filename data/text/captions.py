@@ -75,6 +75,11 @@ def choose_texts(record: Mapping[str, Any], settings: CaptionSettings, rng: np.r
     return CaptionTexts(tags, description)
 
 
+def has_both_texts(record: Mapping[str, Any], separator: str = ",") -> bool:
+    """Return whether a record has both tags and a description."""
+    return all(read_caption_fields(record, fields, separator) for fields in (TAG_FIELDS, DESCRIPTION_FIELDS))
+
+
 def process_texts(
     texts: CaptionTexts, settings: CaptionSettings, rng: np.random.Generator, step: int = 0, epoch: int = 0
 ) -> str:

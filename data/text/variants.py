@@ -54,10 +54,20 @@ def hash_captions(captions: tuple[str, ...]) -> str:
     return hashlib.sha256(orjson.dumps(captions)).hexdigest()
 
 
-def list_random_settings(settings: CaptionSettings) -> list[str]:
-    """Return the names of the settings that make a caption differ each time it is built, except dropout."""
+def is_choice_random(settings: CaptionSettings) -> bool:
+    """Return whether the text of a record with both tags and a description is chosen at random."""
+    return settings.source == "pick" and 0 < settings.description_rate < 1
+
+
+def list_random_settings(settings: CaptionSettings, has_both_texts: bool = False) -> list[str]:
+    """Return the names of the settings that make a caption differ each time it is built, except dropout.
+
+    Args:
+        has_both_texts: some records have both tags and a description, of which `source: pick` chooses one at random.
+    """
     has_choices = any(isinstance(new, list) and len(new) > 1 for new in settings.replacements.values())
     random = {
+        "source": has_both_texts and is_choice_random(settings),
         "shuffle": settings.shuffle,
         "tag_dropout_rate": 0 < settings.tag_dropout_rate < 1,
         "wildcards": settings.wildcards,

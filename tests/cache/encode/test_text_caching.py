@@ -194,6 +194,19 @@ def test_contradictory_settings_are_refused(filled, tmp_path, capsys, setting, m
     assert message in capsys.readouterr().err and read_latest(tmp_path) == {}
 
 
+def test_records_with_tags_and_a_description_need_variants(filled, tmp_path, capsys):
+    """By default one of the two is picked at random."""
+    metadata = json.loads((filled / "data" / "metadata.json").read_text())
+    for record in metadata.values():
+        record["image_path"] = str(filled / "data" / record["image_path"])
+    metadata[max(metadata)]["description"] = "A circle on white."
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    words = (f"cache.dir={tmp_path}", f"data.metadata=[{tmp_path / 'metadata.json'}]", TEXT, "--dry-run")
+    assert run_job(filled / "settings.yaml", *words) == 2
+    assert "although data.caption.source makes a new one each time" in capsys.readouterr().err
+    assert run_job(filled / "settings.yaml", *words, "data.caption.source=join") == 0
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 0x10

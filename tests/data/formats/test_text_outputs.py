@@ -137,6 +137,9 @@ def test_random_caption_settings_are_listed():
         == []
     )
     random = CaptionSettings(shuffle=True, wildcards=True, tag_dropout_rate=0.1, replacements={"a": ["b", "c"]})
+    assert list_random_settings(CaptionSettings(), has_both_texts=True) == ["source"]
+    for certain in (CaptionSettings(description_rate=1.0), CaptionSettings(source="join")):
+        assert list_random_settings(certain, has_both_texts=True) == []
     assert list_random_settings(random) == ["shuffle", "tag_dropout_rate", "wildcards", "replacements"]
 
 
