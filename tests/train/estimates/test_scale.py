@@ -12,4 +12,6 @@ def test_the_tables_of_the_document_are_the_ones_computed() -> None:
     assert subprocess.run([sys.executable, str(SCRIPT), "--check"]).returncode == 0
     printed = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=True).stdout
     assert "| 8 | 64 | 175 | 365 ms |" in printed  # 0.45 x 989.5 / 20.3 = 21.9 images a second of each GPU
-    assert "| 2 | 10.3 | 25.7 | 87.3 |" in printed  # 5.1 GB, reduced 1, 4 or 16 times and gathered
+    # GB of a step: gradients reduced 1, 4 or 16 times in the given type, and bf16 weights gathered once.
+    assert "| 2 | bf16 | 4 | 10.3 | 25.7 | 87.3 |" in printed
+    assert "| 2 | fp32 | 6 | 15.4 | 46.2 | 169.5 |" in printed
