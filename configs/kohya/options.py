@@ -420,9 +420,10 @@ OUTPUT = {
         for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility")
     },
     "async_upload": unsupported(UPLOAD),
-    "sample_prompts": converted(
-        refuse_suffixes(".toml", reason="must be a .txt or .json file here; write one prompt per line"),
+    "sample_prompts": copied(
         "sample.prompt_file",
+        "without flags, prompts use the size, steps, guidance scale and scheduler of `sample`, and seeds from "
+        "`sample.seed` on; kohya's scripts use 512 x 512, 30 steps, 7.5, `ddim` and random seeds",
     ),
     "sample_every_n_steps": converted(requires("sample_prompts"), "sample.every_steps"),
     "sample_every_n_epochs": converted(

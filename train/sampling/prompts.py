@@ -1,4 +1,4 @@
-"""Prompts for generated images, read from the settings and from prompt files in the format of kohya's scripts.
+"""Prompts for generated images, read from the settings and from prompt files in the formats of kohya's scripts.
 
 All problems are reported together, each with its file and line, before a network is loaded.
 """
@@ -10,11 +10,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdxl_trainer.configs.kohya.readers import read_toml
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
 
 PROMPT_FILE_KEY = "sample.prompt_file"
+# A flag such as `—w` with a dash that a word processor has put in place of `--`.
+DASHES = r"\u2010-\u2015\u2212\uFE58\uFE63\uFF0D"
+CHANGED_DASHES = re.compile(rf"\s(-*[{DASHES}][-{DASHES}]*)(ss|[nwhsld])(?=\s|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +134,8 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
     problems: list[Problem] = []
     entries = [PromptEntry(f"sample.prompts.{number}", "", text) for number, text in enumerate(config.prompts)]
     if config.prompt_file is not None:
-        read = read_json_prompts if config.prompt_file.suffix.lower() == ".json" else read_text_prompts
         try:
-            entries += read(config.prompt_file)
+            entries += read_prompt_file(config.prompt_file)
         except ValueError as error:
             cure = "see the setting in docs/CONFIG.md" if config.prompt_file.exists() else "check the path"
             problems.append(Problem(PROMPT_FILE_KEY, config.prompt_file, str(error), cure))
@@ -174,14 +177,16 @@ def parse_line(line: str) -> dict[str, Any]:
     """Parse a prompt with kohya's flags, such as `a cat --n ugly --w 768`, into fields of `Prompt`.
 
     Raises:
-        ValueError: a flag is unknown, given twice, or has an invalid value.
+        ValueError: a flag is unknown, given twice, has an invalid value, or begins with another dash.
     """
+    if changed := CHANGED_DASHES.search(f" {line}"):
+        raise ValueError(f"has the flag {changed[1]}{changed[2]} with a word processor's dash; write --{changed[2]}")
     text, *words = re.split(r"\s--(?=\S)", f" {line}")
     given: dict[str, Any] = {"text": text.strip()}
     if words and not given["text"]:
         raise ValueError("has no prompt before its flags")
     for word in words:
-        flag, _, value = word.partition(" ")
+        flag, value = (*word.split(maxsplit=1), "")[:2]
         if flag not in FLAGS:
             raise ValueError(f"has the unknown flag --{flag}")
         _parse_into(given, FLAGS[flag], f"--{flag}", value.strip())
@@ -200,9 +205,22 @@ def parse_object(entry: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def read_prompt_file(file: Path) -> Iterator[PromptEntry]:
+    """Yield the prompts of a file.
+
+    Raises:
+        ValueError: the file cannot be read, is malformed, or is of another kind than PROMPT_READERS.
+    """
+    read = PROMPT_READERS.get(file.suffix.lower())
+    if read is None:
+        raise ValueError(f"is not a file of prompts: its name must end in {', '.join(PROMPT_READERS)}")
+    yield from read(file)
+
+
 def read_text_prompts(file: Path) -> Iterator[PromptEntry]:
     """Yield the prompts of a text file, one per line; empty lines and comments (`#`) are skipped. Raises ValueError."""
-    lines = [(number, line.strip()) for number, line in enumerate(_read_file(file).splitlines(), start=1)]
+    # Not `splitlines`, which also ends lines at characters that captions may contain, such as U+2028.
+    lines = [(number, line.strip()) for number, line in enumerate(_read_file(file).split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         raise ValueError("contains no prompt")
@@ -213,7 +231,7 @@ def read_text_prompts(file: Path) -> Iterator[PromptEntry]:
 def read_json_prompts(file: Path) -> Iterator[PromptEntry]:
     """Yield the prompts of a JSON file, a list of strings or objects. Raises ValueError."""
     try:
-        contents = json.loads(_read_file(file))
+        contents = json.loads(_read_file(file), object_pairs_hook=_reject_duplicates)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from None
     except RecursionError:
@@ -222,6 +240,34 @@ def read_json_prompts(file: Path) -> Iterator[PromptEntry]:
         raise ValueError("is not a JSON list of prompts or objects with `prompt`")
     for number, content in enumerate(contents, start=1):
         yield PromptEntry(PROMPT_FILE_KEY, f"{file}, entry {number}: ", content)
+
+
+def read_toml_prompts(file: Path) -> Iterator[PromptEntry]:
+    """Yield the prompts of a TOML file: a table `[prompt]` with defaults, and a `[[prompt.subset]]` for each prompt.
+
+    Raises:
+        ValueError: the file cannot be read, or is malformed.
+    """
+    try:
+        table = read_toml(file).get("prompt")
+    except UserInputError as error:
+        raise ValueError(error.problems[0].rule) from None
+    subsets = table.get("subset") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or not isinstance(subsets, list) or not subsets:
+        raise ValueError("has no [[prompt.subset]], the table of a prompt in kohya's TOML files")
+    defaults = {key: value for key, value in table.items() if key != "subset"}
+    for number, subset in enumerate(subsets, start=1):
+        if not isinstance(subset, dict):
+            raise ValueError(f"{file}, entry {number}: is not a table")
+        yield PromptEntry(PROMPT_FILE_KEY, f"{file}, entry {number}: ", defaults | subset)
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object. Raises ValueError if a key occurs twice, of which JSON would keep the last one."""
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"has the key `{next(key for key in keys if keys.count(key) > 1)}` twice in an object")
+    return dict(pairs)
 
 
 def _read_file(file: Path) -> str:
@@ -240,3 +286,10 @@ def _parse_into(given: dict[str, Any], field: PromptField, label: str, value: An
         given[field.name] = field.parse(value)
     except ValueError as error:
         raise ValueError(f"has {label} = {value!r:.60}, which {error}") from None
+
+
+PROMPT_READERS: dict[str, Callable[[Path], Iterator[PromptEntry]]] = {
+    ".txt": read_text_prompts,
+    ".json": read_json_prompts,
+    ".toml": read_toml_prompts,
+}

@@ -64,6 +64,66 @@ def test_json_objects_and_settings_make_a_prompt(tmp_path: Path) -> None:
     ]
 
 
+def test_prompts_of_kohyas_toml(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.TOML"
+    file.write_text(
+        "[prompt]\nwidth = 1024\nheight = 832\nscale = 7.5\n[[prompt.subset]]\nprompt = 'a cat'\nseed = 9\n"
+        "sample_steps = 30\nnegative_prompt = ''\n[[prompt.subset]]\nprompt = 'a dog'\nheight = 64\n"
+    )
+    prompts, problems = load([], file)
+    assert problems == []
+    assert prompts == [
+        replace(FULL, text="a cat", negative="", guidance_scale=7.5),
+        replace(PLAIN, text="a dog", width_px=1024, height_px=64, guidance_scale=7.5, seed=41),
+    ]
+
+
+def test_only_newlines_end_the_lines_of_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\u2028b\x0bc\x85d\r\ne --w\t64 --n\xa0ugly".encode())
+    prompts, problems = load([], file)
+    assert problems == []
+    assert prompts == [
+        replace(PLAIN, text="a\u2028b\x0bc\x85d"),
+        replace(PLAIN, text="e", width_px=64, negative="ugly", seed=41),
+    ]
+
+
+@pytest.mark.parametrize("dash", ["\u2013", "\u2014", "\u2212", "\u2010\u2010", "-\u2013", "\u2013-", "\uff0d\uff0d"])
+def test_a_dash_of_a_word_processor_is_named(dash: str) -> None:
+    for flag in ("w", "ss"):
+        _, problems = load([f"a cat {dash}{flag} 64"])
+        assert problems == [f"sample.prompts.0: has the flag {dash}{flag} with a word processor's dash; write --{flag}"]
+    prompts, problems = load([f"a cat {dash} sleeping {dash}wild, well{dash}w 3"])
+    assert problems == [] and len(prompts) == 1
+
+
+@pytest.mark.parametrize("name", ["p.yaml", "p.csv", "p.md", "p"])
+def test_a_prompt_file_of_an_unknown_kind_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a cat\n")
+    prompts, problems = load([], tmp_path / name)
+    assert prompts == []
+    assert problems == ["sample.prompt_file: is not a file of prompts: its name must end in .txt, .json, .toml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt = ", "is not valid TOML"),
+        ("[prompt]\nprompt = 'a'", "has no [[prompt.subset]]"),
+        ("prompt = 'a'", "has no [[prompt.subset]]"),
+        ("[prompt]\nsubset = ['a']", ", entry 1: is not a table"),
+        ("[prompt]\nstep = 3\n[[prompt.subset]]\nprompt = 'a'", ", entry 1: has the unknown key `step`"),
+        ("[[prompt.subset]]\nwidth = 64", ", entry 1: has no `prompt`"),
+    ],
+)
+def test_a_mistake_in_toml_is_reported_with_its_location(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "prompts.toml"
+    file.write_text(content)
+    _, problems = load([], file)
+    assert len(problems) == 1 and message in problems[0], problems
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -88,6 +148,7 @@ def test_json_objects_and_settings_make_a_prompt(tmp_path: Path) -> None:
             '[{"prompt": "b", "steps": 3}]',
             ", entry 1: has the unknown key `steps`; known keys are prompt, negative_prompt",
         ),
+        ('[{"prompt": "b", "seed": 1, "seed": 2}]', "has the key `seed` twice"),
         ('[{"prompt": "b", "width": 64.5}]', "has `width` = 64.5, which is not a whole number"),
         ('[{"prompt": "b", "scale": true}]', "has `scale` = True, which is not a number"),
         (None, "cannot be read: No such file"),
