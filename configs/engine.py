@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from sdxl_trainer.configs.paths import expand_path
 from sdxl_trainer.configs.section import Section
 
+PATH_ENDINGS = ("_path", "_file", "_dir")  # of the names of DeepSpeed's settings that are paths
 # Precisions without fp32 master weights.
 PURE_BF16 = ("bf16_kahan", "bf16_stochastic")
 # Precision → data type of the weights in forward and backward passes, and so of the gradients that these compute.
@@ -132,6 +134,11 @@ class EngineConfig(Section):
 
     @field_validator("deepspeed")
     @classmethod
+    def _expand_paths(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+        return _expand_nested(deepspeed)
+
+    @field_validator("deepspeed")
+    @classmethod
     def _reject_own_settings(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
         for path, ours in OWN_SETTINGS.items():
             section, _, key = path.rpartition(".")
@@ -148,3 +155,10 @@ class EngineConfig(Section):
         if value and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
             raise ValueError("needs engine.zero_stage 0, 1 or 2, without engine.offload_param")
         return value
+
+
+def _expand_nested(value: Any, is_path: bool = False) -> Any:
+    """Return DeepSpeed's settings with the paths among them expanded, such as `nvme_path` and `output_file`."""
+    if isinstance(value, dict):
+        return {key: _expand_nested(item, str(key).endswith(PATH_ENDINGS)) for key, item in value.items()}
+    return expand_path(value) if is_path and isinstance(value, str) and value else value

@@ -8,16 +8,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from sdxl_trainer.configs.kohya.importer import Imported, convert, flatten_settings, nest_settings, read_files
 from sdxl_trainer.configs.kohya.subsets import Remark
 from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.yaml_file import dump_yaml
 
 
 class ImportedYaml(NamedTuple):
@@ -38,7 +37,7 @@ def build_yaml(imported: Imported) -> ImportedYaml:
     keys = [key for key in flatten_settings(Config().model_dump(mode="json")) if key in imported.settings]
     kept = [key for key in keys if not any(f"{problem.key}.".startswith(f"{key}.") for problem in problems)]
     settings = nest_settings({key: imported.settings[key] for key in kept})
-    return ImportedYaml(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), rejected)
+    return ImportedYaml(dump_yaml(settings), rejected)
 
 
 def format_remarks(imported: Imported, rejected: Sequence[Remark]) -> str:
@@ -68,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files_help = (
         "TOML file, script with the command line, or Python file of the first sdxl-trainer; later files override"
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=files_help)
-    parser.add_argument("--out", type=Path, metavar="YAML", help="file to write (default: standard output)")
+    parser.add_argument("files", nargs="+", type=parse_path, metavar="FILE", help=files_help)
+    parser.add_argument("--out", type=parse_path, metavar="YAML", help="file to write (default: standard output)")
     parser.add_argument("--ranks", type=int, help="number of GPUs of the run (default: accelerate's --num_processes)")
     parser.add_argument("--samples", type=int, help="samples per epoch (images x repeats), to convert epochs to steps")
     # Intermixed, so that files can follow options.

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.section import holds_type
+from sdxl_trainer.configs.yaml_file import AmbiguousWord, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from sdxl_trainer.configs.kohya.options import Option
@@ -45,6 +46,7 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
     in_values = rename_settings(settings)  # an override may set a whole section: data={check: full}
     warn_of_old_names([*in_file.used, *in_overrides.used, *in_values.used])
     problems = [*in_file.problems, *in_overrides.problems, *in_values.problems, *problems]
+    problems += _resolve_ambiguous_words(settings)
     while True:
         try:
             return Config.model_validate(settings), problems
@@ -59,7 +61,7 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
 
 def save_config(config: Config, path: Path) -> None:
     """Write all settings as YAML, defaults included."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def iterate_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -115,31 +117,14 @@ def _find_kohya_option(name: str) -> "Option | None":
     return KOHYA_OPTIONS.get(name)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that rejects duplicate keys, where YAML would silently use the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:  # an open file, so that YAML's messages contain its name
-            raw = yaml.load(file, Loader=_UniqueKeyLoader)
+            raw = load_yaml(file)
     except OSError as error:
         rule, cure = f"cannot be read: {error.strerror}", "give a YAML file"
         raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         rule, cure = f"is not valid YAML: {error}", "correct the line that is named"
         raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
     if not isinstance(raw, dict | None):
@@ -165,8 +150,8 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
     if not equals or not key:
         return Problem(word, None, "is not a setting", "write key.sub=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = load_yaml(text)
+    except ValueError:
         return Problem(key, text, "is not valid YAML", "quote the value")
     node = settings
     *parents, last = rename_key(key).split(".")
@@ -176,6 +161,54 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
             return Problem(key, text, f"'{parent}' is not a section", "check the dotted key")
     node[last] = value
     return None
+
+
+def _resolve_ambiguous_words(settings: dict) -> list[Problem]:
+    """Replace `yes`, `no`, `on` and `off` by true and false, in place, in settings that hold no text.
+
+    Returns a problem for each other word that YAML 1.1 and YAML 1.2 read differently. Its setting is removed.
+    """
+    problems = []
+    for location, word, is_key in list(_find_ambiguous_words(settings, ())):
+        if word.switch is not None and not is_key and not _may_hold_text(location):
+            _get_node(settings, location[:-1])[location[-1]] = word.switch
+            continue
+        rule = "is a number, date or switch in YAML 1.1 and another value in YAML 1.2"
+        number = "write true or false" if word.switch is not None else "write a number in decimal digits"
+        cure = f'{number}, or quote it ("{word}") if it is a text'
+        problems.append(Problem(".".join(map(str, location)), str(word), rule, cure))
+        _remove(settings, _trim_location(location, settings))
+    return problems
+
+
+def _find_ambiguous_words(value: Any, location: tuple) -> Iterator[tuple[tuple, AmbiguousWord, bool]]:
+    """Yield the location of each ambiguous word in nested values, the word, and whether it is the key of a mapping."""
+    if isinstance(value, AmbiguousWord):
+        yield location, value, False
+    elif isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, AmbiguousWord):
+                yield (*location, key), key, True
+            else:
+                yield from _find_ambiguous_words(item, (*location, key))
+
+
+def _may_hold_text(location: tuple) -> bool:
+    """Return whether the setting at a location may hold a text or a mapping of values of any type."""
+    model: type[BaseModel] = Config
+    for part in location:
+        sections = dict(iterate_sections(model))
+        if part not in sections:
+            field = model.model_fields.get(part)
+            return field is not None and holds_type(field.annotation, str, Any)
+        model = sections[part]
+    return False
+
+
+def _get_node(settings: Any, location: tuple) -> Any:
+    for part in location:
+        settings = settings[part]
+    return settings
 
 
 class _Violations(NamedTuple):
@@ -195,7 +228,9 @@ def _list_violations(error: ValidationError, settings: dict) -> _Violations:
         else:
             value = None if isinstance(item["input"], dict) else item["input"]
             rule = item["msg"].removeprefix("Value error, ")
-            violations.problems.append(Problem(key, value, rule, "see docs/CONFIG.md"))
+            is_number = item["type"] == "string_type" and isinstance(value, (int, float))
+            cure = f'quote it: "{value}"' if is_number else "see docs/CONFIG.md"
+            violations.problems.append(Problem(key, value, rule, cure))
         if location and location not in violations.locations:
             violations.locations.append(location)
     return violations

@@ -16,9 +16,10 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.paths import IS_PATH, remove_file_scheme
 from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.configs.samples import SampleConfig
-from sdxl_trainer.configs.section import Section, remove_file_scheme
+from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
 
 
@@ -51,12 +52,12 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The SDXL model to start from."""
 
-    path: str = ""
+    path: Annotated[str, IS_PATH] = ""
     """SDXL model: a diffusers folder, a single `.safetensors` file, or a hub id. Required."""
     config: Path | None = None
     """Folder with the component configs (diffusers layout) for a single file. The default is the configs of SDXL
     base."""
-    vae: str | None = None
+    vae: Annotated[str | None, IS_PATH] = None
     """VAE to use instead of the model's own: a diffusers folder or a hub id. The cache must be filled with the same
     VAE."""
     tokenizer: Path | None = None
@@ -94,7 +95,7 @@ class DataConfig(Section):
     """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In
     a folder without images, latent files (`.npz`) take their place."""
-    masks: str | None = None
+    masks: Annotated[str | None, IS_PATH] = None
     """Mask files for `objective.masked_loss`: greyscale images whose brightness weights the loss. Give either the
     ending of mask files beside the images, such as `-masklabel.png` (OneTrainer), or a folder where each mask has the
     stem of its image (kohya's `conditioning_data_dir`). Masks are not used as training images. The cache job stores
@@ -140,7 +141,7 @@ class DataConfig(Section):
     `cache.flip: true`; samples without mirrored latents are never flipped, and a warning gives their number."""
     caption: CaptionConfig = CaptionConfig()  # pyright: ignore[reportCallIssue]
     """Changes made to captions before they are tokenized."""
-    strategy: str | None = None
+    strategy: Annotated[str | None, IS_PATH] = None
     """Your own class, as `path/to/file.py:ClassName` or `module:ClassName`, that chooses the repeats, the caption and
     the loss weight of each sample. See docs/STRATEGY.md."""
     max_tokens: Literal[75, 150, 225] = 75
@@ -154,10 +155,10 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Maximum share of bad samples (unreadable, wrong shape, missing). Above it, the job stops with status 1."""
 
-    @field_validator("resolution_px", "metadata", "image_dirs", "regularisation_dirs", mode="before")
+    @field_validator("resolution_px", mode="before")
     @classmethod
     def _wrap_single_value(cls, value: Any) -> Any:
-        return [value] if isinstance(value, (str, Path, int)) else value
+        return [value] if isinstance(value, (str, int)) else value
 
     @field_validator("metadata")
     @classmethod

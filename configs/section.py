@@ -1,9 +1,13 @@
 """Base class of all sections of the settings."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from sdxl_trainer.configs.paths import IS_PATH, expand_path
+
+NULL_WORDS = ("", "none", "null", "~")
 
 
 class Section(BaseModel):
@@ -13,23 +17,35 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject booleans for other types: pydantic would read `max_steps: true` as one step."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if _holds_boolean(value) and not _accepts_boolean(annotation):
+    def _prepare(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read words for null, replace variables in paths, and reject booleans for other types.
+
+        pydantic would read `none` as the name of a file, and `max_steps: true` as one step.
+        """
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, str) and value.strip().lower() in NULL_WORDS and holds_type(field.annotation, type(None)):
+            return None
+        if (IS_PATH in field.metadata or holds_type(field.annotation, Path)) and value != field.default:
+            value = _prepare_paths(value, get_origin(field.annotation) is list)
+        if _holds_boolean(value) and not holds_type(field.annotation, bool, True, Any):
             raise ValueError("must not be true or false")
         return value
 
 
-def remove_file_scheme(name: Path | str) -> Path | str:
-    """Return the path that a `file://` URL names, and any other path or URL unchanged."""
-    return name.removeprefix("file://") if isinstance(name, str) else name
+def holds_type(annotation: Any, *types: Any) -> bool:
+    """Return whether an annotation is, or contains, one of some types or literal values."""
+    return any(annotation is kind for kind in types) or any(holds_type(part, *types) for part in get_args(annotation))
+
+
+def _prepare_paths(value: Any, is_list: bool) -> Any:
+    """Expand the paths of a setting. A single path becomes a list where the setting is a list of paths."""
+    if isinstance(value, list):
+        return [expand_path(str(item)) if isinstance(item, (str, Path)) else item for item in value]
+    if isinstance(value, (str, Path)):
+        path = expand_path(str(value))
+        return [path] if is_list else path
+    return value
 
 
 def _holds_boolean(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_boolean, value)))
-
-
-def _accepts_boolean(annotation: Any) -> bool:
-    """Return whether a type is, or contains, bool, True or Any."""
-    return annotation in (bool, Any) or any(part is True or _accepts_boolean(part) for part in get_args(annotation))

@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sdxl_trainer.configs.section import Section, remove_file_scheme
+from sdxl_trainer.configs.paths import remove_file_scheme
+from sdxl_trainer.configs.section import Section
 
 
 class ValidationConfig(Section):

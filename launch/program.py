@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import FailedError, UserInputError
 from sdxl_trainer.launch.signals import Interrupted, InterruptedAlone, exit_on_signals
 from sdxl_trainer.launch.status import (
@@ -54,7 +55,7 @@ class RankParser(argparse.ArgumentParser):
 def build_parser(description: str) -> RankParser:
     """Build the parser of the arguments that the cache job and training share."""
     parser = RankParser(description=description)
-    parser.add_argument("--cfg", type=Path, required=True, help="YAML file with the settings (docs/CONFIG.md)")
+    parser.add_argument("--cfg", type=parse_path, required=True, help="YAML file with the settings (docs/CONFIG.md)")
     parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 try:
+    from sdxl_trainer.configs.paths import parse_path
     from sdxl_trainer.launch.program import require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
@@ -20,12 +21,16 @@ def build_convert_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", type=Path, help="a checkpoint (step-… folder), a run folder (its newest one), a file or a folder"
+        "source",
+        type=parse_path,
+        help="a checkpoint (step-… folder), a run folder (its newest one), a file or a folder",
     )
-    parser.add_argument("target", type=Path, help="a name that ends in .safetensors, or a folder for diffusers layout")
+    parser.add_argument(
+        "target", type=parse_path, help="a name that ends in .safetensors, or a folder for diffusers layout"
+    )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (fp16)")
     parser.add_argument("--ema", metavar="DECAY", help="convert the moving average of this decay, such as 0.999")
-    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the checkpoint by default")
+    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
     return parser
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 try:
+    from sdxl_trainer.configs.paths import parse_path
     from sdxl_trainer.launch.program import RankParser, end_program, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
@@ -17,14 +18,17 @@ def build_sample_parser() -> RankParser:
     parser = RankParser(description="Generate the images of a prompt file, and a contact sheet of them.")
     parser.add_argument(
         "--model",
+        type=lambda text: str(parse_path(text)),
         required=True,
         metavar="PATH",
         help="a single .safetensors file, a diffusers folder, a hub id, a run folder, or one of its checkpoints",
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or .json (docs/TRAINING.md)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
+    parser.add_argument(
+        "--prompts", type=parse_path, required=True, metavar="FILE", help=".txt, .json or .toml (docs/TRAINING.md)"
+    )
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the images")
     parser.add_argument("--ema", metavar="DECAY", help="use the moving average of this decay, such as 0.999")
-    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; those of the checkpoint by default")
+    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
     return parser

@@ -16,6 +16,7 @@ from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_model
 from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, count_unflipped, find_bad_latents
@@ -195,7 +196,7 @@ def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSampl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
     parser = build_parser(main.__doc__ or "")
-    parser.add_argument("--out", type=Path, help="file of the contact sheet (default: preview.png in the run folder)")
+    parser.add_argument("--out", type=parse_path, help="file of the contact sheet (preview.png in the run folder)")
     parser.add_argument(
         "--images", "--pictures", dest="images", type=int, default=16, help="samples in the contact sheet; 0 draws none"
     )

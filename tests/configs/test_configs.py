@@ -1,17 +1,32 @@
 """Settings: all problems are reported together with key, value and cure, and correct settings are kept."""
 
+import argparse
 import math
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from programs import ROOT
 
 from sdxl_trainer.configs.document import build_page
-from sdxl_trainer.configs.load import build_config, iterate_keys, load_config, save_config, suggest_key
+from sdxl_trainer.configs.load import (
+    build_config,
+    iterate_keys,
+    iterate_sections,
+    load_config,
+    save_config,
+    suggest_key,
+)
+from sdxl_trainer.configs.paths import IS_PATH, parse_path
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.section import holds_type
+from sdxl_trainer.configs.yaml_file import dump_yaml, load_yaml
 from sdxl_trainer.data.checks.records import check_data_settings
 from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.launch.program import build_parser
 
 PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -31,6 +46,37 @@ def load(folder: Path, text: str, *overrides: str):
     path = folder / "x.yaml"
     path.write_text(text)
     return load_config(path, overrides)
+
+
+def list_fields(model=Config, prefix: str = "") -> dict:
+    """Return the fields of all settings by dotted key."""
+    sections = dict(iterate_sections(model))
+    fields = {prefix + name: field for name, field in model.model_fields.items() if name not in sections}
+    for name, section in sections.items():
+        fields |= list_fields(section, f"{prefix}{name}.")
+    return fields
+
+
+FIELDS = list_fields()
+PATHS = [key for key, field in FIELDS.items() if IS_PATH in field.metadata or holds_type(field.annotation, Path)]
+OPTIONAL_TEXTS = [
+    key
+    for key, field in FIELDS.items()
+    if holds_type(field.annotation, type(None)) and holds_type(field.annotation, str, Path)
+]
+
+
+def get(config: Config, key: str):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def nest(key: str, text: str) -> str:
+    """Return YAML that sets a dotted key."""
+    for name in reversed(key.split(".")):
+        text = f"{{{name}: {text}}}"
+    return text
 
 
 def list_problems(folder: Path, text: str, *overrides: str) -> list[tuple]:
@@ -222,3 +268,146 @@ def test_counts_in_messages_are_singular_for_one() -> None:
     assert [format_count(count, "rank") for count in (0, 1, 2, 2000)] == ["0 ranks", "1 rank", "2 ranks", "2,000 ranks"]
     assert [format_count(count, "batch", "batches") for count in (1, 3)] == ["1 batch", "3 batches"]
     assert str(UserInputError([Problem("a", 1, "b")])).startswith("1 problem in the settings:")
+
+
+def test_the_settings_that_are_paths_are_known():
+    assert {"run.dir", "model.path", "model.vae", "data.metadata", "data.masks", "data.strategy", "cache.dir"} <= {
+        *PATHS
+    }
+    assert {"model.vae", "model.config", "cache.dir", "log.wandb", "sample.prompt_file"} <= {*OPTIONAL_TEXTS}
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "~", '""', "'~'", "' none '"])
+@pytest.mark.parametrize("key", OPTIONAL_TEXTS)
+def test_every_optional_text_is_null_by_any_word_for_it(tmp_path, key, word):
+    given = nest(key, "x")
+    assert get(load(tmp_path, given, f"{key}={word}")[0], key) is None
+    config, problems = load(tmp_path, nest(key, word))
+    assert (get(config, key), problems) == (None, [])
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("path", ["~/a", "$DATA/a", "${DATA}/a"])
+def test_every_path_is_expanded(tmp_path, monkeypatch, key, path):
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.setenv("DATA", "/home/x")
+    is_list = isinstance(FIELDS[key].default, list)
+    for text in [f"'{path}'", f"['{path}', b]"][: 1 + is_list]:
+        value = get(load(tmp_path, nest(key, text))[0], key)
+        assert str(value[0] if is_list else value) == "/home/x/a"
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("$ABSENT/a", "names the environment variable ABSENT, which is not set"),
+        ("/a/${EMPTY}", "names the environment variable EMPTY, which is not set"),
+        ("~no-such-user/a", "names the home folder of ~no-such-user, which does not exist"),
+        ("' '", "is an empty path"),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_is_a_problem(monkeypatch, path, rule):
+    monkeypatch.delenv("ABSENT", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    for key in ("run.dir", "data.image_dirs", "model.path"):
+        problems = build_config({}, [f"{key}={path}"])[1]
+        assert [(problem.key, problem.rule) for problem in problems] == [(key, rule)]
+
+
+def test_folders_with_special_names_are_found_again_from_saved_settings(tmp_path, monkeypatch):
+    """A folder that exists under the name as it is written needs no variable, and `./~` is not the home folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("b", raising=False)
+    (tmp_path / "a$b").mkdir()
+    config, problems = build_config({"run": {"dir": "./~/x"}, "cache": {"dir": "a$b"}})
+    assert (problems, config.run.dir, config.cache.dir) == ([], tmp_path / "~" / "x", Path("a$b"))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == (config, [])
+
+
+def test_paths_among_deepspeeds_settings_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    given = {"zero_optimization": {"offload_param": {"device": "none", "nvme_path": "~/nvme"}}, "x": "~"}
+    expected = {"zero_optimization": {"offload_param": {"device": "none", "nvme_path": "/home/x/nvme"}}, "x": "~"}
+    assert build_config({"engine": {"deepspeed": given}})[0].engine.deepspeed == expected
+
+
+NUMBERS = {"5e8": 5e8, "1e0": 1.0, "1E-5": 1e-5, "+.5e3": 500.0, "-7": -7, "0o17": 15, "0x1F": 31, "0": 0, "007.5": 7.5}
+
+
+@pytest.mark.parametrize(("word", "number"), NUMBERS.items())
+def test_numbers_in_mappings_of_any_type_are_numbers(tmp_path, word, number):
+    text = f"{{engine: {{deepspeed: {{a: [{word}]}}}}, optim: {{kwargs: {{a: {word}, b: '{word}'}}}}}}"
+    for config, problems in (load(tmp_path, text), load(tmp_path, text, f"optim.kwargs.a={word}")):
+        values = [config.engine.deepspeed["a"][0], config.optim.kwargs["a"]]
+        assert problems == [] and values == [number, number] and {type(value) for value in values} == {type(number)}
+        assert config.optim.kwargs["b"] == word
+
+
+SURPRISES = ["010", "-08", "1_000", "1_0.5", "0b11", "12:30", "1:30:00.5", "2024-01-01", "2024-1-2 10:00:00", "1e999"]
+
+
+@pytest.mark.parametrize("word", [*SURPRISES, "no", "Yes", "ON", "off"])
+def test_words_that_older_yaml_reads_differently_are_refused(tmp_path, word):
+    for key in ("run.name", "optim.kwargs.a", "sample.prompts.0", "data.caption.replacements.a"):
+        text = nest("sample.prompts", f"[{word}]") if key == "sample.prompts.0" else nest(key, word)
+        config, problems = load(tmp_path, text)
+        assert config == Config() and [(problem.key, problem.value) for problem in problems] == [(key, word)]
+        assert f'quote it ("{word}")' in problems[0].cure
+    assert [problem.key for problem in load(tmp_path, nest("optim.kwargs", f"{{{word}: 1}}"))[1]] == [
+        f"optim.kwargs.{word}"
+    ]
+    quoted = load(tmp_path, nest("data.caption.prefix", f"'{word}'"), f'data.caption.suffix="{word}"')
+    assert quoted[1] == [] and (quoted[0].data.caption.prefix, quoted[0].data.caption.suffix) == (word, word)
+
+
+def test_switches_of_older_yaml_are_read_where_a_setting_is_no_text(tmp_path):
+    config, problems = load(tmp_path, "data: {no_upscale: yes}\nema: {warmup: Off}", "cache.flip=on")
+    assert problems == []
+    assert (config.data.no_upscale, config.ema.warmup, config.cache.flip) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [*x]", "[" * 5000, "a: !!timestamp 2024-01-01", "a: !!int x", "a: " + "1" * 5000]
+)
+def test_hostile_yaml_is_one_problem(tmp_path, text):
+    with pytest.raises(UserInputError, match="is not valid YAML"):
+        load(tmp_path, text)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.sampled_from([*NUMBERS, *SURPRISES, "no", "~", "none", "=", "<<", "-", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(JSON)
+def test_any_values_are_read_as_they_were_written_by_this_and_by_other_readers(content):
+    text = dump_yaml({"a": content})
+    assert load_yaml(text) == {"a": content} == yaml.safe_load(text)
+
+
+def test_a_number_for_a_text_is_to_be_quoted(tmp_path):
+    assert list_problems(tmp_path, "run: {name: 123}") == [("run.name", 123, 'quote it: "123"')]
+
+
+def test_a_single_path_is_enough_for_every_list_of_paths():
+    keys = [key for key in PATHS if isinstance(FIELDS[key].default, list)]
+    assert len(keys) == 5
+    config, problems = build_config({}, [f"{key}=../images" for key in keys])
+    assert problems == [] and all(list(map(str, get(config, key))) == ["../images"] for key in keys)
+
+
+def test_paths_on_the_command_line_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.delenv("ABSENT", raising=False)
+    parser = build_parser("")
+    assert parser.parse_args(["--cfg=~/a.yaml"]).cfg == Path("/home/x/a.yaml")
+    with pytest.raises(argparse.ArgumentTypeError, match="'.ABSENT/a' names the environment variable ABSENT"):
+        parse_path("$ABSENT/a")

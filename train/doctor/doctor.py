@@ -15,6 +15,7 @@ import torch
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
@@ -143,7 +144,7 @@ def read_num_ranks() -> int | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, print all findings, and return the exit status (0 no faults, 1 faults)."""
     parser = argparse.ArgumentParser(description="Examine machine, settings and data before training.")
-    parser.add_argument("--cfg", type=Path, metavar="FILE", help="settings; without them only the machine is examined")
+    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; without them, only the machine")
     parser.add_argument(
         "--ranks",
         type=int,

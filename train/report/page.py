@@ -21,6 +21,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.train.report.charts import (
     DOTS_PER_INCH,
@@ -154,7 +155,7 @@ def make_uri(content: bytes, kind: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of a run, finished or not, and return the exit status (0 done, 1 failed, 2 wrong input)."""
     parser = argparse.ArgumentParser(description="Write the report of a run, finished or not, into its folder.")
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
+    parser.add_argument("folder", type=parse_path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
     parser.add_argument("--background", action="store_true", help="run at low priority")
     options = parser.parse_args(arguments)
     folder = options.folder

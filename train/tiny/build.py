@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sdxl_trainer.configs
+from sdxl_trainer.configs.paths import parse_path
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def _initialise_text_encoder(model: "torch.nn.Module") -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the tiny SDXL."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny", description="Write the tiny SDXL.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")
     options = parser.parse_args(arguments)
     sys.stdout.write(f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}\n")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -99,7 +100,7 @@ def _write_json(path: Path, content: dict) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write both tokenizers."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny.tokenizer", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder to write into")
     options = parser.parse_args(arguments)
     write_tokenizers(options.out)
     sys.stdout.write(f"{len(build_vocabulary().ids)} tokens, written to {options.out}\n")

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_image
 from sdxl_trainer.train.tiny.build import build_tiny_vae, load_tiny_vae
 
@@ -232,10 +233,10 @@ def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, train the VAE and write it."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny.vae", description="Train the tiny VAE.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights")
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the weights")
     parser.add_argument("--minutes", type=float, default=20, metavar="M", help="minutes of training (20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights and images (0)")
-    parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights to continue from")
+    parser.add_argument("--start-from", type=parse_path, metavar="FILE", help="weights to continue from")
     options = parser.parse_args(arguments)
     train_tiny_vae(options.out, options.minutes, options.seed, options.start_from)
 

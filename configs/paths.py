@@ -1,0 +1,45 @@
+"""Paths in settings and on the command line: home folders and environment variables in them are replaced."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+# In an annotation such as `Annotated[str, IS_PATH]`, marks a text as a path, or as something that may be a path.
+IS_PATH = "path"
+VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})")
+
+
+def expand_path(path: str) -> str:
+    """Return a path or URL with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+
+    Raises:
+        ValueError: the path is empty, or names a variable without a value or a user that does not exist.
+    """
+    if not path.strip():
+        raise ValueError("is an empty path")
+
+    def expand_variable(match: re.Match) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name) and not os.path.lexists(path):
+            raise ValueError(f"names the environment variable {name}, which is not set")
+        return os.environ.get(name) or match[0]
+
+    expanded = os.path.expanduser(VARIABLE.sub(expand_variable, path))
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise ValueError(f"names the home folder of {expanded.split('/')[0]}, which does not exist")
+    # A folder that is really named `~`, such as `./~`, must not be expanded when saved settings are read again.
+    return os.path.abspath(expanded) if os.path.normpath(expanded).startswith("~") else expanded
+
+
+def parse_path(text: str) -> Path:
+    """Return the path in an argument of a program. The shell does not replace the `~` of `--out=~/images`."""
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' {error}") from None
+
+
+def remove_file_scheme(name: Path | str) -> Path | str:
+    """Return the path that a `file://` URL names, and any other path or URL unchanged."""
+    return name.removeprefix("file://") if isinstance(name, str) else name

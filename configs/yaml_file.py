@@ -1,0 +1,147 @@
+"""Reading and writing of YAML, with the plain words of YAML 1.2.
+
+PyYAML reads words by YAML 1.1, where `5e8` is a text, `010` is 8, `no` is false and `2024-01-01` is a date. Here
+numbers are read as YAML 1.2 and JSON read them. A word on which the versions disagree becomes an `AmbiguousWord`, which
+configs/load.py refuses, except for `yes`, `no`, `on` and `off` in settings that hold no text.
+"""
+
+import math
+import re
+from typing import IO, Any
+
+import yaml
+
+TAG = "tag:yaml.org,2002:"
+AMBIGUOUS = "!ambiguous"
+NULL = re.compile(r"~|null|Null|NULL|")
+BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+")
+FLOAT = re.compile(
+    r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)"
+)
+# Words that YAML 1.1 reads as another value: switches, `=`, octal and binary numbers, underscores, base 60, and dates.
+SURPRISES = re.compile(
+    r"""yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF|=
+    |[-+]?0[0-9_]+ | [-+]?0[bB][01_]+ | [-+]?0[xX][0-9a-fA-F_]+
+    |[-+]?\.?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?
+    |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?
+    |[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:(?:[Tt]|[ \t]+)[0-9]{1,2}:[0-9]{2}:[0-9]{2}.*)?""",
+    re.VERBOSE,
+)
+# The tag of a plain word is that of the first pattern that it matches.
+PATTERNS = {NULL: TAG + "null", BOOL: TAG + "bool", INT: TAG + "int", FLOAT: TAG + "float", SURPRISES: AMBIGUOUS}
+LINE_ENDS = re.compile("[\\r\\x85\\u2028\\u2029]")
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+MAX_DEPTH = 64
+
+
+class AmbiguousWord(str):
+    """A word without quotes that YAML 1.1 and YAML 1.2 read as different values."""
+
+    @property
+    def switch(self) -> bool | None:
+        """The value of `yes`, `no`, `on` and `off`; None for other words."""
+        return SWITCHES.get(self.lower())
+
+
+def load_yaml(stream: IO[str] | str) -> Any:
+    """Parse a YAML document. Words whose value is ambiguous become `AmbiguousWord`s.
+
+    Args:
+        stream: a text, or an open file, whose name is then part of messages.
+
+    Raises:
+        ValueError: the document is malformed, gives a key twice, contains itself, or is nested too deeply.
+    """
+    try:
+        content = yaml.load(stream, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+    _verify_depth(content, (), set())
+    return content
+
+
+def dump_yaml(content: Any) -> str:
+    """Return nested values as YAML. Readers of YAML 1.1 and of YAML 1.2 read the same values from it."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _verify_depth(value: Any, parents: tuple[int, ...], finished: set[int]) -> None:
+    """Verify that nested values end. An anchor inside its own value makes a value that contains itself."""
+    if not isinstance(value, (dict, list)) or id(value) in finished:
+        return
+    if id(value) in parents or len(parents) >= MAX_DEPTH:
+        raise ValueError(f"it contains itself, or is nested more than {MAX_DEPTH} levels deep")
+    for item in value.values() if isinstance(value, dict) else value:
+        _verify_depth(item, (*parents, id(value)), finished)
+    finished.add(id(value))
+
+
+class _WordResolver(yaml.resolver.BaseResolver):
+    """Resolver of plain words by PATTERNS."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0]:
+            tag = next((tag for pattern, tag in PATTERNS.items() if pattern.fullmatch(value)), self.DEFAULT_SCALAR_TAG)
+            return TAG + "merge" if value == "<<" else tag
+        return super().resolve(kind, value, implicit)
+
+
+class _Dumper(_WordResolver, yaml.SafeDumper):
+    """A safe YAML dumper that quotes texts which would be read as another value."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Represent a text, between quotes if it holds line ends that plain YAML would change."""
+        return self.represent_scalar(TAG + "str", text, style='"' if LINE_ENDS.search(text) else None)
+
+
+class _Loader(_WordResolver, yaml.SafeLoader):
+    """A safe YAML loader for the types of JSON. It rejects duplicate keys, of which YAML would use the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == TAG + "merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | AmbiguousWord:
+        """Return a number, as an integer where it is written as one."""
+        word = node.value
+        is_infinite = word.lower().endswith(("inf", "nan"))
+        try:
+            number = int(word, 0) if INT.fullmatch(word) else float(word.replace(".", "", 1) if is_infinite else word)
+        except ValueError as error:  # thousands of digits, or a text with the tag `!!int`
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+        return AmbiguousWord(word) if isinstance(number, float) and not is_infinite and math.isinf(number) else number
+
+    def construct_switch(self, node: yaml.ScalarNode) -> bool | AmbiguousWord:
+        """Return the value of `true` or `false`. Only the tag `!!bool` makes a switch of another word."""
+        return node.value.lower() == "true" if BOOL.fullmatch(node.value) else AmbiguousWord(node.value)
+
+    def construct_ambiguous(self, node: yaml.ScalarNode) -> AmbiguousWord:
+        """Return a word that is refused later, when the key of its setting is known."""
+        return AmbiguousWord(node.value)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+# Settings have the types of JSON. SafeLoader also builds dates, sets and bytes.
+SHARED = (None, *(TAG + kind for kind in ("null", "str", "seq", "map")))
+_Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in SHARED} | {
+    TAG + "int": _Loader.construct_number,
+    TAG + "float": _Loader.construct_number,
+    TAG + "bool": _Loader.construct_switch,
+    AMBIGUOUS: _Loader.construct_ambiguous,
+}
