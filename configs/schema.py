@@ -11,13 +11,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, fie
 
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
-from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.paths import IS_PATH, remove_file_scheme
-from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
 from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
@@ -81,6 +79,23 @@ class ModelConfig(Section):
         if (std is None) != (info.data.get("latents_mean") is None):
             raise ValueError("needs model.latents_mean and model.latents_std together; set both or neither")
         return std
+
+
+class RemoteShardsConfig(Section):
+    """Reading of shards on a remote store (`s3://`, `gs://`, `https://`)."""
+
+    shuffle_shards: int = Field(0, ge=0)
+    """With 0, samples are shuffled over the whole training set, and each is one ranged read. With n, whole shards are
+    downloaded one after the other, in an order that changes each epoch, and samples are shuffled over n shards at a
+    time. Use it for stores where seeking is slow or expensive. 16 or more mix well if every shard contains samples of
+    all kinds."""
+    copies_dir: Path | None = None
+    """Local folder that keeps a copy of everything that was read; the ranks of a node share it. Without it, every
+    sample is read from the store each time. With `data.remote_shards.shuffle_shards`, the default is `copies` in the
+    cache folder."""
+    copies_gb: float = Field(100.0, gt=0)
+    """Maximum size of `data.remote_shards.copies_dir`, in gigabytes. The least recently used copies are deleted
+    first."""
 
 
 class DataConfig(Section):
@@ -240,6 +255,26 @@ class CacheConfig(Section):
     tile_above_px: int = Field(0, ge=0)
     """Encode images whose longer side exceeds this number of pixels in overlapping tiles, which takes less memory; 0
     never does."""
+
+
+class EmaConfig(Section):
+    """Exponential moving averages (EMA) of the weights, kept in fp32 beside the master weights and sharded like
+    them."""
+
+    decays: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    """Decay of each average, such as `[0.999, 0.9999]`; an empty list keeps no average. Each takes 4 bytes per weight,
+    divided among the ranks under ZeRO 1 to 3, and is exported beside the model."""
+    warmup: bool = True
+    """Limit the decay to (1 + n)/(10 + n) after n updates, so that the average soon forgets the first weights."""
+    sample: bool = True
+    """Generate images with the first average instead of the current weights."""
+
+    @field_validator("decays")
+    @classmethod
+    def _require_distinct(cls, decays: list[float]) -> list[float]:
+        if len({f"{decay:g}" for decay in decays}) < len(decays):
+            raise ValueError("contains a decay twice (compared to six digits); remove one")
+        return decays
 
 
 class TrainConfig(Section):

@@ -7,8 +7,7 @@ import numpy as np
 from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, RemoteShardsConfig
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
 from sdxl_trainer.data.formats.manifest import STALE, read_identity

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from loguru import logger
 
-from sdxl_trainer.configs.remote_shards import RemoteShardsConfig
+from sdxl_trainer.configs.schema import RemoteShardsConfig
 from sdxl_trainer.data.formats.shards import OpenFile
 from sdxl_trainer.data.stores.remote import download
 from sdxl_trainer.data.stores.remote_sources import name_shard_version

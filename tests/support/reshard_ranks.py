@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from rank_port import find_rank_port
 
-from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
+from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.distributed import Ranks, init_ranks, reduce_sum
 from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, seal_checkpoint
 from sdxl_trainer.train.checkpoint.state import TrainState

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from loguru import logger
 
-from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import WEIGHT_TYPES, EngineConfig
+from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.train.engine.deepspeed_config import (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sdxl_trainer.configs.ema import EmaConfig
+from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.distributed import broadcast_tensor, reduce_sum
 from sdxl_trainer.train.engine.layout import Fragment, describe_layout
 from sdxl_trainer.train.engine.patches import abandon_gathers, deepspeed, get_local_part, read_master_weights

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdxl_trainer.configs.ema import EmaConfig
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, EmaConfig
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes, resolve_zero_stage
