@@ -14,7 +14,7 @@ from sdxl_trainer.configs.kohya.importer import Imported, convert, flatten_setti
 from sdxl_trainer.configs.kohya.subsets import Remark
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, parse_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.yaml_file import dump_yaml
 
@@ -69,8 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="+", type=parse_path, metavar="FILE", help=files_help)
     parser.add_argument("--out", type=parse_path, metavar="YAML", help="file to write (default: standard output)")
-    parser.add_argument("--ranks", type=int, help="number of GPUs of the run (default: accelerate's --num_processes)")
-    parser.add_argument("--samples", type=int, help="samples per epoch (images x repeats), to convert epochs to steps")
+    parser.add_argument(
+        "--ranks", type=parse_count, help="number of GPUs of the run (default: accelerate's --num_processes)"
+    )
+    parser.add_argument(
+        "--samples", type=parse_count, help="samples per epoch (images x repeats), to convert epochs to steps"
+    )
     # Intermixed, so that files can follow options.
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -1,5 +1,6 @@
 """Problems with the user's input, reported together in one message, and the errors that end programs."""
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,17 @@ def raise_if_any(problems: Iterable[Problem]) -> None:
 def format_count(count: int, noun: str, plural: str = "") -> str:
     """Return a count with its noun, in the singular for 1: `1 rank`, `2,000 ranks`. The plural adds an s by default."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def parse_count(text: str, least: int = 1) -> int:
+    """Return the whole number that an argument of a command line gives.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not a whole number, or less than `least`.
+    """
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
 
 
 def _shorten(value: Any, limit: int = 100) -> str:

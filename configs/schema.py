@@ -59,8 +59,9 @@ class ModelConfig(Section):
     """VAE to use instead of the model's own: a diffusers folder or a hub id. The cache must be filled with the same
     VAE."""
     tokenizer: Path | None = None
-    """Folder with CLIP's `vocab.json` and `merges.txt`. Single files contain no vocabulary, so they need this setting
-    or an installed open_clip_torch (`pip install --no-deps open_clip_torch`), which contains one."""
+    """Folder with CLIP's `vocab.json` and `merges.txt`, or `tokenizer.json`. Single files contain no vocabulary, so
+    they need this setting, or an installed open_clip_torch (`pip install --no-deps open_clip_torch`), which has
+    one."""
     text_projection: Literal["correct", "legacy"] = "correct"
     """Layout of text encoder 2's `text_projection` in single files. `legacy` reads and writes it untransposed; use it
     only to continue a model whose tool saved it that way."""

@@ -105,7 +105,7 @@ class TinyRuns:
         words += [f"engine.precision={precision}", f"train.max_steps={self._num_steps}"]
         words += [f"checkpoint.every_steps={self._saved_step}", "run.noise_device=cpu"]
         words += ["checkpoint.keep_last=9", "optim.warmup_steps=4", "data.num_workers=0"]
-        words += ["train.global_batch_size=8", "train.micro_batch_size=4"]
+        words += ["train.global_batch_size=8", "train.micro_batch_size=4", "sample.num_inference_steps=4"]
         return Program(f"train-{name}", "train/main.py", words, on_cpu)
 
     def _read_losses(self, name: str) -> dict[int, float]:
@@ -134,7 +134,8 @@ def run_programs(programs: Sequence[Program], folder: Path) -> dict[str, str]:
     Raises:
         RuntimeError: a program failed. The message ends with its output.
     """
-    running = [start_program(program, folder / f"{program.name}.log") for program in programs]
+    threads = max(1, (os.cpu_count() or 1) // len(programs))
+    running = [start_program(program, folder / f"{program.name}.log", threads) for program in programs]
     for program, process in zip(programs, running, strict=True):
         if process.wait():
             output = (folder / f"{program.name}.log").read_text()[-END_OF_OUTPUT:]
@@ -142,9 +143,15 @@ def run_programs(programs: Sequence[Program], folder: Path) -> dict[str, str]:
     return {"programs": ", ".join(program.name for program in programs)}
 
 
-def start_program(program: Program, log: Path) -> "subprocess.Popen[bytes]":
-    """Start a program without a launcher; a single process is a group of its own."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if program.on_cpu else dict(os.environ)
+def start_program(program: Program, log: Path, threads: int) -> "subprocess.Popen[bytes]":
+    """Start a program without a launcher; a single process is a group of its own.
+
+    Args:
+        threads: of PyTorch on the CPU. More threads than cores wait for each other.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if program.on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, str(ROOT / program.script), *program.words]
     with open(log, "wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)

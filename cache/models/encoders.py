@@ -12,7 +12,13 @@ from sdxl_trainer.cache.models.components import build_component
 from sdxl_trainer.cache.models.source import ModelSource, fetch_from_hub, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
-from sdxl_trainer.data.text.tokens import Tokenizers, find_installed_vocabulary, load_tokenizer
+from sdxl_trainer.data.text.tokens import (
+    VOCABULARY_FILES,
+    Tokenizers,
+    find_installed_vocabulary,
+    has_vocabulary,
+    load_tokenizer,
+)
 
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 
@@ -79,7 +85,7 @@ def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path
         UserInputError: there is none.
     """
     for folder in (config.tokenizer, source.folder / name):
-        if folder is not None and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if folder is not None and has_vocabulary(folder):
             return folder
     if config.tokenizer is None and (installed := find_installed_vocabulary()):
         return installed
@@ -88,7 +94,7 @@ def find_vocabulary(source: ModelSource, config: ModelConfig, name: str) -> Path
             Problem(
                 "model.tokenizer",
                 config.tokenizer,
-                "no CLIP vocabulary found (vocab.json and merges.txt)",
+                f"no CLIP vocabulary found ({VOCABULARY_FILES})",
                 "set model.tokenizer to a folder that holds them, such as tokenizer/ of an SDXL diffusers folder, or "
                 "pip install --no-deps open_clip_torch, which carries them",
             )

@@ -15,6 +15,7 @@ from sdxl_trainer.cache.models.single_file_check import (
 )
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.text.tokens import VOCABULARY_FILES, has_vocabulary
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Sampling and exported diffusers folders need these files besides the components' configs.
@@ -54,8 +55,8 @@ def check_model(config: ModelConfig) -> Iterator[Problem]:
     is_hub_vae = HUB_ID.fullmatch(config.vae or "") and not is_missing_path(config.vae or "")
     if config.vae and not Path(config.vae).is_dir() and not is_hub_vae:
         yield Problem("model.vae", config.vae, "is neither a folder nor a hub id", "give a diffusers VAE folder")
-    if config.tokenizer and not (config.tokenizer / "vocab.json").is_file():
-        yield Problem("model.tokenizer", config.tokenizer, "has no vocab.json", "give a CLIP tokenizer folder")
+    if config.tokenizer and not has_vocabulary(config.tokenizer):
+        yield Problem("model.tokenizer", config.tokenizer, f"has no {VOCABULARY_FILES}", "give a CLIP tokenizer folder")
 
 
 def _check_path(config: ModelConfig) -> Iterator[Problem]:

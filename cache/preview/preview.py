@@ -5,6 +5,7 @@ the first samples of the run, decoded from their latents, cropped and flipped as
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_m
 from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, parse_count, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, count_unflipped, find_bad_latents
 from sdxl_trainer.data.checks.records import count_uncaptioned, open_checked_records
@@ -198,7 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser(main.__doc__ or "")
     parser.add_argument("--out", type=parse_path, help="file of the contact sheet (preview.png in the run folder)")
     parser.add_argument(
-        "--images", "--pictures", dest="images", type=int, default=16, help="samples in the contact sheet; 0 draws none"
+        "--images",
+        "--pictures",
+        dest="images",
+        type=partial(parse_count, least=0),
+        default=16,
+        help="samples in the contact sheet; 0 draws none",
     )
     options = parser.parse_intermixed_args(arguments)
 

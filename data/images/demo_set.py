@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sdxl_trainer.configs.paths import parse_path
+from sdxl_trainer.configs.problems import parse_count
 
 T = TypeVar("T")
 Colour = tuple[int, int, int]
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: draw the demo set into a folder."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.data.demo", description="Draw the demo set.")
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument("--num-images", type=int, default=96, metavar="N", help="number of images (96)")
+    parser.add_argument("--num-images", type=parse_count, default=96, metavar="N", help="number of images (96)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="random seed; equal seeds give equal files (0)"
     )

@@ -25,6 +25,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's vocabulary: 256 bytes, 256 bytes at the end of a word, 48,894 merges, and the two marks.
 NUM_MERGES = 48_894
 MAX_WORDS, MAX_LETTERS = 16_384, 64  # limits of the cache of words and their ids; it takes a few MB
+TOKENIZER_FILE = "tokenizer.json"  # vocabulary and merges, as transformers 5 saves them
+VOCABULARY_FILES = "vocab.json and merges.txt, or tokenizer.json"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # published by OpenAI, and shipped with open_clip_torch
 # CLIP's pre-tokenization: contractions, runs of letters, single digits, runs of other characters.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -107,11 +109,12 @@ def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
     """Build a tokenizer from CLIP's vocabulary.
 
     Args:
-        source: a folder with `vocab.json` and `merges.txt`, or a file in the format of `bpe_simple_vocab_16e6.txt.gz`.
+        source: a folder with `vocab.json` and `merges.txt` or with `tokenizer.json`, or a file in the format of
+            `bpe_simple_vocab_16e6.txt.gz`.
         pad_token: `<|endoftext|>` for SDXL's text encoder 1, `!` (id 0) for text encoder 2.
 
     Raises:
-        FileNotFoundError: the folder lacks one of the two files.
+        FileNotFoundError: the folder has no vocabulary.
         ValueError: the vocabulary is not CLIP's.
     """
     known, merges = _read_vocabulary(source)
@@ -184,6 +187,13 @@ def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens:
     )
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer: those of older or of newer releases of transformers."""
+    return (
+        all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) or (folder / TOKENIZER_FILE).is_file()
+    )
+
+
 def find_installed_vocabulary() -> Path | None:
     """Return the file of CLIP's merges in an installed open_clip_torch, or None. The package is not imported."""
     package = importlib.util.find_spec("open_clip")
@@ -210,12 +220,23 @@ def _read_vocabulary(source: Path) -> tuple[dict[str, int], list[tuple[str, str]
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    for file in (vocab, merges):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: CLIP's vocabulary is missing")
-    lines = merges.read_text(encoding="utf-8").splitlines()
-    return json.loads(vocab.read_text(encoding="utf-8")), _split_merges(lines)
+    if not has_vocabulary(folder):
+        raise FileNotFoundError(f"{folder}: CLIP's vocabulary is missing ({VOCABULARY_FILES})")
+    vocab = folder / "vocab.json"
+    if vocab.is_file():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        return json.loads(vocab.read_text(encoding="utf-8")), _split_merges(lines)
+    return _read_tokenizer_file(folder / TOKENIZER_FILE)
+
+
+def _read_tokenizer_file(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        # Merges are pairs, or two tokens in one text in files of tokenizers below 0.20.
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        return {str(token): int(number) for token, number in model["vocab"].items()}, [(a, b) for a, b in pairs]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: is damaged or not a tokenizer's: {error!r}") from error
 
 
 def _read_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -20,7 +20,7 @@ from sdxl_trainer.configs.load import (
     suggest_key,
 )
 from sdxl_trainer.configs.paths import IS_PATH, parse_path
-from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, parse_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.section import holds_type
 from sdxl_trainer.configs.yaml_file import dump_yaml, load_yaml
@@ -268,6 +268,13 @@ def test_counts_in_messages_are_singular_for_one() -> None:
     assert [format_count(count, "rank") for count in (0, 1, 2, 2000)] == ["0 ranks", "1 rank", "2 ranks", "2,000 ranks"]
     assert [format_count(count, "batch", "batches") for count in (1, 3)] == ["1 batch", "3 batches"]
     assert str(UserInputError([Problem("a", 1, "b")])).startswith("1 problem in the settings:")
+
+
+def test_counts_of_a_command_line_are_whole_numbers() -> None:
+    assert parse_count("12") == 12 and parse_count("0", least=0) == 0
+    for text in ("0", "-1", "1.5", "many", "", "1e3"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number of at least 1"):
+            parse_count(text)
 
 
 def test_the_settings_that_are_paths_are_known():

@@ -16,7 +16,7 @@ import torch
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, parse_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine, read_host_memory_bytes
@@ -136,9 +136,9 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 def read_num_ranks() -> int | None:
-    """Return the number of ranks in the environment variable NPROC, or None if it is not a number."""
+    """Return the number of ranks in the environment variable NPROC, or None if it has none from 1."""
     number = os.environ.get("NPROC", "")
-    return int(number) if number.isdecimal() else None
+    return int(number) if number.isdecimal() and int(number) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; without them, only the machine")
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=parse_count,
         metavar="N",
         default=read_num_ranks(),
         help="number of ranks that will train (default: NPROC, else one per GPU, or 1 without GPUs)",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdxl_trainer.data.text.tokens import Tokenizers
 
 SECONDS_BETWEEN = 180  # minimum interval between two reports during training
 MAX_SECONDS = 120  # time limit of a report
+MAX_ERROR_BYTES = 20_000  # of the end of its errors that are logged
 
 
 class ReportProcess:
@@ -34,7 +36,9 @@ class ReportProcess:
 
     def __init__(self, folder: Path, seconds_between: float = SECONDS_BETWEEN):
         self._folder, self._seconds_between = folder, seconds_between
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        # A file and not a pipe: nobody reads while the report is written, and a full pipe would stop it.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object lives
         self._started = time.monotonic()
 
     def update(self) -> None:
@@ -52,15 +56,19 @@ class ReportProcess:
         self._log_result()
 
     def _start(self, *options: str) -> None:
+        self._start_program([sys.executable, "-m", "sdxl_trainer.train.report", str(self._folder), *options])
+
+    def _start_program(self, command: list[str]) -> None:
         self._started = time.monotonic()
+        self._errors.seek(0)
+        self._errors.truncate()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sdxl_trainer.train.report", str(self._folder), *options],
+                command,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+                stderr=self._errors,
                 start_new_session=True,  # Ctrl-C must reach only the training process
             )
         except OSError as error:
@@ -72,15 +80,23 @@ class ReportProcess:
             return
         process, self._process = self._process, None
         try:
-            _, errors = process.communicate(timeout=MAX_SECONDS)
+            process.wait(timeout=MAX_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            _, errors = process.communicate()
-            errors = f"{errors}\nstopped after {MAX_SECONDS} s"
+            process.wait()
+            logger.warning("report failed: stopped after {} s", MAX_SECONDS)
+            return
         if process.returncode == 0:
             logger.info("report: {}", self._folder / "report" / "report.html")
         else:
-            logger.warning("report failed: {}", errors.strip() or f"the program ended with status {process.returncode}")
+            status = f"the program ended with status {process.returncode}"
+            logger.warning("report failed: {}", self._read_errors() or status)
+
+    def _read_errors(self) -> str:
+        """Return the end of what the report has written to its standard error."""
+        end = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, end - MAX_ERROR_BYTES))
+        return self._errors.read().decode(errors="replace").strip()
 
 
 def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> ReportProcess:

@@ -1,6 +1,7 @@
 """Token ids equal those of transformers' CLIPTokenizer, and are cut into windows as in other SDXL trainers."""
 
 import gzip
+import json
 import pickle
 import shutil
 import sys
@@ -13,7 +14,14 @@ from programs import TINY
 from transformers import CLIPTokenizer
 
 from sdxl_trainer.data.text import tokens
-from sdxl_trainer.data.text.tokens import END, MERGES_FILE, find_installed_vocabulary, load_tokenizer, write_vocabulary
+from sdxl_trainer.data.text.tokens import (
+    END,
+    MERGES_FILE,
+    find_installed_vocabulary,
+    has_vocabulary,
+    load_tokenizer,
+    write_vocabulary,
+)
 
 FIRST, SECOND = load_tokenizer(TINY / "tokenizer", END), load_tokenizer(TINY / "tokenizer_2", "!")
 REFERENCE = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
@@ -132,10 +140,10 @@ def test_a_pickled_tokenizer_gives_the_same_ids():
 
 
 def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"vocab\.json: CLIP's vocabulary is missing"):
+    with pytest.raises(FileNotFoundError, match=r"CLIP's vocabulary is missing"):
         load_tokenizer(tmp_path, END)
     shutil.copy(TINY / "tokenizer" / "vocab.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"merges\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"and merges\.txt"):
         load_tokenizer(tmp_path, END)
     (tmp_path / "vocab.json").write_text('{"a": 0, "a</w>": 1, "!": 2}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
@@ -153,6 +161,28 @@ def test_a_list_of_merges_gives_the_same_ids_as_the_vocabulary(tmp_path):
     write_vocabulary(tmp_path / MERGES_FILE, tmp_path / "folder")
     written, reference = load_tokenizer(tmp_path / "folder", END), CLIPTokenizer.from_pretrained(tmp_path / "folder")
     assert written.vocabulary == first.vocabulary and reference.get_vocab() == REFERENCE.get_vocab()
+
+
+@pytest.mark.parametrize("as_pairs", [True, False])
+def test_a_tokenizer_file_gives_the_same_ids_as_the_vocabulary(tmp_path, as_pairs):
+    """transformers 5 saves a tokenizer as tokenizer.json alone; older releases write merges as text."""
+    CLIPTokenizer.from_pretrained(TINY / "tokenizer").save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in saved["model"]["merges"]]
+    saved["model"]["merges"] = merges if as_pairs else [" ".join(merge) for merge in merges]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path, END)
+    assert has_vocabulary(tmp_path) and tokenizer.vocabulary == FIRST.vocabulary
+    assert all(np.array_equal(tokenizer.encode(caption, 150), FIRST.encode(caption, 150)) for caption in CAPTIONS)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model": 1}', '{"model": {"vocab": [], "merges": []}}', "not JSON"])
+def test_a_damaged_tokenizer_file_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path, END)
 
 
 def test_an_installed_vocabulary_is_found_without_importing_its_package(tmp_path, monkeypatch):

@@ -177,6 +177,19 @@ def test_a_report_process_runs_beside_training(tmp_path: Path) -> None:
     logger.remove(sink)
 
 
+def test_a_report_with_many_errors_ends(tmp_path: Path) -> None:
+    """Nobody reads its errors while it runs, so more of them than a pipe holds (64 kB) must not stop it."""
+    process = ReportProcess(tmp_path)
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}")
+    write_run(tmp_path, [{"step": 1, "loss": 0.5}])
+    chatty = "import sys; sys.stderr.write('x' * 200_000 + 'the last line'); sys.exit(1)"
+    process._start_program([sys.executable, "-c", chatty])
+    process._log_result()
+    logger.remove(sink)
+    assert messages[-1].endswith("the last line\n") and len(messages[-1]) < 25_000
+
+
 def test_the_report_does_not_import_torch_or_pydantic() -> None:
     """With torch the report would start as slowly as a rank and take hundreds of MB of memory."""
     code = "import sys, sdxl_trainer.train.report.page; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic')))"
