@@ -122,6 +122,7 @@ def _build_record(name: str, key: str, parts: dict[str, Any]) -> dict[str, Any]:
         raise BadShardError(f"{name}: member {key}.json:{error.lineno}:{error.colno}: malformed: {error.msg}") from None
     if not isinstance(fields, dict):
         raise BadShardError(f"{name}: member {key}.json must be a JSON object, not a {type(fields).__name__}")
-    if "txt" in parts and not fields.get("caption"):
+    caption = fields.get("caption")
+    if "txt" in parts and (not caption or (isinstance(caption, str) and caption.isspace())):
         fields["caption"] = parts["txt"].decode("utf-8", "replace").strip()
     return fields

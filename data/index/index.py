@@ -42,7 +42,7 @@ from sdxl_trainer.data.metadata.records import (
 from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
-VERSION = 12  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 13  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
 KEPT_FILES = 3  # indexes of each kind that are kept, besides those in use
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")

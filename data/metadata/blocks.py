@@ -6,6 +6,8 @@ record's JSON is kept as it is in the file. That is five times as fast as buildi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +24,10 @@ from sdxl_trainer.data.metadata.sources import (
     parse_chunk,
     read_metadata_file,
 )
+from sdxl_trainer.data.metadata.values import TEXT_FIELDS, VALUE_READERS, RefusedValues, is_missing, is_refused
 
-SIZE_FIELDS = ("original_size", "image_size", "train_resolution")
-SIDE_FIELDS = (("width", "height"), ("image_width", "image_height"))
-TEXT_FIELDS = ("caption", "tags", "description", "nl_caption")
-FIELDS = ("image_path", *TEXT_FIELDS, *SIZE_FIELDS, *(name for names in SIDE_FIELDS for name in names))
+FIELDS = tuple(VALUE_READERS)
+ITEM_TYPES = {str, int, float, type(None)}  # in lists of texts; the values of tags are the numbers among them
 
 RecordFields = msgspec.defstruct("RecordFields", [(name, Any, None) for name in FIELDS], gc=False)
 DECODER = msgspec.json.Decoder(dict[str, RecordFields])
@@ -67,7 +68,14 @@ def build_block(records: Sequence[SourceRecord]) -> RecordBlock:
 
 def dump_json(value: Any) -> bytes:
     """Return a value as JSON. Values that JSON has no type for, such as dates of a Parquet table, become strings."""
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=_convert)
+
+
+def _convert(value: Any) -> str | None:
+    """Return a value that JSON has no type for as a text. Bytes that are not UTF-8, such as an image, become null."""
+    if isinstance(value, bytes):
+        return value.decode() if _is_utf8(value) else None
+    return str(value)
 
 
 def read_blocks(file: Path) -> Iterator[RecordBlock]:
@@ -79,8 +87,10 @@ def read_blocks(file: Path) -> Iterator[RecordBlock]:
     if detect_format(file) != "json":
         yield from map(build_block, read_metadata_file(file))
         return
+    refused = RefusedValues(file)
     for chunk in iterate_chunks(file):
-        yield _decode_chunk(chunk, str(file.parent)) or build_block(parse_chunk(file, chunk))
+        yield _decode_chunk(chunk, str(file.parent)) or build_block(parse_chunk(file, chunk, refused))
+    refused.raise_if_any()
 
 
 def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
@@ -96,7 +106,7 @@ def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
     if not members or not len(members) == len(chunk.starts) == len(chunk.ends):
         return None
     keys, records = list(members), list(members.values())
-    if dict in {type(record.caption) for record in records}:  # pyright: ignore[reportAttributeAccessIssue]
+    if not all(_is_usual(name, list(map(attrgetter(name), records))) for name in FIELDS):
         return None
     base_folders, keyed_paths = [base_folder] * len(keys), cast(list[str | None], [None] * len(keys))
     for at, record in enumerate(records):
@@ -118,6 +128,24 @@ def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
         sources=[0] * len(keys),
         fields=records,
     )
+
+
+def _is_usual(name: str, values: Sequence[Any]) -> bool:
+    """Return whether the values of a field need no second look: all can be read, and none has to be replaced."""
+    types = set(map(type, values))
+    if types == {type(None)}:
+        return True
+    if name == "image_path":
+        return types <= {str, type(None)} and not any(value is not None and is_missing(value) for value in values)
+    if name == "is_reg":
+        return types <= {bool, type(None)}
+    items = set(map(type, chain.from_iterable(values if types == {list} else (v for v in values if type(v) is list))))
+    if name in TEXT_FIELDS:
+        weights = set(map(type, chain.from_iterable(v.values() for v in values if type(v) is dict)))
+        return types <= ITEM_TYPES | {list, dict} and items <= ITEM_TYPES and weights <= ITEM_TYPES - {str}
+    if types == {list} and items == {int} and set(map(len, values)) == {2}:
+        return True
+    return not any(map(partial(is_refused, name), values))
 
 
 def _is_utf8(text: bytes) -> bool:

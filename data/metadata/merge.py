@@ -17,6 +17,7 @@ import pyarrow as pa
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, dump_json, read_blocks
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, ShardSpan, SourceRecord, read_metadata_file
+from sdxl_trainer.data.metadata.values import VALUE_READERS, is_missing
 
 WAITING_SCHEMA = pa.schema([("key", pa.string()), ("record", pa.binary())])
 MAX_SHOWN = 20  # items that an error lists
@@ -122,11 +123,13 @@ def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:
 
 
 def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRecord:
-    """Merge the waiting records of one key. Later records update earlier ones."""
+    """Merge the waiting records of one key. Later records update earlier ones, except by values that are missing."""
     merged, base_folder, keyed_path, span = orjson.loads(contents[0])
     for content in contents[1:]:
         fields, later_folder, later_path, later_span = orjson.loads(content)
-        merged.update(fields)
+        merged.update(
+            {name: value for name, value in fields.items() if name not in VALUE_READERS or not is_missing(value)}
+        )
         base_folder, keyed_path, span = later_folder or base_folder, later_path or keyed_path, later_span or span
     return SourceRecord(
         key=key,

@@ -6,9 +6,9 @@ finds the images, joins captions and tags, and reads sizes.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, compress
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 
 from sdxl_trainer.configs.problems import Problem, format_count
-from sdxl_trainer.data.images.bucket import Size, split_key
+from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import (
     FileChecker,
     ImageTable,
@@ -25,8 +25,16 @@ from sdxl_trainer.data.images.image_files import (
     read_caption_file,
     walk_images,
 )
-from sdxl_trainer.data.metadata.blocks import SIDE_FIELDS, SIZE_FIELDS, RecordBlock
+from sdxl_trainer.data.metadata.blocks import RecordBlock
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_source_files
+from sdxl_trainer.data.metadata.values import (
+    DESCRIPTION_FIELDS,
+    SIDE_FIELDS,
+    SIZE_FIELDS,
+    has_text,
+    join_texts,
+    read_size,
+)
 from sdxl_trainer.data.stores.remote import StoreError, describe_objects, is_remote
 
 Record = dict[str, Any]
@@ -120,7 +128,8 @@ def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str)
     """Build rows of the record index: find images, join captions and tags, and read sizes.
 
     Args:
-        separator: text between caption and tags, for records that have both and no `image_path`, as kohya's have.
+        separator: between the tags of a caption, and between caption and tags of records that have both and no
+            `image_path`, as kohya's have.
     """
     captioned, sizes = _join_captions(block, separator), _read_sizes(block)
     columns = [
@@ -144,7 +153,7 @@ def parse_record(row: Mapping[str, Any]) -> Record:
     # The source may have a field `key` of its own (img2dataset writes one), and a sample's key may have a prefix.
     record["key"] = split_key(row["key"])[1]
     record["image_path"] = row["image_path"]
-    record["caption"] = _join_tags(record.get("caption") or record.get("tags"))
+    record["caption"] = join_texts(record.get("caption")) or join_texts(record.get("tags"))
     return record
 
 
@@ -163,18 +172,24 @@ def _find_images(block: RecordBlock, finder: "ImageFinder") -> list[str]:
 def _join_captions(block: RecordBlock, separator: str) -> list[bool]:
     """Join the captions and tags of kohya's records in `block.contents`. Return whether each record has a caption.
 
-    A caption is `caption` or `tags` (a text, or a list of tags), or else a description.
+    A caption is `caption` or `tags` (a text, or a list of tags), or else a description. Lists of tags are joined too,
+    unless the separator is the comma, with which `parse_record` joins them.
     """
-    captions, tags = block.column("caption"), block.column("tags")
-    texts = [caption or own_tags or None for caption, own_tags in zip(captions, tags, strict=True)]
+    captions, tags, joiner = block.column("caption"), block.column("tags"), f"{separator} "
+    have_caption, have_tags = list(map(has_text, captions)), list(map(has_text, tags))
+    texts: dict[int, str | None] = {}
+    if separator != ",":
+        chosen = [caption if has else own for caption, has, own in zip(captions, have_caption, tags, strict=True)]
+        texts = {at: join_texts(value, joiner) for at, value in enumerate(chosen) if isinstance(value, (list, dict))}
     for at in [at for at, path in enumerate(block.column("image_path")) if path is None]:
-        if captions[at] and tags[at] and block.spans[at] is None:
-            texts[at] = f"{_join_tags(captions[at])}{separator}{_join_tags(tags[at])}"
-            block.contents[at] = orjson.dumps({**orjson.loads(block.contents[at]), "caption": texts[at]})
-    if None in texts:
-        described = zip(texts, block.column("description"), block.column("nl_caption"), strict=True)
-        texts = [text or first or second or None for text, first, second in described]
-    return list(map(bool, texts))
+        if have_caption[at] and have_tags[at] and block.spans[at] is None:
+            texts[at] = f"{join_texts(captions[at], joiner)}{separator}{join_texts(tags[at], joiner)}"
+    for at, text in texts.items():
+        block.contents[at] = orjson.dumps({**orjson.loads(block.contents[at]), "caption": text})
+    captioned = list(map(or_, have_caption, have_tags))
+    for name in DESCRIPTION_FIELDS if not all(captioned) else ():
+        captioned = list(map(or_, captioned, map(has_text, block.column(name))))
+    return captioned
 
 
 def _read_sizes(block: RecordBlock) -> np.ndarray:
@@ -188,11 +203,11 @@ def _read_sizes(block: RecordBlock) -> np.ndarray:
     for field in SIZE_FIELDS:
         for at, value in enumerate(block.column(field)):
             if value is not None and not sizes[at, 0]:
-                sizes[at] = _parse_size(value)
+                sizes[at] = read_size(value) or (0, 0)
     for names in SIDE_FIELDS:
         for at, sides in enumerate(zip(*map(block.column, names), strict=True)):
             if None not in sides and not sizes[at, 0]:
-                sizes[at] = _read_sides(*sides)
+                sizes[at] = read_size(sides) or (0, 0)
     return sizes
 
 
@@ -250,25 +265,3 @@ class ImageFinder:
         """List the folders to search: for a key the image folders, then the metadata's, then the working directory."""
         names = [*(self._image_dirs if is_key else ()), base_folder, ""]
         return list(dict.fromkeys(os.path.abspath(name) + "/" for name in names))
-
-
-def _join_tags(text: Any) -> str | None:
-    """Return a text, or a list of tags, as one text; None if it is empty."""
-    if isinstance(text, str) or not text:
-        return text or None
-    return ", ".join(map(str, text)) if isinstance(text, (list, tuple)) else str(text)
-
-
-def _parse_size(size: Any) -> Size:
-    """Return the size that a list or a text such as `1500x1000` holds; (0, 0) for anything else."""
-    if isinstance(size, str):
-        size = re.findall(r"\d+", size)
-    return _read_sides(*size) if isinstance(size, (list, tuple)) and len(size) == 2 else Size(0, 0)
-
-
-def _read_sides(width: Any, height: Any) -> Size:
-    try:
-        sides = Size(int(width), int(height))
-    except (ValueError, TypeError, OverflowError):
-        return Size(0, 0)
-    return sides if 0 < min(sides) and max(sides) < 2**31 else Size(0, 0)

@@ -4,6 +4,7 @@ A reader yields lists of a few thousand records as their source holds them. data
 captions and sizes later, for all formats alike.
 """
 
+import ast
 import csv
 import itertools
 import re
@@ -13,16 +14,26 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, list_shard_samples, load_catalogue
 from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
+from sdxl_trainer.data.metadata.values import (
+    PATH_FIELDS,
+    REGULARISATION_FIELD,
+    TEXT_FIELDS,
+    RefusedValues,
+    is_missing,
+    read_path,
+    read_switch,
+    show_value,
+)
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
 
 ROWS_AT_ONCE = 8192
-PATH_FIELDS = ("image_path", "file_name")  # this project's, and that of Hugging Face's image folders
 MAX_CSV_FIELD_CHARACTERS = 1 << 24
 KNOWN_SUFFIXES = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
 
@@ -76,10 +87,12 @@ def read_metadata_file(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of one metadata file, in its order.
 
     Raises:
-        ValueError: the file is malformed; the message names the file and the place in it.
+        ValueError: the file is malformed (the message names the place in it), or values cannot be read (it names all).
     """
+    refused = RefusedValues(file)
     for records in READERS[detect_format(file)](file):
-        yield _add_base_folder(records, file)
+        yield _complete_records(records, file, refused)
+    refused.raise_if_any()
 
 
 def detect_format(file: Path) -> str:
@@ -98,13 +111,16 @@ def detect_format(file: Path) -> str:
     return "json_lines" if name == "json" and is_json_lines(file) else name
 
 
-def parse_chunk(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
+def parse_chunk(file: Path, chunk: JsonChunk, refused: RefusedValues) -> list[SourceRecord]:
     """Return the records of a chunk of a JSON object. A record's key is its stem or, without `image_path`, its path.
+
+    Args:
+        refused: collects the values that cannot be read; their records are left out.
 
     Raises:
         ValueError: the chunk is malformed; the message names the file and the place in it.
     """
-    return _add_base_folder(_list_members(file, chunk), file)
+    return _complete_records(_list_members(file, chunk), file, refused)
 
 
 def _read_object(file: Path) -> Iterator[list[SourceRecord]]:
@@ -117,26 +133,34 @@ def _list_members(file: Path, chunk: JsonChunk) -> list[SourceRecord]:
     for key, fields in chunk.parse().items():
         if not isinstance(fields, dict):
             raise ValueError(f"{file}: the record '{key}' must be a JSON object, not a {type(fields).__name__}")
-        stem = key if fields.get(PATH_FIELDS[0]) is not None else get_image_stem(key)
+        stem = get_image_stem(key) if is_missing(fields.get(PATH_FIELDS[0])) else key
         records.append(SourceRecord(key=stem, fields=fields, keyed_path=None if stem == key else key))
     return records
 
 
-def _add_base_folder(records: list[SourceRecord], file: Path) -> list[SourceRecord]:
+def _complete_records(records: list[SourceRecord], file: Path, refused: RefusedValues) -> list[SourceRecord]:
     """Return the records with the folder that their relative image paths are relative to.
 
+    Paths become texts, and `is_reg` true or false. Texts and sizes stay as they are, for the user's strategy.
+
+    Args:
+        refused: collects the values that cannot be read; their records are left out.
+
     Raises:
-        ValueError: a key is empty, or a caption is an object.
+        ValueError: a key is empty.
     """
-    based_records = []
+    completed = []
     for record in records:
         if not record.key:
             raise ValueError(f"{file}: a record has an empty key")
-        if isinstance(record.fields.get("caption"), dict):
-            raise ValueError(f"{file}: the record '{record.key}' has a caption that is an object, not a text or a list")
+        if not refused.accepts(record.key, record.fields):
+            continue
+        for field, read in ((PATH_FIELDS[0], read_path), (REGULARISATION_FIELD, read_switch)):
+            if record.fields.get(field) is not None:
+                record.fields[field] = read(record.fields[field])
         has_path = record.keyed_path is not None or record.fields.get(PATH_FIELDS[0]) is not None
-        based_records.append(record._replace(base_folder=str(file.parent) if has_path else ""))
-    return based_records
+        completed.append(record._replace(base_folder=str(file.parent) if has_path else ""))
+    return completed
 
 
 def _read_lines(file: Path) -> Iterator[list[SourceRecord]]:
@@ -147,7 +171,7 @@ def _read_lines(file: Path) -> Iterator[list[SourceRecord]]:
 def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a CSV file with a header line. The values of a `.tsv` file are separated by tabs.
 
-    An empty cell is a missing field; values stay text.
+    An empty cell is a missing field. Values stay text, except lists and mappings of tags (see `_parse_cell`).
     """
     csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
     try:
@@ -170,9 +194,27 @@ def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[So
             if row and len(row) != len(names):
                 raise ValueError(f"{place}: the row has {len(row)} values for {len(names)} columns")
             if row:
-                yield _build_record({name: value for name, value in zip(names, row, strict=True) if value != ""}, place)
+                cells = {name: _parse_cell(name, cell) for name, cell in zip(names, row, strict=True) if cell != ""}
+                yield _build_record(cells, place)
     except csv.Error as error:
         raise ValueError(f"{file}:{rows.line_num}: malformed CSV: {error}") from None
+
+
+def _parse_cell(name: str, cell: str) -> Any:
+    """Return the value of a cell: its text or, in a field of texts, the list or mapping that the text spells out.
+
+    pandas writes lists as Python does, `['cat', 'on a mat']`, and other programs as JSON.
+    """
+    if name not in TEXT_FIELDS or cell[0] + cell[-1] not in ("[]", "{}"):
+        return cell
+    for parse in (orjson.loads, ast.literal_eval):
+        try:
+            value = parse(cell)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, (list, dict)):
+            return value
+    return cell
 
 
 def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
@@ -181,10 +223,13 @@ def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
         number = 0
         for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
             rows = batch.to_pylist()
+            maps = [field.name for field in batch.schema if pa.types.is_map(field.type)]
+            for row, name in itertools.product(rows, maps):  # Arrow gives maps as lists of pairs
+                row[name] = {str(key): value for key, value in row[name] or ()}
             records = [{name: value for name, value in row.items() if value is not None} for row in rows]
             yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
             number += len(rows)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
 
 
@@ -216,12 +261,20 @@ def _build_record(fields: dict[str, Any], place: str) -> SourceRecord:
     Raises:
         ValueError: the record has neither; the message starts with `place`.
     """
-    name = next((str(fields[field]) for field in PATH_FIELDS if fields.get(field)), None)
-    if name is not None:
-        fields[PATH_FIELDS[0]] = name
-        return SourceRecord(key=get_image_stem(name, has_suffix=True), fields=fields)
-    if fields.get("key"):
-        return SourceRecord(key=str(fields["key"]), fields=fields)
+    names: dict[str, str | None] = {}
+    for field in (*PATH_FIELDS, "key"):
+        try:
+            names[field] = read_path(fields.get(field))
+        except ValueError as error:
+            raise ValueError(
+                f"{place}: the record has `{field}` = {show_value(fields[field])}, which {error}"
+            ) from None
+    path = names[PATH_FIELDS[0]] or names[PATH_FIELDS[1]]
+    if path is not None:
+        fields[PATH_FIELDS[0]] = path
+        return SourceRecord(key=get_image_stem(path, has_suffix=True), fields=fields)
+    if names["key"] is not None:
+        return SourceRecord(key=names["key"], fields=fields)
     raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")
 
 

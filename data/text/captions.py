@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-TAG_FIELDS = ("caption", "tags")
-DESCRIPTION_FIELDS = ("description", "nl_caption")
+from sdxl_trainer.data.metadata.values import DESCRIPTION_FIELDS, TAG_FIELDS, join_texts
+
 TAG_JOINER = ", "  # between the tags of a caption, whatever separator the record uses
 # `{2$$a|b|c}` takes two options, `{1-2$$ and $$a|b|c}` one or two, joined by " and ". The joiner has at most 32
 # characters, so that nested groups cannot blow up a caption.
@@ -110,11 +110,13 @@ def draw_dropout(settings: CaptionSettings, rng: np.random.Generator, epoch: int
 
 
 def read_caption_fields(record: Mapping[str, Any], fields: tuple[str, ...], separator: str = ",") -> str:
-    """Return the first non-empty of a record's `fields` as text; a list of tags is joined by the separator."""
-    value = next((record[name] for name in fields if record.get(name)), "")
-    if isinstance(value, (list, tuple)):
-        return f"{separator} ".join(str(tag) for tag in value)
-    return str(value)
+    """Return the first non-empty of a record's `fields` as text; tags are joined by the separator and a space.
+
+    Raises:
+        ValueError: a value is no text, number, list of these, or mapping of tags to numbers.
+    """
+    texts = (join_texts(record.get(name), f"{separator} ") for name in fields)
+    return next(filter(None, texts), "")
 
 
 def expand_wildcards(text: str, rng: np.random.Generator) -> str:

@@ -23,8 +23,9 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.metadata.records import Record, parse_record
+from sdxl_trainer.data.metadata.values import TAG_FIELDS, list_texts
 from sdxl_trainer.data.order.even_selection import select_evenly
-from sdxl_trainer.data.text.captions import TAG_FIELDS, read_caption_fields
+from sdxl_trainer.data.text.captions import read_caption_fields
 
 KEY = "data.strategy"
 METHODS = {"repeats": "(record, counts)", "caption": "(record, rng)", "loss_weight": "(record)"}
@@ -293,8 +294,14 @@ def _is_non_negative(value: Any) -> bool:
 
 
 def _split_tags(value: Any) -> list[str]:
-    """Return the non-empty tags of a list, or of a string of comma-separated tags."""
-    tags = map(str, value) if isinstance(value, (list, tuple)) else str(value).split(",")
+    """Return the non-empty tags of a list, of a mapping of tags to numbers, or of a string of comma-separated tags.
+
+    Values of other shapes, which belong to the user's class alone, hold no tags.
+    """
+    try:
+        tags = value.split(",") if isinstance(value, str) else list_texts(value)
+    except ValueError:
+        return []
     return [text for tag in tags if (text := tag.strip())]
 
 

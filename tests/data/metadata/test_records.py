@@ -189,7 +189,7 @@ def test_all_images_of_one_stem_are_listed(tmp_path):
         ("", ":1:1: malformed JSON"),
         ('[{"caption": "a"}]', "must be a JSON object keyed by file stem, not a list"),
         ('{"x": "a caption"}', "the record 'x' must be a JSON object, not a str"),
-        ('{"x": {"caption": {"en": "a"}}}', "the record 'x' has a caption that is an object"),
+        ('{"x": {"caption": {"en": "a"}}}', """the record 'x' has `caption` = {"en":"a"}, which must be a text"""),
         ('{"": {"caption": "a"}}', "a record has an empty key"),
     ],
 )

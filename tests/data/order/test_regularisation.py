@@ -37,7 +37,7 @@ def test_is_reg_marks_records_of_metadata(tmp_path: Path) -> None:
     items = {key: {"image_path": f"{key}.png", "caption": key, **fields} for key, fields in marks.items()}
     (tmp_path / "metadata.json").write_bytes(orjson.dumps(items, option=orjson.OPT_INDENT_2))
     index = open_record_index(tmp_path, [tmp_path / "metadata.json"], [])
-    assert [index.row(row)["key"] for row in find_regularisation_rows(index).tolist()] == ["a"]
+    assert [index.row(row)["key"] for row in find_regularisation_rows(index).tolist()] == ["a", "e"]
 
 
 def test_balanced_uses_regularisation_samples_as_often_as_all_others() -> None:
