@@ -97,7 +97,9 @@ def _import_files(options: argparse.Namespace) -> None:
     imported = convert(replace(contents, options=contents.options | arguments))
     result = build_yaml(imported)
     remarks = format_remarks(imported, result.rejected)
-    title = f"Imported from {', '.join(map(str, options.files))}"
+    title = (
+        f"Imported from {', '.join(map(str, options.files))}; docs/FROM_KOHYA.md lists differences without an option"
+    )
     text = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{result.text}"
     if options.out is None:
         sys.stdout.write(text)

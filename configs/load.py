@@ -15,7 +15,7 @@ from sdxl_trainer.configs.section import holds_type
 from sdxl_trainer.configs.yaml_file import AmbiguousWord, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
-    from sdxl_trainer.configs.kohya.options import Option
+    from sdxl_trainer.configs.kohya.entries import Option
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:

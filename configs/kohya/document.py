@@ -5,8 +5,9 @@ python -m sdxl_trainer.configs.kohya.document > docs/FROM_KOHYA.md
 
 import sys
 
+from sdxl_trainer.configs.kohya.entries import Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
-from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_GROUPS, Option
+from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_GROUPS
 
 HEADER = """# From kohya's scripts, option by option
 
@@ -41,6 +42,11 @@ bash launch/train.sh --cfg my.yaml
 
 ## Differences without an option
 
+- Captions are cleaned by ftfy, as kohya's tokenizers do (`data.caption.fix_text`). Blank lines at the beginning of a
+  caption file are skipped, where kohya's scripts read an empty caption.
+- Beside an image, a `.txt` file comes before a `.caption` file, whatever `caption_extension` is.
+- Of metadata with `caption` and `tags`, the tags follow the whole caption. If the caption has several lines,
+  `data.caption.first_line` leaves only its first line, as in kohya's scripts.
 - The settings of captions and buckets apply to the whole training set. If they differ between your subsets, write a
   strategy (docs/STRATEGY.md).
 - `train.global_batch_size` is the batch of all GPUs and accumulation steps together. The run is the same on any number
@@ -92,7 +98,8 @@ def _build_row(name: str, option: Option | str) -> str:
     if isinstance(option, str):
         return f"| `{name}` | as `{option}` | |\n"
     keys = ", ".join(f"`{key}`" for key in option.keys) or ("always" if option.is_built_in else "–")
-    return f"| `{name}` | {keys} | {option.note} |\n"
+    note = "; ".join(filter(None, (option.note, option.difference)))
+    return f"| `{name}` | {keys} | {note} |\n"
 
 
 if __name__ == "__main__":

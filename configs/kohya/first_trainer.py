@@ -6,17 +6,8 @@ Each setting maps to the name of the same option of kohya's scripts, or to an `O
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer.configs.kohya.options import (
-    FREEZES,
-    FROZEN_UNET,
-    LOGS,
-    RESUME,
-    Option,
-    built_in,
-    converted,
-    copied,
-    unsupported,
-)
+from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported
+from sdxl_trainer.configs.kohya.options import FREEZES, FROZEN_UNET, LOGS, RESUME
 from sdxl_trainer.configs.kohya.values import Given, UnsupportedError, as_list, constant, look_up
 
 STRATEGY = "is Python code; write it as a class for `data.strategy` (docs/STRATEGY.md)"

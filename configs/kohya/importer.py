@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer.configs.kohya.entries import Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_DEFAULTS, FIRST_TRAINER_OPTIONS
-from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS, Option
+from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.readers import (
     flatten_sections,
     is_dataset_config,
@@ -153,6 +154,8 @@ def _convert_option(name: str, option: Option, given: Given, imported: Imported)
         return
     if converted is None:
         return
+    if option.difference and value:
+        imported.changed.append(Remark(name, value, option.difference))
     imported.settings |= converted if isinstance(converted, dict) else {option.keys[0]: converted}
 
 

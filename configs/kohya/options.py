@@ -4,15 +4,13 @@ The importer uses the table, and docs/FROM_KOHYA.md is generated from it. Option
 table: a later option can override a setting of an earlier one.
 """
 
-from dataclasses import dataclass
+import math
 
+from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported, weighting
 from sdxl_trainer.configs.kohya.values import (
     VAE_CONVERSION,
-    WEIGHTINGS,
-    Convert,
     as_list,
     as_text,
-    choose_weighting,
     constant,
     convert_batch,
     convert_epochs,
@@ -35,44 +33,8 @@ from sdxl_trainer.configs.kohya.values import (
     look_up,
     refuse_suffixes,
     requires,
+    round_bucket_side,
 )
-
-
-@dataclass(frozen=True)
-class Option:
-    """The settings that an option of kohya's scripts becomes, and how its value is converted."""
-
-    keys: tuple[str, ...] = ()  # dotted keys; if there are none, `note` gives the reason
-    note: str = ""  # what differs from kohya's scripts
-    convert: Convert | None = None  # without it the value is copied
-    is_built_in: bool = False  # the effect is always on, without a setting
-
-
-def copied(key: str, note: str = "") -> Option:
-    """Return an option whose value is copied to another key."""
-    return Option((key,), note)
-
-
-def converted(convert: Convert, *keys: str, note: str = "") -> Option:
-    """Return an option whose value is converted."""
-    return Option(keys, note, convert)
-
-
-def unsupported(reason: str) -> Option:
-    """Return an option that has no setting here."""
-    return Option((), reason)
-
-
-def built_in(note: str = "") -> Option:
-    """Return an option whose effect is always on, without a setting."""
-    return Option((), note or "needs no setting", is_built_in=True)
-
-
-def weighting(name: str) -> Option:
-    """Return an option that turns on one weighting, with or without a gamma."""
-    keys = ("objective.weighting", "objective.weighting_gamma")
-    return Option(keys, f"`{WEIGHTINGS[name]}`; only one weighting at a time", choose_weighting(name))
-
 
 # Defaults of kohya's scripts that differ from the defaults here.
 KOHYA_DEFAULTS = {
@@ -80,7 +42,9 @@ KOHYA_DEFAULTS = {
     "max_train_steps": 1600,
     "train_batch_size": 1,
     "mixed_precision": "no",
+    "min_bucket_reso": 256,
     "max_bucket_reso": 1024,
+    "enable_wildcard": False,
 }
 ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
@@ -152,9 +116,16 @@ DATA = {
         "data.buckets",
         note="without it, `data.buckets` has one bucket of the size of `resolution`, as in kohya's scripts",
     ),
-    "min_bucket_reso": converted(requires("enable_bucket"), "data.min_bucket_px"),
+    "min_bucket_reso": converted(
+        requires("enable_bucket", round_bucket_side(math.floor)),
+        "data.min_bucket_px",
+        note="rounded down to a multiple of `bucket_reso_steps`, as in kohya's scripts",
+    ),
     "max_bucket_reso": converted(
-        requires("enable_bucket"), "data.max_bucket_px", note="the default is 1024 in kohya's scripts, 2048 here"
+        requires("enable_bucket", round_bucket_side(math.ceil)),
+        "data.max_bucket_px",
+        note="rounded up to a multiple of `bucket_reso_steps`, as in kohya's scripts; the default is 1024 there, 2048 "
+        "here",
     ),
     "bucket_reso_steps": converted(requires("enable_bucket"), "data.bucket_step_px", note="must be a multiple of 32"),
     "bucket_no_upscale": converted(requires("enable_bucket"), "data.no_upscale"),
@@ -204,15 +175,37 @@ DATA = {
 }
 CAPTIONS = {
     "caption_prefix": converted(as_text, "data.caption.prefix"),
-    "caption_suffix": converted(as_text, "data.caption.suffix"),
-    "caption_separator": converted(as_text, "data.caption.separator"),
+    "caption_suffix": converted(
+        as_text,
+        "data.caption.suffix",
+        difference="follows the first line of captions with several lines, where kohya's scripts lose it",
+    ),
+    "caption_separator": converted(
+        as_text,
+        "data.caption.separator",
+        note="splits captions; split captions are joined by a comma and a space, as in kohya's scripts",
+    ),
     "caption_dropout_rate": copied("data.caption.dropout_rate"),
     "caption_dropout_every_n_epochs": copied("data.caption.dropout_every_epochs"),
     "caption_tag_dropout_rate": copied("data.caption.tag_dropout_rate"),
-    "enable_wildcard": copied("data.caption.wildcards"),
-    "shuffle_caption": copied("data.caption.shuffle"),
+    "enable_wildcard": converted(
+        lambda value, given: {"data.caption.wildcards": True} if value else {"data.caption.first_line": True},
+        "data.caption.wildcards",
+        "data.caption.first_line",
+        note="without it, only the first line of a caption is used, as in kohya's scripts",
+        difference="of metadata with caption and tags, the tags follow the last line of the caption only; kohya's "
+        "scripts add them to every line",
+    ),
+    "shuffle_caption": copied(
+        "data.caption.shuffle",
+        difference="empty tags, as in `a,,b`, are dropped; kohya's scripts keep them",
+    ),
     "keep_tokens": copied("data.caption.keep_tokens"),
-    "keep_tokens_separator": converted(as_text, "data.caption.keep_tokens_separator"),
+    "keep_tokens_separator": converted(
+        as_text,
+        "data.caption.keep_tokens_separator",
+        difference="is removed from captions without shuffling too; kohya's scripts then leave it in the text",
+    ),
     "secondary_separator": converted(as_text, "data.caption.secondary_separator"),
     "token_warmup_min": copied("data.caption.token_warmup_min"),
     "token_warmup_step": converted(convert_steps, "data.caption.token_warmup_steps"),
@@ -221,7 +214,10 @@ CAPTIONS = {
 }
 OBJECTIVE = {
     "v_parameterization": converted(constant("v"), "objective.prediction", note="`v`"),
-    "zero_terminal_snr": copied("objective.zero_terminal_snr", "applied before the SNR of the weighting is computed"),
+    "zero_terminal_snr": copied(
+        "objective.zero_terminal_snr",
+        difference="is applied before the SNR of the weighting is computed, in kohya's scripts after it",
+    ),
     "min_snr_gamma": weighting("min_snr_gamma"),
     "debiased_estimation_loss": weighting("debiased_estimation_loss"),
     "scale_v_pred_loss_like_noise_pred": weighting("scale_v_pred_loss_like_noise_pred"),
@@ -422,8 +418,8 @@ OUTPUT = {
     "async_upload": unsupported(UPLOAD),
     "sample_prompts": copied(
         "sample.prompt_file",
-        "without flags, prompts use the size, steps, guidance scale and scheduler of `sample`, and seeds from "
-        "`sample.seed` on; kohya's scripts use 512 x 512, 30 steps, 7.5, `ddim` and random seeds",
+        difference="without flags, prompts use the size, steps, guidance scale and scheduler of `sample`, and seeds "
+        "from `sample.seed` on; kohya's scripts use 512 x 512, 30 steps, 7.5, `ddim` and random seeds",
     ),
     "sample_every_n_steps": converted(requires("sample_prompts"), "sample.every_steps"),
     "sample_every_n_epochs": converted(

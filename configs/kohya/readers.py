@@ -24,6 +24,9 @@ SCRIPT = re.compile(r"\w*train\w*\.py$")
 # Options of accelerate that affect training.
 LAUNCHER_OPTIONS = ("num_processes", "mixed_precision")
 SHELL_ENDS = {"&&", "||", "|", ";", "&", ">", ">>", "2>&1"}
+# A quoted sign of the shell, such as the separator `";"`. shlex removes the quotes, so that a mark takes their place.
+QUOTED_END = re.compile(r"""(["'])(&&|\|\||[|;&>]|>>)\1""")
+QUOTE_MARK = "\0"
 # Line continuations of POSIX shells, cmd.exe and PowerShell.
 CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")
 # A quoted text, which may contain the signs of a comment, or a comment.
@@ -86,6 +89,7 @@ def read_command(path: Path) -> dict[str, Any]:
     if path.suffix.lower() in WINDOWS:
         text = text.replace("\\", "\\\\")  # backslashes separate folders there and escape nothing
     text = QUOTED_OR_COMMENT.sub(lambda match: match[1] or "", text)
+    text = QUOTED_END.sub(lambda match: f"'{QUOTE_MARK}{match[2]}'", text)
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -116,7 +120,7 @@ def _collect_options(words: list[str]) -> dict[str, Any]:
 
 
 def _read_values(words: list[str]) -> Any:
-    values = [read_literal(word) for word in words] or [True]
+    values = [read_literal(word.removeprefix(QUOTE_MARK)) for word in words] or [True]
     return values if len(values) > 1 else values[0]
 
 

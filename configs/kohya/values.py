@@ -215,6 +215,20 @@ def _compute_side(size: Any) -> int:
     return math.isqrt(sides[0] * sides[-1] - 1) + 1
 
 
+def round_bucket_side(round_steps: Callable[[float], int]) -> Convert:
+    """Return a conversion that rounds a bucket's shortest or longest side to a multiple of the step, at least one step.
+
+    Args:
+        round_steps: rounds a number of steps down (math.floor) or up (math.ceil).
+    """
+
+    def convert(value: Any, given: Given) -> int:
+        step = int(given.get("bucket_reso_steps") or 64)
+        return max(1, round_steps(int(value) / step)) * step
+
+    return convert
+
+
 def count_ranks(given: Given) -> int:
     """Return the launcher's number of processes."""
     return int(given.get("num_processes") or 1)

@@ -1,5 +1,6 @@
 """Open and check the records of a data set: its sources, bucket rules, keys and captions."""
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,9 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
     yield from check_sources(data.metadata, data.image_dirs)
     yield from check_regularisation(data)
     yield from check_source_weights(data)
+    if data.caption.fix_text and importlib.util.find_spec("ftfy") is None:
+        cure = "pip install ftfy, or set it to false; other characters than ASCII may then be other tokens"
+        yield Problem("data.caption.fix_text", True, "needs the package ftfy", cure)
     if cache_dir is None and data.metadata and is_remote(data.metadata[0]):
         rule = "must be set if data.metadata is a URL: the index needs a local folder"
         yield Problem("cache.dir", None, rule, "set it to a folder with free disk space")

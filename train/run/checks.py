@@ -68,7 +68,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
     yield from check_optimizer(config.optim, config.engine)
     if config.cache.text:
         yield from check_frozen_encoders(config.optim)
-    yield from load_prompts(config.sample, config.objective)[1]
+    yield from load_prompts(config.sample, config.objective, config.data.caption.fix_text)[1]
     yield from check_adapters(config.lora)
 
 

@@ -20,7 +20,7 @@ def write_generated_images(run: Run) -> Path:
         The path of the grid.
     """
     folder, engine = run.folder / "samples", run.engine
-    prompts, _ = load_prompts(run.config.sample, run.config.objective)
+    prompts, _ = load_prompts(run.config.sample, run.config.objective, run.config.data.caption.fix_text)
     vae = load_vae(run.source, run.config.model).to(run.ranks.device)
     generator = build_image_generator(
         unet=engine.model.unet,

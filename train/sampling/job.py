@@ -55,7 +55,7 @@ def run_sampling(
     if checkpoint is None:
         overrides = [*list_model_overrides(model, has_cfg=cfg is not None), *overrides]
     config, problems = load_model_config(checkpoint, cfg, overrides)
-    prompts, prompt_problems = load_prompts(config.sample, config.objective)
+    prompts, prompt_problems = load_prompts(config.sample, config.objective, config.data.caption.fix_text)
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
         raise_if_any([*problems, *prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)

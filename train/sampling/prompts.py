@@ -6,7 +6,7 @@ All problems are reported together, each with its file and line, before a networ
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from sdxl_trainer.configs.kohya.readers import read_toml
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
+from sdxl_trainer.data.text.captions import fix_text
 
 PROMPT_FILE_KEY = "sample.prompt_file"
 # A flag such as `—w` with a dash that a word processor has put in place of `--`.
@@ -125,10 +126,15 @@ JSON_KEYS: dict[str, PromptField] = {
 }
 
 
-def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list[Prompt], list[Problem]]:
+def load_prompts(
+    config: SampleConfig, objective: ObjectiveConfig, with_fixed_text: bool = False
+) -> tuple[list[Prompt], list[Problem]]:
     """Load all prompts, and return the valid ones and a problem for each invalid one.
 
     A prompt without a seed gets `sample.seed` plus its number.
+
+    Args:
+        with_fixed_text: clean the texts as captions are cleaned (`data.caption.fix_text`).
     """
     prompts: list[Prompt] = []
     problems: list[Problem] = []
@@ -147,6 +153,8 @@ def load_prompts(config: SampleConfig, objective: ObjectiveConfig) -> tuple[list
         try:
             given = parse_object(content) if isinstance(content, dict) else parse_line(content)
             prompt = build_prompt(given, config, number=len(prompts))
+            if with_fixed_text:
+                prompt = replace(prompt, text=fix_text(prompt.text), negative=fix_text(prompt.negative))
             if "scheduler" in given:
                 validate_scheduler(prompt.scheduler, objective)
             prompts.append(prompt)

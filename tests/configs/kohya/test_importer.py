@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.import_config import main
 from sdxl_trainer.configs.kohya import options as kohya_options
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
@@ -12,6 +14,7 @@ from sdxl_trainer.configs.kohya.options import KOHYA_GROUPS, KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.readers import read_command, read_python
 from sdxl_trainer.configs.kohya.subsets import list_repeated_folders
 from sdxl_trainer.configs.load import build_config, iterate_keys
+from sdxl_trainer.data.text.captions import CaptionSettings, build_caption
 
 TRAINING = """
 [model_arguments]
@@ -161,7 +164,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "max_bucket_px": 2048,
             "bucket_step_px": 64,
             "flip_rate": 0.5,
-            "caption": {"keep_tokens": 1, "shuffle": True},
+            "caption": {"first_line": True, "keep_tokens": 1, "shuffle": True},
             "max_tokens": 225,
         },
         "cache": {"flip": True},
@@ -367,7 +370,7 @@ def test_unset_options_are_compared_by_their_defaults(tmp_path: Path) -> None:
     assert "bucket_reso_steps" not in comment and "batch_size" not in comment and "False" not in comment
     assert comment.count("caption_prefix = [unset, 'x, ']: differs") == 1
     assert comment.count("keep_tokens = [0, 2]: differs") == 1
-    assert settings["train"]["micro_batch_size"] == 4 and "caption" not in settings["data"]
+    assert settings["train"]["micro_batch_size"] == 4 and settings["data"]["caption"] == {"first_line": True}
 
 
 def test_a_vae_in_a_single_file_gets_a_conversion_command(tmp_path: Path) -> None:
@@ -462,3 +465,37 @@ def test_every_option_names_keys_of_the_schema_or_a_reason() -> None:
         assert set(option.keys) <= known and (option.keys or option.note), option
     assert {name for name in FIRST_TRAINER_OPTIONS.values() if isinstance(name, str)} <= set(KOHYA_OPTIONS)
     assert set(kohya_options.KOHYA_DEFAULTS) <= set(KOHYA_OPTIONS)
+
+
+def test_captions_are_shaped_as_kohyas_scripts_shape_them(tmp_path: Path) -> None:
+    """The first line without wildcards, the option's separator for splitting, and a comma and a space for joining."""
+    command = "sdxl_train.py --seed 1 --caption_separator ';' --shuffle_caption --keep_tokens 3 ; x --seed 3"
+    settings, comment = import_files(tmp_path, {"x.txt": command})
+    caption = CaptionConfig(**settings["data"]["caption"])
+    shaped = build_caption(
+        {"caption": "a;b ; c\nd; e"}, CaptionSettings(**caption.model_dump()), np.random.default_rng(0)
+    )
+    assert shaped == "a, b, c" and caption.fix_text
+    assert "shuffle_caption = True: empty tags" in comment and "docs/FROM_KOHYA.md lists differences" in comment
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --enable_wildcard --caption_suffix x"})
+    assert settings["data"]["caption"] == {"suffix": "x", "wildcards": True}
+    assert "enable_wildcard = True: of metadata" in comment and "caption_suffix = 'x': follows" in comment
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ("--min_bucket_reso 300 --max_bucket_reso 1900", (256, 1920)),
+        ("--min_bucket_reso 256 --max_bucket_reso 1920", (256, 1920)),
+        ("--bucket_reso_steps 96", (192, 1056)),  # kohya's defaults, 256 and 1024
+        ("--min_bucket_reso 50", (64, 1024)),
+    ],
+)
+def test_limits_of_buckets_are_rounded_as_kohyas_scripts_round_them(tmp_path: Path, given: str, limits: tuple) -> None:
+    settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --enable_bucket --resolution 768 {given}"})
+    assert (settings["data"].get("min_bucket_px"), settings["data"]["max_bucket_px"]) == limits
+
+
+def test_the_prompt_files_of_kohyas_scripts_are_imported(tmp_path: Path) -> None:
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --sample_prompts p.toml"})
+    assert settings["sample"]["prompt_file"] == "p.toml" and "kohya's scripts use 512 x 512, 30 steps" in comment

@@ -1,15 +1,21 @@
 """The caption pipeline: each option alone, the order of the steps, and reproducibility from the generator."""
 
 import dataclasses
+import sys
 from collections import Counter
 
+import ftfy
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import iterate_keys, load_config
-from sdxl_trainer.data.text.captions import CaptionSettings, build_caption, expand_wildcards
+from sdxl_trainer.configs.schema import DataConfig
+from sdxl_trainer.data.checks.records import check_data_settings
+from sdxl_trainer.data.text.captions import CaptionSettings, build_caption, expand_wildcards, fix_text
 
 TAGS = "a, b, c, d, e, f"
 
@@ -104,6 +110,45 @@ def test_hostile_captions_do_not_break_the_parser():
 def test_a_line_is_picked_only_with_wildcards():
     assert set(draw("one\n\n two \r\n{3|4}", wildcards=True)) == {"one", "two", "3", "4"}
     assert shape("\n\n", wildcards=True) == ""
+
+
+def test_only_the_first_line_is_used_with_first_line():
+    assert shape("x, y\r\nz", first_line=True, prefix="p", suffix="s") == "p x, y s"
+    assert shape("\n x \ny", first_line=True) == "x" and shape("x\ny") == "x\ny"
+    assert shape({"description": "One.\nTwo.", "tags": "a\nb"}, first_line=True, source="join") == "a, One."
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("“a” ‘b’", "\"a\" 'b'"),
+        ("ﬁne ＡＢＣ，", "fine ABC,"),
+        ("a &amp; b &lt;3", "a & b <3"),
+        ("<b> &amp;", "<b> &amp;"),  # ftfy takes this for HTML
+        ("MÃ¶we", "Möwe"),
+        ("Mo\u0308we", "Möwe"),
+        ("a\u2028b\x07", "a\nb"),
+        ("青い髪 🙂", "青い髪 🙂"),
+    ],
+)
+def test_captions_are_cleaned_by_ftfy(text, clean):
+    assert shape(text) == clean and shape(text, fix_text=False) == text
+    assert shape("x", replacements={"x": text}) == clean  # after all other steps
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ftfy_is_asked_only_where_it_changes_something(text):
+    assert fix_text(text) == ftfy.fix_text(text)
+
+
+def test_a_missing_ftfy_is_a_problem_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    problems = {problem.key: problem.cure for problem in check_data_settings(DataConfig(), None)}
+    assert problems["data.caption.fix_text"].startswith("pip install ftfy, or set it to false")
+    off = DataConfig(caption=CaptionConfig(fix_text=False))
+    assert "data.caption.fix_text" not in {problem.key for problem in check_data_settings(off, None)}
+    with pytest.raises(ValueError, match="pip install ftfy"):
+        fix_text("é")
 
 
 def test_shuffle_keeps_the_first_tags_in_front():

@@ -197,3 +197,10 @@ def test_prompts_are_assigned_to_ranks() -> None:
         assert {number for share in shares for number in share} == set(range(6))
         for turn in zip(*shares, strict=True):  # in each turn all ranks make the same number of forward passes
             assert len({prompts[number].num_inference_steps for number in turn}) == 1
+
+
+def test_prompts_are_cleaned_as_captions_are() -> None:
+    config = SampleConfig(prompts=["“a” --n ﬁne"])
+    for with_fixed_text, expected in ((True, ('"a"', "fine")), (False, ("“a”", "ﬁne"))):
+        [prompt], _ = load_prompts(config, ObjectiveConfig(), with_fixed_text)
+        assert (prompt.text, prompt.negative) == expected
