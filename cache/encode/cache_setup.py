@@ -1,21 +1,21 @@
 """Set up a cache folder: check settings and data, build the identities of the latents, and lock the folder."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import orjson
-from filelock import FileLock, Timeout
 
 from sdxl_trainer.cache.encode.text_caching import check_captioning
 from sdxl_trainer.cache.models.source import check_model
-from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.launch.distributed import Ranks, share_problems
+from sdxl_trainer.launch.folder_lock import lock_folder
 
 
 def open_checked_index(config: Config, problems: list[Problem]) -> Index:
@@ -73,26 +73,17 @@ def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterat
 
 def lock_cache_for_ranks(folder: Path, ranks: Ranks) -> AbstractContextManager:
     """Lock the cache on rank 0, like `lock_cache`, for all ranks of a job. All ranks call this together."""
-    lock = nullcontext()
+    lock = ExitStack()
     with share_problems():
         if ranks.is_main:
-            lock = lock_cache(folder)
+            lock.enter_context(lock_cache(folder))
     return lock
 
 
 def lock_cache(folder: Path) -> AbstractContextManager:
-    """Lock the cache until the end of the returned context or of the process.
-
-    Two jobs in one cache would finish and delete each other's shards.
+    """Return a context that locks the cache. Two jobs in one cache would finish and delete each other's shards.
 
     Raises:
-        UserInputError: another job holds the lock.
+        UserInputError: another job holds the lock, or the folder cannot be written; raised when the context is entered.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        problem = Problem("cache.dir", folder, "is being written by another job", "wait for that job, or stop it")
-        raise UserInputError([problem]) from None
-    except OSError:
-        return nullcontext()  # some network file systems have no locks; the job runs without one there
+    return lock_folder(folder, "cache.dir", "set another cache.dir")
