@@ -110,7 +110,8 @@ class EmergencySaver:
                 logger.error("step {} {}", state.step, saved)
             elif completed > 0:
                 # Updates are held, so state in host memory is written without copying it.
-                partial = self._writer.write_shard(self._engine.capture_state(alone=True, lend=True), state)
+                captured = self._engine.capture_state(alone=True, lend=True)
+                partial = self._writer.write_when_there_is_space(captured, state, try_first=True)
                 logger.error("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
                 self._export_once(state.step)
         return partial
@@ -149,10 +150,22 @@ class EmergencySaver:
             numbers = [number for number in os.read(self._receiver, 64) if number in STOP_SIGNALS]
             if numbers:
                 break
-        if self._done.wait(DEADLINE_SECONDS * PATIENCE_SHARE):
+        if self._ends_by_itself():
             return
         try:
             self.save(f"{signal.Signals(numbers[0]).name} received and the step does not end")
         finally:
             # The main thread may be blocked in a collective that never returns.
             exit_at_once(numbers[0])
+
+    def _ends_by_itself(self) -> bool:
+        """Return whether the loop ends in time. A checkpoint that waits for disk space may take its own time for it."""
+        has_warned = False
+        while not self._done.wait(DEADLINE_SECONDS * PATIENCE_SHARE):
+            if not self._writer.waits_for_space:
+                return False
+            self._writer.make_room()
+            if not has_warned:
+                logger.warning("the newest checkpoint waits for disk space; free some, or the last steps are lost")
+                has_warned = True
+        return True

@@ -8,10 +8,13 @@ folder that a killed job left complete is sealed at the next start.
 """
 
 import os
+import re
 import shutil
+import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from loguru import logger
@@ -22,6 +25,12 @@ from sdxl_trainer.train.checkpoint.state import STATE_FILE, TrainState
 
 MANIFEST = "manifest.json"
 PARTS = "parts"
+NAME = re.compile(r"step-\d+")
+DAMAGED = "damaged-"  # before the name of a checkpoint that is not intact
+
+
+class VanishedError(FileNotFoundError):
+    """A file of a checkpoint that is being written has been deleted or cut meanwhile."""
 
 
 def get_partial_folder(folder: Path, step: int, token: str) -> Path:
@@ -41,7 +50,12 @@ def write_part(partial: Path, rank: int, world_size: int, files: dict[str, dict[
     """
     (partial / PARTS).mkdir(exist_ok=True)
     part = {"rank": rank, "world_size": world_size, "files": files}
-    write_atomic(partial / PARTS / f"rank-{rank:05d}.json", orjson.dumps(part))
+    write_atomic(get_part_file(partial, rank), orjson.dumps(part))
+
+
+def get_part_file(partial: Path, rank: int) -> Path:
+    """Return the file by which a rank declares its part of a checkpoint complete."""
+    return partial / PARTS / f"rank-{rank:05d}.json"
 
 
 def read_parts(partial: Path) -> list[dict[str, Any]] | None:
@@ -53,11 +67,16 @@ def read_parts(partial: Path) -> list[dict[str, Any]] | None:
 
 
 def seal_checkpoint(partial: Path) -> Path | None:
-    """Turn a partial folder that every rank has finished into a checkpoint, or return None if it is incomplete."""
+    """Turn a partial folder that every rank has finished into a checkpoint, or return None if it is incomplete.
+
+    Raises:
+        VanishedError: a file is no longer there, or has another size than the one that was written.
+    """
     parts = read_parts(partial)
     if parts is None:
         return None
     files = {name: entry for part in parts for name, entry in part["files"].items()}
+    require_files(partial, files)
     state = partial / STATE_FILE
     files[STATE_FILE] = {"bytes": state.stat().st_size, "sha256": hash_file(state)}
     write_atomic(partial / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2))
@@ -66,8 +85,33 @@ def seal_checkpoint(partial: Path) -> Path | None:
     os.replace(partial, final)
     sync_folder(partial.parent)
     # The parts are deleted last, because the next start needs them to finish a seal that was cut short.
-    shutil.rmtree(final / PARTS)
+    shutil.rmtree(final / PARTS, ignore_errors=True)
     return final
+
+
+def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that all files are there with the sizes that were written.
+
+    Raises:
+        VanishedError: one is not.
+    """
+    problem = find_wrong_size(folder, {name: entry["bytes"] for name, entry in files.items()})
+    if problem:
+        raise VanishedError(f"{folder}: {problem}")
+
+
+def find_wrong_size(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    """Describe the first file that is missing or has another size; None if there is none."""
+    for name, size in sizes.items():
+        try:
+            found = (folder / name).stat()
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is not a file"
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes instead of {size}"
+    return None
 
 
 def recover_partial_checkpoints(folder: Path) -> None:
@@ -84,60 +128,119 @@ def recover_partial_checkpoints(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+class FoundCheckpoints(NamedTuple):
+    """The newest intact checkpoint of a folder, and the damage of each later one by the name of its folder."""
+
+    newest: Path | None
+    damages: dict[str, str]
+
+
+def find_checkpoints(folder: Path) -> FoundCheckpoints:
+    """Verify the checkpoints, newest first, until one is intact."""
+    damages = {}
+    for path in reversed(list_step_folders(folder)):
+        damage = verify_manifest(path)
+        if damage is None:
+            return FoundCheckpoints(path, damages)
+        damages[path.name] = damage
+    return FoundCheckpoints(None, damages)
+
+
 def find_newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest intact checkpoint; warn about each damaged one and skip it."""
-    for path in reversed(list_checkpoints(folder)):
-        problem = verify_manifest(path)
-        if problem is None:
-            return path
-        logger.warning("{} is damaged and skipped: {}", path, problem)
-    return None
+    newest, damages = find_checkpoints(folder)
+    for name, damage in damages.items():
+        logger.warning("{} is damaged and skipped: {}", folder / name, damage)
+    return newest
 
 
-def rename_damaged_checkpoints(folder: Path, newest: Path | None) -> None:
-    """Rename the checkpoints after `newest`, the newest intact one. Pruning would keep them in its place."""
-    for path in list_checkpoints(folder):
-        if newest is None or path.name > newest.name:
-            aside = path.with_name(f"damaged-{path.name}")
+def tidy_checkpoints(folder: Path, newest: Path) -> None:
+    """Rename the damaged checkpoints after `newest`, the newest intact one. Pruning would keep them in its place.
+
+    Folders without a manifest before `newest` are deleted: a deletion of theirs was cut short.
+    """
+    for path in list_step_folders(folder):
+        if get_step(path) > get_step(newest):
+            aside = path.with_name(DAMAGED + path.name)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             logger.warning("{} is renamed to {}", path, aside.name)
+        elif not (path / MANIFEST).exists():
+            logger.warning("{} has no {} and is deleted", path, MANIFEST)
+            delete_checkpoint(path)
+
+
+def list_step_folders(folder: Path) -> list[Path]:
+    """List the folders with names of checkpoints, oldest step first, intact or not."""
+    paths = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=get_step)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the folders that hold a manifest, oldest step first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    return [path for path in list_step_folders(folder) if (path / MANIFEST).is_file()]
+
+
+def get_step(path: Path) -> int:
+    """Return the step of a checkpoint from the name of its folder."""
+    return int(path.name.rpartition("-")[2])
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`, except steps that are multiples of `keep_every_steps`."""
-    for path in list_checkpoints(folder)[:-keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if not keep_every_steps or step % keep_every_steps:
-            # The manifest goes first: a deletion cut short must not leave a folder that looks like a checkpoint.
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+    """Delete the oldest checkpoints beyond `keep_last`, except steps that are multiples of `keep_every_steps`.
+
+    A checkpoint whose files are not all there is not counted as kept, so that an intact one is not deleted for it.
+    """
+    num_kept = 0
+    for path in reversed(list_checkpoints(folder)):
+        if num_kept < keep_last:
+            num_kept += read_manifest(path).damage is None
+        elif not keep_every_steps or get_step(path) % keep_every_steps:
+            delete_checkpoint(path)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, or warn if it cannot be deleted: training continues, and the next start tries again."""
+    try:
+        # The manifest goes first: a deletion cut short must not leave a folder that looks like a checkpoint.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    except OSError as error:
+        if path.exists():
+            logger.warning("{} cannot be deleted: {}", path, error)
+
+
+class Manifest(NamedTuple):
+    """SHA-256 of each file that a checkpoint's manifest lists, and the first damage that is found without hashing."""
+
+    hashes: dict[str, str]
+    damage: str | None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a manifest, and check that all its files are there with their sizes."""
+    try:
+        files = orjson.loads((folder / MANIFEST).read_bytes())["files"]
+        hashes = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return Manifest({}, f"{MANIFEST} is missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Manifest({}, f"{MANIFEST} cannot be read: {error}")
+    if STATE_FILE not in hashes:
+        return Manifest({}, f"{MANIFEST} does not list {STATE_FILE}")
+    return Manifest(hashes, find_wrong_size(folder, sizes))
 
 
 def verify_manifest(folder: Path) -> str | None:
     """Compare a folder with its manifest. Returns the first difference, or None."""
-    try:
-        files = orjson.loads((folder / MANIFEST).read_bytes())["files"]
-        expected_files = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    if STATE_FILE not in expected_files:
-        return f"{MANIFEST} does not list {STATE_FILE}"
-    for name, (size, _) in expected_files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    hashes, damage = read_manifest(folder)
+    if damage is not None:
+        return damage
     # Hashing releases the interpreter, so threads share the cores.
     with ThreadPoolExecutor() as pool:
-        found = pool.map(hash_file, [folder / name for name in expected_files])
-        for (name, (_, digest)), actual in zip(expected_files.items(), found, strict=True):
+        found = pool.map(hash_file, [folder / name for name in hashes])
+        for (name, digest), actual in zip(hashes.items(), found, strict=True):
             ACTIVITY.note()
             if actual != digest:
                 return f"{name} has another SHA-256"

@@ -15,12 +15,14 @@ from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.text.strategy import hash_repeats
-from sdxl_trainer.launch.distributed import Ranks, broadcast_object
+from sdxl_trainer.launch.distributed import Ranks, broadcast_object, share_problems
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.checkpoint.folder import (
-    find_newest_checkpoint,
+    DAMAGED,
+    find_checkpoints,
+    get_step,
     recover_partial_checkpoints,
-    rename_damaged_checkpoints,
+    tidy_checkpoints,
 )
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
@@ -54,12 +56,15 @@ def open_checkpoints(folder: Path, settings: CheckpointConfig, ranks: Ranks) -> 
     """Return the checkpoint to resume from, if there is one, and the writer of further ones; equal on all ranks.
 
     Rank 0 first seals, renames or deletes what earlier jobs left in the folder.
+
+    Raises:
+        UserInputError: no checkpoint is intact, and there are damaged ones.
     """
     newest, token = None, ""
-    if ranks.is_main:
-        recover_partial_checkpoints(folder)
-        newest, token = find_newest_checkpoint(folder), uuid.uuid4().hex[:8]
-        rename_damaged_checkpoints(folder, newest)
+    with share_problems():
+        if ranks.is_main:
+            recover_partial_checkpoints(folder)
+            newest, token = choose_checkpoint(folder), uuid.uuid4().hex[:8]
     newest, token = broadcast_object((newest, token))
     writer = CheckpointWriter(
         folder=folder,
@@ -70,7 +75,30 @@ def open_checkpoints(folder: Path, settings: CheckpointConfig, ranks: Ranks) -> 
         keep_every_steps=settings.keep_every_steps,
         wait_for_space_seconds=60 * settings.wait_for_space_minutes,
     )
+    if newest is not None:
+        writer.last_step = get_step(newest)
     return newest, writer
+
+
+def choose_checkpoint(folder: Path) -> Path | None:
+    """Return the newest intact checkpoint, and rename or delete the damaged ones; None if the folder holds none at all.
+
+    Raises:
+        UserInputError: no checkpoint is intact, and there are damaged ones. They are left as they are.
+    """
+    newest, damages = find_checkpoints(folder)
+    if newest is not None:
+        for name, damage in damages.items():
+            logger.warning("{} is damaged and skipped: {}", folder / name, damage)
+        tidy_checkpoints(folder, newest)
+        return newest
+    renamed = [f"{path.name}: was damaged at an earlier start" for path in sorted(folder.glob(f"{DAMAGED}step-*"))]
+    if damages or renamed:
+        found = "; ".join([*(f"{name}: {damage}" for name, damage in damages.items()), *renamed])
+        rule = f"finds no intact checkpoint to resume from: {found}"
+        cure = "restore one of them from a copy; or start from step 0: set another run.name, or delete this folder"
+        raise UserInputError([Problem("run.resume", folder, rule, cure)])
+    return None
 
 
 def build_initial_state(

@@ -14,10 +14,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from loguru import logger
 
+from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.activity import ACTIVITY
-from sdxl_trainer.launch.distributed import wait_for_ranks
+from sdxl_trainer.launch.distributed import broadcast_object, wait_for_ranks
 from sdxl_trainer.train.checkpoint.direct_file import DirectFile
-from sdxl_trainer.train.checkpoint.folder import get_partial_folder, prune_checkpoints, seal_checkpoint, write_part
+from sdxl_trainer.train.checkpoint.folder import (
+    get_part_file,
+    get_partial_folder,
+    prune_checkpoints,
+    require_files,
+    seal_checkpoint,
+    write_part,
+)
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.engine import Engine
 
@@ -26,6 +34,7 @@ SPARE_BYTES = 64 << 20  # disk space that a save needs besides the tensors
 SPACE_POLL_SECONDS = 5.0
 WRITER_NICENESS = 10
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+MAX_ATTEMPTS = 3  # to write a checkpoint whose files vanish
 
 
 @dataclass
@@ -38,7 +47,9 @@ class CheckpointWriter:
         wait_for_space_seconds: how long a checkpoint waits for space on a full disk before that is an error.
 
     Attributes:
-        last_step: step of the newest checkpoint whose part this rank has written, or -1.
+        last_step: step of the checkpoint that the run resumed from, or of the newest one whose part this rank has
+            written, or -1. On rank 0 it is also -1 after a checkpoint that could not be sealed.
+        waits_for_space: a checkpoint waits for space on a full disk.
     """
 
     folder: Path
@@ -49,6 +60,8 @@ class CheckpointWriter:
     keep_every_steps: int = 0
     wait_for_space_seconds: float = 0.0
     last_step: int = field(default=-1, init=False)
+    waits_for_space: bool = field(default=False, init=False)
+    _is_lost: bool = field(default=False, init=False)
     _writing_step: int = field(default=-1, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
@@ -67,6 +80,37 @@ class CheckpointWriter:
         wait_for_ranks("the previous checkpoint")
         # The previous copy has been written, so its memory is free.
         self.start_writing(engine.capture_state(reuse=True, lend=True), replace(state), engine.release_state)
+
+    def save_whole(self, engine: Engine, state: TrainState) -> None:
+        """Save the state unless that is done, and wait until its checkpoint is sealed. All ranks call it together.
+
+        Raises:
+            OSError: a checkpoint could not be written.
+            FailedError: files of the checkpoint were deleted in each attempt.
+        """
+        for _ in range(MAX_ATTEMPTS):
+            self.wait()
+            if broadcast_object(self.last_step) == state.step:
+                return
+            self.save(engine, state)
+        self.wait()
+        if broadcast_object(self.last_step) != state.step:
+            raise FailedError(
+                f"{self.folder}: files of the checkpoint vanish while it is written; see who deletes them"
+            )
+
+    def take_repeat(self) -> bool:
+        """Return whether a checkpoint was lost since the last call, because its files were deleted. Rank 0 knows it."""
+        is_lost, self._is_lost = self._is_lost, False
+        return is_lost
+
+    def make_room(self) -> None:
+        """Delete the checkpoint that the waiting one would replace, for a job that was asked to stop on a full disk.
+
+        One checkpoint always stays. Only rank 0 deletes.
+        """
+        if self.waits_for_space and self.rank == 0:
+            prune_checkpoints(self.folder, max(1, self.keep_last - 1), self.keep_every_steps)
 
     def start_writing(
         self, files: dict[str, Any], state: TrainState, release: Callable[[], None] = lambda: None
@@ -104,12 +148,19 @@ class CheckpointWriter:
         return self.is_writing() and self._writing_step == step
 
     def wait_at_most(self, timeout_seconds: float) -> None:
-        """Wait some time for the current checkpoint, and ignore its errors."""
+        """Wait some time for the current checkpoint, and ignore its errors. Its wait for disk space does not count."""
         if self._thread is not None:
             self._thread.join(timeout_seconds)
+            while self.waits_for_space and self._thread.is_alive():
+                self._thread.join(SPACE_POLL_SECONDS)
 
     def write_shard(self, files: dict[str, Any], state: TrainState) -> Path:
-        """Write this rank's files, the state and this rank's part, without collectives. Returns the partial folder."""
+        """Write this rank's files, the state and this rank's part, without collectives. Returns the partial folder.
+
+        Raises:
+            FileNotFoundError: files were deleted meanwhile.
+            OSError: a file cannot be written.
+        """
         partial = get_partial_folder(self.folder, state.step, self.token)
         partial.mkdir(parents=True, exist_ok=True)
         written = {}
@@ -119,6 +170,7 @@ class CheckpointWriter:
             file = save_hashed(path, content)
             written[name] = {"bytes": file.bytes, "sha256": file.sha256}
             ACTIVITY.background += 1
+        require_files(partial, written)
         # Equal on every rank, so every living rank may write it.
         state.save(partial)
         write_part(partial, self.rank, self.world_size, written)
@@ -139,11 +191,16 @@ class CheckpointWriter:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             try:
-                partial = self._write_when_there_is_space(files, state)
+                partial = self.write_when_there_is_space(files, state)
             finally:
                 release()
             if self.rank == 0:
                 self._seal(partial)
+        except FileNotFoundError as error:
+            if self.rank == 0:
+                self._give_up(state.step, error)
+            else:
+                self._error = error
         except (OSError, RuntimeError) as error:
             self._error = error
         except BaseException as error:
@@ -151,30 +208,55 @@ class CheckpointWriter:
             self._error = error
             raise
 
-    def _write_when_there_is_space(self, files: dict[str, Any], state: TrainState) -> Path:
-        """Write the files once the disk has space for them; wait again, without the files, if it fills up meanwhile.
+    def write_when_there_is_space(self, files: dict[str, Any], state: TrainState, try_first: bool = False) -> Path:
+        """Write the shard once the disk has space for it; wait again, without the files, if it fills up meanwhile.
+
+        Files that are deleted meanwhile are written again.
+
+        Args:
+            try_first: write at once, even if the disk seems to have no space for the files of all ranks.
 
         Raises:
+            FileNotFoundError: files are deleted again and again.
             OSError: there is no space after `wait_for_space_seconds`.
         """
-        deadline, has_warned = time.monotonic() + self.wait_for_space_seconds, False
+        deadline = time.monotonic() + self.wait_for_space_seconds
+        # Rank 0 does not know whether the parts of other ranks were deleted too.
+        attempts_left = 1 if self.rank == 0 and self.world_size > 1 else MAX_ATTEMPTS
         while True:
-            lack = self.describe_lack_of_space(files)
+            lack = None if try_first else self.describe_lack_of_space(files)
+            try_first = False
             if lack is None:
+                self.waits_for_space = False
                 try:
                     return self.write_shard(files, state)
+                except FileNotFoundError as error:
+                    attempts_left -= 1
+                    if not attempts_left:
+                        raise
+                    logger.warning("the checkpoint of step {} is written again: {}", state.step, error)
+                    continue
                 except OSError as error:
                     if error.errno not in FULL_DISK:
                         raise
                     lack = f"{self.folder}: {error}"
                     self._discard(files, state.step)
-            if time.monotonic() >= deadline:
-                raise OSError(errno.ENOSPC, lack)
-            if not has_warned:
-                logger.warning("{}; the checkpoint of step {} waits for space", lack, state.step)
-                has_warned = True
-            time.sleep(min(SPACE_POLL_SECONDS, self.wait_for_space_seconds))
-            ACTIVITY.background += 1  # this wait has a limit of its own, and so has the one for other ranks' parts
+            self._wait_for_space(lack, deadline, state.step)
+
+    def _wait_for_space(self, lack: str, deadline: float, step: int) -> None:
+        """Wait a moment, and warn at the first time.
+
+        Raises:
+            OSError: the deadline is over.
+        """
+        if time.monotonic() >= deadline:
+            self.waits_for_space = False
+            raise OSError(errno.ENOSPC, lack)
+        if not self.waits_for_space:
+            logger.warning("{}; the checkpoint of step {} waits for space", lack, step)
+            self.waits_for_space = True
+        time.sleep(min(SPACE_POLL_SECONDS, self.wait_for_space_seconds))
+        ACTIVITY.background += 1  # this wait has a limit of its own, and so has the one for other ranks' parts
 
     def _discard(self, files: dict[str, Any], step: int) -> None:
         """Delete this rank's files of a checkpoint that did not fit on the disk."""
@@ -183,15 +265,26 @@ class CheckpointWriter:
             (partial / name).unlink(missing_ok=True)
 
     def _seal(self, partial: Path) -> None:
-        """Wait for the other ranks' parts on the shared folder, then seal."""
+        """Wait for the other ranks' parts on the shared folder, then seal.
+
+        Raises:
+            FileNotFoundError: files were deleted meanwhile.
+        """
         deadline = time.monotonic() + SEAL_PATIENCE_SECONDS + self.wait_for_space_seconds
         while (sealed := seal_checkpoint(partial)) is None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{partial}: not every rank has written its part")
+            get_part_file(partial, self.rank).stat()  # this rank has written it
             time.sleep(0.05)
             ACTIVITY.background += 1
         logger.info("checkpoint {} is saved", sealed)
         prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
+
+    def _give_up(self, step: int, error: FileNotFoundError) -> None:
+        """Drop a checkpoint whose files were deleted. It is not announced, older ones stay, and another is saved."""
+        self._is_lost, self.last_step = True, -1
+        logger.error("the checkpoint of step {} is lost, its files were deleted: {}; another is saved", step, error)
+        shutil.rmtree(get_partial_folder(self.folder, step, self.token), ignore_errors=True)
 
 
 def _join(thread: threading.Thread, timeout_seconds: float) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,8 +17,9 @@ from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
 from sdxl_trainer.launch.signals import Interrupted
 from sdxl_trainer.train.checkpoint import emergency
+from sdxl_trainer.train.checkpoint import writer as checkpoint_writer
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
-from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, recover_partial_checkpoints
+from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, list_checkpoints, recover_partial_checkpoints
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
@@ -127,6 +129,34 @@ def test_the_current_checkpoint_is_written_first(engine: Engine, tmp_path: Path)
     saver._writer.start_writing(engine.capture_state(), TrainState(step=FIRST_STEP + 2, world_size=1))
     saver.save("planted")
     assert order == [FIRST_STEP + 2, FIRST_STEP + 3] and find_step(tmp_path) == FIRST_STEP + 3
+
+
+def test_a_checkpoint_that_waits_for_space_is_not_lost_to_a_signal(
+    engine: Engine, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the signal comes. The oldest checkpoint makes room, and the process waits on."""
+    monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 0.1)
+    monkeypatch.setattr(checkpoint_writer, "SPACE_POLL_SECONDS", 0.01)
+    saver = build_saver(engine, tmp_path)
+    writer, usage = saver._writer, shutil.disk_usage(tmp_path)
+    writer.keep_last, writer.wait_for_space_seconds = 2, 60.0
+    for step in (1, 2):
+        writer.start_writing({"a": step}, TrainState(step=step, world_size=1))
+        writer.wait()
+    # As on a disk that two checkpoints fill.
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=0 if len(list_checkpoints(writer.folder)) == 2 else 1 << 40)
+    )
+    writer.start_writing(engine.capture_state(), TrainState(step=FIRST_STEP + 3, world_size=1))
+    while not writer.waits_for_space:
+        time.sleep(0.01)
+    ends = threading.Thread(target=lambda: messages.append(f"ends by itself: {saver._ends_by_itself()}"))
+    ends.start()
+    writer.wait()
+    saver._done.set()
+    ends.join()
+    assert messages[-1] == "ends by itself: True" and any("waits for disk space; free some" in m for m in messages)
+    assert [path.name for path in list_checkpoints(writer.folder)] == ["step-00000002", f"step-{FIRST_STEP + 3:08d}"]
 
 
 def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from loguru import logger
 
+from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.train.checkpoint import folder as checkpoints
 from sdxl_trainer.train.checkpoint import writer as checkpoint_writer
+from sdxl_trainer.train.checkpoint.resume import choose_checkpoint
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter, count_tensor_bytes, estimate_bytes
 
@@ -107,13 +109,29 @@ def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_an_intact_one(tmp_path
     """After falling back to step 4, the checkpoint of step 6 must outlive the damaged one of step 8."""
     make_checkpoint(tmp_path, 4)
     (make_checkpoint(tmp_path, 8) / "state" / "rank_0.pt").write_bytes(b"damaged")
-    newest = checkpoints.find_newest_checkpoint(tmp_path)
-    assert newest == tmp_path / "step-00000004"
-    checkpoints.rename_damaged_checkpoints(tmp_path, newest)
+    (tmp_path / "step-00000003" / "state").mkdir(parents=True)  # its deletion was cut short
+    (tmp_path / "step-00000009" / "state").mkdir(parents=True)  # somebody deleted its manifest
+    assert choose_checkpoint(tmp_path) == tmp_path / "step-00000004"
     make_checkpoint(tmp_path, 6)
     checkpoints.prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=0)
     assert checkpoints.find_newest_checkpoint(tmp_path) == tmp_path / "step-00000006"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000008", "step-00000006"]
+    left = ["damaged-step-00000008", "damaged-step-00000009", "step-00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path: Path) -> None:
+    assert choose_checkpoint(tmp_path) is None
+    (make_checkpoint(tmp_path, 4) / "manifest.json").unlink()
+    (make_checkpoint(tmp_path, 8) / "state" / "rank_0.pt").unlink()
+    for _ in range(2):
+        with pytest.raises(UserInputError) as error:
+            choose_checkpoint(tmp_path)
+        for part in ("step-00000008: state/rank_0.pt is missing", "step-00000004: manifest.json", "delete this folder"):
+            assert part in str(error.value)
+    for name in ("step-00000004", "step-00000008"):
+        (tmp_path / name).rename(tmp_path / f"damaged-{name}")
+    with pytest.raises(UserInputError, match="damaged-step-00000004: was damaged at an earlier start"):
+        choose_checkpoint(tmp_path)
 
 
 def test_the_oldest_are_deleted_except_milestones(tmp_path: Path) -> None:
@@ -176,6 +194,61 @@ def test_a_checkpoint_waits_for_space_and_keeps_the_previous_one(
         writer.wait()
     assert checkpoints.find_newest_checkpoint(folder) == folder / "step-00000002"
     assert list(folder.glob(".step-00000003.*/state/*")) == [], "partial files are left"
+
+
+class DeletesFiles:
+    """Content of a checkpoint that deletes a path while it is written, the first time."""
+
+    def __init__(self, path: Path):
+        self.paths = [path]
+
+    def __reduce__(self) -> tuple:
+        if self.paths:
+            path = self.paths.pop()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return (int, ())
+
+
+@pytest.mark.parametrize("deleted", ["state/a.pt", "."])
+def test_files_that_are_deleted_while_a_checkpoint_is_written_are_written_again(tmp_path: Path, deleted: str) -> None:
+    writer = CheckpointWriter(folder=tmp_path, rank=0, world_size=1, token="t", keep_last=1)
+    partial = checkpoints.get_partial_folder(tmp_path, 2, "t")
+    weights = torch.ones(3)
+    writer.start_writing({"state/a.pt": weights, "b.pt": DeletesFiles(partial / deleted)}, TrainState(2, world_size=1))
+    writer.wait()
+    newest = checkpoints.find_newest_checkpoint(tmp_path)
+    assert newest and torch.equal(torch.load(newest / "state" / "a.pt"), weights) and not writer.take_repeat()
+
+
+@pytest.mark.parametrize("deleted", ["rank_0.pt", "cut", "folder"])
+def test_a_checkpoint_is_announced_and_older_ones_are_deleted_only_if_it_is_whole(tmp_path: Path, deleted: str) -> None:
+    """Files are deleted while rank 0 waits for the part of rank 1."""
+    before = make_checkpoint(tmp_path, 1)
+    writer = CheckpointWriter(folder=tmp_path, rank=0, world_size=2, token="t", keep_last=1)
+    writer.start_writing({"state/rank_0.pt": torch.ones(3)}, TrainState(step=2, world_size=2))
+    partial = checkpoints.get_partial_folder(tmp_path, 2, "t")
+    deadline = time.monotonic() + 30
+    while not checkpoints.get_part_file(partial, 0).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if deleted == "folder":
+        shutil.rmtree(partial)
+    else:
+        file = partial / "state" / "rank_0.pt"
+        file.write_bytes(file.read_bytes()[:-1]) if deleted == "cut" else file.unlink()
+        write_rank(tmp_path, 1, 2)
+    writer.wait()
+    assert writer.take_repeat() and not writer.take_repeat() and writer.last_step == -1
+    assert sorted(tmp_path.iterdir()) == [before] and checkpoints.verify_manifest(before) is None
+
+
+def test_a_checkpoint_that_is_not_whole_does_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "step-00000002" / "state" / "rank_1.pt").unlink()
+    (tmp_path / "step-notes").mkdir()
+    checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=0)
+    assert checkpoints.verify_manifest(tmp_path / "step-00000001") is None
 
 
 def test_an_error_in_the_background_reaches_the_next_wait(tmp_path: Path) -> None:
