@@ -169,7 +169,8 @@ class DataConfig(Section):
     """Worker processes per rank that read latents and tokenize captions; 0 does this in the training process. Raise it
     if training waits for data."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Maximum share of bad samples (unreadable, wrong shape, missing). Above it, the job stops with status 1."""
+    """Maximum share of bad samples (unreadable, wrong shape, missing). Above it, the job stops with status 1. Training
+    counts the samples of one start: the last epoch's, but at least 10,000 and at most 100,000."""
 
     @field_validator("resolution_px", mode="before")
     @classmethod

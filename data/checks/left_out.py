@@ -55,8 +55,11 @@ def get_left_out_file(run_folder: Path, index: Index) -> Path:
 
 
 def _append_bad_samples(log: Path, reasons: list[tuple[str, str]]) -> None:
-    """Append (key, reason) pairs to a log of bad samples, as of step 0."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        for key, reason in reasons:
-            file.write(orjson.dumps({"step": 0, "key": key, "reason": reason}) + b"\n")
+    """Append (key, reason) pairs to a log of bad samples, as of step 0, or warn that they cannot be written."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            for key, reason in reasons:
+                file.write(orjson.dumps({"step": 0, "key": key, "reason": reason}) + b"\n")
+    except OSError as error:
+        logger.warning("{} cannot be written: {}", log, error.strerror)

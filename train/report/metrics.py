@@ -1,6 +1,8 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, and Weights & Biases if `log.wandb` is set."""
 
 import importlib.metadata
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any
 import orjson
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.launch.append_file import AppendFile
 
+BOARD_NAME = "events.out.tfevents."  # TensorBoard expects it
 WANDB_ID_FILE = "wandb_id.txt"  # in the log folder: a resumed run keeps its id
 
 
@@ -35,8 +38,59 @@ class WandbLog:
         self._run.finish()
 
 
+class BoardFile:
+    """An event file of TensorBoard.
+
+    Args:
+        folder: TensorBoard's folder of the run.
+        first_step: TensorBoard hides what earlier files hold of this step and later ones.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        # Imported here, because other programs read metrics without writing them.
+        # Their classes are made when they are imported.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+        self._event, self._summary, self._compute_crc = Event, Summary, masked_crc32c
+        self._file = AppendFile(folder / f"{BOARD_NAME}{_choose_number(folder):010d}.{socket.gethostname()}")
+        start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+        # Written before the first metrics that can be written.
+        self._head = self._pack(Event(wall_time=time.time(), file_version="brain.Event:2")) + self._pack(start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the metrics of a finished step."""
+        shown = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=shown))
+        if self._file.append(self._head + self._pack(event)):
+            self._head = b""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _pack(self, event: Any) -> bytes:
+        """Return an event in TensorFlow's record format: length and content, each followed by its checksum."""
+        content = event.SerializeToString()
+        length = len(content).to_bytes(8, "little")
+        checksums = [self._compute_crc(part).to_bytes(4, "little") for part in (length, content)]
+        return b"".join((length, checksums[0], content, checksums[1]))
+
+
+def _choose_number(folder: Path) -> int:
+    """Return the second in the name of a new event file. TensorBoard reads the files in the order of their names.
+
+    It is later than that of each other file, even if the clock was set back.
+    """
+    seconds = [path.name.removeprefix(BOARD_NAME).partition(".")[0] for path in folder.glob(f"{BOARD_NAME}*")]
+    return max([int(time.time()), *(int(second) + 1 for second in seconds if second.isdecimal())])
+
+
 class MetricsLog:
     """Writes the metrics of each step and validation to `metrics.jsonl`, to TensorBoard and to wandb.
+
+    A full disk or a deleted file ends no run (launch/append_file.py).
 
     Args:
         folder: the log folder of the run.
@@ -46,32 +100,57 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, last_step: int, wandb_log: WandbLog | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "metrics.jsonl"
-        if self.file.is_file():
-            kept = [line for line in read_all_metrics(self.file) if line["step"] <= last_step]
-            write_atomic(self.file, b"".join(orjson.dumps(line) + b"\n" for line in kept))
-        self._lines = open(self.file, "ab")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+        self._folder, self._last_step = folder, last_step
+        self._lines = AppendFile(folder / "metrics.jsonl")
+        self._board: BoardFile | None = None
         self._wandb_log = wandb_log
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add the metrics of a finished step."""
-        self._lines.write(orjson.dumps({"step": step, **values}) + b"\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is None:  # the first write: until then nothing is changed
+            drop_later_lines(self._lines.path, self._last_step)
+            self._board = BoardFile(self._folder / "tensorboard", self._last_step + 1)
+        self._lines.append(orjson.dumps({"step": step, **values}) + b"\n")
+        self._board.write(step, values)
         if self._wandb_log is not None:
             self._wandb_log.write(step, values)
 
     def close(self) -> None:
-        """Flush and close all logs."""
-        self._lines.close()
-        self._board.close()
+        """Close all logs."""
+        self.close_files()
         if self._wandb_log is not None:
             self._wandb_log.close()
+
+    def close_files(self) -> None:
+        """Close the files, and log how much could not be written."""
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def drop_later_lines(file: Path, last_step: int) -> None:
+    """Cut a metrics file, in place, before its first line of a step after `last_step`, or before a torn last line.
+
+    Cutting needs no space, so a run resumes on a full disk too. Lines that are damaged otherwise are kept.
+    """
+    if not file.is_file():
+        return
+    end = 0
+    with open(file, "r+b") as lines:
+        for line in lines:
+            if not line.endswith(b"\n") or _read_step(line) > last_step:
+                lines.truncate(end)
+                break
+            end += len(line)
+
+
+def _read_step(line: bytes) -> float:
+    """Return the step of a line of a metrics file; -1 if the line is damaged."""
+    try:
+        step = orjson.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return -1
+    return step if isinstance(step, (int, float)) else -1
 
 
 def read_metrics(file: Path, metric: str = "loss") -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
 from sdxl_trainer.train.report.metrics import MetricsLog, WandbLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
+from sdxl_trainer.train.run.bad_samples import BadSamples
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
 from sdxl_trainer.train.run.memory_plan import plan_run_memory
@@ -85,6 +86,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
         report=open_report(config, index, split.plan, tokenizers) if publish else None,
         memory=memory,
+        bad_samples=BadSamples(logs, ranks, len(index), config.data.max_bad_fraction),
     )
     return run, batches
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from loguru import logger
 
+from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import reduce_sum
+from sdxl_trainer.launch.folder_lock import renew_locks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.objective.objective import SampleKeys
@@ -19,7 +21,6 @@ from sdxl_trainer.train.run.generated_images import write_generated_images
 from sdxl_trainer.train.run.non_finite import (
     MicroStep,
     NonFiniteSample,
-    append_bad_samples,
     find_non_finite_samples,
     handle_skipped_update,
     propagate_non_finite,
@@ -48,7 +49,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
         NonFiniteError: the loss or the gradient was not finite in more steps than allowed; the state is saved.
-        RuntimeError: more samples are bad than `data.max_bad_fraction` allows.
+        FailedError: more samples are bad than `data.max_bad_fraction` allows; the state is saved. Or another job has
+            taken the run folder, which was deleted.
     """
     config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
     if state.step == 0:
@@ -60,8 +62,10 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         if not result.updated:
             handle_skipped_update(run, result.loss, result.non_finite_samples)
         record_step(run, result)
+        renew_locks()
         ACTIVITY.finish_step(state.step)
         log_step(run, result, lr, time.monotonic() - started)
+        require_good_samples(run, result.num_bad)
         memory.note_step()
         is_last = state.step == config.train.max_steps
         if is_last or result.stop or result.save or is_save_due(run, epoch):
@@ -70,7 +74,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
                 run.checkpoints.save(run.engine, state)
             update_report(run)
         if result.stop and not is_last:
-            run.checkpoints.wait()
+            run.checkpoints.save_whole(run.engine, state)
             run.requests.interrupt()
         validate_and_sample(run, is_last)
 
@@ -100,7 +104,8 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         micro_steps.append(MicroStep(batch, losses.detach()))
     log_skipped_samples(run, micro_steps)
     ACTIVITY.note("adding up the losses")
-    sums[2:] = torch.tensor(run.requests.collect())
+    stop, save = run.requests.collect()
+    sums[2:] = torch.tensor((stop, save or run.checkpoints.take_repeat()))
     loss_sum, num_bad, num_stop, num_save = reduce_sum(sums).tolist()
     mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)
     return StepResult(
@@ -131,18 +136,24 @@ def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
 
 
 def record_step(run: Run, result: StepResult) -> None:
-    """Count a finished step in the state of the run.
+    """Count a finished step in the state of the run."""
+    advance_position(run.state, run.plan)
+    run.state.num_bad += result.num_bad
+
+
+def require_good_samples(run: Run, num_bad: int) -> None:
+    """Count the bad samples of a finished step, and end the run if there are too many.
 
     Raises:
-        RuntimeError: more samples are bad than `data.max_bad_fraction` allows.
+        FailedError: more samples are bad than `data.max_bad_fraction` allows; the state is saved.
     """
-    state, limit = run.state, run.config.data.max_bad_fraction
-    advance_position(state, run.plan)
-    state.num_bad += result.num_bad
-    if state.num_bad > max(limit * state.samples_seen, limit * len(run.index)):
-        raise RuntimeError(
-            f"{state.num_bad} of {state.samples_seen} samples are bad, more than data.max_bad_fraction = {limit:g}; "
-            f"they are listed in {run.folder / 'logs'}/bad_samples*.jsonl"
+    state = run.state
+    excess = run.bad_samples.window.add(run.plan.global_batch_size, num_bad)
+    if excess:
+        run.checkpoints.save_whole(run.engine, state)
+        raise FailedError(
+            f"{excess}; {run.folder / 'logs'}/bad_samples*.jsonl lists them. The state of step {state.step} is saved\n"
+            "cure: make the samples readable, or raise data.max_bad_fraction; the same command continues"
         )
 
 
@@ -189,7 +200,7 @@ def log_skipped_samples(run: Run, micro_steps: list[MicroStep]) -> None:
     skipped = [item for micro_step in micro_steps for item in micro_step.batch.bad]
     for _, reason in skipped:
         logger.warning("bad sample skipped: {}", reason)
-    append_bad_samples(run, [{"key": key, "reason": reason} for key, reason in skipped])
+    run.bad_samples.append(run.state.step, [{"key": key, "reason": reason} for key, reason in skipped])
 
 
 def validate_and_sample(run: Run, is_last: bool = False) -> None:

@@ -5,10 +5,9 @@ by such steps: if only the scale was too large, nothing is wrong.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import orjson
 import torch
 from loguru import logger
 
@@ -79,7 +78,7 @@ def handle_skipped_update(run: Run, loss: float, samples: Sequence[NonFiniteSamp
     if engine.loss_scale is not None and math.isfinite(loss):
         logger.info("step {}: a gradient overflowed; the loss scale is now {:g}", state.step, engine.loss_scale)
         return
-    append_bad_samples(run, [sample._asdict() for sample in samples])
+    run.bad_samples.append(state.step, [sample._asdict() for sample in samples])
     keys = describe_keys(sample.key for sample in samples)
     cause = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
     if train.on_non_finite == "skip" and state.num_non_finite < train.max_non_finite_steps:
@@ -93,10 +92,7 @@ def handle_skipped_update(run: Run, loss: float, samples: Sequence[NonFiniteSamp
             train.max_non_finite_steps,
         )
         return
-    run.checkpoints.wait()
-    if run.checkpoints.last_step != state.step:
-        run.checkpoints.save(engine, state)
-        run.checkpoints.wait()
+    run.checkpoints.save_whole(engine, state)
     limit = (
         "set train.on_non_finite: skip to skip such steps"
         if train.on_non_finite == "stop"
@@ -114,13 +110,3 @@ def describe_keys(keys: Iterable[str]) -> str:
     parts = gather_objects(list(dict.fromkeys(keys))[: MAX_SHOWN + 1])
     unique = list(dict.fromkeys(key for part in parts for key in part))
     return ", ".join(unique[:MAX_SHOWN]) + (", ..." if len(unique) > MAX_SHOWN else "")
-
-
-def append_bad_samples(run: Run, samples: Sequence[Mapping[str, str]]) -> None:
-    """Append samples of the current step, with their key and reason, to this rank's bad_samples file."""
-    if not samples:
-        return
-    suffix = "" if run.ranks.is_main else f"-rank{run.ranks.rank}"
-    with open(run.folder / "logs" / f"bad_samples{suffix}.jsonl", "ab") as file:
-        for sample in samples:
-            file.write(orjson.dumps({"step": run.state.step, **sample}) + b"\n")

@@ -18,6 +18,7 @@ from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.objective import Objective
 from sdxl_trainer.train.report.metrics import MetricsLog
 from sdxl_trainer.train.report.report_process import ReportProcess
+from sdxl_trainer.train.run.bad_samples import BadSamples
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
 from sdxl_trainer.train.run.training_data import ValidationSet
@@ -45,6 +46,7 @@ class Run:
     validation: ValidationSet | None  # None if nothing is held out
     report: ReportProcess | None  # rank 0 only, and only if the run publishes one
     memory: MemoryTable  # estimated
+    bad_samples: BadSamples
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,56 @@
+"""Bad samples: the limit over the last samples, and a run that continues once they are readable again."""
+
+from pathlib import Path
+
+import orjson
+from programs import run_program
+
+from sdxl_trainer.train.report.metrics import read_metrics
+from sdxl_trainer.train.run.bad_samples import BadSampleWindow
+
+# Reads no caption while `away` exists and the run trains, and deletes the run folder after step 3.
+CAPTIONS = """
+import os, shutil
+
+class Captions:
+    def caption(self, record, rng):
+        here = os.path.dirname(__file__)
+        if os.path.exists(here + "/away") and os.path.exists(here + "/run/logs/train.log"):
+            raise OSError("the storage is away")
+        metrics = here + "/run/logs/metrics.jsonl"
+        if os.path.exists(metrics) and open(metrics).read().count("\\n") == 3:
+            shutil.rmtree(here + "/run")
+        return record["caption"]
+"""
+
+
+def test_the_limit_is_that_of_the_last_samples() -> None:
+    window = BadSampleWindow(num_samples=1000, max_fraction=0.01)
+    assert [window.add(4, 2) for _ in range(5)] == [None] * 5, "10 of an epoch's 1,000"
+    assert window.add(4, 1) == "11 of the last 24 samples are bad, more than data.max_bad_fraction = 0.01 allows"
+    assert window.add(4, 0) is None, "a step without a bad sample stops no run"
+    assert window.add(8_000, 60) is None, "71 of 8,028"
+    assert window.add(3_000, 40) is None, "100 of the last 10,000: the first steps have left the window"
+    assert window.add(4, 1) == "101 of the last 10000 samples are bad, more than data.max_bad_fraction = 0.01 allows"
+    assert BadSampleWindow(10**8, 0.01).add(10**6, 1_001) is not None, "of the last 100,000"
+    assert BadSampleWindow(10, 0.0).add(4, 1) is not None and BadSampleWindow(10, 1.0).add(4, 4) is None
+
+
+def test_a_run_continues_when_its_samples_are_readable_again(cached_folder: Path, tmp_path: Path) -> None:
+    """The second start deletes its run folder while it trains: the metrics are written anew."""
+    (tmp_path / "captions.py").write_text(CAPTIONS)
+    words = ["--cfg", cached_folder / "tiny.yaml", f"run.dir={tmp_path}", "run.name=run", "sample.prompts=[]"]
+    words += [f"data.strategy={tmp_path / 'captions.py'}:Captions", "train.max_steps=4", "checkpoint.every_steps=0"]
+    (tmp_path / "away").touch()
+    printed = run_program("train/main.py", *words, "data.max_bad_fraction=0.2", expect=1)
+    assert "8 of the last 8 samples are bad, more than data.max_bad_fraction = 0.2 allows" in printed, printed
+    assert "raise data.max_bad_fraction; the same command continues" in printed and "FailedError" not in printed, (
+        printed
+    )
+    bad = [orjson.loads(line) for line in (tmp_path / "run/logs/bad_samples.jsonl").read_bytes().splitlines()]
+    assert [line["step"] for line in bad] == [0] * 4 + [1] * 4 and "the storage is away" in bad[0]["reason"]
+    (tmp_path / "away").unlink()
+    run_program("train/main.py", *words, "data.max_bad_fraction=0.2")
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [line["num_bad"] for line in read_metrics(run / "logs" / "metrics.jsonl")] == [4, 8, 8, 8]

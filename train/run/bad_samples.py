@@ -1,0 +1,77 @@
+"""Bad samples of a run: the list of each rank, and the limit of `data.max_bad_fraction`."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import orjson
+
+from sdxl_trainer.launch.append_file import AppendFile
+from sdxl_trainer.launch.distributed import Ranks
+
+# The window is an epoch within these bounds. A shorter one would stop a run for a few bad samples by chance, and a
+# longer one would let it continue for hours without its storage.
+MIN_WINDOW, MAX_WINDOW = 10_000, 100_000
+
+
+class BadSamples:
+    """The file `bad_samples*.jsonl` of a rank, and the count of all ranks' bad samples over the last samples.
+
+    Args:
+        logs: the log folder of the run.
+        num_samples: samples of an epoch.
+        max_fraction: maximum share of bad samples.
+    """
+
+    def __init__(self, logs: Path, ranks: Ranks, num_samples: int, max_fraction: float):
+        suffix = "" if ranks.is_main else f"-rank{ranks.rank}"
+        self._file = AppendFile(logs / f"bad_samples{suffix}.jsonl")
+        self.window = BadSampleWindow(num_samples, max_fraction)
+
+    def append(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """List this rank's bad samples of a step, each with its key and reason."""
+        lines = [orjson.dumps({"step": step, **sample}) + b"\n" for sample in samples]
+        if lines:
+            self._file.append(b"".join(lines), len(lines))
+
+    def close(self) -> None:
+        """Close the list, and log how much could not be written."""
+        self._file.close()
+
+
+class BadSampleWindow:
+    """Count of bad samples among the last samples of this job.
+
+    A start counts anew: after a failure of the storage has passed, the same command continues.
+
+    Args:
+        num_samples: samples of an epoch.
+        max_fraction: maximum share of bad samples.
+    """
+
+    def __init__(self, num_samples: int, max_fraction: float):
+        self._size = min(max(num_samples, MIN_WINDOW), MAX_WINDOW)
+        self._first_size = min(num_samples, self._size)
+        self._max_fraction = max_fraction
+        self._num_seen = self._num_bad = 0
+        self._steps: deque[tuple[int, int]] = (
+            deque()
+        )  # samples seen at the end of a step with bad ones, and their number
+
+    def add(self, num_samples: int, num_bad: int) -> str | None:
+        """Count the samples of a step; describe the excess if too many are bad now.
+
+        At the start, as many may be bad as in an epoch or, if that is shorter, in a window.
+        """
+        self._num_seen += num_samples
+        if not num_bad:
+            return None
+        self._num_bad += num_bad
+        self._steps.append((self._num_seen, num_bad))
+        while self._steps[0][0] <= self._num_seen - self._size:
+            self._num_bad -= self._steps.popleft()[1]
+        num_last = min(self._num_seen, self._size)
+        if self._num_bad <= self._max_fraction * max(num_last, self._first_size):
+            return None
+        limit = f"data.max_bad_fraction = {self._max_fraction:g}"
+        return f"{self._num_bad} of the last {num_last} samples are bad, more than {limit} allows"
