@@ -59,9 +59,9 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
                 _remove(settings, location)
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write all settings as YAML, defaults included."""
-    path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
+def dump_config(config: Config) -> str:
+    """Return all settings as YAML, defaults included."""
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def iterate_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

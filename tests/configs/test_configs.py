@@ -13,10 +13,10 @@ from programs import ROOT
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import (
     build_config,
+    dump_config,
     iterate_keys,
     iterate_sections,
     load_config,
-    save_config,
     suggest_key,
 )
 from sdxl_trainer.configs.paths import IS_PATH, parse_path
@@ -224,7 +224,7 @@ def test_every_preset_can_be_loaded_saved_and_loaded_again(tmp_path, path):
     config, problems = load_config(path)
     assert problems == []
     assert config != Config()
-    save_config(config, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "saved.yaml") == (config, [])
 
 
@@ -232,7 +232,7 @@ def test_special_characters_and_null_are_kept_when_saved(tmp_path):
     text = "run: {name: a.b-c}\nsample: {prompts: ['ein Mädchen: \"x\" # y', '']}\ncache: {dir: ~}"
     config, problems = load(tmp_path, text)
     assert problems == []
-    save_config(config, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "saved.yaml") == (config, [])
 
 
@@ -328,7 +328,7 @@ def test_folders_with_special_names_are_found_again_from_saved_settings(tmp_path
     (tmp_path / "a$b").mkdir()
     config, problems = build_config({"run": {"dir": "./~/x"}, "cache": {"dir": "a$b"}})
     assert (problems, config.run.dir, config.cache.dir) == ([], tmp_path / "~" / "x", Path("a$b"))
-    save_config(config, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "saved.yaml") == (config, [])
 
 

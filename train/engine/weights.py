@@ -188,11 +188,16 @@ class Weights:
                 parameter.data.copy_(whole)
 
 
+def name_average(decay: float) -> str:
+    """Return the name of a moving average, such as `"0.999"`."""
+    return f"{decay:g}"
+
+
 class Ema:
     """Exponential moving averages of flat tensors, one set for each decay. Each rank averages its own masters only.
 
     Args:
-        decays: one for each average, which is named by its decay as text, such as `"0.999"`.
+        decays: one for each average, which has the name `name_average(decay)`.
         warmup: see `compute_decay`.
         masters: the tensors to average, of any shapes; the averages are flat, in fp32, and begin as copies.
     """
@@ -200,7 +205,7 @@ class Ema:
     def __init__(self, decays: Sequence[float], warmup: bool, masters: Sequence[torch.Tensor]):
         self.warmup = warmup
         self.num_updates = 0
-        self.averages = {f"{decay:g}": [flatten(master).clone() for master in masters] for decay in decays}
+        self.averages = {name_average(decay): [flatten(master).clone() for master in masters] for decay in decays}
         self._decays = dict(zip(self.averages, decays, strict=True))
 
     @torch.no_grad()

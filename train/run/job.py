@@ -1,14 +1,16 @@
 """A training run from settings to exported model: set up, build, fit, finish."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from loguru import logger
 
-from sdxl_trainer.configs.load import save_config
+from sdxl_trainer.configs.load import dump_config
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.activity import ACTIVITY, Watchdog
@@ -21,7 +23,8 @@ from sdxl_trainer.launch.distributed import (
     read_environment,
     wait_for_ranks,
 )
-from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.launch.folder_lock import lock_folder
+from sdxl_trainer.launch.logger import init_logger, warn_once
 from sdxl_trainer.launch.signals import Interrupted
 from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
@@ -29,11 +32,15 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
-from sdxl_trainer.train.run.checks import verify_run, warn_of_prediction
+from sdxl_trainer.train.run.checks import find_finished_step, verify_run, warn_of_prediction
 from sdxl_trainer.train.run.interruption import obey_stop_file
 from sdxl_trainer.train.run.loop import copy_state_at, fit
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.summary import show_end, show_start
+
+
+class AlreadyTrained(Exception):  # noqa: N818 (not an error)
+    """The run has made all its steps, and its model is written."""
 
 
 class Setup(NamedTuple):
@@ -47,22 +54,31 @@ class Setup(NamedTuple):
 def run_training(config: Config, problems: list[Problem], dry_run: bool = False) -> None:
     """Train from settings to exported model; with `dry_run`, do everything up to the first step.
 
+    The run folder is locked meanwhile. A finished run is left as it is.
+
     Args:
         problems: those found when the settings were loaded; they are reported with the others.
 
     Raises:
-        UserInputError: the settings or the data are wrong. It lists all problems.
+        UserInputError: the settings or the data are wrong; it lists all problems. Or another job uses the run folder.
         Interrupted: the job was asked to stop; the state is saved.
     """
-    config, index, ranks = set_up(config, problems)
-    run, batches = build_run(config, index, ranks, publish=not dry_run)
-    show_start(run)
-    wait_for_ranks("the networks and the newest checkpoint")
-    if not dry_run:
-        train(run, batches)
-    close_ranks()
-    if dry_run:
-        logger.info("dry run: everything up to the first step works; nothing was trained")
+    rank = read_environment().rank
+    init_logger(rank, config.log.level)
+    with lock_folder(config.run.folder, "run.name", "set another run.name") if rank == 0 else nullcontext():
+        try:
+            config, index, ranks = set_up(config, problems)
+            run, batches = build_run(config, index, ranks, publish=not dry_run)
+            show_start(run)
+            wait_for_ranks("the networks and the newest checkpoint")
+            if dry_run:
+                logger.info("dry run: everything up to the first step works; nothing was trained")
+            else:
+                write_settings(config, ranks)
+                train(run, batches)
+        except AlreadyTrained as done:
+            warn_once("done: {}", done)
+        close_ranks()
 
 
 def set_up(config: Config, problems: list[Problem]) -> Setup:
@@ -72,12 +88,15 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
 
     Raises:
         UserInputError: the settings or the data are wrong.
+        AlreadyTrained: nothing is left to do; raised on all ranks, and nothing is written.
     """
     rank, _, world_size = read_environment()
     init_logger(rank, config.log.level)
     config, chosen = resolve_zero_stage(config, world_size)
-    path = None
-    if rank == 0:
+    path = finished_step = None
+    if rank == 0 and not problems:
+        finished_step = find_finished_step(config)
+    if rank == 0 and finished_step is None:
         obey_stop_file(config.run.folder)
         index, found = verify_run(config, world_size)
         raise_if_any([*problems, *found])
@@ -86,12 +105,24 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
         warn_of_prediction(config)
         assert index is not None, "a run without problems has an index"
         path = index.path
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.run.folder / "config.yaml")
     ranks = init_ranks(config.engine.timeout_minutes)
+    path, finished_step = broadcast_object((path, finished_step))
+    if finished_step is not None:
+        limit = f"train.max_steps = {config.train.max_steps}"
+        raise AlreadyTrained(f"{config.run.folder} is at step {finished_step} and {limit}; raise train.max_steps")
     set_tf32(config.engine.tf32)
     init_logger(rank, config.log.level, config.run.folder / "logs")
-    return Setup(config, Index(broadcast_object(path)), ranks)
+    return Setup(config, Index(path), ranks)
+
+
+def write_settings(config: Config, ranks: Ranks) -> None:
+    """Write the resolved settings to `config.yaml` in the run folder. Called when nothing can refuse the start."""
+    file = config.run.folder / "config.yaml"
+    if ranks.is_main:
+        try:
+            write_atomic(file, dump_config(config))
+        except OSError as error:
+            logger.warning("{} cannot be written: {}", file, error.strerror)
 
 
 def train(run: Run, batches: Iterator[MicroBatch]) -> None:
@@ -110,6 +141,8 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
     except Interrupted:
         show_end(run, was_stopped=True)
         raise
+    finally:
+        close_files(run)
     show_end(run)
 
 
@@ -120,13 +153,20 @@ def finish(run: Run) -> None:
         for average in (None, *run.engine.weights.average_names):
             path = get_model_path(run.config, run.state.step, average)
             export_model(path, run.engine, settings, run.ranks, average)
-        run.checkpoints.wait()
+        run.checkpoints.save_whole(run.engine, run.state)
     if run.metrics is not None:
         run.metrics.close()
     if run.report is not None:
         with run.progress.activity("writing the report"):
             run.report.finish()
     wait_for_ranks("the last checkpoint and the report")
+
+
+def close_files(run: Run) -> None:
+    """Close the files that are written in each step, and log how much of them a full disk has cost."""
+    run.bad_samples.close()
+    if run.metrics is not None:
+        run.metrics.close_files()
 
 
 def build_emergency_saver(run: Run) -> EmergencySaver:

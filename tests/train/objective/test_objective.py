@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_tokenizers import load_tiny_tokenizers
 
-from sdxl_trainer.configs.load import load_config, save_config
+from sdxl_trainer.configs.load import dump_config, load_config
 from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
@@ -234,7 +234,7 @@ def test_compatible_settings_are_accepted_saved_and_loaded(tmp_path, settings):
     )
     config, problems = load_config(tmp_path / "x.yaml")
     assert problems == []
-    save_config(config, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "saved.yaml") == (config, [])
     Objective(config.objective, STATISTICS, 8).sample_timesteps(KEYS)
 

@@ -28,7 +28,7 @@ def test_full_checkpointing_is_kept_by_a_resume_and_has_the_same_losses(one_rank
     cfg = ("train/main.py", "--cfg", cached_folder / "tiny.yaml")
     run_program(*cfg, *words, "engine.gradient_checkpointing=full")
     np.testing.assert_allclose(read_losses(part), read_losses(one_rank)[4:6], rtol=0, atol=1e-6)
-    config, problems = load_config(cached_folder / "tiny.yaml", words)
+    config, problems = load_config(cached_folder / "tiny.yaml", [*words, "train.max_steps=7"])
     run, batches = build_run(*set_up(config, problems))
     assert run.config.engine.gradient_checkpointing == "full" and run.state.gradient_checkpointing == "full"
     assert run.engine.model.unet.is_gradient_checkpointing

@@ -1,7 +1,9 @@
 """The programs as users start them: cache on two ranks, train on one and two, resume, export, generate images."""
 
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from programs import read_losses, run_program
 
 from sdxl_trainer.data.formats.manifest import read_entries
+from sdxl_trainer.launch.folder_lock import lock_folder
 
 PROMPTS = ["a red circle on a white background", "a blue star on a grey background"]
 
@@ -46,6 +49,19 @@ def test_resume_is_exact(ranks: int, request: pytest.FixtureRequest, cached_fold
         ranks=ranks,
     )
     assert read_losses(part) == read_losses(whole)[:6]
+
+
+def test_a_finished_run_and_one_in_use_are_left_as_they_are(cached_folder: Path, two_ranks: Path) -> None:
+    words = ("--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]")
+    before = {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()}
+    printed = run_program("train/main.py", *words, ranks=2)
+    assert f"done: {two_ranks} is at step 20 and train.max_steps = 20; raise train.max_steps" in printed
+    (two_ranks / "stop").touch()  # for the job that uses the folder
+    with lock_folder(two_ranks, "run.name", ""):
+        printed = run_program("train/main.py", *words, "train.max_steps=21", expect=2)
+    assert f"is being written by another job (host {socket.gethostname()}, process {os.getpid()}," in printed
+    (two_ranks / "stop").unlink()
+    assert {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()} == before
 
 
 def test_results_are_all_there(one_rank: Path) -> None:
