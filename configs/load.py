@@ -200,7 +200,7 @@ def _may_hold_text(location: tuple) -> bool:
         sections = dict(iterate_sections(model))
         if part not in sections:
             field = model.model_fields.get(part)
-            return field is not None and holds_type(field.annotation, str, Any)
+            return field is not None and holds_type(field.annotation, str, Path, Any)
         model = sections[part]
     return False
 

@@ -123,6 +123,7 @@ def _build_record(name: str, key: str, parts: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise BadShardError(f"{name}: member {key}.json must be a JSON object, not a {type(fields).__name__}")
     caption = fields.get("caption")
-    if "txt" in parts and (not caption or (isinstance(caption, str) and caption.isspace())):
+    captions = caption if isinstance(caption, list) else [caption]
+    if "txt" in parts and all(text is None or (isinstance(text, str) and not text.strip()) for text in captions):
         fields["caption"] = parts["txt"].decode("utf-8", "replace").strip()
     return fields

@@ -4,6 +4,7 @@ msgspec decodes a JSON object of records, the format of the largest sets, into t
 record's JSON is kept as it is in the file. That is five times as fast as building a dict for each record.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ def build_block(records: Sequence[SourceRecord]) -> RecordBlock:
     """Build a block from records of any format."""
     return RecordBlock(
         keys=[record.key for record in records],
-        contents=[dump_json(record.fields) for record in records],
+        contents=[dump_json(record.key, record.fields) for record in records],
         base_folders=[record.base_folder for record in records],
         keyed_paths=[record.keyed_path for record in records],
         spans=[record.span for record in records],
@@ -66,9 +67,19 @@ def build_block(records: Sequence[SourceRecord]) -> RecordBlock:
     )
 
 
-def dump_json(value: Any) -> bytes:
-    """Return a value as JSON. Values that JSON has no type for, such as dates of a Parquet table, become strings."""
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=_convert)
+def dump_json(key: str, value: Any) -> bytes:
+    """Return a record as JSON. Values that JSON has no type for, such as dates of a table, become strings.
+
+    Raises:
+        ValueError: the value is nested too deeply.
+    """
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=_convert)
+    except TypeError:  # nested more than 254 levels deep, or an integer of more than 64 bits
+        try:
+            return json.dumps(value, default=_convert).encode()
+        except RecursionError:
+            raise ValueError(f"the record '{key}' is nested too deeply") from None
 
 
 def _convert(value: Any) -> str | None:
@@ -100,7 +111,7 @@ def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
         return None
     try:
         members = DECODER.decode(chunk.text)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     # The counts differ if there is a trailing comma, or if a key occurs twice.
     if not members or not len(members) == len(chunk.starts) == len(chunk.ends):

@@ -143,7 +143,8 @@ def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRe
 
 def _dump_record(record: SourceRecord) -> bytes:
     """Return a record as JSON for the temporary file, without its key and source, which the table holds already."""
-    return dump_json([record.fields, record.base_folder, record.keyed_path, record.span and list(record.span)])
+    place = [record.base_folder, record.keyed_path, record.span and list(record.span)]
+    return dump_json(record.key, [record.fields, *place])
 
 
 def _describe_image(content: bytes) -> str:

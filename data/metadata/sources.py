@@ -212,7 +212,9 @@ def _parse_cell(name: str, cell: str) -> Any:
             value = parse(cell)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        if isinstance(value, (list, dict)):
+        if isinstance(value, dict):
+            return {str(key): item for key, item in value.items()}
+        if isinstance(value, list):
             return value
     return cell
 

@@ -202,3 +202,40 @@ def test_attributes_of_any_shape_are_counted(tmp_path):
     lines = [json.dumps({"image_path": f"{at}.png", "artist": value}) for at, value in enumerate(values)]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     assert count_attributes(open_one(tmp_path, tmp_path / "m.jsonl"))["artist"] == {"x": 3, "y": 1, "z": 1, "7": 1}
+
+
+@pytest.mark.parametrize("depth", [300, 1000, 1100, 100_000])
+def test_values_that_are_nested_deeply_are_kept_or_refused(tmp_path, depth):
+    nested = "[" * depth + "]" * depth
+    for name, text in (
+        ("a.json", f'{{"x": {{"image_path": "x.png", "z": {nested}}}}}'),
+        ("b.jsonl", f'{{"image_path": "x.png", "z": {nested}}}'),
+    ):
+        (tmp_path / name).write_text(text)
+        if depth == 300:
+            assert open_one(tmp_path, tmp_path / name).row(0)["key"] == "x"
+        else:
+            with pytest.raises(ValueError, match="depth limit exceeded|nested too deeply"):
+                open_one(tmp_path, tmp_path / name, tmp_path / name)
+    (tmp_path / "c.csv").write_text(f"image_path,tags\nx.png,{nested}\n")
+    if depth == 1000:
+        with pytest.raises(ValueError, match="c.csv: the record 'x' has `tags` = "):
+            open_one(tmp_path, tmp_path / "c.csv")
+
+
+def test_numbers_and_keys_beyond_json_are_kept(tmp_path):
+    number = "9" * 30
+    (tmp_path / "m.csv").write_text(f'image_path,tags\nx.png,"[\'a\', {number}]"\ny.png,"{{1: 0.5}}"\n')
+    index = open_one(tmp_path, tmp_path / "m.csv")
+    assert [index.record(row)["caption"] for row in range(2)] == ["a, 1e+30", "1"]
+
+
+def test_the_text_of_a_shard_is_used_where_its_record_has_none(tmp_path):
+    for number, (caption, text) in enumerate([(None, "b"), (" ", "b"), ([None, ""], "b"), ("a", "a"), (["a"], "a")]):
+        file = tmp_path / f"{number}.tar"
+        with tarfile.open(file, "w") as tar:
+            for name, content in (("x.json", json.dumps({"caption": caption})), ("x.txt", " b\n")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content.encode()))
+        assert open_one(tmp_path, file).record(0)["caption"] == text
