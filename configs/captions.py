@@ -61,8 +61,8 @@ class CaptionConfig(Section):
     fix_text: bool = True
     """Clean captions with ftfy, as the tokenizers of kohya's scripts and of diffusers' example do: straight quotes for
     curly ones, letters for ligatures and full-width letters, characters for HTML entities and for text that was decoded
-    wrongly. Such characters are other tokens otherwise. It takes under 1 microsecond for a caption in ASCII, and about
-    80 to 160 for others (docs/TRAINING.md). Prompts of generated images are cleaned too."""
+    wrongly. Such characters are other tokens otherwise. It takes under 1 microsecond for a caption in ASCII, and up to
+    160 for others (docs/DATA.md). Prompts of generated images are cleaned too."""
 
     @field_validator("wildcards")
     @classmethod

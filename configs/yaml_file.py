@@ -23,7 +23,7 @@ FLOAT = re.compile(
 # Words that YAML 1.1 reads as another value: switches, `=`, octal and binary numbers, underscores, base 60, and dates.
 SURPRISES = re.compile(
     r"""yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF|=
-    |[-+]?0[0-9_]+ | [-+]?0[bB][01_]+ | [-+]?0[xX][0-9a-fA-F_]+
+    |[-+]?0[bB][01_]+ | [-+]?0[xX][0-9a-fA-F_]+
     |[-+]?\.?[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?
     |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?
     |[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:(?:[Tt]|[ \t]+)[0-9]{1,2}:[0-9]{2}:[0-9]{2}.*)?""",

@@ -356,7 +356,7 @@ SURPRISES = ["010", "-08", "1_000", "1_0.5", "0b11", "12:30", "1:30:00.5", "2024
 
 @pytest.mark.parametrize("word", [*SURPRISES, "no", "Yes", "ON", "off"])
 def test_words_that_older_yaml_reads_differently_are_refused(tmp_path, word):
-    for key in ("run.name", "optim.kwargs.a", "sample.prompts.0", "data.caption.replacements.a"):
+    for key in ("run.name", "run.dir", "optim.kwargs.a", "sample.prompts.0", "data.caption.replacements.a"):
         text = nest("sample.prompts", f"[{word}]") if key == "sample.prompts.0" else nest(key, word)
         config, problems = load(tmp_path, text)
         assert config == Config() and [(problem.key, problem.value) for problem in problems] == [(key, word)]
