@@ -6,11 +6,18 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import orjson
 from loguru import logger
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
+from sdxl_trainer.cache.encode.bad_images import (
+    BadImages,
+    get_bad_images_file,
+    hash_rules,
+    report_known,
+    write_bad_images,
+)
 from sdxl_trainer.cache.encode.cache_setup import (
     build_identities,
     lock_cache_for_ranks,
@@ -41,11 +48,10 @@ from sdxl_trainer.cache.encode.text_caching import (
 from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
-from sdxl_trainer.cache.upkeep.verify import verify_entries
+from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
-from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     ManifestWriter,
@@ -84,7 +90,7 @@ class RankResult:
     """Result of one rank."""
 
     progress: RankProgress
-    bad: list[dict[str, str]]
+    bad: list[dict[str, Any]]  # see write_bad_images
     interrupted: int | None = None  # number of the signal that stopped the rank
 
 
@@ -98,12 +104,13 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     """
     rank = read_environment().rank
     keep_freed_memory()
-    stop = StopRequest()
     folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
     masks = config.data.masks
     # The other ranks wait for rank 0 in init_ranks.
     path = open_checked_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
+    # Until here a signal ends the process at once: nothing is lost.
+    stop = StopRequest("the work in hand", logger.warning)
     ranks = init_ranks(config.engine.timeout_minutes, stop.raise_if_received)
     index = Index(broadcast_object(path))
     vae = load_vae(resolve_model(config.model), config.model)
@@ -125,6 +132,9 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         )
         ACTIVITY.enter("planning the work")
         plans = [planner.plan(part) for part in parts]
+        bad = BadImages(folder, hash_rules(config), ranks.world_size)
+        for plan in plans:
+            bad.leave_out_known(plan)
         shares = gather_objects([plan.totals for plan in plans])
         with share_problems():
             if ranks.is_main:
@@ -137,7 +147,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             if ranks.is_main:
                 write_identities(folder, identities)
             ACTIVITY.enter("encoding images")
-            result = encode_plans(config, plans, encoder, text_job, ranks, stop)
+            result = encode_plans(config, plans, encoder, text_job, ranks, stop, bad)
             results = gather_objects(result)
             ACTIVITY.enter("finishing the cache")
             finish(config, folder, len(index) * len(plans), results, ranks)
@@ -170,8 +180,7 @@ def open_cache(folder: Path, ranks: Ranks, keys: Container[str], repair: bool, d
         entries = read_latest(folder, damaged)
         result = verify_entries(folder, entries)
         bad = result.bad
-        for reason in result.reasons:
-            logger.warning("bad item is encoded again: {}", reason)
+        warn_of_bad_items("bad item is encoded again", result.reasons, folder)
         if not dry_run:
             drop_damaged_lines(folder)
             append_entries(folder, [replace(entries[key], text=None) for key in result.bad_text])
@@ -214,6 +223,7 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[S
     to_do = sum(each.num_items for each in totals)
     states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, len(shares))
+    report_known(folder, counts["bad"])
     if data.masks is not None:
         report_masks(data.masks, counts["masked"], len(index))
     if counts["text"]:
@@ -278,15 +288,12 @@ def encode_plans(
     text_job: TextJob | None,
     ranks: Ranks,
     stop: StopRequest,
+    bad: BadImages,
 ) -> RankResult:
     """Encode this rank's items. A stop signal ends the work between two batches."""
-    folder, cache, bad = get_cache_folder(config), config.cache, []
+    folder, cache = get_cache_folder(config), config.cache
     reporter = ProgressReporter(ranks, sum(plan.num_items for plan in plans))
-
-    def report_bad(key: str, file: str, reason: str) -> None:
-        bad.append({"key": key, "file": file, "reason": reason})
-        logger.warning("skipped bad image: {}", reason)
-
+    reporter.progress.bad = len(bad.lines)
     manifest = ManifestWriter(folder, ranks.rank)
     for plan in plans:
         for entry in plan.refreshed:
@@ -303,7 +310,7 @@ def encode_plans(
                 batch_size=cache.batch_size,
                 num_workers=cache.num_workers,
                 progress=reporter.progress,
-                report_bad=report_bad,
+                report_bad=bad.add,
                 raise_if_stopped=stop.raise_if_received,
                 text=text_job,
                 with_alpha=cache.alpha_mask,
@@ -313,6 +320,7 @@ def encode_plans(
         interrupted = request.signal_number
     finally:
         reporter.close()
+        bad.close()
         try:
             writer.close()
         except OSError as error:
@@ -321,7 +329,7 @@ def encode_plans(
                 "command again"
             ) from error
     reporter.progress.bytes_written = writer.bytes_written
-    return RankResult(reporter.progress, bad, interrupted)
+    return RankResult(reporter.progress, bad.lines, interrupted)
 
 
 def build_storage(cache: CacheConfig, folder: Path, rank: int) -> Storage:
@@ -340,9 +348,9 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
     """
     signals = [result.interrupted for result in results if result.interrupted is not None]
     bad = [line for result in results for line in result.bad]
-    file = folder / "logs" / "bad_samples.jsonl"
+    file = get_bad_images_file(folder)
     if ranks.is_main:
-        write_atomic(file, b"".join(orjson.dumps(line) + b"\n" for line in bad))
+        write_bad_images(file, bad)
         if not signals:
             replace_shards(config.cache, folder)
         write_cache_report(folder, [result.progress for result in results], read_latest(folder))

@@ -1,9 +1,17 @@
 """Problems with the user's input, reported together in one message, and the errors that end programs."""
 
 import argparse
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+MAX_PROBLEMS = 100  # shown in one message
+
+# Terminal codes, line breaks, marks that reverse the direction of text, and halves of characters (names that are not
+# UTF-8) could hide text in a log, or pass for further lines. A line break before spaces cannot: no line begins so.
+CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+ALL_CONTROLS, CONTROLS_WITHIN_LINES = re.compile(rf"[{CONTROLS}]|\n(?!  )"), re.compile(f"[{CONTROLS}]")
 
 
 @dataclass(frozen=True)
@@ -17,8 +25,8 @@ class Problem:
 
     def __str__(self) -> str:
         shown = "" if self.value is None else f" = {_shorten(self.value)}"
-        cure = f"\n      cure: {self.cure}" if self.cure else ""
-        return f"  - {self.key}{shown}\n      {self.rule}{cure}"
+        cure = f"\n      cure: {escape_controls(self.cure)}" if self.cure else ""
+        return f"  - {escape_controls(self.key)}{shown}\n      {escape_controls(self.rule)}{cure}"
 
 
 class UserInputError(ValueError):
@@ -26,8 +34,10 @@ class UserInputError(ValueError):
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
-        lines = "\n".join(str(problem) for problem in self.problems)
-        super().__init__(f"{format_count(len(self.problems), 'problem')} in the settings:\n{lines}")
+        lines = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
+        if len(self.problems) > MAX_PROBLEMS:
+            lines.append(f"  - and {format_count(len(self.problems) - MAX_PROBLEMS, 'further problem')}")
+        super().__init__("\n".join([f"{format_count(len(self.problems), 'problem')} in the settings:", *lines]))
 
 
 class FailedError(RuntimeError):
@@ -55,6 +65,17 @@ def parse_count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+def escape_controls(text: str, keep_lines: bool = False) -> str:
+    """Return a text in which control characters are written as escapes, such as `\\n`: names in data may hold any.
+
+    Args:
+        keep_lines: leave all line breaks, because the text is meant to have several lines. Otherwise only those before
+            two spaces remain.
+    """
+    controls = CONTROLS_WITHIN_LINES if keep_lines else ALL_CONTROLS
+    return controls.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def _shorten(value: Any, limit: int = 100) -> str:

@@ -7,6 +7,10 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then
 fi
 # One thread per library keeps CPU ranks from competing for cores; an explicit setting wins.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Names and texts are UTF-8, whatever the locale is.
+export PYTHONUTF8="${PYTHONUTF8:-1}"
+# Ranks stop when this process ends, even if it is killed outright (launcher_watch.py).
+export SDXL_TRAINER_SCRIPT="${SDXL_TRAINER_SCRIPT:-$$}"
 
 fail() {  # reason
     echo "$*" >&2

@@ -368,12 +368,18 @@ def _is_distributed() -> bool:
 
 
 def publish(key: str, value: str) -> None:
-    """Store a value that other ranks can read at any time, without a collective. Needs a process group."""
+    """Store a value that other ranks can read at any time, without a collective. Needs a process group.
+
+    A store that has gone with the launcher is no error here, nor in `read_published`: the next wait reports it.
+    """
     if _meeting is not None:
-        _meeting.store.set(f"published/{key}", value)
+        with suppress(dist.DistError):
+            _meeting.store.set(f"published/{key}", value)
 
 
 def read_published(key: str) -> str | None:
     """Return the value published under `key`, or None if there is none yet. Never waits."""
     name, store = f"published/{key}", _meeting and _meeting.store
-    return store.get(name).decode() if store is not None and store.check([name]) else None
+    with suppress(dist.DistError):
+        return store.get(name).decode() if store is not None and store.check([name]) else None
+    return None

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 
+from sdxl_trainer.launch.launcher_watch import stop_with_launcher
+
 # Scripts start launchers in the background, and bash makes such children ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,6 +42,7 @@ if __name__ == "__main__":
     if launcher != "torchrun":
         os.execvp(launcher, [launcher, *arguments])
     sys.argv = [launcher, *arguments]
+    stop_with_launcher()
     try:
         sys.exit(run_torchrun())
     except KeyboardInterrupt:  # before torchrun handles signals

@@ -1,10 +1,12 @@
-"""Logging: the console shows rank 0 and the warnings of all ranks; each rank has a file in the log folder."""
+"""Logging: the console shows rank 0, and warnings and rescues of all ranks; each rank has a file in the log folder."""
 
 import atexit
 import io
 import logging
 import os
 import sys
+import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from loguru import logger
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
+
+from sdxl_trainer.configs.problems import escape_controls, format_count
 
 if TYPE_CHECKING:
     from loguru import Message, Record
@@ -112,25 +116,74 @@ class Screen:
 SCREEN = Screen()
 
 
+class LogFile:
+    """A log file. Lines that cannot be written, as on a full disk, are dropped; the console has them.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = self._open()
+        self._num_dropped = 0
+
+    def write(self, message: str) -> None:
+        """Write a line, or drop it and warn on the console of the first one in a row."""
+        try:
+            if not self._path.exists():  # deleted while it is open: further lines would be lost
+                self._file = self._open()
+            dropped = f"{format_count(self._num_dropped, 'line')} dropped\n" if self._num_dropped else ""
+            self._file.write(f"{dropped}{message}".encode(errors="backslashreplace"))
+            self._num_dropped = 0
+        except OSError as error:
+            self._num_dropped += 1
+            if self._num_dropped == 1:
+                with suppress(OSError):
+                    sys.stderr.write(f"{self._path} cannot be written: {error.strerror}; its lines are dropped\n")
+
+    def _open(self) -> IO[bytes]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return open(self._path, "ab", buffering=0)
+
+
+_files: list[LogFile] = []  # of this process: one or none
+
+
 def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, name: str = "train") -> None:
     """Log to the console and, if a folder is given, to a file in it.
 
-    Rank 0 writes `<name>.log`, rank r writes `<name>-rank<r>.log`. Files get every level.
+    Rank 0 writes `<name>.log`, rank r writes `<name>-rank<r>.log`. Files get every level. Control characters, which
+    names in data may hold, are escaped in both. Without a file that can be opened, only the console has the lines.
     """
     _quiet_libraries()
     logger.remove()
-    logger.configure(extra={"rank": rank})
+    logger.configure(extra={"rank": rank}, patcher=_escape_record)
     logger.add(
         SCREEN.write,
         format=CONSOLE_FORMAT if rank == 0 else RANK_FORMAT,
-        level=level if rank == 0 else "WARNING",
+        level=level if rank == 0 else "SUCCESS",
         filter=SCREEN.is_shown,
         colorize=is_terminal() and not os.environ.get("NO_COLOR"),
     )
     if log_folder is not None:
-        log_folder.mkdir(parents=True, exist_ok=True)
-        file = log_folder / (f"{name}.log" if rank == 0 else f"{name}-rank{rank}.log")
-        logger.add(file, format=FILE_FORMAT, level="DEBUG")
+        path = log_folder / (f"{name}.log" if rank == 0 else f"{name}-rank{rank}.log")
+        try:
+            _files[:] = [LogFile(path)]
+            logger.add(_files[0].write, format=FILE_FORMAT, level="DEBUG")
+        except OSError as error:
+            logger.warning("{} cannot be opened: {}; the console alone has the log", path, error.strerror)
+
+
+def log_traceback() -> None:
+    """Write the traceback of the exception that is being handled to the log file, if there is one."""
+    if _files:
+        logger.debug("the error that ends the program:\n{}", textwrap.indent(traceback.format_exc(), "  "))
+
+
+def _escape_record(record: "Record") -> None:
+    """Escape control characters in the message of a record."""
+    record["message"] = escape_controls(record["message"], keep_lines="table" in record["extra"])
 
 
 def is_terminal() -> bool:

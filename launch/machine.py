@@ -76,7 +76,7 @@ def list_driver_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, encoding="utf-8", check=False
     )
     return done.stdout.splitlines() if done.returncode == 0 else []
 
@@ -108,7 +108,7 @@ def read_host_memory_bytes() -> int | None:
     limits = [pages * os.sysconf("SC_PAGE_SIZE")] if pages > 0 else []
     for path in CGROUP_LIMITS:
         try:
-            text = path.read_text().strip()
+            text = path.read_text(encoding="utf-8").strip()
         except OSError:
             continue
         limits += [int(text)] if text.isdecimal() else []  # "max" means that there is none
@@ -127,7 +127,7 @@ def examine_ranks(num_gpus: int, command: list[str] | None = None, timeout_secon
     environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
     if num_gpus < 2:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         probe = subprocess.Popen(
             command or [*start, "-m", "sdxl_trainer.launch.probe"],
             env=environment,

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import io
 import os
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import FailedError, UserInputError
+from sdxl_trainer.configs.problems import FailedError, UserInputError, escape_controls
+from sdxl_trainer.launch.failures import explain_failure
+from sdxl_trainer.launch.launcher_watch import stop_with_launcher
 from sdxl_trainer.launch.signals import Interrupted, InterruptedAlone, exit_on_signals
 from sdxl_trainer.launch.status import (
     STATUS_DONE,
@@ -23,6 +26,7 @@ from sdxl_trainer.launch.status import (
 
 # A launcher kills all ranks when the first one ends, so the others give rank 0 this long to print the reason.
 RANK_ZERO_SECONDS = 10
+TRACKER_FILTER = "ignore:resource_tracker"
 
 
 def require_checkout(program: str) -> None:
@@ -68,16 +72,29 @@ def run_program(work: Callable[[], None]) -> int:
     0: done. 1: failed. 2: the user's input is wrong. 128 + signal: stopped on request, and
     everything done so far is saved.
 
+    An error of storage or memory is explained in one line (launch/failures.py), and its traceback goes to the log file.
     Any other exception propagates: Python prints its traceback and exits with 1.
     """
     status = STATUS_FAILED
     record_status(status)  # holds if the process is killed
+    prepare_process()
     try:
         status = _run(work)
     finally:
         if status != STATUS_DONE:
             _announce_failure(status)
     return status
+
+
+def prepare_process() -> None:
+    """Stop with the launcher, print any character, and keep a killed process from leaving a warning on the terminal."""
+    stop_with_launcher()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a caption may hold characters that the locale does not know
+    # A process of multiprocessing frees the semaphores of workers, and would warn that a killed rank has leaked them.
+    filters = [*filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")), TRACKER_FILTER]
+    os.environ["PYTHONWARNINGS"] = ",".join(dict.fromkeys(filters))
 
 
 def _run(work: Callable[[], None]) -> int:
@@ -102,7 +119,16 @@ def _run(work: Callable[[], None]) -> int:
     except RankZeroError as error:
         return record_status(error.status)
     except FailedError as error:
-        sys.stderr.write(f"\n{error}\n\n")
+        sys.stderr.write(f"\n{escape_controls(str(error), keep_lines=True)}\n\n")
+        return record_status(STATUS_FAILED)
+    except (OSError, MemoryError, RuntimeError) as error:
+        explanation = explain_failure(error)
+        if explanation is None:
+            raise
+        from sdxl_trainer.launch.logger import log_traceback  # takes time that `--help` does not need
+
+        log_traceback()
+        sys.stderr.write(f"\n{escape_controls(explanation)}\n\n")
         return record_status(STATUS_FAILED)
     return record_status(STATUS_DONE)
 

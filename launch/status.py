@@ -32,4 +32,4 @@ def clear_status() -> None:
 def _write(text: str) -> None:
     file = os.environ.get(STATUS_FILE_VARIABLE)
     if file and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        Path(file).write_text(text)
+        Path(file).write_text(text, encoding="utf-8")

@@ -31,6 +31,7 @@ SOURCES = {
 }
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 500, 60, 4, 8, 60
 MAX_MODULES, MAX_IMPORTS = 18, 25
+TEXT_CALLS = {"read_text": 0, "write_text": 1}  # → arguments before the encoding
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
 # Programs that people start by path or by `python -m`.
 PROGRAMS = (
@@ -210,6 +211,27 @@ def find_indirect_docstrings(file: str, source: str) -> list[str]:
     return wrong
 
 
+def find_unnamed_encodings(file: str, source: str) -> list[str]:
+    """Find texts that are read or written in the encoding of the user's locale."""
+    wrong = []
+    for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        words = {keyword.arg: keyword.value for keyword in node.keywords}
+        is_open = isinstance(node.func, ast.Name) and name == "open"
+        if name in TEXT_CALLS or is_open or name.endswith("TemporaryFile"):
+            places = [*node.args[1 if is_open else 0 :][:1], *filter(None, [words.get("mode")])]
+            modes = [
+                place.value for place in places if isinstance(place, ast.Constant) and isinstance(place.value, str)
+            ]
+            has_default = name.endswith("TemporaryFile") and not places
+            is_binary = has_default or (name not in TEXT_CALLS and any("b" in mode for mode in modes))
+            is_named = "encoding" in words or len(node.args) > TEXT_CALLS.get(name, len(node.args))
+            wrong += [] if is_binary or is_named else [f"{file}:{node.lineno}: {name} without an encoding"]
+        elif "text" in words and name in ("run", "Popen", "check_output") and "encoding" not in words:
+            wrong.append(f"{file}:{node.lineno}: {name} with the locale's encoding")
+    return wrong
+
+
 def find_oversized(file: str, source: str) -> list[str]:
     """Files, functions, nesting and argument lists beyond what a reader can hold."""
     num_lines, limit = source.count("\n"), MAX_ENTRY_POINT if file in ENTRY_POINTS else MAX_FILE
@@ -272,6 +294,7 @@ GRAPH = {file: list_project_imports(source) for file, source in SOURCES.items()}
         count_imports,
         find_contract_breaches,
         find_indirect_docstrings,
+        find_unnamed_encodings,
     ],
 )
 def test_every_source_keeps_the_rules(check):
@@ -371,6 +394,21 @@ def test_planted_forbidden_code_is_found(source):
     assert find_forbidden("data/text/strategy.py", renamed + "error") == []
     assert find_forbidden("data/text/strategy.py", renamed + "None")
     assert find_forbidden("launch/distributed.py", "import torch.distributed as dist") == []
+
+
+def test_planted_locale_encodings_are_found():
+    found = [
+        "open(p)",
+        "open(p, 'w')",
+        "p.read_text()",
+        "p.write_text(x)",
+        "NamedTemporaryFile('w')",
+        "run(x, text=True)",
+    ]
+    named = ["open(p, 'rb')", "open(p, encoding='utf-8')", "p.read_text('utf-8')", "p.write_text(x, encoding='utf-8')"]
+    assert [len(find_unnamed_encodings("x.py", source)) for source in found] == [1] * len(found)
+    named += ["TemporaryFile()", "open(p, mode='ab')", "os.open(p, 1)"]
+    assert [source for source in named if find_unnamed_encodings("x.py", source)] == []
 
 
 def test_planted_cycles_are_found():

@@ -10,10 +10,11 @@ from sdxl_trainer.cache.encode.text_caching import check_captioning
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
+from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.index.selection import build_bucket_rules
+from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.launch.folder_lock import lock_folder
 
@@ -27,6 +28,12 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     Raises:
         UserInputError: there are problems; the error lists all of them.
     """
+    folder = get_cache_folder(config)
+    unwritable = list(check_writable("cache.dir", folder))
+    if config.cache.dir is None and config.cache.format == "npz":  # latents lie beside the images
+        for number, images in enumerate(config.data.image_dirs):
+            unwritable += check_writable(f"data.image_dirs.{number}", images)
+    raise_if_any([*problems, *unwritable] if unwritable else [])  # the index would be written there, too
     index, found = open_checked_records(config, need_captions=config.cache.text)
     caption_problems = check_captioning(config.data, config.cache, index)
     raise_if_any([*problems, *found, *check_model(config.model), *caption_problems])

@@ -26,10 +26,10 @@ from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 from sdxl_trainer.launch.activity import ACTIVITY
 
-State = Literal["valid", "new", "stale", "changed", "missing"]
+State = Literal["valid", "new", "stale", "changed", "missing", "bad"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-STATES: tuple[State, ...] = ("valid", "new", "stale", "changed", "missing")
+STATES: tuple[State, ...] = ("valid", "new", "stale", "changed", "missing", "bad")
 LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of an image has nothing to encode
 MASK_BYTES_PER_PX = 4
 ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes, crop, and the line in the manifest

@@ -66,7 +66,7 @@ class Pipeline:
     Args:
         identity: name of the latents' identity.
         num_workers: decoding threads.
-        report_bad: called with the key and the file of each image that cannot be used, and the reason.
+        report_bad: called with the key and the file of each image that cannot be used, and the error.
         raise_if_stopped: called between batches; raises to end the work after everything encoded is written.
         text: encoder and variants of captions; None encodes no captions.
         with_alpha: turn alpha channels into masks.
@@ -79,7 +79,7 @@ class Pipeline:
     batch_size: int
     num_workers: int
     progress: RankProgress
-    report_bad: Callable[[str, str, str], None]
+    report_bad: Callable[[str, str, Exception], None]
     raise_if_stopped: Callable[[], None]
     text: TextJob | None = None
     with_alpha: bool = False
@@ -158,7 +158,7 @@ class Pipeline:
 
     def _skip(self, key: str, file: str, error: Exception) -> None:
         self.progress.bad += 1
-        self.report_bad(key, file, str(error))
+        self.report_bad(key, file, error)
 
     def _submit(self, finish: FinishItems) -> None:
         items = finish()

@@ -1,7 +1,6 @@
 """Progress of the cache job: numbers of every rank, bars or log lines on rank 0, and the report at the end."""
 
 import json
-import sys
 import threading
 import time
 from collections import Counter
@@ -12,13 +11,14 @@ from typing import Any
 
 import orjson
 from loguru import logger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.launch.distributed import Ranks, publish, read_published
+from sdxl_trainer.launch.logger import SCREEN, is_terminal
 
 BAR_INTERVAL_SECONDS = 0.5
 # The first log line comes early because it holds the time left.
@@ -35,6 +35,30 @@ class RankProgress:
     bytes_written: int = 0
     wait_seconds: float = 0.0
     seconds: float = 1e-9
+
+
+class _Bars:
+    """A progress bar of each rank, for the live display."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("rank {task.fields[rank]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
+        self._tasks: dict[int, TaskID] = {}
+
+    def update(self, ranks: Sequence[RankProgress]) -> None:
+        """Set the bars to the progress of each rank."""
+        for rank, progress in enumerate(ranks):
+            if rank not in self._tasks:
+                self._tasks[rank] = self._bars.add_task("", total=progress.total, rank=rank, numbers="")
+            self._bars.update(self._tasks[rank], completed=progress.done, numbers=describe_progress(progress))
+
+    def __rich__(self) -> RenderableType:
+        return self._bars.get_renderable()
 
 
 class ProgressReporter:
@@ -59,12 +83,17 @@ class ProgressReporter:
         self.progress.seconds = time.monotonic() - self._started
 
     def _run(self) -> None:
+        rank, num_rows = self._ranks.rank, self._ranks.world_size + 1  # of all bars, and one of the cursor
         if not self._ranks.is_main:
-            while not self._closing.wait(BAR_INTERVAL_SECONDS):
-                self._publish()
+            with SCREEN.show_live("", num_rows, rank):
+                while not self._closing.wait(BAR_INTERVAL_SECONDS):
+                    self._publish()
             self._publish()
-        elif sys.stderr.isatty():
-            self._show_bars()
+        elif is_terminal():
+            bars = _Bars()
+            with SCREEN.show_live(bars, num_rows, rank):
+                while not self._closing.wait(BAR_INTERVAL_SECONDS):
+                    bars.update(self._collect())
         else:
             wait_seconds = FIRST_LINE_SECONDS
             while not self._closing.wait(wait_seconds):
@@ -79,22 +108,6 @@ class ProgressReporter:
         self.progress.seconds = time.monotonic() - self._started
         others = (read_published(f"cache-progress/{rank}") for rank in range(1, self._ranks.world_size))
         return [self.progress, *(RankProgress(**json.loads(text)) for text in others if text is not None)]
-
-    def _show_bars(self) -> None:
-        columns = (
-            TextColumn("rank {task.fields[rank]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            tasks = {}
-            while not self._closing.wait(BAR_INTERVAL_SECONDS):
-                for rank, progress in enumerate(self._collect()):
-                    if rank not in tasks:
-                        tasks[rank] = bars.add_task("", total=progress.total, rank=rank, numbers="")
-                    bars.update(tasks[rank], completed=progress.done, numbers=describe_progress(progress))
 
     def _log_line(self) -> None:
         whole = combine_progress(self._collect())

@@ -135,11 +135,11 @@ def _write_tokenizer(target: Path, origin: Path, vocabulary: Path) -> None:
 
 
 def _write_model_index(target: Path, origin: Path, scheduler: Mapping[str, Any]) -> None:
-    content = json.loads((origin / "model_index.json").read_text())
+    content = json.loads((origin / "model_index.json").read_text(encoding="utf-8"))
     content["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(target / "model_index.json", content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -20,9 +20,10 @@ from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.adopt import TextAdopter, adopt_files
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
-from sdxl_trainer.cache.upkeep.verify import verify_entries
+from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest, verify_identity
 from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
@@ -54,8 +55,7 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     other_faults = [f"{place}: damaged line of the manifest" for place in damaged]
     states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
     other_faults += [reason for reason in states if reason is not None]
-    for reason in (*result.reasons, *other_faults):
-        logger.error("bad: {}", reason)
+    warn_of_bad_items("bad", [*result.reasons, *other_faults], folder)
     num_bad = len(result.bad.keys() | result.bad_text.keys())
     logger.info("{} items, {:.1f} MB read, {} bad", result.num_items, result.bytes_read / 1e6, num_bad)
     if num_bad or other_faults:
@@ -94,21 +94,23 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         text = build_text_adopter(config, folder) if config.cache.text else None
         manifest = ManifestWriter(folder, 0)
         known = read_latest(folder)
-        adopted, bad = 0, []
+        adopted, refused = 0, CountedWarnings("file of another program", folder / "logs" / "cache.log")
         for key, found in adopt_files(folder, index, known, identities[""], rule, text):
             if isinstance(found, ManifestEntry):
                 manifest.append(found)
                 adopted += 1
             else:
-                logger.error("{} is not adopted: {}", key, found)
-                bad.append(key)
+                refused.add(f"{key} is not adopted: {found}")
         manifest.close()
-    logger.info("adopted the files of {} images; {} do not fit, {} were listed before", adopted, len(bad), len(known))
-    if not (adopted or bad or known):
+    refused.close()
+    logger.info(
+        "adopted the files of {} images; {} do not fit, {} were listed before", adopted, refused.count, len(known)
+    )
+    if not (adopted or refused.count or known):
         names = ADOPTED_NAMES if config.cache.text else ADOPTED_NAMES[:2]
         logger.warning("found no files to adopt: expected {} beside each image or in {}", " or ".join(names), folder)
-    if bad:
-        raise BadCacheError(f"{len(bad)} files do not fit the settings and were not adopted")
+    if refused.count:
+        raise BadCacheError(f"{refused.count} files do not fit the settings and were not adopted")
 
 
 def build_text_adopter(config: Config, folder: Path) -> TextAdopter:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_text_item
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -54,6 +55,14 @@ def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threa
         bad_text=bad_text,
         bad_shards=verify_shards(folder, entries.values()),
     )
+
+
+def warn_of_bad_items(text: str, reasons: Iterable[str], folder: Path) -> None:
+    """Warn of bad items of a cache: the first ones one by one, and all in the log file."""
+    warnings = CountedWarnings(text, folder / "logs" / "cache.log")
+    for reason in reasons:
+        warnings.add(reason)
+    warnings.close()
 
 
 def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:

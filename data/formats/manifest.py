@@ -9,14 +9,14 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
-from loguru import logger
 
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import HashedFile, write_atomic
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
@@ -192,13 +192,14 @@ def read_entries(
             escape is parsed and yielded all the same.
     """
     damaged = [] if damaged is None else damaged
+    warnings = CountedWarnings("damaged line skipped", "the log file")
     for part in list_manifest_parts(folder):
         with open(part, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if keys is not None and _has_other_key(line, keys):
                     continue
                 place = f"{part}:{number}"
-                entry = _parse_entry(line, place) if line.endswith(b"\n") else None
+                entry = _parse_entry(line, place, warnings.add) if line.endswith(b"\n") else None
                 if entry is None:
                     damaged.append(place)
                 else:
@@ -211,7 +212,7 @@ def _has_other_key(line: bytes, keys: Container[str]) -> bool:
     return line.startswith(KEY_MARK) and b"\\" not in key and key.decode("utf-8", "replace") not in keys
 
 
-def _parse_entry(line: bytes, place: str) -> ManifestEntry | None:
+def _parse_entry(line: bytes, place: str, warn: Callable[[str], None]) -> ManifestEntry | None:
     try:
         fields = _load_line(line)
         source = fields.pop("source")
@@ -230,7 +231,7 @@ def _parse_entry(line: bytes, place: str) -> ManifestEntry | None:
             source_sha256=source["sha256"],
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("{}: damaged line skipped: {}", place, error)
+        warn(f"{place}: {error}")
         return None
 
 
@@ -263,7 +264,7 @@ def drop_damaged_lines(folder: Path) -> None:
     """Remove the damaged lines from all parts."""
     for part in list_manifest_parts(folder):
         lines = part.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, str(part)) is not None]
+        whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, "", lambda _: None) is not None]
         if len(whole) != len(lines):
             write_atomic(part, b"".join(whole))
 

@@ -1,6 +1,7 @@
 """The stream of one rank's micro batches from any position on, read ahead by worker processes."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import get_all_start_methods, get_context, parent_process
@@ -26,6 +27,7 @@ from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, Tokenizers
 from sdxl_trainer.data.text.variants import CaptionVariants
 
 PREFETCH_PER_WORKER = 4
+TERM_PATIENCE_SECONDS = 10.0
 PRELOADED_MODULE = "sdxl_trainer.data.loading.preload"
 
 
@@ -142,6 +144,7 @@ def iterate_batches(
 
 def _init_worker(worker: int) -> None:
     end_with_parent()
+    _outlast_stop_signals()
     # Building CLIP's tokenizer frees 28 of 42 MB, which glibc would keep.
     release_freed_memory()
 
@@ -160,6 +163,22 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _outlast_stop_signals() -> None:
+    """Keep serving after a stop signal, which a terminal or Slurm sends to a rank's workers too.
+
+    The rank needs batches to finish its step. It ends workers by SIGTERM itself, so that one is obeyed a little later.
+    """
+
+    def end_later(number: int, frame: object) -> None:
+        timer = threading.Timer(TERM_PATIENCE_SECONDS, os._exit, (128 + number,))
+        timer.daemon = True
+        timer.start()
+
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
 
 
 class _IteratorSampler:

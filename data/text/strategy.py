@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -224,7 +225,7 @@ def call_user_code(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except Exception as error:
         trace = error.__traceback__.tb_next if error.__traceback__ else None  # without the frame of this function
-        lines = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+        lines = textwrap.indent("".join(traceback.format_exception(type(error), error, trace)).rstrip(), "  ")
         raise UserCodeError(f"{type(error).__name__}: {error}\n{lines}") from error
 
 

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from console_screen import run_in_terminal
@@ -45,6 +46,30 @@ sys.exit(128 + (request.signal_number or 0))
 def test_a_second_wish_to_stop_ends_the_process_at_once(number: int) -> None:
     done = subprocess.run([sys.executable, "-c", CODE, str(int(number))], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (128 + number, f"{int(number)} [1]\n"), done.stderr
+
+
+BLOCKED = """
+import ctypes, signal
+from sdxl_trainer.launch import signals
+
+signals.REPEAT_SECONDS = 0.2
+request = signals.StopRequest("the step", lambda text: print(text, flush=True))
+# The main thread stays in C code, as in a collective: other threads receive the signal, and no Python handler runs.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print("ready", flush=True)
+ctypes.CDLL(None).poll(None, 0, 60_000)
+"""
+
+
+def test_a_main_thread_that_is_blocked_neither_delays_the_message_nor_the_end() -> None:
+    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        said = "SIGINT: the step is being finished and saved; a second Ctrl-C ends the job at once\n"
+        assert process.stdout.readline() == said
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130 and process.stdout.read() == ""
 
 
 def test_a_closed_terminal_asks_to_stop_and_what_is_said_then_is_no_error() -> None:

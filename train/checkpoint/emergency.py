@@ -4,10 +4,10 @@ Each living rank writes its own shard of the state alone, in the form in which e
 (train/checkpoint/folder.py). If the shards of all ranks are of one step, the next start seals and resumes them. If a
 rank was killed, its shard is missing, and the next start uses the newest sealed checkpoint.
 
-A rank that is blocked inside a collective runs no Python signal handler. So signals are also written to a pipe
-(`signal.set_wakeup_fd`), which a thread reads: it gives the loop time to end normally, then saves without it. If no
-signal comes, the watchdog of the run calls `save` (launch/activity.py). NCCL ends a process whose collective timed out
-without raising anything in Python, so the watchdog acts minutes earlier.
+A rank that is blocked inside a collective runs no Python signal handler, but a thread learns of each signal
+(launch/signals.py). Another thread then gives the loop time to end normally, and saves without it. If no signal comes,
+the watchdog of the run calls `save` (launch/activity.py). NCCL ends a process whose collective timed out without
+raising anything in Python, so the watchdog acts minutes earlier.
 """
 
 import os
@@ -21,7 +21,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.distributed import StuckRanksError
-from sdxl_trainer.launch.signals import STOP_SIGNALS, Interrupted, exit_at_once
+from sdxl_trainer.launch.signals import LISTENER, Interrupted, exit_at_once
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
@@ -59,17 +59,15 @@ class EmergencySaver:
         self._models_folder = models_folder
         self._once = threading.Lock()
         self._done = threading.Event()
-        self._receiver, self._sender = os.pipe()
-        os.set_blocking(self._sender, False)
+        self._has_signal = False
 
     def __enter__(self) -> "EmergencySaver":
-        """Start the thread that reads signals. Entered on the main thread, after the signal handlers are set."""
+        """Listen to stop signals. Entered on the main thread, after the signal handlers are set."""
         # A job that was killed while it wrote a model leaves these files behind.
         if self._writer.rank == 0:
             for leftover in [*self._models_folder.glob("*.claim"), *self._models_folder.glob(".*.tmp")]:
                 leftover.unlink(missing_ok=True)
-        signal.set_wakeup_fd(self._sender, warn_on_full_buffer=False)
-        threading.Thread(target=self._run, name="emergency", daemon=True).start()
+        LISTENER.add(self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -77,7 +75,7 @@ class EmergencySaver:
         if error is not None and not is_saved:
             self.save(f"{kind.__name__ if kind else 'error'}: {error}")
         self._done.set()
-        signal.set_wakeup_fd(-1)
+        LISTENER.remove(self._on_signal)
 
     def save(self, reason: str) -> Path | None:
         """Write this rank's shard, then the model file, without collectives.
@@ -101,18 +99,19 @@ class EmergencySaver:
     def _save(self, reason: str) -> Path | None:
         started = time.monotonic()
         self._writer.wait_at_most(DEADLINE_SECONDS * CHECKPOINT_SHARE)
-        logger.error("{}: writing this rank's shard of the state", reason)
+        logger.warning("{}: writing this rank's shard of the state", reason)
         partial = None
         with self._engine.hold_updates(DEADLINE_SECONDS * UPDATE_SHARE) as completed:
             if completed is None:
-                logger.error("an update is under way; the next start resumes from the newest checkpoint")
+                logger.warning("an update is under way; the next start resumes from the newest checkpoint")
             elif saved := self._describe_saved(state := self._read_state(completed), started + DEADLINE_SECONDS):
-                logger.error("step {} {}", state.step, saved)
+                level = "SUCCESS" if state.step == self._writer.last_step else "WARNING"
+                logger.log(level, "step {} {}", state.step, saved)
             elif completed > 0:
                 # Updates are held, so state in host memory is written without copying it.
                 captured = self._engine.capture_state(alone=True, lend=True)
                 partial = self._writer.write_when_there_is_space(captured, state, try_first=True)
-                logger.error("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
+                logger.success("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
                 self._export_once(state.step)
         return partial
 
@@ -140,23 +139,25 @@ class EmergencySaver:
         os.close(claim)
         try:
             self._export(path)
-            logger.error("weights written to {}", path)
+            logger.success("weights written to {}", path)
         except (OSError, RuntimeError) as error:
             logger.error("the weights cannot be written: {}", error)
         path.with_suffix(".claim").unlink()
 
-    def _run(self) -> None:
-        while True:
-            numbers = [number for number in os.read(self._receiver, 64) if number in STOP_SIGNALS]
-            if numbers:
-                break
+    def _on_signal(self, number: int) -> None:
+        if not self._has_signal:
+            self._has_signal = True
+            threading.Thread(target=self._save_late, args=(number,), name="emergency", daemon=True).start()
+
+    def _save_late(self, number: int) -> None:
+        """Save if the loop does not end by itself, and end the process."""
         if self._ends_by_itself():
             return
         try:
-            self.save(f"{signal.Signals(numbers[0]).name} received and the step does not end")
+            self.save(f"{signal.Signals(number).name} received and the step does not end")
         finally:
             # The main thread may be blocked in a collective that never returns.
-            exit_at_once(numbers[0])
+            exit_at_once(number)
 
     def _ends_by_itself(self) -> bool:
         """Return whether the loop ends in time. A checkpoint that waits for disk space may take its own time for it."""

@@ -49,7 +49,7 @@ def measure_memory(device: torch.device) -> MemoryUse:
     """Measure the memory in use."""
     if device.type == "cuda":
         return MemoryUse(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     kilobytes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines) if rest.strip()}
     return MemoryUse(int(kilobytes["VmRSS"]) * 1024, int(kilobytes["VmHWM"]) * 1024)
 
@@ -59,4 +59,4 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): resets the peak of the resident set

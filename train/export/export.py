@@ -1,6 +1,6 @@
 """Export of the trained model as a single file, a diffusers folder, or adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -62,7 +62,12 @@ def build_export_settings(config: Config, source: ModelSource) -> ExportSettings
 
 
 def export_model(
-    path: Path, engine: Engine, settings: ExportSettings, ranks: Ranks, average: str | None = None
+    path: Path,
+    engine: Engine,
+    settings: ExportSettings,
+    ranks: Ranks,
+    average: str | None = None,
+    break_off_if_stopped: Callable[[], None] = lambda: None,
 ) -> None:
     """Write U-Net, text encoders and VAE as a single file or diffusers folder, or the adapters if the run trains them.
 
@@ -72,9 +77,18 @@ def export_model(
     Args:
         path: a name that ends in .safetensors for a single file, else a folder.
         average: decay of the moving average to write instead of the current weights.
+        break_off_if_stopped: called after each gathered weight, equally often on all ranks; raises to end the work
+            without a file.
     """
+
+    def gather(parameter: str) -> torch.Tensor:
+        weight = engine.weights.gather(parameter, average)
+        ACTIVITY.note()  # progress of every rank
+        break_off_if_stopped()
+        return weight
+
     if settings.lora.rank:
-        weights = {name: _gather(engine, name, average) for name in engine.weights.trained_names}
+        weights = {name: gather(name) for name in engine.weights.trained_names}
         if ranks.is_main:
             write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
         wait_for_ranks("the model file")
@@ -82,21 +96,14 @@ def export_model(
     parameters = list_gathered_parameters(engine, settings.source)
     if ranks.is_main:
         weights = {
-            component: {name: partial(_gather, engine, parameter, average) for name, parameter in names.items()}
+            component: {name: partial(gather, parameter) for name, parameter in names.items()}
             for component, names in parameters.items()
         }
         write_model(path, weights, settings)
     else:
         for parameter in (parameter for names in parameters.values() for parameter in names.values()):
-            _gather(engine, parameter, average)
+            gather(parameter)
     wait_for_ranks("the model file")
-
-
-def _gather(engine: Engine, parameter: str, average: str | None) -> torch.Tensor:
-    """Gather a parameter, which counts as progress of every rank."""
-    weight = engine.weights.gather(parameter, average)
-    ACTIVITY.note()
-    return weight
 
 
 def list_gathered_parameters(engine: Engine, source: ModelSource) -> dict[str, dict[str, str]]:

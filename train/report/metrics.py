@@ -191,12 +191,12 @@ def open_wandb(project: str, run_name: str, folder: Path, settings: dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / WANDB_ID_FILE
     if not file.is_file():
-        file.write_text(uuid.uuid4().hex[:8])
+        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     try:
         run = wandb.init(
             project=project,
             name=run_name,
-            id=file.read_text(),
+            id=file.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(folder),
             config=settings,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import orjson
 
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.launch.append_file import AppendFile
 from sdxl_trainer.launch.distributed import Ranks
 
@@ -26,7 +27,14 @@ class BadSamples:
     def __init__(self, logs: Path, ranks: Ranks, num_samples: int, max_fraction: float):
         suffix = "" if ranks.is_main else f"-rank{ranks.rank}"
         self._file = AppendFile(logs / f"bad_samples{suffix}.jsonl")
+        self._warnings = CountedWarnings("bad sample skipped", self._file.path, ranks.world_size)
         self.window = BadSampleWindow(num_samples, max_fraction)
+
+    def skip(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Warn of this rank's samples, each a key and a reason, that could not be read in a step, and list them."""
+        for _, reason in samples:
+            self._warnings.add(reason)
+        self.append(step, [{"key": key, "reason": reason} for key, reason in samples])
 
     def append(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """List this rank's bad samples of a step, each with its key and reason."""
@@ -35,7 +43,8 @@ class BadSamples:
             self._file.append(b"".join(lines), len(lines))
 
     def close(self) -> None:
-        """Close the list, and log how much could not be written."""
+        """Close the list, and log how many samples it names and how much could not be written."""
+        self._warnings.close()
         self._file.close()
 
 

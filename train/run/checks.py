@@ -10,6 +10,7 @@ from sdxl_trainer.cache.models.encoders import check_vocabulary
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import Config, OptimConfig, RunConfig, TrainConfig
+from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.latent_files import has_masks
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
@@ -59,6 +60,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
     problems += check_batch_sizes(config.train, world_size)
     problems += check_resume(config.run)
+    problems += check_writable("run.dir", config.run.folder)
     index, found = open_training_set(config)
     validation_index, validation_problems = open_validation_set(config)
     problems += found + validation_problems

@@ -10,11 +10,22 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_trainer.launch.distributed import Ranks, close_ranks, gather_objects
-from sdxl_trainer.launch.signals import Interrupted, StopRequest
+import torch
+from loguru import logger
+
+from sdxl_trainer.launch.distributed import (
+    Ranks,
+    close_ranks,
+    gather_objects,
+    publish,
+    read_published,
+    reduce_sum,
+)
+from sdxl_trainer.launch.signals import BrokenOff, Interrupted, StopRequest
 
 STOP_FILE, SAVE_FILE = "stop", "save"
 STOP_CAUSE = f"the file {STOP_FILE}"
+STOP_KEY = "a rank was asked to stop"
 
 
 class Requested(NamedTuple):
@@ -34,24 +45,40 @@ class Requests:
 
     def __init__(self, folder: Path, ranks: Ranks, save_every_minutes: float = 0.0):
         self._folder = folder
-        self._is_main = ranks.is_main
+        self._ranks = ranks
         self._save = False
         self._stop_cause: str | None = None
         self._save_every_seconds = 60 * save_every_minutes
         self._saved_at = time.monotonic()
-        self._stop = StopRequest(on_save=self._request_save)
+        self._stop = StopRequest("the step", logger.warning, self._request_save)
 
     def collect(self) -> Requested:
         """Return the requests since the last call.
 
         Reading the `save` file removes it; the next start removes the `stop` file (see `obey_stop_file`).
         """
-        if self._is_main:
+        if self._ranks.is_main:
             self._save |= self._remove(SAVE_FILE) or self._is_time_up()
-            if (self._folder / STOP_FILE).exists() and self._stop.signal_number is None:
-                self._stop.signal_number, self._stop_cause = signal.SIGTERM, STOP_CAUSE
         save, self._save = self._save, False
-        return Requested(stop=self._stop.signal_number is not None, save=save)
+        return Requested(stop=self._is_stop_requested(), save=save)
+
+    def break_off_if_stopped(self, in_lockstep: bool) -> None:
+        """Raise BrokenOff if a rank was asked to stop. Call it between two forward passes that are no training.
+
+        Args:
+            in_lockstep: all ranks call it equally often, because their passes are collectives; all then raise at the
+                same one. Otherwise other ranks learn of a request some passes later, and the caller must agree with
+                them at its end.
+        """
+        stop = self._is_stop_requested()
+        if in_lockstep:
+            stop = reduce_sum(torch.tensor(float(stop), device=self._ranks.device)).item() > 0
+        elif stop:
+            publish(STOP_KEY, "stop")
+        else:
+            stop = read_published(STOP_KEY) is not None
+        if stop:
+            raise BrokenOff
 
     def restart_save_timer(self) -> None:
         """Count the time to the next checkpoint from now, because one is being saved."""
@@ -73,6 +100,12 @@ class Requests:
         number, cause = next(request for request in requests if request[0] is not None)
         close_ranks()  # threads of an open process group can abort the process while it exits
         raise Interrupted(number, cause)
+
+    def _is_stop_requested(self) -> bool:
+        """Return whether this rank was asked to stop: by a signal, or on rank 0 by the file."""
+        if self._stop.signal_number is None and self._ranks.is_main and (self._folder / STOP_FILE).exists():
+            self._stop.signal_number, self._stop_cause = signal.SIGTERM, STOP_CAUSE
+        return self._stop.signal_number is not None
 
     def _is_time_up(self) -> bool:
         waited = time.monotonic() - self._saved_at

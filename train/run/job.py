@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from sdxl_trainer.launch.distributed import (
 )
 from sdxl_trainer.launch.folder_lock import lock_folder
 from sdxl_trainer.launch.logger import init_logger, warn_once
-from sdxl_trainer.launch.signals import Interrupted
+from sdxl_trainer.launch.signals import BrokenOff, Interrupted
 from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -34,7 +35,7 @@ from sdxl_trainer.train.export.export import build_export_settings, export_local
 from sdxl_trainer.train.run.build import build_run
 from sdxl_trainer.train.run.checks import find_finished_step, verify_run, warn_of_prediction
 from sdxl_trainer.train.run.interruption import obey_stop_file
-from sdxl_trainer.train.run.loop import copy_state_at, fit
+from sdxl_trainer.train.run.loop import copy_state_at, fit, stop
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.summary import show_end, show_start
 
@@ -147,12 +148,20 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Export the model and its moving averages, wait for the last checkpoint, and write the report."""
+    """Export the model and its moving averages, wait for the last checkpoint, and write the report.
+
+    Raises:
+        Interrupted: a rank was asked to stop; the state is saved, and the next start exports the model.
+    """
     settings = build_export_settings(run.config, run.source)
     with run.progress.activity("writing the model"):
+        break_off_if_stopped = partial(run.requests.break_off_if_stopped, in_lockstep=True)
         for average in (None, *run.engine.weights.average_names):
             path = get_model_path(run.config, run.state.step, average)
-            export_model(path, run.engine, settings, run.ranks, average)
+            try:
+                export_model(path, run.engine, settings, run.ranks, average, break_off_if_stopped)
+            except BrokenOff:
+                stop(run)
         run.checkpoints.save_whole(run.engine, run.state)
     if run.metrics is not None:
         run.metrics.close()

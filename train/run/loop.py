@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
@@ -13,6 +12,7 @@ from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.launch.folder_lock import renew_locks
+from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.objective.objective import SampleKeys
@@ -74,9 +74,19 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
                 run.checkpoints.save(run.engine, state)
             update_report(run)
         if result.stop and not is_last:
-            run.checkpoints.save_whole(run.engine, state)
-            run.requests.interrupt()
+            stop(run)
         validate_and_sample(run, is_last)
+
+
+def stop(run: Run) -> None:
+    """Save the state, unless that is done, and end the job. All ranks call it together, and not within a step.
+
+    Raises:
+        Interrupted: always.
+    """
+    if run.state.step:
+        run.checkpoints.save_whole(run.engine, run.state)
+    run.requests.interrupt()
 
 
 def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:
@@ -198,13 +208,22 @@ def log_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
 def log_skipped_samples(run: Run, micro_steps: list[MicroStep]) -> None:
     """Log the samples of a step that could not be read, and list them in this rank's bad_samples file."""
     skipped = [item for micro_step in micro_steps for item in micro_step.batch.bad]
-    for _, reason in skipped:
-        logger.warning("bad sample skipped: {}", reason)
-    run.bad_samples.append(run.state.step, [{"key": key, "reason": reason} for key, reason in skipped])
+    run.bad_samples.skip(run.state.step, skipped)
 
 
 def validate_and_sample(run: Run, is_last: bool = False) -> None:
-    """Validate and generate images, each if the settings ask for it after this step."""
+    """Validate and generate images, each if the settings ask for it after this step.
+
+    Raises:
+        Interrupted: a rank was asked to stop; the state is saved.
+    """
+    try:
+        _validate_and_sample(run, is_last)
+    except BrokenOff:
+        stop(run)
+
+
+def _validate_and_sample(run: Run, is_last: bool) -> None:
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
     if run.validation and (validation.at_start if step == 0 else is_last or _is_due(step, validation.every_steps)):
         with run.progress.activity("validating"):

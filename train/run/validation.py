@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from loguru import logger
 
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import gather_objects
+from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import draw_uniform
@@ -34,17 +36,22 @@ def validate(run: Run) -> None:
     """Compute and log the validation losses of the weights and of each moving average.
 
     All ranks call it together.
+
+    Raises:
+        BrokenOff: a rank was asked to stop (raised on all ranks).
     """
     assert run.validation is not None, "nothing is held out to validate on"
     values, averages = {}, run.engine.weights.average_names
     run.engine.model.eval()
-    for average in (None, *averages):
-        with run.engine.weights.use_average(average), torch.no_grad():
-            losses = compute_validation_losses(run, run.validation)
-        suffix = f"_ema_{average}" if average else ""
-        means = average_losses(losses, run.validation.config.num_bins)
-        values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
-    run.engine.model.train()
+    try:
+        for average in (None, *averages):
+            with run.engine.weights.use_average(average), torch.no_grad():
+                losses = compute_validation_losses(run, run.validation)
+            suffix = f"_ema_{average}" if average else ""
+            means = average_losses(losses, run.validation.config.num_bins)
+            values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
+    finally:
+        run.engine.model.train()
     if run.metrics is not None:
         run.metrics.write(run.state.step, values)
         shown = [f"{values['validation/loss']:.5f}"]
@@ -53,24 +60,33 @@ def validate(run: Run) -> None:
 
 
 def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[SampleLoss]:
-    """Return every sample's loss at each of its timesteps, in the same order on every rank."""
+    """Return every sample's loss at each of its timesteps, in the same order on every rank.
+
+    Raises:
+        BrokenOff: a rank was asked to stop (raised on all ranks).
+    """
     batches, ranks = held_out.batches, run.ranks
     rounds = -(-len(batches) // ranks.world_size)
     # Under ZeRO-3 every forward pass needs all ranks, so in the last round some batches are computed twice.
     numbers = [(ranks.rank + turn * ranks.world_size) % len(batches) for turn in range(rounds)]
-    found = {}
-    for number, batch in zip(numbers, held_out.read([batches[number] for number in numbers]), strict=True):
-        for _, reason in batch.bad:
-            logger.warning("bad sample skipped in validation: {}", reason)
-        found[number] = [
-            loss
-            for turn in range(held_out.config.timesteps_per_sample)
-            for loss in compute_batch_losses(run, held_out, batches[number], batch, turn)
-        ]
-        ACTIVITY.note()
-    of_all_ranks: dict[int, list[SampleLoss]] = {}
-    for part in gather_objects(found):
-        of_all_ranks |= part
+    found: dict[int, list[SampleLoss]] | None = {}
+    skipped = CountedWarnings("bad sample skipped in validation", "the log file", ranks.world_size)
+    try:
+        for number, batch in zip(numbers, held_out.read([batches[number] for number in numbers]), strict=True):
+            for _, reason in batch.bad:
+                skipped.add(reason)
+            found[number] = []
+            for turn in range(held_out.config.timesteps_per_sample):
+                run.requests.break_off_if_stopped(in_lockstep=run.engine.zero_stage == 3)
+                found[number] += compute_batch_losses(run, held_out, batches[number], batch, turn)
+            ACTIVITY.note()
+    except BrokenOff:
+        found = None
+    skipped.close()
+    parts = gather_objects(found)
+    if None in parts:
+        raise BrokenOff
+    of_all_ranks = {number: losses for part in parts for number, losses in part.items()}
     return [loss for number in sorted(of_all_ranks) for loss in of_all_ranks[number]]
 
 

@@ -1,6 +1,6 @@
 """Image generation from prompts, with diffusers' own SDXL pipeline. No global random state is used."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.text.tokens import Tokenizers, encode_captions
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
+from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.networks.conditioning import TextConditioner, TextEmbeddings
 from sdxl_trainer.train.objective.diffusion import LatentStatistics, denormalize_latents
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
@@ -33,8 +34,17 @@ class ImageGenerator:
     max_tokens: int  # longest prompt, as in training
     dtype: torch.dtype  # of the U-Net
 
-    def generate(self, prompt: Prompt) -> Image.Image:
-        """Generate one image. The initial noise is drawn on the CPU, so it is equal on every device."""
+    def generate(self, prompt: Prompt, break_off_if_stopped: Callable[[], None] = lambda: None) -> Image.Image:
+        """Generate one image. The initial noise is drawn on the CPU, so it is equal on every device.
+
+        Args:
+            break_off_if_stopped: called after each denoising step; raises to end the work.
+        """
+
+        def end_step(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
+            break_off_if_stopped()
+            return values
+
         from sdxl_trainer.train.sampling.samplers import build_scheduler
 
         pipeline = build_pipeline(self.unet, self.vae, build_scheduler(self.source, self.objective, prompt.scheduler))
@@ -50,6 +60,7 @@ class ImageGenerator:
             guidance_scale=prompt.guidance_scale,
             generator=torch.Generator().manual_seed(prompt.seed),
             output_type="latent",
+            callback_on_step_end=end_step,
         ).images
         pixels = decode_latents(self.vae, x0, self.latent_statistics)
         return pipeline.image_processor.postprocess(pixels)[0]
@@ -96,21 +107,34 @@ def decode_latents(vae: Any, x0: torch.Tensor, statistics: LatentStatistics) -> 
 
 
 def generate_images(
-    generator: ImageGenerator, prompts: Sequence[Prompt], ranks: Ranks, in_lockstep: bool = False
+    generator: ImageGenerator,
+    prompts: Sequence[Prompt],
+    ranks: Ranks,
+    in_lockstep: bool = False,
+    break_off_if_stopped: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
     """Generate an image for each prompt, divided among the ranks, and return all images in order on every rank.
 
     Args:
         in_lockstep: true if forward passes are collectives (see `assign_prompts`).
+        break_off_if_stopped: called after each denoising step; raises BrokenOff to end the work.
+
+    Raises:
+        BrokenOff: on all ranks, if it was raised on one.
     """
     numbers = assign_prompts(prompts, ranks.rank, ranks.world_size, in_lockstep)
-    images: dict[int, Image.Image] = {}
-    for number in numbers:
-        images[number] = generator.generate(prompts[number])
-        ACTIVITY.note()
-    for rank_images in gather_objects(images):
-        images |= rank_images
-    return [images[number] for number in range(len(prompts))]
+    images: dict[int, Image.Image] | None = {}
+    try:
+        for number in numbers:
+            images[number] = generator.generate(prompts[number], break_off_if_stopped)
+            ACTIVITY.note()
+    except BrokenOff:
+        images = None
+    parts = gather_objects(images)
+    if None in parts:
+        raise BrokenOff
+    of_all_ranks = {number: image for part in parts for number, image in part.items()}
+    return [of_all_ranks[number] for number in range(len(prompts))]
 
 
 def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_lockstep: bool) -> list[int]:

@@ -136,8 +136,15 @@ def test_unusual_images_are_encoded_as_viewers_show_them_and_bad_images_are_name
     assert not any(" object at " in reason for reason in reasons.values())
     assert "decompression bomb" in reasons["bomb.png"]
     assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
-    # The fraction is of the whole set, so a second job, which has only the bad images to encode, passes too.
-    assert run_job(settings, "data.max_bad_fraction=0.5") == 0
+    # The fraction is of the whole set, so a second job, which has only bad images, passes too. They are listed again,
+    # but only the one that has changed is tried again.
+    assert capsys.readouterr().err.count("skipped bad image") == 5
+    os.utime(tmp_path / "images" / "half.png.png", ns=(1, 1))
+    assert run_job(settings, "data.max_bad_fraction=0.6") == 0
+    said = capsys.readouterr().err
+    assert "4 images could not be used before" in said and said.count("skipped bad image") == 1 and "4 bad" in said
+    assert sorted(json.loads(line)["key"] for line in log.read_text().splitlines()) == sorted(bad)
+    assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
     assert run_job(settings) == 1  # more than 1 %
     assert "or raise data.max_bad_fraction" in capsys.readouterr().err
     assert hash_items(tmp_path / "latents").keys() == good.keys()

@@ -91,7 +91,7 @@ def run(folder: Path, items: list[WorkItem], encoder, batch_size: int = 4, raise
         batch_size=batch_size,
         num_workers=3,
         progress=progress,
-        report_bad=lambda key, file, reason: bad.append((key, reason)),
+        report_bad=lambda key, file, reason: bad.append((key, str(reason))),
         raise_if_stopped=raise_if_stopped,
     )
     try:

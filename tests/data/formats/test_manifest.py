@@ -192,7 +192,7 @@ def test_a_damaged_line_is_skipped_and_named(tmp_path, warnings, damaged):
         file.write(damaged)
     append(tmp_path, 0, "b")
     assert list_keys(tmp_path) == ["a", "b"]
-    assert len(warnings) == 1 and warnings[0].startswith(f"{part}:2: damaged line skipped")
+    assert len(warnings) == 1 and warnings[0].startswith(f"damaged line skipped: {part}:2: ")
 
 
 def test_a_job_with_nothing_to_do_leaves_the_parts_unchanged(tmp_path):

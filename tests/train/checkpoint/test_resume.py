@@ -14,7 +14,7 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.launch.signals import Interrupted, exit_on_signals
+from sdxl_trainer.launch.signals import BrokenOff, Interrupted, exit_on_signals
 from sdxl_trainer.train.checkpoint.folder import verify_manifest
 from sdxl_trainer.train.checkpoint.resume import list_changes, restore_progress
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -221,6 +221,11 @@ def test_a_stop_file_survives_restarts_and_is_deleted_at_the_next_start(tmp_path
     (tmp_path / "stop").touch()
     with exit_on_signals():
         requests = Requests(tmp_path, Ranks(0, 0, 1, None))  # pyright: ignore
+        (tmp_path / "stop").rename(tmp_path / "later")
+        requests.break_off_if_stopped(in_lockstep=False)
+        (tmp_path / "later").rename(tmp_path / "stop")
+        with pytest.raises(BrokenOff):
+            requests.break_off_if_stopped(in_lockstep=False)
         assert requests.collect() == (True, False)
     with pytest.raises(Interrupted, match="stopped by the file stop") as request:
         requests.interrupt()

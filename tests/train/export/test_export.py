@@ -16,6 +16,7 @@ from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import Ranks, init_ranks
+from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.engine.weights import Weights
 from sdxl_trainer.train.export.export import (
     build_export_settings,
@@ -93,6 +94,24 @@ def test_all_ranks_gather_weights_in_the_same_order(zero_3, name: str, tmp_path:
     by_rank_0, gathered[:] = list(gathered), []
     export_model(tmp_path / name, engine, settings, Ranks(1, 1, 2, torch.device("cpu")))
     assert by_rank_0 == gathered and len(gathered) == len(set(gathered)) > 600
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_an_export_that_is_broken_off_leaves_nothing(zero_3, name: str, tmp_path: Path) -> None:
+    config, engine, source = zero_3
+    settings = build_export_settings(config, source)
+    counts = []
+    for rank in range(2):
+        passes = iter(range(100))
+
+        def break_off(passes=passes) -> None:
+            if next(passes, None) is None:
+                raise BrokenOff
+
+        with pytest.raises(BrokenOff):
+            export_model(tmp_path / name, engine, settings, Ranks(rank, rank, 2, torch.device("cpu")), None, break_off)
+        counts.append(next(passes, "all"))
+    assert counts == ["all", "all"] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("local", [False, True])

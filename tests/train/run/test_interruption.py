@@ -126,7 +126,10 @@ def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: P
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 143 and "Traceback" not in printed and "leaked" not in printed, printed
-    assert "Training stopped was stopped" in printed and "stopped by SIGTERM; " in printed, printed
+    assert "SIGTERM: the step is being finished and saved; a second signal ends the job at once" in printed, printed
+    assert "ERROR" not in printed and "Training stopped was stopped" in printed and "stopped by SIGTERM; " in printed, (
+        printed
+    )
     done = count_steps(run)
     saved = [path.name for path in list_checkpoints(run / "checkpoints")]
     assert len(saved) == 2 and saved[1] == f"step-{done:08d}" and done < 18, printed

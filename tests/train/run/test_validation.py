@@ -24,11 +24,14 @@ from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.order.split import exclude_rows
+from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.validation import SampleLoss, average_losses, spread_timesteps
 from sdxl_trainer.train.sampling.job import load_image_generator, run_sampling
+from sdxl_trainer.train.sampling.pipeline import generate_images
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 
@@ -104,6 +107,15 @@ def test_a_single_file_draws_what_the_live_model_drew(validated: dict[int, Path]
     for number, image in enumerate(drawn):
         live = np.asarray(Image.open(validated[1] / "samples" / "step-00000002" / f"{number:03d}.png"), np.int16)
         assert np.abs(live - np.asarray(image, np.int16)).max() <= 1
+    passes = iter(range(3))
+
+    def break_off() -> None:
+        if next(passes) == 2:
+            raise BrokenOff
+
+    with pytest.raises(BrokenOff):  # between two denoising steps of the second image
+        generate_images(generator, prompts, Ranks(0, 0, 1, torch.device("cpu")), break_off_if_stopped=break_off)
+    assert next(passes, None) is None
 
 
 def test_a_share_is_held_out_and_never_trained_on(cached_folder: Path) -> None:

@@ -1,0 +1,36 @@
+"""Checks of folders that a program will write into."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdxl_trainer.configs.problems import Problem
+
+
+def check_writable(key: str, folder: Path) -> Iterator[Problem]:
+    """Yield a problem if files cannot be written into a folder, which may not exist yet.
+
+    Args:
+        key: the setting that names the folder.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        is_folder, allowed, disk = existing.is_dir(), os.access(existing, os.W_OK | os.X_OK), os.statvfs(existing)
+    except OSError as error:
+        yield Problem(key, folder, f"cannot be used: {error.strerror}", "give this user the right to it, or change it")
+        return
+    if not is_folder:
+        yield Problem(
+            key, folder, f"cannot be a folder: {existing} is a file", "remove that file, or change the setting"
+        )
+    elif disk.f_flag & os.ST_RDONLY:
+        yield Problem(
+            key, folder, f"cannot be written: {existing} is mounted read-only", "choose a folder on another disk"
+        )
+    elif not allowed:
+        yield Problem(key, folder, f"cannot be written: this user may not write to {existing}", f"chmod u+w {existing}")
+    elif (disk.f_blocks and not disk.f_bavail) or (disk.f_files and not disk.f_ffree):  # 0: the store has no such limit
+        lack = "space" if not disk.f_bavail else "place for more files (inodes)"
+        yield Problem(
+            key, folder, f"cannot be written: its disk has no {lack} left", "free some, or choose another disk"
+        )

@@ -1,0 +1,65 @@
+"""Bad images are tried again only if they may have become good."""
+
+import errno
+from pathlib import Path
+
+from sdxl_trainer.cache.encode.bad_images import BadImages, get_bad_images_file, hash_rules, write_bad_images
+from sdxl_trainer.cache.encode.decoder import WorkItem
+from sdxl_trainer.cache.encode.encode_plan import EncodePlan
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.images.masks import BadMaskError
+from sdxl_trainer.data.images.transforms import BadImageError
+
+
+def build_error(cause: Exception | None, kind: type[Exception] = BadImageError) -> Exception:
+    """Raise and catch an error as a reader does: `from None`, with the cause as its context."""
+    try:
+        try:
+            if cause is not None:
+                raise cause
+        finally:
+            raise kind("x.png: bad") from None
+    except kind as error:
+        return error
+
+
+def test_unchanged_images_with_bad_bytes_are_left_out(tmp_path: Path) -> None:
+    errors = {
+        "bytes": build_error(OSError("truncated")),  # Pillow's, without a number
+        "refused": build_error(None),
+        "changed": build_error(None),
+        "storage": build_error(OSError(errno.EIO, "Input/output error")),
+        "memory": build_error(MemoryError()),
+        "mask": build_error(None, BadMaskError),
+        "strategy": build_error(None, ValueError),
+        "gone": build_error(None),
+    }
+    first = BadImages(tmp_path, "rules")
+    for key, error in errors.items():
+        (tmp_path / key).write_bytes(b"x")
+        first.add(key, str(tmp_path / key), error)
+    file = get_bad_images_file(tmp_path)
+    file.parent.mkdir()
+    write_bad_images(file, [*first.lines, {"key": "odd", "source": None}])
+    (tmp_path / "changed").write_bytes(b"xy")
+    (tmp_path / "gone").unlink()
+    for rules, left_out in (("rules", ["bytes", "refused"]), ("other rules", [])):
+        items = [WorkItem(key=key, image_path=str(tmp_path / key), file="f") for key in [*errors, "new"]]
+        plan = EncodePlan(rule=BucketRule(512, 256, 1024, 64), identity="i", items=items)
+        plan.counts["new"] = len(items)
+        again = BadImages(tmp_path, rules)
+        again.leave_out_known(plan)
+        assert [line["key"] for line in again.lines] == left_out
+        assert [item.key for item in plan.items] == [key for key in [*errors, "new"] if key not in left_out]
+        assert plan.counts["bad"] == len(left_out) and plan.counts["new"] == len(plan.items)
+
+
+def test_other_settings_try_all_again_but_not_another_limit() -> None:
+    config = Config()
+    data = config.data.model_dump()
+    rules = [
+        hash_rules(config.model_copy(update={"data": config.data.model_copy(update=changed)}))
+        for changed in ({}, {"max_bad_fraction": 0.5}, {"resolution_px": data["resolution_px"] + 64})
+    ]
+    assert rules[0] == rules[1] != rules[2]
