@@ -95,14 +95,18 @@ def write_diffusers_folder(
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    for component in COMPONENT_PREFIXES:
-        items = _plan_items(component, components[component], configs[component], dtype)
-        write_safetensors(temporary / component / WEIGHTS[component], items, {})
-        _write_json(temporary / component / "config.json", configs[component])
-    _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-    for name, vocabulary in vocabularies.items():
-        _write_tokenizer(temporary / name, origin / name, vocabulary)
-    _write_model_index(temporary, origin, scheduler)
+    try:
+        for component in COMPONENT_PREFIXES:
+            items = _plan_items(component, components[component], configs[component], dtype)
+            write_safetensors(temporary / component / WEIGHTS[component], items, {})
+            _write_json(temporary / component / "config.json", configs[component])
+        _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        for name, vocabulary in vocabularies.items():
+            _write_tokenizer(temporary / name, origin / name, vocabulary)
+        _write_model_index(temporary, origin, scheduler)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync_folder(folder.parent)

@@ -11,6 +11,7 @@ raising anything in Python, so the watchdog acts minutes earlier.
 """
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -67,6 +68,8 @@ class EmergencySaver:
         if self._writer.rank == 0:
             for leftover in [*self._models_folder.glob("*.claim"), *self._models_folder.glob(".*.tmp")]:
                 leftover.unlink(missing_ok=True)
+            for leftover in self._models_folder.glob(".*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
         LISTENER.add(self._on_signal)
         return self
 
