@@ -86,6 +86,11 @@ def read_environment() -> RankEnvironment:
     )
 
 
+def count_ranks_here() -> int:
+    """Count the ranks of this node, as torchrun or DeepSpeed's launcher has set it; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def init_ranks(
     timeout_minutes: float = 60.0,
     raise_if_stopped: Callable[[], None] = lambda: None,

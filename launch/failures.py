@@ -31,7 +31,8 @@ CURE_GPU = (
 )
 CURE_SHARED = "lower data.num_workers, or enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host)"
 CURE_WORKER = (
-    "the system ends processes when memory is short (dmesg names them): lower data.num_workers or end other programs"
+    "the system ends processes when memory or /dev/shm is short (dmesg names them): lower data.num_workers, end other "
+    "programs, or enlarge /dev/shm"
 )
 CONTINUE = "then run the same command again"
 

@@ -18,6 +18,7 @@ from sdxl_trainer.data.checks.validation_set import check_held_out, derive_valid
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
+from sdxl_trainer.launch.distributed import count_ranks_here
 from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.engine.deepspeed_config import check_engine
@@ -27,6 +28,7 @@ from sdxl_trainer.train.networks.adapters import check_adapters
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
 from sdxl_trainer.train.optim.optimizers import check_optimizer
 from sdxl_trainer.train.report.metrics import check_wandb
+from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
@@ -59,6 +61,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     """
     problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
     problems += check_batch_sizes(config.train, world_size)
+    problems += check_shared_memory(config, count_ranks_here())
     problems += check_resume(config.run)
     problems += check_writable("run.dir", config.run.folder)
     index, found = open_training_set(config)

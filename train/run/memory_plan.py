@@ -1,8 +1,11 @@
 """Estimate and check the memory of a run on its ranks, before any weight is read."""
 
+import math
+import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,14 +14,19 @@ from loguru import logger
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.formats.latents import compute_shape
 from sdxl_trainer.data.images.bucket import Size, list_buckets
 from sdxl_trainer.data.index.selection import build_bucket_rules
+from sdxl_trainer.data.loading.loader import PREFETCH_PER_WORKER
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.launch.machine import read_host_memory_bytes
 from sdxl_trainer.train.estimates.memory_choice import MemoryPlan, describe_lack, plan_memory
 from sdxl_trainer.train.estimates.memory_table import HEADROOM, MemoryLimits, MemoryTable, format_gb
 from sdxl_trainer.train.estimates.networks import get_area, measure_networks
+
+SHARED_MEMORY = Path("/dev/shm")
+FP32_BYTES = 4
 
 
 class RankMemory(NamedTuple):
@@ -108,3 +116,21 @@ def check_room(table: MemoryTable, cure: str) -> Iterator[Problem]:
         rule = f"of host memory are needed by all ranks of a host, which has {format_gb(table.limits.host)}"
         cure = "set engine.zero_stage: 3 on more GPUs, or engine.precision: bf16_stochastic instead of offloading"
         yield Problem("memory", format_gb(table.host_peak), rule, cure)
+
+
+def check_shared_memory(config: Config, num_ranks: int) -> Iterator[Problem]:
+    """Yield a problem if the micro batches that workers have read ahead do not fit into shared memory.
+
+    Args:
+        num_ranks: ranks of this node.
+    """
+    if not (config.data.num_workers and SHARED_MEMORY.is_dir()):
+        return
+    latent_bytes = FP32_BYTES * math.prod(compute_shape(Size(*config.data.largest_size)))
+    batch_bytes = config.train.micro_batch_size * latent_bytes
+    needed = num_ranks * config.data.num_workers * PREFETCH_PER_WORKER * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        rule = f"need about {needed / 1e6:,.0f} MB of shared memory on this node; {SHARED_MEMORY} has {free / 1e6:,.0f}"
+        cure = "lower it, or enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host)"
+        yield Problem("data.num_workers", config.data.num_workers, rule, cure)

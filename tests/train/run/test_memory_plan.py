@@ -8,7 +8,7 @@ import orjson
 import pytest
 from programs import read_losses, run_program
 
-from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.launch import machine
 from sdxl_trainer.train.checkpoint.resume import is_harmless
 from sdxl_trainer.train.run import memory_plan
@@ -45,3 +45,14 @@ def test_host_memory_is_that_of_the_machine_or_the_container(tmp_path: Path, mon
         found = machine.read_host_memory_bytes()
         assert found is not None and (found == expected or (expected is None and found >= whole))
     assert memory_plan.read_rank_memory(memory_plan.torch.device("cpu")).host == 1 << 20
+
+
+def test_shared_memory_that_is_too_small_for_the_workers_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = build_config({"data": {"num_workers": 8}, "train": {"micro_batch_size": 8}})
+    free = 64 << 20  # docker's default
+    monkeypatch.setattr(memory_plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    assert list(memory_plan.check_shared_memory(config, 1)) == [], "8 workers x 4 x 8 x 256 KiB are 67 MB"
+    [problem] = memory_plan.check_shared_memory(config, 2)
+    assert problem.key == "data.num_workers" and "need about 134 MB" in problem.rule and "has 67" in problem.rule
+    none = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    assert list(memory_plan.check_shared_memory(none, 64)) == []
