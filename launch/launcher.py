@@ -5,6 +5,7 @@ which bury that reason. This module prints one line instead, which names the ran
 is executed unchanged.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def run_torchrun() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    quiet_torchrun()
     try:
         main()
     except ChildFailedError as error:
@@ -35,6 +37,16 @@ def run_torchrun() -> int:
     except SignalException as request:
         return 128 + request.sigval
     return 0
+
+
+def quiet_torchrun() -> None:
+    """Turn off torchrun's lines about the signals that it forwards: ranks announce them, and may draw a display.
+
+    LOGLEVEL, which torchrun reads, keeps the user's choice.
+    """
+    for name in () if "LOGLEVEL" in os.environ else tuple(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
