@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from sdxl_trainer.configs.problems import escape_controls
+
 PACKAGE = "sdxl-trainer"
 SHOWN = ("torch", "deepspeed", "diffusers", "transformers")
 PROBE_SECONDS = 180
@@ -35,8 +37,8 @@ class Finding:
     cure: str = ""
 
     def __str__(self) -> str:
-        line = f"{'ok' if self.is_ok else 'WRONG':<7}{self.name}: {self.detail}"
-        return f"{line}\n{'':<7}cure: {self.cure}" if self.cure else line
+        line = f"{'ok' if self.is_ok else 'WRONG':<7}{self.name}: {escape_controls(self.detail)}"
+        return f"{line}\n{'':<7}cure: {escape_controls(self.cure)}" if self.cure else line
 
     @property
     def is_ok(self) -> bool:

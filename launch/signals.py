@@ -66,6 +66,8 @@ class SignalListener:
         """Stop calling a listener."""
         if listener in self._listeners:
             self._listeners.remove(listener)
+        if not self._listeners:
+            self.clear()
 
     def clear(self) -> None:
         """Stop calling any listener."""

@@ -209,9 +209,8 @@ def test_a_bug_in_the_save_does_not_keep_the_process_alive(engine, tmp_path, mon
     monkeypatch.setattr(emergency, "exit_at_once", ends.append)
     monkeypatch.setattr(engine, "capture_state", lambda **_: {}["planted"])
     saver = build_saver(engine, tmp_path)
-    os.write(saver._sender, bytes([signal.SIGTERM]))
     with pytest.raises(KeyError, match="planted"):
-        saver._run()
+        saver._save_late(signal.SIGTERM)
     assert ends == [signal.SIGTERM]
 
 
