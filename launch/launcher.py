@@ -51,6 +51,9 @@ def quiet_torchrun() -> None:
 
 if __name__ == "__main__":
     launcher, *arguments = sys.argv[1:]
+    # Ctrl-C then reaches the script alone, which forwards it once; a launcher that also got it from the terminal would
+    # end its ranks by a second signal.
+    os.setpgid(0, 0)
     if launcher != "torchrun":
         os.execvp(launcher, [launcher, *arguments])
     sys.argv = [launcher, *arguments]
