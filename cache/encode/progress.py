@@ -94,6 +94,7 @@ class ProgressReporter:
             with SCREEN.show_live(bars, num_rows, rank):
                 while not self._closing.wait(BAR_INTERVAL_SECONDS):
                     bars.update(self._collect())
+                bars.update(self._collect())
         else:
             wait_seconds = FIRST_LINE_SECONDS
             while not self._closing.wait(wait_seconds):
