@@ -17,7 +17,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from sdxl_trainer.configs.problems import escape_controls, format_count
+from sdxl_trainer.configs.problems import escape_controls
+from sdxl_trainer.launch.append_file import AppendFile
 
 if TYPE_CHECKING:
     from loguru import Message, Record
@@ -76,6 +77,14 @@ class Screen:
             sys.stderr.write(f"\n{message}{below}" if self._covered_rows else message)
             sys.stderr.flush()
 
+    def print(self, text: str) -> None:
+        """Print a line that cannot be logged, such as one about the log file itself."""
+        with suppress(OSError):
+            if self._live is not None:
+                self._live.print(text, soft_wrap=True)
+            else:
+                sys.stderr.write(f"{text}\n")
+
     def is_shown(self, record: "Record") -> bool:
         """Return whether the console prints a record; the live display already shows some of them."""
         return self._live is None or "displayed" not in record["extra"]
@@ -116,45 +125,14 @@ class Screen:
 SCREEN = Screen()
 
 
-class LogFile:
-    """A log file. Lines that cannot be written, as on a full disk, are dropped; the console has them.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._file = self._open()
-        self._num_dropped = 0
-
-    def write(self, message: str) -> None:
-        """Write a line, or drop it and warn on the console of the first one in a row."""
-        try:
-            if not self._path.exists():  # deleted while it is open: further lines would be lost
-                self._file = self._open()
-            dropped = f"{format_count(self._num_dropped, 'line')} dropped\n" if self._num_dropped else ""
-            self._file.write(f"{dropped}{message}".encode(errors="backslashreplace"))
-            self._num_dropped = 0
-        except OSError as error:
-            self._num_dropped += 1
-            if self._num_dropped == 1:
-                with suppress(OSError):
-                    sys.stderr.write(f"{self._path} cannot be written: {error.strerror}; its lines are dropped\n")
-
-    def _open(self) -> IO[bytes]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return open(self._path, "ab", buffering=0)
-
-
-_files: list[LogFile] = []  # of this process: one or none
+_files: list[AppendFile] = []  # of this process: one or none
 
 
 def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, name: str = "train") -> None:
     """Log to the console and, if a folder is given, to a file in it.
 
     Rank 0 writes `<name>.log`, rank r writes `<name>-rank<r>.log`. Files get every level. Control characters, which
-    names in data may hold, are escaped in both. Without a file that can be opened, only the console has the lines.
+    names in data may hold, are escaped in both. Lines that the file cannot take, as on a full disk, are dropped.
     """
     _quiet_libraries()
     logger.remove()
@@ -168,17 +146,21 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
     )
     if log_folder is not None:
         path = log_folder / (f"{name}.log" if rank == 0 else f"{name}-rank{rank}.log")
-        try:
-            _files[:] = [LogFile(path)]
-            logger.add(_files[0].write, format=FILE_FORMAT, level="DEBUG")
-        except OSError as error:
-            logger.warning("{} cannot be opened: {}; the console alone has the log", path, error.strerror)
+        for file in _files:
+            file.close()
+        _files[:] = [AppendFile(path, SCREEN.print)]
+        logger.add(_append_line, format=FILE_FORMAT, level="DEBUG")
 
 
 def log_traceback() -> None:
     """Write the traceback of the exception that is being handled to the log file, if there is one."""
     if _files:
         logger.debug("the error that ends the program:\n{}", textwrap.indent(traceback.format_exc(), "  "))
+
+
+def _append_line(line: str) -> None:
+    """Append a line to the log file, which has no place for halves of characters."""
+    _files[0].append(line.encode(errors="backslashreplace"))
 
 
 def _escape_record(record: "Record") -> None:

@@ -18,7 +18,6 @@ from sdxl_trainer.data.checks.validation_set import check_held_out, derive_valid
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
-from sdxl_trainer.launch.distributed import count_ranks_here
 from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.engine.deepspeed_config import check_engine
@@ -61,7 +60,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     """
     problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
     problems += check_batch_sizes(config.train, world_size)
-    problems += check_shared_memory(config, count_ranks_here())
+    problems += check_shared_memory(config)
     problems += check_resume(config.run)
     problems += check_writable("run.dir", config.run.folder)
     index, found = open_training_set(config)

@@ -19,7 +19,7 @@ from sdxl_trainer.data.images.bucket import Size, list_buckets
 from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.data.loading.loader import PREFETCH_PER_WORKER
 from sdxl_trainer.data.order.plan import Plan
-from sdxl_trainer.launch.distributed import Ranks, gather_objects
+from sdxl_trainer.launch.distributed import Ranks, count_ranks_here, gather_objects
 from sdxl_trainer.launch.machine import read_host_memory_bytes
 from sdxl_trainer.train.estimates.memory_choice import MemoryPlan, describe_lack, plan_memory
 from sdxl_trainer.train.estimates.memory_table import HEADROOM, MemoryLimits, MemoryTable, format_gb
@@ -118,17 +118,13 @@ def check_room(table: MemoryTable, cure: str) -> Iterator[Problem]:
         yield Problem("memory", format_gb(table.host_peak), rule, cure)
 
 
-def check_shared_memory(config: Config, num_ranks: int) -> Iterator[Problem]:
-    """Yield a problem if the micro batches that workers have read ahead do not fit into shared memory.
-
-    Args:
-        num_ranks: ranks of this node.
-    """
+def check_shared_memory(config: Config) -> Iterator[Problem]:
+    """Yield a problem if the micro batches that this node's workers read ahead do not fit into shared memory."""
     if not (config.data.num_workers and SHARED_MEMORY.is_dir()):
         return
     latent_bytes = FP32_BYTES * math.prod(compute_shape(Size(*config.data.largest_size)))
     batch_bytes = config.train.micro_batch_size * latent_bytes
-    needed = num_ranks * config.data.num_workers * PREFETCH_PER_WORKER * batch_bytes
+    needed = count_ranks_here() * config.data.num_workers * PREFETCH_PER_WORKER * batch_bytes
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         rule = f"need about {needed / 1e6:,.0f} MB of shared memory on this node; {SHARED_MEMORY} has {free / 1e6:,.0f}"

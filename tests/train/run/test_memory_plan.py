@@ -49,10 +49,13 @@ def test_host_memory_is_that_of_the_machine_or_the_container(tmp_path: Path, mon
 
 def test_shared_memory_that_is_too_small_for_the_workers_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = build_config({"data": {"num_workers": 8}, "train": {"micro_batch_size": 8}})
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
     free = 64 << 20  # docker's default
     monkeypatch.setattr(memory_plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
-    assert list(memory_plan.check_shared_memory(config, 1)) == [], "8 workers x 4 x 8 x 256 KiB are 67 MB"
-    [problem] = memory_plan.check_shared_memory(config, 2)
+    assert list(memory_plan.check_shared_memory(config)) == [], "8 workers x 4 x 8 x 256 KiB are 67 MB"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    [problem] = memory_plan.check_shared_memory(config)
     assert problem.key == "data.num_workers" and "need about 134 MB" in problem.rule and "has 67" in problem.rule
     none = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-    assert list(memory_plan.check_shared_memory(none, 64)) == []
+    assert list(memory_plan.check_shared_memory(none)) == []
