@@ -7,17 +7,19 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.problems import MAX_PROBLEMS, format_count
 from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, dump_json, read_blocks
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, ShardSpan, SourceRecord, read_metadata_file
 from sdxl_trainer.data.metadata.values import VALUE_READERS, is_missing
+
+T = TypeVar("T")
 
 WAITING_SCHEMA = pa.schema([("key", pa.string()), ("record", pa.binary())])
 MAX_SHOWN = 20  # items that an error lists
@@ -35,23 +37,44 @@ def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[R
         folder: for the temporary file of several sources.
 
     Raises:
-        ValueError: malformed metadata, or (with several sources) a key that one of them has twice.
+        ValueError: malformed metadata (the error names the first fault of each file), or (with several sources) a key
+            that one of them has twice.
     """
+    faults: list[ValueError] = []
     if len(sources) == 1:
-        yield from chain.from_iterable(map(read_blocks, sources[0]))
+        yield from _read_files(read_blocks, sources[0], faults)
+        _raise_if_any(faults)
         return
     starts = [0]
 
     def list_batches() -> Iterator[pa.RecordBatch]:
         for source in sources:
             starts.append(starts[-1])
-            for records in chain.from_iterable(map(read_metadata_file, source)):
+            for records in _read_files(read_metadata_file, source, faults):
                 starts[-1] += len(records)
                 keys, contents = [record.key for record in records], list(map(_dump_record, records))
                 yield pa.record_batch([pa.array(keys, pa.string()), pa.array(contents, pa.binary())], WAITING_SCHEMA)
+        _raise_if_any(faults)
 
     with spill_batches(folder, WAITING_SCHEMA, list_batches()) as table:
         yield from map(build_block, _merge(table, starts))
+
+
+def _read_files(read: Callable[[Path], Iterator[T]], files: Sequence[Path], faults: list[ValueError]) -> Iterator[T]:
+    """Yield what `read` yields of each file up to its first fault, and collect the faults."""
+    for file in files:
+        try:
+            yield from read(file)
+        except ValueError as error:
+            faults.append(error)
+
+
+def _raise_if_any(faults: Sequence[ValueError]) -> None:
+    """Raise one error that names the faults of all files."""
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ValueError("\n      ".join(map(str, faults[:MAX_PROBLEMS])))
 
 
 def verify_unique_keys(keys: pa.ChunkedArray, describe_image: Callable[[int], str]) -> None:

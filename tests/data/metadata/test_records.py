@@ -200,6 +200,18 @@ def test_the_error_of_malformed_metadata_names_the_place(tmp_path, text, message
     assert str(caught.value).startswith(str(metadata))
 
 
+def test_the_faults_of_all_files_are_told_at_once(tmp_path):
+    files = [
+        write(tmp_path / f"{number}.json", '{"x" {}}' if number % 2 else {f"y{number}": {}}) for number in range(5)
+    ]
+    for metadata in ([[file] for file in files], [files]):
+        with pytest.raises(ValueError) as caught:
+            list(merge_sources(metadata, tmp_path / "work"))
+        lines = str(caught.value).splitlines()
+        assert [line.strip().split(":")[0] for line in lines] == [str(files[1]), str(files[3])]
+        assert lines[1].startswith("  "), "a break that escape_controls leaves"
+
+
 def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
     write(tmp_path / "x.png", "")
     (tmp_path / "x.txt").write_bytes("Möwe".encode("latin-1"))
