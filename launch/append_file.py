@@ -1,4 +1,4 @@
-"""Append-only file of records that neither a full disk nor its deletion takes from a running job."""
+"""Append-only files that neither a full disk nor a deletion takes from a running job, and counts of losses."""
 
 import os
 from collections.abc import Callable
@@ -10,6 +10,32 @@ from loguru import logger
 from sdxl_trainer.configs.problems import format_count
 
 COPY_BYTES = 1 << 20
+
+
+class LossCount:
+    """Count of failed writes in a row: the first loss is reported, and their number at the end of the row.
+
+    Args:
+        name: the name of the files, such as a path.
+        noun: the noun of one loss, such as "record".
+        report: gets the messages.
+    """
+
+    def __init__(self, name: Path | str, noun: str, report: Callable[[str], None] = logger.warning):
+        self._name, self._noun, self._report = name, noun, report
+        self._num_lost = 0
+
+    def add(self, reason: str, count: int = 1) -> None:
+        """Count losses, and report the first one."""
+        if not self._num_lost:
+            self._report(f"{self._name} cannot be written: {reason}; further losses are counted")
+        self._num_lost += count
+
+    def end(self, state: str = "is written again") -> None:
+        """Report the losses since the last call, if there are any."""
+        number, self._num_lost = self._num_lost, 0
+        if number:
+            self._report(f"{self._name} {state}; {format_count(number, self._noun)} could not be written")
 
 
 class AppendFile:
@@ -27,7 +53,7 @@ class AppendFile:
         self.path = path
         self._report = report
         self._descriptor = -1
-        self._num_dropped = 0
+        self._losses = LossCount(path, "record", report)
 
     def append(self, records: bytes, count: int = 1) -> bool:
         """Append records, or drop them. Returns whether they were appended.
@@ -38,16 +64,14 @@ class AppendFile:
         try:
             self._append(records)
         except OSError as error:
-            if not self._num_dropped:
-                self._report(f"{self.path} cannot be written: {error.strerror}; what is lost of it is counted")
-            self._num_dropped += count
+            self._losses.add(error.strerror or str(error), count)
             return False
-        self._report_dropped("is written again")
+        self._losses.end()
         return True
 
     def close(self) -> None:
         """Close the file. A record that comes later opens it again."""
-        self._report_dropped("is closed")
+        self._losses.end("is closed")
         self._close()
 
     def _append(self, records: bytes) -> None:
@@ -85,11 +109,6 @@ class AppendFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def _report_dropped(self, state: str) -> None:
-        number, self._num_dropped = self._num_dropped, 0
-        if number:
-            self._report(f"{self.path} {state}; {format_count(number, 'record')} could not be written")
 
 
 def _copy(source: int, target: int) -> None:

@@ -19,6 +19,7 @@ from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import Tokenizers
+from sdxl_trainer.launch.append_file import LossCount
 
 SECONDS_BETWEEN = 180  # minimum interval between two reports during training
 MAX_SECONDS = 120  # time limit of a report
@@ -40,6 +41,7 @@ class ReportProcess:
         # A file and not a pipe: nobody reads while the report is written, and a full pipe would stop it.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object lives
         self._started = time.monotonic()
+        self._losses = LossCount(folder / "report" / "report.html", "report")
 
     def update(self) -> None:
         """Start a report, unless another is still being written or the last one is recent."""
@@ -54,6 +56,7 @@ class ReportProcess:
         self._log_result()
         self._start()
         self._log_result()
+        self._losses.end("is not up to date")
 
     def _start(self, *options: str) -> None:
         self._start_program([sys.executable, "-m", "sdxl_trainer.train.report", str(self._folder), *options])
@@ -72,7 +75,7 @@ class ReportProcess:
                 start_new_session=True,  # Ctrl-C must reach only the training process
             )
         except OSError as error:
-            logger.warning("the report cannot be started: {}", error)
+            self._losses.add(f"the program cannot be started: {error}")
 
     def _log_result(self) -> None:
         """Wait for a report that was started, and log its path or its error."""
@@ -84,13 +87,13 @@ class ReportProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            logger.warning("report failed: stopped after {} s", MAX_SECONDS)
+            self._losses.add(f"the program was stopped after {MAX_SECONDS} s")
             return
         if process.returncode == 0:
+            self._losses.end()
             logger.info("report: {}", self._folder / "report" / "report.html")
         else:
-            status = f"the program ended with status {process.returncode}"
-            logger.warning("report failed: {}", self._read_errors() or status)
+            self._losses.add(self._read_errors() or f"the program ended with status {process.returncode}")
 
     def _read_errors(self) -> str:
         """Return the end of what the report has written to its standard error."""

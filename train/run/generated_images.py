@@ -48,8 +48,9 @@ def write_generated_images(run: Run) -> None:
     if run.ranks.is_main:
         try:
             write_images(folder, f"step-{run.state.step:08d}", prompts, images)
+            run.lost_images.end()
         except OSError as error:
-            logger.warning("generated images of step {} are dropped: {}", run.state.step, error)
+            run.lost_images.add(str(error), len(images))
 
 
 def write_images(folder: Path, name: str, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> None:

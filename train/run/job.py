@@ -172,8 +172,9 @@ def finish(run: Run) -> None:
 
 
 def close_files(run: Run) -> None:
-    """Close the files that are written in each step, and log how much of them a full disk has cost."""
+    """Close the files that are written in each step, and log how much a full disk has cost."""
     run.bad_samples.close()
+    run.lost_images.end("is closed")
     if run.metrics is not None:
         run.metrics.close_files()
 

@@ -1,6 +1,7 @@
 """The parts of a run that its steps, validations, generated images and checkpoints share."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sdxl_trainer.cache.models.source import ModelSource
@@ -8,6 +9,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.tokens import Tokenizers
+from sdxl_trainer.launch.append_file import LossCount
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
@@ -47,6 +49,11 @@ class Run:
     report: ReportProcess | None  # rank 0 only, and only if the run publishes one
     memory: MemoryTable  # estimated
     bad_samples: BadSamples
+
+    @cached_property
+    def lost_images(self) -> LossCount:
+        """Generated images that could not be written."""
+        return LossCount(self.folder / "samples", "image")
 
     @property
     def folder(self) -> Path:
