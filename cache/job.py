@@ -27,10 +27,10 @@ from sdxl_trainer.cache.encode.cache_setup import (
 from sdxl_trainer.cache.encode.encode_plan import (
     STATES,
     EncodePlan,
-    EncodePlanner,
     PlanTotals,
     Resolution,
     TextRequirement,
+    build_planner,
     build_share,
 )
 from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estimate_work
@@ -59,7 +59,7 @@ from sdxl_trainer.data.formats.manifest import (
     read_entries,
     read_latest,
 )
-from sdxl_trainer.data.images.masks import MaskFinder, check_masks
+from sdxl_trainer.data.images.masks import check_masks
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -124,12 +124,8 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         own = frozenset(key for part in parts for key in part.keys)
         ACTIVITY.enter("opening the cache")
         state = open_cache(folder, ranks, own, repair, dry_run)
-        beside = config.cache.dir is None
         known_only = repair and not state.lines_lost
-        finder = None if masks is None else MaskFinder(masks)
-        planner = EncodePlanner(
-            index, folder, state.entries, beside=beside, text=text, known_only=known_only, masks=finder
-        )
+        planner = build_planner(config, index, state.entries, text, known_only)
         ACTIVITY.enter("planning the work")
         plans = [planner.plan(part) for part in parts]
         bad = BadImages(folder, hash_rules(config), ranks.world_size)
@@ -298,7 +294,13 @@ def encode_plans(
     for plan in plans:
         for entry in plan.refreshed:
             manifest.append(entry)
-    writer = BackgroundWriter(build_storage(cache, folder, ranks.rank), manifest)
+
+    def skip_item(entry: ManifestEntry, error: OSError) -> None:
+        reporter.progress.bad += 1
+        reason = f"{entry.source_path}: its latents cannot be named {entry.file}: {error.strerror}"
+        bad.add(entry.key, entry.source_path, ValueError(reason))
+
+    writer = BackgroundWriter(build_storage(cache, folder, ranks.rank), manifest, skip_item)
     interrupted = None
     try:
         for plan in plans:

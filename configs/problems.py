@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ def raise_if_any(problems: Iterable[Problem]) -> None:
     problems = list(problems)
     if problems:
         raise UserInputError(problems)
+
+
+def join_reasons(reasons: Sequence[str], limit: int = 100) -> str:
+    """Return reasons as lines of one message, at most `limit` of them and the number of the others."""
+    more = [f"... and {len(reasons) - limit:,} more"] if len(reasons) > limit else []
+    return "\n      ".join([*reasons[:limit], *more])
 
 
 def format_count(count: int, noun: str, plural: str = "") -> str:

@@ -152,6 +152,9 @@ class DataConfig(Section):
     no_upscale: bool = False
     """Never enlarge an image. Images below the area of `resolution_px` get a bucket of their own size, rounded down to
     `bucket_step_px`."""
+    max_aspect_ratio: float = Field(20, ge=1, le=1000)
+    """Ratio of an image's longer side to its shorter one above which it counts as a bad sample: its bucket would show
+    little of it."""
     flip_rate: float = Field(0.0, ge=0, le=1)
     """Probability of training on the mirrored image, drawn for each sample and epoch. Needs a cache filled with
     `cache.flip: true`; samples without mirrored latents are never flipped, and a warning gives their number."""

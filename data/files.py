@@ -1,12 +1,14 @@
-"""Atomic writes, checksums, retried reads, and ranges of bytes within a file.
+"""Opening of files with data, atomic writes, checksums, retried reads, and ranges of bytes within a file.
 
-A file is written under a temporary name, flushed to disk, then renamed.
+Every reader of data opens files by `open_regular`, which refuses what could block or never end. A file is written under
+a temporary name, flushed to disk, then renamed.
 """
 
 import errno
 import hashlib
 import io
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +27,82 @@ TRANSIENT_ERRORS = {
     *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
 }
 WAITS_SECONDS = (0.5, 2.0)
+
+# Kinds of files that are refused as data.
+IRREGULAR_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+MAX_NAME_BYTES = 255  # of a file name, on all common file systems
+TEMPORARY_BYTES = len("..01234567.tmp")  # that a temporary name adds to a file's name
+
+
+class FileContent(NamedTuple):
+    """The content of a file, and its modification time just before it was read."""
+
+    content: bytes
+    mtime_ns: int
+
+
+def open_regular(path: Path | str, max_bytes: int | None = None) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    A pipe or a device could block for ever, and opening a device can have effects of its own.
+
+    Args:
+        max_bytes: a larger file is refused, such as a sparse one of a petabyte; None accepts any size.
+
+    Raises:
+        OSError: the file is missing, unreadable, too large or not a regular file, or no file can have such a name.
+    """
+    try:
+        _verify_regular(os.stat(path), path, max_bytes)
+        # Without blocking, because the file may have been replaced by a pipe.
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:  # a null character, or a character that UTF-8 cannot store
+        raise OSError(errno.EINVAL, f"no file can have this name ({error})", repr(path)) from None
+
+
+def open_stream(path: Path | str, max_bytes: int | None = None) -> IO[bytes]:
+    """Like `open_regular`, but return a file object."""
+    return os.fdopen(open_regular(path, max_bytes), "rb")
+
+
+def open_text_stream(path: Path | str) -> IO[bytes]:
+    """Like `open_stream`, for text of any length. A sparse file is refused: a damaged or fake text without line ends.
+
+    Raises:
+        OSError: as `open_regular`, or the file has a hole.
+    """
+    descriptor = open_regular(path)
+    size = os.fstat(descriptor).st_size
+    hole = os.lseek(descriptor, 0, os.SEEK_HOLE) if size else 0
+    if hole < size:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"is damaged or sparse: holds no data from byte {hole} on", str(path))
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path | str, max_bytes: int) -> FileContent:
+    """Return the content of a regular file. Raises OSError as `open_regular` does."""
+    with open_stream(path, max_bytes) as file:
+        # Taken before the read, so that the next job notices a change during the read.
+        status = os.fstat(file.fileno())
+        # Files of /proc have no size and may never end.
+        return FileContent(file.read(status.st_size), status.st_mtime_ns)
+
+
+def _verify_regular(status: os.stat_result, path: Path | str, max_bytes: int | None) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        kind = IRREGULAR_KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+        raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, more than {max_bytes:,}", str(path))
 
 
 def read_with_retries(read: Callable[[], T], name: Path | str, before_retry: Callable[[], None] | None = None) -> T:
@@ -56,7 +134,9 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 
     The temporary file is hidden and in the same folder, because a rename is atomic only within one file system.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    # A name near the limit is cut, because the temporary name is longer.
+    name = path.name.encode(errors="surrogateescape")[: MAX_NAME_BYTES - TEMPORARY_BYTES].decode(errors="ignore")
+    temporary = path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -125,9 +205,12 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, which is read in pieces."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
+    descriptor = open_regular(path)
+    try:
+        while size := os.readv(descriptor, (buffer,)):
             digest.update(buffer[:size])
+    finally:
+        os.close(descriptor)
     return digest.hexdigest()
 
 

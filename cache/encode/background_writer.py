@@ -1,10 +1,22 @@
 """Write encoded items on threads while the device encodes the next items."""
 
+import errno
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from loguru import logger
 
 from sdxl_trainer.cache.encode.storage import EncodedItem, Storage
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
+
+# Errors that concern the file of one item alone: its name is too long or cannot be stored, or is a folder's.
+NAME_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
+
+def warn_about_name(entry: ManifestEntry, error: OSError) -> None:
+    """Log that the latents of an image are not stored."""
+    logger.warning("latents of {} are not stored: {}: {}", entry.source_path, entry.file, error.strerror)
 
 
 class BackgroundWriter:
@@ -13,13 +25,22 @@ class BackgroundWriter:
     Args:
         manifest: manifest that lists the finished items.
         num_threads: number of items written at once.
+        skip_item: called, on one of the threads, with each item whose name no file can have, and the error.
         max_in_flight: number of accepted items that are not yet on disk. At this number `submit` waits, which bounds
             the memory.
     """
 
-    def __init__(self, storage: Storage, manifest: ManifestWriter, num_threads: int = 4, max_in_flight: int = 32):
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: ManifestWriter,
+        skip_item: Callable[[ManifestEntry, OSError], None] = warn_about_name,
+        num_threads: int = 4,
+        max_in_flight: int = 32,
+    ):
         self._storage = storage
         self._manifest = manifest
+        self._skip_item = skip_item
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="latent-writer")
         self._places = threading.Semaphore(max_in_flight)
         self._lock = threading.Lock()
@@ -62,7 +83,13 @@ class BackgroundWriter:
         # After an error such as a full disk, writing the other items in flight would fail too.
         if self._error is not None:
             return
-        entry = self._storage.write(item)
+        try:
+            entry = self._storage.write(item)
+        except OSError as error:
+            if error.errno not in NAME_ERRORS:
+                raise
+            self._skip_item(item.entry, error)
+            return
         with self._lock:
             self._manifest.append(entry)
             self.num_written += 1

@@ -15,6 +15,7 @@ import PIL
 from loguru import logger
 from PIL import Image
 
+from sdxl_trainer.cache.encode.decoder import SharedFileError
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
@@ -112,8 +113,11 @@ def report_known(folder: Path, num_known: int) -> None:
 def _is_lasting(error: Exception) -> bool:
     """Return whether an image stays bad until its file changes. Storage may recover, and so may memory."""
     cause = error.__context__
-    may_pass = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
-    return isinstance(error, BadImageError) and not isinstance(error, BadMaskError) and not may_pass
+    # PyTorch reports too little memory as a RuntimeError.
+    may_pass = isinstance(cause, (MemoryError, RuntimeError)) or (
+        isinstance(cause, OSError) and cause.errno is not None
+    )
+    return isinstance(error, BadImageError) and not isinstance(error, (BadMaskError, SharedFileError)) and not may_pass
 
 
 def _read_known(file: Path, rules: str) -> dict[str, dict[str, Any]]:

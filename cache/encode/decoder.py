@@ -10,13 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from sdxl_trainer.data.formats.manifest import ManifestEntry, TextPart
-from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
+from sdxl_trainer.data.images.bucket import BucketRule, Size, is_too_narrow, list_buckets, place_image
 from sdxl_trainer.data.images.masks import add_mask
 from sdxl_trainer.data.images.transforms import BadImageError, PreparedImage, prepare_image, read_image_size
 from sdxl_trainer.data.text.strategy import StrategyError
 
 # Sizes are read ahead in groups of this many images; the first batch waits for two groups.
 PROBE_GROUP = 32
+
+
+class SharedFileError(BadImageError):
+    """An image whose latents would replace those of another image. It may have its own once the other is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,9 @@ class WorkItem:
         record: JSON of the image's record.
         with_text: its captions are encoded too.
         text: cached text encoder outputs that stay valid.
-        unmasked: entry of latents that were encoded without the mask. It is withdrawn if the mask is bad.
+        refusal: the reason why the image cannot be encoded, which decoding reports.
+        outdated: entry of latents that are wrong: encoded without the mask, or those of another image. It is withdrawn
+            if the mask is bad or the image is refused.
     """
 
     key: str
@@ -40,7 +46,8 @@ class WorkItem:
     with_text: bool = False
     text: TextPart | None = None
     mask_path: str | None = None
-    unmasked: ManifestEntry | None = None
+    refusal: str = ""
+    outdated: ManifestEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,9 @@ class Decoder:
         """Yield (bucket, items) for each batch; only the last batch of a bucket may be smaller than `batch_size`."""
         groups: dict[Size | None, list[WorkItem]] = defaultdict(list)
         for item, size in sized:
-            bucket = place_image(size, self.rule, buckets).bucket if size else None
+            # The size in metadata may be wrong. Decoding refuses an image that is too narrow.
+            is_usable = size is not None and not is_too_narrow(size, self.rule)
+            bucket = place_image(size, self.rule, buckets).bucket if size and is_usable else None
             group = groups[bucket]
             group.append(item)
             if len(group) == self.batch_size:
@@ -186,6 +195,8 @@ def prepare_item(
     Raises:
         BadImageError: the image or the mask cannot be used.
     """
+    if item.refusal:
+        raise SharedFileError(item.refusal)
     image = prepare_image(Path(item.image_path), rule, buckets, with_alpha, out)
     return image if item.mask_path is None else add_mask(image, Path(item.image_path), Path(item.mask_path))
 

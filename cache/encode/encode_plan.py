@@ -14,14 +14,16 @@ import pyarrow as pa
 
 from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.pipeline import TextItem, choose_text_file
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.formats.latents import LATENT_CHANNELS, VAE_FACTOR
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextIdentity, TextPart
 from sdxl_trainer.data.formats.shards import get_partial_path
-from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
+from sdxl_trainer.data.images.bucket import BucketRule, Size, is_too_narrow, list_buckets, place_image
 from sdxl_trainer.data.images.masks import MaskFinder
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.index.missing_latents import choose_output_file
+from sdxl_trainer.data.index.missing_latents import GIVEN_SUFFIXES, choose_output_file, find_shared_files
+from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -30,7 +32,6 @@ State = Literal["valid", "new", "stale", "changed", "missing", "bad"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES: tuple[State, ...] = ("valid", "new", "stale", "changed", "missing", "bad")
-LATENT_SUFFIXES = (".npz", ".tar")  # a record that names latents instead of an image has nothing to encode
 MASK_BYTES_PER_PX = 4
 ITEM_OVERHEAD_BYTES = 1200  # npz headers, sizes, crop, and the line in the manifest
 
@@ -174,6 +175,7 @@ class EncodePlanner:
         text: required text encoder outputs; None encodes no captions.
         known_only: count images without an entry, but do not encode them.
         masks: finder of mask files; None if there are no mask files.
+        refused: reasons why images cannot be encoded, by their rows.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class EncodePlanner:
         text: TextRequirement | None = None,
         known_only: bool = False,
         masks: MaskFinder | None = None,
+        refused: Mapping[int, str] | None = None,
     ):
         self._index = index
         self._entries = entries
@@ -193,6 +196,7 @@ class EncodePlanner:
         self._text = text
         self._known_only = known_only
         self._masks = masks
+        self._refused = refused or {}
         self._files = _FileLister(folder)
         self._paths = index.arrow_column("image_path")
         self._widths, self._heights = index.column("width"), index.column("height")
@@ -204,7 +208,7 @@ class EncodePlanner:
         buckets, block_bytes = list_buckets(resolution.rule), estimate_block_bytes(resolution.identity)
         is_first = not resolution.prefix  # images are counted once, not at each resolution
         for image in self._list_images(share):
-            if image.path.endswith(LATENT_SUFFIXES):
+            if image.path.endswith(GIVEN_SUFFIXES):
                 plan.counts["given"] += is_first
                 continue
             known = image.known
@@ -214,7 +218,7 @@ class EncodePlanner:
             plan.counts["masked"] += is_first and has_mask
             if self._known_only and known is None:
                 continue
-            if state == "valid" and known is not None:
+            if state == "valid" and known is not None and image.row not in self._refused:
                 self._plan_text(plan, image, refreshed)
                 continue
             item = self._build_item(plan, image)
@@ -266,17 +270,38 @@ class EncodePlanner:
             kept, text_due = None, text is not None
         width, height = int(self._widths[image.row]), int(self._heights[image.row])
         has_new_mask = image.mask_path is not None and known is not None and known.mask is None
+        refusal, size = self._refused.get(image.row, ""), Size(width, height)
+        is_wrong = refusal != "" and known is not None and known.identity == plan.identity
         return WorkItem(
             key=image.key,
             image_path=image.path,
             file=choose_output_file(image.key, image.path, self._beside),
-            size=Size(width, height) if width > 0 else None,
+            size=size if width > 0 and not is_too_narrow(size, plan.rule) else None,
             record=record,
             with_text=text_due,
             text=kept,
             mask_path=image.mask_path,
-            unmasked=known if has_new_mask else None,
+            refusal=refusal,
+            outdated=known if has_new_mask or is_wrong else None,
         )
+
+
+def build_planner(
+    config: Config, index: Index, entries: Mapping[str, ManifestEntry], text: TextRequirement | None, known_only: bool
+) -> EncodePlanner:
+    """Build the planner of the settings. `entries`, `text` and `known_only` are as in `EncodePlanner`."""
+    beside, masks = config.cache.dir is None, config.data.masks
+    shares_files = beside and config.cache.format == "npz"
+    return EncodePlanner(
+        index,
+        get_cache_folder(config),
+        entries,
+        beside=beside,
+        text=text,
+        known_only=known_only,
+        masks=None if masks is None else MaskFinder(masks),
+        refused=find_shared_files(index.table, text is not None) if shares_files else {},
+    )
 
 
 def assign_positions(costs: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -330,7 +355,7 @@ def classify_entry(
     try:
         status = os.stat(image_path)
         mask_status = None if mask_path is None else os.stat(mask_path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return EntryState("valid", None)
     mask, source_ns, mask_ns = entry.mask, entry.source_mtime_ns, 0
     if (mask is None) != (mask_path is None):
@@ -349,10 +374,16 @@ def classify_entry(
 
 
 def find_mtime_if_unchanged(path: str, status: os.stat_result, size: int, mtime_ns: int, sha256: str) -> int | None:
-    """Return a file's mtime if its bytes are unchanged, else None. A file of equal size and mtime is not hashed."""
+    """Return a file's mtime if its bytes are unchanged, else None. A file of equal size and mtime is not hashed.
+
+    An unreadable file counts as changed; decoding it reports the reason.
+    """
     if status.st_size != size:
         return None
-    unchanged = status.st_mtime_ns == mtime_ns or hash_file(Path(path)) == sha256
+    try:
+        unchanged = status.st_mtime_ns == mtime_ns or hash_file(Path(path)) == sha256
+    except OSError:
+        return None
     return status.st_mtime_ns if unchanged else None
 
 

@@ -152,8 +152,8 @@ class Pipeline:
         return self.text.variants.build(orjson.loads(record))
 
     def _skip_image(self, item: WorkItem, error: Exception) -> None:
-        if isinstance(error, BadMaskError) and item.unmasked is not None:
-            self.writer.list_entry(withdraw_entry(item.unmasked, item))
+        if item.outdated is not None and (item.refusal or isinstance(error, BadMaskError)):
+            self.writer.list_entry(withdraw_entry(item.outdated, item))
         self._skip(item.key, item.image_path, error)
 
     def _skip(self, key: str, file: str, error: Exception) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.files import open_regular, write_atomic
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import (
@@ -299,7 +299,7 @@ def _describe_fault(file: str, key: str | None, error: Exception) -> str:
 
 def _read_file(path: Path, size: int) -> bytes:
     """Read up to `size` + 1 bytes of a file; the additional byte shows that a file is too long."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         return os.pread(descriptor, size + 1, 0)
     finally:

@@ -9,9 +9,10 @@ import orjson
 
 from sdxl_trainer.cache.encode.encode_plan import TextRequirement
 from sdxl_trainer.cache.encode.text_caching import TextShapes
-from sdxl_trainer.data.files import hash_file
+from sdxl_trainer.data.files import hash_file, read_regular
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
+from sdxl_trainer.data.formats.shards import MAX_SAMPLE_BYTES
 from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text_outputs
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
@@ -46,7 +47,10 @@ class TextAdopter:
         path = next((path for path in (image.with_name(name), self.folder / name) if path.is_file()), None)
         if path is None:
             return None
-        content, captions = path.read_bytes(), self.requirement.variants.build(orjson.loads(record))
+        content, captions = (
+            read_regular(path, MAX_SAMPLE_BYTES).content,
+            self.requirement.variants.build(orjson.loads(record)),
+        )
         try:
             self._verify(content, len(captions))
         except BadTextError as error:
@@ -108,7 +112,7 @@ def adopt_files(
             if path is None:
                 continue
             try:
-                content = path.read_bytes()
+                content = read_regular(path, MAX_SAMPLE_BYTES).content
                 sample = parse_latents(content)
                 placement = _verify_fit(sample, image, identity, rule, buckets)
             except (OSError, BadLatentError) as error:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
+from sdxl_trainer.data.files import open_stream
 from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
 from sdxl_trainer.data.formats.shards import locate_shard
@@ -157,7 +158,7 @@ def _read_content(latents: IndexedLatents) -> bytes:
     assert latents.num_bytes is not None, "latents that are not encoded yet have no content"
     try:
         if isinstance(latents.path, Path):
-            with open(latents.path, "rb") as stream:
+            with open_stream(latents.path) as stream:
                 stream.seek(latents.offset or 0)
                 return stream.read(latents.num_bytes)
         [content] = read_spans([RemoteSpan(latents.path, latents.offset or 0, latents.num_bytes)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_trainer.data.files import read_with_retries
+from sdxl_trainer.data.files import open_regular, read_with_retries
 from sdxl_trainer.data.formats.latents import (
     ARRAY_KEYS,
     BF16_SUFFIX,
@@ -25,6 +25,7 @@ from sdxl_trainer.data.formats.npz import (
     parse_npy_header,
     verify_num_bytes,
 )
+from sdxl_trainer.data.formats.shards import MAX_SAMPLE_BYTES
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
 VECTOR_LENGTHS = {"original_size": 2, "crop_ltrb": 4}
@@ -55,7 +56,7 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
     """
 
     def read() -> LatentHeader:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path)
         try:
             length = os.fstat(descriptor).st_size
             end = length if size is None else offset + size
@@ -77,6 +78,8 @@ def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
     Args:
         read: `read(start, count)` returns `count` bytes of the source from byte `start` on.
     """
+    if end - offset > MAX_SAMPLE_BYTES:
+        raise BadLatentError(f"has {end - offset:,} bytes, more than {MAX_SAMPLE_BYTES:,}")
     try:
         members = list_members(read, offset, end)
         if members is not None:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import orjson
+from loguru import logger
 
-from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.configs.problems import format_count, join_reasons
+from sdxl_trainer.data.files import open_atomic, open_stream
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
-from sdxl_trainer.data.formats.shards import BadShardError, ShardMember, iterate_members
+from sdxl_trainer.data.formats.shards import TEXT_SUFFIX, BadShardError, ShardMember, iterate_members
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
+SAMPLE_SUFFIXES = {"npz", "json", "txt"}  # a sample has at least one of them
 MAX_RECORD_BYTES = 16 << 20
+MAX_SHOWN = 20  # members that a warning names
 CATALOGUE_SUFFIX = ".catalogue"
 # Bytes read around a header: the small arrays before it, the record after it.
 WINDOW_BEFORE, WINDOW_AFTER = 2 << 10, 6 << 10
@@ -37,17 +41,25 @@ class ShardSample:
 def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False) -> list[ShardSample]:
     """List the samples of a shard that have latents or a record, in their order.
 
+    Members that belong to no sample are counted and named in a warning.
+
     Args:
         name: name of the shard, for errors.
         with_headers: read the headers of the npz files too.
 
     Raises:
-        BadShardError: the shard is torn or not a tar, two members have the same name, or a record is not a JSON object.
+        BadShardError: the shard is torn or not a tar, two members have the same name, a record is not a JSON object, or
+            texts are not UTF-8.
     """
     members: dict[str, dict[str, Any]] = {}
     headers: dict[str, LatentHeader | str] = {}
     pending: ShardMember | None = None
-    for key, suffix, offset, size in iterate_members(name, stream):
+    strays: list[str] = []
+    for key, written_suffix, offset, size in iterate_members(name, stream):
+        suffix = written_suffix.lower()
+        if _is_stray(key, suffix):
+            strays.append(f"{key}.{written_suffix}")
+            continue
         # A header is read with the next member's, because the end of an npz file lies in the same window.
         headers |= _read_header(stream, pending)
         pending = ShardMember(key, suffix, offset, size) if with_headers and suffix == "npz" else None
@@ -60,17 +72,24 @@ def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False)
             stream.seek(offset)
             members[key][suffix] = stream.read(size)
     headers |= _read_header(stream, pending)
-    samples = []
+    samples, problems = [], []
     for key, parts in members.items():
-        if parts.keys() & {"npz", "json", "txt"}:
-            offset, size = parts.get("npz", (None, None))
-            header = headers.get(key)
-            header, bad = (None, header) if isinstance(header, str) else (header, None)
-            samples.append(
-                ShardSample(
-                    key=key, record=_build_record(name, key, parts), offset=offset, size=size, header=header, bad=bad
-                )
-            )
+        if not parts.keys() & SAMPLE_SUFFIXES:
+            strays += [f"{key}.{suffix}" for suffix in parts]
+            continue
+        try:
+            record = _build_record(name, key, parts)
+        except BadShardError as error:
+            problems.append(str(error))
+            continue
+        offset, size = parts.get("npz", (None, None))
+        header = headers.get(key)
+        header, bad = (None, header) if isinstance(header, str) else (header, None)
+        samples.append(ShardSample(key=key, record=record, offset=offset, size=size, header=header, bad=bad))
+    if problems:
+        raise BadShardError(join_reasons(problems))
+    if strays:
+        _warn_about_strays(name, strays)
     return samples
 
 
@@ -83,7 +102,7 @@ def save_catalogue(path: Path, url: str, samples: list[ShardSample]) -> None:
 
 def load_catalogue(path: Path) -> tuple[str, list[ShardSample]]:
     """Load a catalogue: the URL of the shard, and its samples."""
-    with open(path, "rb") as lines:
+    with open_stream(path) as lines:
         url = orjson.loads(next(lines))["url"]
         return url, list(map(_parse_sample, lines))
 
@@ -98,6 +117,25 @@ def _parse_sample(line: bytes) -> ShardSample:
         header["crop_ltrb"] = CropBox(*header["crop_ltrb"]) if header["crop_ltrb"] else None
         header = LatentHeader(**header)
     return ShardSample(**fields, header=header)
+
+
+def _is_stray(key: str, suffix: str) -> bool:
+    """Return whether a member cannot be part of a sample: no key, a key with a dot, or a name that is not UTF-8."""
+    *others, last = suffix.split(".")
+    has_dot = bool(others) and last in SAMPLE_SUFFIXES and f".{suffix}" != TEXT_SUFFIX
+    return has_dot or not key.rpartition("/")[2] or _escape(key + suffix) != key + suffix
+
+
+def _escape(name: str) -> str:
+    """Return a name with the bytes that are not UTF-8, which Python keeps as halves of surrogate pairs, escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _warn_about_strays(name: str, strays: list[str]) -> None:
+    shown = ", ".join(map(_escape, strays[:MAX_SHOWN])) + (", ..." if len(strays) > MAX_SHOWN else "")
+    count = format_count(len(strays), "member")
+    rule = "a sample is KEY.npz with KEY.json or KEY.txt, and its key ends at the first dot"
+    logger.warning("{}: {} not used, outside any sample ({}): {}", name, count, rule, shown)
 
 
 def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, LatentHeader | str]:
@@ -125,5 +163,9 @@ def _build_record(name: str, key: str, parts: dict[str, Any]) -> dict[str, Any]:
     caption = fields.get("caption")
     captions = caption if isinstance(caption, list) else [caption]
     if "txt" in parts and all(text is None or (isinstance(text, str) and not text.strip()) for text in captions):
-        fields["caption"] = parts["txt"].decode("utf-8", "replace").strip()
+        try:
+            fields["caption"] = parts["txt"].decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            place = f"{error.reason} at byte {error.start}"
+            raise BadShardError(f"{name}: member {key}.txt is not UTF-8: {place}") from None
     return fields

@@ -8,6 +8,7 @@ A shard is built under a hidden name. A killed job leaves it there; `recover_sha
 the manifest lists, closes it and renames it.
 """
 
+import errno
 import os
 import tarfile
 import threading
@@ -20,7 +21,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from sdxl_trainer.data.files import Span
+from sdxl_trainer.data.files import Span, open_regular, open_stream
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)  # of a tar
@@ -28,6 +29,7 @@ END = bytes(2 * BLOCK)  # of a tar
 # makes checks and copies faster.
 NPZ_SHIFT = 3
 TEXT_SUFFIX = ".te.npz"
+MAX_SAMPLE_BYTES = 1 << 30  # of a sample's latents: four times those of 16384 x 16384 px in float64
 
 
 @dataclass(frozen=True)
@@ -214,15 +216,21 @@ class OpenFile:
     """A file that stays open as long as this object exists."""
 
     def __init__(self, path: Path | str):
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
     def read(self, offset: int = 0, size: int | None = None) -> memoryview:
-        """Return `size` bytes from `offset` on, or fewer if the file ends before. None reads up to the end."""
+        """Return `size` bytes from `offset` on, or fewer if the file ends before. None reads up to the end.
+
+        Raises:
+            OSError: the storage failed, or more than MAX_SAMPLE_BYTES are to be read.
+        """
         size = os.fstat(self._descriptor).st_size - offset if size is None else size
+        if size > MAX_SAMPLE_BYTES:
+            raise OSError(errno.EFBIG, f"has {size:,} bytes, more than {MAX_SAMPLE_BYTES:,}")
         buffer = np.empty(NPZ_SHIFT + size, np.uint8)[NPZ_SHIFT:].data
         return buffer[: os.preadv(self._descriptor, (buffer,), offset)]
 
@@ -289,7 +297,10 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
         BadShardError: the tar is torn, the file is not a tar, or a member is a link or points outside the tar.
     """
     try:
-        with nullcontext(stream) if stream else open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with (
+            nullcontext(stream) if stream else open_stream(path) as file,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar,
+        ):
             for member in tar:
                 _check_member(path, member)
                 if member.isfile():
@@ -304,13 +315,16 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
 
 
 def encode_key(key: str) -> str:
-    """Escape dots and slashes of a key, because webdataset ends the key at the first dot of a member's name."""
-    return key.replace("%", "%25").replace(".", "%2E").replace("/", "%2F")
+    """Escape dots and slashes of a key, because webdataset ends the key at the first dot of a member's name.
+
+    Null characters are escaped too: they end a name in a tar.
+    """
+    return key.replace("%", "%25").replace(".", "%2E").replace("/", "%2F").replace("\0", "%00")
 
 
 def decode_key(name: str) -> str:
     """Return the key of a member's name."""
-    return name.replace("%2F", "/").replace("%2E", ".").replace("%25", "%")
+    return name.replace("%00", "\0").replace("%2F", "/").replace("%2E", ".").replace("%25", "%")
 
 
 def _check_member(path: Path | str, member: tarfile.TarInfo) -> None:
@@ -368,7 +382,7 @@ def _read_span(path: Path, span: Span, name: str) -> memoryview:
 
 
 def _read_at(path: Path, span: Span) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         return os.pread(descriptor, span.size, span.offset)
     finally:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_trainer.data.files import read_with_retries
+from sdxl_trainer.data.files import open_regular, read_with_retries
 from sdxl_trainer.data.formats.latents import BF16_SUFFIX, expand_bfloat16, round_to_bfloat16
 from sdxl_trainer.data.formats.npz import READ_ERRORS, NpzError, SpanReader, load_arrays, load_member
 from sdxl_trainer.data.formats.shards import locate_shard
@@ -97,7 +97,7 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
     """
 
     def read() -> TextOutputs:
-        descriptor = os.open(path if offset is None else locate_shard(path), os.O_RDONLY)
+        descriptor = open_regular(path if offset is None else locate_shard(path))
         try:
             if variants == 1:
                 return parse_text_outputs(os.pread(descriptor, size, offset or 0), 1)[0]

@@ -5,7 +5,7 @@ The rules are those of kohya-ss/sd-scripts, so that caches and settings carry ov
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -45,6 +45,7 @@ class BucketRule:
     step_px: int
     no_upscale: bool = False
     fixed: tuple[Size, ...] = ()  # the user's own list; the numbers above are 0 then
+    max_aspect_ratio: float = field(default=20, compare=False)  # narrower images have no bucket
 
     @property
     def area_px(self) -> int:
@@ -103,6 +104,11 @@ def place_image(size: Size, rule: BucketRule, buckets: list[Size]) -> Placement:
         bucket = choose_bucket(size, buckets)
         resized = _cover(size, bucket)
     return Placement(bucket, resized, (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
+
+
+def is_too_narrow(size: Size, rule: BucketRule) -> bool:
+    """Return whether an image's aspect ratio is beyond the rule's limit."""
+    return max(size) > rule.max_aspect_ratio * min(size)
 
 
 def build_key_prefix(resolution_px: int) -> str:

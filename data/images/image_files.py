@@ -1,29 +1,40 @@
-"""Image files in folders: list them, find the image that a record names, and read caption files.
-
-Whole folders are listed instead of looking up each file, which takes a thousand times fewer requests over a network.
-"""
+"""Image files in folders: list them, and read the caption files beside them."""
 
 import os
 import re
-from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pyarrow as pa
-
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.data.files import read_regular
+from sdxl_trainer.data.images.skipped_files import SkippedFiles
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+        *(".avif", ".jp2", ".j2k", ".jpx", ".jpf", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
+        *(".jxl", ".heic", ".heif"),
+    )
+)
+PLUG_INS = {".jxl": "pillow_jxl", ".heic": "pillow_heif", ".heif": "pillow_heif"}  # modules that Pillow needs
 CAPTION_SUFFIXES = (".txt", ".caption")
 LATENT_SUFFIX = ".npz"
 SIZE_ENDING = re.compile(r"_\d{4,}x\d{4,}_sdxl$")  # kohya's scripts append it to a latent file's stem
 TEXT_OUTPUTS_SUFFIX = "_te_outputs.npz"  # kohya's cache of text encoder outputs, not of latents
-MIN_NAMES_TO_LIST = 32  # for fewer names in a folder, each file is looked up
-MAX_LISTINGS = 256  # folders whose listing is kept
-MAX_SHOWN = 32  # records that an error lists
-NO_HASHES = np.empty(0, np.int64)
+MAX_CAPTION_BYTES = 1 << 20
+# Folders of operating systems and file servers, in lower case. They hold thumbnails, deleted files and resource forks.
+SYSTEM_FOLDERS = frozenset(
+    ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found")
+    + ("system volume information",)
+)
+MAX_SHOWN = 20  # folders that an error lists
+
+
+class UnreadableFolderError(ValueError):
+    """Folders of images that cannot be listed."""
 
 
 class ImageFolder(NamedTuple):
@@ -31,7 +42,15 @@ class ImageFolder(NamedTuple):
 
     path: str  # absolute
     images: list[str]  # names, sorted
-    files: set[str]  # names of all files
+    captions: dict[str, str]  # stem or name of an image → name of its caption file
+
+
+class _Listing(NamedTuple):
+    """The entries of a folder that are not hidden, by kind; each list is sorted."""
+
+    files: list[str]
+    folders: list[str]
+    links: list[str]  # to folders
 
 
 def get_image_stem(path: str, has_suffix: bool = False) -> str:
@@ -49,18 +68,89 @@ def get_image_stem(path: str, has_suffix: bool = False) -> str:
     return stem if has_suffix or suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def walk_files(roots: Sequence[Path], masks: str | None = None) -> Iterator[tuple[str, list[str]]]:
+def walk_files(
+    roots: Sequence[Path], masks: str | None = None, skipped: SkippedFiles | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Yield (absolute path, sorted names of its files) for each folder below the roots, in sorted order.
+
+    Hidden entries and those of the system are skipped. Folders that are links come after all others of their root, and
+    no folder comes twice, so that a link to a folder above it ends there.
 
     Args:
         masks: as in `data.masks`, an ending of file names or a folder; mask files are skipped.
+        skipped: collects what is skipped.
+
+    Raises:
+        UnreadableFolderError: after all other folders: some cannot be listed.
     """
     ending = masks if masks is not None and is_name_ending(masks) else None
     mask_folder = os.path.abspath(masks) if masks is not None and ending is None else None
+    unreadable: list[str] = []
     for root in roots:
-        for folder, folders, names in os.walk(os.path.abspath(root)):
-            folders[:] = sorted(name for name in folders if os.path.join(folder, name) != mask_folder)
-            yield folder, sorted(name for name in names if not name.endswith(ending)) if ending else sorted(names)
+        seen: set[tuple[int, int]] = set()
+        waiting, links = [os.path.abspath(root)], []
+        while waiting or links:
+            folder = waiting.pop() if waiting else links.pop(0)
+            try:
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                files, folders, linked = _list_folder(folder, skipped)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                unreadable.append(f"{folder} ({error.strerror})")
+                continue
+            yield folder, [name for name in files if not name.endswith(ending)] if ending else files
+            waiting += reversed([path for name in folders if (path := os.path.join(folder, name)) != mask_folder])
+            links += [path for name in linked if (path := os.path.join(folder, name)) != mask_folder]
+    if unreadable:
+        shown = ", ".join(unreadable[:MAX_SHOWN]) + (", ..." if len(unreadable) > MAX_SHOWN else "")
+        raise UnreadableFolderError(f"{format_count(len(unreadable), 'folder')} cannot be listed: {shown}")
+
+
+def _list_folder(folder: str, skipped: SkippedFiles | None) -> _Listing:
+    """List a folder's entries.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    listing = _Listing([], [], [])
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name, is_folder = entry.name, _is_folder(entry)
+            if not _is_utf8(name):
+                _note(skipped, "not_utf8", os.fsencode(entry.path).decode(errors="backslashreplace"))
+            elif name.startswith(".") or (is_folder and name.lower() in SYSTEM_FOLDERS):
+                if is_folder or is_image(name):
+                    _note(skipped, "hidden", entry.path)
+            elif not is_folder:
+                listing.files.append(name)
+            else:
+                (listing.links if entry.is_symlink() else listing.folders).append(name)
+    for names in listing:
+        names.sort()
+    return listing
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a loop: if it is named like an image, decoding it reports the reason
+        return False
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:  # Python keeps the bytes of such a name as halves of surrogate pairs
+        return False
+
+
+def _note(skipped: SkippedFiles | None, kind: str, path: str) -> None:
+    if skipped is not None:
+        skipped.add(kind, path)
 
 
 def is_name_ending(masks: str) -> bool:
@@ -68,23 +158,71 @@ def is_name_ending(masks: str) -> bool:
     return "/" not in masks and is_image(masks)
 
 
-def walk_images(roots: Sequence[Path], masks: str | None = None) -> Iterator[ImageFolder]:
+def walk_images(
+    roots: Sequence[Path], masks: str | None = None, skipped: SkippedFiles | None = None
+) -> Iterator[ImageFolder]:
     """Yield the images of each folder below the roots.
 
     If a root holds no images, its latent files take their place, one for each stem.
 
     Args:
-        masks: as in `walk_files`.
+        masks, skipped: as in `walk_files`.
+
+    Raises:
+        UnreadableFolderError: as `walk_files`.
     """
     for root in roots:
-        suffixes = IMAGE_SUFFIXES
-        if not any(is_image(name) for _, names in walk_files([root], masks) for name in names):
+        suffixes = list_readable_suffixes()
+        if not any(_has_suffix(name, suffixes) for _, names in walk_files([root], masks) for name in names):
             suffixes = frozenset({LATENT_SUFFIX})
-        for folder, names in walk_files([root], masks):
-            chosen = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
+        for folder, names in walk_files([root], masks, skipped):
+            chosen = [name for name in names if _has_suffix(name, suffixes)]
             if LATENT_SUFFIX in suffixes:
                 chosen = list(choose_latent_files(chosen).values())
-            yield ImageFolder(folder, chosen, set(names))
+            captions = _find_captions(names)
+            if skipped is not None:
+                _note_files(folder, names, chosen, captions, skipped)
+            yield ImageFolder(folder, chosen, captions)
+
+
+@cache
+def list_readable_suffixes() -> frozenset[str]:
+    """List the suffixes of images that can be decoded here: some need a plug-in of Pillow."""
+    missing = {suffix for suffix, module in PLUG_INS.items() if find_spec(module) is None}
+    return IMAGE_SUFFIXES - missing
+
+
+def _has_suffix(name: str, suffixes: frozenset[str]) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes
+
+
+def _find_captions(names: Sequence[str]) -> dict[str, str]:
+    """Return the caption file of each stem or image name. `.txt` comes before `.caption`, other cases come last."""
+    captions: dict[str, str] = {}
+    for suffix in CAPTION_SUFFIXES:
+        captions = {name[: -len(suffix)]: name for name in names if name.endswith(suffix)} | captions
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in CAPTION_SUFFIXES:
+            captions.setdefault(stem, name)
+    return captions
+
+
+def _note_files(
+    folder: str, names: Sequence[str], images: Sequence[str], captions: dict[str, str], skipped: SkippedFiles
+) -> None:
+    """Note the files of a folder that are no images here, though a caption or their suffix suggests that they are."""
+    stems = {get_image_stem(name, has_suffix=True) for name in images}
+    alone = captions.keys() - stems - set(images)
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        suffix = suffix.lower()
+        if suffix in IMAGE_SUFFIXES and suffix not in list_readable_suffixes():
+            skipped.add("no_plug_in", os.path.join(folder, name))
+        elif suffix == ".json" and (stem in stems or get_image_stem(stem, has_suffix=True) in stems):
+            skipped.add("json", os.path.join(folder, name))
+        elif (stem in alone or name in alone) and suffix not in (*CAPTION_SUFFIXES, ".json"):
+            skipped.add("captioned", os.path.join(folder, name))
 
 
 def choose_latent_files(names: Sequence[str]) -> dict[str, str]:
@@ -111,11 +249,11 @@ def choose_latent_files(names: Sequence[str]) -> dict[str, str]:
 
 def is_image(name: str) -> bool:
     """Return whether a file name has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return _has_suffix(name, IMAGE_SUFFIXES)
 
 
 def read_caption_file(folder: ImageFolder, name: str) -> str | None:
-    """Read the `.txt` or `.caption` file beside an image.
+    """Read the caption file beside an image: `.txt` or `.caption` after its stem or its whole name.
 
     Args:
         name: file name of the image in the folder.
@@ -124,141 +262,17 @@ def read_caption_file(folder: ImageFolder, name: str) -> str | None:
         The caption without surrounding white space, or None if there is no such file.
 
     Raises:
-        ValueError: the file is not UTF-8.
+        ValueError: the file cannot be read, is larger than MAX_CAPTION_BYTES, or is not UTF-8.
     """
-    stem = get_image_stem(name, has_suffix=True)
-    for suffix in CAPTION_SUFFIXES:
-        if stem + suffix in folder.files:
-            path = os.path.join(folder.path, stem + suffix)
-            try:
-                return Path(path).read_text(encoding="utf-8-sig").strip()  # Windows editors write a byte order mark
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
-    return None
-
-
-class FileChecker:
-    """Checks whether files exist, mostly in listings of their folders."""
-
-    def __init__(self) -> None:
-        self._listings: OrderedDict[str, np.ndarray] = OrderedDict()
-
-    def exist(self, paths: Sequence[str]) -> np.ndarray:
-        """Return whether each absolute path is a file, [N] bool. An empty path is not a file.
-
-        A call holds the listings of all its folders in memory, so pass paths of few folders.
-        """
-        folders = [path.rpartition("/")[0] for path in paths]
-        counts = Counter(folders)
-        unlisted = {name for name, count in counts.items() if count < MIN_NAMES_TO_LIST and name not in self._listings}
-        listings = [self._list(folder) for folder in counts if folder not in unlisted]
-        # The listings are sorted; a stable sort merges them.
-        listing = np.sort(np.concatenate(listings), kind="stable") if len(listings) > 1 else [*listings, NO_HASHES][0]
-        found = _contains(listing, hash_texts(paths))
-        if unlisted - {""}:
-            for at, (path, folder) in enumerate(zip(paths, folders, strict=True)):
-                found[at] |= folder in unlisted and path != "" and os.path.isfile(path)
-        return found
-
-    def _list(self, folder: str) -> np.ndarray:
-        """Return the sorted hashes of the paths of a folder's files."""
-        listing = self._listings.get(folder)
-        if listing is None:
-            try:
-                with os.scandir(folder or "/") as entries:
-                    listing = np.sort(hash_texts([f"{folder}/{entry.name}" for entry in entries if entry.is_file()]))
-            except OSError:
-                listing = NO_HASHES
-            self._listings[folder] = listing
-            if len(self._listings) > MAX_LISTINGS:
-                self._listings.popitem(last=False)
-        return listing
-
-
-class AmbiguousImageError(ValueError):
-    """Records name an image that exists more than once."""
-
-
-class ImageTable:
-    """Images below folders, by file name and by stem. An image takes 50 bytes plus its path."""
-
-    def __init__(self, roots: Sequence[Path], masks: str | None = None):
-        paths, names, stems, seen = [], [], [], set()
-        for folder in walk_images(roots, masks):
-            if folder.path in seen:  # one root lies in another
-                continue
-            seen.add(folder.path)
-            paths.append(pa.array([os.path.join(folder.path, name) for name in folder.images], pa.string()))
-            names.append(hash_texts(folder.images))
-            stems.append(hash_texts([get_image_stem(name, has_suffix=True) for name in folder.images]))
-        self._paths = pa.chunked_array(paths, pa.string())
-        self._names, self._stems = (_sort_hashes(hashes) for hashes in (names, stems))
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def find_duplicate_stem(self) -> tuple[str, str] | None:
-        """Return the paths of two images with the same stem, or None."""
-        hashes, order = self._stems
-        same = np.flatnonzero(hashes[1:] == hashes[:-1])[:1]
-        pair = [self._paths[int(order[at])].as_py() for place in same.tolist() for at in (place, place + 1)]
-        return (pair[0], pair[1]) if pair else None
-
-    def find(self, names: Sequence[str], stems: Sequence[str]) -> list[str | None]:
-        """Return the path of the image with each name, or else with each stem, or else None.
-
-        Raises:
-            AmbiguousImageError: two images have the name, or none has it and two have the stem.
-        """
-        by_name, by_stem = (
-            _search(*table, hash_texts(texts)) for table, texts in ((self._names, names), (self._stems, stems))
-        )
-        firsts, seconds = np.where(by_name[0] >= 0, by_name, by_stem)
-        self._raise_if_ambiguous(names, firsts, seconds)
-        return [self._paths[row].as_py() if row >= 0 else None for row in firsts.tolist()]
-
-    def _raise_if_ambiguous(self, names: Sequence[str], firsts: np.ndarray, seconds: np.ndarray) -> None:
-        ambiguous = np.flatnonzero(seconds >= 0).tolist()
-        if ambiguous:
-            shown = ", ".join(
-                f"'{names[at]}' ({self._paths[int(firsts[at])]} and {self._paths[int(seconds[at])]})"
-                for at in ambiguous[:MAX_SHOWN]
-            )
-            more = ", ..." if len(ambiguous) > MAX_SHOWN else ""
-            raise AmbiguousImageError(
-                f"{format_count(len(ambiguous), 'image name')} found more than once under data.image_dirs: "
-                f"{shown}{more}; set image_path to the whole path, or remove a folder"
-            )
-
-
-def hash_texts(texts: Sequence[str]) -> np.ndarray:
-    """Return the hash of each text, [N] int64, valid within this process.
-
-    The chance that two of a billion texts have the same hash is 3 %.
-    """
-    return np.fromiter(map(hash, texts), np.int64, len(texts))
-
-
-def _contains(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return whether each of `wanted` [N] is among the sorted `hashes`, [N] bool."""
-    if len(hashes) == 0:
-        return np.zeros(len(wanted), bool)
-    return hashes[np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)] == wanted
-
-
-def _sort_hashes(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the concatenated hashes. Return ([N] sorted hashes, [N] their positions before the sort)."""
-    hashes = np.concatenate([NO_HASHES, *parts])
-    order = np.argsort(hashes, kind="stable")
-    return hashes[order], order
-
-
-def _search(hashes: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the first two rows that have each hash, [2, N]; -1 where there are fewer."""
-    rows = np.full((2, len(wanted)), -1)
-    places = np.searchsorted(hashes, wanted)
-    for number in range(2):
-        at = np.flatnonzero(places + number < len(hashes))
-        at = at[hashes[places[at] + number] == wanted[at]]
-        rows[number, at] = order[places[at] + number]
-    return rows
+    captions = folder.captions
+    found = captions.get(get_image_stem(name, has_suffix=True)) or captions.get(name)
+    if found is None:
+        return None
+    path = os.path.join(folder.path, found)
+    try:
+        text = read_regular(path, MAX_CAPTION_BYTES).content.decode("utf-8-sig")  # Windows writes a byte order mark
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()

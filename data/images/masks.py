@@ -16,12 +16,15 @@ from PIL import ExifTags, Image, ImageOps
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.files import HashedFile
 from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.data.images.image_files import FileChecker, ImageTable, get_image_stem, is_name_ending
+from sdxl_trainer.data.images.image_files import UnreadableFolderError, get_image_stem, is_name_ending
+from sdxl_trainer.data.images.image_lookup import FileChecker, ImageTable
+from sdxl_trainer.data.images.image_opening import open_image
 from sdxl_trainer.data.images.transforms import (
     DECODE_ERRORS,
     BadImageError,
     PreparedImage,
     decode_rgb,
+    describe_error,
     read_content,
     resize_and_crop,
 )
@@ -74,7 +77,11 @@ def check_masks(masks: str | None) -> Iterator[Problem]:
         cure = "give a folder, or an ending of file names such as -masklabel.png"
         yield Problem("data.masks", masks, "is not a folder", cure)
         return
-    finder = MaskFinder(masks)
+    try:
+        finder = MaskFinder(masks)
+    except UnreadableFolderError as error:
+        yield Problem("data.masks", masks, str(error), "correct the permissions")
+        return
     if finder.is_empty:
         yield Problem("data.masks", masks, "holds no images", "check the path and the file types")
     elif pair := finder.find_duplicate_stem():
@@ -107,11 +114,14 @@ def add_mask(image: PreparedImage, image_file: Path, mask: Path) -> PreparedImag
     except BadImageError as error:
         raise BadMaskError(f"mask {error}") from None
     except DECODE_ERRORS as error:
-        raise BadMaskError(f"mask {mask}: cannot be decoded: {error}") from None
+        raise BadMaskError(f"mask {mask}: cannot be decoded: {describe_error(error)}") from None
     if not _has_aspect_ratio(grey, image.original_size):
         size, image_size = Size(grey.shape[1], grey.shape[0]), image.original_size
         raise BadMaskError(f"mask {mask}: {size} px is not the aspect ratio of its image, {image_size} px")
-    cropped = np.ascontiguousarray(resize_and_crop(grey, image.placement, "bilinear"))
+    try:
+        cropped = np.ascontiguousarray(resize_and_crop(grey, image.placement, "bilinear"))
+    except (MemoryError, RuntimeError) as error:
+        raise BadMaskError(f"mask {mask}: cannot be resized: {describe_error(error)}") from None
     digest = hashlib.sha256(content).hexdigest()
     file = HashedFile(path=str(mask), bytes=len(content), mtime_ns=mtime_ns, sha256=digest)
     return replace(image, mask=cropped, mask_file=file)
@@ -133,6 +143,6 @@ def _has_aspect_ratio(mask: np.ndarray, size: Size) -> bool:
 def _rotate_like(mask: np.ndarray, image_file: Path) -> np.ndarray:
     """Apply the image's EXIF rotation to a mask [H, W] that was drawn on the pixels as they are stored."""
     rotated = Image.fromarray(mask)
-    with Image.open(image_file) as image:
-        rotated.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    exif = open_image(read_content(image_file).content).getexif()
+    rotated.getexif()[ExifTags.Base.Orientation] = exif.get(ExifTags.Base.Orientation, 1)
     return np.asarray(ImageOps.exif_transpose(rotated))

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-import os
+import math
 import struct
 import warnings
 import zlib
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from sdxl_trainer.data.files import HashedFile
-from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
+from sdxl_trainer.data.files import FileContent, HashedFile, open_stream, read_regular
+from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, is_too_narrow, place_image
+from sdxl_trainer.data.images.image_opening import drop_png_texts, open_image, open_image_stream
 
 # Arrays of Pillow's pixels are only read. The filter is global, because setting one for each read is not thread-safe.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -26,16 +27,22 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 # The result is indistinguishable from a full decode (Pillow's documentation of `reducing_gap`).
 REDUCING_GAP = 2
 
+MAX_IMAGE_BYTES = 1 << 30  # of a file; the largest image that Pillow accepts takes 0.7 GB, uncompressed with 64 bits
+MAX_CUT_OFF = 8  # an image of more times its bucket's pixels, once it is resized, is cut before it is resized
+
 # Pillow's decoders raise all of these on damaged bytes.
 DECODE_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
-    RuntimeError,
+    RuntimeError,  # PyTorch's too, when memory is too small
+    MemoryError,
     EOFError,
     LookupError,
+    AttributeError,
+    AssertionError,
     TypeError,
-    OverflowError,
+    ArithmeticError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -81,23 +88,27 @@ def prepare_image(
         out: [H, W, 3] uint8 buffer for the pixels, used if it has the bucket's shape.
 
     Raises:
-        BadImageError: the file is missing, unreadable, truncated, or larger than Pillow's decompression-bomb limit.
+        BadImageError: the file is missing, unreadable, truncated, larger than Pillow's decompression-bomb limit or than
+            the memory, or narrower than the rule allows.
     """
     content, mtime_ns = read_content(path)
+    mask = None
     try:
         decoded = decode_rgb(content, lambda size: place_image(size, rule, buckets).resized)
+        verify_aspect_ratio(decoded.size, rule)
+        placement = place_image(decoded.size, rule, buckets)
+        pixels = resize_and_crop(decoded.pixels, placement)
+        if decoded.to_srgb is not None:
+            pixels = np.asarray(decoded.to_srgb.apply(Image.fromarray(pixels)))
+        if with_alpha and decoded.alpha is not None:
+            mask = np.ascontiguousarray(resize_and_crop(decoded.alpha, placement))
+    except BadImageError as error:
+        raise BadImageError(f"{path}: {error}") from None
     except DECODE_ERRORS as error:
-        raise BadImageError(f"{path}: cannot be decoded: {error}") from None
-    placement = place_image(decoded.size, rule, buckets)
-    pixels = resize_and_crop(decoded.pixels, placement)
-    if decoded.to_srgb is not None:
-        pixels = np.asarray(decoded.to_srgb.apply(Image.fromarray(pixels)))
+        raise BadImageError(f"{path}: cannot be decoded: {describe_error(error)}") from None
     if out is not None and out.shape == pixels.shape:
         out[...] = pixels
         pixels = out
-    mask = None
-    if with_alpha and decoded.alpha is not None:
-        mask = np.ascontiguousarray(resize_and_crop(decoded.alpha, placement))
     return PreparedImage(
         pixels=np.ascontiguousarray(pixels),
         original_size=decoded.size,
@@ -109,19 +120,34 @@ def prepare_image(
     )
 
 
-def read_content(path: Path) -> tuple[bytes, int]:
+def read_content(path: Path) -> FileContent:
     """Return the content of a file and its modification time in nanoseconds.
 
     Raises:
-        BadImageError: the file is missing or unreadable.
+        BadImageError: the file is missing, unreadable, not a regular file, or larger than MAX_IMAGE_BYTES.
     """
     try:
-        with open(path, "rb") as file:
-            # Taken before the read, so that the next job notices a change during the read.
-            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
-            return file.read(), mtime_ns
+        return read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
         raise BadImageError(f"{path}: cannot be read: {error.strerror}") from None
+    except MemoryError as error:
+        raise BadImageError(f"{path}: cannot be read: {describe_error(error)}") from None
+
+
+def verify_aspect_ratio(size: Size, rule: BucketRule) -> None:
+    """Verify that an image is not narrower than the rule allows. Its bucket would show little of it.
+
+    Raises:
+        BadImageError: the image is narrower.
+    """
+    if is_too_narrow(size, rule):
+        limit = f"data.max_aspect_ratio = {rule.max_aspect_ratio:g}"
+        raise BadImageError(f"{size} px is narrower than {limit} allows; cut it into parts, or raise the limit")
+
+
+def describe_error(error: Exception) -> str:
+    """Return the reason of one of DECODE_ERRORS as text."""
+    return "there is too little memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -145,10 +171,7 @@ def decode_rgb(content: bytes, choose_size: Callable[[Size], Size] | None = None
     Raises:
         one of DECODE_ERRORS: the content cannot be decoded.
     """
-    try:
-        image = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:  # Pillow's own message names the buffer by its address
-        raise UnidentifiedImageError("not an image in a format that Pillow knows") from None
+    image = open_image(content)
     size = Size(*image.size)
     # Up to twice its limit Pillow only warns, and turning the warning into an error is not thread-safe.
     if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
@@ -220,6 +243,8 @@ def resize_and_crop(pixels: np.ndarray, placement: Placement, mode: str = "bicub
         [h, w] or [h, w, C] uint8, of the bucket's size.
     """
     if placement.resized != (pixels.shape[1], pixels.shape[0]):
+        if math.prod(placement.resized) > MAX_CUT_OFF * math.prod(placement.bucket):
+            return _cut_and_resize(pixels, placement, mode)
         # [1, C, H, W] in channels-last memory, the layout with a fast kernel.
         images = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])[None].permute(0, 3, 1, 2)
         size = (placement.resized[1], placement.resized[0])
@@ -227,6 +252,17 @@ def resize_and_crop(pixels: np.ndarray, placement: Placement, mode: str = "bicub
         pixels = resized[0].permute(1, 2, 0).numpy().reshape(*size, *pixels.shape[2:])
     left, top, (width, height) = placement.left, placement.top, placement.bucket
     return pixels[top : top + height, left : left + width]
+
+
+def _cut_and_resize(pixels: np.ndarray, placement: Placement, mode: str) -> np.ndarray:
+    """Like `resize_and_crop`, but compute only the bucket's pixels. Pillow resizes a box to a fraction of a pixel."""
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    height, width = pixels.shape[:2]
+    scale_x, scale_y = width / placement.resized[0], height / placement.resized[1]
+    left, top = placement.left * scale_x, placement.top * scale_y
+    right, bottom = left + placement.bucket[0] * scale_x, top + placement.bucket[1] * scale_y
+    box = (left, top, min(right, width), min(bottom, height))
+    return np.asarray(Image.fromarray(pixels).resize(placement.bucket, filters[mode], box))
 
 
 def read_image_size(path: Path, exact: bool = True) -> Size:
@@ -240,16 +276,30 @@ def read_image_size(path: Path, exact: bool = True) -> Size:
         BadImageError: the file is missing, or is not an image.
     """
     try:
-        with Image.open(path) as image:
-            return _swap_if_rotated(Size(*image.size), image, exact)
+        with open_stream(path, MAX_IMAGE_BYTES) as file:
+            try:
+                image = open_image_stream(file)
+                return _swap_if_rotated(Size(*image.size), image, exact)
+            except ValueError:  # perhaps large texts in a PNG
+                file.seek(0)
+                image = open_image_stream(io.BytesIO(drop_png_texts(file.read())))
+                return _swap_if_rotated(Size(*image.size), image, exact)
     except DECODE_ERRORS as error:
-        raise BadImageError(f"{path}: cannot be read: {error}") from None
+        raise BadImageError(f"{path}: cannot be read: {describe_error(error)}") from None
 
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8-bit grey by scaling. Pillow's own conversion clips, which turns most images white."""
+    """Convert 16-bit grey to 8-bit grey by scaling. Pillow's own conversion clips, which turns most images white.
+
+    A transparent shade becomes an alpha channel.
+    """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        grey = Image.fromarray((values >> 8).astype(np.uint8))
+        shade = image.info.get("transparency")
+        if not isinstance(shade, int):
+            return grey
+        return Image.merge("LA", (grey, Image.fromarray(np.where(values == shade, 0, 255).astype(np.uint8))))
     if image.mode in ("I", "F"):
         raise ValueError("32-bit grey has no known range; save it with 8 or 16 bits")
     return image

@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 from sdxl_trainer.data.allocator import keep_freed_memory, release_freed_memory
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.formats.manifest import list_manifest_parts
-from sdxl_trainer.data.images.image_files import CAPTION_SUFFIXES, walk_images
+from sdxl_trainer.data.images.image_files import walk_images
+from sdxl_trainer.data.images.skipped_files import SkippedFiles
 from sdxl_trainer.data.index.join import ALL_LATENTS, JoinSummary, LatentSelection, iterate_sample_rows, join_latents
 from sdxl_trainer.data.index.schema import SAMPLE_SCHEMA
 from sdxl_trainer.data.metadata.blocks import build_block
@@ -165,7 +166,10 @@ def open_record_index(
     """
     local = [fetch_sources(list_source_files([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
-    images_hash, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks)
+    skipped = SkippedFiles()
+    images_hash, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks, skipped)
+    if not metadata:
+        skipped.report(folder / "index")
     sources = files or sidecars  # with metadata, folders only serve to find images
     counts = [str(len(source.files)) for source in local]
     words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
@@ -278,24 +282,26 @@ def _hash_folder_times(folders: Sequence[str]) -> str:
 
 
 def _fingerprint(files: Sequence[Path | str], words: list[str]) -> str:
-    """Hash `words`, and the paths, sizes and modification times of files."""
+    """Hash `words`, and the paths, sizes and modification times of files. A reader reports files that are missing."""
     digest = hashlib.sha256(orjson.dumps([VERSION, words]))
     for file in files:
-        status = os.stat(file)
+        try:
+            status = os.stat(file)
+        except OSError:
+            continue
         digest.update(orjson.dumps([str(file), status.st_size, status.st_mtime_ns]))
     return digest.hexdigest()[:16]
 
 
-def _hash_folders(roots: Sequence[Path], masks: str | None) -> tuple[str, list[str]]:
+def _hash_folders(roots: Sequence[Path], masks: str | None, skipped: SkippedFiles) -> tuple[str, list[str]]:
     """Return a hash of the paths of all images below folders, and the paths of the caption files there.
 
     Modification times of the folders are not enough: an index or latents written among the images change them, and an
     edited caption does not.
     """
     digest, sidecars = hashlib.sha256(), []
-    for folder in walk_images(roots, masks):
+    for folder in walk_images(roots, masks, skipped):
         if folder.images:
             digest.update(orjson.dumps([folder.path, folder.images]))
-        captions = (name for name in sorted(folder.files) if name.endswith(CAPTION_SUFFIXES))
-        sidecars += [os.path.join(folder.path, name) for name in captions]
+        sidecars += [os.path.join(folder.path, name) for name in sorted(folder.captions.values())]
     return digest.hexdigest(), sidecars

@@ -1,5 +1,6 @@
 """The latents that a run reads, by its settings: cache folder, bucket rules, and selection."""
 
+from functools import partial
 from pathlib import Path
 
 from sdxl_trainer.configs.schema import Config, DataConfig
@@ -26,12 +27,24 @@ def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:
     if data.buckets:
         return {
             "": BucketRule(
-                resolution_px=0, min_px=0, max_px=0, step_px=0, fixed=tuple(Size(*bucket) for bucket in data.buckets)
+                resolution_px=0,
+                min_px=0,
+                max_px=0,
+                step_px=0,
+                fixed=tuple(Size(*bucket) for bucket in data.buckets),
+                max_aspect_ratio=data.max_aspect_ratio,
             )
         }
     largest, *others = sorted(data.resolution_px, reverse=True)
-    sides = (data.min_bucket_px, data.max_bucket_px, data.bucket_step_px, data.no_upscale)
-    return {"": BucketRule(largest, *sides)} | {build_key_prefix(side): BucketRule(side, *sides) for side in others}
+    build = partial(
+        BucketRule,
+        min_px=data.min_bucket_px,
+        max_px=data.max_bucket_px,
+        step_px=data.bucket_step_px,
+        no_upscale=data.no_upscale,
+        max_aspect_ratio=data.max_aspect_ratio,
+    )
+    return {"": build(largest)} | {build_key_prefix(side): build(side) for side in others}
 
 
 def build_latent_selection(config: Config) -> LatentSelection:

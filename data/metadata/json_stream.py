@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.data.files import open_text_stream
 
 BLOCK_BYTES = 4 << 20
 MAX_SHOWN = 20  # duplicate keys that an error lists
@@ -104,7 +105,7 @@ def iterate_chunks(file: Path) -> Iterator[JsonChunk]:
     A file that cannot be cut is one chunk, whose `parse` raises the error. A key may occur again in another chunk.
     """
     position = FilePosition(file)
-    with open(file, "rb") as stream:
+    with open_text_stream(file) as stream:
         text, prefix = stream.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), b""
         while True:
             is_object = bool(prefix) or text.lstrip()[:1] == b"{"
@@ -134,7 +135,7 @@ def iterate_lines(file: Path) -> Iterator[list[NumberedLine]]:
     Raises:
         ValueError: a line is malformed (with its number and the column), or not an object.
     """
-    with open(file, "rb") as stream:
+    with open_text_stream(file) as stream:
         number = 0
         while lines := stream.readlines(BLOCK_BYTES):
             if number == 0:
@@ -145,7 +146,7 @@ def iterate_lines(file: Path) -> Iterator[list[NumberedLine]]:
 
 def is_json_lines(file: Path) -> bool:
     """Return whether a file's first line is a JSON object and another object follows. The file name is ignored."""
-    with open(file, "rb") as stream:
+    with open_text_stream(file) as stream:
         first, second = stream.readline(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK), stream.read(64).lstrip()
     try:
         return second[:1] == b"{" and isinstance(orjson.loads(first), dict)

@@ -16,15 +16,10 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_trainer.configs.problems import Problem, format_count
+from sdxl_trainer.configs.problems import Problem, format_count, join_reasons
 from sdxl_trainer.data.images.bucket import split_key
-from sdxl_trainer.data.images.image_files import (
-    FileChecker,
-    ImageTable,
-    get_image_stem,
-    read_caption_file,
-    walk_images,
-)
+from sdxl_trainer.data.images.image_files import ImageFolder, get_image_stem, read_caption_file, walk_images
+from sdxl_trainer.data.images.image_lookup import FileChecker, ImageTable
 from sdxl_trainer.data.metadata.blocks import RecordBlock
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_source_files
 from sdxl_trainer.data.metadata.values import (
@@ -109,19 +104,34 @@ def read_image_folders(
     Args:
         regularisation_dirs: folders whose records get `is_reg`.
         masks: as in `data.masks`; mask files are not images.
+
+    Raises:
+        ValueError: captions cannot be read or are not UTF-8; the message names up to a hundred of them.
     """
+    bad_captions: list[str] = []
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
     for source, (root, flags) in enumerate(roots):
         for folder in walk_images([root], masks):
             for start in range(0, len(folder.images), ROWS_AT_ONCE):
                 records = []
                 for name in folder.images[start : start + ROWS_AT_ONCE]:
-                    caption = read_caption_file(folder, name)
+                    caption = _read_caption(folder, name, bad_captions)
                     fields = {"image_path": os.path.join(folder.path, name), "caption": caption, **flags}
                     records.append(
                         SourceRecord(key=get_image_stem(name, has_suffix=True), fields=fields, source=source)
                     )
                 yield records
+    if bad_captions:
+        raise ValueError(join_reasons(bad_captions))
+
+
+def _read_caption(folder: ImageFolder, name: str, bad: list[str]) -> str | None:
+    """Read the caption file of an image, or append the reason why it cannot be read."""
+    try:
+        return read_caption_file(folder, name)
+    except ValueError as error:
+        bad.append(str(error))
+        return None
 
 
 def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str) -> pa.RecordBatch:

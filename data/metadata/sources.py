@@ -6,6 +6,7 @@ captions and sizes later, for all formats alike.
 
 import ast
 import csv
+import io
 import itertools
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdxl_trainer.data.files import open_stream, open_text_stream
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, list_shard_samples, load_catalogue
 from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
@@ -103,7 +105,7 @@ def detect_format(file: Path) -> str:
     """
     name = SUFFIXES.get(file.suffix.lower())
     if name is None:
-        with open(file, "rb") as stream:
+        with open_stream(file) as stream:
             start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         name = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
     if name is None:
@@ -175,7 +177,7 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
     """
     csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(open_text_stream(file), encoding="utf-8-sig", newline="") as stream:
             rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
             names = next(rows, [])
             if duplicates := [name for name, count in Counter(names).items() if count > 1]:
@@ -223,21 +225,22 @@ def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the rows of a Parquet table as records. A null is a missing field."""
     try:
         number = 0
-        for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
-            rows = batch.to_pylist()
-            maps = [field.name for field in batch.schema if pa.types.is_map(field.type)]
-            for row, name in itertools.product(rows, maps):  # Arrow gives maps as lists of pairs
-                row[name] = {str(key): value for key, value in row[name] or ()}
-            records = [{name: value for name, value in row.items() if value is not None} for row in rows]
-            yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
-            number += len(rows)
+        with open_stream(file) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE):
+                rows = batch.to_pylist()
+                maps = [field.name for field in batch.schema if pa.types.is_map(field.type)]
+                for row, name in itertools.product(rows, maps):  # Arrow gives maps as lists of pairs
+                    row[name] = {str(key): value for key, value in row[name] or ()}
+                records = [{name: value for name, value in row.items() if value is not None} for row in rows]
+                yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
+                number += len(rows)
     except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
 
 
 def _read_shard(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a webdataset shard: `key.npz` with `key.json` (the record) or `key.txt` (the caption)."""
-    with open(file, "rb") as stream:
+    with open_stream(file) as stream:
         yield from _list_shard_records(str(file.absolute()), list_shard_samples(str(file), stream))
 
 

@@ -8,7 +8,7 @@ import pytest
 from cache_samples import make_entry, make_sample
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
-from sdxl_trainer.cache.encode.storage import EncodedItem
+from sdxl_trainer.cache.encode.storage import EncodedItem, NpzStorage
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 
 SAMPLE = make_sample()
@@ -107,6 +107,20 @@ def test_an_error_reaches_the_next_submit_and_close(tmp_path):
     assert storage.is_closed
     # Only items on disk are listed, and later items are not written to a full disk.
     assert storage.written == ["a"] and set(read_latest(tmp_path)) == {"a"}
+
+
+def test_an_item_that_no_file_can_hold_is_skipped_and_the_others_go_on(tmp_path):
+    skipped = []
+    (tmp_path / "folder.npz" / "x").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    writer = BackgroundWriter(
+        NpzStorage(tmp_path, "float32"), ManifestWriter(tmp_path, 0), lambda entry, error: skipped.append(entry.key)
+    )
+    bad, good = ["x" * 252, "file/x", "folder"], ["a", "x" * 251, "ä" * 125]
+    for key in [*bad, *good]:
+        writer.submit(make_item(key))
+    writer.close()
+    assert sorted(skipped) == sorted(bad) and set(read_latest(tmp_path)) == set(good)
 
 
 def test_an_error_of_the_last_item_reaches_close(tmp_path):

@@ -24,7 +24,13 @@ from sdxl_trainer.data.files import HashedFile, hash_file
 from sdxl_trainer.data.formats.manifest import Identity
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index.index import open_record_index
-from sdxl_trainer.data.index.missing_latents import choose_output_file
+from sdxl_trainer.data.index.missing_latents import (
+    BadImage,
+    EncodingSettings,
+    choose_output_file,
+    find_shared_files,
+    plan_missing_latents,
+)
 
 IDENTITY = Identity(
     vae_sha256="ab",
@@ -179,9 +185,39 @@ def test_the_plan_lists_missing_and_stale_items(tmp_path):
         ("../a", "%2E%2E%2Fa.npz"),
         ("/etc/a", "%2Fetc%2Fa.npz"),
         ("a/../../b", "a%2F%2E%2E%2F%2E%2E%2Fb.npz"),
+        ("a%20b", "a%20b.npz"),
+        ("a%2Fb", "a%252Fb.npz"),
+        ("./a", "%2E%2Fa.npz"),
+        ("sub//a", "sub%2F%2Fa.npz"),
+        ("a\0b", "a%00b.npz"),
+        ("sub/x_te_outputs", "sub/x%5Fte_outputs.npz"),
+        ("x%5Fte_outputs", "x%255Fte_outputs.npz"),
+        ("manifest/empty", "manifest/%65mpty.npz"),
     ],
 )
-def test_no_key_names_a_file_outside_the_cache(key, file, tmp_path):
+def test_no_key_names_a_file_outside_the_cache_or_of_another_key(key, file, tmp_path):
     assert choose_output_file(key, "/images/x.jpg", beside=False) == file
     assert (tmp_path / file).resolve().is_relative_to(tmp_path.resolve())
     assert choose_output_file(key, "/images/x.jpg", beside=True) == "/images/x.npz"
+    assert choose_output_file("512px/" + key, "/images/x.jpg", beside=False) == "512px/" + file
+
+
+def test_images_beside_which_the_latents_of_another_lie(tmp_path):
+    for path, name in (("a.png", "x_te_outputs"), ("manifest/a.jpg", "empty")):
+        image = (tmp_path / path).with_stem(name)
+        assert choose_output_file("k", str(image), beside=True).count("%") == 1
+    paths = ["a.png", "a.jpg", "b.png", "b.png", "sub/a.png", "c.npz", "c.png"]
+    records = {f"k{number}": {"image_path": path, "caption": "x"} for number, path in enumerate(paths)}
+    (tmp_path / "m.json").write_text(json.dumps(records))
+    index = open_record_index(tmp_path, [tmp_path / "m.json"], [])
+    refused = find_shared_files(index.table)
+    assert sorted(refused) == [1, 6] and sorted(find_shared_files(index.table, with_text=True)) == [1, 3, 6]
+    assert refused[1].startswith(f"{tmp_path}/a.jpg: its latents would replace those of {tmp_path}/a.png")
+    entries = {"k1": make_entry("k1", identity=IDENTITY.name)}
+    planner = EncodePlanner(index, tmp_path, entries, beside=True, refused=refused)
+    items = {item.key: item for item in planner.plan(build_share(index, Resolution(RULE, IDENTITY), 0, 1)).items}
+    assert items["k1"].refusal == refused[1] and items["k1"].outdated == entries["k1"]
+    assert {key for key, item in items.items() if item.refusal} == {"k1", "k6"}
+    encoding = EncodingSettings((("", RULE),), beside=True, flip=False)
+    plans = list(plan_missing_latents(index.table, np.array([1]), "", encoding))
+    assert plans == [BadImage("k1", refused[1])]

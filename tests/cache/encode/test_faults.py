@@ -118,9 +118,18 @@ def test_unusual_images_are_encoded_as_viewers_show_them_and_bad_images_are_name
         (tmp_path / "seen" / f"{name}.txt").write_text("x")
     for name, content in bad.items():
         (tmp_path / "images" / f"{name}{Path(name).suffix}").write_bytes(content)
-    (tmp_path / "images" / "plain.png.txt").write_text("a caption")
+    folder = tmp_path / "images"
+    (folder / "plain.png.txt").write_text("a caption")
+    os.mkfifo(folder / "pipe.png")
+    os.symlink("loop.png", folder / "loop.png")
+    os.symlink("/dev/zero", folder / "device.png")
+    for name in ("sparse.png", "narrow\n.png"):
+        (folder / name).touch()
+    os.truncate(folder / "sparse.png", 1 << 43)
+    Image.new("RGB", (3000, 10)).save(folder / "narrow\n.png")
+    bad |= dict.fromkeys(("pipe", "loop", "device", "sparse", "narrow\n"), b"")
     settings = write_settings(tmp_path, model, posterior="mean")
-    assert run_job(settings, "data.max_bad_fraction=0.5") == 0
+    assert run_job(settings, "data.max_bad_fraction=0.6") == 0
     assert run_job(settings, f"data.image_dirs=[{tmp_path}/seen]", f"cache.dir={tmp_path}/seen") == 0
     entries, expected = read_latest(tmp_path / "latents"), read_latest(tmp_path / "seen")
     assert set(entries) == set(expected) == set(good)
@@ -135,16 +144,17 @@ def test_unusual_images_are_encoded_as_viewers_show_them_and_bad_images_are_name
     assert all(reason.startswith(f"{tmp_path}/images/{name}") for name, reason in reasons.items())
     assert not any(" object at " in reason for reason in reasons.values())
     assert "decompression bomb" in reasons["bomb.png"]
-    assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
+    assert "is a pipe" in reasons["pipe"] and "is a device" in reasons["device"] and "narrower" in reasons["narrow\n"]
+    assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 10
     # The fraction is of the whole set, so a second job, which has only bad images, passes too. They are listed again,
-    # but only the one that has changed is tried again.
-    assert capsys.readouterr().err.count("skipped bad image") == 5
+    # but only the one that has changed is tried again, and those that could not be read.
+    assert capsys.readouterr().err.count("skipped bad image") == 10
     os.utime(tmp_path / "images" / "half.png.png", ns=(1, 1))
     assert run_job(settings, "data.max_bad_fraction=0.6") == 0
     said = capsys.readouterr().err
-    assert "4 images could not be used before" in said and said.count("skipped bad image") == 1 and "4 bad" in said
+    assert "5 images could not be used before" in said and said.count("skipped bad image") == 5 and "5 bad" in said
     assert sorted(json.loads(line)["key"] for line in log.read_text().splitlines()) == sorted(bad)
-    assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 5
+    assert json.loads((tmp_path / "latents" / "cache_report.json").read_text())["bad"] == 10
     assert run_job(settings) == 1  # more than 1 %
     assert "or raise data.max_bad_fraction" in capsys.readouterr().err
     assert hash_items(tmp_path / "latents").keys() == good.keys()

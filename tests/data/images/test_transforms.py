@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import resource
 import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, JpegImagePlugin, features
 
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, list_buckets
-from sdxl_trainer.data.images.transforms import BadImageError, decode_image, prepare_image, resize_and_crop
+from sdxl_trainer.data.images.transforms import (
+    DECODE_ERRORS,
+    BadImageError,
+    decode_image,
+    decode_rgb,
+    prepare_image,
+    read_image_size,
+    resize_and_crop,
+)
 
 RULE = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
 BUCKETS = list_buckets(RULE)
@@ -138,20 +148,85 @@ def test_grey_of_unknown_range_is_refused(values):
         decode_image(encode(Image.fromarray(values), "TIFF"))
 
 
-def test_16_bit_colour_keeps_its_colours():
-    rows = b"".join(b"\0" + struct.pack(">6H", 0x1234, 0x8000, 0xFFFF, 0, 0x00FF, 0x0100) for _ in range(2))
+def build_png(size: tuple[int, int], colour: int, depth: int, rows: bytes, before: dict, after: dict) -> bytes:
+    """Build a PNG with chunks (kind -> content) before and after its pixels. `colour`: 0 grey, 2 RGB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
-    pixels = np.asarray(decode_image(png))
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    chunks = {b"IHDR": header, **before, b"IDAT": zlib.compress(rows), **after, b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks.items())
+
+
+def test_16_bit_colour_keeps_its_colours_and_transparency():
+    rows = b"".join(b"\0" + struct.pack(">6H", 0x1234, 0x8000, 0xFFFF, 0, 0x00FF, 0x0100) for _ in range(2))
+    png = build_png((2, 2), 2, 16, rows, {b"tRNS": struct.pack(">3H", 0x1234, 0x8000, 0xFFFF)}, {})
+    decoded = decode_rgb(png)
+    assert decoded.alpha is not None and decoded.alpha.tolist() == [[0, 255]] * 2
+    assert np.abs(decoded.pixels[0].astype(int) - [[255, 255, 255], [0, 0, 1]]).max() <= 1
+    pixels = np.asarray(decode_image(build_png((2, 2), 2, 16, rows, {}, {})))
     assert np.abs(pixels[0].astype(int) - [[0x12, 0x80, 0xFF], [0, 0, 1]]).max() <= 1
+
+
+def test_16_bit_grey_keeps_its_transparency():
+    shades = [0x1234, 0x1235, 0xFF00, 0]
+    png = build_png((4, 1), 0, 16, b"\0" + struct.pack(">4H", *shades), {b"tRNS": struct.pack(">H", 0x1234)}, {})
+    decoded = decode_rgb(png)
+    assert decoded.alpha is not None and decoded.alpha.tolist() == [[0, 255, 255, 255]]
+    assert decoded.pixels[0, :, 0].tolist() == [255, 0x12, 0xFF, 0]
+
+
+LONG = zlib.compress(bytes(20 << 20))  # beyond the limit of texts
+TEXTS = {b"zTXt": b"a\0\0" + LONG, b"iTXt": b"XML\0\1\0\0\0" + LONG, b"tEXt": b"a\0b"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(TEXTS, {}), ({}, TEXTS)])
+def test_large_texts_of_a_png_are_dropped_and_not_its_image(tmp_path, before, after):
+    png = build_png((4, 1), 0, 8, b"\0\1\2\3\4", before, after)
+    assert decode_rgb(png).pixels[0, :, 0].tolist() == [1, 2, 3, 4]
+    (tmp_path / "x.png").write_bytes(png)
+    assert read_image_size(tmp_path / "x.png") == read_image_size(tmp_path / "x.png", exact=False) == (4, 1)
+    xmp = {b"iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="6"/>'}
+    assert decode_rgb(build_png((4, 1), 0, 8, b"\0\1\2\3\4", xmp | {b"tEXt": b"a\0b"}, {})).size == (1, 4)
+    for kept in range(8, 45):
+        with pytest.raises(DECODE_ERRORS):
+            decode_rgb(png[:kept])
+
+
+def test_an_image_that_is_too_narrow_is_refused_and_otherwise_cut_before_it_is_enlarged(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(build_png((1, 1_000_000), 0, 8, b"\0\7" * 1_000_000, {}, {}))
+    with pytest.raises(BadImageError, match=r"x.png: 1x1000000 px is narrower than data.max_aspect_ratio = 20 allows"):
+        prepare_image(path, RULE, BUCKETS)
+    prepared = prepare_image(path, replace(RULE, max_aspect_ratio=1e9), BUCKETS)  # whole, it would take 12 GB
+    assert prepared.placement.resized == (64, 64_000_000) and np.all(prepared.pixels == 7)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_a_cut_gives_the_pixels_of_the_whole(mode):
+    # Within these limits no pixel overshoots black or white between the two passes of a filter.
+    noise = np.random.default_rng(0).integers(90, 166, (700, 7, 3), np.uint8)
+    placement = Placement((64, 192), (64, 6400), 0, 3104)
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    whole = np.asarray(Image.fromarray(noise).resize(placement.resized, filters[mode]))[3104:3296]
+    assert np.abs(resize_and_crop(noise, placement, mode).astype(int) - whole).max() <= 1
+    grey = resize_and_crop(noise[..., 0], placement, mode)
+    assert np.abs(grey.astype(int) - whole[..., 0]).max() <= 1
+
+
+def test_too_little_memory_names_the_image(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(encode(Image.new("RGB", (6000, 6000))))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), limits[1]))
+    try:
+        with pytest.raises(BadImageError, match=f"^{path}: cannot be decoded: .*memory"):
+            prepare_image(path, RULE, BUCKETS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert prepare_image(path, RULE, BUCKETS).original_size == (6000, 6000)
 
 
 def make_profile() -> bytes:

@@ -215,7 +215,7 @@ def test_an_image_with_a_recorded_size_out_of_range_is_a_bad_sample(tmp_path):
     (tmp_path / "a.png").touch()
     content = {"a": {"image_path": "a.png", "original_size": [1, 2**31 - 1]}}
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
-    rule = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
+    rule = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32, max_aspect_ratio=1e10)
     selection = LatentSelection(encoding=EncodingSettings(rules=(("", rule),), beside=False, flip=False))
     index = open_sample_index(tmp_path, records, selection)
     [bad] = index.summary.bad

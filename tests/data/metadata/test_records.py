@@ -1,6 +1,7 @@
 """Records: the same content from every format of metadata, and errors that name the file, line and key."""
 
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -169,6 +170,34 @@ def test_a_folder_of_images_and_caption_files(tmp_path):
     assert read_captions([], [tmp_path]) == {"a": "of a", "b": None, "c": "of c", "d": "von Möwe", "x.y": "of x.y"}
     record = read_records([], [tmp_path])["c"]
     assert record == {"key": "c", "image_path": str(tmp_path / "sub" / "c.webp"), "caption": "of c"}
+
+
+def test_captions_of_other_names_are_found(tmp_path):
+    captions = {"a.TXT": "a", "b.png.txt": "b", "c.Caption": "c", "d.txt": "d", "d.TXT": "no", "d.png.txt": "no"}
+    for name, text in captions.items():
+        write(tmp_path / f"{name[0]}.png", "")
+        write(tmp_path / name, text)
+    assert read_captions([], [tmp_path]) == {key: key for key in "abcd"}
+    index = open_record_index(tmp_path / "cache", [], [tmp_path])
+    write(tmp_path / "b.png.txt", "new")
+    again = open_record_index(tmp_path / "cache", [], [tmp_path])
+    assert again.fingerprint != index.fingerprint and again.record(1)["caption"] == "new"
+
+
+def test_all_captions_that_cannot_be_read_are_named_at_once(tmp_path):
+    for name in "abcde":
+        write(tmp_path / f"{name}.png", "")
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    os.symlink("gone", tmp_path / "c.txt")
+    os.truncate(write(tmp_path / "d.txt", ""), 1 << 40)
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        open_record_index(tmp_path / "cache", [], [tmp_path])
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    reasons = ["is a pipe", "is not UTF-8", "No such file", "more than 1,048,576"]
+    assert len(lines) == 4
+    for line, name, reason in zip(lines, "abcd", reasons, strict=True):
+        assert line.startswith(f"{tmp_path}/{name}.txt: ") and reason in line
 
 
 def test_all_images_of_one_stem_are_listed(tmp_path):

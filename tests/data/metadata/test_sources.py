@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loguru import logger
 from programs import FIXTURES, ROOT
 
 from sdxl_trainer.configs.schema import Config
@@ -294,6 +295,39 @@ def test_a_sample_of_a_shard_without_latents_is_counted_as_missing(tmp_path):
     index, problems = open_training_set(build_config(tmp_path, metadata=[tmp_path / "s.tar"], on_missing="error"))
     assert index is not None and index.arrow_column("key").to_pylist() == ["a", "c"]
     assert [problem.rule for problem in problems] == ["1 of 3 samples have no latents"]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w", errors="surrogateescape") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_members_of_no_sample_are_counted_and_named(tmp_path):
+    npz, lines = make_latents(tmp_path / "x.npz"), []
+    members = {"A.NPZ": npz, "A.Txt": "von Möwe".encode(), "b.JSON": b'{"caption": "b"}', "b.npz": npz, "b.jpg": b""}
+    strays = {"c.v2.npz": npz, "c.v2.json": b"{}", "._A.json": b"\0", "d.jpg": b"", "\udcff.npz": npz, "e.te.npz": npz}
+    path = write_tar(tmp_path / "s.tar", members | strays)
+    sink = logger.add(lambda message: lines.append(str(message)))
+    index = open_record_index(tmp_path / "cache", [path], [])
+    logger.remove(sink)
+    assert {row["key"]: parse_record(row)["caption"] for row in list_rows(index)} == {"A": "von Möwe", "b": "b"}
+    assert index.column("bytes").tolist() == [len(npz)] * 2
+    [line] = [line for line in lines if "outside any sample" in line]
+    assert f"{path}: 6 members not used" in line
+    assert all(name in line for name in ("c.v2.npz, c.v2.json, ._A.json", r"\udcff.npz", "d.jpg", "e.te.npz"))
+
+
+def test_all_bad_texts_of_a_shard_are_named_at_once(tmp_path):
+    members = {"a.txt": b"good", "b.txt": b"M\xf6we", "c.json": b'{"caption": "\xff"}', "d.json": b"[]"}
+    path = write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(ValueError, match="is not UTF-8") as caught:
+        open_record_index(tmp_path / "cache", [path], [])
+    lines = str(caught.value).splitlines()
+    assert [line.split("member ")[1].split(" ")[0].split(":")[0] for line in lines] == ["b.txt", "c.json", "d.json"]
 
 
 @pytest.mark.parametrize(
