@@ -13,6 +13,7 @@ from sdxl_trainer.configs.kohya.entries import Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_DEFAULTS, FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.readers import (
+    check_dataset_tables,
     flatten_sections,
     is_dataset_config,
     read_command,
@@ -21,6 +22,7 @@ from sdxl_trainer.configs.kohya.readers import (
 )
 from sdxl_trainer.configs.kohya.subsets import Remark, list_data_sources, list_repeated_folders, read_datasets
 from sdxl_trainer.configs.kohya.values import Given, UnsupportedError
+from sdxl_trainer.configs.problems import raise_if_any
 from sdxl_trainer.configs.schema import Config
 
 # Options that have no effect together with a dataset file.
@@ -85,6 +87,7 @@ def read_files(files: Sequence[Path], known: frozenset[Path] = frozenset()) -> F
             continue
         tables = read_toml(file) if file.suffix == ".toml" else {}
         if is_dataset_config(tables):
+            raise_if_any(check_dataset_tables(file, tables))
             contents.datasets.append(tables)
             continue
         options = flatten_sections(tables) if file.suffix == ".toml" else read_command(file)
@@ -149,7 +152,7 @@ def _convert_option(name: str, option: Option, given: Given, imported: Imported)
         imported.settings |= error.settings
         (imported.changed if error.settings else imported.unsupported).append(Remark(name, value, str(error)))
         return
-    except (TypeError, ValueError, SyntaxError) as error:
+    except (TypeError, ValueError, SyntaxError, ArithmeticError, LookupError, AttributeError) as error:
         imported.unsupported.append(Remark(name, value, f"cannot be read: {error}"))
         return
     if converted is None:

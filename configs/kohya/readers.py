@@ -8,7 +8,7 @@ import operator
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,9 +58,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UserInputError: the file cannot be read, or is not TOML.
     """
+    text = _read_text(path)
     try:
-        return tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are plain ValueErrors
         raise UserInputError(
             [Problem("FILE", path, f"is not valid TOML: {error}", "correct the line that is named")]
         ) from None
@@ -69,6 +70,22 @@ def read_toml(path: Path) -> dict[str, Any]:
 def is_dataset_config(tables: dict[str, Any]) -> bool:
     """Return whether a TOML file describes datasets instead of training arguments."""
     return "datasets" in tables
+
+
+def check_dataset_tables(path: Path, tables: dict[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each part of a dataset file that is not the table or the number it must be."""
+    datasets = tables["datasets"] if isinstance(tables["datasets"], list) else [None]
+    subsets = [table.get("subsets", []) if isinstance(table, dict) else [] for table in datasets]
+    parts = {
+        "[general]": [tables.get("general", {})],
+        "[[datasets]]": datasets,
+        "[[datasets.subsets]]": [part for group in subsets for part in (group if isinstance(group, list) else [None])],
+    }
+    for name, found in parts.items():
+        if not all(isinstance(table, dict) for table in found):
+            yield Problem("FILE", path, f"{name} is not a table", f"write {name} on a line of its own")
+        elif not all(isinstance(table.get("num_repeats", 1), int) for table in found):
+            yield Problem("FILE", path, f"num_repeats in {name} is not a whole number", "write num_repeats = 1")
 
 
 def flatten_sections(tables: dict[str, Any]) -> dict[str, Any]:
@@ -133,10 +150,12 @@ def read_python(path: Path) -> PythonSettings:
     Raises:
         UserInputError: the file cannot be read, is not Python, or assigns nothing to `config.<name>`.
     """
+    text = _read_text(path)
     try:
-        tree = ast.parse(_read_text(path))
-    except SyntaxError as error:
-        rule = f"is not valid Python: {error.msg} (line {error.lineno})"
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two for deep nesting
+        reason = f"{error.msg} (line {error.lineno})" if isinstance(error, SyntaxError) else "nested too deeply"
+        rule = f"is not valid Python: {reason}"
         raise UserInputError([Problem("FILE", path, rule, "correct the line that is named")]) from None
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}

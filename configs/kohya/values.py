@@ -372,5 +372,5 @@ def read_literal(text: str) -> Any:
     """Return the value of a Python literal (number, list, True, ...), or the text itself if it is not a literal."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two for deep nesting
         return text

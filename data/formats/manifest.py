@@ -240,6 +240,8 @@ def _load_line(line: bytes) -> dict[str, Any]:
     if "crc32" in fields and _dump_line(line[: line.rindex(CRC_MARK)] + b"}") != line:
         raise ValueError("the CRC-32 does not match")
     fields.pop("crc32", None)
+    if not all(isinstance(fields[name], str) for name in ("key", "file", "sha256", "identity")):
+        raise ValueError("a field is not a text")
     return fields
 
 

@@ -125,7 +125,7 @@ def list_members(read: ReadBytes, start: int, end: int) -> list[Member] | None:
     """
     members: list[Member] = []
     for _ in range(MAX_MEMBERS):
-        head = read(start, min(HEAD_BYTES, max(0, end - start)))
+        head = read(start, min(HEAD_BYTES, end - start)) if start < end else b""  # a claimed size may be 2^64
         if head[:4] == DIRECTORY and members:
             return members
         if head[:4] != SIGNATURE or len(head) < LOCAL_HEADER.size:
@@ -214,7 +214,7 @@ def _view_npy(data: memoryview, key: str) -> np.ndarray:
     try:
         array = np.frombuffer(data, header.dtype, math.prod(header.shape), header.bytes)
         return array.reshape(header.shape, order="F" if header.is_fortran else "C")
-    except ValueError as error:  # an item of no bytes, too many sides, or a side that is too long
+    except (ValueError, OverflowError) as error:  # an item of no bytes, too many sides, or a side that is too long
         raise NpzError(f"`{key}` claims {header.dtype}{list(header.shape)}: {error}") from None
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -36,6 +36,8 @@ from sdxl_trainer.data.metadata.values import (
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
 
 ROWS_AT_ONCE = 8192
+# pyarrow raises these on damaged files: texts that are not UTF-8, dates beyond Python's, unknown types, huge pages.
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, LookupError, MemoryError)
 MAX_CSV_FIELD_CHARACTERS = 1 << 24
 KNOWN_SUFFIXES = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
 
@@ -178,8 +180,8 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
     csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
     try:
         with io.TextIOWrapper(open_text_stream(file), encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-            names = next(rows, [])
+            rows = _iterate_csv_rows(file, stream)
+            names = next(rows, _CsvRow(1, [])).values
             if duplicates := [name for name, count in Counter(names).items() if count > 1]:
                 raise ValueError(f"{file}:1: two columns have the name '{duplicates[0]}'")
             records = _iterate_csv_records(file, rows, names)
@@ -189,17 +191,30 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
         raise ValueError(f"{file}: is not UTF-8: {error.reason}") from None
 
 
-def _iterate_csv_records(file: Path, rows: Any, names: list[str]) -> Iterator[SourceRecord]:
+class _CsvRow(NamedTuple):
+    """A row of a CSV file, and the number of its last line."""
+
+    line: int
+    values: list[str]
+
+
+def _iterate_csv_rows(file: Path, stream: IO[str]) -> Iterator[_CsvRow]:
+    rows = csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
     try:
         for row in rows:
-            place = f"{file}:{rows.line_num}"
-            if row and len(row) != len(names):
-                raise ValueError(f"{place}: the row has {len(row)} values for {len(names)} columns")
-            if row:
-                cells = {name: _parse_cell(name, cell) for name, cell in zip(names, row, strict=True) if cell != ""}
-                yield _build_record(cells, place)
+            yield _CsvRow(rows.line_num, row)
     except csv.Error as error:
         raise ValueError(f"{file}:{rows.line_num}: malformed CSV: {error}") from None
+
+
+def _iterate_csv_records(file: Path, rows: Iterator[_CsvRow], names: list[str]) -> Iterator[SourceRecord]:
+    for line, row in rows:
+        place = f"{file}:{line}"
+        if row and len(row) != len(names):
+            raise ValueError(f"{place}: the row has {len(row)} values for {len(names)} columns")
+        if row:
+            cells = {name: _parse_cell(name, cell) for name, cell in zip(names, row, strict=True) if cell != ""}
+            yield _build_record(cells, place)
 
 
 def _parse_cell(name: str, cell: str) -> Any:
@@ -223,18 +238,23 @@ def _parse_cell(name: str, cell: str) -> Any:
 
 def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the rows of a Parquet table as records. A null is a missing field."""
+    number = 0
+    for rows in _iterate_parquet_rows(file):
+        records = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
+        number += len(rows)
+
+
+def _iterate_parquet_rows(file: Path) -> Iterator[list[dict[str, Any]]]:
     try:
-        number = 0
         with open_stream(file) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE):
                 rows = batch.to_pylist()
                 maps = [field.name for field in batch.schema if pa.types.is_map(field.type)]
                 for row, name in itertools.product(rows, maps):  # Arrow gives maps as lists of pairs
                     row[name] = {str(key): value for key, value in row[name] or ()}
-                records = [{name: value for name, value in row.items() if value is not None} for row in rows]
-                yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
-                number += len(rows)
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+                yield rows
+    except PARQUET_ERRORS as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
 
 

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -216,7 +217,17 @@ def write_vocabulary(source: Path, folder: Path) -> None:
 
 def _read_vocabulary(source: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Read the ids of all tokens, and the merges in their order."""
-    return _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
+    try:
+        known, merges = _read_merges(source) if source.suffix == ".gz" else _read_folder(source)
+        is_consistent = {*map(type, known)} == {str} and {*map(type, known.values())} == {int}
+        is_consistent = is_consistent and all(known.keys() >= {*merge, "".join(merge)} for merge in merges)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, RecursionError, zlib.error) as error:
+        raise ValueError(f"{source}: CLIP's vocabulary cannot be read: {error}") from None
+    if not is_consistent or min(known.values()) < 0 or max(known.values()) >= 1 << 32:
+        raise ValueError(f"{source}: is damaged: not every token of the merges has an id")
+    return known, merges
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

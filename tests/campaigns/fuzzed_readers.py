@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from fuzzing import (
+from campaigns.fuzzing import (
     Border,
     mutate_header,
     mutate_npy_fields,
@@ -50,7 +50,7 @@ from sdxl_trainer.data.metadata.blocks import read_blocks
 from sdxl_trainer.data.metadata.records import ImageFinder, build_record_rows, parse_record
 from sdxl_trainer.data.text.tokens import END, load_tokenizer
 from sdxl_trainer.train.checkpoint.folder import MANIFEST, verify_manifest
-from sdxl_trainer.train.engine.saved_state import load_state_file
+from sdxl_trainer.train.engine.saved_state import ReshardingError, load_state_file
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 RULE = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
@@ -261,7 +261,8 @@ def read_model_file(path: Path) -> None:
 
 def read_prompts(path: Path) -> None:
     """Load a prompt file. All that is wrong with it is returned."""
-    load_prompts(SampleConfig(prompt_file=path), ObjectiveConfig())
+    settings = {"prompt_file": path}
+    load_prompts(SampleConfig.model_validate(settings), ObjectiveConfig.model_validate({}))
 
 
 def read_manifest(path: Path) -> None:
@@ -345,7 +346,7 @@ BORDERS = [
     Border("shard", ".tar", make_shard, read_shard, (BadShardError, ValueError), (mutate_tar,)),
     Border("json", ".json", constant(JSON_OBJECT), read_records, parts=(mutate_value,)),
     Border("json lines", ".jsonl", constant(JSON_LINES), read_records, parts=(mutate_value,)),
-    Border("csv", ".csv", constant(CSV, CSV.replace(b",", b"\t")), read_records),
+    Border("csv", ".csv", constant(CSV), read_records),
     Border("parquet", ".parquet", make_parquet, read_records),
     Border("image", ".png", make_images, read_image, (BadImageError,), (mutate_png,)),
     Border("mask", ".png", make_masks, read_mask, (BadMaskError,), (mutate_png,)),
@@ -364,7 +365,7 @@ BORDERS = [
         (UserInputError,),
     ),
     Border("safetensors", ".safetensors", make_model_file, read_model_file, parts=(mutate_header,)),
-    Border("pt", ".pt", make_state_file, load_state_file, parts=(mutate_zip,)),
+    Border("pt", ".pt", make_state_file, load_state_file, (ReshardingError,), (mutate_zip,)),
     Border("text prompts", ".txt", constant(TEXT_PROMPTS), read_prompts, ()),
     Border("json prompts", ".json", constant(JSON_PROMPTS), read_prompts, (), (mutate_value,)),
     *(

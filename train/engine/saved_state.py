@@ -4,6 +4,7 @@ Each rank saves, beside DeepSpeed's own files, its layout: which part of which p
 Files are mapped into memory, so only the parts that are asked for are read from disk.
 """
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,6 +21,13 @@ from sdxl_trainer.train.engine.quantised import QuantisedMoment, join_moments
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
 AVERAGE = "average "  # prefix of the keys of moving averages, which have a file of their own
 MASTER = "master"  # stands for the fp32 weight itself among the keys of the optimizer's state
+
+
+# torch.load raises all of these on damaged files.
+LOAD_ERRORS = (
+    *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, pickle.UnpicklingError),
+)
 
 
 class ReshardingError(ValueError):
@@ -227,15 +235,26 @@ def check_average(checkpoint: Path | None, average: str | None) -> Iterator[Prob
 
 
 def load_state_file(path: Path) -> Any:
-    """Load one of the checkpoint's `.pt` files into memory."""
-    with torch.serialization.safe_globals(SAFE_TYPES):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """Load one of the checkpoint's `.pt` files into memory.
+
+    Raises:
+        ReshardingError: the file is missing or damaged.
+    """
+    return _load_tensors(path, mapped=False)
 
 
 def map_state_file(path: Path) -> Any:
-    """Load one of the checkpoint's `.pt` files with tensors mapped from disk, read only where they are used."""
-    with torch.serialization.safe_globals(SAFE_TYPES):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """Like `load_state_file`, but with tensors mapped from disk, which are read only where they are used."""
+    return _load_tensors(path, mapped=True)
+
+
+def _load_tensors(path: Path, mapped: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except LOAD_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ReshardingError(f"{path} cannot be read: {reason}") from None
 
 
 def _belongs_to(file: str, rank: int) -> bool:

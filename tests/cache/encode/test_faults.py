@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_samples import hash_items, list_files, run_job, write_settings
-from campaigns.cache_kill import Trial, check_folder, get_variable, list_descendants, run_trials
+from campaigns.fault_cache import check_folder
+from descendants import get_variable, list_descendants
 from PIL import Image
 from programs import ROOT
 
@@ -300,11 +301,3 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
 def find_rank(job: subprocess.Popen, rank: int) -> int:
     """Return the process id of a rank among a job's descendants."""
     return next(process for process in list_descendants(job.pid) if get_variable(process, "RANK") == str(rank))
-
-
-def test_kills_at_random_moments_damage_nothing(many, tmp_path):
-    """Run a short form of tests/campaigns/cache_kill.py."""
-    settings, whole = many
-    trials = [Trial("job", 1, "shards")] * 3
-    for result in run_trials(settings, tmp_path, trials, whole, seed=1):
-        assert result.problems == [], result

@@ -4,7 +4,6 @@ The losses of a resumed run equal those of an uninterrupted run.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from campaigns.cache_kill import get_variable, list_descendants
+from descendants import get_variable, list_descendants
 from programs import ROOT, run_program
 from rank_port import find_rank_port
 
@@ -174,15 +173,3 @@ def test_other_ranks_save_and_end_when_one_hangs(cached_folder: Path, two_ranks:
     recover_partial_checkpoints(run / "checkpoints")  # as the next start does
     assert find_newest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-00000003"
     assert read_losses(run) == read_losses(two_ranks)[:3]
-
-
-def test_ends_while_saving_and_while_sampling_lose_nothing() -> None:
-    """A short form of tests/campaigns/train_kill.py: it interrupts a run under ZeRO-1 twice, lets it finish,
-    and compares its losses with those of an uninterrupted run."""
-    words = ["--stages", "1", "--steps", "9", "--seed", "3", "--ends", "saving:kill", "sampling:int"]
-    job = start_job([sys.executable, ROOT / "tests/campaigns/train_kill.py", *words])
-    printed, _ = job.communicate(timeout=400)
-    ends = re.findall(r"^ +\d+ +1 +(\w+) +(\w+) .*\[(.*)\]", printed, re.MULTILINE)
-    assert job.returncode == 0 and "2 ends, 1 runs compared with an unbroken one; 0 problems" in printed, printed
-    assert [end[:2] for end in ends] == [("saving", "kill"), ("sampling", "int")]
-    assert "-9" in ends[0][2] and ends[1][2] == "130, 130", "each was interrupted halfway"
