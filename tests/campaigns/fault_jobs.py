@@ -257,7 +257,7 @@ def fill_disk(folder: Path) -> None:
 class Disk:
     """An ext4 file system in a file, whose power can be cut: what it had not written by then is lost."""
 
-    def __init__(self, folder: Path, megabytes: int = 96):
+    def __init__(self, folder: Path, megabytes: int = 512):
         self._image, self.place = folder / "disk.img", folder / "disk"
         self.place.mkdir()
         with open(self._image, "wb") as file:

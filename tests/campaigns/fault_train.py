@@ -172,7 +172,7 @@ def cut_power_of_training(case: Case) -> Iterator[Outcome]:
 def fill_disk_of_training(case: Case) -> Iterator[Outcome]:
     """Fill the disk under a run, for good or until a checkpoint has waited for a moment."""
     stays = case.rng.random() < 0.4
-    with open_small_disk(case.folder, 64 << 10) as disk:
+    with open_small_disk(case.folder, 160 << 10) as disk:
         run, moment = disk / "runs" / "run", case.rng.randint(1, case.base.operations["train"])
         outcome = Outcome(f"disk full from operation {moment} on{'' if stays else ', for two seconds'}")
         words = [*case.words(run_dir=run.parent, run_name="run"), "checkpoint.wait_for_space_minutes=0.1"]
@@ -241,7 +241,7 @@ def damage_latents(case: Case) -> Iterator[Outcome]:
         damage()
     words = [
         *case.words(run_dir=run.parent, run_name="run", cache_dir=cache),
-        *("data.max_bad_fraction=1", f"data.verify_latents={level}", "sample.prompts=[]", "cache.text=false"),
+        *("data.max_bad_fraction=1", f"data.verify_latents={level}", "sample.prompts=[]", "sample.every_steps=0"),
     ]
     job = Job("train", words, case.folder / "log", plant=plant_at(12, damage) if live else None)
     status = job.wait()
