@@ -87,10 +87,10 @@ def plant_in_phase(phase: str, turn: int, action: Callable[[], None]) -> Callabl
     def plant(rank: int) -> None:
         from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
         from sdxl_trainer.train.engine.engine import Engine
-        from sdxl_trainer.train.run import build, loop
+        from sdxl_trainer.train.run import loop, networks
 
         places: dict[str, tuple[Any, str]] = {
-            "loading": (build, "build_networks"),
+            "loading": (networks, "build_networks"),
             "forward": (Engine, "__call__"),
             "backward": (Engine, "backward"),
             "step": (Engine, "step"),
