@@ -354,7 +354,7 @@ BORDERS = [
         "caption",
         ".txt",
         constant(b"a red circle", "é\n".encode()),
-        lambda path: read_caption_file(ImageFolder(str(path.parent), [], {path.name}), "input.png"),
+        lambda path: read_caption_file(ImageFolder(str(path.parent), [], {"input": path.name}), "input.png"),
     ),
     Border("yaml", ".yaml", make_settings, load_config, (UserInputError,), (mutate_value,)),
     Border(
