@@ -1,6 +1,8 @@
 """One line, with the cure, for errors whose cause lies outside the program: storage, memory, and killed workers."""
 
+import codecs
 import errno
+import sys
 
 # What to do about an error of the system. Errors that are not listed may be faults of the program.
 CURES = {
@@ -34,6 +36,7 @@ CURE_WORKER = (
     "the system ends processes when memory or /dev/shm is short (dmesg names them): lower data.num_workers, end other "
     "programs, or enlarge /dev/shm"
 )
+UTF8 = codecs.lookup("utf-8")
 CONTINUE = "then run the same command again"
 
 
@@ -49,10 +52,17 @@ def explain_failure(error: BaseException) -> str | None:
     memory = isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text
     if memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"the machine has too little memory: {text or 'no memory left'}; {CURE_MEMORY}; {CONTINUE}"
+    if isinstance(error, UnicodeEncodeError) and codecs.lookup(error.encoding) == _get_names_codec() != UTF8:
+        return f"the locale has no such file names: {text}; export PYTHONUTF8=1; {CONTINUE}"
     if isinstance(error, OSError) and error.errno in CURES:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}; {CURES[error.errno]}; {CONTINUE}"
     return None
+
+
+def _get_names_codec() -> codecs.CodecInfo:
+    """Return the codec of file names in this locale."""
+    return codecs.lookup(sys.getfilesystemencoding())
 
 
 def _get_first_line(error: BaseException) -> str:

@@ -87,8 +87,14 @@ def run_program(work: Callable[[], None]) -> int:
 
 
 def prepare_process() -> None:
-    """Stop with the launcher, print any character, and keep a killed process from leaving a warning on the terminal."""
+    """Stop with the launcher, print any character, and keep a killed process from leaving a warning on the terminal.
+
+    The launch scripts set PYTHONUTF8. Without it, files whose names are not ASCII cannot be found in another locale.
+    """
     stop_with_launcher()
+    if sys.getfilesystemencoding() != "utf-8" and _is_rank_zero():
+        encoding = sys.getfilesystemencoding()
+        sys.stderr.write(f"the locale's file names are {encoding}, those of data are UTF-8: export PYTHONUTF8=1\n")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a caption may hold characters that the locale does not know
@@ -121,7 +127,7 @@ def _run(work: Callable[[], None]) -> int:
     except FailedError as error:
         sys.stderr.write(f"\n{escape_controls(str(error), keep_lines=True)}\n\n")
         return record_status(STATUS_FAILED)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
         explanation = explain_failure(error)
         if explanation is None:
             raise

@@ -65,18 +65,26 @@ def test_faults_of_the_program_keep_their_traceback() -> None:
         run_program(work)
 
 
-def test_a_program_prints_the_line_in_any_locale_and_ends_with_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_ascii", [False, True])
+def test_a_program_prints_the_line_in_any_locale_and_ends_with_1(tmp_path: Path, is_ascii: bool) -> None:
     code = (
         "import sys; from sdxl_trainer.launch.program import run_program\n"
-        "def work(): print('図'); open(sys.argv[1] + '/图\\n.txt', 'w')\n"
+        "def work(): print('\\u56f3'); open(sys.argv[1] + '/\\u56fe\\n.txt', 'w')\n"
         "sys.exit(run_program(work))"
     )
     (tmp_path / "file").touch()
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"} if is_ascii else {}
     command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", **locale}
     done = subprocess.run(command, capture_output=True, encoding="latin-1", env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == "\\u56f3\n"
-    assert done.stderr.startswith(f"\n{tmp_path}/file/\\u56fe\\n.txt: Not a directory; a part of the path is a file")
+    if is_ascii:
+        assert done.stderr.startswith("the locale's file names are ascii, those of data are UTF-8: export PYTHONUTF8=1")
+        assert "'ascii' codec can't encode" in done.stderr and done.stderr.count("PYTHONUTF8=1") == 2
+    else:
+        assert done.stderr.startswith(
+            f"\n{tmp_path}/file/\\u56fe\\n.txt: Not a directory; a part of the path is a file"
+        )
 
 
 def test_folders_that_cannot_be_written_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
