@@ -30,12 +30,13 @@ def build_yaml(imported: Imported) -> ImportedYaml:
     """Return imported settings as YAML.
 
     A setting that breaks a rule of its own is left out. If the settings break a rule of a whole section, they are kept,
-    to be corrected by hand.
+    to be corrected by hand. Paths with a variable that is not set here are kept, too.
     """
     problems = build_config(nest_settings(imported.settings))[1]
     rejected = [Remark(problem.key, problem.value, problem.rule) for problem in problems]
     keys = [key for key in flatten_settings(Config().model_dump(mode="json")) if key in imported.settings]
-    kept = [key for key in keys if not any(f"{problem.key}.".startswith(f"{key}.") for problem in problems)]
+    wrong = [problem.key for problem in problems if "$" not in str(problem.value)]
+    kept = [key for key in keys if not any(f"{name}.".startswith(f"{key}.") for name in wrong)]
     settings = nest_settings({key: imported.settings[key] for key in kept})
     return ImportedYaml(dump_yaml(settings), rejected)
 
@@ -100,7 +101,7 @@ def _import_files(options: argparse.Namespace) -> None:
     title = (
         f"Imported from {', '.join(map(str, options.files))}; docs/FROM_KOHYA.md lists differences without an option"
     )
-    text = "".join(f"# {line}\n" for line in [title, *remarks.splitlines()]) + f"\n{result.text}"
+    text = "".join(f"# {line}\n" for line in f"{title}\n{remarks}".splitlines()) + f"\n{result.text}"
     if options.out is None:
         sys.stdout.write(text)
         return

@@ -22,6 +22,7 @@ from sdxl_trainer.configs.kohya.readers import (
 )
 from sdxl_trainer.configs.kohya.subsets import Remark, list_data_sources, list_repeated_folders, read_datasets
 from sdxl_trainer.configs.kohya.values import Given, UnsupportedError
+from sdxl_trainer.configs.paths import expand_path
 from sdxl_trainer.configs.problems import raise_if_any
 from sdxl_trainer.configs.schema import Config
 
@@ -112,7 +113,7 @@ def convert(contents: FileContents) -> Imported:
         reason = "has no effect with a dataset file, as in kohya's scripts"
         imported.unsupported += [Remark(name, given.pop(name), reason) for name in SOURCE_OPTIONS if name in given]
     if "train_data_dir" in given and "in_json" not in given:
-        folder = Path(str(given["train_data_dir"]))
+        folder = _expand(str(given["train_data_dir"]))
         subsets = list_repeated_folders(folder)
         imported.settings |= list_data_sources(subsets).settings
         if subsets:
@@ -175,9 +176,17 @@ def _is_unset(value: Any) -> bool:
 
 def _locate(name: str, file: Path) -> Path:
     """Return the path of a file that another file names, relative to the working directory or to that file."""
-    path = Path(name)
+    path = _expand(name)
     candidates = [path, file.parent / path, path.with_suffix(".toml"), file.parent / path.with_suffix(".toml")]
     return next((candidate for candidate in candidates if candidate.is_file()), path)
+
+
+def _expand(name: str) -> Path:
+    """Return a path with its variables replaced, or as it is written if that cannot be done on this machine."""
+    try:
+        return Path(expand_path(name))
+    except ValueError:
+        return Path(name)
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

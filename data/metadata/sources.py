@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
@@ -189,6 +190,8 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
                 yield chunk
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8: {error.reason}") from None
+    except csv.Error as error:  # in the line of names
+        raise ValueError(f"{file}:1: malformed CSV: {error}") from None
 
 
 class _CsvRow(NamedTuple):
@@ -226,7 +229,9 @@ def _parse_cell(name: str, cell: str) -> Any:
         return cell
     for parse in (orjson.loads, ast.literal_eval):
         try:
-            value = parse(cell)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python's parser, such as "invalid decimal literal"
+                value = parse(cell)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         if isinstance(value, dict):

@@ -499,3 +499,15 @@ def test_limits_of_buckets_are_rounded_as_kohyas_scripts_round_them(tmp_path: Pa
 def test_the_prompt_files_of_kohyas_scripts_are_imported(tmp_path: Path) -> None:
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --sample_prompts p.toml"})
     assert settings["sample"]["prompt_file"] == "p.toml" and "kohya's scripts use 512 x 512, 30 steps" in comment
+
+
+def test_paths_with_variables_are_imported_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.delenv("ABSENT", raising=False)
+    (tmp_path / "train" / "3_dog").mkdir(parents=True)
+    (tmp_path / "x.txt").write_text("sdxl_train.py --output_dir '$ABSENT/out' --train_data_dir '$HERE/train'")
+    assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "x.yaml")]) == 0
+    text = (tmp_path / "x.yaml").read_text()
+    settings = yaml.safe_load(text)
+    assert settings["run"]["dir"] == "$ABSENT/out" and "the environment variable ABSENT, which is not set" in text
+    assert settings["data"]["image_dirs"] == [str(tmp_path / "train" / "3_dog")]

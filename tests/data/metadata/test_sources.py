@@ -108,6 +108,7 @@ def test_all_formats_give_the_same_records(tmp_path):
         ("m.jsonl", '{"image_path": "a.png"}\n{"caption": "a"}\n', "m.jsonl:2: the record has no `image_path`"),
         ("m.csv", "image_path,caption\na.png,b\nc.png,d,e\n", "m.csv:3: the row has 3 values for 2 columns"),
         ("m.csv", 'image_path,caption\na.png,"b" c\n', "m.csv:2: malformed CSV"),
+        ("m.csv", '"image_path"x,caption\na.png,b\n', "m.csv:1: malformed CSV"),
         ("m.csv", "image_path,image_path\na,b\n", "m.csv:1: two columns have the name 'image_path'"),
         ("m.csv", b"image_path\nM\xf6.png\n", "m.csv: is not UTF-8"),
         ("m.parquet", "PAR1 no", "m.parquet: not a readable Parquet file"),
