@@ -37,7 +37,7 @@ from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estim
 from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
 from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress, write_cache_report
-from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, Storage, recover_shards
+from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, Storage, clear_item_leftovers, clear_leftovers
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
     compute_text_identity,
@@ -56,7 +56,6 @@ from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     ManifestWriter,
     drop_damaged_lines,
-    read_entries,
     read_latest,
 )
 from sdxl_trainer.data.images.masks import check_masks
@@ -194,16 +193,6 @@ def append_entries(folder: Path, entries: Sequence[ManifestEntry]) -> None:
     manifest.close()
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Finish the shards of a killed job and delete its temporary files."""
-    for shard in recover_shards(folder, read_entries(folder)):
-        ACTIVITY.note()
-        logger.info("finished {}, left by an interrupted job", shard)
-    for place in (folder, *folder.glob("*px")):  # one folder per further resolution
-        for file in place.glob(".*.tmp"):
-            file.unlink()
-
-
 def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[Sequence[PlanTotals]]) -> None:
     """Log how many images are cached, how many will be encoded, and the disk space that the latents need.
 
@@ -290,6 +279,8 @@ def encode_plans(
     folder, cache = get_cache_folder(config), config.cache
     reporter = ProgressReporter(ranks, sum(plan.num_items for plan in plans))
     reporter.progress.bad = len(bad.lines)
+    # An image that a killed job was writing is still to be encoded, so its folder is among these.
+    clear_item_leftovers(folder, {item.file for plan in plans for item in (*plan.items, *plan.texts)})
     manifest = ManifestWriter(folder, ranks.rank)
     for plan in plans:
         for entry in plan.refreshed:

@@ -1,18 +1,22 @@
 """Opening of files with data, atomic writes, checksums, retried reads, and ranges of bytes within a file.
 
 Every reader of data opens files by `open_regular`, which refuses what could block or never end. A file is written under
-a temporary name, flushed to disk, then renamed.
+a temporary name, flushed to disk, then renamed, and its folder is flushed. What the file replaces may be deleted after
+that.
 """
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
+import re
+import shutil
 import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -27,6 +31,9 @@ TRANSIENT_ERRORS = {
     *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
 }
 WAITS_SECONDS = (0.5, 2.0)
+# Errors of file systems on which folders cannot be flushed.
+UNSUPPORTED_ERRORS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 # Kinds of files that are refused as data.
 IRREGULAR_KINDS = {
@@ -129,23 +136,32 @@ def read_with_retries(read: Callable[[], T], name: Path | str, before_retry: Cal
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears as `path` only when the block ends without an error.
+def open_temporary(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` for writing, and delete it at the end unless it was renamed.
 
-    The temporary file is hidden and in the same folder, because a rename is atomic only within one file system.
+    The file is hidden and in the same folder, because a rename is atomic only within one file system. It is locked
+    while it is open: `remove_leftovers` deletes only files whose process has ended.
     """
-    # A name near the limit is cut, because the temporary name is longer.
-    name = path.name.encode(errors="surrogateescape")[: MAX_NAME_BYTES - TEMPORARY_BYTES].decode(errors="ignore")
-    temporary = path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _name_temporary(path)
+    file = open(temporary, "wb")
+    while not _lock(file.fileno()):
+        file.close()
+        file = open(temporary, "wb")
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears as `path` only when the block ends without an error. It is durable then."""
+    with open_temporary(path) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        replace_file(Path(file.name), path)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -154,13 +170,117 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that renames in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def open_atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which replaces `folder` when the block ends without an error. Both are durable.
+
+    The replaced folder is deleted last. A kill may leave it as `.<name>.replaced`, which only the next success deletes.
+    """
+    temporary, replaced = _name_temporary(folder), folder.with_name(f".{folder.name}.replaced")
+    create_folder(temporary)
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _lock(descriptor)
+        yield temporary
+        sync_tree(temporary)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            replace_file(folder, replaced)
+        replace_file(temporary, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_file(temporary: Path, path: Path) -> None:
+    """Flush a finished temporary file to disk and rename it to `path`."""
+    sync_path(temporary)
+    replace_file(temporary, path)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file or folder that is on disk, and flush the rename to disk too."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def create_folder(folder: Path) -> None:
+    """Create a folder and its parents, and flush their entries to disk."""
+    if folder.is_dir():
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that renames in it survive a power cut.
+
+    Some network file systems cannot, and a folder may be writable but not readable; both are no errors.
+    """
+    with suppress(PermissionError):
+        sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file's content or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED_ERRORS:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files and folders below a folder to disk, and the folder itself."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync_path(Path(parent, name))
+        sync_folder(Path(parent))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that processes which were killed left in a folder.
+
+    A file that a process is writing is locked and stays. On a file system without locks all stay.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if TEMPORARY_NAME.fullmatch(entry.name):
+                with suppress(OSError):
+                    _remove_unlocked(entry)
+
+
+def _remove_unlocked(entry: os.DirEntry) -> None:
+    is_folder = entry.is_dir(follow_symlinks=False)
+    # An exclusive lock needs a file that is open for writing on some network file systems.
+    descriptor = os.open(entry.path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_folder:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            os.unlink(entry.path)
+    finally:
+        os.close(descriptor)
+
+
+def _name_temporary(path: Path) -> Path:
+    # A name near the limit is cut, because the temporary name is longer.
+    name = path.name.encode(errors="surrogateescape")[: MAX_NAME_BYTES - TEMPORARY_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a new temporary file or folder, and return whether it still exists. Without locks it counts as locked."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return os.fstat(descriptor).st_nlink > 0
 
 
 class Span(NamedTuple):

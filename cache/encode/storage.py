@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from sdxl_trainer.data.files import open_regular, write_atomic
+from loguru import logger
+
+from sdxl_trainer.data.files import create_folder, open_regular, remove_leftovers, write_atomic
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents
-from sdxl_trainer.data.formats.manifest import ManifestEntry
+from sdxl_trainer.data.formats.manifest import ManifestEntry, read_entries
 from sdxl_trainer.data.formats.shards import (
     BadShardError,
     ShardWriter,
@@ -23,6 +25,7 @@ from sdxl_trainer.data.formats.shards import (
 )
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text_outputs
 from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.launch.activity import ACTIVITY
 
 SHARD_FOLDER = "shards"
 ITEM_ERRORS = (OSError, BadLatentError, BadShardError, BadTextError)
@@ -108,7 +111,7 @@ class NpzStorage:
 
     def _write(self, file: str, content: bytes) -> None:
         path = self._folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(path.parent)
         write_atomic(path, content)
 
     def close(self) -> None:
@@ -197,7 +200,7 @@ class ShardStorage:
     def _choose_path(self, bucket: Size) -> Path:
         prefix = f"{bucket[0]}x{bucket[1]}-{self._rank:05d}-"
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.tar")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        create_folder(self._folder)
         names = (path.name.removeprefix(".").removesuffix(".partial") for path in self._folder.iterdir())
         used = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
         return self._folder / f"{prefix}{max(used, default=-1) + 1:05d}.tar"
@@ -223,6 +226,22 @@ def recover_shards(folder: Path, entries: Iterable[ManifestEntry]) -> list[Path]
     for path in unfinished:
         recover_shard(path, ends[f"{SHARD_FOLDER}/{path.name}"])
     return unfinished
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Finish the shards of a killed job and delete its temporary files."""
+    for shard in recover_shards(folder, read_entries(folder)):
+        ACTIVITY.note()
+        logger.info("finished {}, left by an interrupted job", shard)
+    for place in (folder, folder / "manifest", folder / "logs", folder / SHARD_FOLDER):
+        remove_leftovers(place)
+
+
+def clear_item_leftovers(folder: Path, files: Iterable[str]) -> None:
+    """Delete the temporary files that a killed job left beside npz files, given by their names in the manifest."""
+    for place in {(folder / file).parent for file in files}:
+        ACTIVITY.note()
+        remove_leftovers(place)
 
 
 def read_item(folder: Path, entry: ManifestEntry) -> StoredItem:

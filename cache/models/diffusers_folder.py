@@ -13,7 +13,7 @@ from safetensors import safe_open
 from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
 from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
 from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
-from sdxl_trainer.data.files import sync_folder
+from sdxl_trainer.data.files import open_atomic_folder
 from sdxl_trainer.data.text.tokens import write_vocabulary
 
 WEIGHTS = {
@@ -93,23 +93,15 @@ def write_diffusers_folder(
     Raises:
         ValueError: names or shapes do not match `configs`, or float16 cannot hold a value.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with open_atomic_folder(folder) as target:
         for component in COMPONENT_PREFIXES:
             items = _plan_items(component, components[component], configs[component], dtype)
-            write_safetensors(temporary / component / WEIGHTS[component], items, {})
-            _write_json(temporary / component / "config.json", configs[component])
-        _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+            write_safetensors(target / component / WEIGHTS[component], items, {})
+            _write_json(target / component / "config.json", configs[component])
+        _write_json(target / "scheduler" / "scheduler_config.json", scheduler)
         for name, vocabulary in vocabularies.items():
-            _write_tokenizer(temporary / name, origin / name, vocabulary)
-        _write_model_index(temporary, origin, scheduler)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    sync_folder(folder.parent)
+            _write_tokenizer(target / name, origin / name, vocabulary)
+        _write_model_index(target, origin, scheduler)
 
 
 def _plan_items(

@@ -15,7 +15,7 @@ import torch
 
 from sdxl_trainer.cache.models.single_file_check import ITEM_BYTES
 from sdxl_trainer.cache.models.single_file_names import Shape
-from sdxl_trainer.data.files import open_atomic, sync_folder
+from sdxl_trainer.data.files import create_folder, open_atomic
 
 TensorSource = torch.Tensor | Callable[[], torch.Tensor]
 
@@ -65,7 +65,7 @@ def write_safetensors(
     Raises:
         ValueError: a tensor has another shape than its item, or float16 cannot hold a value.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     header = _build_header(items, metadata, hash_key)
     digest = hashlib.sha256()
     with open_atomic(path) as file:
@@ -82,7 +82,6 @@ def write_safetensors(
             # The hash covers only the bytes after the header, where a placeholder holds its place.
             file.seek(header.index(_HASH_PLACEHOLDER.encode()))
             file.write(tensor_hash.encode())
-    sync_folder(path.parent)
     return tensor_hash
 
 

@@ -88,6 +88,8 @@ def replace_outdated_shards(
                 storage.write_packed(entry, bytes(content), bytes(record), None if text is None else bytes(text))
             )
     storage.close()
+    # The copies must be on disk and listed there before the shards are deleted.
+    manifest.sync()
     for file in outdated:
         (folder / file).unlink()
     return sorted(outdated)

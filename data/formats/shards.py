@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from sdxl_trainer.data.files import Span, open_regular, open_stream
+from sdxl_trainer.data.files import Span, create_folder, open_regular, open_stream, replace_file, sync_folder
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)  # of a tar
@@ -89,8 +89,9 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(path.parent)
         self._descriptor = os.open(get_partial_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        sync_folder(path.parent)
         self._flush_lock = threading.Lock()
         self._bytes_flushed = 0
         self.bytes_written = 0
@@ -138,7 +139,7 @@ class ShardWriter:
                 self._bytes_flushed = self.bytes_written
             finally:
                 os.close(self._descriptor)
-        os.replace(get_partial_path(self.path), self.path)
+        replace_file(get_partial_path(self.path), self.path)
 
 
 def build_sample_frame(key: str, record_bytes: int, npz_bytes: int) -> SampleFrame:
@@ -271,7 +272,7 @@ def recover_shard(path: Path, end: int) -> None:
         return
     with open(partial, "rb+") as file:
         _write_end(file.fileno(), end + _count_padding(end))
-    os.replace(partial, path)
+    replace_file(partial, path)
 
 
 def verify_shard_end(path: Path, end: int) -> str | None:

@@ -3,7 +3,6 @@
 During the merge, the records wait in a temporary file. Memory holds only a few integers for each record.
 """
 
-import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import orjson
 import pyarrow as pa
 
 from sdxl_trainer.configs.problems import MAX_PROBLEMS, format_count
+from sdxl_trainer.data.files import open_temporary
 from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, dump_json, read_blocks
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, ShardSpan, SourceRecord, read_metadata_file
 from sdxl_trainer.data.metadata.values import VALUE_READERS, is_missing
@@ -110,14 +110,11 @@ def number_keys(keys: pa.ChunkedArray) -> tuple[np.ndarray, int]:
 def spill_batches(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     """Write record batches to a temporary file under `folder`, and yield them as a table mapped from the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".stage.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with open_temporary(folder / "stage") as file:
+        with pa.OSFile(file.name, "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        yield pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    finally:
-        path.unlink(missing_ok=True)
+        yield pa.ipc.open_file(pa.memory_map(file.name)).read_all()
 
 
 def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:

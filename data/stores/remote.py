@@ -7,12 +7,10 @@ waits. An error that remains is not a fault of a sample: it ends the job, whose 
 
 import asyncio
 import errno
-import os
 import random
 import re
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.registry import known_implementations
 
-from sdxl_trainer.data.files import SeekableBytes
+from sdxl_trainer.data.files import SeekableBytes, commit_file, open_temporary
 
 ATTEMPTS, DESCRIBE_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
@@ -147,18 +145,20 @@ def download(url: str, target: Path) -> None:
         FileNotFoundError: the object does not exist.
         StoreError: the store denies access, does not answer any of the attempts, or sends another number of bytes.
     """
+    with open_temporary(target) as file:
+        copy_object(url, Path(file.name))
+        commit_file(Path(file.name), target)
+
+
+def copy_object(url: str, file: Path) -> None:
+    """Copy a whole object into a temporary file. Raises like `download`."""
     [item] = describe_objects([url])
     if isinstance(item, FileNotFoundError):
         raise item
     store, path = open_store(url)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        _call_with_retries(url, ATTEMPTS, lambda: store.get_file(path, str(temporary)))
-        if (size := temporary.stat().st_size) != item.size:
-            raise StoreError(f"{url}: received {size} of {item.size} bytes")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _call_with_retries(url, ATTEMPTS, lambda: store.get_file(path, str(file)))
+    if (size := file.stat().st_size) != item.size:
+        raise StoreError(f"{url}: received {size} of {item.size} bytes")
 
 
 class RemoteFile(SeekableBytes):

@@ -4,7 +4,7 @@ They lie beside the index. Their names hold the object's version, so that only c
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from sdxl_trainer.data.files import open_temporary, remove_leftovers
 from sdxl_trainer.data.formats.latent_header import LatentHeader
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.formats.shard_samples import (
@@ -27,6 +28,7 @@ from sdxl_trainer.data.stores.remote import (
     NoRangesError,
     RemoteFile,
     StoredObject,
+    copy_object,
     describe_objects,
     download,
     is_remote,
@@ -63,7 +65,9 @@ def fetch_sources(names: Sequence[Path | str], folder: Path) -> LocalSources:
             raise item
     described = [item for item in items if isinstance(item, StoredObject)]
     targets = {item.url: folder / FOLDER / _build_file_name(item) for item in described}
-    missing = [item for item in described if not targets[item.url].is_file()]
+    if described:
+        _remove_outdated(folder / FOLDER, targets)
+    missing = [item for item in described if not _is_whole(targets[item.url], item)]
     if missing:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         logger.info("reading {} of {} remote files for the index", len(missing), len(urls))
@@ -110,13 +114,13 @@ def find_latent_header(folder: Path, url: str, offset: int) -> LatentHeader:
 
 @lru_cache(maxsize=100_000)
 def find_catalogue(folder: Path, url: str) -> Path | None:
-    """Find the latest catalogue of a remote shard. Its name contains the shard's version.
+    """Find the catalogue of a remote shard. Its name contains the shard's version; `fetch_sources` keeps only one.
 
     Args:
         folder: folder of the indexes.
     """
     files = (folder / FOLDER).glob(f"{_hash(url)}-*{CATALOGUE_SUFFIX}")
-    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return min(files, default=None)
 
 
 def name_shard_version(folder: Path, url: str) -> str:
@@ -139,8 +143,20 @@ def _fetch_source(item: StoredObject, target: Path) -> None:
         _write_catalogue(item, target)
     else:
         download(item.url, target)
-    for file in target.parent.glob(f"{_hash(item.url)}-*"):
-        if file != target:  # an earlier version
+
+
+def _is_whole(target: Path, item: StoredObject) -> bool:
+    """Return whether the local file of an object exists; a copy also has the object's size."""
+    return target.is_file() and (target.suffix == CATALOGUE_SUFFIX or target.stat().st_size == item.size)
+
+
+def _remove_outdated(folder: Path, targets: Mapping[str, Path]) -> None:
+    """Delete leftovers of killed jobs and the files of earlier versions of objects, so that each has one file."""
+    remove_leftovers(folder)
+    current = {target.name for target in targets.values()}
+    urls = {name.partition("-")[0] for name in current}
+    for file in folder.glob("*-*"):
+        if file.name not in current and file.name.partition("-")[0] in urls:
             file.unlink(missing_ok=True)
 
 
@@ -149,13 +165,10 @@ def _write_catalogue(item: StoredObject, target: Path) -> None:
         with RemoteFile(item, WINDOW_BEFORE, WINDOW_AFTER) as stream:
             samples = list_shard_samples(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]
     except NoRangesError:
-        whole = target.with_suffix(SHARD_SUFFIX)
-        try:
-            download(item.url, whole)
-            with open(whole, "rb") as stream:
+        with open_temporary(target) as whole:
+            copy_object(item.url, Path(whole.name))
+            with open(whole.name, "rb") as stream:
                 samples = list_shard_samples(item.url, stream, with_headers=True)
-        finally:
-            whole.unlink(missing_ok=True)
     save_catalogue(target, item.url, samples)
 
 

@@ -11,7 +11,6 @@ raising anything in Python, so the watchdog acts minutes earlier.
 """
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.data.files import remove_leftovers
 from sdxl_trainer.launch.distributed import StuckRanksError
 from sdxl_trainer.launch.signals import LISTENER, Interrupted, exit_at_once
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -66,10 +66,9 @@ class EmergencySaver:
         """Listen to stop signals. Entered on the main thread, after the signal handlers are set."""
         # A job that was killed while it wrote a model leaves these files behind.
         if self._writer.rank == 0:
-            for leftover in [*self._models_folder.glob("*.claim"), *self._models_folder.glob(".*.tmp")]:
-                leftover.unlink(missing_ok=True)
-            for leftover in self._models_folder.glob(".*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            remove_leftovers(self._models_folder)
+            for claim in self._models_folder.glob("*.claim"):
+                claim.unlink(missing_ok=True)
         LISTENER.add(self._on_signal)
         return self
 

@@ -7,7 +7,6 @@ same code serves checkpoints that are written during training and emergency save
 folder that a killed job left complete is sealed at the next start.
 """
 
-import os
 import re
 import shutil
 import stat
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 from loguru import logger
 
-from sdxl_trainer.data.files import hash_file, sync_folder, write_atomic
+from sdxl_trainer.data.files import create_folder, hash_file, replace_file, write_atomic
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.train.checkpoint.state import STATE_FILE, TrainState
 
@@ -48,7 +47,7 @@ def write_part(partial: Path, rank: int, world_size: int, files: dict[str, dict[
     Args:
         files: path within the checkpoint → bytes, sha256.
     """
-    (partial / PARTS).mkdir(exist_ok=True)
+    create_folder(partial / PARTS)
     part = {"rank": rank, "world_size": world_size, "files": files}
     write_atomic(get_part_file(partial, rank), orjson.dumps(part))
 
@@ -82,8 +81,7 @@ def seal_checkpoint(partial: Path) -> Path | None:
     write_atomic(partial / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2))
     final = partial.parent / f"step-{TrainState.load(partial).step:08d}"
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    sync_folder(partial.parent)
+    replace_file(partial, final)
     # The parts are deleted last, because the next start needs them to finish a seal that was cut short.
     shutil.rmtree(final / PARTS, ignore_errors=True)
     return final
@@ -163,7 +161,7 @@ def tidy_checkpoints(folder: Path, newest: Path) -> None:
         if get_step(path) > get_step(newest):
             aside = path.with_name(DAMAGED + path.name)
             shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            replace_file(path, aside)
             logger.warning("{} is renamed to {}", path, aside.name)
         elif not (path / MANIFEST).exists():
             logger.warning("{} has no {} and is deleted", path, MANIFEST)

@@ -15,6 +15,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.data.files import create_folder, sync_folder
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import broadcast_object, wait_for_ranks
 from sdxl_trainer.train.checkpoint.direct_file import DirectFile
@@ -162,15 +163,17 @@ class CheckpointWriter:
             OSError: a file cannot be written.
         """
         partial = get_partial_folder(self.folder, state.step, self.token)
-        partial.mkdir(parents=True, exist_ok=True)
+        create_folder(partial)
         written = {}
         for name, content in files.items():
             path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            create_folder(path.parent)
             file = save_hashed(path, content)
             written[name] = {"bytes": file.bytes, "sha256": file.sha256}
             ACTIVITY.background += 1
         require_files(partial, written)
+        for folder in {(partial / name).parent for name in files}:
+            sync_folder(folder)
         # Equal on every rank, so every living rank may write it.
         state.save(partial)
         write_part(partial, self.rank, self.world_size, written)

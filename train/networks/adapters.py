@@ -12,7 +12,7 @@ from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, buil
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.files import create_folder, write_atomic
 from sdxl_trainer.data.order.keyed_random import derive_seed
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's suffixes of a layer's name
@@ -99,7 +99,7 @@ def write_adapters(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": path.stem,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 

@@ -1,5 +1,6 @@
 """A training run from settings to exported model: set up, build, fit, finish."""
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +12,7 @@ from loguru import logger
 from sdxl_trainer.configs.load import dump_config
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.files import remove_leftovers, write_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.activity import ACTIVITY, Watchdog
@@ -117,9 +118,14 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
 
 
 def write_settings(config: Config, ranks: Ranks) -> None:
-    """Write the resolved settings to `config.yaml` in the run folder. Called when nothing can refuse the start."""
+    """Write the resolved settings to `config.yaml` in the run folder. Called when nothing can refuse the start.
+
+    Temporary files that killed jobs left in the run folder are deleted.
+    """
     file = config.run.folder / "config.yaml"
     if ranks.is_main:
+        for folder, _, _ in os.walk(config.run.folder):
+            remove_leftovers(Path(folder))
         try:
             write_atomic(file, dump_config(config))
         except OSError as error:

@@ -217,7 +217,10 @@ def test_a_bug_in_the_save_does_not_keep_the_process_alive(engine, tmp_path, mon
 def test_one_rank_writes_the_model_and_a_start_deletes_leftovers(engine: Engine, tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
-    claim, other = models / "emergency-step-00000013.claim", models / ".emergency-step-00000009.x.tmp"
+    claim, other = (
+        models / "emergency-step-00000013.claim",
+        models / ".emergency-step-00000009.safetensors.0123abcd.tmp",
+    )
     claim.touch()
     build_saver(engine, tmp_path, write_model).save("another rank writes the model")
     assert list(models.iterdir()) == [claim]

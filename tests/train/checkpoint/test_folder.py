@@ -8,6 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
+from disk_calls import DiskCalls
 from loguru import logger
 
 from sdxl_trainer.configs.problems import UserInputError
@@ -45,6 +46,17 @@ def test_sealed_only_when_every_rank_is_there(tmp_path: Path) -> None:
     assert loaded["step"] == 7 and torch.equal(loaded["weights"], torch.ones(5, 3))
     files = orjson.loads((sealed / "manifest.json").read_bytes())["files"]
     assert sorted(files) == ["state/rank_0.pt", "state/rank_1.pt", "trainer_state.json"]
+
+
+def test_a_checkpoint_is_on_disk_before_older_ones_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = DiskCalls(monkeypatch)
+    for step in (1, 2, 3):
+        partial = write_rank(tmp_path, 0, step, world_size=1)
+        # The rank's part is renamed last, so all before it is on disk.
+        assert {str(partial), str(partial / "state"), str(partial / "state" / "rank_0.pt")} <= calls._durable
+        assert checkpoints.seal_checkpoint(partial) is not None
+        checkpoints.prune_checkpoints(tmp_path, 2, 0)
+    assert calls.faults == [] and calls.num_renames == 12 and calls.num_deletions > 3
 
 
 def test_a_start_seals_complete_folders_and_deletes_the_others(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ def test_a_seal_that_was_cut_short_is_completed_at_the_next_start(
     for rank in range(2):
         partial = write_rank(tmp_path, rank, 7, token="again")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", lambda *_: sys.exit("killed"))
+        patch.setattr(checkpoints, "replace_file", lambda *_: sys.exit("killed"))
         patch.setattr(checkpoints, "write_atomic", lambda path, content: path.write_bytes(content))
         with pytest.raises(SystemExit):
             checkpoints.seal_checkpoint(partial)
