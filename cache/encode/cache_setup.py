@@ -69,7 +69,13 @@ def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
 
 def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterator[Problem]:
     """Yield a problem if the cache holds latents of another identity than new latents would have."""
-    known, wanted = read_identity(folder), identities[""]
+    wanted = identities[""]
+    try:
+        known = read_identity(folder)
+    except ValueError as error:
+        cure = "run bash launch/cache.sh with the same settings, which writes it anew"
+        yield Problem("cache.dir", folder, f"holds a damaged cache.json: {error}", cure)
+        return
     if known is None or known.get("name") == wanted.name:
         return
     fields = orjson.loads(orjson.dumps(wanted.list_fields(), default=tuple))

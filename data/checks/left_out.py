@@ -1,5 +1,7 @@
 """Leave bad latents out of a run: verify latents at the start, report bad ones, and keep the list for resumes."""
 
+import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from loguru import logger
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
-from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.formats.npz import NpzError, parse_npy_header
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 
@@ -37,16 +40,49 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
             f"{config.data.max_bad_fraction:g}; {log} lists them"
         )
     file = get_left_out_file(config.run.folder, index)
-    if not resuming or not file.is_file():
+    is_damaged = file.is_file() and _read_rows(file, len(index)) is None
+    if is_damaged:
+        cure = "if other latents were bad at the start of the run, the order of its batches changes"
+        logger.warning("{} is damaged and written anew from the latents that are bad now; {}", file, cure)
+    if is_damaged or not resuming or not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open_atomic(file) as stream:
-            np.save(stream, np.array([latents.row for latents in bad], np.int64))
+        _write_rows(file, np.array([latents.row for latents in bad], np.int64))
 
 
 def load_left_out_rows(run_folder: Path, index: Index) -> np.ndarray:
-    """Load the rows that `leave_out_bad_latents` wrote for this run and index, [K] int64."""
-    file = get_left_out_file(run_folder, index)
-    return np.load(file, allow_pickle=False) if file.is_file() else np.empty(0, np.int64)
+    """Load the rows that `leave_out_bad_latents` wrote for this run and index, [K] int64; none if there is no file."""
+    rows = _read_rows(get_left_out_file(run_folder, index), len(index))
+    return np.empty(0, np.int64) if rows is None else rows
+
+
+def _write_rows(file: Path, rows: np.ndarray) -> None:
+    """Write rows as a .npy file, followed by the CRC-32 of its bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    write_atomic(file, buffer.getvalue() + _compute_crc(buffer.getvalue()))
+
+
+def _read_rows(file: Path, num_rows: int) -> np.ndarray | None:
+    """Read the rows that `_write_rows` wrote, [K] int64; None if the file is missing or damaged.
+
+    Releases before 0.3.0 wrote no CRC-32.
+
+    Args:
+        num_rows: of the index.
+    """
+    try:
+        content = file.read_bytes()
+        header = parse_npy_header(file.name, content)
+        end = header.bytes + header.shape[0] * 8
+        rows = np.frombuffer(content, np.int64, header.shape[0], header.bytes)
+    except (OSError, NpzError, ValueError, IndexError):
+        return None
+    is_whole = content[end:] in (b"", _compute_crc(content[:end])) and header.dtype == np.int64
+    return rows if is_whole and ((rows >= 0) & (rows < num_rows)).all() else None
+
+
+def _compute_crc(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def get_left_out_file(run_folder: Path, index: Index) -> Path:

@@ -11,6 +11,7 @@ from sdxl_trainer.configs.schema import Config, RemoteShardsConfig
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
 from sdxl_trainer.data.formats.manifest import STALE, read_identity
+from sdxl_trainer.data.formats.shards import BadShardError
 from sdxl_trainer.data.images.bucket import BucketRule, Size
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
@@ -27,9 +28,13 @@ def open_training_set(config: Config) -> OpenedIndex:
     if records is None:
         return OpenedIndex(None, problems)
     folder = get_cache_folder(config)
-    index = open_sample_index(folder, records, build_latent_selection(config))
+    try:
+        index = open_sample_index(folder, records, build_latent_selection(config))
+    except BadShardError as error:  # a damaged catalogue
+        return OpenedIndex(None, [*problems, Problem("data.metadata", config.data.metadata, str(error), "start again")])
     if len(index) == 0:
-        rule = "holds no latent cache" if read_identity(folder) is None else "holds the latents of none of the records"
+        has_cache = (folder / "cache.json").is_file()
+        rule = "holds the latents of none of the records" if has_cache else "holds no latent cache"
         cure = "run bash launch/cache.sh with the same settings first"
         return OpenedIndex(None, [*problems, Problem("cache.dir", folder, rule, cure)])
     num_unflipped = count_unflipped(index, folder) if config.data.flip_rate else 0
@@ -63,17 +68,22 @@ def check_missing(index: Index) -> Iterator[Problem]:
 
 def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[Problem]:
     """Yield a problem if the cache was made with another bucket rule, or if its last job did not finish."""
-    identity = read_identity(folder)
-    if identity is None:  # another program made the latents
+    try:
+        identity = read_identity(folder)
+        if identity is None:  # another program made the latents
+            return
+        made = BucketRule(
+            resolution_px=identity.get("resolution_px", 0),
+            min_px=identity.get("min_bucket_px", 0),
+            max_px=identity.get("max_bucket_px", 0),
+            step_px=identity.get("bucket_step_px", 0),
+            no_upscale=identity.get("no_upscale", False),
+            fixed=tuple(Size(*bucket) for bucket in identity.get("buckets", ())),
+        )
+    except (ValueError, TypeError) as error:
+        cure = "run bash launch/cache.sh with the same settings, which writes it anew"
+        yield Problem("cache.dir", folder, f"holds a damaged cache.json: {error}", cure)
         return
-    made = BucketRule(
-        resolution_px=identity.get("resolution_px", 0),
-        min_px=identity.get("min_bucket_px", 0),
-        max_px=identity.get("max_bucket_px", 0),
-        step_px=identity.get("bucket_step_px", 0),
-        no_upscale=identity.get("no_upscale", False),
-        fixed=tuple(Size(*bucket) for bucket in identity.get("buckets", ())),
-    )
     if made != wanted:
         rule = f"holds latents made with {_describe_rule(made)}, but the settings have {_describe_rule(wanted)}"
         cure = "run bash launch/cache.sh with these settings, or use the cache's settings; another cache.dir keeps both"

@@ -4,6 +4,7 @@ The pass takes two reads of a few KB for each sample, and reads no latents. For 
 samples: the shard's catalogue. One pass is then enough.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +13,7 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.configs.problems import format_count, join_reasons
-from sdxl_trainer.data.files import open_atomic, open_stream
+from sdxl_trainer.data.files import open_stream, write_atomic
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.formats.shards import TEXT_SUFFIX, BadShardError, ShardMember, iterate_members
@@ -94,17 +95,30 @@ def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False)
 
 
 def save_catalogue(path: Path, url: str, samples: list[ShardSample]) -> None:
-    """Write a catalogue as JSON Lines: the URL of the shard, then its samples."""
-    with open_atomic(path) as file:
-        file.write(orjson.dumps({"url": url}) + b"\n")
-        file.writelines(orjson.dumps(asdict(sample), default=tuple) + b"\n" for sample in samples)
+    """Write a catalogue as JSON Lines: the URL of the shard, its samples, and the SHA-256 of these lines."""
+    lines = [orjson.dumps({"url": url}), *(orjson.dumps(asdict(sample), default=tuple) for sample in samples)]
+    content = b"".join(line + b"\n" for line in lines)
+    write_atomic(path, content + _dump_checksum(content))
 
 
 def load_catalogue(path: Path) -> tuple[str, list[ShardSample]]:
-    """Load a catalogue: the URL of the shard, and its samples."""
-    with open_stream(path) as lines:
-        url = orjson.loads(next(lines))["url"]
-        return url, list(map(_parse_sample, lines))
+    """Load a catalogue: the URL of the shard, and its samples.
+
+    Raises:
+        BadShardError: the catalogue is damaged. It is deleted, so that the next start reads the shard again.
+    """
+    with open_stream(path) as stream:
+        content = stream.read()
+    end = content.rfind(b"\n", 0, -1) + 1
+    if content[end:] != _dump_checksum(content[:end]):
+        path.unlink()
+        raise BadShardError(f"{path}: was damaged and is deleted; run the same command again, which writes it anew")
+    first, *lines = content[:end].splitlines()
+    return orjson.loads(first)["url"], list(map(_parse_sample, lines))
+
+
+def _dump_checksum(content: bytes) -> bytes:
+    return orjson.dumps({"sha256": hashlib.sha256(content).hexdigest()}) + b"\n"
 
 
 def _parse_sample(line: bytes) -> ShardSample:

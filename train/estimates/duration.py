@@ -53,7 +53,9 @@ def describe_duration(config: Config, world_size: int, gpu_names: Sequence[str])
 
 def read_throughput(metrics_file: Path) -> Throughput:
     """Read the last step and the median speed of a run's last steps; zeros for a run without steps."""
-    last = deque(read_metrics(metrics_file), maxlen=MEASURED_STEPS) if metrics_file.is_file() else ()
+    last = (
+        deque(read_metrics(metrics_file, "samples_per_second"), maxlen=MEASURED_STEPS) if metrics_file.is_file() else ()
+    )
     if not last:
         return Throughput(0, 0.0)
     return Throughput(last[-1]["step"], statistics.median(line["samples_per_second"] for line in last))

@@ -6,9 +6,11 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import orjson
+from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.launch.append_file import AppendFile
@@ -159,11 +161,31 @@ def read_metrics(file: Path, metric: str = "loss") -> Iterator[dict[str, Any]]:
 
 
 def read_all_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield all lines of a metrics file; a last line without a line break is skipped."""
+    """Yield all lines of a metrics file, each with its step and numbers.
+
+    Damaged lines are skipped with a warning, and a last line without a line break without one.
+    """
+    damaged: list[int] = []
     with open(file, "rb") as lines:
-        for line in lines:
-            if line.endswith(b"\n"):
-                yield orjson.loads(line)
+        for number, line in enumerate(lines, 1):
+            values = _parse_line(line) if line.endswith(b"\n") else {}
+            if values:
+                yield values
+            elif values is None:
+                damaged.append(number)
+    if damaged:
+        logger.warning("{}: {} damaged lines are skipped, first line {}", file, len(damaged), damaged[0])
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the values of a line of a metrics file, None if it is damaged."""
+    try:
+        values = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    is_whole = isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] < 1 << 63
+    # A value is null if it was not finite.
+    return values if is_whole and all(isinstance(value, (int, float, NoneType)) for value in values.values()) else None
 
 
 def check_wandb(project: str | None) -> Iterator[Problem]:

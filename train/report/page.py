@@ -88,8 +88,20 @@ def load_template() -> jinja2.Template:
 
 
 def read_counts(file: Path) -> dict:
-    """Read the counts of the training set that the run stored; an empty dict if the file does not exist."""
-    return orjson.loads(file.read_bytes()) if file.is_file() else {}
+    """Read the counts of the training set that the run stored; an empty dict if the file is missing or damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        counts = orjson.loads(file.read_bytes())
+        buckets = {str(name): int(count) for name, count in counts["buckets"].items()}
+        tokens = counts["tokens"]
+        classes = {str(name): (int(first), int(second)) for name, (first, second) in tokens["classes"].items()}
+        cut = [int(number) for number in tokens["num_cut"]]
+        numbers = {name: int(tokens[name]) for name in ("num_captions", "max_tokens")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        sys.stderr.write(f"{file} is damaged and left out; the next start of the run writes it anew: {error}\n")
+        return {}
+    return {"buckets": buckets, "tokens": {**numbers, "classes": classes, "num_cut": cut}}
 
 
 def list_facts(numbers: RunNumbers) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from sdxl_trainer.data.formats.shard_samples import ShardSample, load_catalogue, save_catalogue
 from sdxl_trainer.data.formats.shards import (
     BLOCK,
     BadShardError,
@@ -274,3 +275,22 @@ def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         full.close()
     assert not full.path.exists() and list_partial_shards(tmp_path) == [full.path]
+
+
+@pytest.mark.parametrize("place", [3, 80, -1, None])
+def test_a_damaged_catalogue_is_named_and_deleted(tmp_path, place):
+    file = tmp_path / "0123-4567.catalogue"
+    samples = [ShardSample(key="a", record={"caption": "a red square"}, offset=1536, size=4664)]
+    save_catalogue(file, "s3://bucket/a.tar", samples)
+    content = bytearray(file.read_bytes())
+    assert load_catalogue(file) == ("s3://bucket/a.tar", samples)
+    if place is None:
+        content.clear()
+    else:
+        content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        BadShardError, match="0123-4567.catalogue: was damaged and is deleted; run the same command again"
+    ):
+        load_catalogue(file)
+    assert not file.exists()

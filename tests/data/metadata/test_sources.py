@@ -22,7 +22,7 @@ from programs import FIXTURES, ROOT
 
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
-from sdxl_trainer.data.checks.left_out import leave_out_bad_latents, load_left_out_rows
+from sdxl_trainer.data.checks.left_out import get_left_out_file, leave_out_bad_latents, load_left_out_rows
 from sdxl_trainer.data.checks.training_set import count_missing, open_training_set
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
@@ -418,6 +418,31 @@ def test_each_level_of_verification_finds_its_faults(tmp_path, level, found):
     (tmp_path / "cache" / "e.npz").unlink()
     leave_out_bad_latents(config, again, resuming=True)
     assert np.array_equal(load_left_out_rows(config.run.folder, again), rows)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "header", "range"])
+def test_a_damaged_list_of_left_out_rows_is_written_anew(tmp_path, damage):
+    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcd"}))
+    for number, key in enumerate("abcd"):
+        make_latents(tmp_path / "cache" / f"{key}.npz", number)
+    config = build_config(tmp_path, verify_latents="stat")
+    index, _ = open_training_set(config)
+    assert index is not None
+    (tmp_path / "cache" / "b.npz").write_bytes(b"")
+    leave_out_bad_latents(config, index, resuming=False)
+    file = get_left_out_file(config.run.folder, index)
+    whole = file.read_bytes()
+    assert np.load(file).tolist() == [1] == load_left_out_rows(config.run.folder, index).tolist()
+    file.write_bytes(whole[:-4])  # as earlier releases wrote it
+    assert load_left_out_rows(config.run.folder, index).tolist() == [1]
+    flipped, wrong = bytearray(whole), bytearray(whole[:-4])
+    flipped[-12] ^= 2
+    wrong[-1] = 1
+    contents = {"cut": whole[:-6], "flipped": flipped, "empty": b"", "header": b"x" * len(whole), "range": wrong}
+    file.write_bytes(contents[damage])
+    assert load_left_out_rows(config.run.folder, index).tolist() == []
+    leave_out_bad_latents(config, index, resuming=True)
+    assert file.read_bytes() == whole
 
 
 def test_too_many_bad_latents_stop_the_start(tmp_path, monkeypatch):

@@ -44,6 +44,19 @@ def write_and_list_charts(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "report").glob("*.png"))
 
 
+@pytest.mark.parametrize(
+    "counts", [b"", b"{", b"[1]", b'{"buckets": 5}', b'{"buckets": {"a": 1}, "tokens": {"classes": {"1": [1]}}}']
+)
+def test_damaged_lines_and_counts_are_left_out_of_the_report(tmp_path, capsys, counts) -> None:
+    damaged = ["\0\0\0\n", '{"step": "x"}\n', "[1]\n", '{"step": 3, "loss": {}}\n', '{"loss": 1.0}\n', '{"step": 3,\n']
+    folder = write_run(tmp_path, [{"step": 1, "loss": 1.0}, *damaged, {"step": 2, "loss": None}, '{"step": 4'])
+    (folder / "report").mkdir()
+    (folder / "report" / "data.json").write_bytes(counts)
+    assert write_and_list_charts(folder) == ["loss"]
+    assert read_series(folder / "logs" / "metrics.jsonl")["loss"].steps.tolist() == [1, 2]
+    assert "data.json is damaged and left out; the next start of the run writes it anew" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium, chromium-browser or google-chrome")
 def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tmp_path: Path) -> None:
     page = shutil.copy(validated[1] / "report" / "report.html", tmp_path)  # alone, because the page needs no other file
