@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 
 from sdxl_trainer.cache.encode.encode_plan import TextRequirement
 from sdxl_trainer.cache.encode.text_caching import TextShapes
 from sdxl_trainer.data.files import hash_file, read_regular
+from sdxl_trainer.data.formats.latent_header import read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
 from sdxl_trainer.data.formats.shards import MAX_SAMPLE_BYTES
@@ -18,8 +20,16 @@ from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_bu
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
 from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.unlisted_latents import infer_placement
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import hash_captions
+
+
+class Refusal(NamedTuple):
+    """The reason why a file is not adopted; `file` is given for latents, which training must not use either."""
+
+    reason: str
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,8 @@ def adopt_files(
     identity: Identity,
     rule: BucketRule,
     text: TextAdopter | None = None,
-) -> Iterator[tuple[str, ManifestEntry | str]]:
-    """Yield (key, manifest entry) for each usable file, (key, reason) for each file that does not fit the settings.
+) -> Iterator[tuple[str, ManifestEntry | Refusal]]:
+    """Yield (key, manifest entry) for each usable file, (key, refusal) for each file that does not fit the settings.
 
     Files are searched beside the images and in the cache folder. A file does not name its VAE, text encoders or
     caption; the user who adopts the file asserts that they match the settings.
@@ -114,32 +124,31 @@ def adopt_files(
             try:
                 content = read_regular(path, MAX_SAMPLE_BYTES).content
                 sample = parse_latents(content)
-                placement = _verify_fit(sample, image, identity, rule, buckets)
+                _verify_fit(sample, image, identity, rule, buckets)
+                placement = infer_placement(read_latent_header(str(path)), sample.original_size, rule)
             except (OSError, BadLatentError) as error:
-                yield key, f"{path}: {error}"
+                yield key, Refusal(f"{path}: {error}", path)
                 continue
             entry = _build_entry(key, _name_file(path, folder), content, sample, image, identity, placement)
         if text is not None and not text.requirement.is_valid(index.record_json(row), entry.text):
             try:
                 entry = replace(entry, text=text.adopt(image, index.record_json(row)) or entry.text)
             except (OSError, BadTextError, StrategyError) as error:
-                yield key, str(error)
+                yield key, Refusal(str(error))
         if entry is not known.get(key):
             yield key, entry
 
 
-def _verify_fit(
-    sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]
-) -> Placement:
-    """Compare latents with the settings, and return the placement (resize and crop) of their image.
+def _verify_fit(sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]) -> None:
+    """Compare latents with the settings and their image.
 
     Raises:
         BadLatentError: the latents do not fit the settings or the image.
     """
-    placement = place_image(sample.original_size, rule, buckets)
+    bucket = place_image(sample.original_size, rule, buckets).bucket
     has_moments = sample.std is not None
-    if placement.bucket != sample.bucket:
-        raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {placement.bucket}")
+    if bucket != sample.bucket:
+        raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {bucket}")
     if identity.flip and sample.flipped is None:
         raise BadLatentError("has no latents of the mirrored image, which cache.flip requires")
     if has_moments != (identity.posterior == "moments"):
@@ -152,7 +161,6 @@ def _verify_fit(
         raise BadLatentError(str(error)) from None
     if size != sample.original_size:
         raise BadLatentError(f"was made from an image of {sample.original_size} px, which now has {size}")
-    return placement
 
 
 def _build_entry(

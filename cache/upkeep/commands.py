@@ -1,5 +1,6 @@
 """Commands that maintain a cache: verify, pack, unpack, and adopt. They run only on rank 0."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,20 @@ from sdxl_trainer.cache.encode.text_caching import (
 )
 from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
-from sdxl_trainer.cache.upkeep.adopt import TextAdopter, adopt_files
+from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.counted_warnings import CountedWarnings
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest, verify_identity
+from sdxl_trainer.data.formats.manifest import (
+    ManifestEntry,
+    ManifestWriter,
+    read_latest,
+    read_refused,
+    verify_identity,
+    write_refused,
+)
 from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
@@ -94,14 +102,16 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         text = build_text_adopter(config, folder) if config.cache.text else None
         manifest = ManifestWriter(folder, 0)
         known = read_latest(folder)
-        adopted, refused = 0, CountedWarnings("file of another program", folder / "logs" / "cache.log")
+        adopted, refusals, refused = 0, [], CountedWarnings("file of another program", folder / "logs" / "cache.log")
         for key, found in adopt_files(folder, index, known, identities[""], rule, text):
             if isinstance(found, ManifestEntry):
                 manifest.append(found)
                 adopted += 1
             else:
-                refused.add(f"{key} is not adopted: {found}")
+                refused.add(f"{key} is not adopted: {found.reason}")
+                refusals.append(found)
         manifest.close()
+        list_refused(folder, refusals)
     refused.close()
     logger.info(
         "adopted the files of {} images; {} do not fit, {} were listed before", adopted, refused.count, len(known)
@@ -111,6 +121,16 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         logger.warning("found no files to adopt: expected {} beside each image or in {}", " or ".join(names), folder)
     if refused.count:
         raise BadCacheError(f"{refused.count} files do not fit the settings and were not adopted")
+
+
+def list_refused(folder: Path, refusals: list[Refusal]) -> None:
+    """List refused latents in the cache, so that training does not use them. Earlier ones stay until they change."""
+    found = {}
+    for file in (refusal.file for refusal in refusals if refusal.file is not None and refusal.file.exists()):
+        status = file.stat()
+        found[os.path.abspath(file)] = (status.st_size, status.st_mtime_ns)
+    if found:
+        write_refused(folder, read_refused(folder) | found)
 
 
 def build_text_adopter(config: Config, folder: Path) -> TextAdopter:

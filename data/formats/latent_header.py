@@ -87,10 +87,11 @@ def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
     except NpzError as error:
         raise BadLatentError(str(error)) from None
     sample = parse_latents(read(offset, end - offset))
+    is_default = sample.crop_ltrb == CropBox(0, 0, *sample.bucket)  # also what a file without a crop gets
     return LatentHeader(
         bucket=sample.bucket,
         original_size=sample.original_size,
-        crop_ltrb=sample.crop_ltrb,
+        crop_ltrb=None if is_default else sample.crop_ltrb,
         bytes=end - offset,
         flipped=sample.flipped is not None,
         masked=sample.alpha_mask is not None,

@@ -1,13 +1,14 @@
 """The manifest of a latent cache: `cache.json` holds its settings, `manifest/part-<rank>.jsonl` lists every item.
 
-Parts are append-only and hold one JSON object per line. The latest line of a key counts. Any tool that reads JSON and
-computes SHA-256 can audit a cache with them. The last field of a line is the CRC-32 of the rest of the line, which
-reveals damage; a line without that field is accepted.
+Parts are append-only and hold one JSON object per line. Lines are numbered: within a part the last line of a key
+counts, and of several parts' lines the one with the highest number. Neither depends on a clock. Any tool that reads
+JSON and computes SHA-256 can audit a cache with the parts. The last field of a line is the CRC-32 of the rest of the
+line, which reveals damage; a line without that field is accepted.
 """
 
 import hashlib
 import os
-import time
+import threading
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,15 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from loguru import logger
 
 from sdxl_trainer.data.counted_warnings import CountedWarnings
-from sdxl_trainer.data.files import HashedFile, write_atomic
+from sdxl_trainer.data.files import HashedFile, create_folder, sync_folder, write_atomic
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
 FORMAT_VERSION = 1
 STALE = ""  # never the name of an identity
 CRC_MARK = b',"crc32":'
 KEY_MARK = b'{"key":"'
+# Numbers of lines begin here, above the times in nanoseconds that releases before 0.3.0 stored in the same field.
+FIRST_NUMBER = 1 << 62
+LAST_NUMBER = (1 << 63) - 1  # of 64-bit columns
+TAIL_BYTES = 64 << 10  # at the end of a part, in which its highest number is searched
+SECONDS_BETWEEN_SYNCS = 2.0
 LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity, added after the first release
 
 
@@ -114,7 +121,7 @@ class ManifestEntry:
     flipped: bool | None = None  # has latents of the mirrored image too; None: unknown
     text: TextPart | None = None  # None: no cached text
     mask: HashedFile | None = None  # None: no mask file
-    listed_ns: int = 0  # time of the line; the latest line of a key counts
+    listed_ns: int = 0  # number of the line; releases before 0.3.0 stored its time here
 
     def as_stale(self) -> "ManifestEntry":
         """Return a copy that matches no identity, so that the item is encoded again."""
@@ -172,16 +179,45 @@ def _dump_identity(fields: dict[str, Any]) -> bytes:
     return orjson.dumps(fields, default=tuple, option=orjson.OPT_INDENT_2)
 
 
+def read_refused(folder: Path) -> dict[str, tuple[int, int]]:
+    """Read which files `--adopt` refused: absolute path → (size, modification time in ns) that each had then."""
+    file = get_refused_file(folder)
+    try:
+        lines = list(map(orjson.loads, file.read_bytes().splitlines())) if file.is_file() else []
+        return {str(line["file"]): (int(line["bytes"]), int(line["mtime_ns"])) for line in lines}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("{} is damaged and ignored; --adopt writes it anew: {}", file, error)
+        return {}
+
+
+def write_refused(folder: Path, refused: Mapping[str, tuple[int, int]]) -> None:
+    """Write the files that `read_refused` returns."""
+    lines = ({"file": file, "bytes": size, "mtime_ns": time} for file, (size, time) in refused.items())
+    write_atomic(get_refused_file(folder), b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+
+def get_refused_file(folder: Path) -> Path:
+    """Return the file that lists the files that `--adopt` refused, of which training must not use any."""
+    return folder / "manifest" / "refused.jsonl"
+
+
 def list_manifest_parts(folder: Path) -> list[Path]:
-    """Return the parts that hold lines, oldest first, so that the newest line of a key is read last."""
-    parts = [part for part in folder.glob("manifest/part-*.jsonl") if part.stat().st_size]
-    return sorted(parts, key=lambda part: (part.stat().st_mtime_ns, part.name))
+    """Return the parts that hold lines, in the order of their ranks."""
+    return sorted(part for part in folder.glob("manifest/part-*.jsonl") if part.stat().st_size)
 
 
 def read_entries(
     folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
 ) -> Iterator[ManifestEntry]:
-    """Yield the entry of every line of every part, in order.
+    """Yield the entry of every line of every part, in order. `damaged` and `keys` are as in `read_part`."""
+    for part in list_manifest_parts(folder):
+        yield from read_part(part, damaged, keys)
+
+
+def read_part(
+    part: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
+) -> Iterator[ManifestEntry]:
+    """Yield the entry of every line of a part, in order.
 
     A damaged line is skipped with a warning: its item is encoded again. An unfinished last line is skipped without a
     warning, because a job may be writing it.
@@ -193,17 +229,16 @@ def read_entries(
     """
     damaged = [] if damaged is None else damaged
     warnings = CountedWarnings("damaged line skipped", "the log file")
-    for part in list_manifest_parts(folder):
-        with open(part, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if keys is not None and _has_other_key(line, keys):
-                    continue
-                place = f"{part}:{number}"
-                entry = _parse_entry(line, place, warnings.add) if line.endswith(b"\n") else None
-                if entry is None:
-                    damaged.append(place)
-                else:
-                    yield entry
+    with open(part, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if keys is not None and _has_other_key(line, keys):
+                continue
+            place = f"{part}:{number}"
+            entry = _parse_entry(line, place, warnings.add) if line.endswith(b"\n") else None
+            if entry is None:
+                damaged.append(place)
+            else:
+                yield entry
 
 
 def _has_other_key(line: bytes, keys: Container[str]) -> bool:
@@ -242,6 +277,8 @@ def _load_line(line: bytes) -> dict[str, Any]:
     fields.pop("crc32", None)
     if not all(isinstance(fields[name], str) for name in ("key", "file", "sha256", "identity")):
         raise ValueError("a field is not a text")
+    if not 0 <= fields.get("listed_ns", 0) <= LAST_NUMBER:
+        raise ValueError("the number of the line is out of range")
     return fields
 
 
@@ -253,12 +290,17 @@ def _dump_line(content: bytes) -> bytes:
 def read_latest(
     folder: Path, damaged: list[str] | None = None, keys: Container[str] | None = None
 ) -> dict[str, ManifestEntry]:
-    """Return the latest entry of each key. `damaged` and `keys` are as in `read_entries`."""
+    """Return the latest entry of each key. `damaged` and `keys` are as in `read_part`.
+
+    The index chooses by the same rule (data/index/join.py).
+    """
     latest: dict[str, ManifestEntry] = {}
-    for entry in read_entries(folder, damaged, keys):
-        known = latest.get(entry.key)
-        if known is None or entry.listed_ns >= known.listed_ns:
-            latest[entry.key] = entry
+    for part in list_manifest_parts(folder):
+        last_of_part = {entry.key: entry for entry in read_part(part, damaged, keys)}
+        for key, entry in last_of_part.items():
+            known = latest.get(key)
+            if known is None or entry.listed_ns >= known.listed_ns:
+                latest[key] = entry
     return latest
 
 
@@ -272,33 +314,103 @@ def drop_damaged_lines(folder: Path) -> None:
 
 
 class ManifestWriter:
-    """Appends entries to a rank's part of the manifest."""
+    """Appends entries to a rank's part of the manifest.
+
+    Each line is numbered: the first follows the highest number in the cache. Lines are flushed to disk within
+    SECONDS_BETWEEN_SYNCS.
+    """
 
     def __init__(self, folder: Path, rank: int):
-        (folder / "manifest").mkdir(parents=True, exist_ok=True)
+        create_folder(folder / "manifest")
         path = folder / "manifest" / f"part-{rank:05d}.jsonl"
         if path.is_file():
             _remove_torn_line(path)
+        self._number = max(FIRST_NUMBER - 1, *map(_find_highest_number, list_manifest_parts(folder)), 0)
         self._file = open(path, "ab")
+        sync_folder(path.parent)
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._error: OSError | None = None
 
     def append(self, entry: ManifestEntry) -> None:
-        """Append one line and flush it to the operating system. The item must be on disk already."""
+        """Append one line and flush it to the operating system. The item must be on disk already.
+
+        Raises:
+            OSError: this line or an earlier one cannot be written.
+        """
+        self._raise_error()
         fields = {name: value for name, value in asdict(entry).items() if value is not None}
-        fields["listed_ns"] = time.time_ns()
         fields["source"] = {
             "path": fields.pop("source_path"),
             "size": fields.pop("source_bytes"),
             "mtime_ns": fields.pop("source_mtime_ns"),
             "sha256": fields.pop("source_sha256"),
         }
-        self._file.write(_dump_line(orjson.dumps(fields, default=tuple)))
-        self._file.flush()
+        with self._lock:
+            self._number += 1
+            fields["listed_ns"] = self._number
+            self._file.write(_dump_line(orjson.dumps(fields, default=tuple)))
+            self._file.flush()
+            if self._timer is None:
+                self._timer = threading.Timer(SECONDS_BETWEEN_SYNCS, self._sync_later)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def sync(self) -> None:
+        """Flush all lines to disk. What they replace may be deleted afterwards."""
+        with self._lock:
+            os.fsync(self._file.fileno())
+        self._raise_error()
 
     def close(self) -> None:
         """Flush all lines to disk and close the part."""
-        with self._file:
+        with self._lock, self._file:
+            if self._timer is not None:
+                self._timer.cancel()
             self._file.flush()
             os.fsync(self._file.fileno())
+        self._raise_error()
+
+    def _sync_later(self) -> None:
+        with self._lock:
+            self._timer = None
+            descriptor = -1 if self._file.closed else os.dup(self._file.fileno())
+        if descriptor >= 0:
+            try:
+                # Outside the lock, because writers of items must not wait for the disk.
+                os.fsync(descriptor)
+            except OSError as error:
+                self._error = error
+            finally:
+                os.close(descriptor)
+
+    def _raise_error(self) -> None:
+        """Raise the error of a flush in the background: the system reports it only once."""
+        if self._error is not None:
+            raise self._error
+
+
+def _find_highest_number(part: Path) -> int:
+    """Return the highest number of a part's lines.
+
+    Numbers rise within a part, so its end holds the highest, unless all lines there are damaged.
+    """
+    with open(part, "rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES))
+        numbers = list(map(_read_number, stream))
+        if not any(numbers):
+            stream.seek(0)
+            numbers = map(_read_number, stream)
+        return max(numbers, default=0)
+
+
+def _read_number(line: bytes) -> int:
+    """Return the number of a line; 0 if the line is damaged or has none."""
+    try:
+        number = _load_line(line).get("listed_ns", 0)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 0
+    return number if isinstance(number, int) else 0
 
 
 def _remove_torn_line(path: Path) -> None:

@@ -3,6 +3,7 @@
 Processes that open an index share its pages, and no Python object is kept for a row. The name of each file holds a
 fingerprint of the sources: if a source has changed, a new index is built; if not, the existing one is opened. A process
 that finds no index builds one under a temporary name. Several processes may do so at once, which costs only time.
+Checksums at the end of the file show damage, and a damaged index is built again.
 """
 
 import fcntl
@@ -22,12 +23,19 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+from loguru import logger
 
 from sdxl_trainer.data.allocator import keep_freed_memory, release_freed_memory
-from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.formats.manifest import list_manifest_parts
+from sdxl_trainer.data.files import open_atomic, remove_leftovers
+from sdxl_trainer.data.formats.manifest import get_refused_file, list_manifest_parts, read_refused
 from sdxl_trainer.data.images.image_files import walk_images
 from sdxl_trainer.data.images.skipped_files import SkippedFiles
+from sdxl_trainer.data.index.checksums import (
+    DamagedIndexError,
+    append_checksums,
+    count_content_bytes,
+    verify_checksums,
+)
 from sdxl_trainer.data.index.join import ALL_LATENTS, JoinSummary, LatentSelection, iterate_sample_rows, join_latents
 from sdxl_trainer.data.index.schema import SAMPLE_SCHEMA
 from sdxl_trainer.data.metadata.blocks import build_block
@@ -43,9 +51,10 @@ from sdxl_trainer.data.metadata.records import (
 from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
-VERSION = 13  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 14  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
 KEPT_FILES = 3  # indexes of each kind that are kept, besides those in use
+NS_BETWEEN_USES = 1_000_000_000  # modification times may have a resolution of a second
 BUCKET_COLUMNS = ("bucket_width", "bucket_height")
 
 
@@ -64,7 +73,8 @@ class Index:
         self._lock = os.open(path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._map = mmap.mmap(self._lock, 0, prot=mmap.PROT_READ)
-        self.table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
+        content = memoryview(self._map)
+        self.table = pa.ipc.open_file(pa.py_buffer(content[: count_content_bytes(content)])).read_all()
         self._names, groups = self.table.column_names, self.table.to_batches()
         self._ends = list(accumulate(map(len, groups)))
         self._columns_of_group = [group.columns for group in groups]
@@ -164,6 +174,7 @@ def open_record_index(
         FileNotFoundError: a source does not exist.
         StoreError: a source lies on a store that cannot be read.
     """
+    remove_leftovers(folder / "index")
     local = [fetch_sources(list_source_files([pattern]), folder / "index") for pattern in metadata]
     files = [file for source in local for file in source.files]
     skipped = SkippedFiles()
@@ -174,14 +185,15 @@ def open_record_index(
     counts = [str(len(source.files)) for source in local]
     words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
-    if not path.is_file():
+    index = _open_existing(path)
+    if index is None:
         groups = [source.files for source in local]
         images = read_image_folders(image_dirs, regularisation_dirs, masks)
         blocks = merge_sources(groups, path.parent) if metadata else map(build_block, images)
         finder = ImageFinder(image_dirs, masks)
         with show_urls_in_errors(local):
             _write(path, RECORD_SCHEMA, (build_record_rows(block, finder, separator) for block in blocks))
-    return _open(path)
+    return index or Index(path)
 
 
 def open_sample_index(folder: Path, records: Index, selection: LatentSelection = ALL_LATENTS) -> Index:
@@ -192,10 +204,11 @@ def open_sample_index(folder: Path, records: Index, selection: LatentSelection =
     samples, too. Rows are in the order of the records, one resolution after the other.
     """
     words = [records.fingerprint, str(folder.absolute()), repr(selection)]
-    name = f"latents-{_fingerprint(list_manifest_parts(folder), words)}"
+    refused = [file for file in (get_refused_file(folder), *read_refused(folder)) if os.path.isfile(file)]
+    name = f"latents-{_fingerprint([*list_manifest_parts(folder), *refused], words)}"
     for path in (folder / "index").glob(f"{name}-*.arrow"):
-        index = _open(path)
-        if _hash_folder_times(index.summary.watched) == index.fingerprint:
+        index = _open_existing(path)
+        if index is not None and _hash_folder_times(index.summary.watched) == index.fingerprint:
             return index
     (folder / "index").mkdir(parents=True, exist_ok=True)
     with _bulk_memory(), join_latents(folder, records.table, selection) as joined:
@@ -203,7 +216,7 @@ def open_sample_index(folder: Path, records: Index, selection: LatentSelection =
         schema = SAMPLE_SCHEMA.with_metadata(joined.summary.to_metadata())
         batches = iterate_sample_rows(joined, records.table, records.release_pages)
         _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
-    return _open(path)
+    return Index(path)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
@@ -223,6 +236,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
             table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
             paths = table.column("image_path")
             verify_unique_keys(table.column("key"), lambda row: str(paths[row]))
+        append_checksums(file)
     _clean_up(path)
 
 
@@ -256,21 +270,44 @@ def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield pa.concat_batches(waiting)
 
 
-def _open(path: Path) -> Index:
-    index = Index(path)
-    os.utime(path)  # the time of its last use, for _clean_up
+def _open_existing(path: Path) -> Index | None:
+    """Open an index; None if there is none, or if it is damaged. A damaged index is deleted."""
+    try:
+        verify_checksums(path)
+        index = Index(path)
+    except FileNotFoundError:  # also if another process deletes it
+        return None
+    except (DamagedIndexError, OSError) as error:
+        logger.warning("{}: the index is damaged and is built again: {}", path, error)
+        path.unlink(missing_ok=True)
+        return None
+    _mark_used(path)
     return index
+
+
+def _list_uses(path: Path) -> dict[Path, int]:
+    """Return all indexes of the same kind, each with the place of its last use among the uses of all."""
+    uses: dict[Path, int] = {}
+    for file in path.parent.glob(f"{path.name.split('-', 1)[0]}-*.arrow"):
+        with suppress(FileNotFoundError):  # another process may delete old indexes, too
+            uses[file] = file.stat().st_mtime_ns
+    return uses
+
+
+def _mark_used(path: Path) -> None:
+    """Make an index the last used of its kind. Modification times serve as counters, because clocks are set back."""
+    latest = max(_list_uses(path).values(), default=0) + NS_BETWEEN_USES
+    with suppress(OSError):  # another user's index
+        os.utime(path, ns=(latest, latest))
 
 
 def _clean_up(path: Path) -> None:
     """Delete indexes of the same kind, except this one, those used last, and those that a process has open."""
-    times: dict[Path, int] = {}
-    for file in path.parent.glob(f"{path.name.split('-', 1)[0]}-*.arrow"):
-        with suppress(FileNotFoundError):  # another process may delete old indexes, too
-            times[file] = file.stat().st_mtime_ns
-    for file in sorted(times, key=times.__getitem__)[:-KEPT_FILES]:
+    _mark_used(path)
+    uses = _list_uses(path)
+    for file in sorted(uses, key=uses.__getitem__)[:-KEPT_FILES]:
         # Either another process deleted the file, or one has it open.
-        with suppress(OSError), open(file, "rb") as stream:
+        with suppress(OSError), open(file, "r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
 

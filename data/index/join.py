@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_trainer.configs.problems import format_count
-from sdxl_trainer.data.images.bucket import Placement, Size
+from sdxl_trainer.data.formats.manifest import read_refused
+from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.listed_latents import open_listed_latents
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
@@ -51,6 +52,7 @@ class LatentSelection:
 
     captioned_only: bool = False  # skip records without a caption
     prefixes: tuple[str, ...] = ("",)  # of the keys of each resolution's latents
+    rules: tuple[tuple[str, BucketRule], ...] = ()  # (prefix, rule) of each resolution; none if unknown
     encoding: EncodingSettings | None = None  # for images without latents; None skips these images
 
 
@@ -106,7 +108,7 @@ def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelecti
         identities = {prefix: _count_identities(listed, rows) for prefix, rows in row_of_record.items()}
 
         missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
-        search = _Search(records, missing)
+        search = _Search(records, missing, dict(selection.rules))
         found = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.iterate_unlisted(cache_folder)))
         _assign_rows(row_of_record, found, len(listed))
 
@@ -173,11 +175,19 @@ def _find_images(records: pa.Table) -> np.ndarray:
 
 
 def _find_newest_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
-    """Return for each key the row of the manifest's newest entry, or -1, [N] int64."""
+    """Return for each key the row of the manifest's newest entry, or -1, [N] int64.
+
+    `read_latest` of data/formats/manifest.py chooses by the same rule: the last line of a key in a part, and of several
+    parts' lines the one with the highest number.
+    """
     key_of_entry = pc.call_function("index_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
     key_of_entry = key_of_entry.fill_null(-1).to_numpy()
-    oldest_first = np.argsort(listed.column("listed_ns").to_numpy(), kind="stable")
-    oldest_first = oldest_first[key_of_entry[oldest_first] >= 0]
+    part, number = (listed.column(name).to_numpy() for name in ("part", "listed_ns"))
+    rows = np.flatnonzero(key_of_entry >= 0)
+    rows = rows[np.argsort(key_of_entry[rows], kind="stable")]  # all lines of a key, in the order of the parts
+    key, part = key_of_entry[rows], part[rows]
+    rows = rows[np.append((key[1:] != key[:-1]) | (part[1:] != part[:-1]), np.ones(min(len(rows), 1), bool))]
+    oldest_first = rows[np.argsort(number[rows], kind="stable")]
     entry_of_key = np.full(len(keys), -1, np.int64)
     # Of several entries of a key, numpy keeps the last assignment: the newest entry.
     entry_of_key[key_of_entry[oldest_first]] = oldest_first
@@ -232,9 +242,10 @@ class _Search:
         watched: folders that were searched for latents.
     """
 
-    def __init__(self, records: pa.Table, missing: dict[str, np.ndarray]):
+    def __init__(self, records: pa.Table, missing: dict[str, np.ndarray], rules: Mapping[str, BucketRule]):
         self._records = records
         self._missing = missing  # prefix → [N] bool, true for records whose latents are still to be found
+        self._rules = rules
         self._keys = records.column("key")
         self._widths, self._heights = (records.column(name).to_numpy() for name in ("width", "height"))
         self.num_bad = 0
@@ -244,8 +255,9 @@ class _Search:
 
     def iterate_unlisted(self, cache_folder: Path) -> Iterator[pa.RecordBatch]:
         """Yield latents that no manifest lists, as columns of FOUND_SCHEMA. No latents are planned for bad files."""
+        refused = read_refused(cache_folder)
         locations = chain.from_iterable(
-            find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix)
+            find_unlisted_latents(self._records, np.flatnonzero(rows), cache_folder, self.watched, prefix, refused)
             for prefix, rows in self._missing.items()
         )
         headers = read_latent_headers(locations, cache_folder / "index")
@@ -282,7 +294,7 @@ class _Search:
         recorded = Size(int(self._widths[location.row]), int(self._heights[location.row]))
         self.num_assumed_sizes += header.original_size is None and recorded == (0, 0)
         size = header.original_size or (recorded if recorded != (0, 0) else header.bucket)
-        placement = infer_placement(header, size)
+        placement = infer_placement(header, size, self._rules.get(location.prefix))
         if not fits_columns(size, placement):
             self._add_bad(key, f"{location.file}: the original size {size} px is out of range")
             return None

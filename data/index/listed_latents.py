@@ -1,7 +1,7 @@
 """Latents that the cache's manifest lists, as a table.
 
-A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_entries`. If
-a line is damaged, `read_entries` reads the manifest instead: it names damaged lines and skips them.
+A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_part`. If a
+line is damaged, `read_part` reads the manifest instead: it names damaged lines and skips them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
-from sdxl_trainer.data.formats.manifest import CRC_MARK, ManifestEntry, list_manifest_parts, read_entries
+from sdxl_trainer.data.formats.manifest import CRC_MARK, ManifestEntry, list_manifest_parts, read_part
 from sdxl_trainer.data.index.schema import LISTED_SCHEMA, build_batch
 from sdxl_trainer.data.metadata.merge import spill_batches
 
@@ -66,20 +66,20 @@ def _decode_parts(cache_folder: Path) -> Iterator[pa.RecordBatch]:
     Raises:
         DamagedLineError: a line is damaged, or lacks a field.
     """
-    for part in list_manifest_parts(cache_folder):
+    for number, part in enumerate(list_manifest_parts(cache_folder)):
         with open(part, "rb") as stream:
             while lines := stream.readlines(PART_BYTES):
                 # An unfinished last line is torn, or a cache job is still writing it.
                 if not lines[-1].endswith(b"\n"):
                     lines.pop()
                 if lines:
-                    yield _decode_lines(lines)
+                    yield _decode_lines(lines, number)
 
 
-def _decode_lines(lines: list[bytes]) -> pa.RecordBatch:
+def _decode_lines(lines: list[bytes], part: int) -> pa.RecordBatch:
     verify_lines(lines)
     try:
-        return _build_listed_batch(DECODER.decode_lines(b"".join(lines)))
+        return _build_listed_batch(DECODER.decode_lines(b"".join(lines)), part)
     except (ValueError, msgspec.MsgspecError):
         raise DamagedLineError from None
 
@@ -88,7 +88,7 @@ def verify_lines(lines: list[bytes]) -> None:
     """Verify that each line ends with the CRC-32 of the rest of it.
 
     Raises:
-        DamagedLineError: the CRC-32 of a line differs or is missing. (`read_entries` accepts lines without one.)
+        DamagedLineError: the CRC-32 of a line differs or is missing. (`read_part` accepts lines without one.)
     """
     crcs = np.array([crc32(line[:-CRC_TAIL] + b"}") for line in lines], np.uint32)
     tails = b"".join([line[-CRC_TAIL:] for line in lines])
@@ -98,18 +98,20 @@ def verify_lines(lines: list[bytes]) -> None:
 
 def _read_undamaged_lines(cache_folder: Path) -> Iterator[pa.RecordBatch]:
     """Yield the undamaged lines of all parts as columns."""
-    entries = read_entries(cache_folder)
-    while chunk := list(islice(entries, ENTRIES_AT_ONCE)):
-        yield _build_listed_batch(chunk)
+    for number, part in enumerate(list_manifest_parts(cache_folder)):
+        entries = read_part(part)
+        while chunk := list(islice(entries, ENTRIES_AT_ONCE)):
+            yield _build_listed_batch(chunk, number)
 
 
-def _build_listed_batch(entries: Sequence[ManifestLine] | Sequence[ManifestEntry]) -> pa.RecordBatch:
-    """Return lines of the manifest as columns of LISTED_SCHEMA.
+def _build_listed_batch(entries: Sequence[ManifestLine] | Sequence[ManifestEntry], part: int) -> pa.RecordBatch:
+    """Return lines of a part of the manifest as columns of LISTED_SCHEMA.
 
     Raises:
         ValueError: a SHA-256 is not hexadecimal.
     """
     columns = [
+        [part] * len(entries),
         [entry.key for entry in entries],
         [entry.listed_ns for entry in entries],
         [entry.identity for entry in entries],

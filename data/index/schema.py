@@ -36,7 +36,15 @@ LATENT_FIELDS = [
 LATENT_COLUMNS = [name for name, _ in LATENT_FIELDS]
 RECORD_COLUMNS = ["key", "image_path", "record", "source"]
 SAMPLE_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *LATENT_FIELDS])
-LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), ("identity", pa.string()), *LATENT_FIELDS])
+LISTED_SCHEMA = pa.schema(
+    [
+        ("part", pa.int32()),  # number of the part among all
+        ("key", pa.string()),
+        ("listed_ns", pa.int64()),
+        ("identity", pa.string()),
+        *LATENT_FIELDS,
+    ]
+)
 FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *LATENT_FIELDS])
 
 

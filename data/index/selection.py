@@ -54,5 +54,6 @@ def build_latent_selection(config: Config) -> LatentSelection:
     return LatentSelection(
         captioned_only=config.data.on_missing_caption == "skip",
         prefixes=tuple(rules),
+        rules=tuple(rules.items()),
         encoding=encoding if config.cache.on_missing == "encode" else None,
     )

@@ -5,7 +5,7 @@ Many threads read bucket and crop from the headers of the npz files, because sto
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,6 +26,7 @@ NUM_THREADS = 16
 ROWS_AT_ONCE = 4096
 MAX_LISTED_FOLDERS = 64  # folders whose listing is kept
 # A placeholder: `place_image` does not use the rule if there is only one bucket.
+NOTHING_REFUSED: Mapping[str, tuple[int, int]] = {}
 ANY_RULE = BucketRule(resolution_px=1024, min_px=64, max_px=2048, step_px=64)
 
 
@@ -41,7 +42,12 @@ class LatentLocation:
 
 
 def find_unlisted_latents(
-    records: pa.Table, rows: np.ndarray, cache_folder: Path, watched: set[str], prefix: str = ""
+    records: pa.Table,
+    rows: np.ndarray,
+    cache_folder: Path,
+    watched: set[str],
+    prefix: str = "",
+    refused: Mapping[str, tuple[int, int]] = NOTHING_REFUSED,
 ) -> Iterator[LatentLocation]:
     """Yield the latents of the given rows of the records at one resolution.
 
@@ -50,6 +56,7 @@ def find_unlisted_latents(
     Args:
         watched: set to which the searched folders are added. The result is valid until one of them changes.
         prefix: prefix of the resolution's keys. Its latents lie in a subfolder of this name.
+        refused: files that are not used, as `read_refused` of data/formats/manifest.py returns them.
     """
     list_latents = lru_cache(maxsize=MAX_LISTED_FOLDERS)(_list_latents)
     cache = os.path.abspath(cache_folder)
@@ -63,18 +70,20 @@ def find_unlisted_latents(
                 continue
             if path.endswith(LATENT_SUFFIX) and os.path.isfile(path):
                 watched.add(os.path.dirname(path))
-                yield LatentLocation(row=row, file=path, offset=None, bytes=None)
+                if not _is_refused(path, refused):
+                    yield LatentLocation(row=row, file=path, offset=None, bytes=None)
                 continue
             image_folder, name = os.path.split(path)
             for base in dict.fromkeys((image_folder, cache)):
                 folder = base + "/" * bool(prefix) + prefix.rstrip("/")
                 watched.add(folder)
                 found = list_latents(folder).get(get_image_stem(name))
-                if found is not None:
-                    yield LatentLocation(
-                        row=row, file=os.path.join(folder, found), offset=None, bytes=None, prefix=prefix
-                    )
-                    break
+                if found is None:
+                    continue
+                file = os.path.join(folder, found)
+                if not _is_refused(file, refused):
+                    yield LatentLocation(row=row, file=file, offset=None, bytes=None, prefix=prefix)
+                break
 
 
 def read_latent_headers(
@@ -93,17 +102,42 @@ def read_latent_headers(
                 yield from zip(task, headers, strict=True)
 
 
-def infer_placement(header: LatentHeader, original_size: Size) -> Placement:
+def infer_placement(header: LatentHeader, original_size: Size, rule: BucketRule | None = None) -> Placement:
     """Infer how an image was resized and cropped into its bucket, from the header of any program's latents.
 
-    This project's crop is as large as the bucket, in the resized image. kohya's scripts store the letterbox of the
-    image in the bucket instead, although they resize the image to cover the bucket and cut out the middle. A crop of
-    zeros comes from the first sdxl-trainer, which stretched the image to the bucket.
+    This project's crop is as large as the bucket, in the resized image, and is used as it is. kohya's scripts store the
+    letterbox of the image in the bucket instead: they resize the image by their bucket rule and cut out the middle. A
+    crop of zeros comes from the first sdxl-trainer, which stretched the image to the bucket.
+
+    Args:
+        rule: the bucket rule of the settings. With `no_upscale` it decides how the image was resized.
     """
     crop, bucket = header.crop_ltrb, header.bucket
     if crop and not any(crop):
         return Placement(bucket, bucket, 0, 0)
-    return place_image(original_size, ANY_RULE, [bucket])
+    placements = [place_image(original_size, ANY_RULE, [bucket])]
+    if rule is not None and rule.no_upscale:
+        placements.insert(0, place_image(original_size, rule, []))
+    placements = [placement for placement in placements if placement.bucket == bucket]
+    if crop is None or min(crop) < 0 or (crop[2] - crop[0], crop[3] - crop[1]) != bucket:
+        return placements[0]
+    left, top = round(crop[0]), round(crop[1])
+    for placement in placements:
+        if (placement.left, placement.top) == (left, top):
+            return placement
+    width, height = bucket
+    is_unscaled = ((original_size.width - width) // 2, (original_size.height - height) // 2) == (left, top)
+    resized = original_size if is_unscaled else Size(2 * left + width, 2 * top + height)
+    return Placement(bucket, resized, left, top)
+
+
+def _is_refused(file: str, refused: Mapping[str, tuple[int, int]]) -> bool:
+    """Return whether a file is one that `--adopt` refused and has not changed since."""
+    known = refused.get(file)
+    if known is None:
+        return False
+    status = os.stat(file)
+    return known == (status.st_size, status.st_mtime_ns)
 
 
 def _read_headers(index_folder: Path, locations: list[LatentLocation]) -> list[LatentHeader | BadLatentError]:

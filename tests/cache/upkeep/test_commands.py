@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_samples import hash_items, list_files, make_entry, make_sample, run_job, write_settings
+from disk_calls import DiskCalls
 from PIL import Image
 from programs import FIXTURES
 
@@ -19,6 +20,7 @@ from sdxl_trainer.data.formats.latents import pack_latents, parse_latents, read_
 from sdxl_trainer.data.formats.manifest import read_identity, read_latest
 from sdxl_trainer.data.formats.shards import compute_sample_span, iterate_members
 from sdxl_trainer.data.images.demo_set import draw_demo_set
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 
 KOHYA = (
     "data.resolution_px=256",
@@ -188,6 +190,18 @@ def test_a_damaged_manifest_is_found_and_repaired(cache, capsys):
     assert run_job(settings, *words) == 0 and run_job(settings, *words, "--verify") == 0
 
 
+def test_the_temporary_files_of_a_killed_job_are_deleted(cache):
+    settings, words, folder = cache
+    (folder / "deep").mkdir()
+    (folder / next(iter(read_latest(folder).values())).file).unlink()  # the item that the job was writing
+    leftovers = [folder / place / ".x.npz.0123abcd.tmp" for place in (".", "manifest", "logs", "shards", "index")]
+    for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.touch()
+    assert run_job(settings, *words) == 0
+    assert list(folder.rglob(".*.tmp")) == []
+
+
 def test_a_deleted_file_is_encoded_again_by_the_next_job(cache):
     settings, words, folder = cache
     hashes = hash_items(folder)
@@ -269,6 +283,28 @@ def test_pack_and_unpack_keep_every_byte(cache):
         }
         assert run_job(settings, *words) == 0
         assert json.loads((folder / "cache_report.json").read_text())["encoded"] == 0
+
+
+@pytest.mark.parametrize("form", ["npz", "shards"])
+def test_files_are_deleted_only_after_their_successors_are_on_disk(filled, model, tmp_path, monkeypatch, form):
+    """Encoding, packing, unpacking, and replacing shards that are partly out of date."""
+    data, folder = tmp_path / "data", tmp_path / "latents"
+    shutil.copytree(filled / "data", data)
+    settings = write_settings(tmp_path, model, data / "metadata.json")
+    words = (f"cache.format={form}",)
+    calls = DiskCalls(monkeypatch)
+    assert run_job(settings, *words) == 0
+    for mode in ("--pack", "--unpack", "--pack"):
+        before = calls.num_deletions
+        assert run_job(settings, *words, mode) == 0
+        assert calls.num_deletions > before or (mode, form) == ("--pack", "shards")
+    image = Path(next(iter(read_latest(folder).values())).source_path)
+    Image.new("RGB", Image.open(image).size).save(image)
+    before = calls.num_deletions
+    assert run_job(settings, "cache.format=shards") == 0
+    assert calls.num_deletions > before, "a shard was replaced"
+    assert calls.faults == [] and calls.num_renames > 16
+    assert run_job(settings, *words, "--verify") == 0
 
 
 def test_packing_leaves_bad_items_in_place(filled, tmp_path, capsys):
@@ -361,6 +397,11 @@ def test_latents_of_another_image_or_without_flip_are_not_adopted(foreign, capsy
     printed = capsys.readouterr().err
     assert "has no latents of the mirrored image" in printed
     assert "was made from an image of 359x264 px, which now has 400x264" in printed
+    records = open_record_index(folder, [], [folder])
+    index = open_sample_index(folder, records)
+    assert len(records) == 2 and len(index) == 0 and index.summary.num_bad == 0, "what is refused is not trained"
+    shutil.copy(folder / "img000000_0348x0256_sdxl.npz", folder / "img000000.npz")
+    assert open_sample_index(folder, records).arrow_column("key").to_pylist() == ["img000000"]
 
 
 def read_as_kohya(path: Path, bucket: tuple[int, int]) -> dict:

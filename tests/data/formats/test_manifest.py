@@ -1,6 +1,8 @@
 """The manifest: entries are read back, also after a crash, and reading changes no file."""
 
+import errno
 import os
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -9,10 +11,13 @@ import orjson
 import pytest
 from loguru import logger
 
+from sdxl_trainer.data.formats import manifest
 from sdxl_trainer.data.formats.manifest import (
+    FIRST_NUMBER,
     Identity,
     ManifestEntry,
     ManifestWriter,
+    _dump_line,
     drop_damaged_lines,
     list_manifest_parts,
     read_entries,
@@ -92,22 +97,19 @@ def test_only_the_lines_of_wanted_keys_are_read(tmp_path):
 
 
 def test_entries_of_all_ranks_and_jobs_are_read_back(tmp_path):
-    first, second = append(tmp_path, 0, "a", "b"), append(tmp_path, 1, "c")
+    append(tmp_path, 0, "a", "b")
+    append(tmp_path, 1, "c")
     append(tmp_path, 0, "d")
-    os.utime(first, ns=(1, 1))
-    os.utime(second, ns=(2, 2))
     entries = list(read_entries(tmp_path))
     assert [replace(entry, listed_ns=0) for entry in entries] == [replace(ENTRY, key=key) for key in "abdc"]
-    assert sorted(entries, key=lambda entry: entry.listed_ns) == [entries[place] for place in (0, 1, 3, 2)]
-    os.utime(second, ns=(0, 0))  # the older part comes first, so that the newest line of a key is read last
-    assert list_keys(tmp_path) == ["c", "a", "b", "d"]
+    numbers = {entry.key: entry.listed_ns - FIRST_NUMBER for entry in entries}
+    assert numbers == {"a": 0, "b": 1, "c": 2, "d": 3}  # on from the highest number of all parts
 
 
 def test_a_line_is_plain_json(tmp_path):
-    before = time.time_ns()
     content = append(tmp_path, 7, "a").read_bytes()
     line = orjson.loads(content)
-    assert before <= line.pop("listed_ns") <= time.time_ns()
+    assert line.pop("listed_ns") == FIRST_NUMBER
     assert line == {
         "key": "a",
         "file": "a.npz",
@@ -134,6 +136,57 @@ def test_the_latest_line_of_a_key_counts(tmp_path):
     os.utime(second, ns=(1, 1))  # the file with the newer line of `a` is the older file now
     assert [entry.bytes for entry in read_entries(tmp_path)] == [1, 33342, 33342, 33342]
     assert {key: entry.bytes for key, entry in read_latest(tmp_path).items()} == {"a": 1, "b": 33342, "c": 33342}
+
+
+def set_numbers(part, *numbers):
+    """Give the lines of a part the numbers that earlier releases would have written: the time in nanoseconds."""
+    lines = []
+    for line, number in zip(part.read_bytes().splitlines(), numbers, strict=True):
+        fields = {**orjson.loads(line), "listed_ns": number}
+        fields.pop("crc32")
+        lines.append(_dump_line(orjson.dumps(fields)))
+    part.write_bytes(b"".join(lines))
+
+
+def test_the_clock_does_not_decide_which_line_is_newest(tmp_path):
+    """Earlier releases listed times: a line that follows one of a clock that was ahead is the newer one."""
+    day, now = 86_400 * 10**9, 1_700_000_000 * 10**9
+    set_numbers(append(tmp_path, 0, "a", "b"), now + day, now)
+    part = append(tmp_path, 1, "a", "b", "a", bytes=1)
+    set_numbers(part, now + 2 * day, now + 1, now + 2)
+    # Between parts of earlier releases only their times can decide.
+    assert {key: entry.bytes for key, entry in read_latest(tmp_path).items()} == {"a": 33342, "b": 1}
+    append(tmp_path, 1, "a", bytes=2)
+    append(tmp_path, 0, "b", bytes=3)
+    assert {key: entry.bytes for key, entry in read_latest(tmp_path).items()} == {"a": 2, "b": 3}
+    with open(part.with_name("part-00000.jsonl"), "ab") as file:
+        file.write(bytes(100_000) + b"\n")  # a damaged end longer than the part of the file that is searched
+    append(tmp_path, 1, "a", bytes=4)
+    assert read_latest(tmp_path, [])["a"].bytes == 4 and read_latest(tmp_path)["a"].listed_ns == FIRST_NUMBER + 2
+
+
+def test_lines_are_flushed_to_disk_while_a_job_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "SECONDS_BETWEEN_SYNCS", 0.01)
+    flushed = threading.Event()
+    writer = ManifestWriter(tmp_path, 0)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), flushed.set()))
+    writer.append(ENTRY)
+    assert flushed.wait(10)
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    writer.append(ENTRY)
+    deadline = time.monotonic() + 10
+    while writer._error is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="the disk is broken"):
+        writer.append(ENTRY)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="the disk is broken"):
+        writer.close()
 
 
 def test_every_flipped_byte_of_a_line_is_noticed(tmp_path):

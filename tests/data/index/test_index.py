@@ -12,12 +12,14 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
-from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.formats.latent_header import LatentHeader
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
+from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size
 from sdxl_trainer.data.index import index as module
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
+from sdxl_trainer.data.index.unlisted_latents import infer_placement
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.metadata.records import parse_record
 
@@ -155,6 +157,85 @@ def test_the_newest_entry_of_a_key_is_joined(tmp_path):
     list_entries(tmp_path, "a")
     list_entries(tmp_path, "a", bucket=(96, 64))
     assert open_sample_index(tmp_path, records).row(0)["bucket_width"] == 96
+
+
+def test_job_and_training_take_the_same_line_for_the_newest(tmp_path):
+    """Both follow the order of lines in a part and the numbers between parts; neither asks a clock."""
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {key: {} for key in "abcd"})], [])
+    rng = np.random.default_rng(0)
+    for rank in range(3):
+        list_entries(tmp_path, *map(str, rng.choice(list("abcd"), 20)), rank=rank, bucket=(64 + 8 * rank, 96))
+        part = tmp_path / "manifest" / f"part-{rank:05d}.jsonl"
+        lines = [{**orjson.loads(line), "bytes": number} for number, line in enumerate(part.read_bytes().splitlines())]
+        lines = [{**line, "listed_ns": int(rng.integers(5)), "file": f"{rank}-{line['bytes']}"} for line in lines]
+        lines = [{name: value for name, value in line.items() if name != "crc32"} for line in lines]
+        part.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        index = open_sample_index(tmp_path, records)
+        files = dict(zip(get_keys(index), index.arrow_column("file").to_pylist(), strict=True))
+        assert files == {key: entry.file for key, entry in sorted(read_latest(tmp_path).items())}
+    list_entries(tmp_path, "a", rank=0)
+    assert open_sample_index(tmp_path, records).row(0)["file"] == "a.npz" == read_latest(tmp_path)["a"].file
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "flipped", "end"])
+def test_a_damaged_index_is_built_again(tmp_path, builds, damage):
+    metadata = write_metadata(tmp_path / "m.json", {f"k{n}": {"caption": f"words {n}"} for n in range(300)})
+    list_entries(tmp_path, "k0", "k7")
+    for kind in ("records", "latents"):
+        records = open_record_index(tmp_path, [metadata], [])
+        samples = open_sample_index(tmp_path, records)
+        before = [samples.row(row) for row in (0, 1)]
+        path = {"records": records, "latents": samples}[kind].path
+        content = bytearray(path.read_bytes())
+        place = content.index(b"words 7" if kind == "records" else b"k7.npz")
+        del records, samples, builds[:]
+        if damage in ("cut", "empty"):
+            del content[place if damage == "cut" else 0 :]
+        elif damage == "flipped":
+            content[place] ^= 1
+        else:
+            start = place if damage == "zeros" else -9
+            content[start : start + 9 if damage == "zeros" else None] = bytes(9)
+        path.write_bytes(content)
+        records = open_record_index(tmp_path, [metadata], [])
+        samples = open_sample_index(tmp_path, records)
+        assert [samples.row(row) for row in (0, 1)] == before and builds == [path.name]
+
+
+def test_an_index_is_kept_although_all_others_are_of_a_later_time(tmp_path):
+    (tmp_path / "index").mkdir()
+    for number in range(module.KEPT_FILES + 1):
+        (tmp_path / "index" / f"records-{number}.arrow").touch()
+        os.utime(tmp_path / "index" / f"records-{number}.arrow", (2**32, 2**32))
+    (tmp_path / "index" / ".records-x.arrow.0123abcd.tmp").touch()  # of a killed job
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {"caption": "x"}})], [])
+    assert get_keys(records) == ["a"] and records.path.is_file()
+    assert len(list((tmp_path / "index").iterdir())) == module.KEPT_FILES
+
+
+RULE = BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64, no_upscale=True)
+
+
+@pytest.mark.parametrize(
+    ("crop", "rule", "resized", "place"),
+    [
+        (None, RULE, (800, 600), (16, 12)),  # no_upscale: the image keeps its size
+        ((16, 12, 784, 588), RULE, (800, 600), (16, 12)),
+        ((16, 12, 784, 588), None, (800, 600), (16, 12)),  # the file's crop is as large as the bucket
+        ((0, 0, 768, 576), RULE, (768, 576), (0, 0)),  # made without no_upscale
+        ((0, 0, 768, 576), None, (768, 576), (0, 0)),
+        ((5, 7, 773, 583), RULE, (778, 590), (5, 7)),  # of another rule
+        ((0, 12, 768, 564.5), RULE, (800, 600), (16, 12)),  # kohya's letterbox
+        ((0, 0, 0, 0), RULE, (768, 576), (0, 0)),  # stretched by the first sdxl-trainer
+        ((-16, 12, 752, 588), None, (768, 576), (0, 0)),
+    ],
+)
+def test_the_crop_of_unlisted_latents_follows_the_file_or_the_rule(crop, rule, resized, place):
+    header = LatentHeader(
+        bucket=Size(768, 576), original_size=None, crop_ltrb=crop and CropBox(*crop), bytes=1, flipped=False
+    )
+    placement = infer_placement(header, Size(800, 600), rule)
+    assert (placement.resized, (placement.left, placement.top), placement.bucket) == (resized, place, (768, 576))
 
 
 def test_old_files_are_deleted_except_those_in_use(tmp_path):

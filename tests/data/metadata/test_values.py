@@ -112,6 +112,8 @@ def test_sizes_of_any_shape(tmp_path, name):
             ({"image_size": [1500.0, 1000.0]}, (1500, 1000)),
             ({"width": "1500", "height": 1000.0}, (1500, 1000)),
             ({"original_size": None, "width": 1500, "height": 1000}, (1500, 1000)),
+            ({"width": 512, "height": 341, "original_width": 1500, "original_height": 1000}, (1500, 1000)),
+            ({"width": 512, "height": 341, "original_width": None, "original_height": 1000}, (512, 341)),
             ({"original_size": " ", "width": 1500, "height": None}, (0, 0)),
             ({"original_size": [0, 0]}, (0, 0)),
             ({"original_size": [-1, -1]}, (0, 0)),
