@@ -257,7 +257,7 @@ def _feed(case: Case, names: list[str], title: str, seed: float) -> Iterator[Out
         kind = HOSTILE[name][0]
         if status == 0:
             outcome.check(WRONG, bool(taken) == (kind == GOOD), f"{kind}, but {len(taken)} items come from it")
-            named = path.stem[:40].encode("utf-8", "replace").decode()
+            named = os.fsencode(path.stem[:40]).decode("utf-8", "backslashreplace")
             is_named = named in told or path.stem[:8] in told
             outcome.check(MESSAGE, kind != BAD or is_named, f"is not named: {path.name!r}")
             outcome.check(MESSAGE, "\x1b]" not in printed and "\nFORGED" not in printed, "a name forges the log")

@@ -52,7 +52,7 @@ VALUES: list[tuple[Any, Any]] = [
     (True, REFUSED),
     ([True, "a"], REFUSED),
     ({"a": "b"}, REFUSED),
-    ({"a": None}, REFUSED),
+    ({"a": None}, None),
     ({"a": {"b": 1}}, REFUSED),
     ([["a", "b"]], REFUSED),
     ([{"a": 0.5}], REFUSED),
@@ -92,7 +92,7 @@ def _read_caption(file: Path, form: str, field: str, value: Any, outcome: Outcom
             file.write_text(json.dumps(record) + "\n")
     try:
         finder = ImageFinder([])
-        rows = [row for block in read_blocks(file) for row in build_record_rows(block, finder, ", ").to_pylist()]
+        rows = [row for block in read_blocks(file) for row in build_record_rows(block, finder, ",").to_pylist()]
         return parse_record(rows[0])["caption"]
     except ValueError as error:
         outcome.check(MESSAGE, file.name in str(error), f"file not named: {error}")

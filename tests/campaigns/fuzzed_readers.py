@@ -230,7 +230,7 @@ def read_records(path: Path) -> None:
     """Read a metadata file up to the records that captions are made from."""
     finder = ImageFinder([])
     for block in read_blocks(path):
-        for row in build_record_rows(block, finder, ", ").to_pylist():
+        for row in build_record_rows(block, finder, ",").to_pylist():
             parse_record(row)
 
 
