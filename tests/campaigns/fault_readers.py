@@ -16,7 +16,7 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.metadata.blocks import read_blocks
 from sdxl_trainer.data.metadata.records import ImageFinder, build_record_rows, parse_record
 
-FUZZ_SECONDS = 2.5
+FUZZ_SECONDS = 1.5
 REFUSED = "refused"
 
 
