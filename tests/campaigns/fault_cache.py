@@ -421,6 +421,8 @@ def damage_cache(case: Case) -> Iterator[Outcome]:
         outcome = Outcome(f"item: {name}")
         describe_end(outcome, verify, status, {1, 2})
         outcome.check(MESSAGE, key in told, f"{key} is not named by --verify")
+        if name == "a directory":
+            (cache / entries[key].file).rmdir()  # as a user does who was told; no program deletes folders of others
         yield outcome
     repair = Job("cache", [*case.words(cache_dir=cache), "--repair"], case.folder / "repair.log")
     if describe_end(last, repair, repair.wait(), {0}):
