@@ -61,7 +61,7 @@ class Base:
 
     folder: Path
     hashes: dict[str, str]  # key → SHA-256 of the latents of an unbroken job
-    losses: list[float]  # of an unbroken run
+    losses: dict[int, float]  # step → loss of an unbroken run
     operations: dict[str, int]  # job → operations on files
 
     @property
