@@ -155,7 +155,7 @@ def test_a_checkpoint_that_waits_for_space_is_not_lost_to_a_signal(
     writer.wait()
     saver._done.set()
     ends.join()
-    assert messages[-1] == "ends by itself: True" and any("waits for disk space; free some" in m for m in messages)
+    assert "ends by itself: True" in messages and any("waits for disk space; free some" in m for m in messages)
     assert [path.name for path in list_checkpoints(writer.folder)] == ["step-00000002", f"step-{FIRST_STEP + 3:08d}"]
 
 
