@@ -17,6 +17,7 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
+from sdxl_trainer.data.loading.patches import fail_with_workers
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 from sdxl_trainer.data.stores.shard_copies import open_copies
@@ -138,6 +139,8 @@ def iterate_batches(
         **worker_options,
     )
     batches = iter(loader)
+    if num_workers and not pin_memory:
+        fail_with_workers(batches)
     os.environ.pop(SOURCES_VARIABLE, None)  # the server has read it by now
     return batches
 
