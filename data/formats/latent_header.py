@@ -14,6 +14,7 @@ from sdxl_trainer.data.formats.latents import (
     BF16_SUFFIX,
     LATENT_CHANNELS,
     BadLatentError,
+    UnreadLatentError,
     compute_bucket,
     parse_latents,
 )
@@ -51,8 +52,8 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
         size: size of the npz in bytes; None: up to the end of the file.
 
     Raises:
-        BadLatentError: the file is missing or torn, or holds no SDXL latents; the message is the reason without the
-            path.
+        UnreadLatentError: the file is missing, or the storage failed.
+        BadLatentError: the file is torn, or holds no SDXL latents. The message is the reason without the path.
     """
 
     def read() -> LatentHeader:
@@ -69,7 +70,7 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
     try:
         return read_with_retries(read, path)
     except OSError as error:
-        raise BadLatentError(f"cannot be read: {error.strerror}") from None
+        raise UnreadLatentError(f"cannot be read: {error.strerror}") from None
 
 
 def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:

@@ -50,6 +50,10 @@ class BadLatentError(ValueError):
     """A latent file that cannot be trained on; the message is the reason."""
 
 
+class UnreadLatentError(BadLatentError):
+    """A latent file that the storage did not give. It may be whole."""
+
+
 @dataclass(frozen=True)
 class LatentSample:
     """The content of a latent file."""

@@ -208,7 +208,9 @@ def open_sample_index(folder: Path, records: Index, selection: LatentSelection =
     name = f"latents-{_fingerprint([*list_manifest_parts(folder), *refused], words)}"
     for path in (folder / "index").glob(f"{name}-*.arrow"):
         index = _open_existing(path)
-        if index is not None and _hash_folder_times(index.summary.watched) == index.fingerprint:
+        if index is None or index.summary.num_unread:
+            continue
+        if _hash_folder_times(index.summary.watched) == index.fingerprint:
             return index
     (folder / "index").mkdir(parents=True, exist_ok=True)
     with _bulk_memory(), join_latents(folder, records.table, selection) as joined:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.data.formats.latents import UnreadLatentError
 from sdxl_trainer.data.formats.manifest import read_refused
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
@@ -70,7 +71,8 @@ class JoinSummary:
     other_sizes: str  # a message about records whose size is not their image's; "" if there are none
     identities: dict[str, dict[str, int]]  # prefix → name of a cache identity → number of samples made under it
     num_bad: int  # samples whose latents or image cannot be used
-    bad: list[BadSample]  # the first MAX_BAD of them
+    num_unread: int  # of them, those that the storage did not give, so that another join may find them whole
+    bad: list[BadSample]  # the first MAX_BAD of the bad ones
     watched: list[str]  # folders that were searched for unlisted latents
 
     def to_metadata(self) -> dict[str, bytes]:
@@ -124,6 +126,7 @@ def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelecti
             other_sizes=_describe_other_sizes(records, latents, row_of_record),
             identities=identities,
             num_bad=search.num_bad,
+            num_unread=search.num_unread,
             bad=search.bad,
             watched=sorted(search.watched),
         )
@@ -237,6 +240,7 @@ class _Search:
 
     Attributes:
         num_bad: samples whose latents or images were found but cannot be used.
+        num_unread: bad samples that the storage did not give.
         bad: the first MAX_BAD bad samples.
         num_assumed_sizes: samples whose original size is unknown.
         watched: folders that were searched for latents.
@@ -248,7 +252,7 @@ class _Search:
         self._rules = rules
         self._keys = records.column("key")
         self._widths, self._heights = (records.column(name).to_numpy() for name in ("width", "height"))
-        self.num_bad = 0
+        self.num_bad = self.num_unread = 0
         self.bad: list[BadSample] = []
         self.num_assumed_sizes = 0
         self.watched: set[str] = set()
@@ -275,6 +279,7 @@ class _Search:
         )
         while chunk := list(islice(plans, LATENTS_AT_ONCE)):
             for image in (plan for plan in chunk if isinstance(plan, BadImage)):
+                self.num_unread += image.is_unread
                 self._add_bad(image.key, image.reason)
             planned = [plan for plan in chunk if isinstance(plan, PlannedLatents)]
             yield build_found_batch(
@@ -289,6 +294,7 @@ class _Search:
         self._missing[location.prefix][location.row] = False
         key = location.prefix + self._keys[location.row].as_py()
         if isinstance(header, Exception):
+            self.num_unread += isinstance(header, UnreadLatentError)
             self._add_bad(key, f"{location.file}: {header}")
             return None
         recorded = Size(int(self._widths[location.row]), int(self._heights[location.row]))

@@ -4,6 +4,7 @@ With `cache.on_missing: encode` these images are part of the sample index. Their
 reaches them (cache/encode/on_the_fly.py).
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class BadImage(NamedTuple):
 
     key: str
     reason: str
+    is_unread: bool = False  # the storage did not give the image, which may be whole
 
 
 def choose_output_file(key: str, image_path: str, beside: bool) -> str:
@@ -139,7 +141,9 @@ def plan_missing_latents(
             try:
                 size = read_image_size(Path(image))
             except BadImageError as error:
-                return BadImage(prefix + key, str(error))
+                cause = error.__context__
+                is_unread = isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
+                return BadImage(prefix + key, str(error), is_unread)
         try:
             verify_aspect_ratio(size, rule)
         except BadImageError as error:

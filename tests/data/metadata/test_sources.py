@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
+from PIL import Image
 from programs import FIXTURES, ROOT
 
 from sdxl_trainer.configs.schema import Config
@@ -26,8 +27,11 @@ from sdxl_trainer.data.checks.left_out import get_left_out_file, leave_out_bad_l
 from sdxl_trainer.data.checks.training_set import count_missing, open_training_set
 from sdxl_trainer.data.formats.latents import LatentSample, find_latent_file, read_latents, write_latents
 from sdxl_trainer.data.formats.shards import ShardWriter
+from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.index import join
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
+from sdxl_trainer.data.index.join import LatentSelection
+from sdxl_trainer.data.index.missing_latents import EncodingSettings
 from sdxl_trainer.data.metadata import json_stream
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.metadata.sources import SourceRecord, list_source_files, read_metadata_file
@@ -243,6 +247,30 @@ def test_latents_that_are_added_later_are_found(tmp_path):
     assert open_sample_index(cache, records).path == index.path
     make_latents(cache / "b_0300x0200_sdxl.npz", 1)
     assert open_sample_index(cache, records).arrow_column("key").to_pylist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("on_missing", ["skip", "encode"])
+def test_what_the_storage_did_not_give_is_read_again_at_the_next_start(tmp_path, on_missing):
+    suffix = {"skip": ".npz", "encode": ".png"}[on_missing]
+    real, link = tmp_path / f"elsewhere{suffix}", tmp_path / "cache" / f"a{suffix}"
+    os.mkfifo(real)
+    link.parent.mkdir()
+    link.symlink_to(real)
+    write(tmp_path / "m.json", orjson.dumps({"a": {"image_path": str(link.with_suffix(".png")), "caption": "a"}}))
+    records = open_record_index(tmp_path / "cache", [tmp_path / "m.json"], [])
+    rule = BucketRule(resolution_px=128, min_px=64, max_px=256, step_px=32)
+    encoding = EncodingSettings((("", rule),), beside=False, flip=False)
+    selection = LatentSelection(encoding=encoding if on_missing == "encode" else None)
+    index = open_sample_index(tmp_path / "cache", records, selection)
+    assert len(index) == 0 and "is a pipe" in index.summary.bad[0].reason
+    real.unlink()
+    if on_missing == "skip":
+        make_latents(real)
+    else:
+        Image.new("RGB", (100, 100)).save(real)
+    index = open_sample_index(tmp_path / "cache", records, selection)
+    assert len(index) == 1 and index.summary.num_bad == 0
+    assert open_sample_index(tmp_path / "cache", records, selection).path == index.path
 
 
 def test_shards_are_a_source_without_further_metadata(tmp_path):
