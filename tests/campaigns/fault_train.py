@@ -177,7 +177,7 @@ def cut_power_of_training(case: Case) -> Iterator[Outcome]:
 def fill_disk_of_training(case: Case) -> Iterator[Outcome]:
     """Fill the disk under a run, for good or until a checkpoint has waited for a moment."""
     stays = case.rng.random() < 0.4
-    with open_small_disk(case.folder, 160 << 10) as disk:
+    with open_small_disk(case.folder, 320 << 10) as disk:
         run, moment = disk / "runs" / "run", case.rng.randint(1, case.base.operations["train"])
         outcome = Outcome(f"disk full from operation {moment} on{'' if stays else ', for two seconds'}")
         words = [*case.words(run_dir=run.parent, run_name="run"), "checkpoint.wait_for_space_minutes=0.1"]
