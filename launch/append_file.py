@@ -69,8 +69,16 @@ class AppendFile:
         self._losses.end()
         return True
 
+    def sync(self) -> None:
+        """Flush all records to disk, where no power cut takes them, and write the file anew if it was deleted."""
+        if self._descriptor >= 0:
+            with suppress(OSError):  # the next record reports what is wrong with the disk
+                self._open()
+                os.fsync(self._descriptor)
+
     def close(self) -> None:
-        """Close the file. A record that comes later opens it again."""
+        """Flush and close the file. A record that comes later opens it again."""
+        self.sync()
         self._losses.end("is closed")
         self._close()
 

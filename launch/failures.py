@@ -11,6 +11,7 @@ CURES = {
     errno.EROFS: "mount the disk for writing, or choose a folder on another one",
     errno.EACCES: "give this user the right to it, or choose another folder",
     errno.EPERM: "give this user the right to it, or choose another folder",
+    errno.EEXIST: "a file has the name of a folder: remove or rename it",
     errno.ENOTDIR: "a part of the path is a file: remove it, or choose another folder",
     errno.EISDIR: "a folder has the name of a file: rename it",
     errno.ENAMETOOLONG: "choose a shorter name",

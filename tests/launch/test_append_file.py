@@ -43,3 +43,7 @@ def test_a_deleted_file_is_written_anew_with_all_that_it_held(tmp_path: Path) ->
     file.append(b"third\n")
     file.close()
     assert file.path.read_bytes() == b"mine\nthird\n", "a file that replaced it is appended to"
+    file.append(b"fourth\n")
+    file.path.unlink()
+    file.close()
+    assert file.path.read_bytes() == b"mine\nthird\nfourth\n", "also if no record comes after the deletion"

@@ -27,6 +27,7 @@ SHARED = "unable to allocate shared memory(shm) for file </torch_1_2_3>: Resourc
             PermissionError(errno.EACCES, "Permission denied", "/data/a.txt"),
             ("/data/a.txt: Permission denied", "right"),
         ),
+        (FileExistsError(errno.EEXIST, "File exists", "/run/models"), ("/run/models: File exists", "rename it")),
         (OSError(errno.EROFS, "Read-only file system", "/cache"), ("/cache: Read-only", "mount the disk")),
         (OSError(errno.EMFILE, "Too many open files"), ("Too many open files", "ulimit -n")),
         (MemoryError(), ("too little memory", "data.num_workers")),

@@ -117,6 +117,10 @@ class MetricsLog:
         if self._wandb_log is not None:
             self._wandb_log.write(step, values)
 
+    def sync(self) -> None:
+        """Flush `metrics.jsonl` to disk: a checkpoint must not outlast the metrics of its steps in a power cut."""
+        self._lines.sync()
+
     def close(self) -> None:
         """Close all logs."""
         self.close_files()

@@ -70,6 +70,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         is_last = state.step == config.train.max_steps
         if is_last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.restart_save_timer()
+            if run.metrics is not None:
+                run.metrics.sync()
             with run.progress.activity("copying the state for a checkpoint"):
                 run.checkpoints.save(run.engine, state)
             update_report(run)
