@@ -49,7 +49,7 @@ from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.formats.manifest import (
@@ -207,7 +207,7 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[S
     needed, free = sum(each.bytes_needed for each in totals), shutil.disk_usage(folder).free
     to_do = sum(each.num_items for each in totals)
     states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    logger.info("{} images ({}); {} to do on {} ranks", len(index), states, to_do, len(shares))
+    logger.info("{} images ({}); {} to do on {}", len(index), states, to_do, format_count(len(shares), "rank"))
     report_known(folder, counts["bad"])
     if data.masks is not None:
         report_masks(data.masks, counts["masked"], len(index))

@@ -14,7 +14,7 @@ except ImportError:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the job, return the exit status (0 done, 1 failed, 2 wrong input)."""
     require_checkout(__file__)
-    parser = build_parser(main.__doc__ or "")
+    parser = build_parser("Fill the latent cache, or examine and change one, with the settings of a YAML file.")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--verify", action="store_true", help="check every byte against the manifest")
     modes.add_argument("--repair", action="store_true", help="verify, then encode bad and stale items again")

@@ -2,7 +2,8 @@
 
 import copy
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -224,16 +225,27 @@ def _list_violations(error: ValidationError, settings: dict) -> _Violations:
         location = _trim_location(item["loc"], settings)
         key = ".".join(str(part) for part in location) or "--cfg"
         if item["type"] == "extra_forbidden":
-            violations.problems.append(Problem(key, item["input"], "is not a known key", suggest_cure(key)))
+            rule, cure = "is not a known key", suggest_cure(key)
+            violations.problems.append(Problem(key, item["input"], rule, cure, meant=suggest_key(key)))
         else:
             value = None if isinstance(item["input"], dict) else item["input"]
             rule = item["msg"].removeprefix("Value error, ")
-            is_number = item["type"] == "string_type" and isinstance(value, (int, float))
-            cure = f'quote it: "{value}"' if is_number else "see docs/CONFIG.md"
-            violations.problems.append(Problem(key, value, rule, cure))
+            violations.problems.append(Problem(key, value, rule, _suggest_value(value, item)))
         if location and location not in violations.locations:
             violations.locations.append(location)
     return violations
+
+
+def _suggest_value(value: Any, item: Mapping[str, Any]) -> str:
+    """Return the cure for a value that one of pydantic's errors refuses."""
+    if item["type"] == "string_type" and isinstance(value, (int, float)):
+        return f'quote it: "{value}"'
+    if item["type"] == "literal_error":
+        allowed = item["ctx"]["expected"]  # such as "'cosine', 'linear' or 'wsd'"
+        near = difflib.get_close_matches(str(value).lower(), re.findall(r"'([^']*)'", allowed), n=1, cutoff=0.6)
+        if near:
+            return f"did you mean {near[0]}?"
+    return "see docs/CONFIG.md"
 
 
 def _trim_location(location: tuple, settings: Any) -> tuple:

@@ -22,6 +22,7 @@ class Problem:
     value: Any
     rule: str
     cure: str = ""
+    meant: str = ""  # the setting that an unknown key most likely means
 
     def __str__(self) -> str:
         shown = "" if self.value is None else f" = {_shorten(self.value)}"
@@ -33,7 +34,10 @@ class UserInputError(ValueError):
     """The user's input is wrong. Programs print the whole message and exit with status 2."""
 
     def __init__(self, problems: Iterable[Problem]):
-        self.problems = list(problems)
+        problems = list(problems)
+        # A setting under a mistyped key still has its default, of which another problem may complain.
+        mistyped = {problem.meant for problem in problems if problem.meant}
+        self.problems = [problem for problem in problems if problem.key not in mistyped]
         lines = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
         if len(self.problems) > MAX_PROBLEMS:
             lines.append(f"  - and {format_count(len(self.problems) - MAX_PROBLEMS, 'further problem')}")

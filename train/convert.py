@@ -28,7 +28,11 @@ def build_convert_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "target", type=parse_path, help="a name that ends in .safetensors, or a folder for diffusers layout"
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (fp16)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="of the weights (checkpoint.export_dtype of the settings, else fp16)",
+    )
     parser.add_argument("--ema", metavar="DECAY", help="convert the moving average of this decay, such as 0.999")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         from sdxl_trainer.train.export.convert import run_conversion
 
-        words = [*options.overrides, f"checkpoint.export_dtype={options.dtype}"]
+        words = [*options.overrides, *([f"checkpoint.export_dtype={options.dtype}"] if options.dtype else [])]
         run_conversion(options.source, options.target, options.cfg, words, options.ema)
 
     return run_program(work)

@@ -14,7 +14,9 @@ except ImportError:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status (0 done, 1 failed, 2 wrong input)."""
     require_checkout(__file__)
-    options = build_parser(main.__doc__ or "").parse_intermixed_args(arguments)
+    options = build_parser("Train SDXL on cached latents, with the settings of a YAML file.").parse_intermixed_args(
+        arguments
+    )
 
     def work() -> None:
         from sdxl_trainer.configs.load import load_config

@@ -196,7 +196,7 @@ def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSampl
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
-    parser = build_parser(main.__doc__ or "")
+    parser = build_parser("Show the data as the model will see it.")
     parser.add_argument("--out", type=parse_path, help="file of the contact sheet (preview.png in the run folder)")
     parser.add_argument(
         "--images",

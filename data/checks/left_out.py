@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 from loguru import logger
 
-from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.configs.problems import FailedError, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
 from sdxl_trainer.data.files import write_atomic
@@ -33,11 +33,13 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
     log = config.run.folder / "logs" / "bad_samples.jsonl"
     if reasons:
         _append_bad_samples(log, reasons)
-        logger.warning("{} bad latents are left out, first {}; see {}", num_bad, reasons[0][1], log)
+        number = format_count(num_bad, "bad latent")
+        logger.warning("left out: {}, first {}; see {}", number, reasons[0][1], log)
     if num_bad > config.data.max_bad_fraction * num_samples:
         raise FailedError(
             f"{num_bad} of {num_samples} latents are bad, more than data.max_bad_fraction = "
-            f"{config.data.max_bad_fraction:g}; {log} lists them"
+            f"{config.data.max_bad_fraction:g}; {log} lists them. Encode them again with `launch/cache.sh --repair`, "
+            "or raise data.max_bad_fraction"
         )
     file = get_left_out_file(config.run.folder, index)
     is_damaged = file.is_file() and _read_rows(file, len(index)) is None

@@ -123,6 +123,7 @@ def test_file_urls_of_metadata_are_the_paths_they_name(tmp_path: Path) -> None:
         ("engine: {zero_stage: true}", "engine.zero_stage", True, "see docs/CONFIG.md"),
         ("train: {max_steps: 0}", "train.max_steps", 0, "see docs/CONFIG.md"),
         ("optim: {lr: .inf}", "optim.lr", math.inf, "see docs/CONFIG.md"),
+        ("optim: {schedule: cosin}", "optim.schedule", "cosin", "did you mean cosine?"),
         ("engine: {zero_stage: 4}", "engine.zero_stage", 4, "see docs/CONFIG.md"),
         ("data: {metadata: 7.5}", "data.metadata", 7.5, "see docs/CONFIG.md"),
         ("train: 5", "train", 5, "see docs/CONFIG.md"),
@@ -268,6 +269,15 @@ def test_counts_in_messages_are_singular_for_one() -> None:
     assert [format_count(count, "rank") for count in (0, 1, 2, 2000)] == ["0 ranks", "1 rank", "2 ranks", "2,000 ranks"]
     assert [format_count(count, "batch", "batches") for count in (1, 3)] == ["1 batch", "3 batches"]
     assert str(UserInputError([Problem("a", 1, "b")])).startswith("1 problem in the settings:")
+
+
+def test_the_default_of_a_mistyped_setting_is_not_a_problem() -> None:
+    """The setting that was meant still has its default, of which the user knows nothing."""
+    problems = build_config({"train": {"globl_batch_size": 16}})[1]
+    error = UserInputError(
+        [*problems, Problem("train.global_batch_size", 1, "is not a multiple of 8"), Problem("a", 1, "b")]
+    )
+    assert [problem.key for problem in error.problems] == ["train.globl_batch_size", "a"]
 
 
 def test_counts_of_a_command_line_are_whole_numbers() -> None:

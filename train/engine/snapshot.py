@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.train.engine.layout import Layout
 from sdxl_trainer.train.engine.patches import StateCopies, collect_state_files, count_group_masters
 from sdxl_trainer.train.engine.resharding import reshard
@@ -136,8 +137,8 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
         shard = replace(shard, model=shard.model or saved.load_shard(0).model)
     else:
         logger.info(
-            "checkpoint of {} ranks at ZeRO stage {} is resharded for {} at stage {}",
-            saved.world_size,
+            "checkpoint of {} at ZeRO stage {} is resharded for {} at stage {}",
+            format_count(saved.world_size, "rank"),
             saved.layouts[0].zero_stage,
             layout.world_size,
             layout.zero_stage,

@@ -60,6 +60,9 @@ def run_sampling(
         raise_if_any([*problems, *prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
     set_tf32(config.engine.tf32)
+    if ranks.is_main:
+        sizes = sorted({f"{prompt.width_px}x{prompt.height_px}" for prompt in prompts})
+        logger.info("generating {} at {} px", format_count(len(prompts), "image"), ", ".join(sizes))
     images = generate_images(load_image_generator(config, checkpoint, ranks.device, average), prompts, ranks)
     if ranks.is_main:
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):

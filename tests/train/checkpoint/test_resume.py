@@ -81,7 +81,7 @@ def test_other_numbers_of_ranks_and_other_stages(cached_folder: Path, two_ranks:
     assert "of 2 ranks at ZeRO stage 2 is resharded for 1 at stage 3" in printed
     more = ("train.max_steps=8", "train.micro_batch_size=1", "engine.zero_stage=1", "train.max_non_finite_steps=7")
     printed = run_program("train/main.py", *words, *more, ranks=4)
-    assert "of 1 ranks at ZeRO stage 3 is resharded for 4 at stage 1" in printed
+    assert "of 1 rank at ZeRO stage 3 is resharded for 4 at stage 1" in printed
     assert printed.count("settings that alter training have changed") == 1, "not one warning of all ranks together"
     state = TrainState.load(run / "checkpoints" / "step-00000008")
     assert (state.world_size, state.zero_stage) == (4, 1)
