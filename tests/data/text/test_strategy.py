@@ -221,7 +221,7 @@ def loss_weight(self, record):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("def caption(self, record, rng): return {}['x']", "caption of data.strategy = SPEC raised KeyError: 'x'\nT"),
+        ("def caption(self, record, rng): return {}['x']", "caption of data.strategy = SPEC raised KeyError: 'x'\n  T"),
         ("def loss_weight(self, record): return 1 / 0", "s2: Mine.loss_weight of data.strategy = SPEC raised ZeroDiv"),
         (
             "def caption(self, record, rng): return None",
@@ -303,7 +303,7 @@ def test_failing_repeats_stop_the_start(index, tmp_path, body, message):
         ("x.py:", "is not path/to/file.py:ClassName"),
         ("absent.py:Mine", "absent.py is not a file"),
         ("FOLDER/broken.py:Mine", "cannot be loaded: SyntaxError"),
-        ("FOLDER/raises.py:Mine", "cannot be loaded: RuntimeError: at import\nTraceback"),
+        ("FOLDER/raises.py:Mine", "cannot be loaded: RuntimeError: at import\n  Traceback"),
         ("FOLDER/user.py:Yours", "has no class Yours\n      cure: its classes: Mine"),
         ("FOLDER/user.py:np", "has no class np"),
         (
