@@ -24,6 +24,7 @@ CRASHERS = [
     ("kohya py", b"config.a = " + b"(" * 3000),
     ("kohya py", b"config.a = 1\0\n"),
     ("manifest", b'{"key": {}, "file": "a", "sha256": "", "identity": ""}\n'),
+    ("safetensors", b'\x41\0\0\0\0\0\0\0{"a": {"dtype": "F16", "shape": [1e999], "data_offsets": [0, 2]}}'),
     ("model config", b"[" * 100_000),
     ("vocabulary", b'{"a": null}'),
     ("vocabulary", b'{"b": 1}'),

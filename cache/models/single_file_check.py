@@ -89,7 +89,7 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         spans = {
             name: (int(begin), int(end)) for name, entry in entries.items() for begin, end in [entry["data_offsets"]]
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
     data_bytes = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
