@@ -1,6 +1,9 @@
 """Short forms of the campaigns of faults, and inputs that once passed the border of a reader."""
 
+import io
+import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,27 @@ from campaigns.fuzzed_readers import BORDERS
 from campaigns.fuzzing import try_input
 from forked_ranks import run_forked
 from programs import PLACE, ROOT
+
+
+def build_zip(members: dict[str, bytes]) -> bytes:
+    """Build a zip file of members that are not compressed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def build_npy(fields: str) -> bytes:
+    """Build an npy array of four bytes with any text as its header."""
+    return b"\x93NUMPY\x01\x00" + len(fields).to_bytes(2, "little") + fields.encode() + b"\0" * 4
+
+
+def build_checkpoint_manifest(name: str) -> bytes:
+    """Build the manifest of a checkpoint with a file of this name."""
+    entry = {"bytes": 2, "sha256": "0" * 64}
+    return json.dumps({"files": {"trainer_state.json": entry, name: entry}}).encode()
+
 
 # The name of the reader, and a file that passed its border.
 CRASHERS = [
@@ -32,6 +56,10 @@ CRASHERS = [
     ("vocabulary", b'{"a": "0"}'),
     ("pt", b"PK\x03\x04"),
     ("pt", b""),
+    ("pt", build_zip({"a/data.pkl": b"\x80\x02X\x00", "a/version": b"3\n", "a/byteorder": b"little"})),
+    ("latents", build_zip({"latents.npy": build_npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1e999,)}")})),
+    ("checkpoint manifest", build_checkpoint_manifest("a" * 300)),
+    ("checkpoint manifest", build_checkpoint_manifest("a\0")),
 ]
 CAMPAIGN = ["--seed", "3", "--share", "0.01", "--only", "cache: kill", "cache: power cut", "training: end"]
 

@@ -227,7 +227,7 @@ def _parse_npy_fields(fields_text: bytes) -> NpyHeader:
         if any(side < 0 for side in shape):
             raise ValueError("negative side")
         return NpyHeader(np.dtype(fields["descr"]), shape, bool(fields["fortran_order"]), 10 + len(fields_text))
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
         raise NpzError(f"unreadable npy header: {error}") from None
 
 

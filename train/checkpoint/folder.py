@@ -7,6 +7,7 @@ same code serves checkpoints that are written during training and emergency save
 folder that a killed job left complete is sealed at the next start.
 """
 
+import errno
 import re
 import shutil
 import stat
@@ -25,6 +26,7 @@ from sdxl_trainer.train.checkpoint.state import STATE_FILE, TrainState
 MANIFEST = "manifest.json"
 PARTS = "parts"
 NAME = re.compile(r"step-\d+")
+NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}  # a damaged name, or a folder that became a file
 DAMAGED = "damaged-"  # before the name of a checkpoint that is not intact
 
 
@@ -105,6 +107,12 @@ def find_wrong_size(folder: Path, sizes: Mapping[str, int]) -> str | None:
             found = (folder / name).stat()
         except FileNotFoundError:
             return f"{name} is missing"
+        except ValueError as error:  # a null character in a damaged name
+            return f"{name!r} is missing: {error}"
+        except OSError as error:
+            if error.errno not in NO_SUCH_NAME:
+                raise
+            return f"{name[:100]} is missing: {error.strerror}"
         if not stat.S_ISREG(found.st_mode):
             return f"{name} is not a file"
         if found.st_size != size:

@@ -5,6 +5,7 @@ Files are mapped into memory, so only the parts that are asked for are read from
 """
 
 import pickle
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,7 +27,7 @@ MASTER = "master"  # stands for the fp32 weight itself among the keys of the opt
 # torch.load raises all of these on damaged files.
 LOAD_ERRORS = (
     *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(ArithmeticError, MemoryError, pickle.UnpicklingError),
+    *(ArithmeticError, MemoryError, pickle.UnpicklingError, struct.error),
 )
 
 
