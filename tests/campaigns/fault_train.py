@@ -256,7 +256,7 @@ def damage_latents(case: Case) -> Iterator[Outcome]:
         outcome = Outcome(f"latents: {name}, {'while training' if live else 'before the start'}, verified: {level}")
         describe_end(outcome, job, status, {0})
         # Whoever asks for no check at the start reads latents behind which something follows, which are right.
-        if not live and (level, name) != ("none", "one more byte"):
+        if not live and (level, name) != ("none", "one byte more"):
             outcome.check(MESSAGE, key in told, f"{key} is not named")
         yield outcome
 

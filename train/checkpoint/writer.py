@@ -198,7 +198,7 @@ class CheckpointWriter:
             finally:
                 release()
             if self.rank == 0:
-                self._seal(partial)
+                self._seal(partial, state.step)
         except FileNotFoundError as error:
             if self.rank == 0:
                 self._give_up(state.step, error)
@@ -267,14 +267,26 @@ class CheckpointWriter:
         for name in files:
             (partial / name).unlink(missing_ok=True)
 
-    def _seal(self, partial: Path) -> None:
-        """Wait for the other ranks' parts on the shared folder, then seal.
+    def _seal(self, partial: Path, step: int) -> None:
+        """Wait for the other ranks' parts on the shared folder, and for space for the manifest, then seal.
 
         Raises:
             FileNotFoundError: files were deleted meanwhile.
+            OSError: there is no space after `wait_for_space_seconds`.
         """
-        deadline = time.monotonic() + SEAL_PATIENCE_SECONDS + self.wait_for_space_seconds
-        while (sealed := seal_checkpoint(partial)) is None:
+        space_deadline = time.monotonic() + self.wait_for_space_seconds
+        deadline = space_deadline + SEAL_PATIENCE_SECONDS
+        while True:
+            try:
+                sealed = seal_checkpoint(partial)
+            except OSError as error:
+                if error.errno not in FULL_DISK:
+                    raise
+                self._wait_for_space(f"{self.folder}: {error}", space_deadline, step)
+                continue
+            self.waits_for_space = False
+            if sealed is not None:
+                break
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{partial}: not every rank has written its part")
             get_part_file(partial, self.rank).stat()  # this rank has written it

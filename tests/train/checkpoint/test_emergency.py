@@ -159,6 +159,27 @@ def test_a_checkpoint_that_waits_for_space_is_not_lost_to_a_signal(
     assert [path.name for path in list_checkpoints(writer.folder)] == ["step-00000002", f"step-{FIRST_STEP + 3:08d}"]
 
 
+def test_a_disk_that_fills_up_before_the_manifest_is_waited_for(
+    engine: Engine, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state fits on the disk, and the manifest does not until space is freed."""
+    monkeypatch.setattr(checkpoint_writer, "SPACE_POLL_SECONDS", 0.01)
+    seal, failures = checkpoint_writer.seal_checkpoint, [errno.ENOSPC, errno.EDQUOT]
+
+    def seal_once_there_is_space(partial: Path) -> Path | None:
+        if failures:
+            raise OSError(failures.pop(), "the disk is full")
+        return seal(partial)
+
+    monkeypatch.setattr(checkpoint_writer, "seal_checkpoint", seal_once_there_is_space)
+    writer = build_saver(engine, tmp_path)._writer
+    writer.wait_for_space_seconds = 60.0
+    writer.start_writing(engine.capture_state(), TrainState(step=FIRST_STEP + 3, world_size=1))
+    writer.wait()
+    assert find_step(tmp_path) == FIRST_STEP + 3 and not writer.waits_for_space
+    assert sum("waits for space" in message for message in messages) == 1
+
+
 def test_two_threads_save_once(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second thread waits for the first, so that it does not end the process during the save."""
     monkeypatch.setattr(emergency, "DEADLINE_SECONDS", 3.0)
