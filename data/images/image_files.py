@@ -119,19 +119,24 @@ def _list_folder(folder: str, skipped: SkippedFiles | None) -> _Listing:
     listing = _Listing([], [], [])
     with os.scandir(folder) as entries:
         for entry in entries:
-            name, is_folder = entry.name, _is_folder(entry)
-            if not _is_utf8(name):
-                _note(skipped, "not_utf8", os.fsencode(entry.path).decode(errors="backslashreplace"))
-            elif name.startswith(".") or (is_folder and name.lower() in SYSTEM_FOLDERS):
-                if is_folder or is_image(name):
-                    _note(skipped, "hidden", entry.path)
-            elif not is_folder:
-                listing.files.append(name)
-            else:
-                (listing.links if entry.is_symlink() else listing.folders).append(name)
+            _add_entry(listing, entry, skipped)
     for names in listing:
         names.sort()
     return listing
+
+
+def _add_entry(listing: _Listing, entry: os.DirEntry, skipped: SkippedFiles | None) -> None:
+    """Add an entry of a folder to its listing, or note why it is skipped."""
+    name, is_folder = entry.name, _is_folder(entry)
+    if not _is_utf8(name):
+        _note(skipped, "not_utf8", os.fsencode(entry.path).decode(errors="backslashreplace"))
+    elif name.startswith(".") or (is_folder and name.lower() in SYSTEM_FOLDERS):
+        if is_folder or is_image(name):
+            _note(skipped, "hidden", entry.path)
+    elif not is_folder:
+        listing.files.append(name)
+    else:
+        (listing.links if entry.is_symlink() else listing.folders).append(name)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
