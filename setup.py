@@ -33,7 +33,7 @@ setup(
     package_dir={"sdxl_trainer": ".package", **{f"sdxl_trainer.{folder}": folder for folder in FOLDERS}},
     package_data={
         "sdxl_trainer": ["py.typed"],
-        "sdxl_trainer.configs": ["*.yaml", "**/*.json", "**/*.txt", "**/*.safetensors"],
+        "sdxl_trainer.configs": ["*.yaml", "**/*.po", "**/*.json", "**/*.txt", "**/*.safetensors"],
         "sdxl_trainer.launch": ["*.sh", "*.sbatch"],
         "sdxl_trainer.train.report": ["*.html"],
     },

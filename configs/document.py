@@ -1,15 +1,19 @@
-"""Generate docs/CONFIG.md from the schema.
+"""Generate docs/CONFIG.md and its translations from the schema.
 
 python -m sdxl_trainer.configs.document > docs/CONFIG.md
+python -m sdxl_trainer.configs.document --language zh > docs/zh/CONFIG.md
 """
 
+import argparse
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdxl_trainer.configs.language.translate import CATALOGUES, load_translator
 from sdxl_trainer.configs.load import iterate_sections
 from sdxl_trainer.configs.renames import RENAMED
 from sdxl_trainer.configs.schema import Config
@@ -39,31 +43,57 @@ This version still accepts the old names, with a warning.
 """
 
 
-def build_page() -> str:
-    """Return the whole page as Markdown."""
+# Translates a text of the page, without line breaks.
+Translate = Callable[[str], str]
+
+
+def build_page(language: str = "en") -> str:
+    """Return the whole page as Markdown, in English or the language of a catalogue."""
+    return _build_page(load_translator(language).translate_label if language in CATALOGUES else str)
+
+
+def list_texts() -> Iterator[str]:
+    """Yield every text of the page that is translated."""
+    texts: dict[str, None] = {}
+
+    def note(text: str) -> str:
+        texts[text] = None
+        return text
+
+    _build_page(note)
+    yield from filter(None, texts)
+
+
+def _build_page(translate: Translate) -> str:
     sections = dict(iterate_sections())
     assert sections.keys() == Config.model_fields.keys(), "every field of Config is a section"
-    pages = [_build_section(name, section) for name, section in sections.items()]
+    pages = [_build_section(name, section, translate) for name, section in sections.items()]
     renames = [f"| {old} | `{new}` |\n" for old, new in RENAMED.items()]
-    return "".join([HEADER, *pages, RENAMES, *renames])
+    return "".join([_translate_text(HEADER, translate), *pages, "\n", _translate_text(RENAMES, translate), *renames])
 
 
-def _build_section(name: str, section: type[BaseModel]) -> str:
+def _translate_text(text: str, translate: Translate) -> str:
+    """Translate a text of several paragraphs, each by itself."""
+    return "\n\n".join(translate(part.strip("\n")) for part in text.split("\n\n")) + "\n"
+
+
+def _build_section(name: str, section: type[BaseModel], translate: Translate) -> str:
     """Return the heading and the table of a section, followed by the sections inside it."""
     inner = {f"{name}.{key}": model for key, model in iterate_sections(section)}
-    rows = [_build_row(f"{name}.{key}", entry) for key, entry in section.model_fields.items()]
+    rows = [_build_row(f"{name}.{key}", entry, translate) for key, entry in section.model_fields.items()]
     return (
-        f"\n## {name}\n\n{' '.join((section.__doc__ or '').split())}\n\n"
-        "| key | type | default | meaning |\n|---|---|---|---|\n"
+        f"\n## {name}\n\n{translate(' '.join((section.__doc__ or '').split()))}\n\n"
+        f"{translate('| key | type | default | meaning |')}\n|---|---|---|---|\n"
         + "".join(rows)
-        + "".join(_build_section(key, model) for key, model in inner.items())
+        + "".join(_build_section(key, model, translate) for key, model in inner.items())
     )
 
 
-def _build_row(key: str, field: FieldInfo) -> str:
-    description = " ".join((field.description or "").split()).replace("|", "\\|")
+def _build_row(key: str, field: FieldInfo, translate: Translate) -> str:
+    description = translate(" ".join((field.description or "").split())).replace("|", "\\|")
     if isinstance(field.default, BaseModel):
-        return f"| `{key}` | section | | {description} See [{key}](#{key.replace('.', '')}). |\n"
+        see = f"{translate('See')} [{key}](#{key.replace('.', '')})"
+        return f"| `{key}` | {translate('section')} | | {description} {see}{translate('.')} |\n"
     default = f"`{_format_default(field.default)}`" if field.default != "" else ""
     limits = ", ".join(_format_limit(limit) for limit in field.metadata)
     kind = _format_type(field.annotation).replace("|", "\\|") + (f" ({limits})" if limits else "")
@@ -100,5 +130,13 @@ def _format_type(annotation: Any) -> str:
     return " | ".join(args)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the page in the language of the command line. Returns 0."""
+    parser = argparse.ArgumentParser(description="Print the page of all settings.")
+    parser.add_argument("--language", choices=("en", *CATALOGUES), default="en")
+    sys.stdout.write(build_page(parser.parse_args(arguments).language))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.stdout.write(build_page())
+    sys.exit(main())

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.importer import Imported, convert, flatten_settings, nest_settings, read_files
 from sdxl_trainer.configs.kohya.subsets import Remark
+from sdxl_trainer.configs.language.arguments import TranslatedParser
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import Problem, UserInputError, parse_count
@@ -52,8 +54,8 @@ def format_remarks(imported: Imported, rejected: Sequence[Remark]) -> str:
     lines = []
     for title, remarks in parts.items():
         if remarks:
-            lines.append(f"{title}:")
-            lines += [f"  {remark.option} = {_shorten(remark.value)}: {remark.reason}" for remark in remarks]
+            lines.append(f"{translate(title)}:")
+            lines += [f"  {remark.option} = {_shorten(remark.value)}: {translate(remark.reason)}" for remark in remarks]
     return "\n".join(lines)
 
 
@@ -64,7 +66,7 @@ def _shorten(value: Any, limit: int = 60) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Import files and return the exit status (0 done, 2 wrong input)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = TranslatedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     files_help = (
         "TOML file, script with the command line, or Python file of the first sdxl-trainer; later files override"
     )
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _import_files(options)
     except UserInputError as error:
-        sys.stderr.write(f"\n{error}\n\n")
+        sys.stderr.write(f"\n{error.format()}\n\n")
         return 2
     return 0
 
@@ -98,9 +100,8 @@ def _import_files(options: argparse.Namespace) -> None:
     imported = convert(replace(contents, options=contents.options | arguments))
     result = build_yaml(imported)
     remarks = format_remarks(imported, result.rejected)
-    title = (
-        f"Imported from {', '.join(map(str, options.files))}; docs/FROM_KOHYA.md lists differences without an option"
-    )
+    files = ", ".join(map(str, options.files))
+    title = translate(f"Imported from {files}; docs/FROM_KOHYA.md lists differences without an option")
     text = "".join(f"# {line}\n" for line in f"{title}\n{remarks}".splitlines()) + f"\n{result.text}"
     if options.out is None:
         sys.stdout.write(text)
@@ -110,7 +111,8 @@ def _import_files(options: argparse.Namespace) -> None:
     except OSError as error:
         rule = f"cannot be written: {error.strerror}"
         raise UserInputError([Problem("--out", options.out, rule, "choose a path that can be written")]) from None
-    closing = f"wrote {options.out}; read it, then run: bash launch/doctor.sh --cfg {shlex.quote(str(options.out))}"
+    command = f"bash launch/doctor.sh --cfg {shlex.quote(str(options.out))}"
+    closing = translate(f"wrote {options.out}; read it, then run: {command}")
     sys.stderr.write(f"{remarks}\n{closing}\n" if remarks else f"{closing}\n")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from sdxl_trainer.configs.language.translate import CATALOGUES, choose_language
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
-    """Read `path`, apply `overrides` and check the result; see `build_config`.
+    """Read `path`, apply `overrides` and check the result; see `build_config`. Choose the language of messages.
 
     Raises:
         UserInputError: the file cannot be read, or so much is wrong that no config can be built from the rest.
     """
-    return build_config(_read_yaml(path), overrides)
+    raw = _read_yaml(path)
+    choose_language(_find_language(raw, overrides))  # before the check, whose problems are printed in that language
+    return build_config(raw, overrides)
 
 
 def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
@@ -132,6 +135,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         rule, cure = "must be a mapping of sections", "start from one of configs/*.yaml"
         raise UserInputError([Problem("--cfg", path, rule, cure)])
     return raw or {}
+
+
+def _find_language(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """Return `log.language` of settings that are not checked yet; None if it is not set, or wrong."""
+    section = raw.get("log")
+    given = [section.get("language")] if isinstance(section, dict) else []
+    given += [word.partition("=")[2] for word in overrides if word.startswith("log.language=")]
+    return given[-1] if given and given[-1] in ("en", *CATALOGUES) else None
 
 
 def _fill_sections(raw: dict, model: type[BaseModel]) -> dict:

@@ -2,9 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sdxl_trainer.configs.language.translate import translate
 
 MAX_PROBLEMS = 100  # shown in one message
 
@@ -25,9 +27,15 @@ class Problem:
     meant: str = ""  # the setting that an unknown key most likely means
 
     def __str__(self) -> str:
+        return self.format()
+
+    def format(self, translate: Callable[[str], str] = str) -> str:
+        """Return the problem as the lines of a message, whose rule and cure `translate` puts into another language."""
         shown = "" if self.value is None else f" = {_shorten(self.value)}"
-        cure = f"\n      cure: {escape_controls(self.cure)}" if self.cure else ""
-        return f"  - {escape_controls(self.key)}{shown}\n      {escape_controls(self.rule)}{cure}"
+        lines = [f"  - {escape_controls(self.key)}{shown}", escape_controls(translate(self.rule))]
+        if self.cure:
+            lines.append(escape_controls(translate(f"cure: {self.cure}")))
+        return "\n      ".join(lines)
 
 
 class UserInputError(ValueError):
@@ -38,10 +46,19 @@ class UserInputError(ValueError):
         # A setting under a mistyped key still has its default, of which another problem may complain.
         mistyped = {problem.meant for problem in problems if problem.meant}
         self.problems = [problem for problem in problems if problem.key not in mistyped]
-        lines = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
+        super().__init__(self._format())
+
+    def format(self) -> str:
+        """Return the message in the user's language."""
+        return self._format(translate)
+
+    def _format(self, translate: Callable[[str], str] = str) -> str:
+        title = translate(f"{format_count(len(self.problems), 'problem')} in the settings:")
+        lines = [title, *(problem.format(translate) for problem in self.problems[:MAX_PROBLEMS])]
         if len(self.problems) > MAX_PROBLEMS:
-            lines.append(f"  - and {format_count(len(self.problems) - MAX_PROBLEMS, 'further problem')}")
-        super().__init__("\n".join([f"{format_count(len(self.problems), 'problem')} in the settings:", *lines]))
+            further = format_count(len(self.problems) - MAX_PROBLEMS, "further problem")
+            lines.append(f"  - {translate(f'and {further}')}")
+        return "\n".join(lines)
 
 
 class FailedError(RuntimeError):

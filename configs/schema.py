@@ -308,6 +308,9 @@ class LogConfig(Section):
     """Optimizer steps between console lines. `logs/metrics.jsonl` and TensorBoard record every step."""
     level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
     """Lowest level of messages shown on the console."""
+    language: Literal["en", "zh"] | None = None
+    """Language of the console and of error messages: `en` (English) or `zh` (Chinese). Without it, the language of the
+    environment (`LANG`), if that is one of them, else English. Files in `logs/` and reports are English."""
     wandb: str | None = Field(None, min_length=1)
     """Project at Weights & Biases to which metrics are also sent (needs `pip install wandb`). On a machine without
     network access, set `WANDB_MODE=offline` in the environment and run `wandb sync` later."""

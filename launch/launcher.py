@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.launch.launcher_watch import stop_with_launcher
 
 # Scripts start launchers in the background, and bash makes such children ignore Ctrl-C.
@@ -32,7 +33,8 @@ def run_torchrun() -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         end = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
-        sys.stderr.write(f"torchrun: rank {rank} {end} before any other; its messages are above\n")
+        message = f"torchrun: rank {rank} {end} before any other; its messages are above"
+        sys.stderr.write(f"{translate(message)}\n")
         return 1
     except SignalException as request:
         return 128 + request.sigval

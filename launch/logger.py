@@ -1,4 +1,8 @@
-"""Logging: the console shows rank 0, and warnings and rescues of all ranks; each rank has a file in the log folder."""
+"""Logging: the console shows rank 0, and warnings and rescues of all ranks; each rank has a file in the log folder.
+
+The console speaks the user's language (configs/language/). Log files are English, so that their messages can be looked
+up, and read by those who help.
+"""
 
 import atexit
 import io
@@ -7,16 +11,18 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from loguru import logger
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
+from sdxl_trainer.configs.language.translate import get_language, translate, translate_label
 from sdxl_trainer.configs.problems import escape_controls
 from sdxl_trainer.launch.append_file import AppendFile
 
@@ -139,7 +145,7 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
     logger.configure(extra={"rank": rank}, patcher=_escape_record)
     logger.add(
         SCREEN.write,
-        format=CONSOLE_FORMAT if rank == 0 else RANK_FORMAT,
+        format=_choose_format(CONSOLE_FORMAT if rank == 0 else RANK_FORMAT),
         level=level if rank == 0 else "SUCCESS",
         filter=SCREEN.is_shown,
         colorize=is_terminal() and not os.environ.get("NO_COLOR"),
@@ -168,6 +174,18 @@ def _escape_record(record: "Record") -> None:
     record["message"] = escape_controls(record["message"], keep_lines="table" in record["extra"])
 
 
+def _choose_format(line: str) -> "str | Callable[[Record], str]":
+    """Return the format of console lines: under another language than English one that translates messages."""
+    if get_language() == "en":
+        return line
+
+    def format_translated(record: "Record") -> str:
+        record["extra"].setdefault("shown", translate(record["message"]))
+        return line.replace("{message}", "{extra[shown]}") + "\n{exception}"
+
+    return format_translated
+
+
 def is_terminal() -> bool:
     """Return whether standard error is a terminal. Under Slurm it counts as a file, as Slurm stores output in one."""
     terminal = os.environ.get("TERM", "dumb")
@@ -186,11 +204,33 @@ def warn_once(message: str, *values: object) -> None:
     logger.opt(depth=1).log("WARNING" if is_first else "DEBUG", message, *values)
 
 
-def log_table(table: RenderableType) -> None:
-    """Print a rich table on the console, and write it as text to the log file."""
+class TranslatedTable(Table):
+    """A rich table whose title, headings and first cells are in the user's language. Other cells may be the user's
+    texts and stay as they are."""
+
+    def __init__(self, *headers: str, title: str | None = None, **options: Any):
+        super().__init__(*map(translate_label, headers), title=translate(title) if title else title, **options)
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a row, like rich's."""
+        first, *others = cells or [None]
+        super().add_row(translate_label(first) if isinstance(first, str) else first, *others, **options)
+
+
+def log_table(table: RenderableType, translated: RenderableType | None = None) -> None:
+    """Print a rich table on the console, and write it as text to the log file.
+
+    Args:
+        translated: the same table in the user's language, which the console shows instead.
+    """
+    shown = table if translated is None else translated
+    logger.bind(table=shown, shown=f"\n{_format_table(shown)}").info("\n{}", _format_table(table))
+
+
+def _format_table(table: RenderableType) -> str:
     text = TextBuffer()
     Console(file=text, width=TEXT_WIDTH, force_terminal=False, color_system=None).print(table)
-    logger.bind(table=table).info("\n{}", text.getvalue().rstrip())
+    return text.getvalue().rstrip()
 
 
 def _quiet_libraries() -> None:

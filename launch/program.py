@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sdxl_trainer.configs.language.arguments import TranslatedParser
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import FailedError, UserInputError, escape_controls
 from sdxl_trainer.launch.failures import explain_failure
@@ -33,13 +35,14 @@ def require_checkout(program: str) -> None:
     """Exit and print the cure if Python imports a stale install instead of the checkout that holds `program`."""
     checkout, imported = Path(program).resolve().parent.parent, Path(__file__).resolve().parent.parent
     if checkout != imported:
-        sys.exit(
+        message = (
             f"Python imports sdxl_trainer from {imported}, not from {checkout};\n"
             f"run: pip uninstall -y sdxl-trainer && pip install -e {checkout}"
         )
+        sys.exit(translate(message))
 
 
-class RankParser(argparse.ArgumentParser):
+class RankParser(TranslatedParser):
     """An argument parser for ranks: only rank 0 prints, and the exit status is recorded."""
 
     def error(self, message: str) -> NoReturn:
@@ -94,7 +97,8 @@ def prepare_process() -> None:
     stop_with_launcher()
     if sys.getfilesystemencoding() != "utf-8" and _is_rank_zero():
         encoding = sys.getfilesystemencoding()
-        sys.stderr.write(f"the locale's file names are {encoding}, those of data are UTF-8: export PYTHONUTF8=1\n")
+        message = f"the locale's file names are {encoding}, those of data are UTF-8: export PYTHONUTF8=1"
+        sys.stderr.write(f"{translate(message)}\n")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a caption may hold characters that the locale does not know
@@ -109,23 +113,25 @@ def _run(work: Callable[[], None]) -> int:
             work()
     except UserInputError as error:
         if _is_rank_zero():
-            sys.stderr.write(f"\n{error}\n\n")
+            sys.stderr.write(f"\n{error.format()}\n\n")
             sys.stderr.flush()
         else:
             time.sleep(RANK_ZERO_SECONDS)
         return record_status(STATUS_WRONG_INPUT)
     except InterruptedAlone as request:
         clear_status()  # the launch script knows whether the signal came from the user or because a rank had died
-        sys.stderr.write(f"{request}, and other ranks do not answer; the same command resumes from what is saved\n")
+        message = f"{request}, and other ranks do not answer; the same command resumes from what is saved"
+        sys.stderr.write(f"{translate(message)}\n")
         return 128 + request.signal_number
     except Interrupted as request:
         if _is_rank_zero():
-            sys.stderr.write(f"{request}; everything done so far is saved; the same command resumes\n")
+            message = f"{request}; everything done so far is saved; the same command resumes"
+            sys.stderr.write(f"{translate(message)}\n")
         return record_status(128 + request.signal_number)
     except RankZeroError as error:
         return record_status(error.status)
     except FailedError as error:
-        sys.stderr.write(f"\n{escape_controls(str(error), keep_lines=True)}\n\n")
+        sys.stderr.write(f"\n{escape_controls(translate(str(error)), keep_lines=True)}\n\n")
         return record_status(STATUS_FAILED)
     except (OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
         explanation = explain_failure(error)
@@ -134,7 +140,7 @@ def _run(work: Callable[[], None]) -> int:
         from sdxl_trainer.launch.logger import log_traceback  # takes time that `--help` does not need
 
         log_traceback()
-        sys.stderr.write(f"\n{escape_controls(explanation)}\n\n")
+        sys.stderr.write(f"\n{escape_controls(translate(explanation))}\n\n")
         return record_status(STATUS_FAILED)
     return record_status(STATUS_DONE)
 

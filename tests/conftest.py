@@ -5,6 +5,7 @@ import os
 # Before torch is imported. One thread, as the launch scripts give each rank: kernels on several threads may round
 # differently with the size of the batch.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["LANGUAGE"] = "en"  # tests look for English messages, in any locale
 
 import shutil
 import signal

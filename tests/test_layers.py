@@ -23,7 +23,7 @@ ROOMS = {
         *("objective", "networks", "optim", "engine", "checkpoint", "sampling"),
         *("report", "export", "estimates", "tiny", "run", "doctor"),
     ),
-    "configs": ("kohya",),
+    "configs": ("language", "kohya"),
     "launch": (),
 }
 SOURCES = {

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 try:
+    from sdxl_trainer.configs.language.arguments import TranslatedParser
     from sdxl_trainer.configs.paths import parse_path
     from sdxl_trainer.launch.program import require_checkout, run_program
 except ImportError:
@@ -19,7 +20,7 @@ python train/convert.py runs/x/checkpoints/step-00001000 model.safetensors [--dt
 
 def build_convert_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = TranslatedParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "source",
         type=parse_path,

@@ -13,12 +13,11 @@ import orjson
 from loguru import logger
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.launch.distributed import Ranks, publish, read_published
-from sdxl_trainer.launch.logger import SCREEN, is_terminal
+from sdxl_trainer.launch.logger import SCREEN, TranslatedTable, is_terminal
 
 BAR_INTERVAL_SECONDS = 0.5
 # The first log line comes early because it holds the time left.
@@ -158,7 +157,7 @@ def write_cache_report(folder: Path, ranks: Sequence[RankProgress], entries: Map
 
 
 def _print_report(folder: Path, report: Mapping[str, Any]) -> None:
-    totals = Table(title=f"latent cache {folder}", show_header=False)
+    totals = TranslatedTable(title=f"latent cache {folder}", show_header=False)
     rows = {
         "latents in the cache": report["cached"],
         "encoded now": report["encoded"],
@@ -170,7 +169,7 @@ def _print_report(folder: Path, report: Mapping[str, Any]) -> None:
     }
     for name, value in rows.items():
         totals.add_row(name, str(value))
-    buckets = Table("bucket", "latents", title="buckets")
+    buckets = TranslatedTable("bucket", "latents", title="buckets")
     for name, count in report["buckets"].items():
         buckets.add_row(name, str(count))
     Console(stderr=True).print(totals, buckets)

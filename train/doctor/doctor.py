@@ -4,7 +4,6 @@ Each finding is a line that starts with `ok`, or with `WRONG` and gives a cure. 
 examined (launch/machine.py). The program is part of train/ because it runs the checks of training.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
+from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, parse_count
@@ -143,7 +143,7 @@ def read_num_ranks() -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, print all findings, and return the exit status (0 no faults, 1 faults)."""
-    parser = argparse.ArgumentParser(description="Examine machine, settings and data before training.")
+    parser = TranslatedParser(description="Examine machine, settings and data before training.")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; without them, only the machine")
     parser.add_argument(
         "--ranks",

@@ -16,11 +16,13 @@ from datetime import timedelta
 
 import torch
 from loguru import logger
+from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
@@ -68,20 +70,21 @@ class Display:
         width = options.max_width - FRAME_COLUMNS
         text = Text(no_wrap=True, overflow="ellipsis")
         self._add_bar(text, width, not options.ascii_only)
-        label_columns = max(map(len, [*self.left, *self.right, *self.lines])) + GAP_COLUMNS
-        right_label_columns = max(map(len, self.right)) + GAP_COLUMNS
-        for (name, value), (right_name, right_value) in zip(self.left.items(), self.right.items(), strict=True):
+        left, right, lines = map(translate_rows, (self.left, self.right, self.lines))
+        label_columns = max(map(cell_len, [*left, *right, *lines])) + GAP_COLUMNS
+        right_label_columns = max(map(cell_len, right)) + GAP_COLUMNS
+        for (name, value), (right_name, right_value) in zip(left.items(), right.items(), strict=True):
             if width < MIN_COLUMNS_FOR_PAIRS:
                 _add_row(text, name, label_columns, value)
                 _add_row(text, right_name, label_columns, right_value)
             else:
-                _add_row(text, name, label_columns, value.ljust(width // 2 - label_columns))
-                text.append(right_name.ljust(right_label_columns), "dim").append(right_value, "bold")
-        for name, value in self.lines.items():
+                _add_row(text, name, label_columns, _pad(value, width // 2 - label_columns))
+                text.append(_pad(right_name, right_label_columns), "dim").append(right_value, "bold")
+        for name, value in lines.items():
             value_columns = max(width - label_columns, MIN_COLUMNS_TO_WRAP)
-            for number, part in enumerate(textwrap.wrap(value, value_columns, break_on_hyphens=False)):
+            for number, part in enumerate(_wrap(value, value_columns)):
                 _add_row(text, "" if number else name, label_columns, part)
-        title, subtitle = Text(self.title, "bold"), Text(self.subtitle)
+        title, subtitle = Text(translate(self.title), "bold"), Text(self.subtitle)
         yield Panel(
             text, title=title, subtitle=subtitle, title_align="left", subtitle_align="right", border_style="cyan"
         )
@@ -95,7 +98,24 @@ class Display:
 
 
 def _add_row(text: Text, name: str, label_columns: int, value: str) -> None:
-    text.append("\n" + name.ljust(label_columns), "dim").append(value, "bold")
+    text.append("\n" + _pad(name, label_columns), "dim").append(value, "bold")
+
+
+def _pad(text: str, columns: int) -> str:
+    """Return a text with spaces up to `columns`; Chinese characters take two each."""
+    return text + " " * (columns - cell_len(text))
+
+
+def _wrap(text: str, columns: int) -> list[str]:
+    """Return the lines of a text on `columns` columns. In a wide script a line may end behind each character."""
+    if text.isascii():
+        return textwrap.wrap(text, columns, break_on_hyphens=False)
+    return [part for word in textwrap.wrap(text, 4 * columns) for part in chop_cells(word, columns)]
+
+
+def translate_rows(rows: Mapping[str, str]) -> dict[str, str]:
+    """Return rows of names and values in the user's language."""
+    return {translate_label(name): translate(value) for name, value in rows.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

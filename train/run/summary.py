@@ -9,10 +9,11 @@ from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.loading.counts import count_buckets
 from sdxl_trainer.launch.logger import log_table
-from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds
+from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds, translate_rows
 from sdxl_trainer.train.run.run import Run
 
 MAX_BUCKETS = 6
@@ -40,8 +41,8 @@ def show_start(run: Run) -> None:
         "steps": f"{train.max_steps:,}{resumed}: {format_count(train.max_steps * train.global_batch_size, 'sample')}",
         "folder": str(run.folder),
     }
-    log_table(build_summary_table(f"Training {config.run.name}", rows))
-    log_table(build_summary_table("Memory of a rank, estimated", run.memory.describe()))
+    log_summary(f"Training {config.run.name}", rows)
+    log_summary("Memory of a rank, estimated", run.memory.describe())
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:
@@ -68,7 +69,12 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
         "folder": str(run.folder),
     }
     name = run.config.run.name
-    log_table(build_summary_table(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows))
+    log_summary(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows)
+
+
+def log_summary(title: str, rows: Mapping[str, str]) -> None:
+    """Log a table of names and values; the console shows it in the user's language."""
+    log_table(build_summary_table(title, rows), build_summary_table(translate(title), translate_rows(rows)))
 
 
 def build_summary_table(title: str, rows: Mapping[str, str]) -> Table:

@@ -1,0 +1,172 @@
+"""Translation: finished texts find the message that they were made from, and what is the user's stays as it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_trainer.configs.language.catalogue import Entry, format_catalogue, read_catalogue
+from sdxl_trainer.configs.language.messages import extract_from_source
+from sdxl_trainer.configs.language.translate import Translator, choose_language, translate
+from sdxl_trainer.configs.language.update import list_faults, update_entries
+from sdxl_trainer.configs.problems import Problem, UserInputError
+
+MESSAGES = {
+    "no images in {folder}": "{folder} 中没有图片",
+    "{count:,} image": "{count} 张图片",
+    "{count:,} images": "{count} 张图片",
+    "{bad:,} of {total:,} images are bad, first {name}": "{total} 张图片中有 {bad} 张损坏，第一张是 {name}",
+    "skipped: {reason}": "已跳过：{reason}",
+    " of {total}": "，共 {total}",
+    "{left} of {right}": "{right} 的 {left}",
+    "run bash launch/cache.sh": "运行 bash launch/cache.sh",
+    "is damaged": "已损坏",
+    "needs {{a|b}}": "需要 {{a|b}}",
+    "bucket": "桶",
+}
+
+
+@pytest.fixture
+def translator() -> Translator:
+    return Translator([Entry(text=text, translation=translation) for text, translation in MESSAGES.items()])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no images in /data/a b", "/data/a b 中没有图片"),
+        ("1 image", "1 张图片"),
+        ("12,000 images", "12,000 张图片"),
+        ("7 of 1,000 images are bad, first x of y.png", "1,000 张图片中有 7 张损坏，第一张是 y.png 的 x"),
+        ("skipped: 3 images", "已跳过：3 张图片"),  # a message in a field
+        ("skipped: is damaged; run bash launch/cache.sh", "已跳过：已损坏；运行 bash launch/cache.sh"),
+        ("/data/x.npz: is damaged", "/data/x.npz: 已损坏"),  # put together at run time
+        ("is damaged\n  run bash launch/cache.sh\n\nx", "已损坏\n  运行 bash launch/cache.sh\n\nx"),
+        ("needs {a|b}", "需要 {a|b}"),
+        ("3 of 4", "4 的 3"),
+        # What is no message stays as it is: other sentences, names, single words, other forms of numbers.
+        ("a library of the system cannot be read", "a library of the system cannot be read"),
+        ("bucket", "bucket"),
+        ("many images", "many images"),
+        ("", ""),
+    ],
+)
+def test_finished_texts(translator: Translator, text: str, expected: str) -> None:
+    assert translator.translate(text) == expected
+
+
+def test_headings_may_be_single_words(translator: Translator) -> None:
+    assert translator.translate_label("bucket") == "桶" and translator.translate_label("is damaged") == "已损坏"
+
+
+def test_every_form_of_a_message_is_extracted() -> None:
+    source = '''
+"""A docstring of the module."""
+def check(config, files, bad):
+    """A docstring of the function."""
+    assert files, "for programmers only"
+    name = "one-word"
+    if "a text that is compared" in files:
+        raise ValueError(f"cannot open {config.run.folder!s:.100} " "at all" + (": no space" if bad else ""))
+    logger.info("read {} of {:,} files, {:.1%} bad", len(files), config.total, bad)
+    rule = f"holds {format_count(len(files), 'file')}{f' and {bad:g} more' if bad else ''}"
+    yield Problem("data.x", 3, rule, cure or "do so")
+    re.compile("a b|c d")
+'''
+    assert list(extract_from_source(source)) == [
+        "cannot open {folder:.100} at all: no space",
+        "cannot open {folder:.100} at all",
+        "read {files} of {total:,} files, {bad:.1%} bad",
+        "holds {files} and {bad:g} more",
+        "holds {files}",
+        "{count:,} file",
+        "{count:,} files",
+        "do so",
+    ]
+
+
+def test_the_catalogue_survives_editing_and_changes_of_the_sources(tmp_path: Path) -> None:
+    entries = [
+        Entry(text='a "quoted" \\ text\nof two lines', translation="两行\n「文本」", sources=("a.py", "b.py")),
+        Entry(text="{count:,} files were read in {seconds:.1f} s", translation="{seconds} 秒读取了 {count} 个文件"),
+        Entry(text="is gone from the sources", translation="没有了"),
+    ]
+    path = tmp_path / "zh_CN.po"
+    path.write_text(format_catalogue("zh_CN", entries), encoding="utf-8")
+    assert sorted(read_catalogue(path), key=lambda entry: entry.text) == sorted(entries, key=lambda entry: entry.text)
+    messages = {
+        entries[0].text: ("c.py",),
+        "{count:,} files were read in {minutes:.1f} min": ("a.py",),
+        "new one": ("a.py",),
+    }
+    updated = update_entries(entries, messages)
+    assert [(entry.translation, entry.sources, entry.is_fuzzy) for entry in updated] == [
+        (entries[0].translation, ("c.py",), False),
+        (entries[1].translation, ("a.py",), True),  # a similar message, to be checked
+        ("", ("a.py",), False),
+    ]
+    wrong = Entry(text="{a} and {b}", translation="{a} 和 {c}")
+    assert [fault.split(":")[0] for fault in list_faults([*updated, wrong])] == ["check", "translate", "other fields"]
+    assert Translator(updated).translate("3 files were read in 2.0 min") == "3 files were read in 2.0 min"
+
+
+@pytest.mark.parametrize(
+    ("variables", "language"),
+    [
+        ({}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, "en"),
+        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "zh_TW.UTF-8"}, "zh"),
+        ({"LANG": "de_DE.UTF-8"}, "en"),
+        ({"LANG": "de_DE.UTF-8", "LANGUAGE": "zh:en"}, "zh"),
+    ],
+)
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], language: str) -> None:
+    for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert choose_language() == language
+        assert choose_language("zh") == "zh" and choose_language("en") == "en"
+    finally:
+        choose_language("en")
+
+
+def test_a_setting_chooses_the_language_of_problems_and_english_reads_no_catalogue(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("log: {language: zh}\ntrain: {max_stepz: 3}\n")
+    program = """
+import sys
+from pathlib import Path
+from sdxl_trainer.configs.language.translate import load_translator
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.problems import UserInputError, raise_if_any
+for overrides in (["log.language=en"], []):
+    try:
+        raise_if_any(load_config(Path(sys.argv[1]), overrides)[1])
+    except UserInputError as error:
+        print(error.format())
+        print(load_translator.cache_info().currsize)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "x.yaml")]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, encoding="utf-8")
+    english = "1 problem in the settings:\n  - train.max_stepz = 3\n      is not a known key\n      cure: did you mean "
+    assert done.stdout.startswith(f"{english}train.max_steps?\n0\n配置中有 1 个问题：\n"), done.stdout
+    assert done.stdout.endswith("解决办法：是否应为 train.max_steps？\n1\n"), done.stdout
+
+
+def test_the_error_itself_stays_english() -> None:
+    error = UserInputError([Problem("data.x", 3, "is damaged", "run bash launch/cache.sh")])
+    choose_language("zh")
+    try:
+        assert str(error).splitlines()[1:] == [
+            "  - data.x = 3",
+            "      is damaged",
+            "      cure: run bash launch/cache.sh",
+        ]
+        assert translate("data.x") == "data.x"
+    finally:
+        choose_language("en")
