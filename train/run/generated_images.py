@@ -9,7 +9,12 @@ from PIL import Image
 
 from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.train.run.run import Run
-from sdxl_trainer.train.sampling.image_grid import build_image_grid, build_progress_strip, write_image
+from sdxl_trainer.train.sampling.image_grid import (
+    build_before_and_after,
+    build_image_grid,
+    build_progress_strip,
+    write_image,
+)
 from sdxl_trainer.train.sampling.pipeline import build_image_generator, generate_images
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
@@ -54,7 +59,7 @@ def write_generated_images(run: Run) -> None:
 
 
 def write_images(folder: Path, name: str, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> None:
-    """Write the images of a step, their grid, and the strip over all steps.
+    """Write the images of a step, their grid, the strip over all steps, and the comparison of the first and last step.
 
     Raises:
         OSError: a file cannot be written.
@@ -65,4 +70,7 @@ def write_images(folder: Path, name: str, prompts: Sequence[Prompt], images: Seq
     strip = build_progress_strip(folder)
     if strip is not None:
         write_image(folder / "strip.png", strip)
+    comparison = build_before_and_after(folder, [prompt.text for prompt in prompts])
+    if comparison is not None:
+        write_image(folder / "before-after.png", comparison)
     logger.info("generated images: {}", folder / f"{name}.png")

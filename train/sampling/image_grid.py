@@ -1,4 +1,4 @@
-"""Image grids: the generated images of one step, a strip over all steps, and a contact sheet with prompts."""
+"""Image grids: images of one step, a strip over all steps, first and last step compared, and contact sheets."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from sdxl_trainer.data.files import open_atomic
 GAP_PX = 4
 LABEL_PX = 14  # height of a line of text
 LABEL_LINES = 3
-STRIP_SIDE_PX = 256  # longest side of an image in a strip
+STRIP_SIDE_PX = 256  # longest side of an image in a strip or comparison
+PANEL_GAP_PX = 32  # between the two steps of a comparison
 MAX_COLUMNS = 16
 
 
@@ -60,6 +61,31 @@ def build_progress_strip(folder: Path) -> Image.Image | None:
             cells.append(load_thumbnail(step / name))
             labels.append(f"step {int(step.name.removeprefix('step-'))}" if name == names[-1] else "")
     return build_image_grid(cells, len(steps), labels) if cells else None
+
+
+def build_before_and_after(folder: Path, prompts: Sequence[str]) -> Image.Image | None:
+    """Build the comparison of a samples folder: the images of its first step on the left, of its last on the right.
+
+    Args:
+        prompts: text under each image.
+
+    Returns:
+        The comparison, or None if the folder does not hold images of two steps.
+    """
+    steps = select_step_folders(folder, 2)
+    names = [f"{number:03d}.png" for number in range(len(prompts))]
+    if len(steps) < 2 or not names:
+        return None
+    panels = [build_image_grid([load_thumbnail(step / name) for name in names], labels=prompts) for step in steps]
+    width, height = max(panel.width for panel in panels), max(panel.height for panel in panels)
+    comparison = Image.new("RGB", (2 * width + PANEL_GAP_PX, height + 2 * LABEL_PX), "white")
+    for number, (panel, step, word) in enumerate(zip(panels, steps, ("before", "after"), strict=True)):
+        left = number * (width + PANEL_GAP_PX)
+        draw_label(comparison, f"{word}: step {int(step.name.removeprefix('step-'))}", (left, 0), width)
+        comparison.paste(panel, (left, 2 * LABEL_PX))
+    line = width + PANEL_GAP_PX // 2
+    ImageDraw.Draw(comparison).line((line, 0, line, comparison.height), fill="grey", width=2)
+    return comparison
 
 
 def select_step_folders(folder: Path, max_count: int) -> list[Path]:

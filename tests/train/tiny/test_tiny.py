@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_demo_set, nearest_colour
+from sdxl_trainer.data.images.demo_set import (
+    BACKGROUNDS,
+    COLOURS,
+    NEW_SHAPES,
+    SHAPES,
+    draw_demo_set,
+    nearest_colour,
+    nearest_shape,
+)
 from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, VAE_WEIGHTS, build_tiny_sdxl, load_tiny_vae
 from sdxl_trainer.train.tiny.tokenizer import build_vocabulary, learn_merges, list_byte_symbols, write_tokenizers
 
@@ -169,3 +177,10 @@ def test_tiny_sdxl_depends_only_on_its_seed_and_keeps_the_random_state(model_fol
         name = file.relative_to(model_folder)
         assert file.read_bytes() == (again / name).read_bytes()
         assert (file.read_bytes() == (other / name).read_bytes()) == (name.parts[0] == "vae")
+
+
+def test_nearest_shape_finds_the_shape_of_every_image_old_and_new(tmp_path):
+    path = draw_demo_set(tmp_path, num_images=36, seed=5, shapes=(*SHAPES, *NEW_SHAPES))
+    for record in json.loads(path.read_text()).values():
+        image = np.asarray(Image.open(path.parent / record["image_path"]).convert("RGB"))
+        assert nearest_shape(image) == record["caption"].split()[2], record
