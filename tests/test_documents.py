@@ -15,7 +15,10 @@ from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 from sdxl_trainer.configs.load import iterate_keys
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "zh").glob("*.md")])
+CHINESE = {"README.md": "README.zh-CN.md"} | {
+    f"docs/{name}.md": f"docs/zh/{name}.md" for name in ("QUICKSTART", "DATA", "CACHE", "TRAINING")
+}
 CODE = ("configs", "launch", "data", "cache", "train")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
@@ -37,7 +40,7 @@ def test_the_page_of_kohyas_options_is_current() -> None:
         ), row
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_pages_name_what_there_is(page: Path) -> None:
     text = page.read_text()
     targets = [page.parent / target for target in LINK.findall(text)]
@@ -46,7 +49,7 @@ def test_pages_name_what_there_is(page: Path) -> None:
     assert [str(target) for target in targets if not target.exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_anchors_lead_to_headings_and_mentioned_pages_exist(page: Path) -> None:
     text = page.read_text()
     for target, anchor in ANCHOR.findall(text):
@@ -85,15 +88,25 @@ def list_blocks(page: str) -> list[tuple[str, list[str]]]:
     return [(language, [re.sub(r"\s+#.*", "", line) for line in body.splitlines()]) for language, body in blocks]
 
 
-def test_both_readmes_say_the_same() -> None:
-    """What a machine would read of them: commands, headings' levels, links, and names in code."""
-    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+def list_targets(page: Path) -> list[str]:
+    """The files that a page links to, each by its English name; not the other language's README."""
+    targets = {(page.parent / target).resolve() for target in LINK.findall(page.read_text())}
+    names = {target.relative_to(ROOT).as_posix().replace("docs/zh/", "docs/") for target in targets}
+    return sorted(names - {"README.md", "README.zh-CN.md"})
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_english_and_chinese_pages_say_the_same(name: str) -> None:
+    """What a machine would read of them: commands, headings' levels, and links; of the READMEs names in code, too."""
+    pages = [ROOT / name, ROOT / CHINESE[name]]
+    english, chinese = (page.read_text() for page in pages)
     assert list_blocks(english) == list_blocks(chinese) and len(list_blocks(english)) >= 5
     assert re.findall(r"^#+", english, re.MULTILINE) == re.findall(r"^#+", chinese, re.MULTILINE)
-    links = [sorted(set(LINK.findall(page)) - {"README.md", "README.zh-CN.md"}) for page in (english, chinese)]
+    links = [list_targets(page) for page in pages]
     assert links[0] == links[1]
-    names = [sorted(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)) for page in (english, chinese)]
-    assert names[0] == names[1]
+    if name == "README.md":
+        names = [sorted(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)) for page in (english, chinese)]
+        assert names[0] == names[1]
 
 
 def read_examples() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,9 @@ def test_the_page_of_settings_is_current():
     assert [key for key in leaves if f"| `{key}` |" not in page] == []
     # Every setting is explained: no row ends in an empty cell.
     assert [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")] == []
+    chinese, command = build_page("zh"), "python -m sdxl_trainer.configs.document --language zh > docs/zh/CONFIG.md"
+    assert (ROOT / "docs" / "zh" / "CONFIG.md").read_text() == chinese, command
+    assert re.findall(r"^(?:#+|\| `[\w.]+`)", chinese, re.M) == re.findall(r"^(?:#+|\| `[\w.]+`)", page, re.M)
 
 
 def test_suggested_keys_exist():
