@@ -33,7 +33,13 @@ from sdxl_trainer.cache.encode.encode_plan import (
     build_planner,
     build_share,
 )
-from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, estimate_work
+from sdxl_trainer.cache.encode.estimate import (
+    IMAGES_OF_DRY_RUN,
+    Estimate,
+    describe_seconds,
+    estimate_work,
+    report_opened_images,
+)
 from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
 from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress, write_cache_report
@@ -137,7 +143,9 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         ACTIVITY.enter("loading the networks")
         encoder = build_vae_encoder(config.cache, vae, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
-        report_estimate(estimate_work(plans, encoder, text_job, config.cache), ranks)
+        num_trials = -(-IMAGES_OF_DRY_RUN // ranks.world_size) if dry_run else 0
+        estimates = gather_objects(estimate_work(plans, encoder, text_job, config.cache, num_trials))
+        report_estimate(estimates, ranks)
         if not dry_run:
             if ranks.is_main:
                 write_identities(folder, identities)
@@ -146,8 +154,10 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             results = gather_objects(result)
             ACTIVITY.enter("finishing the cache")
             finish(config, folder, len(index) * len(plans), results, ranks)
-        elif ranks.is_main:
-            logger.info("dry run: no problem found up to the first image; nothing was written")
+        else:
+            with share_problems():
+                if ranks.is_main:
+                    report_opened_images(config.data, estimates, len(index) * len(plans))
     close_ranks()
 
 
@@ -220,9 +230,9 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[S
         raise UserInputError([Problem("cache.dir", folder, rule, cure)])
 
 
-def report_estimate(own: Estimate, ranks: Ranks) -> None:
+def report_estimate(estimates: Sequence[Estimate], ranks: Ranks) -> None:
     """Log the estimated time of the slowest rank."""
-    slowest = max(gather_objects(own), key=lambda estimate: estimate.seconds)
+    slowest = max(estimates, key=lambda estimate: estimate.seconds)
     if ranks.is_main and slowest.seconds:
         captions = f", captions {describe_seconds(slowest.text_seconds)}" if slowest.text_seconds else ""
         logger.info(

@@ -1,36 +1,56 @@
-"""Estimate the job's duration before it starts, by decoding a few images and encoding one batch as a trial."""
+"""Estimate the job's duration before it starts, by decoding a few images and encoding one batch as a trial.
+
+A dry run decodes more images, and reports how many of them cannot be used.
+"""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from loguru import logger
 
 from sdxl_trainer.cache.encode.decoder import WorkItem, prepare_item
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.cache.encode.latent_encoder import Encoder
 from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CAPTION_GROUP
-from sdxl_trainer.configs.schema import CacheConfig
+from sdxl_trainer.configs.problems import UserInputError, join_reasons
+from sdxl_trainer.configs.schema import CacheConfig, DataConfig
+from sdxl_trainer.data.checks.records import build_source_problem
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError
 from sdxl_trainer.data.order.even_selection import select_evenly
 
 IMAGES_PER_WORKER = 4  # enough to even out single slow images
+IMAGES_OF_DRY_RUN = 512  # of all ranks and resolutions: half a minute for photos on four cores
+MAX_NAMED = 5  # images that cannot be used
 SIDE_STEP_PX = 64
 
 Clock = Callable[[], float]
 
 
+class DecodingTrial(NamedTuple):
+    """Result of decoding some of the images to encode."""
+
+    seconds: float  # of the whole trial
+    num_images: int
+    bad: list[str]  # reasons why images cannot be used
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one rank's work. Decoding runs at the same time as the encoding."""
+    """Seconds of one rank's work, and the images of its trial. Decoding runs at the same time as the encoding."""
 
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
     text_seconds: float = 0.0
+    num_images: int = 0  # to encode
+    num_tried: int = 0  # images of the trial
+    bad: tuple[str, ...] = ()  # reasons why some of these images cannot be used
 
     @property
     def seconds(self) -> float:
@@ -38,40 +58,78 @@ class Estimate:
         return max(self.decode_seconds, self.encode_seconds + self.text_seconds)
 
 
-def estimate_work(plans: Sequence[EncodePlan], encoder: Encoder, text: TextJob | None, cache: CacheConfig) -> Estimate:
+def estimate_work(
+    plans: Sequence[EncodePlan], encoder: Encoder, text: TextJob | None, cache: CacheConfig, num_images: int = 0
+) -> Estimate:
     """Estimate the duration of this rank's work from a small trial.
 
     Ranks of one machine should run their trials at the same time, because they share its cores and disks.
+
+    Args:
+        num_images: images to decode, if these are more than the duration needs.
     """
     decode = encode = captions = 0.0
+    num_tried, bad = 0, []
     for plan in plans:
         if plan.items:
-            decode += len(plan.items) * time_decoding(plan.items, plan.rule, cache.num_workers)
+            number = max(-(-num_images // len(plans)), cache.num_workers * IMAGES_PER_WORKER)
+            trial = try_decoding(plan.items, plan.rule, number, cache.num_workers)
+            decode += len(plan.items) * trial.seconds / trial.num_images
+            num_tried, bad = num_tried + trial.num_images, bad + trial.bad
             side = math.isqrt(plan.num_pixels // len(plan.items))
             encode += plan.num_pixels * time_encoding(encoder, side, cache.batch_size)
         captions += len(plan.texts) + sum(item.with_text for item in plan.items)
-    if text is None or not captions:
-        return Estimate(decode, encode)
-    return Estimate(decode, encode, captions * text.variants.count * time_captions(text))
+    text_seconds = captions * text.variants.count * time_captions(text) if text is not None and captions else 0.0
+    return Estimate(decode, encode, text_seconds, sum(len(plan.items) for plan in plans), num_tried, tuple(bad))
 
 
-def time_decoding(
-    items: Sequence[WorkItem], rule: BucketRule, num_workers: int, clock: Clock = time.monotonic
-) -> float:
-    """Measure the seconds per image with `num_workers` threads, on evenly spaced items."""
+def try_decoding(
+    items: Sequence[WorkItem],
+    rule: BucketRule,
+    num_images: int,
+    num_workers: int,
+    clock: Clock = time.monotonic,
+) -> DecodingTrial:
+    """Decode evenly spaced items with `num_workers` threads, and measure the time."""
     buckets = list_buckets(rule)
-    chosen = [items[place] for place in select_evenly(len(items), num_workers * IMAGES_PER_WORKER)]
+    chosen = [items[place] for place in select_evenly(len(items), num_images)]
 
-    def decode(item: WorkItem) -> None:
+    def decode(item: WorkItem) -> str:
         try:
             prepare_item(item, rule, buckets)
-        except BadImageError:
-            pass  # the job itself reports bad images
+        except BadImageError as error:
+            return str(error)
+        return ""
 
     with ThreadPoolExecutor(num_workers) as pool:
         started = clock()
-        list(pool.map(decode, chosen))
-        return (clock() - started) / len(chosen)
+        reasons = list(pool.map(decode, chosen))
+        return DecodingTrial(clock() - started, len(chosen), list(filter(None, reasons)))
+
+
+def report_opened_images(data: DataConfig, estimates: Sequence[Estimate], num_images: int) -> None:
+    """Log how many images of all ranks' trials can be used, at the end of a dry run.
+
+    Args:
+        estimates: of each rank.
+        num_images: images at all resolutions, of which `data.max_bad_fraction` may be bad.
+
+    Raises:
+        UserInputError: so many cannot be used that the job would fail.
+    """
+    num_tried, num_to_do = sum(each.num_tried for each in estimates), sum(each.num_images for each in estimates)
+    bad = [text for each in estimates for text in each.bad]
+    if bad:
+        rule = f"{len(bad):,} of {num_tried:,} images that were opened, of {num_to_do:,} to encode, cannot be used"
+        reasons = join_reasons(bad, MAX_NAMED)
+        if len(bad) / num_tried * num_to_do > data.max_bad_fraction * num_images:
+            rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows:\n      {reasons}"
+            cure = "correct the paths or the files, or raise data.max_bad_fraction"
+            raise UserInputError([build_source_problem(data, rule, cure)])
+        logger.warning("{}; the job will skip such images:\n      {}", rule, reasons)
+    elif num_tried:
+        logger.info("opened {:,} of the {:,} images to encode: all can be used", num_tried, num_to_do)
+    logger.info("dry run: no problem found up to the first image; nothing was written")
 
 
 def time_encoding(encoder: Encoder, side_px: int, batch_size: int, clock: Clock = time.monotonic) -> float:

@@ -1,17 +1,17 @@
 """Contact sheet: one image of several samples with their captions."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.images.fonts import Lettering
 
 CELL_PX = 320
 GAP_PX = 8
@@ -54,13 +54,11 @@ def decode_samples(
 
 def draw_sheet(decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> Image.Image:
     """Draw the samples in rows, each scaled into a square cell with its number, sizes and caption below."""
-    font = ImageFont.load_default(FONT_PX)
-    line_px = FONT_PX + 3
-    height = CELL_PX + (NUM_LINES + 1) * line_px
+    lettering = Lettering(FONT_PX)
+    height = CELL_PX + (NUM_LINES + 1) * lettering.line_px
     columns = min(COLUMNS, len(decoded))
     rows = -(-len(decoded) // columns)
     sheet = Image.new("RGB", (columns * (CELL_PX + GAP_PX) + GAP_PX, rows * (height + GAP_PX) + GAP_PX), "white")
-    draw = ImageDraw.Draw(sheet)
     for place, (sample, pixels) in enumerate(decoded):
         left = GAP_PX + place % columns * (CELL_PX + GAP_PX)
         top = GAP_PX + place // columns * (height + GAP_PX)
@@ -69,7 +67,7 @@ def draw_sheet(decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> Image.Ima
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         sheet.paste(image, (left + (CELL_PX - image.width) // 2, top + (CELL_PX - image.height) // 2))
         text = f"bad: {sample.bad}" if sample.bad else sample.caption or "(empty)"
-        lines = [f"{place}: {sample.note}", *textwrap.wrap(text, CELL_PX * 2 // FONT_PX)]
-        for number, line in enumerate(lines[: NUM_LINES + 1]):
-            draw.text((left, top + CELL_PX + number * line_px), line, fill="black", font=font)
+        lines = lettering.wrap(f"{place}: {sample.note}", CELL_PX, 1) + lettering.wrap(text, CELL_PX, NUM_LINES)
+        for number, line in enumerate(lines):
+            lettering.draw(sheet, (left, top + CELL_PX + number * lettering.line_px), line)
     return sheet

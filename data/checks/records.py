@@ -21,6 +21,8 @@ from sdxl_trainer.data.order.regularisation import check_regularisation
 from sdxl_trainer.data.order.source_weights import check_source_weights
 from sdxl_trainer.data.stores.remote import is_remote
 
+MAX_NAMED = 5  # records that a warning names; launch/preview.sh lists all
+
 
 class OpenedIndex(NamedTuple):
     """An index and all problems found in it; `index` is None if it cannot be opened or is empty."""
@@ -50,10 +52,10 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
             data.masks,
         )
     except ValueError as error:
-        return OpenedIndex(None, [_build_source_problem(data, str(error), "correct the data")])
+        return OpenedIndex(None, [build_source_problem(data, str(error), "correct the data")])
     if len(index) == 0:
         cure = "check the path and the file types"
-        return OpenedIndex(None, [_build_source_problem(data, "holds no images", cure)])
+        return OpenedIndex(None, [build_source_problem(data, "holds no images", cure)])
     warn_about_records(data, index)
     caption_problems = list(check_captions(data, index))
     if not need_captions:
@@ -91,13 +93,10 @@ def check_captions(data: DataConfig, index: Index) -> Iterator[Problem]:
     num_uncaptioned = count_uncaptioned(index)
     if num_uncaptioned == len(index):
         cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each image"
-        yield _build_source_problem(data, f"holds {len(index)} images and not one caption", cure)
+        yield build_source_problem(data, f"holds {len(index)} images and not one caption", cure)
     elif num_uncaptioned and data.on_missing_caption == "error":
-        rows = np.flatnonzero(~index.column("captioned"))[:MAX_SHOWN].tolist()
-        keys = index.arrow_column("key")
-        shown = ", ".join(str(keys[row]) for row in rows) + (", ..." if num_uncaptioned > MAX_SHOWN else "")
         cure = "give them captions, or set data.on_missing_caption to skip or empty"
-        rule = f"{num_uncaptioned} records have no caption: {shown}"
+        rule = f"{num_uncaptioned} records have no caption: {name_rows(index, ~index.column('captioned'), MAX_SHOWN)}"
         yield Problem("data.on_missing_caption", "error", rule, cure)
 
 
@@ -105,11 +104,23 @@ def warn_about_records(data: DataConfig, index: Index) -> None:
     """Log how many records lack an image size or a caption, unless `check_captions` yields a problem for it."""
     num_unsized = int((index.column("width") == 0).sum()) if data.metadata else 0
     if num_unsized:
-        logger.warning("{} of {} records have no original_size", num_unsized, len(index))
+        named = name_rows(index, index.column("width") == 0, MAX_NAMED)
+        logger.warning("{} of {} records have no original_size: {}", num_unsized, len(index), named)
     num_uncaptioned, choice = count_uncaptioned(index), data.on_missing_caption
     if 0 < num_uncaptioned < len(index) and choice != "error":
         treatment = {"empty": "are trained with the empty caption", "skip": "are skipped"}[choice]
-        logger.warning("{} of {} records have no caption and {}", num_uncaptioned, len(index), treatment)
+        named = name_rows(index, ~index.column("captioned"), MAX_NAMED)
+        logger.warning("{} of {} records have no caption and {}: {}", num_uncaptioned, len(index), treatment, named)
+
+
+def name_rows(index: Index, selected: np.ndarray, limit: int) -> str:
+    """Return the keys of selected rows as text, at most `limit` of them, and dots if there are more.
+
+    Args:
+        selected: [N] bool.
+    """
+    rows, keys = np.flatnonzero(selected), index.arrow_column("key")
+    return ", ".join(str(keys[row]) for row in rows[:limit].tolist()) + (", ..." if len(rows) > limit else "")
 
 
 def count_uncaptioned(index: Index) -> int:
@@ -131,7 +142,7 @@ def find_key_clash(index: Index, prefixes: Sequence[str]) -> str | None:
     return None
 
 
-def _build_source_problem(data: DataConfig, rule: str, cure: str) -> Problem:
+def build_source_problem(data: DataConfig, rule: str, cure: str) -> Problem:
     """Build a problem of `data.metadata`, or of `data.image_dirs` if no metadata is set."""
     key = "data.metadata" if data.metadata else "data.image_dirs"
     paths: Sequence[Any] = data.metadata or data.image_dirs

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would keep all figures and look for a screen
+from matplotlib.text import Text
 
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.data.images.fonts import find_face, hint_at_fonts
 from sdxl_trainer.train.report.metrics import read_all_metrics
 
 PALE, STRONG, OTHER = "#9db4c8", "#1f5c99", "#c2571a"
@@ -230,6 +233,19 @@ def draw_tokens(numbers: RunNumbers) -> Chart | None:
         f"{tokens['max_tokens']} and are truncated"
     )
     return Chart("tokens", "Length of captions", text, figure)
+
+
+def set_fonts(figure: Figure) -> None:
+    """Let each text of a figure that is not plain ASCII use the system's fonts that have its characters."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if not (words := text.get_text()).isascii():
+            files = {face.file for face in map(find_face, words) if face is not None}
+            hint_at_fonts(char for char in words if not char.isascii() and find_face(char) is None)
+            for file in sorted(files):
+                font_manager.fontManager.addfont(file)
+            names = [font_manager.FontProperties(fname=file).get_name() for file in sorted(files)]
+            text.set_fontfamily(["DejaVu Sans", *names])
 
 
 def build_figure(y_label: str, x_label: str = "step") -> tuple[Figure, Axes]:

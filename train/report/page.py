@@ -30,9 +30,10 @@ from sdxl_trainer.train.report.charts import (
     RunNumbers,
     draw_charts,
     read_series,
+    set_fonts,
     smooth,
 )
-from sdxl_trainer.train.sampling.image_grid import select_step_folders
+from sdxl_trainer.train.sampling.image_grid import read_prompt, select_step_folders
 
 NICENESS = 10  # of a report written during training, so that the loader's workers have priority
 THUMBNAIL_PX = 160  # longer side of a generated image on the page
@@ -126,6 +127,7 @@ def list_facts(numbers: RunNumbers) -> dict[str, str]:
 def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
     """Write a chart as a PNG with a transparent background, and return it for embedding."""
     buffer = io.BytesIO()
+    set_fonts(chart.figure)
     chart.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, transparent=True)
     write_atomic(file, buffer.getvalue())
     width, height = (round(side * DOTS_PER_INCH) for side in SIZE_INCHES)
@@ -149,7 +151,7 @@ def read_generated_image(file: Path, step: int) -> tuple[EmbeddedImage | None, s
     """Return a thumbnail of a generated image and its prompt; None and "" if the file is missing or cannot be read."""
     try:
         with Image.open(file) as image:
-            prompt = str(image.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
+            prompt = read_prompt(image)
             image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "WEBP", quality=WEBP_QUALITY, method=2)

@@ -1,19 +1,29 @@
 """Image grids: images of one step, a strip over all steps, first and last step compared, and contact sheets."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.data.images.fonts import Lettering
 
 GAP_PX = 4
-LABEL_PX = 14  # height of a line of text
-LABEL_LINES = 3
-STRIP_SIDE_PX = 256  # longest side of an image in a strip or comparison
+MIN_FONT_PX, MAX_FONT_PX = 12, 24  # of labels; in between, they are sized by the images
+CELLS_A_FONT = 40  # font sizes in the width of an image
+LABEL_LINES, PROMPT_LINES = 3, 2
+STRIP_SIDE_PX = 256  # widest image in a strip or comparison
 PANEL_GAP_PX = 32  # between the two steps of a comparison
 MAX_COLUMNS = 16
+GREY = (225, 225, 225)  # of cells of a strip without an image
+
+
+class GeneratedImage(NamedTuple):
+    """A thumbnail of a generated image, and its prompt, "" if the file holds none."""
+
+    image: Image.Image
+    prompt: str
 
 
 def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
@@ -26,41 +36,79 @@ def build_image_grid(images: Sequence[Image.Image], columns: int = 0, labels: Se
     columns = columns or -(-len(images) // max(1, int(len(images) ** 0.5)))
     width = max(image.width for image in images)
     tallest = max(image.height for image in images)
-    height = tallest + (LABEL_LINES * LABEL_PX if labels else 0)
+    lettering = choose_lettering(width)
+    height = tallest + (LABEL_LINES * lettering.line_px if labels else 0)
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + GAP_PX) - GAP_PX, rows * (height + GAP_PX) - GAP_PX), "white")
     for number, image in enumerate(images):
         left, top = number % columns * (width + GAP_PX), number // columns * (height + GAP_PX)
         grid.paste(image, (left + (width - image.width) // 2, top + (tallest - image.height) // 2))
-        if labels:
-            draw_label(grid, labels[number], (left, top + tallest), width)
+        for line_number, line in enumerate(lettering.wrap(labels[number], width, LABEL_LINES) if labels else ()):
+            lettering.draw(grid, (left, top + tallest + line_number * lettering.line_px), line)
     return grid
 
 
-def draw_label(grid: Image.Image, text: str, top_left: tuple[int, int], width_px: int) -> None:
-    """Draw a label on a grid, wrapped to a width and truncated after three lines."""
-    lines = textwrap.wrap(text, max(8, width_px // 6))
-    if len(lines) > LABEL_LINES:
-        lines = [*lines[: LABEL_LINES - 1], lines[LABEL_LINES - 1] + " ..."]
-    # The default font has no letters beyond Latin-1; Pillow would draw boxes for them or raise.
-    latin_text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
-    font = ImageFont.load_default()
-    ImageDraw.Draw(grid).multiline_text(top_left, latin_text, fill="black", font=font, spacing=2)
+def choose_lettering(width_px: int) -> Lettering:
+    """Choose the size of the labels of images of a width."""
+    return Lettering(min(MAX_FONT_PX, max(MIN_FONT_PX, width_px // CELLS_A_FONT)))
 
 
 def build_progress_strip(folder: Path) -> Image.Image | None:
-    """Build the strip of a samples folder: a row for each prompt and a column for each step.
+    """Build the strip of a samples folder: a row for each prompt, below its text, and a column for each step.
 
-    At most 16 steps are shown, evenly spaced, the first and the last included. Returns None if there are no images.
+    Images touch each other. At most 16 steps are shown, evenly spaced, the first and the last included. Returns None
+    if there are no images.
     """
     steps = select_step_folders(folder, MAX_COLUMNS)
     names = sorted({path.name for step in steps for path in step.glob("*.png")})
-    cells, labels = [], []
-    for name in names:
-        for step in steps:
-            cells.append(load_thumbnail(step / name))
-            labels.append(f"step {int(step.name.removeprefix('step-'))}" if name == names[-1] else "")
-    return build_image_grid(cells, len(steps), labels) if cells else None
+    rows = {name: [load_generated_image(step / name) for step in steps] for name in names}
+    rows = {name: row for name, row in rows.items() if any(row)}
+    if not rows:
+        return None
+    width = min(STRIP_SIDE_PX, max(cell.image.width for row in rows.values() for cell in row if cell is not None))
+    bands = [_draw_steps(steps, width)]
+    for name, row in rows.items():
+        prompt = next((cell.prompt for cell in reversed(row) if cell is not None and cell.prompt), name)
+        bands += [_draw_prompt(prompt, width * len(steps)), _join_row([cell and cell.image for cell in row], width)]
+    strip = Image.new("RGB", (width * len(steps), sum(band.height for band in bands)), "white")
+    top = 0
+    for band in bands:
+        strip.paste(band, (0, top))
+        top += band.height
+    return strip
+
+
+def _draw_steps(steps: Sequence[Path], width_px: int) -> Image.Image:
+    """Draw the numbers of the steps, each above the middle of its column."""
+    lettering = choose_lettering(width_px)
+    band = Image.new("RGB", (width_px * len(steps), lettering.line_px), "white")
+    for number, step in enumerate(steps):
+        label = f"step {int(step.name.removeprefix('step-'))}"
+        if lettering.measure(label) > width_px:
+            label = label.removeprefix("step ")
+        lettering.draw(band, ((number + 0.5) * width_px - lettering.measure(label) / 2, 0), label)
+    return band
+
+
+def _draw_prompt(prompt: str, width_px: int) -> Image.Image:
+    """Draw a prompt in at most two lines across the strip."""
+    lettering = choose_lettering(STRIP_SIDE_PX)
+    lines = lettering.wrap(prompt, width_px, PROMPT_LINES)
+    band = Image.new("RGB", (width_px, len(lines) * lettering.line_px + GAP_PX), "white")
+    for number, line in enumerate(lines):
+        lettering.draw(band, (0, number * lettering.line_px), line)
+    return band
+
+
+def _join_row(images: Sequence[Image.Image | None], width_px: int) -> Image.Image:
+    """Place images side by side, each scaled to a width; None leaves a grey cell."""
+    scaled = [image and image.resize((width_px, -(-image.height * width_px // image.width))) for image in images]
+    height = max(image.height for image in scaled if image is not None)
+    row = Image.new("RGB", (width_px * len(images), height), GREY)
+    for number, image in enumerate(scaled):
+        if image is not None:
+            row.paste(image, (number * width_px, (height - image.height) // 2))
+    return row
 
 
 def build_before_and_after(folder: Path, prompts: Sequence[str]) -> Image.Image | None:
@@ -76,13 +124,17 @@ def build_before_and_after(folder: Path, prompts: Sequence[str]) -> Image.Image 
     names = [f"{number:03d}.png" for number in range(len(prompts))]
     if len(steps) < 2 or not names:
         return None
-    panels = [build_image_grid([load_thumbnail(step / name) for name in names], labels=prompts) for step in steps]
+    blank = Image.new("RGB", (1, 1), "white")  # in place of an image that is missing
+    loaded = [[load_generated_image(step / name) for name in names] for step in steps]
+    panels = [build_image_grid([cell.image if cell else blank for cell in row], labels=prompts) for row in loaded]
     width, height = max(panel.width for panel in panels), max(panel.height for panel in panels)
-    comparison = Image.new("RGB", (2 * width + PANEL_GAP_PX, height + 2 * LABEL_PX), "white")
+    lettering = choose_lettering(width)
+    title_px = 2 * lettering.line_px
+    comparison = Image.new("RGB", (2 * width + PANEL_GAP_PX, height + title_px), "white")
     for number, (panel, step, word) in enumerate(zip(panels, steps, ("before", "after"), strict=True)):
         left = number * (width + PANEL_GAP_PX)
-        draw_label(comparison, f"{word}: step {int(step.name.removeprefix('step-'))}", (left, 0), width)
-        comparison.paste(panel, (left, 2 * LABEL_PX))
+        lettering.draw(comparison, (left, 0), f"{word}: step {int(step.name.removeprefix('step-'))}")
+        comparison.paste(panel, (left, title_px))
     line = width + PANEL_GAP_PX // 2
     ImageDraw.Draw(comparison).line((line, 0, line, comparison.height), fill="grey", width=2)
     return comparison
@@ -96,13 +148,20 @@ def select_step_folders(folder: Path, max_count: int) -> list[Path]:
     return [steps[round(number * (len(steps) - 1) / (max_count - 1))] for number in range(max_count)]
 
 
-def load_thumbnail(path: Path) -> Image.Image:
-    """Load a thumbnail of an image, or a white pixel if the file does not exist."""
-    if not path.is_file():
-        return Image.new("RGB", (1, 1), "white")
-    with Image.open(path) as image:
-        image.thumbnail((STRIP_SIDE_PX, STRIP_SIDE_PX))
-        return image.convert("RGB")
+def load_generated_image(path: Path) -> GeneratedImage | None:
+    """Load a thumbnail of a generated image and its prompt; None if the file is missing or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            prompt = read_prompt(image)
+            image.thumbnail((STRIP_SIDE_PX, 4 * STRIP_SIDE_PX))
+            return GeneratedImage(image.convert("RGB"), prompt)
+    except OSError:
+        return None
+
+
+def read_prompt(image: Image.Image) -> str:
+    """Return the prompt in the description that `write_image` stored; "" if there is none."""
+    return str(image.info.get("parameters", "")).partition("\nNegative prompt: ")[0]
 
 
 def write_image(path: Path, image: Image.Image, description: str = "") -> None:

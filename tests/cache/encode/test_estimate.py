@@ -1,5 +1,6 @@
 """The cache job's estimate of its duration."""
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from cache_samples import RULE, run_job, write_settings
 from PIL import Image
 
 from sdxl_trainer.cache.encode.decoder import WorkItem
-from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, time_decoding, time_encoding
+from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, time_encoding, try_decoding
 from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch
 from sdxl_trainer.data.formats.manifest import read_latest
 
@@ -43,7 +44,7 @@ def test_the_time_per_pixel_excludes_the_first_batch(side, trial_side):
     assert device.shape == (3, trial_side, trial_side, 3)
 
 
-def test_decoding_is_timed_on_evenly_spaced_images_and_bad_ones_are_ignored(tmp_path):
+def test_decoding_is_timed_on_evenly_spaced_images_and_bad_ones_are_named(tmp_path):
     ticks = iter((5.0, 13.0))
     items = []
     for number in range(100):
@@ -53,7 +54,9 @@ def test_decoding_is_timed_on_evenly_spaced_images_and_bad_ones_are_ignored(tmp_
             Image.new("RGB", (128, 128)).save(path) if number else path.write_bytes(b"no image")
         else:
             path.symlink_to(path)  # reading it would raise an unexpected error
-    assert time_decoding(items, RULE, 1, lambda: next(ticks)) == 8 / 4
+    trial = try_decoding(items, RULE, 4, 1, lambda: next(ticks))
+    assert (trial.seconds, trial.num_images) == (8, 4)
+    assert [reason.partition(": ")[0] for reason in trial.bad] == [str(tmp_path / "0.png")]
 
 
 def test_the_duration_is_that_of_the_slower_of_decoding_and_encoding():
@@ -95,3 +98,31 @@ def test_the_estimate_is_logged_before_the_start_and_by_a_dry_run(tmp_path, tiny
     assert len(read_latest(tmp_path / "latents")) == 2
     assert run_job(settings) == 0
     assert "estimated time" not in capsys.readouterr().err  # nothing to encode
+
+
+def test_a_dry_run_opens_images_and_fails_where_the_job_would(tmp_path, tiny_folder, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        Image.new("RGB", (128, 128)).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text("an image")
+    settings = write_settings(tmp_path, tiny_folder / "model")
+    assert run_job(settings, "--dry-run") == 0
+    assert "opened 6 of the 6 images to encode: all can be used" in capsys.readouterr().err
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
+    assert run_job(settings, "--dry-run", "data.max_bad_fraction=0.2") == 0
+    printed = capsys.readouterr().err
+    assert "1 of 6 images that were opened, of 6 to encode, cannot be used" in printed and "3.png: " in printed
+    assert run_job(settings, "--dry-run", "data.max_bad_fraction=0.1") == 2
+    printed = capsys.readouterr().err
+    assert "data.image_dirs" in printed and "3.png: " in printed and "nothing was written" not in printed
+
+
+def test_a_dry_run_of_records_whose_images_are_gone_fails(tmp_path, tiny_folder, capsys):
+    metadata = tmp_path / "gone.json"
+    records = {f"{number}": {"image_path": f"gone/{number}.jpg", "caption": "a"} for number in range(2000)}
+    metadata.write_text(json.dumps(records))
+    settings = write_settings(tmp_path, tiny_folder / "model", metadata)
+    assert run_job(settings, "--dry-run") == 2
+    printed = capsys.readouterr().err
+    assert "512 of 512 images that were opened, of 2,000 to encode, cannot be used" in printed
+    assert printed.count("No such file") == 5 and "... and 507 more" in printed
