@@ -20,6 +20,8 @@ from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
 
+DEFAULT_STEPS = 1000  # of a run without train.max_steps and train.max_epochs
+
 
 class RunConfig(Section):
     """Name, folder and seed of a run, and what happens when it is started again."""
@@ -285,8 +287,13 @@ class EmaConfig(Section):
 class TrainConfig(Section):
     """Length of the run, batch sizes, and steps that are not finite."""
 
-    max_steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run, resumes included."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the whole run, resumes included. Set this or `train.max_epochs`; with neither, a run has 1,000
+    steps."""
+    max_epochs: int | None = Field(None, ge=1)
+    """Epochs of the whole run, resumes included. An epoch uses each sample as often as its repeats ask. Samples that do
+    not fill a global batch wait for the next epoch, so the last epoch leaves out less than one batch for each bucket.
+    The number of steps follows from the data and `train.global_batch_size`; it is the same on any number of ranks."""
     global_batch_size: int = Field(4, ge=1)
     """Samples per optimizer step, over all ranks and accumulation steps. The order of batches depends on this number,
     not on the number of ranks."""
@@ -299,6 +306,29 @@ class TrainConfig(Section):
     `stop` saves a checkpoint of the state before the step and ends with status 1."""
     max_non_finite_steps: int = Field(10, ge=0)
     """Maximum number of steps that `train.on_non_finite: skip` skips in the whole run. One more acts like `stop`."""
+
+    @field_validator("max_epochs")
+    @classmethod
+    def _require_one_length(cls, max_epochs: int | None, info: ValidationInfo) -> int | None:
+        if max_epochs is not None and info.data.get("max_steps") is not None:
+            raise ValueError("cannot be combined with train.max_steps; set one of them to null, or leave it out")
+        return max_epochs
+
+    @model_validator(mode="after")
+    def _set_default_length(self) -> "TrainConfig":
+        if self.max_epochs is None and self.max_steps is None:
+            self.max_steps = DEFAULT_STEPS
+        return self
+
+    @property
+    def length(self) -> str:
+        """The setting that decides the length of the run, with its value."""
+        return f"train.max_epochs = {self.max_epochs}" if self.max_epochs else f"train.max_steps = {self.num_steps:,}"
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a run whose length is not counted in epochs."""
+        return self.max_steps or DEFAULT_STEPS
 
 
 class LogConfig(Section):

@@ -97,6 +97,15 @@ class Plan:
         numbers = self._batch_numbers(epoch)
         return int((numbers.end - numbers.first).sum())
 
+    def count_batches(self, start: Position, end_epoch: int) -> int:
+        """Return the number of global batches from a position to the start of an epoch; 0 if the position is later.
+
+        Costs O(rows) at most, however many epochs lie between.
+        """
+        if start.epoch >= end_epoch:
+            return 0
+        return self._count_batches_until(end_epoch) - self._count_batches_until(start.epoch) - start.index
+
     def num_samples(self, epoch: int) -> int:
         """Return the number of an epoch's samples. Its batches also hold samples carried over from earlier epochs."""
         return sum(self.count_samples_by_bucket(epoch).values())
@@ -166,6 +175,10 @@ class Plan:
         if self._repeats is None:
             return epoch * int(self._starts[bucket + 1] - self._starts[bucket])
         return int(self._turns_until(bucket, epoch).sum())
+
+    def _count_batches_until(self, epoch: int) -> int:
+        """Count the global batches that are complete before `epoch`."""
+        return sum(self._count_until(b, epoch) // self.global_batch_size for b in range(len(self.buckets)))
 
     def _compute_ends(self, bucket: int, epoch: int) -> np.ndarray:
         """Return where each row's items end within an epoch, [rows of the bucket] int64."""

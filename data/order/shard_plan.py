@@ -108,6 +108,9 @@ class ShardPlan(Plan):
     def _find_rows(self, bucket: int, epoch: int, items: np.ndarray) -> np.ndarray:
         return self._window_rows(bucket, epoch)[items]
 
+    def _count_batches_until(self, epoch: int) -> int:
+        return super()._count_batches_until(epoch * self.num_windows)
+
     def _compute_count_until(self, bucket: int, epoch: int) -> int:
         epoch, window = divmod(epoch, self.num_windows)
         return super()._compute_count_until(bucket, epoch) + int(self._window_starts(epoch)[bucket, window])

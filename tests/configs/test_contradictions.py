@@ -52,6 +52,8 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "key", "message"),
     [
+        ("train.max_steps=5 train.max_epochs=2", "train.max_epochs", "set one of them to null"),
+        ("train.max_epochs=1 train.global_batch_size=64", "train.max_epochs", "is too few"),
         ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "set it to v"),
         ("objective.prediction=flow objective.weighting=min_snr", "objective.weighting", "set it to none"),
         ("objective.weighting=v_like_epsilon", "objective.weighting", "needs objective.prediction v"),

@@ -43,6 +43,8 @@ HARMLESS_KEYS = frozenset(
     | {"engine.channels_last", "engine.timeout_minutes", "ema.sample"}
 )
 
+LENGTH_KEYS = ("train.max_steps", "train.max_epochs")
+
 
 class SettingChange(NamedTuple):
     """A setting by its dotted key, with its value in the checkpoint and its present value."""
@@ -168,9 +170,7 @@ def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[SettingChange
     # The number of steps has no effect on a constant learning rate.
     is_constant = "constant" == before.get("optim.schedule") == now.get("optim.schedule")
     return [
-        change
-        for change in changes
-        if not is_harmless(change.key) and not (is_constant and change.key == "train.max_steps")
+        change for change in changes if not is_harmless(change.key) and not (is_constant and change.key in LENGTH_KEYS)
     ]
 
 

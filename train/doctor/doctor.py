@@ -7,7 +7,7 @@ examined (launch/machine.py). The program is part of train/ because it runs the 
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,13 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, parse_count
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.text.strategy import load_strategy
+from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine, read_host_memory_bytes
 from sdxl_trainer.launch.program import run_program
+from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.estimates.duration import describe_duration
@@ -45,17 +49,20 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
     config, stage_choice = resolve_zero_stage(config, world_size)
     if stage_choice:
         yield Finding("engine.zero_stage", stage_choice)
-    yield from examine_settings(config, problems, world_size)
+    num_steps = yield from examine_settings(config, problems, world_size)
     yield from examine_memory(config, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    yield Finding("time", describe_duration(config, world_size, gpu_names))
+    yield Finding("time", describe_duration(config, num_steps, world_size, gpu_names))
     checkpoint_bytes = compute_checkpoint_bytes(config, count_trained(config)) * (config.checkpoint.keep_last + 1)
     yield examine_disk("run.dir", config.run.folder, checkpoint_bytes)
     yield examine_disk("cache.dir", get_cache_folder(config))
 
 
-def examine_settings(config: Config, problems: list[Problem], world_size: int) -> Iterator[Finding]:
-    """Run the checks that training runs before it loads a network, with a temporary run folder."""
+def examine_settings(config: Config, problems: list[Problem], world_size: int) -> Generator[Finding, None, int | None]:
+    """Run the checks that training runs before it loads a network, with a temporary run folder.
+
+    Returns the number of steps of the run; None if the data that decide it cannot be opened.
+    """
     # Imported here because the import takes seconds, and findings about the machine should appear first.
     from sdxl_trainer.train.run.checks import verify_run
 
@@ -63,15 +70,38 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run = config.run.model_copy(update={"dir": Path(folder)})
         try:
-            index, run_problems = verify_run(config.model_copy(update={"run": run}), world_size)
+            config = config.model_copy(update={"run": run})
+            index, run_problems = verify_run(config, world_size)
         except RuntimeError as error:  # more latents are bad than data.max_bad_fraction allows
             yield Finding("data", str(error), "repair the listed samples, or run bash launch/cache.sh with --repair")
-            return
+            return None
         yield from map(convert_problem, run_problems)
         if not problems and not run_problems:
             yield Finding("settings", f"no contradictions on {format_count(world_size, 'rank')}")
         if index is not None:
             yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
+        try:
+            return count_steps(config, None if problems or run_problems else index)
+        except UserInputError as error:
+            yield from map(convert_problem, error.problems)
+            return None
+
+
+def count_steps(config: Config, index: Index | None) -> int | None:
+    """Count the steps of a run; None if its epochs decide them and `index`, that of its training set, is None.
+
+    Raises:
+        UserInputError: the epochs do not complete one global batch.
+    """
+    from sdxl_trainer.train.run.training_data import count_run_steps, split_data
+
+    if config.train.max_epochs is None:
+        return config.train.num_steps
+    if index is None:
+        return None
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    return count_run_steps(config.train, split_data(config, index, strategy, ranks).plan, TrainState())
 
 
 def count_trained(config: Config) -> int:

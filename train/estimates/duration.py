@@ -27,17 +27,22 @@ class Throughput(NamedTuple):
     images_per_second: float  # median over the last steps; 0 before the first
 
 
-def describe_duration(config: Config, world_size: int, gpu_names: Sequence[str]) -> str:
+def describe_duration(config: Config, num_steps: int | None, world_size: int, gpu_names: Sequence[str]) -> str:
     """Describe how many steps remain and how long they take, or why that is not known.
 
     Generated images, validation and checkpoints take additional time. All ranks are assumed to have the first GPU.
+
+    Args:
+        num_steps: steps of the whole run; None if the data that decide it cannot be opened.
     """
     done, images_per_second = read_throughput(config.run.folder / "logs" / "metrics.jsonl")
-    steps = max(0, config.train.max_steps - done)
+    if num_steps is None:
+        return f"the steps of {config.train.length} are not known before the cache is filled"
+    steps = max(0, num_steps - done)
     images = steps * config.train.global_batch_size
     remaining = f"{steps:,} steps remain, {images:,} images"
     if not steps:
-        return f"all {config.train.max_steps:,} steps are done"
+        return f"all {num_steps:,} steps are done"
     if images_per_second:
         pace = f"{images_per_second:.3g} images/s, the speed of this run's last steps"
         return f"{remaining}: {describe_seconds(images / images_per_second)} at {pace}"

@@ -7,11 +7,11 @@ from functools import partial
 from sdxl_trainer.configs.optim import OptimConfig
 
 
-def compute_lr(step: int, config: OptimConfig, max_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0)."""
+def compute_lr(step: int, config: OptimConfig, num_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) of a run of `num_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    length = max(1, max_steps - config.warmup_steps)
+    length = max(1, num_steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / length)
     share = SCHEDULES[config.schedule](config, length)(progress)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

@@ -29,7 +29,12 @@ from sdxl_trainer.train.run.interruption import Requests
 from sdxl_trainer.train.run.memory_plan import plan_run_memory
 from sdxl_trainer.train.run.networks import load_engine
 from sdxl_trainer.train.run.run import Run
-from sdxl_trainer.train.run.training_data import build_validation_set, split_data, start_loader
+from sdxl_trainer.train.run.training_data import (
+    build_validation_set,
+    count_run_steps,
+    split_data,
+    start_loader,
+)
 
 
 def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False) -> tuple[Run, Iterator[MicroBatch]]:
@@ -54,6 +59,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     state = build_initial_state(config, index, split.plan, ranks, split.repeats)
     if checkpoint:
         state = restore_progress(TrainState.load(checkpoint), state, split.plan, config.run.on_data_change)
+    num_steps = count_run_steps(config.train, split.plan, state)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
     objective = build_objective(config, source, ranks)
@@ -79,9 +85,10 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         conditioner=conditioner,
         objective=objective,
         state=state,
+        num_steps=num_steps,
         checkpoints=checkpoints,
         requests=requests,
-        progress=Progress(config, ranks, state, checkpoints, requests, mfu_reference),
+        progress=Progress(config, ranks, state, num_steps, checkpoints, requests, mfu_reference),
         metrics=MetricsLog(logs, state.step, wandb_log) if ranks.is_main else None,
         validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
         report=open_report(config, index, split.plan, tokenizers) if publish else None,

@@ -18,11 +18,9 @@ from sdxl_trainer.data.checks.validation_set import check_held_out, derive_valid
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
-from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
+from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.engine.deepspeed_config import check_engine
-from sdxl_trainer.train.engine.weights import name_average
-from sdxl_trainer.train.export.export import get_model_path
 from sdxl_trainer.train.networks.adapters import check_adapters
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
 from sdxl_trainer.train.optim.optimizers import check_optimizer
@@ -30,21 +28,6 @@ from sdxl_trainer.train.report.metrics import check_wandb
 from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
 from sdxl_trainer.train.sampling.prompts import load_prompts
-
-
-def find_finished_step(config: Config) -> int | None:
-    """Return the step of the newest checkpoint if it is the last one of the settings and its models are written.
-
-    Returns None if a start would have anything to do, or to report.
-    """
-    checkpoints = list_checkpoints(config.run.folder / "checkpoints")
-    if not checkpoints or config.run.resume == "never":
-        return None
-    step = get_step(checkpoints[-1])
-    models = [get_model_path(config, step, name) for name in (None, *map(name_average, config.ema.decays))]
-    if step < config.train.max_steps or not all(model.exists() for model in models):
-        return None
-    return None if verify_manifest(checkpoints[-1]) else step
 
 
 def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:

@@ -147,6 +147,7 @@ class Progress:
     """Progress of a run, for the display, the log lines and the summary. Ranks other than 0 show nothing.
 
     Args:
+        num_steps: of the whole run.
         mfu_reference: the peak FLOP/s that MFU is relative to; None if the device is not known.
 
     Attributes:
@@ -161,6 +162,7 @@ class Progress:
         config: Config,
         ranks: Ranks,
         state: TrainState,
+        num_steps: int,
         checkpoints: CheckpointWriter,
         requests: Requests,
         mfu_reference: MfuReference | None,
@@ -168,7 +170,7 @@ class Progress:
         self.started = self._updated = time.monotonic()
         self.first_step = state.step
         self.train_seconds = self.data_wait_seconds = 0.0
-        self._config, self._ranks, self._state = config, ranks, state
+        self._config, self._ranks, self._state, self._num_steps = config, ranks, state, num_steps
         self._checkpoints, self._requests, self._mfu_reference = checkpoints, requests, mfu_reference
         self._recent: deque[StepNumbers] = deque(maxlen=NUM_AVERAGED_STEPS)
         self._values: Mapping[str, float] = {}  # metrics of the last step
@@ -233,7 +235,7 @@ class Progress:
             "step {}/{}: loss {:.4f} (average {:.4f}), lr {}, gradient norm {:.3f}, {:.1f} images/s, "
             "data wait {:.0%}{}, memory {}, {} left, next checkpoint {}",
             self._state.step,
-            self._config.train.max_steps,
+            self._num_steps,
             values["loss"],
             averages.loss,
             describe_learning_rates(self._config.optim, values["lr"]),
@@ -248,7 +250,7 @@ class Progress:
 
     def __rich__(self) -> Display:
         """Return the display of this moment."""
-        state, max_steps, averages = self._state, self._config.train.max_steps, self.averages
+        state, averages = self._state, self.averages
         elapsed = format_seconds(time.monotonic() - self.started)
         rates = describe_learning_rates(self._config.optim, self._values["lr"]) if self._values else UNKNOWN
         lines = {
@@ -260,9 +262,9 @@ class Progress:
         if state.num_bad or state.num_non_finite:
             lines["skipped"] = describe_skipped(state)
         return Display(
-            title=f"step {state.step} of {max_steps}",
+            title=f"step {state.step} of {self._num_steps}",
             subtitle=self._config.run.name,
-            share=state.step / max_steps,
+            share=state.step / self._num_steps,
             left=self._list_step_numbers(averages),
             right=self._list_speed_numbers(averages),
             lines=lines,
@@ -292,16 +294,16 @@ class Progress:
 
     def describe_time_left(self, averages: Averages) -> str:
         """Estimate the time left from the last steps and from the time spent between steps so far."""
-        steps_left = self._config.train.max_steps - self._state.step
+        steps_left = self._num_steps - self._state.step
         between_steps = self._updated - self.started - self.train_seconds
         seconds = averages.step_seconds + max(0.0, between_steps) / max(1, self._state.step - self.first_step)
         return format_seconds(steps_left * seconds) if steps_left else format_seconds(0)
 
     def describe_next_checkpoint(self, averages: Averages) -> str:
         """Return the step of the next checkpoint and the time until then; by the clock, the time alone."""
-        if self._state.step == self._config.train.max_steps:
+        if self._state.step == self._num_steps:
             return UNKNOWN
-        step = find_next_checkpoint_step(self._config.checkpoint, self._state, self._config.train.max_steps)
+        step = find_next_checkpoint_step(self._config.checkpoint, self._state, self._num_steps)
         seconds = (step - self._state.step) * averages.step_seconds
         by_clock = self._requests.seconds_to_save()
         if by_clock is not None and not seconds <= by_clock:
@@ -309,12 +311,12 @@ class Progress:
         return f"at step {step}, in {format_seconds(seconds)}"
 
 
-def find_next_checkpoint_step(config: CheckpointConfig, state: TrainState, max_steps: int) -> int:
+def find_next_checkpoint_step(config: CheckpointConfig, state: TrainState, num_steps: int) -> int:
     """Find the next step after which steps, epochs or the end ask for a checkpoint.
 
     Later epochs are assumed to have as many batches as the current one.
     """
-    due = [max_steps]
+    due = [num_steps]
     if config.every_steps:
         due.append((state.step // config.every_steps + 1) * config.every_steps)
     if config.every_epochs:

@@ -34,7 +34,8 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
-from sdxl_trainer.train.run.checks import find_finished_step, verify_run, warn_of_prediction
+from sdxl_trainer.train.run.checks import verify_run, warn_of_prediction
+from sdxl_trainer.train.run.finished import find_finished_step
 from sdxl_trainer.train.run.interruption import obey_stop_file
 from sdxl_trainer.train.run.loop import copy_state_at, fit, stop
 from sdxl_trainer.train.run.run import Run
@@ -110,8 +111,8 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
     ranks = init_ranks(config.engine.timeout_minutes)
     path, finished_step = broadcast_object((path, finished_step))
     if finished_step is not None:
-        limit = f"train.max_steps = {config.train.max_steps}"
-        raise AlreadyTrained(f"{config.run.folder} is at step {finished_step} and {limit}; raise train.max_steps")
+        length = config.train.length
+        raise AlreadyTrained(f"{config.run.folder} is at step {finished_step} and {length}; raise {length.split()[0]}")
     set_tf32(config.engine.tf32)
     init_logger(rank, config.log.level, config.run.folder / "logs")
     return Setup(config, Index(path), ranks)

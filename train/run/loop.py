@@ -44,7 +44,7 @@ class StepResult:
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
-    """Train to `train.max_steps`; validate, generate images, save checkpoints and log on the way.
+    """Train to the last step of the run; validate, generate images, save checkpoints and log on the way.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
@@ -55,9 +55,9 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
     config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
     if state.step == 0:
         validate_and_sample(run)
-    while state.step < config.train.max_steps:
+    while state.step < run.num_steps:
         started, epoch = time.monotonic(), state.epoch
-        lr = compute_lr(state.step, config.optim, config.train.max_steps)
+        lr = compute_lr(state.step, config.optim, run.num_steps)
         result = train_step(run, batches, lr)
         if not result.updated:
             handle_skipped_update(run, result.loss, result.non_finite_samples)
@@ -67,7 +67,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         log_step(run, result, lr, time.monotonic() - started)
         require_good_samples(run, result.num_bad)
         memory.note_step()
-        is_last = state.step == config.train.max_steps
+        is_last = state.step == run.num_steps
         if is_last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.restart_save_timer()
             if run.metrics is not None:
@@ -203,7 +203,7 @@ def log_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
     }
     run.metrics.write(step, values)
     run.progress.update(values, result.latent_area)
-    if _is_due(step, run.config.log.every_steps) or step == run.config.train.max_steps:
+    if _is_due(step, run.config.log.every_steps) or step == run.num_steps:
         run.progress.log_line()
 
 

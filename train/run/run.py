@@ -41,6 +41,7 @@ class Run:
     conditioner: TextConditioner
     objective: Objective
     state: TrainState
+    num_steps: int  # of the whole run, resumes included
     checkpoints: CheckpointWriter
     requests: Requests
     progress: Progress

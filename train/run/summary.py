@@ -22,7 +22,7 @@ NETWORK_NAMES = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encode
 
 def show_start(run: Run) -> None:
     """Log a table of the run's data, model and settings on all ranks; the console shows that of rank 0."""
-    config, state, train, sizes = run.config, run.state, run.config.train, run.batch_sizes
+    config, state, sizes = run.config, run.state, run.batch_sizes
     trained = [f"{name}: {count:,} weights" for name, count in count_trained_weights(run.engine.model).items()]
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
     resumed = f", resumed at step {state.step}" if state.step else ""
@@ -38,7 +38,7 @@ def show_start(run: Run) -> None:
         "memory": f"{describe_peak_memory(run.ranks.device)} on rank 0 before the first step",
         "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x "
         f"{format_count(sizes.world_size, 'rank')} = {sizes.global_batch_size} global",
-        "steps": f"{train.max_steps:,}{resumed}: {format_count(train.max_steps * train.global_batch_size, 'sample')}",
+        "steps": describe_length(run) + resumed,
         "folder": str(run.folder),
     }
     log_summary(f"Training {config.run.name}", rows)
@@ -56,8 +56,7 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
     mfu = f", MFU {progress.describe_mfu(averages)}" if progress.has_mfu else ""
     models = sorted(path.name for path in (run.folder / "models").glob(f"step-{state.step:08d}*"))
     rows = {
-        "steps": f"{state.step:,} of {run.config.train.max_steps:,}, {num_steps:,} of them in this job; "
-        f"epoch {state.epoch}",
+        "steps": f"{state.step:,} of {run.num_steps:,}, {num_steps:,} of them in this job; epoch {state.epoch}",
         "loss": f"{averages.loss:.4f}, average of the last {format_count(averages.num_steps, 'step')}",
         "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, generated "
         "images, checkpoints and export",
@@ -75,6 +74,13 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
 def log_summary(title: str, rows: Mapping[str, str]) -> None:
     """Log a table of names and values; the console shows it in the user's language."""
     log_table(build_summary_table(title, rows), build_summary_table(translate(title), translate_rows(rows)))
+
+
+def describe_length(run: Run) -> str:
+    """Return the number of steps, epochs if they decide it, and samples of the whole run."""
+    epochs, samples = run.config.train.max_epochs, run.num_steps * run.config.train.global_batch_size
+    counted = f" in {format_count(epochs, 'epoch')}" if epochs else ""
+    return f"{run.num_steps:,}{counted}: {format_count(samples, 'sample')}"
 
 
 def build_summary_table(title: str, rows: Mapping[str, str]) -> Table:

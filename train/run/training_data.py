@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from loguru import logger
 
-from sdxl_trainer.configs.problems import raise_if_any
-from sdxl_trainer.configs.schema import Config, ValidationConfig
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.schema import Config, TrainConfig, ValidationConfig
 from sdxl_trainer.data.checks.left_out import load_left_out_rows
 from sdxl_trainer.data.checks.validation_set import derive_validation_config, find_held_out_rows, open_validation_set
 from sdxl_trainer.data.formats.latents import compute_shape
@@ -64,6 +64,25 @@ def split_data(config: Config, index: Index, strategy: Strategy | None, ranks: R
         validation_index=own_index or index,
         validation_rows=None if own_index else held_out,
     )
+
+
+def count_run_steps(train: TrainConfig, plan: Plan, state: TrainState) -> int:
+    """Return the number of steps of a whole run: `train.max_steps`, or those that `train.max_epochs` complete.
+
+    It depends on the data and the global batch size, and not on the ranks. If the data have changed since a checkpoint,
+    the epochs that remain have as many steps as the new data give.
+
+    Raises:
+        UserInputError: the epochs do not complete one global batch.
+    """
+    if train.max_epochs is None:
+        return train.num_steps
+    num_steps = state.step + plan.count_batches(Position(state.epoch, state.index), train.max_epochs)
+    if not num_steps:
+        rule = f"is too few: the training set does not fill one global batch of {train.global_batch_size} by then"
+        cure = "raise it, lower train.global_batch_size, or set train.max_steps instead"
+        raise UserInputError([Problem("train.max_epochs", train.max_epochs, rule, cure)])
+    return num_steps
 
 
 def combine_repeats(

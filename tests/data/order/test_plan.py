@@ -68,8 +68,11 @@ def test_every_sample_gets_its_turns_and_carried_samples_come_next(buckets, size
         assert plan.num_batches(epoch) == len(batches)
         assert plan.num_samples(epoch) == wanted.sum()
         assert len(batches) * size == carried + plan.num_samples(epoch) - plan.num_carried(epoch)
+        assert plan.count_batches(Position(epoch, min(1, len(batches))), epoch + 1) == max(0, len(batches) - 1)
         carried = plan.num_carried(epoch)
         assert carried <= (size - 1) * len(plan.buckets)
+    assert plan.count_batches(Position(0, 0), 3) == sum(map(plan.num_batches, range(3)))
+    assert plan.count_batches(Position(3, 1), 3) == 0
     # Each of three epochs holds every sample as often as its repeats say, except for carried samples of each bucket.
     turns = count_turns(plan, 3)
     missing = {(epoch, row): wanted[row] - turns[epoch, row] for epoch in range(3) for row in range(length)}

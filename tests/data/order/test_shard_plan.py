@@ -48,6 +48,7 @@ def test_each_epoch_holds_every_sample_as_often_as_its_repeats(seed, num_rows, n
         expected.update((row, epoch) for row, epoch in zip(rows, epochs, strict=True) if epoch < 3)
     assert not uses - expected  # never more often than in a plain plan
     assert (expected - uses).total() == plan.num_carried(2) == plain.num_carried(2)
+    assert plan.count_batches(Position(0, 0), 3) == len(walk(plan, 3)) == sum(map(plan.num_batches, range(3)))
     assert [plan.num_samples(epoch) for epoch in range(3)] == [plain.num_samples(epoch) for epoch in range(3)]
 
 

@@ -16,14 +16,14 @@ H100, UNKNOWN = ["NVIDIA H100 80GB HBM3"], "the duration is not known before the
 
 def build(folder: Path, *words: str) -> Config:
     raw = {"run": {"dir": str(folder), "name": "x"}, "model": {"path": str(SDXL)}}
-    config, problems = build_config(raw, ["train.max_steps=10000", "train.global_batch_size=64", *words])
+    config, problems = build_config(raw, ["train.global_batch_size=64", *words])
     assert problems == []
     return config
 
 
 def test_before_a_run_the_flops_of_its_images_decide(tmp_path: Path) -> None:
     """10,000 steps of 64 images of 20.28 TFLOP at 30 % of eight times 989.5 TFLOP/s."""
-    text = describe_duration(build(tmp_path, "engine.precision=bf16"), 8, H100)
+    text = describe_duration(build(tmp_path, "engine.precision=bf16"), 10_000, 8, H100)
     seconds = 640_000 * 20.2837 / (0.3 * 989.5 * 8)
     assert text.startswith("10,000 steps remain, 640,000 images: about ") and "at 30% of their peak" in text
     assert f"about {seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min on 8 x NVIDIA H100" in text
@@ -41,7 +41,7 @@ def test_before_a_run_the_flops_of_its_images_decide(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_duration_is_reported_as_unknown(tmp_path: Path, words: list[str], gpu_names: list[str]) -> None:
-    assert UNKNOWN in describe_duration(build(tmp_path, *words), 1, gpu_names)
+    assert UNKNOWN in describe_duration(build(tmp_path, *words), 10_000, 1, gpu_names)
 
 
 def test_several_resolutions_count_equally(tmp_path: Path) -> None:
@@ -58,6 +58,8 @@ def test_a_run_with_steps_uses_its_own_speed(tmp_path: Path) -> None:
     lines += [{"step": 120, "validation/loss": 1.0}]
     (logs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_throughput(logs / "metrics.jsonl") == (120, 16.0)  # from the last steps only
-    text = describe_duration(build(tmp_path, "train.max_steps=1020"), 1, H100)
+    text = describe_duration(build(tmp_path), 1020, 1, H100)
     assert text.startswith("900 steps remain, 57,600 images: 1 h 0 min at 16 images/s"), text
-    assert describe_duration(build(tmp_path, "train.max_steps=120"), 1, []) == "all 120 steps are done"
+    assert describe_duration(build(tmp_path), 120, 1, []) == "all 120 steps are done"
+    unknown = describe_duration(build(tmp_path, "train.max_epochs=3"), None, 1, [])
+    assert unknown == "the steps of train.max_epochs = 3 are not known before the cache is filled"

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from programs import read_losses, run_program
 
+from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.manifest import read_entries
 from sdxl_trainer.launch.folder_lock import lock_folder
+from sdxl_trainer.train.run.finished import find_finished_step
 
+STEPS_OF_TWO_EPOCHS = 11
 PROMPTS = ["a red circle on a white background", "a blue star on a grey background"]
 
 
@@ -34,21 +37,21 @@ def test_one_and_two_ranks_have_the_same_losses(one_rank: Path, two_ranks: Path)
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_is_exact(ranks: int, request: pytest.FixtureRequest, cached_folder: Path) -> None:
+    """The resumed run ends after two epochs, which have as many steps on one rank as on two."""
     whole = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
     part = cached_folder / "runs" / f"resumed-{ranks}"
     shutil.copytree(whole / "checkpoints" / "step-00000004", part / "checkpoints" / "step-00000004")
     shutil.copytree(whole / "logs", part / "logs", ignore=shutil.ignore_patterns("tensorboard"))
-    run_program(
-        "train/main.py",
-        "--cfg",
-        cached_folder / "tiny.yaml",
-        f"run.name=resumed-{ranks}",
-        "train.max_steps=6",
-        "sample.prompts=[]",
-        f"run.noise_device={'rank' if ranks == 1 else 'cpu'}",  # equal without GPUs, but drawn ahead by a thread
-        ranks=ranks,
-    )
-    assert read_losses(part) == read_losses(whole)[:6]
+    words = [f"run.name=resumed-{ranks}", "train.max_steps=null", "train.max_epochs=2", "sample.prompts=[]"]
+    # Equal without GPUs, but drawn ahead by a thread.
+    words.append(f"run.noise_device={'rank' if ranks == 1 else 'cpu'}")
+    printed = run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", *words, ranks=ranks)
+    assert read_losses(part) == read_losses(whole)[:STEPS_OF_TWO_EPOCHS]
+    assert f"{STEPS_OF_TWO_EPOCHS} in 2 epochs: {4 * STEPS_OF_TWO_EPOCHS} samples, resumed at step 4" in printed
+    config, _ = load_config(cached_folder / "tiny.yaml", words)
+    assert find_finished_step(config) == STEPS_OF_TWO_EPOCHS
+    longer, _ = load_config(cached_folder / "tiny.yaml", [*words, "train.max_epochs=3"])
+    assert find_finished_step(longer) is None
 
 
 def test_a_finished_run_and_one_in_use_are_left_as_they_are(cached_folder: Path, two_ranks: Path) -> None:

@@ -1,0 +1,34 @@
+"""The end of a run: whether a new start finds anything left to do."""
+
+from pathlib import Path
+
+from sdxl_trainer.configs.schema import Config, TrainConfig
+from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
+from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.engine.weights import name_average
+from sdxl_trainer.train.export.export import get_model_path
+
+
+def find_finished_step(config: Config) -> int | None:
+    """Return the step of the newest checkpoint if it is the last one of the settings and its models are written.
+
+    Returns None if a start would have anything to do, or to report.
+    """
+    checkpoints = list_checkpoints(config.run.folder / "checkpoints")
+    if not checkpoints or config.run.resume == "never":
+        return None
+    step = get_step(checkpoints[-1])
+    models = [get_model_path(config, step, name) for name in (None, *map(name_average, config.ema.decays))]
+    if not has_reached_end(config.train, checkpoints[-1]) or not all(model.exists() for model in models):
+        return None
+    return None if verify_manifest(checkpoints[-1]) else step
+
+
+def has_reached_end(train: TrainConfig, checkpoint: Path) -> bool:
+    """Return whether a checkpoint is the last one of the run. One whose state cannot be read is not."""
+    if train.max_epochs is None:
+        return get_step(checkpoint) >= train.num_steps
+    try:
+        return TrainState.load(checkpoint).epoch >= train.max_epochs
+    except (OSError, ValueError, TypeError, KeyError):  # a start reports the damage
+        return False
