@@ -46,6 +46,7 @@ def build_yaml(imported: Imported) -> ImportedYaml:
 def format_remarks(imported: Imported, rejected: Sequence[Remark]) -> str:
     """Return the remarks to read before the YAML is used, as one text; empty if there are none."""
     parts = {
+        "not in your files, so the defaults of that program are written": imported.defaults,
         "imported, but not exactly the same": imported.changed,
         "not imported (docs/FROM_KOHYA.md describes further differences)": imported.unsupported,
         "rejected by the rules of the settings here": rejected,
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Import files and return the exit status (0 done, 2 wrong input)."""
     parser = TranslatedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     files_help = (
-        "TOML file, script with the command line, or Python file of the first sdxl-trainer; later files override"
+        "TOML file, script with the command line, JSON file of kohya_ss, or Python file of the first sdxl-trainer; "
+        "later files override"
     )
     parser.add_argument("files", nargs="+", type=parse_path, metavar="FILE", help=files_help)
     parser.add_argument("--out", type=parse_path, metavar="YAML", help="file to write (default: standard output)")
@@ -76,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ranks", type=parse_count, help="number of GPUs of the run (default: accelerate's --num_processes)"
     )
     parser.add_argument(
-        "--samples", type=parse_count, help="samples per epoch (images x repeats), to convert epochs to steps"
+        "--samples",
+        type=parse_count,
+        help="samples per epoch (images x repeats), for options that count epochs and have no such setting here",
     )
     # Intermixed, so that files can follow options.
     options = parser.parse_intermixed_args(arguments)

@@ -62,8 +62,8 @@ class OptimConfig(Section):
     ...}]`. A parameter belongs to the first group that matches its name; groups override `block_lrs`."""
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"] = "constant"
     """Course of the learning rate from the end of the warm-up to the last step of the run: constant, a linear fall,
-    half a cosine, several half cosines, a power, or constant with a linear fall over the last `decay_steps` (`wsd`: warm-up,
-    stable, decay). `wsd` and `constant` suit runs that you may want to extend."""
+    half a cosine, several half cosines, a power, or constant with a linear fall over the last `decay_steps` (`wsd`:
+    warm-up, stable, decay). `wsd` and `constant` suit runs that you may want to extend."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises from 0 to its peak."""
     num_cycles: int = Field(1, ge=1)

@@ -17,10 +17,13 @@ from sdxl_trainer.configs.kohya.values import (
     convert_full_bf16,
     convert_log_with,
     convert_masked_loss,
+    convert_max_steps,
     convert_network,
     convert_numbers,
     convert_optimizer,
     convert_optimizer_args,
+    convert_precision,
+    convert_prompts,
     convert_resolution,
     convert_steps,
     convert_text_encoder_lr,
@@ -60,6 +63,15 @@ MODEL_NOTES = (
     "is not written; a model file contains title (`run.name`), date, resolution, prediction and timesteps, an adapter "
     "file title, rank and alpha"
 )
+
+SAMPLERS = {
+    **{
+        name: name
+        for name in ("ddim", "pndm", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver++", "dpmsingle")
+    },
+    **{f"k_{name}": name for name in ("euler", "euler_a", "dpm_2", "dpm_2_a")},
+    "dpmsolver": "dpmsolver++",
+}
 
 MODEL = {
     "pretrained_model_name_or_path": converted(
@@ -323,9 +335,11 @@ ADAPTERS = {
     "no_metadata": unsupported("metadata is always written (see `training_comment`)"),
 }
 TRAINING = {
-    "max_train_steps": copied("train.max_steps"),
+    "max_train_steps": converted(convert_max_steps, "train.max_steps", note="unless `max_train_epochs` is given"),
     "max_train_epochs": converted(
-        convert_epochs, "train.max_steps", note="length is counted in steps here; needs `--samples`"
+        lambda value, given: int(value),
+        "train.max_epochs",
+        note="counts whole global batches: an epoch of kohya's scripts has one more step for each bucket's rest",
     ),
     "train_batch_size": converted(convert_batch, *BATCH, note="global batch = this x accumulation x processes"),
     "batch_size": converted(convert_batch, *BATCH, note="train_batch_size in a dataset file"),
@@ -335,9 +349,9 @@ TRAINING = {
     "num_processes": converted(constant(None), *BATCH, note="of accelerate; set `NPROC` here (default: one per GPU)"),
     "seed": copied("run.seed"),
     "mixed_precision": converted(
-        look_up({"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16"}),
+        convert_precision,
         "engine.precision",
-        note="kohya's default `no` becomes fp32",
+        note="kohya's default `no` becomes fp32; fp16 becomes bf16 for optimizers that need whole weights (ZeRO 0)",
     ),
     "full_bf16": converted(
         convert_full_bf16, "engine.precision", note="with stochastic rounding, so that small updates are not lost"
@@ -416,8 +430,11 @@ OUTPUT = {
         for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility")
     },
     "async_upload": unsupported(UPLOAD),
-    "sample_prompts": copied(
+    "sample_prompts": converted(
+        convert_prompts,
         "sample.prompt_file",
+        "sample.prompts",
+        note="a file, or prompts, one a line",
         difference="without flags, prompts use the size, steps, guidance scale and scheduler of `sample`, and seeds "
         "from `sample.seed` on; kohya's scripts use 512 x 512, 30 steps, 7.5, `ddim` and random seeds",
     ),
@@ -427,32 +444,7 @@ OUTPUT = {
     ),
     "sample_at_first": converted(requires("sample_prompts"), "sample.at_start"),
     "sample_sampler": converted(
-        requires(
-            "sample_prompts",
-            look_up(
-                {
-                    **{
-                        name: name
-                        for name in (
-                            "ddim",
-                            "pndm",
-                            "euler",
-                            "euler_a",
-                            "heun",
-                            "dpm_2",
-                            "dpm_2_a",
-                            "dpmsolver++",
-                            "dpmsingle",
-                        )
-                    },
-                    "k_euler": "euler",
-                    "k_euler_a": "euler_a",
-                    "k_dpm_2": "dpm_2",
-                    "k_dpm_2_a": "dpm_2_a",
-                    "dpmsolver": "dpmsolver++",
-                }
-            ),
-        ),
+        requires("sample_prompts", look_up(SAMPLERS)),
         "sample.scheduler",
         note="default `ddim` in kohya's scripts, `euler` here",
     ),

@@ -1,16 +1,15 @@
-"""Readers of TOML files, command lines and Python settings of kohya's scripts and the first sdxl-trainer.
+"""Readers of TOML files, JSON files and command lines of kohya's scripts.
 
 No file is ever executed.
 """
 
-import ast
-import operator
+import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sdxl_trainer.configs.kohya.values import read_literal
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -32,24 +31,6 @@ CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")
 # A quoted text, which may contain the signs of a comment, or a comment.
 QUOTED_OR_COMMENT = re.compile(r"""(?m)("(?:\\.|[^"\\])*"|'[^']*')|(?:^|(?<=\s))(?:#|REM |::).*$""")
 WINDOWS = (".bat", ".cmd", ".ps1")
-ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
-
-
-class NotPlainError(ValueError):
-    """A Python expression whose value is unknown without executing it."""
-
-
-class PythonSettings(NamedTuple):
-    """Assigned values by name, and the source code of expressions whose value is unknown, by name."""
-
-    values: dict[str, Any]
-    sources: dict[str, str]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -58,13 +39,29 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UserInputError: the file cannot be read, or is not TOML.
     """
-    text = _read_text(path)
+    text = read_text(path)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are plain ValueErrors
         raise UserInputError(
             [Problem("FILE", path, f"is not valid TOML: {error}", "correct the line that is named")]
         ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose value is an object.
+
+    Raises:
+        UserInputError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        fields = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        rule, cure = f"is not valid JSON: {error}", "correct the line that is named"
+        raise UserInputError([Problem("FILE", path, rule, cure)]) from None
+    if not isinstance(fields, dict):
+        raise UserInputError([Problem("FILE", path, "is not a JSON object", "give the settings that kohya_ss saves")])
+    return fields
 
 
 def is_dataset_config(tables: dict[str, Any]) -> bool:
@@ -102,7 +99,7 @@ def read_command(path: Path) -> dict[str, Any]:
     Raises:
         UserInputError: the file contains no options.
     """
-    text = CONTINUED.sub(" ", _read_text(path))
+    text = CONTINUED.sub(" ", read_text(path))
     if path.suffix.lower() in WINDOWS:
         text = text.replace("\\", "\\\\")  # backslashes separate folders there and escape nothing
     text = QUOTED_OR_COMMENT.sub(lambda match: match[1] or "", text)
@@ -112,8 +109,8 @@ def read_command(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserInputError([Problem("FILE", path, f"is not a command line: {error}", "correct the quotes")]) from None
     script = next((number for number, word in enumerate(words) if SCRIPT.search(word)), -1)
-    options = {name: value for name, value in _collect_options(words[:script]).items() if name in LAUNCHER_OPTIONS}
-    options = (options if script >= 0 else {}) | _collect_options(words[script + 1 :])
+    options = {name: value for name, value in collect_options(words[:script]).items() if name in LAUNCHER_OPTIONS}
+    options = (options if script >= 0 else {}) | collect_options(words[script + 1 :])
     if not options:
         rule = "contains no options such as --learning_rate=1e-5"
         cure = "give a TOML file, a command line, or the Python settings of the first sdxl-trainer"
@@ -121,7 +118,7 @@ def read_command(path: Path) -> dict[str, Any]:
     return options
 
 
-def _collect_options(words: list[str]) -> dict[str, Any]:
+def collect_options(words: list[str]) -> dict[str, Any]:
     """Return the options in words, up to the end of the shell command; words before the first option are ignored."""
     options: dict[str, list[str]] = {}
     name = ""
@@ -141,66 +138,12 @@ def _read_values(words: list[str]) -> Any:
     return values if len(values) > 1 else values[0]
 
 
-def read_python(path: Path) -> PythonSettings:
-    """Read the settings that `get_config` of the first sdxl-trainer assigns.
-
-    The file is parsed, not executed: constants, lists, `dict(...)`, `cfg(...)`, arithmetic and os.path.join are
-    evaluated.
+def read_text(path: Path) -> str:
+    """Return a file's text.
 
     Raises:
-        UserInputError: the file cannot be read, is not Python, or assigns nothing to `config.<name>`.
+        UserInputError: the file cannot be read, or is not UTF-8.
     """
-    text = _read_text(path)
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two for deep nesting
-        reason = f"{error.msg} (line {error.lineno})" if isinstance(error, SyntaxError) else "nested too deeply"
-        rule = f"is not valid Python: {reason}"
-        raise UserInputError([Problem("FILE", path, rule, "correct the line that is named")]) from None
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for node in ast.walk(tree):
-        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        if not (isinstance(node, ast.Assign) and isinstance(target, ast.Attribute)):
-            continue
-        if isinstance(target.value, ast.Name) and target.value.id == "config":
-            try:
-                values[target.attr] = _evaluate(node.value, values)
-            except NotPlainError as error:
-                sources[target.attr] = str(error)
-    if not values:
-        rule = "assigns nothing to config.<name>"
-        raise UserInputError([Problem("FILE", path, rule, "give the file that contains get_config()")])
-    return PythonSettings(values, sources)
-
-
-def _evaluate(node: ast.expr, known: dict[str, Any]) -> Any:
-    """Return the value of a plain expression.
-
-    Raises:
-        NotPlainError: the expression is not plain.
-    """
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_evaluate(item, known) for item in node.elts]
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        sides = _evaluate(node.left, known), _evaluate(node.right, known)
-        if all(isinstance(side, (int, float)) for side in sides) and sides[1] != 0:
-            return ARITHMETIC[type(node.op)](*sides)
-    if isinstance(node, ast.Call):
-        called = ast.unparse(node.func)
-        if called in ("cfg", "dict", "ConfigDict") and not node.args:
-            return {word.arg: _evaluate(word.value, known) for word in node.keywords if word.arg}
-        if called == "os.path.join":
-            return "/".join(str(_evaluate(item, known)) for item in node.args)
-    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config" and node.attr in known:
-        return known[node.attr]
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise NotPlainError(ast.unparse(node)) from None
-
-
-def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 
 REPEATS_PREFIX = re.compile(r"(\d+)_")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")  # that kohya's scripts read
 # Options that can differ between subsets here too.
 SUBSET_OPTIONS = ("image_dir", "metadata_file", "num_repeats", "is_reg")
 # Option in a dataset file → the same option in a training file.
@@ -123,7 +124,27 @@ def read_datasets(tables: Mapping[str, Any], training_options: Mapping[str, Any]
             options[TRAINING_NAMES.get(name, name)] = values[0]
         if len(values) > 1:
             remarks.append(Remark(name, values, _explain_difference(name, values)))
+    if not training_options.get("num_samples") and (num_samples := count_samples(subsets)):
+        options["num_samples"] = num_samples
     return DatasetFile(options, settings, remarks)
+
+
+def count_samples(subsets: Iterable[Mapping[str, Any]]) -> int:
+    """Count the samples of an epoch in image folders of this machine; 0 if they cannot be counted so.
+
+    Regularisation images double the number of samples.
+    """
+    total, factor = 0, 1
+    for subset in subsets:
+        folder = Path(str(subset.get("image_dir") or ""))
+        if subset.get("metadata_file") or not folder.is_dir():
+            return 0
+        if subset.get("is_reg"):
+            factor = 2
+            continue
+        images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        total += images * int(subset.get("num_repeats", 1))
+    return total * factor
 
 
 def list_data_sources(subsets: list[dict[str, Any]]) -> DataSources:

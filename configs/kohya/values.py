@@ -248,16 +248,25 @@ def convert_epochs(value: Any, given: Given) -> int:
     samples = given.get("num_samples")
     if not samples:
         raise UnsupportedError(
-            "is a number of epochs, and the samples per epoch are unknown: import again with --samples N (images x "
+            "is counted in epochs, and the samples per epoch are unknown: import again with --samples N (images x "
             "repeats), or write steps (epochs x samples / global batch size)"
         )
     batch = convert_batch(given.get("train_batch_size") or 1, given)["train.global_batch_size"]
     return int(value) * math.ceil(int(samples) / batch)
 
 
+def convert_max_steps(value: Any, given: Given) -> int | None:
+    """Return the length of the run in steps; None if it is given in epochs, which decide in kohya's scripts too."""
+    return None if given.get("max_train_epochs") else int(value)
+
+
 def count_steps(given: Given) -> int:
-    """Return the length of the run in steps."""
-    if given.get("max_train_epochs") and given.get("num_samples"):
+    """Return the length of the run in steps.
+
+    Raises:
+        UnsupportedError: the length is a number of epochs, and the samples per epoch are unknown.
+    """
+    if given.get("max_train_epochs"):
         return convert_epochs(given["max_train_epochs"], given)
     return int(given["max_train_steps"])
 
@@ -265,6 +274,32 @@ def count_steps(given: Given) -> int:
 def convert_steps(value: Any, given: Given) -> int:
     """Return steps; a value below 1 is a share of the run."""
     return round(value * count_steps(given)) if 0 < value < 1 else int(value)
+
+
+def convert_precision(value: Any, given: Given) -> str:
+    """Convert the precision. fp16 needs ZeRO 1 to 3 here, which optimizers that need whole weights do not have.
+
+    Raises:
+        UnsupportedError: the precision is unknown, or fp16 is replaced by bf16.
+    """
+    precision = look_up({"no": "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16"})(value, given)
+    if precision == "fp16" and needs_whole_weights(str(given.get("optimizer_type"))):
+        reason = f"needs ZeRO 1 to 3 here, which {given['optimizer_type']} does not have; engine.precision is bf16"
+        raise UnsupportedError(reason, {"engine.precision": "bf16"})
+    return precision
+
+
+def needs_whole_weights(optimizer: str) -> bool:
+    """Return whether an optimizer needs whole weights, which ZeRO would shard."""
+    return optimizer.lower().startswith(WHOLE_WEIGHTS)
+
+
+def convert_prompts(value: Any, given: Given) -> dict[str, Any]:
+    """Convert the name of a prompt file, or the prompts themselves, which the GUI kohya_ss keeps in its settings."""
+    text = str(value).strip()
+    if "\n" not in text and text.lower().endswith((".txt", ".toml", ".json")):
+        return {"sample.prompt_file": text}
+    return {"sample.prompts": [line.strip() for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]}
 
 
 def convert_optimizer(value: Any, given: Given) -> dict[str, Any]:
@@ -277,7 +312,7 @@ def convert_optimizer(value: Any, given: Given) -> dict[str, Any]:
     settings: dict[str, Any] = {"optim.name": optimizer.name, "optim.weight_decay": optimizer.weight_decay}
     if optimizer.kwargs:
         settings["optim.kwargs"] = dict(optimizer.kwargs)
-    if name.lower().startswith(WHOLE_WEIGHTS):
+    if needs_whole_weights(name):
         settings["engine.zero_stage"] = 0
     if optimizer.name == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
         reason = "uses relative steps unless relative_step=False; here optim.lr and optim.schedule apply"

@@ -11,7 +11,8 @@ from sdxl_trainer.configs.import_config import main
 from sdxl_trainer.configs.kohya import options as kohya_options
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_GROUPS, KOHYA_OPTIONS
-from sdxl_trainer.configs.kohya.readers import read_command, read_python
+from sdxl_trainer.configs.kohya.python_file import read_python
+from sdxl_trainer.configs.kohya.readers import read_command
 from sdxl_trainer.configs.kohya.subsets import list_repeated_folders
 from sdxl_trainer.configs.load import build_config, iterate_keys
 from sdxl_trainer.data.text.captions import CaptionSettings, build_caption
@@ -167,7 +168,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "caption": {"first_line": True, "keep_tokens": 1, "shuffle": True},
             "max_tokens": 225,
         },
-        "cache": {"flip": True},
+        "cache": {"dir": "latents/123", "flip": True},
         "objective": {
             "prediction": "v",
             "zero_terminal_snr": True,
@@ -181,7 +182,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "lr": 4e-7,
             "weight_decay": 0.03,
             "schedule": "constant",
-            "warmup_steps": 100,
+            "warmup_steps": 100,  # a tenth of 10 epochs of 3200 samples in global batches of 2 x 8 x 2 ranks
             "max_grad_norm": 0.0,
         },
         "engine": {
@@ -190,8 +191,8 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "gradient_checkpointing": True,
             "attention": "xformers",
         },
-        # The dataset file's batch size 2 overrides 4; 10 epochs of 3200 samples in global batches of 2 x 8 x 2 ranks.
-        "train": {"max_steps": 1000, "global_batch_size": 32, "micro_batch_size": 2},
+        # The dataset file's batch size 2 overrides 4.
+        "train": {"max_epochs": 10, "global_batch_size": 32, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 500, "keep_last": 4, "export_dtype": "fp16"},  # of the last 1500 steps
     }
     for name in ("clip_skip", "cache_latents", "cache_latents_to_disk", "debiased_estimation_loss", "class_tokens"):
