@@ -3,6 +3,7 @@
 import copy
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,10 @@ from sdxl_trainer.configs.yaml_file import AmbiguousWord, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from sdxl_trainer.configs.kohya.entries import Option
+
+# Files that configs/import_config.py converts, and a key that only those of other programs have.
+IMPORTED_SUFFIXES = (".toml", ".py", ".sh", ".bat", ".cmd", ".ps1")
+IMPORTED_KEY = "pretrained_model_name_or_path"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
@@ -122,6 +127,8 @@ def _find_kohya_option(name: str) -> "Option | None":
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() in IMPORTED_SUFFIXES and path.is_file():
+        raise _build_import_error(path)
     try:
         with path.open(encoding="utf-8") as file:  # an open file, so that YAML's messages contain its name
             raw = load_yaml(file)
@@ -134,7 +141,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict | None):
         rule, cure = "must be a mapping of sections", "start from one of configs/*.yaml"
         raise UserInputError([Problem("--cfg", path, rule, cure)])
+    if raw and IMPORTED_KEY in raw:
+        raise _build_import_error(path)
     return raw or {}
+
+
+def _build_import_error(path: Path) -> UserInputError:
+    rule = "holds settings of kohya's scripts, kohya_ss or the first sdxl-trainer, or no settings at all"
+    cure = f"convert it: python -m sdxl_trainer.configs.import_config {shlex.quote(str(path))} --out my.yaml"
+    return UserInputError([Problem("--cfg", path, rule, cure)])
 
 
 def _find_language(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:

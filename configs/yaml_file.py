@@ -100,6 +100,11 @@ class _Dumper(_WordResolver, yaml.SafeDumper):
         """Represent a text, between quotes if it holds line ends that plain YAML would change."""
         return self.represent_scalar(TAG + "str", text, style='"' if LINE_ENDS.search(text) else None)
 
+    def represent_items(self, items: list) -> yaml.SequenceNode:
+        """Represent a list; numbers stand on one line."""
+        are_numbers = all(isinstance(item, (int, float)) for item in items)
+        return self.represent_sequence(TAG + "seq", items, flow_style=are_numbers)
+
 
 class _Loader(_WordResolver, yaml.SafeLoader):
     """A safe YAML loader for the types of JSON. It rejects duplicate keys, of which YAML would use the last one."""
@@ -137,6 +142,7 @@ class _Loader(_WordResolver, yaml.SafeLoader):
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(list, _Dumper.represent_items)
 # Settings have the types of JSON. SafeLoader also builds dates, sets and bytes.
 SHARED = (None, *(TAG + kind for kind in ("null", "str", "seq", "map")))
 _Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in SHARED} | {

@@ -9,24 +9,34 @@ from sdxl_trainer.configs.kohya.entries import Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_GROUPS
 
-HEADER = """# From kohya's scripts, option by option
+HEADER = """# From kohya's scripts, kohya_ss and the first sdxl-trainer
 
-This page is for users of kohya's `sdxl_train.py` and `sdxl_train_network.py`. It shows how to convert your settings,
-and lists what each option becomes.
+This page is for users of kohya's `sdxl_train.py` and `sdxl_train_network.py`, of their interface kohya_ss, and of the
+first sdxl-trainer and its successor. It shows how to convert your settings, and lists what each option becomes.
 
 ```bash
 python -m sdxl_trainer.configs.import_config train.toml dataset.toml --out my.yaml
 ```
 
-The importer writes one YAML file. It reads TOML files of training arguments and of datasets, and scripts that contain
-the command line. It also reads the `config_file` and `dataset_config` that these files name.
+The importer writes one YAML file. It reads:
+
+| file | from |
+|---|---|
+| `.toml` | training arguments and datasets of kohya's scripts, with the `config_file` and `dataset_config` that they name |
+| `.sh`, `.bat`, `.ps1`, `.txt` | a command line of kohya's scripts |
+| `.json` | the settings that kohya_ss saves |
+| `.py` | the settings of the first sdxl-trainer or its successor ([below](#settings-of-the-first-sdxl-trainer)) |
 
 - `--ranks` gives the number of GPUs, if accelerate's `--num_processes` does not.
-- `--samples` gives the samples per epoch, repeats included. You need it if your run counts epochs, because length is
-  counted in steps here.
+- `--samples` gives the samples per epoch, repeats included. Options such as `sample_every_n_epochs` need it, because
+  their settings count steps here. If your image folders are on this machine, the importer counts the images itself.
+
+The length of a run becomes `train.max_epochs` or `train.max_steps`. Latents get a folder of their own
+(`cache.dir: latents/<run.name>`).
 
 Every option that is not imported exactly is reported with the reason, on the console and as a comment in the YAML.
-Files are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
+So is every default of the other program that is written, and the nearest name of an option that is not known. Files
+are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
 
 The tables below use two signs. `always` means that the option's effect is always on here, without a setting. A
 dash means that there is no setting; the third column gives the reason, or what to do instead.
@@ -71,8 +81,9 @@ FIRST_TRAINER = """
 python -m sdxl_trainer.configs.import_config config.py --out my.yaml
 ```
 
-The importer reads the settings that `get_config` assigns, without executing the file. Names that are not in this table
-are those of kohya's options.
+The importer reads the settings that `get_config` assigns or returns, without executing the file. Names that are not in
+this table are those of kohya's options. Metadata may stay in waifuset's SQLite files ([DATA.md](DATA.md#sqlite-waifuset)),
+and latents that were cached beside the images are used (`--adopt`, as above).
 
 | setting | setting here | note |
 |---|---|---|

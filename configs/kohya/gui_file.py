@@ -128,7 +128,9 @@ def _read_field(value: Any) -> Any:
     """Return a field's value. Text fields hold numbers as texts; `none` stands for nothing."""
     if isinstance(value, str):
         value = value.strip()
-        return None if value.lower() in ("", "none", "no") else read_literal(value)
+        literal = read_literal(value)
+        # Texts in quotes stay as they are; they are words of a command line.
+        return None if value.lower() in ("", "none", "no") else value if isinstance(literal, str) else literal
     return value
 
 

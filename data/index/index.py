@@ -49,6 +49,7 @@ from sdxl_trainer.data.metadata.records import (
     read_image_folders,
 )
 from sdxl_trainer.data.metadata.sources import list_source_files
+from sdxl_trainer.data.metadata.sqlite_file import list_changing_files
 from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
 VERSION = 15  # part of every fingerprint: raise it when the columns or their meaning change
@@ -181,7 +182,8 @@ def open_record_index(
     images_hash, sidecars = _hash_folders([*image_dirs, *regularisation_dirs], masks, skipped)
     if not metadata:
         skipped.report(folder / "index")
-    sources = files or sidecars  # with metadata, folders only serve to find images
+    # With metadata, folders only serve to find images.
+    sources = [changing for file in files for changing in list_changing_files(file)] or sidecars
     counts = [str(len(source.files)) for source in local]
     words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"

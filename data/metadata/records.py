@@ -22,6 +22,7 @@ from sdxl_trainer.data.images.image_files import ImageFolder, get_image_stem, re
 from sdxl_trainer.data.images.image_lookup import FileChecker, ImageTable
 from sdxl_trainer.data.metadata.blocks import RecordBlock
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_source_files
+from sdxl_trainer.data.metadata.sqlite_file import split_table
 from sdxl_trainer.data.metadata.values import (
     DESCRIPTION_FIELDS,
     SIDE_FIELDS,
@@ -87,7 +88,9 @@ def _list_missing_files(pattern: Path | str) -> list[_MissingFile]:
     """
     files = list_source_files([pattern])
     missing = [
-        _MissingFile(str(file), "is not a file") for file in files if not is_remote(file) and not Path(file).is_file()
+        _MissingFile(str(file), "is not a file")
+        for file in files
+        if not is_remote(file) and not split_table(file).file.is_file()
     ]
     urls = [str(file) for file in files if is_remote(file)]
     answers = zip(urls, describe_objects(urls), strict=True)

@@ -24,6 +24,7 @@ from sdxl_trainer.data.files import open_stream, open_text_stream
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, list_shard_samples, load_catalogue
 from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
+from sdxl_trainer.data.metadata.sqlite_file import DATABASE_SUFFIXES, read_rows, split_table
 from sdxl_trainer.data.metadata.values import (
     PATH_FIELDS,
     REGULARISATION_FIELD,
@@ -40,7 +41,8 @@ ROWS_AT_ONCE = 8192
 # pyarrow raises these on damaged files: texts that are not UTF-8, dates beyond Python's, unknown types, huge pages.
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, LookupError, MemoryError)
 MAX_CSV_FIELD_CHARACTERS = 1 << 24
-KNOWN_SUFFIXES = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .tar"
+KNOWN_SUFFIXES = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .sqlite3, .db, .tar"
+SQLITE_START = b"SQLite format 3\0"
 
 
 class ShardSpan(NamedTuple):
@@ -106,11 +108,12 @@ def detect_format(file: Path) -> str:
     Raises:
         ValueError: the format is unknown.
     """
-    name = SUFFIXES.get(file.suffix.lower())
+    name = SUFFIXES.get(split_table(file).file.suffix.lower())
     if name is None:
         with open_stream(file) as stream:
             start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         name = "parquet" if start[:4] == b"PAR1" else "json" if start[:1] in (b"{", b"[") else None
+        name = "sqlite" if start.startswith(SQLITE_START) else name
     if name is None:
         raise ValueError(f"{file}: has no known metadata format; the file name must end in one of {KNOWN_SUFFIXES}")
     return "json_lines" if name == "json" and is_json_lines(file) else name
@@ -263,6 +266,44 @@ def _iterate_parquet_rows(file: Path) -> Iterator[list[dict[str, Any]]]:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
 
 
+def _read_sqlite(file: Path) -> Iterator[list[SourceRecord]]:
+    """Yield the rows of a table of a SQLite database as records. A null is a missing field.
+
+    Lists and mappings of tags are texts there (see `_parse_cell`).
+    """
+    for chunk in read_rows(file, ROWS_AT_ONCE):
+        records = []
+        for number, row in enumerate(chunk.rows, chunk.first):
+            fields = {
+                name: _parse_cell(name, value) if isinstance(value, str) and value else value
+                for name, value in row.items()
+            }
+            records.append(_build_keyed_record(fields, chunk.key_column, f"{file}, row {number}"))
+        yield records
+
+
+def _build_keyed_record(fields: dict[str, Any], key_column: str | None, place: str) -> SourceRecord:
+    """Build a record whose key stands in a column. Without `image_path`, the key may be the path of the image.
+
+    Raises:
+        ValueError: the key is missing, or not a text; the message starts with `place`.
+    """
+    if key_column is None:
+        return _build_record(fields, place)
+    try:
+        key = read_path(fields.get(key_column))
+    except ValueError as error:
+        raise ValueError(
+            f"{place}: the record has `{key_column}` = {show_value(fields[key_column])}, which {error}"
+        ) from None
+    if key is None:
+        raise ValueError(f"{place}: the record has no `{key_column}`")
+    if fields.get(PATH_FIELDS[0]) is None and fields.get(PATH_FIELDS[1]) is not None:
+        fields[PATH_FIELDS[0]] = fields[PATH_FIELDS[1]]
+    stem = get_image_stem(key) if is_missing(fields.get(PATH_FIELDS[0])) else key
+    return SourceRecord(key=stem, fields=fields, keyed_path=None if stem == key else key)
+
+
 def _read_shard(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the records of a webdataset shard: `key.npz` with `key.json` (the record) or `key.txt` (the caption)."""
     with open_stream(file) as stream:
@@ -332,6 +373,7 @@ READERS: dict[str, Reader] = {
     "json_lines": _read_lines,
     "csv": _read_csv,
     "parquet": _read_parquet,
+    "sqlite": _read_sqlite,
     "shard": _read_shard,
     "catalogue": _read_catalogue,
 }
@@ -342,6 +384,7 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    **dict.fromkeys(DATABASE_SUFFIXES, "sqlite"),
     ".tar": "shard",
     CATALOGUE_SUFFIX: "catalogue",
 }

@@ -2,8 +2,10 @@
 
 import io
 import os
+import sqlite3
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,22 @@ def make_parquet(_: Path) -> list[bytes]:
     for buffer, codec in zip(buffers, ("none", "snappy"), strict=True):
         pq.write_table(table, buffer, compression=codec)
     return [buffer.getvalue() for buffer in buffers]
+
+
+def make_database(folder: Path) -> list[bytes]:
+    """Build SQLite databases with one table and with two."""
+    contents = []
+    for number, others in enumerate(([], ["CREATE TABLE notes (a)"])):
+        file = folder / f"{number}.sqlite3"
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE metadata (image_key TEXT PRIMARY KEY, image_path, tags, width INTEGER)")
+            rows = [(f"k{n}", f"{n}.png", "['a', 'b']", n) for n in range(300)]
+            database.executemany("INSERT INTO metadata VALUES (?, ?, ?, ?)", rows)
+            for statement in others:
+                database.execute(statement)
+            database.commit()
+        contents.append(file.read_bytes())
+    return contents
 
 
 def make_images(_: Path) -> list[bytes]:
@@ -321,6 +339,15 @@ PYTHON = (
     b"def get_config():\n    config = cfg()\n    config.lr = 1e-5 * 2\n"
     b"    config.a = dict(b=[1, 2])\n    return config\n"
 )
+WHOLE_PYTHON = (
+    b'ROOT = "/a"\ndef get_config(n=2):\n'
+    b'    return ConfigDict(dict(dataset_source=[dict(name_or_path=ROOT + "/b.db")],\n'
+    b'    output_dir=f"{ROOT}/x-%index%", resolution=2 ** 10, predefined_buckets=[(64, 64)], arb=True, batch_size=2))\n'
+)
+GUI = (
+    b'{"LoRA_type": "Standard", "lr_warmup": 10, "epoch": "3", "max_resolution": "512,512", "model_list": "x",\n'
+    b'"network_dim": 8, "optimizer_args": "a=1 b=2", "additional_parameters": "--seed=3", "train_data_dir": "x"}'
+)
 
 BORDERS = [
     Border("latents", ".npz", make_latents, read_latents, (BadLatentError,), (mutate_zip, mutate_npy_fields)),
@@ -348,6 +375,8 @@ BORDERS = [
     Border("json lines", ".jsonl", constant(JSON_LINES), read_records, parts=(mutate_value,)),
     Border("csv", ".csv", constant(CSV), read_records),
     Border("parquet", ".parquet", make_parquet, read_records),
+    Border("sqlite", ".sqlite3", make_database, read_records),
+    Border("sqlite table", ".sqlite3", make_database, lambda path: read_records(Path(f"{path}:metadata"))),
     Border("image", ".png", make_images, read_image, (BadImageError,), (mutate_png,)),
     Border("mask", ".png", make_masks, read_mask, (BadMaskError,), (mutate_png,)),
     Border(
@@ -370,7 +399,12 @@ BORDERS = [
     Border("json prompts", ".json", constant(JSON_PROMPTS), read_prompts, (), (mutate_value,)),
     *(
         Border(f"kohya {suffix[1:]}", suffix, constant(*contents), read_kohya, (UserInputError,))
-        for suffix, contents in ((".toml", (TOML, DATASET)), (".sh", (COMMAND,)), (".py", (PYTHON,)))
+        for suffix, contents in (
+            (".toml", (TOML, DATASET)),
+            (".sh", (COMMAND,)),
+            (".py", (PYTHON, WHOLE_PYTHON)),
+            (".json", (GUI,)),
+        )
     ),
     Border("manifest", ".jsonl", make_manifest, read_manifest, (), (mutate_value,)),
     Border("cache.json", ".json", make_cache_json, read_cache_json, (), (mutate_value,)),

@@ -120,6 +120,7 @@ JSON_KEYS: dict[str, PromptField] = {
     "width": FLAGS["w"],
     "height": FLAGS["h"],
     "sample_steps": FLAGS["s"],
+    "steps": FLAGS["s"],  # of the first sdxl-trainer
     "scale": FLAGS["l"],
     "seed": FLAGS["d"],
     "sample_sampler": FLAGS["ss"],

@@ -1,5 +1,6 @@
 """Import of settings from kohya's scripts and the first sdxl-trainer: every option is converted or reported."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from sdxl_trainer.configs.kohya.options import KOHYA_GROUPS, KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.python_file import read_python
 from sdxl_trainer.configs.kohya.readers import read_command
 from sdxl_trainer.configs.kohya.subsets import list_repeated_folders
-from sdxl_trainer.configs.load import build_config, iterate_keys
+from sdxl_trainer.configs.load import build_config, iterate_keys, load_config
+from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.text.captions import CaptionSettings, build_caption
 
 TRAINING = """
@@ -238,8 +240,11 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         "image_dirs": ["/data/images"],
         "resolution_px": 1024,
         "bucket_step_px": 32,
+        "no_upscale": True,
         "flip_rate": 0.5,
+        "max_tokens": 225,
     }
+    assert settings["run"] == {"name": "mine", "dir": "projects"} and settings["cache"]["dir"] == "latents/mine"
     assert settings["optim"]["lr"] == 2e-5
     assert settings["optim"]["text_encoder_lr"] == 1e-5
     assert settings["optim"]["text_encoder_2_lr"] == 2e-5  # the U-Net's
@@ -252,12 +257,153 @@ def test_the_first_sdxl_trainer(tmp_path: Path) -> None:
         "noise_offset": 0,
         "multires_noise_iterations": 0,
     }
-    assert settings["train"] == {"max_steps": 10000, "global_batch_size": 8, "micro_batch_size": 2}
+    assert settings["train"] == {"max_epochs": 100, "global_batch_size": 8, "micro_batch_size": 2}
     assert settings["sample"]["prompts"] == ["1girl"] and settings["sample"]["width_px"] == 832
     assert settings["checkpoint"]["keep_last"] == 5
     assert "caption_getter = 'captions.get_caption': is Python" in comment
-    assert "max_area = 1048576" in comment
+    assert "max_area" not in comment  # no bucket is larger
+    assert "max_token_length = 225: data.max_tokens: 225" in comment  # a default that is written
     assert "cache_path = 'projects/mine/cache': is not a known option" in comment
+
+
+def import_python(folder: Path, **settings: object) -> tuple[dict, str]:
+    """Import settings of the first trainer that a function returns as a whole."""
+    words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    text = f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict({words}))\n"
+    return import_files(folder, {"config.py": text}, "--ranks", "4")
+
+
+def test_the_first_trainers_own_rules(tmp_path: Path) -> None:
+    """Its buckets are fixed, its folder is that of the run, and fp16 cannot be combined with Adafactor here."""
+    settings, comment = import_python(
+        tmp_path,
+        image_dirs=["/a"],
+        output_dir="out/train-%index%",
+        resolution=1024,
+        mixed_precision="fp16",
+        full_bf16=True,
+        optimizer_type="AdaFactor",
+        optimizer_kwargs={"relative_step": False, "scale_parameter": False},
+        lr_warmup_steps=100,
+        sample_benchmark="b.json",
+        sample_params={"prompt": "1girl", "steps": 28},
+        batch_sise=3,
+    )
+    assert len(settings["data"]["buckets"]) == 41 and [832, 1216] in settings["data"]["buckets"]
+    assert min(map(min, settings["data"]["buckets"])) == 512 and "resolution_px" not in settings["data"]
+    assert settings["run"] == {"name": "train", "dir": "out"} and "another run.name starts anew" in comment
+    assert settings["engine"] == {"zero_stage": 0, "precision": "bf16"} and "fp16': needs ZeRO 1 to 3" in comment
+    assert "full_bf16 = True: has no effect without" in comment
+    assert settings["optim"]["warmup_steps"] == 25  # accelerate advances the schedule once for each of 4 processes
+    assert settings["sample"] == {"prompt_file": "b.json", "num_inference_steps": 28}
+    assert "batch_sise = 3: is not a known option; did you mean batch_size?" in comment
+
+
+def test_the_successors_own_rules(tmp_path: Path) -> None:
+    """Its first source counts most, its buckets are those of `arb`, and a table is named behind a database."""
+    sources = [
+        {"name_or_path": "/m.sqlite3", "tbname": "meta"},
+        {"name_or_path": "/images", "read_attrs": True},
+        "/b.json",
+    ]
+    settings, comment = import_python(tmp_path, dataset_source=sources, arb=False, resolution=(832, 1216), seed=1)
+    assert settings["data"]["metadata"] == ["/b.json", "/m.sqlite3:meta"]
+    assert settings["data"]["image_dirs"] == ["/images"] and settings["data"]["buckets"] == [[832, 1216]]
+    assert "the order of metadata is reversed" in comment and "images that no metadata name" in comment
+    settings, _ = import_python(tmp_path, dataset_source="/images", predefined_buckets=[(1024, 1024), (1152, 896)])
+    assert settings["data"]["buckets"] == [[1024, 1024], [1152, 896]]
+    settings, _ = import_python(tmp_path, dataset_source="/images", max_area=1024 * 1024, mixed_precision=None)
+    assert settings["data"]["no_upscale"] and settings["data"]["bucket_step_px"] == 32
+    assert settings["engine"] == {"precision": "fp32"}
+
+
+GUI = {
+    "LoRA_type": "Standard",
+    "additional_parameters": "--max_grad_norm=0.5",
+    "bucket_no_upscale": True,
+    "caption_extension": ".txt",
+    "clip_skip": "1",
+    "conv_dim": 1,
+    "enable_bucket": True,
+    "epoch": 5,
+    "learning_rate": 0.0001,
+    "lr_scheduler": "cosine",
+    "lr_warmup": 10,
+    "max_bucket_reso": 2048,
+    "max_resolution": "1024,1024",
+    "max_train_steps": "",
+    "max_data_loader_n_workers": "0",
+    "min_snr_gamma": 5,
+    "mixed_precision": "bf16",
+    "model_list": "custom",
+    "multires_noise_iterations": 8,
+    "network_alpha": 16,
+    "network_dim": 32,
+    "noise_offset": 0.03,
+    "noise_offset_type": "Original",
+    "optimizer": "AdamW",
+    "optimizer_args": '"weight_decay=0.1" "betas=0.9,0.99"',
+    "output_name": "123",
+    "pretrained_model_name_or_path": "/m/sdxl.safetensors",
+    "rank_dropout": 0,
+    "sample_every_n_epochs": 1,
+    "sample_prompts": "a dog --w 1024\n# a comment\na cat",
+    "save_every_n_epochs": 1,
+    "sdxl": True,
+    "seed": "",
+    "text_encoder_lr": 0.0,
+    "train_batch_size": 2,
+    "unet_lr": 0.0002,
+    "vae_batch_size": 0,
+    "xformers": "sdpa",
+}
+
+
+def test_the_settings_of_kohya_ss(tmp_path: Path) -> None:
+    """Its own fields become options, and images in `N_name` folders are counted to convert epochs to steps."""
+    for number in range(4):
+        (tmp_path / "img" / "10_dog").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "img" / "10_dog" / f"{number}.png").touch()
+    text = json.dumps({**GUI, "train_data_dir": str(tmp_path / "img")})
+    settings, comment = import_files(tmp_path, {"gui.json": text})
+    assert settings["run"] == {"name": "123"} and settings["model"] == {"path": "/m/sdxl.safetensors"}
+    assert settings["data"] == {
+        "image_dirs": [str(tmp_path / "img" / "10_dog")],
+        "source_weights": [10],
+        "resolution_px": 1024,
+        "max_bucket_px": 2048,
+        "no_upscale": True,
+        "caption": {"first_line": True},
+        "num_workers": 0,
+    }
+    assert settings["objective"] == {"weighting": "min_snr", "weighting_gamma": 5, "noise_offset": 0.03}
+    assert settings["optim"] == {
+        "name": "adamw",
+        "lr": 0.0002,
+        "betas": [0.9, 0.99],
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "warmup_steps": 10,  # a tenth of 5 epochs of 40 samples in batches of 2
+        "max_grad_norm": 0.5,
+    }
+    assert settings["lora"] == {"rank": 32, "alpha": 16}
+    assert settings["train"] == {"max_epochs": 5, "global_batch_size": 2, "micro_batch_size": 2}
+    assert settings["sample"] == {"prompts": ["a dog --w 1024", "a cat"], "every_steps": 20}
+    assert "is not a known option" not in comment and "conv_dim" not in comment
+
+
+def test_defaults_that_are_written_are_reported(tmp_path: Path) -> None:
+    _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1"})
+    assert "max_train_steps = 1600: train.max_steps: 1600" in comment
+    _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --max_train_epochs 3 --lr_warmup_steps 0.1"})
+    assert "max_train_steps" not in comment and "lr_warmup_steps = 0.1: is counted in epochs" in comment
+
+
+@pytest.mark.parametrize("name", ["train.toml", "config.py", "train.sh", "gui.json"])
+def test_settings_of_other_programs_name_the_importer(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(GUI))
+    with pytest.raises(UserInputError, match=f"import_config {tmp_path / name} --out my.yaml"):
+        load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +514,7 @@ def test_unset_options_are_compared_by_their_defaults(tmp_path: Path) -> None:
     )
     files = {"t.toml": "dataset_config = 'd.toml'\ntrain_batch_size = 4\n", "d.toml": sets}
     settings, comment = import_files(tmp_path, files, str(tmp_path / "d.toml"))
-    assert "bucket_reso_steps" not in comment and "batch_size" not in comment and "False" not in comment
+    assert "bucket_reso_steps" not in comment and "batch_size" not in comment
     assert comment.count("caption_prefix = [unset, 'x, ']: differs") == 1
     assert comment.count("keep_tokens = [0, 2]: differs") == 1
     assert settings["train"]["micro_batch_size"] == 4 and settings["data"]["caption"] == {"first_line": True}
@@ -425,6 +571,24 @@ def test_comments_and_number_signs_in_quotes(tmp_path: Path) -> None:
     assert read_command(tmp_path / "x.sh") == {"caption_prefix": "a #1 photo, ", "output_name": "b # c"}
 
 
+def test_python_settings_of_every_form(tmp_path: Path) -> None:
+    text = """
+ROOT = "/data"
+SHARED = dict(seed=3, lr=1e-5)
+def get_config(size=2):
+    c = ml_collections.ConfigDict({"a": ROOT + "/x", **SHARED})
+    c.b = f"{ROOT}/y"
+    c["d"] = c.a
+    c.update(dict(e=2 ** 10))
+    c.f: float = 10 ** 1000 * 1e300
+    return c
+"""
+    (tmp_path / "x.py").write_text(text)
+    values, sources = read_python(tmp_path / "x.py")
+    assert values == {"a": "/data/x", "seed": 3, "lr": 1e-5, "b": "/data/y", "d": "/data/x", "e": 1024}
+    assert sources == {"f": "10 ** 1000 * 1e+300"}
+
+
 def test_python_is_never_executed(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("config.a = [1, (2, 3)]\nconfig.b = open('/etc/passwd')\nconfig.c = -1 / 0\n")
     assert read_python(tmp_path / "x.py") == ({"a": [1, [2, 3]]}, {"b": "open('/etc/passwd')", "c": "-1 / 0"})
@@ -434,6 +598,9 @@ def test_python_is_never_executed(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("x.toml", "a = ", "is not valid TOML"),
+        ("x.json", "{", "is not valid JSON"),
+        ("x.json", '{"a": {"image_path": "b.png"}}', "does not hold the settings of kohya_ss"),
+        ("x.json", '{"LoRA_type": "Standard", "lr_warmup": [1]}', "holds a value that kohya_ss does not write"),
         ("x.sh", "echo hello", "contains no options"),
         ("x.sh", "sdxl_train.py --a 'b", "is not a command line"),
         ("x.py", "def f(:", "is not valid Python"),

@@ -64,7 +64,7 @@ def make_latents(path: Path, seed: int = 0, size=(300, 200), bucket=(96, 64)) ->
 def test_the_examples_of_the_data_page_are_read(tmp_path, name):
     text = re.search(rf"^```\w+ {re.escape(name)}\n(.*?)^```", PAGE.read_text(), re.M | re.S)[1]
     write(tmp_path / "images" / "cat.png", "")
-    if name.endswith(".parquet"):
+    if name.endswith((".parquet", ".sqlite3")):
         subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True)
     else:
         write(tmp_path / name, text)
