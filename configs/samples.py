@@ -51,8 +51,8 @@ class SampleConfig(Section):
     prompt may end in flags: `--n` negative prompt, `--w` width, `--h` height, `--s` steps, `--l` guidance scale, `--d`
     seed, `--ss` scheduler. A `.json` file is a list of prompts, or of objects with `prompt` and any of
     `negative_prompt`, `width`, `height`, `sample_steps` (or `steps`), `scale`, `seed`, `sample_sampler`. A `.toml` file
-    of kohya's scripts has these keys in a `[[prompt.subset]]` for each prompt, and defaults in `[prompt]`. The settings below are
-    the defaults of all prompts."""
+    of kohya's scripts has these keys in a `[[prompt.subset]]` for each prompt, and defaults in `[prompt]`. The settings
+    below are the defaults of all prompts."""
     negative_prompt: str = ""
     """Negative prompt: what the images should not show."""
     every_steps: int = Field(0, ge=0)

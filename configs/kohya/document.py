@@ -22,7 +22,7 @@ The importer writes one YAML file. It reads:
 
 | file | from |
 |---|---|
-| `.toml` | training arguments and datasets of kohya's scripts, with the `config_file` and `dataset_config` that they name |
+| `.toml` | training arguments or datasets of kohya's scripts, with the `config_file` and `dataset_config` they name |
 | `.sh`, `.bat`, `.ps1`, `.txt` | a command line of kohya's scripts |
 | `.json` | the settings that kohya_ss saves |
 | `.py` | the settings of the first sdxl-trainer or its successor ([below](#settings-of-the-first-sdxl-trainer)) |
@@ -82,8 +82,8 @@ python -m sdxl_trainer.configs.import_config config.py --out my.yaml
 ```
 
 The importer reads the settings that `get_config` assigns or returns, without executing the file. Names that are not in
-this table are those of kohya's options. Metadata may stay in waifuset's SQLite files ([DATA.md](DATA.md#sqlite-waifuset)),
-and latents that were cached beside the images are used (`--adopt`, as above).
+this table are those of kohya's options. Metadata may stay in waifuset's SQLite files
+([DATA.md](DATA.md#sqlite-waifuset)), and latents that were cached beside the images are used (`--adopt`, as above).
 
 | setting | setting here | note |
 |---|---|---|
