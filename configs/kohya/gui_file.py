@@ -119,8 +119,9 @@ def convert_gui(saved: Mapping[str, Any]) -> dict[str, Any]:
     elif fields.get("learning_rate_te1") or fields.get("learning_rate_te2"):
         options["train_text_encoder"] = True
     for name in ("optimizer_args", "lr_scheduler_args"):
-        if isinstance(options.get(name), str):
-            options[name] = _split(options[name])
+        words = options.get(name)
+        if isinstance(words, str):
+            options[name] = _split(words)
     return options | collect_options(_split(str(fields.get("additional_parameters", ""))))
 
 

@@ -101,7 +101,7 @@ def _open(file: Path) -> sqlite3.Connection:
     try:
         database.execute("PRAGMA trusted_schema = OFF")  # functions and virtual tables of the file are not run
         if hasattr(database, "setlimit"):  # from Python 3.11 on
-            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)  # pyright: ignore
     except BaseException:
         database.close()
         raise
