@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.launch.signals import exit_at_once
 
 SCRIPT_VARIABLE = "SDXL_TRAINER_SCRIPT"  # process of the launch script that the user started (child.sh)
@@ -57,7 +58,7 @@ def _watch(launchers: Sequence[int]) -> None:
             time.sleep(POLL_SECONDS)
     if os.environ.get("RANK") == "0":
         with suppress(OSError):
-            sys.stderr.write("the launcher has ended, so the ranks stop as on SIGTERM\n")
+            sys.stderr.write(f"{translate('the launcher has ended, so the ranks stop as on SIGTERM')}\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LAST_RESORT_SECONDS)
     exit_at_once(signal.SIGTERM)

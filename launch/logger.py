@@ -87,9 +87,9 @@ class Screen:
         """Print a line that cannot be logged, such as one about the log file itself."""
         with suppress(OSError):
             if self._live is not None:
-                self._live.print(text, soft_wrap=True)
+                self._live.print(translate(text), soft_wrap=True)
             else:
-                sys.stderr.write(f"{text}\n")
+                sys.stderr.write(f"{translate(text)}\n")
 
     def is_shown(self, record: "Record") -> bool:
         """Return whether the console prints a record; the live display already shows some of them."""

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.cuda.nccl
 
+from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.launch.distributed import Ranks, close_ranks, gather_objects, init_ranks, reduce_sum
 from sdxl_trainer.launch.machine import Finding, describe_sums
@@ -30,7 +31,7 @@ ACROSS_NODES_CURE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sum over all ranks; rank 0 prints the figures. Return the exit status (0 done, 1 failed, 2 wrong input)."""
-    parser = argparse.ArgumentParser(description="Measure communication between ranks.")
+    parser = TranslatedParser(description="Measure communication between ranks.")
     parser.add_argument("--report", action="store_true", help="print findings of the doctor instead of JSON")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     options = parser.parse_args(arguments)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.launch.status import clear_status, record_status
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -183,5 +184,6 @@ def _exit_before_work(number: int, frame: FrameType | None) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         name = signal.Signals(number).name
         with suppress(OSError):
-            os.write(2, f"\nstopped by {name}; the same command starts again\n".encode())
+            message = translate(f"stopped by {name}; the same command starts again")
+            os.write(2, f"\n{message}\n".encode(errors="backslashreplace"))
     os._exit(128 + number)

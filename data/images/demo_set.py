@@ -3,7 +3,6 @@
 A model learns the set in minutes. `nearest_colour` and `nearest_shape` then show whether it paints what a prompt names.
 """
 
-import argparse
 import json
 import math
 import random
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sdxl_trainer.configs.language.arguments import TranslatedParser
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import parse_count
 
@@ -234,7 +235,7 @@ def _polygon(centre: tuple[float, float], radii: Sequence[float], start: float) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: draw the demo set into a folder."""
-    parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.data.demo", description="Draw the demo set.")
+    parser = TranslatedParser(prog="python -m sdxl_trainer.data.demo", description="Draw the demo set.")
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--num-images", type=parse_count, default=96, metavar="N", help="number of images (96)")
     parser.add_argument(
@@ -250,4 +251,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     path = draw_demo_set(options.out, options.num_images, options.seed, options.shapes)
-    sys.stdout.write(f"{options.num_images} images, metadata in {path}\n")
+    sys.stdout.write(f"{translate(f'{options.num_images} images, metadata in {path}')}\n")

@@ -5,7 +5,6 @@ counts in `report/data.json` and the generated images in `samples/`. A run start
 (train/report/report_process.py), so training neither waits for it nor fails with it. Imports no torch.
 """
 
-import argparse
 import base64
 import io
 import os
@@ -21,6 +20,8 @@ import numpy as np
 import orjson
 from PIL import Image
 
+from sdxl_trainer.configs.language.arguments import TranslatedParser
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.train.report.charts import (
@@ -100,7 +101,8 @@ def read_counts(file: Path) -> dict:
         cut = [int(number) for number in tokens["num_cut"]]
         numbers = {name: int(tokens[name]) for name in ("num_captions", "max_tokens")}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        sys.stderr.write(f"{file} is damaged and left out; the next start of the run writes it anew: {error}\n")
+        message = f"{file} is damaged and left out; the next start of the run writes it anew: {error}"
+        sys.stderr.write(f"{translate(message)}\n")
         return {}
     return {"buckets": buckets, "tokens": {**numbers, "classes": classes, "num_cut": cut}}
 
@@ -168,7 +170,7 @@ def make_uri(content: bytes, kind: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of a run, finished or not, and return the exit status (0 done, 1 failed, 2 wrong input)."""
-    parser = argparse.ArgumentParser(description="Write the report of a run, finished or not, into its folder.")
+    parser = TranslatedParser(description="Write the report of a run, finished or not, into its folder.")
     parser.add_argument("folder", type=parse_path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
     parser.add_argument("--background", action="store_true", help="run at low priority")
     options = parser.parse_args(arguments)
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         file = write_report(folder)
     except OSError as error:
-        sys.stderr.write(f"the report cannot be written: {error}\n")
+        sys.stderr.write(f"{translate(f'the report cannot be written: {error}')}\n")
         return 1
     sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.2f} MB, {time.monotonic() - started:.1f} s)\n")
     return 0
