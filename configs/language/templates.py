@@ -91,7 +91,7 @@ class Template:
             if isinstance(part, str):
                 groups.append(re.escape(part))
             else:
-                groups.append(f"({NUMBER})" if part.is_number else "(.*?)")
+                groups.append(f"( *(?:{NUMBER}))" if part.is_number else "(.+?)" if self.is_weak else "(.*?)")
         return re.compile("".join(groups), re.DOTALL)
 
     @cached_property
