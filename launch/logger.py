@@ -209,7 +209,7 @@ class TranslatedTable(Table):
     texts and stay as they are."""
 
     def __init__(self, *headers: str, title: str | None = None, **options: Any):
-        super().__init__(*map(translate_label, headers), title=translate(title) if title else title, **options)
+        super().__init__(*map(translate_label, headers), title=translate_label(title) if title else title, **options)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         """Add a row, like rich's."""

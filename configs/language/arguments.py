@@ -1,32 +1,49 @@
 """Command lines whose help and errors are in the user's language."""
 
 import argparse
+import copy
+import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from sdxl_trainer.configs.language.translate import translate, translate_label
 
-HEADINGS = ("usage: ", "positional arguments", "options")  # argparse's own
-
 
 class TranslatedParser(argparse.ArgumentParser):
-    """An argument parser in the user's language. Texts are given in English."""
+    """An argument parser in the user's language. Its texts are given in English."""
 
-    def __init__(self, *args: Any, description: str | None = None, **options: Any):
-        super().__init__(*args, description=translate(description.strip()) if description else None, **options)
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an argument, like argparse's."""
-        if options.get("help") not in (None, argparse.SUPPRESS):
-            options["help"] = translate(options["help"])
-        return super().add_argument(*names, **options)
-
-    def format_help(self) -> str:
-        """Return the help text."""
-        text = super().format_help()
-        for heading in HEADINGS:
-            text = text.replace(f"\n{heading}:\n", f"\n{translate_label(heading)}:\n")
-        return text
+    def __init__(
+        self,
+        *args: Any,
+        description: str | None = None,
+        formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+        **options: Any,
+    ):
+        formatter = type("TranslatedFormatter", (_TranslatedHelp, formatter_class), {})
+        shown = translate(description.strip()) if description else None
+        super().__init__(*args, description=shown, formatter_class=formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print usage and the mistake, and exit with status 2."""
-        super().error(translate(message))
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {translate_label('error')}: {translate(message)}\n")
+
+
+class _TranslatedHelp(argparse.HelpFormatter):
+    """Translates what argparse is about to lay out."""
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, translate_label("usage: ") if prefix is None else prefix)
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(translate_label(heading) if heading else heading)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        shown = copy.copy(action)
+        if action.help not in (None, argparse.SUPPRESS):
+            shown.help = translate(action.help)
+        super().add_argument(shown)
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        for action in actions:
+            self.add_argument(action)

@@ -23,9 +23,14 @@ UNSHOWN_CALLS = frozenset(
     "environ import_module open encode decode bytes run Popen strftime literal NewType TypeVar ConfigDict "
     "filterwarnings getLogger unpack pack calcsize cat frombuffer field_validator model_validator".split()
 )
-LABEL_CALLS = frozenset("Table add_column add_row Finding log_table build_summary_table activity during".split())
+LABEL_CALLS = frozenset(
+    "Table TranslatedTable add_column add_row Finding log_table build_summary_table activity during".split()
+)
 LOGGER_CALLS = frozenset("debug info success warning error critical log warn_once warn".split())
+LABEL_KEYWORDS = frozenset(["component", "title"])
 COUNT_CALL = "format_count"
+# Texts that are put together at run time from names in the code: states of the cache's images, phases of a step.
+COMPOSED = (*(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")), "update")
 # Messages of libraries that reach users in problems with settings and files.
 FOREIGN = (
     "Input should be a valid integer",
@@ -63,6 +68,7 @@ FOREIGN = (
     "positional arguments",
     "options",
     "usage: ",
+    "error",
     "No such file or directory",
     "No space left on device",
     "Disk quota exceeded",
@@ -88,7 +94,7 @@ FOREIGN = (
 
 def extract_messages(root: Path) -> dict[str, tuple[str, ...]]:
     """Return the messages of all sources under `root`, each with the files that contain it."""
-    sources: dict[str, set[str]] = {text: {"libraries"} for text in FOREIGN}
+    sources: dict[str, set[str]] = {text: {"libraries"} for text in (*FOREIGN, *COMPOSED)}
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("*.py")):
             name = path.relative_to(root).as_posix()
@@ -139,6 +145,8 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         self.visit(node.value)
+        if isinstance(node.ctx, ast.Store) and is_text(node.slice):  # the name of a row
+            self._add(node.slice, is_label=self._shows_tables)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -156,15 +164,21 @@ class _Visitor(ast.NodeVisitor):
         if name == COUNT_CALL:
             self._add_count(node)
             return
-        for place, argument in enumerate([*node.args, *(keyword.value for keyword in node.keywords)]):
+        for place, argument in enumerate(node.args):
             if name in LOGGER_CALLS and place < 2 and isinstance(argument, ast.Constant):
                 self._add_logged(argument, node.args[place + 1 :])
-            elif is_text(argument):
-                if name not in UNSHOWN_CALLS:
-                    self._add(argument, is_label=name in LABEL_CALLS and place < len(node.args))
-                self._visit_fields(argument)
             else:
-                self.visit(argument)
+                self._visit_argument(argument, name, is_label=name in LABEL_CALLS)
+        for keyword in node.keywords:
+            self._visit_argument(keyword.value, name, is_label=keyword.arg in LABEL_KEYWORDS)
+
+    def _visit_argument(self, node: ast.expr, call: str, is_label: bool) -> None:
+        if not is_text(node):
+            self.visit(node)
+            return
+        if call not in UNSHOWN_CALLS:
+            self._add(node, is_label)
+        self._visit_fields(node)
 
     def generic_visit(self, node: ast.AST) -> None:
         if isinstance(node, ast.expr) and is_text(node):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 WORD = re.compile(r"[A-Za-z]{2,}")
+HAN = re.compile(r"[\u3400-\u9fff]")
 NUMBER = r"[-+]?[\d,.]+(?:e[-+]?\d+)?%?|nan|inf"
 NUMBER_TYPES = "bcdeEfFgGnxX%,"
 # Words that connect two values in too many texts to tell a message by them.
@@ -55,6 +56,13 @@ def list_fields(text: str) -> set[str]:
     return {part.name for part in parse_template(text) if isinstance(part, Field)}
 
 
+def join_parts(left: str, right: str) -> str:
+    """Join two parts of a text; a space separates Chinese from Latin letters and digits, as usual."""
+    edges = left[-1:], right[:1]
+    is_mixed = any(map(HAN.fullmatch, edges)) and any(edge.isascii() and edge.isalnum() for edge in edges)
+    return f"{left} {right}" if is_mixed else left + right
+
+
 @dataclass(frozen=True)
 class Template:
     """A message with fields and its translation."""
@@ -101,9 +109,10 @@ class Template:
 
     def fill(self, values: list[str]) -> str:
         """Return the translation with `values` in place of the fields, in the order of the English text."""
-        by_name = dict(zip(self.names, values, strict=True))
-        parts = parse_template(self.translation)
-        return "".join(part if isinstance(part, str) else by_name[part.name] for part in parts)
+        by_name, text = dict(zip(self.names, values, strict=True)), ""
+        for part in parse_template(self.translation):
+            text = join_parts(text, part if isinstance(part, str) else by_name[part.name])
+        return text
 
     @property
     def _literals(self) -> list[str]:

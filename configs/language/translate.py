@@ -115,6 +115,7 @@ class Translator:
             parts = text.split(separator) if separator != ": " else text.split(separator, 1)
             translated = [self.translate(part) for part in parts] if len(parts) > 1 else parts
             if translated != parts:
+                translated = [self._exact.get(part, part) for part in translated]  # single words beside messages
                 # A name or a path keeps the English punctuation behind it.
                 whole = all(new != old or not WORD.search(old) for new, old in zip(translated, parts, strict=True))
                 return (replacement if whole else separator).join(translated)

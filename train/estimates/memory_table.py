@@ -126,16 +126,16 @@ class MemoryTable:
 
     def describe(self) -> dict[str, str]:
         """Return a row of text for each component, for the sums, and for the largest micro batch that fits."""
-        device = "GPU" if self.limits.has_gpu else "memory"
         rows = {line.component: describe_line(line, self.limits.has_gpu) for line in self.lines}
         largest = self.find_largest_micro_batch()
-        limit = "" if self.limits.rank is None else f" of {format_gb(self.limits.rank)}"
-        rows[f"{device}, peak"] = f"{format_gb(self.device_peak)}{limit}, in the {self.peak_phase}"
+        peak, limit = format_gb(self.device_peak), self.limits.rank
+        rows[f"{'GPU' if self.limits.has_gpu else 'memory'}, peak"] = (
+            f"{peak}{'' if limit is None else f' of {format_gb(limit)}'}, in the {self.peak_phase}"
+        )
         if self.limits.has_gpu:
-            total = self.limits.host
-            of_total = "" if total is None else f" of {format_gb(total)}"
+            peak, total = format_gb(self.host_peak), self.limits.host
             ranks = format_count(self.limits.ranks_per_host, "rank")
-            rows["host, peak"] = f"{format_gb(self.host_peak)}{of_total}, for {ranks} on a host"
+            rows["host, peak"] = f"{peak}{'' if total is None else f' of {format_gb(total)}'}, for {ranks} on a host"
         if largest is not None:
             rows["largest micro batch"] = f"{largest} (train.micro_batch_size is {self.micro_batch_size})"
         return rows
