@@ -146,7 +146,7 @@ class _Visitor(ast.NodeVisitor):
     def visit_Subscript(self, node: ast.Subscript) -> None:
         self.visit(node.value)
         if isinstance(node.ctx, ast.Store) and is_text(node.slice):  # the name of a row
-            self._add(node.slice, is_label=self._shows_tables)
+            self._add(node.slice)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -242,7 +242,7 @@ class _Visitor(ast.NodeVisitor):
 
 def is_code(literal: str) -> bool:
     """Return whether a text is markup, a pattern or a command and not a message."""
-    return bool(re.match(r"\s*<|.*\(\?[:!<=P]|^--\w|^\\|python -[cm] |.*\{extra\[|.*\{task\.", literal))
+    return bool(re.match(r"\s*<|.*\(\?[:!<=P]|^--\w|^\\|python -[cm] |SELECT |PRAGMA |.*\{extra\[|.*\{task\.", literal))
 
 
 def is_text(node: ast.AST) -> bool:
