@@ -46,8 +46,9 @@ def check_host_address(environment: Mapping[str, str], host: str, address: str |
         return
     if (resolve_host(environment.get("MASTER_ADDR", "")) or "").startswith(LOOPBACK):
         return  # all nodes of the job are on this machine
-    rule = f"is not set, and the name of this node, {host}, "
-    rule += "cannot be resolved" if address is None else f"resolves to {address}, which other nodes cannot reach"
+    rule = f"is not set, and the name of this node, {host}, " + (
+        "cannot be resolved" if address is None else f"resolves to {address}, which other nodes cannot reach"
+    )
     cure = "set it to the interface that the nodes share, such as eth0, or correct the name in /etc/hosts"
     yield Problem("GLOO_SOCKET_IFNAME", None, rule, cure)
 

@@ -164,7 +164,7 @@ def interpret_probe(status: int | None, printed: str, backend: str, num_ranks: i
 
 def describe_sums(gb_per_second: Mapping[Any, float]) -> str:
     """Describe the speed of sums over ranks, by size in megabytes."""
-    return "sums of " + ", of ".join(f"{size} MB at {speed:.2f} GB/s" for size, speed in gb_per_second.items())
+    return "sums " + ", ".join(f"of {size} MB at {speed:.2f} GB/s" for size, speed in gb_per_second.items())
 
 
 def explain_failed_ranks(failure: str, backend: str, num_ranks: int) -> Finding:

@@ -148,6 +148,10 @@ class _Visitor(ast.NodeVisitor):
         if isinstance(node.ctx, ast.Store) and is_text(node.slice):  # the name of a row
             self._add(node.slice)
 
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if not is_text(node.value):  # a text's own method, such as `", ".join`
+            self.visit(node.value)
+
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
             self.visit(node.value)

@@ -11,7 +11,7 @@ HAN = re.compile(r"[\u3400-\u9fff]")
 NUMBER = r"[-+]?[\d,.]+(?:e[-+]?\d+)?%?|nan|inf"
 NUMBER_TYPES = "bcdeEfFgGnxX%,"
 # Words that connect two values in too many texts to tell a message by them.
-CONNECTORS = frozenset("and are at by for from in is no not of on or than the to with".split())
+CONNECTORS = frozenset("and are at by for from in is no not of on or than the to with GB GiB MB px".split())
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,14 @@ class Translator:
         for separator, replacement in SEPARATORS:
             parts = text.split(separator) if separator != ": " else text.split(separator, 1)
             translated = [self.translate(part) for part in parts] if len(parts) > 1 else parts
-            if translated != parts:
+            ends = [self._match(separator + part) for part in parts]  # messages that begin with the separator
+            if translated != parts or any(ends[1:]):
                 translated = [self._exact.get(part, part) for part in translated]  # single words beside messages
                 # A name or a path keeps the English punctuation behind it.
                 whole = all(new != old or not WORD.search(old) for new, old in zip(translated, parts, strict=True))
-                return (replacement if whole else separator).join(translated)
+                between = replacement if whole else separator
+                rest = (end or between + part for end, part in zip(ends[1:], translated[1:], strict=True))
+                return translated[0] + "".join(rest)
         return text
 
     def _translate_line(self, line: str) -> str:

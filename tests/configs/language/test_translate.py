@@ -23,6 +23,7 @@ MESSAGES = {
     "{left} of {right}": "{right} 的 {left}",
     "run bash launch/cache.sh": "运行 bash launch/cache.sh",
     "is damaged": "已损坏",
+    "; about {needed:.2g} GB needed": "；约需 {needed} GB",
     "needs {{a|b}}": "需要 {{a|b}}",
     "bucket": "桶",
 }
@@ -43,6 +44,8 @@ def translator() -> Translator:
         ("skipped: 3 images", "已跳过：3 张图片"),  # a message in a field
         ("skipped: is damaged; run bash launch/cache.sh", "已跳过：已损坏；运行 bash launch/cache.sh"),
         ("/data/x.npz: is damaged", "/data/x.npz: 已损坏"),  # put together at run time
+        ("is damaged; about 3 GB needed", "已损坏；约需 3 GB"),
+        ("x.npz; about 3 GB needed; is damaged", "x.npz；约需 3 GB; 已损坏"),
         ("is damaged\n  run bash launch/cache.sh\n\nx", "已损坏\n  运行 bash launch/cache.sh\n\nx"),
         ("needs {a|b}", "需要 {a|b}"),
         ("3 of 4", "4 的 3"),
