@@ -31,32 +31,9 @@ LABEL_KEYWORDS = frozenset(["component", "title"])
 COUNT_CALL = "format_count"
 # Texts that are put together at run time from names in the code: states of the cache's images, phases of a step.
 COMPOSED = (*(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")), "update")
-# Messages of libraries that reach users in problems with settings and files.
+# Messages of the system and of argparse that are parts of messages here.
 FOREIGN = (
-    "Input should be a valid integer",
-    "Input should be a valid integer, unable to parse string as an integer",
-    "Input should be a valid integer, got a number with a fractional part",
-    "Input should be a valid number",
-    "Input should be a valid number, unable to parse string as a number",
-    "Input should be a finite number",
-    "Input should be a valid boolean",
-    "Input should be a valid boolean, unable to interpret input",
-    "Input should be a valid string",
-    "Input should be a valid list",
-    "Input should be a valid tuple",
-    "Input should be a valid dictionary",
-    "Input should be a valid dictionary or instance of {name}",
-    "Input is not a valid path",
-    "Input should be greater than {limit}",
-    "Input should be greater than or equal to {limit}",
-    "Input should be less than {limit}",
-    "Input should be less than or equal to {limit}",
-    "Input should be a multiple of {number}",
-    "Input should be {choices}",
     "{one} or {other}",
-    "String should have at least {number} character",
-    "String should match pattern {pattern}",
-    "Field required",
     "the following arguments are required: {names}",
     "unrecognized arguments: {words}",
     "argument {name}: {reason}",
@@ -82,7 +59,6 @@ FOREIGN = (
     "Too many levels of symbolic links",
     "Too many open files",
     "Too many open files in system",
-    "Input/output error",
     "Stale file handle",
     "Connection timed out",
     "Transport endpoint is not connected",
