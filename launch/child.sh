@@ -2,6 +2,7 @@
 # Sourced by the launch scripts: starts a launcher, forwards signals, and returns the program's own exit status.
 # It keeps the working directory, because the user's paths are relative to it.
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/launch/language.sh"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then
     source "$ROOT/.venv/bin/activate"
 fi
@@ -12,13 +13,15 @@ export PYTHONUTF8="${PYTHONUTF8:-1}"
 # Ranks stop when this process ends, even if it is killed outright (launcher_watch.py).
 export SDXL_TRAINER_SCRIPT="${SDXL_TRAINER_SCRIPT:-$$}"
 
-fail() {  # reason
-    echo "$*" >&2
+fail() {  # reason in English and in Chinese
+    say "$@" >&2
     exit 2
 }
 
 run_child() {  # command and its arguments
-    command -v "$1" >/dev/null || fail "$1 is not installed here: activate the environment, or run bash launch/quickstart.sh"
+    command -v "$1" >/dev/null || fail \
+        "$1 is not installed here: activate the environment, or run bash launch/quickstart.sh" \
+        "这里没有安装 $1：请激活环境，或运行 bash launch/quickstart.sh"
     SDXL_TRAINER_STATUS_FILE="$(mktemp)"
     export SDXL_TRAINER_STATUS_FILE
     echo "+ $*" >&2

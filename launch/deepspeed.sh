@@ -13,8 +13,8 @@ forward_signal() {  # The launcher for one machine does not forward signals, but
 
 where=(--hostfile="${HOSTFILE:-/dev/null}")
 if [ -n "${HOSTFILE:-}" ]; then
-    [ -r "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE cannot be read"
-    command -v pdsh >/dev/null || fail "a hostfile needs pdsh: install your system's pdsh"
+    [ -r "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE cannot be read" "无法读取 HOSTFILE=$HOSTFILE"
+    command -v pdsh >/dev/null || fail "a hostfile needs pdsh: install your system's pdsh" "使用 hostfile 需要 pdsh：请安装系统的 pdsh"
     if [ -n "${NNODES:-}" ]; then where+=(--num_nodes="$NNODES"); fi
     if [ -n "${NPROC:-}" ]; then where+=(--num_gpus="$NPROC"); fi
 else

@@ -14,8 +14,12 @@ run_ranks() {  # program and its arguments
     elif [ -n "${RDZV_ENDPOINT:-}" ]; then
         where=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="${RDZV_ID:-sdxl-trainer}")
     else
-        [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nodes needs MASTER_ADDR, the host name of node 0, or RDZV_ENDPOINT"
-        [ -n "${NODE_RANK:-}" ] || fail "NNODES=$nodes needs NODE_RANK, from 0 to $((nodes - 1)), or RDZV_ENDPOINT"
+        [ -n "${MASTER_ADDR:-}" ] || fail \
+            "NNODES=$nodes needs MASTER_ADDR, the host name of node 0, or RDZV_ENDPOINT" \
+            "NNODES=$nodes 需要 MASTER_ADDR（节点 0 的主机名）或 RDZV_ENDPOINT"
+        [ -n "${NODE_RANK:-}" ] || fail \
+            "NNODES=$nodes needs NODE_RANK, from 0 to $((nodes - 1)), or RDZV_ENDPOINT" \
+            "NNODES=$nodes 需要 NODE_RANK（0 至 $((nodes - 1))）或 RDZV_ENDPOINT"
         where=(--nnodes="$nodes" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}")
     fi
     # Under nohup a closed terminal must not stop the job, but torchrun would end it on SIGHUP.

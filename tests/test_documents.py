@@ -163,7 +163,8 @@ def test_contributing_a_launcher(tmp_path: Path) -> None:
     """Under an `mpirun` that starts two ranks one after the other; no machine of the tests has a real one."""
     for name in ("launch", "train", "bin"):
         (tmp_path / name).mkdir()
-    (tmp_path / "launch" / "child.sh").write_text((ROOT / "launch" / "child.sh").read_text())
+    for name in ("child.sh", "language.sh"):
+        (tmp_path / "launch" / name).write_text((ROOT / "launch" / name).read_text())
     (tmp_path / "launch" / "mpirun.sh").write_text(read_examples()["launch/mpirun.sh"])
     (tmp_path / "train" / "main.py").write_text(
         "import os, sys\n"

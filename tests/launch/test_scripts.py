@@ -109,3 +109,13 @@ def test_one_rank_starts_per_visible_gpu(driver: Path, visible: str | None, gpus
         ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(gpus), str(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), [("zh_CN.UTF-8", "需要 MASTER_ADDR"), ("de_DE.UTF-8", "needs MASTER_ADDR")]
+)
+def test_a_script_speaks_the_users_language(language: str, text: str) -> None:
+    environment = {**os.environ, "LANGUAGE": "", "LC_ALL": "", "LC_MESSAGES": "", "LANG": language, "NNODES": "2"}
+    command = ["bash", ROOT / "launch" / "train.sh", "--cfg", "x.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2 and text in done.stderr, done.stderr
