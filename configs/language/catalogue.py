@@ -1,10 +1,10 @@
 """Catalogues of translations in gettext's PO format: reader and writer.
 
 They use the part of the format that the catalogues here need: `#:` (sources), `#, fuzzy` (a translation to check),
-`msgid` and `msgstr`. Any PO editor can edit them.
+`msgid` and `msgstr`. Any PO editor can edit them. PO's escapes in quoted texts are among those of JSON.
 """
 
-import ast
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ def read_catalogue(path: Path) -> list[Entry]:
             keyword, quoted = (word, rest) if word in texts else (keyword, line)
             if keyword not in texts or not (quoted.startswith('"') and quoted.endswith('"')):
                 raise ValueError(f"{path}: entry {number}: {line!r} is no line of a PO file")
-            texts[keyword] += ast.literal_eval(quoted)
+            texts[keyword] += json.loads(quoted)
         if texts["msgid"]:
             entry = Entry(text=texts["msgid"], translation=texts["msgstr"], sources=tuple(sources), is_fuzzy=is_fuzzy)
             entries.append(entry)
@@ -77,8 +77,4 @@ def _quote(text: str) -> str:
     """Return a text in PO's quotes; a text of several lines takes a line of the file for each."""
     lines = text.splitlines(keepends=True)
     parts = lines if len(lines) < 2 else ["", *lines]
-    return "\n".join('"' + _escape(part) + '"' for part in parts or [""])
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+    return "\n".join(json.dumps(part, ensure_ascii=False) for part in parts or [""])

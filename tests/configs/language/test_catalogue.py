@@ -5,7 +5,8 @@ import pytest
 from sdxl_trainer.configs.language.__main__ import list_messages
 from sdxl_trainer.configs.language.catalogue import format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.templates import Template
-from sdxl_trainer.configs.language.translate import CATALOGUES, Translator
+from sdxl_trainer.configs.language.translate import CATALOGUES
+from sdxl_trainer.configs.language.translator import Translator
 from sdxl_trainer.configs.language.update import list_faults, update_entries
 
 COMMAND = "python -m sdxl_trainer.configs.language"

@@ -9,7 +9,8 @@ import pytest
 
 from sdxl_trainer.configs.language.catalogue import Entry, format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.messages import extract_from_source
-from sdxl_trainer.configs.language.translate import Translator, choose_language, translate
+from sdxl_trainer.configs.language.translate import choose_language, translate
+from sdxl_trainer.configs.language.translator import Translator
 from sdxl_trainer.configs.language.update import list_faults, update_entries
 from sdxl_trainer.configs.problems import Problem, UserInputError
 
