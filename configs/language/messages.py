@@ -189,10 +189,7 @@ class _Visitor(ast.NodeVisitor):
                 self.visit(child.test)
 
     def _add(self, node: ast.expr, is_label: bool = False) -> None:
-        forms = expand(node)
-        if len(forms) > MAX_FORMS:
-            forms = [[Field("value")]]
-        for parts in forms:
+        for parts in expand(node):
             self._keep(parts, is_label)
 
     def _add_count(self, node: ast.Call) -> None:
@@ -211,7 +208,7 @@ class _Visitor(ast.NodeVisitor):
         parts = split_placeholders(node.value)
         self._keep([Field(next(names, part.name), part.spec) if isinstance(part, Field) else part for part in parts])
 
-    def _keep(self, parts: list[Part], is_label: bool = False) -> None:
+    def _keep(self, parts: Sequence[Part], is_label: bool = False) -> None:
         text = format_template(number_fields(merge_parts(parts)))
         literal = "".join(part for part in parts if isinstance(part, str))
         is_label = is_label and re.fullmatch(r"[A-Za-z/-]+", literal) is not None
@@ -251,7 +248,7 @@ def expand(node: ast.AST) -> list[list[Part]]:
         if is_text(node.value) and node.conversion < 0 and node.format_spec is None:
             return expand(node.value)
         spec = node.format_spec.values if isinstance(node.format_spec, ast.JoinedStr) else []
-        shown = "".join(part.value for part in spec if isinstance(part, ast.Constant))
+        shown = "".join(str(part.value) for part in spec if isinstance(part, ast.Constant))
         return [[Field(name_field(node.value), shown)]]
     return [[Field(name_field(node))]]
 

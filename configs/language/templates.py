@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +33,7 @@ class Field:
 Part = str | Field
 
 
-def format_template(parts: list[Part]) -> str:
+def format_template(parts: Sequence[Part]) -> str:
     """Return the text of a message: braces of its own are doubled, as in an f-string."""
     return "".join(part.replace("{", "{{").replace("}", "}}") if isinstance(part, str) else str(part) for part in parts)
 
