@@ -29,8 +29,12 @@ LABEL_CALLS = frozenset(
 LOGGER_CALLS = frozenset("debug info success warning error critical log warn_once warn".split())
 LABEL_KEYWORDS = frozenset(["component", "title"])
 COUNT_CALL = "format_count"
-# Texts that are put together at run time from names in the code: states of the cache's images, phases of a step.
-COMPOSED = (*(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")), "update")
+# Texts that are put together at run time from names in the code: states of the cache's images, phases of a step,
+# activities and learning rates on the console.
+COMPOSED = (
+    *(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")),
+    *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
+)
 # Messages of the system and of argparse that are parts of messages here.
 FOREIGN = (
     "{one} or {other}",
