@@ -13,9 +13,11 @@ import pytest
 import torch
 from console_screen import Terminal, run_in_terminal
 from programs import ROOT
+from rich.cells import cell_len
 from rich.console import Console
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
+from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
@@ -160,6 +162,21 @@ def test_no_terminal_is_too_narrow(columns: int) -> None:
     drawn = io.StringIO()
     Console(file=drawn, width=columns).print(build_display({"now": "this and that"}))
     assert all(len(row) <= columns for row in drawn.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_chinese_takes_two_columns_a_character(columns: int) -> None:
+    choose_language("zh")
+    try:
+        written = io.StringIO()
+        Console(file=written, width=columns, force_terminal=True, color_system=None).print(
+            build_display({"now": "training, writing a checkpoint", "time": "1:00:00 elapsed, 2:00:00 left"})
+        )
+    finally:
+        choose_language("en")
+    rows = written.getvalue().splitlines()
+    assert {cell_len(row) for row in rows} == {columns}
+    assert "最近 100 步平均" in rows[2] and "已用 1:00:00，剩余 2:00:00" in "".join(rows)
 
 
 def test_averages_leave_out_losses_that_are_not_finite() -> None:
