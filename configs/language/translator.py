@@ -71,7 +71,8 @@ class Translator:
             translated = [self.translate(part) for part in parts] if len(parts) > 1 else parts
             ends = [self._match(separator + part) for part in parts]  # messages that begin with the separator
             if translated != parts or any(ends[1:]):
-                translated = [self._exact.get(part, part) for part in translated]  # single words beside messages
+                if separator == ", ":  # single words beside messages; before a colon a name of the user's may stand
+                    translated = [self._exact.get(part, part) for part in translated]
                 # A name or a path keeps the English punctuation behind it.
                 whole = all(new != old or not WORD.search(old) for new, old in zip(translated, parts, strict=True))
                 between = replacement if whole else separator

@@ -45,6 +45,8 @@ def translator() -> Translator:
         ("skipped: 3 images", "已跳过：3 张图片"),  # a message in a field
         ("skipped: is damaged; run bash launch/cache.sh", "已跳过：已损坏；运行 bash launch/cache.sh"),
         ("/data/x.npz: is damaged", "/data/x.npz: 已损坏"),  # put together at run time
+        ("bucket: is damaged", "bucket: 已损坏"),
+        ("3 images, bucket", "3 张图片，桶"),
         ("is damaged; about 3 GB needed", "已损坏；约需 3 GB"),
         ("x.npz; about 3 GB needed; is damaged", "x.npz；约需 3 GB; 已损坏"),
         ("is damaged\n  run bash launch/cache.sh\n\nx", "已损坏\n  运行 bash launch/cache.sh\n\nx"),
