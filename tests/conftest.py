@@ -148,6 +148,8 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "ema.sample=false",
         )
         run_program("train/main.py", *words, "run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
+        (folder / "ranks-2").mkdir()
+        (folder / "ranks-2" / "sample").touch()  # asks for images after the first step
         run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)
 
     folder = make_once(tmp_path_factory, "validated", make)

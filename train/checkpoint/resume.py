@@ -161,6 +161,13 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
     return replace(saved, epoch=epoch, index=index, epoch_batches=plan.num_batches(epoch), **now)
 
 
+def describe_changes(saved: TrainState, fresh: TrainState) -> list[str]:
+    """Describe the changes that alter training between the state of a checkpoint and that of the present start."""
+    changes = [f"{key}: {old} -> {new}" for key, old, new in list_changes(saved.config, fresh.config)]
+    data = ["the data"] if saved.index_fingerprint != fresh.index_fingerprint else []
+    return [*data, *changes]
+
+
 def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[SettingChange]:
     """List the settings that alter training and differ. A setting that is missing in `old` had its default."""
     defaults = dict(iterate_settings(Config().model_dump(mode="json")))

@@ -4,7 +4,7 @@ import importlib.metadata
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -13,9 +13,12 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.data.files import read_regular
 from sdxl_trainer.launch.append_file import AppendFile
 
 BOARD_NAME = "events.out.tfevents."  # TensorBoard expects it
+CHANGES_FILE = "changes.jsonl"  # in the log folder: what each resume changed
+MAX_CHANGES_BYTES = 1 << 20
 WANDB_ID_FILE = "wandb_id.txt"  # in the log folder: a resumed run keeps its id
 
 
@@ -99,10 +102,11 @@ class MetricsLog:
         last_step: the step that the run resumes from. Lines of later steps, left by a run that stopped after its last
             checkpoint, are dropped.
         wandb_log: None if `log.wandb` is not set.
+        changes: settings and data that differ from those of the checkpoint at `last_step`.
     """
 
-    def __init__(self, folder: Path, last_step: int, wandb_log: WandbLog | None = None):
-        self._folder, self._last_step = folder, last_step
+    def __init__(self, folder: Path, last_step: int, wandb_log: WandbLog | None = None, changes: Sequence[str] = ()):
+        self._folder, self._last_step, self._changes = folder, last_step, changes
         self._lines = AppendFile(folder / "metrics.jsonl")
         self._board: BoardFile | None = None
         self._wandb_log = wandb_log
@@ -111,6 +115,7 @@ class MetricsLog:
         """Add the metrics of a finished step."""
         if self._board is None:  # the first write: until then nothing is changed
             drop_later_lines(self._lines.path, self._last_step)
+            write_changes(self._folder / CHANGES_FILE, self._last_step, self._changes)
             self._board = BoardFile(self._folder / "tensorboard", self._last_step + 1)
         self._lines.append(orjson.dumps({"step": step, **values}) + b"\n")
         self._board.write(step, values)
@@ -148,6 +153,31 @@ def drop_later_lines(file: Path, last_step: int) -> None:
                 lines.truncate(end)
                 break
             end += len(line)
+
+
+def write_changes(file: Path, step: int, changes: Sequence[str]) -> None:
+    """Append what a start changed at a step, in place of what earlier starts from this step and later ones changed."""
+    drop_later_lines(file, step - 1)
+    if changes:
+        lines = AppendFile(file)
+        lines.append(orjson.dumps({"step": step, "changes": changes}) + b"\n")
+        lines.close()
+
+
+def read_changes(file: Path) -> dict[int, list[str]]:
+    """Return what each resume changed, by step. Damaged lines are skipped; without the file nothing has changed."""
+    changes: dict[int, list[str]] = {}
+    try:
+        lines = read_regular(file, MAX_CHANGES_BYTES).content.splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            values = orjson.loads(line)
+            changes[int(values["step"])] = [str(change) for change in values["changes"]]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return changes
 
 
 def _read_step(line: bytes) -> float:

@@ -1,6 +1,7 @@
 """Build a run from its settings: networks, data, state, metrics, console and report."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
@@ -9,10 +10,12 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
+from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.train.checkpoint.resume import (
     build_initial_state,
+    describe_changes,
     open_checkpoints,
     restore_progress,
 )
@@ -56,9 +59,8 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     split = split_data(config, index, strategy, ranks)
     checkpoint, checkpoints = open_checkpoints(config.run.folder / "checkpoints", config.checkpoint, ranks)
-    state = build_initial_state(config, index, split.plan, ranks, split.repeats)
-    if checkpoint:
-        state = restore_progress(TrainState.load(checkpoint), state, split.plan, config.run.on_data_change)
+    fresh = build_initial_state(config, index, split.plan, ranks, split.repeats)
+    state, changes = restore_state(checkpoint, fresh, split.plan, config.run.on_data_change)
     num_steps = count_run_steps(config.train, split.plan, state)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
@@ -89,13 +91,27 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         checkpoints=checkpoints,
         requests=requests,
         progress=Progress(config, ranks, state, num_steps, checkpoints, requests, mfu_reference),
-        metrics=MetricsLog(logs, state.step, wandb_log) if ranks.is_main else None,
+        metrics=MetricsLog(logs, state.step, wandb_log, changes) if ranks.is_main else None,
         validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
         report=open_report(config, index, split.plan, tokenizers) if publish else None,
         memory=memory,
         bad_samples=BadSamples(logs, ranks, len(index), config.data.max_bad_fraction),
     )
     return run, batches
+
+
+def restore_state(
+    checkpoint: Path | None, fresh: TrainState, plan: Plan, on_data_change: str
+) -> tuple[TrainState, list[str]]:
+    """Return the state to continue from, and the changes of settings and data since the checkpoint.
+
+    Raises:
+        UserInputError: the data have changed, and `run.on_data_change` is `stop`.
+    """
+    if checkpoint is None:
+        return fresh, []
+    saved = TrainState.load(checkpoint)
+    return restore_progress(saved, fresh, plan, on_data_change), describe_changes(saved, fresh)
 
 
 def open_wandb_for_ranks(config: Config, publish: bool) -> WandbLog | None:

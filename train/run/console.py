@@ -182,6 +182,11 @@ class Progress:
         return Averages(list(self._recent))
 
     @property
+    def now(self) -> str:
+        """The current activity, and whether a checkpoint is being written beside it."""
+        return self._activity + (", writing a checkpoint" if self._checkpoints.is_writing() else "")
+
+    @property
     def has_mfu(self) -> bool:
         """True if MFU is shown."""
         return self._mfu_reference is not None
@@ -257,7 +262,7 @@ class Progress:
             "time": f"{elapsed} elapsed, {self.describe_time_left(averages)} left",
             "learning rate": rates,
             "next checkpoint": self.describe_next_checkpoint(averages),
-            "now": self._activity + (", writing a checkpoint" if self._checkpoints.is_writing() else ""),
+            "now": self.now,
         }
         if state.num_bad or state.num_non_finite:
             lines["skipped"] = describe_skipped(state)
@@ -292,12 +297,16 @@ class Progress:
         """Return MFU over the averaged steps: the share of all devices' peak FLOP/s that was used."""
         return f"{averages.flops_per_second / self._mfu_reference.peak_flops:.1%}" if self._mfu_reference else UNKNOWN
 
-    def describe_time_left(self, averages: Averages) -> str:
-        """Estimate the time left from the last steps and from the time spent between steps so far."""
+    def estimate_seconds_left(self, averages: Averages) -> float:
+        """Estimate the time left from the last steps and from the time spent between steps so far; NaN before steps."""
         steps_left = self._num_steps - self._state.step
         between_steps = self._updated - self.started - self.train_seconds
         seconds = averages.step_seconds + max(0.0, between_steps) / max(1, self._state.step - self.first_step)
-        return format_seconds(steps_left * seconds) if steps_left else format_seconds(0)
+        return steps_left * seconds if steps_left else 0.0
+
+    def describe_time_left(self, averages: Averages) -> str:
+        """Return the estimated time left as text."""
+        return format_seconds(self.estimate_seconds_left(averages))
 
     def describe_next_checkpoint(self, averages: Averages) -> str:
         """Return the step of the next checkpoint and the time until then; by the clock, the time alone."""

@@ -1,4 +1,4 @@
-"""Requests to a running job, by signal or by a file in the run folder: stop, or save and continue.
+"""Requests to a running job, by signal or by a file in the run folder: stop, save, or generate images.
 
 A rank only notes its requests. The ranks exchange their notes with the loss of each step, so all of them act at the
 same step boundary.
@@ -23,7 +23,7 @@ from sdxl_trainer.launch.distributed import (
 )
 from sdxl_trainer.launch.signals import BrokenOff, Interrupted, StopRequest
 
-STOP_FILE, SAVE_FILE = "stop", "save"
+STOP_FILE, SAVE_FILE, SAMPLE_FILE = "stop", "save", "sample"
 STOP_CAUSE = f"the file {STOP_FILE}"
 STOP_KEY = "a rank was asked to stop"
 
@@ -33,10 +33,12 @@ class Requested(NamedTuple):
 
     stop: bool
     save: bool
+    sample: bool = False
 
 
 class Requests:
-    """Requests to one rank: SIGINT, SIGTERM and SIGHUP stop, SIGUSR1 saves, and on rank 0 the files `stop` and `save`.
+    """Requests to one rank: SIGINT, SIGTERM and SIGHUP stop, SIGUSR1 saves, and on rank 0 the files `stop`, `save` and
+    `sample`.
 
     Args:
         folder: the run folder.
@@ -55,12 +57,15 @@ class Requests:
     def collect(self) -> Requested:
         """Return the requests since the last call.
 
-        Reading the `save` file removes it; the next start removes the `stop` file (see `obey_stop_file`).
+        Reading the files `save` and `sample` removes them; the next start removes the `stop` file (see
+        `obey_stop_file`).
         """
+        sample = False
         if self._ranks.is_main:
             self._save |= self._remove(SAVE_FILE) or self._is_time_up()
+            sample = self._remove(SAMPLE_FILE)
         save, self._save = self._save, False
-        return Requested(stop=self._is_stop_requested(), save=save)
+        return Requested(stop=self._is_stop_requested(), save=save, sample=sample)
 
     def break_off_if_stopped(self, in_lockstep: bool) -> None:
         """Raise BrokenOff if a rank was asked to stop. Call it between two forward passes that are no training.
@@ -117,7 +122,7 @@ class Requests:
     def _remove(self, name: str) -> bool:
         try:
             (self._folder / name).unlink()
-        except FileNotFoundError:
+        except OSError:  # a folder of this name, or one that cannot be deleted, would ask again at each step
             return False
         return True
 

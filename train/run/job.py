@@ -39,6 +39,7 @@ from sdxl_trainer.train.run.finished import find_finished_step
 from sdxl_trainer.train.run.interruption import obey_stop_file
 from sdxl_trainer.train.run.loop import copy_state_at, fit, stop
 from sdxl_trainer.train.run.run import Run
+from sdxl_trainer.train.run.status_writer import StatusWriter
 from sdxl_trainer.train.run.summary import show_end, show_start
 
 
@@ -143,7 +144,7 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
         first_extra_seconds=COLLECTIVE_MARGIN.total_seconds() / 2,
     )
     try:
-        with watchdog, saver, ACTIVITY.during("training"), run.progress.show():
+        with StatusWriter(run), watchdog, saver, ACTIVITY.during("training"), run.progress.show():
             fit(run, batches)
             finish(run)
     except Interrupted:

@@ -12,12 +12,14 @@ from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import reduce_sum
 from sdxl_trainer.launch.folder_lock import renew_locks
+from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
 from sdxl_trainer.train.run.generated_images import write_generated_images
+from sdxl_trainer.train.run.interruption import SAMPLE_FILE
 from sdxl_trainer.train.run.non_finite import (
     MicroStep,
     NonFiniteSample,
@@ -39,6 +41,7 @@ class StepResult:
     num_bad: int
     stop: bool  # some rank was asked to stop
     save: bool  # some rank was asked to save
+    sample: bool  # rank 0 was asked to generate images
     non_finite_samples: list[NonFiniteSample]  # of this rank; empty if the weights were updated
     latent_area: int  # h x w of the global batch's latents
 
@@ -77,7 +80,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
             update_report(run)
         if result.stop and not is_last:
             stop(run)
-        validate_and_sample(run, is_last)
+        validate_and_sample(run, is_last, result.sample)
 
 
 def stop(run: Run) -> None:
@@ -98,7 +101,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     """
     run.engine.set_lr(lr)
     accumulation_steps = run.batch_sizes.accumulation_steps
-    sums = torch.zeros(4, device=run.ranks.device)  # loss, bad samples, requests to stop, requests to save
+    sums = torch.zeros(5, device=run.ranks.device)  # loss, bad samples, requests to stop, to save, to generate images
     wait_seconds, updated, micro_steps = 0.0, False, []
     for _ in range(accumulation_steps):
         asked = time.monotonic()
@@ -116,9 +119,9 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         micro_steps.append(MicroStep(batch, losses.detach()))
     log_skipped_samples(run, micro_steps)
     ACTIVITY.note("adding up the losses")
-    stop, save = run.requests.collect()
-    sums[2:] = torch.tensor((stop, save or run.checkpoints.take_repeat()))
-    loss_sum, num_bad, num_stop, num_save = reduce_sum(sums).tolist()
+    stop, save, sample = run.requests.collect()
+    sums[2:] = torch.tensor((stop, save or run.checkpoints.take_repeat(), sample))
+    loss_sum, num_bad, num_stop, num_save, num_sample = reduce_sum(sums).tolist()
     mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)
     return StepResult(
         loss=mean_loss,
@@ -127,6 +130,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         num_bad=int(num_bad),
         stop=num_stop > 0,
         save=num_save > 0,
+        sample=num_sample > 0,
         non_finite_samples=[] if updated else find_non_finite_samples(run.index, micro_steps, mean_loss),
         latent_area=micro_steps[-1].batch.latents.shape[2:].numel(),
     )
@@ -213,25 +217,28 @@ def log_skipped_samples(run: Run, micro_steps: list[MicroStep]) -> None:
     run.bad_samples.skip(run.state.step, skipped)
 
 
-def validate_and_sample(run: Run, is_last: bool = False) -> None:
-    """Validate and generate images, each if the settings ask for it after this step.
+def validate_and_sample(run: Run, is_last: bool = False, is_sample_requested: bool = False) -> None:
+    """Validate and generate images, each if the settings ask for it after this step, or images if the user does.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
     """
     try:
-        _validate_and_sample(run, is_last)
+        _validate_and_sample(run, is_last, is_sample_requested)
     except BrokenOff:
         stop(run)
 
 
-def _validate_and_sample(run: Run, is_last: bool) -> None:
+def _validate_and_sample(run: Run, is_last: bool, is_sample_requested: bool) -> None:
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
     if run.validation and (validation.at_start if step == 0 else is_last or _is_due(step, validation.every_steps)):
         with run.progress.activity("validating"):
             validate(run)
         update_report(run)
-    if sample.has_prompts and (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps)):
+    if is_sample_requested and not sample.has_prompts:
+        warn_once("the file {} has no effect, because there are no prompts; set sample.prompts", SAMPLE_FILE)
+    is_due = is_sample_requested or (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps))
+    if sample.has_prompts and is_due:
         with run.progress.activity("generating images"):
             write_generated_images(run)
         update_report(run)

@@ -16,7 +16,7 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import BrokenOff, Interrupted, exit_on_signals
 from sdxl_trainer.train.checkpoint.folder import verify_manifest
-from sdxl_trainer.train.checkpoint.resume import list_changes, restore_progress
+from sdxl_trainer.train.checkpoint.resume import describe_changes, list_changes, restore_progress
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run import interruption
@@ -138,6 +138,9 @@ def test_only_changes_that_alter_training_are_listed() -> None:
         "engine.precision": ("bf16", "fp32"),
     }
     assert list_changes(old, old) == []
+    saved, fresh = TrainState(config=old, index_fingerprint="a"), TrainState(config=new, index_fingerprint="b")
+    assert describe_changes(saved, saved) == []
+    assert describe_changes(saved, fresh)[:2] == ["the data", "run.seed: 0 -> 3"]
     # A setting that did not exist when the checkpoint was saved.
     del old["optim"]["weight_decay"]
     assert list_changes(old, build_state().config) == []
@@ -206,15 +209,18 @@ def test_saves_are_due_by_steps_epochs_and_minutes(tmp_path: Path, monkeypatch: 
     assert (*collected, requests.collect().save, other.collect().save) == (False, False, True, True, False, False)
 
 
-def test_a_save_file_is_read_once_and_by_rank_0_alone(tmp_path: Path) -> None:
+def test_request_files_are_read_once_and_by_rank_0_alone(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
     with exit_on_signals():
         first, other = Requests(tmp_path, Ranks(0, 0, 2, None)), Requests(tmp_path, Ranks(1, 1, 2, None))  # pyright: ignore
-    assert other.collect() == (False, False) and (tmp_path / "save").exists()
-    assert first.collect() == (False, True) and not (tmp_path / "save").exists()
-    assert first.collect() == (False, False)
+    assert other.collect() == (False, False, False) and (tmp_path / "save").exists()
+    assert first.collect() == (False, True, False) and not (tmp_path / "save").exists()
+    assert first.collect() == (False, False, False)
+    (tmp_path / "sample").touch()
+    (tmp_path / "save").mkdir()  # no request, and no reason to end a run
+    assert other.collect() == (False, False, False) and first.collect() == (False, False, True)
     (tmp_path / "stop").touch()
-    assert other.collect() == (False, False) and first.collect() == (True, False)
+    assert other.collect() == (False, False, False) and first.collect() == (True, False, False)
 
 
 def test_a_stop_file_survives_restarts_and_is_deleted_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
@@ -226,7 +232,7 @@ def test_a_stop_file_survives_restarts_and_is_deleted_at_the_next_start(tmp_path
         (tmp_path / "later").rename(tmp_path / "stop")
         with pytest.raises(BrokenOff):
             requests.break_off_if_stopped(in_lockstep=False)
-        assert requests.collect() == (True, False)
+        assert requests.collect() == (True, False, False)
     with pytest.raises(Interrupted, match="stopped by the file stop") as request:
         requests.interrupt()
     assert request.value.signal_number == signal.SIGTERM

@@ -7,7 +7,7 @@ import orjson
 from full_disk import limit_file_size
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sdxl_trainer.train.report.metrics import MetricsLog, read_metrics
+from sdxl_trainer.train.report.metrics import MetricsLog, read_changes, read_metrics
 
 
 def read_board(logs: Path) -> list[tuple[int, float]]:
@@ -48,3 +48,17 @@ def test_a_resume_cuts_later_and_torn_lines_and_keeps_damaged_ones(tmp_path: Pat
     resumed.close()
     assert file.read_bytes() == b"".join([lines[0], b"\0\0\n", lines[1], orjson.dumps({"step": 4, "loss": 9.0}), b"\n"])
     assert read_board(tmp_path) == [(1, 1.0), (2, 2.0), (4, 9.0)]
+
+
+def test_changes_are_listed_by_the_step_at_which_a_resume_made_them(tmp_path: Path) -> None:
+    file = tmp_path / "changes.jsonl"
+    for last_step, changes in ((0, []), (4, ["the data"]), (8, ["optim.lr: 1 -> 2"]), (8, ["optim.lr: 1 -> 3"])):
+        log = MetricsLog(tmp_path, last_step, changes=changes)
+        log.write(last_step + 1, {"loss": 0.5})
+        log.close()
+    assert read_changes(file) == {4: ["the data"], 8: ["optim.lr: 1 -> 3"]}
+    log = MetricsLog(tmp_path, 4)  # back to step 4, with the settings and data that its checkpoint had
+    log.write(5, {"loss": 0.5})
+    assert read_changes(file) == {}
+    file.write_text('{"step": 2, "changes": ["x"]}\n[1]\n{"step": "y"}\n{')
+    assert read_changes(file) == {2: ["x"]} and read_changes(tmp_path / "none") == {}

@@ -18,6 +18,7 @@ from rank_port import find_rank_port
 from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, list_checkpoints, recover_partial_checkpoints
 from sdxl_trainer.train.engine.saved_state import SavedState, map_state_file
 from sdxl_trainer.train.report.metrics import read_metrics
+from sdxl_trainer.train.report.run_status import read_status
 
 # What happens to rank 1 while it reads samples, two a step, by the number of times torchrun has started the job.
 # `Fault` is no Exception, so it counts as a fault of the program and not of the user's strategy.
@@ -129,7 +130,8 @@ def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: P
     assert "ERROR" not in printed and "Training stopped was stopped" in printed and "stopped by SIGTERM; " in printed, (
         printed
     )
-    done = count_steps(run)
+    done, status = count_steps(run), read_status(run / "logs" / "status.json")
+    assert status is not None and (status.state, status.reason) == ("stopped", "stopped by SIGTERM")
     saved = [path.name for path in list_checkpoints(run / "checkpoints")]
     assert len(saved) == 2 and saved[1] == f"step-{done:08d}" and done < 18, printed
     (run / "save").touch()

@@ -64,6 +64,15 @@ def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -
     assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
 
 
+def test_a_sample_file_asks_for_images_once(validated: dict[int, Path]) -> None:
+    samples = validated[2] / "samples"
+    assert sorted(path.name for path in samples.glob("step-*.png")) == [f"step-{s:08d}.png" for s in (1, 2)]
+    assert not (validated[2] / "sample").exists()
+    for number in range(3):
+        images = [Image.open(validated[r] / "samples" / "step-00000001" / f"{number:03d}.png") for r in (1, 2)]
+        assert images[0].size == images[1].size
+
+
 def test_images_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(validated: dict[int, Path]) -> None:
     samples = validated[1] / "samples"
     assert sorted(path.name for path in samples.glob("step-*.png")) == [f"step-{s:08d}.png" for s in (1, 2)]
