@@ -1,7 +1,8 @@
 """Counts over a training set: samples of each bucket, and lengths of captions in tokens."""
 
+import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,7 @@ class TokenCounts:
 
     num_captions: int  # captions measured
     max_tokens: int
+    num_dropped: int  # captions that caption dropout emptied; those of length 0 besides are empty in the data
     num_cut: list[int]  # captions longer than `max_tokens`, by tokenizer
     classes: dict[str, list[int]]  # captions of each length class, by tokenizer
 
@@ -35,16 +37,27 @@ def count_buckets(plan: Plan, epoch: int = 0) -> dict[str, int]:
 def count_tokens(dataset: LatentDataset) -> TokenCounts:
     """Measure the captions of evenly spaced samples with both tokenizers."""
     rows = select_evenly(len(dataset.index), NUM_CAPTIONS)
-    captions = [caption for caption in draw_captions(dataset, rows, epoch=0) if caption is not None]
+    drawn = draw_captions(dataset, rows, epoch=0)
+    captions = [caption for caption in drawn if caption is not None]
+    empty_rows = rows[np.array([caption == "" for caption in drawn], bool)]
     lengths = [[tokenizer.count_tokens(caption) for caption in captions] for tokenizer in dataset.tokenizers]
     class_counts = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in lengths]
     max_tokens = dataset.settings.max_tokens
     return TokenCounts(
         num_captions=len(captions),
         max_tokens=max_tokens,
+        num_dropped=sum(map(bool, draw_captions(without_dropout(dataset), empty_rows, epoch=0))),
         num_cut=[sum(length > max_tokens for length in column) for column in lengths],
         classes={name: [counts[number] for counts in class_counts] for number, name in enumerate(CLASSES)},
     )
+
+
+def without_dropout(dataset: LatentDataset) -> LatentDataset:
+    """Return a dataset that draws the same captions, but drops none."""
+    kept = copy.copy(dataset)
+    caption = replace(dataset.settings.caption, dropout_rate=0.0, dropout_every_epochs=0)
+    kept.settings = replace(dataset.settings, caption=caption)
+    return kept
 
 
 def draw_captions(dataset: LatentDataset, rows: np.ndarray, epoch: int) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.images.fonts import find_face, hint_at_fonts
 from sdxl_trainer.train.report.metrics import read_all_metrics
 
-PALE, STRONG, OTHER = "#9db4c8", "#1f5c99", "#c2571a"
+PALE, STRONG, OTHER, CHANGED = "#9db4c8", "#1f5c99", "#c2571a", "#7a4fa3"
 SIZE_INCHES, DOTS_PER_INCH = (7.2, 3.6), 110
 MAX_POINTS = 2000  # points of a curve; a chart is about 800 pixels wide
 MAX_BUCKETS, MAX_VALIDATIONS = 24, 8
+MAX_CHANGES = 4  # described under a chart
 SMOOTHED_SHARE = 0.05  # share of all steps that the moving average covers
 
 
@@ -52,6 +53,7 @@ class RunNumbers:
 
     series: dict[str, Series]  # by metric name
     counts: dict[str, Any]  # `buckets` and `tokens` of data/loading/counts.py; empty if they are not stored
+    changes: dict[int, list[str]] = field(default_factory=dict)  # settings and data changed by a resume, by its step
 
     def get(self, name: str) -> Series:
         """Return the series of a metric, empty if the run has none."""
@@ -136,6 +138,7 @@ def draw_loss(numbers: RunNumbers) -> Chart | None:
             transform=axes.get_xaxis_transform(),
         )
         texts.append(f"not finite in {format_count(len(non_finite), 'step')}")
+    texts += mark_changes(axes, numbers.changes)
     axes.legend(frameon=False)
     return Chart("loss", "Loss", "; ".join(texts), figure)
 
@@ -198,7 +201,10 @@ def draw_lr(numbers: RunNumbers) -> Chart | None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
     values = series.values
     text = f"first {values[0]:.3g}, max {values.max():.3g}, last {values[-1]:.3g} at step {series.steps[-1]}"
-    return Chart("lr", "Learning rate", text, figure)
+    texts = [text, *mark_changes(axes, numbers.changes)]
+    if numbers.changes:
+        axes.legend(frameon=False)
+    return Chart("lr", "Learning rate", "; ".join(texts), figure)
 
 
 def draw_buckets(numbers: RunNumbers) -> Chart | None:
@@ -219,18 +225,26 @@ def draw_buckets(numbers: RunNumbers) -> Chart | None:
 
 
 def draw_tokens(numbers: RunNumbers) -> Chart | None:
-    """Draw the lengths of captions in tokens of text encoder 1's tokenizer."""
+    """Draw the lengths of captions in tokens of text encoder 1's tokenizer.
+
+    Captions that are empty because caption dropout emptied them have a bar of their own.
+    """
     tokens = numbers.counts.get("tokens", {})
     if not tokens.get("num_captions"):
         return None
     figure, axes = build_figure("captions", "tokens")
-    counts = [first for first, _ in tokens["classes"].values()]
-    bars = axes.bar(list(tokens["classes"]), counts, color=STRONG)
+    counts = {name: first for name, (first, _) in tokens["classes"].items()}
+    dropped = ""
+    if "num_dropped" in tokens:  # not counted by earlier versions
+        num_empty = counts.pop("0", 0) - tokens["num_dropped"]
+        counts = {"dropped": tokens["num_dropped"], "empty": num_empty, **counts}
+        dropped = f"; {tokens['num_dropped']:,} dropped by caption dropout, {num_empty:,} empty in the data"
+    bars = axes.bar(list(counts), list(counts.values()), color=STRONG)
     axes.bar_label(bars, fontsize="small")
     axes.grid(visible=False, axis="x")
     text = (
         f"of {tokens['num_captions']:,} captions, {tokens['num_cut'][0]:,} are longer than data.max_tokens = "
-        f"{tokens['max_tokens']} and are truncated"
+        f"{tokens['max_tokens']} and are truncated{dropped}"
     )
     return Chart("tokens", "Length of captions", text, figure)
 
@@ -266,6 +280,15 @@ def rotate_labels(axes: Axes, num_labels: int) -> None:
     if num_labels > 6:
         axes.tick_params(axis="x", labelrotation=60, labelsize="small")
         axes.figure.subplots_adjust(bottom=0.3)
+
+
+def mark_changes(axes: Axes, changes: dict[int, list[str]]) -> list[str]:
+    """Mark the steps at which a resume changed settings or data, and return a text for each of the last ones."""
+    for number, step in enumerate(changes):
+        label = "settings or data changed" if number == 0 else None
+        axes.axvline(step, color=CHANGED, linestyle="--", linewidth=1, label=label)
+    shown = list(changes.items())[-MAX_CHANGES:]
+    return [f"changed at step {step}: {', '.join(texts)}" for step, texts in shown]
 
 
 def draw_noisy_curve(axes: Axes, series: Series, label: str) -> None:

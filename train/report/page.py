@@ -1,8 +1,9 @@
 """The report of a run as one page: `python -m sdxl_trainer.train.report RUN_FOLDER`.
 
 `report/report.html` embeds all its images and loads nothing else. It shows the metrics in `logs/metrics.jsonl`, the
-counts in `report/data.json` and the generated images in `samples/`. A run starts this program as a separate process
-(train/report/report_process.py), so training neither waits for it nor fails with it. Imports no torch.
+counts in `report/data.json`, the state in `logs/status.json`, the settings in `config.yaml` and the generated images in
+`samples/`. A run starts this program as a separate process (train/report/report_process.py), so training neither waits
+for it nor fails with it. Imports no torch.
 """
 
 import base64
@@ -34,6 +35,10 @@ from sdxl_trainer.train.report.charts import (
     set_fonts,
     smooth,
 )
+from sdxl_trainer.train.report.metrics import CHANGES_FILE, read_changes
+from sdxl_trainer.train.report.run_state import read_holder, resolve_state
+from sdxl_trainer.train.report.run_status import FINISHED, RUNNING, STATUS_FILE, read_status
+from sdxl_trainer.train.report.settings import read_settings
 from sdxl_trainer.train.sampling.image_grid import read_prompt, select_step_folders
 
 NICENESS = 10  # of a report written during training, so that the loader's workers have priority
@@ -68,19 +73,40 @@ def write_report(folder: Path) -> Path:
     """
     target = folder / "report"
     target.mkdir(parents=True, exist_ok=True)
-    numbers = RunNumbers(read_series(folder / "logs" / "metrics.jsonl"), read_counts(target / "data.json"))
+    logs = folder / "logs"
+    numbers = RunNumbers(
+        series=read_series(logs / "metrics.jsonl"),
+        counts=read_counts(target / "data.json"),
+        changes=read_changes(logs / CHANGES_FILE),
+    )
     charts = [(chart, write_chart(chart, target / f"{chart.name}.png")) for chart in draw_charts(numbers)]
     steps, strips = read_strips(folder / "samples")
     page = load_template().render(
         name=folder.resolve().name,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        state=describe_state(folder, numbers),
         facts=list_facts(numbers),
+        settings=read_settings(folder / "config.yaml"),
         charts=charts,
         steps=steps,
         strips=strips,
     )
     write_atomic(target / "report.html", page)
     return target / "report.html"
+
+
+def describe_state(folder: Path, numbers: RunNumbers) -> str:
+    """Return the state of the run in words, such as `stopped: stopped by SIGTERM`."""
+    status, steps = read_status(folder / "logs" / STATUS_FILE), numbers.get("loss").steps
+    last_step = int(steps[-1]) if len(steps) else 0
+    if status is not None and status.state == RUNNING and last_step >= status.max_steps:
+        return FINISHED  # the run writes this page last
+    silent = time.time() - (folder / "logs" / ("metrics.jsonl" if status is None else STATUS_FILE)).stat().st_mtime
+    max_steps = read_settings(folder / "config.yaml").get("train.max_steps", "")
+    state, text = resolve_state(
+        status, read_holder(folder), silent, last_step, int(max_steps) if max_steps.isdecimal() else 0
+    )
+    return text if text.startswith(state) else f"{state}: {text}" if text else state
 
 
 def load_template() -> jinja2.Template:
@@ -99,7 +125,8 @@ def read_counts(file: Path) -> dict:
         tokens = counts["tokens"]
         classes = {str(name): (int(first), int(second)) for name, (first, second) in tokens["classes"].items()}
         cut = [int(number) for number in tokens["num_cut"]]
-        numbers = {name: int(tokens[name]) for name in ("num_captions", "max_tokens")}
+        names = ("num_captions", "max_tokens", *(["num_dropped"] if "num_dropped" in tokens else []))
+        numbers = {name: int(tokens[name]) for name in names}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         message = f"{file} is damaged and left out; the next start of the run writes it anew: {error}"
         sys.stderr.write(f"{translate(message)}\n")

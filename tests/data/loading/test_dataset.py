@@ -17,6 +17,7 @@ from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
+from sdxl_trainer.data.loading.counts import count_tokens, draw_captions
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.loader import build_plan, iterate_batches, iterate_specs
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
@@ -84,6 +85,18 @@ def make_spec(rows: list[int], bucket: tuple[int, int] = BUCKETS[0], epochs: lis
 def read_batches(dataset: LatentDataset, num_workers: int, count: int) -> list[MicroBatch]:
     specs = iterate_specs(build_plan(dataset.index, 4, seed=3), Position(0, 0), 0, 1, 2)
     return list(islice(iterate_batches(dataset, specs, num_workers), count))
+
+
+def test_dropped_captions_are_told_from_empty_ones(cache):
+    for rate in (0.0, 0.5):
+        dataset = build_dataset(cache, rate)
+        counts = count_tokens(dataset)
+        num_blank = draw_captions(dataset, np.arange(NUM_SAMPLES), 0).count("")
+        # One caption is empty in the data.
+        assert counts.num_dropped == num_blank - 1 and counts.classes["0"][0] == num_blank > 3 * rate
+    dataset.settings = replace(dataset.settings, caption=replace(dataset.settings.caption, replacements={"": ""}))
+    counts = count_tokens(dataset)  # every caption is empty, whether or not it is dropped
+    assert counts.num_dropped == 0 and counts.classes["0"][0] == NUM_SAMPLES
 
 
 def test_a_micro_batch_holds_all_network_inputs(cache):

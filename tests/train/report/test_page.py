@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, visit
+from browser import NO_BROWSER, visit
 from loguru import logger
 from PIL import Image
 
-from sdxl_trainer.train.report.charts import RunNumbers, draw_charts, read_series, smooth
+from sdxl_trainer.train.report.charts import RunNumbers, Series, draw_charts, read_series, smooth
 from sdxl_trainer.train.report.page import main, read_strips, write_report
 from sdxl_trainer.train.report.report_process import ReportProcess
+from sdxl_trainer.train.report.run_status import read_status
 from sdxl_trainer.train.sampling.image_grid import write_image
 
 BROKEN = """<!DOCTYPE html><title>broken</title><img alt="gone" src="gone.png">
@@ -57,12 +58,12 @@ def test_damaged_lines_and_counts_are_left_out_of_the_report(tmp_path, capsys, c
     assert "data.json is damaged and left out; the next start of the run writes it anew" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium, chromium-browser or google-chrome")
+@pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tmp_path: Path) -> None:
     page = shutil.copy(validated[1] / "report" / "report.html", tmp_path)  # alone, because the page needs no other file
     (tmp_path / "broken.html").write_text(BROKEN)
     pages = [(page, "light"), (page, "dark"), (tmp_path / "broken.html", "light")]
-    light, dark, broken = visit([(Path(path), scheme) for path, scheme in pages], tmp_path / "browser")
+    light, dark, broken = visit([(Path(path), scheme) for path, scheme in pages])
     for view in (light, dark):
         assert view.complaints == [] and view.requests == [Path(page).as_uri()] and not view.overflow
         assert all(image["width"] > 50 and len(image["alt"]) > 10 for image in view.images)
@@ -92,6 +93,10 @@ def test_a_run_writes_its_report(validated: dict[int, Path]) -> None:
     assert sum(first for first, _ in counts["tokens"]["classes"].values()) == 24
     page = (folder / "report.html").read_text()
     assert "24 samples in" in page and "of 24 captions," in page and "<script" not in page
+    assert "<p>finished. Written " in page and "<tr><td>optim.lr</td><td>0.001</td></tr>" in page
+    status = read_status(validated[1] / "logs" / "status.json")
+    assert status is not None and (status.state, status.step, status.max_steps, status.now) == ("finished", 2, 2, "")
+    assert status.images_per_second and status.memory.endswith("GiB") and status.has_prompts
 
 
 def test_the_last_line_of_a_step_is_used(tmp_path: Path) -> None:
@@ -119,6 +124,21 @@ def test_the_texts_and_lines_of_charts(tmp_path: Path) -> None:
     assert labels == ["loss of the step", "moving average", "validation", "validation, EMA 0.9", "not finite"]
     lines = charts["loss_by_timestep"].figure.axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[0.5, 1.5], [0.5 / 3, 1.5]]
+
+
+def test_charts_mark_changes_and_tell_dropped_captions_from_empty_ones() -> None:
+    series = {name: Series(np.arange(1, 5), np.full(4, 0.5)) for name in ("loss", "lr")}
+    tokens = {"num_captions": 9, "max_tokens": 75, "num_cut": [0, 0], "classes": {"0": (5, 5), "1-20": (4, 4)}}
+    numbers = RunNumbers(series, {"tokens": {**tokens, "num_dropped": 3}}, {2: ["optim.lr: 1 -> 2", "the data"]})
+    charts = {chart.name: chart for chart in draw_charts(numbers)}
+    for name in ("loss", "lr"):
+        assert charts[name].text.endswith("; changed at step 2: optim.lr: 1 -> 2, the data")
+        marks = [line for line in charts[name].figure.axes[0].lines if line.get_label() == "settings or data changed"]
+        assert [list(line.get_xdata()) for line in marks] == [[2, 2]]
+    heights = [bar.get_height() for bar in charts["tokens"].figure.axes[0].patches]
+    assert heights == [3, 2, 4] and charts["tokens"].text.endswith("3 dropped by caption dropout, 2 empty in the data")
+    older = draw_charts(RunNumbers({}, {"tokens": tokens}))
+    assert [bar.get_height() for bar in older[0].figure.axes[0].patches] == [5, 4]
 
 
 @pytest.mark.parametrize(
