@@ -36,5 +36,6 @@ setup(
         "sdxl_trainer.configs": ["*.yaml", "**/*.po", "**/*.json", "**/*.txt", "**/*.safetensors"],
         "sdxl_trainer.launch": ["*.sh", "*.sbatch"],
         "sdxl_trainer.train.report": ["*.html"],
+        "sdxl_trainer.train.watch": ["page/*"],
     },
 )

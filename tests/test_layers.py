@@ -21,7 +21,7 @@ ROOMS = {
     "cache": ("models", "encode", "upkeep", "preview"),
     "train": (
         *("objective", "networks", "optim", "engine", "checkpoint", "sampling"),
-        *("report", "export", "estimates", "tiny", "run", "doctor"),
+        *("report", "export", "estimates", "tiny", "run", "doctor", "watch"),
     ),
     "configs": ("language", "kohya"),
     "launch": (),
@@ -36,7 +36,7 @@ ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
 # Programs that people start by path or by `python -m`.
 PROGRAMS = (
     *(*ENTRY_POINTS, "train/convert.py", "data/demo.py", "configs/document.py", "configs/import_config.py"),
-    *(f"{room}/__main__.py" for room in ("cache/preview", "train/doctor", "train/report", "train/tiny")),
+    *(f"{room}/__main__.py" for room in ("cache/preview", "train/doctor", "train/report", "train/tiny", "train/watch")),
 )
 PURE = (
     *(f"train/objective/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),
