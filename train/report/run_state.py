@@ -1,4 +1,4 @@
-"""Whether a run goes on, was stopped, has failed or is finished, derived from its files. Imports no torch."""
+"""State of a run, derived from its files: running, stopped, failed or finished. Imports no torch."""
 
 import os
 import re

@@ -46,7 +46,7 @@ export const getImageAddress = (words) => addWords("/image", words);
 export function writeNumber(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e+", "e");
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return Number(value.toPrecision(4)).toExponential().replace("e+", "e");
   return value.toLocaleString("en", { maximumSignificantDigits: 4 });
 }
 
