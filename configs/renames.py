@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from loguru import logger
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.problems import Problem
 
 # Old dotted key → new dotted key in the same section. A renamed section renames the keys inside it.
@@ -79,7 +80,8 @@ def warn_of_old_names(used: Iterable[str]) -> None:
     """Log a warning for each old name, on rank 0 only, because every rank reads the settings."""
     if os.environ.get("RANK", "0") == "0":
         for old in dict.fromkeys(used):
-            logger.warning("{} is now called {}; the next version will reject the old name", old, RENAMED[old])
+            message = f"{old} is now called {RENAMED[old]}; the next version will reject the old name"
+            logger.warning("{}", translate(message))  # the console's own translation is set up later
 
 
 def _build_clash_problem(old: str, value: Any) -> Problem:
