@@ -3,6 +3,7 @@
 import ast
 import itertools
 import re
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ LABEL_CALLS = frozenset(
 LOGGER_CALLS = frozenset("debug info success warning error critical log warn_once warn".split())
 LABEL_KEYWORDS = frozenset(["component", "title"])
 COUNT_CALL = "format_count"
+PLACEHOLDER = re.compile(r"\{\w*(?::[^{}]*)?\}|\{\{.*\}\}")  # of a literal that `format` or loguru fills in
 # Texts that are put together at run time from names in the code: states of the cache's images, phases of a step,
 # activities and learning rates on the console.
 COMPOSED = (
@@ -241,7 +243,7 @@ def is_text(node: ast.AST) -> bool:
 def expand(node: ast.AST) -> list[list[Part]]:
     """Return all forms of a text: each condition in it doubles them."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [split_placeholders(node.value)]
+        return [split_placeholders(node.value) if node.value else []]
     if isinstance(node, ast.IfExp) and is_text(node):
         return [*expand(node.body), *expand(node.orelse)]
     if isinstance(node, ast.BinOp) and is_text(node):
@@ -258,12 +260,20 @@ def expand(node: ast.AST) -> list[list[Part]]:
 
 
 def split_placeholders(text: str) -> list[Part]:
-    """Return the parts of a literal; `{}` and `{:.2f}` are places that `format` or loguru fills in."""
-    pieces = re.split(r"\{(?::([^{}]*))?\}", text)
-    parts: list[Part] = [pieces[0]]
-    for spec, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-        parts += [Field("value", spec or ""), literal]
-    return [part for part in parts if part != ""]
+    """Return the parts of a literal. Places such as `{}`, `{:.2f}` and `{path}` are filled in by `format` or loguru."""
+    if not PLACEHOLDER.search(text):
+        return [text]
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError:  # braces of its own
+        return [text]
+    if any("[" in (name or "") for _, name, _, _ in pieces):  # the format of a log line
+        return [text]
+    parts: list[Part] = []
+    for literal, name, spec, _ in pieces:
+        parts += [literal] if literal else []
+        parts += [Field(name if name.isidentifier() else "value", spec or "")] if name is not None else []
+    return parts
 
 
 def _combine(choices: list[list[list[Part]]]) -> list[list[Part]]:
