@@ -36,7 +36,6 @@ from sdxl_trainer.cache.encode.encode_plan import (
 from sdxl_trainer.cache.encode.estimate import (
     IMAGES_OF_DRY_RUN,
     Estimate,
-    describe_seconds,
     estimate_work,
     report_opened_images,
 )
@@ -55,7 +54,7 @@ from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, describe_seconds, format_count
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.formats.manifest import (
@@ -111,9 +110,8 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     keep_freed_memory()
     folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
-    masks = config.data.masks
     # The other ranks wait for rank 0 in init_ranks.
-    path = open_checked_index(config, [*problems, *check_masks(masks)]).path if rank == 0 else None
+    path = open_checked_index(config, [*problems, *check_masks(config.data.masks)]).path if rank == 0 else None
     # Until here a signal ends the process at once: nothing is lost.
     stop = StopRequest("the work in hand", logger.warning)
     ranks = init_ranks(config.engine.timeout_minutes, stop.raise_if_received)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import build_parser, end_program, require_checkout, run_program
+    from sdxl_trainer.launch.program import announce, build_parser, end_program, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
+        announce("loading PyTorch and the libraries")
         from sdxl_trainer.cache.job import run_job
         from sdxl_trainer.cache.upkeep.commands import COMMANDS
         from sdxl_trainer.configs.load import load_config

@@ -17,6 +17,7 @@ from sdxl_trainer.configs.language.translate import CATALOGUES, load_translator
 from sdxl_trainer.configs.load import iterate_sections
 from sdxl_trainer.configs.renames import RENAMED
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.section import OwnCodeName
 
 HEADER = """# Settings
 
@@ -95,7 +96,7 @@ def _build_row(key: str, field: FieldInfo, translate: Translate) -> str:
         see = f"{translate('See')} [{key}](#{key.replace('.', '')})"
         return f"| `{key}` | {translate('section')} | | {description} {see}{translate('.')} |\n"
     default = f"`{_format_default(field.default)}`" if field.default != "" else ""
-    limits = ", ".join(_format_limit(limit) for limit in field.metadata)
+    limits = ", ".join(filter(None, map(_format_limit, field.metadata)))
     kind = _format_type(field.annotation).replace("|", "\\|") + (f" ({limits})" if limits else "")
     return f"| `{key}` | {kind} | {default} | {description} |\n"
 
@@ -117,10 +118,12 @@ def _format_limit(limit: Any) -> str:
 def _format_type(annotation: Any) -> str:
     if annotation is type(None):
         return "none"
+    if annotation == OwnCodeName:
+        return "your own code"
     if get_origin(annotation) is Annotated:
         inner, *rules = get_args(annotation)
         limits = [limit for rule in rules for limit in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
-        return " ".join([_format_type(inner), " and ".join(map(_format_limit, limits))])
+        return " ".join(filter(None, [_format_type(inner), " and ".join(filter(None, map(_format_limit, limits)))]))
     if get_origin(annotation) is None:
         return {Path: "path", Any: "any"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
     args = [_format_type(arg) if not isinstance(arg, (str, int)) else f"`{arg}`" for arg in get_args(annotation)]

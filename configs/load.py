@@ -1,17 +1,17 @@
 """Load settings: build a checked `Config` from a YAML file and `key.sub=value` overrides, or report all problems."""
 
 import copy
-import difflib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.language.translate import CATALOGUES, choose_language
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.section import holds_type
@@ -23,6 +23,48 @@ if TYPE_CHECKING:
 # Files that configs/import_config.py converts, and a key that only those of other programs have.
 IMPORTED_SUFFIXES = (".toml", ".py", ".sh", ".bat", ".cmd", ".ps1")
 IMPORTED_KEY = "pretrained_model_name_or_path"
+
+SEE_ALSO = "docs/CONFIG.md describes it"
+# Kind of pydantic's error → rule and cure. `{value}` is the value, `{words}` what pydantic says beside it.
+KINDS = {
+    "float_type": ("must be a number", "write one number, such as 0.1 or 1e-5, without brackets"),
+    "float_parsing": ("must be a number", "write digits, such as 0.1 or 1e-5"),
+    "finite_number": ("must be a finite number", "write digits, such as 0.1 or 1e-5"),
+    "int_type": ("must be a whole number", "write one whole number, without brackets"),
+    "int_parsing": ("must be a whole number", "write digits, without units and separators"),
+    "int_from_float": ("must be a whole number", "write it without a fraction"),
+    "bool_type": ("must be true or false", "write true or false"),
+    "bool_parsing": ("must be true or false", "write true or false"),
+    "list_type": ("must be a list", "write it between brackets: [{value}]"),
+    "tuple_type": ("must be a list", "write it between brackets, such as [1024, 1024]"),
+    "string_type": ("must be a text", "write one text, without brackets"),
+    "path_type": ("must be a path", "write one path, without brackets"),
+    "dict_type": ("must hold names with values", "write it between braces: {{name: value}}"),
+    "model_type": (
+        "is a section, which holds settings below it",
+        "write each on a line of its own, indented, with a space after its colon",
+    ),
+    "missing": ("must be set", SEE_ALSO),
+    "invalid_key": ("is not the name of a setting", "docs/CONFIG.md lists the names"),
+}
+
+# Values of other trainers → what to write here. The keys are dotted settings.
+FOREIGN_VALUES: dict[str, dict[str, str]] = {
+    "engine.precision": {"no": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "half": "fp16"},
+    "cache.vae_precision": {"fp16": "bf16 or fp32: SDXL's own VAE overflows in fp16 and gives NaN", "float32": "fp32"},
+    "objective.prediction": {"v_prediction": "v", "v_pred": "v", "eps": "epsilon", "sample": "epsilon"},
+    "objective.loss": {"mse": "l2", "mae": "l1"},
+    "optim.schedule": {"constant_with_warmup": "constant, and the number of optim.warmup_steps"},
+    "engine.attention": {"flash": "sdpa, which uses flash kernels", "flash_attention_2": "sdpa", "xformer": "xformers"},
+}
+# Words of PyYAML's errors → what to do.
+YAML_CURES = {
+    r"'\t'": "indent with spaces: YAML allows no tabs",
+    "escape character": "write / instead of \\ in paths, or put single quotes around the text",
+    "mapping values are not allowed": "indent settings of one section alike, and quote texts that hold a colon",
+    "expected ':'": "put a space after the colon of each setting",
+    "is given twice": "remove one of the two",
+}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
@@ -99,12 +141,10 @@ def suggest_key(key: str) -> str:
     if option is not None and option.keys:
         return option.keys[0]
     known = [*iterate_keys(), *RENAMED]
-    near = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == last]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
-    return rename_key(near[0]) if near else ""
+    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = next((name for name in known if "." in name and name.rsplit(".", 1)[-1] == last.lower()), "")
+    near = near or suggest_name(key, known) or leaves.get(suggest_name(last, leaves, cutoff=0.7), "")
+    return rename_key(near)
 
 
 def suggest_cure(key: str) -> str:
@@ -123,7 +163,7 @@ def _find_kohya_option(name: str) -> "Option | None":
     # Imported here because the table is large and needed only for wrong keys.
     from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 
-    return KOHYA_OPTIONS.get(name)
+    return KOHYA_OPTIONS.get(name, KOHYA_OPTIONS.get(name.lower()))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -136,8 +176,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         rule, cure = f"cannot be read: {error.strerror}", "give a YAML file"
         raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
     except ValueError as error:
-        rule, cure = f"is not valid YAML: {error}", "correct the line that is named"
-        raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
+        cure = next((cure for text, cure in YAML_CURES.items() if text in str(error)), "correct the line that is named")
+        raise UserInputError([Problem("--cfg", path, f"is not valid YAML: {error}", cure)]) from None
     if not isinstance(raw, dict | None):
         rule, cure = "must be a mapping of sections", "start from one of configs/*.yaml"
         raise UserInputError([Problem("--cfg", path, rule, cure)])
@@ -254,24 +294,45 @@ def _list_violations(error: ValidationError, settings: dict) -> _Violations:
             rule, cure = "is not a known key", suggest_cure(key)
             violations.problems.append(Problem(key, item["input"], rule, cure, meant=suggest_key(key)))
         else:
-            value = None if isinstance(item["input"], dict) else item["input"]
-            rule = item["msg"].removeprefix("Value error, ")
-            violations.problems.append(Problem(key, value, rule, _suggest_value(value, item)))
+            _add_value_problem(violations.problems, _build_value_problem(key, item))
         if location and location not in violations.locations:
             violations.locations.append(location)
     return violations
 
 
-def _suggest_value(value: Any, item: Mapping[str, Any]) -> str:
-    """Return the cure for a value that one of pydantic's errors refuses."""
-    if item["type"] == "string_type" and isinstance(value, (int, float)):
-        return f'quote it: "{value}"'
-    if item["type"] == "literal_error":
-        allowed = item["ctx"]["expected"]  # such as "'cosine', 'linear' or 'wsd'"
-        near = difflib.get_close_matches(str(value).lower(), re.findall(r"'([^']*)'", allowed), n=1, cutoff=0.6)
-        if near:
-            return f"did you mean {near[0]}?"
-    return "see docs/CONFIG.md"
+def _add_value_problem(problems: list[Problem], problem: Problem) -> None:
+    """Append the problem of a value, or join it with that of another type which the setting could have."""
+    for number, other in enumerate(problems):
+        if (other.key, repr(other.value)) == (problem.key, repr(problem.value)):
+            problems[number] = replace(other, rule=f"{other.rule}, or {problem.rule.removeprefix('must be ')}")
+            return
+    problems.append(problem)
+
+
+def _build_value_problem(key: str, item: Mapping[str, Any]) -> Problem:
+    """Build the problem of a value that one of pydantic's errors refuses.
+
+    Args:
+        item: an entry of `ValidationError.errors()`.
+    """
+    kind, given = item["type"], item["input"]
+    value = None if isinstance(given, dict) else given
+    if given is None:
+        return Problem(key, None, "has no value", "write one, or remove the line", meant=key)
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])  # such as "'cosine', 'linear' or 'wsd'"
+        foreign = FOREIGN_VALUES.get(key, {}).get(str(given).lower())
+        near = suggest_name(str(given), allowed)
+        cure = f"write {foreign}" if foreign else f"did you mean {near}?" if near else "choose one of them"
+        return Problem(key, value, f"must be {item['ctx']['expected']}", cure, meant=key)
+    if kind == "string_type" and isinstance(given, (int, float)):
+        return Problem(key, value, "must be a text", f'quote it: "{given}"', meant=key)
+    if kind in KINDS:
+        rule, cure = KINDS[kind]
+        return Problem(key, value, rule, cure.format(value=given), meant=key)
+    # The sentences of the project's own validators name the cure.
+    rule = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return Problem(key, value, rule, SEE_ALSO if kind == "value_error" else f"change it; {SEE_ALSO}", meant=key)
 
 
 def _trim_location(location: tuple, settings: Any) -> tuple:

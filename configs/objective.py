@@ -1,11 +1,14 @@
 """Settings of the objective, `objective`: prediction, loss, weighting, timesteps and noise."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sdxl_trainer.configs.section import Section
+from sdxl_trainer.configs.paths import IS_PATH
+from sdxl_trainer.configs.section import KNOWN_NAME, NAME_OR_CODE, OwnCodeName, Section, is_own_code
 
+LossName = Literal["l2", "l1", "huber", "smooth_l1"]
+WeightingName = Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "v_like_epsilon", "v_pred_like"]
 HUBER_LOSSES = ("huber", "smooth_l1")
 # Weighting → its usual gamma.
 USUAL_GAMMA = {"min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0, "v_pred_like": 1.0}
@@ -45,9 +48,10 @@ class ObjectiveConfig(Section):
     """Rescale the noise schedule so that the last timestep is pure noise (arXiv 2305.08891). The model can then
     generate entirely dark or bright images. Needs `prediction: v`."""
 
-    loss: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
+    loss: Annotated[Annotated[LossName, KNOWN_NAME] | OwnCodeName, NAME_OR_CODE, IS_PATH] = "l2"
     """Error of each value with difference d: d² (`l2`), |d| (`l1`), 2c(sqrt(d² + c²) - c) (`huber`) or
-    2(sqrt(d² + c²) - c) (`smooth_l1`). The last two reduce the effect of outliers."""
+    2(sqrt(d² + c²) - c) (`smooth_l1`). The last two reduce the effect of outliers. Or your own function, as
+    `path/to/file.py:name` or `module:name` (docs/OWN_CODE.md)."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
     """Value of c at each timestep for `huber` and `smooth_l1`: `huber_c` at every timestep (`constant`), or falling
     from 1 without noise to `huber_c`, as exp(t·ln(c)/1000) (`exponential`) or (1 - c)/(1 + sigma)² + c (`snr`, not for
@@ -61,13 +65,14 @@ class ObjectiveConfig(Section):
     """Loss weight of regularisation samples (prior preservation): samples from `data.regularisation_dirs`, or with
     `is_reg: true` in their metadata."""
 
-    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "v_like_epsilon", "v_pred_like"] = "none"
+    weighting: Annotated[Annotated[WeightingName, KNOWN_NAME] | OwnCodeName, NAME_OR_CODE, IS_PATH] = "none"
     """Loss weight of each timestep, from its signal-to-noise ratio (SNR). `min_snr`: min(snr, gamma)/snr, with `v`
     min(snr, gamma)/(snr + 1) (arXiv 2303.09556); `soft_min_snr`: like `min_snr`, with (sigma·s)²/(sigma² + s²)² as the
     SNR; `debiased`: 1/sqrt(snr), with `v` 1/(snr + 1) (arXiv 2310.08442); `p2`: (1 + snr)^-gamma; `v_like_epsilon`,
     only with `v`: snr/(snr + 1), as if the noise were predicted; `v_pred_like`, only with `epsilon`: 1 + gamma·(snr +
     1)/snr, which adds the loss of v-prediction. `debiased`, `v_like_epsilon` and `v_pred_like` limit the SNR to 1000.
-    With `flow` only `none` is possible."""
+    With `flow` only `none` is possible. Or your own function, as `path/to/file.py:name` or `module:name`
+    (docs/OWN_CODE.md)."""
     weighting_gamma: float | None = Field(None, gt=0)
     """Gamma of the weighting. The default is 5 for `min_snr` and `soft_min_snr`, and 1 for `p2` and `v_pred_like`. The
     SNR of `soft_min_snr` is never above 1/4, so with `epsilon` a larger gamma gives all timesteps the weight 1."""
@@ -169,6 +174,7 @@ class ObjectiveConfig(Section):
         other, values = USED_WITH[info.field_name]
         chosen = info.data.get(other)
         has_effect = chosen in values if values else bool(chosen)
+        has_effect = has_effect or (other == "weighting" and is_own_code(chosen))  # which may take any of them
         if value != cls.model_fields[info.field_name].default and other in info.data and not has_effect:
             needed = f"to {' or '.join(values)}" if values else "above 0"
             raise ValueError(f"has no effect: objective.{other} is {chosen}; set that {needed}, or leave this out")

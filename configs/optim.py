@@ -5,9 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sdxl_trainer.configs.section import Section
+from sdxl_trainer.configs.paths import IS_PATH
+from sdxl_trainer.configs.section import KNOWN_NAME, NAME_OR_CODE, OwnCodeName, Section
 
 NUM_BLOCKS = 23
+ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"]
 # Setting → the one schedule that uses it.
 SCHEDULE_SETTINGS = {"num_cycles": "cosine_with_restarts", "power": "polynomial", "decay_steps": "wsd"}
 
@@ -36,9 +38,9 @@ class OptimConfig(Section):
     """The optimizer, its learning rates and its schedule. A learning rate of 0 freezes parameters; frozen parameters
     take no memory for gradients and optimizer state."""
 
-    name: str = "adamw"
+    name: Annotated[str, IS_PATH] = "adamw"
     """Optimizer: `adamw`, `adamw8bit` (bitsandbytes), `adafactor`, `lion`, `prodigy`, `muon`, or any class as
-    `module.Class`. docs/TRAINING.md lists the requirements of each."""
+    `module.Class` or `path/to/file.py:Class` (docs/OWN_CODE.md). docs/TRAINING.md lists the requirements of each."""
     kwargs: dict[str, Any] = {}
     """Further keyword arguments for the optimizer's class."""
     lr: float = Field(1e-5, gt=0)
@@ -60,10 +62,11 @@ class OptimConfig(Section):
     groups: list[GroupConfig] = []
     """Groups of parameters with their own learning rate or weight decay: `[{match: regex, lr: ..., weight_decay:
     ...}]`. A parameter belongs to the first group that matches its name; groups override `block_lrs`."""
-    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"] = "constant"
+    schedule: Annotated[Annotated[ScheduleName, KNOWN_NAME] | OwnCodeName, NAME_OR_CODE, IS_PATH] = "constant"
     """Course of the learning rate from the end of the warm-up to the last step of the run: constant, a linear fall,
     half a cosine, several half cosines, a power, or constant with a linear fall over the last `decay_steps` (`wsd`:
-    warm-up, stable, decay). `wsd` and `constant` suit runs that you may want to extend."""
+    warm-up, stable, decay). `wsd` and `constant` suit runs that you may want to extend. Or your own function, as
+    `path/to/file.py:name` or `module:name` (docs/OWN_CODE.md)."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises from 0 to its peak."""
     num_cycles: int = Field(1, ge=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # In an annotation such as `Annotated[str, IS_PATH]`, marks a text as a path, or as something that may be a path.
 IS_PATH = "path"
+WINDOWS_PATH = re.compile(r"([A-Za-z]):[\\/]")
 VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})")
 
 
@@ -14,10 +15,14 @@ def expand_path(path: str) -> str:
     """Return a path or URL with `~`, `~user`, `$VAR` and `${VAR}` replaced.
 
     Raises:
-        ValueError: the path is empty, or names a variable without a value or a user that does not exist.
+        ValueError: the path is empty, one of Windows, or names a variable without a value or a user that does not
+            exist.
     """
     if not path.strip():
         raise ValueError("is an empty path")
+    if os.name == "posix" and (drive := WINDOWS_PATH.match(path)) and not os.path.lexists(path):
+        here = f"/mnt/{drive[1].lower()}/{path[3:]}".replace("\\", "/")
+        raise ValueError(f"is a path of Windows; write this machine's, under WSL {here}")
 
     def expand_variable(match: re.Match) -> str:
         name = match[1] or match[2]

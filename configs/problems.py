@@ -1,6 +1,8 @@
-"""Problems with the user's input, reported together in one message, and the errors that end programs."""
+"""Problems with the user's input, reported together in one message; errors that end programs; numbers in messages."""
 
 import argparse
+import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ class Problem:
     value: Any
     rule: str
     cure: str = ""
-    meant: str = ""  # the setting that an unknown key most likely means
+    # The setting that an unknown key most likely means, or that has its default now because its value is wrong.
+    meant: str = ""
+    is_next_step: bool = False  # nothing is wrong: the cure is what comes next, such as filling the cache
 
     def __str__(self) -> str:
         return self.format()
@@ -42,10 +46,7 @@ class UserInputError(ValueError):
     """The user's input is wrong. Programs print the whole message and exit with status 2."""
 
     def __init__(self, problems: Iterable[Problem]):
-        problems = list(problems)
-        # A setting under a mistyped key still has its default, of which another problem may complain.
-        mistyped = {problem.meant for problem in problems if problem.meant}
-        self.problems = [problem for problem in problems if problem.key not in mistyped]
+        self.problems = drop_consequences(list(problems))
         super().__init__(self._format())
 
     def format(self) -> str:
@@ -59,6 +60,21 @@ class UserInputError(ValueError):
             further = format_count(len(self.problems) - MAX_PROBLEMS, "further problem")
             lines.append(f"  - {translate(f'and {further}')}")
         return "\n".join(lines)
+
+
+def drop_consequences(problems: list[Problem]) -> list[Problem]:
+    """Drop problems that complain of the default of a setting whose key is mistyped or whose value is wrong.
+
+    A problem of a whole section is such a consequence too.
+    """
+    unset = [problem.meant for problem in problems if problem.meant]
+
+    def is_consequence(problem: Problem) -> bool:
+        inside = any(f"{problem.key}.".startswith(f"{key}.") for key in unset)
+        around = problem.value is None and any(key.startswith(f"{problem.key}.") for key in unset)
+        return not problem.meant and (inside or around)
+
+    return [problem for problem in problems if not is_consequence(problem)]
 
 
 class FailedError(RuntimeError):
@@ -81,6 +97,40 @@ def join_reasons(reasons: Sequence[str], limit: int = 100) -> str:
 def format_count(count: int, noun: str, plural: str = "") -> str:
     """Return a count with its noun, in the singular for 1: `1 rank`, `2,000 ranks`. The plural adds an s by default."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def format_rate(per_second: float, noun: str = "image") -> str:
+    """Return a speed as people read it: `12.3 images/s`, and below one a second `2.4 s/image`; "-" if it is unknown."""
+    if not math.isfinite(per_second) or per_second <= 0:
+        return "-"
+    number, unit = (per_second, f"{noun}s/s") if per_second >= 1 else (1 / per_second, f"s/{noun}")
+    return f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.1f} {unit}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a duration as text, such as "40 s", "12 min", "3 h 20 min" or "2 d 4 h"."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def suggest_name(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the known name that a word most likely means, whatever its case, or an empty string.
+
+    Args:
+        cutoff: least likeness, 0 to 1.
+    """
+    by_lower_case: dict[str, str] = {}
+    for name in names:
+        by_lower_case.setdefault(name.lower(), name)
+    near = difflib.get_close_matches(word.lower(), [*by_lower_case], n=1, cutoff=cutoff)
+    return by_lower_case[near[0]] if near else ""
 
 
 def parse_count(text: str, least: int = 1) -> int:

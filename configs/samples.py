@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sdxl_trainer.configs.section import Section
 
@@ -40,12 +40,15 @@ SCHEDULERS: dict[SchedulerName, str] = {
 ZERO_SNR_SCHEDULERS = frozenset({"euler", "euler_a", "ddim", "ddpm", "dpmsolver++", "unipc"})
 FLOW_SCHEDULERS = frozenset({"euler", "dpmsolver++", "unipc"})
 
+WITHOUT_PROMPTS = {"every_steps": 0, "at_start": False}
+
 
 class SampleConfig(Section):
     """Images generated from fixed prompts during training and at its end."""
 
     prompts: list[str] = []
-    """Prompts, optionally with the flags of `sample.prompt_file`. Without prompts, no images are generated."""
+    """Prompts, optionally with the flags of `sample.prompt_file`. Without prompts, no images are generated; an empty
+    list turns off `every_steps` and `at_start` too."""
     prompt_file: Path | None = None
     """File with further prompts. A `.txt` file has one prompt per line (lines that begin with `#` are comments). A
     prompt may end in flags: `--n` negative prompt, `--w` width, `--h` height, `--s` steps, `--l` guidance scale, `--d`
@@ -72,6 +75,14 @@ class SampleConfig(Section):
     """Height of the images, in pixels."""
     seed: int = Field(0, ge=0)
     """Seed of the first prompt; the seeds of the next prompts are the numbers that follow."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _turn_off(cls, values: Any) -> Any:
+        """Let an empty list of prompts turn off the images that a preset asks for."""
+        if isinstance(values, dict) and values.get("prompts") == [] and not values.get("prompt_file"):
+            return {**values, **{name: off for name, off in WITHOUT_PROMPTS.items() if name in values}}
+        return values
 
     @field_validator("every_steps", "at_start")
     @classmethod

@@ -1,13 +1,25 @@
 """Base class of all sections of the settings."""
 
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationInfo, field_validator
 
 from sdxl_trainer.configs.paths import IS_PATH, expand_path
 
 NULL_WORDS = ("", "none", "null", "~")
+
+
+def is_own_code(name: str | None) -> bool:
+    """Return whether a name leads to the user's own code: `path/to/file.py:Name` or `module:Name`."""
+    return name is not None and ":" in name
+
+
+# A setting that takes a known name or the user's own code is `Annotated[Annotated[Literal["name"], KNOWN_NAME] |
+# OwnCodeName, NAME_OR_CODE, IS_PATH]`. An error then names one type, not both.
+KNOWN_NAME = Tag("name")
+OwnCodeName = Annotated[str, Tag("code")]
+NAME_OR_CODE = Discriminator(lambda value: "code" if isinstance(value, str) and is_own_code(value) else "name")
 
 
 class Section(BaseModel):

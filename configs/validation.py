@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sdxl_trainer.configs.paths import remove_file_scheme
 from sdxl_trainer.configs.section import Section
+
+MAX_SHARE = 0.5
+WITHOUT_SAMPLES = {"every_steps": 0, "at_start": False}
 
 
 class ValidationConfig(Section):
@@ -14,9 +17,10 @@ class ValidationConfig(Section):
     metadata. Noise and timesteps depend only on `validation.seed` and each sample's key, so the loss can be compared
     between steps, between runs and across numbers of ranks. Captions are neither dropped nor shuffled."""
 
-    share: float = Field(0.0, ge=0, lt=1)
-    """Share of the samples to hold out, chosen by a hash of each sample's key. A sample stays on its side of the split
-    when other samples are added or removed."""
+    share: float = Field(0.0, ge=0)
+    """Share of the samples to hold out, up to 0.5, chosen by a hash of each sample's key. A sample stays on its side of
+    the split when other samples are added or removed. Of a small set at least 4 samples are held out, but at most a
+    tenth of the set; below 10 samples there is no validation. 0 turns validation off, `every_steps` included."""
     metadata: list[Path | str] = []
     """Metadata of a separate validation set, in any form that `data.metadata` accepts. Training samples whose key is
     in this set are left out of training."""
@@ -39,6 +43,23 @@ class ValidationConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the split, the noise and the timesteps. It is independent of `run.seed`, so that runs with different
     seeds can be compared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _turn_off(cls, values: Any) -> Any:
+        """Let a share of 0 turn off the validation that a preset asks for."""
+        own_set = isinstance(values, dict) and (values.get("metadata") or values.get("image_dirs"))
+        if isinstance(values, dict) and values.get("share") == 0 and not own_set:
+            return {**values, **{name: value for name, value in WITHOUT_SAMPLES.items() if name in values}}
+        return values
+
+    @field_validator("share")
+    @classmethod
+    def _require_small_share(cls, share: float) -> float:
+        if share > MAX_SHARE:
+            hint = f"; did you mean {1 - share:.6g}?" if share < 1 else f"; write {share:g} % as {share / 100:g}"
+            raise ValueError(f"must be at most {MAX_SHARE}: this share is not trained on{hint}")
+        return share
 
     @field_validator("metadata")
     @classmethod

@@ -15,6 +15,7 @@ from loguru import logger
 from sdxl_trainer.launch.status import STATUS_FAILED, record_status
 
 PUBLISH_SECONDS = FOLLOW_SECONDS = 1.0
+LINE_SECONDS = 10.0  # between log lines about pieces of one phase
 TICKS_PER_LIMIT, LONGEST_TICK_SECONDS = 20, 5.0
 
 
@@ -23,7 +24,7 @@ class Activity:
 
     Attributes:
         phase: the work that other ranks may wait for, such as "validating".
-        part: the part of a training step; known to this rank alone.
+        part: the part of a training step, or the pieces done, such as "2 of 8"; known to this rank alone.
         step: the last finished step, or None.
         count: pieces of work finished so far.
         background: pieces that another thread has finished. They count only while the main thread waits for that thread
@@ -35,7 +36,7 @@ class Activity:
         self.step: int | None = None
         self.background = 0
         self._send: Callable[[str], None] | None = None
-        self._sent_at = 0.0
+        self._sent_at = self._logged_at = 0.0
 
     def publish_by(self, send: Callable[[str], None] | None) -> None:
         """Publish progress through `send` from now on, at most once a second and at each new phase."""
@@ -50,6 +51,13 @@ class Activity:
         if self._send is not None and time.monotonic() - self._sent_at >= PUBLISH_SECONDS:
             self._publish()
 
+    def note_piece(self, done: int, total: int) -> None:
+        """Note a finished piece of work, the `done`-th of `total`, and log it every LINE_SECONDS. Main thread only."""
+        self.note(f"{done} of {total}")
+        if done < total and time.monotonic() - self._logged_at >= LINE_SECONDS:
+            self._logged_at = time.monotonic()
+            logger.bind(displayed=True).info("{}: {}", self.phase, self.part)
+
     def finish_step(self, step: int) -> None:
         """Note a finished training step."""
         self.step = step
@@ -58,6 +66,7 @@ class Activity:
     def enter(self, phase: str) -> None:
         """Begin another phase."""
         self.phase, self.part = phase, ""
+        self._logged_at = time.monotonic()
         self.count += 1
         self._publish()
 

@@ -37,6 +37,9 @@ CURE_WORKER = (
     "the system ends processes when memory or /dev/shm is short (dmesg names them): lower data.num_workers, end other "
     "programs, or enlarge /dev/shm"
 )
+# What gloo and NCCL say when the process at the other end of a connection is gone.
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+CURE_LOST_RANK = "its own messages name the reason; the same command resumes"
 UTF8 = codecs.lookup("utf-8")
 CONTINUE = "then run the same command again"
 
@@ -50,6 +53,8 @@ def explain_failure(error: BaseException) -> str | None:
         return f"a data worker was ended from outside: {text}; {CURE_WORKER}; {CONTINUE}"
     if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error):
         return f"the GPU has too little memory: {text}; {CURE_GPU}; {CONTINUE}"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_RANK):
+        return f"another rank has ended, and this one cannot go on alone: {text}; {CURE_LOST_RANK}"
     memory = isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text
     if memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"the machine has too little memory: {text or 'no memory left'}; {CURE_MEMORY}; {CONTINUE}"

@@ -33,7 +33,8 @@ def run_torchrun() -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         end = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
-        message = f"torchrun: rank {rank} {end} before any other; its messages are above"
+        cure = "; the same command resumes" if failure.exitcode < 0 else ""
+        message = f"torchrun: rank {rank} {end} before any other; its messages are above{cure}"
         sys.stderr.write(f"{translate(message)}\n")
         return 1
     except SignalException as request:
@@ -42,13 +43,13 @@ def run_torchrun() -> int:
 
 
 def quiet_torchrun() -> None:
-    """Turn off torchrun's lines about the signals that it forwards: ranks announce them, and may draw a display.
+    """Turn off torchrun's lines about signals that it forwards and ranks that fail: ranks and `run_torchrun` name them.
 
     LOGLEVEL, which torchrun reads, keeps the user's choice.
     """
     for name in () if "LOGLEVEL" in os.environ else tuple(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def init_logger(rank: int, level: str = "INFO", log_folder: Path | None = None, 
     Rank 0 writes `<name>.log`, rank r writes `<name>-rank<r>.log`. Files get every level. Control characters, which
     names in data may hold, are escaped in both. Lines that the file cannot take, as on a full disk, are dropped.
     """
-    _quiet_libraries()
+    quiet_libraries()
     logger.remove()
     logger.configure(extra={"rank": rank}, patcher=_escape_record)
     logger.add(
@@ -233,7 +233,7 @@ def _format_table(table: RenderableType) -> str:
     return text.getvalue().rstrip()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Turn off progress bars and notes of libraries; their warnings and errors stay.
 
     Call it before the libraries are imported, because they read these variables then.
@@ -244,3 +244,4 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     for name in ("DeepSpeed", "torch.distributed", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only other programs use

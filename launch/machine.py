@@ -30,20 +30,24 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one examination. It is a fault if it has a cure."""
+    """Result of one examination. It is a fault if it has a cure, unless that is the next step of the work."""
 
     name: str
     detail: str
     cure: str = ""
+    is_next_step: bool = False  # nothing is wrong: the cure is to be done next
+    is_note: bool = False  # worth knowing
 
     def __str__(self) -> str:
-        line = f"{'ok' if self.is_ok else 'WRONG':<7}{self.name}: {escape_controls(self.detail)}"
-        return f"{line}\n{'':<7}cure: {escape_controls(self.cure)}" if self.cure else line
+        mark = "WRONG" if self.cure else "note" if self.is_note else "ok"
+        line = f"{'TO DO' if self.is_next_step else mark:<7}{self.name}: {escape_controls(self.detail)}"
+        word = "next" if self.is_next_step else "cure"
+        return f"{line}\n{'':<7}{word}: {escape_controls(self.cure)}" if self.cure else line
 
     @property
     def is_ok(self) -> bool:
         """True if nothing is wrong."""
-        return not self.cure
+        return not self.cure or self.is_next_step
 
 
 def examine_machine() -> Iterator[Finding]:

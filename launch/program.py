@@ -51,12 +51,21 @@ class RankParser(TranslatedParser):
         if not _is_rank_zero():
             time.sleep(RANK_ZERO_SECONDS)
             self.exit(STATUS_WRONG_INPUT)
+        if message.startswith("unrecognized arguments: --"):
+            message += "; settings are written without dashes, such as optim.lr=1e-5"
         super().error(message)
 
     def print_help(self, file: Any = None) -> None:
         """Print the help on rank 0."""
         if _is_rank_zero():
             super().print_help(file)
+
+
+def announce(text: str) -> None:
+    """Print a line on rank 0 like a log line, before the modules that log are loaded."""
+    if _is_rank_zero():
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} INFO    {translate(text)}\n")
+        sys.stderr.flush()
 
 
 def build_parser(description: str) -> RankParser:

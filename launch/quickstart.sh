@@ -17,16 +17,21 @@ bash launch/train.sh --cfg configs/tiny.yaml "$@"
 cat <<'TEXT'
 
 Done. In runs/tiny/ you find:
-  samples/      images generated from the prompts in configs/tiny.yaml; open the newest step-*.png
-  models/       the model as one .safetensors file, for ComfyUI, diffusers and others
+  samples/      images generated from the prompts in configs/tiny.yaml;
+                open the newest step-*.png
+  models/       the model as one .safetensors file, for ComfyUI, diffusers, ...
   report/       report.html: charts and generated images on one page
   logs/         metrics.jsonl, tensorboard/, train.log
-  checkpoints/  run the same command with a larger train.max_steps to continue from the newest one
+  checkpoints/  run the same command with a larger train.max_steps to continue
+                from the newest one
 
-For full-size SDXL copy one of configs/sdxl_*.yaml and change its four marked lines:
-  (1) run.name             the name of the run's folder
-  (2) model.path           your sd_xl_base_1.0.safetensors, diffusers folder, or stabilityai/stable-diffusion-xl-base-1.0
-  (3) data.image_dirs      your folders, with a .txt caption beside each image; or data.metadata
-  (4) cache.dir            the folder of the latents, 0.26 MB for an image of 1024 px
+For full-size SDXL copy one of configs/sdxl_*.yaml and change four lines:
+  (1) run.name         the name of the run's folder
+  (2) model.path       your sd_xl_base_1.0.safetensors, a diffusers folder,
+                       or stabilityai/stable-diffusion-xl-base-1.0
+  (3) data.image_dirs  your folders, with a .txt caption beside each image;
+                       or data.metadata
+  (4) cache.dir        the folder of the latents,
+                       0.26 MB for an image of 1024 px
 Then follow "Train on your own images" in README.md.
 TEXT

@@ -14,6 +14,7 @@ except ImportError:
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
 DESCRIPTION = """Convert a checkpoint, a single file or a diffusers folder into a single file or a diffusers folder.
+A pickled file (.ckpt) becomes a .safetensors file with the same tensors.
 
 python train/convert.py runs/x/checkpoints/step-00001000 model.safetensors [--dtype fp16] [model.path=…]"""
 

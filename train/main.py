@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 try:
-    from sdxl_trainer.launch.program import build_parser, end_program, require_checkout, run_program
+    from sdxl_trainer.launch.program import announce, build_parser, end_program, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     def work() -> None:
+        announce("loading PyTorch and the libraries")
         from sdxl_trainer.configs.load import load_config
         from sdxl_trainer.train.run.job import run_training
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 try:
     from sdxl_trainer.configs.paths import parse_path
-    from sdxl_trainer.launch.program import RankParser, end_program, require_checkout, run_program
+    from sdxl_trainer.launch.program import RankParser, announce, end_program, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_sample_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
+        announce("loading PyTorch and the libraries")
         from sdxl_trainer.train.sampling.job import run_sampling
 
         run_sampling(options.model, options.prompts, options.out, options.cfg, options.overrides, options.ema)

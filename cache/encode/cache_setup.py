@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import orjson
+from loguru import logger
 
 from sdxl_trainer.cache.encode.text_caching import check_captioning
 from sdxl_trainer.cache.models.source import check_model
@@ -15,12 +16,13 @@ from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.packages import list_missing_packages
 from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.launch.folder_lock import lock_folder
 
 
 def open_checked_index(config: Config, problems: list[Problem]) -> Index:
-    """Check the settings and the data, and open the index of all records.
+    """Check the settings and the data, and open the index of all records. Warn of packages that training will need.
 
     Args:
         problems: problems found so far, which are reported together with new ones.
@@ -28,6 +30,7 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     Raises:
         UserInputError: there are problems; the error lists all of them.
     """
+    logger.info("checking the settings and the data")
     folder = get_cache_folder(config)
     unwritable = list(check_writable("cache.dir", folder))
     if config.cache.dir is None and config.cache.format == "npz":  # latents lie beside the images
@@ -38,6 +41,8 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     caption_problems = check_captioning(config.data, config.cache, index)
     raise_if_any([*problems, *found, *check_model(config.model), *caption_problems])
     assert index is not None, "records without problems have an index"
+    for setting, package in list_missing_packages(config).items():
+        logger.warning("training with {} needs the package {}: pip install {}", setting, package, package)
     return index
 
 

@@ -151,16 +151,3 @@ def time_captions(text: TextJob, clock: Clock = time.monotonic) -> float:
     started = clock()
     text.encoder.launch(captions).wait()
     return (clock() - started) / CAPTION_GROUP
-
-
-def describe_seconds(seconds: float) -> str:
-    """Return a duration as text, such as "40 s", "12 min", "3 h 20 min" or "2 d 4 h"."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -14,6 +14,7 @@ from loguru import logger
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sdxl_trainer.configs.problems import describe_seconds, format_rate
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.launch.distributed import Ranks, publish, read_published
@@ -112,7 +113,7 @@ class ProgressReporter:
     def _log_line(self) -> None:
         whole = combine_progress(self._collect())
         rate = whole.done / whole.seconds
-        left = f", {(whole.total - whole.done) / rate:.0f} s left" if rate else ""
+        left = f", {describe_seconds((whole.total - whole.done) / rate)} left" if rate else ""
         logger.info("{} of {} images, {}{}", whole.done, whole.total, describe_progress(whole), left)
 
 
@@ -129,10 +130,10 @@ def combine_progress(ranks: Sequence[RankProgress]) -> RankProgress:
 
 
 def describe_progress(progress: RankProgress) -> str:
-    """Return rate, idle share of the device, megabytes written and number of bad images as text."""
+    """Return speed, idle share of the device, megabytes written and number of bad images as text."""
     bad = f", {progress.bad} bad" if progress.bad else ""
     return (
-        f"{progress.done / progress.seconds:.1f}/s, device idle {progress.wait_seconds / progress.seconds:.0%}, "
+        f"{format_rate(progress.done / progress.seconds)}, device idle {progress.wait_seconds / progress.seconds:.0%}, "
         f"{progress.bytes_written / 1e6:.0f} MB written{bad}"
     )
 
@@ -163,7 +164,7 @@ def _print_report(folder: Path, report: Mapping[str, Any]) -> None:
         "encoded now": report["encoded"],
         "bad images": report["bad"],
         "seconds": f"{report['seconds']:.1f}",
-        "images per second": f"{report['images_per_second']:.1f}",
+        "speed": format_rate(report["encoded"] / report["seconds"] if report["seconds"] else 0),
         "device idle": f"{report['device_idle_share']:.1%}",
         "written": f"{report['bytes_written'] / 1e6:.1f} MB",
     }

@@ -54,6 +54,26 @@ _IGNORED_FILE_NAMES = frozenset(
 )
 
 
+# Beginning of a file that is not safetensors → what it is, and what to do. `{path}` and `{target}` are file names.
+FOREIGN_CONTENTS: tuple[tuple[bytes, str, str], ...] = (
+    (b"<", "is a web page, not a model", "download the file itself: on Hugging Face, /resolve/ in place of /blob/"),
+    (b"{", "is a text (JSON), not a model", "open it: it may hold the error of a download; download the file again"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not a model", "run git lfs pull in its folder"),
+    (b"PK\x03\x04", "is a pickled checkpoint (.ckpt)", "convert it: python train/convert.py {path} {target}"),
+    (b"\x80", "is a pickled checkpoint (.ckpt)", "convert it: python train/convert.py {path} {target}"),
+    (b"GGUF", "is a quantised model (GGUF)", "give the .safetensors file that it was made from"),
+)
+CURE_DOWNLOAD = "download or copy it again"
+
+
+class NotSafetensorsError(ValueError):
+    """A file that is not a whole safetensors file. The message is the reason, `cure` what to do."""
+
+    def __init__(self, reason: str, cure: str = CURE_DOWNLOAD):
+        self.cure = cure
+        super().__init__(reason)
+
+
 @dataclass(frozen=True)
 class SafetensorsHeader:
     """Header of a safetensors file: types and shapes of its tensors by name, and its metadata."""
@@ -69,17 +89,16 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is not a safetensors file, is cut short, or holds data that its header does not describe.
+        NotSafetensorsError: the file is not a safetensors file, is cut short, or holds data that its header does not
+            describe.
     """
     path = Path(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise ValueError(
-                f"{path} is not a safetensors file or is cut short: its first bytes give a header of {length} "
-                f"bytes, and the file has {size} bytes (pickled .ckpt and .pt files are not supported)"
-            )
+            file.seek(0)
+            raise explain_foreign_content(path, file.read(64), size)
         raw = file.read(length)
     try:
         entries = json.loads(raw)
@@ -90,18 +109,31 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             name: (int(begin), int(end)) for name, entry in entries.items() for begin, end in [entry["data_offsets"]]
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
+        raise NotSafetensorsError(f"{path} is not a safetensors file: its header cannot be read ({error})") from error
     data_bytes = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if types[name] not in ITEM_BYTES:
-            raise ValueError(f"{path}: tensor {name} has the unknown type {types[name]}")
+            cure = "give a model whose weights are fp32, fp16 or bf16"
+            raise NotSafetensorsError(f"{path}: tensor {name} has the unknown type {types[name]}", cure)
         if begin != data_bytes or end - begin != math.prod(shapes[name]) * ITEM_BYTES[types[name]]:
-            raise ValueError(f"{path} is damaged: offsets and shape of {name} do not match")
+            raise NotSafetensorsError(f"{path} is damaged: offsets and shape of {name} do not match")
         data_bytes = end
     described = 8 + length + data_bytes
     if size != described:
-        raise ValueError(f"{path} is damaged: its header describes {described} bytes, the file has {size}")
+        raise NotSafetensorsError(f"{path} is damaged: its header describes {described} bytes, the file has {size}")
     return SafetensorsHeader(types=types, shapes=shapes, metadata=metadata, data_start=8 + length)
+
+
+def explain_foreign_content(path: Path, head: bytes, size: int) -> NotSafetensorsError:
+    """Return the error for a file that is not safetensors, by its first bytes."""
+    if not size:
+        return NotSafetensorsError(f"{path} is empty")
+    for mark, what, cure in FOREIGN_CONTENTS:
+        if head.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(mark):
+            return NotSafetensorsError(
+                f"{path} {what}", cure.format(path=path, target=path.with_suffix(".safetensors"))
+            )
+    return NotSafetensorsError(f"{path} is not a safetensors file or is cut short: it has {size} bytes")
 
 
 def load_component_configs(folder: str | os.PathLike[str] = SDXL_CONFIG_FOLDER) -> dict[str, dict[str, Any]]:
@@ -197,6 +229,11 @@ def _same_shape(left: Shape, right: Shape) -> bool:
     """Return whether shapes are equal up to trailing ones; some tools store a 1×1 convolution as a matrix."""
     length = max(len(left), len(right))
     return left + (1,) * (length - len(left)) == right + (1,) * (length - len(right))
+
+
+def has_all_components(shapes: Mapping[str, Shape]) -> bool:
+    """Return whether a file holds tensors of all four networks, by SDXL's names, whatever their shapes are."""
+    return all(any(name.startswith(prefix) for name in shapes) for prefix in COMPONENT_PREFIXES.values())
 
 
 def guess_foreign_format(shapes: Mapping[str, Shape]) -> str | None:

@@ -8,12 +8,16 @@ from typing import Any
 
 from sdxl_trainer.cache.models.single_file_check import (
     SDXL_CONFIG_FOLDER,
+    NotSafetensorsError,
     find_single_file_problems,
+    guess_foreign_format,
+    has_all_components,
     load_component_configs,
     read_component_config,
     read_json_object,
+    read_safetensors_header,
 )
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, join_reasons
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.text.tokens import VOCABULARY_FILES, has_vocabulary
 
@@ -21,7 +25,10 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Sampling and exported diffusers folders need these files besides the components' configs.
 PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
 PATH_CURE = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
+MAX_REASONS = 6  # of one model that a message lists
+LATENT_CHANNELS, SD1_SCALING_FACTOR = 4, 0.18215
 HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
+HUB_ADDRESS = re.compile(r"https?://huggingface\.co/([\w.\-]+/[\w.\-]+)")
 HUB_FILES = [
     "*.json",
     "*.txt",
@@ -52,9 +59,8 @@ class ModelSource:
 def check_model(config: ModelConfig) -> Iterator[Problem]:
     """Yield the problems of the model settings that show in names, configs and headers, without loading the model."""
     yield from _check_path(config)
-    is_hub_vae = HUB_ID.fullmatch(config.vae or "") and not is_missing_path(config.vae or "")
-    if config.vae and not Path(config.vae).is_dir() and not is_hub_vae:
-        yield Problem("model.vae", config.vae, "is neither a folder nor a hub id", "give a diffusers VAE folder")
+    if config.vae:
+        yield from _check_vae(config.vae)
     if config.tokenizer and not has_vocabulary(config.tokenizer):
         yield Problem("model.tokenizer", config.tokenizer, f"has no {VOCABULARY_FILES}", "give a CLIP tokenizer folder")
 
@@ -66,9 +72,38 @@ def _check_path(config: ModelConfig) -> Iterator[Problem]:
     elif is_missing_path(config.path):
         rule = f"does not exist; it is not looked up on the hub, because the folder {path.parts[0]} exists here"
         yield Problem("model.path", config.path, rule, "check the path")
+    elif problems := _find_path_problems(config.path):
+        yield Problem("model.path", config.path or None, join_reasons(problems, MAX_REASONS), PATH_CURE)
+
+
+def _check_vae(vae: str) -> Iterator[Problem]:
+    path = Path(vae)
+    if path.is_file():
+        rule = "is a single file"
+    elif path.is_dir():
+        rule = _find_vae_fault(path)
     else:
-        for rule in _find_path_problems(config.path):
-            yield Problem("model.path", config.path or None, rule, PATH_CURE)
+        rule = "" if HUB_ID.fullmatch(vae) and not is_missing_path(vae) else "is neither a folder nor a hub id"
+    if rule:
+        cure = "give a diffusers VAE folder, with config.json and .safetensors weights, or its hub id; or leave it out"
+        yield Problem("model.vae", vae, rule, cure)
+
+
+def _find_vae_fault(folder: Path) -> str:
+    """Return why a folder is no VAE of SDXL, or an empty string."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    try:
+        config = read_json_object(folder / "config.json")
+    except ValueError as error:
+        return f"cannot be used: {error}"
+    if not list(folder.glob("*.safetensors")):
+        return "has no safetensors weights"
+    if config.get("latent_channels") != LATENT_CHANNELS:
+        return f"has {config.get('latent_channels')} latent channels instead of {LATENT_CHANNELS}"
+    if config.get("scaling_factor") == SD1_SCALING_FACTOR:
+        return f"has the scaling factor {SD1_SCALING_FACTOR}: it is the VAE of SD 1.5, not of SDXL"
+    return ""
 
 
 def _find_path_problems(path: str) -> list[str]:
@@ -80,6 +115,9 @@ def _find_path_problems(path: str) -> list[str]:
     # The hub is asked only when the model is fetched.
     if HUB_ID.fullmatch(path) and not path.endswith(".safetensors"):
         return []
+    if "://" in path:
+        hub = HUB_ADDRESS.match(path)
+        return [f"is an address, not a path{f'; the hub id in it is {hub[1]}' if hub else ''}"]
     return ["is neither a file nor a folder"]
 
 
@@ -117,13 +155,17 @@ def fetch_from_hub(key: str, name: str) -> Path:
         UserInputError: the hub does not have the repository, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         cure = "check the name and the network, or give a local path"
+        if isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
+            cure = (
+                "check the name; a private or gated model needs a login: hf auth login, or HF_TOKEN in the environment"
+            )
         raise UserInputError([Problem(key, name, f"cannot be downloaded from the hub: {reason}", cure)]) from None
 
 
@@ -138,11 +180,20 @@ def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem("model.config", folder, f"cannot be used: {error}", "repair the file")
         return
+    try:
+        shapes = read_safetensors_header(path).shapes
+    except NotSafetensorsError as error:
+        yield Problem("model.path", config.path, str(error), error.cure)
+        return
+    problems = find_single_file_problems(path, configs)
     cure = PATH_CURE
-    if config.config is None:
-        cure += "; for a model of another shape than SDXL base, set model.config to the folder of its configs"
-    for rule in find_single_file_problems(path, configs):
-        yield Problem("model.path", config.path, rule, cure)
+    if guess_foreign_format(shapes):
+        problems = problems[:1]  # the tensors that it lacks say nothing more
+    elif config.config is None and has_all_components(shapes):
+        problems = ["has SDXL's networks in other sizes:", *problems]
+        cure = "set model.config to the folder with this model's configs: the folder that its training started from"
+    if problems:
+        yield Problem("model.path", config.path, join_reasons(problems, MAX_REASONS), cure)
 
 
 def _list_missing_configs(folder: Path) -> list[str]:
@@ -161,13 +212,24 @@ def _load_configs(folder: Path) -> dict[str, dict[str, Any]]:
     return load_component_configs(folder)
 
 
+def _read_pipeline_class(folder: Path) -> str:
+    """Return the pipeline that a diffusers folder names, or an empty string."""
+    try:
+        return str(read_json_object(folder / "model_index.json").get("_class_name", ""))
+    except (OSError, ValueError):
+        return ""  # reported with the other files
+
+
 def _find_folder_problems(folder: Path) -> list[str]:
     """List the reasons why a folder is not an SDXL model in diffusers layout."""
     missing = _list_missing_configs(folder)
+    kind = _read_pipeline_class(folder)
+    if kind and not kind.startswith("StableDiffusionXL"):
+        return [f"is a model of {kind}, not of StableDiffusionXLPipeline"]
     if missing:
         return [f"is not an SDXL model in diffusers layout: it lacks {', '.join(missing)}"]
     weightless = [name for name in COMPONENTS if not list((folder / name).glob("*.safetensors"))]
-    problems = [f"has no safetensors weights in {name}/" for name in weightless]
+    problems = [f"has no safetensors weights in {', '.join(f'{name}/' for name in weightless)}"] if weightless else []
     try:
         configs = _load_configs(folder)
     except ValueError as error:

@@ -36,7 +36,8 @@ def open_training_set(config: Config) -> OpenedIndex:
         has_cache = (folder / "cache.json").is_file()
         rule = "holds the latents of none of the records" if has_cache else "holds no latent cache"
         cure = "run bash launch/cache.sh with the same settings first"
-        return OpenedIndex(None, [*problems, Problem("cache.dir", folder, rule, cure)])
+        missing = Problem("cache.dir", folder, rule, cure, is_next_step=not has_cache)
+        return OpenedIndex(None, [*problems, missing])
     num_unflipped = count_unflipped(index, folder) if config.data.flip_rate else 0
     warn_about_samples(index, config.cache.on_missing)
     warn_about_unflipped(num_unflipped, len(index))
@@ -123,7 +124,8 @@ def warn_about_samples(index: Index, on_missing: str) -> None:
     """
     num_missing = count_missing(index)
     if num_missing and on_missing != "error":
-        logger.warning("{} of {} samples have no latents and are skipped", num_missing, index.summary.num_wanted)
+        text = "{} of {} samples have no latents and are skipped; bash launch/cache.sh with the same settings adds them"
+        logger.warning(text, num_missing, index.summary.num_wanted)
     if index.summary.num_uncached:
         logger.info("{} samples have no latents and are encoded when training reads them", index.summary.num_uncached)
     if index.summary.num_unlisted:

@@ -58,7 +58,8 @@ def open_validation_set(config: Config) -> OpenedIndex:
     index = open_sample_index(folder, records, replace(build_latent_selection(derived), encoding=None))
     if len(index) == 0:
         cure = "run bash launch/cache.sh with data.metadata (or data.image_dirs) and cache.dir of the validation set"
-        problem = Problem("validation.cache_dir", folder, "holds the latents of none of its records", cure)
+        rule = "holds the latents of none of its records"
+        problem = Problem("validation.cache_dir", folder, rule, cure, is_next_step=True)
         return OpenedIndex(None, [problem])
     return OpenedIndex(index, [])
 
@@ -79,17 +80,14 @@ def find_held_out_rows(settings: ValidationConfig, index: Index, validation_inde
 
 
 def check_held_out(settings: ValidationConfig, index: Index, validation_index: Index | None) -> Iterator[Problem]:
-    """Yield a problem if validation holds out none or all of the training samples.
+    """Yield a problem if validation holds out all of the training samples.
 
     Args:
         validation_index: index of a separate validation set; None without such a set.
     """
     if validation_index is None and (settings.has_own_set or not settings.share):
         return
-    num_held_out = len(find_held_out_rows(settings, index, validation_index))
-    is_share = validation_index is None
-    key, value = ("validation.share", settings.share) if is_share else ("validation.metadata", settings.metadata)
-    if num_held_out == 0 and is_share:
-        yield Problem(key, value, f"holds out none of {len(index)} samples", "raise it")
-    if num_held_out == len(index):
+    if len(find_held_out_rows(settings, index, validation_index)) == len(index):
+        is_share = validation_index is None
+        key, value = ("validation.share", settings.share) if is_share else ("validation.metadata", settings.metadata)
         yield Problem(key, value, f"leaves none of {len(index)} samples to train on", "hold out fewer samples")

@@ -39,12 +39,24 @@ def open_image_stream(stream: IO[bytes]) -> Image.Image:
     try:
         image = Image.open(stream, formats=list_formats())
     except UnidentifiedImageError:  # Pillow's own message names the buffer by its address
-        raise UnidentifiedImageError("not an image in a format that Pillow knows") from None
+        stream.seek(0)
+        raise UnidentifiedImageError(describe_no_image(stream.read(64))) from None
     colour = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(colour, tuple) and ";16" in str(image.tile[0][3]):
         # Pillow keeps the upper halves of 16-bit pixels, but the lower ones of the transparent colour.
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     return image
+
+
+def describe_no_image(head: bytes) -> str:
+    """Return what a file is that Pillow cannot open, by its first bytes."""
+    if not head:
+        return "the file is empty (0 bytes)"
+    if head.lstrip().startswith(b"<"):
+        return "a web page or a drawing (HTML, SVG), not an image of pixels: download the image itself"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not an image: run git lfs pull"
+    return "not an image in a format that Pillow knows"
 
 
 def drop_png_texts(content: bytes) -> bytes:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any
@@ -130,15 +131,18 @@ def iterate_batches(
         worker_options = dict(
             multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_init_worker
         )
-    loader = DataLoader(
-        dataset,
-        sampler=_IteratorSampler(specs),
-        batch_size=None,  # a spec is a whole micro batch already
-        num_workers=num_workers,  # pyright: ignore
-        pin_memory=pin_memory,
-        **worker_options,
-    )
-    batches = iter(loader)
+    with warnings.catch_warnings():
+        # More workers than cores are no fault: they wait for storage most of the time.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            dataset,
+            sampler=_IteratorSampler(specs),
+            batch_size=None,  # a spec is a whole micro batch already
+            num_workers=num_workers,  # pyright: ignore
+            pin_memory=pin_memory,
+            **worker_options,
+        )
+        batches = iter(loader)
     if num_workers and not pin_memory:
         fail_with_workers(batches)
     os.environ.pop(SOURCES_VARIABLE, None)  # the server has read it by now

@@ -55,8 +55,9 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
         cure = "set data.metadata to a metadata file, or data.image_dirs to folders with images"
         yield Problem("data", None, "names neither metadata nor image folders", cure)
         return
-    cure = "check the path (relative to the working directory)"
+    path_cure = "check the path (relative to the working directory)"
     for number, pattern in enumerate(metadata):
+        cure = "check the bucket, the folder and the name in the URL" if is_remote(pattern) else path_cure
         try:
             missing = _list_missing_files(pattern)
         except StoreError as error:
@@ -70,7 +71,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             yield Problem(f"data.metadata.{number}", pattern, rule, cure)
     for number, path in enumerate(image_dirs):
         if not path.is_dir():
-            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", cure)
+            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", path_cure)
 
 
 class _MissingFile(NamedTuple):
@@ -95,8 +96,16 @@ def _list_missing_files(pattern: Path | str) -> list[_MissingFile]:
     urls = [str(file) for file in files if is_remote(file)]
     answers = zip(urls, describe_objects(urls), strict=True)
     return missing + [
-        _MissingFile(url, f"cannot be found: {item}") for url, item in answers if isinstance(item, FileNotFoundError)
+        _MissingFile(url, f"is not on the store: {_describe_absence(url, item)}")
+        for url, item in answers
+        if isinstance(item, FileNotFoundError)
     ]
+
+
+def _describe_absence(url: str, error: FileNotFoundError) -> str:
+    """Return what a store says of a missing object. Some stores only repeat its path."""
+    said = str(error).strip()
+    return "it has no such object" if not said or said.strip("/") in url else said
 
 
 def read_image_folders(

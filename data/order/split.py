@@ -19,13 +19,22 @@ def hash_keys(keys: pa.ChunkedArray, seed: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
+# Rows that a split of a small set has at least, unless they are more than this part of the set.
+FEWEST_ROWS, MOST_OF_SMALL_SET = 4, 0.1
+
+
 def select_by_hash(hashes: np.ndarray, share: float) -> np.ndarray:
     """Return the rows whose hash lies in the first `share` of all values, in the order of their hashes.
 
-    A smaller share gives the beginning of a larger share's list.
+    A smaller share gives the beginning of a larger share's list. If a small set has fewer such rows than FEWEST_ROWS,
+    the list continues up to that number, but not above a tenth of the set.
     """
-    rows = np.flatnonzero(hashes < np.uint64(int(share * 2.0**64)))
-    return rows[np.argsort(hashes[rows], kind="stable")]
+    fewest = min(FEWEST_ROWS, int(MOST_OF_SMALL_SET * len(hashes))) if share else 0
+    num_rows = max(fewest, int((hashes < np.uint64(int(share * 2.0**64))).sum()))
+    if not num_rows:
+        return np.empty(0, np.int64)
+    rows = np.argpartition(hashes, num_rows - 1)[:num_rows]
+    return rows[np.lexsort((rows, hashes[rows]))]
 
 
 def find_matching_rows(keys: pa.ChunkedArray, others: pa.ChunkedArray) -> np.ndarray:

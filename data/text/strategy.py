@@ -3,29 +3,22 @@
 An exception in the user's code becomes a StrategyError with the sample, the class, the method and the traceback.
 """
 
-import difflib
 import hashlib
-import importlib
-import importlib.util
-import inspect
 import math
-import sys
-import textwrap
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.metadata.records import Record, parse_record
 from sdxl_trainer.data.metadata.values import TAG_FIELDS, list_texts
 from sdxl_trainer.data.order.even_selection import select_evenly
+from sdxl_trainer.data.own_code import UserCodeError, call_user_code, load_own_code
 from sdxl_trainer.data.text.captions import read_caption_fields
 
 KEY = "data.strategy"
@@ -44,10 +37,6 @@ NUM_TRIED = 16  # samples that a strategy is tested on before a run
 
 class StrategyError(ValueError):
     """A strategy's method raised, or returned an invalid repeat count, caption or loss weight."""
-
-
-class UserCodeError(RuntimeError):
-    """The user's code raised an exception; the message holds it with its traceback."""
 
 
 class AttributeCounts(dict[str, Counter]):
@@ -184,49 +173,16 @@ def load_strategy(spec: str) -> Strategy:
         UserInputError: the file, module or class does not exist or cannot be loaded, or the class has none of the
             methods.
     """
-    place, _, name = spec.rpartition(":")
-    if not place or not name.isidentifier():
-        rule = "is not path/to/file.py:ClassName or module:ClassName"
-        raise _build_input_error(spec, rule, "name the class after a colon")
-    if place.endswith(".py"):
-        place = str(Path(place).resolve())
-        if not Path(place).is_file():
-            cure = "check the path (relative to the working directory)"
-            raise _build_input_error(spec, f"{place} is not a file", cure)
-        load, spec = _load_file, f"{place}:{name}"
-    else:
-        load = importlib.import_module
-    try:
-        module = call_user_code(load, place)
-    except UserCodeError as error:
-        rule = f"cannot be loaded: {error}"
-        raise _build_input_error(spec, rule, "correct it; Python must be able to import it") from None
-    user_class = getattr(module, name, None)
-    if not inspect.isclass(user_class):
-        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        raise _build_input_error(spec, f"has no class {name}", f"its classes: {', '.join(classes) or 'none'}")
+    spec, user_class = load_own_code(KEY, spec)
     if not any(callable(getattr(user_class, method, None)) for method in METHODS):
         known = ", ".join(method + arguments for method, arguments in METHODS.items())
-        raise _build_input_error(spec, f"{name} has none of the methods {known}", _suggest_methods(user_class))
+        rule = f"{user_class.__name__} has none of the methods {known}"
+        raise UserInputError([Problem(KEY, spec, rule, _suggest_methods(user_class))])
     try:
         return Strategy(spec, call_user_code(user_class))
     except UserCodeError as error:
         cure = "the class is instantiated without arguments, once in each process"
-        raise _build_input_error(spec, f"{name}() raised {error}", cure) from None
-
-
-def call_user_code(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the user's code, and turn any exception into one type. Signals and exits pass through.
-
-    Raises:
-        UserCodeError: the code raised an exception.
-    """
-    try:
-        return function(*arguments)
-    except Exception as error:
-        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without the frame of this function
-        lines = textwrap.indent("".join(traceback.format_exception(type(error), error, trace)).rstrip(), "  ")
-        raise UserCodeError(f"{type(error).__name__}: {error}\n{lines}") from error
+        raise UserInputError([Problem(KEY, spec, f"{user_class.__name__}() raised {error}", cure)]) from None
 
 
 def check_strategy(strategy: Strategy, index: Index) -> Iterator[Problem]:
@@ -279,17 +235,6 @@ def hash_repeats(repeats: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(repeats, np.float64).tobytes()).hexdigest()[:16]
 
 
-def _load_file(path: str) -> ModuleType:
-    # The unusual name keeps a user's file from shadowing a module. Dataclasses look their module up in sys.modules.
-    name = f"sdxl_trainer_strategy_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _is_non_negative(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and bool(0 <= value < math.inf)
 
@@ -308,14 +253,10 @@ def _split_tags(value: Any) -> list[str]:
 
 def _suggest_methods(user_class: type) -> str:
     own = [name for name in vars(user_class) if not name.startswith("_")]
-    near = {name: match[0] for name in own if (match := difflib.get_close_matches(name, METHODS, n=1))}
+    near = {name: match for name in own if (match := suggest_name(name, METHODS))}
     if near:
         return ", ".join(f"rename {name} to {match}" for name, match in near.items())
     return f"it defines {', '.join(own) or 'nothing'}"
-
-
-def _build_input_error(spec: str, rule: str, cure: str) -> UserInputError:
-    return UserInputError([Problem(KEY, spec, rule, cure)])
 
 
 def _build_problem(spec: str, rule: str) -> Problem:

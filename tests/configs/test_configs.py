@@ -1,9 +1,11 @@
 """Settings: all problems are reported together with key, value and cure, and correct settings are kept."""
 
 import argparse
+import importlib.util
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from programs import ROOT
 
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import (
+    SEE_ALSO,
     build_config,
     dump_config,
     iterate_keys,
@@ -21,12 +24,13 @@ from sdxl_trainer.configs.load import (
     suggest_key,
 )
 from sdxl_trainer.configs.paths import IS_PATH, parse_path
-from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, parse_count
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, format_rate, parse_count
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.configs.section import holds_type
+from sdxl_trainer.configs.section import OwnCodeName, holds_type
 from sdxl_trainer.configs.yaml_file import dump_yaml, load_yaml
 from sdxl_trainer.data.checks.records import check_data_settings
 from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.packages import list_missing_packages
 from sdxl_trainer.launch.program import build_parser
 
 PAGE = "docs/FROM_KOHYA.md explains how to convert kohya's"
@@ -59,7 +63,12 @@ def list_fields(model=Config, prefix: str = "") -> dict:
 
 
 FIELDS = list_fields()
-PATHS = [key for key, field in FIELDS.items() if IS_PATH in field.metadata or holds_type(field.annotation, Path)]
+PATHS = [
+    key
+    for key, field in FIELDS.items()
+    if (IS_PATH in field.metadata and OwnCodeName not in get_args(field.annotation))
+    or holds_type(field.annotation, Path)
+]
 OPTIONAL_TEXTS = [
     key
     for key, field in FIELDS.items()
@@ -116,20 +125,20 @@ def test_file_urls_of_metadata_are_the_paths_they_name(tmp_path: Path) -> None:
         ),
         ("train: {resume: a}", "train.resume", "a", "did you mean run.resume?"),  # not kohya's option
         ("train: {qqqqqq: 1}", "train.qqqqqq", 1, "see docs/CONFIG.md for the known keys"),
-        ("train: {max_steps: many}", "train.max_steps", "many", "see docs/CONFIG.md"),
-        ("train: {max_steps: 1.5}", "train.max_steps", 1.5, "see docs/CONFIG.md"),
-        ("train: {max_steps: true}", "train.max_steps", True, "see docs/CONFIG.md"),
-        ("optim: {lr: yes}", "optim.lr", True, "see docs/CONFIG.md"),
-        ("optim: {betas: [0.9, on]}", "optim.betas", [0.9, True], "see docs/CONFIG.md"),
-        ("engine: {zero_stage: true}", "engine.zero_stage", True, "see docs/CONFIG.md"),
-        ("train: {max_steps: 0}", "train.max_steps", 0, "see docs/CONFIG.md"),
-        ("optim: {lr: .inf}", "optim.lr", math.inf, "see docs/CONFIG.md"),
+        ("train: {max_steps: many}", "train.max_steps", "many", "write digits, without units and separators"),
+        ("train: {max_steps: 1.5}", "train.max_steps", 1.5, "write it without a fraction"),
+        ("train: {max_steps: true}", "train.max_steps", True, SEE_ALSO),
+        ("optim: {lr: yes}", "optim.lr", True, SEE_ALSO),
+        ("optim: {betas: [0.9, on]}", "optim.betas", [0.9, True], SEE_ALSO),
+        ("engine: {zero_stage: true}", "engine.zero_stage", True, SEE_ALSO),
+        ("train: {max_steps: 0}", "train.max_steps", 0, f"change it; {SEE_ALSO}"),
+        ("optim: {lr: .inf}", "optim.lr", math.inf, "write digits, such as 0.1 or 1e-5"),
         ("optim: {schedule: cosin}", "optim.schedule", "cosin", "did you mean cosine?"),
-        ("engine: {zero_stage: 4}", "engine.zero_stage", 4, "see docs/CONFIG.md"),
-        ("data: {metadata: 7.5}", "data.metadata", 7.5, "see docs/CONFIG.md"),
-        ("train: 5", "train", 5, "see docs/CONFIG.md"),
-        ("1: 2", "1", 1, "see docs/CONFIG.md"),
-        ("data: {min_bucket_px: 1024, resolution_px: 512}", "data", None, "see docs/CONFIG.md"),
+        ("engine: {zero_stage: 4}", "engine.zero_stage", 4, "choose one of them"),
+        ("data: {metadata: 7.5}", "data.metadata", 7.5, "write it between brackets: [7.5]"),
+        ("train: 5", "train", 5, "write each on a line of its own, indented, with a space after its colon"),
+        ("1: 2", "1", 1, "docs/CONFIG.md lists the names"),
+        ("data: {min_bucket_px: 1024, resolution_px: 512}", "data", None, SEE_ALSO),
     ],
 )
 def test_a_wrong_setting_is_reported_and_left_at_its_default(tmp_path, text, key, value, cure):
@@ -272,6 +281,38 @@ def test_a_long_path_in_a_problem_keeps_its_end() -> None:
 def test_counts_in_messages_are_singular_for_one() -> None:
     assert [format_count(count, "rank") for count in (0, 1, 2, 2000)] == ["0 ranks", "1 rank", "2 ranks", "2,000 ranks"]
     assert [format_count(count, "batch", "batches") for count in (1, 3)] == ["1 batch", "3 batches"]
+    rates = {
+        0: "-",
+        math.nan: "-",
+        1500: "1,500 images/s",
+        12.34: "12.3 images/s",
+        1: "1.0 images/s",
+        0.4: "2.5 s/image",
+    }
+    assert [format_rate(rate) for rate in rates] == list(rates.values())
+    assert format_rate(0.0004, "step") == "2,500 s/step"
+
+
+def test_zero_and_an_empty_list_turn_off_what_a_preset_asks_for() -> None:
+    preset = {
+        "validation": {"share": 0.01, "every_steps": 5, "at_start": True},
+        "sample": {"prompts": ["a"], "every_steps": 5},
+    }
+    config, problems = build_config(preset, ["validation.share=0", "sample.prompts=[]"])
+    assert problems == [] and (config.validation.every_steps, config.sample.every_steps) == (0, 0)
+    assert not config.validation.at_start
+    for words in (
+        ["validation.every_steps=5"],
+        ["sample.every_steps=5"],
+    ):  # without samples or prompts at all: an error
+        assert [problem.key for problem in build_config({}, words)[1]] == [words[0].split("=")[0]]
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("xformers") or importlib.util.find_spec("wandb")), reason="installed")
+def test_packages_that_training_needs_are_listed() -> None:
+    words = ["engine.attention=xformers", "log.wandb=mine", "lora.rank=4", "optim.name=adamw"]
+    missing = {"engine.attention: xformers": "xformers", "log.wandb: mine": "wandb"}
+    assert list_missing_packages(build_config({}, words)[0]) == missing
     assert str(UserInputError([Problem("a", 1, "b")])).startswith("1 problem in the settings:")
 
 

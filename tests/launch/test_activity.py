@@ -18,6 +18,20 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Activity:
     return fresh
 
 
+def test_pieces_of_a_phase_are_counted_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}")
+    pieces = Activity()
+    with pieces.during("generating images"):
+        pieces.note_piece(2, 8)
+        assert pieces.describe() == "generating images (2 of 8)" and messages == []  # a short phase logs nothing
+        monkeypatch.setattr(activity, "LINE_SECONDS", 0.0)
+        pieces.note_piece(4, 8)
+        pieces.note_piece(8, 8)
+    logger.remove(sink)
+    assert messages == ["generating images: 4 of 8\n"] and pieces.part == ""
+
+
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Stand-in for the end of the process."""

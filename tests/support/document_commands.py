@@ -101,7 +101,7 @@ def run_command(command: str, stage: Path) -> int:
     if not program:
         return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=stage).returncode
     if "--cfg" in words:
-        words = stand_in(words, [*list_stand_ins(stage), "validation.share=0.2"])  # of eight a hundredth is none
+        words = stand_in(words, list_stand_ins(stage))
     elif program == "train.sample_main":
         words = stand_in(words, [*DRAWN, f"model.config={stage / 'models/sdxl-diffusers'}"])
     return call(program, words)
@@ -130,8 +130,6 @@ class Trainings:
         config, _ = load_config(copy, overrides)
         words = stand_in(overrides, list_stand_ins(self.stage))
         words.append(f"cache.dir={self.stage / 'data/all-latents'}")  # of the words for one setting the last counts
-        if config.validation.share:
-            words.append("validation.share=0.2")
         if config.engine.offload_optimizer:
             words.append("optim.name=torch.optim.AdamW")  # DeepSpeed's for the CPU takes a minute to compile
         return start("train", copy, ["--dry-run", *words])

@@ -113,7 +113,14 @@ class EmergencySaver:
                 # Updates are held, so state in host memory is written without copying it.
                 captured = self._engine.capture_state(alone=True, lend=True)
                 partial = self._writer.write_when_there_is_space(captured, state, try_first=True)
-                logger.success("shard of step {} written in {:.1f} s", state.step, time.monotonic() - started)
+                last = f"step {self._writer.last_step}" if self._writer.last_step > 0 else "the beginning"
+                logger.success(
+                    "shard of step {} written in {:.1f} s; the next start resumes at that step if every rank has "
+                    "written its shard, else at {}",
+                    state.step,
+                    time.monotonic() - started,
+                    last,
+                )
                 self._export_once(state.step)
         return partial
 

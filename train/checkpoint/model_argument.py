@@ -1,6 +1,7 @@
 """The model that a command line names: a checkpoint, a run folder, or a model file or folder; and its settings."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.train.checkpoint.folder import MANIFEST, find_newest_checkpoint, verify_manifest
 from sdxl_trainer.train.checkpoint.state import TrainState
 
@@ -100,6 +102,19 @@ def read_declared_prediction(model: Path) -> DeclaredPrediction | None:
         return None
     prediction = PREDICTIONS.get(str(declared))
     return DeclaredPrediction(prediction, has_zero_snr and prediction == "v") if prediction else None
+
+
+def read_declared_size(model: Path) -> Size | None:
+    """Read the size in pixels that a single file was trained at, from its modelspec metadata; None if it has none."""
+    if model.suffix != ".safetensors" or not model.is_file():
+        return None
+    try:
+        with safe_open(model, "pt") as tensors:
+            metadata = tensors.metadata() or {}
+    except SafetensorError:
+        return None
+    sides = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
+    return Size(int(sides[1]), int(sides[2])) if sides else None
 
 
 def _read_object(file: Path) -> dict:

@@ -12,8 +12,10 @@ from loguru import logger
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config, ModelConfig
+from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.data.own_code import hash_own_code
 from sdxl_trainer.data.text.strategy import hash_repeats
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, share_problems
 from sdxl_trainer.launch.logger import warn_once
@@ -42,6 +44,8 @@ HARMLESS_KEYS = frozenset(
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}
     | {"engine.channels_last", "engine.timeout_minutes", "ema.sample"}
 )
+# Settings that may name the user's own code, whose file is compared too.
+OWN_CODE_KEYS = ("data.strategy", "optim.name", "optim.schedule", "objective.loss", "objective.weighting")
 
 LENGTH_KEYS = ("train.max_steps", "train.max_epochs")
 
@@ -108,6 +112,7 @@ def build_initial_state(
 ) -> TrainState:
     """Build the state of a run that has not started. Its fingerprint covers the index, the repeats and the order."""
     assert config.engine.zero_stage is not None, "resolve_zero_stage chooses a stage"
+    settings = config.model_dump(mode="json")
     return TrainState(
         epoch_batches=plan.num_batches(0),
         seed=config.run.seed,
@@ -117,8 +122,16 @@ def build_initial_state(
         index_fingerprint="-".join(
             filter(None, [index.hash_rows(), "" if repeats is None else hash_repeats(repeats), plan.order_name])
         ),
-        config=config.model_dump(mode="json"),
+        config=settings,
+        own_code=hash_code_of_settings(settings),
     )
+
+
+def hash_code_of_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the hash of each file of the user that the settings name as own code, by dotted key."""
+    values = dict(iterate_settings(settings))
+    names = {key: str(values[key]) for key in OWN_CODE_KEYS if is_own_code(values.get(key))}
+    return {key: digest for key, name in names.items() if (digest := hash_own_code(name))}
 
 
 def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: str) -> TrainState:
@@ -138,6 +151,9 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
     if changes:
         shown = "".join(f"\n  {change.key}: {change.old!r} -> {change.new!r}" for change in changes)
         warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
+    edited = [key for key, digest in fresh.own_code.items() if saved.own_code.get(key, digest) != digest]
+    if edited:
+        warn_once("the code of {} has changed since step {}", " and ".join(edited), saved.step)
     new_data = saved.index_fingerprint != fresh.index_fingerprint
     if new_data and on_data_change == "stop":
         cure = "set run.on_data_change: continue, or another run.name, or restore the data"
@@ -221,4 +237,4 @@ def restore_engine(engine: Engine, checkpoint: Path) -> None:
     except ReshardingError as error:
         cure = "start with the ranks and ZeRO stage that saved it, or set another run.name"
         raise UserInputError([Problem("run.resume", checkpoint, f"cannot be loaded: {error}", cure)]) from None
-    logger.info("resuming from {}", checkpoint)
+    logger.info("weights and optimizer state loaded from {}", checkpoint)

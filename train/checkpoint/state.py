@@ -24,6 +24,7 @@ class TrainState:
         "zero_stage",
         "index_fingerprint",
         "config",
+        "own_code",
     )
 
     step: int = 0  # optimizer steps done
@@ -44,6 +45,7 @@ class TrainState:
     zero_stage: int = 0
     index_fingerprint: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    own_code: dict[str, str] = field(default_factory=dict)  # setting → hash of the user's file that it names
 
     def save(self, folder: Path) -> None:
         """Write `trainer_state.json`."""

@@ -1,27 +1,40 @@
 """Examine the machine, the settings and the data before a run: `bash launch/doctor.sh --cfg x.yaml`.
 
-Each finding is a line that starts with `ok`, or with `WRONG` and gives a cure. Without settings only the machine is
+Each finding starts with `ok`, with `note`, with `WRONG` and gives a cure, or with `TO DO` and names the next step: the
+latent cache is filled after the doctor has found nothing wrong. Without settings only the machine is
 examined (launch/machine.py). The program is part of train/ because it runs the checks of training.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from loguru import logger
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, parse_count
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.problems import (
+    FailedError,
+    Problem,
+    UserInputError,
+    drop_consequences,
+    format_count,
+    parse_count,
+)
+from sdxl_trainer.configs.schema import Config, RunConfig
+from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.launch.logger import quiet_libraries
 from sdxl_trainer.launch.machine import Finding, examine_disk, examine_machine, read_host_memory_bytes
 from sdxl_trainer.launch.program import run_program
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -30,8 +43,12 @@ from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_byte
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.measured_memory import list_gpu_memory_bytes
 from sdxl_trainer.train.estimates.memory_choice import describe_lack, plan_memory
-from sdxl_trainer.train.estimates.memory_table import MemoryLimits
-from sdxl_trainer.train.estimates.networks import measure_networks
+from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryTable, format_gb
+from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
+
+SCRATCH_NAME = "doctor"  # of the folder in the run folder in which checks write
+USUAL_GPUS_GB = (16, 24, 48, 80)
+INDENT = "         "  # of further lines of a finding
 
 
 def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
@@ -59,32 +76,35 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
 
 
 def examine_settings(config: Config, problems: list[Problem], world_size: int) -> Generator[Finding, None, int | None]:
-    """Run the checks that training runs before it loads a network, with a temporary run folder.
+    """Run the checks that training runs before it loads a network, with a run folder of their own.
 
     Returns the number of steps of the run; None if the data that decide it cannot be opened.
     """
     # Imported here because the import takes seconds, and findings about the machine should appear first.
-    from sdxl_trainer.train.run.checks import verify_run
+    from sdxl_trainer.train.run.checks import check_resume, verify_run
 
-    yield from map(convert_problem, problems)
-    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        run = config.run.model_copy(update={"dir": Path(folder)})
+    # The scratch folder hides these problems.
+    hidden = [*check_writable("run.dir", config.run.folder), *check_resume(config.run)]
+    with open_scratch_run(config.run) as run, collect_warnings() as warnings:
         try:
             config = config.model_copy(update={"run": run})
-            index, run_problems = verify_run(config, world_size)
-        except RuntimeError as error:  # more latents are bad than data.max_bad_fraction allows
-            yield Finding("data", str(error), "repair the listed samples, or run bash launch/cache.sh with --repair")
-            return None
-        yield from map(convert_problem, run_problems)
-        if not problems and not run_problems:
-            yield Finding("settings", f"no contradictions on {format_count(world_size, 'rank')}")
-        if index is not None:
-            yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
-        try:
-            return count_steps(config, None if problems or run_problems else index)
+            index, found = verify_run(config, world_size)
+            steps = count_steps(config, None if problems or found else index)
         except UserInputError as error:
-            yield from map(convert_problem, error.problems)
+            index, found, steps = None, error.problems, None
+        except RuntimeError as error:  # more latents are bad than data.max_bad_fraction allows
+            yield from map(convert_problem, problems)
+            cure = "repair the listed samples, or run bash launch/cache.sh with --repair"
+            yield Finding("data", str(error), cure)
             return None
+    everything = [*problems, *found, *(problem for problem in hidden if problem not in found)]
+    yield from map(convert_problem, drop_consequences(everything))
+    if all(problem.is_next_step for problem in everything):
+        yield Finding("settings", f"no contradictions on {format_count(world_size, 'rank')}")
+    yield from (Finding("data", warning, is_note=True) for warning in warnings)
+    if index is not None:
+        yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
+    return steps
 
 
 def count_steps(config: Config, index: Index | None) -> int | None:
@@ -104,6 +124,43 @@ def count_steps(config: Config, index: Index | None) -> int | None:
     return count_run_steps(config.train, split_data(config, index, strategy, ranks).plan, TrainState())
 
 
+@contextmanager
+def open_scratch_run(run: RunConfig) -> Iterator[RunConfig]:
+    """Yield a run in the folder `doctor` of a run's own folder. At the end only its list of bad samples is kept.
+
+    The folder is a temporary one if it cannot be created.
+    """
+    scratch = run.model_copy(update={"dir": run.folder, "name": SCRATCH_NAME})
+    new_folders = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
+    try:
+        shutil.rmtree(scratch.folder, ignore_errors=True)
+        scratch.folder.mkdir(parents=True)
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+            yield run.model_copy(update={"dir": Path(folder)})
+        return
+    try:
+        yield scratch
+    finally:
+        if not (scratch.folder / "logs" / "bad_samples.jsonl").is_file():
+            shutil.rmtree(scratch.folder, ignore_errors=True)
+            with suppress(OSError):
+                for folder in new_folders:  # the innermost first
+                    folder.rmdir()
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Yield a list of the warnings that are logged in the context; the console shows none of its lines."""
+    warnings: list[str] = []
+    logger.remove()
+    logger.add(lambda message: warnings.append(message.record["message"]), level="WARNING", format="{message}")
+    try:
+        yield warnings
+    finally:
+        logger.remove()
+
+
 def count_trained(config: Config) -> int:
     """Count the weights that a run with these settings trains; 0 if the settings or the model do not tell."""
     from sdxl_trainer.train.run.networks import count_trained_weights
@@ -117,7 +174,7 @@ def count_trained(config: Config) -> int:
 def convert_problem(problem: Problem) -> Finding:
     """Convert a problem with the settings to a finding."""
     value = "" if problem.value is None else f"{problem.value!s:.100} "
-    return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md")
+    return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md", problem.is_next_step)
 
 
 def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Iterator[Finding]:
@@ -144,10 +201,33 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Ite
     config, table, reason = plan_memory(config, sizes, world_size, limits)
     if reason:
         yield Finding("engine.gradient_checkpointing", reason)
-    for component, text in table.describe().items():
-        yield Finding("memory", f"{component}: {text}")
+    yield Finding("memory", describe_memory(table))
+    if not gpu_bytes:
+        yield Finding("GPU to choose", "\n".join(describe_fits(config, sizes, world_size, host)), is_note=True)
     cure = "" if table.fits_device else describe_lack(config, sizes, world_size, limits)
     yield from map(convert_problem, list(check_device(table, cure)) or check_room(table, cure))
+
+
+def describe_memory(table: MemoryTable) -> str:
+    """Return the peak of a rank in a line, and a line below it for each component."""
+    rows = table.describe()
+    peaks = [name for name in rows if name.endswith(", peak")]
+    first = "; ".join(f"{name.removeprefix('memory, ').replace(',', '')} {rows.pop(name)}" for name in peaks)
+    return "\n".join([first, *(f"{INDENT}{name}: {text}" for name, text in rows.items())])
+
+
+def describe_fits(config: Config, sizes: NetworkSizes, world_size: int, host: int | None) -> Iterator[str]:
+    """Yield a line for each usual size of GPUs: the largest micro batch that fits, or what saves memory."""
+    yield "the estimate for usual sizes"
+    for size in USUAL_GPUS_GB:
+        limits = MemoryLimits(device=size * 10**9, host=host, ranks_per_host=world_size)
+        planned = plan_memory(config, sizes, world_size, limits)
+        needed, largest = format_gb(planned.table.device_peak), planned.table.find_largest_micro_batch()
+        if planned.table.fits_device:
+            text = f"fits with {needed}; largest micro batch {largest}"
+        else:
+            text = f"{needed} are too much; {describe_lack(planned.config, sizes, world_size, limits)}"
+        yield f"{INDENT}{size} GB: {text}"
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
@@ -184,4 +264,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     options = parser.parse_intermixed_args(arguments)
+    quiet_libraries()
     return run_program(lambda: print_findings(examine_all(options.cfg, options.overrides, options.ranks)))

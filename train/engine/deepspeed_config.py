@@ -20,6 +20,7 @@ DTYPES = {
 }
 
 
+BF16_CAPABILITY = (8, 0)  # of NVIDIA's GPUs; older ones emulate bf16, which is very slow
 # Whether autograd can add gradients up in another type than the weights', as ZeRO 0 needs: from torch 2.10 on.
 CAN_SUM_IN_FP32 = hasattr(torch.Tensor, "grad_dtype")
 # Ranks up to which each part of a bucket is reduced to the rank that needs it. That sends half of what an all-reduce of
@@ -64,6 +65,7 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     """Yield a problem for each setting that the installed packages or the optimizer do not support."""
     if engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
         yield Problem("engine.attention", "xformers", "is not installed", "pip install xformers, or set it to sdpa")
+    yield from check_precision(engine)
     if engine.accumulation_dtype != "fp32" or WEIGHT_TYPES[engine.precision] == "fp32":
         return
     if optim.name == "muon":
@@ -72,6 +74,36 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     elif engine.zero_stage == 0 and not CAN_SUM_IN_FP32:
         rule = f"is impossible in {engine.precision} under ZeRO 0 with PyTorch {torch.__version__}"
         yield Problem("engine.accumulation_dtype", "fp32", rule, "install torch 2.10 or later, or set it to auto")
+
+
+def check_precision(engine: EngineConfig) -> Iterator[Problem]:
+    """Yield a problem if this machine cannot compute in the precision of the weights."""
+    kind, has_gpu = WEIGHT_TYPES[engine.precision], torch.cuda.is_available()
+    if kind == "bf16" and has_gpu and torch.version.hip is None:
+        capability, name = min(
+            (torch.cuda.get_device_capability(at), torch.cuda.get_device_name(at))
+            for at in range(torch.cuda.device_count())
+        )
+        if fault := find_bf16_fault(capability, name):
+            yield Problem("engine.precision", engine.precision, fault, "set it to fp16, or to fp32")
+    if kind == "fp16" and not has_gpu and not can_compute_fp16():
+        rule = "is not available on this machine's CPU, and there is no GPU"
+        yield Problem("engine.precision", engine.precision, rule, "set it to bf16, or to fp32")
+
+
+def find_bf16_fault(capability: tuple[int, int], name: str) -> str:
+    """Return why a GPU cannot train in bf16, by its compute capability, or an empty string."""
+    if capability >= BF16_CAPABILITY:
+        return ""
+    major, minor = capability
+    return f"needs compute capability 8.0 (NVIDIA Ampere or newer), and {name} has {major}.{minor}"
+
+
+def can_compute_fp16() -> bool:
+    """Return whether DeepSpeed computes in fp16 on this machine."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def resolve_zero_stage(config: Config, world_size: int) -> tuple[Config, str]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_trainer.cache.encode.estimate import describe_seconds
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.problems import describe_seconds, format_rate
 from sdxl_trainer.configs.schema import Config, DataConfig, ModelConfig
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
@@ -44,7 +44,7 @@ def describe_duration(config: Config, num_steps: int | None, world_size: int, gp
     if not steps:
         return f"all {num_steps:,} steps are done"
     if images_per_second:
-        pace = f"{images_per_second:.3g} images/s, the speed of this run's last steps"
+        pace = f"{format_rate(images_per_second)}, the speed of this run's last steps"
         return f"{remaining}: {describe_seconds(images / images_per_second)} at {pace}"
     peak_flops = get_peak_flops(gpu_names[0]) if gpu_names else None
     is_whole = trains_whole_unet(config.optim, config.lora)

@@ -4,10 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from loguru import logger
+
+from sdxl_trainer.cache.models.pickled_file import convert_pickled_file, is_pickled_file
 from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
-from sdxl_trainer.configs.problems import raise_if_any
+from sdxl_trainer.configs.problems import format_count, raise_if_any
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
@@ -15,7 +18,7 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     read_declared_prediction,
 )
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
-from sdxl_trainer.train.export.export import build_export_settings, open_components, write_components
+from sdxl_trainer.train.export.export import build_export_settings, describe_files, open_components, write_components
 from sdxl_trainer.train.networks.adapters import write_adapters
 
 
@@ -36,6 +39,10 @@ def run_conversion(
         UserInputError: the source is not a model, or the checkpoint does not contain that average.
     """
     init_logger(rank=0)
+    if is_pickled_file(source):
+        number = convert_pickled_file(source, target)
+        logger.info("{} written, with the {} of {}", describe_files(target), format_count(number, "tensor"), source)
+        return
     checkpoint = find_model_checkpoint(source, "source")
     if checkpoint is None:
         declared = read_declared_prediction(source) if cfg is None else None
@@ -49,6 +56,7 @@ def run_conversion(
     if trained and config.lora.rank:
         weights = {name: read() for name, read in trained.items()}
         write_adapters(target, weights, settings.source, settings.lora, settings.dtype)
+        logger.info("adapters written to {}", describe_files(target))
         return
     components = open_components(settings.source, settings.model)
     replace_trained_weights(components, trained)

@@ -184,7 +184,7 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
             origin=source.folder,
             vocabularies={name: find_vocabulary(source, settings.model, name) for name in PAD_TOKENS},
         )
-        logger.info("model written to {}", path)
+        logger.info("model written to {}, a diffusers folder in {}", describe_files(path), name_dtype(settings.dtype))
         return
     metadata = build_modelspec(
         settings.title,
@@ -203,7 +203,18 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
         marks=list_prediction_marks(objective.prediction, objective.zero_terminal_snr),
         extra=read_carried_tensors(source.file) if source.file else None,
     )
-    logger.info("model written to {}", path)
+    logger.info("model written to {}, one file in {}", describe_files(path), name_dtype(settings.dtype))
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a data type without its module, such as `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_files(path: Path) -> str:
+    """Return the path of a file or folder with its size: `x.safetensors (6.94 GB)`."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{path} ({sum(file.stat().st_size for file in files) / 1e9:.3g} GB)"
 
 
 def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[str, TensorSource]]:

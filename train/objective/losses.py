@@ -9,6 +9,8 @@ from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS, expand_like
 
 # (difference d, c) -> error of each value; c broadcasts over d, and only the Huber losses use it.
 ElementLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (prediction, target), each [B, C, h, w] float32 -> error of each value
+OwnLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # (huber_c, timesteps [B], SNR [B]) -> c of each sample, [B].
 HuberSchedule = Callable[[float, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -16,7 +18,7 @@ HuberSchedule = Callable[[float, torch.Tensor, torch.Tensor], torch.Tensor]
 def compute_sample_loss(
     prediction: torch.Tensor,
     target: torch.Tensor,
-    loss: str = "l2",
+    loss: str | OwnLoss = "l2",
     huber_c: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -24,14 +26,18 @@ def compute_sample_loss(
 
     Args:
         prediction, target: [B, C, h, w].
-        loss: a name in `LOSSES`.
+        loss: a name in `LOSSES`, or a function of the user.
         huber_c: [B], the c of `huber` and `smooth_l1`; None means 1.
         masks: [B, H, W] values from 0 to 1, at any resolution. They are resized to the latent and multiplied into the
             error before the mean. The mean is over all values; it is not divided by the sum of the mask.
     """
-    difference = prediction.float() - target.float()
-    c = difference.new_ones(len(difference)) if huber_c is None else huber_c
-    errors = LOSSES[loss](difference, expand_like(c, difference))
+    prediction, target = prediction.float(), target.float()
+    if isinstance(loss, str):
+        difference = prediction - target
+        c = difference.new_ones(len(difference)) if huber_c is None else huber_c
+        errors = LOSSES[loss](difference, expand_like(c, difference))
+    else:
+        errors = loss(prediction, target)
     if masks is not None:
         errors = errors * resize_masks(masks.float(), (errors.shape[-2], errors.shape[-1]))
     return errors.flatten(1).mean(1)

@@ -3,7 +3,6 @@
 The formulas themselves are pure functions in diffusion.py, timesteps.py, noise.py, losses.py and weightings.py.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,9 @@ import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
+from sdxl_trainer.data.own_code import bind_arguments, load_own_function
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
@@ -31,6 +32,7 @@ from sdxl_trainer.train.objective.timesteps import (
 )
 from sdxl_trainer.train.objective.weightings import WEIGHTINGS
 
+LOSS_KEY, WEIGHTING_KEY = "objective.loss", "objective.weighting"  # settings that may name the user's own code
 SCALING_FACTOR = 0.13025  # of SDXL's VAE, for VAE configs without one
 
 
@@ -83,6 +85,7 @@ class Objective:
             else diffusion.build_diffusion_process(config.zero_terminal_snr, self.device)
         )
         self._invert_cdf = build_inverse_cdf(config)
+        self._loss = load_own_function(LOSS_KEY, config.loss) if is_own_code(config.loss) else config.loss
         self._weigh = build_weighting(config)
 
     def normalize_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -176,7 +179,7 @@ class Objective:
         config, snr = self.config, self._process.compute_snr(timesteps)
         c = HUBER_SCHEDULES[config.huber_schedule](config.huber_c, timesteps, snr)
         masks = masks.to(self.device) if config.masked_loss and masks is not None else None
-        return compute_sample_loss(prediction, target, config.loss, c, masks) * self._weigh(snr)
+        return compute_sample_loss(prediction, target, self._loss, c, masks) * self._weigh(snr)
 
     def _draw_strength(self, strength: float, is_random: bool, stream: RandomStream, keys: SampleKeys) -> torch.Tensor:
         """Return the strength for each sample, [B] float32: constant, or with `is_random` uniform in [0, strength)."""
@@ -197,10 +200,10 @@ def build_inverse_cdf(config: ObjectiveConfig) -> InverseCdf:
 
 def build_weighting(config: ObjectiveConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """Build the function SNR [B] → weights [B] of `objective.weighting`, with its settings bound to it."""
-    weigh = WEIGHTINGS[config.weighting]
+    own = is_own_code(config.weighting)
+    weigh = load_own_function(WEIGHTING_KEY, config.weighting) if own else WEIGHTINGS[config.weighting]
     settings = {"prediction": config.prediction, "gamma": config.gamma, "sigma_data": config.sigma_data}
-    parameters = inspect.signature(weigh).parameters
-    return partial(weigh, **{name: value for name, value in settings.items() if name in parameters})
+    return bind_arguments(weigh, settings)
 
 
 def resolve_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> LatentStatistics:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,10 +13,14 @@ import torch
 
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
+from sdxl_trainer.configs.section import is_own_code
+from sdxl_trainer.data.own_code import UserCodeError, call_user_code, is_missing_module, load_own_code
+from sdxl_trainer.data.packages import DISTRIBUTIONS
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.networks.parameter_groups import split_groups
 
+KEY = "optim.name"
 # Under ZeRO 1 to 3, the optimizer updates the parameters of a group as one tensor. Kernels that count values in int32,
 # as optimi's and bitsandbytes' do, fail above 2^31 of them, and SDXL's U-Net has 2.57e9. In 16 bit, DeepSpeed also
 # copies the gradients of a whole group before its update, which takes 6 bytes for each value. ZeRO 3 splits groups by
@@ -62,7 +67,6 @@ LOW_PRECISION = {
         "lion": OptimizerEntry("sdxl_trainer.train.optim.stochastic_rounding.Lion"),
     },
 }
-DISTRIBUTIONS = {"optimi": "torch-optimi"}  # import name → name to install, where they differ
 # Class name → reason, for optimizers whose result on the flat shards of ZeRO 1 to 3 differs from that on whole tensors.
 NEEDS_WHOLE_TENSORS = {
     "Adafactor": "factors each weight's second moment by rows and columns",
@@ -95,11 +99,17 @@ def build_optimizer(
     if config.name == "muon":
         return build_muon(entry, groups, config)
     kind = import_class(entry.path)
-    given = {"lr": config.lr, "betas": config.betas, "eps": config.eps} | config.kwargs
+    given = list_arguments(config)
     if engine.precision == "bf16_stochastic":
         given["seed"] = seed
     pieces = split_groups(groups, MAX_GROUP_VALUES)
-    return kind(pieces, **entry.kwargs | {name: value for name, value in given.items() if value is not None})
+    return kind(pieces, **entry.kwargs | given)
+
+
+def list_arguments(config: OptimConfig) -> dict[str, Any]:
+    """List the arguments of the optimizer's class that the settings give, name → value."""
+    given = {"lr": config.lr, "betas": config.betas, "eps": config.eps} | config.kwargs
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def build_muon(entry: OptimizerEntry, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -138,45 +148,92 @@ def explain_whole_tensors(config: OptimConfig, engine: EngineConfig) -> str | No
 
 
 def import_class(path: str) -> Any:
-    """Import the class at `module.Class` or `module:Class`.
+    """Import the class at `module.Class`, `module:Class` or `path/to/file.py:Class`.
 
     Raises:
-        ImportError, AttributeError, ValueError: the path leads to no class.
+        ImportError, AttributeError, ValueError: a dotted path leads to no class.
+        UserInputError: a path with a colon leads to no class.
     """
-    module, _, name = path.replace(":", ".").rpartition(".")
+    if is_own_code(path):
+        return load_own_code(KEY, path).target
+    module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Problem]:
     """Yield a problem if the optimizer is not importable, has wrong arguments, or does not suit the engine."""
     entry = find_optimizer_entry(config.name, engine)
-    if config.name not in OPTIMIZERS and "." not in config.name:
+    if config.name not in OPTIMIZERS and not is_own_code(config.name) and "." not in config.name:
+        near = suggest_name(config.name, OPTIMIZERS)
+        own = "for a class of your own write path/to/file.py:Class"
         rule = f"is neither one of {', '.join(OPTIMIZERS)} nor an import path"
-        yield Problem("optim.name", config.name, rule, "for a class of your own write module.Class")
+        yield Problem(KEY, config.name, rule, f"did you mean {near}?" if near else own)
         return
     try:
         kind = import_class(entry.path)
-    except (ImportError, AttributeError, ValueError) as error:
-        package = entry.path.partition(".")[0]
-        cure = f"pip install {DISTRIBUTIONS.get(package, package)}"
-        yield Problem("optim.name", config.name, f"cannot be imported: {error}", cure)
+    except UserInputError as error:
+        yield from error.problems
         return
+    except (ImportError, AttributeError, ValueError, OSError, RuntimeError) as error:
+        rule = f"cannot be imported: {type(error).__name__}: {error}"
+        yield Problem(KEY, config.name, rule, suggest_import(entry.path, error))
+        return
+    if config.name not in OPTIMIZERS and not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        yield Problem(KEY, config.name, "is no torch.optim.Optimizer", "derive the class from torch.optim.Optimizer")
+        return
+    problems = [*check_engine_of_optimizer(config, engine, kind), *check_arguments(kind, config)]
+    yield from problems
+    if is_own_code(config.name) and not problems:
+        yield from check_own_optimizer(kind, config)
+
+
+def suggest_import(path: str, error: Exception) -> str:
+    """Return the cure for an import that failed: the package is missing, broken, or has no such class."""
+    package, (module, _, name) = path.partition(".")[0], path.rpartition(".")
+    to_install = DISTRIBUTIONS.get(package, package)
+    if is_missing_module(package):
+        return f"pip install {to_install}"
+    if isinstance(error, AttributeError):
+        near = suggest_name(name, dir(sys.modules.get(module)))
+        return f"did you mean {module}.{near}?" if near else f"name a class of {module}"
+    if isinstance(error, ModuleNotFoundError) and error.name and not f"{module}.".startswith(f"{error.name}."):
+        return f"{package} is installed, but needs {error.name}: pip install {error.name.partition('.')[0]}"
+    return f"the package {package} is here: check the name, or install it anew: pip install -U {to_install}"
+
+
+def check_own_optimizer(kind: Any, config: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem if the user's own class cannot be built, or fails in a step on a small weight."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    try:
+        optimizer = call_user_code(kind, [{"params": [weight], "lr": config.lr}], **list_arguments(config))
+        call_user_code(optimizer.step)
+    except UserCodeError as error:
+        yield Problem(KEY, config.name, f"raised {error}", "correct the class (docs/OWN_CODE.md)")
+        return
+    if not weight.isfinite().all():
+        rule = "gives weights that are not finite in its first step"
+        yield Problem(KEY, config.name, rule, "correct the class (docs/OWN_CODE.md)")
+
+
+def check_engine_of_optimizer(config: OptimConfig, engine: EngineConfig, kind: Any) -> Iterator[Problem]:
+    """Yield a problem if the optimizer does not suit the settings of the engine or the other ones of its section."""
+    entry = find_optimizer_entry(config.name, engine)
     if entry.compiled_module:
         yield from check_compiler(entry.compiled_module)
     reason = explain_whole_tensors(config, engine)
     if reason and engine.zero_stage:
         rule = f"{reason}, which is impossible on the flat shards of ZeRO {engine.zero_stage}"
-        yield Problem("optim.name", config.name, rule, "set engine.zero_stage: 0, or another optim.name")
+        yield Problem(KEY, config.name, rule, "set engine.zero_stage: 0, or another optim.name")
     forms = LOW_PRECISION.get(engine.precision)
     if forms is not None and config.name not in forms:
         cure = f"set it to {' or '.join(forms)}, or set engine.precision: bf16"
-        yield Problem("optim.name", config.name, f"does not support engine.precision {engine.precision}", cure)
+        yield Problem(KEY, config.name, f"does not support engine.precision {engine.precision}", cure)
     if config.name == "muon" and config.max_grad_norm:
         rule = "would scale down Muon's updates, whose size does not depend on the gradient's"
         yield Problem("optim.max_grad_norm", config.max_grad_norm, rule, "set it to 0")
     if kind.__name__ == "Prodigy":
         yield from check_prodigy(config)
-    yield from check_arguments(kind, config)
 
 
 def check_compiler(module: str) -> Iterator[Problem]:
@@ -206,12 +263,9 @@ def check_arguments(kind: Any, config: OptimConfig) -> Iterator[Problem]:
             yield Problem(f"optim.{key}", getattr(config, key), f"is no argument of {config.name}", "leave it out")
     for key, value in config.kwargs.items():
         if key not in known:
-            yield Problem(
-                f"optim.kwargs.{key}",
-                value,
-                f"is no argument of {config.name}",
-                f"it takes {', '.join(sorted(known))}",
-            )
+            near = suggest_name(key, known)
+            cure = f"did you mean {near}?" if near else f"it takes {', '.join(sorted(known))}"
+            yield Problem(f"optim.kwargs.{key}", value, f"is no argument of {config.name}", cure)
 
 
 def check_prodigy(config: OptimConfig) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from PIL import Image
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.paths import parse_path
+from sdxl_trainer.configs.problems import format_rate
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.train.report.charts import (
     DOTS_PER_INCH,
@@ -142,10 +143,10 @@ def list_facts(numbers: RunNumbers) -> dict[str, str]:
         facts["loss, moving average"] = f"{smooth(loss.finite.values)[-1]:.4f}"
     if len(validation.finite.values):
         facts["validation loss"] = f"{validation.last:.4f}"
-    medians = {"samples_per_second": ("samples per second", "{:.3g}"), "data_wait_share": ("data wait", "{:.1%}")}
-    for name, (title, template) in medians.items():
-        if len(values := numbers.get(name).finite.values):
-            facts[f"{title}, median"] = template.format(np.median(values))
+    if len(values := numbers.get("samples_per_second").finite.values):
+        facts["speed, median"] = format_rate(float(np.median(values)))
+    if len(values := numbers.get("data_wait_share").finite.values):
+        facts["data wait, median"] = f"{np.median(values):.1%}"
     counts = {"epoch": "epoch", "num_bad": "bad samples", "num_non_finite": "non-finite updates"}
     for name, title in counts.items():
         if len(numbers.get(name).finite.values):

@@ -48,14 +48,15 @@ class ReportProcess:
         if self._process is not None and self._process.poll() is None:
             return
         if time.monotonic() - self._started >= self._seconds_between:
-            self._log_result()
+            self._end_process()
             self._start("--background")
 
     def finish(self) -> None:
         """Write the last report and wait for it."""
-        self._log_result()
+        self._end_process()
         self._start()
-        self._log_result()
+        if self._end_process():
+            logger.info("report: {}", self._folder / "report" / "report.html")
         self._losses.end("is not up to date")
 
     def _start(self, *options: str) -> None:
@@ -77,10 +78,10 @@ class ReportProcess:
         except OSError as error:
             self._losses.add(f"the program cannot be started: {error}")
 
-    def _log_result(self) -> None:
-        """Wait for a report that was started, and log its path or its error."""
+    def _end_process(self) -> bool:
+        """Wait for a report that was started, and return whether it is written. An error is logged."""
         if self._process is None:
-            return
+            return False
         process, self._process = self._process, None
         try:
             process.wait(timeout=MAX_SECONDS)
@@ -88,12 +89,12 @@ class ReportProcess:
             process.kill()
             process.wait()
             self._losses.add(f"the program was stopped after {MAX_SECONDS} s")
-            return
-        if process.returncode == 0:
-            self._losses.end()
-            logger.info("report: {}", self._folder / "report" / "report.html")
-        else:
+            return False
+        if process.returncode:
             self._losses.add(self._read_errors() or f"the program ended with status {process.returncode}")
+            return False
+        self._losses.end()
+        return True
 
     def _read_errors(self) -> str:
         """Return the end of what the report has written to its standard error."""

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from loguru import logger
+
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
@@ -111,6 +113,7 @@ def restore_state(
     if checkpoint is None:
         return fresh, []
     saved = TrainState.load(checkpoint)
+    logger.info("step {} is done: resuming from {}", saved.step, checkpoint)
     return restore_progress(saved, fresh, plan, on_data_change), describe_changes(saved, fresh)
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 from loguru import logger
 
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
-from sdxl_trainer.cache.models.encoders import check_vocabulary
-from sdxl_trainer.cache.models.source import check_model
-from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
-from sdxl_trainer.configs.schema import Config, OptimConfig, RunConfig, TrainConfig
+from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.latent_files import has_masks
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
@@ -20,14 +18,9 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
-from sdxl_trainer.train.engine.deepspeed_config import check_engine
-from sdxl_trainer.train.networks.adapters import check_adapters
-from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
-from sdxl_trainer.train.optim.optimizers import check_optimizer
-from sdxl_trainer.train.report.metrics import check_wandb
 from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
-from sdxl_trainer.train.sampling.prompts import load_prompts
+from sdxl_trainer.train.run.setting_checks import check_batch_sizes, check_model_settings, check_run_settings
 
 
 def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
@@ -53,8 +46,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
         leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
         problems += check_held_out(config.validation, index, validation_index)
     problems += prepare_strategy(config, index)
-    problems += check_wandb(config.log.wandb)
-    problems += check_export_format(config)
+    problems += check_run_settings(config)
     problems += check_mask_use(config, index)
     warn_of_unused_masks(config)
     if config.cache.text and not problems:
@@ -64,47 +56,11 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     return index, problems
 
 
-def check_model_settings(config: Config) -> Iterator[Problem]:
-    """Yield problems of the model, the optimizer, the engine, the adapters and the prompts."""
-    yield from check_model(config.model)
-    yield from check_vocabulary(config.model)
-    yield from check_engine(config.engine, config.optim)
-    yield from check_optimizer(config.optim, config.engine)
-    if config.cache.text:
-        yield from check_frozen_encoders(config.optim)
-    yield from load_prompts(config.sample, config.objective, config.data.caption.fix_text)[1]
-    yield from check_adapters(config.lora)
-
-
-def check_frozen_encoders(optim: OptimConfig) -> Iterator[Problem]:
-    """Yield a problem for each text encoder with a learning rate: with cached text the encoders do not run."""
-    for name in list_trained_encoders(optim):
-        rule, cure = "trains a text encoder, which does not run with cache.text", "set it to 0, or cache.text: false"
-        yield Problem(f"optim.{name}_lr", getattr(optim, f"{name}_lr"), rule, cure)
-
-
-def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
-    """Yield a problem if the ranks' micro batches do not divide the global batch."""
-    divisor = train.micro_batch_size * world_size
-    if train.global_batch_size % divisor:
-        rule = (
-            f"is not a multiple of train.micro_batch_size {train.micro_batch_size} x {format_count(world_size, 'rank')}"
-        )
-        yield Problem("train.global_batch_size", train.global_batch_size, rule, f"set it to a multiple of {divisor}")
-
-
 def check_resume(run: RunConfig) -> Iterator[Problem]:
     """Yield a problem if `run.resume` is `never` and the run folder holds checkpoints."""
     if run.resume == "never" and list_checkpoints(run.folder / "checkpoints"):
         cure = "choose another run.name, or remove the folder"
         yield Problem("run.resume", "never", f"does not allow a run folder with checkpoints: {run.folder}", cure)
-
-
-def check_export_format(config: Config) -> Iterator[Problem]:
-    """Yield a problem if `checkpoint.export_format` names another format for adapters than one file."""
-    if config.lora.rank and config.checkpoint.export_format != "single":
-        rule = "does not apply to adapters, which are always exported as one file"
-        yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
 
 
 def check_mask_use(config: Config, index: Index | None) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from rich.text import Text
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.problems import format_count, format_rate
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks
@@ -183,8 +183,9 @@ class Progress:
 
     @property
     def now(self) -> str:
-        """The current activity, and whether a checkpoint is being written beside it."""
-        return self._activity + (", writing a checkpoint" if self._checkpoints.is_writing() else "")
+        """The current activity and the pieces done, and whether a checkpoint is being written beside it."""
+        pieces = f", {ACTIVITY.part}" if ACTIVITY.phase == self._activity != "training" and ACTIVITY.part else ""
+        return f"{self._activity}{pieces}" + (", writing a checkpoint" if self._checkpoints.is_writing() else "")
 
     @property
     def has_mfu(self) -> bool:
@@ -237,7 +238,7 @@ class Progress:
         averages, values = self.averages, self._values
         mfu = f", MFU {self.describe_mfu(averages)}" if self.has_mfu else ""
         logger.bind(displayed=True).info(
-            "step {}/{}: loss {:.4f} (average {:.4f}), lr {}, gradient norm {:.3f}, {:.1f} images/s, "
+            "step {}/{}: loss {:.4f} (average {:.4f}), lr {}, gradient norm {:.3f}, {}, "
             "data wait {:.0%}{}, memory {}, {} left, next checkpoint {}",
             self._state.step,
             self._num_steps,
@@ -245,7 +246,7 @@ class Progress:
             averages.loss,
             describe_learning_rates(self._config.optim, values["lr"]),
             values["grad_norm"],
-            averages.images_per_second,
+            format_rate(averages.images_per_second),
             averages.data_wait_share,
             mfu,
             describe_peak_memory(self._ranks.device),
@@ -287,7 +288,7 @@ class Progress:
     def _list_speed_numbers(self, averages: Averages) -> dict[str, str]:
         has_values = bool(self._values)
         return {
-            "images/s": f"{averages.images_per_second:.1f}" if has_values else UNKNOWN,
+            "speed": format_rate(averages.images_per_second) if has_values else UNKNOWN,
             "data wait": f"{averages.data_wait_share:.1%}" if has_values else UNKNOWN,
             "MFU": self.describe_mfu(averages) if has_values else UNKNOWN,
             "memory": describe_peak_memory(self._ranks.device),

@@ -102,6 +102,7 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
         finished_step = find_finished_step(config)
     if rank == 0 and finished_step is None:
         obey_stop_file(config.run.folder)
+        logger.info("checking the settings and the data")
         index, found = verify_run(config, world_size)
         raise_if_any([*problems, *found])
         if chosen:

@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sdxl_trainer.configs.language.translate import translate
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.lora import LoraConfig
+from sdxl_trainer.configs.problems import format_count, format_rate
 from sdxl_trainer.data.loading.counts import count_buckets
 from sdxl_trainer.launch.logger import log_table
+from sdxl_trainer.train.estimates.memory_table import format_gb
 from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds, translate_rows
 from sdxl_trainer.train.run.run import Run
 
@@ -35,7 +37,9 @@ def show_start(run: Run) -> None:
         "trained": "; ".join(trained),
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; "
         f"{config.engine.precision}, ZeRO-{run.engine.zero_stage}",
-        "memory": f"{describe_peak_memory(run.ranks.device)} on rank 0 before the first step",
+        **({"adapters": describe_adapters(config.lora)} if config.lora.rank else {}),
+        "memory": f"{describe_peak_memory(run.ranks.device)} on rank 0 before the first step; a rank needs "
+        f"{format_gb(run.memory.device_peak)}",
         "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x "
         f"{format_count(sizes.world_size, 'rank')} = {sizes.global_batch_size} global",
         "steps": describe_length(run) + resumed,
@@ -43,6 +47,12 @@ def show_start(run: Run) -> None:
     }
     log_summary(f"Training {config.run.name}", rows)
     log_summary("Memory of a rank, estimated", run.memory.describe())
+
+
+def describe_adapters(lora: LoraConfig) -> str:
+    """Return rank and alpha of the adapters, and the factor by which alpha scales them."""
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return f"LoRA of rank {lora.rank}, alpha {alpha:g}: scaled by {alpha / lora.rank:.3g}"
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:
@@ -57,10 +67,12 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
     models = sorted(path.name for path in (run.folder / "models").glob(f"step-{state.step:08d}*"))
     rows = {
         "steps": f"{state.step:,} of {run.num_steps:,}, {num_steps:,} of them in this job; epoch {state.epoch}",
-        "loss": f"{averages.loss:.4f}, average of the last {format_count(averages.num_steps, 'step')}",
+        "loss": f"{averages.loss:.4f}, average of the last {format_count(averages.num_steps, 'step')}"
+        if num_steps
+        else "none: no step was made",
         "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, generated "
         "images, checkpoints and export",
-        "speed": f"{images_per_second:.1f} images/s, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
+        "speed": f"{format_rate(images_per_second)}, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
         "memory": f"peak of rank 0: {describe_peak_memory(run.ranks.device)}",
         "skipped": describe_skipped(state),
         "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none in this job",

@@ -99,6 +99,9 @@ def combine_repeats(
     repeats = load_repeats(get_repeats_file(config.run)) if strategy and strategy.has("repeats") else None
     if len(held_out):
         logger.info("validation: {} of {} samples are held out of training", len(held_out), len(index))
+    elif config.validation.share:
+        cure = "give validation.metadata or validation.image_dirs to validate on other samples"
+        logger.info("validation is off: {} samples are too few to hold some out; {}", len(index), cure)
     repeats = exclude_rows(load_left_out_rows(config.run.folder, index), len(index), repeats)
     repeats = exclude_rows(held_out, len(index), repeats)
     repeats = apply_source_weights(index, repeats, config.data.source_weights)

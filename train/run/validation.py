@@ -72,14 +72,15 @@ def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[SampleL
     found: dict[int, list[SampleLoss]] | None = {}
     skipped = CountedWarnings("bad sample skipped in validation", "the log file", ranks.world_size)
     try:
-        for number, batch in zip(numbers, held_out.read([batches[number] for number in numbers]), strict=True):
+        read = held_out.read([batches[number] for number in numbers])
+        for place, (number, batch) in enumerate(zip(numbers, read, strict=True), 1):
             for _, reason in batch.bad:
                 skipped.add(reason)
             found[number] = []
             for turn in range(held_out.config.timesteps_per_sample):
                 run.requests.break_off_if_stopped(in_lockstep=run.engine.zero_stage == 3)
                 found[number] += compute_batch_losses(run, held_out, batches[number], batch, turn)
-            ACTIVITY.note()
+            ACTIVITY.note_piece(min(place * ranks.world_size, len(batches)), len(batches))
     except BrokenOff:
         found = None
     skipped.close()

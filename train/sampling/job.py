@@ -13,6 +13,7 @@ from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_environment
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.tf32 import set_tf32
@@ -20,6 +21,7 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
     load_model_config,
     read_declared_prediction,
+    read_declared_size,
 )
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
@@ -63,7 +65,9 @@ def run_sampling(
     if ranks.is_main:
         sizes = sorted({f"{prompt.width_px}x{prompt.height_px}" for prompt in prompts})
         logger.info("generating {} at {} px", format_count(len(prompts), "image"), ", ".join(sizes))
-    images = generate_images(load_image_generator(config, checkpoint, ranks.device, average), prompts, ranks)
+    generator = load_image_generator(config, checkpoint, ranks.device, average)
+    with ACTIVITY.during("generating images"):
+        images = generate_images(generator, prompts, ranks)
     if ranks.is_main:
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             write_image(out / f"{number:03d}.png", image, prompt.describe())
@@ -73,15 +77,18 @@ def run_sampling(
 
 
 def list_model_overrides(model: str, has_cfg: bool) -> list[str]:
-    """List the overrides for a model that is not a checkpoint: its path, the prediction it declares, and a precision.
+    """List the overrides for a model that is not a checkpoint: its path, what it declares, and a precision.
 
     Args:
-        has_cfg: true if a file with settings is given, which then determines the precision.
+        has_cfg: true if a file with settings is given, which then determines the size of images and the precision.
     """
-    declared = read_declared_prediction(Path(model))
+    declared, size = read_declared_prediction(Path(model)), read_declared_size(Path(model))
     overrides = [f"model.path={json.dumps(model)}", *(declared.list_overrides() if declared else ())]
-    precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return overrides if has_cfg else [*overrides, f"engine.precision={precision}"]
+    if has_cfg:
+        return overrides
+    if size is not None:
+        overrides += [f"sample.width_px={size.width}", f"sample.height_px={size.height}"]
+    return [*overrides, f"engine.precision={'bf16' if torch.cuda.is_available() else 'fp32'}"]
 
 
 def load_image_generator(

@@ -125,9 +125,9 @@ def generate_images(
     numbers = assign_prompts(prompts, ranks.rank, ranks.world_size, in_lockstep)
     images: dict[int, Image.Image] | None = {}
     try:
-        for number in numbers:
+        for place, number in enumerate(numbers, 1):
             images[number] = generator.generate(prompts[number], break_off_if_stopped)
-            ACTIVITY.note()
+            ACTIVITY.note_piece(min(place * ranks.world_size, len(prompts)), len(prompts))
     except BrokenOff:
         images = None
     parts = gather_objects(images)

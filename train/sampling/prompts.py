@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.readers import read_toml
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
 from sdxl_trainer.data.text.captions import fix_text
 
@@ -93,7 +93,9 @@ def parse_scheduler(value: Any) -> str:
     name = str(value).removeprefix("k_")
     kohya_names = {class_name: kohya_name for kohya_name, class_name in SCHEDULERS.items()}
     if name not in SCHEDULERS and name not in kohya_names:
-        raise ValueError(f"is none of the schedulers {', '.join(SCHEDULERS)}")
+        near = suggest_name(name, [*SCHEDULERS, *kohya_names])
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"is none of the schedulers {', '.join(SCHEDULERS)}{hint}")
     return kohya_names.get(name, name)
 
 
@@ -209,7 +211,9 @@ def parse_object(entry: dict[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for key, value in entry.items():
         if key not in JSON_KEYS:
-            raise ValueError(f"has the unknown key `{key}`; known keys are {', '.join(JSON_KEYS)}")
+            near = suggest_name(key, JSON_KEYS)
+            hint = f"did you mean {near}?" if near else f"known keys are {', '.join(JSON_KEYS)}"
+            raise ValueError(f"has the unknown key `{key}`; {hint}")
         _parse_into(given, JSON_KEYS[key], f"`{key}`", value)
     return given
 

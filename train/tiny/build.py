@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdxl_trainer.configs
 from sdxl_trainer.configs.paths import parse_path
+from sdxl_trainer.launch.logger import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -120,4 +121,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")
     options = parser.parse_args(arguments)
+    quiet_libraries()
     sys.stdout.write(f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}\n")

@@ -10,8 +10,9 @@ from cache_samples import RULE, run_job, write_settings
 from PIL import Image
 
 from sdxl_trainer.cache.encode.decoder import WorkItem
-from sdxl_trainer.cache.encode.estimate import Estimate, describe_seconds, time_encoding, try_decoding
+from sdxl_trainer.cache.encode.estimate import Estimate, time_encoding, try_decoding
 from sdxl_trainer.cache.encode.latent_encoder import EncodedBatch
+from sdxl_trainer.configs.problems import describe_seconds
 from sdxl_trainer.data.formats.manifest import read_latest
 
 

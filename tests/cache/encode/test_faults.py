@@ -282,7 +282,9 @@ def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
     os.kill(find_rank(job, 1), signal.SIGKILL)
     _, printed = job.communicate(timeout=90)
     assert job.returncode == 1 and "ChildFailedError" not in printed, printed[-3000:]
-    assert printed.endswith("torchrun: rank 1 was killed by SIGKILL before any other; its messages are above\n")
+    assert printed.endswith(
+        "rank 1 was killed by SIGKILL before any other; its messages are above; the same command resumes\n"
+    )
     assert check_folder(tmp_path / "latents") == []
     assert 6 <= len(hash_listed(tmp_path / "latents")) < 120
     assert run_job(settings, *words) == 0

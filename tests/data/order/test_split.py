@@ -34,6 +34,9 @@ def test_a_share_is_stable_when_samples_are_added_or_removed() -> None:
     longer, shorter = select_by_hash(hashes, 0.1), select_by_hash(hashes, 0.05)
     assert longer[: len(shorter)].tolist() == shorter.tolist()
     assert len(select_by_hash(hashes, 0)) == 0
+    # Of small sets at least 4, but not more than a tenth.
+    assert [len(select_by_hash(hashes[:number], 1e-9)) for number in (9, 10, 39, 40, 900)] == [0, 1, 3, 4, 4]
+    assert select_by_hash(hashes, 1e-9).tolist() == np.argsort(hashes)[:4].tolist()
 
 
 def test_held_out_samples_are_not_used() -> None:

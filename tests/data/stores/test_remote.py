@@ -200,9 +200,9 @@ def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shard
     assert problem.key == "data.metadata.0"
     assert "names 1 missing file, the first is s3://bucket/set/s-3.tar" in problem.rule
     [problem] = list_problems(tmp_path, "s3://no-such-bucket/s-0.tar")
-    assert "cannot be found: The specified bucket does not exist" in problem.rule
+    assert "is not on the store: The specified bucket does not exist" in problem.rule
     [problem] = list_problems(tmp_path, "s3://bucket/nothing/*.tar")
-    assert "s3://bucket/nothing/*.tar" in str(problem) and "cannot be found" in problem.rule
+    assert "s3://bucket/nothing/*.tar" in str(problem) and "is not on the store" in problem.rule
     [problem] = list_problems(tmp_path, "gs://bucket/s-0.tar")
     assert "gs:// needs a package that is not installed: Please install gcsfs" in problem.rule
     [problem] = list_problems(tmp_path, "tape://x/y.tar")

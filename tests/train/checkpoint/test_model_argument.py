@@ -14,6 +14,7 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
     load_model_config,
     read_declared_prediction,
+    read_declared_size,
 )
 from sdxl_trainer.train.checkpoint.state import TrainState
 
@@ -78,3 +79,11 @@ def test_the_settings_of_a_checkpoint_are_used_and_unknown_ones_dropped(tmp_path
     (tmp_path / "own.yaml").write_text("objective: {prediction: flow}")
     config, problems = load_model_config(tmp_path, tmp_path / "own.yaml", [])
     assert problems == [] and config.objective.prediction == "flow"
+
+
+@pytest.mark.parametrize(("resolution", "size"), [("128x96", (128, 96)), ("1024", None), (None, None)])
+def test_a_file_declares_the_size_it_was_trained_at(tmp_path: Path, resolution: str | None, size) -> None:
+    metadata = {} if resolution is None else {"modelspec.resolution": resolution}
+    save_file({"x": torch.zeros(1)}, tmp_path / "m.safetensors", metadata)
+    assert read_declared_size(tmp_path / "m.safetensors") == size
+    assert read_declared_size(tmp_path) is None  # a folder

@@ -16,6 +16,7 @@ from programs import ROOT
 from sdxl_trainer.cache.models import encoders
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.schema import RunConfig
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.launch.machine import (
     Finding,
@@ -32,6 +33,7 @@ from sdxl_trainer.train.doctor.doctor import (
     convert_problem,
     examine_memory,
     examine_settings,
+    open_scratch_run,
     print_findings,
     read_num_ranks,
 )
@@ -105,11 +107,17 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "read_host_memory_bytes", lambda: 500 * 10**9)
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
-    found = {finding.detail.split(":")[0]: finding for finding in examine_memory(config, 1, [80 * 10**9])}
-    assert "trained weights: 5.13 GB GPU" in found["trained weights"].detail
-    assert "6.89 GB GPU, forward pass" in found["activations of 1 x 1024x1024"].detail
-    assert "of 80 GB, in the" in found["GPU, peak"].detail and all(finding.is_ok for finding in found.values())
-    assert any(finding.name == "engine.gradient_checkpointing" for finding in found.values())
+    found = {finding.name: finding for finding in examine_memory(config, 1, [80 * 10**9])}
+    assert list(found) == ["engine.gradient_checkpointing", "memory"]
+    assert "\n         trained weights: 5.13 GB GPU" in found["memory"].detail
+    assert "activations of 1 x 1024x1024: 6.89 GB GPU, forward pass" in found["memory"].detail
+    assert "of 80 GB, in the" in found["memory"].detail.splitlines()[0]
+    assert all(finding.is_ok for finding in found.values())
+    *_, choice = examine_memory(config, 1, [])  # a machine without GPUs: which one to choose
+    fits = choice.detail.splitlines()
+    assert choice.is_ok and str(choice).startswith("note   GPU to choose: ") and len(fits) == 5
+    assert "16 GB: " in fits[1] and "are too much; engine.offload_optimizer: true saves" in fits[1]
+    assert "80 GB: fits with" in fits[4] and "largest micro batch" in fits[4]
     wrong = [finding for finding in examine_memory(config, 1, [24 * 10**9]) if not finding.is_ok]
     assert len(wrong) == 1 and "engine.offload_optimizer: true saves" in wrong[0].cure
     absent = build_config({"model": {"path": "stabilityai/absent"}})[0]
@@ -145,6 +153,24 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
     wrong = {finding.name: finding for finding in examine_settings(config, [], world_size=2) if not finding.is_ok}
     assert "open_clip_torch" in wrong["model.tokenizer"].cure
+
+
+def test_a_missing_cache_is_the_next_step_and_bad_latents_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    missing = Problem("cache.dir", tmp_path, "holds no latent cache", "run bash launch/cache.sh", is_next_step=True)
+    print_findings([Finding("a", "fine"), convert_problem(missing)])  # is no fault
+    assert f"TO DO  cache.dir: {tmp_path} holds no latent cache\n       next: run bash" in capsys.readouterr().out
+    run = RunConfig(dir=tmp_path / "runs", name="x")
+    with open_scratch_run(run) as scratch:
+        assert scratch.folder == tmp_path / "runs" / "x" / "doctor" and scratch.folder.is_dir()
+    assert not (tmp_path / "runs").exists()
+    with open_scratch_run(run) as scratch:
+        (scratch.folder / "logs").mkdir()
+        (scratch.folder / "logs" / "bad_samples.jsonl").write_text("{}")
+    assert (tmp_path / "runs" / "x" / "doctor" / "logs" / "bad_samples.jsonl").is_file()
+    with open_scratch_run(run) as scratch:
+        assert list(scratch.folder.iterdir()) == []
 
 
 def test_the_script_starts_ranks_and_reports_wrong_settings(tmp_path: Path) -> None:

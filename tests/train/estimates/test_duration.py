@@ -59,7 +59,7 @@ def test_a_run_with_steps_uses_its_own_speed(tmp_path: Path) -> None:
     (logs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_throughput(logs / "metrics.jsonl") == (120, 16.0)  # from the last steps only
     text = describe_duration(build(tmp_path), 1020, 1, H100)
-    assert text.startswith("900 steps remain, 57,600 images: 1 h 0 min at 16 images/s"), text
+    assert text.startswith("900 steps remain, 57,600 images: 1 h 0 min at 16.0 images/s"), text
     assert describe_duration(build(tmp_path), 120, 1, []) == "all 120 steps are done"
     unknown = describe_duration(build(tmp_path, "train.max_epochs=3"), None, 1, [])
     assert unknown == "the steps of train.max_epochs = 3 are not known before the cache is filled"

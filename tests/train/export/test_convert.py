@@ -95,6 +95,31 @@ def test_conversion_keeps_the_declared_prediction_type(converted: Path, tmp_path
     assert read_declared_prediction(again) == DeclaredPrediction("flow", False)
 
 
+class Malicious:
+    """Pickles as a call."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("code of a checkpoint runs",))
+
+
+def test_a_pickled_checkpoint_becomes_safetensors_without_running_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    weights = {"a.weight": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.float16)}
+    for number, is_zip in enumerate((True, False)):
+        torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=is_zip)
+        assert main([str(tmp_path / "old.ckpt"), str(tmp_path / f"{number}.safetensors")]) == 0
+        converted = load_file(tmp_path / f"{number}.safetensors")
+        assert converted.keys() == weights.keys() and all(converted[name].equal(weights[name]) for name in weights)
+    torch.save({"state_dict": weights, "x": Malicious()}, tmp_path / "bad.ckpt")
+    assert main([str(tmp_path / "bad.ckpt"), str(tmp_path / "bad.safetensors")]) == 2
+    printed = capsys.readouterr()
+    assert "cannot be loaded safely" in printed.err and "code of a checkpoint runs" not in printed.out
+    assert main([str(tmp_path / "old.ckpt"), str(tmp_path / "folder")]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["0.safetensors", "1.safetensors"]
+
+
 def test_a_source_that_is_not_a_model_ends_with_status_2(
     one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

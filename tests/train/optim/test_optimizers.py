@@ -121,8 +121,8 @@ def test_arguments_reach_the_class():
 @pytest.mark.parametrize(
     ("engine", "optim", "key", "cure"),
     [
-        ({}, {"name": "adamx"}, "optim.name", "for a class of your own write module.Class"),
-        ({}, {"name": "torch.optim.AdamX"}, "optim.name", "pip install torch"),
+        ({}, {"name": "adamx"}, "optim.name", "did you mean adamw?"),
+        ({}, {"name": "torch.optim.AdamX"}, "optim.name", "did you mean torch.optim.Ada"),
         ({"zero_stage": 2}, {"name": "adafactor"}, "optim.name", WHOLE),
         (
             {"zero_stage": 2},
@@ -145,7 +145,12 @@ def test_arguments_reach_the_class():
             "set each to 0 or to optim.lr",
         ),
         ({"zero_stage": 0}, {"name": "adafactor", "betas": (0.9, 0.9)}, "optim.betas", "leave it out"),
-        ({"zero_stage": 0}, {"name": "adafactor", "kwargs": {"relativ": 1}}, "optim.kwargs.relativ", "it takes beta1"),
+        (
+            {"zero_stage": 0},
+            {"name": "adafactor", "kwargs": {"relativ": 1}},
+            "optim.kwargs.relativ",
+            "did you mean relative_step?",
+        ),
         ({"precision": "bf16_kahan"}, {"name": "torch.optim.SGD"}, "optim.name", "set it to adamw or lion"),
         (
             {"precision": "bf16_stochastic"},

@@ -219,7 +219,7 @@ def test_a_report_with_many_errors_ends(tmp_path: Path) -> None:
     write_run(tmp_path, [{"step": 1, "loss": 0.5}])
     chatty = "import sys; sys.stderr.write('x' * 200_000 + 'the last line'); sys.exit(1)"
     process._start_program([sys.executable, "-c", chatty])
-    process._log_result()
+    process._end_process()
     logger.remove(sink)
     assert "the last line" in messages[-1] and len(messages[-1]) < 25_000
 

@@ -115,7 +115,7 @@ def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:
     losses = [line["loss"] for line in map(json.loads, (one_rank / "logs" / "metrics.jsonl").open())]
     assert re.search(rf"loss +{losses[-1]:.4f}", display), display
     assert re.search(rf"average of 20 +{sum(losses) / 20:.4f}", display), display
-    for name in ("gradient norm", "images/s", "data wait", "memory", "epoch"):
+    for name in ("gradient norm", "speed", "data wait", "memory", "epoch"):
         assert re.search(rf"{name} +[\d.]", display), name
     assert re.search(r"MFU +-", display), "a CPU's peak is not known"
     assert re.search(r"100% │", display) and re.search(r"time +0:\d\d:\d\d elapsed, 0:00:00 left", display)

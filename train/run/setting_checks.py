@@ -1,0 +1,60 @@
+"""Checks of a run's settings that need neither its data nor a network's weights."""
+
+from collections.abc import Iterator
+
+from sdxl_trainer.cache.models.encoders import check_vocabulary
+from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.configs.problems import Problem, format_count
+from sdxl_trainer.configs.schema import Config, OptimConfig, TrainConfig
+from sdxl_trainer.train.engine.deepspeed_config import check_engine
+from sdxl_trainer.train.networks.adapters import check_adapters
+from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
+from sdxl_trainer.train.objective.own_formulas import check_own_formulas
+from sdxl_trainer.train.optim.optimizers import check_optimizer
+from sdxl_trainer.train.optim.schedules import check_own_schedule
+from sdxl_trainer.train.report.metrics import check_wandb
+from sdxl_trainer.train.sampling.prompts import load_prompts
+
+
+def check_model_settings(config: Config) -> Iterator[Problem]:
+    """Yield problems of the model, the optimizer, the engine, the objective, the adapters and the prompts."""
+    yield from check_model(config.model)
+    yield from check_vocabulary(config.model)
+    yield from check_engine(config.engine, config.optim)
+    yield from check_optimizer(config.optim, config.engine)
+    yield from check_own_schedule(config.optim)
+    yield from check_own_formulas(config.objective)
+    if config.cache.text:
+        yield from check_frozen_encoders(config.optim)
+    yield from load_prompts(config.sample, config.objective, config.data.caption.fix_text)[1]
+    yield from check_adapters(config.lora)
+
+
+def check_frozen_encoders(optim: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem for each text encoder with a learning rate: with cached text the encoders do not run."""
+    for name in list_trained_encoders(optim):
+        rule, cure = "trains a text encoder, which does not run with cache.text", "set it to 0, or cache.text: false"
+        yield Problem(f"optim.{name}_lr", getattr(optim, f"{name}_lr"), rule, cure)
+
+
+def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
+    """Yield a problem if the ranks' micro batches do not divide the global batch."""
+    divisor = train.micro_batch_size * world_size
+    if train.global_batch_size % divisor:
+        rule = (
+            f"is not a multiple of train.micro_batch_size {train.micro_batch_size} x {format_count(world_size, 'rank')}"
+        )
+        yield Problem("train.global_batch_size", train.global_batch_size, rule, f"set it to a multiple of {divisor}")
+
+
+def check_run_settings(config: Config) -> Iterator[Problem]:
+    """Yield problems of the settings of logs and exported models."""
+    yield from check_wandb(config.log.wandb)
+    yield from check_export_format(config)
+
+
+def check_export_format(config: Config) -> Iterator[Problem]:
+    """Yield a problem if `checkpoint.export_format` names another format for adapters than one file."""
+    if config.lora.rank and config.checkpoint.export_format != "single":
+        rule = "does not apply to adapters, which are always exported as one file"
+        yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
