@@ -151,8 +151,7 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
     if changes:
         shown = "".join(f"\n  {change.key}: {change.old!r} -> {change.new!r}" for change in changes)
         warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
-    edited = [key for key, digest in fresh.own_code.items() if saved.own_code.get(key, digest) != digest]
-    if edited:
+    if edited := list_edited_code(saved, fresh):
         warn_once("the code of {} has changed since step {}", " and ".join(edited), saved.step)
     new_data = saved.index_fingerprint != fresh.index_fingerprint
     if new_data and on_data_change == "stop":
@@ -181,7 +180,12 @@ def describe_changes(saved: TrainState, fresh: TrainState) -> list[str]:
     """Describe the changes that alter training between the state of a checkpoint and that of the present start."""
     changes = [f"{key}: {old} -> {new}" for key, old, new in list_changes(saved.config, fresh.config)]
     data = ["the data"] if saved.index_fingerprint != fresh.index_fingerprint else []
-    return [*data, *changes]
+    return [*data, *changes, *(f"the code of {key}" for key in list_edited_code(saved, fresh))]
+
+
+def list_edited_code(saved: TrainState, fresh: TrainState) -> list[str]:
+    """List the settings whose own code is in a file that has changed. Older checkpoints hold no hashes of files."""
+    return [key for key, digest in fresh.own_code.items() if saved.own_code.get(key, digest) != digest]
 
 
 def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[SettingChange]:
