@@ -203,7 +203,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     "a download that broke off": (give_cut_download, ("is damaged", "bytes", "download")),
     "a tiny model without its configs": (
         lambda folder: [f"model.path={write_fake(folder / 'tiny.safetensors', fake_tensors(TINY_CONFIGS))}"],
-        ("SDXL's networks in other sizes", "and", "more", "set model.config"),
+        ("SDXL's networks in other sizes", "unet: ", "set model.config"),
     ),
     "pickled weights in a folder": (give_bin_weights, ("no safetensors weights in unet/", ".safetensors")),
     "a VAE as one file": (

@@ -110,10 +110,10 @@ class EmergencySaver:
                 level = "SUCCESS" if state.step == self._writer.last_step else "WARNING"
                 logger.log(level, "step {} {}", state.step, saved)
             elif completed > 0:
+                last = f"step {self._writer.last_step}" if self._writer.last_step > 0 else "the beginning"
                 # Updates are held, so state in host memory is written without copying it.
                 captured = self._engine.capture_state(alone=True, lend=True)
                 partial = self._writer.write_when_there_is_space(captured, state, try_first=True)
-                last = f"step {self._writer.last_step}" if self._writer.last_step > 0 else "the beginning"
                 logger.success(
                     "shard of step {} written in {:.1f} s; the next start resumes at that step if every rank has "
                     "written its shard, else at {}",

@@ -145,8 +145,8 @@ def test_a_mistake_in_toml_is_reported_with_its_location(tmp_path: Path, content
         ("[3]", "is not a JSON list"),
         ('["a", {"text": "b"}]', ", entry 2: has no `prompt`"),
         (
-            '[{"prompt": "b", "steps": 3}]',
-            ", entry 1: has the unknown key `steps`; known keys are prompt, negative_prompt",
+            '[{"prompt": "b", "colour": 3}]',
+            ", entry 1: has the unknown key `colour`; known keys are prompt, negative_prompt",
         ),
         ('[{"prompt": "b", "seed": 1, "seed": 2}]', "has the key `seed` twice"),
         ('[{"prompt": "b", "width": 64.5}]', "has `width` = 64.5, which is not a whole number"),
