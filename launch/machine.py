@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from sdxl_trainer.configs.problems import escape_controls
+from sdxl_trainer.configs.problems import Problem, escape_controls
 
 PACKAGE = "sdxl-trainer"
 SHOWN = ("torch", "deepspeed", "diffusers", "transformers")
@@ -48,6 +48,12 @@ class Finding:
     def is_ok(self) -> bool:
         """True if nothing is wrong."""
         return not self.cure or self.is_next_step
+
+
+def convert_problem(problem: Problem) -> Finding:
+    """Convert a problem with the settings to a finding."""
+    value = "" if problem.value is None else f"{problem.value!s:.100} "
+    return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md", problem.is_next_step)
 
 
 def examine_machine() -> Iterator[Finding]:

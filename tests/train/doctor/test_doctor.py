@@ -20,6 +20,7 @@ from sdxl_trainer.configs.schema import RunConfig
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.launch.machine import (
     Finding,
+    convert_problem,
     examine_disk,
     examine_gpus,
     examine_ranks,
@@ -28,15 +29,14 @@ from sdxl_trainer.launch.machine import (
     measure_write_speed,
 )
 from sdxl_trainer.launch.program import FailedError
-from sdxl_trainer.train.doctor import doctor
+from sdxl_trainer.train.doctor import memory
 from sdxl_trainer.train.doctor.doctor import (
-    convert_problem,
-    examine_memory,
     examine_settings,
     open_scratch_run,
     print_findings,
     read_num_ranks,
 )
+from sdxl_trainer.train.doctor.memory import examine_memory
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 
@@ -104,7 +104,7 @@ def test_bytes_of_a_checkpoint(words: str, expected: int) -> None:
 
 
 def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "read_host_memory_bytes", lambda: 500 * 10**9)
+    monkeypatch.setattr(memory, "read_host_memory_bytes", lambda: 500 * 10**9)
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
     found = {finding.name: finding for finding in examine_memory(config, 1, [80 * 10**9])}

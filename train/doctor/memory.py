@@ -1,0 +1,67 @@
+"""Findings about the memory of a run: the estimate, whether it fits this machine, and which usual GPU it would fit."""
+
+from collections.abc import Iterator
+
+from sdxl_trainer.cache.models.source import is_local, resolve_model
+from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.launch.machine import Finding, convert_problem, read_host_memory_bytes
+from sdxl_trainer.train.estimates.memory_choice import describe_lack, plan_memory
+from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryTable, format_gb
+from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
+
+USUAL_GPUS_GB = (16, 24, 48, 80)
+INDENT = "         "  # of further lines of a finding
+
+
+def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Iterator[Finding]:
+    """Yield the estimated memory of a rank by components, and whether it suffices on this machine's GPUs and host.
+
+    Args:
+        gpu_bytes: memory of each GPU; empty without GPUs.
+    """
+    # Imported here like the checks above.
+    from sdxl_trainer.train.run.memory_plan import check_device, check_room, list_largest_bucket
+
+    bucket = list_largest_bucket(config)
+    if not is_local(config.model) or bucket is None:
+        yield Finding("memory", "the size of the model is not known before its download")
+        return
+    try:
+        sizes = measure_networks(config, resolve_model(config.model), bucket)
+    except (UserInputError, OSError, ValueError, KeyError):
+        yield Finding("memory", "unknown as long as the settings or the model are wrong")
+        return
+    ranks_per_host = min(world_size, len(gpu_bytes) or world_size)
+    device, host = min(gpu_bytes, default=None), read_host_memory_bytes()
+    limits = MemoryLimits(device=device, host=host, ranks_per_host=ranks_per_host)
+    config, table, reason = plan_memory(config, sizes, world_size, limits)
+    if reason:
+        yield Finding("engine.gradient_checkpointing", reason)
+    yield Finding("memory", describe_memory(table))
+    if not gpu_bytes:
+        yield Finding("GPU to choose", "\n".join(describe_fits(config, sizes, world_size, host)), is_note=True)
+    cure = "" if table.fits_device else describe_lack(config, sizes, world_size, limits)
+    yield from map(convert_problem, list(check_device(table, cure)) or check_room(table, cure))
+
+
+def describe_memory(table: MemoryTable) -> str:
+    """Return the peak of a rank in a line, and a line below it for each component."""
+    rows = table.describe()
+    peaks = [name for name in rows if name.endswith(", peak")]
+    first = "; ".join(f"{name.removeprefix('memory, ').replace(',', '')} {rows.pop(name)}" for name in peaks)
+    return "\n".join([first, *(f"{INDENT}{name}: {text}" for name, text in rows.items())])
+
+
+def describe_fits(config: Config, sizes: NetworkSizes, world_size: int, host: int | None) -> Iterator[str]:
+    """Yield a line for each usual size of GPUs: the largest micro batch that fits, or what saves memory."""
+    yield "the estimate for usual sizes"
+    for size in USUAL_GPUS_GB:
+        limits = MemoryLimits(device=size * 10**9, host=host, ranks_per_host=world_size)
+        planned = plan_memory(config, sizes, world_size, limits)
+        needed, largest = format_gb(planned.table.device_peak), planned.table.find_largest_micro_batch()
+        if planned.table.fits_device:
+            text = f"fits with {needed}; largest micro batch {largest}"
+        else:
+            text = f"{needed} are too much; {describe_lack(planned.config, sizes, world_size, limits)}"
+        yield f"{INDENT}{size} GB: {text}"
