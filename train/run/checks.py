@@ -20,7 +20,7 @@ from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
-from sdxl_trainer.train.run.setting_checks import check_batch_sizes, check_model_settings, check_run_settings
+from sdxl_trainer.train.setting_checks import check_batch_sizes, check_model_settings, check_run_settings
 
 
 def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
