@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from rich.cells import cell_len
 
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import Problem, escape_controls
 
 PACKAGE = "sdxl-trainer"
 SHOWN = ("torch", "deepspeed", "diffusers", "transformers")
 PROBE_SECONDS = 180
+MARK_COLUMNS = 7  # of `ok`, `WRONG` and so on, and the space behind
 WRITTEN_BYTES = 256 << 20
 BLOCK_BYTES = 16 << 20
 # Files with the limit of this process's memory in bytes, by the version of cgroups.
@@ -39,10 +42,15 @@ class Finding:
     is_note: bool = False  # worth knowing
 
     def __str__(self) -> str:
-        mark = "WRONG" if self.cure else "note" if self.is_note else "ok"
-        line = f"{'TO DO' if self.is_next_step else mark:<7}{self.name}: {escape_controls(self.detail)}"
-        word = "next" if self.is_next_step else "cure"
-        return f"{line}\n{'':<7}{word}: {escape_controls(self.cure)}" if self.cure else line
+        """Return the finding in the user's language."""
+        mark = translate_label(
+            "TO DO" if self.is_next_step else "WRONG" if self.cure else "note" if self.is_note else "ok"
+        )
+        indent = " " * MARK_COLUMNS
+        line = mark + indent[cell_len(mark) :]
+        line += f"{translate_label(self.name)}: {escape_controls(translate(self.detail))}"
+        cure = translate(f"next: {self.cure}" if self.is_next_step else f"cure: {self.cure}")
+        return f"{line}\n{indent}{escape_controls(cure)}" if self.cure else line
 
     @property
     def is_ok(self) -> bool:
@@ -53,7 +61,9 @@ class Finding:
 def convert_problem(problem: Problem) -> Finding:
     """Convert a problem with the settings to a finding."""
     value = "" if problem.value is None else f"{problem.value!s:.100} "
-    return Finding(problem.key, value + problem.rule, problem.cure or "see docs/CONFIG.md", problem.is_next_step)
+    return Finding(
+        problem.key, value + translate(problem.rule), problem.cure or "see docs/CONFIG.md", problem.is_next_step
+    )
 
 
 def examine_machine() -> Iterator[Finding]:

@@ -25,7 +25,8 @@ UNSHOWN_CALLS = frozenset(
     "filterwarnings getLogger unpack pack calcsize cat frombuffer field_validator model_validator".split()
 )
 LABEL_CALLS = frozenset(
-    "Table TranslatedTable add_column add_row Finding log_table build_summary_table activity during".split()
+    "Table TranslatedTable add_column add_row Finding log_table build_summary_table activity during "
+    "translate_label".split()
 )
 LOGGER_CALLS = frozenset("debug info success warning error critical log warn_once warn".split())
 LABEL_KEYWORDS = frozenset(["component", "title"])

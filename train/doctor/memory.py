@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.machine import Finding, convert_problem, read_host_memory_bytes
@@ -50,7 +51,7 @@ def describe_memory(table: MemoryTable) -> str:
     rows = table.describe()
     peaks = [name for name in rows if name.endswith(", peak")]
     first = "; ".join(f"{name.removeprefix('memory, ').replace(',', '')} {rows.pop(name)}" for name in peaks)
-    return "\n".join([first, *(f"{INDENT}{name}: {text}" for name, text in rows.items())])
+    return "\n".join([first, *(f"{INDENT}{translate_label(name)}: {translate(text)}" for name, text in rows.items())])
 
 
 def describe_fits(config: Config, sizes: NetworkSizes, world_size: int, host: int | None) -> Iterator[str]:
