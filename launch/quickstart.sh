@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Quick start on a bare machine: install, draw a demo set, cache its latents, and train a tiny SDXL.
+# Quick start on a bare machine: install, draw images of six shapes, cache their latents, and fine-tune a tiny SDXL that
+# was pre-trained on four of them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -9,16 +10,19 @@ source launch/child.sh
 # Two ranks can share a CPU, but not a GPU.
 if [ "$(count_gpus)" = 1 ]; then NPROC="${NPROC:-1}"; fi
 export NPROC="${NPROC:-2}"
-[ -f runs/demo/data/metadata.json ] || python -m sdxl_trainer.data.demo --out runs/demo/data
-[ -f runs/demo/model/vae/config.json ] || python -m sdxl_trainer.train.tiny --out runs/demo/model
-bash launch/cache.sh --cfg configs/tiny.yaml
-bash launch/train.sh --cfg configs/tiny.yaml "$@"
+[ -f runs/demo/shapes/metadata.json ] || python -m sdxl_trainer.data.demo --num-images 144 \
+    --shapes heart moon circle square triangle star --out runs/demo/shapes
+[ -f runs/demo/pretrained/vae/config.json ] || python -m sdxl_trainer.train.tiny --pretrained --out runs/demo/pretrained
+bash launch/cache.sh --cfg configs/quickstart.yaml
+bash launch/train.sh --cfg configs/quickstart.yaml "$@"
 
 cat <<'TEXT'
 
-Done. In runs/tiny/ you find:
-  samples/      images generated from the prompts in configs/tiny.yaml;
-                open the newest step-*.png
+Done. The model had never seen a heart or a moon. See it before and after:
+  runs/quickstart/samples/before-after.png
+
+In runs/quickstart/ you also find:
+  samples/      images generated every 50 steps: step-*.png, strip.png
   models/       the model as one .safetensors file, for ComfyUI, diffusers, ...
   report/       report.html: charts and generated images on one page
   logs/         metrics.jsonl, tensorboard/, train.log

@@ -22,7 +22,7 @@ from sdxl_trainer.train.main import main
 
 STEPS_SHOWN = 40
 COLUMNS = 100
-SETTINGS = "configs/tiny.yaml"
+SETTINGS = "configs/quickstart.yaml"
 
 
 class RecordedScreen(logger.Screen):

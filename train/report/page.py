@@ -199,7 +199,7 @@ def make_uri(content: bytes, kind: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of a run, finished or not, and return the exit status (0 done, 1 failed, 2 wrong input)."""
     parser = TranslatedParser(description="Write the report of a run, finished or not, into its folder.")
-    parser.add_argument("folder", type=parse_path, metavar="RUN_FOLDER", help="a run's folder, such as runs/tiny")
+    parser.add_argument("folder", type=parse_path, metavar="RUN_FOLDER", help="a run's folder, such as runs/quickstart")
     parser.add_argument("--background", action="store_true", help="run at low priority")
     options = parser.parse_args(arguments)
     folder = options.folder

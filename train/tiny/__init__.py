@@ -1,1 +1,1 @@
-"""The tiny SDXL of the demo and the tests: the model's builder, its tokenizers, and the training of its VAE."""
+"""The tiny SDXL of the quick start and the tests: builder, tokenizers, and the training of its VAE and U-Net."""

@@ -1,7 +1,8 @@
 """The tiny SDXL: a complete model folder in diffusers layout, with SDXL's topology and about 3 million weights.
 
-The tests, the quick start and the learning benchmark use it to run the real programs on a CPU. The VAE is trained
-(train/tiny/vae.py wrote its weights); the U-Net and the text encoders have random weights from a seed.
+The tests and the learning benchmark use it to run the real programs on a CPU. The VAE is trained (train/tiny/vae.py
+wrote its weights); the U-Net and the text encoders have random weights from a seed. The quick start fine-tunes the
+pre-trained tiny SDXL, whose U-Net knows four shapes (train/tiny/pretraining.py wrote its weights).
 """
 
 import argparse
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
 
 CONFIG_FOLDER = Path(sdxl_trainer.configs.__file__).parent / "tiny"
 VAE_WEIGHTS = CONFIG_FOLDER / "vae" / "diffusion_pytorch_model.safetensors"
+# fp16 weights of the pre-trained U-Net and its text encoders; names begin with the component's folder.
+PRETRAINED_WEIGHTS = CONFIG_FOLDER / "pretrained.safetensors"
+# Folder of a component → its file in diffusers' layout.
+PRETRAINED_FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+# Settings of the scheduler for v-prediction with zero terminal SNR, with which the U-Net was pre-trained.
+PRETRAINED_SCHEDULER = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 # Standard deviation of a text encoder's random weights, times the square root of their fan-in, by part of their name.
 TEXT_ENCODER_GAINS = {
     "token_embedding": 1.0,
@@ -43,7 +58,36 @@ def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     """
     import torch
 
-    folder = Path(folder)
+    folder = _copy_parts(Path(folder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        build_tiny_unet().save_pretrained(folder / "unet")
+        for name, model in build_tiny_text_encoders().items():
+            model.save_pretrained(folder / name)
+        load_tiny_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+def build_pretrained_sdxl(folder: Path, weights: Path = PRETRAINED_WEIGHTS) -> Path:
+    """Write the pre-trained tiny SDXL into a folder, in fp32 safetensors, and return the folder."""
+    from safetensors.torch import load_file, save_file
+
+    folder = _copy_parts(Path(folder))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text(encoding="utf-8")) | PRETRAINED_SCHEDULER
+    scheduler.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    tensors = load_file(weights)
+    for name, file in PRETRAINED_FILES.items():
+        (folder / name).mkdir(exist_ok=True)
+        shutil.copyfile(CONFIG_FOLDER / name / "config.json", folder / name / "config.json")
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        save_file({key: value.float() for key, value in own.items()}, folder / name / file, {"format": "pt"})
+    load_tiny_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+def _copy_parts(folder: Path) -> Path:
+    """Copy the tokenizers, the scheduler's settings and the list of components into a folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED_PARTS:
         source = CONFIG_FOLDER / name
@@ -51,12 +95,6 @@ def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
         else:
             shutil.copyfile(source, folder / name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        build_tiny_unet().save_pretrained(folder / "unet")
-        for name, model in build_tiny_text_encoders().items():
-            model.save_pretrained(folder / name)
-        load_tiny_vae().save_pretrained(folder / "vae")
     return folder
 
 
@@ -120,6 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny", description="Write the tiny SDXL.")
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")
+    parser.add_argument("--pretrained", action="store_true", help="write the model that was pre-trained on four shapes")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    sys.stdout.write(f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}\n")
+    if options.pretrained:
+        sys.stdout.write(f"pre-trained tiny SDXL in {build_pretrained_sdxl(options.out)}\n")
+    else:
+        sys.stdout.write(f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}\n")
