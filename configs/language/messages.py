@@ -37,6 +37,7 @@ PLACEHOLDER = re.compile(r"\{\w*(?::[^{}]*)?\}|\{\{.*\}\}")  # of a literal that
 COMPOSED = (
     *(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")),
     *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
+    *("peak", "GPU peak", "host peak"),
 )
 # Messages of the system and of argparse that are parts of messages here.
 FOREIGN = (

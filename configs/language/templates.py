@@ -8,7 +8,7 @@ from functools import cached_property
 
 WORD = re.compile(r"[A-Za-z]{2,}")
 HAN = re.compile(r"[\u3400-\u9fff]")
-NUMBER = r"[-+]?[\d,.]+(?:e[-+]?\d+)?%?|nan|inf"
+NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?%?|[-+]?(?:nan|inf)%?"
 NUMBER_TYPES = "bcdeEfFgGnxX%,"
 # Words that connect two values in too many texts to tell a message by them.
 CONNECTORS = frozenset("and are at by for from in is no not of on or than the to with GB GiB MB px".split())

@@ -50,7 +50,8 @@ def describe_memory(table: MemoryTable) -> str:
     """Return the peak of a rank in a line, and a line below it for each component."""
     rows = table.describe()
     peaks = [name for name in rows if name.endswith(", peak")]
-    first = "; ".join(f"{name.removeprefix('memory, ').replace(',', '')} {rows.pop(name)}" for name in peaks)
+    names = {name: translate_label(name.removeprefix("memory, ").replace(",", "")) for name in peaks}
+    first = "; ".join(f"{shown} {translate(rows.pop(name))}" for name, shown in names.items())
     return "\n".join([first, *(f"{INDENT}{translate_label(name)}: {translate(text)}" for name, text in rows.items())])
 
 

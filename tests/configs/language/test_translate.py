@@ -52,10 +52,12 @@ def translator() -> Translator:
         ("is damaged\n  run bash launch/cache.sh\n\nx", "已损坏\n  运行 bash launch/cache.sh\n\nx"),
         ("needs {a|b}", "需要 {a|b}"),
         ("3 of 4", "4 的 3"),
+        ("1.5 GB of 24 GB", "24 GB 的 1.5 GB"),
         # What is no message stays as it is: other sentences, names, single words, other forms of numbers.
         ("a library of the system cannot be read", "a library of the system cannot be read"),
         ("bucket", "bucket"),
         ("many images", "many images"),
+        (", images", ", images"),
         ("", ""),
     ],
 )
