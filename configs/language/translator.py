@@ -9,7 +9,7 @@ from sdxl_trainer.configs.language.templates import WORD, Template, parse_templa
 # Between the parts of a text that was put together at run time, strongest first, and what they become between parts in
 # Chinese.
 SEPARATORS = (("; ", "；"), (": ", "："), (", ", "，"))
-SINGLE = re.compile(r"\S{1,200}|[\d.,]+ (?:[kMGT]i?B|px|s)")  # a name or a number, with its unit
+SINGLE = re.compile(r"(?=\S*\w)\S{1,200}|[\d.,]+ (?:[kMGT]i?B|px|s)")  # a name or a number, with its unit
 
 
 class Translator:

@@ -58,6 +58,7 @@ def translator() -> Translator:
         ("bucket", "bucket"),
         ("many images", "many images"),
         (", images", ", images"),
+        ("a name, of 400", "a name, of 400"),
         ("", ""),
     ],
 )
