@@ -35,6 +35,7 @@ setup(
         "sdxl_trainer": ["py.typed"],
         "sdxl_trainer.configs": ["*.yaml", "**/*.po", "**/*.json", "**/*.txt", "**/*.safetensors"],
         "sdxl_trainer.launch": ["*.sh", "*.sbatch"],
+        "sdxl_trainer.cache.preview": ["*.html"],
         "sdxl_trainer.train.report": ["*.html"],
         "sdxl_trainer.train.watch": ["page/*"],
     },

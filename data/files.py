@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
-from loguru import logger
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 
 T = TypeVar("T")
 
@@ -31,6 +31,7 @@ TRANSIENT_ERRORS = {
     *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
 }
 WAITS_SECONDS = (0.5, 2.0)
+_RETRIES = CountedWarnings("the storage failed, read again in a moment", "the log file")
 # Errors of file systems on which folders cannot be flushed.
 UNSUPPORTED_ERRORS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -128,7 +129,7 @@ def read_with_retries(read: Callable[[], T], name: Path | str, before_retry: Cal
         except OSError as error:
             if error.errno not in TRANSIENT_ERRORS:
                 raise
-            logger.warning("{}: {}; read again in {:g} s", name, error.strerror, wait_seconds)
+            _RETRIES.add(f"{name}: {error.strerror}")
         time.sleep(wait_seconds)
         if before_retry is not None:
             before_retry()

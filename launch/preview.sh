@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Preview the data as the model will see it:  bash launch/preview.sh --cfg x.yaml [--out file.png] [key.sub=value ...]
+# Preview the data as the model will see it, before or after caching:
+#   bash launch/preview.sh --cfg x.yaml [--out preview] [--examine 0] [key.sub=value ...]
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then

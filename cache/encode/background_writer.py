@@ -5,18 +5,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from loguru import logger
-
 from sdxl_trainer.cache.encode.storage import EncodedItem, Storage
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 
 # Errors that concern the file of one item alone: its name is too long or cannot be stored, or is a folder's.
 NAME_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
-def warn_about_name(entry: ManifestEntry, error: OSError) -> None:
-    """Log that the latents of an image are not stored."""
-    logger.warning("latents of {} are not stored: {}: {}", entry.source_path, entry.file, error.strerror)
+def build_name_warnings() -> Callable[[ManifestEntry, OSError], None]:
+    """Return a function that logs which latents are not stored, and counts them once there are many."""
+    warnings = CountedWarnings("latents not stored", "the log file")
+    return lambda entry, error: warnings.add(f"{entry.source_path}: {entry.file}: {error.strerror}")
 
 
 class BackgroundWriter:
@@ -25,7 +25,8 @@ class BackgroundWriter:
     Args:
         manifest: manifest that lists the finished items.
         num_threads: number of items written at once.
-        skip_item: called, on one of the threads, with each item whose name no file can have, and the error.
+        skip_item: called, on one of the threads, with each item whose name no file can have, and the error; None logs
+            it.
         max_in_flight: number of accepted items that are not yet on disk. At this number `submit` waits, which bounds
             the memory.
     """
@@ -34,13 +35,13 @@ class BackgroundWriter:
         self,
         storage: Storage,
         manifest: ManifestWriter,
-        skip_item: Callable[[ManifestEntry, OSError], None] = warn_about_name,
+        skip_item: Callable[[ManifestEntry, OSError], None] | None = None,
         num_threads: int = 4,
         max_in_flight: int = 32,
     ):
         self._storage = storage
         self._manifest = manifest
-        self._skip_item = skip_item
+        self._skip_item = skip_item or build_name_warnings()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="latent-writer")
         self._places = threading.Semaphore(max_in_flight)
         self._lock = threading.Lock()

@@ -1,7 +1,8 @@
 """Contact sheet: one image of several samples with their captions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ from PIL import Image
 from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.images.fonts import Lettering
+from sdxl_trainer.data.index.schema import BadSample
+from sdxl_trainer.data.loading.dataset import LatentDataset
+from sdxl_trainer.data.loading.loader import iterate_specs
+from sdxl_trainer.data.order.plan import Plan, Position
 
 CELL_PX = 320
 GAP_PX = 8
@@ -27,7 +33,7 @@ class PreviewSample:
     key: str
     caption: str
     note: str  # sizes and crop
-    latents: torch.Tensor  # [4, h, w] float32
+    latents: torch.Tensor | None  # [4, h, w] float32; None: not cached yet
     pixels: np.ndarray | None  # [H, W, 3] uint8 of an image without cached latents
     bad: str | None  # reason why training skips the sample
 
@@ -44,6 +50,7 @@ def decode_samples(
         if sample.bad:
             pixels = np.full((CELL_PX, CELL_PX, 3), 160, np.uint8)
         elif pixels is None:
+            assert sample.latents is not None, "a sample has latents or pixels"
             vae = vae or load_vae(source, model).to(device)
             with torch.inference_mode():
                 image = vae.decode(sample.latents[None].to(device)).sample[0]  # [3, H, W], -1 to 1
@@ -67,7 +74,34 @@ def draw_sheet(decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> Image.Ima
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         sheet.paste(image, (left + (CELL_PX - image.width) // 2, top + (CELL_PX - image.height) // 2))
         text = f"bad: {sample.bad}" if sample.bad else sample.caption or "(empty)"
-        lines = lettering.wrap(f"{place}: {sample.note}", CELL_PX, 1) + lettering.wrap(text, CELL_PX, NUM_LINES)
+        lines = lettering.wrap(f"{place}: {sample.note}", CELL_PX, 2)
+        lines += lettering.wrap(text, CELL_PX, NUM_LINES + 1 - len(lines))
         for number, line in enumerate(lines):
             lettering.draw(sheet, (left, top + CELL_PX + number * lettering.line_px), line)
     return sheet
+
+
+def write_sheet(file: Path, decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> None:
+    """Write the contact sheet as a PNG."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open_atomic(file) as stream:
+        draw_sheet(decoded).save(stream, "PNG")
+
+
+def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSample]:
+    """Yield the training samples in the order in which the run uses them."""
+    for spec in iterate_specs(plan, Position(0, 0), 0, 1, 1):
+        batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
+        caption = dataset.draw_caption(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
+        left = int(batch.time_ids[0, 3])
+        pixels = batch.pending[0].pixels.numpy() if batch.pending else None
+        size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
+        note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
+        yield PreviewSample(
+            key=row["key"],
+            caption="" if isinstance(caption, BadSample) else caption.text,
+            note=note,
+            latents=batch.latents[0],
+            pixels=pixels,
+            bad=batch.bad[0].reason if batch.bad else None,
+        )

@@ -1,216 +1,213 @@
 """Preview of the data as the model will see it: `bash launch/preview.sh --cfg x.yaml`.
 
-Tables show bucket counts, caption lengths in tokens, drawn captions, and what is missing or bad. A contact sheet shows
-the first samples of the run, decoded from their latents, cropped and flipped as in training, with their captions.
+It works before anything is cached. Tables and a page name the images that are worth a look (without captions,
+duplicates, enlarged, cropped, broken), and show buckets, tags, lengths of captions and drawn captions. A contact sheet
+shows the first samples of the run, decoded from their latents, cropped and flipped as in training, with captions.
 """
 
-from collections.abc import Iterator, Sequence
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from sdxl_trainer.cache.models.encoders import load_tokenizers
-from sdxl_trainer.cache.models.source import ModelSource, check_model, resolve_model
-from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, draw_sheet
+from sdxl_trainer.cache.models.source import check_model, resolve_model
+from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, iterate_samples, write_sheet
+from sdxl_trainer.cache.preview.page import PageWriter, RecordNames
+from sdxl_trainer.cache.preview.survey import SurveyLimits, find_cut_captions, survey_records
+from sdxl_trainer.cache.preview.tables import (
+    DataTable,
+    tabulate_buckets,
+    tabulate_captions,
+    tabulate_lengths,
+    tabulate_section,
+    tabulate_state,
+    tabulate_survey,
+    tabulate_tags,
+)
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import Problem, UserInputError, parse_count, raise_if_any
-from sdxl_trainer.configs.schema import Config, ModelConfig
-from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, count_unflipped, find_bad_latents
-from sdxl_trainer.data.checks.records import count_uncaptioned, open_checked_records
-from sdxl_trainer.data.checks.training_set import check_flip, count_missing, warn_about_unflipped
-from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.configs.problems import Problem, parse_count, raise_if_any
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.latent_files import count_unflipped
+from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipped
 from sdxl_trainer.data.index.index import Index, open_sample_index
-from sdxl_trainer.data.index.schema import BadSample
-from sdxl_trainer.data.index.selection import build_latent_selection, get_cache_folder
-from sdxl_trainer.data.loading.counts import count_buckets, count_tokens, draw_captions
+from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
+from sdxl_trainer.data.loading.counts import count_buckets, count_lengths
 from sdxl_trainer.data.loading.dataset import LatentDataset
-from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_specs
-from sdxl_trainer.data.order.even_selection import select_evenly
-from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.data.loading.loader import build_dataset, build_plan
+from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_samples
-from sdxl_trainer.data.text.strategy import compute_repeats, load_strategy
+from sdxl_trainer.data.text.strategy import Strategy, compute_repeats, load_strategy
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, run_program
 
-NUM_BLOCKS = 8  # blocks of ROWS_A_TASK samples whose latents are verified
-NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and captions drawn of each
-MAX_BUCKETS = 60
 
+def show_preview(config: Config, problems: list[Problem], options: argparse.Namespace, console: Console) -> None:
+    """Print the tables, and write the page, the list of findings, and the contact sheet.
 
-def show_preview(config: Config, problems: list[Problem], file: Path | None, num_images: int, console: Console) -> None:
-    """Print the tables and write the contact sheet to `file` (default: `preview.png` in the run folder).
+    Args:
+        options: of the command line; see `main`.
 
     Raises:
         UserInputError: settings or data are wrong; all problems at once.
     """
-    records, found = open_checked_records(config)
+    records, found = open_checked_records(config, need_captions=False)
     raise_if_any([*problems, *found, *check_model(config.model)])
     assert records is not None, "records without problems have an index"
-    index = open_sample_index(get_cache_folder(config), records, build_latent_selection(config))
-    console.print(tabulate_state(config, records, index))
-    if len(index) == 0:
-        rule = "holds no latents of these records"
-        cure = "run bash launch/cache.sh first, or set cache.on_missing: encode"
-        raise UserInputError([Problem("cache.dir", get_cache_folder(config), rule, cure)])
-    data = config.data
-    num_unflipped = count_unflipped(index, get_cache_folder(config)) if data.flip_rate else 0
-    warn_about_unflipped(num_unflipped, len(index))
-    raise_if_any(
-        [
-            *check_flip(data.flip_rate, num_unflipped, len(index)),
-            *check_weighted_samples(data.source_weights, index),
-        ]
+    limits = SurveyLimits(
+        num_opened=options.examine, max_enlargement=options.enlarged, max_cropped=options.cropped / 100
     )
-    source = resolve_model(config.model)
+    samples = open_sample_index(get_cache_folder(config), records, build_latent_selection(config))
+    console.print(tabulate_state(config, records, samples).draw())
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
-    repeats = compute_repeats(strategy, index) if strategy and strategy.has("repeats") else None
-    repeats = apply_source_weights(index, repeats, config.data.source_weights)
-    shuffle_shards = config.data.remote_shards.shuffle_shards
-    plan = build_plan(index, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
+    plan = build_sample_plan(config, samples, strategy) if len(samples) else None
+    source = resolve_model(config.model)
     # Captions are drawn from the records, so the preview needs no cached text.
-    cache = config.cache.model_copy(update={"text": False})
-    textless = config.model_copy(update={"cache": cache})
-    dataset = build_dataset(textless, index, load_tokenizers(source, config.model), strategy)
-    console.print(tabulate_buckets(plan))
-    console.print(tabulate_lengths(dataset))
-    console.print(tabulate_captions(dataset))
-    if num_images:
-        write_sheet(config.model, source, dataset, plan, file or config.run.folder / "preview.png", num_images, console)
+    textless = config.model_copy(update={"cache": config.cache.model_copy(update={"text": False})})
+    tokenizers = load_tokenizers(source, config.model)
+    dataset = build_dataset(textless, samples if plan else records, tokenizers, strategy)
+    survey = survey_records(config, records, samples, limits, console)
+    cut, measured = find_cut_captions(dataset, records, limits)
+    survey = replace(survey, sections=[*survey.sections, cut])
+    folders = [*config.data.image_dirs, *config.data.regularisation_dirs, get_cache_folder(config)]
+    writer = PageWriter(
+        name=config.run.name,
+        survey=survey,
+        names=RecordNames(records, folders, config.data.caption.separator),
+        rule=build_bucket_rules(config.data)[""],
+        num_workers=config.cache.num_workers,
+    )
+    buckets = build_bucket_table(writer, plan, config.train.global_batch_size)
+    tables = [
+        tabulate_tags(survey.tags),
+        tabulate_lengths(count_lengths(measured, config.data.max_tokens)),
+        tabulate_captions(dataset),
+    ]
+    print_tables(writer, [buckets, *tables], console)
+    out = options.out or config.run.folder / "preview.png"
+    page, listed, sheet = (out.with_suffix(suffix) for suffix in (".html", ".jsonl", ".png"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writer.write_list(listed)
+    writer.write_page(page, listed, buckets, tables)
+    written = {"page": page, "all findings": listed}
+    if options.images:
+        samples_shown = choose_samples(writer, dataset, plan, options.images)
+        write_sheet(sheet, decode_samples(samples_shown, source, config.model))
+        written[f"{len(samples_shown)} samples"] = sheet
+    for name, file in written.items():
+        console.print(f"{name}: {file}", markup=False, highlight=False, soft_wrap=True)
+    if plan is None:
+        console.print("no latents yet: bash launch/cache.sh with the same settings encodes the images", markup=False)
 
 
-def tabulate_state(config: Config, records: Index, index: Index) -> Table:
-    """Build the table of sample counts: total, missing and bad."""
-    num_wanted = index.summary.num_wanted
-    blocks = select_evenly(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
-    num_verified = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
-    bad = find_bad_latents(index, get_cache_folder(config), "header", blocks.tolist())
-    table = Table(title=f"{config.run.name}: samples", show_header=False)
-    counts = {
-        "records": len(records),
-        "without a caption": count_uncaptioned(records),
-        "samples (records x resolutions)": num_wanted,
-        "with latents": len(index) - index.summary.num_uncached,
-        "encoded during training": index.summary.num_uncached,
-        "skipped: no latents": count_missing(index),
-        "skipped: bad": index.summary.num_bad,
-    }
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}")
-    table.add_row(f"bad among {num_verified:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_verified):.1%}")
-    for row in bad[:NUM_SHOWN]:
-        table.add_row("", row.reason, "")
-    return table
+def build_sample_plan(config: Config, samples: Index, strategy: Strategy | None) -> Plan:
+    """Check the samples as training does, and build the order of batches.
+
+    Raises:
+        UserInputError: the samples do not fit the settings.
+    """
+    data = config.data
+    num_unflipped = count_unflipped(samples, get_cache_folder(config)) if data.flip_rate else 0
+    warn_about_unflipped(num_unflipped, len(samples))
+    weights = check_weighted_samples(data.source_weights, samples)
+    raise_if_any([*check_flip(data.flip_rate, num_unflipped, len(samples)), *weights])
+    repeats = compute_repeats(strategy, samples) if strategy and strategy.has("repeats") else None
+    repeats = apply_source_weights(samples, repeats, data.source_weights)
+    shuffle_shards = data.remote_shards.shuffle_shards
+    return build_plan(samples, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
 
 
-def tabulate_buckets(plan: Plan) -> Table:
-    """Build the table of samples and global batches per bucket, the fullest bucket first."""
+def build_bucket_table(writer: PageWriter, plan: Plan | None, per_batch: int) -> DataTable:
+    """Build the table of buckets: of the plan, or without latents of all images whose size is known."""
+    if plan is None:
+        sizes = writer.count_buckets()
+        title = f"{len(sizes)} buckets of {sum(sizes.values()):,} images whose size is known; no latents yet"
+        return tabulate_buckets(sizes, title, per_batch)
     sizes = count_buckets(plan)
-    total, per_batch = sum(sizes.values()), plan.global_batch_size
-    names = list(sizes)
-    title = f"{len(sizes)} buckets, {total:,} samples and {plan.num_batches(0):,} global batches in epoch 0"
-    table = Table("bucket", "ratio", "samples", "share", "batches", title=title)
-    for bucket in names[:MAX_BUCKETS]:
-        (width, height), count = map(int, bucket.split("x")), sizes[bucket]
-        table.add_row(bucket, f"{width / height:.2f}", f"{count:,}", f"{count / total:.1%}", f"{count / per_batch:.1f}")
-    if len(names) > MAX_BUCKETS:
-        rest = sum(sizes[bucket] for bucket in names[MAX_BUCKETS:])
-        table.add_row(f"{len(names) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", "")
-    return table
+    total = f"{sum(sizes.values()):,} samples and {plan.num_batches(0):,} global batches in epoch 0"
+    return tabulate_buckets(sizes, f"{len(sizes)} buckets, {total}", per_batch)
 
 
-def tabulate_lengths(dataset: LatentDataset) -> Table:
-    """Build the table of caption lengths for both tokenizers, from samples spread over the whole set."""
-    counts = count_tokens(dataset)
-    number, (num_cut, num_cut_2) = counts.num_captions, counts.num_cut
-    longer = f"{num_cut} and {num_cut_2} are longer than data.max_tokens = {counts.max_tokens}"
-    table = Table("tokens", "encoder 1", "", "encoder 2", "", title=f"tokens of {number:,} captions; {longer}")
-    for name, counted in counts.classes.items():
-        shares = [count / max(1, number) for count in counted]
-        table.add_row(
-            name,
-            *(
-                cell
-                for count, share in zip(counted, shares, strict=True)
-                for cell in (str(count), "█" * round(20 * share))
-            ),
-        )
-    return table
+def print_tables(writer: PageWriter, tables: Sequence[DataTable], console: Console) -> None:
+    """Print what is worth a look, and the tables of the page."""
+    console.print(f"{writer.survey.extent}\n", highlight=False)
+    console.print(tabulate_survey(writer.survey).draw())
+    for section in writer.survey.sections:
+        if section.findings:
+            names = [writer.names.get_name(finding.row) for finding in section.findings]
+            console.print(tabulate_section(section, names).draw())
+    for table in tables:
+        console.print(table.draw())
 
 
-def tabulate_captions(dataset: LatentDataset) -> Table:
-    """Build the table of a few samples' captions, as drawn in the first epochs."""
-    rows = select_evenly(len(dataset.index), NUM_SHOWN)
-    table = Table("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS)), title="captions", show_lines=True)
-    drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
-    for row, *captions in zip(rows.tolist(), *drawn, strict=True):
-        table.add_row(
-            str(dataset.index.arrow_column("key")[row]),
-            *("(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions),
-        )
-    return table
+def choose_samples(writer: PageWriter, dataset: LatentDataset, plan: Plan | None, number: int) -> list[PreviewSample]:
+    """Return the first samples that the run trains on; without latents, images of every bucket, cropped alike."""
+    if plan is None:
+        return writer.crop_examples(number)
+    return list(islice(iterate_samples(dataset, plan), min(number, len(dataset.index))))
 
 
-def write_sheet(
-    model: ModelConfig,
-    source: ModelSource,
-    dataset: LatentDataset,
-    plan: Plan,
-    file: Path,
-    num_samples: int,
-    console: Console,
-) -> None:
-    """Write the contact sheet of the first samples that the run trains on."""
-    samples = list(islice(iterate_samples(dataset, plan), min(num_samples, len(dataset.index))))
-    sheet = draw_sheet(decode_samples(samples, source, model))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomic(file) as stream:
-        sheet.save(stream, "PNG")
-    for place, sample in enumerate(samples):
-        console.print(f"{place:3d} {sample.key}: {sample.note}", markup=False)
-    console.print(f"{len(samples)} samples: {file}", markup=False)
+def parse_factor(text: str) -> float:
+    """Return the positive number that an argument of the command line gives.
 
-
-def iterate_samples(dataset: LatentDataset, plan: Plan) -> Iterator[PreviewSample]:
-    """Yield the training samples in the order in which the run uses them."""
-    for spec in iterate_specs(plan, Position(0, 0), 0, 1, 1):
-        batch, row = dataset[spec], dataset.index.row(int(spec.rows[0]))
-        caption = dataset.draw_caption(row, spec.step, int(spec.epochs[0]), int(spec.rows[0]))
-        left = int(batch.time_ids[0, 3])
-        pixels = batch.pending[0].pixels.numpy() if batch.pending else None
-        size = f"{row['original_width']}x{row['original_height']} to {spec.bucket[0]}x{spec.bucket[1]}"
-        note = f"{size}, crop left {left} top {row['crop_top']}" + (", no latents yet" if batch.pending else "")
-        yield PreviewSample(
-            key=row["key"],
-            caption="" if isinstance(caption, BadSample) else caption.text,
-            note=note,
-            latents=batch.latents[0],
-            pixels=pixels,
-            bad=batch.bad[0].reason if batch.bad else None,
-        )
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
-    parser = build_parser("Show the data as the model will see it.")
-    parser.add_argument("--out", type=parse_path, help="file of the contact sheet (preview.png in the run folder)")
+    limits = SurveyLimits()
+    parser = build_parser("Show the data as the model will see it, before or after it is cached.")
+    count = partial(parse_count, least=0)
+    parser.add_argument(
+        "--out",
+        type=parse_path,
+        help="name of the page (.html), the list of findings (.jsonl) and the contact sheet (.png); "
+        "preview in the run folder",
+    )
     parser.add_argument(
         "--images",
         "--pictures",
         dest="images",
-        type=partial(parse_count, least=0),
+        type=count,
         default=16,
-        help="samples in the contact sheet; 0 draws none",
+        help="samples in the contact sheet (16); 0 draws none",
+    )
+    parser.add_argument(
+        "--examine", type=count, default=limits.num_opened, metavar="N", help="images to open (2000); 0 opens all"
+    )
+    parser.add_argument(
+        "--enlarged",
+        type=parse_factor,
+        default=limits.max_enlargement,
+        metavar="TIMES",
+        help="name images that are enlarged more often than this (1.5)",
+    )
+    parser.add_argument(
+        "--cropped",
+        type=parse_factor,
+        default=100 * limits.max_cropped,
+        metavar="PERCENT",
+        help="name images that lose more than this by the crop (25)",
     )
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         config, problems = load_config(options.cfg, options.overrides)
         init_logger(0, config.log.level)
-        show_preview(config, problems, options.out, options.images, Console())
+        show_preview(config, problems, options, Console())
 
     return run_program(work)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import orjson
-from loguru import logger
 
 from sdxl_trainer.configs.problems import format_count, join_reasons
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import open_stream, write_atomic
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
@@ -22,6 +22,10 @@ from sdxl_trainer.data.images.bucket import CropBox, Size
 SAMPLE_SUFFIXES = {"npz", "json", "txt"}  # a sample has at least one of them
 MAX_RECORD_BYTES = 16 << 20
 MAX_SHOWN = 20  # members that a warning names
+_STRAYS = CountedWarnings(
+    "not used, outside any sample (a sample is KEY.npz with KEY.json or KEY.txt, and its key ends at the first dot)",
+    "the log file",
+)
 CATALOGUE_SUFFIX = ".catalogue"
 # Bytes read around a header: the small arrays before it, the record after it.
 WINDOW_BEFORE, WINDOW_AFTER = 2 << 10, 6 << 10
@@ -147,9 +151,7 @@ def _escape(name: str) -> str:
 
 def _warn_about_strays(name: str, strays: list[str]) -> None:
     shown = ", ".join(map(_escape, strays[:MAX_SHOWN])) + (", ..." if len(strays) > MAX_SHOWN else "")
-    count = format_count(len(strays), "member")
-    rule = "a sample is KEY.npz with KEY.json or KEY.txt, and its key ends at the first dot"
-    logger.warning("{}: {} not used, outside any sample ({}): {}", name, count, rule, shown)
+    _STRAYS.add(f"{name}: {format_count(len(strays), 'member')}: {shown}")
 
 
 def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, LatentHeader | str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +67,13 @@ class PreparedImage:
     mask_file: HashedFile | None = None  # None: no mask, or the image's own opacity
 
 
+class Thumbnail(NamedTuple):
+    """A small RGB image, and the upright size of the image that it shows."""
+
+    image: Image.Image
+    size: Size
+
+
 @dataclass(frozen=True)
 class DecodedImage:
     """An upright RGB image. The caller converts it to sRGB after the crop, which has fewer pixels."""
@@ -118,6 +125,22 @@ def prepare_image(
         source_sha256=hashlib.sha256(content).hexdigest(),
         mask=mask,
     )
+
+
+def open_thumbnail(path: Path, side_px: int) -> Thumbnail:
+    """Decode an image file as `prepare_image` does, to an image whose longer side is at most `side_px`.
+
+    Raises:
+        BadImageError: the file is missing, unreadable, truncated or too large.
+    """
+    content, _ = read_content(path)
+    try:
+        decoded = decode_rgb(content, lambda size: Size(*(max(1, side_px * side // max(size)) for side in size)))
+        image = Image.fromarray(decoded.pixels)
+        image.thumbnail((side_px, side_px))
+        return Thumbnail(image if decoded.to_srgb is None else decoded.to_srgb.apply(image) or image, decoded.size)
+    except DECODE_ERRORS as error:
+        raise BadImageError(f"{path}: cannot be decoded: {describe_error(error)}") from None
 
 
 def read_content(path: Path) -> FileContent:

@@ -27,6 +27,15 @@ class TokenCounts:
     classes: dict[str, list[int]]  # captions of each length class, by tokenizer
 
 
+@dataclass(frozen=True)
+class MeasuredCaptions:
+    """Captions of samples and their lengths."""
+
+    rows: np.ndarray  # [K] int64 of the index
+    lengths: np.ndarray  # [K, 2] int64 tokens, by tokenizer
+    num_dropped: int  # captions that caption dropout emptied
+
+
 def count_buckets(plan: Plan, epoch: int = 0) -> dict[str, int]:
     """Return the number of samples of each bucket in an epoch, fullest bucket first; buckets are named 1024x1024."""
     sizes = plan.count_samples_by_bucket(epoch)
@@ -36,18 +45,31 @@ def count_buckets(plan: Plan, epoch: int = 0) -> dict[str, int]:
 
 def count_tokens(dataset: LatentDataset) -> TokenCounts:
     """Measure the captions of evenly spaced samples with both tokenizers."""
-    rows = select_evenly(len(dataset.index), NUM_CAPTIONS)
-    drawn = draw_captions(dataset, rows, epoch=0)
-    captions = [caption for caption in drawn if caption is not None]
-    empty_rows = rows[np.array([caption == "" for caption in drawn], bool)]
-    lengths = [[tokenizer.count_tokens(caption) for caption in captions] for tokenizer in dataset.tokenizers]
-    class_counts = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in lengths]
-    max_tokens = dataset.settings.max_tokens
-    return TokenCounts(
-        num_captions=len(captions),
-        max_tokens=max_tokens,
+    measured = measure_captions(dataset, select_evenly(len(dataset.index), NUM_CAPTIONS))
+    return count_lengths(measured, dataset.settings.max_tokens)
+
+
+def measure_captions(dataset: LatentDataset, rows: np.ndarray) -> MeasuredCaptions:
+    """Measure the captions of rows with both tokenizers. Rows on which the user's strategy fails are left out."""
+    drawn = zip(rows.tolist(), draw_captions(dataset, rows, epoch=0), strict=True)
+    captions = {row: caption for row, caption in drawn if caption is not None}
+    empty_rows = np.array([row for row, caption in captions.items() if not caption], np.int64)
+    lengths = [[tokenizer.count_tokens(text) for tokenizer in dataset.tokenizers] for text in captions.values()]
+    return MeasuredCaptions(
+        rows=np.array(list(captions), np.int64),
+        lengths=np.array(lengths, np.int64).reshape(-1, 2),
         num_dropped=sum(map(bool, draw_captions(without_dropout(dataset), empty_rows, epoch=0))),
-        num_cut=[sum(length > max_tokens for length in column) for column in lengths],
+    )
+
+
+def count_lengths(measured: MeasuredCaptions, max_tokens: int) -> TokenCounts:
+    """Count captions by their lengths in tokens."""
+    class_counts = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in measured.lengths.T]
+    return TokenCounts(
+        num_captions=len(measured.rows),
+        max_tokens=max_tokens,
+        num_dropped=measured.num_dropped,
+        num_cut=(measured.lengths > max_tokens).sum(0).tolist(),
         classes={name: [counts[number] for counts in class_counts] for number, name in enumerate(CLASSES)},
     )
 

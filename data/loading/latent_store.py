@@ -6,8 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
+from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import read_with_retries
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, parse_latents
 from sdxl_trainer.data.formats.shards import OpenFile, OpenShards
@@ -38,6 +37,7 @@ class LatentStore:
         self._pool: ThreadPoolExecutor | None = None
         self._running: dict[str, Future[None]] = {}
         self._not_copied: set[str] = set()
+        self._warnings = CountedWarnings("shard not copied, so its samples are read one by one", "the log file")
 
     def __reduce__(self) -> tuple:
         # A worker opens its own files and starts its own threads.
@@ -54,7 +54,7 @@ class LatentStore:
             if shard in self._not_copied or (running is not None and not running.done()):
                 continue
             if running is not None and (error := running.exception()) is not None:
-                logger.warning("{} could not be copied, so its samples are read one by one: {}", shard, error)
+                self._warnings.add(f"{shard}: {error}")
                 self._not_copied.add(shard)
             elif not self._copies.has(shard):
                 self._running[shard] = self._pool.submit(self._copies.fetch, shard, wait=False)

@@ -32,6 +32,7 @@ class RandomStream(IntEnum):
     CAPTION_VARIANT = 16
     TEXT_VARIANT = 17
     ROUNDING = 18
+    PREVIEW = 19
 
 
 def derive_seed(*keys: int) -> int:

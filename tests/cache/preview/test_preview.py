@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from sdxl_trainer.cache.models.source import resolve_model
-from sdxl_trainer.cache.preview import preview
+from sdxl_trainer.cache.preview import contact_sheet, preview
 from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, PreviewSample, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
@@ -43,6 +44,7 @@ def filled(tmp_path_factory, tiny_folder) -> Path:
 
 def run(filled: Path, *words: str, expect: int = 0, images: int = 0) -> None:
     arguments = ["--cfg", str(filled / "settings.yaml"), "--images", str(images), *CAPTIONS, *words]
+    arguments += [] if "--out" in words else ["--out", str(filled / "out" / "preview")]
     assert preview.main(arguments) == expect
 
 
@@ -59,12 +61,15 @@ def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):
     assert rows["1-20"] == "8" and "1 and 1 are longer than data.max_tokens = 75" in printed
     drawn = [line.split("│")[2:5] for line in printed.splitlines() if "square" in line]
     assert any(len({text.strip() for text in texts}) > 1 for texts in drawn)  # shuffled anew each epoch
-    assert not (filled / "runs").exists()  # nothing is written
+    written = sorted(path.name for path in (filled / "out").iterdir())
+    assert not (filled / "runs").exists() and written == ["preview.html", "preview.jsonl"]
 
 
-def test_a_set_without_latents_is_wrong_input(filled, tmp_path, capsys):
-    run(filled, f"cache.dir={tmp_path}", expect=2)
-    assert "holds no latents of these records" in capsys.readouterr().err
+def test_before_the_cache_the_sheet_shows_images_of_every_bucket(filled, tmp_path, capsys):
+    run(filled, f"cache.dir={tmp_path / 'none'}", "--out", str(tmp_path / "preview.png"), images=6)
+    printed = capsys.readouterr().out
+    assert "4 buckets of 10 images whose size is known" in printed and "no latents yet: bash launch/cache.sh" in printed
+    assert "6 samples: " in printed and Image.open(tmp_path / "preview.png").width > 4 * CELL_PX
 
 
 def test_the_contact_sheet_shows_samples_as_trained(filled, tmp_path, capsys):
@@ -92,8 +97,9 @@ def read_samples(filled: Path, *words: str) -> tuple[Config, dict[str, tuple[Pre
         return draw_sheet(decoded)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preview, "draw_sheet", keep)
-        preview.show_preview(config, [], filled / "sheet.png", 60, console)
+        patch.setattr(contact_sheet, "draw_sheet", keep)
+        options = Namespace(out=filled / "sheet.png", images=60, examine=1, enlarged=1.5, cropped=25.0)
+        preview.show_preview(config, [], options, console)
     return config, shown
 
 

@@ -1,0 +1,151 @@
+"""Tables of the preview: the same ones for the console and for the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from sdxl_trainer.cache.preview.survey import Section, Survey, TagCounts
+from sdxl_trainer.configs.problems import escape_controls, format_count
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, find_bad_latents
+from sdxl_trainer.data.checks.records import count_uncaptioned
+from sdxl_trainer.data.checks.training_set import count_missing
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.loading.counts import TokenCounts, draw_captions
+from sdxl_trainer.data.loading.dataset import LatentDataset
+from sdxl_trainer.data.order.even_selection import select_evenly
+from sdxl_trainer.launch.logger import TranslatedTable
+
+NUM_BLOCKS = 8  # blocks of ROWS_A_TASK samples whose latents are verified
+NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and captions drawn of each
+NUM_NAMED = 10  # images or groups of a section that the console names
+NUM_TAGS = 30
+MAX_BUCKETS = 60
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """A table of texts. Without headings it has rows of names and values."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def draw(self) -> Table:
+        """Build the table for the console. Texts of the user's data are shown as they are, whatever they hold."""
+        width = max(map(len, self.rows), default=0)
+        headings = self.headings or ("",) * width
+        table = TranslatedTable(*headings, title=escape(self.title), show_header=bool(self.headings), show_lines=False)
+        for row in self.rows:
+            table.add_row(*(escape(escape_controls(cell)) for cell in row))
+        return table
+
+
+def tabulate_state(config: Config, records: Index, index: Index) -> DataTable:
+    """Build the table of sample counts: total, missing and bad."""
+    num_wanted = index.summary.num_wanted
+    blocks = select_evenly(-(-len(index) // ROWS_A_TASK), NUM_BLOCKS) * ROWS_A_TASK
+    num_verified = int(np.minimum(len(index) - blocks, ROWS_A_TASK).sum())
+    bad = find_bad_latents(index, get_cache_folder(config), "header", blocks.tolist())
+    counts = {
+        "records": len(records),
+        "without a caption": count_uncaptioned(records),
+        "samples (records x resolutions)": num_wanted,
+        "with latents": len(index) - index.summary.num_uncached,
+        "encoded during training": index.summary.num_uncached,
+        "skipped: no latents": count_missing(index),
+        "skipped: bad": index.summary.num_bad,
+    }
+    rows = [(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}") for name, count in counts.items()]
+    rows.append((f"bad among {num_verified:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_verified):.1%}"))
+    return DataTable(f"{config.run.name}: samples", (), [*rows, *(("", row.reason, "") for row in bad[:NUM_SHOWN])])
+
+
+def tabulate_survey(survey: Survey) -> DataTable:
+    """Build the table of what the survey found, one row for each kind."""
+    rows = []
+    for section in survey.sections:
+        num_groups = count_groups(section)
+        groups = format_count(num_groups, "group") if num_groups else ""
+        rows.append((section.title, f"{section.num_found:,}", groups, section.looked_at))
+    return DataTable("worth a look", ("images", "found", "", "among"), rows)
+
+
+def count_groups(section: Section) -> int:
+    """Return the number of groups of duplicates in a section."""
+    return max((finding.group for finding in section.findings), default=0)
+
+
+def tabulate_section(section: Section, names: Sequence[str]) -> DataTable:
+    """Build the table that names the first images of a section; a group of duplicates takes one row.
+
+    Args:
+        names: of the images of the section's findings.
+    """
+    if count_groups(section):
+        groups: dict[int, list[str]] = {}
+        for finding, name in zip(section.findings, names, strict=True):
+            groups.setdefault(finding.group, []).append(name)
+        rows = [(" = ".join(group[:NUM_NAMED]), format_count(len(group), "image")) for group in groups.values()]
+    else:
+        details = [(finding.detail,) if finding.detail else () for finding in section.findings]
+        rows = [(name, *detail) for name, detail in zip(names, details, strict=True)]
+    left = len(rows) - NUM_NAMED
+    more = [(f"... and {left:,} more",)] if left > 0 else []
+    return DataTable(section.title, (), [*rows[:NUM_NAMED], *more])
+
+
+def tabulate_buckets(sizes: dict[str, int], title: str, per_batch: int) -> DataTable:
+    """Build the table of samples and global batches per bucket, the fullest bucket first.
+
+    Args:
+        sizes: samples of each bucket, fullest first; buckets are named 1024x1024.
+    """
+    total, names = sum(sizes.values()), list(sizes)
+    rows = []
+    for bucket in names[:MAX_BUCKETS]:
+        (width, height), count = map(int, bucket.split("x")), sizes[bucket]
+        rows.append((bucket, f"{width / height:.2f}", f"{count:,}", f"{count / total:.1%}", f"{count / per_batch:.1f}"))
+    if len(names) > MAX_BUCKETS:
+        rest = sum(sizes[bucket] for bucket in names[MAX_BUCKETS:])
+        rows.append((f"{len(names) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", ""))
+    return DataTable(title, ("bucket", "ratio", "samples", "share", "batches"), rows)
+
+
+def tabulate_lengths(counts: TokenCounts) -> DataTable:
+    """Build the table of caption lengths for both tokenizers."""
+    number, (num_cut, num_cut_2) = counts.num_captions, counts.num_cut
+    longer = f"{num_cut} and {num_cut_2} are longer than data.max_tokens = {counts.max_tokens}"
+    rows = []
+    for name, counted in counts.classes.items():
+        bars = ((str(count), "█" * round(20 * count / max(1, number))) for count in counted)
+        rows.append((name, *(cell for pair in bars for cell in pair)))
+    title = f"tokens of {number:,} captions; {longer}"
+    return DataTable(title, ("tokens", "encoder 1", "", "encoder 2", ""), rows)
+
+
+def tabulate_tags(tags: TagCounts) -> DataTable:
+    """Build the table of the most frequent tags."""
+    num_once = sum(count == 1 for count in tags.counts.values())
+    title = f"{len(tags.counts):,} different tags in {tags.num_captions:,} captions; {num_once:,} occur once"
+    most = tags.counts.most_common(NUM_TAGS)
+    rows = [(tag, f"{count:,}", f"{count / max(1, tags.num_captions):.1%}") for tag, count in most]
+    return DataTable(title, ("tag", "captions", "share"), rows)
+
+
+def tabulate_captions(dataset: LatentDataset) -> DataTable:
+    """Build the table of a few samples' captions, as drawn in the first epochs."""
+    rows = select_evenly(len(dataset.index), NUM_SHOWN)
+    drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
+    lines = [
+        (
+            str(dataset.index.arrow_column("key")[row]),
+            *("(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions),
+        )
+        for row, *captions in zip(rows.tolist(), *drawn, strict=True)
+    ]
+    return DataTable("captions", ("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS))), lines)

@@ -1,0 +1,100 @@
+"""The survey of a data set: what it names before anything is cached, on the console, in the list and on the page."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_samples import write_settings
+from PIL import Image
+
+from sdxl_trainer.cache.preview import preview
+from sdxl_trainer.cache.preview.survey import place_images
+from sdxl_trainer.data.images.bucket import BucketRule
+from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, draw_image
+
+HOSTILE = "<script>alert(1)</script>, [bold]x"
+
+
+def draw(file: Path, colour: str, size: tuple[int, int], caption: str, **options: int) -> Image.Image:
+    """Write an image with its caption file."""
+    image = draw_image(COLOURS[colour], "star", BACKGROUNDS["grey"], size, random.Random(colour))
+    image.save(file, **options)
+    if caption:
+        file.with_suffix(".txt").write_text(caption)
+    return image
+
+
+@pytest.fixture(scope="module")
+def surveyed(tmp_path_factory, tiny_folder) -> Path:
+    """Preview a folder with one image of each kind that is worth a look; nothing is cached."""
+    folder = tmp_path_factory.mktemp("surveyed")
+    images = folder / "images"
+    images.mkdir()
+    draw(images / "plain.png", "green", (128, 128), "a star, 一颗星")
+    draw(images / "silent.png", "yellow", (160, 96), "")
+    image = draw(images / "red.png", "red", (256, 256), "a star, red")
+    shutil.copy(images / "red.png", images / "red again.png")
+    (images / "red again.txt").write_text("a star, another")
+    image.resize((150, 150)).save(images / "red near.jpg", quality=60)
+    (images / "red near.txt").write_text("a star")
+    draw(images / "blue.png", "blue", (256, 256), "a star")  # the shape of the red one in another colour
+    draw(images / "tiny <i>.png", "cyan", (32, 32), HOSTILE)
+    Image.effect_noise((1600, 100), 90).save(images / "panorama.png")
+    (images / "panorama.txt").write_text("wide, " + ", ".join(["word"] * 90))
+    (images / "broken.png").write_bytes((images / "red.png").read_bytes()[:300])
+    (images / "broken.txt").write_text("a star")
+    settings = write_settings(folder, tiny_folder / "model")
+    out = ["--out", str(folder / "out" / "look")]
+    assert preview.main(["--cfg", str(settings), *out, "--images", "2", "data.max_tokens=75"]) == 0
+    return folder
+
+
+def test_every_kind_is_found_and_named(surveyed):
+    lines = [json.loads(line) for line in (surveyed / "out" / "look.jsonl").read_text().splitlines()]
+    found = {kind: [] for kind in ("uncaptioned", "unusable", "equal", "alike", "enlarged", "cropped", "cut")}
+    for line in lines:
+        found[line["kind"]].append(Path(line["file"]).name)
+    assert found == {
+        "uncaptioned": ["silent.png"],
+        "unusable": ["broken.png"],
+        "equal": ["red again.png", "red.png"],
+        "alike": ["red again.png", "red near.jpg"],  # of equal files one counts; blue is not like red
+        "enlarged": ["tiny <i>.png"],
+        "cropped": ["panorama.png"],
+        "cut": ["panorama.png"],
+    }
+    details = {line["kind"]: line["detail"] for line in lines}
+    assert details["enlarged"] == "4.0 times, 32x32 to 128x128"
+    assert details["cropped"] == "75% of 1600x100, bucket 256x64" and "truncated" in details["unusable"]
+
+
+def test_the_page_shows_images_of_every_bucket_and_escapes_texts(surveyed):
+    page = (surveyed / "out" / "look.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "tiny &lt;i&gt;.png" in page
+    buckets = re.findall(r"<h3>(\d+x\d+)</h3>\s*<div class=\"images\">(.*?)</div>", page, re.DOTALL)
+    assert {name for name, _ in buckets} == {"128x128", "160x96", "256x64"}
+    assert all("data:image/webp" in figures and "<b>" in figures for _, figures in buckets)
+    assert "一颗星" in page and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_counts_of_tags_and_what_was_looked_at_are_printed(surveyed, tiny_folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ["--cfg", str(surveyed / "settings.yaml"), "--out", str(surveyed / "part" / "x"), "--images", "0"]
+    assert preview.main([*words, "--examine", "4", "--cropped", "80", "data.on_missing_caption=error"]) == 0
+    printed = capsys.readouterr().out
+    assert "opening 4 of 9 images (a sample; --examine 0 opens all)" in printed
+    assert "more than 80% cropped away" in printed and "4 opened images" in printed
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    assert ["a star", "6", "75.0%"] in rows and ["no caption", "1", "", "all 9 records"] in rows
+    assert ["[bold]x", "1", "12.5%"] in rows  # not read as markup
+
+
+def test_placements_name_the_share_that_a_crop_leaves_out():
+    rule = BucketRule(resolution_px=0, min_px=0, max_px=0, step_px=0, fixed=((1024, 1024),))
+    placed = place_images(np.array([[8192, 1024], [0, 0], [512, 512], [8192, 1024]]), rule)
+    assert placed.cropped.tolist() == [0.875, 0, 0, 0.875] and placed.enlargement.tolist() == [1, 0, 2, 1]
+    assert placed.buckets.tolist() == [[1024, 1024], [0, 0], [1024, 1024], [1024, 1024]]
