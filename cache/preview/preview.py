@@ -28,6 +28,7 @@ from sdxl_trainer.cache.preview.tables import (
     tabulate_survey,
     tabulate_tags,
 )
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import Problem, parse_count, raise_if_any
@@ -100,9 +101,9 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
         write_sheet(sheet, decode_samples(samples_shown, source, config.model))
         written[f"{len(samples_shown)} samples"] = sheet
     for name, file in written.items():
-        console.print(f"{name}: {file}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{translate(name)}: {file}", markup=False, highlight=False, soft_wrap=True)
     if plan is None:
-        console.print("no latents yet: bash launch/cache.sh with the same settings encodes the images", markup=False)
+        console.print(translate("no latents yet: bash launch/cache.sh with the same settings encodes the images"))
 
 
 def build_sample_plan(config: Config, samples: Index, strategy: Strategy | None) -> Plan:
@@ -135,7 +136,7 @@ def build_bucket_table(writer: PageWriter, plan: Plan | None, per_batch: int) ->
 
 def print_tables(writer: PageWriter, tables: Sequence[DataTable], console: Console) -> None:
     """Print what is worth a look, and the tables of the page."""
-    console.print(f"{writer.survey.extent}\n", highlight=False)
+    console.print(translate(writer.survey.extent), "\n", highlight=False)
     console.print(tabulate_survey(writer.survey).draw())
     for section in writer.survey.sections:
         if section.findings:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sdxl_trainer.cache.encode.estimate import describe_seconds
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.duplicates import Likeness, group_alike, group_equal_files, measure_likeness
@@ -129,7 +130,7 @@ def survey_records(config: Config, records: Index, samples: Index, limits: Surve
     key = derive_seed(config.run.seed, RandomStream.PREVIEW)
     chosen = rows[select_keyed(len(rows), limits.limit(limits.num_opened), key)]
     ending = "" if len(chosen) == len(rows) else " (a sample; --examine 0 opens all)"
-    console.print(f"opening {len(chosen):,} of {len(rows):,} images{ending}", highlight=False)
+    console.print(translate(f"opening {len(chosen):,} of {len(rows):,} images{ending}"), highlight=False)
     started = time.monotonic()
     rule = build_bucket_rules(config.data)[""]
     opened = open_images([str(paths[row]) for row in chosen.tolist()], rule, config.cache.num_workers, console)

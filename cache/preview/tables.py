@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdxl_trainer.cache.preview.survey import Section, Survey, TagCounts
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import escape_controls, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, find_bad_latents
@@ -18,7 +19,6 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.loading.counts import TokenCounts, draw_captions
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.order.even_selection import select_evenly
-from sdxl_trainer.launch.logger import TranslatedTable
 
 NUM_BLOCKS = 8  # blocks of ROWS_A_TASK samples whose latents are verified
 NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and captions drawn of each
@@ -29,19 +29,25 @@ MAX_BUCKETS = 60
 
 @dataclass(frozen=True)
 class DataTable:
-    """A table of texts. Without headings it has rows of names and values."""
+    """A table of texts. Without headings it has rows of names and values.
+
+    Args:
+        translated: columns that the console shows in the user's language. The others may hold the user's texts.
+    """
 
     title: str
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    translated: tuple[int, ...] = ()
 
     def draw(self) -> Table:
         """Build the table for the console. Texts of the user's data are shown as they are, whatever they hold."""
-        width = max(map(len, self.rows), default=0)
-        headings = self.headings or ("",) * width
-        table = TranslatedTable(*headings, title=escape(self.title), show_header=bool(self.headings), show_lines=False)
+        headings = self.headings or ("",) * max(map(len, self.rows), default=0)
+        shown = [translate_label(heading) for heading in headings]
+        table = Table(*shown, title=escape(translate(self.title)), show_header=bool(self.headings))
         for row in self.rows:
-            table.add_row(*(escape(escape_controls(cell)) for cell in row))
+            cells = [translate(cell) if at in self.translated else cell for at, cell in enumerate(row)]
+            table.add_row(*(escape(escape_controls(cell)) for cell in cells))
         return table
 
 
@@ -62,7 +68,8 @@ def tabulate_state(config: Config, records: Index, index: Index) -> DataTable:
     }
     rows = [(name, f"{count:,}", f"{count / max(1, num_wanted):.1%}") for name, count in counts.items()]
     rows.append((f"bad among {num_verified:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_verified):.1%}"))
-    return DataTable(f"{config.run.name}: samples", (), [*rows, *(("", row.reason, "") for row in bad[:NUM_SHOWN])])
+    shown = [("", row.reason, "") for row in bad[:NUM_SHOWN]]
+    return DataTable(f"{config.run.name}: samples", (), [*rows, *shown], translated=(0,))
 
 
 def tabulate_survey(survey: Survey) -> DataTable:
@@ -72,7 +79,7 @@ def tabulate_survey(survey: Survey) -> DataTable:
         num_groups = count_groups(section)
         groups = format_count(num_groups, "group") if num_groups else ""
         rows.append((section.title, f"{section.num_found:,}", groups, section.looked_at))
-    return DataTable("worth a look", ("images", "found", "", "among"), rows)
+    return DataTable("worth a look", ("images", "found", "", "among"), rows, translated=(0, 2, 3))
 
 
 def count_groups(section: Section) -> int:
@@ -96,7 +103,7 @@ def tabulate_section(section: Section, names: Sequence[str]) -> DataTable:
         rows = [(name, *detail) for name, detail in zip(names, details, strict=True)]
     left = len(rows) - NUM_NAMED
     more = [(f"... and {left:,} more",)] if left > 0 else []
-    return DataTable(section.title, (), [*rows[:NUM_NAMED], *more])
+    return DataTable(section.title, (), [*rows[:NUM_NAMED], *more], translated=(1,))
 
 
 def tabulate_buckets(sizes: dict[str, int], title: str, per_batch: int) -> DataTable:
