@@ -143,14 +143,14 @@ class PageWriter:
         """Return the number of images of each bucket, fullest first, as far as their sizes are known."""
         packed, counts = np.unique(_pack(self.survey.buckets), return_counts=True)
         order = np.argsort(-counts, kind="stable").tolist()
-        return {_name_bucket(packed[at]): int(counts[at]) for at in order if packed[at]}
+        return {_name_bucket(int(packed[at])): int(counts[at]) for at in order if packed[at]}
 
     def _choose_examples(self) -> dict[str, list[int]]:
         """Choose rows of each bucket, the fullest bucket first."""
         packed = _pack(self.survey.buckets)
         order = np.argsort(packed, kind="stable")
         starts = np.flatnonzero(np.diff(packed[order], prepend=-1))
-        groups = {_name_bucket(packed[rows[0]]): rows for rows in np.split(order, starts[1:]) if len(rows)}
+        groups = {_name_bucket(int(packed[rows[0]])): rows for rows in np.split(order, starts[1:]) if len(rows)}
         fullest = list(self.count_buckets())[:MAX_BUCKETS]
         return {name: groups[name][select_evenly(len(groups[name]), NUM_EXAMPLES)].tolist() for name in fullest}
 
@@ -224,7 +224,7 @@ def _pack(buckets: np.ndarray) -> np.ndarray:
 
 
 def _name_bucket(packed: int) -> str:
-    return str(Size(int(packed) >> 32, int(packed) & 0xFFFFFFFF))
+    return str(Size(packed >> 32, packed & 0xFFFFFFFF))
 
 
 def _load_template() -> jinja2.Template:

@@ -98,10 +98,11 @@ def tabulate_section(section: Section, names: Sequence[str]) -> DataTable:
         for finding, name in zip(section.findings, names, strict=True):
             groups.setdefault(finding.group, []).append(name)
         rows = [(" = ".join(group[:NUM_NAMED]), format_count(len(group), "image")) for group in groups.values()]
+        num_rows = len(rows)
     else:
         details = [(finding.detail,) if finding.detail else () for finding in section.findings]
-        rows = [(name, *detail) for name, detail in zip(names, details, strict=True)]
-    left = len(rows) - NUM_NAMED
+        rows, num_rows = [(name, *detail) for name, detail in zip(names, details, strict=True)], section.num_found
+    left = num_rows - NUM_NAMED
     more = [(f"... and {left:,} more",)] if left > 0 else []
     return DataTable(section.title, (), [*rows[:NUM_NAMED], *more], translated=(1,))
 

@@ -41,7 +41,8 @@ def measure_likeness(image: Image.Image) -> Likeness:
     grey = np.asarray(image.convert("L").resize((GREY_PX, GREY_PX), Image.Resampling.BOX), np.float32)
     places = np.arange(GREY_PX) + 0.5
     waves = np.cos(np.pi / GREY_PX * np.outer(np.arange(NUM_WAVES), places))  # [8, 32], the discrete cosine transform
-    frequencies = (waves @ grey @ waves.T).ravel()  # [64]; the first is the mean brightness
+    # Rounded, because those of a flat image are only rounding errors. [64]; the first is the mean brightness.
+    frequencies = np.rint(waves @ grey @ waves.T).ravel()
     is_high = frequencies > np.median(frequencies[1:])
     colours = image.convert("RGB").resize((COLOUR_PX, COLOUR_PX), Image.Resampling.BOX)
     return Likeness(int.from_bytes(np.packbits(is_high).tobytes(), "big"), np.asarray(colours))

@@ -1,11 +1,13 @@
 """Duplicates among images: equal files, and images that look alike."""
 
 import io
+import random
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_trainer.data.images.demo_set import draw_image
 from sdxl_trainer.data.images.duplicates import (
     MAX_BITS,
     Likeness,
@@ -35,6 +37,10 @@ def test_copies_in_other_sizes_and_compressions_look_alike_and_nothing_else_does
 
 
 def test_one_shape_in_two_colours_is_two_images_and_equal_flat_images_are_one_group():
+    red, green = ((200, 0, 0), (0, 102, 0))  # of one brightness
+    stars = [draw_image(colour, "star", (128, 128, 128), (256, 256), random.Random(0)) for colour in (red, green, red)]
+    likenesses = [measure_likeness(star) for star in stars]
+    assert likenesses[0].bits == likenesses[1].bits and group_alike(likenesses) == [[0, 2]]
     flat = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "red", "white", "blue", "red")]
     assert group_alike([measure_likeness(image) for image in flat]) == [[0, 2, 5], [1, 4]]
     assert group_alike([]) == []
