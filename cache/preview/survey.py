@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import track
 
-from sdxl_trainer.cache.encode.estimate import describe_seconds
 from sdxl_trainer.configs.language.translate import translate
+from sdxl_trainer.configs.problems import describe_seconds
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.duplicates import Likeness, group_alike, group_equal_files, measure_likeness
@@ -77,7 +77,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class TagCounts:
-    """How often tags are used in the captions that were read."""
+    """Uses of each tag in the captions that were read."""
 
     num_captions: int
     counts: Counter[str]
@@ -85,7 +85,7 @@ class TagCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What the survey found.
+    """Findings and figures of a survey.
 
     Args:
         sizes: [N, 2] int64 (width, height) of each record's image, 0 if unknown.
@@ -102,7 +102,7 @@ class Survey:
 
     @property
     def extent(self) -> str:
-        """How many images were opened, in what time, and how long all would take."""
+        """The number of opened images, the time that this took, and the time that all would take."""
         text = f"{self.num_opened:,} of {self.num_images:,} images were opened, in {self.seconds:.1f} s"
         if self.num_opened in (0, self.num_images):
             return text
