@@ -16,7 +16,7 @@ export NPROC="${NPROC:-2}"
 bash launch/cache.sh --cfg configs/quickstart.yaml
 bash launch/train.sh --cfg configs/quickstart.yaml "$@"
 
-cat <<'TEXT'
+say "$(cat <<'TEXT'
 
 Done. The model had never seen a heart or a moon. See it before and after:
   runs/quickstart/samples/before-after.png
@@ -39,3 +39,24 @@ For full-size SDXL copy one of configs/sdxl_*.yaml and change four lines:
                        0.26 MB for an image of 1024 px
 Then follow "Train on your own images" in README.md.
 TEXT
+)" "$(cat <<'TEXT'
+
+完成。模型此前从未见过心形和月亮。训练前后的对比见：
+  runs/quickstart/samples/before-after.png
+
+runs/quickstart/ 中还有：
+  samples/      每 50 步的样图：step-*.png、strip.png
+  models/       单个 .safetensors 文件的模型，供 ComfyUI、diffusers 等使用
+  report/       report.html：图表和样图合为一页
+  logs/         metrics.jsonl、tensorboard/、train.log
+  checkpoints/  以更大的 train.max_steps 再次运行同一条命令，即从最新的检查点继续
+
+要训练真正的 SDXL，请复制某个 configs/sdxl_*.yaml，并修改四行：
+  (1) run.name         运行文件夹的名称
+  (2) model.path       你的 sd_xl_base_1.0.safetensors、diffusers 文件夹，
+                       或 stabilityai/stable-diffusion-xl-base-1.0
+  (3) data.image_dirs  你的图片文件夹，每张图片旁边有 .txt 标注；或 data.metadata
+  (4) cache.dir        存放潜变量的文件夹，1024 px 的图片每张 0.26 MB
+然后按 README.zh-CN.md 的「用真实 SDXL 训练自己的图片」进行。
+TEXT
+)"

@@ -5,7 +5,6 @@ wrote its weights); the U-Net and the text encoders have random weights from a s
 pre-trained tiny SDXL, whose U-Net knows four shapes (train/tiny/pretraining.py wrote its weights).
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sdxl_trainer.configs
+from sdxl_trainer.configs.language.arguments import TranslatedParser
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.launch.logger import quiet_libraries
 
@@ -155,13 +156,14 @@ def _initialise_text_encoder(model: "torch.nn.Module") -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write the tiny SDXL."""
-    parser = argparse.ArgumentParser(prog="python -m sdxl_trainer.train.tiny", description="Write the tiny SDXL.")
+    parser = TranslatedParser(prog="python -m sdxl_trainer.train.tiny", description="Write the tiny SDXL.")
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")
     parser.add_argument("--pretrained", action="store_true", help="write the model that was pre-trained on four shapes")
     options = parser.parse_args(arguments)
     quiet_libraries()
     if options.pretrained:
-        sys.stdout.write(f"pre-trained tiny SDXL in {build_pretrained_sdxl(options.out)}\n")
+        message = f"pre-trained tiny SDXL in {build_pretrained_sdxl(options.out)}"
     else:
-        sys.stdout.write(f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}\n")
+        message = f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}"
+    sys.stdout.write(f"{translate(message)}\n")
