@@ -10,7 +10,7 @@ import orjson
 from sdxl_trainer.data.files import open_stream, read_regular
 from sdxl_trainer.launch.folder_lock import LOCK_FILE
 from sdxl_trainer.train.report.metrics import CHANGES_FILE, read_changes
-from sdxl_trainer.train.report.run_state import RUNNING, read_holder, resolve_state
+from sdxl_trainer.train.report.run_state import RUNNING, STARTING, read_holder, resolve_state
 from sdxl_trainer.train.report.run_status import STATUS_FILE, RunStatus, read_status
 from sdxl_trainer.train.report.settings import MAX_CONFIG_BYTES, read_settings
 from sdxl_trainer.train.watch.curves import Curves
@@ -98,6 +98,7 @@ class RunReader:
             "step": max(status.step if status else 0, last_step),
             "max_steps": max_steps,
             "changed": max(map(_get_time, (status_file, metrics_file))),
+            "accepts": _list_accepted(state, text, status),
             "requests": [name for name in REQUESTS if state == RUNNING and (self.folder / name).exists()],
             **{name: clean_text(value) if isinstance(value, str) else value for name, value in shown.items()},
         }
@@ -190,6 +191,14 @@ class RunReader:
         The clock of the machine that wrote the file may differ from this one's, so a change that was seen counts too.
         """
         return min(max(0.0, time.time() - _get_time(file)), time.monotonic() - self._heard_at)
+
+
+def _list_accepted(state: str, text: str, status: RunStatus | None) -> list[str]:
+    """List the requests that a run accepts now. A start would delete an earlier `stop` file."""
+    if state != RUNNING or text == STARTING:
+        return []
+    is_useless = status is None or not status.has_prompts
+    return [name for name in REQUESTS if not (name == "sample" and is_useless)]
 
 
 def _get_time(file: Path) -> float:

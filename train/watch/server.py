@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from sdxl_trainer.train.report.run_status import RUNNING
 from sdxl_trainer.train.watch.library import RunLibrary
 from sdxl_trainer.train.watch.run_folder import MAX_IMAGE_PIXELS, describe_file, locate_image, read_image
 from sdxl_trainer.train.watch.run_reader import REQUESTS, RunReader
@@ -117,8 +116,8 @@ class Views:
         reader = self._library.open_run(run) if isinstance(run, str) else None
         if reader is None or name not in REQUESTS:
             return _say("no such run or request", 404)
-        if reader.summarize()["state"] != RUNNING:
-            return _say("this run does not go on", 409)
+        if name not in reader.summarize()["accepts"]:
+            return _say("this run does not go on, is still starting, or has no prompts", 409)
         try:
             # A file that a link names is not touched.
             os.close(os.open(reader.folder / name, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o644))

@@ -30,9 +30,9 @@ def write_recorded_run(folder: Path, num_steps: int = 30, state: str = RUNNING, 
     bins = {"validation/loss_t000-499": 0.9, "validation/loss_t500-999": 0.1}
     for step in (num_steps // 2, num_steps):
         append_lines(folder, [{"step": step, "validation/loss": 0.5 + 1 / step, **bins}])
-    process = {**describe_process(), **fields} if state == RUNNING else fields
     status = {"state": state, "step": num_steps, "max_steps": 100, "has_prompts": True, "now": f"training {MARKUP}"}
-    write_status(logs / "status.json", RunStatus(**{**status, "written": time.time(), **process}))  # pyright: ignore
+    process = describe_process() if state == RUNNING else {}
+    write_status(logs / "status.json", RunStatus(**{**status, "written": time.time(), **process, **fields}))  # pyright: ignore
     (folder / "config.yaml").write_text(f"run:\n  name: {folder.name}\noptim:\n  lr: 0.1\nmodel:\n  path: '{MARKUP}'\n")
     line = "2026-11-28 10:00:00.000 {} [rank 1] sdxl_trainer.train.run.loop: {}\n"
     (logs / "train-rank1.log").write_text(line.format("WARNING", MARKUP) + line.format("INFO   ", "step 1"))

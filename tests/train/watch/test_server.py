@@ -109,6 +109,7 @@ def test_only_the_own_page_may_ask_on_loopback_too(tmp_path: Path, write_run, se
 def test_requests_write_their_files_and_no_others(tmp_path: Path, write_run, serve) -> None:
     run, target = write_run(tmp_path / "runs" / "a"), tmp_path / "target"
     write_run(tmp_path / "runs" / "over", state="stopped")
+    write_run(tmp_path / "runs" / "silent", has_prompts=False)
     with serve(tmp_path / "runs") as address:
         origin = {"Origin": address, "Host": urlsplit(address).netloc, **HEADER}
         for name in ("save", "sample"):
@@ -124,6 +125,7 @@ def test_requests_write_their_files_and_no_others(tmp_path: Path, write_run, ser
             ({"run": "..", "request": "stop"}, 404),
             ({"run": ["a"], "request": "stop"}, 404),
             ({"run": "over", "request": "stop"}, 409),
+            ({"run": "silent", "request": "sample"}, 409),
             ({"run": "a"}, 400),
             (b"[1]", 400),
             (b"{", 400),

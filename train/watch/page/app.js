@@ -165,9 +165,9 @@ function showFacts(run) {
 
 function showButtons(run) {
   for (const button of requestButtons) {
-    const isUseless = button.dataset.request === "sample" && run.has_prompts !== true;
-    button.disabled = run.state !== "running" || isUseless || run.requests.includes(button.dataset.request);
-    button.title = isUseless ? "This run has no prompts: set sample.prompts" : "";
+    const name = button.dataset.request;
+    button.disabled = !run.accepts.includes(name) || run.requests.includes(name);
+    button.title = name === "sample" && run.has_prompts === false ? "This run has no prompts: set sample.prompts" : "";
   }
   const waiting = run.requests.map((name) => ASKED[name]).join(", ");
   setText(find("answer"), state.answered[run.name] ?? (waiting ? `The run ${waiting} after this step.` : ""));

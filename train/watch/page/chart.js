@@ -90,7 +90,7 @@ export class Chart {
     this.drawAxes(pen, color, width, height);
     pen.save();
     pen.beginPath();
-    pen.rect(LEFT, TOP - 4, width - LEFT - RIGHT, height - TOP - BOTTOM + 8);
+    pen.rect(LEFT - 4, TOP - 4, width - LEFT - RIGHT + 8, height - TOP - BOTTOM + 8);
     pen.clip();
     this.curves.forEach((curve) => this.drawCurve(pen, curve, height, color));
     pen.restore();

@@ -89,6 +89,7 @@ export class CurveView {
     const all = [...CHARTS, ...unknown.map((metric) => ({ metric, title: metric }))];
     const options = { smoothing: find("smoothing").value / 100, isLogarithmic: find("log").checked };
     for (const words of all) this.drawChart(words, runs, options);
+    find("no-charts").hidden = names.length > 0;
     const metrics = new Set(all.map((words) => words.metric));
     for (const [metric, chart] of this.charts) if (!metrics.has(metric)) chart.figure.hidden = true;
   }
