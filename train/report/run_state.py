@@ -51,16 +51,16 @@ def resolve_state(
         seconds_silent: time since the run wrote its state, or without one its metrics.
         last_step, max_steps: 0 if they are not known.
     """
-    is_held = holder is not None and holder.is_alive
+    living = holder.process if holder is not None and holder.is_alive else None
     if status is not None and status.state == RUNNING:
         is_alive = is_process_alive(status)
         is_silent = seconds_silent >= SILENT_SECONDS
         if is_alive or (is_alive is None and not is_silent):
             silence = f"{status.now}; no sign of life for {seconds_silent / 60:.0f} min"
             return RunState(RUNNING, silence if is_silent else status.now)
-        if not is_held:
+        if living is None:
             return RunState(FAILED, f"ended without a word after step {max(status.step, last_step):,}")
-    if is_held and (status is None or status.state == RUNNING or status.process != holder.process):
+    if living is not None and (status is None or status.state == RUNNING or status.process != living):
         return RunState(RUNNING, STARTING)
     if status is not None:
         return RunState(status.state if status.state in (STOPPED, FAILED, FINISHED) else STOPPED, status.reason)
