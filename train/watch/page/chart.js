@@ -50,8 +50,7 @@ export class Chart {
   }
 
   showTip(isOwn) {
-    const nearest = this.hover === null ? [] : this.curves.map((curve) => [curve, findNearest(curve.x, this.hover)]);
-    const values = nearest.filter(([, at]) => at >= 0);
+    const values = this.hover === null ? [] : this.listNearest();
     this.tip.hidden = !isOwn || !values.length;
     if (this.tip.hidden) return;
     const [first, at] = values[0];
@@ -67,6 +66,13 @@ export class Chart {
     this.tip.style.left = place < middle ? `${place + 22}px` : "auto";
     this.tip.style.right = place < middle ? "auto" : `${this.canvas.clientWidth - place + 24}px`;
     this.tip.style.top = `${this.canvas.offsetTop + 8}px`;
+  }
+
+  // The curves that reach to the pointer, each with the place of the value next to it.
+  listNearest() {
+    const reach = (this.xRange[1] - this.xRange[0]) / 50 + 1;
+    const covers = ({ x }) => x.length && this.hover >= x[0] - reach && this.hover <= x.at(-1) + reach;
+    return this.curves.filter(covers).map((curve) => [curve, findNearest(curve.x, this.hover)]);
   }
 
   draw() {
@@ -172,10 +178,9 @@ export class Chart {
     pen.strokeStyle = color("soft");
     const pixel = Math.round(this.toPixel(this.hover)) + 0.5;
     strokeLine(pen, pixel, TOP, pixel, height - BOTTOM);
-    this.curves.forEach((curve) => {
-      const at = findNearest(curve.x, this.hover);
+    this.listNearest().forEach(([curve, at]) => {
       pen.fillStyle = curve.color;
-      if (at >= 0) fillDot(pen, this.toPixel(curve.x[at]), this.toHeight(curve.smooth[at]), 3.5);
+      fillDot(pen, this.toPixel(curve.x[at]), this.toHeight(curve.smooth[at]), 3.5);
     });
   }
 }
@@ -230,7 +235,7 @@ export function listTicks(low, high, count) {
   const rough = (high - low || 1) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
   const ticks = [];
-  for (let number = Math.ceil(low / step); number * step <= high + step * 1e-9; number++) ticks.push(number * step);
+  for (let number = Math.ceil(low / step); number * step <= high + step * 1e-9; number++) ticks.push(number * step || 0); // no -0
   return ticks;
 }
 
