@@ -50,8 +50,8 @@ export class Chart {
   }
 
   showTip(isOwn) {
-    const values = this.hover === null ? [] : this.listNearest();
-    this.tip.hidden = !isOwn || !values.length;
+    const values = isOwn && this.hover !== null ? this.listNearest() : [];
+    this.tip.hidden = !values.length;
     if (this.tip.hidden) return;
     const [first, at] = values[0];
     const lines = values.map(([curve, place]) => {
