@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 from programs import ROOT
 
 from sdxl_trainer.train.watch import program
@@ -151,13 +152,16 @@ def test_reading_from_another_host_needs_the_token(tmp_path: Path, write_run, se
 
 
 def test_an_image_bomb_is_not_decoded(tmp_path: Path, write_run, serve) -> None:
-    bomb = write_run(tmp_path / "a") / "samples" / "step-00000010" / "000.png"
+    samples = write_run(tmp_path / "a") / "samples"
+    bomb, large = samples / "step-00000010" / "000.png", samples / "step-00000020" / "000.png"
+    Image.new("1", (9000, 9000)).save(large)
     content = bytearray(bomb.read_bytes())
     content[16:24] = struct.pack(">II", 60_000, 60_000)  # its width and height
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     bomb.write_bytes(content)
     with serve(tmp_path) as address:
         assert ask(address, "/image?run=a&step=10&number=0&thumb=1")[0] == 404
+        assert ask(address, "/image?run=a&step=20&number=0&thumb=1")[0] == 404
 
 
 @pytest.mark.parametrize(
