@@ -209,6 +209,17 @@ def test_the_lock_file_names_its_holder(tmp_path: Path) -> None:
     assert read_holder(tmp_path) is None
 
 
+def test_a_starting_run_accepts_no_request_yet(tmp_path: Path, write_run) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / ".lock").write_text(f"host {socket.gethostname()}, process {os.getpid()}, started now")
+    write_run(tmp_path / "on")
+    write_run(tmp_path / "silent", has_prompts=False)
+    runs = {run["name"]: (run["state"], run["accepts"]) for run in RunLibrary(tmp_path).list_runs()}
+    assert runs["new"] == ("running", []) and runs["on"] == ("running", ["save", "sample", "stop"])
+    assert runs["silent"] == ("running", ["save", "stop"])
+
+
 def test_links_out_of_a_run_folder_lead_nowhere(tmp_path: Path, write_run) -> None:
     runs = tmp_path / "runs"
     run, secret = write_run(runs / "a"), tmp_path / "secret.yaml"
