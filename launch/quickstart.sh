@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
-prepare_environment ""
+prepare_environment "[watch]"
 source launch/child.sh
 
 # Two ranks can share a CPU, but not a GPU.
