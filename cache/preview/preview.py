@@ -28,7 +28,7 @@ from sdxl_trainer.cache.preview.tables import (
     tabulate_survey,
     tabulate_tags,
 )
-from sdxl_trainer.configs.language.translate import translate
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import Problem, parse_count, raise_if_any
@@ -101,7 +101,7 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
         write_sheet(sheet, decode_samples(samples_shown, source, config.model))
         written[f"{len(samples_shown)} samples"] = sheet
     for name, file in written.items():
-        console.print(f"{translate(name)}: {file}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{translate_label(name)}: {file}", markup=False, highlight=False, soft_wrap=True)
     if plan is None:
         console.print(translate("no latents yet: bash launch/cache.sh with the same settings encodes the images"))
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdxl_trainer.cache.preview.survey import Section, Survey, TagCounts
-from sdxl_trainer.configs.language.translate import translate, translate_label
+from sdxl_trainer.configs.language.translate import translate_label
 from sdxl_trainer.configs.problems import escape_controls, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, find_bad_latents
@@ -44,9 +44,9 @@ class DataTable:
         """Build the table for the console. Texts of the user's data are shown as they are, whatever they hold."""
         headings = self.headings or ("",) * max(map(len, self.rows), default=0)
         shown = [translate_label(heading) for heading in headings]
-        table = Table(*shown, title=escape(translate(self.title)), show_header=bool(self.headings))
+        table = Table(*shown, title=escape(translate_label(self.title)), show_header=bool(self.headings))
         for row in self.rows:
-            cells = [translate(cell) if at in self.translated else cell for at, cell in enumerate(row)]
+            cells = [translate_label(cell) if at in self.translated else cell for at, cell in enumerate(row)]
             table.add_row(*(escape(escape_controls(cell)) for cell in cells))
         return table
 
@@ -121,7 +121,7 @@ def tabulate_buckets(sizes: dict[str, int], title: str, per_batch: int) -> DataT
     if len(names) > MAX_BUCKETS:
         rest = sum(sizes[bucket] for bucket in names[MAX_BUCKETS:])
         rows.append((f"{len(names) - MAX_BUCKETS} others", "", f"{rest:,}", f"{rest / total:.1%}", ""))
-    return DataTable(title, ("bucket", "ratio", "samples", "share", "batches"), rows)
+    return DataTable(title, ("bucket", "ratio", "samples", "share", "batches"), rows, translated=(0,))
 
 
 def tabulate_lengths(counts: TokenCounts) -> DataTable:

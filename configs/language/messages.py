@@ -26,7 +26,7 @@ UNSHOWN_CALLS = frozenset(
     "filterwarnings getLogger unpack pack calcsize cat frombuffer field_validator model_validator".split()
 )
 LABEL_CALLS = frozenset(
-    "Table TranslatedTable add_column add_row Finding log_table build_summary_table activity during "
+    "Table TranslatedTable DataTable add_column add_row Finding log_table build_summary_table activity during "
     "translate_label".split()
 )
 LOGGER_CALLS = frozenset("debug info success warning error critical log warn_once warn".split())
@@ -162,6 +162,10 @@ class _Visitor(ast.NodeVisitor):
             self._visit_argument(keyword.value, name, is_label=keyword.arg in LABEL_KEYWORDS)
 
     def _visit_argument(self, node: ast.expr, call: str, is_label: bool) -> None:
+        if is_label and isinstance(node, ast.Tuple):
+            for item in node.elts:
+                self._visit_argument(item, call, is_label)
+            return
         if not is_text(node):
             self.visit(node)
             return
