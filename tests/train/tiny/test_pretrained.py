@@ -94,7 +94,6 @@ def test_the_quick_start_teaches_the_new_shapes(pretrained: Path, tmp_path: Path
         shares.append(
             (compute_named_share(images[: len(new)], new), compute_named_share(old_images, prompts[len(new) :]))
         )
-    print(shares)
     (before, old_before), (after, old_after) = shares
     assert before.shape <= 0.1 and old_before.shape >= 0.9
     assert after.shape >= 0.9 and after.colour >= 0.9 and old_after.shape >= 0.9
