@@ -7,6 +7,8 @@ from pathlib import Path
 
 # In an annotation such as `Annotated[str, IS_PATH]`, marks a text as a path, or as something that may be a path.
 IS_PATH = "path"
+# Folders of kohya's scripts begin with the repeats of their images: `10_dog`.
+REPEATS_PREFIX = r"(\d+)_"
 WINDOWS_PATH = re.compile(r"([A-Za-z]):[\\/]")
 VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})")
 

@@ -113,6 +113,11 @@ class DataConfig(Section):
     """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In
     a folder without images, latent files (`.npz`) take their place."""
+    kohya_folders: bool = False
+    """Read the names of folders below `data.image_dirs` as kohya's scripts do: the images in `10_sks dog` have 10
+    repeats per epoch, and `sks dog` is the caption of those without a caption file. The nearest such folder counts, up
+    to the entry of `data.image_dirs` itself; images in other folders have 1 repeat. The repeats are multiplied by
+    `data.source_weights`."""
     masks: Annotated[str | None, IS_PATH] = None
     """Mask files for `objective.masked_loss`: greyscale images whose brightness weights the loss. Give either the
     ending of mask files beside the images, such as `-masklabel.png` (OneTrainer), or a folder where each mask has the

@@ -42,7 +42,7 @@ from sdxl_trainer.data.loading.counts import count_buckets, count_lengths
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import build_dataset, build_plan
 from sdxl_trainer.data.order.plan import Plan
-from sdxl_trainer.data.order.source_weights import apply_source_weights, check_weighted_samples
+from sdxl_trainer.data.order.source_weights import apply_data_repeats, check_weighted_samples
 from sdxl_trainer.data.text.strategy import Strategy, compute_repeats, load_strategy
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.program import build_parser, run_program
@@ -115,10 +115,10 @@ def build_sample_plan(config: Config, samples: Index, strategy: Strategy | None)
     data = config.data
     num_unflipped = count_unflipped(samples, get_cache_folder(config)) if data.flip_rate else 0
     warn_about_unflipped(num_unflipped, len(samples))
-    weights = check_weighted_samples(data.source_weights, samples)
+    weights = check_weighted_samples(data, samples)
     raise_if_any([*check_flip(data.flip_rate, num_unflipped, len(samples)), *weights])
     repeats = compute_repeats(strategy, samples) if strategy and strategy.has("repeats") else None
-    repeats = apply_source_weights(samples, repeats, data.source_weights)
+    repeats = apply_data_repeats(samples, repeats, data)
     shuffle_shards = data.remote_shards.shuffle_shards
     return build_plan(samples, config.train.global_batch_size, config.run.seed, repeats, shuffle_shards)
 

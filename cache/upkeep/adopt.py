@@ -20,6 +20,7 @@ from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_bu
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.images.transforms import BadImageError, read_image_size
 from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.index.missing_latents import get_key_folder
 from sdxl_trainer.data.index.unlisted_latents import infer_placement
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import hash_captions
@@ -46,15 +47,18 @@ class TextAdopter:
     shapes: TextShapes
     folder: Path
 
-    def adopt(self, image: Path, record: bytes) -> TextPart | None:
+    def adopt(self, image: Path, record: bytes, key_folder: str = "") -> TextPart | None:
         """Return the manifest's entry of an image's text file, or None if there is no file.
+
+        Args:
+            key_folder: folder below the cache folder that holds the files of the image's key.
 
         Raises:
             BadTextError: the file does not fit the settings.
             StrategyError: the user's class failed on the record.
         """
         name = image.stem + TEXT_OUTPUTS_SUFFIX
-        path = next((path for path in (image.with_name(name), self.folder / name) if path.is_file()), None)
+        path = next((path for path in (image.with_name(name), self.folder / key_folder / name) if path.is_file()), None)
         if path is None:
             return None
         content, captions = (
@@ -118,7 +122,7 @@ def adopt_files(
         key, image = record["key"], Path(record["image_path"])
         entry = known.get(key)
         if entry is None:
-            path = find_latent_file(image, folder)
+            path = find_latent_file(image, folder / get_key_folder(key))
             if path is None:
                 continue
             try:
@@ -132,7 +136,9 @@ def adopt_files(
             entry = _build_entry(key, _name_file(path, folder), content, sample, image, identity, placement)
         if text is not None and not text.requirement.is_valid(index.record_json(row), entry.text):
             try:
-                entry = replace(entry, text=text.adopt(image, index.record_json(row)) or entry.text)
+                entry = replace(
+                    entry, text=text.adopt(image, index.record_json(row), get_key_folder(key)) or entry.text
+                )
             except (OSError, BadTextError, StrategyError) as error:
                 yield key, Refusal(str(error))
         if entry is not known.get(key):

@@ -37,6 +37,7 @@ from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.index.missing_latents import choose_output_file
+from sdxl_trainer.data.index.moved_keys import drop_replaced_entries, rename_entries
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
@@ -59,7 +60,7 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     if folder is None:
         return
     damaged: list[str] = []
-    result = verify_entries(folder, read_latest(folder, damaged))
+    result = verify_entries(folder, drop_replaced_entries(read_latest(folder, damaged)))
     other_faults = [f"{place}: damaged line of the manifest" for place in damaged]
     states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
     other_faults += [reason for reason in states if reason is not None]
@@ -101,7 +102,7 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         write_identities(folder, identities)
         text = build_text_adopter(config, folder) if config.cache.text else None
         manifest = ManifestWriter(folder, 0)
-        known = read_latest(folder)
+        known = rename_entries(read_latest(folder), index.table)
         adopted, refusals, refused = 0, [], CountedWarnings("file of another program", folder / "logs" / "cache.log")
         for key, found in adopt_files(folder, index, known, identities[""], rule, text):
             if isinstance(found, ManifestEntry):
@@ -154,15 +155,16 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
     if folder is None:
         return
     with lock_cache(folder):
-        entries = read_latest(folder)
-        recover_shards(folder, entries.values())
+        listed = read_latest(folder)
+        recover_shards(folder, listed.values())
+        index = open_checked_index(config, [])
+        entries = rename_entries(listed, index.table)
         dtype = config.cache.dtype  # without effect, because bytes are copied unchanged
         storage = (
             ShardStorage(folder, dtype, 0, config.cache.shard_mb * 1_000_000)
             if to_shards
             else NpzStorage(folder, dtype)
         )
-        index = open_checked_index(config, [])
         rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
 
         def get_record(key: str) -> bytes:
@@ -179,7 +181,7 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
             get_record,
         )
         manifest.close()
-        removed = remove_replaced(folder, entries, read_latest(folder))
+        removed = remove_replaced(folder, entries, rename_entries(read_latest(folder), index.table))
     logger.info("{} items {}, {} files replaced", result.num_copied, "packed" if to_shards else "unpacked", removed)
     if result.bad:
         shown = "; ".join(list(result.bad.values())[:5])

@@ -27,7 +27,6 @@ from sdxl_trainer.configs.kohya.readers import (
 from sdxl_trainer.configs.kohya.subsets import (
     Remark,
     count_samples,
-    list_data_sources,
     list_repeated_folders,
     read_datasets,
 )
@@ -45,10 +44,10 @@ FILE_OPTIONS = ("config_file", "dataset_config")
 # Setting of the first sdxl-trainer → the same option of kohya's scripts.
 KOHYA_NAMES = {name: option for name, option in FIRST_TRAINER_OPTIONS.items() if isinstance(option, str)}
 NO_FOLDER = (
-    "is not a folder on this machine, so its `N_name` folders cannot be listed; used as one folder without weights; "
-    "import where the folder exists, or list its folders in data.image_dirs, with their N in data.source_weights"
+    "is not a folder on this machine, so its `N_name` folders cannot be listed: images outside of these, which kohya's "
+    "scripts do not read, are trained too"
 )
-NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts search for images; used as one folder without weights"
+NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts search for images; used as one folder"
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
 
 
@@ -150,8 +149,9 @@ def _convert_repeated_folders(given: dict[str, Any], imported: Imported) -> None
     """Convert `train_data_dir` to its `N_name` folders, and remove it from the options if there are any."""
     folder = _expand(str(given["train_data_dir"]))
     subsets = list_repeated_folders(folder)
-    imported.settings |= list_data_sources(subsets).settings
+    imported.settings["data.kohya_folders"] = True  # repeats, and captions of images without one
     if subsets:
+        imported.settings["data.image_dirs"] = [subset["image_dir"] for subset in subsets]
         del given["train_data_dir"]
         reg_folder = _expand(str(given["reg_data_dir"])) if "reg_data_dir" in given else None
         reg = [] if reg_folder is None else [{"image_dir": str(reg_folder), "is_reg": True}]

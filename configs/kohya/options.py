@@ -96,7 +96,8 @@ DATA = {
     "train_data_dir": converted(
         as_list,
         "data.image_dirs",
-        note="its `N_name` folders, with N in `data.source_weights`; the name is not used as a caption",
+        "data.kohya_folders",
+        note="its `N_name` folders; N is their repeats, and the name the caption of images without a caption file",
     ),
     "reg_data_dir": converted(
         as_list, "data.regularisation_dirs", note="repeated until they equal all others in number"

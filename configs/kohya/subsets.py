@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
+from sdxl_trainer.configs.paths import REPEATS_PREFIX
 
-REPEATS_PREFIX = re.compile(r"(\d+)_")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")  # that kohya's scripts read
 # Options that can differ between subsets here too.
 SUBSET_OPTIONS = ("image_dir", "metadata_file", "num_repeats", "is_reg")
@@ -207,7 +207,7 @@ def _explain_difference(name: str, values: list[Any]) -> str:
 def list_repeated_folders(folder: Path) -> list[dict[str, Any]]:
     """Return the `N_name` folders in `train_data_dir` as subsets; an empty list if there are none."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    matches = [(name, REPEATS_PREFIX.match(name)) for name in names]
+    matches = [(name, re.match(REPEATS_PREFIX, name)) for name in names]
     return [{"image_dir": str(folder / name), "num_repeats": int(match[1])} for name, match in matches if match]
 
 

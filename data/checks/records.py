@@ -13,6 +13,7 @@ from loguru import logger
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.images.bucket import list_buckets
+from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
 from sdxl_trainer.data.index.index import Index, open_record_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.metadata.merge import MAX_SHOWN
@@ -50,6 +51,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
             data.caption.separator,
             data.regularisation_dirs,
             data.masks,
+            data.kohya_folders,
         )
     except ValueError as error:
         return OpenedIndex(None, [build_source_problem(data, str(error), "correct the data")])
@@ -57,6 +59,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
         cure = "check the path and the file types"
         return OpenedIndex(None, [build_source_problem(data, "holds no images", cure)])
     warn_about_records(data, index)
+    warn_of_kohya_folders(data)
     caption_problems = list(check_captions(data, index))
     if not need_captions:
         for problem in caption_problems:
@@ -70,6 +73,7 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
     yield from check_sources(data.metadata, data.image_dirs)
     yield from check_regularisation(data)
     yield from check_source_weights(data)
+    yield from check_kohya_folders(data)
     if data.caption.fix_text and importlib.util.find_spec("ftfy") is None:
         cure = "pip install ftfy, or set it to false; other characters than ASCII may then be other tokens"
         yield Problem("data.caption.fix_text", True, "needs the package ftfy", cure)
@@ -79,6 +83,21 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
     for rule in build_bucket_rules(data).values():
         if not list_buckets(rule):
             yield Problem("data.resolution_px", rule.resolution_px, "gives no bucket", "raise it")
+
+
+def check_kohya_folders(data: DataConfig) -> Iterator[Problem]:
+    """Yield a problem if `data.kohya_folders` is set, but images come from metadata."""
+    if data.kohya_folders and data.metadata:
+        rule = "works only with data.image_dirs, not with data.metadata"
+        yield Problem("data.kohya_folders", True, rule, "leave it out; data.source_weights sets repeats of metadata")
+
+
+def warn_of_kohya_folders(data: DataConfig) -> None:
+    """Name the setting that gives folders such as `10_dog` their repeats, if there are such folders without it."""
+    names = [] if data.kohya_folders or data.metadata else list_kohya_folders(data.image_dirs)
+    if names and not data.source_weights:
+        text = "folders named {} look like kohya's; set data.kohya_folders: true to use their numbers as repeats"
+        logger.warning(text, describe_folders(names))
 
 
 def check_keys(data: DataConfig, index: Index) -> Iterator[Problem]:
@@ -93,6 +112,8 @@ def check_captions(data: DataConfig, index: Index) -> Iterator[Problem]:
     num_uncaptioned = count_uncaptioned(index)
     if num_uncaptioned == len(index):
         cure = "give each record `caption` or `tags`, or put a .txt file of the same stem beside each image"
+        if not data.metadata and not data.kohya_folders and list_kohya_folders(data.image_dirs):
+            cure += "; or set data.kohya_folders: true, which takes the names of folders such as `10_dog`"
         yield build_source_problem(data, f"holds {len(index)} images and not one caption", cure)
     elif num_uncaptioned and data.on_missing_caption == "error":
         cure = "give them captions, or set data.on_missing_caption to skip or empty"

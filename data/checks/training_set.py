@@ -56,7 +56,7 @@ def check_training_set(config: Config, index: Index, num_unflipped: int) -> Iter
     yield from check_identity(folder, rule, index)
     yield from check_copies(config.data.remote_shards, index)
     yield from check_flip(config.data.flip_rate, num_unflipped, len(index))
-    yield from check_weighted_samples(config.data.source_weights, index)
+    yield from check_weighted_samples(config.data, index)
 
 
 def check_missing(index: Index) -> Iterator[Problem]:

@@ -32,7 +32,12 @@ def derive_validation_config(config: Config) -> Config:
     data = {"caption": config.data.caption.model_copy(update=captions), "flip_rate": 0.0}
     cache = {}
     if settings.has_own_set:
-        data |= {"metadata": settings.metadata, "image_dirs": settings.image_dirs, "source_weights": []}
+        data |= {
+            "metadata": settings.metadata,
+            "image_dirs": settings.image_dirs,
+            "source_weights": [],
+            "kohya_folders": config.data.kohya_folders and not settings.metadata,
+        }
         cache = {"dir": settings.cache_dir or get_cache_folder(config)}
     changes = {"run": {"seed": settings.seed}, "data": data, "cache": cache}
     return config.model_copy(

@@ -52,7 +52,7 @@ from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.metadata.sqlite_file import list_changing_files
 from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
-VERSION = 15  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 16  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
 KEPT_FILES = 3  # indexes of each kind that are kept, besides those in use
 NS_BETWEEN_USES = 1_000_000_000  # modification times may have a resolution of a second
@@ -162,13 +162,14 @@ def open_record_index(
     separator: str = ",",
     regularisation_dirs: Sequence[Path] = (),
     masks: str | None = None,
+    kohya_folders: bool = False,
 ) -> Index:
     """Open the index of all records under `folder`, and build it first if it does not exist.
 
     Args:
         separator: between caption and tags of kohya's metadata (data/metadata/records.py).
         regularisation_dirs: further image folders, whose records get `is_reg`; not with metadata.
-        masks: as in `data.masks`; mask files are not images.
+        masks, kohya_folders: as in `read_image_folders`.
 
     Raises:
         ValueError: the metadata is malformed (the message names the file and the place), or two images have one stem.
@@ -186,11 +187,12 @@ def open_record_index(
     sources = [changing for file in files for changing in list_changing_files(file)] or sidecars
     counts = [str(len(source.files)) for source in local]
     words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
+    words += ["kohya_folders"] if kohya_folders else []
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     index = _open_existing(path)
     if index is None:
         groups = [source.files for source in local]
-        images = read_image_folders(image_dirs, regularisation_dirs, masks)
+        images = read_image_folders(image_dirs, regularisation_dirs, masks, kohya_folders)
         blocks = merge_sources(groups, path.parent) if metadata else map(build_block, images)
         finder = ImageFinder(image_dirs, masks)
         with show_urls_in_errors(local):

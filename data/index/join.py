@@ -24,6 +24,7 @@ from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.listed_latents import open_listed_latents
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
+from sdxl_trainer.data.index.moved_keys import find_moved_entries
 from sdxl_trainer.data.index.schema import (
     FOUND_SCHEMA,
     LATENT_COLUMNS,
@@ -107,6 +108,9 @@ def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelecti
             prefix: np.where(rows, _find_newest_entries(listed, add_prefix(prefix, keys)), -1)
             for prefix, rows in wanted.items()
         }
+        for prefix, rows in wanted.items():
+            missing = np.flatnonzero(rows & (row_of_record[prefix] < 0))
+            row_of_record[prefix][missing] = _find_moved_latents(cache_folder, listed, records, prefix, missing)
         identities = {prefix: _count_identities(listed, rows) for prefix, rows in row_of_record.items()}
 
         missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
@@ -195,6 +199,34 @@ def _find_newest_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
     # Of several entries of a key, numpy keeps the last assignment: the newest entry.
     entry_of_key[key_of_entry[oldest_first]] = oldest_first
     return entry_of_key
+
+
+def _find_moved_latents(
+    cache_folder: Path, listed: pa.Table, records: pa.Table, prefix: str, missing: np.ndarray
+) -> np.ndarray:
+    """Return for each record without an entry of its key the row of the entry that its image has, or -1, [missing]."""
+    rows = np.full(len(missing), -1, np.int64)
+    columns = [records.column(name).take(pa.array(missing)) for name in ("key", "image_path")]
+    if not _has_other_keys(listed, add_prefix(prefix, records.column("key")), columns[0]):
+        return rows
+    keys = [prefix + key for key in columns[0].to_pylist()]
+    paths = dict(zip(keys, columns[1].to_pylist(), strict=True))
+    moved = find_moved_entries(cache_folder, records, paths)
+    at = [number for number, key in enumerate(keys) if key in moved]
+    rows[at] = _find_newest_entries(listed, pa.chunked_array([[moved[keys[number]].key for number in at]], pa.string()))
+    return rows
+
+
+def _has_other_keys(listed: pa.Table, keys: pa.ChunkedArray, missing: pa.ChunkedArray) -> bool:
+    """Return whether the manifest lists keys of no record that end like the keys of records without an entry."""
+    if not len(listed) or not len(missing):
+        return False
+    known = pc.call_function("is_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
+    others = listed.column("key").filter(pc.call_function("invert", [known]))
+    options = pc.ReplaceSubstringOptions(pattern="^.*/", replacement="")
+    stems = [pc.call_function("replace_substring_regex", [column], options) for column in (others, missing)]
+    found = pc.call_function("is_in", [stems[0]], pc.SetLookupOptions(stems[1].combine_chunks()))
+    return bool(pc.call_function("any", [found]).as_py())
 
 
 def _count_identities(listed: pa.Table, row_of_record: np.ndarray) -> dict[str, int]:

@@ -88,6 +88,12 @@ def choose_output_file(key: str, image_path: str, beside: bool) -> str:
     return f"{prefix}{folder}{'/' * bool(folder)}{_escape_stem(stem, folder)}.npz"
 
 
+def get_key_folder(key: str) -> str:
+    """Return the folder below the cache folder that holds the latents of a key: that of its resolution and folders."""
+    prefix, name = split_key(key)
+    return os.path.dirname(choose_output_file(key, "", beside=False)) if "/" in name else prefix.rstrip("/")
+
+
 def _escape_stem(stem: str, folder: str) -> str:
     """Return a file's stem that neither `<stem of an image>_te_outputs` nor the empty caption's outputs have."""
     if stem.endswith(TEXT_ENDING):

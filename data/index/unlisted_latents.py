@@ -19,6 +19,7 @@ from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_he
 from sdxl_trainer.data.formats.latents import BadLatentError
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, place_image
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX, choose_latent_files, get_image_stem
+from sdxl_trainer.data.index.missing_latents import get_key_folder
 from sdxl_trainer.data.stores.remote import is_remote
 from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
@@ -60,11 +61,11 @@ def find_unlisted_latents(
     """
     list_latents = lru_cache(maxsize=MAX_LISTED_FOLDERS)(_list_latents)
     cache = os.path.abspath(cache_folder)
-    columns = [records.column(name) for name in ("image_path", "offset", "bytes")]
+    columns = [records.column(name) for name in ("key", "image_path", "offset", "bytes")]
     for start in range(0, len(rows), ROWS_AT_ONCE):
         chunk = rows[start : start + ROWS_AT_ONCE]
         values = (column.take(pa.array(chunk)).to_pylist() for column in columns)
-        for row, path, offset, size in zip(chunk.tolist(), *values, strict=True):
+        for row, key, path, offset, size in zip(chunk.tolist(), *values, strict=True):
             if offset is not None:
                 yield LatentLocation(row=row, file=path, offset=offset, bytes=size)
                 continue
@@ -74,8 +75,8 @@ def find_unlisted_latents(
                     yield LatentLocation(row=row, file=path, offset=None, bytes=None)
                 continue
             image_folder, name = os.path.split(path)
-            for base in dict.fromkeys((image_folder, cache)):
-                folder = base + "/" * bool(prefix) + prefix.rstrip("/")
+            cached = os.path.join(cache, get_key_folder(prefix + key))
+            for folder in dict.fromkeys((os.path.join(image_folder, prefix).rstrip("/"), cached.rstrip("/"))):
                 watched.add(folder)
                 found = list_latents(folder).get(get_image_stem(name))
                 if found is None:

@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from sdxl_trainer.configs.problems import Problem, format_count, join_reasons
 from sdxl_trainer.data.images.bucket import split_key
+from sdxl_trainer.data.images.folder_keys import FolderKeys
 from sdxl_trainer.data.images.image_files import ImageFolder, get_image_stem, read_caption_file, walk_images
 from sdxl_trainer.data.images.image_lookup import FileChecker, ImageTable
+from sdxl_trainer.data.images.kohya_folders import find_kohya_folder
 from sdxl_trainer.data.metadata.blocks import RecordBlock
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_source_files
 from sdxl_trainer.data.metadata.sqlite_file import split_table
@@ -109,29 +111,36 @@ def _describe_absence(url: str, error: FileNotFoundError) -> str:
 
 
 def read_image_folders(
-    image_dirs: Sequence[Path], regularisation_dirs: Sequence[Path] = (), masks: str | None = None
+    image_dirs: Sequence[Path],
+    regularisation_dirs: Sequence[Path] = (),
+    masks: str | None = None,
+    kohya_folders: bool = False,
 ) -> Iterator[list[SourceRecord]]:
     """Yield the images below folders as records, with the captions beside them. Each folder is a source.
+
+    The keys are those of `FolderKeys`.
 
     Args:
         regularisation_dirs: folders whose records get `is_reg`.
         masks: as in `data.masks`; mask files are not images.
+        kohya_folders: as in `data.kohya_folders`; the names of folders are the captions of images without one.
 
     Raises:
         ValueError: captions cannot be read or are not UTF-8; the message names up to a hundred of them.
     """
     bad_captions: list[str] = []
+    keys = FolderKeys([*image_dirs, *regularisation_dirs], masks)
     roots = [*((root, {}) for root in image_dirs), *((root, {"is_reg": True}) for root in regularisation_dirs)]
     for source, (root, flags) in enumerate(roots):
         for folder in walk_images([root], masks):
+            named = find_kohya_folder(folder.path, [os.path.abspath(root)]) if kohya_folders else None
             for start in range(0, len(folder.images), ROWS_AT_ONCE):
                 records = []
                 for name in folder.images[start : start + ROWS_AT_ONCE]:
                     caption = _read_caption(folder, name, bad_captions)
+                    caption = named.caption if caption is None and named is not None else caption
                     fields = {"image_path": os.path.join(folder.path, name), "caption": caption, **flags}
-                    records.append(
-                        SourceRecord(key=get_image_stem(name, has_suffix=True), fields=fields, source=source)
-                    )
+                    records.append(SourceRecord(key=keys.get(folder.path, name), fields=fields, source=source))
                 yield records
     if bad_captions:
         raise ValueError(join_reasons(bad_captions))

@@ -25,8 +25,8 @@ PATH_COLUMNS = ("image_path", "file_name", "key")  # one of them gives the key o
 NULL_TEXT = "NULL"  # waifuset stores a missing value as this text, too
 MAX_SHOWN = 20  # tables and columns that an error lists
 MAX_VALUE_BYTES = 1 << 28  # SQLite refuses longer ones; a damaged file may ask for gigabytes
-# sqlite3 raises these on damaged files: its own errors, texts that are not UTF-8, and huge values.
-SQLITE_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError, MemoryError)
+# sqlite3 raises these on damaged files: its own errors, names that are not UTF-8, and huge values.
+SQLITE_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, MemoryError)
 
 
 class DatabaseTable(NamedTuple):
@@ -83,14 +83,8 @@ def read_rows(path: Path, rows_at_once: int) -> Iterator[DatabaseRows]:
                 ]
                 yield DatabaseRows(key_column, first, rows)
                 first += len(rows)
-    except _DatabaseError:
-        raise
     except SQLITE_ERRORS as error:
         raise ValueError(f"{file}: not a readable SQLite database: {error}{_explain_changes(file)}") from None
-
-
-class _DatabaseError(ValueError):
-    """An error of this reader, whose message is complete."""
 
 
 def _open(file: Path) -> sqlite3.Connection:
@@ -122,17 +116,17 @@ def _explain_changes(file: Path) -> str:
 
 def _choose_table(database: sqlite3.Connection, file: Path, wanted: str) -> str:
     query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-    tables = [str(name) for (name,) in database.execute(query)]
+    tables = [str(name) for (name,) in database.execute(query) if "\0" not in str(name)]
     shown = _join(tables)
     if wanted in tables:
         return wanted
     if wanted:
-        raise _DatabaseError(f"{file}: holds no table '{wanted}', but {shown or 'none at all'}")
+        raise ValueError(f"{file}: holds no table '{wanted}', but {shown or 'none at all'}")
     if not tables:
-        raise _DatabaseError(f"{file}: holds no table")
+        raise ValueError(f"{file}: holds no table")
     if len(tables) > 1:
         count = format_count(len(tables), "table")
-        raise _DatabaseError(f"{file}: holds {count}: {shown}; name the one with the images, as in {file}:{tables[0]}")
+        raise ValueError(f"{file}: holds {count}: {shown}; name the one with the images, as in {file}:{tables[0]}")
     return tables[0]
 
 
@@ -147,7 +141,7 @@ def _choose_key(database: sqlite3.Connection, file: Path, table: str, names: Seq
         if str(kind).upper() == "TEXT":
             return str(name)
     needed = ", ".join(PATH_COLUMNS)
-    raise _DatabaseError(
+    raise ValueError(
         f"{file}: the table '{table}' has none of the columns {KEY_COLUMN}, {needed}, and no text as its primary key; "
         f"it has {_join(names)}"
     )

@@ -1,12 +1,17 @@
-"""Weights of the sources of records: how often the samples of each source are used in an epoch."""
+"""Repeats of samples by the source or the folder that they come from: how often each is used in an epoch."""
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import DataConfig
+from sdxl_trainer.data.images.kohya_folders import find_kohya_folder
 from sdxl_trainer.data.index.index import Index
 
 
@@ -20,12 +25,48 @@ def check_source_weights(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.source_weights", data.source_weights, rule, cure)
 
 
-def check_weighted_samples(weights: Sequence[float], index: Index) -> Iterator[Problem]:
-    """Yield a problem if every source with samples has the weight 0."""
-    sources = np.unique(index.column("source")).tolist()
-    if weights and not any(source >= len(weights) or weights[source] for source in sources):
+def check_weighted_samples(data: DataConfig, index: Index) -> Iterator[Problem]:
+    """Yield a problem if every source or folder with samples has the weight 0."""
+    weights, sources = data.source_weights, np.unique(index.column("source")).tolist()
+    if data.kohya_folders and not read_folder_repeats(index, data.image_dirs).any():
+        cure = "rename a folder: images in `0_name` are left out"
+        yield Problem("data.kohya_folders", True, "leaves nothing to train on", cure)
+    elif weights and not any(source >= len(weights) or weights[source] for source in sources):
         cure = "raise the weight of an entry that has samples with latents"
         yield Problem("data.source_weights", list(weights), "leaves nothing to train on", cure)
+
+
+def apply_data_repeats(index: Index, repeats: np.ndarray | None, data: DataConfig) -> np.ndarray | None:
+    """Return each row's repeats times the weight of its source and the repeats of its folder, [N]; None for once each.
+
+    Args:
+        repeats: how often each row would be used without these.
+    """
+    repeats = apply_source_weights(index, repeats, data.source_weights)
+    if not data.kohya_folders:
+        return repeats
+    numbers = read_folder_repeats(index, data.image_dirs)
+    used = numbers if repeats is None else repeats * numbers
+    logger.info("data.kohya_folders: {} samples, {:.6g} samples an epoch", len(index), used.sum())
+    return used
+
+
+def read_folder_repeats(index: Index, image_dirs: Sequence[Path]) -> np.ndarray:
+    """Return the number in the name of each row's folder, such as 10 of `10_dog`, or 1 if it has none, [N].
+
+    Regularisation images have 1, because a setting of their own repeats them.
+    """
+    roots = [os.path.abspath(root) for root in image_dirs]
+    folders = pc.call_function(
+        "replace_substring_regex",
+        [index.arrow_column("image_path")],
+        pc.ReplaceSubstringOptions(pattern="/[^/]*$", replacement=""),
+    )
+    encoded = pa.concat_arrays(folders.chunks).dictionary_encode()
+    found = [find_kohya_folder(folder, roots) for folder in encoded.dictionary.to_pylist()]
+    numbers = np.array([each.repeats if each else 1 for each in found], np.float64)[encoded.indices.to_numpy()]
+    numbers[index.column("source") >= len(roots)] = 1
+    return numbers
 
 
 def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:

@@ -20,7 +20,7 @@ from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.regularisation import balance_regularisation, find_regularisation_rows
-from sdxl_trainer.data.order.source_weights import apply_source_weights
+from sdxl_trainer.data.order.source_weights import apply_data_repeats
 from sdxl_trainer.data.order.split import exclude_rows, hash_keys
 from sdxl_trainer.data.text.strategy import Strategy, load_repeats
 from sdxl_trainer.data.text.tokens import Tokenizers
@@ -104,7 +104,7 @@ def combine_repeats(
         logger.info("validation is off: {} samples are too few to hold some out; {}", len(index), cure)
     repeats = exclude_rows(load_left_out_rows(config.run.folder, index), len(index), repeats)
     repeats = exclude_rows(held_out, len(index), repeats)
-    repeats = apply_source_weights(index, repeats, config.data.source_weights)
+    repeats = apply_data_repeats(index, repeats, config.data)
     regularisation = broadcast_object(find_regularisation_rows(index) if ranks.is_main else None)
     raise_if_any(check_regularisation_settings(config, len(regularisation)))
     return balance_regularisation(regularisation, len(index), repeats, config.data.regularisation_repeats)

@@ -472,3 +472,48 @@ def test_alpha_masks_are_stored_if_the_setting_is_on(tmp_path, model):
     np.testing.assert_allclose(mask, np.broadcast_to(across, mask.shape), atol=0.01)
     assert read_latents(folder / "b.npz").alpha_mask is None  # without a mask, the loss counts everywhere
     assert run_job(settings, "cache.alpha_mask=true", "--verify") == 0
+
+
+@pytest.mark.parametrize("where", ["cache", "beside", "shards"])
+def test_latents_are_found_by_their_image_when_its_key_changes(tmp_path, model, where, capsys):
+    """A second image `1` gives both keys with their folders; after its removal the first one is called `1` again."""
+    folder = tmp_path / "latents" if where != "beside" else tmp_path / "images"
+    settings = write_settings(tmp_path, model)
+    form = "shards" if where == "shards" else "npz"
+    words = (settings, f"cache.format={form}", *(["cache.dir=null"] if where == "beside" else []))
+    paths = {name: tmp_path / "images" / f"{name}.png" for name in ("a/1", "b/2", "b/1")}
+    for number, path in enumerate(paths.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (128, 96 + 32 * (number % 2)), (number * 90, 20, 20)).save(path)
+        path.with_suffix(".txt").write_text("a")
+    added = paths["b/1"].rename(tmp_path / "b1.png")
+
+    def list_trained() -> dict[str, str]:
+        records = open_record_index(folder, [], [tmp_path / "images"])
+        index = open_sample_index(folder, records)
+        latents = {}
+        for row in map(index.row, range(len(index))):
+            content, start = (folder / row["file"]).read_bytes(), row["offset"] or 0
+            content = content[start : start + row["bytes"]] if row["bytes"] else content
+            latents[row["key"]] = parse_latents(content).latents.tobytes()
+        return latents
+
+    assert run_job(*words) == 0
+    before = list_trained()
+    assert set(before) == {"1", "2"}
+    added.rename(paths["b/1"])
+    assert set(list_trained()) == {"a/1", "2"}, "found without a cache job, and not taken for those of b/1"
+    capsys.readouterr()
+    assert run_job(*words) == 0
+    assert "1 images have another key than before" in capsys.readouterr().err
+    now = list_trained()
+    assert set(now) == {"a/1", "2", "b/1"} and now["a/1"] == before["1"] != now["b/1"]
+    Image.new("RGB", (128, 96), (7, 200, 7)).save(paths["a/1"])
+    assert run_job(*words) == 0 and run_job(*words, "--verify") == 0
+    now = list_trained()
+    assert set(now) == {"a/1", "2", "b/1"} and now["a/1"] != before["1"]
+    paths["b/1"].unlink()
+    assert list_trained()["1"] in (before["1"], now["a/1"])
+    assert run_job(*words) == 0 and list_trained()["1"] == now["a/1"]
+    if where == "cache":
+        assert run_job(*words, "--pack") == 0 and list_trained()["1"] == now["a/1"]

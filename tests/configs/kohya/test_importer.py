@@ -369,7 +369,7 @@ def test_the_settings_of_kohya_ss(tmp_path: Path) -> None:
     assert settings["run"] == {"name": "123"} and settings["model"] == {"path": "/m/sdxl.safetensors"}
     assert settings["data"] == {
         "image_dirs": [str(tmp_path / "img" / "10_dog")],
-        "source_weights": [10],
+        "kohya_folders": True,
         "resolution_px": 1024,
         "max_bucket_px": 2048,
         "no_upscale": True,
@@ -551,9 +551,11 @@ def test_folders_with_repeats(tmp_path: Path) -> None:
     assert list_repeated_folders(tmp_path / "absent") == []
     settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --train_data_dir {tmp_path / 'train'}"})
     folders = [str(tmp_path / "train" / name) for name in ("10_dog", "2_a cat")]
-    assert settings["data"]["image_dirs"] == folders and settings["data"]["source_weights"] == [10, 2]
+    assert settings["data"]["image_dirs"] == folders and settings["data"]["kohya_folders"]
+    assert "source_weights" not in settings["data"]
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --train_data_dir /elsewhere"})
-    assert settings["data"]["image_dirs"] == ["/elsewhere"] and "without weights" in comment
+    assert settings["data"]["image_dirs"] == ["/elsewhere"] and settings["data"]["kohya_folders"]
+    assert "is not a folder on this machine" in comment
     assert "not imported" not in comment
 
 

@@ -200,14 +200,46 @@ def test_all_captions_that_cannot_be_read_are_named_at_once(tmp_path):
         assert line.startswith(f"{tmp_path}/{name}.txt: ") and reason in line
 
 
-def test_all_images_of_one_stem_are_listed(tmp_path):
-    for name in ("a/x.png", "a/y.png", "b/x.jpg", "b/z.png", "c/x.png", "c/z.webp"):
+def test_images_that_share_a_stem_are_told_apart_by_their_folders(tmp_path):
+    names = ["10_dog/1.png", "5_cat/1.jpg", "5_cat/2.png", "x/512px/1.png", "y/5_cat/1.png", "3.a.png"]
+    for name in names:
+        write(tmp_path / "set" / name, "")
+    index = open_record_index(tmp_path / "cache", [], [tmp_path / "set"])
+    keys = dict(zip(index.table.column("image_path").to_pylist(), index.table.column("key").to_pylist(), strict=True))
+    assert [keys[str(tmp_path / "set" / name)] for name in names] == [
+        "10_dog/1",
+        "set/5_cat/1",
+        "2",
+        "x/512px/1",  # a folder like that of a resolution would be read as one
+        "y/5_cat/1",
+        "3.a",
+    ]
+    assert index.record(0)["key"] in keys.values()
+    # Masks are found by the stem of their image, so that it must tell images apart.
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(ValueError, match="3 images with the file stem of another image"):
+        open_record_index(tmp_path / "cache", [], [tmp_path / "set"], masks=str(tmp_path / "masks"))
+
+
+def test_images_that_only_their_suffix_tells_apart_are_listed(tmp_path):
+    for name in ("a/x.png", "a/x.jpg", "b/x.png", "b/y.png"):
         write(tmp_path / name, "")
-    with pytest.raises(ValueError, match="^3 images with the file stem of another image") as caught:
-        open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
-    for pair in (("a/x.png", "b/x.jpg"), ("a/x.png", "c/x.png"), ("b/z.png", "c/z.webp")):
-        assert f"({tmp_path / pair[0]} and {tmp_path / pair[1]})" in str(caught.value)
+    with pytest.raises(ValueError, match="^1 image with the file stem of another image") as caught:
+        open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b"])
+    assert f"({tmp_path / 'a/x.jpg'} and {tmp_path / 'a/x.png'})" in str(caught.value)
+    with pytest.raises(ValueError, match="1 image with the file stem"):  # an image of two roots
+        open_record_index(tmp_path / "cache", [], [tmp_path / "b", tmp_path / "b"])
     assert list((tmp_path / "cache" / "index").iterdir()) == []
+
+
+def test_kohyas_folders_give_captions(tmp_path):
+    for name in ("10_sks dog/a.png", "10_sks dog/in/b.png", "3_/c.png", "d.png", "10_sks dog/e.png"):
+        write(tmp_path / "set" / name, "")
+    write(tmp_path / "set" / "10_sks dog" / "e.txt", "own")
+    index = open_record_index(tmp_path / "cache", [], [tmp_path / "set"], kohya_folders=True)
+    captions = {record["key"]: record["caption"] for record in map(index.record, range(len(index)))}
+    assert captions == {"a": "sks dog", "b": "sks dog", "c": None, "d": None, "e": "own"}
+    assert open_record_index(tmp_path / "cache", [], [tmp_path / "set"]).record(0)["caption"] is None
 
 
 @pytest.mark.parametrize(

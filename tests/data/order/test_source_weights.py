@@ -11,13 +11,19 @@ import torch
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.loading.loader import build_plan, iterate_specs
 from sdxl_trainer.data.order.plan import Position
-from sdxl_trainer.data.order.source_weights import apply_source_weights
+from sdxl_trainer.data.order.source_weights import (
+    apply_data_repeats,
+    apply_source_weights,
+    check_weighted_samples,
+    read_folder_repeats,
+)
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.run.training_data import combine_repeats
 
@@ -52,6 +58,26 @@ def test_a_record_belongs_to_the_source_in_which_it_first_appears(folder: Path) 
     (folder / "c.json").unlink()
     assert open_index(folder, "{a,b}.json").column("source").tolist() == [0] * 13
     assert open_index(folder, "a.json", "b.json").column("source").tolist() == [0] * 8 + [1] * 5
+
+
+def test_kohyas_folders_give_repeats(tmp_path: Path) -> None:
+    """The nearest folder counts, up to the entry itself; regularisation images are left to their own setting."""
+    for name in ("10_dog/a", "10_dog/3_in/b", "0_off/c", "plain/d", "4_root/e", "7_reg/r"):
+        write_latents(
+            tmp_path / f"{name}.npz",
+            LatentSample(latents=np.zeros((4, 8, 8), np.float32), original_size=(64, 64), crop_ltrb=(0, 0, 64, 64)),
+        )
+    roots = [tmp_path / "10_dog", tmp_path / "0_off", tmp_path / "plain", tmp_path / "4_root"]
+    records = open_record_index(tmp_path / "cache", [], roots, regularisation_dirs=[tmp_path / "7_reg"])
+    index = open_sample_index(tmp_path / "cache", records)
+    repeats = dict(zip(index.table.column("key").to_pylist(), read_folder_repeats(index, roots).tolist(), strict=True))
+    assert repeats == {"a": 10, "b": 3, "c": 0, "d": 1, "e": 4, "r": 1}
+    data = DataConfig.model_validate({"image_dirs": roots, "kohya_folders": True, "source_weights": [0.5, 1, 1, 1]})
+    assert apply_data_repeats(index, None, data).tolist() == [5, 1.5, 0, 1, 4, 1]  # pyright: ignore
+    data = DataConfig.model_validate({"image_dirs": [tmp_path / "0_off"], "kohya_folders": True})
+    records = open_record_index(tmp_path / "cache", [], data.image_dirs)
+    (problem,) = check_weighted_samples(data, open_sample_index(tmp_path / "cache", records))
+    assert problem.key == "data.kohya_folders" and problem.rule == "leaves nothing to train on"
 
 
 def test_sources_are_used_by_their_weight_on_any_number_of_ranks(folder: Path) -> None:
