@@ -29,10 +29,10 @@ from sdxl_trainer.cache.encode.encode_plan import (
     EncodePlan,
     PlanTotals,
     Resolution,
-    Share,
     TextRequirement,
     build_planner,
     build_share,
+    find_moved,
 )
 from sdxl_trainer.cache.encode.estimate import (
     IMAGES_OF_DRY_RUN,
@@ -66,7 +66,6 @@ from sdxl_trainer.data.formats.manifest import (
 )
 from sdxl_trainer.data.images.masks import check_masks
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.index.moved_keys import drop_replaced_entries, find_moved_entries
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import (
@@ -127,11 +126,10 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             build_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
             for prefix, rule in build_bucket_rules(config.data).items()
         ]
-        own = frozenset(key for part in parts for key in part.keys)
         ACTIVITY.enter("opening the cache")
-        state = open_cache(folder, ranks, own, repair, dry_run)
+        state = open_cache(folder, ranks, frozenset(key for part in parts for key in part.keys), repair, dry_run)
         known_only = repair and not state.lines_lost
-        entries = state.entries | find_moved(folder, index, parts, state) if not config.data.metadata else state.entries
+        entries = state.entries | find_moved(config, index, parts, state.entries, state.bad)
         planner = build_planner(config, index, entries, text, known_only)
         ACTIVITY.enter("planning the work")
         plans = [planner.plan(part) for part in parts]
@@ -185,7 +183,7 @@ def open_cache(folder: Path, ranks: Ranks, keys: Container[str], repair: bool, d
         clear_leftovers(folder)
     if ranks.is_main and repair:
         entries = read_latest(folder, damaged)
-        result = verify_entries(folder, drop_replaced_entries(entries))
+        result = verify_entries(folder, entries)
         bad = result.bad
         warn_of_bad_items("bad item is encoded again", result.reasons, folder)
         if not dry_run:
@@ -195,19 +193,6 @@ def open_cache(folder: Path, ranks: Ranks, keys: Container[str], repair: bool, d
     entries = read_latest(folder, keys=keys)
     marked = {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}
     return CacheState(marked, lines_lost, bad)
-
-
-def find_moved(folder: Path, index: Index, parts: Sequence[Share], state: CacheState) -> dict[str, ManifestEntry]:
-    """Find entries of this rank's images that the manifest lists under an earlier key of the image, by the new key."""
-    images = index.arrow_column("image_path")
-    pairs = ((key, row) for part in parts for row, key in zip(part.rows, part.keys, strict=True))
-    paths = {key: images[row].as_py() for key, row in pairs if key not in state.entries}
-    moved = find_moved_entries(folder, index.table, paths)
-    if moved:
-        logger.info("{} images have another key than before, and keep their latents", len(moved))
-    return {
-        key: replace(entry.as_stale() if entry.key in state.bad else entry, key=key) for key, entry in moved.items()
-    }
 
 
 def append_entries(folder: Path, entries: Sequence[ManifestEntry]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import orjson
 import pyarrow as pa
+from loguru import logger
 
 from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.pipeline import TextItem, choose_text_file
@@ -23,6 +24,7 @@ from sdxl_trainer.data.images.bucket import BucketRule, Size, is_too_narrow, lis
 from sdxl_trainer.data.images.masks import MaskFinder
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import GIVEN_SUFFIXES, choose_output_file, find_shared_files
+from sdxl_trainer.data.index.moved_keys import find_moved_entries
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
@@ -325,6 +327,28 @@ def build_share(index: Index, resolution: Resolution, rank: int, world_size: int
     rows = assign_positions(costs, rank, world_size)
     keys = index.arrow_column("key").take(pa.array(rows)).to_pylist()
     return Share(resolution, rows.tolist(), [resolution.prefix + key for key in keys])
+
+
+def find_moved(
+    config: Config, index: Index, parts: Sequence[Share], entries: Mapping[str, ManifestEntry], bad: Container[str]
+) -> dict[str, ManifestEntry]:
+    """Find entries of a rank's images that the manifest lists under an earlier key of the image, by the new key.
+
+    Args:
+        config, index: as in the job; with metadata, whose keys do not change, nothing is found.
+        parts: shares of the rank.
+        entries: entries that were found by their key.
+        bad: earlier keys of bad items, which count as stale.
+    """
+    if config.data.metadata:
+        return {}
+    images = index.arrow_column("image_path")
+    pairs = ((key, row) for part in parts for row, key in zip(part.rows, part.keys, strict=True))
+    paths = {key: images[row].as_py() for key, row in pairs if key not in entries}
+    moved = find_moved_entries(get_cache_folder(config), index.table, paths)
+    if moved:
+        logger.info("{} images have another key than before, and keep their latents", len(moved))
+    return {key: replace(entry.as_stale() if entry.key in bad else entry, key=key) for key, entry in moved.items()}
 
 
 def compute_costs(widths: np.ndarray, heights: np.ndarray, rule: BucketRule) -> np.ndarray:

@@ -37,7 +37,7 @@ from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
 from sdxl_trainer.data.index.missing_latents import choose_output_file
-from sdxl_trainer.data.index.moved_keys import drop_replaced_entries, rename_entries
+from sdxl_trainer.data.index.moved_keys import rename_entries
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
@@ -60,7 +60,7 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     if folder is None:
         return
     damaged: list[str] = []
-    result = verify_entries(folder, drop_replaced_entries(read_latest(folder, damaged)))
+    result = verify_entries(folder, read_latest(folder, damaged))
     other_faults = [f"{place}: damaged line of the manifest" for place in damaged]
     states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
     other_faults += [reason for reason in states if reason is not None]

@@ -11,6 +11,7 @@ from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_t
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
+from sdxl_trainer.data.index.moved_keys import drop_replaced_entries
 from sdxl_trainer.launch.activity import ACTIVITY
 
 CHUNK = 64  # items per task; for single items the scheduling would cost more than the check
@@ -35,9 +36,11 @@ class VerifyResult:
 def verify_entries(folder: Path, entries: Mapping[str, ManifestEntry], num_threads: int | None = None) -> VerifyResult:
     """Compare each item's bytes with the manifest and check that they parse to finite values of the right shape.
 
+    Left out are npz files that a later line, under another key of the same image, has replaced.
+
     Hashing and reading release the interpreter's lock, so threads use all cores.
     """
-    listed = sorted(entries.values(), key=lambda entry: (entry.file, entry.offset or 0))
+    listed = sorted(drop_replaced_entries(entries).values(), key=lambda entry: (entry.file, entry.offset or 0))
     chunks = [listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK)]
     bad: dict[str, str] = {}
     bad_text: dict[str, str] = {}

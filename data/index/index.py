@@ -187,6 +187,7 @@ def open_record_index(
     sources = [changing for file in files for changing in list_changing_files(file)] or sidecars
     counts = [str(len(source.files)) for source in local]
     words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
+    words += [f"{masks=}"] if masks else []  # a folder of masks changes the keys of images that share a stem
     words += ["kohya_folders"] if kohya_folders else []
     path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
     index = _open_existing(path)

@@ -17,7 +17,7 @@ from sdxl_trainer.data.images.bucket import split_key
 
 
 class Place(NamedTuple):
-    """What stays the same when the key of an image changes."""
+    """The traits that stay when the key of an image changes."""
 
     prefix: str  # of the resolution
     stem: str  # the last part of the key
@@ -78,7 +78,9 @@ def drop_replaced_entries(entries: Mapping[str, ManifestEntry]) -> dict[str, Man
     """
     newest = _choose_newest(entries, frozenset())
     kept = {entry.key for entry in newest.values()}
-    return {key: entry for key, entry in entries.items() if key in kept or entry.offset is not None}
+    return {
+        key: entry for key, entry in entries.items() if key in kept or entry.offset is not None or not entry.source_path
+    }
 
 
 def _get_place(key: str, path: str) -> Place:
@@ -97,6 +99,6 @@ def _choose_newest(entries: Mapping[str, ManifestEntry], own: frozenset[str]) ->
     newest: dict[Place, ManifestEntry] = {}
     for key, entry in entries.items():
         place = _get_place(key, entry.source_path)
-        if key not in own and (place not in newest or entry.listed_ns > newest[place].listed_ns):
+        if place.path and key not in own and (place not in newest or entry.listed_ns > newest[place].listed_ns):
             newest[place] = entry
     return newest

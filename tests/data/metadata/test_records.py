@@ -227,7 +227,7 @@ def test_images_that_only_their_suffix_tells_apart_are_listed(tmp_path):
     with pytest.raises(ValueError, match="^1 image with the file stem of another image") as caught:
         open_record_index(tmp_path / "cache", [], [tmp_path / "a", tmp_path / "b"])
     assert f"({tmp_path / 'a/x.jpg'} and {tmp_path / 'a/x.png'})" in str(caught.value)
-    with pytest.raises(ValueError, match="1 image with the file stem"):  # an image of two roots
+    with pytest.raises(ValueError, match="2 images with the file stem"):  # of two roots
         open_record_index(tmp_path / "cache", [], [tmp_path / "b", tmp_path / "b"])
     assert list((tmp_path / "cache" / "index").iterdir()) == []
 

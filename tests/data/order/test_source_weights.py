@@ -63,6 +63,7 @@ def test_a_record_belongs_to_the_source_in_which_it_first_appears(folder: Path) 
 def test_kohyas_folders_give_repeats(tmp_path: Path) -> None:
     """The nearest folder counts, up to the entry itself; regularisation images are left to their own setting."""
     for name in ("10_dog/a", "10_dog/3_in/b", "0_off/c", "plain/d", "4_root/e", "7_reg/r"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_latents(
             tmp_path / f"{name}.npz",
             LatentSample(latents=np.zeros((4, 8, 8), np.float32), original_size=(64, 64), crop_ltrb=(0, 0, 64, 64)),
