@@ -14,6 +14,7 @@ from loguru import logger
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.problems import describe_seconds, format_rate
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.manifest import ManifestEntry
@@ -55,7 +56,8 @@ class _Bars:
         for rank, progress in enumerate(ranks):
             if rank not in self._tasks:
                 self._tasks[rank] = self._bars.add_task("", total=progress.total, rank=rank, numbers="")
-            self._bars.update(self._tasks[rank], completed=progress.done, numbers=describe_progress(progress))
+            numbers = translate(describe_progress(progress))
+            self._bars.update(self._tasks[rank], completed=progress.done, numbers=numbers)
 
     def __rich__(self) -> RenderableType:
         return self._bars.get_renderable()

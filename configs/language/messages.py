@@ -34,11 +34,11 @@ LABEL_KEYWORDS = frozenset(["component", "title"])
 COUNT_CALL = "format_count"
 PLACEHOLDER = re.compile(r"\{\w*(?::[^{}]*)?\}|\{\{.*\}\}")  # of a literal that `format` or loguru fills in
 # Texts that are put together at run time from names in the code: states of the cache's images, phases of a step,
-# activities and learning rates on the console.
+# activities, learning rates and speeds on the console.
 COMPOSED = (
     *(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")),
     *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
-    *("peak", "GPU peak", "host peak"),
+    *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
 )
 # Messages of the system and of argparse that are parts of messages here.
 FOREIGN = (
