@@ -205,6 +205,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
         lambda folder: [f"model.path={write_fake(folder / 'tiny.safetensors', fake_tensors(TINY_CONFIGS))}"],
         ("SDXL's networks in other sizes", "unet: ", "set model.config"),
     ),
+    "the folder of a model file": (
+        lambda folder: [f"model.path={write_file(folder, 'checkpoints/sdxl.safetensors', '').parent}"],
+        ("checkpoints", "not an SDXL model in diffusers layout", "give the file itself", "sdxl.safetensors"),
+    ),
     "pickled weights in a folder": (give_bin_weights, ("no safetensors weights in unet/", ".safetensors")),
     "a VAE as one file": (
         lambda folder: [f"model.vae={write_file(folder, 'vae.safetensors', '')}"],
@@ -215,6 +219,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     # the data
     "no data": (give_words("data.image_dirs=[]"), ("data", "neither metadata nor", "data.image_dirs")),
     "a folder that is not there": (give_words("data.image_dirs=/no/images"), ("/no/images", "not a folder", "check")),
+    "a folder as metadata": (
+        lambda folder: ["data.image_dirs=[]", f"data.metadata={folder}"],
+        ("data.metadata.0", "is a folder", "data.image_dirs"),
+    ),
+    "metadata as a folder": (
+        lambda folder: [f"data.image_dirs={write_file(folder, 'meta.json', '{}')}"],
+        ("data.image_dirs.0", "meta.json", "is a file", "data.metadata"),
+    ),
     "an empty folder": (
         lambda folder: [f"data.image_dirs={write_file(folder, 'e/x.pdf', '').parent}"],
         ("data.image_dirs", "holds no images", "file types"),

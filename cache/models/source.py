@@ -73,7 +73,9 @@ def _check_path(config: ModelConfig) -> Iterator[Problem]:
         rule = f"does not exist; it is not looked up on the hub, because the folder {path.parts[0]} exists here"
         yield Problem("model.path", config.path, rule, "check the path")
     elif problems := _find_path_problems(config.path):
-        yield Problem("model.path", config.path or None, join_reasons(problems, MAX_REASONS), PATH_CURE)
+        files = sorted(path.glob("*.safetensors")) if config.path and path.is_dir() else []
+        cure = f"give the file itself, such as {files[0]}" if files else PATH_CURE
+        yield Problem("model.path", config.path or None, join_reasons(problems, MAX_REASONS), cure)
 
 
 def _check_vae(vae: str) -> Iterator[Problem]:

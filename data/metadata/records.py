@@ -66,13 +66,22 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
             yield Problem(f"data.metadata.{number}", pattern, str(error), cure_store)
             continue
-        if missing and missing[0].name == str(pattern):
+        if Path(str(pattern)).is_dir():
+            rule, cure = "is a folder, not a metadata file", "name folders of images in data.image_dirs"
+            yield Problem(f"data.metadata.{number}", pattern, rule, cure)
+        elif missing and missing[0].name == str(pattern):
             yield Problem(f"data.metadata.{number}", pattern, missing[0].reason, cure)
         elif missing:
             rule = f"names {format_count(len(missing), 'missing file')}, the first is {missing[0].name}"
             yield Problem(f"data.metadata.{number}", pattern, rule, cure)
     for number, path in enumerate(image_dirs):
-        if not path.is_dir():
+        if path.is_file():
+            rule, cure = (
+                "is a file, not a folder",
+                "name metadata files in data.metadata, and here the folder of images",
+            )
+            yield Problem(f"data.image_dirs.{number}", path, rule, cure)
+        elif not path.is_dir():
             yield Problem(f"data.image_dirs.{number}", path, "is not a folder", path_cure)
 
 

@@ -151,7 +151,7 @@ def load_prompts(
     try:
         validate_scheduler(config.scheduler, objective)
     except ValueError as error:
-        problems.append(Problem("sample.scheduler", config.scheduler, str(error), "see docs/CONFIG.md"))
+        problems.append(Problem("sample.scheduler", config.scheduler, str(error), "set another one"))
     for key, location, content in entries:
         try:
             given = parse_object(content) if isinstance(content, dict) else parse_line(content)
