@@ -78,7 +78,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
         if path.is_file():
             rule, cure = (
                 "is a file, not a folder",
-                "name metadata files in data.metadata, and here the folder of images",
+                "name metadata files in data.metadata, and folders of images here",
             )
             yield Problem(f"data.image_dirs.{number}", path, rule, cure)
         elif not path.is_dir():
