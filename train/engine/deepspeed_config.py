@@ -103,7 +103,8 @@ def can_compute_fp16() -> bool:
     """Return whether DeepSpeed computes in fp16 on this machine."""
     from deepspeed.accelerator import get_accelerator
 
-    return bool(get_accelerator().is_fp16_supported())
+    accelerator = get_accelerator()
+    return accelerator is not None and bool(accelerator.is_fp16_supported())
 
 
 def resolve_zero_stage(config: Config, world_size: int) -> tuple[Config, str]:
