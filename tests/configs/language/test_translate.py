@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.catalogue import Entry, format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.messages import extract_from_source
 from sdxl_trainer.configs.language.translate import choose_language, translate
@@ -165,6 +166,23 @@ for overrides in (["log.language=en"], []):
     english = "1 problem in the settings:\n  - train.max_stepz = 3\n      is not a known key\n      cure: did you mean "
     assert done.stdout.startswith(f"{english}train.max_steps?\n0\n配置中有 1 个问题：\n"), done.stdout
     assert done.stdout.endswith("解决办法：是否应为 train.max_steps？\n1\n"), done.stdout
+
+
+def test_help_and_usage_in_chinese(capsys: pytest.CaptureFixture) -> None:
+    choose_language("zh")
+    try:
+        parser = TranslatedParser(prog="main.py")
+        parser.add_argument("--cfg", required=True, help="check everything up to the first step, then stop")
+        parser.add_argument("words", nargs="*")
+        with pytest.raises(SystemExit):
+            parser.parse_intermixed_args([])
+        shown = parser.format_help()
+    finally:
+        choose_language("en")
+    assert (
+        "用法：main.py [-h] --cfg CFG [words ...]\nmain.py: 错误: 缺少以下必需的参数：--cfg" in capsys.readouterr().err
+    )
+    assert shown.startswith("用法：main.py") and "选项:" in shown and "检查第一步之前的一切" in shown
 
 
 def test_the_error_itself_stays_english() -> None:
