@@ -40,8 +40,23 @@ COMPOSED = (
     *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
     *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
 )
-# Messages of the system and of argparse that are parts of messages here.
+# Messages of YAML, argparse and the system that are parts of messages here.
 FOREIGN = (
+    'in "{file}", line {line}, column {column}',
+    "while scanning for the next token",
+    "while scanning a simple key",
+    "while scanning a double-quoted scalar",
+    "while scanning a quoted scalar",
+    "while parsing a block mapping",
+    "while parsing a flow mapping",
+    "while parsing a flow sequence",
+    "found character {character} that cannot start any token",
+    "found unknown escape character {character}",
+    "found unexpected end of stream",
+    "could not find expected ':'",
+    "mapping values are not allowed here",
+    "expected <block end>, but found {token}",
+    "expected {expected}, but got {token}",
     "{one} or {other}",
     "the following arguments are required: {names}",
     "unrecognized arguments: {words}",
