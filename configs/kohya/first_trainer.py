@@ -92,14 +92,17 @@ def convert_sources(value: Any, given: Given) -> dict[str, Any]:
         UnsupportedError: the sources are converted, but not exactly.
     """
     items = [item if isinstance(item, dict) else {"name_or_path": item} for item in _as_items(value)]
-    paths = [str(item.get("name_or_path", "")) for item in items]
-    files = [_add_table(path, item) for path, item in zip(paths, items, strict=True) if _is_metadata(path)]
+    named = [item for item in items if item.get("name_or_path")]
+    paths = [str(item["name_or_path"]) for item in named]
+    files = [_add_table(path, item) for path, item in zip(paths, named, strict=True) if _is_metadata(path)]
     settings = {
         "data.metadata": list(reversed(files)),
         "data.image_dirs": [path for path in paths if not _is_metadata(path)],
     }
     settings = {key: value for key, value in settings.items() if value}
     reasons = []
+    if len(named) < len(items):
+        reasons.append("a source without name_or_path is not imported")
     if len(files) > 1:
         reasons.append("the order of metadata is reversed: the first source counts there, the last one here")
     if len(settings) > 1:

@@ -221,6 +221,16 @@ def test_images_that_share_a_stem_are_told_apart_by_their_folders(tmp_path):
         open_record_index(tmp_path / "cache", [], [tmp_path / "set"], masks=str(tmp_path / "masks"))
 
 
+def test_paths_in_metadata_may_be_relative_to_an_image_folder(tmp_path):
+    for name in ("10_dog/1.png", "5_cat/1.png"):
+        write(tmp_path / "set" / name, "")
+    metadata = tmp_path / "lists" / "metadata.json"
+    write(metadata, {"dog": {"image_path": "10_dog/1.png", "tags": "a"}, "cat": {"image_path": "5_cat/1.png"}})
+    index = open_record_index(tmp_path / "cache", [str(metadata)], [tmp_path / "lists", tmp_path / "set"])
+    wanted = [str(tmp_path / "set" / name) for name in ("10_dog/1.png", "5_cat/1.png")]
+    assert index.table.column("image_path").to_pylist() == wanted
+
+
 def test_images_that_only_their_suffix_tells_apart_are_listed(tmp_path):
     for name in ("a/x.png", "a/x.jpg", "b/x.png", "b/y.png"):
         write(tmp_path / name, "")
