@@ -302,6 +302,6 @@ class ImageFinder:
         return found
 
     def _list_folders(self, base_folder: str, is_key: bool) -> list[str]:
-        """List the folders to search: the metadata's and the working directory, before or for a key after image_dirs."""
+        """List the folders to search: for a key the image folders first, for a path the metadata's folder first."""
         names = [*self._image_dirs, base_folder, ""] if is_key else [base_folder, "", *self._image_dirs]
         return list(dict.fromkeys(os.path.abspath(name) + "/" for name in names))
