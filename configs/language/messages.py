@@ -39,6 +39,7 @@ COMPOSED = (
     *(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")),
     *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
     *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
+    " (host {host}, process {process}, started {started})",
 )
 # Messages of YAML, argparse and the system that are parts of messages here.
 FOREIGN = (

@@ -10,6 +10,7 @@ from sdxl_trainer.configs.language.templates import WORD, Template, parse_templa
 # Chinese.
 SEPARATORS = (("; ", "；"), (": ", "："), (", ", "，"))
 SINGLE = re.compile(r"(?=\S*\w)\S{1,200}|[\d.,]+ (?:[kMGT]i?B|px|s)")  # a name or a number, with its unit
+PLAIN = re.compile(r"[a-z]+")  # a word of any sentence
 
 
 class Translator:
@@ -56,10 +57,12 @@ class Translator:
     def _fill(self, template: Template, values: Sequence[str]) -> str | None:
         """Return the translation of a template; None if the values show that another message was meant."""
         translated = [self.translate(value) if " " in value else value for value in values]
-        if template.is_weak and not all(
-            SINGLE.fullmatch(value) or value != shown for value, shown in zip(values, translated, strict=True)
-        ):
-            return None
+        if template.is_weak:
+            has_digit = any(character.isdigit() for value in values for character in value)
+            pairs = zip(values, translated, strict=True)
+            raw = [value for value, shown in pairs if value == shown]
+            if not all(SINGLE.fullmatch(value) and (has_digit or not PLAIN.fullmatch(value)) for value in raw):
+                return None
         return template.fill(translated)
 
     def _translate_parts(self, text: str) -> str:
@@ -78,7 +81,9 @@ class Translator:
                 between = replacement if whole else separator
                 rest = (end or between + part for end, part in zip(ends[1:], translated[1:], strict=True))
                 return translated[0] + "".join(rest)
-        return text
+        path, _, rest = text.partition(" ")
+        matched = self._match(rest) if "/" in path else None  # a file, and what is wrong with it
+        return f"{path} {matched}" if matched else text
 
     def _translate_line(self, line: str) -> str:
         content = line.strip()

@@ -42,7 +42,7 @@ def translator() -> Translator:
         ("no images in /data/a b", "/data/a b 中没有图片"),
         ("1 image", "1 张图片"),
         ("12,000 images", "12,000 张图片"),
-        ("7 of 1,000 images are bad, first x of y.png", "1,000 张图片中有 7 张损坏，第一张是 y.png 的 x"),
+        ("7 of 1,000 images are bad, first x of y.png", "1,000 张图片中有 7 张损坏，第一张是 x of y.png"),
         ("skipped: 3 images", "已跳过：3 张图片"),  # a message in a field
         ("skipped: is damaged; run bash launch/cache.sh", "已跳过：已损坏；运行 bash launch/cache.sh"),
         ("/data/x.npz: is damaged", "/data/x.npz: 已损坏"),  # put together at run time
@@ -60,6 +60,8 @@ def translator() -> Translator:
         ("many images", "many images"),
         (", images", ", images"),
         ("a name, of 400", "a name, of 400"),
+        ("none of them", "none of them"),
+        ("/data/x.npz is damaged", "/data/x.npz 已损坏"),
         ("", ""),
     ],
 )
