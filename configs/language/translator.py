@@ -58,9 +58,8 @@ class Translator:
         """Return the translation of a template; None if the values show that another message was meant."""
         translated = [self.translate(value) if " " in value else value for value in values]
         if template.is_weak:
-            has_digit = any(character.isdigit() for value in values for character in value)
-            pairs = zip(values, translated, strict=True)
-            raw = [value for value, shown in pairs if value == shown]
+            raw = [value for value, shown in zip(values, translated, strict=True) if value == shown]
+            has_digit = any(character.isdigit() for value in raw for character in value)
             if not all(SINGLE.fullmatch(value) and (has_digit or not PLAIN.fullmatch(value)) for value in raw):
                 return None
         return template.fill(translated)

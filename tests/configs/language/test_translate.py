@@ -61,6 +61,7 @@ def translator() -> Translator:
         (", images", ", images"),
         ("a name, of 400", "a name, of 400"),
         ("none of them", "none of them"),
+        ("many of 3 images", "many of 3 images"),
         ("/data/x.npz is damaged", "/data/x.npz 已损坏"),
         ("", ""),
     ],
