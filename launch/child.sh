@@ -18,13 +18,30 @@ fail() {  # reason in English and in Chinese
     exit 2
 }
 
+answer_first() {  # program, example, its arguments: help and mistakes are answered without ranks and their libraries
+    local program="$1" example="$2" script; script="launch/$(basename "$0")"; shift 2
+    if [ "$#" = 0 ]; then
+        say "$(basename "$0") needs to know what to work on:" "$(basename "$0") 需要知道处理什么：" >&2
+        say "  bash $script $example" >&2
+        say "All options: bash $script --help; all settings: docs/CONFIG.md" "全部选项：bash $script --help；全部设置：docs/CONFIG.md" >&2
+        exit 2
+    fi
+    local word has_settings=""
+    for word in "$@"; do
+        case "$word" in
+            -h|--help) exec python "$program" "$@" ;;
+            --cfg|--cfg=*) has_settings=1 ;;
+        esac
+    done
+    case "$has_settings$example" in --cfg*) exec python "$program" "$@" ;; esac  # prints what is missing
+}
+
 run_child() {  # command and its arguments
     command -v "$1" >/dev/null || fail \
         "$1 is not installed here: activate the environment, or run bash launch/quickstart.sh" \
         "这里没有安装 $1：请激活环境，或运行 bash launch/quickstart.sh"
     SDXL_TRAINER_STATUS_FILE="$(mktemp)"
     export SDXL_TRAINER_STATUS_FILE
-    echo "+ $*" >&2
     # In the background, because bash does not forward signals to a foreground child.
     python -m sdxl_trainer.launch.launcher "$@" &
     local child=$! status=0 signal=0

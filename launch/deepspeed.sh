@@ -21,6 +21,10 @@ else
     where+=(--num_gpus="${NPROC:-$(choose_num_ranks)}")
 fi
 read -ra more <<< "${LAUNCHER_ARGS:-}"
-program=("$ROOT/train/main.py" "$@")
-if [ "${PROGRAM:-train}" = doctor ]; then program=(--module sdxl_trainer.launch.probe --report); fi
+if [ "${PROGRAM:-train}" = doctor ]; then
+    program=(--module sdxl_trainer.launch.probe --report)
+else
+    program=("$ROOT/train/main.py" "$@")
+    answer_first "$ROOT/train/main.py" "--cfg configs/tiny.yaml" "$@"
+fi
 run_child deepspeed "${where[@]}" ${more[@]+"${more[@]}"} "${program[@]}"

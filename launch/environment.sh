@@ -3,6 +3,30 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/language.sh"
 
+install() {  # pip's arguments
+    python -m pip install --progress-bar off "$@" 2>&1 | tee -a "$VIRTUAL_ENV/.sdxl-trainer-installed.log" | show_progress
+}
+
+show_progress() {  # prints the larger downloads and the steps of pip's output, with the time since the script's start
+    local line name packages
+    while IFS= read -r line; do
+        case "$line" in
+            *Downloading*" MB)"|*Downloading*" GB)")
+                name="${line#*Downloading }"
+                show_step "downloading ${name##*/}" "正在下载 ${name##*/}" ;;
+            "Installing collected packages:"*)
+                packages="${line//[^,]/}"
+                show_step "installing $((${#packages} + 1)) packages" "正在安装 $((${#packages} + 1)) 个软件包" ;;
+            ERROR*|*"error:"*) echo "$line" >&2 ;;
+        esac
+    done
+}
+
+show_step() {  # text in English and in Chinese
+    printf '  %d:%02d  ' $((SECONDS / 60)) $((SECONDS % 60))
+    say "$@"
+}
+
 prepare_environment() {  # $1: extras of the package, such as [test]
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { say "Python 3.10 or newer is needed" "需要 Python 3.10 或更高版本" >&2; return 1; }
@@ -12,7 +36,9 @@ prepare_environment() {  # $1: extras of the package, such as [test]
     local stamp="$VIRTUAL_ENV/.sdxl-trainer-installed"
     local wanted; wanted="$PWD $1 $(cat setup.py pyproject.toml constraints.txt | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then return 0; fi
-    say "installing into $VIRTUAL_ENV (once; a few minutes)" "正在安装到 $VIRTUAL_ENV（仅一次；需要几分钟）"
+    say "installing into $VIRTUAL_ENV (once; 2 to 10 minutes; pip's output is in $stamp.log)" \
+        "正在安装到 $VIRTUAL_ENV（仅一次；2 至 10 分钟；pip 的输出在 $stamp.log）"
+    : > "$stamp.log"
     local pins; pins="$(mktemp)"
     if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         cp constraints.txt "$pins"
@@ -23,9 +49,9 @@ prepare_environment() {  # $1: extras of the package, such as [test]
         sed -i '/^torch==/d' "$pins"  # keep the machine's own torch
     else
         # First and alone, so that a machine without GPU gets the CPU build where the index offers one.
-        python -m pip install --quiet "$(grep '^torch==' constraints.txt)"
+        install "$(grep '^torch==' constraints.txt)" || return 1
     fi
-    python -m pip install --quiet --constraint "$pins" --editable ".$1"
+    install --constraint "$pins" --editable ".$1" || return 1
     rm -f "$pins"
     echo "$wanted" > "$stamp"
 }

@@ -1,4 +1,7 @@
-"""Run a launcher for the launch scripts: `python -m sdxl_trainer.launch.launcher torchrun ...`.
+"""Run a launcher for the launch scripts: `python -m sdxl_trainer.launch.launcher torchrun ... PROGRAM --cfg x.yaml`.
+
+The settings are checked first: the launcher and the libraries of a rank take seconds to load, and a mistake in a
+setting needs neither. The program checks them again, together with the data and the model.
 
 When a rank fails, it has already printed the reason. torchrun would add a traceback and a page about exit statuses,
 which bury that reason. This module prints one line instead, which names the rank that ended first. Any other launcher
@@ -9,12 +12,49 @@ import logging
 import os
 import signal
 import sys
+from itertools import pairwise
+
+from loguru import logger
 
 from sdxl_trainer.configs.language.translate import translate
+from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.paths import parse_path
+from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.launch.launcher_watch import stop_with_launcher
+from sdxl_trainer.launch.status import STATUS_DONE, STATUS_WRONG_INPUT, record_status
 
 # Scripts start launchers in the background, and bash makes such children ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def print_setting_problems(words: list[str]) -> int:
+    """Print the problems of the settings that a program's words name, if they name any.
+
+    Returns:
+        the exit status: 2 if there are problems, otherwise 0.
+    """
+    file = find_settings(words)
+    if file is None:
+        return STATUS_DONE
+    logger.remove()  # the program logs which names have changed
+    try:
+        _, problems = load_config(parse_path(file), [word for word in words if "=" in word and word[0] != "-"])
+    except UserInputError as error:
+        problems = error.problems
+    if not problems:
+        return STATUS_DONE
+    sys.stderr.write(f"\n{UserInputError(problems).format()}\n\n")
+    return STATUS_WRONG_INPUT
+
+
+def find_settings(words: list[str]) -> str | None:
+    """Return the file that follows `--cfg`, or None."""
+    for word, following in pairwise([*words, ""]):
+        if word == "--cfg":
+            return following
+        if word.startswith("--cfg="):
+            return word.partition("=")[2]
+    return None
 
 
 def run_torchrun() -> int:
@@ -52,16 +92,25 @@ def quiet_torchrun() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-if __name__ == "__main__":
-    launcher, *arguments = sys.argv[1:]
-    # Ctrl-C then reaches the script alone, which forwards it once; a launcher that also got it from the terminal would
-    # end its ranks by a second signal.
-    os.setpgid(0, 0)
+def main(launcher: str, arguments: list[str]) -> int:
+    """Check the settings, run the launcher, and return its exit status, or 2 for wrong settings."""
+    program = next((place for place, word in enumerate(arguments) if word.endswith(".py")), len(arguments))
+    if print_setting_problems(arguments[program + 1 :]) != STATUS_DONE:
+        return record_status(STATUS_WRONG_INPUT)
+    sys.stderr.write(f"+ {launcher} {' '.join(arguments)}\n")
+    sys.stderr.flush()
     if launcher != "torchrun":
         os.execvp(launcher, [launcher, *arguments])
     sys.argv = [launcher, *arguments]
     stop_with_launcher()
+    return run_torchrun()
+
+
+if __name__ == "__main__":
+    # Ctrl-C then reaches the script alone, which forwards it once; a launcher that also got it from the terminal would
+    # end its ranks by a second signal.
+    os.setpgid(0, 0)
     try:
-        sys.exit(run_torchrun())
+        sys.exit(main(sys.argv[1], sys.argv[2:]))
     except KeyboardInterrupt:  # before torchrun handles signals
         sys.exit(128 + signal.SIGINT)

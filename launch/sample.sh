@@ -3,4 +3,5 @@
 # NPROC sets the number of ranks that share the prompts (default: one per GPU, or 1 without GPUs).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh"
+answer_first "$ROOT/train/sample_main.py" "--model PATH --prompts FILE --out DIR" "$@"
 run_ranks "$ROOT/train/sample_main.py" "$@"

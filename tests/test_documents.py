@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from programs import ROOT
+from requirements import build_requirements
 
 from sdxl_trainer.configs.kohya import document as document_kohya
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
@@ -24,6 +25,11 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
 MODULE = re.compile(r"python -m sdxl_trainer\.(\w+(?:\.\w+)+)")
 SCRIPT = re.compile(r"\b(?:bash|sbatch|python)(?: --\S+)* ((?:launch|tests|train|benchmarks)/[\w/]+\.\w+)")
+
+
+def test_requirements_are_those_of_pyproject() -> None:
+    content = (ROOT / "requirements.txt").read_text()
+    assert content == build_requirements(), "python tests/requirements.py > requirements.txt"
 
 
 def test_the_page_of_kohyas_options_is_current() -> None:

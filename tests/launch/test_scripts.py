@@ -63,6 +63,51 @@ def test_a_script_passes_its_words_and_returns_the_status_of_its_program(
     assert ("srun option --cpus-per-task=2" in output) == (script == "slurm.sbatch")
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "status", "text"),
+    [
+        ("cache.sh", (), 2, "  bash launch/cache.sh --cfg configs/tiny.yaml\n"),
+        ("train.sh", (), 2, "  bash launch/train.sh --cfg configs/tiny.yaml\n"),
+        ("deepspeed.sh", (), 2, "  bash launch/deepspeed.sh --cfg configs/tiny.yaml\n"),
+        ("preview.sh", (), 2, "  bash launch/preview.sh --cfg configs/tiny.yaml\n"),
+        ("sample.sh", (), 2, "  bash launch/sample.sh --model PATH --prompts FILE --out DIR\n"),
+        ("train.sh", ("--cfg", "configs/tiny.yaml", "--help"), 0, "--dry-run"),
+        ("train.sh", ("configs/tiny.yaml",), 2, "required: --cfg"),
+        ("train.sh", ("--cfg", "configs/tiny.yaml", "train.max_stepz=4"), 2, "did you mean train.max_steps?"),
+        ("cache.sh", ("--cfg=configs/tiny.yaml", "train.max_stepz=4"), 2, "did you mean train.max_steps?"),
+        ("deepspeed.sh", ("train.max_stepz=4", "--cfg", "configs/tiny.yaml"), 2, "did you mean train.max_steps?"),
+    ],
+)
+def test_help_and_mistakes_are_answered_without_a_launcher(
+    script: str, words: tuple[str, ...], status: int, text: str
+) -> None:
+    command = ["bash", f"launch/{script}", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == status and text in output, output
+    assert "+ torchrun" not in output and "+ deepspeed" not in output
+    if not words:
+        assert len(output.splitlines()) == 3
+
+
+def test_an_installation_shows_its_progress() -> None:
+    """Lines as pip 24 prints them."""
+    lines = """Collecting torch==2.13.0
+  Downloading https://example.org/cpu/torch-2.13.0%2Bcpu-cp311-linux_x86_64.whl (191.4 MB)
+  Downloading networkx-3.6-py3-none-any.whl.metadata (6.8 kB)
+Installing collected packages: mpmath, typing-extensions, torch
+Successfully installed mpmath-1.3.0 torch-2.13.0 typing-extensions-4.16.0
+ERROR: No matching distribution found for torchh
+"""
+    command = "set -euo pipefail; source launch/environment.sh; show_progress"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, input=lines, capture_output=True, text=True, env={**os.environ, "LANG": "C"}
+    )
+    steps = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()]
+    assert steps == ["downloading torch-2.13.0%2Bcpu-cp311-linux_x86_64.whl (191.4 MB)", "installing 3 packages"]
+    assert done.stderr == "ERROR: No matching distribution found for torchh\n"
+
+
 @pytest.mark.parametrize("script", ["doctor.sh", "deepspeed.sh"])
 def test_the_doctor_measures_communication_through_the_launcher_of_several_nodes(script: str) -> None:
     # One node that numbers itself by a rendezvous, as each of several would.
