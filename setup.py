@@ -39,4 +39,6 @@ setup(
         "sdxl_trainer.train.report": ["*.html"],
         "sdxl_trainer.train.watch": ["page/*"],
     },
+    # They install into a checkout and test it.
+    exclude_package_data={"sdxl_trainer.launch": ["quickstart.sh", "environment.sh", "test.sh"]},
 )

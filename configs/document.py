@@ -4,7 +4,6 @@ python -m sdxl_trainer.configs.document > docs/CONFIG.md
 python -m sdxl_trainer.configs.document --language zh > docs/zh/CONFIG.md
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.translate import CATALOGUES, load_translator
 from sdxl_trainer.configs.load import iterate_sections
 from sdxl_trainer.configs.renames import RENAMED
@@ -135,8 +135,12 @@ def _format_type(annotation: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the page in the language of the command line. Returns 0."""
-    parser = argparse.ArgumentParser(description="Print the page of all settings.")
-    parser.add_argument("--language", choices=("en", *CATALOGUES), default="en")
+    parser = TranslatedParser(
+        prog="python -m sdxl_trainer.configs.document",
+        description="Print the page of all settings: type, default, meaning.",
+        examples=["%(prog)s", "%(prog)s --language zh"],
+    )
+    parser.add_argument("--language", choices=("en", *CATALOGUES), default="en", help="of the page (default: en)")
     sys.stdout.write(build_page(parser.parse_args(arguments).language))
     return 0
 

@@ -1,7 +1,4 @@
-"""Convert settings of kohya's scripts, or of the first sdxl-trainer, to YAML.
-
-python -m sdxl_trainer.configs.import_config train.toml dataset.toml --out my.yaml
-"""
+"""Convert settings of other trainers: `python -m sdxl_trainer.configs.import_config train.toml --out my.yaml`."""
 
 import argparse
 import shlex
@@ -67,7 +64,13 @@ def _shorten(value: Any, limit: int = 60) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Import files and return the exit status (0 done, 2 wrong input)."""
-    parser = TranslatedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = TranslatedParser(
+        prog="python -m sdxl_trainer.configs.import_config",
+        description="Convert settings of kohya's scripts, kohya_ss or the first sdxl-trainer to YAML for this trainer. "
+        "It names each option that has no counterpart here, and why.",
+        examples=["%(prog)s train.toml dataset.toml --out my.yaml", "%(prog)s train.sh --out my.yaml"],
+        epilog="Every option and the setting for it: docs/FROM_KOHYA.md.",
+    )
     files_help = (
         "TOML file, script with the command line, JSON file of kohya_ss, or Python file of the first sdxl-trainer; "
         "later files override"

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,8 @@ from sdxl_trainer.launch.status import (
 # A launcher kills all ranks when the first one ends, so the others give rank 0 this long to print the reason.
 RANK_ZERO_SECONDS = 10
 TRACKER_FILTER = "ignore:resource_tracker"
+OVERRIDES_HELP = "settings that override the file's, such as optim.lr=1e-5"
+SETTINGS_HELP = "Every setting: docs/CONFIG.md, which `sdxl-trainer settings` prints."
 
 
 def require_checkout(program: str) -> None:
@@ -68,13 +70,16 @@ def announce(text: str) -> None:
         sys.stderr.flush()
 
 
-def build_parser(description: str) -> RankParser:
-    """Build the parser of the arguments that the cache job and training share."""
-    parser = RankParser(description=description)
-    parser.add_argument("--cfg", type=parse_path, required=True, help="YAML file with the settings (docs/CONFIG.md)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
+def build_parser(
+    description: str, prog: str | None = None, examples: Sequence[str] = (), can_try: bool = True
+) -> RankParser:
+    """Build the parser of the arguments that the programs share; `can_try` offers --dry-run."""
+    parser = RankParser(prog=prog, description=description, examples=examples, epilog=SETTINGS_HELP)
+    parser.add_argument("--cfg", type=parse_path, required=True, metavar="FILE", help="YAML file with your settings")
+    if can_try:
+        parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
 
 

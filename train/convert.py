@@ -7,21 +7,29 @@ from pathlib import Path
 try:
     from sdxl_trainer.configs.language.arguments import TranslatedParser
     from sdxl_trainer.configs.paths import parse_path
-    from sdxl_trainer.launch.program import require_checkout, run_program
+    from sdxl_trainer.launch.program import SETTINGS_HELP, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
-DESCRIPTION = """Convert a checkpoint, a single file or a diffusers folder into a single file or a diffusers folder.
-A pickled file (.ckpt) becomes a .safetensors file with the same tensors.
-
-python train/convert.py runs/x/checkpoints/step-00001000 model.safetensors [--dtype fp16] [model.path=…]"""
+DESCRIPTION = (
+    "Convert a model: a run, a checkpoint, a .safetensors file or a diffusers folder into one .safetensors file, as "
+    "ComfyUI and others read it, or into a diffusers folder. A pickled file (.ckpt) becomes a .safetensors file with "
+    "the same tensors."
+)
+EXAMPLES = (
+    "%(prog)s runs/my my-model.safetensors",
+    "%(prog)s runs/my/checkpoints/step-00005000 my-5000.safetensors --dtype fp16",
+    "%(prog)s old.ckpt new.safetensors",
+)
 
 
 def build_convert_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = TranslatedParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = TranslatedParser(
+        prog="python train/convert.py", description=DESCRIPTION, examples=EXAMPLES, epilog=SETTINGS_HELP
+    )
     parser.add_argument(
         "source",
         type=parse_path,

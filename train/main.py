@@ -10,13 +10,21 @@ except ImportError:
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
+DESCRIPTION = (
+    "Train SDXL on the latents that the cache job has written. The same command resumes from the newest checkpoint. "
+    "Ctrl-C saves and stops. Ranks: one per GPU, or NPROC=4."
+)
+EXAMPLES = (
+    "%(prog)s --cfg my.yaml --dry-run",
+    "%(prog)s --cfg my.yaml",
+    "%(prog)s --cfg my.yaml train.max_steps=20000",
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train, and return the exit status (0 done, 1 failed, 2 wrong input)."""
     require_checkout(__file__)
-    options = build_parser("Train SDXL on cached latents, with the settings of a YAML file.").parse_intermixed_args(
-        arguments
-    )
+    options = build_parser(DESCRIPTION, "bash launch/train.sh", EXAMPLES).parse_intermixed_args(arguments)
 
     def work() -> None:
         announce("loading PyTorch and the libraries")

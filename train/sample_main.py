@@ -6,7 +6,14 @@ from pathlib import Path
 
 try:
     from sdxl_trainer.configs.paths import parse_path
-    from sdxl_trainer.launch.program import RankParser, announce, end_program, require_checkout, run_program
+    from sdxl_trainer.launch.program import (
+        SETTINGS_HELP,
+        RankParser,
+        announce,
+        end_program,
+        require_checkout,
+        run_program,
+    )
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -15,7 +22,12 @@ except ImportError:
 
 def build_sample_parser() -> RankParser:
     """Build the parser of the command line."""
-    parser = RankParser(description="Generate the images of a prompt file, and a contact sheet of them.")
+    description = (
+        "Generate an image for each line of a prompt file, and a contact sheet of them, with a run, a checkpoint or "
+        "any SDXL model. Ranks share the prompts: one per GPU, or NPROC=4."
+    )
+    example = "%(prog)s --model runs/my --prompts prompts.txt --out drawn"
+    parser = RankParser(prog="bash launch/sample.sh", description=description, examples=[example], epilog=SETTINGS_HELP)
     parser.add_argument(
         "--model",
         type=lambda text: str(parse_path(text)),

@@ -8,7 +8,6 @@ shows the first samples of the run, decoded from their latents, cropped and flip
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 from rich.console import Console
@@ -16,8 +15,9 @@ from rich.console import Console
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, iterate_samples, write_sheet
+from sdxl_trainer.cache.preview.limits import SurveyLimits
 from sdxl_trainer.cache.preview.page import PageWriter, RecordNames
-from sdxl_trainer.cache.preview.survey import SurveyLimits, find_cut_captions, survey_records
+from sdxl_trainer.cache.preview.survey import find_cut_captions, survey_records
 from sdxl_trainer.cache.preview.tables import (
     DataTable,
     tabulate_buckets,
@@ -29,9 +29,7 @@ from sdxl_trainer.cache.preview.tables import (
     tabulate_tags,
 )
 from sdxl_trainer.configs.language.translate import translate, translate_label
-from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.configs.problems import Problem, parse_count, raise_if_any
+from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import open_checked_records
@@ -44,8 +42,6 @@ from sdxl_trainer.data.loading.loader import build_dataset, build_plan
 from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.order.source_weights import apply_data_repeats, check_weighted_samples
 from sdxl_trainer.data.text.strategy import Strategy, compute_repeats, load_strategy
-from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.launch.program import build_parser, run_program
 
 
 def show_preview(config: Config, problems: list[Problem], options: argparse.Namespace, console: Console) -> None:
@@ -151,64 +147,3 @@ def choose_samples(writer: PageWriter, dataset: LatentDataset, plan: Plan | None
     if plan is None:
         return writer.crop_examples(number)
     return list(islice(iterate_samples(dataset, plan), min(number, len(dataset.index))))
-
-
-def parse_factor(text: str) -> float:
-    """Return the positive number that an argument of the command line gives.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
-    limits = SurveyLimits()
-    parser = build_parser("Show the data as the model will see it, before or after it is cached.")
-    count = partial(parse_count, least=0)
-    parser.add_argument(
-        "--out",
-        type=parse_path,
-        help="name of the page (.html), the list of findings (.jsonl) and the contact sheet (.png); "
-        "preview in the run folder",
-    )
-    parser.add_argument(
-        "--images",
-        "--pictures",
-        dest="images",
-        type=count,
-        default=16,
-        help="samples in the contact sheet (16); 0 draws none",
-    )
-    parser.add_argument(
-        "--examine", type=count, default=limits.num_opened, metavar="N", help="images to open (2000); 0 opens all"
-    )
-    parser.add_argument(
-        "--enlarged",
-        type=parse_factor,
-        default=limits.max_enlargement,
-        metavar="TIMES",
-        help="name images that are enlarged more often than this (1.5)",
-    )
-    parser.add_argument(
-        "--cropped",
-        type=parse_factor,
-        default=100 * limits.max_cropped,
-        metavar="PERCENT",
-        help="name images that lose more than this by the crop (25)",
-    )
-    options = parser.parse_intermixed_args(arguments)
-
-    def work() -> None:
-        config, problems = load_config(options.cfg, options.overrides)
-        init_logger(0, config.log.level)
-        show_preview(config, problems, options, Console())
-
-    return run_program(work)

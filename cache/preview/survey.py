@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import track
 
+from sdxl_trainer.cache.preview.limits import SurveyLimits
 from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.problems import describe_seconds
 from sdxl_trainer.configs.schema import Config
@@ -41,19 +42,6 @@ NUM_TAGGED = 1_000_000  # records whose tags are counted
 NUM_MEASURED = 20_000  # captions whose tokens are counted
 MAX_TAG_LETTERS = 80
 MAX_LISTED = 10_000  # findings of a kind that are listed
-
-
-@dataclass(frozen=True, kw_only=True)
-class SurveyLimits:
-    """The parts of a set that are looked at, and when an image is worth a look."""
-
-    num_opened: int = 2000  # images to open; 0 opens all, and lifts the other limits on numbers
-    max_enlargement: float = 1.5  # of a side, by the resize to the bucket
-    max_cropped: float = 0.25  # share of the resized image that the bucket leaves out
-
-    def limit(self, number: int) -> int:
-        """Return a number of records or files to look at, unlimited if all images are opened."""
-        return number if self.num_opened else 2**62
 
 
 class Finding(NamedTuple):

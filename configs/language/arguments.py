@@ -3,27 +3,40 @@
 import argparse
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from sdxl_trainer.configs.language.commands import name_program
 from sdxl_trainer.configs.language.translate import translate, translate_label
 
 USAGE = "usage: "
 
 
 class TranslatedParser(argparse.ArgumentParser):
-    """An argument parser in the user's language. Its texts are given in English."""
+    """An argument parser in the user's language. Its texts are given in English.
+
+    Args:
+        prog: command that users start the program by, unless they have started it by `sdxl-trainer`.
+        description: what the program does for the user, in a few sentences.
+        examples: command lines, with `%(prog)s` for the command.
+        epilog: where to read on.
+    """
 
     def __init__(
         self,
         *args: Any,
-        description: str | None = None,
-        formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+        prog: str | None = None,
+        description: str = "",
+        examples: Sequence[str] = (),
+        epilog: str = "",
         **options: Any,
     ):
-        formatter = type("TranslatedFormatter", (_TranslatedHelp, formatter_class), {})
-        shown = translate(description.strip()) if description else None
-        super().__init__(*args, description=shown, formatter_class=formatter, **options)
+        super().__init__(*args, prog=name_program(prog), formatter_class=_TranslatedHelp, **options)
+        lines = [translate(description)]
+        if examples:
+            lines += ["", translate_label("examples:"), *(f"  {line}" for line in examples)]
+        self.description = "\n".join(lines).replace("%(prog)s", self.prog)
+        self.epilog = translate(epilog)
 
     def format_usage(self) -> str:
         """Return the usage with the English prefix, whose length argparse counts on for intermixed arguments."""
@@ -41,6 +54,13 @@ class TranslatedParser(argparse.ArgumentParser):
 
 class _TranslatedHelp(argparse.HelpFormatter):
     """Translates what argparse is about to lay out."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap each line as a paragraph of its own; commands, which are indented, stay in one line."""
+        lines = []
+        for line in text.splitlines():
+            lines.append(line if line.startswith("  ") else super()._fill_text(line, width, indent))
+        return "\n".join(lines)
 
     def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage(usage, actions, groups, translate_label(USAGE) if prefix is None else prefix)

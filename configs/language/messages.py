@@ -70,6 +70,7 @@ FOREIGN = (
     "positional arguments",
     "options",
     "usage: ",
+    "examples:",
     "error",
     "No such file or directory",
     "No space left on device",
@@ -248,7 +249,9 @@ class _Visitor(ast.NodeVisitor):
 
 def is_code(literal: str) -> bool:
     """Return whether a text is markup, a pattern or a command and not a message."""
-    return bool(re.match(r"\s*<|.*\(\?[:!<=P]|^--\w|^\\|python -[cm] |SELECT |PRAGMA |.*\{extra\[|.*\{task\.", literal))
+    other = r"\s*<|.*\(\?[:!<=P]|^--\w|^\\|python -[cm] |SELECT |PRAGMA |.*\{extra\[|.*\{task\."
+    command = r"%\(prog\)s|(bash launch|python train)/\S+( --\w+)?$|sdxl-trainer \w*$|autoload "
+    return re.match(f"{other}|{command}", literal) is not None
 
 
 def is_text(node: ast.AST) -> bool:

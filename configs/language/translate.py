@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_trainer.configs.language.commands import adapt_commands
+
 if TYPE_CHECKING:
     from sdxl_trainer.configs.language.translator import Translator
 
@@ -34,11 +36,14 @@ def get_language() -> str:
 
 
 def translate(text: str) -> str:
-    """Return a finished English text in the language of this process; unchanged if it is not in the catalogue."""
+    """Return a finished English text in the language of this process; unchanged if it is not in the catalogue.
+
+    Commands in it are named as the user starts them (commands.py).
+    """
     language = get_language()
-    if language not in CATALOGUES or len(text) > MAX_LENGTH:
-        return text
-    return load_translator(language).translate(text)
+    if language in CATALOGUES and len(text) <= MAX_LENGTH:
+        text = load_translator(language).translate(text)
+    return adapt_commands(text)
 
 
 def translate_label(text: str) -> str:

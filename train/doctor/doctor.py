@@ -5,7 +5,6 @@ latent cache is filled after the doctor has found nothing wrong. Without setting
 examined (launch/machine.py). The program is part of train/ because it runs the checks of training.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -16,16 +15,13 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import (
     FailedError,
     Problem,
     UserInputError,
     drop_consequences,
     format_count,
-    parse_count,
 )
 from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.checks.folders import check_writable
@@ -33,9 +29,7 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.launch.logger import quiet_libraries
 from sdxl_trainer.launch.machine import Finding, convert_problem, examine_disk, examine_machine
-from sdxl_trainer.launch.program import run_program
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.doctor.memory import examine_memory
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
@@ -179,26 +173,3 @@ def print_findings(findings: Iterable[Finding]) -> None:
         sys.stdout.flush()
     if wrong:
         raise FailedError(f"{wrong} of {total} examinations found a fault")
-
-
-def read_num_ranks() -> int | None:
-    """Return the number of ranks in the environment variable NPROC, or None if it has none from 1."""
-    number = os.environ.get("NPROC", "")
-    return int(number) if number.isdecimal() and int(number) else None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, print all findings, and return the exit status (0 no faults, 1 faults)."""
-    parser = TranslatedParser(description="Examine machine, settings and data before training.")
-    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; without them, only the machine")
-    parser.add_argument(
-        "--ranks",
-        type=parse_count,
-        metavar="N",
-        default=read_num_ranks(),
-        help="number of ranks that will train (default: NPROC, else one per GPU, or 1 without GPUs)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
-    options = parser.parse_intermixed_args(arguments)
-    quiet_libraries()
-    return run_program(lambda: print_findings(examine_all(options.cfg, options.overrides, options.ranks)))

@@ -198,7 +198,12 @@ def make_uri(content: bytes, kind: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of a run, finished or not, and return the exit status (0 done, 1 failed, 2 wrong input)."""
-    parser = TranslatedParser(description="Write the report of a run, finished or not, into its folder.")
+    parser = TranslatedParser(
+        prog="python -m sdxl_trainer.train.report",
+        description="Write the report of a run, finished or not: report/report.html in its folder, one page with "
+        "charts, settings and generated images. A run does so by itself while it goes on.",
+        examples=["%(prog)s runs/my"],
+    )
     parser.add_argument("folder", type=parse_path, metavar="RUN_FOLDER", help="a run's folder, such as runs/quickstart")
     parser.add_argument("--background", action="store_true", help="run at low priority")
     options = parser.parse_args(arguments)

@@ -23,9 +23,11 @@ EXTRA_CURE = "the page needs two more packages: pip install starlette uvicorn"
 def build_parser() -> TranslatedParser:
     """Build the parser of the program's arguments."""
     parser = TranslatedParser(
-        prog="watch",
+        prog="bash launch/watch.sh",
         description="Show all runs of a folder in your browser, while they go on and afterwards: progress, charts, "
-        "generated images, settings and warnings. Files are only read. See docs/WATCH.md.",
+        "generated images, settings and warnings. Files are only read.",
+        examples=["%(prog)s", "%(prog)s /data/runs --port 9000"],
+        epilog="All that the page shows, and how to reach it from another machine: docs/WATCH.md.",
     )
     parser.add_argument(
         "runs", nargs="?", type=parse_path, default=Path("runs"), help="folder of your runs, or one run (default: runs)"

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from sdxl_trainer.cache.models.source import resolve_model
-from sdxl_trainer.cache.preview import contact_sheet, preview
+from sdxl_trainer.cache.preview import contact_sheet, preview, program
 from sdxl_trainer.cache.preview.contact_sheet import CELL_PX, PreviewSample, decode_samples, draw_sheet
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
@@ -45,7 +45,7 @@ def filled(tmp_path_factory, tiny_folder) -> Path:
 def run(filled: Path, *words: str, expect: int = 0, images: int = 0) -> None:
     arguments = ["--cfg", str(filled / "settings.yaml"), "--images", str(images), *CAPTIONS, *words]
     arguments += [] if "--out" in words else ["--out", str(filled / "out" / "preview")]
-    assert preview.main(arguments) == expect
+    assert program.main(arguments) == expect
 
 
 def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from cache_samples import write_settings
 from PIL import Image
 
-from sdxl_trainer.cache.preview import preview
+from sdxl_trainer.cache.preview import program
 from sdxl_trainer.cache.preview.survey import place_images
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, draw_image
@@ -49,7 +49,7 @@ def surveyed(tmp_path_factory, tiny_folder) -> Path:
     (images / "broken.txt").write_text("a star")
     settings = write_settings(folder, tiny_folder / "model")
     out = ["--out", str(folder / "out" / "look")]
-    assert preview.main(["--cfg", str(settings), *out, "--images", "2", "data.max_tokens=75"]) == 0
+    assert program.main(["--cfg", str(settings), *out, "--images", "2", "data.max_tokens=75"]) == 0
     return folder
 
 
@@ -84,7 +84,7 @@ def test_the_page_shows_images_of_every_bucket_and_escapes_texts(surveyed):
 def test_counts_of_tags_and_what_was_looked_at_are_printed(surveyed, tiny_folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = ["--cfg", str(surveyed / "settings.yaml"), "--out", str(surveyed / "part" / "x"), "--images", "0"]
-    assert preview.main([*words, "--examine", "4", "--cropped", "80", "data.on_missing_caption=error"]) == 0
+    assert program.main([*words, "--examine", "4", "--cropped", "80", "data.on_missing_caption=error"]) == 0
     printed = capsys.readouterr().out
     assert "opening 4 of 9 images (a sample; --examine 0 opens all)" in printed
     assert "more than 80% cropped away" in printed and "4 opened images" in printed

@@ -34,9 +34,9 @@ from sdxl_trainer.train.doctor.doctor import (
     examine_settings,
     open_scratch_run,
     print_findings,
-    read_num_ranks,
 )
 from sdxl_trainer.train.doctor.memory import examine_memory
+from sdxl_trainer.train.doctor.program import read_num_ranks
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 
