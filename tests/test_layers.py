@@ -32,10 +32,18 @@ SOURCES = {
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 500, 60, 4, 8, 60
 MAX_MODULES, MAX_IMPORTS = 18, 25
 TEXT_CALLS = {"read_text": 0, "write_text": 1}  # → arguments before the encoding
+LIGHT = ("train/cli.py", *(f"{room}/program.py" for room in ("cache/preview", "train/doctor", "train/watch")))
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
 # Programs that people start by path or by `python -m`.
 PROGRAMS = (
-    *(*ENTRY_POINTS, "train/convert.py", "data/demo.py", "configs/document.py", "configs/import_config.py"),
+    *(
+        *ENTRY_POINTS,
+        "train/convert.py",
+        "train/cli.py",
+        "data/demo.py",
+        "configs/document.py",
+        "configs/import_config.py",
+    ),
     *(f"{room}/__main__.py" for room in ("cache/preview", "train/doctor", "train/report", "train/tiny", "train/watch")),
 )
 PURE = (
@@ -336,7 +344,7 @@ def test_every_program_starts(file):
     assert status == 0 and printed, printed
 
 
-@pytest.mark.parametrize("file", ENTRY_POINTS)
+@pytest.mark.parametrize("file", (*ENTRY_POINTS, *LIGHT))
 def test_entry_points_load_nothing_heavy(file):
     assert find_heavy_imports(SOURCES[file]) == []
 

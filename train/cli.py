@@ -8,10 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import NoReturn
 
 import sdxl_trainer
@@ -55,22 +54,6 @@ PROGRAMS = {
     "convert": Program("convert a run or a model file for other programs", "sdxl_trainer.train.convert"),
 }
 COMPLETION_TEXT = "print a script that completes this command line in your shell"
-SHELLS = ("bash", "zsh")
-COMPLETION = Template("""\
-_sdxl_trainer() {
-    local word="${COMP_WORDS[COMP_CWORD]}" words="$commands"
-    if [ "$COMP_CWORD" -gt 1 ]; then
-        case "${COMP_WORDS[1]}" in
-$cases
-            *) words="" ;;
-        esac
-    fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
-    if [ "${COMPREPLY[0]: -1}" = "=" ]; then compopt -o nospace 2>/dev/null; fi
-}
-complete -o default -F _sdxl_trainer sdxl-trainer
-""")
-ZSH_HEAD = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in PROGRAMS:
         start_program(name, rest)
     if name == "completion":
-        sys.stdout.write(build_completion(build_completion_parser().parse_args(rest).shell))
+        build_completion_parser().parse_args(rest)
+        sys.stdout.write(build_completion(read_helps()))
         return STATUS_DONE
     if not name.startswith("-"):
         near = suggest_name(name, [*PROGRAMS, "completion"])
@@ -120,10 +104,10 @@ def build_completion_parser() -> TranslatedParser:
     """Build the parser of the completion's arguments."""
     parser = TranslatedParser(
         prog="sdxl-trainer completion",
-        description="Print a script that completes commands, options and settings in your shell.",
-        examples=["%(prog)s bash > ~/.local/share/bash-completion/completions/sdxl-trainer"],
+        description="Print a script that completes commands, options and settings in bash and zsh. Source it in "
+        ".bashrc or .zshrc.",
+        examples=["%(prog)s > ~/.sdxl-trainer-completion; echo 'source ~/.sdxl-trainer-completion' >> ~/.bashrc"],
     )
-    parser.add_argument("shell", choices=SHELLS, help="your shell")
     return parser
 
 
@@ -161,22 +145,26 @@ def start_program(name: str, words: Sequence[str]) -> NoReturn:
         sys.exit(STATUS_WRONG_INPUT)
 
 
-def build_completion(shell: str) -> str:
-    """Return the source of the completion: commands, their options, and keys of settings for those that take them."""
-    from sdxl_trainer.configs.load import iterate_keys  # takes time that the other commands do not need
-
-    keys = [f"{key}=" for key in iterate_keys()]
-    cases = []
+def read_helps() -> dict[str, str]:
+    """Return the help of each command, by its name."""
+    helps = {}
     for name in PROGRAMS:
         command = [sys.executable, "-m", "sdxl_trainer.train.cli", name, "--help"]
-        text = subprocess.run(command, capture_output=True, encoding="utf-8").stdout
-        options = dict.fromkeys(re.findall(r"--[a-z][\w-]*", text))
-        cases.append(
-            f'            {name}) words="{" ".join([*options, *(keys if "key.sub=value" in text else [])])}" ;;'
-        )
-    cases.append(f'            completion) words="{" ".join(SHELLS)}" ;;')
-    source = COMPLETION.safe_substitute(commands=" ".join([*PROGRAMS, "completion"]), cases="\n".join(cases))
-    return f"{ZSH_HEAD if shell == 'zsh' else ''}{source}"
+        helps[name] = subprocess.run(command, capture_output=True, encoding="utf-8").stdout
+    return helps
+
+
+def build_completion(helps: Mapping[str, str]) -> str:
+    """Return the source of the completion: commands, their options, and names of settings for those that take them."""
+    from sdxl_trainer.configs.load import iterate_keys  # takes time that the other commands do not need
+
+    settings = [f"{key}=" for key in iterate_keys()]
+    words = {"commands": [*helps, "completion"]}
+    for name, text in helps.items():
+        words[name] = list(dict.fromkeys(re.findall(r"--[a-z][\w-]*", text)))
+        words[name] += settings if "key.sub=value" in text else []
+    lines = [f"SDXL_TRAINER_WORDS[{name}]='{' '.join(found)}'\n" for name, found in words.items()]
+    return (ROOT / "launch" / "completion.sh").read_text(encoding="utf-8") + "".join(lines)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from programs import ROOT
 from rank_port import find_rank_port
 
 STARTED_BY_CI = {"quickstart.sh", "test.sh"}
+STARTED_BY_SCRIPTS = {"demo.sh": "quickstart.sh"}
 STARTED_BY_OTHER_TESTS = {"watch.sh": "train/watch/test_server.py"}
 # Status of each script's program for settings that do not exist. The doctor reports them as a finding.
 STATUS_OF_WRONG_SETTINGS = {
@@ -39,8 +40,11 @@ def test_every_script_is_started_by_a_test_or_by_ci() -> None:
     sourced = "# shellcheck shell="
     files = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")]
     scripts = {file.name for file in files if not file.read_text().startswith(sourced)}
-    assert scripts == {*STATUS_OF_WRONG_SETTINGS, *STARTED_BY_CI, *STARTED_BY_OTHER_TESTS}
+    assert scripts == {*STATUS_OF_WRONG_SETTINGS, *STARTED_BY_CI, *STARTED_BY_OTHER_TESTS, *STARTED_BY_SCRIPTS}
     assert all(f"launch/{name}" in (ROOT / "tests" / file).read_text() for name, file in STARTED_BY_OTHER_TESTS.items())
+    assert all(
+        f"bash launch/{name}" in (ROOT / "launch" / file).read_text() for name, file in STARTED_BY_SCRIPTS.items()
+    )
     ci = (ROOT / ".ci/run").read_text()
     assert all(f"bash launch/{name}" in ci for name in STARTED_BY_CI)
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import ROOT
 
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.catalogue import Entry, format_catalogue, read_catalogue
+from sdxl_trainer.configs.language.commands import VARIABLE, adapt_commands
 from sdxl_trainer.configs.language.messages import extract_from_source
 from sdxl_trainer.configs.language.translate import choose_language, translate
 from sdxl_trainer.configs.language.translator import Translator
@@ -200,3 +202,16 @@ def test_the_error_itself_stays_english() -> None:
         assert translate("data.x") == "data.x"
     finally:
         choose_language("en")
+
+
+def test_commands_are_named_as_the_user_starts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "run bash launch/cache.sh, then python train/convert.py a b; bash launch/deepspeed.sh has no short name"
+    assert adapt_commands(text) == text
+    monkeypatch.setenv(VARIABLE, "sdxl-trainer train")
+    expected = "run sdxl-trainer cache, then sdxl-trainer convert a b; bash launch/deepspeed.sh has no short name"
+    assert adapt_commands(text) == translate(text) == expected
+    command = 'source launch/language.sh; say "no torchrun: run bash launch/quickstart.sh now" 甲'
+    environment = {**os.environ, "LANGUAGE": "", "LC_ALL": "C.UTF-8"}
+    said = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
+    assert said.stdout == "no torchrun: run sdxl-trainer quickstart now\n"
+    assert TranslatedParser(prog="x", examples=["%(prog)s a"]).format_help().startswith("usage: sdxl-trainer train ")
