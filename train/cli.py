@@ -158,10 +158,11 @@ def build_completion(helps: Mapping[str, str]) -> str:
     """Return the source of the completion: commands, their options, and names of settings for those that take them."""
     from sdxl_trainer.configs.load import iterate_keys  # takes time that the other commands do not need
 
-    settings = [f"{key}=" for key in iterate_keys()]
+    keys = list(iterate_keys())
+    settings = [f"{key}=" for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     words = {"commands": [*helps, "completion"]}
     for name, text in helps.items():
-        words[name] = list(dict.fromkeys(re.findall(r"--[a-z][\w-]*", text)))
+        words[name] = list(dict.fromkeys(re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)))
         words[name] += settings if "key.sub=value" in text else []
     lines = [f"SDXL_TRAINER_WORDS[{name}]='{' '.join(found)}'\n" for name, found in words.items()]
     return (ROOT / "launch" / "completion.sh").read_text(encoding="utf-8") + "".join(lines)

@@ -7,7 +7,7 @@ from functools import partial
 from sdxl_trainer.cache.preview.limits import SurveyLimits
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import parse_count
-from sdxl_trainer.launch.program import announce, build_parser, run_program
+from sdxl_trainer.launch.program import build_parser, run_program
 
 DESCRIPTION = (
     "Look at your data before you train: images without captions, broken images, duplicates, images that are enlarged "
@@ -68,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
-        announce("loading PyTorch and the libraries")
         from rich.console import Console
 
         from sdxl_trainer.cache.preview.preview import show_preview

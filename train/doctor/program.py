@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import parse_count
-from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, announce, run_program
+from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, run_program
 
 DESCRIPTION = (
     "Examine the machine, your settings and your data before you train. Each line is ok or a note, names a fault and "
@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
-        announce("loading PyTorch and the libraries")
         from sdxl_trainer.launch.logger import quiet_libraries
         from sdxl_trainer.train.doctor.doctor import examine_all, print_findings
 
