@@ -93,8 +93,8 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     if read_environment().rank != 0:
         return
     folder = get_cache_folder(config)
-    index = open_checked_index(config, problems)
     init_logger(0, config.log.level, folder / "logs", "cache")
+    index = open_checked_index(config, problems)
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config.cache, config.data, hash_weights(vae))
     rule = build_bucket_rules(config.data)[""]
