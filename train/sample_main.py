@@ -6,28 +6,23 @@ from pathlib import Path
 
 try:
     from sdxl_trainer.configs.paths import parse_path
-    from sdxl_trainer.launch.program import (
-        SETTINGS_HELP,
-        RankParser,
-        announce,
-        end_program,
-        require_checkout,
-        run_program,
-    )
+    from sdxl_trainer.launch import program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
     sys.exit(f"sdxl_trainer is not installed here; run: {cure}")
 
 
-def build_sample_parser() -> RankParser:
+def build_sample_parser() -> program.RankParser:
     """Build the parser of the command line."""
     description = (
         "Generate an image for each line of a prompt file, and a contact sheet of them, with a run, a checkpoint or "
         "any SDXL model. Ranks share the prompts: one per GPU, or NPROC=4."
     )
     example = "%(prog)s --model runs/my --prompts prompts.txt --out drawn"
-    parser = RankParser(prog="bash launch/sample.sh", description=description, examples=[example], epilog=SETTINGS_HELP)
+    parser = program.RankParser(
+        prog="bash launch/sample.sh", description=description, examples=[example], epilog=program.SETTINGS_HELP
+    )
     parser.add_argument(
         "--model",
         type=lambda text: str(parse_path(text)),
@@ -48,17 +43,17 @@ def build_sample_parser() -> RankParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, generate, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    require_checkout(__file__)
+    program.require_checkout(__file__)
     options = build_sample_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
-        announce("loading PyTorch and the libraries")
+        program.announce("loading PyTorch and the libraries")
         from sdxl_trainer.train.sampling.job import run_sampling
 
         run_sampling(options.model, options.prompts, options.out, options.cfg, options.overrides, options.ema)
 
-    return run_program(work)
+    return program.run_program(work)
 
 
 if __name__ == "__main__":
-    end_program(main())
+    program.end_program(main())
