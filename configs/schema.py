@@ -26,7 +26,7 @@ DEFAULT_STEPS = 1000  # of a run without train.max_steps and train.max_epochs
 class RunConfig(Section):
     """Name, folder and seed of a run, and what happens when it is started again."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[\w.\-]+$")
+    name: str = Field("run", min_length=1, pattern=r"^\.*[\w\-][\w.\-]*$")
     """Name of the run. The run folder is `<run.dir>/<run.name>`."""
     dir: Path = Path("runs")
     """Folder that contains the run folders."""

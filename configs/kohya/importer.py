@@ -49,6 +49,17 @@ NO_FOLDER = (
 )
 NO_SUBFOLDERS = "has no `N_name` folders, where kohya's scripts search for images; used as one folder"
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
+# What converting a wrong value raises; the last two for a text with deep nesting.
+WRONG_VALUE_ERRORS = (
+    TypeError,
+    ValueError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass
@@ -189,7 +200,7 @@ def _convert_option(name: str, option: Option, given: Given, imported: Imported)
         imported.settings |= error.settings
         (imported.changed if error.settings else imported.unsupported).append(Remark(name, value, str(error)))
         return
-    except (TypeError, ValueError, SyntaxError, ArithmeticError, LookupError, AttributeError) as error:
+    except WRONG_VALUE_ERRORS as error:
         imported.unsupported.append(Remark(name, value, f"cannot be read: {error}"))
         return
     if converted is None:
@@ -208,7 +219,7 @@ def _read_gui(file: Path) -> dict[str, Any]:
     fields = read_json(file)
     try:
         options = convert_gui(fields) if is_gui_file(fields) else {}
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except WRONG_VALUE_ERRORS as error:
         rule, cure = f"holds a value that kohya_ss does not write: {error}", "correct it"
         raise UserInputError([Problem("FILE", file, rule, cure)]) from None
     if not options:

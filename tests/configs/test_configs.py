@@ -218,6 +218,7 @@ def test_overrides_take_precedence_over_the_file(tmp_path):
         ("train.max_steps.x=3", "train.max_steps"),
         ("trian.max_steps=3", "trian"),
         ("optim.lr=", "optim.lr"),
+        ("run.name=..", "run.name"),  # the folder above all runs
     ],
 )
 def test_a_wrong_override_is_reported(tmp_path, word, key):

@@ -21,6 +21,7 @@ if "old-kernel" in sys.argv:
 print(os.getpid(), os.getppid(), *launcher_watch.list_launchers(), flush=True)
 launcher_watch.stop_with_launcher()
 time.sleep(60)
+print("was not stopped")
 """
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 SCRIPT = 'export SDXL_TRAINER_SCRIPT="$$"; "$@"; exit 0'

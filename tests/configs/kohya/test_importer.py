@@ -467,6 +467,7 @@ def test_settings_of_other_programs_name_the_importer(tmp_path: Path, name: str)
         ),  # rejected by the schema
         ("--train_text_encoder --learning_rate_te1 0", "optim.text_encoder_lr", 0),
         ("--block_lr 1e-5," + ",".join(["2e-5"] * 22), "optim.block_lrs", [1e-5, *[2e-5] * 22]),
+        ("--block_lr " + "-" * 5000 + "1", "optim.block_lrs", None),  # a RecursionError
     ],
 )
 def test_conversion_of_single_options(tmp_path: Path, options: str, key: str, value: object) -> None:
