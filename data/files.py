@@ -156,13 +156,20 @@ def open_temporary(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears as `path` only when the block ends without an error. It is durable then."""
+def open_atomic(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears as `path` only when the block ends without an error.
+
+    Args:
+        durable: flush the file and its name to disk, which takes time.
+    """
     with open_temporary(path) as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
-        replace_file(Path(file.name), path)
+        if durable:
+            os.fsync(file.fileno())
+            replace_file(Path(file.name), path)
+        else:
+            os.replace(file.name, path)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import orjson
 
 from sdxl_trainer.data.images.image_files import get_image_stem
@@ -109,6 +110,8 @@ def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:
     escaped = b"\\u" in chunk.text  # most texts hold no escape, so that one search is enough
     if (escaped and any(mark in chunk.text for mark in SURROGATES)) or not _is_utf8(chunk.text):
         return None
+    if _has_large_exponent(chunk.text):
+        return None
     try:
         members = DECODER.decode(chunk.text)
     except (msgspec.MsgspecError, RecursionError):
@@ -157,6 +160,17 @@ def _is_usual(name: str, values: Sequence[Any]) -> bool:
     if types == {list} and items == {int} and set(map(len, values)) == {2}:
         return True
     return not any(map(partial(is_refused, name), values))
+
+
+def _has_large_exponent(text: bytes) -> bool:
+    """Return whether an object holds an exponent of three digits. orjson refuses numbers that no float can hold, and
+    msgspec accepts them in fields that it skips."""
+    codes = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero(((codes[:-5] | 0x20) == ord("e")) & (codes[1:-4] - ord("+") <= ord("9") - ord("+")))
+    at = at + (codes[at + 1] == ord("+"))
+    for place in (1, 2, 3):
+        at = at[codes[at + place] - ord("0") < 10]
+    return at.size > 0
 
 
 def _is_utf8(text: bytes) -> bool:

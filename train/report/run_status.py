@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trainer.data.files import open_temporary, read_regular
+from sdxl_trainer.data.files import open_atomic, read_regular
 
 STATUS_FILE = "status.json"  # in the log folder
 RUNNING, STOPPED, FAILED, FINISHED = "running", "stopped", "failed", "finished"
@@ -49,10 +49,8 @@ def write_status(file: Path, status: RunStatus) -> None:
         OSError: the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open_temporary(file) as temporary:
+    with open_atomic(file, durable=False) as temporary:
         temporary.write(msgspec.json.encode(status))
-        temporary.flush()
-        os.replace(temporary.name, file)
 
 
 def read_status(file: Path) -> RunStatus | None:

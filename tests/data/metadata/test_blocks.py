@@ -69,6 +69,15 @@ def test_ordinary_records_are_read_by_the_fast_reader(tmp_path):
     assert block.contents == [b'{"image_path": "a.png", "tags": ["\\u00e9"], "x": {"y": [1]}}', b'{"caption": "c"}']
 
 
+@pytest.mark.parametrize("number", ["1e309", "-2E+400", "17e0308", "1e100", "-1E+200"])
+def test_numbers_that_no_float_can_hold_are_named(tmp_path, number):
+    file = tmp_path / "m.json"
+    file.write_text(f'{{"a": {{"image_path": "a.png", "score": {number}}}}}')
+    fast, plain = read_both(file)
+    assert fast == plain
+    assert isinstance(fast, list) if "100" in number or "200" in number else f"{file}:1:" in fast
+
+
 def test_a_key_that_is_only_a_folder_is_an_error(tmp_path):
     file = tmp_path / "m.json"
     file.write_text('{"/": {}}')

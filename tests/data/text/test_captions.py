@@ -287,7 +287,7 @@ def test_nested_caption_settings_are_loaded_and_documented(tmp_path):
     file.write_text("data: {caption_dropout_rate: 0.1, caption: {shufle: true, keep_tokens: -1}}")
     problems = load_config(file)[1]
     assert sorted((problem.key, problem.cure) for problem in problems) == [
-        ("data.caption.keep_tokens", "see docs/CONFIG.md"),
+        ("data.caption.keep_tokens", "change it; docs/CONFIG.md describes it"),
         ("data.caption.shufle", "did you mean data.caption.shuffle?"),
         ("data.caption_dropout_rate", "did you mean data.caption.dropout_rate?"),
     ]
