@@ -8,7 +8,7 @@ _sdxl_trainer() {
     local word="${COMP_WORDS[COMP_CWORD]}" command=commands
     if [ "$COMP_CWORD" -gt 1 ]; then command="${COMP_WORDS[1]}"; fi
     # shellcheck disable=SC2207
-    COMPREPLY=($(compgen -W "${SDXL_TRAINER_WORDS[$command]:-}" -- "$word"))
+    COMPREPLY=($(compgen -W "${SDXL_TRAINER_WORDS[$command]:-}" -- "$word" || true))
     # The value of a setting follows its name without a space.
     case "${COMPREPLY[*]}" in *=) compopt -o nospace 2>/dev/null || true ;; esac
 }
