@@ -21,7 +21,10 @@ fail() {  # reason in English and in Chinese
 answer_first() {  # program, example, its arguments: help and mistakes are answered without ranks and their libraries
     local program="$1" example="$2" script; script="launch/$(basename "$0")"; shift 2
     if [ "$#" = 0 ]; then
-        say "$(basename "$0") needs to know what to work on:" "$(basename "$0") 需要知道处理什么：" >&2
+        local name="${SDXL_TRAINER_COMMAND:-$(basename "$0")}"
+        # Users of the command line may have no checkout.
+        [ -z "${SDXL_TRAINER_COMMAND:-}" ] || example="${example/configs\/tiny.yaml/my.yaml}"
+        say "$name needs to know what to work on:" "$name 需要知道处理什么：" >&2
         say "  bash $script $example" >&2
         say "All options: bash $script --help; all settings: docs/CONFIG.md" "全部选项：bash $script --help；全部设置：docs/CONFIG.md" >&2
         exit 2

@@ -76,10 +76,11 @@ def build_parser(
     """Build the parser of the arguments that the programs share; `can_try` offers --dry-run."""
     parser = RankParser(prog=prog, description=description, examples=examples, epilog=SETTINGS_HELP)
     parser.add_argument("--cfg", type=parse_path, required=True, metavar="FILE", help="YAML file with your settings")
+    parser.set_defaults(dry_run=False)
     if can_try:
         parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
 
 

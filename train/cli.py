@@ -119,7 +119,7 @@ def build_quickstart_parser() -> TranslatedParser:
         "them. Everything is written to runs/ in the working directory; a GPU is optional.",
         examples=["%(prog)s", "%(prog)s train.max_steps=600"],
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the training")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="settings of the training")
     return parser
 
 

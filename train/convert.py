@@ -7,7 +7,7 @@ from pathlib import Path
 try:
     from sdxl_trainer.configs.language.arguments import TranslatedParser
     from sdxl_trainer.configs.paths import parse_path
-    from sdxl_trainer.launch.program import SETTINGS_HELP, require_checkout, run_program
+    from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, require_checkout, run_program
 except ImportError:
     activate = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "activate"
     cure = f"source {activate}" if activate.is_file() else "pip install -e . (in the checkout)"
@@ -45,7 +45,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ema", metavar="DECAY", help="convert the moving average of this decay, such as 0.999")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
 
 

@@ -37,7 +37,7 @@ def build_sample_parser() -> program.RankParser:
     parser.add_argument("--ema", metavar="DECAY", help="use the moving average of this decay, such as 0.999")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the others")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=program.OVERRIDES_HELP)
     return parser
 
 

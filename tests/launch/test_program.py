@@ -61,3 +61,10 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
 def test_settings_may_stand_before_and_after_options(main: Callable[[list[str]], int], capsys) -> None:
     assert main(["run.name=x", "--cfg", "absent.yaml", "--dry-run", "log.level=INFO"]) == 2
     assert "absent.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["--verify", "--pack", "--unpack", "--adopt"])
+def test_modes_that_cannot_be_tried_refuse_a_dry_run(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cache_main(["--cfg", "absent.yaml", mode, "--dry-run"])
+    assert ended.value.code == 2 and "--dry-run" in capsys.readouterr().err.splitlines()[-1]

@@ -15,6 +15,10 @@ from sdxl_trainer.train.cli import PROGRAMS, build_completion, main, read_helps
 
 CLI = [sys.executable, "-m", "sdxl_trainer.train.cli"]
 COMPLETE = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sdxl_trainer; echo "${COMPREPLY[*]}"'
+ANSWER = """sdxl-trainer cache needs to know what to work on:
+  sdxl-trainer cache --cfg my.yaml
+All options: sdxl-trainer cache --help; all settings: docs/CONFIG.md
+"""
 SHORT = ("train.max_steps=2", "checkpoint.every_steps=2", "sample.every_steps=2", "sample.num_inference_steps=1")
 
 
@@ -62,6 +66,9 @@ def test_a_program_keeps_its_status_and_names_commands_as_they_were_given(tmp_pa
         done = subprocess.run([*CLI, *words], cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stderr
 
+    assert start("cache") == (2, ANSWER)
+    status, printed = start("convert")
+    assert status == 2 and printed.endswith("the following arguments are required: source, target\n"), printed
     status, printed = start("train", "--cfg", "kohya.toml")
     assert status == 2 and "sdxl-trainer import kohya.toml --out my.yaml" in printed, printed
     status, printed = start("import", "kohya.toml", "--out", "my.yaml")

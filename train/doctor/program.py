@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=read_num_ranks(),
         help="number of ranks that will train (default: NPROC, else one per GPU, or 1 without GPUs)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:

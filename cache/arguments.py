@@ -1,0 +1,44 @@
+"""Command line of the cache job. Imports no library."""
+
+import argparse
+from collections.abc import Sequence
+
+from sdxl_trainer.launch.program import build_parser
+
+CACHE = (
+    "Encode your images into the latents that training reads. Run it again after you have added images: only what is "
+    "missing or has changed is encoded. Ctrl-C loses nothing. Ranks: one per GPU, or NPROC=4."
+)
+ADOPT = (
+    "List the latents that kohya's scripts or another program have cached, so that they need not be encoded again. "
+    "Latents that do not fit the settings are named and left out. Run the cache job afterwards for what is missing."
+)
+EXAMPLES = ("%(prog)s --cfg my.yaml --dry-run", "%(prog)s --cfg my.yaml", "%(prog)s --cfg my.yaml --verify")
+MODES = {
+    "verify": "check every byte against the manifest",
+    "repair": "verify, then encode bad and stale items again",
+    "pack": "move npz files into shards, without the VAE",
+    "unpack": "move shards into npz files, without the VAE",
+    "adopt": "list latents of other programs in the manifest",
+}
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `command` is the name of the command for a cache that exists, or None to fill it.
+
+    Exits with status 2 if an argument is wrong.
+    """
+    adopts = "--adopt" in words
+    if adopts:
+        parser = build_parser(ADOPT, "bash launch/cache.sh --adopt", EXAMPLES[1:2], can_try=False)
+        parser.usage = "%(prog)s --cfg FILE [key.sub=value ...]"
+    else:
+        parser = build_parser(CACHE, "bash launch/cache.sh", EXAMPLES)
+    modes = parser.add_mutually_exclusive_group()
+    for mode, text in MODES.items():
+        modes.add_argument(f"--{mode}", action="store_true", help=argparse.SUPPRESS if adopts else text)
+    options = parser.parse_intermixed_args(words)
+    options.command = next((mode for mode in MODES if mode != "repair" and getattr(options, mode)), None)
+    if options.command and options.dry_run:
+        parser.error(f"--{options.command} has no --dry-run")
+    return options
