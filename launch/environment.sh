@@ -4,7 +4,13 @@
 source "$(dirname "${BASH_SOURCE[0]}")/language.sh"
 
 install() {  # pip's arguments
-    python -m pip install --progress-bar off "$@" 2>&1 | tee -a "$VIRTUAL_ENV/.sdxl-trainer-installed.log" | show_progress
+    local log="$VIRTUAL_ENV/.sdxl-trainer-installed.log"
+    # `uv venv` creates environments without pip.
+    python -m pip --version >/dev/null 2>&1 || python -m ensurepip >> "$log" 2>&1 || true
+    python -m pip install --progress-bar off "$@" 2>&1 | tee -a "$log" | show_progress && return 0
+    tail -n 12 "$log" >&2
+    say "the installation failed; all of pip's output is in $log" "安装失败；pip 的全部输出在 $log" >&2
+    return 1
 }
 
 show_progress() {  # prints the larger downloads and the steps of pip's output, with the time since the script's start
@@ -17,7 +23,6 @@ show_progress() {  # prints the larger downloads and the steps of pip's output, 
             "Installing collected packages:"*)
                 packages="${line//[^,]/}"
                 show_step "installing $((${#packages} + 1)) packages" "正在安装 $((${#packages} + 1)) 个软件包" ;;
-            ERROR*|*"error:"*) echo "$line" >&2 ;;
         esac
     done
 }
@@ -39,7 +44,7 @@ prepare_environment() {  # $1: extras of the package, such as [test]
     say "installing into $VIRTUAL_ENV (once; 2 to 10 minutes; pip's output is in $stamp.log)" \
         "正在安装到 $VIRTUAL_ENV（仅一次；2 至 10 分钟；pip 的输出在 $stamp.log）"
     : > "$stamp.log"
-    local pins; pins="$(mktemp)"
+    local pins="$stamp.pins"
     if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         cp constraints.txt "$pins"
     else
@@ -52,6 +57,5 @@ prepare_environment() {  # $1: extras of the package, such as [test]
         install "$(grep '^torch==' constraints.txt)" || return 1
     fi
     install --constraint "$pins" --editable ".$1" || return 1
-    rm -f "$pins"
     echo "$wanted" > "$stamp"
 }

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,6 @@ def test_an_installation_shows_its_progress() -> None:
   Downloading networkx-3.6-py3-none-any.whl.metadata (6.8 kB)
 Installing collected packages: mpmath, typing-extensions, torch
 Successfully installed mpmath-1.3.0 torch-2.13.0 typing-extensions-4.16.0
-ERROR: No matching distribution found for torchh
 """
     command = "set -euo pipefail; source launch/environment.sh; show_progress"
     done = subprocess.run(
@@ -109,7 +109,19 @@ ERROR: No matching distribution found for torchh
     )
     steps = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()]
     assert steps == ["downloading torch-2.13.0%2Bcpu-cp311-linux_x86_64.whl (191.4 MB)", "installing 3 packages"]
-    assert done.stderr == "ERROR: No matching distribution found for torchh\n"
+
+
+def test_a_failed_installation_shows_the_reason(tmp_path: Path) -> None:
+    """In an environment without pip, as `uv venv` creates them; Python's own pip is installed into it first."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    command = "set -euo pipefail; source launch/environment.sh; install --no-index no-such-package || echo failed"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env={**environment, "LANG": "C"}
+    )
+    assert done.stdout == "failed\n"
+    assert "No matching distribution found for no-such-package" in done.stderr
+    assert f"all of pip's output is in {tmp_path}/.sdxl-trainer-installed.log" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["doctor.sh", "deepspeed.sh"])
