@@ -317,7 +317,7 @@ def _build_value_problem(key: str, item: Mapping[str, Any]) -> Problem:
     """
     kind, given = item["type"], item["input"]
     value = None if isinstance(given, dict) else given
-    if given is None:
+    if given is None and kind != "value_error":
         return Problem(key, None, "has no value", "write one, or remove the line", meant=key)
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])  # such as "'cosine', 'linear' or 'wsd'"

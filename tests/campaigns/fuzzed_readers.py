@@ -28,6 +28,7 @@ from PIL import Image
 
 from sdxl_trainer.cache.models.single_file_check import (
     SDXL_CONFIG_FOLDER,
+    NotSafetensorsError,
     find_single_file_problems,
     load_component_configs,
     read_json_object,
@@ -393,7 +394,14 @@ BORDERS = [
         read_overrides,
         (UserInputError,),
     ),
-    Border("safetensors", ".safetensors", make_model_file, read_model_file, parts=(mutate_header,)),
+    Border(
+        "safetensors",
+        ".safetensors",
+        make_model_file,
+        read_model_file,
+        errors=(ValueError, NotSafetensorsError),
+        parts=(mutate_header,),
+    ),
     Border("pt", ".pt", make_state_file, load_state_file, (ReshardingError,), (mutate_zip,)),
     Border("text prompts", ".txt", constant(TEXT_PROMPTS), read_prompts, ()),
     Border("json prompts", ".json", constant(JSON_PROMPTS), read_prompts, (), (mutate_value,)),

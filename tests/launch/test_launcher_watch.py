@@ -17,9 +17,10 @@ import os, sys, time
 from sdxl_trainer.launch import launcher_watch
 
 if "old-kernel" in sys.argv:
-    os.pidfd_open, launcher_watch.POLL_SECONDS = lambda process: os.open("/nowhere", 0), 0.05
-print(os.getpid(), os.getppid(), *launcher_watch.list_launchers(), flush=True)
+    os.pidfd_open, launcher_watch.POLL_SECONDS = lambda process: os.open("", 0), 0.05
+launchers = launcher_watch.list_launchers()
 launcher_watch.stop_with_launcher()
+print(os.getpid(), os.getppid(), *launchers, flush=True)
 time.sleep(60)
 print("was not stopped")
 """

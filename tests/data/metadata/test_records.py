@@ -297,8 +297,8 @@ def test_every_missing_source_is_a_problem(tmp_path):
     assert list(check_sources([file], [tmp_path])) == []
     problems = check_sources([file, tmp_path, tmp_path / "no.json"], [file, tmp_path, tmp_path / "no"])
     assert [(problem.key, problem.rule) for problem in problems] == [
-        ("data.metadata.1", "is not a file"),
+        ("data.metadata.1", "is a folder, not a metadata file"),
         ("data.metadata.2", "is not a file"),
-        ("data.image_dirs.0", "is not a folder"),
+        ("data.image_dirs.0", "is a file, not a folder"),
         ("data.image_dirs.2", "is not a folder"),
     ]
