@@ -41,8 +41,8 @@ prepare_environment() {  # $1: extras of the package, such as [test]
     local stamp="$VIRTUAL_ENV/.sdxl-trainer-installed"
     local wanted; wanted="$PWD $1 $(cat setup.py pyproject.toml constraints.txt | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then return 0; fi
-    say "installing into $VIRTUAL_ENV (once; 2 to 10 minutes; pip's output is in $stamp.log)" \
-        "正在安装到 $VIRTUAL_ENV（仅一次；2 至 10 分钟；pip 的输出在 $stamp.log）"
+    say "installing into $VIRTUAL_ENV (once; 1 to 10 minutes; pip's output is in $stamp.log)" \
+        "正在安装到 $VIRTUAL_ENV（仅一次；1 至 10 分钟；pip 的输出在 $stamp.log）"
     : > "$stamp.log"
     local pins="$stamp.pins"
     if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

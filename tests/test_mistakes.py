@@ -19,6 +19,7 @@ from programs import TINY
 from single_file_samples import FULL, fake_tensors, write_fake
 from single_file_samples import TINY as TINY_CONFIGS
 
+from sdxl_trainer.cache.models import encoders
 from sdxl_trainer.cache.models.source import fetch_from_hub
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import FailedError, UserInputError, raise_if_any
@@ -50,6 +51,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_latents(folder / "data" / f"{number}.npz", sample)
         (folder / "data" / f"{number}.txt").write_text("a b, c")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide an installed open_clip_torch: a wrong model is one problem, with or without it."""
+    monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
 
 
 def check(base: Path, folder: Path, words: list[str] | str) -> str:

@@ -18,8 +18,10 @@ from sdxl_trainer.train.sampling.prompts import load_prompts
 
 def check_model_settings(config: Config) -> Iterator[Problem]:
     """Yield problems of the model, the optimizer, the engine, the objective, the adapters and the prompts."""
-    yield from check_model(config.model)
-    yield from check_vocabulary(config.model)
+    of_model = list(check_model(config.model))
+    yield from of_model
+    if not of_model:  # the right model may bring a vocabulary
+        yield from check_vocabulary(config.model)
     yield from check_engine(config.engine, config.optim)
     yield from check_optimizer(config.optim, config.engine)
     yield from check_own_schedule(config.optim)
