@@ -24,7 +24,12 @@ from sdxl_trainer.train.networks.empty_networks import (
     build_empty_run_networks,
     build_empty_vae,
 )
-from sdxl_trainer.train.networks.trained_networks import ENCODERS, TrainedNetworks, list_trained_encoders
+from sdxl_trainer.train.networks.trained_networks import (
+    ENCODERS,
+    TrainedNetworks,
+    checkpoint_text_encoder,
+    list_trained_encoders,
+)
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
 TIME_IDS = 6  # numbers of SDXL's size and crop conditioning
@@ -129,7 +134,7 @@ def enable_checkpointing(networks: TrainedNetworks, run_block: Callable[..., Any
     unet.enable_gradient_checkpointing(gradient_checkpointing_func=run_block)
     encoders: list[Any] = [networks.text_encoder, networks.text_encoder_2]
     for encoder in filter(None, encoders):
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_text_encoder(encoder)
 
 
 def build_inputs(networks: TrainedNetworks, config: Config, bucket: Size, batch_size: int = 1) -> dict[str, Any]:

@@ -135,6 +135,12 @@ def list_trained_encoders(config: OptimConfig) -> list[str]:
     return [name for name in ENCODERS if getattr(config, f"{name}_lr")]
 
 
+def checkpoint_text_encoder(encoder: Any) -> None:
+    """Switch a text encoder's gradient checkpointing on. transformers has renamed the method."""
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def unfreeze_text_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     """Prepare a text encoder for training.
 
@@ -143,7 +149,7 @@ def unfreeze_text_encoder(encoder: Any, gradient_checkpointing: bool) -> None:
     """
     encoder.train()
     if gradient_checkpointing:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_text_encoder(encoder)
     unused = (
         ()
         if hasattr(encoder, "text_projection")
