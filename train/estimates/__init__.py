@@ -1,1 +1,1 @@
-"""Estimates of memory, FLOPs and duration, before and during a run."""
+"""Estimates of memory, FLOPs and duration, before and during a run; and which ranks of a run are slow."""

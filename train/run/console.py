@@ -155,6 +155,7 @@ class Progress:
         first_step: the step that the run started or resumed from.
         train_seconds: time spent in steps so far.
         data_wait_seconds: time spent waiting for data so far.
+        slow_ranks: the ranks that the others wait for, as text; "" without one.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Progress:
         self.started = self._updated = time.monotonic()
         self.first_step = state.step
         self.train_seconds = self.data_wait_seconds = 0.0
+        self.slow_ranks = ""
         self._config, self._ranks, self._state, self._num_steps = config, ranks, state, num_steps
         self._checkpoints, self._requests, self._mfu_reference = checkpoints, requests, mfu_reference
         self._recent: deque[StepNumbers] = deque(maxlen=NUM_AVERAGED_STEPS)
@@ -267,6 +269,8 @@ class Progress:
         }
         if state.num_bad or state.num_non_finite:
             lines["skipped"] = describe_skipped(state)
+        if self.slow_ranks:
+            lines["slow ranks"] = self.slow_ranks
         return Display(
             title=f"step {state.step} of {self._num_steps}",
             subtitle=self._config.run.name,

@@ -16,6 +16,7 @@ from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
+from sdxl_trainer.train.estimates.slow_ranks import RankTimes, read_rank_times
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
 from sdxl_trainer.train.run.generated_images import write_generated_images
@@ -44,6 +45,7 @@ class StepResult:
     sample: bool  # rank 0 was asked to generate images
     non_finite_samples: list[NonFiniteSample]  # of this rank; empty if the weights were updated
     latent_area: int  # h x w of the global batch's latents
+    rank_times: list[RankTimes]  # of all ranks, ordered by rank; empty in steps without a log line, and for one rank
 
 
 def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
@@ -101,7 +103,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     """
     run.engine.set_lr(lr)
     accumulation_steps = run.batch_sizes.accumulation_steps
-    sums = torch.zeros(5, device=run.ranks.device)  # loss, bad samples, requests to stop, to save, to generate images
+    sums = torch.zeros(2, device=run.ranks.device)  # loss, bad samples
     wait_seconds, updated, micro_steps = 0.0, False, []
     for _ in range(accumulation_steps):
         asked = time.monotonic()
@@ -109,7 +111,8 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         batch = next(batches)
         wait_seconds += time.monotonic() - asked
         ACTIVITY.note("computing gradients")
-        losses = compute_losses(run, batch)  # [B]
+        with run.rank_timer.measure_compute():
+            losses = compute_losses(run, batch)  # [B]
         loss = losses.mean()
         run.engine.backward(propagate_non_finite(loss))
         ACTIVITY.note("updating the weights")
@@ -120,8 +123,11 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     log_skipped_samples(run, micro_steps)
     ACTIVITY.note("adding up the losses")
     stop, save, sample = run.requests.collect()
-    sums[2:] = torch.tensor((stop, save or run.checkpoints.take_repeat(), sample))
-    loss_sum, num_bad, num_stop, num_save, num_sample = reduce_sum(sums).tolist()
+    is_due = _is_due(run.state.step + 1, run.config.log.every_steps)
+    own_times = run.rank_timer.finish_step(wait_seconds, is_due)
+    notes = (stop, save or run.checkpoints.take_repeat(), sample, *own_times)
+    sums = torch.cat((sums, torch.tensor(notes, dtype=sums.dtype, device=sums.device)))
+    loss_sum, num_bad, num_stop, num_save, num_sample, *time_sums = reduce_sum(sums).tolist()
     mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)
     return StepResult(
         loss=mean_loss,
@@ -133,6 +139,7 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         sample=num_sample > 0,
         non_finite_samples=[] if updated else find_non_finite_samples(run.index, micro_steps, mean_loss),
         latent_area=micro_steps[-1].batch.latents.shape[2:].numel(),
+        rank_times=read_rank_times(time_sums),
     )
 
 
@@ -205,6 +212,11 @@ def log_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
         "num_bad": run.state.num_bad,
         "num_non_finite": run.state.num_non_finite,
     }
+    if result.rank_times:
+        # Averages of the steps before this one.
+        step_seconds = run.progress.averages.step_seconds
+        values |= run.slow_ranks.add_window(result.rank_times, step_seconds, run.config.log.every_steps)
+        run.progress.slow_ranks = run.slow_ranks.describe()
     run.metrics.write(step, values)
     run.progress.update(values, result.latent_area)
     if _is_due(step, run.config.log.every_steps) or step == run.num_steps:

@@ -16,6 +16,7 @@ from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.estimates.memory_table import MemoryTable
+from sdxl_trainer.train.estimates.slow_ranks import NUM_SLOW_STEPS, RankTimer, SlowRanks
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.objective import Objective
 from sdxl_trainer.train.report.metrics import MetricsLog
@@ -55,6 +56,16 @@ class Run:
     def lost_images(self) -> LossCount:
         """Generated images that could not be written."""
         return LossCount(self.folder / "samples", "image")
+
+    @cached_property
+    def rank_timer(self) -> RankTimer:
+        """Measures this rank's own times. At ZeRO 3 the forward pass waits for weights of other ranks."""
+        return RankTimer(self.ranks, sees_compute=self.engine.zero_stage < 3)
+
+    @cached_property
+    def slow_ranks(self) -> SlowRanks:
+        """Ranks that the others wait for, on rank 0."""
+        return SlowRanks(NUM_SLOW_STEPS)
 
     @property
     def folder(self) -> Path:

@@ -91,6 +91,7 @@ class StatusWriter:
             memory=describe_peak_memory(self._run.ranks.device),
             num_bad=position.num_bad,
             num_non_finite=position.num_non_finite,
+            slow_ranks=progress.slow_ranks,
             written=time.time(),
         )
 

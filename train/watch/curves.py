@@ -13,7 +13,9 @@ import orjson
 MAX_RANGES = 1024  # of a curve; a chart has about as many pixels
 MAX_CURVES = 400
 MAX_STEP = 10**10  # a larger one in a damaged line would make one range of all others
-HIDDEN = frozenset({"step", "epoch", "step_seconds", "num_bad", "num_non_finite"})  # no curves
+HIDDEN = frozenset(  # no curves
+    {"step", "epoch", "step_seconds", "num_bad", "num_non_finite", "num_slow_ranks", "slowest_rank"}
+)
 
 
 class Curve:

@@ -150,6 +150,7 @@ function showFacts(run) {
     loss: run.loss == null ? null : writeNumber(run.loss),
     epoch: run.epoch == null ? null : writeNumber(run.epoch),
     ranks: run.num_ranks > 1 ? `${run.num_ranks}` : null,
+    "slow ranks": run.slow_ranks || null,
     "bad samples": run.num_bad ? writeCount(run.num_bad) : null,
     "non-finite updates": run.num_non_finite ? writeCount(run.num_non_finite) : null,
   };
