@@ -121,14 +121,19 @@ def _read_assignments(tree: ast.AST) -> _Variables:
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             _assign(variables, node.target, node.value)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            called = node.value.func
-            if isinstance(called, ast.Attribute) and called.attr == "update" and isinstance(called.value, ast.Name):
-                for key, value in _list_entries(node.value, variables.values):
-                    variables.set_entry(called.value.id, key, value)
+            _update(variables, node.value)
     for node in _list_returns(tree):
         if node.value is not None and _is_mapping(node.value):
             variables.set_variable(RETURNED, node.value)
     return variables
+
+
+def _update(variables: _Variables, call: ast.Call) -> None:
+    """Set the entries that `<variable>.update(...)` sets; other calls set none."""
+    called = call.func
+    if isinstance(called, ast.Attribute) and called.attr == "update" and isinstance(called.value, ast.Name):
+        for key, value in _list_entries(call, variables.values):
+            variables.set_entry(called.value.id, key, value)
 
 
 def _assign(variables: _Variables, target: ast.expr, value: ast.expr) -> None:
