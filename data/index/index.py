@@ -194,7 +194,7 @@ def open_record_index(
     if index is None:
         groups = [source.files for source in local]
         images = read_image_folders(image_dirs, regularisation_dirs, masks, kohya_folders)
-        blocks = merge_sources(groups, path.parent) if metadata else map(build_block, images)
+        blocks = merge_sources(groups, path.parent, image_dirs) if metadata else map(build_block, images)
         finder = ImageFinder(image_dirs, masks)
         with show_urls_in_errors(local):
             _write(path, RECORD_SCHEMA, (build_record_rows(block, finder, separator) for block in blocks))

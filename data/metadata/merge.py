@@ -3,6 +3,7 @@
 During the merge, the records wait in a temporary file. Memory holds only a few integers for each record.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import orjson
 import pyarrow as pa
+from loguru import logger
 
 from sdxl_trainer.configs.problems import MAX_PROBLEMS, format_count
 from sdxl_trainer.data.files import open_temporary
@@ -29,16 +31,19 @@ class DuplicateKeyError(ValueError):
     """Two images of one source have the same stem."""
 
 
-def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[RecordBlock]:
+def merge_sources(
+    sources: Sequence[Sequence[Path]], folder: Path, image_dirs: Sequence[Path] = ()
+) -> Iterator[RecordBlock]:
     """Yield the records of all sources, each key once, in the order and with the source of its first appearance.
 
     Args:
         sources: the files of each source. All files that one entry of the settings names are one source.
         folder: for the temporary file of several sources.
+        image_dirs: folders that relative image paths may be relative to.
 
     Raises:
         ValueError: malformed metadata (the error names the first fault of each file), or (with several sources) a key
-            that one of them has twice.
+            that one of them has twice, or two shards of different sources.
     """
     faults: list[ValueError] = []
     if len(sources) == 1:
@@ -57,7 +62,7 @@ def merge_sources(sources: Sequence[Sequence[Path]], folder: Path) -> Iterator[R
         _raise_if_any(faults)
 
     with spill_batches(folder, WAITING_SCHEMA, list_batches()) as table:
-        yield from map(build_block, _merge(table, starts))
+        yield from map(build_block, _merge(table, starts, _ReplacedImages(image_dirs)))
 
 
 def _read_files(read: Callable[[Path], Iterator[T]], files: Sequence[Path], faults: list[ValueError]) -> Iterator[T]:
@@ -117,7 +122,7 @@ def spill_batches(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBa
         yield pa.ipc.open_file(pa.memory_map(file.name)).read_all()
 
 
-def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:
+def _merge(table: pa.Table, starts: list[int], replaced: "_ReplacedImages") -> Iterator[list[SourceRecord]]:
     """Yield the merged records of a table of WAITING_SCHEMA.
 
     Args:
@@ -137,9 +142,81 @@ def _merge(table: pa.Table, starts: list[int]) -> Iterator[list[SourceRecord]]:
         for end in ends[first : first + ROWS_AT_ONCE].tolist():
             rows = order[begin:end].tolist()
             key, source = keys[rows[0]].as_py(), bisect_right(starts, rows[0]) - 1
-            merged.append(_merge_records(key, source, [contents[row].as_py() for row in rows]))
+            waiting = [contents[row].as_py() for row in rows]
+            if len(waiting) > 1:
+                replaced.add(key, waiting)
+            merged.append(_merge_records(key, source, waiting))
             begin = end
         yield merged
+    replaced.report()
+
+
+class _ReplacedImages:
+    """Keys under which several sources have different images, of which only the last one would be trained."""
+
+    def __init__(self, image_dirs: Sequence[Path]):
+        self._folders = ["", *map(str, image_dirs)]
+        self._in_shards: list[str] = []
+        self._files: list[str] = []
+        self._num_in_shards = self._num_files = 0
+
+    def add(self, key: str, contents: Sequence[bytes]) -> None:
+        """Note whether the waiting records of a key have latents in several shards, or several image files.
+
+        Two paths are one image that has moved, unless files exist at both.
+        """
+        shards: dict[str, None] = {}
+        paths: dict[tuple[str, str], None] = {}
+        for content in contents:
+            fields, base_folder, keyed_path, span = orjson.loads(content)
+            if span:
+                shards[ShardSpan(*span).shard] = None
+            elif path := fields.get("image_path") or keyed_path:
+                paths[base_folder, str(path)] = None
+        if len(shards) > 1:
+            self._num_in_shards += 1
+            _append_pair(self._in_shards, key, list(shards))
+        elif len(paths) > 1:
+            files = list(dict.fromkeys(filter(None, (self._find_file(*path) for path in paths))))
+            self._num_files += len(files) > 1
+            _append_pair(self._files, key, files)
+
+    def _find_file(self, base_folder: str, path: str) -> str | None:
+        """Return the absolute path of the image file that a record names, or None if there is none."""
+        candidates = [os.path.abspath(os.path.join(folder, path)) for folder in (base_folder, *self._folders)]
+        return next(filter(os.path.isfile, candidates), None)
+
+    def report(self) -> None:
+        """Warn of replaced image files, and raise an error for latents.
+
+        Raises:
+            DuplicateKeyError: several shards have latents under one key.
+        """
+        if self._files:
+            count, shown = format_count(self._num_files, "record"), _join_pairs(self._files, self._num_files)
+            logger.warning(
+                "{}: a later entry of data.metadata names another image under the same key, and only the later image "
+                "is trained: {}. If both are to be trained, give them different keys (file stems)",
+                count,
+                shown,
+            )
+        if self._in_shards:
+            count, shown = format_count(self._num_in_shards, "key"), _join_pairs(self._in_shards, self._num_in_shards)
+            raise DuplicateKeyError(
+                f"data.metadata: {count} with latents in the shards of several entries: {shown}. "
+                "Give the samples different keys, or remove the entry that another one replaces"
+            )
+
+
+def _append_pair(shown: list[str], key: str, places: Sequence[str]) -> None:
+    """Append a key with its first and last place, if it has several, to a list of at most MAX_SHOWN."""
+    if len(places) > 1 and len(shown) < MAX_SHOWN:
+        shown.append(f"'{key}' ({places[0]} and {places[-1]})")
+
+
+def _join_pairs(shown: Sequence[str], num: int) -> str:
+    """Join the keys that a message lists."""
+    return ", ".join(shown) + (", ..." if num > len(shown) else "")
 
 
 def _merge_records(key: str, source: int, contents: Sequence[bytes]) -> SourceRecord:

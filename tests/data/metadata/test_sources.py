@@ -503,3 +503,42 @@ def test_missing_captions_and_latents_follow_the_settings(tmp_path):
     assert [(problem.key, problem.rule) for problem in problems] == [
         ("cache.on_missing", "1 of 4 samples have no latents")
     ]
+
+
+def test_latents_in_the_shards_of_several_entries_under_one_key_are_an_error(tmp_path):
+    """The later shard would replace the earlier one's sample, although both are to be trained."""
+    npz = make_latents(tmp_path / "x.npz")
+    first = write_tar(tmp_path / "a.tar", {"000.npz": npz, "000.txt": b"cat", "001.npz": npz})
+    second = write_tar(tmp_path / "b.tar", {"000.npz": npz, "001.npz": npz, "002.npz": npz})
+    with pytest.raises(ValueError) as caught:
+        open_record_index(tmp_path / "cache", [first, second], [])
+    assert str(caught.value) == (
+        "data.metadata: 2 keys with latents in the shards of several entries: "
+        f"'000' ({first} and {second}), '001' ({first} and {second}). "
+        "Give the samples different keys, or remove the entry that another one replaces"
+    )
+    captions = tmp_path / "captions.json"
+    captions.write_bytes(orjson.dumps({"000": {"caption": "dog"}}))
+    index = open_record_index(tmp_path / "cache", [first, first, captions], [])
+    assert [(index.record(row)["caption"], index.row(row)["image_path"]) for row in range(2)] == [
+        ("dog", str(first)),
+        (None, str(first)),
+    ]
+
+
+def test_an_image_that_a_later_entry_replaces_is_named(tmp_path):
+    """A path to the same file, or to where a file has moved, is an update as any other."""
+    for name in ("photos/1.png", "drawings/1.png", "moved/2.png", "photos/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    files, lines = [], []
+    for number, folder in enumerate(("photos", "drawings")):
+        paths = {"1": f"{folder}/1.png", "2": ["photos/2.png", "moved/2.png"][number], "3": "photos/3.png"}
+        files.append(tmp_path / f"{folder}.json")
+        files[-1].write_bytes(orjson.dumps({key: {"image_path": path} for key, path in paths.items()}))
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    index = open_record_index(tmp_path / "cache", files, [])
+    logger.remove(sink)
+    assert index.row(0)["image_path"] == str(tmp_path / "drawings/1.png")
+    assert len(lines) == 1 and lines[0].startswith("1 record: a later entry of data.metadata names another image")
+    assert f"'1' ({tmp_path}/photos/1.png and {tmp_path}/drawings/1.png)." in lines[0]
