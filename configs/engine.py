@@ -57,7 +57,8 @@ class EngineConfig(Section):
     the weights (`bf16` or `fp16`) halves what is sent; docs/SCALE.md has the bytes of each."""
     offload_optimizer: bool = False
     """Keep master weights and optimizer state in host memory and update them there. Saves GPU memory, and makes
-    updates slower. Needs ZeRO 1 to 3 and fp32 master weights."""
+    updates slower. An update runs on the rank's share of the CPU cores; `OMP_NUM_THREADS` above 1 sets another number
+    of threads. Needs ZeRO 1 to 3 and fp32 master weights."""
     offload_param: bool = False
     """Also keep the weights in host memory, and copy each to the GPU when it is used. Saves the most GPU memory and is
     the slowest. Needs ZeRO 3 and `engine.offload_optimizer`."""
@@ -66,13 +67,19 @@ class EngineConfig(Section):
     all activations, `full` recomputes every block. `auto` estimates the memory of the run before it starts and chooses
     `none` if that fits on the smallest GPU of all ranks, else `full`. The choice is logged and kept in checkpoints, so
     a resumed run makes it no second time; losses are the same either way. `true` means `full`, `false` means `none`."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Implementation of attention: `sdpa` is PyTorch's own, `xformers` needs that package."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers"] = "auto"
+    """Implementation of attention on GPUs. `cudnn`, `flash` and `efficient` are PyTorch's back ends: the one you name
+    is tried first, and the others serve calls that it does not support. `auto` tries cuDNN's first on Hopper and later,
+    elsewhere flash attention. `sdpa` leaves the order to PyTorch, and `xformers` needs that package."""
     compile: bool = False
     """Compile the U-Net with `torch.compile`, which takes time at the start. The first bucket is compiled for its size;
     two more graphs, for any height or width, serve all others. Not for ZeRO 3."""
     channels_last: bool = False
     """Use the channels_last memory format, which can speed up convolutions on tensor cores."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN try its algorithms for each convolution when a bucket first comes, and keep the fastest. The choice may
+    differ between runs, so losses agree to rounding only. Switched off, with a warning, if the training set has more
+    than 20 buckets."""
     initial_loss_scale_power: int = Field(16, ge=0, le=32)
     """Exponent of the first loss scale of `fp16`, which is 2 to this power."""
     timeout_minutes: float = Field(60.0, gt=0)

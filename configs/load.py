@@ -55,7 +55,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "objective.prediction": {"v_prediction": "v", "v_pred": "v", "eps": "epsilon", "sample": "epsilon"},
     "objective.loss": {"mse": "l2", "mae": "l1"},
     "optim.schedule": {"constant_with_warmup": "constant, and the number of optim.warmup_steps"},
-    "engine.attention": {"flash": "sdpa, which uses flash kernels", "flash_attention_2": "sdpa", "xformer": "xformers"},
+    "engine.attention": {"flash_attention_2": "flash", "mem_efficient": "efficient", "xformer": "xformers"},
 }
 # Words of PyYAML's errors → what to do.
 YAML_CURES = {

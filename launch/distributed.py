@@ -19,8 +19,8 @@ from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, 
 from sdxl_trainer.launch import patches
 from sdxl_trainer.launch.activity import ACTIVITY, Watchdog
 from sdxl_trainer.launch.interfaces import check_network
+from sdxl_trainer.launch.kernels import set_tf32
 from sdxl_trainer.launch.status import RankZeroError
-from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.launch.waiting import LAST_POLL_SECONDS, LOOKS_PER_LIMIT, RankWaits, give_patience, poll
 
 # Without a launcher that keeps the store, rank 0 opens it only after its checks, which may read a whole data set.
@@ -99,7 +99,7 @@ def init_ranks(
     """Join the process group (NCCL with GPUs, gloo without), choose this rank's device, and forbid TF32.
 
     A single process forms a group of its own, because DeepSpeed needs one. PyTorch's default would round the inputs of
-    fp32 convolutions on GPUs; programs allow it where their settings do (launch/tf32.py).
+    fp32 convolutions on GPUs; programs allow it where their settings do (launch/kernels.py).
 
     Args:
         timeout_minutes: limit for a rank that waits for others which make no progress, and for rank 0 that waits here

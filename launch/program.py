@@ -28,6 +28,7 @@ from sdxl_trainer.launch.status import (
 
 # A launcher kills all ranks when the first one ends, so the others give rank 0 this long to print the reason.
 RANK_ZERO_SECONDS = 10
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second is the older name
 TRACKER_FILTER = "ignore:resource_tracker"
 OVERRIDES_HELP = "settings that override the file's, such as optim.lr=1e-5"
 SETTINGS_HELP = "Every setting: docs/CONFIG.md, which `sdxl-trainer settings` prints."
@@ -120,6 +121,9 @@ def prepare_process() -> None:
     # A process of multiprocessing frees the semaphores of workers, and would warn that a killed rank has leaked them.
     filters = [*filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")), TRACKER_FILTER]
     os.environ["PYTHONWARNINGS"] = ",".join(dict.fromkeys(filters))
+    # Buckets of many sizes fragment the GPU memory that PyTorch reserves, unless its segments can grow.
+    if not ALLOCATOR_VARIABLES & os.environ.keys():
+        os.environ[min(ALLOCATOR_VARIABLES)] = "expandable_segments:True"
 
 
 def _run(work: Callable[[], None]) -> int:

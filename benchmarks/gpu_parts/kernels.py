@@ -6,19 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_parts.devices import Place
 from gpu_parts.fit import choose_first_sizes
 from gpu_parts.report import Case, Cases
 from gpu_parts.steps import RealStep
+from sdxl_trainer.launch.kernels import BACKENDS, search_convolutions, use_attention
 
-FASTEST_FIRST = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
 SHOWN_KERNELS = 40
 
 
@@ -33,9 +27,9 @@ def measure_variants(place: Place, case: Case) -> None:
     case.note(default=step.measure())
     case.note(profile=profile_step(place, step))
     variants: dict[str, AbstractContextManager[None]] = {
-        f"attention_{backend.name.lower()}": prefer_attention(backend) for backend in FASTEST_FIRST[:3]
+        f"attention_{name}": use_attention(name) for name in ("sdpa", *BACKENDS) if name != "math"
     }
-    variants["cudnn_benchmark"] = benchmark_convolutions()
+    variants["cudnn_benchmark"] = search_convolutions(True, num_sizes=1)
     variants["cudnn_attention_and_benchmark"] = prefer_attention_and_benchmark()
     for name, variant in list(variants.items())[:: 4 if place.tiny else 1]:
         try:
@@ -47,28 +41,9 @@ def measure_variants(place: Place, case: Case) -> None:
 
 
 @contextmanager
-def prefer_attention(backend: SDPBackend) -> Iterator[None]:
-    """Context in which a back end is tried before the others, wherever it supports the shapes."""
-    others = [other for other in FASTEST_FIRST if other != backend]
-    with sdpa_kernel([backend, *others], set_priority=True):
-        yield
-
-
-@contextmanager
-def benchmark_convolutions() -> Iterator[None]:
-    """Context in which cuDNN measures its algorithms for each shape, and keeps the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-@contextmanager
 def prefer_attention_and_benchmark() -> Iterator[None]:
     """Context of cuDNN's attention and measured convolutions together."""
-    with prefer_attention(SDPBackend.CUDNN_ATTENTION), benchmark_convolutions():
+    with use_attention("cudnn"), search_convolutions(True, num_sizes=1):
         yield
 
 

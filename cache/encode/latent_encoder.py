@@ -13,7 +13,7 @@ from sdxl_trainer.cache.patches import enable_tiling
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.configs.schema import CacheConfig
 from sdxl_trainer.data.order.keyed_random import derive_seed
-from sdxl_trainer.launch.tf32 import use_tf32
+from sdxl_trainer.launch.kernels import use_tf32
 
 Posterior = Literal["sample", "mean", "moments"]
 

@@ -1,5 +1,6 @@
 """Command lines of the programs: a mistake is wrong input, reported once."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,3 +69,17 @@ def test_modes_that_cannot_be_tried_refuse_a_dry_run(mode: str, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         cache_main(["--cfg", "absent.yaml", mode, "--dry-run"])
     assert ended.value.code == 2 and "--dry-run" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("chosen", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_gpu_memory_can_grow_unless_the_user_says_otherwise(chosen: str | None) -> None:
+    """PyTorch reads the variable when it is loaded, so the programs set it before."""
+    code = "import os, sys; from sdxl_trainer.launch.program import prepare_process; prepare_process()"
+    code += "; print('torch' in sys.modules, *(os.environ.get(name) for name in sys.argv[1:]))"
+    names = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {chosen: "backend:native"} if chosen else {}
+    command = [sys.executable, "-c", code, *names]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    expected = ["backend:native" if name == chosen else "None" for name in names]
+    assert said == ["False", *(expected if chosen else ["expandable_segments:True", "None"])]

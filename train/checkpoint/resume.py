@@ -42,7 +42,7 @@ HARMLESS_KEYS = frozenset(
     | {"cache.dir", "cache.format", "cache.shard_mb", "cache.batch_size", "cache.num_workers", "cache.on_missing"}
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}
-    | {"engine.channels_last", "engine.timeout_minutes", "ema.sample"}
+    | {"engine.channels_last", "engine.cudnn_benchmark", "engine.timeout_minutes", "ema.sample"}
 )
 # Settings that may name the user's own code, whose file is compared too.
 OWN_CODE_KEYS = ("data.strategy", "optim.name", "optim.schedule", "objective.loss", "objective.weighting")

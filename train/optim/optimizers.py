@@ -19,6 +19,7 @@ from sdxl_trainer.data.own_code import UserCodeError, call_user_code, is_missing
 from sdxl_trainer.data.packages import DISTRIBUTIONS
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.networks.parameter_groups import split_groups
+from sdxl_trainer.train.optim.host_threads import choose_num_threads, use_threads
 
 KEY = "optim.name"
 # Under ZeRO 1 to 3, the optimizer updates the parameters of a group as one tensor. Kernels that count values in int32,
@@ -103,7 +104,10 @@ def build_optimizer(
     if engine.precision == "bf16_stochastic":
         given["seed"] = seed
     pieces = split_groups(groups, MAX_GROUP_VALUES)
-    return kind(pieces, **entry.kwargs | given)
+    optimizer = kind(pieces, **entry.kwargs | given)
+    if entry.compiled_module:
+        use_threads(choose_num_threads())  # after the module is loaded, and its OpenMP library with it
+    return optimizer
 
 
 def list_arguments(config: OptimConfig) -> dict[str, Any]:

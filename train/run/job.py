@@ -26,9 +26,9 @@ from sdxl_trainer.launch.distributed import (
     wait_for_ranks,
 )
 from sdxl_trainer.launch.folder_lock import lock_folder
+from sdxl_trainer.launch.kernels import search_convolutions, set_tf32, use_attention
 from sdxl_trainer.launch.logger import init_logger, warn_once
 from sdxl_trainer.launch.signals import BrokenOff, Interrupted
-from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
@@ -144,8 +144,10 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
         stall_seconds=COLLECTIVE_MARGIN.total_seconds(),
         first_extra_seconds=COLLECTIVE_MARGIN.total_seconds() / 2,
     )
+    kernels = use_attention(run.config.engine.attention)
+    search = search_convolutions(run.config.engine.cudnn_benchmark, len(run.plan.buckets))
     try:
-        with StatusWriter(run), watchdog, saver, ACTIVITY.during("training"), run.progress.show():
+        with StatusWriter(run), watchdog, saver, ACTIVITY.during("training"), kernels, search, run.progress.show():
             fit(run, batches)
             finish(run)
     except Interrupted:

@@ -15,8 +15,8 @@ from sdxl_trainer.configs.problems import format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_environment
+from sdxl_trainer.launch.kernels import set_tf32, use_attention
 from sdxl_trainer.launch.logger import init_logger
-from sdxl_trainer.launch.tf32 import set_tf32
 from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
     load_model_config,
@@ -66,7 +66,7 @@ def run_sampling(
         sizes = sorted({f"{prompt.width_px}x{prompt.height_px}" for prompt in prompts})
         logger.info("generating {} at {} px", format_count(len(prompts), "image"), ", ".join(sizes))
     generator = load_image_generator(config, checkpoint, ranks.device, average)
-    with ACTIVITY.during("generating images"):
+    with ACTIVITY.during("generating images"), use_attention(config.engine.attention):
         images = generate_images(generator, prompts, ranks)
     if ranks.is_main:
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):

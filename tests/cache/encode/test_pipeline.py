@@ -23,7 +23,7 @@ from sdxl_trainer.data.formats.latents import read_latents
 from sdxl_trainer.data.formats.manifest import ManifestWriter, read_latest
 from sdxl_trainer.data.images.bucket import place_image
 from sdxl_trainer.data.images.transforms import prepare_image
-from sdxl_trainer.launch.tf32 import use_tf32
+from sdxl_trainer.launch.kernels import use_tf32
 
 SIZES = [(128, 128), (200, 100), (100, 200), (130, 120), (64, 64), (300, 60)]
 
