@@ -16,7 +16,7 @@ from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CaptionEncoder, TextNetworks
 from sdxl_trainer.cache.models.encoders import hash_weights, load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig, ModelConfig
 from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_cache import (
@@ -33,7 +33,7 @@ from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings, has_both_texts
-from sdxl_trainer.data.text.strategy import StrategyError, load_strategy
+from sdxl_trainer.data.text.strategy import StrategyError, load_strategy, supplies_captions
 from sdxl_trainer.data.text.tokens import CaptionTokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants, is_choice_random, list_random_settings
 
@@ -70,18 +70,10 @@ def check_captioning(data: DataConfig, cache: CacheConfig, index: Index | None) 
 
 def _list_random_settings(data: DataConfig, index: Index | None) -> list[str]:
     settings, both = CaptionSettings(**data.caption.model_dump()), False
-    if index is not None and is_choice_random(settings) and not _supplies_captions(data.strategy):
+    if index is not None and is_choice_random(settings) and not supplies_captions(data.strategy):
         rows = select_evenly(len(index), MAX_CHECKED_SAMPLES).tolist()
         both = any(has_both_texts(orjson.loads(index.row(row)["record"]), settings.separator) for row in rows)
     return list_random_settings(settings, both)
-
-
-def _supplies_captions(strategy: str | None) -> bool:
-    """Return whether the user's class replaces the choice of texts; other checks report a class that cannot be used."""
-    try:
-        return strategy is not None and load_strategy(strategy).has("caption")
-    except UserInputError:
-        return True
 
 
 def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:

@@ -185,6 +185,14 @@ def load_strategy(spec: str) -> Strategy:
         raise UserInputError([Problem(KEY, spec, f"{user_class.__name__}() raised {error}", cure)]) from None
 
 
+def supplies_captions(strategy: str | None) -> bool:
+    """Return whether the user's class replaces the choice of texts; other checks report a class that cannot be used."""
+    try:
+        return strategy is not None and load_strategy(strategy).has("caption")
+    except UserInputError:
+        return True
+
+
 def check_strategy(strategy: Strategy, index: Index) -> Iterator[Problem]:
     """Yield a problem for each of `caption` and `loss_weight` that fails on all of NUM_TRIED samples.
 

@@ -113,23 +113,36 @@ class Trainings:
 
     def __init__(self, stage: Path):
         self.stage, self.commands, self.known = stage, [], set()
+        self.caches: dict[str, Path] = {}  # settings that decide on a cache, as JSON → its folder
 
     def add(self, command: str) -> int:
-        """Take up a command with its settings as they are now. Returns the exit status 0."""
+        """Take up a command with its settings as they are now, and fill its cache. Returns the cache job's status."""
         options = build_parser("").parse_args(split_command(command)[1])
         text = options.cfg.read_text()
         if (text, *options.overrides) not in self.known:
             self.known.add((text, *options.overrides))
             copy = self.stage / f"settings-{len(self.commands)}.yaml"
             copy.write_text(text)
-            self.commands.append((command, copy, options.overrides))
+            words = stand_in(options.overrides, list_stand_ins(self.stage))
+            cache, status = self.fill_cache(copy, words)
+            words.append(f"cache.dir={cache}")  # of the words for one setting the last counts
+            self.commands.append((command, copy, words))
+            return status
         return 0
 
-    def run(self, copy: Path, overrides: Sequence[str]) -> int:
+    def fill_cache(self, copy: Path, words: list[str]) -> tuple[Path, int]:
+        """A cache folder that a job with these settings has filled from nothing, and the job's exit status."""
+        config, _ = load_config(copy, words)
+        decisive = {"data": {"max_tokens", "caption", "strategy"}, "cache": {*type(config.cache).model_fields} - {"dir"}}
+        key = config.model_dump_json(include=decisive)
+        if key in self.caches:
+            return self.caches[key], 0
+        folder = self.caches[key] = self.stage / "data" / f"latents-{len(self.caches)}"
+        return folder, call("cache.main", ["--cfg", str(copy), *words, f"cache.dir={folder}"])
+
+    def run(self, copy: Path, words: list[str]) -> int:
         """The exit status of a dry run."""
-        config, _ = load_config(copy, overrides)
-        words = stand_in(overrides, list_stand_ins(self.stage))
-        words.append(f"cache.dir={self.stage / 'data/all-latents'}")  # of the words for one setting the last counts
+        config, _ = load_config(copy, words)
         if config.engine.offload_optimizer:
             words.append("optim.name=torch.optim.AdamW")  # DeepSpeed's for the CPU takes a minute to compile
         return start("train", copy, ["--dry-run", *words])
@@ -141,9 +154,7 @@ def main() -> int:
     os.chdir(stage)
     trainings, failed = Trainings(stage), []
     words = stand_in(["--cfg", "my.yaml"], list_stand_ins(stage))
-    everything = ["data.max_tokens=75", "cache.text=true", "cache.flip=true"]  # that a preset wants
     assert call("cache.main", words) == 0
-    assert call("cache.main", [*words, f"cache.dir={stage / 'data/all-latents'}", *everything]) == 0
 
     def finish(command: str, run: Callable[..., int], *arguments: object) -> None:
         print("+", command, flush=True)
@@ -160,8 +171,8 @@ def main() -> int:
             finish(command, run_command, command, stage)
         if program not in ("", "cache.main"):
             known.add(key)
-    for command, copy, overrides in trainings.commands:
-        finish(command, trainings.run, copy, overrides)
+    for command, copy, words in trainings.commands:
+        finish(command, trainings.run, copy, words)
     close_ranks()
     print("failed:", *failed, sep="\n")
     return int(bool(failed))

@@ -10,6 +10,7 @@ from sdxl_trainer.launch.machine import Finding, convert_problem, read_host_memo
 from sdxl_trainer.train.estimates.memory_choice import describe_lack, plan_memory
 from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryTable, format_gb
 from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
+from sdxl_trainer.train.estimates.text_encoders import describe_text_encoders
 
 USUAL_GPUS_GB = (16, 24, 48, 80)
 INDENT = "         "  # of further lines of a finding
@@ -29,7 +30,8 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Ite
         yield Finding("memory", "the size of the model is not known before its download")
         return
     try:
-        sizes = measure_networks(config, resolve_model(config.model), bucket)
+        source = resolve_model(config.model)
+        sizes = measure_networks(config, source, bucket)
     except (UserInputError, OSError, ValueError, KeyError):
         yield Finding("memory", "unknown as long as the settings or the model are wrong")
         return
@@ -40,6 +42,8 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Ite
     if reason:
         yield Finding("engine.gradient_checkpointing", reason)
     yield Finding("memory", describe_memory(table))
+    if cost := describe_text_encoders(config, source, table):
+        yield Finding("text encoders", cost, is_note=True)
     if not gpu_bytes:
         yield Finding("GPU to choose", "\n".join(describe_fits(config, sizes, world_size, host)), is_note=True)
     cure = "" if table.fits_device else describe_lack(config, sizes, world_size, limits)

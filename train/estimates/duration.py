@@ -11,8 +11,7 @@ from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import describe_seconds, format_rate
 from sdxl_trainer.configs.schema import Config, DataConfig, ModelConfig
-from sdxl_trainer.data.formats.latents import VAE_FACTOR
-from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
+from sdxl_trainer.train.estimates.flops import average_training_flops, get_peak_flops
 from sdxl_trainer.train.report.metrics import read_metrics
 
 MEASURED_STEPS = 100
@@ -79,9 +78,6 @@ def count_flops_per_image(model: ModelConfig, data: DataConfig) -> float | None:
     if not is_local(model):
         return None
     try:
-        unet_config = resolve_model(model).read_config("unet")
-        count = count_training_flops(unet_config, data.max_tokens + 2)
+        return average_training_flops(resolve_model(model).read_config("unet"), data)
     except (OSError, ValueError, KeyError):
         return None  # check_model reports the problem
-    sides = [side // VAE_FACTOR for side in data.resolution_px]
-    return statistics.mean(count.compute(side * side) for side in sides)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from sdxl_trainer.cache.models.single_file_names import build_name_table
+from sdxl_trainer.configs.schema import DataConfig
+from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.launch.distributed import Ranks
 
 # Dense TFLOP/s in bf16 with fp32 accumulation, by the driver's device name. Sources: NVIDIA's data sheets (half of the
@@ -117,6 +120,17 @@ def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -
             per_area += 4 * row.source_shape[0] * positions_per_area * num_text_tokens
     passes = 1 + BACKWARD_PASSES
     return FlopCount(passes * per_area_squared, passes * per_area, passes * constant)
+
+
+def average_training_flops(unet_config: Mapping[str, Any], data: DataConfig) -> float:
+    """Return the FLOPs of training on one square image, averaged over the resolutions.
+
+    Raises:
+        ValueError: the U-Net does not have SDXL's topology.
+    """
+    count = count_training_flops(unet_config, data.max_tokens + 2)
+    sides = [side // VAE_FACTOR for side in data.resolution_px]
+    return statistics.mean(count.compute(side * side) for side in sides)
 
 
 def _find_level(name: str, num_levels: int) -> int:

@@ -28,6 +28,7 @@ AVERAGE_BYTES, FP32_BYTES = 4, 4
 # Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
 CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
 ZERO_0_BUCKET_VALUES = 500_000_000  # that DeepSpeed sends at a time without ZeRO
+FROZEN_ENCODERS = "frozen text encoders"  # name of the component
 PASSES: tuple[Phase, ...] = ("forward pass", "backward pass")
 
 
@@ -137,7 +138,7 @@ def list_weights(config: Config, sizes: NetworkSizes, state: StateBytes, has_gpu
     # With cached text the encoders are loaded for prompts alone.
     phases: tuple[Phase, ...] = ("image generation",)
     if not config.cache.text:
-        yield MemoryLine(component="frozen text encoders", device=sizes.frozen_encoders * state.weight)
+        yield MemoryLine(component=FROZEN_ENCODERS, device=sizes.frozen_encoders * state.weight)
     elif sizes.generation:
         yield MemoryLine(component="text encoders", device=sizes.frozen_encoders * state.weight, phases=phases)
 

@@ -15,6 +15,7 @@ from sdxl_trainer.configs.problems import format_count, format_rate
 from sdxl_trainer.data.loading.counts import count_buckets
 from sdxl_trainer.launch.logger import log_table
 from sdxl_trainer.train.estimates.memory_table import format_gb
+from sdxl_trainer.train.estimates.text_encoders import describe_text_encoders
 from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds, translate_rows
 from sdxl_trainer.train.run.run import Run
 
@@ -28,6 +29,7 @@ def show_start(run: Run) -> None:
     trained = [f"{name}: {count:,} weights" for name, count in count_trained_weights(run.engine.model).items()]
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
     resumed = f", resumed at step {state.step}" if state.step else ""
+    text_cost = describe_text_encoders(config, run.source, run.memory)
     rows = {
         "data": f"{format_count(len(run.index), 'sample')} in the index{held_out}; "
         f"{format_count(run.plan.num_batches(state.epoch), 'global batch', 'global batches')} in epoch {state.epoch}, "
@@ -38,6 +40,7 @@ def show_start(run: Run) -> None:
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}; "
         f"{config.engine.precision}, ZeRO-{run.engine.zero_stage}",
         **({"adapters": describe_adapters(config.lora)} if config.lora.rank else {}),
+        **({"text encoders": text_cost} if text_cost else {}),
         "memory": f"{describe_peak_memory(run.ranks.device)} on rank 0 before the first step; a rank needs "
         f"{format_gb(run.memory.device_peak)}",
         "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x "

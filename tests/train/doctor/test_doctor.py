@@ -108,7 +108,10 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
     found = {finding.name: finding for finding in examine_memory(config, 1, [80 * 10**9])}
-    assert list(found) == ["engine.gradient_checkpointing", "memory"]
+    assert list(found) == ["engine.gradient_checkpointing", "memory", "text encoders"]
+    cost = found["text encoders"]
+    assert cost.is_note and "FLOPs and 1.64 GB; cache.text: true saves both" in cost.detail
+    assert cost.detail.endswith("stores 0.64 MB an image")
     assert "\n         trained weights: 5.13 GB GPU" in found["memory"].detail
     assert "activations of 1 x 1024x1024: 6.89 GB GPU, forward pass" in found["memory"].detail
     assert "of 80 GB, in the" in found["memory"].detail.splitlines()[0]
