@@ -133,8 +133,8 @@ class Trainings:
     def fill_cache(self, copy: Path, words: list[str]) -> tuple[Path, int]:
         """A cache folder that a job with these settings has filled from nothing, and the job's exit status."""
         config, _ = load_config(copy, words)
-        decisive = {"data": {"max_tokens", "caption", "strategy"}, "cache": {*type(config.cache).model_fields} - {"dir"}}
-        key = config.model_dump_json(include=decisive)
+        kept = {*type(config.cache).model_fields} - {"dir"}
+        key = config.model_dump_json(include={"data": {"max_tokens", "caption", "strategy"}, "cache": kept})
         if key in self.caches:
             return self.caches[key], 0
         folder = self.caches[key] = self.stage / "data" / f"latents-{len(self.caches)}"
