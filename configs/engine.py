@@ -1,6 +1,6 @@
 """Settings of the engine, `engine`: sharding, precision, offload and speed."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -12,6 +12,8 @@ PATH_ENDINGS = ("_path", "_file", "_dir")  # of the names of DeepSpeed's setting
 PURE_BF16 = ("bf16_kahan", "bf16_stochastic")
 # Precision → data type of the weights in forward and backward passes, and so of the gradients that these compute.
 WEIGHT_TYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", **dict.fromkeys(PURE_BF16, "bf16")}
+Checkpointing = Literal["off", "selective", "full"]
+CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)  # the fastest first, which takes the most memory
 # DeepSpeed's setting → the setting here that determines it.
 OWN_SETTINGS = {
     "train_batch_size": "train.global_batch_size",
@@ -62,11 +64,13 @@ class EngineConfig(Section):
     offload_param: bool = False
     """Also keep the weights in host memory, and copy each to the GPU when it is used. Saves the most GPU memory and is
     the slowest. Needs ZeRO 3 and `engine.offload_optimizer`."""
-    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
-    """Recompute activations in the backward pass, which takes far less memory and is about a third slower: `none` keeps
-    all activations, `full` recomputes every block. `auto` estimates the memory of the run before it starts and chooses
-    `none` if that fits on the smallest GPU of all ranks, else `full`. The choice is logged and kept in checkpoints, so
-    a resumed run makes it no second time; losses are the same either way. `true` means `full`, `false` means `none`."""
+    gradient_checkpointing: Literal["auto", "off", "selective", "full"] = "auto"
+    """Recompute activations in the backward pass instead of keeping them, which takes less memory and more time. `off`
+    keeps all activations. `selective` recomputes the norms and activation functions before convolutions and matrix
+    products, a third of the memory at little cost. `full` recomputes every block; it needs the least memory and repeats
+    most of the forward pass. `auto` estimates the memory of the run before it starts and chooses the first of the three
+    that fits on the smallest GPU of all ranks. The choice is logged and kept in checkpoints, so a resumed run makes it
+    no second time; losses are the same with each. `true` means `full`, `false` means `off`, as does `none`."""
     attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers"] = "auto"
     """Implementation of attention on GPUs. `cudnn`, `flash` and `efficient` are PyTorch's back ends: the one you name
     is tried first, and the others serve calls that it does not support. `auto` tries cuDNN's first on Hopper and later,
@@ -94,7 +98,7 @@ class EngineConfig(Section):
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _name_choice(cls, value: Any) -> Any:
-        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+        return name_checkpointing(value)
 
     @field_validator("precision", "offload_optimizer")
     @classmethod
@@ -162,6 +166,13 @@ class EngineConfig(Section):
         if value and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
             raise ValueError("needs engine.zero_stage 0, 1 or 2, without engine.offload_param")
         return value
+
+
+def name_checkpointing(value: Any) -> Any:
+    """Return the present name of a value of `engine.gradient_checkpointing`; others are returned as they are."""
+    if isinstance(value, bool):
+        return "full" if value else "off"
+    return "off" if value == "none" else value
 
 
 def _expand_nested(value: Any, is_path: bool = False) -> Any:

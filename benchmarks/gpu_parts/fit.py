@@ -34,7 +34,7 @@ class StepSizes(NamedTuple):
         return [
             f"train.micro_batch_size={self.micro_batch_size}",
             f"train.global_batch_size={self.num_images}",
-            f"engine.gradient_checkpointing={'full' if self.checkpointing else 'none'}",
+            f"engine.gradient_checkpointing={'full' if self.checkpointing else 'off'}",
         ]
 
 

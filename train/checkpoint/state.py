@@ -36,7 +36,7 @@ class TrainState:
     num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
     # Network → hash, of the base model's networks with frozen weights, which checkpoints do not hold.
     base_model: dict[str, str] = field(default_factory=dict)
-    # `none` or `full`, which `engine.gradient_checkpointing: auto` keeps; "" in checkpoints before version 0.3.0
+    # The choice of `engine.gradient_checkpointing: auto`, which a resume keeps; "" in checkpoints before version 0.3.0
     gradient_checkpointing: str = ""
     # The settings and data of the run that saved the state; a resume compares them with its own.
     seed: int = 0

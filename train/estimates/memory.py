@@ -216,12 +216,12 @@ def list_activations(config: Config, sizes: NetworkSizes) -> Iterator[MemoryLine
     Without accumulation the sum of a phase is a close lower bound: the forward pass ends with all activations and no
     gradient, the backward pass with all gradients and the activations of one block.
     """
-    is_full = config.engine.gradient_checkpointing == "full"
-    activations = sizes.with_checkpointing if is_full else sizes.without_checkpointing
+    policy = config.engine.gradient_checkpointing
+    activations = sizes.activations["off" if policy == "auto" else policy]
     number = config.train.micro_batch_size
     name = f"activations of {number} x {sizes.bucket}"
     yield MemoryLine(component=name, device=number * activations.kept, phases=("forward pass",), grows=True)
-    again = "recomputed activations of a block"
+    again = "recomputed activations"
     yield MemoryLine(component=again, device=number * activations.recomputed, phases=PASSES, grows=True)
 
 

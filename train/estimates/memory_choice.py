@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sdxl_trainer.configs.engine import PURE_BF16
+from sdxl_trainer.configs.engine import CHECKPOINTING, PURE_BF16, name_checkpointing
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.memory import estimate_memory
@@ -41,19 +41,20 @@ def plan_memory(
     asked = config.engine.gradient_checkpointing
     if asked != "auto":
         return MemoryPlan(config, estimate_memory(config, sizes, world_size, limits), "")
+    plans: dict[str, MemoryPlan] = {}
+    for policy in CHECKPOINTING:
+        chosen = replace_settings(config, "engine", gradient_checkpointing=policy)
+        plans[policy] = MemoryPlan(chosen, estimate_memory(chosen, sizes, world_size, limits), "")
     if kept:
-        chosen = replace_settings(config, "engine", gradient_checkpointing=kept)
-        table = estimate_memory(chosen, sizes, world_size, limits)
-        return MemoryPlan(chosen, table, f"{kept}, as in the checkpoint")
-    none, full = (replace_settings(config, "engine", gradient_checkpointing=choice) for choice in ("none", "full"))
-    without, table = (estimate_memory(choice, sizes, world_size, limits) for choice in (none, full))
+        policy = name_checkpointing(kept)
+        return plans[policy]._replace(reason=f"{policy}, as in the checkpoint")
     if limits.rank is None:
-        return MemoryPlan(none, without, "none, because the memory of this machine is not known")
+        return plans["off"]._replace(reason="off, because the memory of this machine is not known")
+    policy = next((policy for policy, plan in plans.items() if plan.table.fits_device), "full")
     room = f"{format_gb(limits.rank * (1 - HEADROOM))} ({1 - HEADROOM:.0%} of {format_gb(limits.rank)})"
-    needed = f"a rank needs {format_gb(without.device_peak)} without and {format_gb(table.device_peak)} with it"
-    if without.fits_device:
-        return MemoryPlan(none, without, f"none, because {needed}, and has {room}")
-    return MemoryPlan(full, table, f"full, because {needed}, and has {room}")
+    off, selective, full = (format_gb(plan.table.device_peak) for plan in plans.values())
+    needed = f"a rank needs {off} with off, {selective} with selective and {full} with full"
+    return plans[policy]._replace(reason=f"{policy}, because {needed}, and has {room}")
 
 
 def replace_settings(config: Config, section: str, **values: Any) -> Config:
@@ -82,9 +83,10 @@ def list_savings(config: Config, sizes: NetworkSizes, world_size: int, limits: M
 def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
     """Yield single settings that may save memory, each with the settings of the run after that change."""
     engine, micro_batch = config.engine, config.train.micro_batch_size
-    if engine.gradient_checkpointing == "none":
-        name = "engine.gradient_checkpointing: full"
-        yield name, replace_settings(config, "engine", gradient_checkpointing="full")
+    present = engine.gradient_checkpointing
+    for policy in CHECKPOINTING[0 if present == "auto" else CHECKPOINTING.index(present) + 1 :]:
+        name = f"engine.gradient_checkpointing: {policy}"
+        yield name, replace_settings(config, "engine", gradient_checkpointing=policy)
     if micro_batch > 1:
         yield "train.micro_batch_size: 1", replace_settings(config, "train", micro_batch_size=1)
     if world_size > 1 and engine.zero_stage != 3 and not engine.compile:

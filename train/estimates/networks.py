@@ -1,7 +1,7 @@
 """Sizes of a run's networks: weights and saved activations, counted on PyTorch's meta device, which holds no values."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.engine import CHECKPOINTING, Checkpointing
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.text.tokens import WINDOW
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES
+from sdxl_trainer.train.networks.checkpointing import RunRegion, set_checkpointing
 from sdxl_trainer.train.networks.conditioning import TextInputs
 from sdxl_trainer.train.networks.empty_networks import (
     build_empty_encoder,
@@ -52,8 +54,7 @@ class NetworkSizes:
     frozen_encoders: int  # values of the text encoders that are not trained
     vae: int
     bucket: Size  # for which the activations are counted
-    without_checkpointing: Activations
-    with_checkpointing: Activations
+    activations: Mapping[Checkpointing, Activations]  # by gradient checkpointing
     generation: int  # bytes of the largest activations at a time while an image is generated; 0 without prompts
 
     @property
@@ -65,8 +66,8 @@ class NetworkSizes:
 def measure_networks(config: Config, source: ModelSource, bucket: Size) -> NetworkSizes:
     """Count weights and activations of the networks that the settings train.
 
-    Runs the forward pass without and with gradient checkpointing, for one image. For SDXL this takes about two seconds
-    of CPU time besides importing diffusers. Activations grow in proportion to the micro batch.
+    Runs the forward pass with each kind of gradient checkpointing, for one image. For SDXL this takes about three
+    seconds of CPU time besides importing diffusers. Activations grow in proportion to the micro batch.
 
     Args:
         bucket: the largest of the training data.
@@ -85,8 +86,7 @@ def measure_networks(config: Config, source: ModelSource, bucket: Size) -> Netwo
         frozen_encoders=sum(count_values(build_empty_encoder(source, name)) for name in frozen_encoders),
         vae=count_values(vae),
         bucket=bucket,
-        without_checkpointing=count_activations(networks, config, bucket, checkpointing=False),
-        with_checkpointing=count_activations(networks, config, bucket, checkpointing=True),
+        activations={policy: count_activations(networks, config, bucket, policy) for policy in CHECKPOINTING},
         generation=measure_generation(networks.unet, vae, config),
     )
 
@@ -96,28 +96,27 @@ def count_values(network: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in network.parameters())
 
 
-def count_activations(networks: TrainedNetworks, config: Config, bucket: Size, checkpointing: bool) -> Activations:
+def count_activations(networks: TrainedNetworks, config: Config, bucket: Size, policy: Checkpointing) -> Activations:
     """Count the activations that the forward pass of one image saves for the backward pass.
 
     Args:
-        networks: on the meta device; gradient checkpointing stays switched on.
+        networks: on the meta device; the text encoders stay checkpointed after `full`.
     """
     held = list_held_storages(networks)
     saved, units = SavedBytes(held), [0]
 
-    def run_checkpointed(block: Callable[..., Any], *arguments: Any) -> Any:
+    def run_checkpointed(region: Callable[..., Any], *arguments: Any) -> Any:
         unit = SavedBytes(held)
 
         def run(*again: Any) -> Any:
             with unit.hooks():
-                return block(*again)
+                return region(*again)
 
         output = checkpoint(run, *arguments, use_reentrant=False)
         units.append(unit.total)
         return output
 
-    if checkpointing:
-        enable_checkpointing(networks, run_checkpointed)
+    checkpoint_networks(networks, policy, run_checkpointed)
     with saved.hooks(), FlashAttention():
         networks(**build_inputs(networks, config, bucket))
     return Activations(kept=saved.total, recomputed=max(units))
@@ -128,10 +127,11 @@ def list_held_storages(network: torch.nn.Module) -> list[torch.UntypedStorage]:
     return [tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())]
 
 
-def enable_checkpointing(networks: TrainedNetworks, run_block: Callable[..., Any]) -> None:
-    """Switch gradient checkpointing on; `run_block` runs a checkpointed block of the U-Net."""
-    unet: Any = networks.unet
-    unet.enable_gradient_checkpointing(gradient_checkpointing_func=run_block)
+def checkpoint_networks(networks: TrainedNetworks, policy: Checkpointing, run: RunRegion | None = None) -> None:
+    """Set the gradient checkpointing of all networks; `run` runs a region of the U-Net (see `set_checkpointing`)."""
+    set_checkpointing(networks.unet, policy, run)
+    if policy != "full":
+        return
     encoders: list[Any] = [networks.text_encoder, networks.text_encoder_2]
     for encoder in filter(None, encoders):
         checkpoint_text_encoder(encoder)

@@ -12,6 +12,7 @@ from sdxl_trainer.cache.models.single_file_names import TextProjection, get_cano
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.train.networks.checkpointing import set_checkpointing
 from sdxl_trainer.train.networks.conditioning import TextEmbeddings, TextInputs
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -94,9 +95,9 @@ def load_unet(
 
 
 def configure_unet(unet: Any, config: EngineConfig) -> None:
-    """Apply the execution options of `engine` that act on single layers; `gradient_checkpointing: auto` is none."""
-    if config.gradient_checkpointing == "full":
-        unet.enable_gradient_checkpointing()
+    """Apply the execution options of `engine` that act on single layers; `gradient_checkpointing: auto` is off."""
+    if config.gradient_checkpointing != "auto":
+        set_checkpointing(unet, config.gradient_checkpointing)
     if config.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     if config.channels_last:

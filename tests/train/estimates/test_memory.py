@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sdxl_trainer.configs.engine import CHECKPOINTING
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.schema import Config, EmaConfig
@@ -30,8 +31,11 @@ SDXL = NetworkSizes(
     frozen_encoders=817_720_320,
     vae=83_653_863,
     bucket=Size(1024, 1024),
-    without_checkpointing=Activations(kept=6_888_906_624, recomputed=0),
-    with_checkpointing=Activations(kept=587_672_448, recomputed=147_739_136),
+    activations={
+        "off": Activations(kept=6_888_906_624, recomputed=0),
+        "selective": Activations(kept=4_697_405_952, recomputed=94_371_968),
+        "full": Activations(kept=587_672_448, recomputed=147_739_136),
+    },
     generation=3_222_011_904,
 )
 
@@ -39,7 +43,7 @@ SDXL = NetworkSizes(
 def build(*words: str, ranks: int = 1) -> Config:
     """Settings with stage and checkpointing chosen; one micro step on each rank unless the words say otherwise."""
     batch = f"train.global_batch_size={ranks}"
-    config, problems = build_config({}, ["engine.gradient_checkpointing=none", batch, *words])
+    config, problems = build_config({}, ["engine.gradient_checkpointing=off", batch, *words])
     assert problems == []
     return resolve_zero_stage(config, ranks)[0]
 
@@ -51,8 +55,7 @@ def build_sizes(*trained: int) -> NetworkSizes:
         frozen_encoders=0,
         vae=0,
         bucket=Size(64, 64),
-        without_checkpointing=NO_ACTIVATIONS,
-        with_checkpointing=NO_ACTIVATIONS,
+        activations=dict.fromkeys(CHECKPOINTING, NO_ACTIVATIONS),
         generation=0,
     )
 
@@ -203,16 +206,19 @@ def test_the_choice_follows_the_memory_of_the_smallest_gpu() -> None:
         [RankMemory(80 * GIB, 900, "a"), RankMemory(40 * GIB, 700, "a"), RankMemory(80 * GIB, 800, "b")]
     )
     assert limits == MemoryLimits(device=40 * GIB, host=700, ranks_per_host=2)
-    for gib, choice in ((141, "none"), (80, "none"), (56, "full")):
+    for gib, choice in ((141, "off"), (80, "off"), (64, "selective"), (56, "full")):
         planned = plan_memory(config, SDXL, 1, MemoryLimits(device=gib * GIB, host=None))
         assert planned.config.engine.gradient_checkpointing == choice, planned.reason
-        assert f"{choice}, because a rank needs 65.9 GB without and " in planned.reason, planned.reason
-    kept = plan_memory(config, SDXL, 1, limits, kept="none")
-    assert kept.config.engine.gradient_checkpointing == "none" and not kept.table.fits_device
+        needed = "a rank needs 65.9 GB with off, 57.5 GB with selective and 45.1 GB with full, and has "
+        assert planned.reason.startswith(f"{choice}, because {needed}"), planned.reason
+        assert planned.table.fits_device
+    for name in ("off", "none"):  # `none` in checkpoints of earlier versions
+        kept = plan_memory(config, SDXL, 1, limits, kept=name)
+        assert kept.config.engine.gradient_checkpointing == "off" and not kept.table.fits_device
     on_host = MemoryLimits(device=None, host=120 * GIB, ranks_per_host=2)
     assert plan_memory(config, SDXL, 1, on_host).config.engine.gradient_checkpointing == "full"
-    assert plan_memory(config, SDXL, 1, CPU).config.engine.gradient_checkpointing == "none"
-    asked = build("engine.gradient_checkpointing=none")
+    assert plan_memory(config, SDXL, 1, CPU).config.engine.gradient_checkpointing == "off"
+    asked = build("engine.gradient_checkpointing=off")
     assert plan_memory(asked, SDXL, 1, limits) == (asked, estimate_memory(asked, SDXL, 1, limits), "")
 
 

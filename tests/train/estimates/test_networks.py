@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.engine import CHECKPOINTING, Checkpointing
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.bucket import Size
@@ -14,8 +15,8 @@ from sdxl_trainer.train.estimates.networks import (
     LiveBytes,
     SavedBytes,
     build_inputs,
+    checkpoint_networks,
     count_activations,
-    enable_checkpointing,
     list_held_storages,
     measure_networks,
 )
@@ -38,25 +39,24 @@ def build(words: str) -> Config:
     return config
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("policy", CHECKPOINTING)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("words", NETWORKS.values(), ids=NETWORKS.keys())
-def test_the_count_is_that_of_a_real_pass(words: str, precision: str, checkpointing: bool) -> None:
+def test_the_count_is_that_of_a_real_pass(words: str, precision: str, policy: Checkpointing) -> None:
     """The micro batch of the real pass is 2, because activations grow in proportion to it."""
     config, dtype = build(words), torch.float32 if precision == "fp32" else torch.bfloat16
-    counted = count_activations(build_empty_run_networks(TINY, config, dtype), config, BUCKET, checkpointing)
+    counted = count_activations(build_empty_run_networks(TINY, config, dtype), config, BUCKET, policy)
     networks = build_empty_run_networks(TINY, config, dtype).to_empty(device="cpu")
     for buffer in networks.buffers():  # such as the numbers of positions
         buffer.zero_()
-    if checkpointing:
-        enable_checkpointing(networks, lambda *inputs: torch.utils.checkpoint.checkpoint(*inputs, use_reentrant=False))
+    checkpoint_networks(networks, policy)
     saved = SavedBytes(list_held_storages(networks))
     with saved.hooks():
         networks(**build_inputs(networks, config, BUCKET, batch_size=2))
     # In bf16 the statistics of layer norms are in bf16 on a CPU, and in fp32 on a GPU and on the meta device.
     tolerance = 0 if precision == "fp32" else 0.005
     assert 0 < saved.total == pytest.approx(2 * counted.kept, rel=tolerance, abs=0)
-    assert (counted.recomputed > 0) == checkpointing
+    assert (counted.recomputed > 0) == (policy != "off")
 
 
 def test_sdxl() -> None:
@@ -65,9 +65,10 @@ def test_sdxl() -> None:
     sizes = measure_networks(config, SDXL, Size(1024, 1024))
     assert (sizes.num_trained, sizes.frozen, len(sizes.trained)) == (2_567_463_684, 0, 1680)
     assert (sizes.frozen_encoders, sizes.vae) == (123_060_480 + 694_659_840, 83_653_863)
-    assert sizes.without_checkpointing.kept == pytest.approx(6.89e9, rel=0.001)
-    assert sizes.with_checkpointing.kept == pytest.approx(0.588e9, rel=0.001)
-    assert sizes.with_checkpointing.recomputed == pytest.approx(0.148e9, rel=0.01)
+    kept = {policy: counted.kept / 1e9 for policy, counted in sizes.activations.items()}
+    assert kept == pytest.approx({"off": 6.889, "selective": 4.697, "full": 0.588}, rel=0.001)
+    again = {policy: counted.recomputed / 1e9 for policy, counted in sizes.activations.items()}
+    assert again == pytest.approx({"off": 0, "selective": 0.0944, "full": 0.148}, rel=0.01)
     assert sizes.generation == pytest.approx(3.22e9, rel=0.01)  # of the VAE in fp32; the U-Net needs 0.33 GB
 
 

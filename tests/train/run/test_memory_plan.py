@@ -19,9 +19,9 @@ from sdxl_trainer.train.run.job import set_up
 def test_full_checkpointing_is_kept_by_a_resume_and_has_the_same_losses(one_rank: Path, cached_folder: Path) -> None:
     assert is_harmless("engine.gradient_checkpointing")
     state = orjson.loads((one_rank / "checkpoints" / "step-00000004" / "trainer_state.json").read_bytes())
-    assert state["gradient_checkpointing"] == "none"  # `auto` on a host with room for the tiny model
+    assert state["gradient_checkpointing"] == "off"  # `auto` on a host with room for the tiny model
     log = (one_rank / "logs" / "train.log").read_text()
-    assert "engine.gradient_checkpointing: none, because a rank needs " in log and "largest micro batch" in log
+    assert "engine.gradient_checkpointing: off, because a rank needs " in log and "largest micro batch" in log
     part = cached_folder / "runs" / "checkpointed"
     shutil.copytree(one_rank / "checkpoints" / "step-00000004", part / "checkpoints" / "step-00000004")
     words = ["run.name=checkpointed", "train.max_steps=6", "sample.prompts=[]", "checkpoint.every_steps=1"]
