@@ -83,10 +83,12 @@ def list_savings(config: Config, sizes: NetworkSizes, world_size: int, limits: M
 def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
     """Yield single settings that may save memory, each with the settings of the run after that change."""
     engine, micro_batch = config.engine, config.train.micro_batch_size
-    present = engine.gradient_checkpointing
-    for policy in CHECKPOINTING[0 if present == "auto" else CHECKPOINTING.index(present) + 1 :]:
-        name = f"engine.gradient_checkpointing: {policy}"
-        yield name, replace_settings(config, "engine", gradient_checkpointing=policy)
+    if engine.gradient_checkpointing == "off":
+        name = "engine.gradient_checkpointing: selective"
+        yield name, replace_settings(config, "engine", gradient_checkpointing="selective")
+    if engine.gradient_checkpointing != "full":
+        name = "engine.gradient_checkpointing: full"
+        yield name, replace_settings(config, "engine", gradient_checkpointing="full")
     if micro_batch > 1:
         yield "train.micro_batch_size: 1", replace_settings(config, "train", micro_batch_size=1)
     if world_size > 1 and engine.zero_stage != 3 and not engine.compile:
