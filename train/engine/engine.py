@@ -21,6 +21,7 @@ from sdxl_trainer.train.engine.deepspeed_config import (
     resolve_gradient_types,
     uses_muon,
 )
+from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.patches import (
     accumulate_in_fp32,
     deepspeed,
@@ -30,7 +31,7 @@ from sdxl_trainer.train.engine.patches import (
     skip_gradient_allreduce,
     skip_overflow_scan,
 )
-from sdxl_trainer.train.engine.snapshot import HostMemory, capture_state, load_state
+from sdxl_trainer.train.engine.snapshot import capture_state, load_state
 from sdxl_trainer.train.engine.update_guard import UpdateGuard
 from sdxl_trainer.train.engine.weights import Weights, copy_fp32_share
 

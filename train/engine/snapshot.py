@@ -9,6 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.layout import Layout
 from sdxl_trainer.train.engine.patches import StateCopies, collect_state_files, count_group_masters
 from sdxl_trainer.train.engine.resharding import reshard
@@ -26,31 +27,6 @@ from sdxl_trainer.train.engine.weights import Weights, flatten
 
 # DeepSpeed's own checkpoint converter, which users may run, requires this entry in checkpoints of ZeRO 1 and 2.
 UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-
-
-class HostMemory:
-    """Host tensors that are reused for copies of the same tensors in the same order.
-
-    Memory that is allocated already takes a copy several times faster.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: list[torch.Tensor] = []
-        self._next = 0
-
-    def rewind(self) -> "HostMemory":
-        """Reuse the memory from its first tensor on."""
-        self._next = 0
-        return self
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a tensor on the host."""
-        place, self._next = self._next, self._next + 1
-        held = self._tensors[place] if place < len(self._tensors) else None
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            self._tensors[place : place + 1] = [held]
-        return held.copy_(tensor)
 
 
 def copy_to_host(content: Any, memory: HostMemory | None = None, keep_host_tensors: bool = False) -> Any:
