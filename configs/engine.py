@@ -80,6 +80,11 @@ class EngineConfig(Section):
     two more graphs, for any height or width, serve all others. Not for ZeRO 3."""
     channels_last: bool = False
     """Use the channels_last memory format, which can speed up convolutions on tensor cores."""
+    fp8: Literal["none", "linear"] = "none"
+    """`linear` lets the linear layers of the U-Net's transformer blocks multiply in fp8 (torchao, one scale a tensor).
+    Weights and optimizer stay as they are. Experimental: no GPU has shown its gain or its losses yet. Needs Hopper or
+    newer, torchao, weights in bf16, and ZeRO 0 to 2; not for adapters. Without `engine.compile` it is slower than bf16.
+    Validation and images during training use it, the sampling program does not."""
     cudnn_benchmark: bool = False
     """Let cuDNN try its algorithms for each convolution when a bucket first comes, and keep the fastest. The choice may
     differ between runs, so losses agree to rounding only. Switched off, with a warning, if the training set has more
@@ -159,6 +164,18 @@ class EngineConfig(Section):
             if key in settings:
                 raise ValueError(f"must not contain {path}; set {ours} instead")
         return deepspeed
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _name_layers(cls, value: Any) -> Any:
+        return {True: "linear", False: "none"}[value] if isinstance(value, bool) else value
+
+    @field_validator("fp8")
+    @classmethod
+    def _require_whole_matrices(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
+            raise ValueError("needs engine.zero_stage 0, 1 or 2, without engine.offload_param")
+        return value
 
     @field_validator("compile")
     @classmethod

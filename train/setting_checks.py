@@ -8,6 +8,7 @@ from sdxl_trainer.configs.problems import Problem, format_count
 from sdxl_trainer.configs.schema import Config, OptimConfig, TrainConfig
 from sdxl_trainer.train.engine.deepspeed_config import check_engine
 from sdxl_trainer.train.networks.adapters import check_adapters
+from sdxl_trainer.train.networks.fp8_linears import check_fp8
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
 from sdxl_trainer.train.objective.own_formulas import check_own_formulas
 from sdxl_trainer.train.optim.optimizers import check_optimizer
@@ -23,6 +24,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
     if not of_model:  # the right model may bring a vocabulary
         yield from check_vocabulary(config.model)
     yield from check_engine(config.engine, config.optim)
+    yield from check_fp8(config.engine, uses_adapters=config.lora.rank > 0)
     yield from check_optimizer(config.optim, config.engine)
     yield from check_own_schedule(config.optim)
     yield from check_own_formulas(config.objective)

@@ -12,8 +12,11 @@ from sdxl_trainer.cache.models.single_file_names import TextProjection, get_cano
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.networks.checkpointing import set_checkpointing
 from sdxl_trainer.train.networks.conditioning import TextEmbeddings, TextInputs
+from sdxl_trainer.train.networks.fp8_linears import convert_linears
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -82,12 +85,15 @@ def load_unet(
 ) -> torch.nn.Module:
     """Load SDXL's U-Net for training, and apply the settings of `engine` that change its execution.
 
-    The settings are gradient checkpointing, the attention backend, channels_last and compilation.
+    The settings are fp8, gradient checkpointing, the attention backend, channels_last and compilation.
     """
     from diffusers import UNet2DConditionModel
 
     build = partial(UNet2DConditionModel.from_config, source.read_config("unet"))
     unet: Any = build_component(build, source, "unet", device=device, dtype=dtype)
+    if config.fp8 == "linear":
+        count = format_count(convert_linears(unet), "linear layer")
+        warn_once("engine.fp8: {} multiply in fp8; experimental: no GPU has shown its gain or its losses yet", count)
     configure_unet(unet, config)
     if config.compile:
         unet.compile()

@@ -96,7 +96,7 @@ def load_image_generator(
 ) -> ImageGenerator:
     """Load all networks on a device: the base model's weights, replaced with the checkpoint's where it has them."""
     source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
-    unet = load_unet(source, config.engine, device, dtype)
+    unet = load_unet(source, config.engine.model_copy(update={"fp8": "none"}), device, dtype)
     encoders = load_text_encoders(source, config.model, device, dtype)
     networks = {"unet": unet, "text_encoder": encoders.encoder, "text_encoder_2": encoders.encoder_2}
     if checkpoint is not None:
