@@ -1,36 +1,53 @@
-"""Tables of docs/SCALE.md, computed from the constants below, each with its source.
+"""Tables of docs/SCALE.md, computed by the model of a step's time and the constants below, each with its source.
 
 `--check` exits with status 1 if a table of docs/SCALE.md differs.
 """
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "SCALE.md"
-GPUS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
-NODE = 8  # GPUs of a node
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.configs.problems import raise_if_any
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
+from sdxl_trainer.train.estimates import step_time
+from sdxl_trainer.train.estimates.communication import TIMES_SENT, count_sent_bytes
+from sdxl_trainer.train.estimates.flops import count_training_flops
+from sdxl_trainer.train.estimates.gpus import GPUS
+from sdxl_trainer.train.estimates.step_time import StepEstimate, estimate_step
 
-# Arithmetic of SDXL: train/estimates/flops.py, configs/sdxl.
+__all__ = ["TIMES_SENT", "WEIGHTS", "compute_sent_bytes"]  # for other benchmarks and tests
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "SCALE.md"
+SDXL = ModelSource(ROOT / "configs" / "sdxl")
+GPU_COUNTS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
+H100 = "NVIDIA H100 80GB HBM3"
+# GPU → further settings of full fine-tuning and of adapters; None where the preset does not fit (docs/TRAINING.md).
+SINGLE_GPUS: dict[str, tuple[list[str] | None, list[str]]] = {
+    "NVIDIA H200": ([], []),
+    H100: ([], []),
+    "NVIDIA A100-SXM4-80GB": ([], []),
+    "NVIDIA A100-SXM4-40GB": (None, []),
+    "NVIDIA L40S": (None, []),
+    "NVIDIA GeForce RTX 4090": (None, ["engine.gradient_checkpointing=full"]),
+    "NVIDIA GeForce RTX 3090": (None, ["engine.gradient_checkpointing=full"]),
+    "NVIDIA GeForce RTX 4080": (None, ["engine.gradient_checkpointing=full"]),
+}
+MICRO_BATCH, SMALL_MICRO_BATCH = 8, 4
+
+# Arithmetic of SDXL: configs/sdxl.
 WEIGHTS = 2_567_463_684
-TFLOP_AN_IMAGE = 20.3  # forward and backward at 1024x1024
 LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers
-# Vendor's data sheet of a Hopper GPU (H100 SXM, H200), in a node with one 400 Gbit/s adapter for each GPU.
-PEAK_TFLOPS, NVLINK_GBS, NETWORK_GBS = 989.5, 450.0, 50.0
-# Assumed, not measured: the target of docs/PERFORMANCE.md.
-MFU = 0.45
 # Measured on two cores of a shared machine without a GPU: docs/DATA.md, docs/CACHE.md, docs/RELIABILITY.md.
 FIRST_START_CPU_SECONDS_A_MILLION = 19.6  # of 10 million records; 13.3 of one million
 LATER_START_SECONDS_AT_10_MILLION = 1.1
 INDEX_GB_A_MILLION = 1.6
-SAMPLES_A_SECOND_OF_A_WORKER = 1644  # whole samples, through the pipe to the rank
 CACHE_CPU_MS_A_IMAGE = 16.6
-MICRO_BATCH = 8
-# How often a rank of a ring sends each byte that a collective reduces or gathers, without the factor (N-1)/N for N
-# ranks.
-TIMES_SENT = {"allreduce": 2, "reduce": 1, "reduce_scatter_base": 1, "allgather_base": 1, "broadcast": 1}
-GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
-MOST_REDUCING_RANKS = 64  # train/engine/deepspeed_config.py: with more, ZeRO 1 and 2 all-reduce
+GRADIENT_TYPES = ("fp32", "bf16")
 
 
 def main() -> int:
@@ -38,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with docs/SCALE.md instead of printing")
     options = parser.parse_args()
-    tables = [tabulate_step(), tabulate_traffic(), tabulate_reading(), tabulate_cache(), tabulate_start()]
+    tables = list_tables()
     if not options.check:
         print("\n\n".join(tables))
         return 0
@@ -46,24 +63,39 @@ def main() -> int:
     return int(not all(table in document for table in tables))
 
 
-def compute_rate() -> float:
-    """Return the images a second of one GPU at the assumed MFU."""
-    return MFU * PEAK_TFLOPS / TFLOP_AN_IMAGE
+def list_tables() -> list[str]:
+    """List the tables in the document's order."""
+    return [
+        *(tabulate_parts(), tabulate_gpus(), tabulate_step(), tabulate_traffic()),
+        *(tabulate_reading(), tabulate_cache(), tabulate_start()),
+    ]
+
+
+def build_settings(gpus: int, *words: str, micro_batch: int = MICRO_BATCH) -> Config:
+    """Build settings of full fine-tuning at 1024² in bf16 with cached text, without accumulation."""
+    batch = [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={gpus * micro_batch}"]
+    fast = ["engine.precision=bf16", "engine.gradient_checkpointing=off", "cache.text=true", "data.num_workers=2"]
+    config, problems = build_config({}, [*batch, *fast, *words])
+    raise_if_any(problems)
+    return resolve_zero_stage(config, gpus)[0]
+
+
+@cache
+def estimate(gpus: int, *words: str, gpu: str = H100, micro_batch: int = MICRO_BATCH) -> StepEstimate:
+    """Estimate a step of `build_settings`."""
+    found = estimate_step(build_settings(gpus, *words, micro_batch=micro_batch), SDXL, gpus, GPUS[gpu])
+    assert found is not None, "the settings are known to the model"
+    return found
+
+
+def compute_rate(gpus: int = 1) -> float:
+    """Return the images a second of one of some H100."""
+    return MICRO_BATCH / estimate(gpus).seconds
 
 
 def compute_sent_bytes(stage: int, accumulation: int, communication: str, ranks: int = 8) -> float:
-    """Return the bytes a weight that a rank sends in a step, equal to those it receives, without the factor (N-1)/N.
-
-    Gradients are reduced once a step by stages 0 and 1, and once a micro batch by stages 2 and 3. Weights in bf16 are
-    gathered once a step by stages 1 and 2, and in each forward and backward pass by stage 3.
-    `python benchmarks/gradients.py` counts the same.
-    """
-    reduces = {0: "allreduce", 3: "reduce_scatter_base"}.get(stage, "reduce")
-    if ranks > MOST_REDUCING_RANKS and stage in (1, 2):
-        reduces = "allreduce"
-    reduced = TIMES_SENT[reduces] * GRADIENT_BYTES[communication] * (accumulation if stage >= 2 else 1)
-    gathered = {0: 0, 1: 1, 2: 1, 3: 2 * accumulation}[stage]
-    return reduced + 2 * gathered
+    """Return the bytes a weight that a rank sends in a step in bf16, without the factor (N-1)/N for N ranks."""
+    return count_sent_bytes(stage, accumulation, communication, ranks).total
 
 
 def compute_traffic_gb(stage: int, accumulation: int, communication: str, ranks: int = 8) -> float:
@@ -71,30 +103,73 @@ def compute_traffic_gb(stage: int, accumulation: int, communication: str, ranks:
     return compute_sent_bytes(stage, accumulation, communication, ranks) * WEIGHTS / 1e9
 
 
+def compute_mfu(found: StepEstimate, gpu: str, images: int) -> float:
+    """Return the share of a GPU's peak that the arithmetic of a step's images is."""
+    flops = images * count_training_flops(SDXL.read_config("unet"), 77).compute(128 * 128)
+    return flops / found.seconds / GPUS[gpu].peak_flops
+
+
+def tabulate_parts() -> str:
+    """Tabulate the parts of a step on one H100, with and without what costs time."""
+    cases = {
+        "cached text": [],
+        "text encoders": ["cache.text=false"],
+        "text encoders, checkpointing": ["cache.text=false", "engine.gradient_checkpointing=full"],
+        "the same, micro batch 1": [
+            *("cache.text=false", "engine.gradient_checkpointing=full"),
+            *("train.micro_batch_size=1", "train.global_batch_size=1"),
+        ],
+    }
+    found = {name: estimate(1, *words) for name, words in cases.items()}
+    parts = list(dict.fromkeys(part for one in found.values() for part in one.parts))
+    rows = [f"| part, ms | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    for part in parts:
+        cells = [f"{1e3 * one.parts[part]:.0f}" if part in one.parts else "–" for one in found.values()]
+        rows.append(f"| {part} | {' | '.join(cells)} |")
+    rows.append(f"| **step** | {' | '.join(f'{1e3 * one.seconds:.0f}' for one in found.values())} |")
+    numbers = [1 if "micro batch 1" in name else MICRO_BATCH for name in found]
+    shares = [f"{compute_mfu(one, H100, n):.0%}" for one, n in zip(found.values(), numbers, strict=True)]
+    rows.append(f"| MFU | {' | '.join(shares)} |")
+    return "\n".join(rows)
+
+
+def tabulate_gpus() -> str:
+    """Tabulate the images a second of single GPUs."""
+    rows = ["| GPU | full fine-tuning, images/s | MFU | adapters, images/s | largest part |", "|---|---|---|---|---|"]
+    for gpu, (full, adapters) in SINGLE_GPUS.items():
+        cells = ["–", "–"]
+        if full is not None:
+            found = estimate(1, *full, gpu=gpu, micro_batch=SMALL_MICRO_BATCH)
+            cells = [f"{SMALL_MICRO_BATCH / found.seconds:.1f}", f"{compute_mfu(found, gpu, SMALL_MICRO_BATCH):.0%}"]
+        found = estimate(1, "lora.rank=32", *adapters, gpu=gpu, micro_batch=SMALL_MICRO_BATCH)
+        cells += [f"{SMALL_MICRO_BATCH / found.seconds:.1f}", found.largest]
+        rows.append(f"| {gpu.removeprefix('NVIDIA ')} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def tabulate_step() -> str:
-    """Tabulate the step time, and the time of communication if nothing overlapped."""
-    seconds = MICRO_BATCH / compute_rate()
-    rows = ["| GPUs | global batch | images/s | step | ZeRO 1, 2: fp32 | bf16 | ZeRO 3: fp32 | bf16 | hours |"]
-    rows.append("|---|---|---|---|---|---|---|---|---|")
-    for gpus in GPUS:
-        bandwidth = NVLINK_GBS if gpus <= NODE else NETWORK_GBS
-        cases = [(stage, communication) for stage in (2, 3) for communication in GRADIENT_BYTES]
+    """Tabulate the step of several GPUs, and the time of communication if nothing overlapped."""
+    heads = "GPUs | global batch | images/s | step | of it only sending | ZeRO 1, 2: fp32 | bf16 | ZeRO 3: fp32 | bf16"
+    rows = [f"| {heads} | hours |", "|---" * 10 + "|"]
+    for gpus in GPU_COUNTS:
+        link = GPUS[H100].link_gbs if gpus <= step_time.RANKS_OF_A_NODE else step_time.NETWORK_GBS
+        bandwidth = link * step_time.LINK_EFFICIENCY
+        cases = [(stage, communication) for stage in (2, 3) for communication in GRADIENT_TYPES]
         sent = [compute_traffic_gb(stage, 1, kind, gpus) * (gpus - 1) / gpus / bandwidth for stage, kind in cases]
-        hours = ", ".join(f"{images / (gpus * compute_rate()) / 3600:,.3g}" for images in IMAGES)
-        rows.append(
-            f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate():,.0f} | {seconds * 1e3:.0f} ms | "
-            f"{' | '.join(f'{one * 1e3:.0f} ms' for one in sent)} | {hours} |"
-        )
+        hours = ", ".join(f"{images / (gpus * compute_rate(gpus)) / 3600:,.3g}" for images in IMAGES)
+        seconds = [estimate(gpus).seconds, estimate(gpus).parts["communication of ranks"], *sent]
+        cells = " | ".join(f"{one * 1e3:.0f} ms" for one in seconds)
+        rows.append(f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate(gpus):,.0f} | {cells} | {hours} |")
     return "\n".join(rows)
 
 
 def tabulate_traffic() -> str:
     """Tabulate bytes by stage, type and accumulation, and the bandwidth that takes as long as the arithmetic."""
-    seconds = MICRO_BATCH / compute_rate()
+    seconds = estimate(1).seconds
     rows = ["| ZeRO | gradients sent in | bytes a weight | GB a step | 4 micro batches | 16 | limit below, GB/s |"]
     rows.append("|---|---|---|---|---|---|---|")
     for stage in range(4):
-        for communication in GRADIENT_BYTES:
+        for communication in GRADIENT_TYPES:
             sent = [compute_traffic_gb(stage, steps, communication) for steps in (1, 4, 16)]
             limits = ", ".join(f"{gb / (seconds * n):.0f}" for gb, n in zip(sent, (1, 4, 16), strict=True))
             rows.append(
@@ -107,9 +182,9 @@ def tabulate_traffic() -> str:
 def tabulate_reading() -> str:
     """Tabulate the rate at which latents must be read."""
     rows = ["| GPUs | latents/s | from storage | of one worker for each GPU |", "|---|---|---|---|"]
-    for gpus in GPUS:
-        rate = gpus * compute_rate()
-        share = compute_rate() / SAMPLES_A_SECOND_OF_A_WORKER
+    for gpus in GPU_COUNTS:
+        rate = gpus * compute_rate(gpus)
+        share = compute_rate(gpus) / step_time.SAMPLES_A_SECOND
         rows.append(f"| {gpus} | {rate:,.0f} | {rate * LATENT_BYTES / 1e6:,.0f} MB/s | {share:.1%} |")
     return "\n".join(rows)
 

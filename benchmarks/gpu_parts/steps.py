@@ -151,12 +151,32 @@ def measure_bare_step(place: Place, sizes: StepSizes, case: Case) -> None:
     case.note(ms=1e3 * seconds, images_per_second=sizes.num_images / seconds, peak_gb=place.read_peak() / 1e9)
 
 
-def describe_speed(place: Place, run: Any, num_images: int, seconds: float) -> dict[str, float]:
-    """Return the speed of a step; MFU is there for devices whose peak is known."""
-    from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
+def describe_speed(place: Place, run: Any, num_images: int, seconds: float) -> dict[str, Any]:
+    """Return the speed of a step; MFU and the estimated time are there for devices whose speed is known."""
+    from sdxl_trainer.train.estimates.flops import count_training_flops
+    from sdxl_trainer.train.estimates.gpus import find_gpu_of
 
     side = get_side_px(place) // 8
     flops = count_training_flops(run.source.read_config("unet"), NUM_TEXT_TOKENS).compute(side * side) * num_images
     speed = {"ms": 1e3 * seconds, "images_per_second": num_images / seconds, "tflops": flops / seconds / 1e12}
-    peak = get_peak_flops(torch.cuda.get_device_name()) if place.is_cuda else None
-    return speed if peak is None else {**speed, "mfu": flops / seconds / peak}
+    gpu = find_gpu_of(run.ranks.device)
+    if gpu is None:
+        return speed
+    return {**speed, "mfu": flops / seconds / gpu.peak_flops, **describe_estimate(run, gpu, seconds)}
+
+
+def describe_estimate(run: Any, gpu: Any, seconds: float) -> dict[str, Any]:
+    """Return the estimated time of a run's step, by parts, and what the step took of it.
+
+    Args:
+        gpu: whose speed is known.
+        seconds: that a step took.
+    """
+    from sdxl_trainer.train.estimates.step_time import estimate_step
+
+    estimate = estimate_step(run.config, run.source, run.ranks.world_size, gpu)
+    if estimate is None:
+        return {}
+    parts = {name: 1e3 * part for name, part in estimate.parts.items()}
+    total = estimate.seconds
+    return {"estimated_ms": parts, "estimated_step_ms": 1e3 * total, "step_of_estimate": seconds / total}

@@ -14,7 +14,7 @@ FOLDERS = ("configs", "launch", "data", "cache", "train")
 # that FROM_KOHYA.md is generated from are documents too.
 ELSEWHERE = (
     *("configs/document.py", "configs/kohya/document.py", "configs/language/"),
-    *("train/report/charts.py", "train/estimates/flops.py", "train/tiny/pretraining.py"),
+    *("train/report/charts.py", "train/estimates/gpus.py", "train/tiny/pretraining.py"),
     *("train/tiny/tokenizer.py", "train/tiny/vae.py"),
 )
 MAX_FORMS = 24  # of a message with conditions; one with more has fields in place of the conditions

@@ -56,7 +56,7 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
     if stage_choice:
         yield Finding("engine.zero_stage", stage_choice)
     num_steps = yield from examine_settings(config, problems, world_size)
-    yield from examine_memory(config, world_size, list_gpu_memory_bytes())
+    config = yield from examine_memory(config, world_size, list_gpu_memory_bytes())
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, num_steps, world_size, gpu_names))
     checkpoint_bytes = compute_checkpoint_bytes(config, count_trained(config)) * (config.checkpoint.keep_last + 1)

@@ -1,6 +1,6 @@
 """Findings about the memory of a run: the estimate, whether it fits this machine, and which usual GPU it would fit."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.language.translate import translate, translate_label
@@ -16,11 +16,14 @@ USUAL_GPUS_GB = (16, 24, 48, 80)
 INDENT = "         "  # of further lines of a finding
 
 
-def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Iterator[Finding]:
+def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Generator[Finding, None, Config]:
     """Yield the estimated memory of a rank by components, and whether it suffices on this machine's GPUs and host.
 
     Args:
         gpu_bytes: memory of each GPU; empty without GPUs.
+
+    Returns:
+        The settings, with gradient checkpointing chosen if the memory is known.
     """
     # Imported here like the checks above.
     from sdxl_trainer.train.run.memory_plan import check_device, check_room, list_largest_bucket
@@ -28,13 +31,13 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Ite
     bucket = list_largest_bucket(config)
     if not is_local(config.model) or bucket is None:
         yield Finding("memory", "the size of the model is not known before its download")
-        return
+        return config
     try:
         source = resolve_model(config.model)
         sizes = measure_networks(config, source, bucket)
     except (UserInputError, OSError, ValueError, KeyError):
         yield Finding("memory", "unknown as long as the settings or the model are wrong")
-        return
+        return config
     ranks_per_host = min(world_size, len(gpu_bytes) or world_size)
     device, host = min(gpu_bytes, default=None), read_host_memory_bytes()
     limits = MemoryLimits(device=device, host=host, ranks_per_host=ranks_per_host)
@@ -48,6 +51,7 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Ite
         yield Finding("GPU to choose", "\n".join(describe_fits(config, sizes, world_size, host)), is_note=True)
     cure = "" if table.fits_device else describe_lack(config, sizes, world_size, limits)
     yield from map(convert_problem, list(check_device(table, cure)) or check_room(table, cure))
+    return config
 
 
 def describe_memory(table: MemoryTable) -> str:

@@ -1,1 +1,1 @@
-"""Estimates of memory, FLOPs and duration, before and during a run; and which ranks of a run are slow."""
+"""Estimates of memory, FLOPs, a step's time and duration, before and during a run; which ranks of a run are slow."""

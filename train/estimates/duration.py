@@ -1,4 +1,4 @@
-"""Duration of the remaining steps: from the run's own log, or before its first step from the FLOPs of its images."""
+"""Duration of the remaining steps: from the run's own log, or before its first step from the model of a step's time."""
 
 import statistics
 from collections import deque
@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
-from sdxl_trainer.configs.lora import LoraConfig
-from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import describe_seconds, format_rate
-from sdxl_trainer.configs.schema import Config, DataConfig, ModelConfig
-from sdxl_trainer.train.estimates.flops import average_training_flops, get_peak_flops
+from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.estimates.gpus import find_gpu
+from sdxl_trainer.train.estimates.step_time import StepEstimate, estimate_step
 from sdxl_trainer.train.report.metrics import read_metrics
 
 MEASURED_STEPS = 100
-# MFU as the console reports it. This is an assumption: MFU depends on the GPU, the batch and gradient checkpointing.
-ASSUMED_MFU = 0.3
 
 
 class Throughput(NamedTuple):
@@ -32,6 +29,7 @@ def describe_duration(config: Config, num_steps: int | None, world_size: int, gp
     Generated images, validation and checkpoints take additional time. All ranks are assumed to have the first GPU.
 
     Args:
+        config: with `engine.zero_stage` and `engine.gradient_checkpointing` chosen.
         num_steps: steps of the whole run; None if the data that decide it cannot be opened.
     """
     done, images_per_second = read_throughput(config.run.folder / "logs" / "metrics.jsonl")
@@ -45,14 +43,25 @@ def describe_duration(config: Config, num_steps: int | None, world_size: int, gp
     if images_per_second:
         pace = f"{format_rate(images_per_second)}, the speed of this run's last steps"
         return f"{remaining}: {describe_seconds(images / images_per_second)} at {pace}"
-    peak_flops = get_peak_flops(gpu_names[0]) if gpu_names else None
-    is_whole = trains_whole_unet(config.optim, config.lora)
-    flops = count_flops_per_image(config.model, config.data) if is_whole else None
-    if peak_flops is None or flops is None or config.engine.precision == "fp32":
+    estimate = estimate_first_step(config, world_size, gpu_names[0]) if gpu_names else None
+    if estimate is None:
         return f"{remaining}; the duration is not known before the first steps of this run"
-    seconds = images * flops / (ASSUMED_MFU * peak_flops * world_size)
-    gpus = f"{world_size} x {gpu_names[0]}"
-    return f"{remaining}: about {describe_seconds(seconds)} on {gpus}, at {ASSUMED_MFU:.0%} of their peak"
+    duration, gpus = describe_seconds(steps * estimate.seconds), f"{world_size} x {gpu_names[0]}"
+    return (
+        f"{remaining}: about {duration} on {gpus}, by an estimate of {estimate.seconds:.3g} s a step, "
+        f"{estimate.largest_share:.0%} of it {estimate.largest}"
+    )
+
+
+def estimate_first_step(config: Config, world_size: int, gpu_name: str) -> StepEstimate | None:
+    """Estimate the time of a step; None for a GPU that is not in the table and for a model that is not on disk."""
+    gpu = find_gpu(gpu_name)
+    if gpu is None or not is_local(config.model):
+        return None
+    try:
+        return estimate_step(config, resolve_model(config.model), world_size, gpu)
+    except (OSError, ValueError, KeyError):
+        return None  # check_model reports the problem
 
 
 def read_throughput(metrics_file: Path) -> Throughput:
@@ -63,21 +72,3 @@ def read_throughput(metrics_file: Path) -> Throughput:
     if not last:
         return Throughput(0, 0.0)
     return Throughput(last[-1]["step"], statistics.median(line["samples_per_second"] for line in last))
-
-
-def trains_whole_unet(optim: OptimConfig, lora: LoraConfig) -> bool:
-    """Return whether every weight of the U-Net is trained; otherwise the backward pass takes fewer FLOPs."""
-    return not (lora.rank or 0 in (optim.block_lrs or ()) or any(group.lr == 0 for group in optim.groups))
-
-
-def count_flops_per_image(model: ModelConfig, data: DataConfig) -> float | None:
-    """Count the FLOPs of training on one square image, averaged over the resolutions.
-
-    Returns None for a model that is not on disk or whose U-Net does not have SDXL's topology.
-    """
-    if not is_local(model):
-        return None
-    try:
-        return average_training_flops(resolve_model(model).read_config("unet"), data)
-    except (OSError, ValueError, KeyError):
-        return None  # check_model reports the problem

@@ -13,54 +13,46 @@ from sdxl_trainer.cache.models.single_file_names import build_name_table
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.train.estimates.gpus import find_gpu_of
 
-# Dense TFLOP/s in bf16 with fp32 accumulation, by the driver's device name. Sources: NVIDIA's data sheets (half of the
-# figures with sparsity) and, for GeForce, the white papers of the Ampere GA102 and Ada architectures. Names must match
-# exactly: laptop chips, partial GPUs (MIG, vGPU) and models with fewer cores have names that begin alike.
-PEAK_TFLOPS = {
-    "NVIDIA B200": 2250.0,
-    "NVIDIA H200": 989.5,
-    "NVIDIA H200 NVL": 835.5,
-    "NVIDIA H100 80GB HBM3": 989.5,  # SXM
-    "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA A40": 149.7,
-    "NVIDIA A30": 165.0,
-    "NVIDIA A10": 125.0,
-    "NVIDIA L40S": 362.05,
-    "NVIDIA L40": 181.05,
-    "NVIDIA L4": 121.0,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
-}
 BACKWARD_PASSES = 2  # the backward pass costs two forward passes: gradients of the inputs and of the weights
-
-
-def get_peak_flops(device_name: str) -> float | None:
-    """Return a device's dense bf16 FLOP/s, or None for a device that is not in the table."""
-    tflops = PEAK_TFLOPS.get(device_name)
-    return None if tflops is None else tflops * 1e12
+REPEATED_BY_FULL = 0.77  # share of the forward pass that full gradient checkpointing repeats
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of training the whole U-Net on one image, as a polynomial in the latent's area.
+    """A number that grows with the latent's area, such as an image's FLOPs; self-attention grows with its square."""
 
-    Forward and backward pass count; the recomputation of gradient checkpointing does not. Self-attention grows with the
-    square of the area, convolutions and projections with the area.
-    """
+    per_area_squared: float = 0.0
+    per_area: float = 0.0
+    constant: float = 0.0
 
-    per_area_squared: float
-    per_area: float
-    constant: float
-
-    def compute(self, latent_area: int) -> float:
-        """Return the FLOPs of an image whose latent has this area (h x w)."""
+    def compute(self, latent_area: float) -> float:
+        """Return the number for an image whose latent has this area (h x w)."""
         return (self.per_area_squared * latent_area + self.per_area) * latent_area + self.constant
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(
+            self.per_area_squared + other.per_area_squared,
+            self.per_area + other.per_area,
+            self.constant + other.constant,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardCounts:
+    """Work of the U-Net's forward pass for one image."""
+
+    matrix: FlopCount  # FLOPs of matrix products with weights
+    convolution: FlopCount  # FLOPs
+    attention: FlopCount  # FLOPs of products between queries, keys and values
+    outputs: FlopCount  # values that matrix products and convolutions with weights write
+    num_weights: int
+
+    @property
+    def flops(self) -> FlopCount:
+        """FLOPs of all products."""
+        return self.matrix + self.convolution + self.attention
 
 
 @dataclass(frozen=True)
@@ -83,43 +75,62 @@ def build_mfu_reference(
         num_text_tokens: length of the text conditioning, with start and end marks.
         precision: `engine.precision`.
     """
-    if ranks.device.type != "cuda" or precision == "fp32":
+    gpu = find_gpu_of(ranks.device)
+    if gpu is None or precision == "fp32" or not all(parameter.requires_grad for parameter in unet.parameters()):
         return None
-    peak_flops = get_peak_flops(torch.cuda.get_device_name(ranks.device))
-    if peak_flops is None or not all(parameter.requires_grad for parameter in unet.parameters()):
-        return None
-    return MfuReference(count_training_flops(unet_config, num_text_tokens), peak_flops * ranks.world_size)
+    return MfuReference(count_training_flops(unet_config, num_text_tokens), gpu.peak_flops * ranks.world_size)
 
 
 def count_training_flops(unet_config: Mapping[str, Any], num_text_tokens: int) -> FlopCount:
-    """Count the FLOPs of training from the shapes of the weights, each of which is used once per position.
+    """Count the FLOPs of training the whole U-Net on one image: forward and backward pass, without recomputation.
 
-    For SDXL at 1024² px and 77 tokens the count is 20.28 TFLOP per image: three times the forward pass that
+    For SDXL at 1024² px and 77 tokens the count is 20.28 TFLOP: three times the forward pass that
     `torch.utils.flop_counter` counts. That counter would take about 2 s of CPU per bucket, and importing diffusers.
 
     Raises:
         ValueError: the U-Net does not have SDXL's topology.
     """
+    forward, passes = count_forward(unet_config, num_text_tokens).flops, 1 + BACKWARD_PASSES
+    return FlopCount(passes * forward.per_area_squared, passes * forward.per_area, passes * forward.constant)
+
+
+def count_forward(unet_config: Mapping[str, Any], num_text_tokens: int) -> ForwardCounts:
+    """Count the work of a forward pass from the shapes of the weights, each of which is used once per position.
+
+    Args:
+        num_text_tokens: length of the text conditioning, with start and end marks.
+
+    Raises:
+        ValueError: the U-Net does not have SDXL's topology.
+    """
     rows, num_levels = build_name_table("unet", unet_config), len(unet_config["block_out_channels"])
-    per_area_squared = per_area = constant = 0.0
+    matrix = convolution = attention = outputs = FlopCount()
     for row in rows:
         if len(row.source_shape) == 1:  # biases and norms
             continue
-        name, num_weights = row.sources[0], math.prod(row.source_shape)
+        name, num_weights, width = row.sources[0], math.prod(row.source_shape), row.source_shape[0]
         positions_per_area = 0.25 ** _find_level(name, num_levels)
         if "time_emb" in name or "add_embedding" in name:
-            constant += 2 * num_weights
+            positions = FlopCount(constant=1)
         elif "attn2.to_k" in name or "attn2.to_v" in name:
-            constant += 2 * num_weights * num_text_tokens
+            positions = FlopCount(constant=num_text_tokens)
         else:
-            per_area += 2 * num_weights * positions_per_area
+            positions = FlopCount(per_area=positions_per_area)
+        flops = FlopCount(0.0, 2 * num_weights * positions.per_area, 2 * num_weights * positions.constant)
+        if len(row.source_shape) == 4:
+            convolution += flops
+        else:
+            matrix += flops
+        outputs += FlopCount(0.0, width * positions.per_area, width * positions.constant)
         # Attention multiplies each query by all keys, and the resulting weights by all values.
         if "attn1.to_q" in name:
-            per_area_squared += 4 * row.source_shape[0] * positions_per_area**2
+            attention += FlopCount(per_area_squared=4 * width * positions_per_area**2)
         elif "attn2.to_q" in name:
-            per_area += 4 * row.source_shape[0] * positions_per_area * num_text_tokens
-    passes = 1 + BACKWARD_PASSES
-    return FlopCount(passes * per_area_squared, passes * per_area, passes * constant)
+            attention += FlopCount(per_area=4 * width * positions_per_area * num_text_tokens)
+    total = sum(math.prod(row.source_shape) for row in rows)
+    return ForwardCounts(
+        matrix=matrix, convolution=convolution, attention=attention, outputs=outputs, num_weights=total
+    )
 
 
 def average_training_flops(unet_config: Mapping[str, Any], data: DataConfig) -> float:
@@ -129,8 +140,12 @@ def average_training_flops(unet_config: Mapping[str, Any], data: DataConfig) -> 
         ValueError: the U-Net does not have SDXL's topology.
     """
     count = count_training_flops(unet_config, data.max_tokens + 2)
-    sides = [side // VAE_FACTOR for side in data.resolution_px]
-    return statistics.mean(count.compute(side * side) for side in sides)
+    return statistics.mean(count.compute(area) for area in list_areas(data))
+
+
+def list_areas(data: DataConfig) -> list[int]:
+    """List the areas of square latents, one for each resolution."""
+    return [(side // VAE_FACTOR) ** 2 for side in data.resolution_px]
 
 
 def _find_level(name: str, num_levels: int) -> int:

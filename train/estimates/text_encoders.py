@@ -9,7 +9,7 @@ from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import supplies_captions
 from sdxl_trainer.data.text.tokens import WINDOW
 from sdxl_trainer.data.text.variants import list_random_settings
-from sdxl_trainer.train.estimates.flops import BACKWARD_PASSES, average_training_flops
+from sdxl_trainer.train.estimates.flops import BACKWARD_PASSES, REPEATED_BY_FULL, average_training_flops
 from sdxl_trainer.train.estimates.memory import FROZEN_ENCODERS
 from sdxl_trainer.train.estimates.memory_table import MemoryTable, format_gb
 from sdxl_trainer.train.networks.trained_networks import ENCODERS, list_trained_encoders
@@ -39,8 +39,9 @@ def describe_text_encoders(config: Config, source: ModelSource, table: MemoryTab
         caption_bytes = compute_caption_bytes(encoders, num_windows, BYTES_OF_VALUE[config.cache.dtype])
     except (OSError, ValueError, KeyError):
         return ""
-    # Under adapters no gradients of the frozen weights are computed, and checkpointing repeats the forward pass.
-    passes = BACKWARD_PASSES + (not config.lora.rank) + (config.engine.gradient_checkpointing == "full")
+    # Adapters need no gradients of the frozen weights, and checkpointing repeats much of the forward pass.
+    repeated = REPEATED_BY_FULL if config.engine.gradient_checkpointing == "full" else 0
+    passes = BACKWARD_PASSES + (not config.lora.rank) + repeated
     share = flops / (flops + unet_flops * passes / (1 + BACKWARD_PASSES))
     memory = format_gb(sum(line.device for line in table.lines if line.component == FROZEN_ENCODERS))
     if not has_random_captions(config):
@@ -66,10 +67,16 @@ def count_encoder_flops(encoder: Mapping[str, Any]) -> float:
 
     A layer has four square projections, two of the feed-forward network, and attention over the window.
     """
-    width, length = encoder["hidden_size"], WINDOW + 2
-    weights = 4 * width * width + 2 * width * encoder["intermediate_size"]
-    attention = 2 * length * width  # multiplications of a token: with all keys, and with all values
-    return 2.0 * length * encoder["num_hidden_layers"] * (weights + attention)
+    length = WINDOW + 2
+    # Multiplications of a token: with all keys, and with all values.
+    attention = encoder["num_hidden_layers"] * 2 * length * encoder["hidden_size"]
+    return 2.0 * length * (count_encoder_weights(encoder) + attention)
+
+
+def count_encoder_weights(encoder: Mapping[str, Any]) -> int:
+    """Count the weights of a CLIP text encoder's layers from its config, without biases and embeddings."""
+    width = encoder["hidden_size"]
+    return encoder["num_hidden_layers"] * (4 * width * width + 2 * width * encoder["intermediate_size"])
 
 
 def compute_caption_bytes(encoders: Sequence[Mapping[str, Any]], num_windows: int, bytes_of_value: int) -> int:

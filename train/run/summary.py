@@ -1,6 +1,7 @@
 """Tables that a run logs: its data, model and batch at the start, its results at the end."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
 
@@ -12,9 +13,13 @@ from rich.text import Text
 from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.problems import format_count, format_rate
+from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.loading.counts import count_buckets
+from sdxl_trainer.launch.distributed import count_ranks_here
 from sdxl_trainer.launch.logger import log_table
+from sdxl_trainer.train.estimates.gpus import find_gpu_of
 from sdxl_trainer.train.estimates.memory_table import format_gb
+from sdxl_trainer.train.estimates.step_time import estimate_step
 from sdxl_trainer.train.estimates.text_encoders import describe_text_encoders
 from sdxl_trainer.train.run.console import describe_peak_memory, describe_skipped, format_seconds, translate_rows
 from sdxl_trainer.train.run.run import Run
@@ -68,6 +73,7 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
     images_per_second = num_steps * run.batch_sizes.global_batch_size / train_seconds
     mfu = f", MFU {progress.describe_mfu(averages)}" if progress.has_mfu else ""
     models = sorted(path.name for path in (run.folder / "models").glob(f"step-{state.step:08d}*"))
+    estimate = describe_step_time(run)
     rows = {
         "steps": f"{state.step:,} of {run.num_steps:,}, {num_steps:,} of them in this job; epoch {state.epoch}",
         "loss": f"{averages.loss:.4f}, average of the last {format_count(averages.num_steps, 'step')}"
@@ -76,6 +82,7 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
         "time": f"{format_seconds(seconds)}: {train_seconds / seconds:.0%} in steps, the rest in validation, generated "
         "images, checkpoints and export",
         "speed": f"{format_rate(images_per_second)}, data wait {progress.data_wait_seconds / train_seconds:.1%}{mfu}",
+        **({"time of a step": estimate} if estimate else {}),
         "memory": f"peak of rank 0: {describe_peak_memory(run.ranks.device)}",
         "skipped": describe_skipped(state),
         "checkpoint": f"step {run.checkpoints.last_step}" if run.checkpoints.last_step >= 0 else "none in this job",
@@ -84,6 +91,24 @@ def show_end(run: Run, was_stopped: bool = False) -> None:
     }
     name = run.config.run.name
     log_summary(f"Training {name} was stopped" if was_stopped else f"Trained {name}", rows)
+
+
+def describe_step_time(run: Run) -> str:
+    """Compare the measured time of a step with its estimate; "" without an estimate or steps."""
+    averages, gpu = run.progress.averages, find_gpu_of(run.ranks.device)
+    if gpu is None or not averages.num_steps:
+        return ""
+    areas: Counter[int] = Counter()
+    for bucket, count in run.plan.count_samples_by_bucket(0).items():
+        areas[(bucket >> 16) * (bucket & 0xFFFF) // VAE_FACTOR**2] += count
+    estimate = estimate_step(run.config, run.source, run.ranks.world_size, gpu, areas, count_ranks_here())
+    if estimate is None:
+        return ""
+    num_steps = format_count(averages.num_steps, "step")
+    return (
+        f"{averages.step_seconds:.3g} s on average of the last {num_steps}; the estimate was {estimate.seconds:.3g} s, "
+        f"{estimate.largest_share:.0%} of it {estimate.largest}"
+    )
 
 
 def log_summary(title: str, rows: Mapping[str, str]) -> None:

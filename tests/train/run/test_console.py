@@ -20,7 +20,8 @@ from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.estimates.flops import count_training_flops, get_peak_flops
+from sdxl_trainer.train.estimates.flops import count_training_flops
+from sdxl_trainer.train.estimates.gpus import find_gpu
 from sdxl_trainer.train.run.console import (
     Averages,
     Display,
@@ -263,4 +264,5 @@ def test_flops_are_those_that_torch_counts() -> None:
     ],
 )
 def test_mfu_is_shown_only_if_the_peak_is_known(name: str, tflops: float | None) -> None:
-    assert get_peak_flops(name) == (None if tflops is None else tflops * 1e12)
+    gpu = find_gpu(name)
+    assert (gpu.peak_flops if gpu else None) == (None if tflops is None else tflops * 1e12)
