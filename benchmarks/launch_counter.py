@@ -219,7 +219,10 @@ def count_multi_tensor(get_size: Callable[[torch.Tensor], int], name: str, args:
         # The last list holds steps. AMSGrad's maxima are an empty list.
         lists = lists[:-1]
     sizes = [get_size(tensor) for tensor in lists[0]]
-    if not name.startswith(("_foreach_copy", "_fused_")) and not have_one_layout(lists):  # one tensor after the other
+    # Copies may change the type, but all from one into another.
+    kinds = lists if name.startswith("_foreach_copy") else [[tensor for tensors in lists for tensor in tensors]]
+    has_types = all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in kinds)
+    if not name.startswith("_fused_") and not (has_types and have_one_layout(lists)):  # one tensor after the other
         return len(sizes)
     depth = len(lists) + (not name.endswith("_") and name != "_foreach_norm")
     launches = count_chunked_launches(sizes, MOST_TENSORS[depth - 1])
@@ -229,9 +232,20 @@ def count_multi_tensor(get_size: Callable[[torch.Tensor], int], name: str, args:
 
 
 def have_one_layout(lists: Sequence[Sequence[torch.Tensor]]) -> bool:
-    """Return whether tensors at the same place of all lists have one shape, and all one data type."""
-    dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
-    return len(dtypes) == 1 and all(len({tensor.shape for tensor in row}) == 1 for row in zip(*lists, strict=False))
+    """Return whether tensors at the same place of all lists have one shape and one order in memory, without gaps."""
+    rows = zip(*lists, strict=False)
+    return all(len({(tensor.shape, tensor.stride()) for tensor in row}) == 1 and is_dense(row[0]) for row in rows)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's values lie in memory without gaps, in any order of dimensions."""
+    dimensions = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    expected = 1
+    for stride, size in dimensions:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def count_chunked_launches(sizes: Sequence[int], most_tensors: int) -> int:

@@ -5,9 +5,11 @@ sixteenth. Sizes that decide on launches (tensors of multi-tensor operators, gro
 widths, by arithmetic. A step of two micro steps is counted with its data, logging and one moving average, after another
 step that builds the optimizer's state. launch_counter.py has the rules.
 
-What a micro step adds is its launches without those of a forward and backward pass of the bare networks. What an update
-takes are the launches of the last call of `engine.step()`, and of the loop around it. Syncs are told apart into those
-of this project and those of DeepSpeed. With LAUNCHES_DETAIL=1 in the environment, every operator is printed by phase.
+What a micro step adds is its launches without those of the text encoders, and of a forward and backward pass of the
+bare networks: objective, loop, DeepSpeed's hooks, sums of gradients. What an update takes are the launches of the last
+call of `engine.step()`, and of the loop after it. Syncs of the project's own code are named apart from those within the
+engine. On a GPU, gradients are sent on a stream beside the backward pass, by as many kernels. With LAUNCHES_DETAIL=1 in
+the environment, every operator is printed by phase.
 """
 
 import json
@@ -204,6 +206,7 @@ def get_real_sizes(run: Any, scale: int) -> RealSizes:
 
 def count_step(run: Any, batches: Iterator[Any], sizes: RealSizes) -> LaunchCounter:
     """Count the second step of a run, and a pass of its bare networks."""
+    from sdxl_trainer.train.objective import device_copy
     from sdxl_trainer.train.run import loop
 
     counter = LaunchCounter(sizes)
@@ -212,11 +215,16 @@ def count_step(run: Any, batches: Iterator[Any], sizes: RealSizes) -> LaunchCoun
     take_step(run, batches)
     compute = loop.compute_losses
 
+    def pin(values: torch.Tensor, _: torch.device) -> torch.Tensor:
+        if counter.is_host(values):
+            counter.add_host(values, pinned=True)
+        return values
+
     def compute_losses(*arguments: Any) -> torch.Tensor:
         with counter.phase("objective"):
             return compute(*arguments)
 
-    with mock.patch.object(loop, "compute_losses", compute_losses), counter:
+    with mock.patch.object(loop, "compute_losses", compute_losses), mock.patch.object(device_copy, "pin", pin), counter:
         take_step(counted, count_data(batches, counter))
     count_bare_pass(run, probe.inputs, counter)
     return counter
@@ -302,21 +310,23 @@ def count_bare_pass(run: Any, inputs: tuple[Any, ...], counter: LaunchCounter) -
 def summarise(counter: LaunchCounter) -> dict[str, int]:
     """Return the figures of a counted step."""
     bare = counter.read("bare forward", "bare backward").launches
-    phases = ("objective", "forward", "backward")
+    phases = ("objective", "forward", "backward", "loop")
     micro_steps = [counter.read(*phases, part=part) for part in range(ACCUMULATION_STEPS)]
     closed = [counter.read("close", part=part + 1) for part in range(ACCUMULATION_STEPS)]
-    own = [counter.read("objective", "text", part=part).syncs for part in range(ACCUMULATION_STEPS)]
+    own = [counter.read("objective", "text", "loop", part=part).syncs for part in range(ACCUMULATION_STEPS)]
+    # The loop's work after the last micro step.
+    update, after = counter.read("update"), counter.read("loop", part=ACCUMULATION_STEPS)
     return {
         "objective": counter.read("objective", part=0).launches,
         "text": counter.read("text", part=0).launches,
         "forward": counter.read("bare forward").launches,
         "backward": counter.read("bare backward").launches,
         "micro_step": max(a.launches + b.launches - bare for a, b in zip(micro_steps, closed, strict=True)),
-        "update": counter.read("update", "loop").launches,
+        "update": update.launches + after.launches,
         "own_syncs_of_micro_step": max(own),
-        "own_syncs_of_update": counter.read("loop").syncs,
+        "own_syncs_of_update": after.syncs,
         "syncs_of_micro_step": max(a.syncs + b.syncs for a, b in zip(micro_steps, closed, strict=True)),
-        "syncs_of_update": counter.read("update", "loop").syncs,
+        "syncs_of_update": update.syncs + after.syncs,
     }
 
 

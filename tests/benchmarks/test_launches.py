@@ -1,11 +1,18 @@
-"""benchmarks/launches.py: its rules of counting."""
+"""benchmarks/launches.py: its rules of counting, and the counts of a step of the tiny SDXL, which must not grow."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from programs import ROOT
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("launches")
 
 
 @pytest.fixture
@@ -60,6 +67,9 @@ def test_operators_on_lists_have_the_sizes_of_the_real_model(counting: Any) -> N
         assert counter.read("update") == (8 + 3 + 3, 0)
         torch._foreach_copy_(lists[0], [tensor.bfloat16() for tensor in lists[1]])
         assert counter.read("update") == (14 + 3 + 3, 0)
+        across = [torch.ones(6)[::2] for _ in range(4)]  # values that lie apart: one by one
+        torch._foreach_mul_(across, 2.0)
+        assert counter.read("update").launches == 20 + 4 + 4
 
 
 def test_copies_to_the_device_wait_unless_they_are_pinned_and_do_not_block(counting: Any) -> None:
@@ -82,3 +92,24 @@ def test_copies_to_the_device_wait_unless_they_are_pinned_and_do_not_block(count
     with counting.LaunchCounter() as counter, counter.phase("update"):
         torch.tensor(1.0, device="cpu") + torch.zeros(1)
         assert counter.read("update") == (1 + 2, 1)  # what DeepSpeed makes is on the device
+
+
+# Case → launches of a micro step beside forward and backward, launches of the update, syncs of both. A lower count is
+# progress: lower it here too.
+COUNTS = {
+    (0, "fp32"): (69, 62, 0, 2),
+    (0, "bf16"): (100, 70, 0, 2),
+    (1, "bf16"): (114, 40, 0, 2),
+    (2, "fp32"): (55, 40, 0, 2),
+    (2, "bf16"): (55, 40, 0, 2),
+}
+
+
+@pytest.mark.parametrize(("stage", "precision"), COUNTS)
+def test_a_step_takes_no_more_launches_than_before(launches: Any, tmp_path: Path, stage: int, precision: str) -> None:
+    (tmp_path / "model").symlink_to(ROOT / "configs" / "tiny")
+    run, batches = launches.build_counted_run(tmp_path, launches.Case(stage, precision, 1), 1)
+    found = launches.summarise(launches.count_step(run, batches, launches.get_real_sizes(run, 1)))
+    names = ("micro_step", "update", "syncs_of_micro_step", "syncs_of_update")
+    assert tuple(found[name] for name in names) == COUNTS[stage, precision]
+    assert found["own_syncs_of_micro_step"] == 0 and found["own_syncs_of_update"] <= 1
