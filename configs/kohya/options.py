@@ -315,10 +315,10 @@ OPTIMIZER = {
     "train_text_encoder": converted(convert_text_encoders, *ENCODERS, note="`learning_rate` by default"),
     "learning_rate_te1": converted(requires("train_text_encoder"), ENCODERS[0]),
     "learning_rate_te2": converted(requires("train_text_encoder"), ENCODERS[1]),
-    "blocks_to_swap": unsupported(MEMORY),
-    "fused_backward_pass": unsupported(MEMORY),
-    "fused_optimizer_groups": unsupported(MEMORY),
-    "blockwise_fused_optimizers": unsupported(MEMORY),
+    **{
+        name: unsupported(MEMORY)
+        for name in ("blocks_to_swap", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
+    },
 }
 ADAPTERS = {
     "network_module": converted(
@@ -438,11 +438,10 @@ OUTPUT = {
     "save_state": built_in(),
     "save_state_on_train_end": built_in(),
     "save_state_to_huggingface": unsupported(UPLOAD),
-    "resume": unsupported(RESUME),
-    "resume_from_huggingface": unsupported(RESUME),
-    "initial_epoch": unsupported(RESUME),
-    "initial_step": unsupported(RESUME),
-    "skip_until_initial_step": unsupported(RESUME),
+    **{
+        name: unsupported(RESUME)
+        for name in ("resume", "resume_from_huggingface", "initial_epoch", "initial_step", "skip_until_initial_step")
+    },
     **{f"metadata_{name}": unsupported(MODEL_NOTES) for name in ("title", "author", "description", "license", "tags")},
     **{
         f"huggingface_{name}": unsupported(UPLOAD)
