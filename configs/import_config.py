@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from sdxl_trainer.configs.kohya.contents import read_files
 from sdxl_trainer.configs.kohya.fit import fit_settings
@@ -12,6 +13,7 @@ from sdxl_trainer.configs.kohya.importer import convert, nest_settings
 from sdxl_trainer.configs.kohya.report import format_report
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.translate import translate
+from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import Problem, UserInputError, parse_count
 from sdxl_trainer.configs.yaml_file import dump_yaml
@@ -50,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def list_problems(settings: dict[str, Any]) -> list[Problem]:
+    """Return the problems of nested settings by the rules of the schema."""
+    try:
+        return build_config(settings)[1]
+    except UserInputError as error:
+        return error.problems
+
+
 def _import_files(options: argparse.Namespace) -> None:
     """Import the files of the command line and write the YAML.
 
@@ -61,7 +71,7 @@ def _import_files(options: argparse.Namespace) -> None:
     arguments = {name: value for name, value in given.items() if value}
     contents = replace(contents, options=contents.options | arguments)
     imported = convert(contents)
-    fitted = fit_settings(imported)
+    fitted = fit_settings(imported, list_problems)
     remarks = format_report(contents, imported, fitted)
     files = ", ".join(map(str, options.files))
     title = translate(f"Imported from {files}; docs/FROM_KOHYA.md lists differences without an option")

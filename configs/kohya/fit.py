@@ -1,15 +1,18 @@
 """Fit imported settings to the rules of the schema, so that the written file passes the check of the settings."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.importer import Imported, get_default_settings, nest_settings
 from sdxl_trainer.configs.kohya.subsets import Remark
-from sdxl_trainer.configs.load import build_config
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem
 
 SIDE_PX = 32  # bucket sides are multiples of this
+
+
+# Returns the problems of nested settings by the rules of the schema.
+Check = Callable[[dict[str, Any]], list[Problem]]
 
 
 class Fitted(NamedTuple):
@@ -20,7 +23,7 @@ class Fitted(NamedTuple):
     rejected: list[Remark]
 
 
-def fit_settings(imported: Imported) -> Fitted:
+def fit_settings(imported: Imported, check: Check) -> Fitted:
     """Return the imported settings without those that break a rule.
 
     A path with a variable that is not set on this machine is kept, since it may be set where the run takes place.
@@ -28,14 +31,14 @@ def fit_settings(imported: Imported) -> Fitted:
     defaults = get_default_settings()
     settings = {key: imported.settings[key] for key in defaults if key in imported.settings}
     changed = _widen_limits(settings, imported, defaults)
-    problems = _list_problems(settings)
+    problems = check(nest_settings(settings))
     rejected = [_build_remark(imported, problem.key, problem, "") for problem in problems if _names_variable(problem)]
     while problem := next((problem for problem in problems if not _names_variable(problem)), None):
-        key = _find_culprit(problem, settings)
+        key = _find_culprit(problem, settings, check)
         ending = f"; left out, so the default applies here: {defaults[key]!r}"
         rejected.append(_build_remark(imported, key, problem, ending))
         del settings[key]
-        problems = _list_problems(settings)
+        problems = check(nest_settings(settings))
     return Fitted({key: settings[key] for key in defaults if key in settings}, changed, rejected)
 
 
@@ -59,18 +62,11 @@ def _widen_limits(settings: dict[str, Any], imported: Imported, defaults: Mappin
     return remarks
 
 
-def _list_problems(settings: Mapping[str, Any]) -> list[Problem]:
-    try:
-        return build_config(nest_settings(settings))[1]
-    except UserInputError as error:
-        return error.problems
-
-
 def _names_variable(problem: Problem) -> bool:
     return "names the environment variable" in problem.rule
 
 
-def _find_culprit(problem: Problem, settings: Mapping[str, Any]) -> str:
+def _find_culprit(problem: Problem, settings: Mapping[str, Any], check: Check) -> str:
     """Return the setting to leave out so that a problem is gone.
 
     It is the one that the problem names, or else the first of its section whose absence solves it: rules of a whole
@@ -83,7 +79,7 @@ def _find_culprit(problem: Problem, settings: Mapping[str, Any]) -> str:
     candidates = [key for key in settings if key.startswith(f"{section}.")] or list(settings)
     for key in candidates:
         rest = {other: value for other, value in settings.items() if other != key}
-        if all(problem.key != left.key for left in _list_problems(rest)):
+        if all(problem.key != left.key for left in check(nest_settings(rest))):
             return key
     return candidates[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trainer.configs.import_config import main
+from sdxl_trainer.configs.import_config import list_problems, main
 from sdxl_trainer.configs.kohya.contents import FileContents, FileKey, read_files
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.fit import fit_settings
@@ -18,7 +18,6 @@ from sdxl_trainer.configs.kohya.importer import convert, nest_settings
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.readers import tomllib
 from sdxl_trainer.configs.kohya.report import Report, format_report, sort_keys
-from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.problems import UserInputError
 
 TOML = """
@@ -145,7 +144,7 @@ def report_on(*paths: Path) -> tuple[Report, str, dict[str, Any]]:
     """Import files; return the keys of the report, its text, and the settings that would be written."""
     contents = read_files(paths)
     imported = convert(contents)
-    fitted = fit_settings(imported)
+    fitted = fit_settings(imported, list_problems)
     return sort_keys(contents, imported, fitted), format_report(contents, imported, fitted), fitted.settings
 
 
@@ -310,8 +309,8 @@ def check_import(contents: FileContents, name: str, value: Any) -> None:
         keys = [problem.key for problem in error.problems]
         assert keys and all("cannot be read" in problem.rule and problem.cure for problem in error.problems), error
         return
-    fitted = fit_settings(imported)
-    left = [problem.rule for problem in build_config(nest_settings(fitted.settings))[1]]
+    fitted = fit_settings(imported, list_problems)
+    left = [problem.rule for problem in list_problems(nest_settings(fitted.settings))]
     assert all("names the environment variable" in rule for rule in left), (name, value, left)
     report = sort_keys(contents, imported, fitted)
     assert report.num_keys == len(contents.keys)
