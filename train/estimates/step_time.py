@@ -24,8 +24,8 @@ The coefficients come from:
 | peaks, bandwidths, links, NETWORK_GBS | public (gpus.py; an adapter of 400 Gbit/s for each GPU) |
 | *_EFFICIENCY, ATTENTION_BACKWARD, LAUNCH_SECONDS, HOST_*_GBS, what overlaps | assumed |
 
-Not modelled: `engine.compile`, which fuses kernels; kernels of LoRA adapters; arithmetic of optimizers; latency of
-collectives; waits for slow ranks; validation, generated images and checkpoints.
+Not modelled: `engine.compile`, which fuses kernels; `engine.fp8`; kernels of LoRA adapters; arithmetic of optimizers;
+latency of collectives; waits for slow ranks; validation, generated images and checkpoints.
 """
 
 from collections.abc import Mapping
