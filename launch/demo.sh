@@ -41,7 +41,7 @@ Then follow "Train on your own images" in README.md.
 TEXT
 )" "$(cat <<TEXT
 
-完成。模型此前从未见过心形和月亮。训练前后的对比见：
+完成。模型此前从未见过心形和月牙。训练前后的对比见：
   runs/quickstart/samples/before-after.png
 
 runs/quickstart/ 中还有：
@@ -51,7 +51,7 @@ runs/quickstart/ 中还有：
   logs/         metrics.jsonl、tensorboard/、train.log
   checkpoints/  以更大的 train.max_steps 再次运行同一条命令，即从最新的检查点继续
 
-要训练真正的 SDXL，请复制一个预设，并修改四行：
+要训练真实的 SDXL，请复制一个预设，并修改四行：
   cp $configs/sdxl_full.yaml my.yaml
   (1) run.name         运行文件夹的名称
   (2) model.path       你的 sd_xl_base_1.0.safetensors、diffusers 文件夹，

@@ -119,6 +119,20 @@ def test_english_and_chinese_pages_say_the_same(name: str) -> None:
         assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("page", [ROOT / name for name in CHINESE.values()], ids=lambda page: page.name)
+def test_chinese_pages_mark_links_to_english_ones(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+\.md)(?:#[^)]*)?\)(.{0,4})", page.read_text())
+    english = [(target, mark) for target, mark in links if "zh" not in (page.parent / target).resolve().as_posix()]
+    english = [(target, mark) for target, mark in english if not target.startswith("README")]
+    assert [target for target, mark in english if mark not in ("（英文）", "，英文）")] == []
+
+
+@pytest.mark.parametrize("page", [*CHINESE.values(), "docs/zh/CONFIG.md", "configs/language/zh_CN.po"])
+def test_chinese_uses_one_word_for_a_thing(page: str) -> None:
+    """Latents of other programs are 登记; what follows the first trainer is 后续版本; a mask is 蒙版."""
+    assert re.findall("沿用|后继(?!续)|掩膜|掩码|真正的 SDXL|月亮", (ROOT / page).read_text(encoding="utf-8")) == []
+
+
 def read_examples() -> dict[str, str]:
     """The code in docs/CONTRIBUTING.md, by the file that it says it belongs to."""
     page = (ROOT / "docs" / "CONTRIBUTING.md").read_text()
