@@ -14,11 +14,12 @@ ADOPT = (
     "Latents that do not fit the settings are named and left out. Run the cache job afterwards for what is missing."
 )
 EXAMPLES = ("%(prog)s --cfg my.yaml --dry-run", "%(prog)s --cfg my.yaml", "%(prog)s --cfg my.yaml --verify")
+DRY_RUN = "check settings and images, print how much is left to encode and how long it takes, then stop"
 MODES = {
     "verify": "check every byte against the manifest",
     "repair": "verify, then encode bad and stale items again",
-    "pack": "move npz files into shards, without the VAE",
-    "unpack": "move shards into npz files, without the VAE",
+    "pack": "move the latents of npz files into shards; loads no VAE",
+    "unpack": "move the latents of shards into npz files, one for each image; loads no VAE",
     "adopt": "list latents of other programs in the manifest",
 }
 
@@ -30,10 +31,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """
     adopts = "--adopt" in words
     if adopts:
-        parser = build_parser(ADOPT, "bash launch/cache.sh --adopt", EXAMPLES[1:2], can_try=False)
+        parser = build_parser(ADOPT, "bash launch/cache.sh --adopt", EXAMPLES[1:2], dry_run="")
         parser.usage = "%(prog)s --cfg FILE [key.sub=value ...]"
     else:
-        parser = build_parser(CACHE, "bash launch/cache.sh", EXAMPLES)
+        parser = build_parser(CACHE, "bash launch/cache.sh", EXAMPLES, DRY_RUN)
     modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", action="store_true", help=argparse.SUPPRESS if adopts else text)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sdxl_trainer.configs.language.arguments import TranslatedParser
-from sdxl_trainer.configs.language.translate import CATALOGUES, load_translator
+from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, load_translator
 from sdxl_trainer.configs.load import iterate_sections
 from sdxl_trainer.configs.renames import RENAMED
 from sdxl_trainer.configs.schema import Config
@@ -43,6 +43,8 @@ This version still accepts the old names, with a warning.
 |---|---|
 """
 
+
+LANGUAGE_HELP = "language of the page (default: the one that LANG names, or English)"
 
 # Translates a text of the page, without line breaks.
 Translate = Callable[[str], str]
@@ -140,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Print the page of all settings: type, default, meaning.",
         examples=["%(prog)s", "%(prog)s --language zh"],
     )
-    parser.add_argument("--language", choices=("en", *CATALOGUES), default="en", help="of the page (default: en)")
+    parser.add_argument("--language", choices=("en", *CATALOGUES), default=get_language(), help=LANGUAGE_HELP)
     sys.stdout.write(build_page(parser.parse_args(arguments).language))
     return 0
 

@@ -105,10 +105,10 @@ class DataConfig(Section):
     """The training set: metadata, images, captions and buckets."""
 
     metadata: list[Path | str] = []
-    """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet,
-    SQLite (waifuset), or webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens
-    (`s3://`, `gs://`, `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later
-    entries update records of earlier entries key by key."""
+    """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
+    webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens (`s3://`, `gs://`,
+    `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later entries update records
+    of earlier entries key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In
@@ -344,8 +344,9 @@ class LogConfig(Section):
     level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
     """Lowest level of messages shown on the console."""
     language: Literal["en", "zh"] | None = None
-    """Language of the console and of error messages: `en` (English) or `zh` (Chinese). Without it, the language of the
-    environment (`LANG`), if that is one of them, else English. Files in `logs/` and reports are English."""
+    """Language of the console, of error messages, and of the pages of report and preview: `en` (English) or `zh`
+    (Chinese). Without it, the language of the environment (`LANG`), if that is one of them, else English. Files in
+    `logs/` are English."""
     wandb: str | None = Field(None, min_length=1)
     """Project at Weights & Biases to which metrics are also sent (needs `pip install wandb`). On a machine without
     network access, set `WANDB_MODE=offline` in the environment and run `wandb sync` later."""

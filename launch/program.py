@@ -31,6 +31,7 @@ RANK_ZERO_SECONDS = 10
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second is the older name
 TRACKER_FILTER = "ignore:resource_tracker"
 OVERRIDES_HELP = "settings that override the file's, such as optim.lr=1e-5"
+DRY_RUN_HELP = "check everything up to the first step, then stop"
 SETTINGS_HELP = "Every setting: docs/CONFIG.md, which `sdxl-trainer settings` prints."
 
 
@@ -72,14 +73,14 @@ def announce(text: str) -> None:
 
 
 def build_parser(
-    description: str, prog: str | None = None, examples: Sequence[str] = (), can_try: bool = True
+    description: str, prog: str | None = None, examples: Sequence[str] = (), dry_run: str = DRY_RUN_HELP
 ) -> RankParser:
-    """Build the parser of the arguments that the programs share; `can_try` offers --dry-run."""
+    """Build the parser of the arguments that the programs share; `dry_run` is the help of --dry-run, "" for none."""
     parser = RankParser(prog=prog, description=description, examples=examples, epilog=SETTINGS_HELP)
     parser.add_argument("--cfg", type=parse_path, required=True, metavar="FILE", help="YAML file with your settings")
     parser.set_defaults(dry_run=False)
-    if can_try:
-        parser.add_argument("--dry-run", action="store_true", help="check everything up to the first step, then stop")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help=dry_run)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser

@@ -41,7 +41,9 @@ class Program:
 # In the order in which a user needs them.
 PROGRAMS = {
     "quickstart": Program("fine-tune a tiny SDXL on new shapes: 4 minutes on a CPU", "demo.sh"),
-    "import": Program("convert settings of kohya's scripts to YAML", "sdxl_trainer.configs.import_config"),
+    "import": Program(
+        "convert settings of kohya's scripts or the first sdxl-trainer", "sdxl_trainer.configs.import_config"
+    ),
     "settings": Program("print the page of all settings", "sdxl_trainer.configs.document"),
     "doctor": Program("examine machine, settings and data before a run", "doctor.sh"),
     "preview": Program("look at your data: duplicates, broken images, crops, captions", "preview.sh"),

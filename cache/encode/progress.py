@@ -171,7 +171,7 @@ def _print_report(folder: Path, report: Mapping[str, Any]) -> None:
         "written": f"{report['bytes_written'] / 1e6:.1f} MB",
     }
     for name, value in rows.items():
-        totals.add_row(name, str(value))
+        totals.add_row(name, translate(str(value)))
     buckets = TranslatedTable("bucket", "latents", title="buckets")
     for name, count in report["buckets"].items():
         buckets.add_row(name, str(count))

@@ -204,25 +204,26 @@ def find_component_problems(header: SafetensorsHeader, component: str, rows: Seq
     wanted = {row.file_name: row for row in rows}
     known = wanted.keys() | _IGNORED_FILE_NAMES
     present = [(name, row) for name, row in wanted.items() if name in header.shapes]
-    found = {
-        f"of {len(wanted)} names missing": [
-            name for name, row in wanted.items() if name not in header.shapes and not row.carried
-        ],
-        "unknown names": [name for name in header.shapes if name.startswith(prefix) and name not in known],
-        "tensors with another shape": [
-            f"{name} is {list(header.shapes[name])}, not {list(row.file_shape)}"
-            for name, row in present
-            if not _same_shape(header.shapes[name], row.file_shape)
-        ],
-        "tensors with a type that cannot be trained": [
-            f"{name} is {header.types[name]}" for name, _ in present if header.types[name] not in _FLOAT_TYPES
-        ],
-    }
-    return [
-        f"{component}: {len(items)} {fault} ({'; '.join(items[:3])}{'; …' if len(items) > 3 else ''})"
-        for fault, items in found.items()
-        if items
+    missing = [name for name, row in wanted.items() if name not in header.shapes and not row.carried]
+    unknown = [name for name in header.shapes if name.startswith(prefix) and name not in known]
+    shapes = [
+        f"{name} is {list(header.shapes[name])}, not {list(row.file_shape)}"
+        for name, row in present
+        if not _same_shape(header.shapes[name], row.file_shape)
     ]
+    types = [f"{name} is {header.types[name]}" for name, _ in present if header.types[name] not in _FLOAT_TYPES]
+    # Whole sentences, so that each can be translated.
+    faults = {
+        f"{component}: {len(missing)} of {len(wanted)} names missing ({_list_first(missing)})": missing,
+        f"{component}: {len(unknown)} unknown names ({_list_first(unknown)})": unknown,
+        f"{component}: {len(shapes)} tensors with another shape ({_list_first(shapes)})": shapes,
+        f"{component}: {len(types)} tensors with a type that cannot be trained ({_list_first(types)})": types,
+    }
+    return [fault for fault, items in faults.items() if items]
+
+
+def _list_first(items: Sequence[str]) -> str:
+    return "; ".join([*items[:3], *(["…"] if len(items) > 3 else [])])
 
 
 def _same_shape(left: Shape, right: Shape) -> bool:

@@ -13,7 +13,7 @@ from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.images.fonts import Lettering
+from sdxl_trainer.data.images.fonts import Lettering, translate_drawable
 from sdxl_trainer.data.index.schema import BadSample
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.loading.loader import iterate_specs
@@ -73,8 +73,8 @@ def draw_sheet(decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> Image.Ima
         scale = CELL_PX / max(image.size)
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         sheet.paste(image, (left + (CELL_PX - image.width) // 2, top + (CELL_PX - image.height) // 2))
-        text = f"bad: {sample.bad}" if sample.bad else sample.caption or "(empty)"
-        lines = lettering.wrap(f"{place}: {sample.note}", CELL_PX, 2)
+        text = f"bad: {sample.bad}" if sample.bad else sample.caption or translate_drawable("(empty)")
+        lines = lettering.wrap(f"{place}: {translate_drawable(sample.note)}", CELL_PX, 2)
         lines += lettering.wrap(text, CELL_PX, NUM_LINES + 1 - len(lines))
         for number, line in enumerate(lines):
             lettering.draw(sheet, (left, top + CELL_PX + number * lettering.line_px), line)

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from sdxl_trainer.cache.preview.contact_sheet import PreviewSample
 from sdxl_trainer.cache.preview.survey import Section, Survey
 from sdxl_trainer.cache.preview.tables import MAX_BUCKETS, DataTable, tabulate_survey
+from sdxl_trainer.configs.language.pages import fill_text
+from sdxl_trainer.configs.language.translate import get_language, translate, translate_label
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.transforms import BadImageError, open_thumbnail, prepare_image
@@ -120,9 +122,12 @@ class PageWriter:
                 bucket: list(pool.map(self._exhibit_crop, rows)) for bucket, rows in self._choose_examples().items()
             }
         page = _load_template().render(
+            t=fill_text,
+            show=translate_label,
+            language=get_language(),
             name=self.name,
             written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            opened=f"{survey.extent}.",
+            opened=f"{translate(survey.extent)}{translate_label('.')}",
             summary=tabulate_survey(survey),
             chapters=chapters,
             list_name=list_file.name,

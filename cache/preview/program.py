@@ -35,7 +35,7 @@ def parse_factor(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the data as the model will see it; return the exit status (0 done, 2 wrong input)."""
     limits = SurveyLimits()
-    parser = build_parser(DESCRIPTION, "bash launch/preview.sh", EXAMPLES, can_try=False)
+    parser = build_parser(DESCRIPTION, "bash launch/preview.sh", EXAMPLES, dry_run="")
     count = partial(parse_count, least=0)
     parser.add_argument(
         "--out",

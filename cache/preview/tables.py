@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdxl_trainer.cache.preview.survey import Section, Survey, TagCounts
-from sdxl_trainer.configs.language.translate import translate_label
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import escape_controls, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, find_bad_latents
@@ -149,10 +149,11 @@ def tabulate_captions(dataset: LatentDataset) -> DataTable:
     """Build the table of a few samples' captions, as drawn in the first epochs."""
     rows = select_evenly(len(dataset.index), NUM_SHOWN)
     drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
+    empty = translate_label("(empty)")
     lines = [
         (
             str(dataset.index.arrow_column("key")[row]),
-            *("(the strategy failed)" if caption is None else caption or "(empty)" for caption in captions),
+            *(translate("(the strategy failed)") if caption is None else caption or empty for caption in captions),
         )
         for row, *captions in zip(rows.tolist(), *drawn, strict=True)
     ]

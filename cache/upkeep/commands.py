@@ -182,7 +182,9 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
         )
         manifest.close()
         removed = remove_replaced(folder, entries, rename_entries(read_latest(folder), index.table))
-    logger.info("{} items {}, {} files replaced", result.num_copied, "packed" if to_shards else "unpacked", removed)
+    # Two sentences, because a word in a field is not translated.
+    done = "{} items packed, {} files replaced" if to_shards else "{} items unpacked, {} files replaced"
+    logger.info(done, result.num_copied, removed)
     if result.bad:
         shown = "; ".join(list(result.bad.values())[:5])
         raise BadCacheError(f"{len(result.bad)} items are bad and stay where they are: {shown}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from sdxl_trainer.configs.document import list_texts
 from sdxl_trainer.configs.language.catalogue import format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.messages import extract_messages
+from sdxl_trainer.configs.language.pages import extract_from_pages
 from sdxl_trainer.configs.language.translate import CATALOGUES
 from sdxl_trainer.configs.language.update import list_faults, update_entries
 
@@ -16,11 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def list_messages() -> dict[str, tuple[str, ...]]:
-    """Return the messages of the sources and the texts of docs/CONFIG.md, each with its sources."""
+    """Return the messages of the sources and the texts of pages and of docs/CONFIG.md, each with its sources."""
     messages = extract_messages(ROOT)
     for text in list_texts():
         escaped = text.replace("{", "{{").replace("}", "}}")
         messages[escaped] = (*messages.get(escaped, ()), "docs/CONFIG.md")
+    for text, page in extract_from_pages(ROOT):
+        if page not in messages.get(text, ()):
+            messages[text] = (*messages.get(text, ()), page)
     return messages
 
 

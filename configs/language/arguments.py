@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from sdxl_trainer.configs.language.commands import name_program
 from sdxl_trainer.configs.language.translate import translate, translate_label
 
 USAGE = "usage: "
+HEADING = re.compile(r"^([\u3400-\u9fff]+):$", re.MULTILINE)
 
 
 class TranslatedParser(argparse.ArgumentParser):
@@ -42,6 +44,10 @@ class TranslatedParser(argparse.ArgumentParser):
         """Return the usage with the English prefix, whose length argparse counts on for intermixed arguments."""
         return USAGE + super().format_usage().removeprefix(translate_label(USAGE))
 
+    def format_help(self) -> str:
+        """Return the help; Chinese headings end with the colon of Chinese."""
+        return HEADING.sub(r"\1：", super().format_help())
+
     def print_usage(self, file: Any = None) -> None:
         """Print the usage."""
         (file or sys.stdout).write(translate_label(USAGE) + self.format_usage().removeprefix(USAGE))
@@ -49,7 +55,7 @@ class TranslatedParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and the mistake, and exit with status 2."""
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {translate_label('error')}: {translate(message)}\n")
+        self.exit(2, f"{self.prog}: {translate_label('error: ')}{translate(message)}\n")
 
 
 class _TranslatedHelp(argparse.HelpFormatter):

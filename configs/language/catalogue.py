@@ -37,6 +37,11 @@ class Entry:
     sources: tuple[str, ...] = ()
     is_fuzzy: bool = False
 
+    @property
+    def is_of_page(self) -> bool:
+        """True if only pages contain the message."""
+        return bool(self.sources) and all(source.endswith((".html", ".js")) for source in self.sources)
+
 
 def read_catalogue(path: Path) -> list[Entry]:
     """Read a PO file.

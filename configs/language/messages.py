@@ -10,12 +10,10 @@ from pathlib import Path
 from sdxl_trainer.configs.language.templates import Field, Part, format_template
 
 FOLDERS = ("configs", "launch", "data", "cache", "train")
-# Texts of other places than the console and error messages: pages, charts and pictures, which are English; the tables
-# that FROM_KOHYA.md is generated from are documents too.
+# Texts of documents, and of programs for developers.
 ELSEWHERE = (
     *("configs/document.py", "configs/kohya/document.py", "configs/language/"),
-    *("train/report/charts.py", "train/estimates/gpus.py", "train/tiny/pretraining.py"),
-    *("train/tiny/tokenizer.py", "train/tiny/vae.py"),
+    *("train/estimates/gpus.py", "train/tiny/pretraining.py", "train/tiny/tokenizer.py", "train/tiny/vae.py"),
 )
 MAX_FORMS = 24  # of a message with conditions; one with more has fields in place of the conditions
 # Calls whose texts are looked up, compared or passed on, and not shown.
@@ -23,14 +21,14 @@ UNSHOWN_CALLS = frozenset(
     "compile match fullmatch search sub findall finditer split rsplit partition rpartition startswith endswith strip "
     "lstrip rstrip join replace removeprefix removesuffix index find count getattr setattr hasattr get setdefault pop "
     "environ import_module open encode decode bytes run Popen strftime literal NewType TypeVar ConfigDict "
-    "filterwarnings getLogger unpack pack calcsize cat frombuffer field_validator model_validator".split()
+    "legend filterwarnings getLogger unpack pack calcsize cat frombuffer field_validator model_validator".split()
 )
 LABEL_CALLS = frozenset(
     "Table TranslatedTable DataTable add_column add_row Finding log_table build_summary_table activity during "
-    "translate_label".split()
+    "translate_label build_figure build_curve_chart draw_noisy_curve Chart".split()
 )
 LOGGER_CALLS = frozenset("debug info success warning error critical log warn_once warn".split())
-LABEL_KEYWORDS = frozenset(["component", "title"])
+LABEL_KEYWORDS = frozenset(["component", "title", "label"])
 COUNT_CALL = "format_count"
 PLACEHOLDER = re.compile(r"\{\w*(?::[^{}]*)?\}|\{\{.*\}\}")  # of a literal that `format` or loguru fills in
 # Texts that are put together at run time from names in the code: states of the cache's images, phases of a step,
@@ -40,6 +38,11 @@ COMPOSED = (
     *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
     *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
     " (host {host}, process {process}, started {started})",
+    # Names in charts and above them.
+    *("validation", "validation, EMA {decay}", "dropped", "empty", "(empty)", "steps", "step"),
+    # Help of configs/document.py, whose other texts are those of the page.
+    *("Print the page of all settings: type, default, meaning.",),
+    *("language of the page (default: the one that LANG names, or English)",),
 )
 # Messages of YAML, argparse and the system that are parts of messages here.
 FOREIGN = (
@@ -71,7 +74,7 @@ FOREIGN = (
     "options",
     "usage: ",
     "examples:",
-    "error",
+    "error: ",
     "No such file or directory",
     "No space left on device",
     "Disk quota exceeded",
@@ -216,7 +219,9 @@ class _Visitor(ast.NodeVisitor):
                     if not is_text(side) and not isinstance(side, ast.BinOp):
                         self.visit(side)
             elif isinstance(child, ast.IfExp):
-                self.visit(child.test)
+                for part in (child.test, child.body, child.orelse):
+                    if not is_text(part):
+                        self.visit(part)
 
     def _add(self, node: ast.expr, is_label: bool = False) -> None:
         for parts in expand(node):

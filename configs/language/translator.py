@@ -23,7 +23,8 @@ class Translator:
     def __init__(self, entries: Sequence[Entry]):
         usable = [entry for entry in entries if entry.translation and not entry.is_fuzzy]
         self._exact = {_fill_braces(entry.text): _fill_braces(entry.translation) for entry in usable}
-        templates = [Template(entry.text, entry.translation) for entry in usable if "{" in entry.text]
+        # A page looks its texts up before it fills them in; short as they are, they would be found in other messages.
+        templates = [Template(e.text, e.translation) for e in usable if "{" in e.text and not e.is_of_page]
         frequency: dict[str, int] = {}
         for template in templates:
             for word in set(template.words):
@@ -58,6 +59,8 @@ class Translator:
         """Return the translation of a template; None if the values show that another message was meant."""
         translated = [self.translate(value) if " " in value else value for value in values]
         if template.is_weak:
+            if any("; " in value for value in values):  # several messages
+                return None
             raw = [value for value, shown in zip(values, translated, strict=True) if value == shown]
             has_digit = any(character.isdigit() for value in raw for character in value)
             if not all(SINGLE.fullmatch(value) and (has_digit or not PLAIN.fullmatch(value)) for value in raw):

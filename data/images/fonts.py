@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from loguru import logger
 from PIL import Image, ImageDraw, ImageFont
 
+from sdxl_trainer.configs.language.translate import translate_label
+
 # Beginnings of the file names of fonts for Chinese, Japanese and Korean, in lower case, the best ones first: those of
 # Linux distributions, macOS and Windows.
 CJK_FONTS = (
@@ -131,6 +133,12 @@ def list_font_files() -> tuple[str, ...]:
 
     own = font_manager.findfont("DejaVu Sans")  # comes with matplotlib; Cyrillic, Greek, Arabic and signs
     return (own, *sorted(font_manager.findSystemFonts(), key=rank))
+
+
+def translate_drawable(text: str) -> str:
+    """Return a label in the language of this process, or as it is if no font of this machine can draw that."""
+    translated = translate_label(text)
+    return translated if all(map(find_face, filter(lambda character: not _is_plain(character), translated))) else text
 
 
 def hint_at_fonts(missing: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """The command line `sdxl-trainer`: its help, its completion, and the programs that it starts, from a wheel too."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from programs import ROOT
 
+from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.train.cli import PROGRAMS, build_completion, main, read_helps
 
 CLI = [sys.executable, "-m", "sdxl_trainer.train.cli"]
@@ -33,6 +35,23 @@ def test_every_command_has_a_help_with_examples_of_its_own_name(helps: dict[str,
         assert f"examples:\n  sdxl-trainer {name}" in text, text
         assert "launch/" not in text and "python" not in text, text
         assert ("docs/CONFIG.md" in text) == ("key.sub=value" in text and name != "quickstart"), text
+
+
+def test_every_help_is_wholly_chinese(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LANGUAGE", "zh_CN:en")
+    choose_language()
+    try:
+        with pytest.raises(SystemExit):
+            main(["--help"])
+    finally:
+        choose_language("en")
+    overview = capsys.readouterr().out
+    assert "命令：\n" in overview
+    for name, text in {"": overview, **read_helps()}.items():
+        assert text.startswith(f"用法：{f'sdxl-trainer {name}'.strip()} ") and "示例：\n" in text, text
+        assert re.search("[\u3400-\u9fff]:", text) is None, f"a colon of English: {text}"
+        shown = re.sub(r"^  sdxl-trainer .*|`[^`]*`", "", text.split("\n\n", 1)[1], flags=re.MULTILINE)
+        assert re.findall(r"\b[A-Za-z]+ [a-z]+ [a-z]+\b|\b[a-z]+ [a-z]+\b(?! )", shown) == [], name
 
 
 def test_completion_completes_commands_options_and_settings(helps: dict[str, str], tmp_path: Path) -> None:

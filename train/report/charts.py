@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would keep all figures and look for a screen
 from matplotlib.text import Text
 
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import format_count
-from sdxl_trainer.data.images.fonts import find_face, hint_at_fonts
+from sdxl_trainer.data.images.fonts import find_face, hint_at_fonts, translate_drawable
 from sdxl_trainer.train.report.metrics import read_all_metrics
 
 PALE, STRONG, OTHER, CHANGED = "#9db4c8", "#1f5c99", "#c2571a", "#7a4fa3"
@@ -221,7 +222,7 @@ def draw_buckets(numbers: RunNumbers) -> Chart | None:
     axes.grid(visible=False, axis="x")
     total = f"{format_count(sum(sizes.values()), 'sample')} in {format_count(len(sizes), 'bucket')}"
     largest = ", ".join(f"{name}: {count:,}" for name, count in list(sizes.items())[:3])
-    return Chart("buckets", "Buckets", f"{total}; largest {largest}", figure)
+    return Chart("buckets", "Buckets", f"{total}; largest buckets {largest}", figure)
 
 
 def draw_tokens(numbers: RunNumbers) -> Chart | None:
@@ -247,6 +248,18 @@ def draw_tokens(numbers: RunNumbers) -> Chart | None:
         f"{tokens['max_tokens']} and are truncated{dropped}"
     )
     return Chart("tokens", "Length of captions", text, figure)
+
+
+def translate_chart(chart: Chart) -> Chart:
+    """Return a chart with its title and its description in the language of this process."""
+    return replace(chart, title=translate_label(chart.title), text=translate(chart.text))
+
+
+def translate_figure(figure: Figure) -> None:
+    """Put the words of a figure into the language of this process, as far as fonts of this machine can draw it."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text(translate_drawable(text.get_text()))
 
 
 def set_fonts(figure: Figure) -> None:

@@ -22,7 +22,14 @@ import orjson
 from PIL import Image
 
 from sdxl_trainer.configs.language.arguments import TranslatedParser
-from sdxl_trainer.configs.language.translate import translate
+from sdxl_trainer.configs.language.pages import fill_text
+from sdxl_trainer.configs.language.translate import (
+    CATALOGUES,
+    choose_language,
+    get_language,
+    translate,
+    translate_label,
+)
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import format_rate
 from sdxl_trainer.data.files import write_atomic
@@ -35,6 +42,8 @@ from sdxl_trainer.train.report.charts import (
     read_series,
     set_fonts,
     smooth,
+    translate_chart,
+    translate_figure,
 )
 from sdxl_trainer.train.report.metrics import CHANGES_FILE, read_changes
 from sdxl_trainer.train.report.run_state import read_holder, resolve_state
@@ -80,13 +89,18 @@ def write_report(folder: Path) -> Path:
         counts=read_counts(target / "data.json"),
         changes=read_changes(logs / CHANGES_FILE),
     )
-    charts = [(chart, write_chart(chart, target / f"{chart.name}.png")) for chart in draw_charts(numbers)]
+    charts = [
+        (chart, write_chart(chart, target / f"{chart.name}.png"))
+        for chart in map(translate_chart, draw_charts(numbers))
+    ]
     steps, strips = read_strips(folder / "samples")
     page = load_template().render(
+        t=fill_text,
+        language=get_language(),
         name=folder.resolve().name,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        state=describe_state(folder, numbers),
-        facts=list_facts(numbers),
+        state=translate_state(describe_state(folder, numbers)),
+        facts={translate_label(name): translate(value) for name, value in list_facts(numbers).items()},
         settings=read_settings(folder / "config.yaml"),
         charts=charts,
         steps=steps,
@@ -108,6 +122,12 @@ def describe_state(folder: Path, numbers: RunNumbers) -> str:
         status, read_holder(folder), silent, last_step, int(max_steps) if max_steps.isdecimal() else 0
     )
     return text if text.startswith(state) else f"{state}: {text}" if text else state
+
+
+def translate_state(text: str) -> str:
+    """Return a state in words, in the language of this process."""
+    state, separator, reason = text.partition(": ")
+    return f"{translate_label(state)}{separator}{translate(reason)}"
 
 
 def load_template() -> jinja2.Template:
@@ -157,6 +177,7 @@ def list_facts(numbers: RunNumbers) -> dict[str, str]:
 def write_chart(chart: Chart, file: Path) -> EmbeddedImage:
     """Write a chart as a PNG with a transparent background, and return it for embedding."""
     buffer = io.BytesIO()
+    translate_figure(chart.figure)
     set_fonts(chart.figure)
     chart.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, transparent=True)
     write_atomic(file, buffer.getvalue())
@@ -188,7 +209,7 @@ def read_generated_image(file: Path, step: int) -> tuple[EmbeddedImage | None, s
     except OSError:
         return None, ""
     uri, (width, height) = make_uri(buffer.getvalue(), "webp"), image.size
-    return EmbeddedImage(uri, width, height, f"step {step}: {prompt or file.name}"), prompt
+    return EmbeddedImage(uri, width, height, f"{fill_text('step {step}', step=step)}: {prompt or file.name}"), prompt
 
 
 def make_uri(content: bytes, kind: str) -> str:
@@ -212,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{folder} is not a run folder: it contains no logs/metrics.jsonl")
     if options.background:
         os.nice(NICENESS)
+    language = read_settings(folder / "config.yaml").get("log.language", "")
+    choose_language(language if language in ("en", *CATALOGUES) else None)
     started = time.monotonic()
     try:
         file = write_report(folder)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from sdxl_trainer.data.files import open_atomic
-from sdxl_trainer.data.images.fonts import Lettering
+from sdxl_trainer.data.images.fonts import Lettering, translate_drawable
 
 GAP_PX = 4
 MIN_FONT_PX, MAX_FONT_PX = 12, 24  # of labels; in between, they are sized by the images
@@ -83,9 +83,9 @@ def _draw_steps(steps: Sequence[Path], width_px: int) -> Image.Image:
     lettering = choose_lettering(width_px)
     band = Image.new("RGB", (width_px * len(steps), lettering.line_px), "white")
     for number, step in enumerate(steps):
-        label = f"step {int(step.name.removeprefix('step-'))}"
+        label = translate_drawable(f"step {int(step.name.removeprefix('step-'))}")
         if lettering.measure(label) > width_px:
-            label = label.removeprefix("step ")
+            label = str(int(step.name.removeprefix("step-")))
         lettering.draw(band, ((number + 0.5) * width_px - lettering.measure(label) / 2, 0), label)
     return band
 
@@ -131,9 +131,11 @@ def build_before_and_after(folder: Path, prompts: Sequence[str]) -> Image.Image 
     lettering = choose_lettering(width)
     title_px = 2 * lettering.line_px
     comparison = Image.new("RGB", (2 * width + PANEL_GAP_PX, height + title_px), "white")
-    for number, (panel, step, word) in enumerate(zip(panels, steps, ("before", "after"), strict=True)):
+    first, last = (int(step.name.removeprefix("step-")) for step in steps)
+    titles = (f"before: step {first}", f"after: step {last}")
+    for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         left = number * (width + PANEL_GAP_PX)
-        lettering.draw(comparison, (left, 0), f"{word}: step {int(step.name.removeprefix('step-'))}")
+        lettering.draw(comparison, (left, 0), translate_drawable(title))
         comparison.paste(panel, (left, title_px))
     line = width + PANEL_GAP_PX // 2
     ImageDraw.Draw(comparison).line((line, 0, line, comparison.height), fill="grey", width=2)

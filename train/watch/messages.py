@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.train.watch.file_tail import FileTail
 from sdxl_trainer.train.watch.run_folder import clean_text, locate
 
@@ -78,7 +79,11 @@ class Messages:
         for line in lines.splitlines()[-MAX_KEPT:]:
             try:
                 values = orjson.loads(line)
-                sample = {"step": int(values["step"]), "key": str(values["key"]), "reason": str(values["reason"])}
+                sample = {
+                    "step": int(values["step"]),
+                    "key": str(values["key"]),
+                    "reason": translate(str(values["reason"])),
+                }
             except (ValueError, TypeError, KeyError, OverflowError):
                 continue
             texts = {field: clean_text(sample[field]) for field in ("key", "reason")}
@@ -91,4 +96,4 @@ def _order(path: Path) -> tuple[int, str]:
 
 
 def _decode(text: bytes) -> str:
-    return clean_text(text.decode("utf-8", "replace").rstrip())
+    return clean_text(translate(text.decode("utf-8", "replace").rstrip()))

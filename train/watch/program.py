@@ -25,7 +25,8 @@ def build_parser() -> TranslatedParser:
     parser = TranslatedParser(
         prog="bash launch/watch.sh",
         description="Show all runs of a folder in your browser, while they go on and afterwards: progress, charts, "
-        "generated images, settings and warnings. Files are only read.",
+        "generated images, settings and warnings. It only reads a run's files; its buttons add a request file to the "
+        "run folder.",
         examples=["%(prog)s", "%(prog)s /data/runs --port 9000"],
         epilog="All that the page shows, and how to reach it from another machine: docs/WATCH.md.",
     )
@@ -37,7 +38,11 @@ def build_parser() -> TranslatedParser:
     )
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port (default: {DEFAULT_PORT}; 0: any)")
     parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a further name that this machine has"
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another host name that a browser may reach this machine by; may be repeated",
     )
     return parser
 

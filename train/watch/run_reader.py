@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.data.files import open_stream, read_regular
 from sdxl_trainer.launch.folder_lock import LOCK_FILE
 from sdxl_trainer.train.report.metrics import CHANGES_FILE, read_changes
@@ -94,13 +95,15 @@ class RunReader:
         return {
             "name": self.name,
             "state": state,
-            "text": clean_text(text),
+            "text": clean_text(translate_label(text)),
             "step": max(status.step if status else 0, last_step),
             "max_steps": max_steps,
             "changed": max(map(_get_time, (status_file, metrics_file))),
             "accepts": _list_accepted(state, text, status),
             "requests": [name for name in REQUESTS if state == RUNNING and (self.folder / name).exists()],
-            **{name: clean_text(value) if isinstance(value, str) else value for name, value in shown.items()},
+            **{
+                name: clean_text(translate(value)) if isinstance(value, str) else value for name, value in shown.items()
+            },
         }
 
     def read_curves(self, version: str, first: int) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class RunReader:
             "share": self._tail.share,
             "last_step": self._curves.last_step,
             "changes": {
-                str(step): [clean_text(text) for text in texts]
+                str(step): [clean_text(translate(text)) for text in texts]
                 for step, texts in read_changes(self._locate("logs", CHANGES_FILE)).items()
             },
             "curves": {clean_text(name): curve for name, curve in self._curves.export(first).items()},

@@ -15,13 +15,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from sdxl_trainer.configs.language.pages import write_page_texts
+from sdxl_trainer.configs.language.translate import get_language, translate
 from sdxl_trainer.train.watch.library import RunLibrary
 from sdxl_trainer.train.watch.run_folder import MAX_IMAGE_PIXELS, describe_file, locate_image, read_image
 from sdxl_trainer.train.watch.run_reader import REQUESTS, RunReader
 
 PAGE = Path(__file__).with_name("page")
 KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-TOKEN_MARK = "WATCH-TOKEN"  # in index.html
+TOKEN_MARK, TEXTS_MARK = "WATCH-TOKEN", "WATCH-TEXTS"  # in index.html
 MAX_BODY_BYTES = 4096
 THUMBNAIL_PX = 256  # longer side
 DECODERS = 2  # images that are read at the same time
@@ -36,6 +38,9 @@ def build_app(root: Path, token: str) -> Starlette:
     """
     views = Views(RunLibrary(root))
     page = (PAGE / "index.html").read_text("utf-8").replace(TOKEN_MARK, token)
+    page = page.replace('lang="en"', f'lang="{get_language()}"').replace(
+        TEXTS_MARK, write_page_texts("train/watch/page/")
+    )
     static = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in PAGE.iterdir() if file.suffix in KINDS}
 
     def show_page(request: Request) -> Response:
@@ -166,4 +171,4 @@ def _send_json(content: Any) -> Response:
 
 
 def _say(text: str, status: int) -> Response:
-    return PlainTextResponse(text, status)
+    return PlainTextResponse(translate(text), status)

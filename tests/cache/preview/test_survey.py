@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdxl_trainer.cache.preview import program
 from sdxl_trainer.cache.preview.survey import place_images
+from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, draw_image
 
@@ -91,6 +92,19 @@ def test_counts_of_tags_and_what_was_looked_at_are_printed(surveyed, tiny_folder
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
     assert ["a star", "6", "75.0%"] in rows and ["no caption", "1", "", "all 9 records"] in rows
     assert ["[bold]x", "1", "12.5%"] in rows  # not read as markup
+
+
+def test_the_page_follows_the_language(surveyed):
+    words = ["--cfg", str(surveyed / "settings.yaml"), "--out", str(surveyed / "zh" / "x"), "--images", "0"]
+    try:
+        assert program.main([*words, "data.max_tokens=75", "log.language=zh"]) == 0
+    finally:
+        choose_language("en")
+    page = (surveyed / "zh" / "x.html").read_text(encoding="utf-8")
+    texts = re.findall(r"<(?:h2|p|th[^>]*|span class=\"none\")>([^<]+)<", page)
+    assert "值得一看" in texts and '<html lang="zh">' in page and len(texts) > 20
+    shown = [re.sub(r"data\.\w+|x\.jsonl|UTC|token", "", text) for text in texts]
+    assert [text for text in shown if re.search("[A-Za-z]{3,}", text)] == []
 
 
 def test_placements_name_the_share_that_a_crop_leaves_out():

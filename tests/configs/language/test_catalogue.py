@@ -31,7 +31,7 @@ def test_every_message_is_found_by_its_finished_text(language: str) -> None:
         fields = [part for part in template.parts if not isinstance(part, str)]
         values = [str(100 + place) if field.is_number else f"x{place}.y" for place, field in enumerate(fields)]
         english = Template(entry.text, entry.text).fill(values)
-        is_message = entry.translation and "docs/CONFIG.md" not in entry.sources
+        is_message = entry.translation and "docs/CONFIG.md" not in entry.sources and not entry.is_of_page
         if is_message and translator.translate_label(english) != template.fill(values):
             wrong.append((english, translator.translate_label(english)))
     assert wrong == []

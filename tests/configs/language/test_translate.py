@@ -12,10 +12,11 @@ from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.catalogue import Entry, format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.commands import VARIABLE, adapt_commands
 from sdxl_trainer.configs.language.messages import extract_from_source
-from sdxl_trainer.configs.language.translate import choose_language, translate
+from sdxl_trainer.configs.language.translate import choose_language, load_translator, translate
 from sdxl_trainer.configs.language.translator import Translator
 from sdxl_trainer.configs.language.update import list_faults, update_entries
 from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.train.doctor.program import DESCRIPTION as DOCTOR_HELP
 
 MESSAGES = {
     "no images in {folder}": "{folder} 中没有图片",
@@ -72,6 +73,27 @@ def test_finished_texts(translator: Translator, text: str, expected: str) -> Non
     assert translator.translate(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("unet: 840 of 1680 names missing (a.b; c.d; …)", "unet：缺少 1680 个名称中的 840 个（a.b; c.d; …）"),
+        ("1 group", "1 组"),
+        ("fits with 908 MB; largest micro batch 1941", "放得下，需要 908 MB；最大的微批为 1941"),
+        ("300 steps; validation loss from 0.4 to 0.3", "300 步；验证损失从 0.4 到 0.3"),
+        ("before: step 0", "训练前：第 0 步"),
+    ],
+)
+def test_messages_that_are_put_together(text: str, expected: str) -> None:
+    assert load_translator("zh").translate(text) == expected
+
+
+def test_the_doctors_help_and_its_output_use_the_same_marks() -> None:
+    translator = load_translator("zh")
+    help_text = translator.translate(DOCTOR_HELP)
+    for mark in ("ok", "note", "WRONG", "TO DO"):
+        assert f"「{translator.translate_label(mark)}」" in help_text and mark not in help_text
+
+
 def test_headings_may_be_single_words(translator: Translator) -> None:
     assert translator.translate_label("bucket") == "桶" and translator.translate_label("is damaged") == "已损坏"
 
@@ -87,6 +109,7 @@ def check(config, files, bad):
         raise ValueError(f"cannot open {config.run.folder!s:.100} " "at all" + (": no space" if bad else ""))
     logger.info("read {} of {:,} files, {:.1%} bad", len(files), config.total, bad)
     rule = f"holds {format_count(len(files), 'file')}{f' and {bad:g} more' if bad else ''}"
+    links = format_count(files, "link") if files else ""
     yield Problem("data.x", 3, rule, cure or "do so")
     re.compile("a b|c d")
 '''
@@ -98,6 +121,8 @@ def check(config, files, bad):
         "holds {files}",
         "{count:,} file",
         "{count:,} files",
+        "{count:,} link",
+        "{count:,} links",
         "do so",
     ]
 
@@ -185,9 +210,9 @@ def test_help_and_usage_in_chinese(capsys: pytest.CaptureFixture) -> None:
     finally:
         choose_language("en")
     assert (
-        "用法：main.py [-h] --cfg CFG [words ...]\nmain.py: 错误: 缺少以下必需的参数：--cfg" in capsys.readouterr().err
+        "用法：main.py [-h] --cfg CFG [words ...]\nmain.py: 错误：缺少以下必需的参数：--cfg" in capsys.readouterr().err
     )
-    assert shown.startswith("用法：main.py") and "选项:" in shown and "检查第一步之前的一切" in shown
+    assert shown.startswith("用法：main.py") and "选项：" in shown and "检查第一步之前的一切" in shown
 
 
 def test_the_error_itself_stays_english() -> None:

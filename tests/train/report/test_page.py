@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from browser import NO_BROWSER, visit
 from loguru import logger
 from PIL import Image
 
-from sdxl_trainer.train.report.charts import RunNumbers, Series, draw_charts, read_series, smooth
+from sdxl_trainer.configs.language.translate import choose_language
+from sdxl_trainer.data.images.fonts import find_face
+from sdxl_trainer.train.report.charts import RunNumbers, Series, draw_charts, read_series, smooth, translate_figure
 from sdxl_trainer.train.report.page import main, read_strips, write_report
 from sdxl_trainer.train.report.report_process import ReportProcess
 from sdxl_trainer.train.report.run_status import read_status
@@ -97,6 +100,24 @@ def test_a_run_writes_its_report(validated: dict[int, Path]) -> None:
     status = read_status(validated[1] / "logs" / "status.json")
     assert status is not None and (status.state, status.step, status.max_steps, status.now) == ("finished", 2, 2, "")
     assert status.images_per_second and status.memory.endswith("GiB") and status.has_prompts
+
+
+def test_a_report_in_chinese_has_no_english_words(validated: dict[int, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(validated[1], tmp_path / "run")
+    choose_language("zh")
+    try:
+        page = write_report(folder).read_text(encoding="utf-8")
+        chart = draw_charts(RunNumbers(read_series(folder / "logs" / "metrics.jsonl"), {}))[0]
+        translate_figure(chart.figure)
+    finally:
+        choose_language("en")
+    assert '<html lang="zh">' in page and "run：训练报告" in page and "已完成" in page and "24 个样本" in page
+    shown = page.split("<details>")[0]  # then come the settings, by their names
+    shown = re.sub(r'<style>.*?</style>|<th scope="row">.*?</th>', "", shown, flags=re.DOTALL)
+    texts = [re.sub(r"data\.max_tokens|UTC|EMA", "", text) for text in re.findall(r">([^<>]+)<", shown)]
+    assert [text for text in texts if re.search("[A-Za-z]{3,}", text.replace("run", ""))] == []
+    if find_face("损") is not None:  # without a font for Chinese, charts stay English
+        assert chart.figure.axes[0].get_xlabel() == "步" and chart.figure.axes[0].get_ylabel() == "损失"
 
 
 def test_the_last_line_of_a_step_is_used(tmp_path: Path) -> None:

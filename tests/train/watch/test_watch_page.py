@@ -1,6 +1,7 @@
 """The page in a real browser: it opens, moves, asks the run, and shows names and prompts as text."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -10,8 +11,18 @@ import pytest
 from browser import NO_BROWSER, TIMEOUT_MS, look, open_browser, open_page
 from programs import ROOT
 
+from sdxl_trainer.configs.language.translate import choose_language
+
 pytestmark = pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+USERS_TEXT = r"\br[12]\b|/runs|run\.name|optim\.lr|model\.path|SIGTERM|EMA|rank 1|cannot be read"
+VISIBLE = """() => {
+    const found = [document.title], nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (nodes.nextNode()) found.push(nodes.currentNode.data.trim());
+    for (const name of ["placeholder", "aria-label", "title", "alt"])
+        for (const element of document.querySelectorAll(`[${name}]`)) found.push(element.getAttribute(name));
+    return found;
+}"""
 CLICK = "[data-request={}]"
 
 
@@ -74,6 +85,34 @@ def test_the_page_shows_runs_that_move(tmp_path: Path, write_run, serve, append)
             narrow.wait_for_selector(f"#{tab}:visible")
             assert not look(narrow, seen).overflow, tab
         assert seen.ground == "rgb(18, 22, 28)" and seen.complaints == []
+
+
+def test_the_page_in_chinese_has_no_english_label(tmp_path: Path, write_run, serve) -> None:
+    from playwright.sync_api import expect
+
+    runs = tmp_path / "runs"
+    write_run(runs / "r1", now="training", slow_ranks="")
+    write_run(runs / "r2", 20, "stopped", reason="stopped by SIGTERM")
+    choose_language("zh")
+    try:
+        with serve(runs) as address, open_browser() as browser:
+            page, seen = open_page(browser, address)
+            expect(page.locator(".chart")).to_have_count(6)
+            texts = page.evaluate(VISIBLE)
+            for tab in ("images", "settings", "messages"):
+                page.click(f"[data-tab={tab}]")
+                page.wait_for_selector(
+                    {"images": ".image-grid", "settings": ".setting-grid"}.get(tab, "#warnings .when")
+                )
+                texts += page.evaluate(VISIBLE)
+            page.goto(f"{address}/#run=r3")
+            expect(page.locator("#empty")).to_have_text("训练 r3 已不存在。")
+            assert seen.complaints == []
+    finally:
+        choose_language("en")
+    assert {"训练", "进行中", "已停止", "保存检查点", "验证损失", "不对比"} <= set(texts)
+    shown = [re.sub(USERS_TEXT, "", text.replace(MARKUP, "").replace(str(tmp_path), "")) for text in texts]
+    assert [text for text in shown if re.search("[A-Za-z]{3,}", text)] == []
 
 
 @pytest.mark.long

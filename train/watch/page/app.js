@@ -2,16 +2,17 @@
 
 import { CurveView } from "./curves.js";
 import {
-  build, find, get, post, ServerError, setText, write, writeCount, writeDuration, writeNumber, writeSpeed,
+  build, find, get, post, ServerError, setText, t, translatePage, write, writeCount, writeDuration, writeNumber, writeSpeed,
 } from "./dom.js";
 import { ImageView } from "./images.js";
 import { MessageView, SettingView } from "./texts.js";
 
 const POLL_MS = 2000, SLOW_POLLS = 3; // images, settings and messages are asked for at every third poll
 const ORDER = ["running", "failed", "stopped", "finished"];
-const ASKED = { save: "saves a checkpoint", sample: "generates images", stop: "saves and stops" };
+const STATES = { running: t("running"), failed: t("failed"), stopped: t("stopped"), finished: t("finished") };
+const ASKED = { save: t("saves a checkpoint"), sample: t("generates images"), stop: t("saves and stops") };
 const MAX_OVERLAYS = 7;
-const NO_RUN = "No run yet. This page shows a run as soon as it starts.";
+const NO_RUN = t("No run yet. This page shows a run as soon as it starts.");
 
 const TABS = ["charts", "images", "settings", "messages"];
 
@@ -57,8 +58,8 @@ async function poll() {
     setText(find("connection"), "");
   } catch (error) {
     const isForeign = error instanceof ServerError && error.status === 403;
-    const anew = "the page was started anew: open the address that it printed";
-    setText(find("connection"), isForeign ? anew : "no answer from the server; trying again");
+    const anew = t("the page was started anew: open the address that it printed");
+    setText(find("connection"), isForeign ? anew : t("no answer from the server; trying again"));
   }
   state.polls++;
   state.isPolling = false;
@@ -69,9 +70,9 @@ async function poll() {
 
 function showList() {
   const wanted = find("find").value.toLowerCase(), list = find("run-list");
-  const shown = state.runs.filter((run) => run.name.toLowerCase().includes(wanted) || run.state === wanted);
+  const shown = state.runs.filter((run) => run.name.toLowerCase().includes(wanted) || [run.state, STATES[run.state]].includes(wanted));
   const counts = ORDER.map((name) => [state.runs.filter((run) => run.state === name).length, name]);
-  setText(find("count"), counts.filter(([count]) => count).map((pair) => pair.join(" ")).join(", "));
+  setText(find("count"), counts.filter(([count]) => count).map(([count, name]) => `${count} ${STATES[name]}`).join(", "));
   find("empty").hidden = state.runs.length > 0;
   const names = new Set(shown.map((run) => run.name));
   for (const [name, item] of items) if (!names.has(name)) (item.row.remove(), items.delete(name));
@@ -86,7 +87,7 @@ function buildItem(name) {
   const parts = { state: build("span"), line: build("span"), progress: build("progress", { max: 1, ariaHidden: "true" }) };
   const line = build("span", { className: "line" }, parts.state, " ", parts.line);
   const button = build("button", { type: "button" }, write("span", name, "name"), line, parts.progress);
-  const label = `Overlay the curves of ${name}`;
+  const label = t("Overlay the curves of {name}", { name });
   const box = build("input", { type: "checkbox", title: label, ariaLabel: label });
   button.addEventListener("click", () => openRun(name));
   box.addEventListener("change", () => overlay(name, box.checked));
@@ -95,15 +96,17 @@ function buildItem(name) {
   return item;
 }
 
+const nameStep = (run) => t("step {step}", { step: writeCount(run.step) });
+
 function fillItem(item, run) {
   const isOpen = run.name === state.open;
   item.row.className = isOpen ? "open" : "";
   item.button.ariaCurrent = isOpen ? "true" : "false";
   item.state.className = `state ${run.state}`;
-  setText(item.state, run.state);
-  const share = run.max_steps ? `${Math.floor((100 * run.step) / run.max_steps)} %` : `step ${writeCount(run.step)}`;
-  const left = run.seconds_left ? `, ${writeDuration(run.seconds_left)} left` : "";
-  setText(item.line, run.state === "running" ? share + left : `step ${writeCount(run.step)}`);
+  setText(item.state, STATES[run.state]);
+  const share = run.max_steps ? `${Math.floor((100 * run.step) / run.max_steps)} %` : nameStep(run);
+  const left = run.seconds_left ? t(", {time} left", { time: writeDuration(run.seconds_left) }) : "";
+  setText(item.line, run.state === "running" ? share + left : nameStep(run));
   item.progress.value = run.max_steps ? Math.min(1, run.step / run.max_steps) : 0;
   item.progress.hidden = run.state !== "running";
   item.box.checked = isOpen || state.overlays.has(run.name);
@@ -115,7 +118,7 @@ async function showRun() {
   const run = state.runs.find((other) => other.name === state.open);
   find("run").hidden = !run;
   if (!run) {
-    setText(find("empty"), state.open ? `The run ${state.open} is not there any more.` : NO_RUN);
+    setText(find("empty"), state.open ? t("The run {name} is not there any more.", { name: state.open }) : NO_RUN);
     find("empty").hidden = !state.open && state.runs.length > 0;
     return false;
   }
@@ -137,22 +140,22 @@ function showFacts(run) {
   const percent = run.state === "running" && run.max_steps ? `${Math.floor((100 * run.step) / run.max_steps)} % ` : "";
   document.title = `${percent}${run.name}`;
   setText(find("name"), run.name);
-  setText(find("state"), run.state);
+  setText(find("state"), STATES[run.state]);
   find("state").className = `state ${run.state}`;
   setText(find("text"), run.text);
   find("progress").value = run.max_steps ? Math.min(1, run.step / run.max_steps) : 0;
   const facts = {
-    step: run.max_steps ? `${writeCount(run.step)} of ${writeCount(run.max_steps)}` : writeCount(run.step),
-    "time left": run.state === "running" ? writeDuration(run.seconds_left) : null,
-    speed: run.images_per_second ? writeSpeed(run.images_per_second) : null,
-    "data wait": run.data_wait_share == null ? null : `${(100 * run.data_wait_share).toFixed(1)} %`,
-    memory: run.memory || null,
-    loss: run.loss == null ? null : writeNumber(run.loss),
-    epoch: run.epoch == null ? null : writeNumber(run.epoch),
-    ranks: run.num_ranks > 1 ? `${run.num_ranks}` : null,
-    "slow ranks": run.slow_ranks || null,
-    "bad samples": run.num_bad ? writeCount(run.num_bad) : null,
-    "non-finite updates": run.num_non_finite ? writeCount(run.num_non_finite) : null,
+    [t("step")]: run.max_steps ? `${writeCount(run.step)} / ${writeCount(run.max_steps)}` : writeCount(run.step),
+    [t("time left")]: run.state === "running" ? writeDuration(run.seconds_left) : null,
+    [t("speed")]: run.images_per_second ? writeSpeed(run.images_per_second) : null,
+    [t("data wait")]: run.data_wait_share == null ? null : `${(100 * run.data_wait_share).toFixed(1)} %`,
+    [t("memory")]: run.memory || null,
+    [t("loss")]: run.loss == null ? null : writeNumber(run.loss),
+    [t("epoch")]: run.epoch == null ? null : writeNumber(run.epoch),
+    [t("ranks")]: run.num_ranks > 1 ? `${run.num_ranks}` : null,
+    [t("slow ranks")]: run.slow_ranks || null,
+    [t("bad samples")]: run.num_bad ? writeCount(run.num_bad) : null,
+    [t("non-finite updates")]: run.num_non_finite ? writeCount(run.num_non_finite) : null,
   };
   const shown = Object.entries(facts).filter(([, value]) => value !== null);
   const text = JSON.stringify(shown);
@@ -168,10 +171,10 @@ function showButtons(run) {
   for (const button of requestButtons) {
     const name = button.dataset.request;
     button.disabled = !run.accepts.includes(name) || run.requests.includes(name);
-    button.title = name === "sample" && run.has_prompts === false ? "This run has no prompts: set sample.prompts" : "";
+    button.title = name === "sample" && run.has_prompts === false ? t("This run has no prompts: set sample.prompts") : "";
   }
   const waiting = run.requests.map((name) => ASKED[name]).join(", ");
-  setText(find("answer"), state.answered[run.name] ?? (waiting ? `The run ${waiting} after this step.` : ""));
+  setText(find("answer"), state.answered[run.name] ?? (waiting ? t("The run {waiting} after this step.", { waiting }) : ""));
 }
 
 async function request(name) {
@@ -180,7 +183,7 @@ async function request(name) {
     await post("/api/request", { run, request: name });
     delete state.answered[run];
   } catch (error) {
-    state.answered[run] = error instanceof ServerError ? error.message : "no answer from the server";
+    state.answered[run] = error instanceof ServerError ? error.message : t("no answer from the server");
   }
   poll();
 }
@@ -210,6 +213,7 @@ function overlay(name, isShown) {
 }
 
 function start() {
+  translatePage();
   readAddress();
   find("find").addEventListener("input", showList);
   const onClick = (element, act) => element.addEventListener("click", act);

@@ -1,6 +1,6 @@
 // A chart on a canvas: curves over steps with the range of their values, a smoothed line, and values under the pointer.
 
-import { build, setText, writeCount, writeNumber } from "./dom.js";
+import { build, setText, t, writeCount, writeNumber } from "./dom.js";
 
 const LEFT = 58, RIGHT = 10, TOP = 12, BOTTOM = 24;
 const FEW_POINTS = 60; // a curve with fewer is drawn with its points, and is not smoothed
@@ -33,7 +33,7 @@ export class Chart {
     this.isLogarithmic = isLogarithmic && curves.every((curve) => curve.mean.every((value) => value > 0));
     const lasts = this.curves.filter((curve) => curve.x.length).map((curve) => writeNumber(curve.smooth.at(-1)));
     setText(this.value, lasts.length ? `${lasts.slice(0, 3).join(" · ")} ${this.words.unit ?? ""}`.trim() : "");
-    this.canvas.setAttribute("aria-label", `${this.words.title}: ${lasts.length ? `last ${lasts.join(", ")}` : "no values"}`);
+    this.canvas.setAttribute("aria-label", `${this.words.title}: ${lasts.length ? t("last {values}", { values: lasts.join(", ") }) : t("no values")}`);
     this.draw();
   }
 
@@ -56,7 +56,7 @@ export class Chart {
     const [first, at] = values[0];
     const lines = values.map(([curve, place]) => {
       const [low, high] = [curve.low?.[place], curve.high?.[place]], label = curve.label ? `${curve.label}: ` : "";
-      const range = low === high ? "" : ` (${writeNumber(low)} to ${writeNumber(high)})`;
+      const range = low === high ? "" : ` (${t("{low} to {high}", { low: writeNumber(low), high: writeNumber(high) })})`;
       return build("div", {}, buildSwatch(curve.color), `${label}${writeNumber(curve.mean[place])}${range}`);
     });
     const near = this.marks.filter((mark) => Math.abs(this.toPixel(mark.x) - this.toPixel(first.x[at])) < 6);
@@ -89,7 +89,7 @@ export class Chart {
     pen.font = "11px system-ui, sans-serif";
     if (!this.curves.some((curve) => curve.x.length)) {
       pen.fillStyle = color("soft");
-      pen.fillText("no values yet", LEFT, height / 2);
+      pen.fillText(t("no values yet"), LEFT, height / 2);
       return;
     }
     this.setScales(width, height);

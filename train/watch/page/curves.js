@@ -1,20 +1,20 @@
 // The tab with charts: fetches what is new in the curves of the chosen runs, and draws them over each other.
 
 import { Chart, buildSwatch } from "./chart.js";
-import { build, find, get, setText, writeCount } from "./dom.js";
+import { build, find, get, setText, t, writeCount } from "./dom.js";
 
 export const COLORS = ["#3b82c4", "#e08a2e", "#3fa66b", "#c9508f", "#8d6fd1", "#2ea3a3", "#b59a1f", "#d9574f"];
 const CHARTS = [
-  { metric: "loss", title: "Loss" },
-  { metric: "validation/loss", title: "Validation loss" },
+  { metric: "loss", title: t("Loss") },
+  { metric: "validation/loss", title: t("Validation loss") },
   {
-    metric: "timesteps", title: "Validation loss by timestep", build: buildTimestepCurves, hasMarks: false,
-    writeX: (x) => `around timestep ${writeCount(x)}`, xRange: [0, 1000],
+    metric: "timesteps", title: t("Validation loss by timestep"), build: buildTimestepCurves, hasMarks: false,
+    writeX: (x) => t("around timestep {timestep}", { timestep: writeCount(x) }), xRange: [0, 1000],
   },
-  { metric: "lr", title: "Learning rate", isExact: true, fromZero: true },
-  { metric: "grad_norm", title: "Gradient norm", fromZero: true },
-  { metric: "samples_per_second", title: "Throughput", unit: "images/s", fromZero: true },
-  { metric: "data_wait_share", title: "Waiting for data", unit: "%", scale: 100, fromZero: true },
+  { metric: "lr", title: t("Learning rate"), isExact: true, fromZero: true },
+  { metric: "grad_norm", title: t("Gradient norm"), fromZero: true },
+  { metric: "samples_per_second", title: t("Throughput"), unit: t("images/s"), fromZero: true },
+  { metric: "data_wait_share", title: t("Waiting for data"), unit: "%", scale: 100, fromZero: true },
 ];
 const BIN = /^validation\/loss_t(\d+)-(\d+)$/;
 const MAX_EARLIER = 3; // validations by timestep that are drawn beside the last one
@@ -69,7 +69,7 @@ export class CurveView {
     if (!isSame || found.some(Boolean)) this.draw();
     const shares = this.chosen.map((name) => this.runs.get(name)?.share ?? 1);
     const least = Math.min(...shares);
-    setText(find("reading"), least < 1 ? `reading metrics: ${Math.floor(100 * least)} %` : "");
+    setText(find("reading"), least < 1 ? t("reading metrics: {percent} %", { percent: Math.floor(100 * least) }) : "");
     return least < 1;
   }
 
@@ -124,7 +124,7 @@ function hoverTogether(chart, own, x) {
 
 function listMarks(run, isNamed) {
   const owner = isNamed ? `${run.name}, ` : "";
-  return Object.entries(run.changes).map(([step, texts]) => ({ x: Number(step), text: `${owner}changed here: ${texts.join(", ")}` }));
+  return Object.entries(run.changes).map(([step, texts]) => ({ x: Number(step), text: owner + t("changed here: {texts}", { texts: texts.join(", ") }) }));
 }
 
 function buildCurves(run, { metric, scale = 1 }, color, isNamed) {
@@ -152,7 +152,7 @@ function buildTimestepCurves(run, words, color, isNamed) {
     const values = bins.map(([name]) => run.curves[name].mean[run.curves[name].step.indexOf(step)]);
     const used = values.map((value, at) => at).filter((at) => values[at] !== undefined);
     return {
-      label: `${isNamed ? `${run.name}, ` : ""}step ${writeCount(step)}`, color, alpha: 0.3 + (0.7 * (place + 1)) / shown.length,
+      label: (isNamed ? `${run.name}, ` : "") + t("step {step}", { step: writeCount(step) }), color, alpha: 0.3 + (0.7 * (place + 1)) / shown.length,
       x: used.map((at) => middles[at]), mean: used.map((at) => values[at]),
     };
   });

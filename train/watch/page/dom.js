@@ -1,5 +1,24 @@
 // Elements, numbers as text, and requests to the server. Data reaches the page as text only, never as markup.
 
+const texts = JSON.parse(document.querySelector("meta[name=watch-texts]").content);
+
+// Return an English text of the page in its language, with values in place of fields such as {step}.
+export function t(text, values = {}) {
+  return (texts[text] ?? text).replace(/\{(\w+)\}/g, (field, name) => values[name] ?? field);
+}
+
+// Translate the texts that the page was loaded with.
+export function translatePage() {
+  const nodes = document.createTreeWalker(document.documentElement, NodeFilter.SHOW_TEXT);
+  while (nodes.nextNode()) {
+    const text = nodes.currentNode.data.trim();
+    if (texts[text]) nodes.currentNode.data = nodes.currentNode.data.replace(text, texts[text]);
+  }
+  for (const name of ["placeholder", "aria-label"]) {
+    for (const element of document.querySelectorAll(`[${name}]`)) element.setAttribute(name, t(element.getAttribute(name)));
+  }
+}
+
 const token = document.querySelector("meta[name=watch-token]").content;
 
 export const find = (id) => document.getElementById(id);
@@ -67,5 +86,5 @@ export function writeDuration(seconds) {
 export function writeSpeed(rate) {
   if (!rate) return "–";
   const write = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
-  return rate >= 1 ? `${write(rate)} images/s` : `${write(1 / rate)} s/image`;
+  return rate >= 1 ? t("{rate} images/s", { rate: write(rate) }) : t("{rate} s/image", { rate: write(1 / rate) });
 }

@@ -1,11 +1,13 @@
 // The tab with generated images: a row for each prompt, a column for each step, and a viewer at full size.
 
-import { build, find, get, getImageAddress, setText, write, writeCount } from "./dom.js";
+import { build, find, get, getImageAddress, setText, t, write, writeCount } from "./dom.js";
 
 const MAX_COLUMNS = 60;
-const NO_IMAGES = "No generated images yet. Set sample.prompts, and sample.every_steps for images during training.";
+const NO_IMAGES = t("No generated images yet. Set sample.prompts, and sample.every_steps for images during training.");
 
-const nameImage = (prompt) => prompt.prompt || `image ${prompt.number}`;
+const nameImage = (prompt) => prompt.prompt || t("image {number}", { number: prompt.number });
+
+const nameStep = (step) => t("step {step}", { step: writeCount(step) });
 
 export class ImageView {
   constructor() {
@@ -34,7 +36,7 @@ export class ImageView {
       find("image-table").replaceChildren(write("p", NO_IMAGES, "soft"));
       return;
     }
-    const titles = ["prompt", ...steps.map((step) => `step ${writeCount(step)}`)];
+    const titles = [t("prompt"), ...steps.map(nameStep)];
     const head = titles.map((textContent) => build("th", { scope: "col", textContent }));
     const rows = prompts.map((prompt) => {
       const name = build("th", { scope: "row", textContent: nameImage(prompt) });
@@ -54,7 +56,7 @@ export class ImageView {
 
   buildCell(prompt, step) {
     if (!prompt.steps.includes(step)) return build("td");
-    const alt = `${nameImage(prompt)}, step ${step}`;
+    const alt = `${nameImage(prompt)}, ${nameStep(step)}`;
     const image = build("img", { loading: "lazy", alt, src: this.getAddress(prompt.number, step, true) });
     const button = build("button", { type: "button" }, image);
     button.addEventListener("click", () => this.view(prompt, step));
@@ -70,9 +72,9 @@ export class ImageView {
     const image = find("viewer-image");
     image.src = this.getAddress(prompt.number, step, false);
     image.alt = prompt.prompt;
-    setText(find("viewer-step"), `step ${writeCount(step)}`);
+    setText(find("viewer-step"), nameStep(step));
     setText(find("viewer-prompt"), prompt.prompt);
-    const negative = prompt.negative && `Negative prompt: ${prompt.negative}`;
+    const negative = prompt.negative && t("Negative prompt: {text}", { text: prompt.negative });
     setText(find("viewer-settings"), [negative, prompt.settings].filter(Boolean).join(" · "));
     find("viewer-back").disabled = step === prompt.steps[0];
     find("viewer-on").disabled = step === prompt.steps.at(-1);

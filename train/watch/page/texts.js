@@ -1,6 +1,6 @@
 // The tabs with settings, also beside those of another run, and with warnings and bad samples.
 
-import { build, find, get, setText, write, writeCount } from "./dom.js";
+import { build, find, get, setText, t, write, writeCount } from "./dom.js";
 
 export class SettingView {
   constructor() {
@@ -33,7 +33,7 @@ export class SettingView {
     if (text === this.names) return;
     this.names = text;
     const options = names.map((value) => build("option", { value, textContent: value }));
-    list.replaceChildren(build("option", { value: "", textContent: "no other run" }), ...options);
+    list.replaceChildren(build("option", { value: "", textContent: t("no other run") }), ...options);
     list.value = names.includes(chosen) ? chosen : "";
   }
 
@@ -46,7 +46,7 @@ export class SettingView {
     const differs = (key) => isCompared && this.settings[key] !== this.others[key];
     const matches = (key) => [key, ...columns.map((column) => column[key] ?? "")].join(" ").toLowerCase().includes(wanted);
     const shown = keys.filter((key) => matches(key) && (!onlyDifferences || differs(key)));
-    const head = isCompared ? [build("tr", {}, write("th", "setting"), write("th", this.run), write("th", this.other))] : [];
+    const head = isCompared ? [build("tr", {}, write("th", t("setting")), write("th", this.run), write("th", this.other))] : [];
     const rows = shown.map((key) => {
       const cells = columns.map((column) => write("td", column[key] ?? "–"));
       return build("tr", { className: differs(key) ? "differs" : "" }, write("td", key), ...cells);
@@ -57,9 +57,11 @@ export class SettingView {
 }
 
 function explainNone(keys, onlyDifferences) {
-  if (!keys.length) return "This run has no config.yaml that can be read.";
-  return onlyDifferences ? "No setting differs." : "No setting matches.";
+  if (!keys.length) return t("This run has no config.yaml that can be read.");
+  return onlyDifferences ? t("No setting differs.") : t("No setting matches.");
 }
+
+const LEVELS = { WARNING: t("WARNING"), ERROR: t("ERROR"), CRITICAL: t("CRITICAL") };
 
 export class MessageView {
   async update(name) {
@@ -68,15 +70,15 @@ export class MessageView {
     if (shown === this.shown) return;
     this.shown = shown;
     const warnings = messages.warnings.map(({ time, level, rank, text }) => {
-      const origin = rank ? `[rank ${rank}] ` : "";
-      return build("li", {}, write("span", time, "when"), write("span", level, level), ` ${origin}${text}`);
+      const origin = rank ? `[${t("rank {rank}", { rank })}] ` : "";
+      return build("li", {}, write("span", time, "when"), write("span", LEVELS[level], level), ` ${origin}${text}`);
     });
-    find("warnings").replaceChildren(...orNone(warnings, "No warnings."));
+    find("warnings").replaceChildren(...orNone(warnings, t("No warnings.")));
     const { num_bad: count, bad_samples: samples } = messages;
-    setText(find("num-bad"), count > samples.length ? `the last ${samples.length} of ${writeCount(count)}` : "");
+    setText(find("num-bad"), count > samples.length ? t("the last {shown} of {count}", { shown: samples.length, count: writeCount(count) }) : "");
     const bad = samples.map(({ step, key, reason }) =>
-      build("li", {}, write("span", `step ${writeCount(step)}`, "when"), write("strong", key), ` ${reason}`));
-    find("bad-samples").replaceChildren(...orNone(bad, "No bad samples."));
+      build("li", {}, write("span", t("step {step}", { step: writeCount(step) }), "when"), write("strong", key), ` ${reason}`));
+    find("bad-samples").replaceChildren(...orNone(bad, t("No bad samples.")));
   }
 }
 
