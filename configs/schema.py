@@ -105,10 +105,10 @@ class DataConfig(Section):
     """The training set: metadata, images, captions and buckets."""
 
     metadata: list[Path | str] = []
-    """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet, or
-    webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens (`s3://`, `gs://`,
-    `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later entries update records
-    of earlier entries key by key."""
+    """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet,
+    SQLite (waifuset), or webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens
+    (`s3://`, `gs://`, `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later
+    entries update records of earlier entries key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In

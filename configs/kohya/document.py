@@ -6,8 +6,9 @@ python -m sdxl_trainer.configs.kohya.document > docs/FROM_KOHYA.md
 import sys
 
 from sdxl_trainer.configs.kohya.entries import Option
-from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
+from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS, TRAINER_NAME
 from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_GROUPS
+from sdxl_trainer.configs.kohya.values import TRAINER
 
 HEADER = """# From kohya's scripts, kohya_ss and the first sdxl-trainer
 
@@ -24,7 +25,7 @@ The importer writes one YAML file. It reads:
 |---|---|
 | `.toml` | training arguments or datasets of kohya's scripts, with the `config_file` and `dataset_config` they name |
 | `.sh`, `.bat`, `.ps1`, `.txt` | a command line of kohya's scripts |
-| `.json` | the settings that kohya_ss saves |
+| `.json` | the settings that kohya_ss saves, or datasets of kohya's scripts |
 | `.py` | the settings of the first sdxl-trainer or its successor ([below](#settings-of-the-first-sdxl-trainer)) |
 
 - `--ranks` gives the number of GPUs, if accelerate's `--num_processes` does not.
@@ -34,9 +35,16 @@ The importer writes one YAML file. It reads:
 The length of a run becomes `train.max_epochs` or `train.max_steps`. Latents get a folder of their own
 (`cache.dir: latents/<run.name>`).
 
-Every option that is not imported exactly is reported with the reason, on the console and as a comment in the YAML.
-So is every default of the other program that is written, and the nearest name of an option that is not known. Files
-are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
+The report, on the console and as a comment in the YAML, begins with the number of keys in your files. Each of them is
+in one part of the report: imported as it is, imported with a difference, without a counterpart here, unknown (with the
+nearest name), rejected, always on here, without effect in the other program either, or empty. Whatever is not imported
+exactly has its reason, and so has every default of the other program that is written.
+
+The YAML passes the check of the settings. A value that breaks a rule here is left out, and the report names the key of
+your file, the rule and the default that applies. A value that the other program could not read either, such as
+`resolution = "big"`, ends the import with the file, the key and the form that is looked for; nothing is written.
+Adapters of other kinds than LoRA (LoHa, LoKr, ...) become plain LoRA, with a warning at the top of the report.
+Files are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
 
 The tables below use two signs. `always` means that the option's effect is always on here, without a setting. A
 dash means that there is no setting; the third column gives the reason, or what to do instead.
@@ -99,17 +107,17 @@ def build_page() -> str:
     parts = [HEADER.replace("DEFAULTS", defaults)]
     for title, options in KOHYA_GROUPS.items():
         parts.append(f"\n## {title}\n\n| option | setting here | note |\n|---|---|---|\n")
-        parts += [_build_row(name, option) for name, option in options.items()]
+        parts += [_build_row(name, option, "kohya's scripts") for name, option in options.items()]
     parts.append(FIRST_TRAINER)
-    parts += [_build_row(name, ours) for name, ours in FIRST_TRAINER_OPTIONS.items()]
+    parts += [_build_row(name, ours, TRAINER_NAME) for name, ours in FIRST_TRAINER_OPTIONS.items()]
     return "".join(parts)
 
 
-def _build_row(name: str, option: Option | str) -> str:
+def _build_row(name: str, option: Option | str, trainer: str) -> str:
     if isinstance(option, str):
         return f"| `{name}` | as `{option}` | |\n"
     keys = ", ".join(f"`{key}`" for key in option.keys) or ("always" if option.is_built_in else "–")
-    note = "; ".join(filter(None, (option.note, option.difference)))
+    note = "; ".join(filter(None, (option.note, option.difference))).replace(TRAINER, trainer)
     return f"| `{name}` | {keys} | {note} |\n"
 
 

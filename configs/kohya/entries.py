@@ -14,6 +14,7 @@ class Option:
     convert: Convert | None = None  # without it the value is copied
     is_built_in: bool = False  # the effect is always on, without a setting
     difference: str = ""  # what the import reports to everyone who sets the option
+    expects: str = "a number"  # what a value that cannot be read should be
 
 
 def copied(key: str, note: str = "", difference: str = "") -> Option:
@@ -21,9 +22,11 @@ def copied(key: str, note: str = "", difference: str = "") -> Option:
     return Option((key,), note, difference=difference)
 
 
-def converted(convert: Convert, *keys: str, note: str = "", difference: str = "") -> Option:
+def converted(
+    convert: Convert, *keys: str, note: str = "", difference: str = "", expects: str = Option.expects
+) -> Option:
     """Return an option whose value is converted."""
-    return Option(keys, note, convert, difference=difference)
+    return Option(keys, note, convert, difference=difference, expects=expects)
 
 
 def unsupported(reason: str) -> Option:

@@ -8,10 +8,12 @@ import re
 from typing import Any
 
 from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported
-from sdxl_trainer.configs.kohya.options import FREEZES, FROZEN_UNET, LOGS, RESUME, SAMPLERS
+from sdxl_trainer.configs.kohya.options import FREEZES, FROZEN_UNET, LOGS, RESUME, SAMPLERS, SIZE
 from sdxl_trainer.configs.kohya.values import (
     Given,
+    NoEffectError,
     UnsupportedError,
+    WrongValueError,
     as_list,
     as_text,
     constant,
@@ -20,9 +22,12 @@ from sdxl_trainer.configs.kohya.values import (
     convert_steps,
     count_ranks,
     look_up,
-    read_numbers,
+    read_number,
+    read_size,
+    read_whole,
 )
 
+TRAINER_NAME, SUCCESSOR = "the first sdxl-trainer", "the first sdxl-trainer's successor"
 STRATEGY = "is Python code; write it as {} of a class for `data.strategy` (docs/STRATEGY.md)"
 # Own functions, and what a strategy has in their place.
 GETTERS = {
@@ -58,10 +63,23 @@ HALF_OF_BUCKETS = (
 FIRST_BUCKETS = sorted([[1024, 1024], *map(list, HALF_OF_BUCKETS), *([wide, high] for high, wide in HALF_OF_BUCKETS)])
 DATABASES = (".sqlite3", ".sqlite", ".db")
 METADATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *DATABASES)
-# Entries of a source that have no effect here, or are always so.
-PLAIN_ENTRIES = ("name_or_path", "read_attrs", "recur", "exts", "verbose", "read_only", "cache_dir", "token", "tbname")
+# Entries of a source that are imported with it. Captions in text files are always read here.
+SOURCE_ENTRIES = ("name_or_path", "tbname", "read_attrs")
+# Other entries of a source → why they are not imported; any further one names columns.
+OTHER_ENTRIES = {
+    "recur": "folders are always read with all folders in them",
+    "exts": "all image files of a folder are read",
+    "verbose": "changes only what is printed",
+    "read_only": "metadata is never written",
+    "cache_dir": "data sets of the hub are not read; download it",
+    "token": "data sets of the hub are not read; download it",
+    "priority": "of several records of an image, those of the later entry of data.metadata count",
+}
+COLUMNS = "columns cannot be renamed; name them in the metadata as docs/DATA.md lists them"
 DEFAULT_ENTRIES = {"primary_key": "image_key", "fp_key": "image_path", "dataset_type": "local", "split": "train"}
 PLACEHOLDERS = re.compile(r"[-_.]*%(?:index|datetime|date|time)%")
+PARAMETERS = 'a mapping, such as cfg(prompt="a cat", steps=28)'
+SAMPLE_DEFAULTS = {"batch_size": 1, "batch_count": 1, "original_scale_factor": 1.0, "save_latents": False}
 SAMPLES = {
     "prompt": "sample.prompts",
     "negative_prompt": "sample.negative_prompt",
@@ -74,12 +92,25 @@ SAMPLES = {
 
 
 def convert_sample_params(value: Any, given: Given) -> dict[str, Any]:
-    """Convert settings of generated images, and their prompt unless a file of prompts is given."""
-    settings = {SAMPLES[name]: item for name, item in dict(value).items() if name in SAMPLES and item is not None}
+    """Convert settings of generated images, and their prompt unless a file of prompts is given.
+
+    Raises:
+        UnsupportedError: further entries have no setting here.
+    """
+    if not isinstance(value, dict):
+        raise WrongValueError
+    settings = {SAMPLES[name]: item for name, item in value.items() if name in SAMPLES and item is not None}
+    entries: dict[str, str] = {}
     if given.get("eval_benchmark") or given.get("sample_benchmark"):
-        settings.pop("sample.prompts", None)
+        if settings.pop("sample.prompts", None):
+            entries["prompt"] = "the file of prompts takes its place"
     if "sample.prompts" in settings:
         settings["sample.prompts"] = as_list(settings["sample.prompts"], given)
+    for name, item in value.items():
+        if name not in SAMPLES and item is not None and item != SAMPLE_DEFAULTS.get(name):
+            entries[name] = "has no setting here: images are generated one at a time, at their own size"
+    if entries:
+        raise UnsupportedError("", settings, entries)
     return settings
 
 
@@ -107,12 +138,13 @@ def convert_sources(value: Any, given: Given) -> dict[str, Any]:
         reasons.append("the order of metadata is reversed: the first source counts there, the last one here")
     if len(settings) > 1:
         reasons.append("images that no metadata name are not trained here; write metadata for them too")
-    entries = {name for item in items for name, entry in item.items() if entry not in (None, DEFAULT_ENTRIES.get(name))}
-    further = sorted(entries - set(PLAIN_ENTRIES))
-    if further:
-        reasons.append(f"{', '.join(further)} of a source is not imported; name the columns as docs/DATA.md lists them")
-    if reasons:
-        raise UnsupportedError("; ".join(reasons), settings)
+    found = {name for item in items for name, entry in item.items() if entry not in (None, DEFAULT_ENTRIES.get(name))}
+    entries = {name: OTHER_ENTRIES.get(name, COLUMNS) for name in sorted(found - set(SOURCE_ENTRIES))}
+    folders = [item for item in named if not _is_metadata(str(item["name_or_path"]))]
+    if folders and not files and not all(item.get("read_attrs") for item in folders):
+        reasons.append("captions in text files are read here; there only with read_attrs = True")
+    if reasons or entries:
+        raise UnsupportedError("; ".join(reasons), settings, entries)
     return settings
 
 
@@ -139,20 +171,31 @@ def convert_buckets(value: Any, given: Given) -> dict[str, Any]:
     Raises:
         UnsupportedError: the sizes are converted, but images are fitted to them in another way.
     """
-    sides = [int(side) for side in read_numbers(value)]
+    width, height = read_size(value)
     if given.get("arb") is False:
-        return {"data.buckets": [[sides[0], sides[-1]]]}
+        return {"data.buckets": [[width, height]]}
     fixed = given.get("predefined_buckets")
     if fixed or not is_successor(given):
-        buckets = [list(size) for size in fixed] if fixed else FIRST_BUCKETS
+        buckets = [list(size) for size in _read_sizes(fixed)] if fixed else FIRST_BUCKETS
         name = "the sizes of predefined_buckets" if fixed else "the first trainer's 41 sizes, whatever resolution is"
         raise UnsupportedError(f"data.buckets are {name}; {STRETCHED}", {"data.buckets": buckets})
     settings = {
-        "data.resolution_px": math.isqrt(sides[0] * sides[-1]),
-        "data.bucket_step_px": int(given.get("bucket_reso_steps") or 32),
+        "data.resolution_px": math.isqrt(width * height),
+        "data.bucket_step_px": read_whole(given.get("bucket_reso_steps") or 32),
         "data.no_upscale": True,
     }
     raise UnsupportedError("small images keep their size, as there; others are cropped instead of stretched", settings)
+
+
+def _read_sizes(sizes: Any) -> list[tuple[int, int]]:
+    """Return the sizes of `predefined_buckets`.
+
+    Raises:
+        WrongValueError: they are none.
+    """
+    if not isinstance(sizes, (list, tuple)):
+        raise WrongValueError
+    return [read_size(size) for size in sizes]
 
 
 def is_successor(given: Given) -> bool:
@@ -167,8 +210,8 @@ def convert_largest_area(value: Any, given: Given) -> None:
         UnsupportedError: it has an effect.
     """
     sizes = given.get("predefined_buckets") or []
-    areas = [int(size[0]) * int(size[1]) for size in sizes] or [int(read_numbers(given["resolution"])[0]) ** 2]
-    if max(areas) > int(value):
+    areas = [width * height for width, height in _read_sizes(sizes or [given["resolution"]])]
+    if max(areas) > read_number(value):
         raise UnsupportedError("leaves out images of larger buckets; remove these sizes from data.buckets")
 
 
@@ -205,10 +248,23 @@ def convert_warmup(value: Any, given: Given) -> int:
     return math.ceil(convert_steps(value, given) / count_ranks(given))
 
 
+def convert_sampled_epochs(value: Any, given: Given) -> int:
+    """Convert the epochs between generated images, unless steps are given too, which come more often.
+
+    Raises:
+        NoEffectError: steps are given.
+    """
+    if given.get("eval_every_n_steps") or given.get("sample_every_n_steps"):
+        raise NoEffectError("every_n_steps counts more often")
+    return convert_epochs(value, given)
+
+
 def convert_density(value: Any, given: Given) -> dict[str, Any]:
     """Convert the distribution of timesteps."""
     density = look_up({"uniform": "uniform", "logit_normal": "logit_normal"})(value, given)
     kwargs = given.get("timestep_sampler_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise WrongValueError
     names = {
         "objective.logit_mean": ("loc", "mean", "m", "mu"),
         "objective.logit_std": ("scale", "std", "s", "sigma"),
@@ -244,6 +300,7 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
         "data.no_upscale",
         note="the first trainer's 41 fixed buckets. Its successor: one size with `arb = False`, `predefined_buckets`, "
         f"or all aspect ratios in steps of `bucket_reso_step` without enlarging. {STRETCHED[0].upper()}{STRETCHED[1:]}",
+        expects=f"{SIZE}; sizes such as (832, 1216) in predefined_buckets",
     ),
     "arb": converted(constant(None), "data.buckets", note="see `resolution`"),
     "bucket_reso_step": "bucket_reso_steps",
@@ -302,7 +359,9 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
         "objective.prediction",
     ),
     "timestep_sampler_type": converted(
-        convert_density, "objective.timestep_density", "objective.logit_mean", "objective.logit_std"
+        convert_density,
+        *("objective.timestep_density", "objective.logit_mean", "objective.logit_std"),
+        expects="a name, with numbers in timestep_sampler_kwargs, such as cfg(mu=0, sigma=1)",
     ),
     "timestep_sampler_kwargs": converted(constant(None), "objective.logit_mean", note="with timestep_sampler_type"),
     "use_deepspeed": "deepspeed",
@@ -332,16 +391,12 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
     "save_on_exception": built_in(),
     "save_max_n_models": copied("checkpoint.keep_last"),
     "resume_from": unsupported(RESUME),
-    "sample_params": converted(convert_sample_params, *SAMPLES.values()),
-    "eval_params": converted(convert_sample_params, *SAMPLES.values()),
+    "sample_params": converted(convert_sample_params, *SAMPLES.values(), expects=PARAMETERS),
+    "eval_params": converted(convert_sample_params, *SAMPLES.values(), expects=PARAMETERS),
     **{f"{name}_every_n_steps": copied("sample.every_steps") for name in ("eval", "sample")},
     **{
         f"{name}_every_n_epochs": converted(
-            lambda value, given: (
-                None
-                if given.get("eval_every_n_steps") or given.get("sample_every_n_steps")
-                else convert_epochs(value, given)
-            ),
+            convert_sampled_epochs,
             "sample.every_steps",
             note="needs `--samples`; without effect beside `every_n_steps`, which counts more often",
         )

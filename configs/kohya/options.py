@@ -7,7 +7,9 @@ table: a later option can override a setting of an earlier one.
 import math
 
 from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported, weighting
+from sdxl_trainer.configs.kohya.networks import convert_alpha, convert_network, convert_rank, convert_text_encoder_lr
 from sdxl_trainer.configs.kohya.values import (
+    TRAINER,
     VAE_CONVERSION,
     as_list,
     as_text,
@@ -18,7 +20,6 @@ from sdxl_trainer.configs.kohya.values import (
     convert_log_with,
     convert_masked_loss,
     convert_max_steps,
-    convert_network,
     convert_numbers,
     convert_optimizer,
     convert_optimizer_args,
@@ -26,7 +27,6 @@ from sdxl_trainer.configs.kohya.values import (
     convert_prompts,
     convert_resolution,
     convert_steps,
-    convert_text_encoder_lr,
     convert_text_encoders,
     convert_tracker_name,
     convert_vae,
@@ -34,6 +34,7 @@ from sdxl_trainer.configs.kohya.values import (
     count_kept_checkpoints,
     keep_for_huber,
     look_up,
+    read_whole,
     refuse_suffixes,
     requires,
     round_bucket_side,
@@ -49,13 +50,15 @@ KOHYA_DEFAULTS = {
     "max_bucket_reso": 1024,
     "enable_wildcard": False,
 }
+WHOLE = "a whole number"
+SIZE = "a side in pixels, such as 1024, or width and height, such as 832,1216 or 832x1216"
 ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
-CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses kohya's files as they are"
-MEMORY = "controls memory use in kohya's scripts; use ZeRO, offload and precision here (docs/TRAINING.md)"
+CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses those that are cached already"
+MEMORY = f"controls memory use in {TRAINER}; use ZeRO, offload and precision here (docs/TRAINING.md)"
 PIXELS = "images are encoded before training, so their pixels cannot be changed during training"
 UPLOAD = "nothing is uploaded; upload the file afterwards"
-RESUME = "starting the same command again resumes; states of kohya's scripts cannot be read"
+RESUME = f"starting the same command again resumes; states of {TRAINER} cannot be read"
 LOGS = "logs are in the run folder, as TensorBoard files and metrics.jsonl"
 FROZEN_UNET = {"match": r"^unet\.", "lr": 0}
 FREEZES = "a parameter group with learning rate 0 freezes the U-Net"
@@ -87,7 +90,7 @@ MODEL = {
     "tokenizer_cache_dir": unsupported("CLIP's vocabulary is in the model folder or in `model.tokenizer`"),
     "sdxl": built_in(),
     "v2": unsupported("only SDXL is trained"),
-    "clip_skip": unsupported("SDXL always uses the second-to-last layer; kohya's SDXL scripts ignore this too"),
+    "clip_skip": unsupported("SDXL is always trained on the second-to-last layer, whatever is set here"),
     "disable_mmap_load_safetensors": unsupported("model files are read tensor by tensor"),
     "lowram": unsupported(MEMORY),
     "highvram": unsupported(MEMORY),
@@ -121,7 +124,9 @@ DATA = {
         convert_resolution,
         "data.resolution_px",
         "data.buckets",
-        note="with `enable_bucket`, side of a square of the same area; several for datasets with the same folders",
+        note="with `enable_bucket`, side of a square of the same area; several for datasets with the same folders. "
+        "Without it, sides are rounded down to multiples of 32",
+        expects=SIZE,
     ),
     "enable_bucket": converted(
         constant(None),
@@ -140,7 +145,11 @@ DATA = {
         note="rounded up to a multiple of `bucket_reso_steps`, as in kohya's scripts; the default is 1024 there, 2048 "
         "here",
     ),
-    "bucket_reso_steps": converted(requires("enable_bucket"), "data.bucket_step_px", note="must be a multiple of 32"),
+    "bucket_reso_steps": converted(
+        requires("enable_bucket", lambda value, given: read_whole(value)),
+        "data.bucket_step_px",
+        note="must be a multiple of 32",
+    ),
     "bucket_no_upscale": converted(requires("enable_bucket"), "data.no_upscale"),
     "flip_aug": converted(
         lambda value, given: {"cache.flip": True, "data.flip_rate": 0.5},
@@ -211,7 +220,7 @@ CAPTIONS = {
     ),
     "shuffle_caption": copied(
         "data.caption.shuffle",
-        difference="empty tags, as in `a,,b`, are dropped; kohya's scripts keep them",
+        difference=f"empty tags, as in `a,,b`, are dropped, but kept in {TRAINER}",
     ),
     "keep_tokens": copied("data.caption.keep_tokens"),
     "keep_tokens_separator": converted(
@@ -229,7 +238,7 @@ OBJECTIVE = {
     "v_parameterization": converted(constant("v"), "objective.prediction", note="`v`"),
     "zero_terminal_snr": copied(
         "objective.zero_terminal_snr",
-        difference="is applied before the SNR of the weighting is computed, in kohya's scripts after it",
+        difference=f"is applied before the SNR of the weighting is computed, in {TRAINER} after it",
     ),
     "min_snr_gamma": weighting("min_snr_gamma"),
     "debiased_estimation_loss": weighting("debiased_estimation_loss"),
@@ -273,7 +282,9 @@ OPTIMIZER = {
     "use_8bit_adam": converted(constant("adamw8bit"), "optim.name", note="`adamw8bit`"),
     "use_lion_optimizer": converted(constant("lion"), "optim.name", note="`lion`"),
     "optimizer_args": converted(
-        convert_optimizer_args, "optim.weight_decay", "optim.betas", "optim.eps", "optim.kwargs"
+        convert_optimizer_args,
+        *("optim.weight_decay", "optim.betas", "optim.eps", "optim.kwargs"),
+        expects='words such as "weight_decay=0.01 betas=0.9,0.99"',
     ),
     "max_grad_norm": copied("optim.max_grad_norm"),
     "lr_scheduler": converted(
@@ -300,14 +311,14 @@ OPTIMIZER = {
     "lr_scheduler_timescale": unsupported("belongs to `inverse_sqrt`, which is not available"),
     "lr_scheduler_type": unsupported("only the schedules of `optim.schedule` are available"),
     "lr_scheduler_args": unsupported("only the schedules of `optim.schedule` are available"),
-    "block_lr": converted(convert_numbers, "optim.block_lrs"),
+    "block_lr": converted(convert_numbers, "optim.block_lrs", expects="23 numbers with commas between them"),
     "train_text_encoder": converted(convert_text_encoders, *ENCODERS, note="`learning_rate` by default"),
     "learning_rate_te1": converted(requires("train_text_encoder"), ENCODERS[0]),
     "learning_rate_te2": converted(requires("train_text_encoder"), ENCODERS[1]),
-    "blocks_to_swap": unsupported(MEMORY),
-    "fused_backward_pass": unsupported(MEMORY),
-    "fused_optimizer_groups": unsupported(MEMORY),
-    "blockwise_fused_optimizers": unsupported(MEMORY),
+    **{
+        name: unsupported(MEMORY)
+        for name in ("blocks_to_swap", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
+    },
 }
 ADAPTERS = {
     "network_module": converted(
@@ -317,8 +328,8 @@ ADAPTERS = {
         *ENCODERS,
         note="only `networks.lora`; rank 4 and alpha 1 by default, as in kohya's scripts",
     ),
-    "network_dim": converted(requires("network_module"), "lora.rank"),
-    "network_alpha": converted(requires("network_module"), "lora.alpha"),
+    "network_dim": converted(convert_rank, "lora.rank", expects=WHOLE),
+    "network_alpha": converted(convert_alpha, "lora.alpha"),
     "text_encoder_lr": converted(convert_text_encoder_lr, *ENCODERS, note="`learning_rate` by default"),
     "network_train_unet_only": converted(
         constant(None), *ENCODERS, note="text encoders keep learning rate 0, which freezes them"
@@ -336,14 +347,21 @@ ADAPTERS = {
     "no_metadata": unsupported("metadata is always written (see `training_comment`)"),
 }
 TRAINING = {
-    "max_train_steps": converted(convert_max_steps, "train.max_steps", note="unless `max_train_epochs` is given"),
+    "max_train_steps": converted(
+        convert_max_steps, "train.max_steps", note="unless `max_train_epochs` is given", expects=WHOLE
+    ),
     "max_train_epochs": converted(
-        lambda value, given: int(value),
+        lambda value, given: read_whole(value),
         "train.max_epochs",
         note="counts whole global batches: an epoch of kohya's scripts has one more step for each bucket's rest",
     ),
-    "train_batch_size": converted(convert_batch, *BATCH, note="global batch = this x accumulation x processes"),
-    "batch_size": converted(convert_batch, *BATCH, note="train_batch_size in a dataset file"),
+    "train_batch_size": converted(
+        convert_batch,
+        *BATCH,
+        note="global batch = this x accumulation x processes",
+        expects="a whole number, for gradient_accumulation_steps and num_processes too",
+    ),
+    "batch_size": converted(convert_batch, *BATCH, note="train_batch_size in a dataset file", expects=WHOLE),
     "gradient_accumulation_steps": converted(
         constant(None), *reversed(BATCH), note="follows from global and micro batch size"
     ),
@@ -420,11 +438,10 @@ OUTPUT = {
     "save_state": built_in(),
     "save_state_on_train_end": built_in(),
     "save_state_to_huggingface": unsupported(UPLOAD),
-    "resume": unsupported(RESUME),
-    "resume_from_huggingface": unsupported(RESUME),
-    "initial_epoch": unsupported(RESUME),
-    "initial_step": unsupported(RESUME),
-    "skip_until_initial_step": unsupported(RESUME),
+    **{
+        name: unsupported(RESUME)
+        for name in ("resume", "resume_from_huggingface", "initial_epoch", "initial_step", "skip_until_initial_step")
+    },
     **{f"metadata_{name}": unsupported(MODEL_NOTES) for name in ("title", "author", "description", "license", "tags")},
     **{
         f"huggingface_{name}": unsupported(UPLOAD)

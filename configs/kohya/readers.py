@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.values import read_literal
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -93,7 +93,14 @@ def flatten_sections(tables: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def read_command(path: Path) -> dict[str, Any]:
+class Command(NamedTuple):
+    """The options of a command line, and those of its launcher that do not change the training."""
+
+    options: dict[str, Any]
+    launcher: dict[str, Any]
+
+
+def read_command(path: Path) -> Command:
     """Return the options of a command line in a shell script or a text file; flags are True, several words a list.
 
     Raises:
@@ -109,13 +116,14 @@ def read_command(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserInputError([Problem("FILE", path, f"is not a command line: {error}", "correct the quotes")]) from None
     script = next((number for number, word in enumerate(words) if SCRIPT.search(word)), -1)
-    options = {name: value for name, value in collect_options(words[:script]).items() if name in LAUNCHER_OPTIONS}
-    options = (options if script >= 0 else {}) | collect_options(words[script + 1 :])
+    launcher = collect_options(words[:script]) if script >= 0 else {}
+    options = {name: launcher.pop(name) for name in LAUNCHER_OPTIONS if name in launcher}
+    options |= collect_options(words[script + 1 :])
     if not options:
         rule = "contains no options such as --learning_rate=1e-5"
         cure = "give a TOML file, a command line, or the Python settings of the first sdxl-trainer"
         raise UserInputError([Problem("FILE", path, rule, cure)])
-    return options
+    return Command(options, {name: value for name, value in launcher.items() if name not in options})
 
 
 def collect_options(words: list[str]) -> dict[str, Any]:

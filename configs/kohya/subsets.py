@@ -129,6 +129,15 @@ def read_datasets(tables: Mapping[str, Any], training_options: Mapping[str, Any]
     return DatasetFile(options, settings, remarks)
 
 
+def list_dataset_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every key of a dataset file with its first value."""
+    keys: dict[str, Any] = {}
+    for dataset in tables["datasets"]:
+        for table in (*dataset.get("subsets", []), _without(dataset, "subsets")):
+            keys = dict(table) | keys
+    return dict(tables.get("general", {})) | keys
+
+
 def count_samples(subsets: Iterable[Mapping[str, Any]]) -> int:
     """Count the samples of an epoch in image folders of this machine; 0 if they cannot be counted so.
 

@@ -6,6 +6,7 @@ key, or a dict of values by dotted key. None and an empty dict set nothing.
 
 import ast
 import math
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ KOHYA_OPTIMIZERS = {
 WHOLE_WEIGHTS = ("adafactor", "prodigy", "dadapt")
 # Arguments of Adafactor that are not copied to `optim.kwargs`.
 ADAFACTOR_ARGUMENTS = ("relative_step", "warmup_init", "scale_parameter")
+TRAINER = "{trainer}"  # in a reason: the program that the files are of
 WEIGHTINGS = {
     "min_snr_gamma": "min_snr",
     "debiased_estimation_loss": "debiased",
@@ -63,12 +65,31 @@ class UnsupportedError(ValueError):
     """A value that cannot be converted, or not completely; the message gives the reason and an alternative.
 
     Args:
+        reason: why; empty if only entries of the value are not converted.
         settings: settings by dotted key that are imported anyway.
+        entries: name of an entry of the value (a mapping, or a list of such) that has no setting here → the reason.
+        is_other_training: what is imported anyway trains something else than the files ask for.
     """
 
-    def __init__(self, reason: str, settings: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        reason: str,
+        settings: Mapping[str, Any] | None = None,
+        entries: Mapping[str, str] | None = None,
+        is_other_training: bool = False,
+    ):
         super().__init__(reason)
         self.settings = dict(settings or {})
+        self.entries = dict(entries or {})
+        self.is_other_training = is_other_training
+
+
+class NoEffectError(ValueError):
+    """An option that its own program ignores; the message says why."""
+
+
+class WrongValueError(ValueError):
+    """A value that its own program cannot read either; the message names its option if that is another."""
 
 
 def look_up(values: dict[Any, Any]) -> Convert:
@@ -76,7 +97,7 @@ def look_up(values: dict[Any, Any]) -> Convert:
 
     def convert(value: Any, given: Given) -> Any:
         name = value.lower() if isinstance(value, str) else value
-        if name not in values:
+        if isinstance(name, (list, dict)) or name not in values:
             raise UnsupportedError(f"is not available here; choose one of {', '.join(str(known) for known in values)}")
         return values[name]
 
@@ -93,7 +114,7 @@ def requires(option: str, convert: Convert | None = None) -> Convert:
 
     def convert_if_given(value: Any, given: Given) -> Any:
         if not given.get(option):
-            raise UnsupportedError(f"has no effect without {option}, as in kohya's scripts")
+            raise UnsupportedError(f"has no effect without {option}, as in {TRAINER}")
         return convert(value, given) if convert else value
 
     return convert_if_given
@@ -105,12 +126,14 @@ def convert_masked_loss(value: Any, given: Given) -> dict[str, Any]:
         return {"objective.masked_loss": True, "data.masks": str(given["conditioning_data_dir"])}
     if given.get("alpha_mask"):
         return {"objective.masked_loss": True}
-    raise UnsupportedError("has no effect without conditioning_data_dir or alpha_mask, as in kohya's scripts")
+    raise UnsupportedError(f"has no effect without conditioning_data_dir or alpha_mask, as in {TRAINER}")
 
 
 def keep_for_huber(value: Any, given: Given) -> Any:
     """Keep the value for the losses that use it (`huber`, `smooth_l1`); kohya's files often set it for others too."""
-    return value if given.get("loss_type") in ("huber", "smooth_l1") else None
+    if given.get("loss_type") not in ("huber", "smooth_l1"):
+        raise NoEffectError("needs loss_type huber or smooth_l1")
+    return value
 
 
 def as_text(value: Any, given: Given) -> str:
@@ -171,17 +194,47 @@ def convert_tracker_name(value: Any, given: Given) -> None:
 def convert_wandb_run(value: Any, given: Given) -> str | None:
     """Return the run's name, unless `output_name` gives another."""
     if not _uses_wandb(given):
-        raise UnsupportedError("has no effect without log_with, as in kohya's scripts")
+        raise UnsupportedError(f"has no effect without log_with, as in {TRAINER}")
     if str(given.get("output_name") or value) != str(value):
         raise UnsupportedError(f"run.name is also the name at Weights & Biases; here it is {given['output_name']!r}")
     return str(value)
 
 
 def read_numbers(value: Any) -> list[float]:
-    """Return the numbers in a number, a list, or a string such as `1e-5,2e-5`."""
-    if isinstance(value, str):
-        value = [ast.literal_eval(part) for part in value.split(",") if part.strip()]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    """Return the numbers in a number, a list, or a string such as `1e-5,2e-5`.
+
+    Raises:
+        WrongValueError: there is something else in it, or nothing.
+    """
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    numbers = [read_number(item) for item in items if not (isinstance(item, str) and not item.strip())]
+    if not numbers:
+        raise WrongValueError
+    return numbers
+
+
+def read_number(value: Any) -> float:
+    """Return a finite number, which may be written as a text.
+
+    Raises:
+        WrongValueError: it is none.
+    """
+    number = read_literal(value.strip()) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise WrongValueError
+    return number
+
+
+def read_whole(value: Any) -> int:
+    """Return a whole number, which may be written as a text or with a point (`4.0`).
+
+    Raises:
+        WrongValueError: it is none.
+    """
+    number = read_number(value)
+    if number != int(number):
+        raise WrongValueError
+    return int(number)
 
 
 def convert_numbers(value: Any, given: Given) -> list[float]:
@@ -190,10 +243,16 @@ def convert_numbers(value: Any, given: Given) -> list[float]:
 
 
 def read_pairs(value: Any) -> dict[str, Any]:
-    """Return the items of a mapping, or of `name=value` words in a list or a string."""
+    """Return the items of a mapping, or of `name=value` words in a list or a string.
+
+    Raises:
+        WrongValueError: it is none of these.
+    """
     if isinstance(value, Mapping):
         return dict(value)
-    words = value.split() if isinstance(value, str) else list(value)
+    if not isinstance(value, (str, list, tuple)):
+        raise WrongValueError
+    words = value.split() if isinstance(value, str) else value
     return {name: read_literal(text) for name, _, text in (str(word).partition("=") for word in words)}
 
 
@@ -202,17 +261,35 @@ def convert_resolution(value: Any, given: Given) -> dict[str, Any]:
     # subsets.py builds a list of sizes for several datasets.
     if isinstance(value, list) and value and isinstance(value[0], list):
         return {"data.resolution_px": list(dict.fromkeys(_compute_side(size) for size in value))}
-    sizes = [int(side) for side in read_numbers(value)]
-    width, height = sizes * 2 if len(sizes) == 1 else sizes
     if given.get("enable_bucket"):
-        return {"data.resolution_px": _compute_side([width, height])}
-    return {"data.buckets": [[width, height]]}
+        return {"data.resolution_px": _compute_side(value)}
+    size = list(read_size(value))
+    bucket = [max(1, side // 32) * 32 for side in size]
+    if bucket != size:
+        reason = f"is rounded to {bucket[0]}x{bucket[1]}, because SDXL's U-Net needs multiples of 32"
+        raise UnsupportedError(reason, {"data.buckets": [bucket]})
+    return {"data.buckets": [bucket]}
+
+
+def read_size(value: Any) -> tuple[int, int]:
+    """Return width and height in pixels: `1024`, `[832, 1216]`, `832,1216`, or `832x1216`.
+
+    Raises:
+        WrongValueError: it is none of these.
+    """
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return read_size(value[0])
+    sides = re.split("[,x×*]", value.lower()) if isinstance(value, str) else value
+    sides = [read_whole(side) for side in (sides if isinstance(sides, (list, tuple)) else [sides])]
+    if len(sides) not in (1, 2) or min(sides) <= 0:
+        raise WrongValueError
+    return sides[0], sides[-1]
 
 
 def _compute_side(size: Any) -> int:
     """Return the side of the smallest square whose area is at least that of a bucket of this size."""
-    sides = [int(side) for side in read_numbers(size)]
-    return math.isqrt(sides[0] * sides[-1] - 1) + 1
+    width, height = read_size(size)
+    return math.isqrt(width * height - 1) + 1
 
 
 def round_bucket_side(round_steps: Callable[[float], int]) -> Convert:
@@ -223,24 +300,35 @@ def round_bucket_side(round_steps: Callable[[float], int]) -> Convert:
     """
 
     def convert(value: Any, given: Given) -> int:
-        step = int(given.get("bucket_reso_steps") or 64)
-        return max(1, round_steps(int(value) / step)) * step
+        step = read_option(given, "bucket_reso_steps", 64)
+        if step <= 0:
+            raise WrongValueError("bucket_reso_steps")
+        return max(1, round_steps(read_whole(value) / step)) * step
 
     return convert
 
 
+def read_option(given: Given, name: str, default: int) -> int:
+    """Return the whole number of another option than the one that is converted.
+
+    Raises:
+        WrongValueError: it is none; the message is its name.
+    """
+    try:
+        return read_whole(given.get(name) or default)
+    except WrongValueError:
+        raise WrongValueError(name) from None
+
+
 def count_ranks(given: Given) -> int:
     """Return the launcher's number of processes."""
-    return int(given.get("num_processes") or 1)
+    return read_option(given, "num_processes", 1)
 
 
 def convert_batch(value: Any, given: Given) -> dict[str, int]:
     """Convert samples per forward pass to micro and global batch size."""
-    accumulated = int(given.get("gradient_accumulation_steps") or 1)
-    return {
-        "train.micro_batch_size": int(value),
-        "train.global_batch_size": int(value) * accumulated * count_ranks(given),
-    }
+    micro, accumulated = read_whole(value), read_option(given, "gradient_accumulation_steps", 1)
+    return {"train.micro_batch_size": micro, "train.global_batch_size": micro * accumulated * count_ranks(given)}
 
 
 def convert_epochs(value: Any, given: Given) -> int:
@@ -252,12 +340,14 @@ def convert_epochs(value: Any, given: Given) -> int:
             "repeats), or write steps (epochs x samples / global batch size)"
         )
     batch = convert_batch(given.get("train_batch_size") or 1, given)["train.global_batch_size"]
-    return int(value) * math.ceil(int(samples) / batch)
+    return read_whole(value) * math.ceil(int(samples) / max(1, batch))
 
 
 def convert_max_steps(value: Any, given: Given) -> int | None:
-    """Return the length of the run in steps; None if it is given in epochs, which decide in kohya's scripts too."""
-    return None if given.get("max_train_epochs") else int(value)
+    """Return the length of the run in steps, unless it is given in epochs, which decide in kohya's scripts too."""
+    if given.get("max_train_epochs"):
+        raise NoEffectError("max_train_epochs decides the length of the run")
+    return read_whole(value)
 
 
 def count_steps(given: Given) -> int:
@@ -268,12 +358,13 @@ def count_steps(given: Given) -> int:
     """
     if given.get("max_train_epochs"):
         return convert_epochs(given["max_train_epochs"], given)
-    return int(given["max_train_steps"])
+    return read_option(given, "max_train_steps", 1)
 
 
 def convert_steps(value: Any, given: Given) -> int:
     """Return steps; a value below 1 is a share of the run."""
-    return round(value * count_steps(given)) if 0 < value < 1 else int(value)
+    number = read_number(value)
+    return round(number * count_steps(given)) if 0 < number < 1 else read_whole(number)
 
 
 def convert_precision(value: Any, given: Given) -> str:
@@ -330,7 +421,7 @@ def convert_optimizer_args(value: Any, given: Given) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if "weight_decay" in kwargs:
         settings["optim.weight_decay"] = kwargs.pop("weight_decay")
-    if len(read_numbers(kwargs.get("betas", ()))) == 2:  # Prodigy and CAME may have three betas
+    if "betas" in kwargs and len(read_numbers(kwargs["betas"])) == 2:  # Prodigy and CAME may have three betas
         settings["optim.betas"] = read_numbers(kwargs.pop("betas"))
     if isinstance(kwargs.get("eps"), (int, float)):  # Adafactor has two values
         settings["optim.eps"] = kwargs.pop("eps")
@@ -356,30 +447,11 @@ def convert_full_bf16(value: Any, given: Given) -> str:
 def convert_text_encoders(value: Any, given: Given) -> dict[str, Any]:
     """Return the learning rates of both text encoders; the default is the U-Net's."""
     rates = [given.get(name) for name in ("learning_rate_te1", "learning_rate_te2")]
-    return _name_rates([given["learning_rate"] if rate is None else rate for rate in rates])
+    return name_rates([given["learning_rate"] if rate is None else rate for rate in rates])
 
 
-def convert_text_encoder_lr(value: Any, given: Given) -> dict[str, Any]:
-    """Convert one learning rate for the adapters of both text encoders, or one for each."""
-    if not given.get("network_module") or given.get("network_train_unet_only"):
-        raise UnsupportedError("has no effect without adapters for the text encoders, as in kohya's scripts")
-    rates = read_numbers(value)
-    return _name_rates([rates[0], rates[-1]])
-
-
-def convert_network(value: Any, given: Given) -> dict[str, Any]:
-    """Convert rank and alpha of networks.lora, and the learning rates of the text encoders' adapters."""
-    settings = {"lora.rank": given.get("network_dim") or 4, "lora.alpha": given.get("network_alpha") or 1}
-    if not given.get("network_train_unet_only"):
-        settings |= _name_rates([given["learning_rate"]] * 2)
-    if str(value) != "networks.lora":
-        raise UnsupportedError(
-            "is not available here; networks.lora is used, with adapters in linear layers (docs/TRAINING.md)", settings
-        )
-    return settings
-
-
-def _name_rates(rates: list[Any]) -> dict[str, Any]:
+def name_rates(rates: list[Any]) -> dict[str, Any]:
+    """Return the settings of both text encoders' learning rates."""
     return dict(zip(("optim.text_encoder_lr", "optim.text_encoder_2_lr"), rates, strict=True))
 
 
@@ -400,7 +472,7 @@ def choose_weighting(option: str) -> Convert:
 
 def count_kept_checkpoints(value: Any, given: Given) -> int:
     """Return the number of checkpoints that kohya's scripts keep among those of the last `value` steps."""
-    return int(value) // int(given["save_every_n_steps"]) + 1
+    return read_whole(value) // max(1, read_option(given, "save_every_n_steps", 1)) + 1
 
 
 def read_literal(text: str) -> Any:

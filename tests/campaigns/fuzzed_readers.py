@@ -34,7 +34,10 @@ from sdxl_trainer.cache.models.single_file_check import (
     read_json_object,
     read_safetensors_header,
 )
-from sdxl_trainer.configs.kohya.importer import convert, read_files
+from sdxl_trainer.configs.import_config import list_problems
+from sdxl_trainer.configs.kohya.contents import read_files
+from sdxl_trainer.configs.kohya.fit import fit_settings
+from sdxl_trainer.configs.kohya.importer import convert, nest_settings
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import UserInputError
@@ -310,8 +313,10 @@ def read_vocabulary(path: Path) -> None:
 
 
 def read_kohya(path: Path) -> None:
-    """Import settings of kohya's scripts or the first sdxl-trainer."""
-    convert(read_files([path]))
+    """Import settings of kohya's scripts or the first sdxl-trainer, and check what would be written."""
+    fitted = fit_settings(convert(read_files([path])), list_problems)
+    problems = list_problems(nest_settings(fitted.settings))
+    assert all("environment variable" in problem.rule for problem in problems), problems
 
 
 def read_overrides(path: Path) -> None:

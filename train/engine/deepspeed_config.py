@@ -180,7 +180,7 @@ def build_communication_settings(engine: EngineConfig, world_size: int) -> dict[
     if world_size == 1:
         alone: dict[str, object] = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
         # Without contiguous gradients, DeepSpeed makes no copy of each gradient.
-        return alone if engine.zero_stage != 1 else {**alone, "contiguous_gradients": False}
+        return alone if engine.zero_stage not in (1, 2) else {**alone, "contiguous_gradients": False}
     settings: dict[str, object] = {"reduce_bucket_size": 200_000_000, "allgather_bucket_size": 200_000_000}
     if world_size <= MOST_REDUCING_RANKS:
         settings["use_multi_rank_bucket_allreduce"] = False
@@ -216,7 +216,7 @@ def build_deepspeed_config(
             "bf16_master_weights_and_grads": pure_bf16,
             "bf16_optimizer_states": pure_bf16,
         },
-        # Under ZeRO 0 DeepSpeed refuses other types than the weights'; `accumulate_in_fp32` takes its place.
+        # Under ZeRO 0 DeepSpeed refuses other types than the weights'; `add_up_at_zero_0` takes its place.
         "data_types": {"grad_accum_dtype": types.accumulation if config.zero_stage else WEIGHT_TYPES[config.precision]},
         "communication_data_type": types.communication,
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": config.initial_loss_scale_power},

@@ -22,11 +22,10 @@ from sdxl_trainer.train.engine.deepspeed_config import (
     uses_muon,
 )
 from sdxl_trainer.train.engine.host_memory import HostMemory
+from sdxl_trainer.train.engine.kernel_patches import add_up_at_zero_0, start_fewer_kernels
 from sdxl_trainer.train.engine.patches import (
-    accumulate_in_fp32,
     deepspeed,
     guard_updates,
-    reduce_without_waiting,
     replace_zero_grad,
     skip_gradient_allreduce,
     skip_overflow_scan,
@@ -200,13 +199,13 @@ def _build_deepspeed(
     engine = built[0]
     if is_plain:
         guard_updates(engine.optimizer, max_grad_norm)
-    if config.zero_stage == 0 and types.accumulation != WEIGHT_TYPES[config.precision]:
-        accumulate_in_fp32(engine)
+    own_type = WEIGHT_TYPES[config.precision]
+    if config.zero_stage == 0 and (batch.accumulation_steps > 1 or types.accumulation != own_type):
+        add_up_at_zero_0(engine, DTYPES[types.accumulation])
     if config.zero_stage == 0 and engine.world_size == 1:
         skip_gradient_allreduce(engine)
         replace_zero_grad(engine)
     if config.zero_stage in (1, 2) and not config.offload_optimizer and engine.optimizer.compute_grad_norm:
         skip_overflow_scan(engine.optimizer)
-    if config.zero_stage in (1, 2) and engine.optimizer.overlap_comm:
-        reduce_without_waiting(engine.optimizer)
+    start_fewer_kernels(engine, DTYPES[types.accumulation], uses_muon(optimizer))
     return engine

@@ -132,8 +132,9 @@ def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def step() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        optimizer._global_grad_norm, optimizer.overflow = norm, not bool(norm.isfinite())
+        # Read here once, because the host must know whether to update. Later it would wait for the update too.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
+        optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
         if not optimizer.overflow:
             update()
 
@@ -161,50 +162,6 @@ def replace_zero_grad(engine: Any) -> None:
             weight.grad = None
 
     engine.zero_grad = zero_grad
-
-
-def accumulate_in_fp32(engine: Any) -> None:
-    """Let autograd add the gradients of ZeRO 0 up in fp32, by PyTorch's `grad_dtype` of a parameter.
-
-    Why: DeepSpeed raises NotImplementedError for another type than the weights', but takes fp32 gradients as they are.
-    For a weight without a gradient it makes one in the weight's type, which autograd refuses; here it is fp32. Looked
-    for: a setting; there is none for ZeRO 0.
-    """
-    weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
-    collect = engine._get_gradients_for_reduction
-    for weight in weights:
-        weight.grad_dtype = torch.float32
-
-    def collect_in_fp32() -> Any:
-        for weight in weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-        return collect()
-
-    engine._get_gradients_for_reduction = collect_in_fp32
-
-
-def reduce_without_waiting(optimizer: Any) -> None:
-    """Let ZeRO 1 and 2 reduce parts of buckets on a stream of their own without synchronizing the device.
-
-    Why: with `overlap_comm`, DeepSpeed synchronizes the device before each part that it reduces to one rank, so that
-    nothing overlaps. It does so to free gradients that lie outside the bucket's buffer (`contiguous_gradients: false`).
-    It does not when it all-reduces. Looked for: a setting; there is none.
-    """
-    reduce, stream = optimizer.allreduce_and_copy, optimizer.reduction_stream
-
-    def reduce_on_stream(small_bucket: list[torch.Tensor], *arguments: Any, **named: Any) -> None:
-        # The caller has entered the stream already. Without the flag DeepSpeed stays on it and does not wait.
-        optimizer.overlap_comm = False
-        try:
-            reduce(small_bucket, *arguments, **named)
-        finally:
-            optimizer.overlap_comm = True
-        if stream is not None:
-            for gradient in small_bucket:
-                gradient.record_stream(stream)
-
-    optimizer.allreduce_and_copy = reduce_on_stream
 
 
 def skip_overflow_scan(optimizer: Any) -> None:

@@ -16,6 +16,7 @@ from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.own_code import bind_arguments, load_own_function
 from sdxl_trainer.train.objective import diffusion
+from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss
@@ -106,7 +107,7 @@ class Objective:
     def convert_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
         """Map draws in [0, 1], [B] float64, to timesteps in the trained range, with the dtype of `sample_timesteps`."""
         values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
-        return (values.float() if self._is_flow else values.long()).to(self.device)
+        return copy_to_device(values.float() if self._is_flow else values.long(), self.device)
 
     def request_noise(self, shape: Sequence[int], keys: SampleKeys) -> None:
         """Draw the noise of a coming micro batch, [B, *shape], ahead of `sample_noise`, if it is drawn on the CPU."""
@@ -155,7 +156,7 @@ class Objective:
         if not self.config.text_dropout_rate:
             return None
         draws = draw_uniform(keys.derive_seeds(RandomStream.TEXT_DROPOUT))
-        return (draws >= self.config.text_dropout_rate).float().to(self.device)
+        return copy_to_device((draws >= self.config.text_dropout_rate).float(), self.device)
 
     def compute_target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the target of the U-Net's prediction, [B, C, h, w]."""
@@ -178,13 +179,13 @@ class Objective:
         """
         config, snr = self.config, self._process.compute_snr(timesteps)
         c = HUBER_SCHEDULES[config.huber_schedule](config.huber_c, timesteps, snr)
-        masks = masks.to(self.device) if config.masked_loss and masks is not None else None
+        masks = copy_to_device(masks, self.device) if config.masked_loss and masks is not None else None
         return compute_sample_loss(prediction, target, self._loss, c, masks) * self._weigh(snr)
 
     def _draw_strength(self, strength: float, is_random: bool, stream: RandomStream, keys: SampleKeys) -> torch.Tensor:
         """Return the strength for each sample, [B] float32: constant, or with `is_random` uniform in [0, strength)."""
         shares = draw_uniform(keys.derive_seeds(stream, 1)) if is_random else torch.ones(len(keys.positions))
-        return (strength * shares).float().to(self.device)
+        return copy_to_device((strength * shares).float(), self.device)
 
 
 def build_inverse_cdf(config: ObjectiveConfig) -> InverseCdf:

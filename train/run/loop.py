@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sdxl_trainer.cache.encode.latent_encoder import HostCopy
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
@@ -17,6 +18,7 @@ from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.estimates.slow_ranks import RankTimes, read_rank_times
+from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
 from sdxl_trainer.train.run.generated_images import write_generated_images
@@ -103,9 +105,9 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     """
     run.engine.set_lr(lr)
     accumulation_steps = run.batch_sizes.accumulation_steps
-    sums = torch.zeros(2, device=run.ranks.device)  # loss, bad samples
-    wait_seconds, updated, micro_steps = 0.0, False, []
-    for _ in range(accumulation_steps):
+    loss_sum = torch.zeros((), device=run.ranks.device)
+    wait_seconds, updated, micro_steps, shared = 0.0, False, [], None
+    for number in range(1, accumulation_steps + 1):
         asked = time.monotonic()
         ACTIVITY.note("waiting for data")
         batch = next(batches)
@@ -115,20 +117,16 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
             losses = compute_losses(run, batch)  # [B]
         loss = losses.mean()
         run.engine.backward(propagate_non_finite(loss))
+        loss_sum += loss.detach()
+        micro_steps.append(MicroStep(batch, losses.detach()))
+        if number == accumulation_steps:
+            shared = share_sums(run, loss_sum, micro_steps, wait_seconds)
         ACTIVITY.note("updating the weights")
         updated = run.engine.step()
-        sums[0] += loss.detach()
-        sums[1] += len(batch.bad)
-        micro_steps.append(MicroStep(batch, losses.detach()))
+    assert shared is not None, "a step has a micro step"
     log_skipped_samples(run, micro_steps)
-    ACTIVITY.note("adding up the losses")
-    stop, save, sample = run.requests.collect()
-    is_due = _is_due(run.state.step + 1, run.config.log.every_steps)
-    own_times = run.rank_timer.finish_step(wait_seconds, is_due)
-    notes = (stop, save or run.checkpoints.take_repeat(), sample, *own_times)
-    sums = torch.cat((sums, torch.tensor(notes, dtype=sums.dtype, device=sums.device)))
-    loss_sum, num_bad, num_stop, num_save, num_sample, *time_sums = reduce_sum(sums).tolist()
-    mean_loss = loss_sum / (accumulation_steps * run.ranks.world_size)
+    total_loss, num_bad, num_stop, num_save, num_sample, *time_sums = shared.wait()[0].tolist()
+    mean_loss = total_loss / (accumulation_steps * run.ranks.world_size)
     return StepResult(
         loss=mean_loss,
         updated=updated,
@@ -143,6 +141,23 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     )
 
 
+def share_sums(run: Run, loss_sum: torch.Tensor, micro_steps: list[MicroStep], wait_seconds: float) -> HostCopy:
+    """Start to add up the loss and the notes of this rank over all ranks: bad samples, requests, own times.
+
+    Before the update, in which the host waits for the norm of the gradients. The sums are there by then, so that
+    reading them does not make the host wait for the update itself.
+    """
+    ACTIVITY.note("adding up the losses")
+    stop, save, sample = run.requests.collect()
+    own_times = run.rank_timer.finish_step(wait_seconds, _is_due(run.state.step + 1, run.config.log.every_steps))
+    num_bad = sum(len(micro_step.batch.bad) for micro_step in micro_steps)
+    notes = torch.tensor(
+        (num_bad, stop, save or run.checkpoints.take_repeat(), sample, *own_times), dtype=torch.float32
+    )
+    sums = torch.cat((loss_sum[None], copy_to_device(notes, loss_sum.device)))
+    return HostCopy([reduce_sum(sums)])
+
+
 def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
     """Compute each sample's weighted loss, [B]: noise and timestep → x_t → prediction → target → loss → weight."""
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
@@ -152,10 +167,10 @@ def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
     x_t = objective.add_noise(x0, noise, timesteps, keys)
     text = run.conditioner.build_inputs(batch, device)
     text_keep = objective.sample_text_keep(keys)  # [B]
-    prediction = run.engine(x_t.to(dtype), timesteps, text, batch.time_ids.to(device), text_keep)
+    prediction = run.engine(x_t.to(dtype), timesteps, text, copy_to_device(batch.time_ids, device), text_keep)
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
-    return losses * batch.weights.to(device)
+    return losses * copy_to_device(batch.weights, device)
 
 
 def record_step(run: Run, result: StepResult) -> None:

@@ -17,6 +17,7 @@ from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.launch.signals import BrokenOff
+from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import draw_uniform
@@ -107,7 +108,7 @@ def compute_batch_losses(
     timesteps = spread_timesteps(objective, keys, held_out.config.timesteps_per_sample)
     x_t = objective.add_noise(x0, noise, timesteps, keys)
     text = run.conditioner.build_inputs(batch, device)
-    prediction = run.engine.model(x_t.to(dtype), timesteps, text, batch.time_ids.to(device))
+    prediction = run.engine.model(x_t.to(dtype), timesteps, text, copy_to_device(batch.time_ids, device))
     target = objective.compute_target(x0, noise, timesteps)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
     bad, row_keys = {key for key, _ in batch.bad}, held_out.dataset.index.arrow_column("key")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+import yaml
+from programs import ROOT
 from tiny_tokenizers import load_tiny_tokenizers
 
 pytest.importorskip("s3fs")
@@ -213,6 +216,17 @@ def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shard
     store.pipe_file("bucket/bad/cut.tar", (shards / "s-0.tar").read_bytes()[:9000])
     [problem] = list_problems(tmp_path, "s3://bucket/bad/cut.tar")
     assert "s3://bucket/bad/cut.tar: " in problem.rule and "unexpected end of data" in problem.rule
+
+
+def test_the_quick_start_s_example_trains_on_shards_of_a_store(tmp_path, shards, store):
+    """The YAML as it stands in the document passes all checks of the data, on a machine without an image."""
+    page = (ROOT / "docs" / "QUICKSTART.md").read_text()
+    [example] = [body for body in re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "s3://" in body]
+    settings = yaml.safe_load(example)
+    settings["cache"]["dir"] = str(tmp_path / "cache")
+    records, problems = open_checked_records(Config.model_validate(settings))
+    assert problems == [] and records is not None and len(records) == NUM_SHARDS * PER_SHARD
+    assert len(open_sample_index(tmp_path / "cache", records)) == NUM_SHARDS * PER_SHARD
 
 
 def test_an_unreachable_store_ends_the_job_and_makes_no_sample_bad(tmp_path, shards, store, monkeypatch):

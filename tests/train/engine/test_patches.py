@@ -116,23 +116,6 @@ def test_zero_1_in_bf16_with_sums_in_fp32_has_the_optimizer_of_zero_2():
     assert type(engine.optimizer) is DeepSpeedZeroOptimizer and engine.optimizer.use_grad_accum_attribute
 
 
-def test_zero_0_makes_gradients_in_the_type_of_the_weights():
-    source = get_source(DeepSpeedEngine._get_gradients_for_reduction)
-    assert "param.grad = torch.zeros(param.size(), dtype=param.dtype, device=param.device)" in source
-    assert "self._get_gradients_for_reduction()" in get_source(DeepSpeedEngine.buffered_allreduce_fallback)
-    weights = build_engine(0, "bf16").model.parameters()
-    assert {(weight.dtype, weight.grad_dtype) for weight in weights} == {(torch.bfloat16, torch.float32)}
-
-
-def test_only_reductions_to_one_rank_synchronize_the_device():
-    source = get_source(DeepSpeedZeroOptimizer.allreduce_and_copy)
-    assert source.index("if self.overlap_comm:") < source.index("get_accelerator().synchronize()")
-    assert list_arguments(DeepSpeedZeroOptimizer.allreduce_and_copy)[:2] == ["self", "small_bucket"]
-    assert "synchronize()" not in get_source(DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks)
-    assert "with get_accelerator().stream(stream):" in get_source(DeepSpeedZeroOptimizer.average_tensor)
-    assert "self.allreduce_and_copy(" in get_source(DeepSpeedZeroOptimizer.allreduce_no_retain)
-
-
 def test_overflow_is_scanned_by_the_replaced_method_and_by_the_norm():
     assert list_arguments(DeepSpeedZeroOptimizer.check_overflow) == ["self", "partition_gradients"]
     source = get_source(DeepSpeedZeroOptimizer.step)
