@@ -78,8 +78,10 @@ def compare(work: Path, quick: bool) -> dict[str, Figure]:
 def measure(settings: dict[str, Any]) -> int:
     """Count the step of a case on this rank; rank 0 prints the counts."""
     from sdxl_trainer.launch.distributed import close_ranks
+    from sdxl_trainer.launch.logger import init_logger
     from sdxl_trainer.launch.program import end_program
 
+    init_logger(1, "WARNING")
     torch.set_num_threads(1)
     run, batches = build_counted_run(Path(settings["work"]), Case(*settings["case"]), SCALE)
     counter = count_step(run, batches, get_real_sizes(run, SCALE))
@@ -126,12 +128,10 @@ def build_counted_run(work: Path, case: Case, scale: int, words: list[str] | Non
     from sdxl_trainer.configs.problems import raise_if_any
     from sdxl_trainer.data.checks.training_set import open_training_set
     from sdxl_trainer.launch.distributed import init_ranks, wait_for_ranks
-    from sdxl_trainer.launch.logger import init_logger
     from sdxl_trainer.train.engine.deepspeed_config import build_communication_settings, resolve_zero_stage
     from sdxl_trainer.train.optim import optimizers
     from sdxl_trainer.train.run.build import build_run
 
-    init_logger(1, "WARNING")
     settings = {
         "model": {"path": str(work / "model")},
         "data": {"metadata": [str(work / "latents" / "metadata.json")], "num_workers": 0, **SMALL_BUCKETS},

@@ -8,6 +8,8 @@ import pytest
 import torch
 from programs import ROOT
 
+from sdxl_trainer.launch.signals import exit_on_signals
+
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -108,8 +110,9 @@ COUNTS = {
 @pytest.mark.parametrize(("stage", "precision"), COUNTS)
 def test_a_step_takes_no_more_launches_than_before(launches: Any, tmp_path: Path, stage: int, precision: str) -> None:
     (tmp_path / "model").symlink_to(ROOT / "configs" / "tiny")
-    run, batches = launches.build_counted_run(tmp_path, launches.Case(stage, precision, 1), 1)
-    found = launches.summarise(launches.count_step(run, batches, launches.get_real_sizes(run, 1)))
+    with exit_on_signals():  # which takes the run's handlers away again
+        run, batches = launches.build_counted_run(tmp_path, launches.Case(stage, precision, 1), 1)
+        found = launches.summarise(launches.count_step(run, batches, launches.get_real_sizes(run, 1)))
     names = ("micro_step", "update", "syncs_of_micro_step", "syncs_of_update")
     assert tuple(found[name] for name in names) == COUNTS[stage, precision]
     assert found["own_syncs_of_micro_step"] == 0 and found["own_syncs_of_update"] <= 1
