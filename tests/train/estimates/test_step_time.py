@@ -1,6 +1,7 @@
 """The model of a step's time: what it counts is what PyTorch counts, and its parts follow settings and hardware."""
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -70,6 +71,15 @@ def test_moved_bytes_are_those_of_the_meta_device() -> None:
     assert backward.moved.total() / forward.written == pytest.approx(step_time.MOVED_BACKWARD, rel=0.01)
     again = sum(forward.moved[name] for name in OF_SELECTIVE)
     assert again / forward.moved.total() == pytest.approx(step_time.REPEATED_BY_SELECTIVE, abs=0.01)
+
+
+def test_launches_are_those_that_the_document_has_counted() -> None:
+    page = (ROOT / "docs" / "PERFORMANCE.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| 2, bf16 | 1 |"))
+    assert re.findall(r"\*\*(\d+)\*\*", row) == [str(step_time.OTHER_LAUNCHES), str(step_time.UPDATE_LAUNCHES)]
+    passes = f"{step_time.FORWARD_LAUNCHES:,} kernels in bf16 and its backward pass {step_time.BACKWARD_LAUNCHES:,}"
+    text = f"the frozen text encoders start {step_time.TEXT_LAUNCHES}"
+    assert f"starts {passes}; {text}" in " ".join(page.split())
 
 
 def estimate(*words: str, ranks: int = 1, gpu: Any = H100, areas: dict[int, int] | None = None) -> StepEstimate | None:
