@@ -13,7 +13,6 @@ from loguru import logger
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.bad_images import (
     BadImages,
-    get_bad_images_file,
     hash_rules,
     report_known,
     write_bad_images,
@@ -58,6 +57,7 @@ from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, describe_seconds, format_count
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
+from sdxl_trainer.data.checks.unusable_images import get_bad_images_file
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     ManifestWriter,

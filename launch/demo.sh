@@ -37,7 +37,10 @@ For full-size SDXL copy a preset and change four lines:
                        or data.metadata
   (4) cache.dir        the folder of the latents,
                        0.26 MB for an image of 1024 px
-Then follow "Train on your own images" in README.md.
+Then run:
+  bash launch/doctor.sh --cfg my.yaml
+  bash launch/cache.sh --cfg my.yaml
+  bash launch/train.sh --cfg my.yaml
 TEXT
 )" "$(cat <<TEXT
 
@@ -58,6 +61,9 @@ runs/quickstart/ 中还有：
                        或 stabilityai/stable-diffusion-xl-base-1.0
   (3) data.image_dirs  你的图片文件夹，每张图片旁边有 .txt 标注；或 data.metadata
   (4) cache.dir        存放潜变量的文件夹，1024 px 的图片每张 0.26 MB
-然后按 README.zh-CN.md 的「用真实 SDXL 训练自己的图片」进行。
+然后运行：
+  bash launch/doctor.sh --cfg my.yaml
+  bash launch/cache.sh --cfg my.yaml
+  bash launch/train.sh --cfg my.yaml
 TEXT
 )"

@@ -24,6 +24,7 @@ from sdxl_trainer.configs.problems import Problem, escape_controls
 PACKAGE = "sdxl-trainer"
 SHOWN = ("torch", "deepspeed", "diffusers", "transformers")
 PROBE_SECONDS = 180
+MAX_PROBED_ON_CPU = 8  # ranks that are started for a trial; each takes the memory of a process with PyTorch
 MARK_COLUMNS = 7  # of `ok`, `WRONG` and so on, and the space behind
 WRITTEN_BYTES = 256 << 20
 BLOCK_BYTES = 16 << 20
@@ -33,19 +34,20 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one examination. It is a fault if it has a cure, unless that is the next step of the work."""
+    """Result of one examination. It is a fault if it has a cure, unless it is a note or the next step of the work."""
 
     name: str
     detail: str
     cure: str = ""
     is_next_step: bool = False  # nothing is wrong: the cure is to be done next
-    is_note: bool = False  # worth knowing
+    is_note: bool = False  # worth knowing; with a cure, worth a change, but no fault
 
     def __str__(self) -> str:
         """Return the finding in the user's language."""
-        mark = translate_label(
-            "TO DO" if self.is_next_step else "WRONG" if self.cure else "note" if self.is_note else "ok"
-        )
+        if self.is_note:
+            mark = translate_label("WARN" if self.cure else "note")
+        else:
+            mark = translate_label("TO DO" if self.is_next_step else "WRONG" if self.cure else "ok")
         indent = " " * MARK_COLUMNS
         line = mark + indent[cell_len(mark) :]
         line += f"{translate_label(self.name)}: {escape_controls(translate(self.detail))}"
@@ -55,7 +57,7 @@ class Finding:
     @property
     def is_ok(self) -> bool:
         """True if nothing is wrong."""
-        return not self.cure or self.is_next_step
+        return not self.cure or self.is_next_step or self.is_note
 
 
 def convert_problem(problem: Problem) -> Finding:
@@ -66,11 +68,30 @@ def convert_problem(problem: Problem) -> Finding:
     )
 
 
-def examine_machine() -> Iterator[Finding]:
-    """Yield every finding that needs no settings."""
-    yield from examine_versions(importlib.metadata.requires(PACKAGE) or [])
+def announce_stage(text: str) -> None:
+    """Print a line before an examination that takes long, on the stream of errors: it is no finding."""
+    mark = "..."
+    sys.stderr.write(f"{mark:{MARK_COLUMNS}}{translate(text)}\n")
+    sys.stderr.flush()
+
+
+def examine_machine(num_ranks: int | None = None) -> Iterator[Finding]:
+    """Yield every finding that needs no settings.
+
+    Args:
+        num_ranks: ranks that will train; None for one on each GPU.
+    """
+    yield from examine_versions(list_requirements())
     yield examine_gpus(list_driver_gpus())
-    yield examine_ranks(torch.cuda.device_count())
+    yield examine_ranks(torch.cuda.device_count(), num_ranks)
+
+
+def list_requirements() -> list[str]:
+    """List the packages that this one requires; none in a checkout that is not installed, which lists them nowhere."""
+    try:
+        return importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def examine_versions(requirements: Iterable[str]) -> Iterator[Finding]:
@@ -84,13 +105,18 @@ def examine_versions(requirements: Iterable[str]) -> Iterator[Finding]:
         try:
             versions[wanted.name] = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(wanted.name, "is not installed", "pip install -e . (in the checkout)")
+            yield Finding(wanted.name, "is not installed", f"pip install '{name_package(wanted)}'")
             continue
         if not wanted.specifier.contains(versions[wanted.name], prereleases=True):
             rule = f"is {versions[wanted.name]}, and must be {wanted.specifier}"
-            yield Finding(wanted.name, rule, f"pip install '{wanted}'")
+            yield Finding(wanted.name, rule, f"pip install '{name_package(wanted)}'")
     shown = [f"{name} {versions[name]}" for name in SHOWN if name in versions]
     yield Finding("versions", ", ".join([f"Python {python}", *shown]))
+
+
+def name_package(wanted: Requirement) -> str:
+    """Return a requirement as pip takes it, without the marker that says where it is needed."""
+    return f"{wanted.name}{wanted.specifier}"
 
 
 def list_driver_gpus() -> list[str]:
@@ -137,13 +163,30 @@ def read_host_memory_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def examine_ranks(num_gpus: int, command: list[str] | None = None, timeout_seconds: float = PROBE_SECONDS) -> Finding:
-    """Start ranks that sum numbers: on all GPUs by NCCL, or two on the CPU by gloo.
+def choose_num_probed(num_gpus: int, wanted: int | None) -> int:
+    """Return the number of ranks to start for a trial: as many as will train, but one a GPU, and few on a CPU."""
+    if num_gpus > 1:
+        return min(wanted or num_gpus, num_gpus)
+    return min(wanted or 2, MAX_PROBED_ON_CPU)
+
+
+def examine_ranks(
+    num_gpus: int,
+    wanted: int | None = None,
+    command: list[str] | None = None,
+    timeout_seconds: float = PROBE_SECONDS,
+) -> Finding:
+    """Start ranks that sum numbers: on GPUs by NCCL, or on the CPU by gloo.
 
     Args:
+        wanted: ranks that will train; None tries all GPUs, or two ranks on the CPU.
         command: started instead of launch/probe.py, for tests.
     """
-    num_ranks = num_gpus if num_gpus > 1 else 2
+    num_ranks = choose_num_probed(num_gpus, wanted)
+    if num_ranks == 1:
+        return Finding("ranks", "1, which needs no communication")
+    backend = "NCCL" if num_gpus > 1 else "gloo"
+    announce_stage(f"starting {num_ranks} ranks, which sum numbers by {backend}")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -165,15 +208,23 @@ def examine_ranks(num_gpus: int, command: list[str] | None = None, timeout_secon
             status = None
         output.seek(0)
         printed = output.read()
-    return interpret_probe(status, printed, "NCCL" if num_gpus > 1 else "gloo", num_ranks)
+    return interpret_probe(status, printed, backend, num_ranks, wanted)
 
 
-def interpret_probe(status: int | None, printed: str, backend: str, num_ranks: int) -> Finding:
-    """Interpret the probe's exit status (None: it did not end) and output."""
+def interpret_probe(
+    status: int | None, printed: str, backend: str, num_ranks: int, wanted: int | None = None
+) -> Finding:
+    """Interpret the probe's exit status (None: it did not end) and output.
+
+    Args:
+        wanted: ranks that will train, if these are known.
+    """
     lines = printed.strip().splitlines()
     if status == 0:
         figures = next((json.loads(line) for line in lines if line.startswith("{")), {})
-        return Finding("ranks", f"{num_ranks} by {backend}, {describe_sums(figures.get('gb_per_second', {}))}")
+        detail = f"{num_ranks} by {backend}, {describe_sums(figures.get('gb_per_second', {}))}"
+        is_part = wanted is not None and wanted > num_ranks
+        return Finding("ranks", f"{detail}; {wanted} will train, which are too many to try here" if is_part else detail)
     if status is None:
         return explain_failed_ranks("did not connect", backend, num_ranks)
     message = next(

@@ -5,8 +5,11 @@ what to do. Everything runs in this process, without a network and without ranks
 """
 
 import errno
+import io
 import json
+import os
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from single_file_samples import TINY as TINY_CONFIGS
 
 from sdxl_trainer.cache.models import encoders
 from sdxl_trainer.cache.models.source import fetch_from_hub
-from sdxl_trainer.configs.load import load_config
+from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import FailedError, UserInputError, raise_if_any
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size, list_buckets
@@ -30,7 +33,7 @@ from sdxl_trainer.launch.failures import explain_failure
 from sdxl_trainer.launch.folder_lock import lock_folder
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import find_bf16_fault
-from sdxl_trainer.train.run.checks import verify_run
+from sdxl_trainer.train.run.checks import check_prediction, verify_run
 
 RULE = BucketRule(resolution_px=64, min_px=64, max_px=64, step_px=64, no_upscale=False, fixed=())
 UNET = "model.diffusion_model."
@@ -153,6 +156,37 @@ def give_images(folder: Path) -> list[str]:
     return [f"data.image_dirs=[{folder / 'images'}]"]
 
 
+def pack_arrays(**arrays: np.ndarray) -> bytes:
+    """Return the content of an npz file."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def give_tar(folder: Path, members: dict[str, bytes], num_bytes: int | None = None) -> list[str]:
+    """Give a shard with these members, cut after `num_bytes`."""
+    with tarfile.open(folder / "set.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    if num_bytes:
+        os.truncate(folder / "set.tar", num_bytes)
+    return ["data.image_dirs=[]", f"data.metadata={folder / 'set.tar'}", f"cache.dir={folder / 'cache'}"]
+
+
+def give_unusable_image(folder: Path) -> list[str]:
+    """Give two images, of which the cache job has encoded one and listed the other as bad."""
+    [words] = give_images(folder)
+    for name in ("a.png", "a.txt", "b.png", "b.txt"):
+        write_file(folder, f"images/{name}", name)
+    file = folder / "images" / "b.png"
+    line = {"key": "b", "file": str(file), "reason": f"{file}: is not an image"}
+    source = [file.stat().st_size, file.stat().st_mtime_ns, "rules"]
+    write_file(folder, "images/logs/bad_samples.jsonl", json.dumps({**line, "source": source}) + "\n")
+    return [words, "cache.on_missing=error"]
+
+
 def give_json(text: str) -> Callable[[Path], list[str]]:
     """Return the mistake of metadata with this text."""
     return lambda folder: ["data.image_dirs=[]", f"data.metadata={write_file(folder, 'meta.json', text)}"]
@@ -248,6 +282,22 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
         give_json('{"a": {"image_path": "/x/a.png", "caption": "x"}}'),
         ("no latent", "launch/cache.sh"),
     ),
+    "a tar without latents": (
+        lambda folder: give_tar(folder, {"0.npz": pack_arrays(moments=np.zeros((4, 8, 8))), "0.txt": b"a"}),
+        ("set.tar", "holds moments, but no `latents`, floats [4, height / 8", "(sample 0)", "again with the program"),
+    ),
+    "a tar that is cut short": (
+        lambda folder: give_tar(folder, {"0.npz": pack_arrays(latents=np.zeros((4, 8, 8)))}, num_bytes=1500),
+        ("set.tar", "is cut short", "its own headers", "copy or write the tar again"),
+    ),
+    "a tar of images": (
+        lambda folder: give_tar(folder, {"0.jpg": b"x", "0.txt": b"a"}),
+        ("set.tar", "0.jpg", "no latents", "unpack it into a folder", "data.image_dirs"),
+    ),
+    "an image that cannot be cached": (
+        give_unusable_image,
+        ("cache.on_missing", "1 of 2 samples have no latents", "b.png: is not an image", "repair or remove"),
+    ),
     "a missing package of a store": (
         give_words("data.image_dirs=[]", "data.metadata=gs://bucket/a.jsonl", "cache.dir=runs"),
         ("gs://bucket/a.jsonl", "gcsfs", "install"),
@@ -280,7 +330,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
         ("optim.kwargs.d_coef", "adamw", "it takes"),
     ),
     "a missing extra": (give_words("log.wandb=mine"), ("log.wandb", "wandb", "pip install wandb")),
-    "a missing attention": (give_words("engine.attention=xformers"), ("engine.attention", "pip install xformers")),
+    "a missing attention": (give_words("engine.attention=xformers"), ("engine.attention", "cure: set it to sdpa")),
     "a missing module": (give_words("optim.name=came_pytorch.CAME"), ("came_pytorch", "pip install came_pytorch")),
     "a wrong class of a module": (give_words("optim.name=torch.optim.Adamm"), ("did you mean torch.optim.Adam?",)),
     "a scheduler in capitals": (
@@ -321,6 +371,14 @@ def ask_for_gated_model(folder: Path) -> str:
     return str(caught.value)
 
 
+def train_other_prediction(folder: Path) -> str:
+    """Return the warning about a model in one file that declares v-prediction with zero terminal SNR."""
+    marks = {"v_pred": ("F16", ()), "ztsnr": ("F16", ())}
+    model = write_fake(folder / "noob.safetensors", {**fake_tensors(TINY_CONFIGS), **marks})
+    [problem] = check_prediction(build_config({"model": {"path": str(model)}})[0])
+    return str(problem)
+
+
 def lock_twice(folder: Path) -> str:
     """Return the message of a second job in one run folder."""
     with lock_folder(folder, "run.name", "set another run.name"), pytest.raises(UserInputError) as caught:
@@ -335,6 +393,13 @@ OTHERS: dict[str, tuple[Callable[[Path], str | None], tuple[str, ...]]] = {
     "a web page as image": (lambda folder: name_bad_image(folder, b"<html>"), ("a.png", "web page", "download")),
     "text as image": (lambda folder: name_bad_image(folder, b"hello"), ("a.png", "not an image")),
     "a gated model": (ask_for_gated_model, ("somebody/gated", "hf auth login", "HF_TOKEN")),
+    "another prediction type": (
+        train_other_prediction,
+        (
+            *("objective.prediction = 'epsilon'", "trained with v"),
+            "cure: set objective.prediction: v and objective.zero_terminal_snr: true, unless",
+        ),
+    ),
     "two jobs in one folder": (lock_twice, ("run.name", "another job", "set another run.name")),
     "bf16 on an old GPU": (lambda folder: find_bf16_fault((7, 5), "RTX 2080"), ("RTX 2080", "8.0", "7.5")),
     "a full disk": (

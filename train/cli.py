@@ -10,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from sdxl_trainer import __version__
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.commands import VARIABLE
 from sdxl_trainer.configs.language.translate import translate, translate_label
@@ -94,7 +94,7 @@ def build_parser() -> TranslatedParser:
         description="Fine-tune Stable Diffusion XL, whole or by LoRA adapters, on one GPU or hundreds.",
         examples=["%(prog)s quickstart", "%(prog)s train --cfg my.yaml", "%(prog)s train --help"],
     )
-    parser.add_argument("--version", action="version", version=version("sdxl-trainer"), help="print the version")
+    parser.add_argument("--version", action="version", version=__version__, help="print the version")
     listed = {name: program.text for name, program in PROGRAMS.items()} | {"completion": COMPLETION_TEXT}
     lines = [f"{translate_label('commands')}:", *(f"  {name:12}{translate(text)}" for name, text in listed.items())]
     presets = f"Presets to copy: {ROOT / 'configs'}/sdxl_*.yaml. Ranks: one per GPU, or as many as NPROC says."

@@ -19,15 +19,11 @@ from sdxl_trainer.cache.encode.decoder import SharedFileError
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.unusable_images import get_bad_images_file
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.images.transforms import BadImageError
-
-
-def get_bad_images_file(folder: Path) -> Path:
-    """Return the file of a cache folder that lists the images which could not be used."""
-    return folder / "logs" / "bad_samples.jsonl"
 
 
 def hash_rules(config: Config) -> str:

@@ -18,7 +18,7 @@ from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.cache.encode.latent_encoder import Encoder
 from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CAPTION_GROUP
-from sdxl_trainer.configs.problems import UserInputError, join_reasons
+from sdxl_trainer.configs.problems import Problem, UserInputError, join_reasons
 from sdxl_trainer.configs.schema import CacheConfig, DataConfig
 from sdxl_trainer.data.checks.records import build_source_problem
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
@@ -39,6 +39,30 @@ class DecodingTrial(NamedTuple):
     seconds: float  # of the whole trial
     num_images: int
     bad: list[str]  # reasons why images cannot be used
+
+
+class OpenedImages(NamedTuple):
+    """Images that were opened for a trial, before the job."""
+
+    num_tried: int
+    num_to_do: int  # images that the job will encode
+    bad: list[str]  # reasons why some of those tried cannot be used
+
+    def would_fail(self, max_bad_fraction: float, num_images: int) -> bool:
+        """Return whether the job would end with an error, if its other images are as good as those that were tried.
+
+        Args:
+            num_images: images of the set, of which `data.max_bad_fraction` may be bad.
+        """
+        return self.estimate_num_bad() > max_bad_fraction * num_images
+
+    def estimate_num_bad(self) -> float:
+        """Estimate how many of all images to encode are bad."""
+        return len(self.bad) / self.num_tried * self.num_to_do
+
+    def choose_fraction(self, num_images: int) -> float:
+        """Return a value of `data.max_bad_fraction`, in whole hundredths, with which the job would not fail."""
+        return math.ceil(100 * self.estimate_num_bad() / num_images) / 100
 
 
 @dataclass(frozen=True)
@@ -89,12 +113,19 @@ def try_decoding(
     num_images: int,
     num_workers: int,
     clock: Clock = time.monotonic,
+    max_seconds: float = math.inf,
 ) -> DecodingTrial:
-    """Decode evenly spaced items with `num_workers` threads, and measure the time."""
+    """Decode evenly spaced items with `num_workers` threads, and measure the time.
+
+    Args:
+        max_seconds: after which no further image is begun.
+    """
     buckets = list_buckets(rule)
     chosen = [items[place] for place in select_evenly(len(items), num_images)]
 
-    def decode(item: WorkItem) -> str:
+    def decode(item: WorkItem) -> str | None:
+        if max_seconds < math.inf and clock() - started > max_seconds:
+            return None
         try:
             prepare_item(item, rule, buckets)
         except BadImageError as error:
@@ -103,8 +134,22 @@ def try_decoding(
 
     with ThreadPoolExecutor(num_workers) as pool:
         started = clock()
-        reasons = list(pool.map(decode, chosen))
-        return DecodingTrial(clock() - started, len(chosen), list(filter(None, reasons)))
+        reasons = [reason for reason in pool.map(decode, chosen) if reason is not None]
+        return DecodingTrial(clock() - started, len(reasons), list(filter(None, reasons)))
+
+
+def build_image_problem(data: DataConfig, opened: OpenedImages, num_images: int) -> Problem:
+    """Build the problem of images that cannot be used: a job that would fail, or that will skip them."""
+    num_bad, tried, to_do = len(opened.bad), f"{opened.num_tried:,}", f"{opened.num_to_do:,}"
+    rule = f"{num_bad:,} of {tried} images that were opened, of {to_do} to encode, cannot be used"
+    reasons = join_reasons(opened.bad, MAX_NAMED)
+    cure = "repair or remove these files, or correct their paths"
+    if opened.would_fail(data.max_bad_fraction, num_images):
+        rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows:\n      {reasons}"
+        cure = f"{cure}; or raise data.max_bad_fraction to {opened.choose_fraction(num_images):g}"
+    else:
+        rule = f"{rule}; the job will skip such images:\n      {reasons}"
+    return build_source_problem(data, rule, cure)
 
 
 def report_opened_images(data: DataConfig, estimates: Sequence[Estimate], num_images: int) -> None:
@@ -118,15 +163,12 @@ def report_opened_images(data: DataConfig, estimates: Sequence[Estimate], num_im
         UserInputError: so many cannot be used that the job would fail.
     """
     num_tried, num_to_do = sum(each.num_tried for each in estimates), sum(each.num_images for each in estimates)
-    bad = [text for each in estimates for text in each.bad]
-    if bad:
-        rule = f"{len(bad):,} of {num_tried:,} images that were opened, of {num_to_do:,} to encode, cannot be used"
-        reasons = join_reasons(bad, MAX_NAMED)
-        if len(bad) / num_tried * num_to_do > data.max_bad_fraction * num_images:
-            rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows:\n      {reasons}"
-            cure = "correct the paths or the files, or raise data.max_bad_fraction"
-            raise UserInputError([build_source_problem(data, rule, cure)])
-        logger.warning("{}; the job will skip such images:\n      {}", rule, reasons)
+    opened = OpenedImages(num_tried, num_to_do, [text for each in estimates for text in each.bad])
+    if opened.bad:
+        problem = build_image_problem(data, opened, num_images)
+        if opened.would_fail(data.max_bad_fraction, num_images):
+            raise UserInputError([problem])
+        logger.warning("{}", problem.rule)
     elif num_tried:
         logger.info("opened {:,} of the {:,} images to encode: all can be used", num_tried, num_to_do)
     logger.info("dry run: no problem found up to the first image; nothing was written")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,9 +80,16 @@ class RecordNames:
         return str(self._paths[row])
 
     def get_name(self, row: int) -> str:
-        """Return the short name of a record's image."""
+        """Return the short name of a record's image: with its folder if another folder holds a file of that name."""
         path = self.get_path(row)
-        return next((path.removeprefix(prefix) for prefix in self._prefixes if path.startswith(prefix)), path)
+        own = next((prefix for prefix in self._prefixes if path.startswith(prefix)), "")
+        name = path.removeprefix(own)
+        rivals = [prefix for prefix in self._prefixes if own and prefix != own and os.path.exists(prefix + name)]
+        if not rivals:
+            return name
+        folder = os.path.basename(own.rstrip("/"))
+        is_unique = folder not in (os.path.basename(prefix.rstrip("/")) for prefix in rivals)
+        return f"{folder}/{name}" if is_unique else path
 
     def get_caption(self, row: int) -> str:
         """Return a record's caption, or its description, shortened."""

@@ -4,9 +4,10 @@ Everything that metadata hold is read of all records. What needs open files is r
 each start.
 """
 
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from rich.progress import track
 from sdxl_trainer.cache.preview.limits import SurveyLimits
 from sdxl_trainer.configs.language.translate import translate
 from sdxl_trainer.configs.problems import describe_seconds
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.duplicates import Likeness, group_alike, group_equal_files, measure_likeness
+from sdxl_trainer.data.images.kohya_folders import find_kohya_folder
 from sdxl_trainer.data.images.transforms import BadImageError, open_thumbnail, verify_aspect_ratio
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import GIVEN_SUFFIXES
@@ -131,6 +133,7 @@ def survey_records(config: Config, records: Index, samples: Index, limits: Surve
     return Survey(
         sections=[
             find_uncaptioned(records),
+            *find_folder_captions(records, config.data),
             find_unusable(chosen, opened),
             build_group_section("equal", "equal files", equal, f"{len(compared):,} files"),
             find_alike(chosen, opened, equal),
@@ -220,6 +223,24 @@ def find_uncaptioned(records: Index) -> Section:
     findings = [Finding(row) for row in rows[:MAX_LISTED].tolist()]
     looked_at = f"all {len(records):,} records"
     return Section(name="uncaptioned", title="no caption", num_found=len(rows), looked_at=looked_at, findings=findings)
+
+
+def find_folder_captions(records: Index, data: DataConfig) -> Iterator[Section]:
+    """Yield the list of records whose caption is the name of their folder, if `data.kohya_folders` gives such."""
+    if not data.kohya_folders:
+        return
+    roots = [os.path.abspath(root) for root in (*data.image_dirs, *data.regularisation_dirs)]
+    folders = [os.path.dirname(path) for path in records.arrow_column("image_path").to_pylist()]
+    parsed = {folder: find_kohya_folder(folder, roots) for folder in dict.fromkeys(folders)}
+    captions = [found.caption if (found := parsed[folder]) else None for folder in folders]
+    named = [(row, text) for row, text in enumerate(captions) if text and records.record(row)["caption"] == text]
+    yield Section(
+        name="folder-caption",
+        title="caption from the name of its folder",
+        num_found=len(named),
+        looked_at=f"all {len(records):,} records",
+        findings=[Finding(row, caption) for row, caption in named[:MAX_LISTED]],
+    )
 
 
 def find_unusable(rows: np.ndarray, opened: Sequence[OpenedImage | BadImageError]) -> Section:

@@ -16,7 +16,7 @@ from sdxl_trainer.data.checks.records import count_uncaptioned
 from sdxl_trainer.data.checks.training_set import count_missing
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
-from sdxl_trainer.data.loading.counts import TokenCounts, draw_captions
+from sdxl_trainer.data.loading.counts import TokenCounts, draw_captions, without_dropout
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.order.even_selection import select_evenly
 
@@ -129,11 +129,13 @@ def tabulate_lengths(counts: TokenCounts) -> DataTable:
     number, (num_cut, num_cut_2) = counts.num_captions, counts.num_cut
     longer = f"{num_cut} and {num_cut_2} are longer than data.max_tokens = {counts.max_tokens}"
     rows = []
-    for name, counted in counts.classes.items():
+    # The empty captions of the data, apart from those that training drops by design.
+    empty = [count - counts.num_dropped for count in counts.classes["0"]]
+    for name, counted in {"dropped": [counts.num_dropped] * 2, **counts.classes, "0": empty}.items():
         bars = ((str(count), "█" * round(20 * count / max(1, number))) for count in counted)
         rows.append((name, *(cell for pair in bars for cell in pair)))
     title = f"tokens of {number:,} captions; {longer}"
-    return DataTable(title, ("tokens", "encoder 1", "", "encoder 2", ""), rows)
+    return DataTable(title, ("tokens", "encoder 1", "", "encoder 2", ""), rows, translated=(0,))
 
 
 def tabulate_tags(tags: TagCounts) -> DataTable:
@@ -145,16 +147,24 @@ def tabulate_tags(tags: TagCounts) -> DataTable:
     return DataTable(title, ("tag", "captions", "share"), rows)
 
 
+def show_captions(dataset: LatentDataset, rows: np.ndarray, epoch: int) -> list[str]:
+    """Return the captions of samples in an epoch; in place of those without text, the reason in brackets."""
+    kept = draw_captions(without_dropout(dataset), rows, epoch)
+    failed, dropped, empty = (
+        translate("(the strategy failed)"),
+        translate_label("(dropped)"),
+        translate_label("(empty)"),
+    )
+    return [
+        failed if caption is None else caption or (dropped if whole else empty)
+        for caption, whole in zip(draw_captions(dataset, rows, epoch), kept, strict=True)
+    ]
+
+
 def tabulate_captions(dataset: LatentDataset) -> DataTable:
     """Build the table of a few samples' captions, as drawn in the first epochs."""
     rows = select_evenly(len(dataset.index), NUM_SHOWN)
-    drawn = [draw_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
-    empty = translate_label("(empty)")
-    lines = [
-        (
-            str(dataset.index.arrow_column("key")[row]),
-            *(translate("(the strategy failed)") if caption is None else caption or empty for caption in captions),
-        )
-        for row, *captions in zip(rows.tolist(), *drawn, strict=True)
-    ]
+    drawn = [show_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
+    keys = (str(dataset.index.arrow_column("key")[row]) for row in rows.tolist())
+    lines = list(zip(keys, *drawn, strict=True))
     return DataTable("captions", ("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS))), lines)

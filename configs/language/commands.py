@@ -14,6 +14,7 @@ MODULES = {
     "python -m sdxl_trainer.configs.import_config": "sdxl-trainer import",
     "python -m sdxl_trainer.configs.document": "sdxl-trainer settings",
     "python -m sdxl_trainer.train.report": "sdxl-trainer report",
+    "see docs/CONFIG.md": "`sdxl-trainer settings` explains it",
 }
 
 

@@ -211,17 +211,8 @@ class _Visitor(ast.NodeVisitor):
 
     def _visit_fields(self, node: ast.AST) -> None:
         """Visit the expressions of a text's fields, whose calls may contain further messages."""
-        for child in ast.walk(node):
-            if isinstance(child, ast.FormattedValue) and not is_text(child.value):
-                self.visit(child.value)
-            elif isinstance(child, ast.BinOp):
-                for side in (child.left, child.right):
-                    if not is_text(side) and not isinstance(side, ast.BinOp):
-                        self.visit(side)
-            elif isinstance(child, ast.IfExp):
-                for part in (child.test, child.body, child.orelse):
-                    if not is_text(part):
-                        self.visit(part)
+        for expression in (inner for child in ast.walk(node) for inner in list_expressions(child)):
+            self.visit(expression)
 
     def _add(self, node: ast.expr, is_label: bool = False) -> None:
         for parts in expand(node):
@@ -257,6 +248,16 @@ def is_code(literal: str) -> bool:
     other = r"\s*<|.*\(\?[:!<=P]|^--\w|^\\|python -[cm] |SELECT |PRAGMA |.*\{extra\[|.*\{task\."
     command = r"%\(prog\)s|(bash launch|python train)/\S+( --\w+)?$|sdxl-trainer \w*$|autoload "
     return re.match(f"{other}|{command}", literal) is not None
+
+
+def list_expressions(node: ast.AST) -> list[ast.expr]:
+    """List what a part of a text takes from elsewhere: the value of a field, the sides of a sum, or a condition's."""
+    if isinstance(node, ast.FormattedValue):
+        return [] if is_text(node.value) else [node.value]
+    if isinstance(node, ast.BinOp):
+        return [side for side in (node.left, node.right) if not is_text(side) and not isinstance(side, ast.BinOp)]
+    parts = (node.test, node.body, node.orelse) if isinstance(node, ast.IfExp) else ()
+    return [part for part in parts if not is_text(part)]
 
 
 def is_text(node: ast.AST) -> bool:

@@ -10,11 +10,27 @@ from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError, format_count
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.bad_cures import describe_bad_cure
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.npz import NpzError, parse_npy_header
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
+
+
+class TooManyBadError(FailedError):
+    """More latents are bad than `data.max_bad_fraction` allows.
+
+    Attributes:
+        rule: how many, with the first reason.
+        cure: what repairs them.
+        log: file that lists all, unless it could not be written.
+    """
+
+    def __init__(self, rule: str, cure: str, log: Path):
+        self.rule, self.cure, self.log = rule, cure, log
+        text = f"{rule}\ncure: {cure}"
+        super().__init__(f"{text}\n{log} lists all" if log.is_file() else text)
 
 
 def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
@@ -24,7 +40,7 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
     out at its start, and with them its order of batches. Latents that became bad later are skipped when they are read.
 
     Raises:
-        FailedError: more latents are bad than `data.max_bad_fraction` allows.
+        TooManyBadError: more latents are bad than `data.max_bad_fraction` allows.
     """
     bad = find_bad_latents(index, get_cache_folder(config), config.data.verify_latents)
     keys, summary = index.arrow_column("key"), index.summary
@@ -36,11 +52,15 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
         number = format_count(num_bad, "bad latent")
         logger.warning("left out: {}, first {}; see {}", number, reasons[0][1], log)
     if num_bad > config.data.max_bad_fraction * num_samples:
-        raise FailedError(
-            f"{num_bad} of {num_samples} latents are bad, more than data.max_bad_fraction = "
-            f"{config.data.max_bad_fraction:g}; {log} lists them. Encode them again with `launch/cache.sh --repair`, "
-            "or raise data.max_bad_fraction"
+        limit, first = config.data.max_bad_fraction, reasons[0][1]
+        rule = (
+            f"{num_bad} of {num_samples} latents are bad, more than data.max_bad_fraction = {limit:g} allows; "
+            f"the first: {first}"
         )
+        is_listed = index.arrow_column("sha256").is_valid()
+        listed = [reason for row, reason in bad if is_listed[row].as_py()]
+        found = [reason for _, reason in summary.bad] + [reason for row, reason in bad if not is_listed[row].as_py()]
+        raise TooManyBadError(rule, f"{describe_bad_cure(found, listed)}; or raise data.max_bad_fraction", log)
     file = get_left_out_file(config.run.folder, index)
     is_damaged = file.is_file() and _read_rows(file, len(index)) is None
     if is_damaged:

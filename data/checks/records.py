@@ -12,6 +12,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
+from sdxl_trainer.data.formats.shards import CutShardError, ImageShardError
 from sdxl_trainer.data.images.bucket import list_buckets
 from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
 from sdxl_trainer.data.index.index import Index, open_record_index
@@ -54,7 +55,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
             data.kohya_folders,
         )
     except ValueError as error:
-        return OpenedIndex(None, [build_source_problem(data, str(error), "correct the data")])
+        return OpenedIndex(None, [build_source_problem(data, str(error), choose_source_cure(error, data.metadata))])
     if len(index) == 0:
         cure = "check the path and the file types"
         return OpenedIndex(None, [build_source_problem(data, "holds no images", cure)])
@@ -167,4 +168,15 @@ def build_source_problem(data: DataConfig, rule: str, cure: str) -> Problem:
     """Build a problem of `data.metadata`, or of `data.image_dirs` if no metadata is set."""
     key = "data.metadata" if data.metadata else "data.image_dirs"
     paths: Sequence[Any] = data.metadata or data.image_dirs
-    return Problem(key, ", ".join(map(str, paths)), rule, cure)
+    value = ", ".join(map(str, paths))
+    return Problem(key, value, rule.removeprefix(f"{value}: "), cure)  # the one source is named already
+
+
+def choose_source_cure(error: ValueError, metadata: Sequence[Path | str]) -> str:
+    """Return what repairs metadata or captions that cannot be read."""
+    if isinstance(error, ImageShardError):
+        return "unpack it into a folder, and name that folder in data.image_dirs"
+    if any(map(is_remote, metadata)):
+        is_cut = isinstance(error, CutShardError)
+        return "upload the object again" if is_cut else "correct the data, and upload them again if they are on a store"
+    return "copy or write the tar again" if isinstance(error, CutShardError) else "correct the data"

@@ -1,15 +1,17 @@
 """Open the training set, the records that have latents, and check it against the settings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from loguru import logger
 
-from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.configs.schema import Config, RemoteShardsConfig
+from sdxl_trainer.configs.problems import Problem, format_count, join_reasons
+from sdxl_trainer.configs.schema import Config, DataConfig, RemoteShardsConfig
+from sdxl_trainer.data.checks.bad_cures import describe_bad_cure
 from sdxl_trainer.data.checks.latent_files import count_unflipped
-from sdxl_trainer.data.checks.records import OpenedIndex, open_checked_records
+from sdxl_trainer.data.checks.records import MAX_NAMED, OpenedIndex, build_source_problem, open_checked_records
+from sdxl_trainer.data.checks.unusable_images import UnusableImage, list_unusable_images
 from sdxl_trainer.data.formats.manifest import STALE, read_identity
 from sdxl_trainer.data.formats.shards import BadShardError
 from sdxl_trainer.data.images.bucket import BucketRule, Size
@@ -33,38 +35,61 @@ def open_training_set(config: Config) -> OpenedIndex:
     except BadShardError as error:  # a damaged catalogue
         return OpenedIndex(None, [*problems, Problem("data.metadata", config.data.metadata, str(error), "start again")])
     if len(index) == 0:
-        has_cache = (folder / "cache.json").is_file()
-        rule = "holds the latents of none of the records" if has_cache else "holds no latent cache"
-        cure = "run bash launch/cache.sh with the same settings first"
-        missing = Problem("cache.dir", folder, rule, cure, is_next_step=not has_cache)
-        return OpenedIndex(None, [*problems, missing])
+        return OpenedIndex(None, [*problems, explain_no_latents(config.data, folder, index)])
     num_unflipped = count_unflipped(index, folder) if config.data.flip_rate else 0
-    warn_about_samples(index, config.cache.on_missing)
+    unusable = list_unusable_images(folder, records, index) if count_missing(index) else []
+    if config.cache.on_missing == "error":
+        problems += check_missing(index, unusable)
+    warn_about_samples(index, config.cache.on_missing, unusable)
     warn_about_unflipped(num_unflipped, len(index))
     return OpenedIndex(index, [*problems, *check_training_set(config, index, num_unflipped)])
 
 
+def explain_no_latents(data: DataConfig, folder: Path, index: Index) -> Problem:
+    """Build the problem of a training set without any sample: nothing is cached yet, or nothing can be used."""
+    bad = index.summary.bad
+    if bad:
+        samples = format_count(index.summary.num_bad, "sample")
+        rule = f"{bad[0].reason} (sample {bad[0].key}); of {samples} that were found none can be used"
+        return build_source_problem(data, rule, describe_bad_cure([reason for _, reason in bad]))
+    has_cache = (folder / "cache.json").is_file()
+    rule = "holds the latents of none of the records" if has_cache else "holds no latent cache"
+    cure = "run bash launch/cache.sh with the same settings first"
+    return Problem("cache.dir", folder, rule, cure, is_next_step=not has_cache)
+
+
 def check_training_set(config: Config, index: Index, num_unflipped: int) -> Iterator[Problem]:
-    """Yield the problems of a training set with at least one sample.
+    """Yield the problems of a training set with at least one sample, besides missing latents.
 
     Args:
         num_unflipped: samples without latents of the mirrored image.
     """
     folder, rule = get_cache_folder(config), build_bucket_rules(config.data)[""]
-    if config.cache.on_missing == "error":
-        yield from check_missing(index)
     yield from check_identity(folder, rule, index)
     yield from check_copies(config.data.remote_shards, index)
     yield from check_flip(config.data.flip_rate, num_unflipped, len(index))
     yield from check_weighted_samples(config.data, index)
 
 
-def check_missing(index: Index) -> Iterator[Problem]:
-    """Yield a problem if samples have no latents, for `cache.on_missing: error`."""
+def check_missing(index: Index, unusable: Sequence[UnusableImage]) -> Iterator[Problem]:
+    """Yield a problem if samples have no latents, for `cache.on_missing: error`.
+
+    Args:
+        unusable: images of such samples that the cache job could not use.
+    """
     if num_missing := count_missing(index):
         rule = f"{num_missing} of {index.summary.num_wanted} samples have no latents"
         cure = "run bash launch/cache.sh, or set cache.on_missing to encode or skip"
+        if unusable:
+            images = format_count(len(unusable), "image")
+            rule = f"{rule}; the cache job could not use {images}:\n      {list_reasons(unusable)}"
+            cure = "repair or remove these images and run bash launch/cache.sh, or set cache.on_missing: skip"
         yield Problem("cache.on_missing", "error", rule, cure)
+
+
+def list_reasons(unusable: Sequence[UnusableImage]) -> str:
+    """Return the first reasons why images cannot be used, as lines."""
+    return join_reasons([image.reason for image in unusable], MAX_NAMED)
 
 
 def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[Problem]:
@@ -116,26 +141,41 @@ def check_flip(flip_rate: float, num_unflipped: int, num_samples: int) -> Iterat
         yield Problem("data.flip_rate", flip_rate, rule, cure)
 
 
-def warn_about_samples(index: Index, on_missing: str) -> None:
+def warn_about_samples(index: Index, on_missing: str, unusable: Sequence[UnusableImage] = ()) -> None:
     """Log how many samples have no latents, and how many have latents that no manifest describes in full.
 
     Args:
         on_missing: `cache.on_missing`; missing latents are a problem instead of a warning if it is `error`.
+        unusable: images of samples without latents that the cache job could not use.
     """
     num_missing = count_missing(index)
     if num_missing and on_missing != "error":
-        text = "{} of {} samples have no latents and are skipped; bash launch/cache.sh with the same settings adds them"
-        logger.warning(text, num_missing, index.summary.num_wanted)
+        warn_about_missing(num_missing, index.summary.num_wanted, unusable)
     if index.summary.num_uncached:
         logger.info("{} samples have no latents and are encoded when training reads them", index.summary.num_uncached)
     if index.summary.num_unlisted:
-        logger.info("{} latent files are in no manifest and are used", index.summary.num_unlisted)
+        text = "{} latents of other programs are used as they are; nothing needs doing"
+        logger.info(text, index.summary.num_unlisted)
     if index.summary.other_sizes:
         logger.warning("{}: the images' sizes are used", index.summary.other_sizes)
     if index.summary.num_assumed_sizes:
         logger.warning(
             "{} latent files hold no original size: the bucket's size is used", index.summary.num_assumed_sizes
         )
+
+
+def warn_about_missing(num_missing: int, num_wanted: int, unusable: Sequence[UnusableImage]) -> None:
+    """Log how many samples have no latents, and what brings them in: the cache job, or the repair of the images."""
+    missing = f"{num_missing} of {num_wanted} samples have no latents and are skipped"
+    if not unusable:
+        logger.warning("{}; bash launch/cache.sh with the same settings adds them", missing)
+        return
+    images, reasons = format_count(len(unusable), "image"), list_reasons(unusable)
+    if len(unusable) < num_missing:
+        text = "{}; repair or remove {}, and bash launch/cache.sh with the same settings adds the others:\n      {}"
+    else:
+        text = "{}; repair or remove {}, which the cache job could not use:\n      {}"
+    logger.warning(text, missing, images, reasons)
 
 
 def warn_about_unflipped(num_unflipped: int, num_samples: int) -> None:

@@ -16,6 +16,7 @@ from sdxl_trainer.data.formats.latents import (
     BadLatentError,
     UnreadLatentError,
     compute_bucket,
+    describe_missing_array,
     parse_latents,
 )
 from sdxl_trainer.data.formats.npz import (
@@ -102,7 +103,7 @@ def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
 def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
     key = "latents" + BF16_SUFFIX if "latents" + BF16_SUFFIX in members else "latents"
     if key not in members:
-        raise BadLatentError(f"has no `latents` but {', '.join(members)}")
+        raise BadLatentError(describe_missing_array(members))
     header = parse_npy_header(key, members[key].head)
     dtype, shape = header.dtype, header.shape
     if len(shape) != 3 or shape[0] != LATENT_CHANNELS or dtype.kind not in ("f" if key == "latents" else "u"):

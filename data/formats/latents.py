@@ -17,7 +17,7 @@ key instead of training on wrong numbers.
 import glob
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +127,12 @@ def read_latents(path: Path, bucket: Size | None = None, span: Span | None = Non
         raise BadLatentError(f"{path}: {error}") from None
 
 
+def describe_missing_array(arrays: Iterable[str]) -> str:
+    """Return the reason why an npz without `latents` is bad: what it holds, and what it needs."""
+    needed = f"`latents`, floats [{LATENT_CHANNELS}, height / 8, width / 8] of SDXL's VAE"
+    return f"holds {', '.join(arrays) or 'nothing'}, but no {needed}"
+
+
 def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check_crc: bool = True) -> LatentSample:
     """Like `read_latents`, but for the bytes of a file. Arrays of uncompressed files are views of `content`.
 
@@ -142,7 +148,7 @@ def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check
     if latents is None:
         is_foreign = any(key.startswith("latents_") for key in arrays)
         kind = "latents of another model family" if is_foreign else "not a latent file"
-        raise BadLatentError(f"has no `latents` but {', '.join(arrays) or 'nothing'}: {kind}")
+        raise BadLatentError(f"{describe_missing_array(arrays)}: {kind}")
     for name, part in parts.items():
         if part is not None and part.shape != latents.shape:
             raise BadLatentError(f"`{ARRAY_KEYS[name]}` is {list(part.shape)}, unlike latents {list(latents.shape)}")

@@ -5,6 +5,7 @@ samples: the shard's catalogue. One pass is then enough.
 """
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,8 +17,15 @@ from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import open_stream, write_atomic
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError
-from sdxl_trainer.data.formats.shards import TEXT_SUFFIX, BadShardError, ShardMember, iterate_members
+from sdxl_trainer.data.formats.shards import (
+    TEXT_SUFFIX,
+    BadShardError,
+    ImageShardError,
+    ShardMember,
+    iterate_members,
+)
 from sdxl_trainer.data.images.bucket import CropBox, Size
+from sdxl_trainer.data.images.image_files import IMAGE_SUFFIXES
 
 SAMPLE_SUFFIXES = {"npz", "json", "txt"}  # a sample has at least one of them
 MAX_RECORD_BYTES = 16 << 20
@@ -53,8 +61,8 @@ def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False)
         with_headers: read the headers of the npz files too.
 
     Raises:
-        BadShardError: the shard is torn or not a tar, two members have the same name, a record is not a JSON object, or
-            texts are not UTF-8.
+        BadShardError: the shard is torn or not a tar, it holds images instead of latents, two members have the same
+            name, a record is not a JSON object, or texts are not UTF-8.
     """
     members: dict[str, dict[str, Any]] = {}
     headers: dict[str, LatentHeader | str] = {}
@@ -77,6 +85,7 @@ def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False)
             stream.seek(offset)
             members[key][suffix] = stream.read(size)
     headers |= _read_header(stream, pending)
+    _refuse_images(name, members)
     samples, problems = [], []
     for key, parts in members.items():
         if not parts.keys() & SAMPLE_SUFFIXES:
@@ -152,6 +161,13 @@ def _escape(name: str) -> str:
 def _warn_about_strays(name: str, strays: list[str]) -> None:
     shown = ", ".join(map(_escape, strays[:MAX_SHOWN])) + (", ..." if len(strays) > MAX_SHOWN else "")
     _STRAYS.add(f"{name}: {format_count(len(strays), 'member')}: {shown}")
+
+
+def _refuse_images(name: str, members: Mapping[str, Collection[str]]) -> None:
+    """Raise if a shard holds images, and latents of none of them."""
+    images = [f"{key}.{suffix}" for key, parts in members.items() for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES]
+    if images and not any("npz" in parts for parts in members.values()):
+        raise ImageShardError(f"{name}: holds images, such as {images[0]}, and no latents (.npz)")
 
 
 def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, LatentHeader | str]:

@@ -77,6 +77,14 @@ class BadShardError(ValueError):
     """A shard that cannot be read or must not be trusted; the message is the reason."""
 
 
+class CutShardError(BadShardError):
+    """A tar that ends before its headers say."""
+
+
+class ImageShardError(BadShardError):
+    """A tar of images instead of latents."""
+
+
 class ShardWriter:
     """Appends samples to one shard.
 
@@ -309,9 +317,14 @@ def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterat
                     yield ShardMember(decode_key(key), suffix, member.offset_data, member.size)
             # tarfile treats a damaged header, and the end of the file, as the end of the tar.
             file.seek(tar.offset)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise BadShardError(f"{path}: is cut short or damaged at byte {tar.offset}")
+            following = file.read(BLOCK)
+            if len(following) < BLOCK:
+                raise CutShardError(f"{path}: is cut short at byte {tar.offset + len(following)}")
+            if following != bytes(BLOCK):
+                raise BadShardError(f"{path}: is damaged at byte {tar.offset}")
     except (tarfile.TarError, EOFError, OSError) as error:
+        if "unexpected end of data" in str(error):
+            raise CutShardError(f"{path}: is cut short: it ends before its own headers say") from None
         raise BadShardError(f"{path}: not a readable tar: {error}") from None
 
 

@@ -18,10 +18,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -247,11 +247,14 @@ def fill_disk(folder: Path) -> None:
     """Leave no byte free on the disk of a folder."""
     with open(folder / "filler", "ab", buffering=0) as file:
         for size in (1 << 20, 4096, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                pass
+            write_until_full(file, size)
+
+
+def write_until_full(file: IO[bytes], size: int) -> None:
+    """Append blocks of `size` bytes until the disk takes no further one."""
+    with suppress(OSError):
+        while True:
+            file.write(bytes(size))
 
 
 class Disk:

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -246,6 +247,19 @@ def print_tables(results: dict[str, list[Outcome]]) -> int:
     return totals["broken"]
 
 
+def append_entry(state: Path, entry: dict[str, Any]) -> None:
+    """Append a finished case to the file of states."""
+    with open(state, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def print_outcomes(name: str, outcomes: Sequence[Outcome]) -> None:
+    """Print each promise that a fault of a case broke."""
+    for outcome in outcomes:
+        for promise, seen in outcome.problems.items():
+            print(f"{name}  {outcome.fault}\n    {promise}: {seen}", flush=True)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the campaign, or what is left of it, and print the tables; 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description="A thousand faults against cache, training and readers.")
@@ -284,11 +298,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 "outcomes": [asdict(o) for o in outcomes],
             }
             if options.state is not None:
-                with open(options.state, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            for outcome in outcomes:
-                for promise, seen in outcome.problems.items():
-                    print(f"{name}  {outcome.fault}\n    {promise}: {seen}", flush=True)
+                append_entry(options.state, entry)
+            print_outcomes(name, outcomes)
             print(f"{name}  {len(outcomes)} faults, {entry['seconds']} s", flush=True)
     broken = print_tables(results)
     return 1 if broken else 0

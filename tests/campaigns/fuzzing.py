@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG_SECONDS = 20
@@ -288,18 +289,26 @@ def _read_all(border: Border, batch: list[bytes], start: int, folder: Path, repo
     status = 1
     try:
         with open(report, "ab", buffering=0) as lines:
-            for at in range(start, len(batch)):
-                lines.write(json.dumps({"at": at}).encode() + b"\n")
-                signal.alarm(HANG_SECONDS)
-                failure = try_input(border, batch[at], folder)
-                signal.alarm(0)
-                if failure:
-                    lines.write(json.dumps({"at": at, "failure": failure}).encode() + b"\n")
-                if time.monotonic() > deadline:
-                    break
+            for entry in _try_inputs(border, batch, start, folder, deadline):
+                lines.write(json.dumps(entry).encode() + b"\n")
         status = 0
     finally:
         os._exit(status)
+
+
+def _try_inputs(
+    border: Border, batch: list[bytes], start: int, folder: Path, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the number of each input before it is read, and what it raised after."""
+    for at in range(start, len(batch)):
+        yield {"at": at}
+        signal.alarm(HANG_SECONDS)
+        failure = try_input(border, batch[at], folder)
+        signal.alarm(0)
+        if failure:
+            yield {"at": at, "failure": failure}
+        if time.monotonic() > deadline:
+            return
 
 
 def try_input(border: Border, content: bytes, folder: Path) -> str | None:

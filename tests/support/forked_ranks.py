@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rank_port import find_rank_port
@@ -23,6 +24,12 @@ PRELOADED = [
     *("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "transformers.models.clip.modeling_clip"),
 ]
 GRACE_SECONDS = 30.0  # as torchrun: for the other ranks after one has failed
+
+
+def call_each(processes: list[BaseProcess], method: str) -> None:
+    """Call a method of each process: `kill` or `terminate`."""
+    for process in processes:
+        getattr(process, method)()
 
 
 def run_forked(
@@ -49,12 +56,10 @@ def run_forked(
             late = time.monotonic() >= deadline
             status = status or (failed[0] if failed else -signal.SIGKILL if late else 0)
             if stopping and late:
-                for process in running:
-                    process.kill()
+                call_each(running, "kill")
             elif status and not stopping:
                 stopping, deadline = True, time.monotonic() + GRACE_SECONDS
-                for process in running:
-                    process.terminate()
+                call_each(running, "terminate")
         return status, printed.read().decode(errors="replace")
 
 

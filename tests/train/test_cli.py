@@ -12,6 +12,7 @@ import pytest
 import torch
 from programs import ROOT
 
+import sdxl_trainer
 from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.train.cli import PROGRAMS, build_completion, main, read_helps
 
@@ -76,6 +77,16 @@ def test_the_overview_lists_the_commands_and_corrects_them(capsys: pytest.Captur
         with pytest.raises(SystemExit) as ended:
             main([word])
         assert ended.value.code == 2 and f"{word!r} is not a command; {cure}" in capsys.readouterr().err
+
+
+def test_the_version_needs_no_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -S` sees no metadata of packages, as in a checkout that is only on the path."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{sdxl_trainer.__version__}\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".types")}
+    command = [sys.executable, "-S", "-m", "sdxl_trainer.train.cli", "--version"]
+    assert subprocess.check_output(command, env=environment, text=True) == f"{sdxl_trainer.__version__}\n"
 
 
 def test_a_program_keeps_its_status_and_names_commands_as_they_were_given(tmp_path: Path) -> None:

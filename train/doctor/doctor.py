@@ -1,8 +1,9 @@
 """Examine the machine, the settings and the data before a run: `bash launch/doctor.sh --cfg x.yaml`.
 
-Each finding starts with `ok`, with `note`, with `WRONG` and gives a cure, or with `TO DO` and names the next step: the
-latent cache is filled after the doctor has found nothing wrong. Without settings only the machine is
-examined (launch/machine.py). The program is part of train/ because it runs the checks of training.
+Each finding starts with `ok`, with `note`, with `WARN` or `WRONG` and gives a cure, or with `TO DO` and names the next
+step: the latent cache is filled after the doctor has found nothing wrong. A run starts in spite of a `WARN`. Without
+settings only the machine is examined (launch/machine.py). The program is part of train/ because it runs the checks of
+training.
 """
 
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,11 +27,12 @@ from sdxl_trainer.configs.problems import (
 )
 from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.checks.folders import check_writable
+from sdxl_trainer.data.checks.left_out import TooManyBadError
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.launch.machine import Finding, convert_problem, examine_disk, examine_machine
+from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem, examine_disk, examine_machine
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.doctor.memory import examine_memory
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
@@ -42,7 +45,7 @@ SCRATCH_NAME = "doctor"  # of the folder in the run folder in which checks write
 
 def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
     """Yield findings about the machine, then about the settings and the memory, time and disk space of the run."""
-    yield from examine_machine()
+    yield from examine_machine(num_ranks)
     if cfg is None:
         yield examine_disk("run.dir", Path("runs"))
         return
@@ -69,7 +72,9 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
 
     Returns the number of steps of the run; None if the data that decide it cannot be opened.
     """
+    announce_stage("checking the settings and the data")
     # Imported here because the import takes seconds, and findings about the machine should appear first.
+    from sdxl_trainer.train.doctor.images import examine_images
     from sdxl_trainer.train.run.checks import check_resume, verify_run
 
     # The scratch folder hides these problems.
@@ -81,19 +86,31 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
             steps = count_steps(config, None if problems or found else index)
         except UserInputError as error:
             index, found, steps = None, error.problems, None
-        except RuntimeError as error:  # more latents are bad than data.max_bad_fraction allows
+        except TooManyBadError as error:
             yield from map(convert_problem, problems)
-            cure = "repair the listed samples, or run bash launch/cache.sh with --repair"
-            yield Finding("data", str(error), cure)
+            detail = f"{error.rule}; {error.log} lists all" if error.log.is_file() else error.rule
+            yield Finding("data", detail, error.cure)
             return None
     everything = [*problems, *found, *(problem for problem in hidden if problem not in found)]
     yield from map(convert_problem, drop_consequences(everything))
     if all(problem.is_next_step for problem in everything):
         yield Finding("settings", f"no contradictions on {format_count(world_size, 'rank')}")
     yield from (Finding("data", warning, is_note=True) for warning in warnings)
+    yield from examine_prediction(config)
+    yield from examine_images(config, can_train=index is not None)
     if index is not None:
         yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
     return steps
+
+
+def examine_prediction(config: Config) -> Iterator[Finding]:
+    """Yield a warning if the model declares another prediction type than the settings."""
+    from sdxl_trainer.train.run.checks import check_prediction
+
+    try:
+        yield from (replace(convert_problem(problem), is_note=True) for problem in check_prediction(config))
+    except UserInputError as error:
+        yield from map(convert_problem, error.problems)
 
 
 def count_steps(config: Config, index: Index | None) -> int | None:
@@ -117,7 +134,7 @@ def count_steps(config: Config, index: Index | None) -> int | None:
 def open_scratch_run(run: RunConfig) -> Iterator[RunConfig]:
     """Yield a run in the folder `doctor` of a run's own folder. At the end only its list of bad samples is kept.
 
-    The folder is a temporary one if it cannot be created.
+    If the folder cannot be created, it lies among the system's temporary files.
     """
     scratch = run.model_copy(update={"dir": run.folder, "name": SCRATCH_NAME})
     new_folders = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
@@ -125,17 +142,21 @@ def open_scratch_run(run: RunConfig) -> Iterator[RunConfig]:
         shutil.rmtree(scratch.folder, ignore_errors=True)
         scratch.folder.mkdir(parents=True)
     except OSError:
-        with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-            yield run.model_copy(update={"dir": Path(folder)})
-        return
+        new_folders = [Path(tempfile.mkdtemp(prefix="doctor-"))]
+        scratch = run.model_copy(update={"dir": new_folders[0], "name": SCRATCH_NAME})
     try:
         yield scratch
     finally:
         if not (scratch.folder / "logs" / "bad_samples.jsonl").is_file():
             shutil.rmtree(scratch.folder, ignore_errors=True)
-            with suppress(OSError):
-                for folder in new_folders:  # the innermost first
-                    folder.rmdir()
+            remove_empty(new_folders)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, up to the first that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextmanager

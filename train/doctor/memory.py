@@ -6,9 +6,9 @@ from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.launch.machine import Finding, convert_problem, read_host_memory_bytes
+from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem, read_host_memory_bytes
 from sdxl_trainer.train.estimates.memory_choice import describe_lack, plan_memory
-from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryTable, format_gb
+from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryTable, describe_micro_batch, format_gb
 from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
 from sdxl_trainer.train.estimates.text_encoders import describe_text_encoders
 
@@ -32,6 +32,7 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Gen
     if not is_local(config.model) or bucket is None:
         yield Finding("memory", "the size of the model is not known before its download")
         return config
+    announce_stage("estimating the memory of a rank")
     try:
         source = resolve_model(config.model)
         sizes = measure_networks(config, source, bucket)
@@ -71,7 +72,7 @@ def describe_fits(config: Config, sizes: NetworkSizes, world_size: int, host: in
         planned = plan_memory(config, sizes, world_size, limits)
         needed, largest = format_gb(planned.table.device_peak), planned.table.find_largest_micro_batch()
         if planned.table.fits_device:
-            text = f"fits with {needed}; largest micro batch {largest}"
+            text = f"fits with {needed}; largest micro batch {describe_micro_batch(largest)}"
         else:
             text = f"{needed} are too much; {describe_lack(planned.config, sizes, world_size, limits)}"
         yield f"{INDENT}{size} GB: {text}"

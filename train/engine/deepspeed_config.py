@@ -63,8 +63,11 @@ class StageChoice(NamedTuple):
 
 def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     """Yield a problem for each setting that the installed packages or the optimizer do not support."""
-    if engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
-        yield Problem("engine.attention", "xformers", "is not installed", "pip install xformers, or set it to sdpa")
+    if engine.attention == "xformers" and not torch.cuda.is_available():
+        cure = "set it to sdpa, which works on every machine"
+        yield Problem("engine.attention", "xformers", "needs a GPU, and PyTorch finds none", cure)
+    elif engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        yield Problem("engine.attention", "xformers", "is not installed", "set it to sdpa, or pip install xformers")
     yield from check_precision(engine)
     if engine.accumulation_dtype != "fp32" or WEIGHT_TYPES[engine.precision] == "fp32":
         return

@@ -15,6 +15,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 # Share of a device's memory that an estimate must leave free: for kernels' workspaces and fragments of the allocator,
 # which are not counted.
 HEADROOM = 0.08
+MAX_MICRO_BATCH = 256  # no run needs a larger one on a rank, though tiny models would fit thousands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,8 @@ class MemoryTable:
             ranks = format_count(self.limits.ranks_per_host, "rank")
             rows["host, peak"] = f"{peak}{'' if total is None else f' of {format_gb(total)}'}, for {ranks} on a host"
         if largest is not None:
-            rows["largest micro batch"] = f"{largest} (train.micro_batch_size is {self.micro_batch_size})"
+            shown = describe_micro_batch(largest)
+            rows["largest micro batch"] = f"{shown} (train.micro_batch_size is {self.micro_batch_size})"
         return rows
 
 
@@ -147,6 +149,11 @@ def describe_line(line: MemoryLine, has_gpu: bool) -> str:
     parts = [f"{format_gb(number)}{place}" for number, place in places if number]
     when = "" if line.phases == PHASES else f", {', '.join(line.phases)}"
     return " and ".join(parts) + when
+
+
+def describe_micro_batch(largest: int | None) -> str:
+    """Return the largest micro batch that fits as text. Beyond a sensible size it is only said to be larger."""
+    return f"more than {MAX_MICRO_BATCH}" if largest is not None and largest > MAX_MICRO_BATCH else str(largest)
 
 
 def format_gb(num_bytes: float) -> str:

@@ -112,9 +112,29 @@ def warn_of_unused_masks(config: Config) -> None:
         logger.warning("data.masks has no effect, because objective.masked_loss is false")
 
 
+def check_prediction(config: Config) -> Iterator[Problem]:
+    """Yield a problem if the model declares another prediction type, or another end of the noise, than the settings.
+
+    Both may be intended, so a run starts nevertheless.
+
+    Raises:
+        UserInputError: the model's `scheduler_config.json` cannot be read.
+    """
+    declared, chosen = read_declared_prediction(Path(config.model.path)), config.objective
+    if declared is None:
+        return
+    words = [word.replace("=", ": ") for word in declared.list_overrides()]
+    if declared.prediction != chosen.prediction:
+        rule = f"differs from the model, which was trained with {declared.prediction}"
+        cure = f"set {' and '.join(words)}, unless you want to change what the model predicts"
+        yield Problem("objective.prediction", chosen.prediction, rule, cure)
+    elif declared.zero_terminal_snr and not chosen.zero_terminal_snr:
+        rule = "differs from the model, which was trained with zero terminal SNR"
+        cure = f"set {words[-1]}, unless you want to change the noise of the model"
+        yield Problem("objective.zero_terminal_snr", False, rule, cure)
+
+
 def warn_of_prediction(config: Config) -> None:
-    """Warn if the model declares another prediction type than the settings, by intent or by mistake."""
-    declared, chosen = read_declared_prediction(Path(config.model.path)), config.objective.prediction
-    if declared is not None and declared.prediction != chosen:
-        text = "the model was trained with objective.prediction={} and continues with objective.prediction={}"
-        logger.warning(text, declared.prediction, chosen)
+    """Log what `check_prediction` finds."""
+    for problem in check_prediction(config):
+        logger.warning("{}={}: {}; {}", problem.key, problem.value, problem.rule, problem.cure)

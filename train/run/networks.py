@@ -11,7 +11,7 @@ from loguru import logger
 from sdxl_trainer.cache.models.components import hash_component
 from sdxl_trainer.cache.models.encoders import hash_weights, load_text_encoders, load_vae
 from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
-from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.formats.manifest import read_identity
 from sdxl_trainer.data.index.selection import get_cache_folder
@@ -54,6 +54,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
     groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
+    logger.info("starting DeepSpeed on {}", format_count(ranks.world_size, "rank"))
     seed = derive_seed(config.run.seed, RandomStream.ROUNDING, ranks.rank)
     engine = Engine(
         networks,

@@ -1,13 +1,17 @@
 """Gate of the server: refuses requests that are not the page's own, and those without the token where it is needed.
 
 Any website that is open in the same browser can send requests to this server, and one can even give its own name this
-machine's address (DNS rebinding). So every request must name a host of this server, and come from a page of it.
+machine's address (DNS rebinding). So every request must name a host of this server, and come from a page of it. Other
+users of this machine can reach a loopback address, too: the system tells whose connection it is.
 """
 
 import ipaddress
+import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -16,6 +20,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_HEADER = "x-watch-token"
+TIME_WAIT = "06"  # state of a closed connection, whose socket has no owner any more
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -54,8 +59,15 @@ class Gate:
             await send(message)
 
         request = Request(scope)
-        answer = self._refuse(request) or self._accept_token(request)
+        answer = self._refuse_other_user(scope) or self._refuse(request) or self._accept_token(request)
         await (answer or self._app)(scope, receive, send_with_headers)
+
+    def _refuse_other_user(self, scope: Scope) -> Response | None:
+        """Return the refusal of another user of this machine, whom a loopback address does not keep out."""
+        user = find_loopback_user(*scope["client"]) if self._is_local and scope.get("client") else None
+        if user in (None, 0, os.getuid()):  # root may read all files anyway
+            return None
+        return PlainTextResponse("this page belongs to another user of this machine", 403)
 
     def _refuse(self, request: Request) -> Response | None:
         """Return the refusal of a request that is not permitted."""
@@ -96,6 +108,27 @@ class Gate:
             return name.rstrip(".") in self._names
         # No website has a number as its name, so an address cannot be rebound.
         return address.is_loopback or not self._is_local
+
+
+def find_loopback_user(host: str, port: int) -> int | None:
+    """Return the number of the user who has opened a loopback connection from this address; None if unknown.
+
+    Linux lists the owner of each socket in /proc/net/tcp (proc_net_tcp in the kernel's documentation). A tunnel of ssh
+    belongs to the user who has logged in.
+    """
+    address = ipaddress.ip_address(host)
+    packed = address.packed
+    words = [
+        packed[at : at + 4][::-1] if sys.byteorder == "little" else packed[at : at + 4]
+        for at in range(0, len(packed), 4)
+    ]
+    wanted = f"{b''.join(words).hex()}:{port:04x}".upper()
+    try:
+        lines = Path("/proc/net/tcp6" if address.version == 6 else "/proc/net/tcp").read_text("ascii").splitlines()
+    except OSError:  # another system
+        return None
+    rows = (line.split() for line in lines[1:])
+    return next((int(row[7]) for row in rows if len(row) > 7 and row[1] == wanted and row[3] != TIME_WAIT), None)
 
 
 def list_own_names(host: str, allowed: Iterable[str]) -> list[str]:

@@ -3,10 +3,11 @@
 import errno
 from pathlib import Path
 
-from sdxl_trainer.cache.encode.bad_images import BadImages, get_bad_images_file, hash_rules, write_bad_images
+from sdxl_trainer.cache.encode.bad_images import BadImages, hash_rules, write_bad_images
 from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.unusable_images import get_bad_images_file
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.images.transforms import BadImageError

@@ -12,10 +12,15 @@ from cache_samples import write_settings
 from PIL import Image
 
 from sdxl_trainer.cache.preview import program
-from sdxl_trainer.cache.preview.survey import place_images
+from sdxl_trainer.cache.preview.page import RecordNames
+from sdxl_trainer.cache.preview.survey import Finding, find_folder_captions, place_images
+from sdxl_trainer.cache.preview.tables import tabulate_lengths
 from sdxl_trainer.configs.language.translate import choose_language
+from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, draw_image
+from sdxl_trainer.data.index.index import open_record_index
+from sdxl_trainer.data.loading.counts import TokenCounts
 
 HOSTILE = "<script>alert(1)</script>, [bold]x"
 
@@ -105,6 +110,36 @@ def test_the_page_follows_the_language(surveyed):
     assert "值得一看" in texts and '<html lang="zh">' in page and len(texts) > 20
     shown = [re.sub(r"data\.\w+|x\.jsonl|UTC|token", "", text) for text in texts]
     assert [text for text in shown if re.search("[A-Za-z]{3,}", text)] == []
+
+
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "c/x/3.png", "d/x/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    folders = [tmp_path / name for name in ("a", "b", "c/x", "d/x")]
+    records = open_record_index(tmp_path / "cache", [], folders)
+    names = RecordNames(records, folders, ",")
+    found = [names.get_name(row) for row in range(5)]
+    assert found == ["a/1.png", "2.png", "b/1.png", str(tmp_path / "c/x/3.png"), str(tmp_path / "d/x/3.png")]
+
+
+def test_captions_from_folder_names_are_named(tmp_path):
+    for name in ("10_sks dog/1.png", "10_sks dog/2.png", "5_/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "10_sks dog" / "2.txt").write_text("a dog of its own")
+    data = DataConfig(image_dirs=[tmp_path], kohya_folders=True)
+    records = open_record_index(tmp_path / "cache", [], [tmp_path], kohya_folders=True)
+    [section] = find_folder_captions(records, data)
+    assert (section.num_found, section.findings) == (1, [Finding(0, "sks dog")])
+    assert list(find_folder_captions(records, DataConfig(image_dirs=[tmp_path]))) == []
+
+
+def test_dropped_captions_are_counted_apart_from_empty_ones():
+    classes = {"0": [3, 3], "1-20": [5, 5]}
+    counts = TokenCounts(num_captions=8, max_tokens=75, num_dropped=2, num_cut=[0, 0], classes=classes)
+    rows = {row[0]: (row[1], row[3]) for row in tabulate_lengths(counts).rows}
+    assert rows == {"dropped": ("2", "2"), "0": ("1", "1"), "1-20": ("5", "5")}
 
 
 def test_placements_name_the_share_that_a_crop_leaves_out():

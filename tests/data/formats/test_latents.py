@@ -168,10 +168,10 @@ def test_optional_arrays_may_be_missing_or_present(tmp_path):
         ({"latents": LATENTS, "original_size": np.array(["a", None], object)}, "`original_size` is pickled"),
         (
             {"latents_8x12": LATENTS},
-            "has no `latents` but latents_8x12, original_size, crop_ltrb: latents of another model family",
+            "holds latents_8x12, original_size, crop_ltrb, but no `latents`, .* VAE: latents of another model family",
         ),
         ({"hidden_state1": LATENTS}, "not a latent file"),
-        ({}, "has no `latents` but original_size, crop_ltrb: not a latent file"),
+        ({}, "holds original_size, crop_ltrb, but no `latents`, floats .4, .*: not a latent file"),
         ({"latents": LATENTS, "original_size": np.array([1, 2, 3])}, "not 2 finite numbers"),
         ({"latents": LATENTS, "original_size": np.array(7)}, "not 2 finite numbers"),
         ({"latents": LATENTS, "original_size": np.array([np.inf, 1])}, "not 2 finite numbers"),

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 
 from sdxl_trainer.configs.problems import Problem  # noqa: E402
 from sdxl_trainer.configs.schema import Config  # noqa: E402
-from sdxl_trainer.data.checks.left_out import leave_out_bad_latents  # noqa: E402
+from sdxl_trainer.data.checks.left_out import TooManyBadError, leave_out_bad_latents  # noqa: E402
 from sdxl_trainer.data.checks.records import open_checked_records  # noqa: E402
 from sdxl_trainer.data.checks.training_set import open_training_set  # noqa: E402
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents  # noqa: E402
@@ -215,7 +215,29 @@ def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shard
     assert problem.key == "cache.dir"
     store.pipe_file("bucket/bad/cut.tar", (shards / "s-0.tar").read_bytes()[:9000])
     [problem] = list_problems(tmp_path, "s3://bucket/bad/cut.tar")
-    assert "s3://bucket/bad/cut.tar: " in problem.rule and "unexpected end of data" in problem.rule
+    assert str(problem).count("s3://bucket/bad/cut.tar") == 1 and problem.cure == "upload the object again"
+    assert problem.rule == "is cut short: it ends before its own headers say"
+
+
+def test_the_cure_of_bad_latents_on_a_store_is_an_upload(tmp_path, shards, store):
+    content = bytearray((shards / "s-0.tar").read_bytes())
+    place = content.index(b"PK\x03\x04")
+    content[place : place + 4] = b"xxxx"
+    store.pipe_file("bucket/bad/torn.tar", bytes(content))
+    data = {"metadata": ["s3://bucket/bad/torn.tar"]}
+    config = Config.model_validate(
+        {"data": data, "cache": {"dir": str(tmp_path / "cache")}, "run": {"dir": str(tmp_path), "name": "run"}}
+    )
+    index, problems = open_training_set(config)
+    assert index is not None and problems == []
+    with pytest.raises(TooManyBadError, match="1 of 8 latents are bad") as caught:
+        leave_out_bad_latents(config, index, resuming=False)
+    error = caught.value
+    assert error.rule.endswith("the first: s3://bucket/bad/torn.tar: not a readable npz file: cut short, or not a zip")
+    assert error.cure == (
+        "write s3://bucket/bad/torn.tar again and upload it: nothing here can repair it; or raise data.max_bad_fraction"
+    )
+    assert error.log.is_file() and str(error).endswith(f"{error.log} lists all")
 
 
 def test_the_quick_start_s_example_trains_on_shards_of_a_store(tmp_path, shards, store):

@@ -1,5 +1,6 @@
 """The doctor: a line for each finding, and a cure for each fault."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from programs import ROOT
 
 from sdxl_trainer.cache.models import encoders
@@ -18,14 +20,18 @@ from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import RunConfig
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.data.images.bucket import CropBox, Size
+from sdxl_trainer.launch import machine
 from sdxl_trainer.launch.machine import (
     Finding,
+    choose_num_probed,
     convert_problem,
     examine_disk,
     examine_gpus,
     examine_ranks,
     examine_versions,
     interpret_probe,
+    list_requirements,
     measure_write_speed,
 )
 from sdxl_trainer.launch.program import FailedError
@@ -39,6 +45,7 @@ from sdxl_trainer.train.doctor.memory import examine_memory
 from sdxl_trainer.train.doctor.program import read_num_ranks
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
+from sdxl_trainer.train.estimates.memory_table import describe_micro_batch
 
 CONFIGS = ROOT / "configs"
 
@@ -48,7 +55,7 @@ def test_missing_packages_and_wrong_versions() -> None:
     findings = {finding.name: finding for finding in examine_versions(requirements)}
     assert set(findings) == {"torch", "no-such-package", "versions"}
     assert findings["torch"].detail.endswith("and must be >=99") and "torch>=99" in findings["torch"].cure
-    assert "pip install -e ." in findings["no-such-package"].cure
+    assert findings["no-such-package"].cure == "pip install 'no-such-package'"
     assert findings["versions"].is_ok and f"torch {torch.__version__.split('+')[0]}" in findings["versions"].detail
 
 
@@ -64,15 +71,28 @@ def test_gpus_that_pytorch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_that_fail_or_do_not_connect() -> None:
     python = [sys.executable, "-c"]
-    connected = examine_ranks(0, [*python, 'print(\'note\\n{"gb_per_second": {"64": 1.5, "400": 2}}\')'])
+    connected = examine_ranks(0, command=[*python, 'print(\'note\\n{"gb_per_second": {"64": 1.5, "400": 2}}\')'])
     assert connected == Finding("ranks", "2 by gloo, sums of 64 MB at 1.50 GB/s, of 400 MB at 2.00 GB/s")
-    failed = examine_ranks(0, [*python, "raise ValueError('no network')"])
+    failed = examine_ranks(0, command=[*python, "raise ValueError('no network')"])
     assert "ValueError: no network" in failed.detail and "127.0.0.1" in failed.cure
     start = time.monotonic()
     hanging = "import os, time\nos.fork()\ntime.sleep(60)"  # the child process must end too
-    assert "did not connect" in examine_ranks(0, [*python, hanging], timeout_seconds=0.5).detail
+    assert "did not connect" in examine_ranks(0, command=[*python, hanging], timeout_seconds=0.5).detail
     assert time.monotonic() - start < 30
     assert "NCCL_DEBUG=INFO" in interpret_probe(1, "", "NCCL", 8).cure
+
+
+def test_as_many_ranks_are_tried_as_will_train() -> None:
+    wanted = {(0, None): 2, (0, 4): 4, (0, 512): 8, (1, 3): 3, (8, None): 8, (8, 4): 4, (8, 16): 8}
+    assert {key: choose_num_probed(*key) for key in wanted} == wanted
+    assert examine_ranks(0, 1) == Finding("ranks", "1, which needs no communication")
+    found = interpret_probe(0, '{"gb_per_second": {}}', "gloo", 8, 512)
+    assert found.detail.startswith("8 by gloo, ") and "; 512 will train" in found.detail
+
+
+def test_a_checkout_without_an_installed_package_lists_no_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PACKAGE", "no-such-package")
+    assert list_requirements() == []
 
 
 def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
@@ -116,6 +136,7 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "activations of 1 x 1024x1024: 6.89 GB GPU, forward pass" in found["memory"].detail
     assert "of 80 GB, in the" in found["memory"].detail.splitlines()[0]
     assert all(finding.is_ok for finding in found.values())
+    assert [describe_micro_batch(size) for size in (12, 256, 10190)] == ["12", "256", "more than 256"]
     *_, choice = examine_memory(config, 1, [])  # a machine without GPUs: which one to choose
     fits = choice.detail.splitlines()
     assert choice.is_ok and str(choice).startswith("note   GPU to choose: ") and len(fits) == 5
@@ -156,6 +177,53 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
     wrong = {finding.name: finding for finding in examine_settings(config, [], world_size=2) if not finding.is_ok}
     assert "open_clip_torch" in wrong["model.tokenizer"].cure
+
+
+@pytest.mark.parametrize("has_latents", [False, True])
+def test_images_without_latents_are_opened_and_another_prediction_is_named(tmp_path: Path, has_latents: bool) -> None:
+    """A run starts without an image that cannot be used, but the cache job would fail: the doctor tells both."""
+    shutil.copytree(CONFIGS / "tiny", tmp_path / "model")
+    write_file(tmp_path / "model" / "scheduler" / "scheduler_config.json", '{"prediction_type": "v_prediction"}')
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        write_file(tmp_path / "model" / name / "x.safetensors", "")
+    data, sample = tmp_path / "data", LatentSample(np.zeros((4, 8, 8), np.float32), Size(64, 64), CropBox(0, 0, 64, 64))
+    for number in range(20):
+        write_file(data / f"{number}.txt", "a")
+        Image.effect_noise((64, 64), 50).save(data / f"{number}.png")
+        if has_latents and number != 7:
+            write_latents(data / f"{number}.npz", sample)
+    broken = data / "7.png"
+    broken.write_bytes(broken.read_bytes()[:-900])
+    raw = {
+        "run": {"dir": tmp_path / "runs"},
+        "model": {"path": tmp_path / "model"},
+        "data": {"image_dirs": [data], "resolution_px": 64, "min_bucket_px": 64},
+    }
+    config, problems = build_config(yaml.safe_load(json.dumps(raw, default=str)))
+    found = {finding.name: finding for finding in examine_settings(config, problems, world_size=1)}
+    prediction, images = found["objective.prediction"], found["data.image_dirs"]
+    assert str(prediction) == (
+        "WARN   objective.prediction: epsilon differs from the model, which was trained with v\n"
+        "       cure: set objective.prediction: v, unless you want to change what the model predicts"
+    )
+    assert images.is_ok == has_latents and str(broken) in images.detail
+    number = "1 of 1" if has_latents else "1 of 20"
+    assert f"{number} images that were opened" in images.detail
+    assert images.cure.endswith("or correct their paths; or raise data.max_bad_fraction to 0.05")
+    allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.05})})
+    images = {finding.name: finding for finding in examine_settings(allowed, [], world_size=1)}["data.image_dirs"]
+    assert images.is_ok and "the job will skip such images" in images.detail
+    broken.unlink()
+    Image.new("RGB", (64, 64)).save(broken)
+    found = {finding.name: finding for finding in examine_settings(config, [], world_size=1)}
+    total = number.partition(" of ")[2]
+    assert found["images"].detail == f"opened {total} of the {total} images to encode: all can be used"
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def test_a_missing_cache_is_the_next_step_and_bad_latents_are_listed(

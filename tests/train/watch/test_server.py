@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import socket
 import struct
 import subprocess
 import sys
@@ -14,9 +16,11 @@ from PIL import Image
 from programs import ROOT
 
 from sdxl_trainer.train.watch import program
+from sdxl_trainer.train.watch.gate import find_loopback_user
 
 TOKEN = "a-token-of-the-test"
 HEADER = {"X-Watch-Token": TOKEN}
+NOBODY = 65534  # a user without rights
 
 
 def ask(address: str, path: str, method: str = "GET", body: object = None, **headers: str) -> tuple[int, dict, bytes]:
@@ -105,6 +109,20 @@ def test_only_the_own_page_may_ask_on_loopback_too(tmp_path: Path, write_run, se
         assert ask(address, "/api/request", "POST", wish, Host="evil.example", **HEADER)[0] == 421
         assert ask(address, "/api/request", "PUT", wish, **HEADER)[0] == 405
         assert not (run / "save").exists()
+
+
+def test_another_user_of_this_machine_is_refused_on_loopback(tmp_path: Path, write_run, serve) -> None:
+    write_run(tmp_path / "a")
+    with serve(tmp_path) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port)) as own:
+            assert find_loopback_user(*own.getsockname()) == os.getuid()
+        assert find_loopback_user("127.0.0.1", 1) is None
+        if os.getuid() != 0:
+            pytest.skip("only root can ask as another user")
+        asking = "import sys, http.client as h; c = h.HTTPConnection(sys.argv[1]); c.request('GET', '/'); "
+        command = ["/usr/bin/python3", "-c", f"{asking}print(c.getresponse().status)", place.netloc]
+        assert [subprocess.check_output(command, user=user, text=True) for user in (0, NOBODY)] == ["200\n", "403\n"]
 
 
 def test_requests_write_their_files_and_no_others(tmp_path: Path, write_run, serve) -> None:
