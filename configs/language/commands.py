@@ -9,12 +9,13 @@ import re
 # Set by train/cli.py for the programs that it starts, such as `sdxl-trainer cache`.
 VARIABLE = "SDXL_TRAINER_COMMAND"
 SCRIPT = re.compile(r"bash (?:\S*/)?launch/(cache|train|doctor|preview|sample|watch|quickstart)\.sh\b")
+# A wheel does not hold the documents, but prints this one. A text that names the command already stays as it is.
+SETTINGS_PAGE = re.compile(r"docs/CONFIG\.md(?!.*`sdxl-trainer settings`)")
 MODULES = {
     "python train/convert.py": "sdxl-trainer convert",
     "python -m sdxl_trainer.configs.import_config": "sdxl-trainer import",
     "python -m sdxl_trainer.configs.document": "sdxl-trainer settings",
     "python -m sdxl_trainer.train.report": "sdxl-trainer report",
-    "see docs/CONFIG.md": "`sdxl-trainer settings` explains it",
 }
 
 
@@ -28,6 +29,7 @@ def adapt_commands(text: str) -> str:
     if VARIABLE not in os.environ:
         return text
     text = SCRIPT.sub(r"sdxl-trainer \1", text)
+    text = SETTINGS_PAGE.sub("`sdxl-trainer settings`", text)
     for command, short in MODULES.items():
         text = text.replace(command, short)
     return text

@@ -20,7 +20,7 @@ CLI = [sys.executable, "-m", "sdxl_trainer.train.cli"]
 COMPLETE = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sdxl_trainer; echo "${COMPREPLY[*]}"'
 ANSWER = """sdxl-trainer cache needs to know what to work on:
   sdxl-trainer cache --cfg my.yaml
-All options: sdxl-trainer cache --help; all settings: docs/CONFIG.md
+All options: sdxl-trainer cache --help; all settings: sdxl-trainer settings
 """
 SHORT = ("train.max_steps=2", "checkpoint.every_steps=2", "sample.every_steps=2", "sample.num_inference_steps=1")
 

@@ -235,6 +235,9 @@ def test_commands_are_named_as_the_user_starts_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(VARIABLE, "sdxl-trainer train")
     expected = "run sdxl-trainer cache, then sdxl-trainer convert a b; bash launch/deepspeed.sh has no short name"
     assert adapt_commands(text) == translate(text) == expected
+    assert adapt_commands("see docs/CONFIG.md for the known keys") == "see `sdxl-trainer settings` for the known keys"
+    help_text = "Every setting: docs/CONFIG.md, which `sdxl-trainer settings` prints."
+    assert adapt_commands(help_text) == help_text
     command = 'source launch/language.sh; say "no torchrun: run bash launch/quickstart.sh now" 甲'
     environment = {**os.environ, "LANGUAGE": "", "LC_ALL": "C.UTF-8"}
     said = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
