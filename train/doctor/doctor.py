@@ -30,6 +30,7 @@ from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.left_out import TooManyBadError
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.stores.remote import StoreError
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem, examine_disk, examine_machine
@@ -86,10 +87,9 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
             steps = count_steps(config, None if problems or found else index)
         except UserInputError as error:
             index, found, steps = None, error.problems, None
-        except TooManyBadError as error:
+        except (TooManyBadError, StoreError) as error:
             yield from map(convert_problem, problems)
-            detail = f"{error.rule}; {error.log} lists all" if error.log.is_file() else error.rule
-            yield Finding("data", detail, error.cure)
+            yield convert_failure(error)
             return None
     everything = [*problems, *found, *(problem for problem in hidden if problem not in found)]
     yield from map(convert_problem, drop_consequences(everything))
@@ -101,6 +101,14 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
     if index is not None:
         yield Finding("data", f"{format_count(len(index), 'sample')} to train on")
     return steps
+
+
+def convert_failure(error: TooManyBadError | StoreError) -> Finding:
+    """Convert what has ended the checks of the data to a finding."""
+    if isinstance(error, StoreError):
+        return Finding("data", str(error), "check the URL, the credentials and the network")
+    detail = f"{error.rule}; {error.log} lists all" if error.log.is_file() else error.rule
+    return Finding("data", detail, error.cure)
 
 
 def examine_prediction(config: Config) -> Iterator[Finding]:

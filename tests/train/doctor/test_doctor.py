@@ -21,6 +21,7 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import RunConfig
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.images.bucket import CropBox, Size
+from sdxl_trainer.data.stores.remote import StoreError
 from sdxl_trainer.launch import machine
 from sdxl_trainer.launch.machine import (
     Finding,
@@ -37,6 +38,7 @@ from sdxl_trainer.launch.machine import (
 from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.train.doctor import memory
 from sdxl_trainer.train.doctor.doctor import (
+    convert_failure,
     examine_settings,
     open_scratch_run,
     print_findings,
@@ -231,6 +233,7 @@ def test_a_missing_cache_is_the_next_step_and_bad_latents_are_listed(
 ) -> None:
     missing = Problem("cache.dir", tmp_path, "holds no latent cache", "run bash launch/cache.sh", is_next_step=True)
     print_findings([Finding("a", "fine"), convert_problem(missing)])  # is no fault
+    assert "credentials" in convert_failure(StoreError("s3://bucket/a.tar: 403")).cure
     assert f"TO DO  cache.dir: {tmp_path} holds no latent cache\n       next: run bash" in capsys.readouterr().out
     run = RunConfig(dir=tmp_path / "runs", name="x")
     with open_scratch_run(run) as scratch:
