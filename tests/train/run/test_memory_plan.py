@@ -22,7 +22,7 @@ def test_full_checkpointing_is_kept_by_a_resume_and_has_the_same_losses(one_rank
     assert state["gradient_checkpointing"] == "off"  # `auto` on a host with room for the tiny model
     log = (one_rank / "logs" / "train.log").read_text()
     assert "engine.gradient_checkpointing: off, because a rank needs " in log and "largest micro batch" in log
-    assert "starting DeepSpeed on 1 rank\n" in log
+    assert "starting DeepSpeed on 1 rank\n" in log and "estimating the memory of a rank\n" in log
     part = cached_folder / "runs" / "checkpointed"
     shutil.copytree(one_rank / "checkpoints" / "step-00000004", part / "checkpoints" / "step-00000004")
     words = ["run.name=checkpointed", "train.max_steps=6", "sample.prompts=[]", "checkpoint.every_steps=1"]
