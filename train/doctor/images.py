@@ -46,9 +46,10 @@ def examine_images(config: Config, can_train: bool) -> Iterator[Finding]:
     items = [WorkItem(key=str(keys[row]), image_path=str(paths[row]), file="") for row in chosen.tolist()]
     rule = build_bucket_rules(config.data)[""]
     trial = try_decoding(items, rule, len(items), config.cache.num_workers, max_seconds=MAX_SECONDS)
-    opened = OpenedImages(trial.num_images, len(rows), sorted(trial.bad))
+    num_tried, num_to_do = trial.num_images, len(rows)
+    opened = OpenedImages(num_tried, num_to_do, sorted(trial.bad))
     if not opened.bad:
-        yield Finding("images", f"opened {trial.num_images:,} of the {len(rows):,} images to encode: all can be used")
+        yield Finding("images", f"opened {num_tried:,} of the {num_to_do:,} images to encode: all can be used")
         return
     finding = convert_problem(build_image_problem(config.data, opened, len(records)))
     is_fault = opened.would_fail(config.data.max_bad_fraction, len(records)) and not can_train
