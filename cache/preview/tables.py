@@ -150,11 +150,8 @@ def tabulate_tags(tags: TagCounts) -> DataTable:
 def show_captions(dataset: LatentDataset, rows: np.ndarray, epoch: int) -> list[str]:
     """Return the captions of samples in an epoch; in place of those without text, the reason in brackets."""
     kept = draw_captions(without_dropout(dataset), rows, epoch)
-    failed, dropped, empty = (
-        translate("(the strategy failed)"),
-        translate_label("(dropped)"),
-        translate_label("(empty)"),
-    )
+    failed, dropped = translate("(the strategy failed)"), translate("(dropped by design)")
+    empty = translate_label("(empty)")
     return [
         failed if caption is None else caption or (dropped if whole else empty)
         for caption, whole in zip(draw_captions(dataset, rows, epoch), kept, strict=True)

@@ -52,7 +52,7 @@ def test_a_dropped_caption_is_not_shown_as_an_empty_one(filled, capsys, monkeypa
     monkeypatch.setenv("COLUMNS", "160")
     run(filled, "data.caption.dropout_rate=1.0")
     printed = capsys.readouterr().out
-    assert "(dropped)" in printed and "(empty)" not in printed
+    assert "(dropped by design)" in printed and "(empty)" not in printed
 
 
 def test_the_counts_are_those_of_training(filled, capsys, monkeypatch):
