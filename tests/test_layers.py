@@ -111,6 +111,8 @@ def find_wrong_imports(file: str, source: str) -> list[str]:
     }
     for name in list_imports(ast.parse(source)):
         top, *rest = name.split(".")
+        if rest == ["__version__"]:  # the package's own, which is below all folders
+            continue
         if not top:
             wrong.append(f"{file}: relative import {name}")
         elif top in LEVELS or top in siblings:
