@@ -57,7 +57,6 @@ from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, describe_seconds, format_count
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
-from sdxl_trainer.data.checks.unusable_images import get_bad_images_file
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     ManifestWriter,
@@ -351,9 +350,9 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
     """
     signals = [result.interrupted for result in results if result.interrupted is not None]
     bad = [line for result in results for line in result.bad]
-    file = get_bad_images_file(folder)
+    file = None
     if ranks.is_main:
-        write_bad_images(file, bad)
+        file = write_bad_images(folder, bad)
         if not signals:
             replace_shards(config.cache, folder)
         write_cache_report(folder, [result.progress for result in results], read_latest(folder))

@@ -91,9 +91,11 @@ class BadImages:
         return [status.st_size, status.st_mtime_ns, self._rules]
 
 
-def write_bad_images(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write the bad images of all ranks."""
+def write_bad_images(folder: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    """Write the list of all ranks' bad images into the cache folder, and return the file."""
+    file = get_bad_images_file(folder)
     write_atomic(file, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    return file
 
 
 def report_known(folder: Path, num_known: int) -> None:

@@ -8,7 +8,6 @@ from loguru import logger
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
-from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
@@ -66,8 +65,6 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     state, changes = restore_state(checkpoint, fresh, split.plan, config.run.on_data_change)
     num_steps = count_run_steps(config.train, split.plan, state)
     # Workers start and read ahead while the networks are loaded.
-    if config.data.num_workers:
-        logger.info("starting {} on each rank", format_count(config.data.num_workers, "data worker"))
     dataset = build_dataset(config, index, tokenizers, strategy)
     objective = build_objective(config, source, ranks)
     batches = start_loader(config, dataset, split.plan, state, ranks, objective)

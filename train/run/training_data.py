@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from loguru import logger
 
-from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config, TrainConfig, ValidationConfig
 from sdxl_trainer.data.checks.left_out import load_left_out_rows
 from sdxl_trainer.data.checks.validation_set import derive_validation_config, find_held_out_rows, open_validation_set
@@ -123,6 +123,8 @@ def start_loader(
     Args:
         objective: may draw the noise of each micro batch as soon as a worker is asked for it.
     """
+    if config.data.num_workers:
+        logger.info("starting {} on each rank", format_count(config.data.num_workers, "data worker"))
     specs = iterate_specs(
         plan,
         Position(state.epoch, state.index),

@@ -42,7 +42,7 @@ def test_unchanged_images_with_bad_bytes_are_left_out(tmp_path: Path) -> None:
         first.add(key, str(tmp_path / key), error)
     file = get_bad_images_file(tmp_path)
     file.parent.mkdir()
-    write_bad_images(file, [*first.lines, {"key": "odd", "source": None}])
+    write_bad_images(tmp_path, [*first.lines, {"key": "odd", "source": None}])
     (tmp_path / "changed").write_bytes(b"xy")
     (tmp_path / "gone").unlink()
     for rules, left_out in (("rules", ["bytes", "refused"]), ("other rules", [])):
