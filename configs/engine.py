@@ -14,6 +14,7 @@ PURE_BF16 = ("bf16_kahan", "bf16_stochastic")
 WEIGHT_TYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", **dict.fromkeys(PURE_BF16, "bf16")}
 Checkpointing = Literal["off", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)  # the fastest first, which takes the most memory
+Compile = Literal["none", "regional", "full"]
 # DeepSpeed's setting → the setting here that determines it.
 OWN_SETTINGS = {
     "train_batch_size": "train.global_batch_size",
@@ -75,9 +76,11 @@ class EngineConfig(Section):
     """Implementation of attention on GPUs. `cudnn`, `flash` and `efficient` are PyTorch's back ends: the one you name
     is tried first, and the others serve calls that it does not support. `auto` tries cuDNN's first on Hopper and later,
     elsewhere flash attention. `sdpa` leaves the order to PyTorch, and `xformers` needs that package."""
-    compile: bool = False
-    """Compile the U-Net with `torch.compile`, which takes time at the start. The first bucket is compiled for its size;
-    two more graphs, for any height or width, serve all others. Not for ZeRO 3."""
+    compile: Compile = "none"
+    """Compile the U-Net with `torch.compile`. `regional` compiles one graph for each kind of block, which serves all
+    buckets: 14 graphs for SDXL, compiled in the first step. `full` compiles the whole U-Net, which takes longer: for
+    the first bucket, and twice more for all others. The log has the number of graphs and the time. Needs a C compiler.
+    Not for ZeRO 3. `true` means `full`, `false` means `none`."""
     channels_last: bool = False
     """Use the channels_last memory format, which can speed up convolutions on tensor cores."""
     fp8: Literal["none", "linear"] = "none"
@@ -104,6 +107,11 @@ class EngineConfig(Section):
     @classmethod
     def _name_choice(cls, value: Any) -> Any:
         return name_checkpointing(value)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _name_compilation(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("precision", "offload_optimizer")
     @classmethod
@@ -179,8 +187,8 @@ class EngineConfig(Section):
 
     @field_validator("compile")
     @classmethod
-    def _require_whole_weights(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
+    def _require_whole_weights(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
             raise ValueError("needs engine.zero_stage 0, 1 or 2, without engine.offload_param")
         return value
 

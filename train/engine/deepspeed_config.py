@@ -1,6 +1,8 @@
 """DeepSpeed's settings, built from the `engine` section: the default ZeRO stage, buckets, and the JSON."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -69,6 +71,10 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     elif engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
         yield Problem("engine.attention", "xformers", "is not installed", "set it to sdpa, or pip install xformers")
     yield from check_precision(engine)
+    if engine.compile != "none" and find_c_compiler() is None:
+        rule = "needs a C compiler, with which PyTorch builds what it compiles"
+        cure = "install one (apt-get install g++), name yours in the environment variable CXX, or set it to none"
+        yield Problem("engine.compile", engine.compile, rule, cure)
     if engine.accumulation_dtype != "fp32" or WEIGHT_TYPES[engine.precision] == "fp32":
         return
     if optim.name == "muon":
@@ -77,6 +83,12 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     elif engine.zero_stage == 0 and not CAN_SUM_IN_FP32:
         rule = f"is impossible in {engine.precision} under ZeRO 0 with PyTorch {torch.__version__}"
         yield Problem("engine.accumulation_dtype", "fp32", rule, "install torch 2.10 or later, or set it to auto")
+
+
+def find_c_compiler() -> str | None:
+    """Return the path of a C compiler that `torch.compile` finds, or None."""
+    names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang"]
+    return next((path for name in names if name and (path := shutil.which(name.split()[0]))), None)
 
 
 def check_precision(engine: EngineConfig) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from sdxl_trainer.train.engine.deepspeed_config import (
 )
 from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryLine, MemoryTable, Phase
 from sdxl_trainer.train.estimates.networks import NetworkSizes
+from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing
 from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
@@ -216,8 +217,7 @@ def list_activations(config: Config, sizes: NetworkSizes) -> Iterator[MemoryLine
     Without accumulation the sum of a phase is a close lower bound: the forward pass ends with all activations and no
     gradient, the backward pass with all gradients and the activations of one block.
     """
-    policy = config.engine.gradient_checkpointing
-    activations = sizes.activations["off" if policy == "auto" else policy]
+    activations = sizes.activations[resolve_checkpointing(config.engine)]
     number = config.train.micro_batch_size
     name = f"activations of {number} x {sizes.bucket}"
     yield MemoryLine(component=name, device=number * activations.kept, phases=("forward pass",), grows=True)

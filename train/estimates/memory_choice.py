@@ -91,7 +91,7 @@ def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Conf
         yield name, replace_settings(config, "engine", gradient_checkpointing="full")
     if micro_batch > 1:
         yield "train.micro_batch_size: 1", replace_settings(config, "train", micro_batch_size=1)
-    if world_size > 1 and engine.zero_stage != 3 and not engine.compile:
+    if world_size > 1 and engine.zero_stage != 3 and engine.compile == "none":
         yield "engine.zero_stage: 3", replace_settings(config, "engine", zero_stage=3)
     if engine.precision in ("bf16", "fp16") and not engine.offload_optimizer:
         stage = max(2, engine.zero_stage or 0)

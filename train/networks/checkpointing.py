@@ -13,10 +13,20 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sdxl_trainer.configs.engine import Checkpointing
+from sdxl_trainer.configs.engine import Checkpointing, EngineConfig
 
 # Runs a function on its inputs and keeps these alone for the backward pass.
 RunRegion = Callable[..., Any]
+
+
+def resolve_checkpointing(config: EngineConfig) -> Checkpointing:
+    """Return the checkpointing that the settings come to: none before `auto` is resolved.
+
+    `selective` is for blocks that are not compiled. Its regions would keep blocks from sharing a graph, and a compiled
+    block repeats norms and activations by itself where that pays.
+    """
+    policy = config.gradient_checkpointing
+    return "off" if policy == "auto" or (policy == "selective" and config.compile != "none") else policy
 
 
 def set_checkpointing(unet: Any, policy: Checkpointing, run: RunRegion | None = None) -> None:

@@ -14,7 +14,8 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.launch.logger import warn_once
-from sdxl_trainer.train.networks.checkpointing import set_checkpointing
+from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing, set_checkpointing
+from sdxl_trainer.train.networks.compilation import Compilation
 from sdxl_trainer.train.networks.conditioning import TextEmbeddings, TextInputs
 from sdxl_trainer.train.networks.fp8_linears import convert_linears
 
@@ -29,6 +30,9 @@ class TrainedNetworks(torch.nn.Module):
 
     Args:
         text_encoder, text_encoder_2: None for an encoder that stays frozen.
+
+    Attributes:
+        compilation: of the U-Net; None if it is not compiled.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class TrainedNetworks(torch.nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
+        self.compilation: Compilation | None = None
 
     def forward(
         self,
@@ -85,7 +90,7 @@ def load_unet(
 ) -> torch.nn.Module:
     """Load SDXL's U-Net for training, and apply the settings of `engine` that change its execution.
 
-    The settings are fp8, gradient checkpointing, the attention backend, channels_last and compilation.
+    The settings are fp8, gradient checkpointing, the attention backend and channels_last.
     """
     from diffusers import UNet2DConditionModel
 
@@ -95,15 +100,12 @@ def load_unet(
         count = format_count(convert_linears(unet), "linear layer")
         warn_once("engine.fp8: {} multiply in fp8; experimental: no GPU has shown its gain or its losses yet", count)
     configure_unet(unet, config)
-    if config.compile:
-        unet.compile()
     return unet.train()
 
 
 def configure_unet(unet: Any, config: EngineConfig) -> None:
     """Apply the execution options of `engine` that act on single layers; `gradient_checkpointing: auto` is off."""
-    if config.gradient_checkpointing != "auto":
-        set_checkpointing(unet, config.gradient_checkpointing)
+    set_checkpointing(unet, resolve_checkpointing(config))
     if config.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     if config.channels_last:

@@ -74,6 +74,8 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
         log_step(run, result, lr, time.monotonic() - started)
         require_good_samples(run, result.num_bad)
         memory.note_step()
+        if run.engine.model.compilation is not None:
+            run.engine.model.compilation.log_progress()
         is_last = state.step == run.num_steps
         if is_last or result.stop or result.save or is_save_due(run, epoch):
             run.requests.restart_save_timer()

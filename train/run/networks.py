@@ -22,6 +22,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES, compute_batch_sizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import add_adapters
+from sdxl_trainer.train.networks.compilation import compile_unet
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner, TextConditioner
 from sdxl_trainer.train.networks.empty_networks import build_empty_run_networks
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
@@ -53,6 +54,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     networks = TrainedNetworks(unet, **{name: encoders[name] for name in trained})
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
+    networks.compilation = compile_unet(unet, config.engine.compile)
     groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
     logger.info("starting DeepSpeed on {}", format_count(ranks.world_size, "rank"))
     seed = derive_seed(config.run.seed, RandomStream.ROUNDING, ranks.rank)

@@ -218,6 +218,8 @@ def test_the_choice_follows_the_memory_of_the_smallest_gpu() -> None:
     on_host = MemoryLimits(device=None, host=120 * GIB, ranks_per_host=2)
     assert plan_memory(config, SDXL, 1, on_host).config.engine.gradient_checkpointing == "full"
     assert plan_memory(config, SDXL, 1, CPU).config.engine.gradient_checkpointing == "off"
+    compiled = build("engine.gradient_checkpointing=selective", "engine.compile=regional")
+    assert get_line(estimate_memory(compiled, SDXL, 1, CPU), "activations") == (6_888_906_624, 0)
     asked = build("engine.gradient_checkpointing=off")
     assert plan_memory(asked, SDXL, 1, limits) == (asked, estimate_memory(asked, SDXL, 1, limits), "")
 
