@@ -24,6 +24,8 @@ CARDS = (12, 16, 24, 48, 80)  # GiB by name
 USABLE = 0.98  # share of the memory by name that the driver reports
 CASES = {
     "sdxl_lora": (1,),
+    "sdxl_12gb": (1,),
+    "sdxl_24gb": (1,),
     "sdxl_lowmem_offload": (1,),
     "sdxl_full": (1, 4),
     "sdxl_vpred_ztsnr": (1, 4),

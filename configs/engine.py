@@ -40,12 +40,19 @@ class EngineConfig(Section):
     on several ranks, with `engine.offload_optimizer`, or if one rank accumulates gradients in 16 bit (ZeRO 2 adds them
     in fp32 in the least memory); otherwise 0 in fp32 and 1 (which keeps fp32 master weights) in 16 bit. Set 3 if the
     weights do not fit on one GPU."""
+    gradient_release: bool = False
+    """Update each weight as soon as its gradient is computed, and free the gradient, so that no gradients of all
+    weights exist at the same time. With `precision: bf16_stochastic` all of SDXL can be trained on one card. Needs
+    `bf16_stochastic`, `bf16_kahan` or `fp32`, one micro step a step, and no clipping by the global norm (see
+    `optim.clipping`); not with ZeRO, offload, or optimizers that need all gradients. An error in a backward pass leaves
+    nothing that could be saved: the next start resumes from the newest checkpoint."""
     precision: Literal["fp32", "bf16", "fp16", "bf16_kahan", "bf16_stochastic"] = "bf16"
     """Precision of the weights in training. `bf16` and `fp16` keep fp32 master weights in the (sharded) optimizer;
     `fp16` scales the loss and skips steps that overflow. `bf16_kahan` and `bf16_stochastic` save memory by keeping
     weights and moments in bf16 only, for `adamw` and `lion`: `bf16_kahan` adds the rounding error of each update to the
     next (Kahan summation), `bf16_stochastic` rounds up or down at random, correct on average. They take 10 and 8 bytes
-    per weight instead of 14, plus gradients. All but `fp32` and `bf16` need ZeRO 1 to 3."""
+    per weight instead of 14, plus gradients. All but `fp32` and `bf16` need ZeRO 1 to 3, or
+    `engine.gradient_release`."""
     tf32: bool = False
     """Let convolutions and matrix products in fp32 round their inputs to TF32 (10 bits) on NVIDIA GPUs. It makes
     `precision: fp32` faster and less accurate. The cache job's VAE has `cache.vae_precision` for this."""
@@ -113,9 +120,30 @@ class EngineConfig(Section):
     def _name_compilation(cls, value: Any) -> Any:
         return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
+    @field_validator("gradient_release")
+    @classmethod
+    def _require_no_sharding(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("zero_stage"):
+            raise ValueError("does not work with ZeRO, which shards gradients; leave engine.zero_stage out")
+        return value
+
+    @field_validator("precision")
+    @classmethod
+    def _require_no_masters(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("gradient_release") and value not in ("fp32", *PURE_BF16):
+            allowed = " or ".join((*PURE_BF16, "fp32"))
+            raise ValueError(
+                f"does not work with engine.gradient_release, which has no master weights; set it to {allowed}"
+            )
+        return value
+
     @field_validator("precision", "offload_optimizer")
     @classmethod
     def _require_sharding(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("gradient_release"):
+            if value is True:
+                raise ValueError("does not work with engine.gradient_release; leave one of them out")
+            return value
         if value in ("fp16", *PURE_BF16, True) and info.data.get("zero_stage") == 0:
             raise ValueError("needs engine.zero_stage 1, 2 or 3")
         return value

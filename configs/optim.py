@@ -78,7 +78,10 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Learning rate at the end of the schedule, as a share of the peak. `constant` does not use it."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Maximum global norm of the gradients, which are scaled down to it; 0 turns clipping off."""
+    """Maximum norm of the gradients, which are scaled down to it; 0 turns clipping off."""
+    clipping: Literal["global", "parameter"] = "global"
+    """Whose norm `optim.max_grad_norm` limits: `global` is that of all gradients together, `parameter` that of each
+    weight tensor on its own. `parameter` needs `engine.gradient_release`."""
 
     @field_validator("block_lrs")
     @classmethod

@@ -321,6 +321,17 @@ def reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def start_reduction(values: torch.Tensor) -> Callable[[], None]:
+    """Start to sum `values` over all ranks, in place, and return a function that waits for the end."""
+    work = dist.all_reduce(values, async_op=True) if _is_distributed() else None
+
+    def wait() -> None:
+        if work is not None:
+            work.wait()
+
+    return wait
+
+
 def broadcast_tensor(values: torch.Tensor, source_rank: int) -> torch.Tensor:
     """Copy the source rank's `values` to every rank, in place, and return them."""
     if _is_distributed():

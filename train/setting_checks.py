@@ -6,7 +6,8 @@ from sdxl_trainer.cache.models.encoders import check_vocabulary
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, format_count
 from sdxl_trainer.configs.schema import Config, OptimConfig, TrainConfig
-from sdxl_trainer.train.engine.deepspeed_config import check_engine
+from sdxl_trainer.train.engine.deepspeed_config import check_engine, compute_batch_sizes
+from sdxl_trainer.train.engine.gradient_release import check_gradient_release
 from sdxl_trainer.train.networks.adapters import check_adapters
 from sdxl_trainer.train.networks.fp8_linears import check_fp8
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
@@ -39,6 +40,15 @@ def check_frozen_encoders(optim: OptimConfig) -> Iterator[Problem]:
     for name in list_trained_encoders(optim):
         rule, cure = "trains a text encoder, which does not run with cache.text", "set it to 0, or cache.text: false"
         yield Problem(f"optim.{name}_lr", getattr(optim, f"{name}_lr"), rule, cure)
+
+
+def check_rank_settings(config: Config, world_size: int) -> Iterator[Problem]:
+    """Yield problems of settings that depend on the number of ranks."""
+    of_batches = list(check_batch_sizes(config.train, world_size))
+    yield from of_batches
+    if not of_batches:
+        steps = compute_batch_sizes(config.train, world_size).accumulation_steps
+        yield from check_gradient_release(config.engine, config.optim, steps)
 
 
 def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:

@@ -140,6 +140,8 @@ def choose_default_stage(
 
     ZeRO 2 adds gradients up in this rank's part of an fp32 buffer. ZeRO 1 keeps fp32 gradients of all weights besides.
     """
+    if engine.gradient_release:
+        return StageChoice(0, "engine.gradient_release shards nothing")
     if engine.offload_param:
         return StageChoice(3, "engine.offload_param needs it")
     if engine.offload_optimizer:

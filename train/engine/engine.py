@@ -21,6 +21,7 @@ from sdxl_trainer.train.engine.deepspeed_config import (
     resolve_gradient_types,
     uses_muon,
 )
+from sdxl_trainer.train.engine.gradient_release import ReleasingEngine
 from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.kernel_patches import add_up_at_zero_0, start_fewer_kernels
 from sdxl_trainer.train.engine.patches import (
@@ -36,7 +37,7 @@ from sdxl_trainer.train.engine.weights import Weights, copy_fp32_share
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO.
+    """A model under DeepSpeed ZeRO, or with gradient release (gradient_release.py).
 
     Args:
         model: in the precision of training, or in fp32, which DeepSpeed casts to that precision.
@@ -69,11 +70,15 @@ class Engine:
         rank, _, world_size = read_environment()
         has_masters = config.precision in ("bf16", "fp16")
         copies = copy_fp32_share(model, rank, world_size) if has_masters else None
-        self._engine = _build_deepspeed(model, optimizer, config, batch, max_grad_norm)
+        if config.gradient_release:
+            self._engine: Any = ReleasingEngine(model, optimizer, config, max_grad_norm)
+        else:
+            self._engine = _build_deepspeed(model, optimizer, config, batch, max_grad_norm)
+        self._updates_in_backward = config.gradient_release
         self._guard = UpdateGuard(self._engine.device)
         exact_weights = exact_weights if has_masters else ()
         self.weights = Weights(self._engine, copies, exact_weights, ema, self._guard.mark.record)
-        if self.zero_stage == 0:
+        if self.zero_stage == 0 and not config.gradient_release:
             # DeepSpeed has updated once with gradients of zero, which Adam would count as its first step.
             self._engine.basic_optimizer.state.clear()
         self._host_memory = HostMemory()
@@ -106,6 +111,8 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over ranks; the engine divides it by the accumulation steps."""
+        if self._updates_in_backward:
+            self._guard.begin_writing()
         self._engine.backward(loss)
 
     def step(self) -> bool:

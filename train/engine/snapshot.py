@@ -9,6 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.train.engine.gradient_release import ReleasingEngine
 from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.layout import Layout
 from sdxl_trainer.train.engine.patches import StateCopies, collect_state_files, count_group_masters
@@ -69,7 +70,7 @@ def capture_state(
     parameter (layout.py).
 
     Args:
-        engine: the engine that `deepspeed.initialize` returned.
+        engine: the engine that `deepspeed.initialize` returned, or a ReleasingEngine.
         memory: host memory to reuse.
         alone: take no part in collectives, because other ranks may be dead; training cannot continue afterwards.
         with_module: return the file with the module's weights even if rank 0 alone writes it.
@@ -87,7 +88,10 @@ def capture_state(
     weights.release_gathered(alone)
     weights.restore_replaced()
     copies = StateCopies(copy, copy_optimizer)
-    files = collect_state_files(engine, STATE_TAG, UNIVERSAL_INFO, copies, with_module)
+    if isinstance(engine, ReleasingEngine):
+        files = engine.collect_state_files(STATE_TAG, {}, copy, with_module)
+    else:
+        files = collect_state_files(engine, STATE_TAG, UNIVERSAL_INFO, copies, with_module)
     if not alone:
         weights.gather_persistent()
     files[f"{STATE_TAG}/layout_rank_{layout.rank:05d}.pt"] = layout.to_plain()

@@ -15,6 +15,7 @@ from sdxl_trainer.train.engine.deepspeed_config import (
     compute_batch_sizes,
     resolve_gradient_types,
 )
+from sdxl_trainer.train.engine.gradient_release import BUCKET_VALUES
 from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryLine, MemoryTable, Phase
 from sdxl_trainer.train.estimates.networks import NetworkSizes
 from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing
@@ -24,7 +25,9 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochast
 # Bytes of the copy that the optimizer updates: fp32 masters, or DeepSpeed's bf16 copy (with Kahan's compensation).
 MASTER_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "bf16_kahan": 4, "bf16_stochastic": 2}
 # Values that an optimizer keeps for each weight. Other optimizers are assumed to keep two, as AdamW does.
-NUM_MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "prodigy": 4.0, "muon": 1.0}
+NUM_MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "lion": 1.0, "prodigy": 4.0, "muon": 1.0}
+# Adafactor's means of rows and columns, in fp32 in every precision: counted on the shapes of SDXL's U-Net.
+ADAFACTOR_BYTES = 0.38
 AVERAGE_BYTES, FP32_BYTES = 4, 4
 # Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
 CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
@@ -71,6 +74,8 @@ def resolve_state_bytes(config: Config, world_size: int) -> StateBytes:
 
 def count_master_bytes(engine: EngineConfig) -> int:
     """Count the bytes per trained weight of the copy that the optimizer updates, besides the weights themselves."""
+    if engine.gradient_release:
+        return 2 if engine.precision == "bf16_kahan" else 0  # of Kahan's compensation
     return 0 if engine.precision == "fp32" and not engine.zero_stage else MASTER_BYTES[engine.precision]
 
 
@@ -80,6 +85,8 @@ def count_moment_bytes(engine: EngineConfig, optimizer: str) -> float:
     Args:
         optimizer: `optim.name`.
     """
+    if optimizer == "adafactor":
+        return ADAFACTOR_BYTES
     return NUM_MOMENTS.get(optimizer, 2.0) * (2 if engine.precision in PURE_BF16 else 4)
 
 
@@ -147,6 +154,13 @@ def list_weights(config: Config, sizes: NetworkSizes, state: StateBytes, has_gpu
 def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world_size: int) -> Iterator[MemoryLine]:
     """Yield the lines of gradients and of the buffers in which ranks send them."""
     engine, numel = config.engine, sizes.num_trained
+    if engine.gradient_release:
+        # That of one weight, or those of a bucket and their sums in fp32, while the next bucket fills.
+        largest = max(sizes.trained)
+        bucket = 2 * (BUCKET_VALUES + largest) * (state.weight + FP32_BYTES)
+        waiting = bucket if world_size > 1 else largest * state.weight
+        yield MemoryLine(component="gradients", device=waiting, phases=("backward pass",))
+        return
     phases: tuple[Phase, ...] = ("forward pass", "backward pass", "update")
     if engine.zero_stage == 3:
         phases = (*phases, "image generation")
@@ -182,7 +196,12 @@ def list_optimizer(
         for name, number in zip(names, numbers, strict=True):
             yield MemoryLine(component=name, device=share * number)
         copies = count_update_copies(state, groups)
-        yield MemoryLine(component="copies in an update", device=copies, phases=("update",))
+        phases: tuple[Phase, ...] = ("update",)
+        if engine.gradient_release:
+            # The optimizers convert a weight, its gradient and its change to fp32.
+            copies = 3 * FP32_BYTES * max(sizes.trained)
+            phases = ("backward pass",)
+        yield MemoryLine(component="copies in an update", device=copies, phases=phases)
         return
     parts = [numel / state.optimizer_shares for numel in groups]
 

@@ -66,9 +66,11 @@ LOW_PRECISION = {
     "bf16_stochastic": {
         "adamw": OptimizerEntry("sdxl_trainer.train.optim.stochastic_rounding.AdamW"),
         "lion": OptimizerEntry("sdxl_trainer.train.optim.stochastic_rounding.Lion"),
+        "adafactor": OptimizerEntry("sdxl_trainer.train.optim.adafactor.Adafactor"),
     },
 }
 # Class name → reason, for optimizers whose result on the flat shards of ZeRO 1 to 3 differs from that on whole tensors.
+NEEDS_ALL_GRADIENTS = ("muon", "Prodigy", "DAdaptAdam")  # names of `optim.name` or of classes; see gradient_release.py
 NEEDS_WHOLE_TENSORS = {
     "Adafactor": "factors each weight's second moment by rows and columns",
     "CAME": "factors each weight's second moment by rows and columns",
@@ -229,6 +231,9 @@ def check_engine_of_optimizer(config: OptimConfig, engine: EngineConfig, kind: A
     if reason and engine.zero_stage:
         rule = f"{reason}, which is impossible on the flat shards of ZeRO {engine.zero_stage}"
         yield Problem(KEY, config.name, rule, "set engine.zero_stage: 0, or another optim.name")
+    if engine.gradient_release and {config.name, kind.__name__} & set(NEEDS_ALL_GRADIENTS):
+        rule = "needs the gradients of all weights at once, which engine.gradient_release never has"
+        yield Problem(KEY, config.name, rule, "set it to adafactor, adamw or lion")
     forms = LOW_PRECISION.get(engine.precision)
     if forms is not None and config.name not in forms:
         cure = f"set it to {' or '.join(forms)}, or set engine.precision: bf16"

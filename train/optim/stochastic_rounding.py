@@ -37,6 +37,11 @@ def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
     return (values >> bits) & ((1 << (32 - bits)) - 1)
 
 
+def build_key(seed: int) -> tuple[int, int]:
+    """Return the key of `draw_halves` for a seed of 62 bits."""
+    return seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF
+
+
 def draw_halves(num: int, start: Scalar, key: tuple[Scalar, Scalar], like: torch.Tensor) -> Sequence[torch.Tensor]:
     """Draw three random numbers below 2^16 for each of the positions [start, start + num), each [num] int32.
 
@@ -111,9 +116,13 @@ class StochasticOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every weight that has a gradient. DeepSpeed may call it several times in one optimizer step."""
+        """Update every weight that has a gradient. DeepSpeed may call it several times in one optimizer step.
+
+        A group that is a part of a larger one has the number of its first tensor as `first_tensor`.
+        """
         number = 0
         for group in self.param_groups:
+            number = group.get("first_tensor", number)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group, number)
@@ -125,8 +134,7 @@ class StochasticOptimizer(torch.optim.Optimizer):
         if not state:
             state.update({"step": 0, **{name: torch.zeros_like(parameter) for name in self.MOMENTS}})
         state["step"] += 1
-        seed = derive_seed(self._seed, state["step"], number)
-        key = (seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF)
+        key = build_key(derive_seed(self._seed, state["step"], number))
         scalars = self.list_scalars(group, state["step"])
         gradient = gradients.reshape(-1)
         stored = [tensor.view(-1) for tensor in (parameter, *(state[name] for name in self.MOMENTS))]

@@ -20,7 +20,7 @@ from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
-from sdxl_trainer.train.setting_checks import check_batch_sizes, check_model_settings, check_run_settings
+from sdxl_trainer.train.setting_checks import check_model_settings, check_rank_settings, check_run_settings
 
 
 def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
@@ -35,7 +35,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
         FailedError: more latents are bad than `data.max_bad_fraction` allows.
     """
     problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
-    problems += check_batch_sizes(config.train, world_size)
+    problems += check_rank_settings(config, world_size)
     problems += check_shared_memory(config)
     problems += check_resume(config.run)
     problems += check_writable("run.dir", config.run.folder)

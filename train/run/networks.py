@@ -56,8 +56,11 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
     networks.compilation = compile_unet(unet, config.engine.compile)
     groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
-    logger.info("starting DeepSpeed on {}", format_count(ranks.world_size, "rank"))
-    seed = derive_seed(config.run.seed, RandomStream.ROUNDING, ranks.rank)
+    if not config.engine.gradient_release:
+        logger.info("starting DeepSpeed on {}", format_count(ranks.world_size, "rank"))
+    # With gradient release every rank updates all weights, and must round them alike.
+    shard = 0 if config.engine.gradient_release else ranks.rank
+    seed = derive_seed(config.run.seed, RandomStream.ROUNDING, shard)
     engine = Engine(
         networks,
         build_optimizer(groups, config.optim, config.engine, seed),
