@@ -218,6 +218,11 @@ class EngineConfig(Section):
     def _require_whole_weights(cls, value: str, info: ValidationInfo) -> str:
         if value != "none" and (info.data.get("zero_stage") == 3 or info.data.get("offload_param")):
             raise ValueError("needs engine.zero_stage 0, 1 or 2, without engine.offload_param")
+        if value == "full" and info.data.get("gradient_release"):
+            raise ValueError(
+                "computes all gradients in one graph, which engine.gradient_release frees one by one; "
+                "set it to regional"
+            )
         return value
 
 

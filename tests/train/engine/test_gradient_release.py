@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -159,3 +160,18 @@ def test_an_error_in_the_backward_pass_leaves_nothing_to_save() -> None:
     handle.remove()
     with engine.hold_updates(0.1) as completed:
         assert completed is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"precision": "bf16"}, "which has no master weights; set it to bf16_kahan or bf16_stochastic or fp32"),
+        ({"zero_stage": 1}, "leave engine.zero_stage out"),
+        ({"offload_optimizer": True}, "leave one of them out"),
+        ({"compile": "full"}, "set it to regional"),
+    ],
+)
+def test_settings_that_contradict_gradient_release(settings: dict, reason: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        EngineConfig.model_validate({"gradient_release": True, "precision": "fp32", **settings})
+    assert reason in str(caught.value)
