@@ -18,7 +18,7 @@ limit_mb=60
 packages=(diffusers importlib_metadata zipp lazy-importer filelock # diffusers and what it needs
     hjson einops msgpack ninja psutil py-cpuinfo # deepspeed's
     pydantic pydantic_core annotated-types typing-inspection typing_extensions
-    loguru webdataset braceexpand orjson msgspec isal torch-optimi prodigyopt)
+    loguru webdataset braceexpand orjson msgspec isal torch-optimi prodigyopt torchao)
 
 find_version() { # NAME: the version that constraints.txt pins
     local line
