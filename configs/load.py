@@ -42,7 +42,7 @@ KINDS = {
     "dict_type": ("must hold names with values", "write it between braces: {{name: value}}"),
     "model_type": (
         "is a section, which holds settings below it",
-        "write each on a line of its own, indented, with a space after its colon",
+        "write each on a line of its own, indented, with a colon (:) of half width and a space after it",
     ),
     "missing": ("must be set", SEE_ALSO),
     "invalid_key": ("is not the name of a setting", "docs/CONFIG.md lists the names"),
@@ -58,6 +58,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "engine.attention": {"flash_attention_2": "flash", "mem_efficient": "efficient", "xformer": "xformers"},
 }
 # Words of PyYAML's errors → what to do.
+WIDE_COLON = re.compile(r"\s*[A-Za-z_][\w.-]*\s*：")
 YAML_CURES = {
     r"'\t'": "indent with spaces: YAML allows no tabs",
     "escape character": "write / instead of \\ in paths, or put single quotes around the text",
@@ -176,6 +177,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         rule, cure = f"cannot be read: {error.strerror}", "give a YAML file"
         raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
     except ValueError as error:
+        if number := _find_wide_colon(path):
+            rule, cure = f"has a full-width colon in line {number}", "write a colon of half width, and a space"
+            raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
         cure = next((cure for text, cure in YAML_CURES.items() if text in str(error)), "correct the line that is named")
         raise UserInputError([Problem("--cfg", path, f"is not valid YAML: {error}", cure)]) from None
     if not isinstance(raw, dict | None):
@@ -184,6 +188,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if raw and IMPORTED_KEY in raw:
         raise _build_import_error(path)
     return raw or {}
+
+
+def _find_wide_colon(path: Path) -> int | None:
+    """Return the number of the first line in which a key is followed by a full-width colon, as Chinese input has."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((number for number, line in enumerate(lines, 1) if WIDE_COLON.match(line)), None)
 
 
 def _build_import_error(path: Path) -> UserInputError:
@@ -215,7 +225,9 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
     """Set the key of one `key.sub=value` word, in place, or return what is wrong with the word."""
     key, equals, text = word.partition("=")
     if not equals or not key:
-        return Problem(word, None, "is not a setting", "write key.sub=value")
+        is_wide = bool(set(word) & set("＝："))
+        cure = "write an equals sign of half width: key.sub=value" if is_wide else "write key.sub=value"
+        return Problem(word, None, "is not a setting", cure)
     try:
         value = load_yaml(text)
     except ValueError:

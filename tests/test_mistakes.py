@@ -204,6 +204,10 @@ def give_finished_run(folder: Path) -> list[str]:
 # Mistake → what the message must hold.
 MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] = {
     # the file of settings
+    "a full-width colon": (
+        give_yaml("train:\n  max_steps： 5\n  micro_batch_size: 1\n"),
+        ("my.yaml", "full-width colon in line 2", "a colon of half width, and a space"),
+    ),
     "tabs in YAML": (give_yaml("train:\n\tmax_steps: 5\n"), ("my.yaml", "line 2", "spaces", "no tabs")),
     "no space after a colon": (give_words("optim=lr:1e-4"), ("optim", "'lr:1e-4'", "colon")),
     "a path in double quotes": (give_yaml('model: {path: "C:\\models\\x"}'), ("line 1", "single quotes")),

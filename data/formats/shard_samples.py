@@ -85,7 +85,7 @@ def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False)
             stream.seek(offset)
             members[key][suffix] = stream.read(size)
     headers |= _read_header(stream, pending)
-    _refuse_images(name, members)
+    _refuse_other_contents(name, members)
     samples, problems = [], []
     for key, parts in members.items():
         if not parts.keys() & SAMPLE_SUFFIXES:
@@ -163,11 +163,17 @@ def _warn_about_strays(name: str, strays: list[str]) -> None:
     _STRAYS.add(f"{name}: {format_count(len(strays), 'member')}: {shown}")
 
 
-def _refuse_images(name: str, members: Mapping[str, Collection[str]]) -> None:
-    """Raise if a shard holds images, and latents of none of them."""
-    images = [f"{key}.{suffix}" for key, parts in members.items() for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES]
-    if images and not any("npz" in parts for parts in members.values()):
+def _refuse_other_contents(name: str, members: Mapping[str, Collection[str]]) -> None:
+    """Raise if a shard holds images or other files, and latents of no sample."""
+    if any("npz" in parts for parts in members.values()):
+        return
+    others = [(key, suffix) for key, parts in members.items() for suffix in parts if suffix not in SAMPLE_SUFFIXES]
+    images = [f"{key}.{suffix}" for key, suffix in others if f".{suffix}" in IMAGE_SUFFIXES]
+    if images:
         raise ImageShardError(f"{name}: holds images, such as {images[0]}, and no latents (.npz)")
+    if others:
+        other = ".".join(others[0])
+        raise BadShardError(f"{name}: holds {other} and no latents; those are members KEY.npz with an array `latents`")
 
 
 def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, LatentHeader | str]:

@@ -136,7 +136,12 @@ def test_file_urls_of_metadata_are_the_paths_they_name(tmp_path: Path) -> None:
         ("optim: {schedule: cosin}", "optim.schedule", "cosin", "did you mean cosine?"),
         ("engine: {zero_stage: 4}", "engine.zero_stage", 4, "choose one of them"),
         ("data: {metadata: 7.5}", "data.metadata", 7.5, "write it between brackets: [7.5]"),
-        ("train: 5", "train", 5, "write each on a line of its own, indented, with a space after its colon"),
+        (
+            "train: 5",
+            "train",
+            5,
+            "write each on a line of its own, indented, with a colon (:) of half width and a space after it",
+        ),
         ("1: 2", "1", 1, "docs/CONFIG.md lists the names"),
         ("data: {min_bucket_px: 1024, resolution_px: 512}", "data", None, SEE_ALSO),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 from loguru import logger
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.index.index import Index
@@ -145,7 +145,7 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
         fresh: state of a run that starts with the present settings.
 
     Raises:
-        UserInputError: the data have changed, and `run.on_data_change` is `stop`.
+        UserInputError: `check_progress` finds a problem.
     """
     changes = list_changes(saved.config, fresh.config)
     if changes:
@@ -153,11 +153,8 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
         warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
     if edited := list_edited_code(saved, fresh):
         warn_once("the code of {} has changed since step {}", " and ".join(edited), saved.step)
+    raise_if_any(check_progress(saved, fresh, on_data_change))
     new_data = saved.index_fingerprint != fresh.index_fingerprint
-    if new_data and on_data_change == "stop":
-        cure = "set run.on_data_change: continue, or another run.name, or restore the data"
-        rule = f"the data have changed since step {saved.step}, and with them the order of batches"
-        raise UserInputError([Problem("run.on_data_change", on_data_change, rule, cure)])
     epoch, index = saved.epoch, saved.index
     if new_data or saved.global_batch_size != fresh.global_batch_size:
         share = saved.index / max(1, saved.epoch_batches)
@@ -174,6 +171,23 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
         )
     now = {name: getattr(fresh, name) for name in TrainState.MADE_WITH}
     return replace(saved, epoch=epoch, index=index, epoch_batches=plan.num_batches(epoch), **now)
+
+
+def check_progress(saved: TrainState, fresh: TrainState, on_data_change: str) -> Iterator[Problem]:
+    """Yield a problem for each reason why a run cannot continue from a checkpoint.
+
+    Args:
+        saved: state of the checkpoint.
+        fresh: state of a run that starts with the present settings.
+    """
+    if saved.index_fingerprint != fresh.index_fingerprint and on_data_change == "stop":
+        cure = "set run.on_data_change: continue, or another run.name, or restore the data"
+        rule = f"the data have changed since step {saved.step}, and with them the order of batches"
+        yield Problem("run.on_data_change", on_data_change, rule, cure)
+    old, new = (state.config.get("lora", {}).get("rank", 0) for state in (saved, fresh))
+    if old and new and old != new:
+        rule = f"does not fit the adapters of step {saved.step}, which have rank {old}"
+        yield Problem("lora.rank", new, rule, f"set it to {old}, or set another run.name")
 
 
 def describe_changes(saved: TrainState, fresh: TrainState) -> list[str]:
@@ -239,6 +253,6 @@ def restore_engine(engine: Engine, checkpoint: Path) -> None:
     try:
         engine.load_state(checkpoint)
     except ReshardingError as error:
-        cure = "start with the ranks and ZeRO stage that saved it, or set another run.name"
+        cure = "start with the settings, the number of ranks and the ZeRO stage that saved it, or set another run.name"
         raise UserInputError([Problem("run.resume", checkpoint, f"cannot be loaded: {error}", cure)]) from None
     logger.info("weights and optimizer state loaded from {}", checkpoint)

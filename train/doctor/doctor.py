@@ -34,6 +34,7 @@ from sdxl_trainer.data.stores.remote import StoreError
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem, examine_disk, examine_machine
+from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.doctor.memory import examine_memory
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
@@ -41,6 +42,7 @@ from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_byte
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.measured_memory import list_gpu_memory_bytes
 
+ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SCRATCH_NAME = "doctor"  # of the folder in the run folder in which checks write
 
 
@@ -79,12 +81,15 @@ def examine_settings(config: Config, problems: list[Problem], world_size: int) -
     from sdxl_trainer.train.run.checks import check_resume, verify_run
 
     # The scratch folder hides these problems.
-    hidden = [*check_writable("run.dir", config.run.folder), *check_resume(config.run)]
+    real_run = config.run
+    hidden = [*check_writable("run.dir", real_run.folder), *check_resume(real_run)]
     with open_scratch_run(config.run) as run, collect_warnings() as warnings:
         try:
             config = config.model_copy(update={"run": run})
             index, found = verify_run(config, world_size)
             steps = count_steps(config, None if problems or found else index)
+            if index is not None and not problems and not found:
+                hidden += check_newest_checkpoint(config, index, real_run)
         except UserInputError as error:
             index, found, steps = None, error.problems, None
         except (TooManyBadError, StoreError) as error:
@@ -121,6 +126,30 @@ def examine_prediction(config: Config) -> Iterator[Finding]:
         yield from map(convert_problem, error.problems)
 
 
+def check_newest_checkpoint(config: Config, index: Index, run: RunConfig) -> Iterator[Problem]:
+    """Yield a problem for each reason why the run cannot continue from its newest checkpoint.
+
+    Args:
+        config: settings without problems, with a ZeRO stage.
+        index: of the training set.
+        run: the settings `run` of the run itself.
+    """
+    from sdxl_trainer.train.checkpoint.resume import build_initial_state, check_progress
+    from sdxl_trainer.train.run.training_data import split_data
+
+    newest = next(reversed(list_checkpoints(run.folder / "checkpoints")), None)
+    if newest is None:
+        return
+    try:
+        saved = TrainState.load(newest)
+    except (OSError, ValueError, TypeError, LookupError):  # the start finds the damage, and takes an older one
+        return
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    split = split_data(config, index, strategy, ONE_RANK)
+    fresh = build_initial_state(config, index, split.plan, ONE_RANK, split.repeats)
+    yield from check_progress(saved, fresh, run.on_data_change)
+
+
 def count_steps(config: Config, index: Index | None) -> int | None:
     """Count the steps of a run; None if its epochs decide them and `index`, that of its training set, is None.
 
@@ -134,8 +163,7 @@ def count_steps(config: Config, index: Index | None) -> int | None:
     if index is None:
         return None
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
-    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    return count_run_steps(config.train, split_data(config, index, strategy, ranks).plan, TrainState())
+    return count_run_steps(config.train, split_data(config, index, strategy, ONE_RANK).plan, TrainState())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sdxl_trainer.cache.models.pickled_file import convert_pickled_file, is_pick
 from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
-from sdxl_trainer.configs.problems import format_count, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
@@ -54,6 +54,9 @@ def run_conversion(
     settings = build_export_settings(config, resolve_model(config.model))
     trained = {} if checkpoint is None else open_weights(checkpoint, average)
     if trained and config.lora.rank:
+        if target.suffix != ".safetensors":
+            rule = "is no name of a file that adapters can be written to; they are one file in every layout"
+            raise UserInputError([Problem("target", target, rule, "give a name that ends in .safetensors")])
         weights = {name: read() for name, read in trained.items()}
         write_adapters(target, weights, settings.source, settings.lora, settings.dtype)
         logger.info("adapters written to {}", describe_files(target))

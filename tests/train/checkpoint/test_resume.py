@@ -16,7 +16,7 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import BrokenOff, Interrupted, exit_on_signals
 from sdxl_trainer.train.checkpoint.folder import verify_manifest
-from sdxl_trainer.train.checkpoint.resume import describe_changes, list_changes, restore_progress
+from sdxl_trainer.train.checkpoint.resume import check_progress, describe_changes, list_changes, restore_progress
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run import interruption
@@ -170,6 +170,17 @@ def test_changed_data_stop_the_run_or_keep_the_share_of_the_epoch(messages: list
     # A position after the end of the epoch, which no saved state has.
     saved.index = 10
     assert (lambda s: (s.epoch, s.index))(restore_progress(saved, fresh, build_plan(), "continue")) == (2, 0)
+
+
+def test_adapters_of_another_rank_are_refused_before_the_networks_are_loaded() -> None:
+    saved, fresh = build_state(lora={"rank": 16}), build_state(lora={"rank": 8})
+    saved.step = 76
+    with pytest.raises(UserInputError, match="does not fit the adapters of step 76, which have rank 16") as caught:
+        restore_progress(saved, fresh, build_plan(), "stop")
+    assert caught.value.problems[0].cure == "set it to 16, or set another run.name"
+    assert not list(check_progress(build_state(), fresh, "stop"))  # adapters on a model that was trained whole
+    both = list(check_progress(build_state("old", lora={"rank": 16}), fresh, "stop"))
+    assert [problem.key for problem in both] == ["run.on_data_change", "lora.rank"]
 
 
 def test_another_global_batch_size_keeps_the_share_of_the_epoch(messages: list[str]) -> None:
