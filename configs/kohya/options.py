@@ -362,9 +362,7 @@ TRAINING = {
         expects="a whole number, for gradient_accumulation_steps and num_processes too",
     ),
     "batch_size": converted(convert_batch, *BATCH, note="train_batch_size in a dataset file", expects=WHOLE),
-    "gradient_accumulation_steps": converted(
-        constant(None), *reversed(BATCH), note="follows from global and micro batch size"
-    ),
+    "gradient_accumulation_steps": converted(constant(None), *reversed(BATCH), note="follows from the batch sizes"),
     "num_processes": converted(constant(None), *BATCH, note="of accelerate; set `NPROC` here (default: one per GPU)"),
     "seed": copied("run.seed"),
     "mixed_precision": converted(

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 
 from sdxl_trainer.data.order.keyed_random import derive_seed
-from sdxl_trainer.train.optim.stochastic_rounding import CHUNK, build_key, draw_halves, round_stochastically
+from sdxl_trainer.train.optim.stochastic_rounding import (
+    CHUNK,
+    StochasticOptimizer,
+    build_key,
+    draw_halves,
+    round_stochastically,
+)
 
 FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 SMALLEST_SQUARE = 1e-30  # added to squared gradients
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(StochasticOptimizer):
     """Adafactor over whole weight tensors, of bf16 with stochastic rounding or of fp32.
 
     Args:
@@ -40,19 +46,7 @@ class Adafactor(torch.optim.Optimizer):
         seed: int = 0,
     ):
         defaults = {"lr": lr, "decay_rate": decay_rate, "clip_threshold": clip_threshold, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"factor_convolutions": factor_convolutions})
-        self._seed = seed
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every weight that has a gradient."""
-        number = 0
-        for group in self.param_groups:
-            number = group.get("first_tensor", number)
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, weight.grad, group, number)
-                number += 1
+        super().__init__(params, seed, defaults | {"factor_convolutions": factor_convolutions})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load a state dict. PyTorch would round the factors to the type of the weights."""
