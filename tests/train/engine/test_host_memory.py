@@ -58,6 +58,7 @@ def test_no_two_tensors_share_a_locked_page(runtime):
     assert [tensor.shape for tensor in tensors] == [(odd,), (3, odd), (odd,)]
     assert all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors)
     assert len(runtime.locked) == 3
+    assert all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors), "a part of a page may be shared"
     assert allocate(HostMemory(), (REGISTERED_BYTES // 4 - 1,)) and runtime.calls["register"] == 3  # too small
     assert HostMemory().copy(torch.zeros(REGISTERED_BYTES)).sum() == 0 and runtime.calls["register"] == 3  # no GPU's
 
