@@ -10,8 +10,10 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Names and texts are UTF-8, whatever the locale is.
 export PYTHONUTF8="${PYTHONUTF8:-1}"
-# Ranks stop when this process ends, even if it is killed outright (launcher_watch.py).
-export SDXL_TRAINER_SCRIPT="${SDXL_TRAINER_SCRIPT:-$$}"
+# Ranks stop when this process ends, even if it is killed outright (launcher_watch.py). Its number means something only
+# in its namespace of processes, until the machine starts anew.
+space="$(readlink /proc/self/ns/pid || true) $(cat /proc/sys/kernel/random/boot_id 2>/dev/null || true)"
+export SDXL_TRAINER_SCRIPT="${SDXL_TRAINER_SCRIPT:-$$ $space}"
 
 fail() {  # reason in English and in Chinese
     say "$@" >&2
