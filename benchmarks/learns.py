@@ -3,7 +3,8 @@
 The benchmark runs the real programs (cache on two ranks, training on two ranks under ZeRO-2) on the demo set, with the
 settings of configs/tiny.yaml and more steps. It generates 4 images for each of 6 colours and counts the images whose
 nearest colour of the six is the named one. The same share is measured for the untrained model. It takes about 8 minutes
-on two cores. `--prediction v` and `--prediction flow` train the other prediction types.
+on two cores. `--prediction v` and `--prediction flow` train the other prediction types. `--engine release` trains with
+gradient release and weights in bf16 that are rounded at random, `--engine adafactor` so with Adafactor.
 """
 
 import sys
@@ -28,11 +29,17 @@ OBJECTIVES = {
     "v": ["objective.prediction=v", "objective.weighting=none"],
     "flow": ["objective.prediction=flow", "objective.weighting=none"],
 }
+RELEASE = ["engine.gradient_release=true", "engine.precision=bf16_stochastic", "optim.clipping=parameter"]
+ENGINES = {
+    "zero": [],
+    "release": RELEASE,
+    "adafactor": [*RELEASE, "optim.name=adafactor", "optim.betas=null"],
+}
 
 
 def main() -> int:
     """Run the benchmark and return its exit status."""
-    options = parse_arguments(__doc__ or "", prediction=list(OBJECTIVES))
+    options = parse_arguments(__doc__ or "", prediction=list(OBJECTIVES), engine=list(ENGINES))
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         started = time.monotonic()
@@ -45,6 +52,7 @@ def main() -> int:
             *(f"train.max_steps={QUICK_STEPS if options.quick else STEPS}", "log.every_steps=50"),
             f"sample.prompts={[prompt for _, prompt in prompts]}",
             *OBJECTIVES[options.prediction],
+            *ENGINES[options.engine],
         ]
         run_script("cache.sh", *words, ranks=2)
         run_script("train.sh", *words, ranks=2)
@@ -55,7 +63,8 @@ def main() -> int:
             "minutes": Figure((time.monotonic() - started) / 60, "<=", 10),
             "untrained_share": Figure(compute_share(generate_untrained(model, prompts), prompts)),
         }
-    return print_result("learns" if options.prediction == "epsilon" else f"learns-{options.prediction}", figures)
+    changed = [name for name in (options.prediction, options.engine) if name not in ("epsilon", "zero")]
+    return print_result("-".join(["learns", *changed]), figures)
 
 
 def generate_untrained(model: Path, prompts: list[tuple[str, str]]) -> list[np.ndarray]:

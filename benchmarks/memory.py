@@ -9,6 +9,9 @@ of gradients between steps; the other stages keep none.
 During an update: counts every allocation of a step by torch's profiler, which reads them from torch's CPU allocator.
 The figure is the peak within `engine.step()` above the memory at its start, when all gradients are there. Groups of
 parameters are limited so that the tiny U-Net falls into as many pieces as SDXL's. `whole_groups` is without a limit.
+
+With gradient release: the same sum between steps for each optimizer and precision on one rank, and in a third step the
+most bytes of gradients at a time, and those that the update of a weight adds. Each is compared with the estimate.
 """
 
 import gc
@@ -40,13 +43,16 @@ SMALL = {
 LIMIT = 1.02  # measured bytes / estimated bytes
 UPDATES = ((1, 1), (2, 2), (3, 2))  # (ZeRO stage, ranks) whose update is measured, in bf16
 UPDATE_LIMIT = 0.8  # bytes a weight during an update
+RELEASE = ["engine.gradient_release=true", "optim.clipping=parameter", "train.global_batch_size=2", "optim.betas=null"]
+RELEASED = ("adafactor", "adamw8bit", "lion", "adamw")
+RELEASE_PRECISIONS = ("bf16_stochastic", "bf16_kahan", "fp32")
 
 
 def compare(work: Path, quick: bool) -> dict[str, Figure]:
     """Measure memory between steps and during an update."""
     words = [*make_tiny_set(work), "train.micro_batch_size=2"]
     run_script("cache.sh", "--cfg", ROOT / "configs" / "tiny.yaml", *words, ranks=RANKS)
-    figures = {**compare_between_steps(words, quick), **compare_updates(words, quick)}
+    figures = {**compare_between_steps(words, quick), **compare_updates(words, quick), **compare_released(words, quick)}
     return {**figures, **compare_loading(work, quick)}
 
 
@@ -84,6 +90,22 @@ def compare_updates(words: list[str], quick: bool) -> dict[str, Figure]:
     return figures
 
 
+def compare_released(words: list[str], quick: bool) -> dict[str, Figure]:
+    """Measure gradient release with each optimizer and precision, by stage."""
+    figures: dict[str, Figure] = {}
+    optimizers, precisions = (RELEASED[:1], RELEASE_PRECISIONS[:1]) if quick else (RELEASED, RELEASE_PRECISIONS)
+    for name, precision in product(optimizers, precisions):
+        more = [*RELEASE, f"optim.name={name}", f"engine.precision={precision}"]
+        more += [f"run.name=release-{name}-{time.time_ns()}"]
+        found = measure_on_ranks(__file__, {"words": [*words, *more], "release": True}, 1)
+        case = f"release_{name}_{precision}"
+        figures[f"memory_of_theory_{case}"] = Figure(found["held"] / found["theory"], "<=", LIMIT)
+        figures[f"bytes_a_weight_{case}"] = Figure(found["held"] / found["weights"])
+        for stage in ("gradients", "copies"):
+            figures[f"{stage}_of_theory_{case}"] = Figure(found[stage] / found[f"{stage}_theory"], "<=", LIMIT)
+    return figures
+
+
 def measure(settings: dict[str, Any]) -> int:
     """Train two steps, then print this rank's bytes between steps, or those of a third update."""
     from sdxl_trainer.cache.models.source import resolve_model
@@ -116,6 +138,8 @@ def measure(settings: dict[str, Any]) -> int:
         found = {"peak": peak, "groups": len(run.engine.weights.layout.flats)}
     else:
         found = measure_held(run)
+        if settings.get("release"):
+            found |= measure_release(run, lambda: train_step(run, batches, config.optim.lr))
     if run.ranks.is_main:
         print(json.dumps({**found, "weights": num_weights}), flush=True)
     close_ranks()
@@ -155,6 +179,33 @@ def measure_update(engine: Any, train: Callable[[], object]) -> int:
     held = [(event["ts"], event["args"]["Total Allocated"]) for event in events if event["name"] == "[memory]"]
     before = max((time, number) for time, number in held if time < update["ts"])[1]
     return max(number for time, number in held if 0 <= time - update["ts"] <= update["dur"]) - before
+
+
+def measure_release(run: Any, train: Callable[[], object]) -> dict[str, float]:
+    """Return the most bytes of gradients at a time and those that the update of a weight adds, and the estimate's.
+
+    Args:
+        train: makes one training step.
+    """
+    from sdxl_trainer.train.estimates.networks import LiveBytes
+
+    updates, weights = run.engine._engine._updates, list(run.engine.model.parameters())
+    state, update = run.engine._engine.optimizer.state, updates.update
+    most = {"gradients": 0, "copies": 0}
+
+    def count(weight: torch.nn.Parameter) -> None:
+        gradients = [other.grad for other in weights if other.grad is not None]
+        known = [weight, *gradients, *(value for value in state[weight].values() if isinstance(value, torch.Tensor))]
+        with LiveBytes([tensor.untyped_storage() for tensor in known]) as live:
+            update(weight)
+        most["gradients"] = max(most["gradients"], sum(gradient.nbytes for gradient in gradients))
+        most["copies"] = max(most["copies"], live.peak)
+
+    updates.update = count
+    train()
+    lines = {line.component: line.device for line in run.memory.lines}
+    theory = {"gradients_theory": lines["gradients"], "copies_theory": lines["copies in an update"]}
+    return {**most, **theory}
 
 
 def add_up_storages() -> int:

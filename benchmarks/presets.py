@@ -1,27 +1,29 @@
-"""Table of docs/TRAINING.md: which preset fits which GPU, by the memory estimate that a run makes before its start.
+"""Tables of docs/TRAINING.md: which preset and which optimizer fit which GPU, by the memory estimate of a run's start.
 
 Needs no GPU and no weights: the networks of configs/sdxl are counted on PyTorch's meta device, 5 s of CPU a preset.
-`--check` exits with status 1 if the table of docs/TRAINING.md differs.
+`--check` exits with status 1 if a table of docs/TRAINING.md differs.
 """
 
 import argparse
-import math
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.memory import estimate_memory
 from sdxl_trainer.train.estimates.memory_choice import replace_settings
 from sdxl_trainer.train.estimates.memory_table import MemoryLimits
-from sdxl_trainer.train.estimates.networks import measure_networks
+from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
+from sdxl_trainer.train.estimates.preset_choice import SDXL_BUCKET, compute_usable_bytes, set_micro_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "TRAINING.md"
 CARDS = (12, 16, 24, 48, 80)  # GiB by name
-USABLE = 0.98  # share of the memory by name that the driver reports
+MORE_CARDS = (8, 12, 16, 24, 32, 48, 80)
 CASES = {
     "sdxl_lora": (1,),
     "sdxl_12gb": (1,),
@@ -31,7 +33,22 @@ CASES = {
     "sdxl_vpred_ztsnr": (1, 4),
     "sdxl_8gpu_zero2": (8,),
 }
-BUCKET = Size(1024, 1024)
+RELEASED = {"bf16_stochastic": ("adafactor", "adamw8bit", "lion", "adamw"), "bf16_kahan": ("adafactor", "adamw8bit")}
+RELEASED["fp32"] = ("adafactor",)
+AS_MATRICES = "optim.kwargs={factor_convolutions: true}"
+# Preset and overrides → what is trained.
+COMBINATIONS = {
+    ("sdxl_lora", ""): "adapters",
+    ("sdxl_12gb", AS_MATRICES): "U-Net",
+    **{
+        ("sdxl_12gb", f"engine.precision={precision} optim.name={name}"): "U-Net"
+        for precision, names in RELEASED.items()
+        for name in names
+    },
+    ("sdxl_24gb", ""): "U-Net, with generated images",
+    ("sdxl_full", "sample.prompts=[]"): "U-Net",
+}
+MICRO_BATCHES = (1, 4)
 
 
 def main() -> int:
@@ -39,20 +56,57 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with docs/TRAINING.md instead of printing")
     options = parser.parse_args()
-    table = tabulate()
+    tables = tabulate_presets(), tabulate_combinations()
     if not options.check:
-        print(table)
+        print("\n\n".join(tables))
         return 0
-    return int(table not in DOCUMENT.read_text(encoding="utf-8"))
+    text = DOCUMENT.read_text(encoding="utf-8")
+    return int(any(table not in text for table in tables))
 
 
-def tabulate() -> str:
+def load(preset: str, *words: str) -> Config:
+    """Load a preset with gradient checkpointing, and with further settings."""
+    config, problems = load_config(ROOT / "configs" / f"{preset}.yaml", ["engine.gradient_checkpointing=full", *words])
+    assert not problems, problems
+    return config
+
+
+@cache
+def measure(preset: str, precision: str) -> NetworkSizes:
+    """Measure the networks of a preset for images of 1024 px."""
+    config = load(preset, f"engine.precision={precision}")
+    return measure_networks(config, ModelSource(ROOT / "configs" / "sdxl"), SDXL_BUCKET)
+
+
+def tabulate_combinations() -> str:
+    """Tabulate what each optimizer and precision needs on one GPU, and the smallest GPU that has so much."""
+    rows: list[tuple[float, str]] = []
+    for (preset, words), trained in COMBINATIONS.items():
+        config = load(preset, *([words] if words == AS_MATRICES else words.split()))
+        config, _ = resolve_zero_stage(config, 1)
+        sizes = measure(preset, config.engine.precision)
+        sizes = sizes if config.sample.prompts else replace(sizes, generation=0)
+        for micro_batch in MICRO_BATCHES:
+            chosen = set_micro_batch(config, micro_batch, 1)
+            tables = {
+                card: estimate_memory(chosen, sizes, 1, MemoryLimits(device=compute_usable_bytes(card), host=None))
+                for card in MORE_CARDS
+            }
+            card = next((f"{card} GB" for card, table in tables.items() if table.fits_device), "–")
+            peak = tables[MORE_CARDS[0]].device_peak / 1e9
+            name = config.optim.name + (", matrices" if words == AS_MATRICES else "")
+            row = f"| {card} | {trained} | {config.engine.precision} | {name} | {micro_batch} | {peak:.1f} | no |"
+            rows.append((peak, row))
+    head = "| card | trained | precision | optimizer | micro batch | GB | measured |\n|---|---|---|---|---|---|---|"
+    return "\n".join([head, *(row for _, row in sorted(rows))])
+
+
+def tabulate_presets() -> str:
     """Tabulate the largest micro batch of each preset on each GPU, and what a machine needs beside its GPUs."""
     rows = [f"| preset | GPUs | {' | '.join(f'{card} GB' for card in CARDS)} | host |", "|---" * (len(CARDS) + 3) + "|"]
     for preset, numbers in CASES.items():
-        config, problems = load_config(ROOT / "configs" / f"{preset}.yaml", ["engine.gradient_checkpointing=full"])
-        assert not problems, problems
-        sizes = measure_networks(config, ModelSource(ROOT / "configs" / "sdxl"), BUCKET)
+        config = load(preset)
+        sizes = measure(preset, config.engine.precision)
         for gpus in numbers:
             # One image at a time, so that the batch is divisible on any number of GPUs.
             chosen = replace_settings(config, "train", micro_batch_size=1)
@@ -62,7 +116,7 @@ def tabulate() -> str:
                     chosen,
                     sizes,
                     gpus,
-                    MemoryLimits(device=math.floor(card * 2**30 * USABLE), host=None, ranks_per_host=gpus),
+                    MemoryLimits(device=compute_usable_bytes(card), host=None, ranks_per_host=gpus),
                 )
                 for card in CARDS
             ]

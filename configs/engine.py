@@ -52,7 +52,7 @@ class EngineConfig(Section):
     weights and moments in bf16 only, for `adamw` and `lion`: `bf16_kahan` adds the rounding error of each update to the
     next (Kahan summation), `bf16_stochastic` rounds up or down at random, correct on average. They take 10 and 8 bytes
     per weight instead of 14, plus gradients. All but `fp32` and `bf16` need ZeRO 1 to 3, or
-    `engine.gradient_release`."""
+    `engine.gradient_release`, with which they work for every optimizer that it allows."""
     tf32: bool = False
     """Let convolutions and matrix products in fp32 round their inputs to TF32 (10 bits) on NVIDIA GPUs. It makes
     `precision: fp32` faster and less accurate. The cache job's VAE has `cache.vae_precision` for this."""

@@ -24,9 +24,9 @@ def _iterate_needed(config: Config) -> Iterator[tuple[str, str]]:
     name, precision = config.optim.name, config.engine.precision
     if config.lora.rank:
         yield f"lora.rank: {config.lora.rank}", "peft"
-    if precision == "bf16_kahan":
+    if precision == "bf16_kahan" and name in ("adamw", "lion"):
         yield f"engine.precision: {precision}", "optimi"
-    elif name in OPTIMIZER_PACKAGES and precision not in PURE_BF16:
+    elif name in OPTIMIZER_PACKAGES and not (precision in PURE_BF16 and name == "lion"):
         yield f"optim.name: {name}", OPTIMIZER_PACKAGES[name]
     if config.engine.attention == "xformers":
         yield "engine.attention: xformers", "xformers"

@@ -2,8 +2,8 @@
 
     eight_bit_updates.py FOLDER
 
-For each ZeRO stage, writes FOLDER/STAGE/step-00000003 and prints its losses as a line of JSON: those of six steps, and
-those of the last three after loading that checkpoint.
+For each ZeRO stage, and with gradient release (stage -1), writes FOLDER/STAGE/step-00000003 and prints its losses as a
+line of JSON: those of six steps, and those of the last three after loading that checkpoint.
 """
 
 import json
@@ -25,13 +25,16 @@ from sdxl_trainer.train.optim.optimizers import build_optimizer
 GLOBAL_BATCH_SIZE, LR = 4, 0.01
 FEATURES, HIDDEN = 61, 199  # the last of two ranks has padding
 STAGES = (0, 1, 2, 3)
+RELEASED = -1  # gradient release with weights in bf16, instead of a ZeRO stage
 
 
 def build_engine(stage: int, ranks: Ranks, name: str = "adamw8bit", precision: str = "fp32") -> Engine:
     """Build a network whose matrices are large enough for 8 bit, and whose vectors are only when flattened together."""
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(FEATURES, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, FEATURES))
-    config, settings = OptimConfig(name=name, lr=LR), EngineConfig(zero_stage=stage, precision=precision)
+    config, settings = OptimConfig(name=name, lr=LR), EngineConfig(zero_stage=max(stage, 0), precision=precision)
+    if stage == RELEASED:
+        settings = EngineConfig(zero_stage=0, gradient_release=True, precision="bf16_stochastic")
     groups = [{"params": list(net.parameters()), "lr": LR, "weight_decay": 0.01, "lr_scale": 1.0}]
     optimizer = build_optimizer(groups, config, settings)
     return Engine(
@@ -63,7 +66,7 @@ def save(engine: Engine, folder: Path, ranks: Ranks) -> Path:
 def main() -> int:
     """Run all stages."""
     ranks, folder = init_ranks(), Path(sys.argv[1])
-    for stage in STAGES:
+    for stage in (*STAGES, RELEASED):
         engine = build_engine(stage, ranks)
         losses = train(engine, range(3), ranks)
         path = save(engine, folder / str(stage), ranks)

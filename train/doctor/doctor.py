@@ -36,20 +36,30 @@ from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem, examine_disk, examine_machine
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.doctor.memory import examine_memory
+from sdxl_trainer.train.doctor.memory import examine_memory, examine_presets
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.measured_memory import list_gpu_memory_bytes
+from sdxl_trainer.train.estimates.preset_choice import compute_usable_bytes
 
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SCRATCH_NAME = "doctor"  # of the folder in the run folder in which checks write
 
 
-def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | None) -> Iterator[Finding]:
-    """Yield findings about the machine, then about the settings and the memory, time and disk space of the run."""
+def examine_all(
+    cfg: Path | None, overrides: Sequence[str], num_ranks: int | None, gpu_gb: float | None = None
+) -> Iterator[Finding]:
+    """Yield findings about the machine, then about the settings and the memory, time and disk space of the run.
+
+    Args:
+        gpu_gb: memory of a GPU by name, of which each rank is to have one, instead of this machine's.
+    """
     yield from examine_machine(num_ranks)
+    world_size = num_ranks or max(1, torch.cuda.device_count())
+    gpu_bytes = list_gpu_memory_bytes() if gpu_gb is None else [compute_usable_bytes(gpu_gb)] * world_size
     if cfg is None:
+        yield from examine_presets(world_size, gpu_bytes)
         yield examine_disk("run.dir", Path("runs"))
         return
     try:
@@ -57,15 +67,14 @@ def examine_all(cfg: Path | None, overrides: Sequence[str], num_ranks: int | Non
     except UserInputError as error:
         yield from map(convert_problem, error.problems)
         return
-    world_size = num_ranks or max(1, torch.cuda.device_count())
     config, stage_choice = resolve_zero_stage(config, world_size)
     if stage_choice:
         yield Finding("engine.zero_stage", stage_choice)
     num_steps = yield from examine_settings(config, problems, world_size)
-    config = yield from examine_memory(config, world_size, list_gpu_memory_bytes())
+    config = yield from examine_memory(config, world_size, gpu_bytes)
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, num_steps, world_size, gpu_names))
-    checkpoint_bytes = compute_checkpoint_bytes(config, count_trained(config)) * (config.checkpoint.keep_last + 1)
+    checkpoint_bytes = compute_checkpoint_bytes(config, list_shapes(config)) * (config.checkpoint.keep_last + 1)
     yield examine_disk("run.dir", config.run.folder, checkpoint_bytes)
     yield examine_disk("cache.dir", get_cache_folder(config))
 
@@ -207,14 +216,14 @@ def collect_warnings() -> Iterator[list[str]]:
         logger.remove()
 
 
-def count_trained(config: Config) -> int:
-    """Count the weights that a run with these settings trains; 0 if the settings or the model do not tell."""
-    from sdxl_trainer.train.run.networks import count_trained_weights
+def list_shapes(config: Config) -> list[torch.Size]:
+    """List the shapes of the weights that these settings train; none if the settings or the model do not tell."""
+    from sdxl_trainer.train.run.networks import list_trained_shapes
 
     try:
-        return count_trained_weights(config)
+        return list_trained_shapes(config)
     except (OSError, ValueError, KeyError):
-        return 0  # examine_settings has reported the problem
+        return []  # examine_settings has reported the problem
 
 
 def print_findings(findings: Iterable[Finding]) -> None:

@@ -10,9 +10,10 @@ from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem
 from sdxl_trainer.train.estimates.memory_choice import describe_lack, plan_memory
 from sdxl_trainer.train.estimates.memory_table import MemoryLimits, MemoryTable, describe_micro_batch, format_gb
 from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
+from sdxl_trainer.train.estimates.preset_choice import add_preset, choose_preset
 from sdxl_trainer.train.estimates.text_encoders import describe_text_encoders
 
-USUAL_GPUS_GB = (16, 24, 48, 80)
+USUAL_GPUS_GB = (12, 16, 24, 48, 80)
 INDENT = "         "  # of further lines of a finding
 
 
@@ -50,9 +51,29 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Gen
         yield Finding("text encoders", cost, is_note=True)
     if not gpu_bytes:
         yield Finding("GPU to choose", "\n".join(describe_fits(config, sizes, world_size, host)), is_note=True)
-    cure = "" if table.fits_device else describe_lack(config, sizes, world_size, limits)
+    cure = ""
+    if not table.fits_device:
+        lack = describe_lack(config, sizes, world_size, limits)
+        cure = add_preset(lack, limits, world_size, source, bucket)
     yield from map(convert_problem, list(check_device(table, cure)) or check_room(table, cure))
     return config
+
+
+def examine_presets(world_size: int, gpu_bytes: list[int]) -> Iterator[Finding]:
+    """Yield the preset that suits the smallest GPU, and why; nothing without GPUs.
+
+    Args:
+        gpu_bytes: memory of each GPU.
+    """
+    if not gpu_bytes:
+        return
+    announce_stage("comparing the presets with the memory of the GPU")
+    limits = MemoryLimits(device=min(gpu_bytes), host=read_host_memory_bytes(), ranks_per_host=len(gpu_bytes))
+    choice = choose_preset(limits, world_size)
+    if choice is None:
+        yield Finding("preset", f"none fits this card of {format_gb(min(gpu_bytes))}", is_note=True)
+    else:
+        yield Finding("preset", f"this card: {choice.describe()}")
 
 
 def describe_memory(table: MemoryTable) -> str:

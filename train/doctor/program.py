@@ -12,7 +12,7 @@ DESCRIPTION = (
     "Examine the machine, your settings and your data before you train. Each line is ok or a note, names a fault and "
     "its cure (WRONG), or the next step (TO DO). Without --cfg only the machine is examined."
 )
-EXAMPLES = ("%(prog)s", "%(prog)s --cfg my.yaml", "%(prog)s --cfg my.yaml --ranks 4")
+EXAMPLES = ("%(prog)s", "%(prog)s --cfg my.yaml", "%(prog)s --gpu-gb 24", "%(prog)s --cfg my.yaml --ranks 4")
 
 
 def read_num_ranks() -> int | None:
@@ -34,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=read_num_ranks(),
         help="number of ranks that will train (default: NPROC, else one per GPU, or 1 without GPUs)",
     )
+    parser.add_argument(
+        "--gpu-gb",
+        type=parse_count,
+        metavar="GB",
+        help="memory of the GPU that each rank is to have (default: of this machine's)",
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     options = parser.parse_intermixed_args(arguments)
 
@@ -42,6 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from sdxl_trainer.train.doctor.doctor import examine_all, print_findings
 
         quiet_libraries()
-        print_findings(examine_all(options.cfg, options.overrides, options.ranks))
+        print_findings(examine_all(options.cfg, options.overrides, options.ranks, options.gpu_gb))
 
     return run_program(work)

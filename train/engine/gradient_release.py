@@ -87,6 +87,7 @@ class ReleasingEngine:
         loss.backward()
         self._send_waiting()
         self._update_sent()
+        self._updates.end_step()
         self._grad_norm = float(torch.stack(self._norms).square().sum().sqrt())
         self._norms.clear()
         if self._grad_norm != self._grad_norm or self._grad_norm == float("inf"):
@@ -220,6 +221,13 @@ class SingleUpdates:
     def update(self, weight: torch.nn.Parameter) -> None:
         """Update one weight by its gradient."""
         self._singles[weight].step()
+
+    def end_step(self) -> None:
+        """Give the groups what the optimizer keeps in them, such as the number of steps, so that it is saved."""
+        for group in self._optimizer.param_groups:
+            for weight in group["params"][:1]:
+                kept = self._singles[weight].param_groups[0]
+                group.update({name: kept[name] for name in kept.keys() - {"params", "first_tensor"}})
 
     def _build(self) -> None:
         number = 0

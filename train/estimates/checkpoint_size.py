@@ -1,17 +1,23 @@
 """Size of a checkpoint on disk, estimated before a run."""
 
+import math
+from collections.abc import Sequence
+
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.train.estimates.memory import AVERAGE_BYTES, WEIGHT_BYTES, count_optimizer_bytes
+from sdxl_trainer.train.estimates.memory import AVERAGE_BYTES, WEIGHT_BYTES
+from sdxl_trainer.train.estimates.optimizer_state import count_master_bytes, count_moments
 
 
-def compute_checkpoint_bytes(config: Config, num_trained: int) -> int:
+def compute_checkpoint_bytes(config: Config, shapes: Sequence[Sequence[int]]) -> int:
     """Return the approximate size of a checkpoint in bytes.
 
     A checkpoint holds the trained weights in the precision of training, their masters, the optimizer's moments and the
     moving averages. It holds no frozen weights.
 
     Args:
-        num_trained: number of trained weights, those of adapters if adapters are trained (`count_trained_weights`).
+        shapes: of the trained weights, those of adapters if adapters are trained (`list_trained_shapes`).
     """
-    bytes_per_weight = WEIGHT_BYTES[config.engine.precision] + count_optimizer_bytes(config.engine, config.optim.name)
-    return int(num_trained * (bytes_per_weight + AVERAGE_BYTES * len(config.ema.decays)))
+    num_trained = sum(math.prod(shape) for shape in shapes)
+    bytes_per_weight = WEIGHT_BYTES[config.engine.precision] + count_master_bytes(config.engine)
+    bytes_per_weight += AVERAGE_BYTES * len(config.ema.decays)
+    return num_trained * bytes_per_weight + count_moments(config.engine, config.optim, shapes)

@@ -5,10 +5,9 @@ PyTorch pins in host memory is counted as its allocator rounds it, up to a power
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import (
     build_communication_settings,
@@ -18,17 +17,17 @@ from sdxl_trainer.train.engine.deepspeed_config import (
 from sdxl_trainer.train.engine.gradient_release import BUCKET_VALUES
 from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryLine, MemoryTable, Phase
 from sdxl_trainer.train.estimates.networks import NetworkSizes
+from sdxl_trainer.train.estimates.optimizer_state import (
+    FP32_BYTES,
+    count_master_bytes,
+    count_moments,
+    count_release_copies,
+)
 from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing
 from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
-# Bytes of the copy that the optimizer updates: fp32 masters, or DeepSpeed's bf16 copy (with Kahan's compensation).
-MASTER_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "bf16_kahan": 4, "bf16_stochastic": 2}
-# Values that an optimizer keeps for each weight. Other optimizers are assumed to keep two, as AdamW does.
-NUM_MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "lion": 1.0, "prodigy": 4.0, "muon": 1.0}
-# Adafactor's means of rows and columns, in fp32 in every precision: counted on the shapes of SDXL's U-Net.
-ADAFACTOR_BYTES = 0.38
-AVERAGE_BYTES, FP32_BYTES = 4, 4
+AVERAGE_BYTES = 4
 # Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
 CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
 ZERO_0_BUCKET_VALUES = 500_000_000  # that DeepSpeed sends at a time without ZeRO
@@ -51,8 +50,12 @@ class StateBytes:
     optimizer_shares: int
 
 
-def resolve_state_bytes(config: Config, world_size: int) -> StateBytes:
-    """Return the bytes of a value for the settings, whose `engine.zero_stage` is chosen."""
+def resolve_state_bytes(config: Config, shapes: Sequence[Sequence[int]], world_size: int) -> StateBytes:
+    """Return the bytes of a value for the settings, whose `engine.zero_stage` is chosen.
+
+    Args:
+        shapes: of the trained weights.
+    """
     engine, stage = config.engine, config.engine.zero_stage or 0
     weight = WEIGHT_BYTES[engine.precision]
     shares = {part: world_size if stage >= part else 1 for part in (1, 2, 3)}
@@ -62,7 +65,7 @@ def resolve_state_bytes(config: Config, world_size: int) -> StateBytes:
         weight=weight,
         gradient=WEIGHT_BYTES[types.accumulation],
         master=count_master_bytes(engine),
-        moments=count_moment_bytes(engine, config.optim.name),
+        moments=count_moments(engine, config.optim, shapes) / max(1, sum(map(math.prod, shapes))),
         averages=AVERAGE_BYTES * len(config.ema.decays),
         # ZeRO 3 keeps its buffer of gradients.
         keeps_gradients=steps > 1 or stage == 3,
@@ -70,33 +73,6 @@ def resolve_state_bytes(config: Config, world_size: int) -> StateBytes:
         gradient_shares=shares[2],
         optimizer_shares=shares[1],
     )
-
-
-def count_master_bytes(engine: EngineConfig) -> int:
-    """Count the bytes per trained weight of the copy that the optimizer updates, besides the weights themselves."""
-    if engine.gradient_release:
-        return 2 if engine.precision == "bf16_kahan" else 0  # of Kahan's compensation
-    return 0 if engine.precision == "fp32" and not engine.zero_stage else MASTER_BYTES[engine.precision]
-
-
-def count_moment_bytes(engine: EngineConfig, optimizer: str) -> float:
-    """Count the bytes per trained weight of the moments.
-
-    Args:
-        optimizer: `optim.name`.
-    """
-    if optimizer == "adafactor":
-        return ADAFACTOR_BYTES
-    return NUM_MOMENTS.get(optimizer, 2.0) * (2 if engine.precision in PURE_BF16 else 4)
-
-
-def count_optimizer_bytes(engine: EngineConfig, optimizer: str) -> float:
-    """Count the bytes of masters and moments per trained weight.
-
-    Args:
-        optimizer: `optim.name`.
-    """
-    return count_master_bytes(engine) + count_moment_bytes(engine, optimizer)
 
 
 def estimate_memory(
@@ -108,7 +84,7 @@ def estimate_memory(
         config: with `engine.zero_stage` and `engine.gradient_checkpointing` chosen.
         max_group_values: weights that the optimizer updates at a time, at most.
     """
-    state = resolve_state_bytes(config, world_size)
+    state = resolve_state_bytes(config, sizes.shapes, world_size)
     groups = divide_weights(sizes, max_group_values)
     lines = [
         *list_weights(config, sizes, state, limits.has_gpu),
@@ -198,8 +174,7 @@ def list_optimizer(
         copies = count_update_copies(state, groups)
         phases: tuple[Phase, ...] = ("update",)
         if engine.gradient_release:
-            # The optimizers convert a weight, its gradient and its change to fp32.
-            copies = 3 * FP32_BYTES * max(sizes.trained)
+            copies = count_release_copies(engine, max(sizes.trained))
             phases = ("backward pass",)
         yield MemoryLine(component="copies in an update", device=copies, phases=phases)
         return

@@ -91,7 +91,7 @@ def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Conf
         yield name, replace_settings(config, "engine", gradient_checkpointing="full")
     if micro_batch > 1:
         yield "train.micro_batch_size: 1", replace_settings(config, "train", micro_batch_size=1)
-    if world_size > 1 and engine.zero_stage != 3 and engine.compile == "none":
+    if world_size > 1 and engine.zero_stage != 3 and engine.compile == "none" and not engine.gradient_release:
         yield "engine.zero_stage: 3", replace_settings(config, "engine", zero_stage=3)
     if engine.precision in ("bf16", "fp16") and not engine.offload_optimizer:
         stage = max(2, engine.zero_stage or 0)
@@ -100,8 +100,11 @@ def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Conf
     if engine.precision not in PURE_BF16 and not engine.offload_optimizer and config.optim.name in ("adamw", "lion"):
         changed = replace_settings(config, "engine", precision="bf16_stochastic", zero_stage=None)
         yield "engine.precision: bf16_stochastic", resolve_zero_stage(changed, world_size)[0]
-    if config.optim.name == "adamw" and not engine.offload_optimizer and engine.precision not in PURE_BF16:
+    has_8_bit = engine.gradient_release or engine.precision not in PURE_BF16
+    if config.optim.name == "adamw" and not engine.offload_optimizer and has_8_bit:
         yield "optim.name: adamw8bit", replace_settings(config, "optim", name="adamw8bit")
+    if engine.gradient_release and config.optim.name != "adafactor":
+        yield "optim.name: adafactor", replace_settings(config, "optim", name="adafactor")
     if config.ema.decays:
         yield "ema.decays: []", replace_settings(config, "ema", decays=[])
     if not config.cache.text:

@@ -1,5 +1,6 @@
 """Sizes of a run's networks: weights and saved activations, counted on PyTorch's meta device, which holds no values."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,13 +50,18 @@ class Activations:
 class NetworkSizes:
     """Sizes of a run's networks, on which its memory depends."""
 
-    trained: tuple[int, ...]  # values of each trained weight
+    shapes: tuple[tuple[int, ...], ...]  # of each trained weight
     frozen: int  # frozen values of the networks that are trained, such as those under adapters
     frozen_encoders: int  # values of the text encoders that are not trained
     vae: int
     bucket: Size  # for which the activations are counted
     activations: Mapping[Checkpointing, Activations]  # by gradient checkpointing
     generation: int  # bytes of the largest activations at a time while an image is generated; 0 without prompts
+
+    @property
+    def trained(self) -> list[int]:
+        """Values of each trained weight."""
+        return [math.prod(shape) for shape in self.shapes]
 
     @property
     def num_trained(self) -> int:
@@ -81,7 +87,7 @@ def measure_networks(config: Config, source: ModelSource, bucket: Size) -> Netwo
     frozen_encoders = set(ENCODERS) - set(list_trained_encoders(config.optim))
     vae = build_empty_vae(source)
     return NetworkSizes(
-        trained=tuple(weight.numel() for weight in weights if weight.requires_grad),
+        shapes=tuple(tuple(weight.shape) for weight in weights if weight.requires_grad),
         frozen=sum(weight.numel() for weight in weights if not weight.requires_grad),
         frozen_encoders=sum(count_values(build_empty_encoder(source, name)) for name in frozen_encoders),
         vae=count_values(vae),

@@ -64,6 +64,7 @@ VALUE_BYTES = 2  # of bf16 and fp16
 # and the objective, sums and hooks beside them; of an update with one moving average.
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES, TEXT_LAUNCHES, OTHER_LAUNCHES = 1998, 3804, 577, 271
 UPDATE_LAUNCHES = 462
+USUAL_WIDTH = 1280  # of the matrices in which weights are counted for an optimizer that factors them
 LAUNCH_SECONDS = 6e-6  # assumed: the host's time for one operator of PyTorch
 NETWORK_GBS = 50.0
 HOST_LINK_GBS, HOST_MEMORY_GBS = 25.0, 50.0  # assumed: PCIe 4.0 x16, and a rank's share of the host's memory
@@ -241,7 +242,8 @@ def count_micro_step_launches(config: Config) -> int:
 
 def estimate_update(config: Config, world_size: int, num_trained: int, gpu: Gpu) -> float:
     """Estimate the seconds of an update: its memory traffic, on the host with `engine.offload_optimizer`."""
-    state, launches = resolve_state_bytes(config, world_size), UPDATE_LAUNCHES * LAUNCH_SECONDS
+    as_matrix = [(num_trained // USUAL_WIDTH, USUAL_WIDTH)]
+    state, launches = resolve_state_bytes(config, as_matrix, world_size), UPDATE_LAUNCHES * LAUNCH_SECONDS
     share = num_trained / state.optimizer_shares
     updated = 2 * (state.master + state.moments + state.averages) + 2 * state.gradient + state.weight
     if not config.engine.offload_optimizer:

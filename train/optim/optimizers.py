@@ -20,6 +20,7 @@ from sdxl_trainer.data.packages import DISTRIBUTIONS
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.networks.parameter_groups import split_groups
 from sdxl_trainer.train.optim.host_threads import choose_num_threads, use_threads
+from sdxl_trainer.train.optim.wide_updates import widen
 
 KEY = "optim.name"
 # Under ZeRO 1 to 3, the optimizer updates the parameters of a group as one tensor. Kernels that count values in int32,
@@ -56,12 +57,14 @@ ON_HOST = {
     ),
     "lion": OptimizerEntry("deepspeed.ops.lion.DeepSpeedCPULion", {}, "deepspeed.ops.lion.cpu_lion_op"),
 }
-# Implementations without fp32 masters, by precision. Optimi's second beta of 0.99 stays: with 0.999, a second
-# moment that is rounded to the nearest bf16 would hardly ever fall.
+# Implementations without fp32 masters, by precision; other optimizers update fp32 copies of single weights (`widen`).
+# Optimi's second beta of 0.99 stays: with 0.999, a second moment that is rounded to the nearest bf16 would hardly ever
+# fall.
 LOW_PRECISION = {
     "bf16_kahan": {
         "adamw": OptimizerEntry("optimi.AdamW", {"kahan_sum": True, "betas": (0.9, 0.99), "eps": 1e-8}),
         "lion": OptimizerEntry("optimi.Lion", {"kahan_sum": True}),
+        "adafactor": OptimizerEntry("sdxl_trainer.train.optim.adafactor.Adafactor", {"kahan_sum": True}),
     },
     "bf16_stochastic": {
         "adamw": OptimizerEntry("sdxl_trainer.train.optim.stochastic_rounding.AdamW"),
@@ -103,6 +106,8 @@ def build_optimizer(
         return build_muon(entry, groups, config)
     kind = import_class(entry.path)
     given = list_arguments(config)
+    if needs_fp32_copies(config.name, engine):
+        kind, given["kahan_sum"] = widen(kind), engine.precision == "bf16_kahan"
     if engine.precision == "bf16_stochastic":
         given["seed"] = seed
     pieces = split_groups(groups, MAX_GROUP_VALUES)
@@ -146,6 +151,11 @@ def find_optimizer_entry(name: str, engine: EngineConfig) -> OptimizerEntry:
     elif engine.offload_optimizer:
         tables.insert(0, ON_HOST)
     return next((table[name] for table in tables if name in table), OptimizerEntry(name))
+
+
+def needs_fp32_copies(name: str, engine: EngineConfig) -> bool:
+    """Return whether an optimizer has no form of its own for weights without fp32 masters, and so updates copies."""
+    return engine.precision in LOW_PRECISION and name not in LOW_PRECISION[engine.precision]
 
 
 def explain_whole_tensors(config: OptimConfig, engine: EngineConfig) -> str | None:
@@ -230,13 +240,17 @@ def check_engine_of_optimizer(config: OptimConfig, engine: EngineConfig, kind: A
     reason = explain_whole_tensors(config, engine)
     if reason and engine.zero_stage:
         rule = f"{reason}, which is impossible on the flat shards of ZeRO {engine.zero_stage}"
-        yield Problem(KEY, config.name, rule, "set engine.zero_stage: 0, or another optim.name")
+        cure = "set engine.zero_stage: 0, or another optim.name"
+        if engine.precision in LOW_PRECISION:
+            cure = "set engine.gradient_release: true, or another optim.name"
+        yield Problem(KEY, config.name, rule, cure)
     if engine.gradient_release and {config.name, kind.__name__} & set(NEEDS_ALL_GRADIENTS):
         rule = "needs the gradients of all weights at once, which engine.gradient_release never has"
-        yield Problem(KEY, config.name, rule, "set it to adafactor, adamw or lion")
-    forms = LOW_PRECISION.get(engine.precision)
-    if forms is not None and config.name not in forms:
-        cure = f"set it to {' or '.join(forms)}, or set engine.precision: bf16"
+        yield Problem(KEY, config.name, rule, "set it to adafactor, adamw, adamw8bit or lion")
+    if needs_fp32_copies(config.name, engine) and not engine.gradient_release:
+        # Of ZeRO's flat shards, the copies would take as much memory as masters.
+        forms = ", ".join(LOW_PRECISION[engine.precision])
+        cure = f"set it to one of {forms}, or set engine.gradient_release: true, or engine.precision: bf16"
         yield Problem(KEY, config.name, f"does not support engine.precision {engine.precision}", cure)
     if config.name == "muon" and config.max_grad_norm:
         rule = "would scale down Muon's updates, whose size does not depend on the gradient's"

@@ -24,6 +24,7 @@ from sdxl_trainer.launch.machine import read_host_memory_bytes
 from sdxl_trainer.train.estimates.memory_choice import MemoryPlan, describe_lack, plan_memory
 from sdxl_trainer.train.estimates.memory_table import HEADROOM, MemoryLimits, MemoryTable, format_gb
 from sdxl_trainer.train.estimates.networks import get_area, measure_networks
+from sdxl_trainer.train.estimates.preset_choice import add_preset
 
 SHARED_MEMORY = Path("/dev/shm")
 FP32_BYTES = 4
@@ -49,10 +50,13 @@ def plan_run_memory(config: Config, source: ModelSource, plan: Plan, ranks: Rank
         UserInputError: a GPU is too small for the run even without activations.
     """
     logger.info("estimating the memory of a rank")  # which takes 15 s on two busy cores
-    sizes = measure_networks(config, source, find_largest_bucket(plan))
+    bucket = find_largest_bucket(plan)
+    sizes = measure_networks(config, source, bucket)
     limits = find_smallest(gather_objects(read_rank_memory(ranks.device)))
     planned = plan_memory(config, sizes, ranks.world_size, limits, kept)
     cure = "" if planned.table.fits_device else describe_lack(planned.config, sizes, ranks.world_size, limits)
+    if list(check_device(planned.table, cure)):
+        cure = add_preset(cure, limits, ranks.world_size, source, bucket)
     raise_if_any(list(check_device(planned.table, cure)))
     if ranks.is_main:
         if planned.reason:

@@ -133,16 +133,16 @@ def check_trained_parameters(config: Config) -> Iterator[Problem]:
         yield from error.problems
 
 
-def count_trained_weights(config: Config) -> int:
-    """Count the weights that a run with these settings trains; 0 for a model that is not on disk.
+def list_trained_shapes(config: Config) -> list[torch.Size]:
+    """List the shapes of the weights that a run with these settings trains; none for a model that is not on disk.
 
     Raises:
         UserInputError: the settings train nothing.
         OSError, ValueError, KeyError: the model has no usable configs.
     """
     if not is_local(config.model):
-        return 0
-    return sum(weight.numel() for weight in build_empty_run(config).parameters() if weight.requires_grad)
+        return []
+    return [weight.shape for weight in build_empty_run(config).parameters() if weight.requires_grad]
 
 
 def build_empty_run(config: Config) -> TrainedNetworks:

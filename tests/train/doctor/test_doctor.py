@@ -114,7 +114,7 @@ def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
         ("engine.precision=bf16_stochastic", 8),
         ("engine.precision=fp32", 12),
         ("engine.precision=fp32 engine.zero_stage=2", 16),  # ZeRO keeps separate masters in fp32 too
-        ("optim.name=adamw8bit", 8),
+        ("optim.name=adamw8bit", 8 + 2 * 4 / 256),  # a scale of 256 values each
         ("ema.decays=[0.9,0.99]", 22),
         ("lora.rank=4", 14),
     ],
@@ -122,7 +122,9 @@ def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
 def test_bytes_of_a_checkpoint(words: str, expected: int) -> None:
     config, problems = build_config({}, words.split())
     assert problems == []
-    assert compute_checkpoint_bytes(resolve_zero_stage(config, 1)[0], 1000) == 1000 * expected
+    shapes = [(64, 128), (1280, 1280)]
+    num_bytes = compute_checkpoint_bytes(resolve_zero_stage(config, 1)[0], shapes)
+    assert num_bytes == (64 * 128 + 1280 * 1280) * expected
 
 
 def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,13 +143,23 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [describe_micro_batch(size) for size in (12, 256, 10190)] == ["12", "256", "more than 256"]
     *_, choice = examine_memory(config, 1, [])  # a machine without GPUs: which one to choose
     fits = choice.detail.splitlines()
-    assert choice.is_ok and str(choice).startswith("note   GPU to choose: ") and len(fits) == 5
-    assert "16 GB: " in fits[1] and "are too much; engine.offload_optimizer: true saves" in fits[1]
-    assert "80 GB: fits with" in fits[4] and "largest micro batch" in fits[4]
+    assert choice.is_ok and str(choice).startswith("note   GPU to choose: ") and len(fits) == 6
+    assert "12 GB: " in fits[1] and "are too much; engine.offload_optimizer: true saves" in fits[1]
+    assert "80 GB: fits with" in fits[5] and "largest micro batch" in fits[5]
     wrong = [finding for finding in examine_memory(config, 1, [24 * 10**9]) if not finding.is_ok]
     assert len(wrong) == 1 and "engine.offload_optimizer: true saves" in wrong[0].cure
+    assert wrong[0].cure.endswith("or begin with configs/sdxl_24gb.yaml, which takes 12.1 GB with micro batch 4")
     absent = build_config({"model": {"path": "stabilityai/absent"}})[0]
     assert [finding.is_ok for finding in examine_memory(absent, 1, [])] == [True]
+
+
+def test_the_preset_for_a_card_is_named_with_the_reason() -> None:
+    [finding] = memory.examine_presets(1, [24 * 10**9])
+    assert finding.is_ok and finding.name == "preset"
+    assert finding.detail == "this card: sdxl_24gb, 12.1 GB, micro batch 4, because sdxl_full needs 58 GB"
+    [finding] = memory.examine_presets(1, [4 * 10**9])
+    assert str(finding) == "note   preset: none fits this card of 4 GB"
+    assert list(memory.examine_presets(1, [])) == []
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

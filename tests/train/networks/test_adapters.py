@@ -28,7 +28,7 @@ from sdxl_trainer.train.networks.adapters import (
 from sdxl_trainer.train.networks.empty_networks import build_empty_networks
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
-from sdxl_trainer.train.run.networks import count_trained_weights
+from sdxl_trainer.train.run.networks import list_trained_shapes
 from sdxl_trainer.train.sampling.job import load_image_generator
 from sdxl_trainer.train.tiny.build import build_tiny_sdxl, build_tiny_text_encoders, build_tiny_unet
 
@@ -182,10 +182,11 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     state = run / "checkpoints" / "step-00000006" / "state"
     written = [torch.load(path, weights_only=False) for path in state.glob("*.pt")]
     num_trained = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("alpha"))
-    assert count_trained_weights(config) == num_trained
+    shapes = list_trained_shapes(config)
+    assert sum(shape.numel() for shape in shapes) == num_trained
     # Besides, each weight has a counter of its steps, a tensor of 4 bytes.
     counters = 4 * (len(tensors) * 2 // 3)
-    assert sum(map(count_tensor_bytes, written)) == compute_checkpoint_bytes(config, num_trained) + counters
+    assert sum(map(count_tensor_bytes, written)) == compute_checkpoint_bytes(config, shapes) + counters
     generator = load_image_generator(config, run / "checkpoints" / "step-00000006", torch.device("cpu"))
     layer = generator.unet.mid_block.attentions[0].proj_in
     up = layer.lora_B["default"].weight

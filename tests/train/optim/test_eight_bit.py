@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eight_bit_updates import STAGES, build_engine, save, train
+from eight_bit_updates import RELEASED, STAGES, build_engine, save, train
 from programs import run_program
 
 from sdxl_trainer.configs.engine import EngineConfig
@@ -71,7 +71,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Saved:
             found = json.loads(line)
             assert found["resumed"] == found["losses"][3:], found
             made[2, found["stage"]] = folder / str(found["stage"]) / "step-00000003", found["losses"]
-    for stage in STAGES:
+    for stage in (*STAGES, RELEASED):
         engine = build_engine(stage, ranks)
         losses = train(engine, range(3), ranks)
         path = save(engine, folder / f"one-{stage}", ranks)
@@ -84,8 +84,9 @@ def test_losses_are_those_of_adamw_to_eight_bit_on_any_ranks_and_stage(saved: Sa
     assert list(check_optimizer(OptimConfig(name="adamw8bit"), EngineConfig())) == []
     exact = train(build_engine(2, ranks, "adamw"), range(6), ranks)
     assert max(exact) - min(exact) > 0.3
-    assert saved.keys() == set(product((1, 2), STAGES))
-    for key, (_, losses) in saved.items():
+    assert saved.keys() == set(product((1, 2), (*STAGES, RELEASED)))
+    for key in product((1, 2), STAGES):
+        losses = saved[key][1]
         assert losses == pytest.approx(exact, abs=4e-3), key
         assert losses[3:] != exact[3:], f"{key}: the moments are not in 8 bit"
         assert losses == pytest.approx(saved[1, 0][1], abs=1e-3), key
@@ -105,6 +106,20 @@ def test_other_ranks_and_stages_load_it(saved: Saved, ranks: Ranks, old_ranks: i
             assert resumed == losses[3:]
         types = {state["state1"].dtype for state in engine._engine.basic_optimizer.state.values()}
         assert torch.uint8 in types and types <= {torch.uint8, torch.float32}, new
+
+
+@needs_bitsandbytes
+def test_gradient_release_in_bf16_continues_on_other_ranks(saved: Saved, ranks: Ranks) -> None:
+    alone, shared = (saved[number, RELEASED][1] for number in (1, 2))
+    assert shared == pytest.approx(alone, abs=4e-3) and alone != saved[1, 0][1]
+    for number in (1, 2):
+        path, losses = saved[number, RELEASED]
+        engine = build_engine(RELEASED, ranks)
+        engine.load_state(path)
+        resumed = train(engine, range(3, 6), ranks)
+        assert resumed == (losses[3:] if number == 1 else pytest.approx(losses[3:], abs=4e-3))
+        states = engine._engine.basic_optimizer.state
+        assert {states[weight]["state1"].dtype for weight in states} == {torch.uint8, torch.float32}
 
 
 @needs_bitsandbytes

@@ -1,0 +1,70 @@
+"""Bytes of an optimizer's state and of its update, by the shapes of the weights."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
+from sdxl_trainer.configs.optim import OptimConfig
+from sdxl_trainer.train.engine.quantised import BLOCK, MIN_QUANTISED
+from sdxl_trainer.train.optim.optimizers import needs_fp32_copies
+from sdxl_trainer.train.optim.stochastic_rounding import CHUNK
+
+FP32_BYTES, BF16_BYTES = 4, 2
+# Bytes of the copy that the optimizer updates: fp32 masters, or DeepSpeed's bf16 copy (with Kahan's compensation).
+MASTER_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "bf16_kahan": 4, "bf16_stochastic": 2}
+# Values that an optimizer keeps for each weight. Other optimizers are assumed to keep two, as AdamW does.
+NUM_MOMENTS = {"adamw": 2, "lion": 1, "prodigy": 4, "muon": 1}
+# Of a value in an update: weight, gradient and change in fp32; transformers' Adafactor, which updates weights in fp32,
+# makes four copies.
+COPIES_BYTES, COPIES_BYTES_IN_FP32 = 3 * FP32_BYTES, 4 * FP32_BYTES
+ROUNDING_BYTES = 48  # of a value while a part of a weight is rounded at random
+
+
+def count_master_bytes(engine: EngineConfig) -> int:
+    """Count the bytes per trained weight of the copy that the optimizer updates, besides the weights themselves."""
+    if engine.gradient_release:
+        return BF16_BYTES if engine.precision == "bf16_kahan" else 0  # of Kahan's compensation
+    return 0 if engine.precision == "fp32" and not engine.zero_stage else MASTER_BYTES[engine.precision]
+
+
+def count_moments(engine: EngineConfig, optim: OptimConfig, shapes: Iterable[Sequence[int]]) -> int:
+    """Count the bytes of the moments of trained weights.
+
+    Args:
+        shapes: of the weights.
+    """
+    if optim.name == "adafactor":
+        as_matrices = bool(optim.kwargs.get("factor_convolutions"))
+        return FP32_BYTES * sum(count_factors(shape, as_matrices) for shape in shapes)
+    if optim.name == "adamw8bit":
+        return sum(count_eight_bit(math.prod(shape)) for shape in shapes)
+    in_bf16 = engine.precision in PURE_BF16 and not needs_fp32_copies(optim.name, engine)
+    num_values = NUM_MOMENTS.get(optim.name, 2) * sum(math.prod(shape) for shape in shapes)
+    return num_values * (BF16_BYTES if in_bf16 else FP32_BYTES)
+
+
+def count_factors(shape: Sequence[int], as_matrices: bool) -> int:
+    """Count the values that Adafactor keeps for a weight: the means of rows and columns.
+
+    Args:
+        as_matrices: the weight of a convolution is one matrix, and not one for each place of the kernel's last axis.
+    """
+    numel = math.prod(shape)
+    if len(shape) < 2:
+        return numel
+    if as_matrices and len(shape) > 2:
+        return shape[0] + numel // shape[0]
+    return numel // shape[-1] + numel // shape[-2]
+
+
+def count_eight_bit(numel: int) -> int:
+    """Count the bytes of two moments in 8 bit, with a scale in fp32 for each block; small weights have them in fp32."""
+    return 2 * (numel + FP32_BYTES * -(-numel // BLOCK) if numel >= MIN_QUANTISED else FP32_BYTES * numel)
+
+
+def count_release_copies(engine: EngineConfig, largest: int) -> int:
+    """Count the bytes of copies while gradient release updates a weight of `largest` values."""
+    if engine.precision == "fp32":
+        return COPIES_BYTES_IN_FP32 * largest
+    rounding = ROUNDING_BYTES * min(largest, CHUNK) if engine.precision == "bf16_stochastic" else 0
+    return max(COPIES_BYTES * largest, FP32_BYTES * largest + rounding)

@@ -1,0 +1,110 @@
+"""Updates in fp32 of weights in bf16 without fp32 masters: by this project's optimizers, and by any other class.
+
+A weight is read as fp32, and what an update makes of it is rounded: at random, or to the nearest with the difference
+kept in a second bf16 number and added when the weight is read again (Kahan summation).
+"""
+
+from collections.abc import Mapping
+from functools import cache, wraps
+from typing import Any
+
+import torch
+
+from sdxl_trainer.data.order.keyed_random import derive_seed
+from sdxl_trainer.train.optim.stochastic_rounding import CHUNK, build_key, draw_halves, round_stochastically
+
+REMAINDER = "kahan_comp"  # optimi's name for the state of Kahan summation
+NUM_UPDATES = "num_rounded"  # of a weight that an optimizer of another library updates
+
+
+class NarrowWeight:
+    """A weight in bf16 that is read and written as [N] fp32.
+
+    Args:
+        state: the optimizer's for this weight; keeps the remainder of Kahan summation.
+        key: of the random numbers; None rounds to the nearest and keeps the remainder.
+    """
+
+    def __init__(self, weight: torch.Tensor, state: dict[str, Any], key: tuple[int, int] | None):
+        self._flat, self._key, self._remainder = weight.view(-1), key, None
+        if key is None:
+            if REMAINDER not in state:
+                state[REMAINDER] = torch.zeros_like(weight)
+            self._remainder = state[REMAINDER].view(-1)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return values [start, stop) in fp32."""
+        values = self._flat[start:stop].float()
+        return values if self._remainder is None else values.add_(self._remainder[start:stop])
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        """Round fp32 values into the weight from `start` on."""
+        stored = self._flat[start : start + len(values)]
+        if self._key is not None:
+            stored.copy_(round_stochastically(values, draw_halves(len(values), start, self._key, values)[0]))
+        elif self._remainder is not None:
+            stored.copy_(values)
+            self._remainder[start : start + len(values)].copy_(values - stored)
+
+
+def restore_fp32(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Replace loaded state by what was saved in fp32; PyTorch has rounded it to the type of the weights.
+
+    Args:
+        saved: a state dict.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for weight, number in zip(weights, numbers, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                optimizer.state[weight][name] = value.to(weight.device, copy=True)
+
+
+@cache
+def widen(kind: type[Any]) -> type[Any]:
+    """Derive an optimizer that updates an fp32 copy of a weight in bf16 by `kind`, and rounds it into the weight.
+
+    Its state is in the types that `kind` chooses for weights in fp32. A step updates one weight, as gradient release
+    does, so that a single copy exists at a time.
+    """
+
+    class WideOptimizer(kind):
+        """Takes, besides the arguments of its base, the seed of the rounding, and whether to sum as Kahan does."""
+
+        @wraps(kind.__init__)
+        def __init__(self, params: Any, seed: int = 0, kahan_sum: bool = False, **named: Any):
+            super().__init__(params, **named)
+            self._seed, self._kahan_sum = seed, kahan_sum
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            """Update the one weight."""
+            (group,) = self.param_groups
+            (weight,) = group["params"]
+            state = self.state.pop(weight, {})
+            own = {name: state.pop(name) for name in (REMAINDER, NUM_UPDATES) if name in state}
+            own[NUM_UPDATES] = own.get(NUM_UPDATES, 0) + 1
+            seed = derive_seed(self._seed, own[NUM_UPDATES], group.get("first_tensor", 0))
+            narrow = NarrowWeight(weight, own, None if self._kahan_sum else build_key(seed))
+            wide = torch.nn.Parameter(torch.empty_like(weight, dtype=torch.float32))
+            parts = list(enumerate(wide.view(-1).split(CHUNK)))
+            for number, part in parts:
+                part.copy_(narrow.read(number * CHUNK, number * CHUNK + len(part)))
+            wide.grad = weight.grad.float()
+            self.state[wide], group["params"] = state, [wide]
+            try:
+                super().step()
+            finally:
+                wide.grad, group["params"] = None, [weight]
+                self.state[weight] = self.state.pop(wide) | own
+            for number, part in parts:
+                narrow.write(number * CHUNK, part)
+
+        def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+            """Load a state dict without rounding state that is in fp32."""
+            super().load_state_dict(dict(state_dict))
+            restore_fp32(self, state_dict)
+
+    WideOptimizer.__name__ = kind.__name__
+    return WideOptimizer
