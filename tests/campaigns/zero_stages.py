@@ -1,10 +1,13 @@
 """Trains the tiny SDXL under ZeRO 0, 1, 2 and 3 on 1, 2 and 4 ranks in fp32: the losses must be the same everywhere.
 
-    python tests/campaigns/zero_stages.py [--steps 20] [--tolerance 1e-5]
+    python tests/campaigns/zero_stages.py [--steps 20] [--tolerance 1e-5] [--released]
 
 The U-Net, less a part that is frozen, and text encoder 1 learn; text encoder 2 is frozen. What is frozen must have
 neither gradient nor optimizer state, and must end as it began. One launch trains under all four stages in turn, so that
 imports are paid for once; it is this script again, started by torchrun with `--cfg`.
+
+`--released` trains with gradient release instead, on 1 and 2 ranks with each optimizer that it allows. The losses of an
+optimizer must be the same on both.
 """
 
 import os
@@ -23,6 +26,8 @@ from typing import Any
 import yaml
 
 STAGES, RANKS = (0, 1, 2, 3), (1, 2, 4)
+RELEASED, RELEASED_RANKS = ("adamw", "adafactor", "adamw8bit", "lion"), (1, 2)
+Case = int | str  # a ZeRO stage, or the optimizer under gradient release
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = (
     "optim.text_encoder_lr=1e-4",
@@ -32,8 +37,17 @@ WORDS = (
 )
 
 
-def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
-    """On one rank: train under each stage in turn, and on rank 0 write `losses-R.json` for R ranks beside the settings:
+def list_settings(case: Case, global_batch_size: int) -> list[str]:
+    """The settings of a case: gradient release adds up no micro steps, and clips by no global norm."""
+    if isinstance(case, int):
+        return [f"engine.zero_stage={case}"]
+    micro_batch_size = global_batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    release = ["engine.gradient_release=true", "optim.max_grad_norm=0", f"train.micro_batch_size={micro_batch_size}"]
+    return [*release, f"optim.name={case}"]
+
+
+def train_all_stages(settings: Path, steps: int, words: Sequence[str], cases: Sequence[Case]) -> None:
+    """On one rank: train each case in turn, and on rank 0 write `losses-R.json` for R ranks beside the settings:
     the losses by stage, and what is wrong with frozen parts."""
     from sdxl_trainer.configs.load import load_config
     from sdxl_trainer.configs.problems import raise_if_any
@@ -58,12 +72,14 @@ def train_all_stages(settings: Path, steps: int, words: Sequence[str]) -> None:
 
     before: dict[str, Any] = {}
     found, wrong = {}, []
-    for stage in STAGES:
-        name = f"stage-{stage}-ranks-{os.environ.get('WORLD_SIZE', 1)}"
-        config, problems = load_config(settings, [*WORDS, *words, f"run.name={name}", f"engine.zero_stage={stage}"])
+    global_batch_size = load_config(settings, words)[0].train.global_batch_size
+    for case in cases:
+        name = f"case-{case}-ranks-{os.environ.get('WORLD_SIZE', 1)}"
+        chosen = [*WORDS, *words, f"run.name={name}", *list_settings(case, global_batch_size)]
+        config, problems = load_config(settings, chosen)
         raise_if_any(problems)
-        found[stage], thawed, ranks = train(config)
-        wrong += [f"ZeRO-{stage} on {ranks.world_size} ranks: {problem}" for problem in thawed]
+        found[case], thawed, ranks = train(config)
+        wrong += [f"{case} on {ranks.world_size} ranks: {problem}" for problem in thawed]
     if ranks.is_main:
         report = {"losses": found, "wrong": wrong}
         (settings.parent / f"losses-{ranks.world_size}.json").write_text(json.dumps(report))
@@ -103,17 +119,20 @@ def _hold(parameter: Any, whole: Any) -> bool:
     return piece[: part.numel()].equal(part)
 
 
-def compare(settings: Path, ranks: Sequence[int], steps: int, words: Sequence[str] = ()) -> tuple[dict, list[str]]:
-    """Train on each number of ranks. Returns the losses by (ranks, stage), and what is wrong with frozen
+def compare(
+    settings: Path, ranks: Sequence[int], steps: int, words: Sequence[str] = (), released: bool = False
+) -> tuple[dict[tuple[int, Case], list[float]], list[str]]:
+    """Train on each number of ranks. Returns the losses by (ranks, case), and what is wrong with frozen
     parts."""
     losses, wrong = {}, []
     for number in ranks:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command = [*launch, __file__, "--cfg", str(settings), "--steps", str(steps), *words]
+        options = ["--cfg", str(settings), "--steps", str(steps), *(["--released"] if released else [])]
+        command = [*launch, __file__, *options, *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout[-6000:]
         report = json.loads((settings.parent / f"losses-{number}.json").read_text())
-        losses |= {(number, int(stage)): values for stage, values in report["losses"].items()}
+        losses |= {(number, int(case) if case.isdigit() else case): found for case, found in report["losses"].items()}
         wrong += report["wrong"]
     return losses, wrong
 
@@ -152,22 +171,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The same losses under every ZeRO stage on any number of ranks.")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="how far losses may differ (1e-5)")
+    parser.add_argument("--released", action="store_true", help="gradient release instead of ZeRO")
     parser.add_argument("--cfg", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cfg:
         from sdxl_trainer.launch.program import end_program
 
-        train_all_stages(options.cfg, options.steps, options.words)
+        train_all_stages(options.cfg, options.steps, options.words, RELEASED if options.released else STAGES)
         end_program(0)
     with tempfile.TemporaryDirectory() as folder:
-        losses, wrong = compare(build_set(Path(folder)), RANKS, options.steps)
-    reference, worst = losses[1, 0], 0.0
-    print(f"{'ranks':>5}  {'ZeRO':>4}  {'first loss':>10}  {'last loss':>10}  largest difference")
-    for (ranks, stage), values in losses.items():
+        ranks = RELEASED_RANKS if options.released else RANKS
+        losses, wrong = compare(build_set(Path(folder)), ranks, options.steps, released=options.released)
+    worst = 0.0
+    print(f"{'ranks':>5}  {'case':>9}  {'first loss':>10}  {'last loss':>10}  largest difference")
+    for (number, case), values in losses.items():
+        reference = losses[1, case if options.released else 0]
         difference = max(abs(one - other) for one, other in zip(values, reference, strict=True))
         worst = max(worst, difference)
-        print(f"{ranks:5}  {stage:4}  {values[0]:10.6f}  {values[-1]:10.6f}  {difference:.1e}")
+        print(f"{number:5}  {case:>9}  {values[0]:10.6f}  {values[-1]:10.6f}  {difference:.1e}")
     print(*wrong, sep="\n")
     return int(worst > options.tolerance or bool(wrong))
 
