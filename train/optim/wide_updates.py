@@ -56,9 +56,11 @@ def restore_fp32(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for weight, number in zip(weights, numbers, strict=True):
+        state = optimizer.state[weight]
         for name, value in saved["state"].get(number, {}).items():
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-                optimizer.state[weight][name] = value.to(weight.device, copy=True)
+            # PyTorch has chosen the device of the others, such as counters.
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32 != state[name].dtype:
+                state[name] = value.to(weight.device, copy=True)
 
 
 @cache
