@@ -26,7 +26,9 @@ from typing import Any
 import yaml
 
 STAGES, RANKS = (0, 1, 2, 3), (1, 2, 4)
-RELEASED, RELEASED_RANKS = ("adamw", "adafactor", "adamw8bit", "lion"), (1, 2)
+# Optimizer → tolerance. AdamW's eps keeps gradients that are rounding errors small. Adafactor and Lion make whole updates
+# of these, whose sign depends on the number of ranks, and moments in 8 bit jump from one code to the next.
+RELEASED, RELEASED_RANKS = {"adamw": 1e-5, "adafactor": 1e-3, "adamw8bit": 1e-3, "lion": 1e-2}, (1, 2)
 Case = int | str  # a ZeRO stage, or the optimizer under gradient release
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = (
@@ -43,7 +45,8 @@ def list_settings(case: Case, global_batch_size: int) -> list[str]:
         return [f"engine.zero_stage={case}"]
     micro_batch_size = global_batch_size // int(os.environ.get("WORLD_SIZE", 1))
     release = ["engine.gradient_release=true", "optim.max_grad_norm=0", f"train.micro_batch_size={micro_batch_size}"]
-    return [*release, f"optim.name={case}"]
+    rate = ["optim.lr=1e-4"] if case == "lion" else []  # a tenth of AdamW's, as is usual
+    return [*release, *rate, f"optim.name={case}"]
 
 
 def train_all_stages(settings: Path, steps: int, words: Sequence[str], cases: Sequence[Case]) -> None:
@@ -178,20 +181,20 @@ def main() -> int:
     if options.cfg:
         from sdxl_trainer.launch.program import end_program
 
-        train_all_stages(options.cfg, options.steps, options.words, RELEASED if options.released else STAGES)
+        train_all_stages(options.cfg, options.steps, options.words, list(RELEASED) if options.released else STAGES)
         end_program(0)
     with tempfile.TemporaryDirectory() as folder:
         ranks = RELEASED_RANKS if options.released else RANKS
         losses, wrong = compare(build_set(Path(folder)), ranks, options.steps, released=options.released)
-    worst = 0.0
     print(f"{'ranks':>5}  {'case':>9}  {'first loss':>10}  {'last loss':>10}  largest difference")
     for (number, case), values in losses.items():
         reference = losses[1, case if options.released else 0]
         difference = max(abs(one - other) for one, other in zip(values, reference, strict=True))
-        worst = max(worst, difference)
         print(f"{number:5}  {case:>9}  {values[0]:10.6f}  {values[-1]:10.6f}  {difference:.1e}")
+        if difference > (RELEASED[case] if isinstance(case, str) else options.tolerance):
+            wrong.append(f"{case} on {number} ranks: the losses differ by {difference:.1e}")
     print(*wrong, sep="\n")
-    return int(worst > options.tolerance or bool(wrong))
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
