@@ -33,7 +33,7 @@ The importer writes one YAML file. It reads:
   their settings count steps here. If your image folders are on this machine, the importer counts the images itself.
 
 The length of a run becomes `train.max_epochs` or `train.max_steps`. Latents get a folder of their own
-(`cache.dir: latents/<run.name>`).
+(`cache.dir: latents/<run.name>`, below `run.dir` if that is an absolute path).
 
 The report, on the console and as a comment in the YAML, begins with the number of keys in your files. Each of them is
 in one part of the report: imported as it is, imported with a difference, without a counterpart here, unknown (with the
@@ -43,6 +43,7 @@ exactly has its reason, and so has every default of the other program that is wr
 The YAML passes the check of the settings. A value that breaks a rule here is left out, and the report names the key of
 your file, the rule and the default that applies. A value that the other program could not read either, such as
 `resolution = "big"`, ends the import with the file, the key and the form that is looked for; nothing is written.
+Cached text is left out where text encoders are trained or captions change from step to step, which exclude it.
 Adapters of other kinds than LoRA (LoHa, LoKr, ...) become plain LoRA, with a warning at the top of the report.
 Files are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.configs.kohya.contents import FileContents, expand_or_keep, is_unset
@@ -18,6 +19,7 @@ from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS, WH
 from sdxl_trainer.configs.kohya.subsets import (
     Remark,
     count_samples,
+    has_images,
     list_repeated_folders,
     read_datasets,
 )
@@ -29,6 +31,13 @@ from sdxl_trainer.configs.schema import Config
 SOURCE_OPTIONS = ("train_data_dir", "reg_data_dir", "in_json")
 # Setting of a dataset file's sources → the option of its subsets that gives it, unless that is image_dir.
 SOURCE_NAMES = {"data.metadata": "metadata_file", "data.source_weights": "num_repeats"}
+# Options for cached outputs of the text encoders, and the settings that they cannot be combined with.
+TEXT_OPTIONS = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+NOT_CACHED = (
+    *("optim.text_encoder_lr", "optim.text_encoder_2_lr", "data.caption.shuffle", "data.caption.wildcards"),
+    *("data.caption.tag_dropout_rate", "data.caption.token_warmup_steps"),
+)
+ABSOLUTE = ("/", "~", "$")  # first letters of paths that do not depend on the working directory
 # Options that are on by default, so that False is not the same as leaving them out.
 ON_BY_DEFAULT = ("train_nnet", "arb")
 NO_FOLDER = (
@@ -97,9 +106,38 @@ def convert(contents: FileContents) -> Imported:
         if name not in (*table, "num_samples") and not is_unset(value)
     ]
     raise_if_any(_name_file(problem, contents) for problem in imported.problems)
+    _leave_out_cached_text(imported)
+    _remark_on_empty_folders(imported)
     # Latents are kept apart from the images. Those that other programs wrote beside the images are found, too.
-    imported.settings.setdefault("cache.dir", f"latents/{imported.settings.get('run.name', 'run')}")
+    runs = str(imported.settings.get("run.dir", ""))
+    folder = Path(runs if runs.startswith(ABSOLUTE) else "")  # beside the runs, wherever a job is started
+    imported.settings.setdefault("cache.dir", f"{folder / 'latents' / imported.settings.get('run.name', 'run')}")
     return imported
+
+
+def _leave_out_cached_text(imported: Imported) -> None:
+    """Remove `cache.text` beside settings that give a caption other encoder outputs in each step, and remark on it."""
+    changing = [key for key in NOT_CACHED if imported.settings.get(key)]
+    if not (changing and imported.settings.pop("cache.text", False)):
+        return
+    reason = (
+        f"cannot be combined with {' and '.join(changing)}; captions are encoded in each step, and cache.text: true is "
+        "for a run without these"
+    )
+    options = [name for name in TEXT_OPTIONS if imported.values.get(name)]
+    imported.unsupported += [Remark(name, imported.values[name], reason) for name in options]
+
+
+def _remark_on_empty_folders(imported: Imported) -> None:
+    """Remark on folders of this machine that hold neither images nor latents."""
+    if imported.settings.get("data.metadata"):
+        return
+    for name in imported.settings.get("data.image_dirs", ()):
+        folder = expand_or_keep(str(name))
+        if folder.is_dir() and not has_images(folder):
+            option = imported.origins["data.image_dirs"]
+            reason = f"WARNING: {folder} holds no images; check the path"  # a long value is shown in part
+            imported.changed.append(Remark(option, folder.name, reason))
 
 
 def _collect_options(contents: FileContents, imported: Imported, kept: tuple[str, ...]) -> dict[str, Any]:
@@ -217,10 +255,13 @@ def _explain_unknown(name: str, known: list[str]) -> str:
 
 def _find_by_word(name: str, known: list[str]) -> list[str]:
     """Return the option that alone shares a word with a name, such as `shuffle_caption` for `shuffle_tags`."""
-    for word in sorted(name.lower().split("_"), key=len, reverse=True):
+    words = name.lower().split("_")
+    for word in sorted(words, key=len, reverse=True):
         sharing = [option for option in dict.fromkeys(known) if word in option.split("_")]
         if len(word) > 3 and len(sharing) == 1:
-            return sharing
+            # One word of many, such as `training`, says nothing.
+            common = set(words).intersection(sharing[0].split("_"))
+            return sharing if 2 * len(common) >= len(words) else []
     return []
 
 

@@ -181,7 +181,7 @@ DATA = {
     "vae_batch_size": copied("cache.batch_size"),
     "skip_cache_check": converted(constant("none"), "data.verify_latents", note="`none`"),
     "cache_info": built_in("metadata is always indexed"),
-    "cache_text_encoder_outputs": converted(constant(True), "cache.text"),
+    "cache_text_encoder_outputs": converted(constant(True), "cache.text", note="not if text encoders are trained"),
     "cache_text_encoder_outputs_to_disk": converted(constant(True), "cache.text"),
     "text_encoder_batch_size": unsupported("uses `cache.batch_size`"),
     "max_data_loader_n_workers": copied("data.num_workers", "per rank"),
@@ -335,6 +335,7 @@ ADAPTERS = {
         constant(None), *ENCODERS, note="text encoders keep learning rate 0, which freezes them"
     ),
     "network_train_text_encoder_only": converted(constant([FROZEN_UNET]), "optim.groups", note=FREEZES),
+    "stop_text_encoder_training": unsupported("text encoders with a learning rate are trained to the end"),
     "network_args": unsupported("adapters cover linear layers only, without convolutions or learning rates by block"),
     "network_weights": unsupported("adapters start at zero; resuming continues the run's own adapters"),
     "network_dropout": unsupported("adapters have no dropout; use a lower rank or weight decay against overfitting"),

@@ -4,6 +4,7 @@ In kohya's scripts every option may differ between subsets. Here most settings a
 first subset's value is used and the others are reported.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -154,6 +155,12 @@ def count_samples(subsets: Iterable[Mapping[str, Any]]) -> int:
         images = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
         total += images * int(subset.get("num_repeats", 1))
     return total * factor
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether a folder or one below it holds an image, or latents in place of one."""
+    suffixes = (*IMAGE_SUFFIXES, ".npz")
+    return any(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
 
 
 def list_data_sources(subsets: list[dict[str, Any]]) -> DataSources:

@@ -362,9 +362,21 @@ def count_steps(given: Given) -> int:
 
 
 def convert_steps(value: Any, given: Given) -> int:
-    """Return steps; a value below 1 is a share of the run."""
+    """Return steps; a value below 1 is a share of the run.
+
+    Raises:
+        UnsupportedError: it is a share of epochs, and the samples per epoch are unknown.
+    """
     number = read_number(value)
-    return round(number * count_steps(given)) if 0 < number < 1 else read_whole(number)
+    if not 0 < number < 1:
+        return read_whole(number)
+    try:
+        return round(number * count_steps(given))
+    except UnsupportedError:
+        raise UnsupportedError(
+            "is a share of a run whose steps are unknown, because epochs give its length: import again with --samples "
+            "N (images x repeats), or write the number of steps"
+        ) from None
 
 
 def convert_precision(value: Any, given: Given) -> str:

@@ -174,7 +174,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "caption": {"first_line": True, "keep_tokens": 1, "shuffle": True},
             "max_tokens": 225,
         },
-        "cache": {"dir": "latents/123", "flip": True},
+        "cache": {"dir": "/out/latents/123", "flip": True},
         "objective": {
             "prediction": "v",
             "zero_terminal_snr": True,
@@ -400,7 +400,34 @@ def test_defaults_that_are_written_are_reported(tmp_path: Path) -> None:
     _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1"})
     assert "max_train_steps = 1600: train.max_steps: 1600" in comment
     _, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --max_train_epochs 3 --lr_warmup_steps 0.1"})
-    assert "max_train_steps" not in comment and "lr_warmup_steps = 0.1: is counted in epochs" in comment
+    assert "max_train_steps" not in comment and "lr_warmup_steps = 0.1: is a share of a run whose" in comment
+
+
+def test_settings_of_kohya_ss_that_a_run_would_refuse_are_settled(tmp_path: Path) -> None:
+    """Cached text beside trained text encoders; options that are unknown or have no counterpart; an empty folder."""
+    (tmp_path / "img" / "10_dog").mkdir(parents=True)
+    own = {
+        "output_dir": "/out",
+        "train_data_dir": str(tmp_path / "img"),
+        "sdxl_cache_text_encoder_outputs": True,
+        "text_encoder_lr": 5e-5,
+        "stop_text_encoder_training": 20,
+        "additional_parameters": "--min_snr_gama=5 --clever_training_mode",
+    }
+    settings, comment = import_files(tmp_path, {"gui.json": json.dumps({**GUI, **own})})
+    assert settings["cache"] == {"dir": "/out/latents/123"} and settings["optim"]["text_encoder_lr"] == 5e-5
+    assert (
+        "sdxl_cache_text_encoder_outputs = True: cannot be combined with optim.text_encoder_lr and "
+        "optim.text_encoder_2_lr; captions are encoded in each step" in comment
+    )
+    assert f"train_data_dir = '10_dog': WARNING: {tmp_path}/img/10_dog holds no images" in comment
+    assert "stop_text_encoder_training = 20: text encoders with a learning rate are trained to the end" in comment
+    assert "min_snr_gama = 5: is not a known option; did you mean min_snr_gamma?" in comment
+    assert "clever_training_mode = True: is not a known option; docs/FROM_KOHYA.md lists" in comment
+    own |= {"text_encoder_lr": 0, "unet_lr": 1e-4}
+    (tmp_path / "img" / "10_dog" / "a.png").touch()
+    settings, comment = import_files(tmp_path, {"gui.json": json.dumps({**GUI, **own})})
+    assert settings["cache"]["text"] is True and "cannot be combined" not in comment and "no images" not in comment
 
 
 @pytest.mark.parametrize("name", ["train.toml", "config.py", "train.sh", "gui.json"])

@@ -199,7 +199,7 @@ def test_what_became_of_the_fields_of_kohya_ss(tmp_path: Path) -> None:
         *("bucket_reso_steps", "clip_skip", "noise_offset", "sample_sampler", "model_list", "sdxl", "max_grad_norm")
     }
     assert settings["optim.max_grad_norm"] == 0.5  # of additional_parameters
-    assert "lr_warmup = 10: is counted in epochs" in text  # percent, as in the interface
+    assert "lr_warmup = 10: is a share of a run" in text  # percent, as in the interface
     # With a dataset file the interface counts no epochs, and kohya's default length applies.
     datasets = tmp_path / "d.toml"
     datasets.write_text("[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '/a'\n")
