@@ -15,12 +15,13 @@ except ImportError:
 
 DESCRIPTION = (
     "Convert a model: a run, a checkpoint, a .safetensors file or a diffusers folder into one .safetensors file, as "
-    "ComfyUI and others read it, or into a diffusers folder. A pickled file (.ckpt) becomes a .safetensors file with "
-    "the same tensors."
+    "ComfyUI and others read it, or into a diffusers folder. A run of adapters (LoRA) becomes a file of adapters or, "
+    "with --merge, a whole model. A pickled file (.ckpt) becomes a .safetensors file with the same tensors."
 )
 EXAMPLES = (
     "%(prog)s runs/my my-model.safetensors",
     "%(prog)s runs/my/checkpoints/step-00005000 my-5000.safetensors --dtype fp16",
+    "%(prog)s runs/my-lora my-model-with-lora.safetensors --merge",
     "%(prog)s old.ckpt new.safetensors",
 )
 
@@ -44,6 +45,10 @@ def build_convert_parser() -> argparse.ArgumentParser:
         help="of the weights (checkpoint.export_dtype of the settings, else fp16)",
     )
     parser.add_argument("--ema", metavar="DECAY", help="convert the moving average of this decay, such as 0.999")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the base model with the adapters of a LoRA run merged into it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
@@ -57,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         from sdxl_trainer.train.export.convert import run_conversion
 
         words = [*options.overrides, *([f"checkpoint.export_dtype={options.dtype}"] if options.dtype else [])]
-        run_conversion(options.source, options.target, options.cfg, words, options.ema)
+        source, target, flags = options.source, options.target, {"merge": options.merge, "overwrite": options.overwrite}
+        run_conversion(source, target, options.cfg, words, options.ema, **flags)
 
     return run_program(work)
 

@@ -102,6 +102,8 @@ def run_command(command: str, stage: Path) -> int:
         return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=stage).returncode
     if "--cfg" in words:
         words = stand_in(words, list_stand_ins(stage))
+    elif program == "train.convert":
+        words = [*words, "--overwrite"]  # several pages convert to the same name
     elif program == "train.sample_main":
         words = stand_in(words, [*DRAWN, f"model.config={stage / 'models/sdxl-diffusers'}"])
     return call(program, words)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 
+from sdxl_trainer.cache.models.source import may_be_hub_id
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
@@ -41,8 +42,10 @@ def find_model_checkpoint(path: Path, option: str) -> Path | None:
         option: the command line's option or argument, for error messages.
 
     Raises:
-        UserInputError: the checkpoint is damaged, or the run folder holds no complete one.
+        UserInputError: nothing is at the path, the checkpoint is damaged, or the run folder holds no complete one.
     """
+    if not path.exists() and not may_be_hub_id(str(path)):
+        raise UserInputError([Problem(option, path, "does not exist", "check the path")])
     if (path / MANIFEST).is_file():
         damage = verify_manifest(path)
         if damage:

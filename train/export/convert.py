@@ -1,7 +1,7 @@
 """The conversion program: convert checkpoints, single files and diffusers folders to a single file or a folder."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from loguru import logger
@@ -10,7 +10,7 @@ from sdxl_trainer.cache.models.pickled_file import convert_pickled_file, is_pick
 from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
-from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
+from sdxl_trainer.configs.problems import Problem, format_count, raise_if_any
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint.model_argument import (
     find_model_checkpoint,
@@ -18,12 +18,25 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     read_declared_prediction,
 )
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
-from sdxl_trainer.train.export.export import build_export_settings, describe_files, open_components, write_components
-from sdxl_trainer.train.networks.adapters import write_adapters
+from sdxl_trainer.train.export.export import (
+    build_export_settings,
+    describe_files,
+    open_components,
+    write_adapter_file,
+    write_components,
+)
+from sdxl_trainer.train.networks.adapters import merge_adapters
 
 
 def run_conversion(
-    source: Path, target: Path, cfg: Path | None, overrides: Sequence[str], average: str | None = None
+    source: Path,
+    target: Path,
+    cfg: Path | None,
+    overrides: Sequence[str],
+    average: str | None = None,
+    *,
+    merge: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Convert `source` to the format of `target`, tensor by tensor.
 
@@ -34,11 +47,15 @@ def run_conversion(
             declares.
         overrides: `key.sub=value` words that override the other settings.
         average: decay of the moving average to write instead of the checkpoint's weights.
+        merge: write the whole model with the checkpoint's adapters in it, instead of the adapters.
+        overwrite: replace a target that exists.
 
     Raises:
-        UserInputError: the source is not a model, or the checkpoint does not contain that average.
+        UserInputError: the source is not a model, the target exists, or the checkpoint does not contain that average,
+            or no adapters to merge.
     """
     init_logger(rank=0)
+    raise_if_any(check_target(source, target, overwrite))
     if is_pickled_file(source):
         number = convert_pickled_file(source, target)
         logger.info("{} written, with the {} of {}", describe_files(target), format_count(number, "tensor"), source)
@@ -53,17 +70,38 @@ def run_conversion(
     raise_if_any([*check_model(config.model), *check_average(checkpoint, average)])
     settings = build_export_settings(config, resolve_model(config.model))
     trained = {} if checkpoint is None else open_weights(checkpoint, average)
-    if trained and config.lora.rank:
-        if target.suffix != ".safetensors":
-            rule = "is no name of a file that adapters can be written to; they are one file in every layout"
-            raise UserInputError([Problem("target", target, rule, "give a name that ends in .safetensors")])
-        weights = {name: read() for name, read in trained.items()}
-        write_adapters(target, weights, settings.source, settings.lora, settings.dtype)
+    has_adapters = bool(trained and config.lora.rank)
+    raise_if_any(check_adapter_target(target, has_adapters, merge))
+    if has_adapters and not merge:
+        write_adapter_file(target, {name: read() for name, read in trained.items()}, settings)
         logger.info("adapters written to {}", describe_files(target))
         return
     components = open_components(settings.source, settings.model)
-    replace_trained_weights(components, trained)
+    if has_adapters:
+        merge_adapters(components, {name: read() for name, read in trained.items()}, settings.lora)
+    else:
+        replace_trained_weights(components, trained)
     write_components(target, components, settings)
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> Iterator[Problem]:
+    """Yield a problem if the target is the source, or exists and is not to be replaced. An empty folder may exist."""
+    if target.exists() and source.exists() and target.samefile(source):
+        yield Problem("target", target, "is the source itself", "give another name")
+    elif target.is_file() or (target.is_dir() and any(target.iterdir())):
+        if not overwrite:
+            yield Problem("target", target, "exists already", "give another name, or add --overwrite to replace it")
+
+
+def check_adapter_target(target: Path, has_adapters: bool, merge: bool) -> Iterator[Problem]:
+    """Yield a problem if there are no adapters to merge, or if adapters would be written as a folder."""
+    if merge and not has_adapters:
+        cure = "give a run or a checkpoint with lora.rank above 0 as source, or leave --merge out"
+        yield Problem("--merge", None, "needs adapters, and the source has none", cure)
+    if has_adapters and not merge and target.suffix != ".safetensors":
+        rule = "is no name of a file that adapters can be written to; they are one file in every layout"
+        cure = "give a name that ends in .safetensors, or add --merge to write the whole model with the adapters in it"
+        yield Problem("target", target, rule, cure)
 
 
 def replace_trained_weights(

@@ -90,7 +90,7 @@ def export_model(
     if settings.lora.rank:
         weights = {name: gather(name) for name in engine.weights.trained_names}
         if ranks.is_main:
-            write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
+            write_adapter_file(path, weights, settings)
         wait_for_ranks("the model file")
         return
     parameters = list_gathered_parameters(engine, settings.source)
@@ -133,7 +133,7 @@ def export_local_model(path: Path, engine: Engine, settings: ExportSettings) -> 
     state = engine.model.state_dict()
     if settings.lora.rank:
         weights = {name: state[name] for name in engine.weights.trained_names}
-        write_adapters(path, weights, settings.source, settings.lora, settings.dtype)
+        write_adapter_file(path, weights, settings)
         return
     parameters = list_gathered_parameters(engine, settings.source)
     weights = {
@@ -148,6 +148,24 @@ def get_model_path(config: Config, step: int, average: str | None = None) -> Pat
     name = f"step-{step:08d}{'-lora' if config.lora.rank else ''}{f'-ema-{average}' if average else ''}"
     is_file = config.lora.rank or config.checkpoint.export_format == "single"
     return config.run.folder / "models" / (f"{name}.safetensors" if is_file else name)
+
+
+def write_adapter_file(path: Path, weights: Mapping[str, torch.Tensor], settings: ExportSettings) -> None:
+    """Write adapters as one file, with the run's name and prediction type in its metadata."""
+    name = {"ss_output_name": settings.title, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    metadata = {**build_metadata(settings), **name}
+    write_adapters(path, weights, settings.source, settings.lora, settings.dtype, metadata)
+
+
+def build_metadata(settings: ExportSettings) -> dict[str, str]:
+    """Build the modelspec metadata of a file."""
+    return build_modelspec(
+        settings.title,
+        settings.size_px,
+        settings.objective.prediction,
+        datetime.now(timezone.utc),
+        timestep_range=(settings.objective.min_timestep, settings.objective.max_timestep - 1),
+    )
 
 
 def write_model(path: Path, weights: Weights, settings: ExportSettings) -> None:
@@ -186,19 +204,12 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
         )
         logger.info("model written to {}, a diffusers folder in {}", describe_files(path), name_dtype(settings.dtype))
         return
-    metadata = build_modelspec(
-        settings.title,
-        settings.size_px,
-        objective.prediction,
-        datetime.now(timezone.utc),
-        timestep_range=(objective.min_timestep, objective.max_timestep - 1),
-    )
     write_single_file(
         path,
         components,
         configs,
         dtype=settings.dtype,
-        metadata=metadata,
+        metadata=build_metadata(settings),
         text_projection=settings.model.text_projection,
         marks=list_prediction_marks(objective.prediction, objective.zero_terminal_snr),
         extra=read_carried_tensors(source.file) if source.file else None,

@@ -2,7 +2,9 @@
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save
 
 from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import create_folder, write_atomic
@@ -74,12 +77,18 @@ def check_adapters(config: LoraConfig) -> Iterator[Problem]:
 
 
 def write_adapters(
-    path: Path, weights: Mapping[str, torch.Tensor], source: ModelSource, config: LoraConfig, dtype: torch.dtype
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    source: ModelSource,
+    config: LoraConfig,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write adapters as one safetensors file that kohya's scripts, ComfyUI and diffusers read.
 
     Args:
         weights: the adapters' weights by PEFT's names, such as `unet.….to_q.lora_A.default.weight`.
+        metadata: of the file, besides rank and alpha; see `build_modelspec`.
     """
     layers = map_layer_names(source.read_config("unet"))
     alpha = torch.tensor(float(config.alpha or config.rank))
@@ -89,18 +98,38 @@ def write_adapters(
         base = build_kohya_name(layer, layers)
         tensors[f"{base}.{'lora_down' if name.endswith(DOWN) else 'lora_up'}.weight"] = weight.detach().to("cpu", dtype)
         tensors[f"{base}.alpha"] = alpha.clone()  # safetensors refuses one tensor under two names
-    metadata = {
+    texts = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": f"{alpha.item():g}",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": path.stem,
+        **metadata,
     }
     create_folder(path.parent)
-    write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, texts))
+
+
+def merge_adapters(
+    components: Mapping[str, dict[str, TensorSource]], weights: Mapping[str, torch.Tensor], config: LoraConfig
+) -> None:
+    """Replace each weight of a base model that has an adapter by W + alpha/rank · up · down in fp32, in place.
+
+    Args:
+        components: component → name → tensor of the base model, or function that reads it.
+        weights: the adapters' weights by PEFT's names.
+    """
+    scale = float(config.alpha or config.rank) / config.rank
+
+    def add(base: TensorSource, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        weight = base if isinstance(base, torch.Tensor) else base()
+        return weight.float() + scale * (up.float() @ down.float()).reshape(weight.shape)
+
+    for name, down in weights.items():
+        if name.endswith(DOWN):
+            layer = name.removesuffix(DOWN)
+            component, _, inner = layer.partition(".")
+            tensors, base = components[component], get_canonical_name(component, f"{inner}.weight")
+            tensors[base] = partial(add, tensors[base], weights[layer + UP], down)
 
 
 def map_layer_names(unet_config: Mapping[str, Any]) -> dict[str, str]:

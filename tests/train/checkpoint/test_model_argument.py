@@ -70,6 +70,16 @@ def test_a_run_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         find_model_checkpoint(tmp_path, "--model")
 
 
+def test_an_absent_model_is_named_and_a_hub_id_is_left_to_the_hub(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("nowhere", "runs/my", "runs/my/checkpoints/step-00000005", str(tmp_path / "x"), "none/x.safetensors"):
+        with pytest.raises(UserInputError, match=f"--model = '{name}'\n      does not exist\n"):
+            find_model_checkpoint(Path(name), "--model")
+    assert find_model_checkpoint(Path("stabilityai/sdxl"), "--model") is None
+    assert find_model_checkpoint(Path("https://huggingface.co/a/b"), "--model") is None  # the model's check explains it
+
+
 def test_the_settings_of_a_checkpoint_are_used_and_unknown_ones_dropped(tmp_path: Path) -> None:
     saved = Config().model_dump(mode="json")
     saved["objective"] |= {"prediction": "v", "removed_setting": 3}

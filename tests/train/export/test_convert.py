@@ -91,7 +91,7 @@ def test_conversion_keeps_the_declared_prediction_type(converted: Path, tmp_path
     assert main([str(folder), str(again)]) == 0
     assert read_declared_prediction(folder) == read_declared_prediction(again) == DeclaredPrediction("v", True)
     (tmp_path / "flow.yaml").write_text("objective: {prediction: flow}")
-    assert main([str(folder), str(again), "--cfg", str(tmp_path / "flow.yaml")]) == 0
+    assert main([str(folder), str(again), "--cfg", str(tmp_path / "flow.yaml"), "--overwrite"]) == 0
     assert read_declared_prediction(again) == DeclaredPrediction("flow", False)
 
 
@@ -130,5 +130,20 @@ def test_a_source_that_is_not_a_model_ends_with_status_2(
     assert main([str(damaged), str(tmp_path / "x.safetensors")]) == 2
     assert "is damaged" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing"), str(tmp_path / "x.safetensors")]) == 2
-    assert "is neither a file nor a folder" in capsys.readouterr().err
+    assert f"source = '{tmp_path / 'nothing'}'\n      does not exist" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
+    words = [str(one_rank / "models" / "step-00000020.safetensors"), str(tmp_path / "x.safetensors"), "--merge"]
+    assert main([*words, f"model.config={one_rank.parent.parent / 'model'}"]) == 2
+    assert "--merge\n      needs adapters" in capsys.readouterr().err
+
+
+def test_an_existing_target_is_replaced_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.ckpt")
+    words = [str(tmp_path / "old.ckpt"), str(tmp_path / "new.safetensors")]
+    (tmp_path / "new.safetensors").write_text("precious")
+    assert main(words) == 2 and (tmp_path / "new.safetensors").read_text() == "precious"
+    assert "exists already\n      cure: give another name, or add --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert load_file(tmp_path / "new.safetensors")["a"].tolist() == [1, 1]
+    assert main([words[1], words[1], "--overwrite"]) == 2
+    assert "is the source itself" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Adapters: their trained layers, and diffusers' own loading of their file, which gives the same outputs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table
+from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.lora import LoraConfig
@@ -17,6 +18,8 @@ from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.train.checkpoint.writer import count_tensor_bytes
 from sdxl_trainer.train.convert import main
+from sdxl_trainer.train.doctor.doctor import examine_settings
+from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.networks.adapters import (
     add_adapters,
@@ -162,6 +165,12 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     printed = run_program("tests/support/several_runs.py", *runs, expect=2)
     assert "is not the base model of the checkpoint: the weights of text_encoder and text_encoder_2 and unet" in printed
     assert f"restore the model that step 6 was trained on ({cached_folder / 'model'})" in printed
+    shutil.copytree(cached_folder / "model", tmp_path / "moved")
+    for model, faults in ((other, ["model.path"]), (tmp_path / "moved", [])):  # the doctor tells before the start
+        config, _ = load_config(settings, [*words, "run.name=lora", "train.max_steps=7", f"model.path={model}"])
+        found = list(examine_settings(resolve_zero_stage(config, 1)[0], world_size=1))
+        assert [finding.name for finding in found if not finding.is_ok] == faults
+        assert any("is not the base model of the checkpoint" in finding.detail for finding in found) == bool(faults)
     models, twice = (cached_folder / "runs" / name / "models" for name in ("lora", "lora-twice"))
     names = ["step-00000006-lora-ema-0.5.safetensors", "step-00000006-lora.safetensors"]
     assert sorted(path.name for path in models.iterdir()) == names
@@ -178,6 +187,14 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     assert main([str(run), str(models / "again.safetensors"), "--dtype", "fp32"]) == 0
     again = load_file(models / "again.safetensors")
     assert again.keys() == tensors.keys() and all(again[name].equal(tensors[name]) for name in tensors)
+    assert_merged(run, cached_folder / "model", again, tmp_path / "merged")
+    with safe_open(models / names[1], "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_output_name"] == metadata["modelspec.title"] == "lora"
+    assert metadata["modelspec.prediction_type"] == "epsilon" and metadata["modelspec.architecture"].endswith("/lora")
+    assert main([str(run), str(tmp_path / "v.safetensors"), "objective.prediction=v"]) == 0
+    with safe_open(tmp_path / "v.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
     config, _ = load_config(settings, [*words, "run.name=lora", "engine.zero_stage=0"])
     state = run / "checkpoints" / "step-00000006" / "state"
     written = [torch.load(path, weights_only=False) for path in state.glob("*.pt")]
@@ -191,3 +208,21 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     layer = generator.unet.mid_block.attentions[0].proj_in
     up = layer.lora_B["default"].weight
     assert up.equal(tensors["lora_unet_middle_block_1_proj_in.lora_up.weight"]) and layer.scaling["default"] == 1
+
+
+def assert_merged(run: Path, base_folder: Path, adapters: dict[str, torch.Tensor], target: Path) -> None:
+    """Merge a run's adapters in fp32, and compare each weight with W + alpha/rank · up · down."""
+    assert main([str(run), str(target), "--merge", "--dtype", "fp32", "lora.alpha=1"]) == 0  # of rank 2
+    layers, num_merged = map_layer_names(ModelSource(base_folder).read_config("unet")), 0
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        base, merged = (load_file(next((folder / part).glob("*.safetensors"))) for folder in (base_folder, target))
+        names = {get_canonical_name(part, name): name for name in base}
+        for name, found in merged.items():
+            weight, layer = base[names[get_canonical_name(part, name)]].float(), name.removesuffix(".weight")
+            key = build_kohya_name(f"{part}.{layer}", layers) if part != "unet" or layer in layers else ""
+            if f"{key}.lora_up.weight" in adapters:
+                up, down = (adapters[f"{key}.lora_{side}.weight"] for side in ("up", "down"))
+                weight = weight + 0.5 * (up @ down)
+                num_merged += 1
+            assert found.dtype == torch.float32 and found.equal(weight), name
+    assert num_merged == len(adapters) // 3
