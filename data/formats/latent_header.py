@@ -18,6 +18,7 @@ from sdxl_trainer.data.formats.latents import (
     compute_bucket,
     describe_missing_array,
     parse_latents,
+    select_resolution,
 )
 from sdxl_trainer.data.formats.npz import (
     Member,
@@ -85,7 +86,8 @@ def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
     try:
         members = list_members(read, offset, end)
         if members is not None:
-            return _build_header({member.key: member for member in members}, end - offset)
+            by_key = select_resolution({member.key: member for member in members})
+            return _build_header(by_key, end - offset)
     except NpzError as error:
         raise BadLatentError(str(error)) from None
     sample = parse_latents(read(offset, end - offset))

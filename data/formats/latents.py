@@ -9,6 +9,9 @@
 | `original_size` | int64 [2] | (width, height) before any resize |
 | `crop_ltrb` | float64 [4] | left, top, right, bottom in the pixel grid of the resized image |
 
+Recent versions of kohya's scripts end all keys in the latents' height and width, `latents_128x96`, so that a file may
+hold several resolutions. Of these the one of the sample's bucket is read, or else the largest.
+
 numpy has no bfloat16. The keys of such arrays end in `_bf16`, and the arrays are uint16;
 `(a.astype("uint32") << 16).view("float32")` gives the values. Programs that expect `latents` then stop with a missing
 key instead of training on wrong numbers.
@@ -17,9 +20,11 @@ key instead of training on wrong numbers.
 import glob
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,6 +42,7 @@ ARRAY_KEYS = {
     "flipped": "latents_flipped",
     "flipped_std": "latents_flipped_std",
 }
+RESOLUTION = re.compile(r"_(\d+)x(\d+)$")  # end of a key: height and width of the latents
 # Enough for the latents of a 16384 x 16384 image in float64. A file that claims more is not a latent file.
 MAX_BYTES = {
     **{key + suffix: 4 * 2048 * 2048 * 8 for key in ARRAY_KEYS.values() for suffix in ("", BF16_SUFFIX)},
@@ -44,6 +50,20 @@ MAX_BYTES = {
     "original_size": 4096,
     "crop_ltrb": 4096,
 }
+
+
+class ArrayLimits(dict[str, int]):
+    """Limits of arrays by their keys, which may end in a resolution."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or super().__contains__(RESOLUTION.sub("", str(key)))
+
+    def __missing__(self, key: str) -> int:
+        return super().__getitem__(RESOLUTION.sub("", key))
+
+
+LIMITS = ArrayLimits(MAX_BYTES)
+T = TypeVar("T")
 
 
 class BadLatentError(ValueError):
@@ -140,15 +160,13 @@ def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check
         check_crc: False skips the CRC-32, for callers that have checked the bytes' SHA-256.
     """
     try:
-        arrays = load_arrays(content, MAX_BYTES, check_crc)
+        arrays = select_resolution(load_arrays(content, LIMITS, check_crc), bucket)
     except NpzError as error:
         raise BadLatentError(str(error)) from None
     parts = {name: _read_array(arrays, key, bucket) for name, key in ARRAY_KEYS.items()}
     latents = parts.pop("latents")
     if latents is None:
-        is_foreign = any(key.startswith("latents_") for key in arrays)
-        kind = "latents of another model family" if is_foreign else "not a latent file"
-        raise BadLatentError(f"{describe_missing_array(arrays)}: {kind}")
+        raise BadLatentError(f"{describe_missing_array(arrays)}: not a latent file")
     for name, part in parts.items():
         if part is not None and part.shape != latents.shape:
             raise BadLatentError(f"`{ARRAY_KEYS[name]}` is {list(part.shape)}, unlike latents {list(latents.shape)}")
@@ -162,6 +180,25 @@ def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check
         alpha_mask=_read_mask(arrays, (size.height, size.width)),
         dtype="bfloat16" if "latents" + BF16_SUFFIX in arrays else latents.dtype.name,
     )
+
+
+def select_resolution(arrays: Mapping[str, T], bucket: Size | None = None) -> dict[str, T]:
+    """Return the arrays of one resolution, by keys without it, of a file whose keys end in resolutions.
+
+    Args:
+        arrays: by key, of any file; those of a file with `latents` are returned as they are.
+        bucket: of the wanted latents; the largest ones are returned if it is None, or if the file has none of it.
+    """
+    if "latents" in arrays or "latents" + BF16_SUFFIX in arrays:
+        return dict(arrays)
+    found = [match for key in arrays if key.startswith("latents_") and (match := RESOLUTION.search(key))]
+    sizes = {match[0]: (int(match[1]), int(match[2])) for match in found if match.string == f"latents{match[0]}"}
+    if not sizes:
+        return dict(arrays)
+    wanted = compute_shape(bucket)[1:] if bucket is not None else None
+    chosen = max(sizes, key=lambda suffix: (sizes[suffix] == wanted, math.prod(sizes[suffix])))
+    shared = {key: array for key, array in arrays.items() if not RESOLUTION.search(key)}
+    return shared | {key.removesuffix(chosen): array for key, array in arrays.items() if key.endswith(chosen)}
 
 
 def compute_shape(bucket: Size) -> tuple[int, int, int]:

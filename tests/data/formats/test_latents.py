@@ -22,6 +22,7 @@ from sdxl_trainer.data.formats.latents import (
     read_latents,
     write_latents,
 )
+from sdxl_trainer.data.images.bucket import Size
 
 LATENTS = np.random.default_rng(0).standard_normal((4, 8, 12)).astype(np.float32)
 GOOD = LatentSample(latents=LATENTS, original_size=(100, 70), crop_ltrb=(1.0, 2.0, 97.0, 66.0))
@@ -146,6 +147,24 @@ def test_files_of_other_programs_are_read(file, bucket, crop, mean):
         read_latents(FIXTURES / file, (256, 256))
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_keys_may_end_in_the_height_and_width_of_the_latents(tmp_path, compressed):
+    """Recent versions of kohya's scripts write them so, one resolution after the other into one file."""
+    large = np.concatenate([LATENTS, LATENTS], 1)
+    arrays = {
+        **{"latents_8x12": LATENTS, "latents_flipped_8x12": -LATENTS, "original_size_8x12": np.array([100, 70])},
+        **{"crop_ltrb_8x12": np.array([1, 2, 97, 66]), "alpha_mask_8x12": np.ones((64, 96), np.float32)},
+        **{"latents_16x12": large, "original_size_16x12": np.array([101, 140])},
+    }
+    path = save(tmp_path / "x_0100x0070_sdxl.npz", compressed, **arrays)
+    small = read_latents(path, Size(96, 64))
+    assert np.array_equal(small.latents, LATENTS) and small.flipped is not None and small.alpha_mask is not None
+    assert (small.original_size, small.crop_ltrb) == ((100, 70), (1, 2, 97, 66))
+    assert np.array_equal(read_latents(path, Size(96, 128)).latents, large)
+    header = read_latent_header(str(path))  # of the largest
+    assert (header.bucket, header.original_size, header.flipped, header.masked) == ((96, 128), (101, 140), False, False)
+
+
 def test_optional_arrays_may_be_missing_or_present(tmp_path):
     bare = read_latents(save(tmp_path / "x.npz", latents=LATENTS))
     assert (bare.original_size, bare.crop_ltrb) == ((96, 64), (0, 0, 96, 64))
@@ -166,10 +185,8 @@ def test_optional_arrays_may_be_missing_or_present(tmp_path):
         ({"latents": np.where(LATENTS > 2, np.inf, LATENTS)}, "not finite"),
         ({"latents": LATENTS.astype(object)}, "pickled"),
         ({"latents": LATENTS, "original_size": np.array(["a", None], object)}, "`original_size` is pickled"),
-        (
-            {"latents_8x12": LATENTS},
-            "holds latents_8x12, original_size, crop_ltrb, but no `latents`, .* VAE: latents of another model family",
-        ),
+        ({"latents_8x12": LATENTS.repeat(4, 0)}, r"latents are float32\[16, 8, 12\], not floats \[4, h, w\]"),
+        ({"latents_16x12": LATENTS.repeat(2, 1)}, "encoded at 96x128 px, not at its bucket's 96x64 px"),
         ({"hidden_state1": LATENTS}, "not a latent file"),
         ({}, "holds original_size, crop_ltrb, but no `latents`, floats .4, .*: not a latent file"),
         ({"latents": LATENTS, "original_size": np.array([1, 2, 3])}, "not 2 finite numbers"),

@@ -390,7 +390,8 @@ def test_bad_latents_in_a_shard_are_each_named(tmp_path):
         "int32[4, 8, 8]": {"latents": np.ones((4, 8, 8), np.int32)},
         "object[1]": {"latents": np.array([{}], object)},
         "a decompression bomb?": {"latents": np.zeros((4, 8192, 8192), np.float32)},
-        "holds latents_8x8, but no `latents`": {"latents_8x8": np.ones((4, 8, 8), np.float32)},
+        "holds moments, but no `latents`": {"moments": np.ones((4, 8, 8), np.float32)},
+        "float32[16, 8, 8]": {"latents_8x8": np.ones((16, 8, 8), np.float32)},  # of Flux
     }
     writer = ShardWriter(tmp_path / "s.tar")
     writer.append("good", b'{"caption": "c"}', good)
