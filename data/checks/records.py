@@ -17,11 +17,13 @@ from sdxl_trainer.data.images.bucket import list_buckets
 from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
 from sdxl_trainer.data.index.index import Index, open_record_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
-from sdxl_trainer.data.metadata.merge import MAX_SHOWN
+from sdxl_trainer.data.metadata.merge import MAX_SHOWN, DuplicateKeyError
 from sdxl_trainer.data.metadata.records import check_sources
+from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.order.regularisation import check_regularisation
 from sdxl_trainer.data.order.source_weights import check_source_weights
-from sdxl_trainer.data.stores.remote import is_remote
+from sdxl_trainer.data.stores.remote import StoredObject, describe_objects, is_remote
+from sdxl_trainer.data.stores.remote_sources import SHARD_SUFFIX
 
 MAX_NAMED = 5  # records that a warning names; launch/preview.sh lists all
 
@@ -41,7 +43,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
             if it caches no text.
     """
     data = config.data
-    problems = list(check_data_settings(data, config.cache.dir))
+    problems = list(check_data_settings(data, config.cache.dir)) or list(check_copies(data))
     if problems:
         return OpenedIndex(None, problems)
     try:
@@ -86,6 +88,24 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
             yield Problem("data.resolution_px", rule.resolution_px, "gives no bucket", "raise it")
 
 
+def check_copies(data: DataConfig) -> Iterator[Problem]:
+    """Yield a problem if `copies_gb` is too small for two windows of shards, the current and the next one.
+
+    Only the sizes of the objects are read.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
+    settings = data.remote_shards
+    names = map(str, list_source_files(data.metadata)) if settings.shuffle_shards else ()
+    shards = [name for name in names if is_remote(name) and name.partition("?")[0].endswith(SHARD_SUFFIX)]
+    sizes = [item.size for item in describe_objects(shards) if isinstance(item, StoredObject)]
+    needed_gb = 2 * min(settings.shuffle_shards, len(sizes)) * max(sizes, default=0) / 1e9
+    if needed_gb > settings.copies_gb:
+        rule = f"is less than the {needed_gb:.3g} GB of two windows of data.remote_shards.shuffle_shards shards"
+        yield Problem("data.remote_shards.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")
+
+
 def check_kohya_folders(data: DataConfig) -> Iterator[Problem]:
     """Yield a problem if `data.kohya_folders` is set, but images come from metadata."""
     if data.kohya_folders and data.metadata:
@@ -123,11 +143,10 @@ def check_captions(data: DataConfig, index: Index) -> Iterator[Problem]:
 
 
 def warn_about_records(data: DataConfig, index: Index) -> None:
-    """Log how many records lack an image size or a caption, unless `check_captions` yields a problem for it."""
-    num_unsized = int((index.column("width") == 0).sum()) if data.metadata else 0
-    if num_unsized:
-        named = name_rows(index, index.column("width") == 0, MAX_NAMED)
-        logger.warning("{} of {} records have no original_size: {}", num_unsized, len(index), named)
+    """Log how many records lack a caption, unless `check_captions` yields a problem for it.
+
+    A record needs no `original_size`: the image or the latents have it, and latents without one are reported.
+    """
     num_uncaptioned, choice = count_uncaptioned(index), data.on_missing_caption
     if 0 < num_uncaptioned < len(index) and choice != "error":
         treatment = {"empty": "are trained with the empty caption", "skip": "are skipped"}[choice]
@@ -176,7 +195,13 @@ def choose_source_cure(error: ValueError, metadata: Sequence[Path | str]) -> str
     """Return what repairs metadata or captions that cannot be read."""
     if isinstance(error, ImageShardError):
         return "unpack it into a folder, and name that folder in data.image_dirs"
-    if any(map(is_remote, metadata)):
-        is_cut = isinstance(error, CutShardError)
-        return "upload the object again" if is_cut else "correct the data, and upload them again if they are on a store"
-    return "copy or write the tar again" if isinstance(error, CutShardError) else "correct the data"
+    is_stored = any(map(is_remote, metadata))
+    if isinstance(error, DuplicateKeyError):
+        if ".tar" not in str(error):
+            return "rename one of the two images in each pair, or leave it out of the metadata"
+        if is_stored:
+            return "give each sample a key of its own: write one of the shards again and upload it, or leave it out"
+        return "give each sample a key of its own: write one of the shards again, or leave it out"
+    if isinstance(error, CutShardError):
+        return "upload the object again" if is_stored else "copy or write the tar again"
+    return "correct the file and upload it again" if is_stored else "correct the data"

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem, format_count, join_reasons
-from sdxl_trainer.configs.schema import Config, DataConfig, RemoteShardsConfig
+from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.bad_cures import describe_bad_cure
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import MAX_NAMED, OpenedIndex, build_source_problem, open_checked_records
@@ -18,7 +17,6 @@ from sdxl_trainer.data.images.bucket import BucketRule, Size
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
 from sdxl_trainer.data.order.source_weights import check_weighted_samples
-from sdxl_trainer.data.stores.remote import is_remote
 
 
 def open_training_set(config: Config) -> OpenedIndex:
@@ -66,7 +64,6 @@ def check_training_set(config: Config, index: Index, num_unflipped: int) -> Iter
     """
     folder, rule = get_cache_folder(config), build_bucket_rules(config.data)[""]
     yield from check_identity(folder, rule, index)
-    yield from check_copies(config.data.remote_shards, index)
     yield from check_flip(config.data.flip_rate, num_unflipped, len(index))
     yield from check_weighted_samples(config.data, index)
 
@@ -117,20 +114,6 @@ def check_identity(folder: Path, wanted: BucketRule, index: Index) -> Iterator[P
     elif num_stale := _count_stale(identity, index):
         rule = f"holds {num_stale} latents of other settings, because the last cache job did not finish"
         yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh again")
-
-
-def check_copies(settings: RemoteShardsConfig, index: Index) -> Iterator[Problem]:
-    """Yield a problem if `copies_gb` is too small for two windows of shards, the current and the next one."""
-    if not settings.shuffle_shards:
-        return
-    names = index.group_by_shard().names
-    if not any(map(is_remote, names)):
-        return
-    ends = np.nan_to_num(index.column("bytes")) + np.nan_to_num(index.column("offset"))
-    needed_gb = 2 * min(settings.shuffle_shards, len(names)) * float(ends.max()) / 1e9
-    if needed_gb > settings.copies_gb:
-        rule = f"is less than the {needed_gb:.3g} GB of two windows of data.remote_shards.shuffle_shards shards"
-        yield Problem("data.remote_shards.copies_gb", settings.copies_gb, rule, "raise it, or lower shuffle_shards")
 
 
 def check_flip(flip_rate: float, num_unflipped: int, num_samples: int) -> Iterator[Problem]:

@@ -100,6 +100,10 @@ def verify_unique_keys(keys: pa.ChunkedArray, describe_image: Callable[[int], st
     pairs = sorted(zip(order[repeats].tolist(), order[firsts].tolist(), strict=True))
     shown = [f"'{keys[row]}' ({describe_image(first)} and {describe_image(row)})" for row, first in pairs[:MAX_SHOWN]]
     more = ", ..." if len(pairs) > MAX_SHOWN else ""
+    # The key of a sample in a shard is the stem of its members, but no file has it.
+    if all(".tar" in describe_image(row) for row, _ in pairs[:MAX_SHOWN]):
+        count = format_count(len(pairs), "sample")
+        raise DuplicateKeyError(f"{count} with the key of another sample: {', '.join(shown)}{more}")
     count = format_count(len(pairs), "image")
     raise DuplicateKeyError(f"{count} with the file stem of another image: {', '.join(shown)}{more}")
 

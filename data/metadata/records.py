@@ -64,7 +64,8 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             missing = _list_missing_files(pattern)
         except StoreError as error:
             cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
-            yield Problem(f"data.metadata.{number}", pattern, str(error), cure_store)
+            rule = f"cannot be read: {str(error).removeprefix(f'{pattern}: ')}"
+            yield Problem(f"data.metadata.{number}", pattern, rule, cure_store)
             continue
         if Path(str(pattern)).is_dir():
             rule, cure = "is a folder, not a metadata file", "name folders of images in data.image_dirs"

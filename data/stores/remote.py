@@ -10,20 +10,24 @@ import errno
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.registry import known_implementations
+from loguru import logger
 
 from sdxl_trainer.data.files import SeekableBytes, commit_file, open_temporary
 
 ATTEMPTS, DESCRIBE_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+REPORT_SECONDS = 10.0  # without an answer, after which the log says that a store is still waited for
 RETRY_LIMIT_SECONDS = 60.0  # retries end after this time, because the back ends' own retries take long, too
 NUM_THREADS = 32
 MIN_OBJECTS_TO_LIST = 32  # for fewer objects, each one is described without a listing of its folder
@@ -43,6 +47,8 @@ PERMANENT_ERRORS = {
     "GoogleAuthError",
     "ParamValidationError",
 }
+
+_last_report = -REPORT_SECONDS  # time of the last line of `report_wait`
 
 
 class RemoteSpan(NamedTuple):
@@ -99,7 +105,8 @@ def find_objects(pattern: str) -> list[str]:
     """
     store, path = open_store(pattern)
     try:
-        return sorted(store.unstrip_protocol(name) for name in store.glob(path))
+        with report_silence(pattern, lambda: 0):
+            return sorted(store.unstrip_protocol(name) for name in store.glob(path))
     except _list_error_classes() as error:
         raise StoreError(f"{pattern}: {_describe(error)}") from error
 
@@ -112,8 +119,45 @@ def describe_objects(urls: Sequence[str]) -> list[StoredObject | FileNotFoundErr
     """
     for folder in {url.rpartition("/")[0] for url in urls} if len(urls) >= MIN_OBJECTS_TO_LIST else ():
         _list_folder(folder)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return list(pool.map(_describe_object, urls))
+    items: list[StoredObject | FileNotFoundError] = []
+    with ThreadPoolExecutor(NUM_THREADS) as pool, report_silence(urls[0] if urls else "", lambda: len(items)):
+        for item in pool.map(_describe_object, urls):
+            items.append(item)
+    return items
+
+
+@contextmanager
+def report_silence(url: str, count_answers: Callable[[], int]) -> Iterator[None]:
+    """Log every REPORT_SECONDS in the context that a store does not answer: its library may retry for minutes."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        silent_seconds, num_before = 0.0, count_answers()
+        while not is_over.wait(REPORT_SECONDS):
+            num_answers = count_answers()
+            silent_seconds = 0.0 if num_answers > num_before else silent_seconds + REPORT_SECONDS
+            num_before = num_answers
+            if silent_seconds:
+                report_wait(url, silent_seconds)
+
+    watcher = threading.Thread(target=watch, name="store-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def report_wait(url: str, seconds: float) -> None:
+    """Log that a store has not answered yet, at most every REPORT_SECONDS: many threads may wait for it.
+
+    The doctor shows a line with `is_wait` at once.
+    """
+    global _last_report
+    if time.monotonic() - _last_report >= 0.9 * REPORT_SECONDS:
+        _last_report = time.monotonic()
+        logger.bind(is_wait=True).warning("{}: no answer for {:.0f} s; still trying", url, seconds)
 
 
 def read_spans(spans: Sequence[RemoteSpan], attempts: int = ATTEMPTS) -> list[bytes | FileNotFoundError]:
@@ -124,7 +168,7 @@ def read_spans(spans: Sequence[RemoteSpan], attempts: int = ATTEMPTS) -> list[by
     """
     results: list[Any] = [None] * len(spans)
     pending = list(range(len(spans)))
-    for _ in _iterate_attempts(attempts):
+    for _ in _iterate_attempts(attempts, spans[0].url if spans else ""):
         for number, result in zip(pending, _read_once([spans[number] for number in pending]), strict=True):
             results[number] = result
         pending = [number for number in pending if _is_transient(results[number])]
@@ -256,7 +300,7 @@ def _call_with_retries(url: str, attempts: int, call: Callable[[], Any]) -> Any:
         StoreError: the store denies access, or does not answer any of the attempts.
     """
     failure: Exception | None = None
-    for _ in _iterate_attempts(attempts):
+    for _ in _iterate_attempts(attempts, url):
         try:
             return call()
         except FileNotFoundError:
@@ -269,11 +313,13 @@ def _call_with_retries(url: str, attempts: int, call: Callable[[], Any]) -> Any:
     raise StoreError(f"{url}: {_describe(failure)}") from failure
 
 
-def _iterate_attempts(attempts: int) -> Iterator[int]:
+def _iterate_attempts(attempts: int, url: str) -> Iterator[int]:
     """Yield the number of each attempt. Wait before all but the first, and end after RETRY_LIMIT_SECONDS."""
     started = time.monotonic()
     for attempt in range(attempts):
         if attempt:
+            if (waited := time.monotonic() - started) > REPORT_SECONDS:
+                report_wait(url, waited)
             time.sleep(_choose_wait(attempt))
         yield attempt
         if time.monotonic() - started > RETRY_LIMIT_SECONDS:

@@ -95,7 +95,8 @@ def show_urls_in_errors(sources: Sequence[LocalSources]) -> Iterator[None]:
         message = str(error)
         for local, url in (pair for source in sources for pair in source.urls.items()):
             message = message.replace(local, url)
-        if message == str(error):
+        error.args = (message,)  # keeps the class, by which a cure is chosen
+        if str(error) == message:
             raise
         raise ValueError(message) from None
 

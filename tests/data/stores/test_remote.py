@@ -209,7 +209,7 @@ def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shard
     [problem] = list_problems(tmp_path, "gs://bucket/s-0.tar")
     assert "gs:// needs a package that is not installed: Please install gcsfs" in problem.rule
     [problem] = list_problems(tmp_path, "tape://x/y.tar")
-    assert "Protocol not known: tape" in problem.rule
+    assert problem.rule == "cannot be read: Protocol not known: tape"
     config = Config.model_validate({"data": {"metadata": ["s3://bucket/set/s-0.tar"]}})
     [problem] = open_checked_records(config)[1]
     assert problem.key == "cache.dir"
@@ -217,6 +217,12 @@ def test_missing_objects_and_packages_are_named_before_the_start(tmp_path, shard
     [problem] = list_problems(tmp_path, "s3://bucket/bad/cut.tar")
     assert str(problem).count("s3://bucket/bad/cut.tar") == 1 and problem.cure == "upload the object again"
     assert problem.rule == "is cut short: it ends before its own headers say"
+    for name in ("c-0.tar", "c-1.tar"):
+        store.pipe_file(f"bucket/twice/{name}", (shards / "s-0.tar").read_bytes())
+    [problem] = list_problems(tmp_path, "s3://bucket/twice/c-{0..1}.tar")
+    assert "samples with the key of another sample: " in problem.rule and "file stem" not in problem.rule
+    assert "s3://bucket/twice/c-0.tar and s3://bucket/twice/c-1.tar" in problem.rule
+    assert problem.cure.startswith("give each sample a key of its own") and "upload it" in problem.cure
 
 
 def test_the_cure_of_bad_latents_on_a_store_is_an_upload(tmp_path, shards, store):

@@ -2,12 +2,16 @@
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loguru import logger
 
 from sdxl_trainer.data import files
 from sdxl_trainer.data.formats.latent_header import read_latent_header
@@ -17,6 +21,7 @@ from sdxl_trainer.data.formats.shards import OpenFile
 from sdxl_trainer.data.formats.text_cache import read_text_state, write_text_state
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, read_text_variant
 from sdxl_trainer.data.loading.latent_store import LatentStore
+from sdxl_trainer.data.stores import remote
 
 BUCKET = (64, 64)
 
@@ -130,3 +135,45 @@ def test_a_shard_with_a_stale_handle_is_reopened(
     file_ids = fail_reads(monkeypatch, [errno.ESTALE])
     assert isinstance(store.read([row], BUCKET)[0], LatentSample)
     assert file_ids[0] == id(stale) and file_ids[-1] != id(stale)
+
+
+def test_a_store_that_does_not_answer_is_named_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The libraries of stores retry for minutes inside a single call."""
+    lines: list[Any] = []
+    sink = logger.add(lines.append, format="{message}")
+    answered = threading.Event()
+
+    class SilentStore:
+        """Answers when the test has seen the second line."""
+
+        def info(self, path: str) -> dict[str, Any]:
+            assert answered.wait(60)
+            return {"size": 3, "ETag": "a"}
+
+    monkeypatch.setattr(remote, "REPORT_SECONDS", 0.02)
+    monkeypatch.setattr(remote, "_last_report", 0.0)
+    monkeypatch.setattr(remote, "open_store", lambda url: (SilentStore(), url))
+    with ThreadPoolExecutor(1) as pool:
+        described = pool.submit(remote.describe_objects, ["s3://bucket/a.tar", "s3://bucket/b.tar"])
+        while len(lines) < 2:
+            time.sleep(0.01)
+        answered.set()
+        assert [item.size for item in described.result()] == [3, 3]
+    logger.remove(sink)
+    assert lines[0].startswith("s3://bucket/a.tar: no answer for ") and lines[0].record["extra"]["is_wait"]
+
+
+def test_retries_are_logged_after_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = [100.0], []
+    monkeypatch.setattr(remote, "_last_report", 0.0)
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 6))
+    sink = logger.add(lines.append, format="{message}")
+    attempts = list(remote._iterate_attempts(8, "s3://bucket/a.tar"))
+    logger.remove(sink)
+    assert attempts == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [str(line).strip() for line in lines] == [
+        f"s3://bucket/a.tar: no answer for {seconds} s; still trying" for seconds in (12, 24, 36)
+    ]
