@@ -67,7 +67,10 @@ def run_torchrun() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    from sdxl_trainer.launch.patches import ignore_repeated_signals
+
     quiet_torchrun()
+    ignore_repeated_signals()
     try:
         main()
     except ChildFailedError as error:

@@ -5,9 +5,13 @@ tests/launch/test_patches.py fails when the patched code changes its shape.
 """
 
 import sys
+import time
 from datetime import timedelta
+from types import FrameType
 
 import torch.distributed as dist
+
+from sdxl_trainer.launch.signals import REPEAT_SECONDS
 
 
 def set_default_timeout(timeout: timedelta) -> None:
@@ -30,3 +34,23 @@ def destroy_process_groups() -> None:
     """
     comm = sys.modules.get("deepspeed.comm")
     (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+
+
+def ignore_repeated_signals() -> None:
+    """Let torchrun act on a stop signal, and ignore those that follow within REPEAT_SECONDS.
+
+    Written for torch 2.13.0. The launch script forwards a signal that torchrun may have received too. Its handler then
+    raises within the shutdown that the first one has begun, and the agent ends the ranks by SIGTERM, which they report
+    instead of the user's signal. torchrun's environment variables only choose which signals it handles.
+    """
+    from torch.distributed.elastic.multiprocessing import api
+
+    handle, acted_on = api._terminate_process_handler, []
+
+    def handle_once(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not acted_on or now - acted_on[0] > REPEAT_SECONDS:
+            acted_on.append(now)
+            handle(number, frame)
+
+    api._terminate_process_handler = handle_once
