@@ -13,6 +13,7 @@ from loguru import logger
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.bad_images import (
     BadImages,
+    are_too_many,
     hash_rules,
     report_known,
     write_bad_images,
@@ -54,7 +55,14 @@ from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, describe_seconds, format_count
+from sdxl_trainer.configs.problems import (
+    FailedError,
+    Problem,
+    UserInputError,
+    describe_seconds,
+    format_count,
+    raise_if_any,
+)
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.formats.manifest import (
@@ -103,16 +111,17 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     """Encode every image that is missing in the cache or stale; with `repair`, only cached items that are bad or stale.
 
     Raises:
-        UserInputError: settings or data are wrong; all problems at once.
+        UserInputError: settings (`problems`, which are reported alone) or data are wrong; all problems at once.
         FailedError: the disk is full, or more images are bad than `data.max_bad_fraction` allows.
         Interrupted: a stop signal was received; everything encoded by then is in the cache.
     """
     rank = read_environment().rank
     keep_freed_memory()
+    raise_if_any(problems if rank == 0 else [])
     folder = get_cache_folder(config)
     init_logger(rank, config.log.level, folder / "logs", "cache")
     # The other ranks wait for rank 0 in init_ranks.
-    path = open_checked_index(config, [*problems, *check_masks(config.data.masks)]).path if rank == 0 else None
+    path = open_checked_index(config, list(check_masks(config.data.masks))).path if rank == 0 else None
     # Until here a signal ends the process at once: nothing is lost.
     stop = StopRequest("the work in hand", logger.warning)
     ranks = init_ranks(config.engine.timeout_minutes, stop.raise_if_received)
@@ -153,10 +162,9 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             results = gather_objects(result)
             ACTIVITY.enter("finishing the cache")
             finish(config, folder, len(index) * len(plans), results, ranks)
-        else:
-            with share_problems():
-                if ranks.is_main:
-                    report_opened_images(config.data, estimates, len(index) * len(plans))
+        elif ranks.is_main:
+            num_known = sum(totals.counts["bad"] for share in shares for totals in share)
+            report_opened_images(config.data, estimates, len(index) * len(plans), num_known)
     close_ranks()
 
 
@@ -360,7 +368,7 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
     if signals:
         close_ranks()
         raise Interrupted(signals[0])
-    if ranks.is_main and len(bad) > config.data.max_bad_fraction * num_images:
+    if ranks.is_main and are_too_many(len(bad), config.data.max_bad_fraction, num_images):
         raise FailedError(
             f"{len(bad)} of {num_images} images are bad, more than data.max_bad_fraction = "
             f"{config.data.max_bad_fraction:g}; they are listed in {file}; all others are cached. Repair or "

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from loguru import logger
 
+from sdxl_trainer.cache.encode.bad_images import are_too_many
 from sdxl_trainer.cache.encode.decoder import WorkItem, prepare_item
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.cache.encode.latent_encoder import Encoder
 from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CAPTION_GROUP
-from sdxl_trainer.configs.problems import Problem, UserInputError, join_reasons
+from sdxl_trainer.configs.problems import FailedError, Problem, format_count, join_reasons
 from sdxl_trainer.configs.schema import CacheConfig, DataConfig
 from sdxl_trainer.data.checks.records import build_source_problem
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
@@ -47,6 +48,7 @@ class OpenedImages(NamedTuple):
     num_tried: int
     num_to_do: int  # images that the job will encode
     bad: list[str]  # reasons why some of those tried cannot be used
+    num_known: int = 0  # images that an earlier job could not use, and that this one does not try again
 
     def would_fail(self, max_bad_fraction: float, num_images: int) -> bool:
         """Return whether the job would end with an error, if its other images are as good as those that were tried.
@@ -54,11 +56,11 @@ class OpenedImages(NamedTuple):
         Args:
             num_images: images of the set, of which `data.max_bad_fraction` may be bad.
         """
-        return self.estimate_num_bad() > max_bad_fraction * num_images
+        return are_too_many(self.estimate_num_bad(), max_bad_fraction, num_images)
 
     def estimate_num_bad(self) -> float:
-        """Estimate how many of all images to encode are bad."""
-        return len(self.bad) / self.num_tried * self.num_to_do
+        """Estimate how many of all images are bad."""
+        return self.num_known + len(self.bad) / max(1, self.num_tried) * self.num_to_do
 
     def choose_fraction(self, num_images: int) -> float:
         """Return a value of `data.max_bad_fraction`, in whole hundredths, with which the job would not fail."""
@@ -140,35 +142,39 @@ def try_decoding(
 
 def build_image_problem(data: DataConfig, opened: OpenedImages, num_images: int) -> Problem:
     """Build the problem of images that cannot be used: a job that would fail, or that will skip them."""
-    num_bad, tried, to_do = len(opened.bad), f"{opened.num_tried:,}", f"{opened.num_to_do:,}"
-    rule = f"{num_bad:,} of {tried} images that were opened, of {to_do} to encode, cannot be used"
+    num_bad, num_tried, num_to_do = len(opened.bad), opened.num_tried, opened.num_to_do
+    if num_tried < num_to_do:
+        rule = f"{num_bad:,} of {num_tried:,} images that were opened, of {num_to_do:,} to encode, cannot be used"
+    else:
+        rule = f"{format_count(num_bad + opened.num_known, 'image')} of {num_images:,} cannot be used"
     reasons = join_reasons(opened.bad, MAX_NAMED)
     cure = "repair or remove these files, or correct their paths"
     if opened.would_fail(data.max_bad_fraction, num_images):
-        rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows:\n      {reasons}"
+        rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows"
+        rule = f"{rule}:\n      {reasons}" if reasons else rule
         cure = f"{cure}; or raise data.max_bad_fraction to {opened.choose_fraction(num_images):g}"
     else:
         rule = f"{rule}; the job will skip such images:\n      {reasons}"
     return build_source_problem(data, rule, cure)
 
 
-def report_opened_images(data: DataConfig, estimates: Sequence[Estimate], num_images: int) -> None:
+def report_opened_images(data: DataConfig, estimates: Sequence[Estimate], num_images: int, num_known: int = 0) -> None:
     """Log how many images of all ranks' trials can be used, at the end of a dry run.
 
     Args:
         estimates: of each rank.
         num_images: images at all resolutions, of which `data.max_bad_fraction` may be bad.
+        num_known: images among them that an earlier job could not use.
 
     Raises:
-        UserInputError: so many cannot be used that the job would fail.
+        FailedError: so many cannot be used that the job would fail.
     """
     num_tried, num_to_do = sum(each.num_tried for each in estimates), sum(each.num_images for each in estimates)
-    opened = OpenedImages(num_tried, num_to_do, [text for each in estimates for text in each.bad])
+    opened = OpenedImages(num_tried, num_to_do, [text for each in estimates for text in each.bad], num_known)
+    if opened.would_fail(data.max_bad_fraction, num_images):
+        raise FailedError(f"the job would fail:\n{build_image_problem(data, opened, num_images)}")
     if opened.bad:
-        problem = build_image_problem(data, opened, num_images)
-        if opened.would_fail(data.max_bad_fraction, num_images):
-            raise UserInputError([problem])
-        logger.warning("{}", problem.rule)
+        logger.warning("{}", build_image_problem(data, opened, num_images).rule)
     elif num_tried:
         logger.info("opened {:,} of the {:,} images to encode: all can be used", num_tried, num_to_do)
     logger.info("dry run: no problem found up to the first image; nothing was written")

@@ -3,7 +3,9 @@
 import errno
 from pathlib import Path
 
-from sdxl_trainer.cache.encode.bad_images import BadImages, hash_rules, write_bad_images
+import pytest
+
+from sdxl_trainer.cache.encode.bad_images import BadImages, are_too_many, hash_rules, write_bad_images
 from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.configs.schema import Config
@@ -63,3 +65,23 @@ def test_other_settings_try_all_again_but_not_another_limit() -> None:
         for changed in ({}, {"max_bad_fraction": 0.5}, {"resolution_px": [640]})
     ]
     assert rules[0] == rules[1] != rules[2]
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "fraction", "num_images", "expected"),
+    [
+        (1, 0.01, 1, True),
+        (1, 0.01, 2, False),
+        (2, 0.01, 2, True),
+        (2, 0.01, 20, False),
+        (3, 0.01, 20, True),
+        (3, 0.01, 300, False),
+        (1, 0.0, 1000, True),
+        (0, 0.0, 1000, False),
+        (20, 1.0, 20, False),
+    ],
+)
+def test_one_or_two_bad_images_do_not_fail_a_small_set(
+    num_bad: int, fraction: float, num_images: int, expected: bool
+) -> None:
+    assert are_too_many(num_bad, fraction, num_images) == expected
