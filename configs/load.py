@@ -3,7 +3,7 @@
 import copy
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +63,7 @@ YAML_CURES = {
     r"'\t'": "indent with spaces: YAML allows no tabs",
     "escape character": "write / instead of \\ in paths, or put single quotes around the text",
     "mapping values are not allowed": "indent settings of one section alike, and quote texts that hold a colon",
+    "expected ',' or": "put quotes around texts with braces: ['s3://bucket/set-{0..9}.tar']",
     "expected ':'": "put a space after the colon of each setting",
     "is given twice": "remove one of the two",
 }
@@ -84,8 +85,8 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
 
     Settings with an old name (configs/renames.py) are accepted with a warning.
 
-    Returns the config, with the default in place of each wrong value, and the problems. The caller can look for further
-    problems (missing folders, a world size that does not fit) and report all of them together.
+    Returns the config, with the default in place of each wrong value, and the problems. A caller reports them before it
+    looks for others: a default that the user did not choose contradicts data and caches that are right.
 
     Raises:
         UserInputError: so much is wrong that no config can be built from the rest.
@@ -99,12 +100,17 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
     warn_of_old_names([*in_file.used, *in_overrides.used, *in_values.used])
     problems = [*in_file.problems, *in_overrides.problems, *in_values.problems, *problems]
     problems += _resolve_ambiguous_words(settings)
+    unset: list[str] = []
     while True:
         try:
             return Config.model_validate(settings), problems
         except ValidationError as error:
             violations = _list_violations(error, settings)
+            unset += violations.unset
             problems += [problem for problem in violations.problems if problem not in problems]
+            for problem in violations.contradictions:
+                if problem not in problems and not _names_any(problem, unset):
+                    _add_value_problem(problems, problem)
             if not violations.locations:
                 raise UserInputError(problems) from None
             for location in violations.locations:
@@ -231,7 +237,9 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
     try:
         value = load_yaml(text)
     except ValueError:
-        return Problem(key, text, "is not valid YAML", "quote the value")
+        quoted = _quote_items(text)
+        cure = f'put quotes around the texts in it: "{key}={quoted}"' if quoted else "quote the value"
+        return Problem(key, text, "is not valid YAML", cure)
     node = settings
     *parents, last = rename_key(key).split(".")
     for parent in parents:
@@ -240,6 +248,14 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
             return Problem(key, text, f"'{parent}' is not a section", "check the dotted key")
     node[last] = value
     return None
+
+
+def _quote_items(text: str) -> str:
+    """Return a list in brackets with quotes around its items, which hold braces; an empty string for another text."""
+    if not re.fullmatch(r"\[[^'\"\[\]]*\]", text):
+        return ""
+    items = re.findall(r"(?:[^,{}]|\{[^{}]*\})+", text[1:-1])
+    return f"[{', '.join(repr(item.strip()) for item in items)}]"
 
 
 def _resolve_ambiguous_words(settings: dict) -> list[Problem]:
@@ -294,22 +310,34 @@ class _Violations(NamedTuple):
     """The problems of a ValidationError, and the locations of the values to remove before the rest can be checked."""
 
     problems: list[Problem]
+    contradictions: list[Problem]  # of the project's own rules, which may compare a setting with others
     locations: list[tuple]
+    unset: list[str]  # settings that have their default now because their key is mistyped or their value is wrong
 
 
 def _list_violations(error: ValidationError, settings: dict) -> _Violations:
-    violations = _Violations([], [])
+    violations = _Violations([], [], [], [])
     for item in error.errors(include_url=False):
         location = _trim_location(item["loc"], settings)
         key = ".".join(str(part) for part in location) or "--cfg"
         if item["type"] == "extra_forbidden":
             rule, cure = "is not a known key", suggest_cure(key)
-            violations.problems.append(Problem(key, item["input"], rule, cure, meant=suggest_key(key)))
+            violations.problems.append(Problem(key, item["input"], rule, cure))
+            violations.unset.append(suggest_key(key))
+        elif item["type"] == "value_error":
+            violations.contradictions.append(_build_value_problem(key, item))
         else:
             _add_value_problem(violations.problems, _build_value_problem(key, item))
+            violations.unset.append(key)
         if location and location not in violations.locations:
             violations.locations.append(location)
     return violations
+
+
+def _names_any(problem: Problem, keys: Iterable[str]) -> bool:
+    """Return whether the rule of a problem names a setting."""
+    names = {key.rpartition(".")[2] for key in keys if key and key != problem.key}
+    return any(re.search(rf"\b{re.escape(name)}\b", problem.rule) for name in names)
 
 
 def _add_value_problem(problems: list[Problem], problem: Problem) -> None:
@@ -330,21 +358,21 @@ def _build_value_problem(key: str, item: Mapping[str, Any]) -> Problem:
     kind, given = item["type"], item["input"]
     value = None if isinstance(given, dict) else given
     if given is None and kind != "value_error":
-        return Problem(key, None, "has no value", "write one, or remove the line", meant=key)
+        return Problem(key, None, "has no value", "write one, or remove the line")
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])  # such as "'cosine', 'linear' or 'wsd'"
         foreign = FOREIGN_VALUES.get(key, {}).get(str(given).lower())
         near = suggest_name(str(given), allowed)
         cure = f"write {foreign}" if foreign else f"did you mean {near}?" if near else "choose one of them"
-        return Problem(key, value, f"must be {item['ctx']['expected']}", cure, meant=key)
+        return Problem(key, value, f"must be {item['ctx']['expected']}", cure)
     if kind == "string_type" and isinstance(given, (int, float)):
-        return Problem(key, value, "must be a text", f'quote it: "{given}"', meant=key)
+        return Problem(key, value, "must be a text", f'quote it: "{given}"')
     if kind in KINDS:
         rule, cure = KINDS[kind]
-        return Problem(key, value, rule, cure.format(value=given), meant=key)
+        return Problem(key, value, rule, cure.format(value=given))
     # The sentences of the project's own validators name the cure.
     rule = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return Problem(key, value, rule, SEE_ALSO if kind == "value_error" else f"change it; {SEE_ALSO}", meant=key)
+    return Problem(key, value, rule, SEE_ALSO if kind == "value_error" else f"change it; {SEE_ALSO}")
 
 
 def _trim_location(location: tuple, settings: Any) -> tuple:

@@ -26,8 +26,6 @@ class Problem:
     value: Any
     rule: str
     cure: str = ""
-    # The setting that an unknown key most likely means, or that has its default now because its value is wrong.
-    meant: str = ""
     is_next_step: bool = False  # nothing is wrong: the cure is what comes next, such as filling the cache
 
     def __str__(self) -> str:
@@ -46,7 +44,7 @@ class UserInputError(ValueError):
     """The user's input is wrong. Programs print the whole message and exit with status 2."""
 
     def __init__(self, problems: Iterable[Problem]):
-        self.problems = drop_consequences(list(problems))
+        self.problems = list(problems)
         super().__init__(self._format())
 
     def format(self) -> str:
@@ -60,21 +58,6 @@ class UserInputError(ValueError):
             further = format_count(len(self.problems) - MAX_PROBLEMS, "further problem")
             lines.append(f"  - {translate(f'and {further}')}")
         return "\n".join(lines)
-
-
-def drop_consequences(problems: list[Problem]) -> list[Problem]:
-    """Drop problems that complain of the default of a setting whose key is mistyped or whose value is wrong.
-
-    A problem of a whole section is such a consequence too.
-    """
-    unset = [problem.meant for problem in problems if problem.meant]
-
-    def is_consequence(problem: Problem) -> bool:
-        inside = any(f"{problem.key}.".startswith(f"{key}.") for key in unset)
-        around = problem.value is None and any(key.startswith(f"{problem.key}.") for key in unset)
-        return not problem.meant and (inside or around)
-
-    return [problem for problem in problems if not is_consequence(problem)]
 
 
 class FailedError(RuntimeError):

@@ -73,8 +73,8 @@ def check(base: Path, folder: Path, words: list[str] | str) -> str:
     cfg.write_text(words if isinstance(words, str) else json.dumps(raw))
     try:
         config, problems = load_config(cfg, [] if isinstance(words, str) else words)
-        _, found = verify_run(config, 1)
-        raise_if_any([*problems, *found])
+        raise_if_any(problems)
+        raise_if_any(verify_run(config, 1)[1])
     except (UserInputError, FailedError) as error:
         return str(error)
     return ""
@@ -211,6 +211,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     "tabs in YAML": (give_yaml("train:\n\tmax_steps: 5\n"), ("my.yaml", "line 2", "spaces", "no tabs")),
     "no space after a colon": (give_words("optim=lr:1e-4"), ("optim", "'lr:1e-4'", "colon")),
     "a path in double quotes": (give_yaml('model: {path: "C:\\models\\x"}'), ("line 1", "single quotes")),
+    "a pattern without quotes": (
+        give_words("data.metadata=[s3://b/s-{0..2}.tar, a.json]"),
+        ("data.metadata", "valid YAML", "\"data.metadata=['s3://b/s-{0..2}.tar', 'a.json']\""),
+    ),
+    "a pattern without quotes in a file": (
+        give_yaml("data: {metadata: [s3://b/s-{0..2}.tar]}"),
+        ("my.yaml", "line 1", "quotes around texts with braces", "['s3://bucket/set-{0..9}.tar']"),
+    ),
     "a key twice": (give_yaml("train:\n  max_steps: 5\n  max_steps: 6\n"), ("max_steps", "twice", "line 3", "remove")),
     "a path of Windows": (give_words(r"model.path=D:\sd\x.safetensors"), ("model.path", "Windows", "/mnt/d/sd/x.safe")),
     "a variable without a value": (give_words("cache.dir=$NO_SUCH_DISK/x"), ("cache.dir", "NO_SUCH_DISK", "not set")),
@@ -227,7 +235,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     "capitals in an optimizer": (give_words("optim.name=AdamW8bit"), ("'AdamW8bit'", "did you mean adamw8bit?")),
     "capitals in a weighting": (give_words("objective.weighting=Min-SNR"), ("'Min-SNR'", "did you mean min_snr?")),
     "a precision of diffusers": (give_words("engine.precision='no'"), ("engine.precision", "'no'", "write fp32")),
-    "v_prediction": (give_words("objective.prediction=v_prediction"), ("'v_prediction'", "write v")),
+    "v_prediction": (
+        give_words("objective.prediction=v_prediction", "objective.zero_terminal_snr=true"),
+        ("'v_prediction'", "write v"),
+    ),
+    "a mistyped key of the cache's resolution": (
+        give_words("data.resolution=512", "data.max_bucket_px=64"),
+        ("data.resolution", "did you mean data.resolution_px?"),
+    ),
     "a VAE in fp16": (give_words("cache.vae_precision=fp16"), ("vae_precision", "overflows in fp16", "NaN", "bf16")),
     # the model
     "no model": (give_words("model.path="), ("model.path", "has no value", "write one")),

@@ -58,7 +58,17 @@ def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
         rule = (
             f"is not a multiple of train.micro_batch_size {train.micro_batch_size} x {format_count(world_size, 'rank')}"
         )
-        yield Problem("train.global_batch_size", train.global_batch_size, rule, f"set it to a multiple of {divisor}")
+        cure = f"set it to a multiple of {divisor}"
+        if micro := find_micro_batch(train, world_size):
+            cure = f"set train.micro_batch_size: {micro}, which keeps this batch; or set it to a multiple of {divisor}"
+        yield Problem("train.global_batch_size", train.global_batch_size, rule, cure)
+
+
+def find_micro_batch(train: TrainConfig, world_size: int) -> int | None:
+    """Return the largest micro batch, up to the present one, with which ranks divide the global batch; None without."""
+    share, rest = divmod(train.global_batch_size, world_size)
+    sizes = range(min(share, train.micro_batch_size), 0, -1)
+    return None if rest else next((size for size in sizes if share % size == 0), None)
 
 
 def check_run_settings(config: Config) -> Iterator[Problem]:

@@ -29,6 +29,8 @@ MAX_REASONS = 6  # of one model that a message lists
 LATENT_CHANNELS, SD1_SCALING_FACTOR = 4, 0.18215
 HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
 HUB_ADDRESS = re.compile(r"https?://huggingface\.co/([\w.\-]+/[\w.\-]+)")
+HUB_SCHEME = re.compile(r"https?:/")  # of an address, perhaps after it went through a path
+HUB_SECONDS = 10.0  # to wait for the hub's answer
 HUB_FILES = [
     "*.json",
     "*.txt",
@@ -128,6 +130,12 @@ def is_missing_path(path: str) -> bool:
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and Path(path).parent.is_dir()
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Return whether a name that is no path here may be a model on the hub, by its form."""
+    is_file = name.endswith(".safetensors") or is_missing_path(name)
+    return (HUB_ID.fullmatch(name) is not None and not is_file) or HUB_SCHEME.match(name) is not None
+
+
 def is_local(config: ModelConfig) -> bool:
     """Return whether the model is on disk rather than on the hub."""
     return Path(config.path).exists()
@@ -157,18 +165,44 @@ def fetch_from_hub(key: str, name: str) -> Path:
         UserInputError: the hub does not have the repository, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        cure = "check the name and the network, or give a local path"
-        if isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
-            cure = (
-                "check the name; a private or gated model needs a login: hf auth login, or HF_TOKEN in the environment"
-            )
-        raise UserInputError([Problem(key, name, f"cannot be downloaded from the hub: {reason}", cure)]) from None
+        raise UserInputError([_describe_absence(key, name, error)]) from None
+
+
+def check_hub_id(config: ModelConfig) -> Iterator[Problem]:
+    """Yield a problem if `model.path` is no path here, but a hub id that the hub has no model for.
+
+    The hub is not asked for a model that is in its local cache.
+    """
+    if Path(config.path).exists() or list(_check_path(config)):
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError  # of its library for HTTP, which depends on the version
+
+    if isinstance(try_to_load_from_cache(config.path, PIPELINE_FILES[0]), str):
+        return
+    try:
+        HfApi().model_info(config.path, timeout=HUB_SECONDS)
+    except (HTTPError, OSError, ValueError) as error:
+        yield _describe_absence("model.path", config.path, error)
+
+
+def _describe_absence(key: str, name: str, error: Exception) -> Problem:
+    """Return the problem of a name that is no path here, and that the hub does not give."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cure = "check the path; or, if the hub has this model, the network"
+    if isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
+        cure = (
+            "check the path or the name; a private or gated model needs a login: hf auth login, or HF_TOKEN in the "
+            "environment"
+        )
+    return Problem(key, name, f"does not exist here, and cannot be downloaded from the hub: {reason}", cure)
 
 
 def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from sdxl_trainer.cache.preview.tables import (
     tabulate_buckets,
     tabulate_captions,
     tabulate_lengths,
+    tabulate_repeats,
     tabulate_section,
     tabulate_state,
     tabulate_survey,
@@ -53,8 +54,9 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
     Raises:
         UserInputError: settings or data are wrong; all problems at once.
     """
+    raise_if_any(problems)
     records, found = open_checked_records(config, need_captions=False)
-    raise_if_any([*problems, *found, *check_model(config.model)])
+    raise_if_any([*found, *check_model(config.model)])
     assert records is not None, "records without problems have an index"
     limits = SurveyLimits(
         num_opened=options.examine, max_enlargement=options.enlarged, max_cropped=options.cropped / 100
@@ -81,6 +83,7 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
     )
     buckets = build_bucket_table(writer, plan, config.train.global_batch_size)
     tables = [
+        *tabulate_repeats(samples if plan else records, config.data),
         tabulate_tags(survey.tags),
         tabulate_lengths(count_lengths(measured, config.data.max_tokens)),
         tabulate_captions(dataset),

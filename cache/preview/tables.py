@@ -10,7 +10,7 @@ from rich.table import Table
 from sdxl_trainer.cache.preview.survey import Section, Survey, TagCounts
 from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import escape_controls, format_count
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.latent_files import ROWS_A_TASK, find_bad_latents
 from sdxl_trainer.data.checks.records import count_uncaptioned
 from sdxl_trainer.data.checks.training_set import count_missing
@@ -19,12 +19,14 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.loading.counts import TokenCounts, draw_captions, without_dropout
 from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.order.even_selection import select_evenly
+from sdxl_trainer.data.order.source_weights import list_repeats
 
 NUM_BLOCKS = 8  # blocks of ROWS_A_TASK samples whose latents are verified
 NUM_SHOWN, NUM_DRAWS = 5, 3  # samples in the table of captions, and captions drawn of each
 NUM_NAMED = 10  # images or groups of a section that the console names
 NUM_TAGS = 30
 MAX_BUCKETS = 60
+MAX_SOURCES = 30
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,26 @@ def tabulate_state(config: Config, records: Index, index: Index) -> DataTable:
     rows.append((f"bad among {num_verified:,} verified", f"{len(bad):,}", f"{len(bad) / max(1, num_verified):.1%}"))
     shown = [("", row.reason, "") for row in bad[:NUM_SHOWN]]
     return DataTable(f"{config.run.name}: samples", (), [*rows, *shown], translated=(0,))
+
+
+def tabulate_repeats(index: Index, data: DataConfig) -> list[DataTable]:
+    """Build the table of repeats by folder or entry of the settings; none if each sample is used once an epoch.
+
+    Args:
+        index: of the samples or, before anything is cached, of the records.
+    """
+    found = list_repeats(index, data)
+    rows = [
+        (each.name, f"{each.num_samples:,}", f"{each.num_used / each.num_samples:g}", f"{each.num_used:,.6g}")
+        for each in found[:MAX_SOURCES]
+    ]
+    if found[MAX_SOURCES:]:
+        rest = sum(each.num_samples for each in found[MAX_SOURCES:]), sum(each.num_used for each in found[MAX_SOURCES:])
+        rows.append((f"{len(found) - MAX_SOURCES} others", f"{rest[0]:,}", "", f"{rest[1]:,.6g}"))
+    num_samples, num_used = sum(each.num_samples for each in found), sum(each.num_used for each in found)
+    title = f"repeats: {num_samples:,} samples, {num_used:,.6g} an epoch"
+    headings = ("folder or entry", "samples", "repeats", "samples an epoch")
+    return [DataTable(title, headings, rows)] if found else []
 
 
 def tabulate_survey(survey: Survey) -> DataTable:

@@ -22,7 +22,7 @@ from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, raise_if_any
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import (
@@ -92,9 +92,10 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     """
     if read_environment().rank != 0:
         return
+    raise_if_any(problems)
     folder = get_cache_folder(config)
     init_logger(0, config.log.level, folder / "logs", "cache")
-    index = open_checked_index(config, problems)
+    index = open_checked_index(config, [])
     vae = load_vae(resolve_model(config.model), config.model)
     identities = build_identities(config.cache, config.data, hash_weights(vae))
     rule = build_bucket_rules(config.data)[""]
@@ -198,11 +199,11 @@ def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
     """
     if read_environment().rank != 0:
         return None
+    raise_if_any(problems)
     folder = get_cache_folder(config)
     if not (folder / "cache.json").is_file():
         cure = "run bash launch/cache.sh first, with --adopt for latents of other programs"
-        problems = [*problems, Problem("cache.dir", folder, "holds no latent cache", cure)]
-    raise_if_any(problems)
+        raise UserInputError([Problem("cache.dir", folder, "holds no latent cache", cure)])
     init_logger(0, config.log.level, folder / "logs", "cache")
     return folder
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.compute as pc
 
 from sdxl_trainer.data.files import open_stream
@@ -22,6 +23,7 @@ from sdxl_trainer.data.stores.remote import RemoteSpan, is_remote, read_spans
 NUM_THREADS = 16
 ROWS_A_TASK = 512
 NUM_MASKS_SAMPLED = 10_000
+NUM_MEASURED = 16  # samples whose latents are read to estimate the standard deviation
 COLUMNS = ("file", "offset", "bytes", "bucket_width", "bucket_height", "sha256")
 
 
@@ -98,6 +100,29 @@ def has_masks(index: Index, folder: Path) -> bool | None:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         headers = list(filter(None, pool.map(lambda row: _read_local_header(index.row(row), folder), rows)))
     return any(header.masked for header in headers) if headers else None
+
+
+def measure_latent_std(index: Index, folder: Path) -> float | None:
+    """Return the standard deviation of the latents of NUM_MEASURED evenly spaced samples; None if none can be read.
+
+    Args:
+        folder: the cache folder.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
+
+    def read(row: int) -> np.ndarray | None:
+        [latents] = _list_latents(index, folder, row, 1)
+        try:
+            return None if latents.num_bytes is None else parse_latents(_read_content(latents)).latents.ravel()
+        except BadLatentError:
+            return None
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        rows = select_evenly(len(index), NUM_MEASURED).tolist()
+        values = [found for found in pool.map(read, rows) if found is not None]
+    return float(np.concatenate(values).std(dtype=np.float64)) if values else None
 
 
 def verify_size(latents: IndexedLatents, file_sizes: dict[Path | str, int]) -> None:
@@ -187,9 +212,9 @@ def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None
         return None
 
 
-def _list_latents(index: Index, folder: Path, start: int) -> Iterator[IndexedLatents]:
-    """Yield the latents of ROWS_A_TASK rows of the index from `start` on."""
-    columns = [index.arrow_column(name).slice(start, ROWS_A_TASK).to_pylist() for name in COLUMNS]
+def _list_latents(index: Index, folder: Path, start: int, number: int = ROWS_A_TASK) -> Iterator[IndexedLatents]:
+    """Yield the latents of `number` rows of the index from `start` on."""
+    columns = [index.arrow_column(name).slice(start, number).to_pylist() for name in COLUMNS]
     paths: dict[str, Path | str] = {}
     for file, offset, size, width, height, digest in zip(*columns, strict=True):
         path = paths.get(file)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,14 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.images.kohya_folders import find_kohya_folder
 from sdxl_trainer.data.index.index import Index
+
+
+class SourceRepeats(NamedTuple):
+    """A folder or an entry of the settings that samples come from."""
+
+    name: str
+    num_samples: int
+    num_used: float  # samples an epoch, with repeats
 
 
 def check_source_weights(data: DataConfig) -> Iterator[Problem]:
@@ -57,16 +66,42 @@ def read_folder_repeats(index: Index, image_dirs: Sequence[Path]) -> np.ndarray:
     Regularisation images have 1, because a setting of their own repeats them.
     """
     roots = [os.path.abspath(root) for root in image_dirs]
+    folders, folder_of_row = _group_by_folder(index)
+    found = [find_kohya_folder(folder, roots) for folder in folders]
+    numbers = np.array([each.repeats if each else 1 for each in found], np.float64)[folder_of_row]
+    numbers[index.column("source") >= len(roots)] = 1
+    return numbers
+
+
+def list_repeats(index: Index, data: DataConfig) -> list[SourceRepeats]:
+    """List the folders or entries that samples come from, with their repeats; none if each sample is used once.
+
+    With `data.kohya_folders` each folder of images is listed, else each entry of the settings. The factors of
+    regularisation images and of a strategy are not included.
+    """
+    if not data.kohya_folders and all(weight == 1 for weight in data.source_weights):
+        return []
+    sources = group_of_row = index.column("source")
+    names = [*map(str, data.metadata or data.image_dirs), *map(str, data.regularisation_dirs)]
+    used = np.append(data.source_weights, np.ones(len(names)))[sources]
+    if data.kohya_folders:
+        used *= read_folder_repeats(index, data.image_dirs)
+        names, group_of_row = _group_by_folder(index)
+    num_samples = np.bincount(group_of_row, minlength=len(names))
+    num_used = np.bincount(group_of_row, used, minlength=len(names))
+    counted = zip(names, num_samples.tolist(), num_used.tolist(), strict=True)
+    return [SourceRepeats(name, number, total) for name, number, total in sorted(counted) if number]
+
+
+def _group_by_folder(index: Index) -> tuple[list[str], np.ndarray]:
+    """Return the folders of the images, and the number of each row's folder, [N]."""
     folders = pc.call_function(
         "replace_substring_regex",
         [index.arrow_column("image_path")],
         pc.ReplaceSubstringOptions(pattern="/[^/]*$", replacement=""),
     )
     encoded = pa.concat_arrays(folders.chunks).dictionary_encode()
-    found = [find_kohya_folder(folder, roots) for folder in encoded.dictionary.to_pylist()]
-    numbers = np.array([each.repeats if each else 1 for each in found], np.float64)[encoded.indices.to_numpy()]
-    numbers[index.column("source") >= len(roots)] = 1
-    return numbers
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
 def apply_source_weights(index: Index, repeats: np.ndarray | None, weights: Sequence[float]) -> np.ndarray | None:

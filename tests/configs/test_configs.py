@@ -322,13 +322,17 @@ def test_packages_that_training_needs_are_listed() -> None:
     assert str(UserInputError([Problem("a", 1, "b")])).startswith("1 problem in the settings:")
 
 
-def test_the_default_of_a_mistyped_setting_is_not_a_problem() -> None:
-    """The setting that was meant still has its default, of which the user knows nothing."""
-    problems = build_config({"train": {"globl_batch_size": 16}})[1]
-    error = UserInputError(
-        [*problems, Problem("train.global_batch_size", 1, "is not a multiple of 8"), Problem("a", 1, "b")]
-    )
-    assert [problem.key for problem in error.problems] == ["train.globl_batch_size", "a"]
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["objective.prediction=v_prediction", "objective.zero_terminal_snr=true"], "objective.prediction"),
+        (["data.max_bucket=4096", "data.resolution_px=3000"], "data.max_bucket"),
+        (["validation.shar=0.1", "validation.every_steps=5"], "validation.shar"),
+    ],
+)
+def test_the_default_of_a_mistyped_setting_contradicts_nothing(tmp_path: Path, words: list[str], key: str) -> None:
+    """The setting that was meant has its default now, of which the user knows nothing."""
+    assert [problem[0] for problem in list_problems(tmp_path, "", *words)] == [key]
 
 
 def test_counts_of_a_command_line_are_whole_numbers() -> None:

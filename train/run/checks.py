@@ -6,10 +6,11 @@ from pathlib import Path
 from loguru import logger
 
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
+from sdxl_trainer.cache.models.source import is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.checks.folders import check_writable
-from sdxl_trainer.data.checks.latent_files import has_masks
+from sdxl_trainer.data.checks.latent_files import has_masks, measure_latent_std
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.checks.validation_set import check_held_out, derive_validation_config, open_validation_set
@@ -18,6 +19,7 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
+from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
 from sdxl_trainer.train.setting_checks import check_model_settings, check_rank_settings, check_run_settings
@@ -134,7 +136,28 @@ def check_prediction(config: Config) -> Iterator[Problem]:
         yield Problem("objective.zero_terminal_snr", False, rule, cure)
 
 
-def warn_of_prediction(config: Config) -> None:
-    """Log what `check_prediction` finds."""
-    for problem in check_prediction(config):
-        logger.warning("{}={}: {}; {}", problem.key, problem.value, problem.rule, problem.cure)
+def check_latent_scale(config: Config, index: Index) -> Iterator[Problem]:
+    """Yield a problem if the latents seem to be multiplied by the VAE's scaling factor, which training does itself.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
+    is_known = config.model.vae is None and is_local(config.model)
+    vae_config = resolve_model(config.model).read_config("vae") if is_known else {}
+    factor = resolve_latent_statistics(config.model, vae_config).scale.mean().item()
+    std = measure_latent_std(index, get_cache_folder(config)) or 0.0
+    # Latents times the factor have a standard deviation of about 1. Latents of a single value have none.
+    if 0 < std < factor**-0.5:
+        rule = f"have a standard deviation of {std:.2g}; those that this VAE gives have about {1 / factor:.2g}"
+        cure = (
+            f"store what the VAE gives, without its scaling factor: if they were multiplied by it, divide them by "
+            f"{factor:g}; or run bash launch/cache.sh on the images"
+        )
+        yield Problem("latents", None, rule, cure)
+
+
+def warn_of_doubts(config: Config, index: Index) -> None:
+    """Log what `check_prediction` and `check_latent_scale` find."""
+    for problem in (*check_prediction(config), *check_latent_scale(config, index)):
+        value = "" if problem.value is None else f"={problem.value}"
+        logger.warning("{}{}: {}; {}", problem.key, value, problem.rule, problem.cure)

@@ -34,7 +34,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
-from sdxl_trainer.train.run.checks import verify_run, warn_of_prediction
+from sdxl_trainer.train.run.checks import verify_run, warn_of_doubts
 from sdxl_trainer.train.run.finished import find_finished_step
 from sdxl_trainer.train.run.interruption import obey_stop_file
 from sdxl_trainer.train.run.loop import copy_state_at, fit, stop
@@ -61,7 +61,7 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
     The run folder is locked meanwhile. A finished run is left as it is.
 
     Args:
-        problems: those found when the settings were loaded; they are reported with the others.
+        problems: those found when the settings were loaded; they are reported alone.
 
     Raises:
         UserInputError: the settings or the data are wrong; it lists all problems. Or another job uses the run folder.
@@ -71,7 +71,7 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
     init_logger(rank, config.log.level)
     with lock_folder(config.run.folder, "run.name", "set another run.name") if rank == 0 else nullcontext():
         try:
-            config, index, ranks = set_up(config, problems)
+            config, index, ranks = set_up(config, problems, dry_run)
             run, batches = build_run(config, index, ranks, publish=not dry_run)
             show_start(run)
             wait_for_ranks("the networks and the newest checkpoint")
@@ -85,10 +85,11 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
         close_ranks()
 
 
-def set_up(config: Config, problems: list[Problem]) -> Setup:
+def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Setup:
     """Check everything that can be checked without a network, open the index, and join the ranks.
 
-    Rank 0 checks while the others wait for it in `init_ranks`, so storage is read once and a mistake reported once.
+    Rank 0 checks while the others wait for it in `init_ranks`, so storage is read once and a mistake reported once. A
+    finished run is checked by a dry run alone.
 
     Raises:
         UserInputError: the settings or the data are wrong.
@@ -98,17 +99,18 @@ def set_up(config: Config, problems: list[Problem]) -> Setup:
     init_logger(rank, config.log.level)
     config, chosen = resolve_zero_stage(config, world_size)
     path = finished_step = None
-    if rank == 0 and not problems:
+    if rank == 0:
+        raise_if_any(problems)  # the defaults in place of wrong settings would contradict data and cache
         finished_step = find_finished_step(config)
-    if rank == 0 and finished_step is None:
+    if rank == 0 and (finished_step is None or dry_run):
         obey_stop_file(config.run.folder)
         logger.info("checking the settings and the data")
         index, found = verify_run(config, world_size)
-        raise_if_any([*problems, *found])
+        raise_if_any(found)
         if chosen:
             logger.info("engine.zero_stage: {}", chosen)
-        warn_of_prediction(config)
         assert index is not None, "a run without problems has an index"
+        warn_of_doubts(config, index)
         path = index.path
     ranks = init_ranks(config.engine.timeout_minutes)
     path, finished_step = broadcast_object((path, finished_step))

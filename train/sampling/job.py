@@ -59,7 +59,8 @@ def run_sampling(
     config, problems = load_model_config(checkpoint, cfg, overrides)
     prompts, prompt_problems = load_prompts(config.sample, config.objective, config.data.caption.fix_text)
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
-        raise_if_any([*problems, *prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
+        raise_if_any(problems)
+        raise_if_any([*prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
     set_tf32(config.engine.tf32)
     if ranks.is_main:

@@ -50,8 +50,9 @@ def run(filled: Path, *words: str, expect: int = 0, images: int = 0) -> None:
 
 def test_a_dropped_caption_is_not_shown_as_an_empty_one(filled, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    run(filled, "data.caption.dropout_rate=1.0")
+    run(filled, "data.caption.dropout_rate=1.0", "data.source_weights=[3]")
     printed = capsys.readouterr().out
+    assert "repeats: 9 samples, 27 an epoch" in printed
     assert "(dropped by design)" in printed and "(empty)" not in printed
 
 

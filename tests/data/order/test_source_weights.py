@@ -22,6 +22,7 @@ from sdxl_trainer.data.order.source_weights import (
     apply_data_repeats,
     apply_source_weights,
     check_weighted_samples,
+    list_repeats,
     read_folder_repeats,
 )
 from sdxl_trainer.launch.distributed import Ranks
@@ -57,7 +58,11 @@ def test_a_record_belongs_to_the_source_in_which_it_first_appears(folder: Path) 
     # All files that match one entry's pattern are one source. Another list of files gives another index.
     (folder / "c.json").unlink()
     assert open_index(folder, "{a,b}.json").column("source").tolist() == [0] * 13
-    assert open_index(folder, "a.json", "b.json").column("source").tolist() == [0] * 8 + [1] * 5
+    index = open_index(folder, "a.json", "b.json")
+    assert index.column("source").tolist() == [0] * 8 + [1] * 5
+    data = DataConfig.model_validate({"metadata": ["a.json", "b.json"], "source_weights": [3, 0.5]})
+    assert list_repeats(index, data) == [("a.json", 8, 24), ("b.json", 5, 2.5)]
+    assert list_repeats(index, data.model_copy(update={"source_weights": []})) == []
 
 
 def test_kohyas_folders_give_repeats(tmp_path: Path) -> None:
@@ -75,6 +80,11 @@ def test_kohyas_folders_give_repeats(tmp_path: Path) -> None:
     assert repeats == {"a": 10, "b": 3, "c": 0, "d": 1, "e": 4, "r": 1}
     data = DataConfig.model_validate({"image_dirs": roots, "kohya_folders": True, "source_weights": [0.5, 1, 1, 1]})
     assert apply_data_repeats(index, None, data).tolist() == [5, 1.5, 0, 1, 4, 1]  # pyright: ignore
+    listed = {Path(each.name).relative_to(tmp_path).as_posix(): each[1:] for each in list_repeats(index, data)}
+    assert listed == {
+        **{"0_off": (1, 0), "10_dog": (1, 5), "10_dog/3_in": (1, 1.5)},
+        **{"4_root": (1, 4), "7_reg": (1, 1), "plain": (1, 1)},
+    }
     data = DataConfig.model_validate({"image_dirs": [tmp_path / "0_off"], "kohya_folders": True})
     records = open_record_index(tmp_path / "cache", [], data.image_dirs)
     (problem,) = check_weighted_samples(data, open_sample_index(tmp_path / "cache", records))

@@ -37,14 +37,11 @@ from sdxl_trainer.launch.machine import (
 )
 from sdxl_trainer.launch.program import FailedError
 from sdxl_trainer.train.doctor import memory
-from sdxl_trainer.train.doctor.doctor import (
-    convert_failure,
-    examine_settings,
-    open_scratch_run,
-    print_findings,
-)
+from sdxl_trainer.train.doctor.doctor import convert_failure, describe_samples, examine_settings, print_findings
 from sdxl_trainer.train.doctor.memory import examine_memory
+from sdxl_trainer.train.doctor.model import examine_hub_model
 from sdxl_trainer.train.doctor.program import read_num_ranks
+from sdxl_trainer.train.doctor.scratch import open_scratch_run
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.estimates.memory_table import describe_micro_batch
@@ -178,18 +175,32 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "data": {"image_dirs": [str(tmp_path / "data")], "resolution_px": 64, "min_bucket_px": 64},
     }
     config, problems = build_config(yaml.safe_load(yaml.safe_dump(raw)))
-    found = list(examine_settings(config, problems, world_size=2))
+    assert problems == []
+    found = list(examine_settings(config, world_size=2))
     assert [finding.name for finding in found] == ["settings", "data"] and all(finding.is_ok for finding in found)
     assert [finding.detail for finding in found] == ["no contradictions on 2 ranks", "4 samples to train on"]
-    assert next(examine_settings(config, problems, world_size=1)).detail == "no contradictions on 1 rank"
-    config, problems = build_config(raw, ["train.global_batch_size=3", "optim.lr=fast"])
-    wrong = {finding.name: finding for finding in examine_settings(config, problems, world_size=2) if not finding.is_ok}
-    assert set(wrong) == {"train.global_batch_size", "optim.lr"}
-    assert wrong["train.global_batch_size"].cure == "set it to a multiple of 2"
-    assert not (tmp_path / "runs").exists()
+    assert next(examine_settings(config, world_size=1)).detail == "no contradictions on 1 rank"
+    config, _ = build_config(raw, ["train.global_batch_size=4", "train.micro_batch_size=4"])
+    wrong = {finding.name: finding for finding in examine_settings(config, world_size=2) if not finding.is_ok}
+    assert set(wrong) == {"train.global_batch_size"}
+    micro = "set train.micro_batch_size: 2, which keeps this batch; or set it to a multiple of 8"
+    assert wrong["train.global_batch_size"].cure == micro
+    config, _ = build_config(raw, [f"cache.dir={tmp_path / 'latents'}", "data.source_weights=[2.5]"])
+    assert [*examine_settings(config, world_size=1)][-1].detail == (
+        "4 samples to train on; 10 an epoch, with repeats and without those held out"
+    )
+    for number in range(4):  # as if they were multiplied by 0.13025
+        latents = np.random.default_rng(number).standard_normal((4, 8, 8)).astype(np.float32)
+        sample = LatentSample(latents=latents, original_size=(64, 64), crop_ltrb=(0, 0, 64, 64))
+        write_latents(tmp_path / "data" / f"{number}.npz", sample)
+    [scaled] = [finding for finding in examine_settings(config, world_size=1) if finding.name == "latents"]
+    assert str(scaled).startswith("WARN   latents: have a standard deviation of 0.99; those that this VAE gives have ")
+    assert "about 7.7\n" in str(scaled) and "divide them by 0.13025" in scaled.cure
+    left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert left == {"model", "data"} and not (tmp_path / "data" / "index").exists()  # the doctor writes nothing
     shutil.rmtree(tmp_path / "model" / "tokenizer_2")  # like a single file, which contains no vocabulary
     monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
-    wrong = {finding.name: finding for finding in examine_settings(config, [], world_size=2) if not finding.is_ok}
+    wrong = {finding.name: finding for finding in examine_settings(config, world_size=2) if not finding.is_ok}
     assert "open_clip_torch" in wrong["model.tokenizer"].cure
 
 
@@ -213,24 +224,23 @@ def test_images_without_latents_are_opened_and_another_prediction_is_named(tmp_p
         "model": {"path": tmp_path / "model"},
         "data": {"image_dirs": [data], "resolution_px": 64, "min_bucket_px": 64},
     }
-    config, problems = build_config(yaml.safe_load(json.dumps(raw, default=str)))
-    found = {finding.name: finding for finding in examine_settings(config, problems, world_size=1)}
+    config, _ = build_config(yaml.safe_load(json.dumps(raw, default=str)), ["data.max_bad_fraction=0"])
+    found = {finding.name: finding for finding in examine_settings(config, world_size=1)}
     prediction, images = found["objective.prediction"], found["data.image_dirs"]
     assert str(prediction) == (
         "WARN   objective.prediction: epsilon differs from the model, which was trained with v\n"
         "       cure: set objective.prediction: v, unless you want to change what the model predicts"
     )
     assert images.is_ok == has_latents and str(broken) in images.detail
-    number = "1 of 1" if has_latents else "1 of 20"
-    assert f"{number} images that were opened" in images.detail
+    assert "1 image of 20 cannot be used, more than data.max_bad_fraction = 0 allows" in images.detail
     assert images.cure.endswith("or correct their paths; or raise data.max_bad_fraction to 0.05")
-    allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.05})})
-    images = {finding.name: finding for finding in examine_settings(allowed, [], world_size=1)}["data.image_dirs"]
+    allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.01})})
+    images = {finding.name: finding for finding in examine_settings(allowed, world_size=1)}["data.image_dirs"]
     assert images.is_ok and "the job will skip such images" in images.detail
     broken.unlink()
     Image.new("RGB", (64, 64)).save(broken)
-    found = {finding.name: finding for finding in examine_settings(config, [], world_size=1)}
-    total = number.partition(" of ")[2]
+    found = {finding.name: finding for finding in examine_settings(config, world_size=1)}
+    total = "1" if has_latents else "20"
     assert found["images"].detail == f"opened {total} of the {total} images to encode: all can be used"
 
 
@@ -267,11 +277,35 @@ def test_the_script_starts_ranks_and_reports_wrong_settings(tmp_path: Path) -> N
     assert done.returncode == 1, done.stderr
     assert "ok     ranks: 2 by gloo, sums of 64 MB at " in done.stdout
     assert "WRONG  train.globl: 3 is not a known key\n       cure: did you mean train.global_batch_size?" in done.stdout
-    assert f"WRONG  model.path: {tmp_path}/absent is neither a file nor a folder\n" in done.stdout
-    assert "ok     engine.zero_stage: 2, chosen because ZeRO 2 accumulates bf16 gradients in fp32" in done.stdout
+    assert "model.path" not in done.stdout and "zero_stage" not in done.stdout  # wrong settings are reported alone
     assert "INFO" not in done.stderr
-    assert "ok     run.dir: " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"]
+
+
+def test_a_model_that_is_nowhere_is_the_first_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped path may look like a hub id; without the hub's answer, it would be found when the cache is filled."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    raw = {"model": {"path": "models/sdxl"}, "data": {"image_dirs": ["images"]}, "cache": {"dir": "latents/my"}}
+    found = list(examine_settings(build_config(raw)[0], world_size=1))
+    assert [finding.name for finding in found[:2]] == ["model.path", "cache.dir"]
+    assert "models/sdxl does not exist here, and cannot be downloaded from the hub: " in found[0].detail
+    assert found[0].cure == "check the path; or, if the hub has this model, the network" and found[1].is_next_step
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    raw["model"]["path"] = str(tmp_path / "absent")
+    found = list(examine_settings(build_config(raw)[0], world_size=1))
+    assert "is neither a file nor a folder" in found[0].detail and found[1].name == "cache.dir"
+    raw["model"]["path"] = str(tmp_path / "images")
+    assert list(examine_hub_model(build_config(raw)[0].model)) == []
+
+
+def test_samples_are_described_with_their_repeats() -> None:
+    assert describe_samples(1, None) == describe_samples(1, np.ones(1)) == "1 sample to train on"
+    assert describe_samples(2, np.array([0, 1])).startswith("2 samples to train on; 1 an epoch, ")
 
 
 @pytest.mark.parametrize(("nproc", "expected"), [("", None), ("gpu", None), ("2", 2)])

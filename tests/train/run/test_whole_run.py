@@ -59,6 +59,8 @@ def test_a_finished_run_and_one_in_use_are_left_as_they_are(cached_folder: Path,
     before = {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()}
     printed = run_program("train/main.py", *words, ranks=2)
     assert f"done: {two_ranks} is at step 20 and train.max_steps = 20; raise train.max_steps" in printed
+    printed = run_program("train/main.py", *words, "model.path=/no/model", "--dry-run", expect=2)
+    assert "model.path = '/no/model'\n      is neither a file nor a folder" in printed and "done: " not in printed
     (two_ranks / "stop").touch()  # for the job that uses the folder
     with lock_folder(two_ranks, "run.name", ""):
         printed = run_program("train/main.py", *words, "train.max_steps=21", expect=2)
