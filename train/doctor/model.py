@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sdxl_trainer.cache.models.source import check_hub_id
+from sdxl_trainer.cache.models.source import check_hub_id, is_local
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem
@@ -15,8 +15,9 @@ def examine_hub_model(model: ModelConfig) -> Iterator[Finding]:
 
     A mistyped path such as `models/sdxl` looks like a hub id, so that only the hub shows the mistake.
     """
-    announce_stage("looking for the model")
-    yield from map(convert_problem, check_hub_id(model))
+    if not is_local(model):
+        announce_stage("looking for the model on the hub")
+        yield from map(convert_problem, check_hub_id(model))
 
 
 def examine_prediction(config: Config) -> Iterator[Finding]:
