@@ -50,7 +50,9 @@ class CaptionConfig(Section):
     tag_dropout_rate: float = Field(0.0, ge=0, le=1)
     """Probability of leaving out each tag."""
     separator: str = Field(",", min_length=1)
-    """Separator between tags in captions. Captions that were split into tags are joined again with `, `."""
+    """Separator between tags in captions. Captions that were split into tags are joined again with `, `. Set `"，"` or
+    `"、"` for captions with these marks: with another separator `keep_tokens`, `token_warmup_steps`, `shuffle` and
+    `tag_dropout_rate` leave them as they are, and a warning says so."""
     secondary_separator: str = ""
     """Mark, such as `;;;`, between tags that stay together during shuffling and dropout. It becomes the separator
     afterwards."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.language.translate import CATALOGUES, choose_language
-from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
+from sdxl_trainer.configs.problems import Problem, UserInputError, describe_encoding, suggest_name
 from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.section import holds_type
@@ -57,6 +57,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "optim.schedule": {"constant_with_warmup": "constant, and the number of optim.warmup_steps"},
     "engine.attention": {"flash_attention_2": "flash", "mem_efficient": "efficient", "xformer": "xformers"},
 }
+WIDE_COLON_CURE = "write a colon of half width, and a space"
 # Words of PyYAML's errors → what to do.
 WIDE_COLON = re.compile(r"\s*[A-Za-z_][\w.-]*\s*：")
 YAML_CURES = {
@@ -156,6 +157,8 @@ def suggest_key(key: str) -> str:
 
 def suggest_cure(key: str) -> str:
     """Return what to write instead of an unknown key."""
+    if "：" in key:
+        return WIDE_COLON_CURE
     last, near = key.rsplit(".", 1)[-1], suggest_key(key)
     option = _find_kohya_option(last)
     if option is None:
@@ -177,15 +180,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.suffix.lower() in IMPORTED_SUFFIXES and path.is_file():
         raise _build_import_error(path)
     try:
-        with path.open(encoding="utf-8") as file:  # an open file, so that YAML's messages contain its name
-            raw = load_yaml(file)
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         rule, cure = f"cannot be read: {error.strerror}", "give a YAML file"
         raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
+    except UnicodeDecodeError as error:
+        raise UserInputError([Problem("--cfg", path, describe_encoding(error), "save it as UTF-8")]) from None
     except ValueError as error:
         if number := _find_wide_colon(path):
-            rule, cure = f"has a full-width colon in line {number}", "write a colon of half width, and a space"
-            raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
+            rule = f"has a full-width colon in line {number}"
+            raise UserInputError([Problem("--cfg", path, rule, WIDE_COLON_CURE)]) from None
         cure = next((cure for text, cure in YAML_CURES.items() if text in str(error)), "correct the line that is named")
         raise UserInputError([Problem("--cfg", path, f"is not valid YAML: {error}", cure)]) from None
     if not isinstance(raw, dict | None):

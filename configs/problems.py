@@ -5,7 +5,9 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from sdxl_trainer.configs.language.translate import translate
@@ -96,11 +98,49 @@ def describe_seconds(seconds: float) -> str:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)
     if minutes < 60:
-        return f"{minutes} min"
+        return f"{minutes:,} min"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
+        return f"{hours:,} h {minutes:,} min"
+    return f"{hours // 24:,} d {hours % 24} h"
+
+
+def format_value(value: Any) -> str:
+    """Return a value as YAML writes it in one line: `null`, `true`, `[1, 2]`, `{name: 1}`; a text is in quotes."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(format_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {format_value(item)}' for key, item in value.items())}}}"
+    return repr(str(value)) if isinstance(value, (str, PurePath)) else str(value)
+
+
+def describe_encoding(error: UnicodeDecodeError) -> str:
+    """Return what is wrong with a text that is not UTF-8: its likely encoding, and what converts it."""
+    encoding = guess_encoding(error.object)
+    return f"is not UTF-8, but probably {encoding}; convert it: iconv -f {encoding} -t UTF-8"
+
+
+def guess_encoding(content: bytes) -> str:
+    """Return the encoding that a text most likely has, which is not UTF-8; a name that Python and iconv know."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    runs = re.findall(rb"[\x80-\xff]+", content)
+    kana = re.findall(rb"\x82[\x9f-\xf1]|\x83[\x40-\x96]", content)
+    for encoding, is_likely in {
+        "shift_jis": 4 * len(kana) > sum(map(len, runs)),
+        "gb18030": any(len(run) > 1 for run in runs),  # letters of Latin-1 stand alone between those of ASCII
+    }.items():
+        with suppress(UnicodeDecodeError):
+            content.decode(encoding)
+            if is_likely:
+                return encoding
+    return "latin1"
 
 
 def suggest_name(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
@@ -139,6 +179,6 @@ def escape_controls(text: str, keep_lines: bool = False) -> str:
 
 
 def _shorten(value: Any, limit: int = 100) -> str:
-    text = repr(str(value)) if not isinstance(value, (int, float, bool, list, dict)) else repr(value)
+    text = format_value(value)
     # The end of a path says more than its middle.
     return text if len(text) <= limit else f"{text[: limit // 2 - 3]}...{text[-limit // 2 :]}"

@@ -7,7 +7,7 @@ configs/load.py refuses, except for `yes`, `no`, `on` and `off` in settings that
 
 import math
 import re
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -34,6 +34,7 @@ PATTERNS = {NULL: TAG + "null", BOOL: TAG + "bool", INT: TAG + "int", FLOAT: TAG
 LINE_ENDS = re.compile("[\\r\\x85\\u2028\\u2029]")
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 MAX_DEPTH = 64
+MISSING_COLON = "could not find expected ':'"  # PyYAML's words
 
 
 class AmbiguousWord(str):
@@ -45,23 +46,31 @@ class AmbiguousWord(str):
         return SWITCHES.get(self.lower())
 
 
-def load_yaml(stream: IO[str] | str) -> Any:
+def load_yaml(text: str) -> Any:
     """Parse a YAML document. Words whose value is ambiguous become `AmbiguousWord`s.
 
-    Args:
-        stream: a text, or an open file, whose name is then part of messages.
-
     Raises:
-        ValueError: the document is malformed, gives a key twice, contains itself, or is nested too deeply.
+        ValueError: the document is malformed, gives a key twice, contains itself, or is nested too deeply. The message
+            is a single line.
     """
     try:
-        content = yaml.load(stream, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(_describe_error(error)) from None
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
     _verify_depth(content, (), set())
     return content
+
+
+def _describe_error(error: yaml.YAMLError) -> str:
+    """Return the place of a mistake and its reason in one line, without the excerpt of the document."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error).partition("\n")[0]
+    # The parser notices a missing colon only in the line below the key, whose place is the context.
+    mark = error.context_mark if error.problem == MISSING_COLON else error.problem_mark
+    mark, reason = mark or error.context_mark, error.problem or error.context
+    return f"line {mark.line + 1}, column {mark.column + 1}: {reason}" if mark else f"{reason}"
 
 
 def dump_yaml(content: Any) -> str:

@@ -179,6 +179,8 @@ def _choose_format(line: str) -> "str | Callable[[Record], str]":
     if get_language() == "en":
         return line
 
+    line = line.replace("[rank ", f"[{translate_label('rank')} ")
+
     def format_translated(record: "Record") -> str:
         record["extra"].setdefault("shown", translate(record["message"]))
         return line.replace("{message}", "{extra[shown]}") + "\n{exception}"

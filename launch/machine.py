@@ -18,8 +18,8 @@ import torch
 from packaging.requirements import Requirement
 from rich.cells import cell_len
 
-from sdxl_trainer.configs.language.translate import translate, translate_label
-from sdxl_trainer.configs.problems import Problem, escape_controls
+from sdxl_trainer.configs.language.translate import join_label, translate, translate_label
+from sdxl_trainer.configs.problems import Problem, escape_controls, format_value
 
 PACKAGE = "sdxl-trainer"
 SHOWN = ("torch", "deepspeed", "diffusers", "transformers")
@@ -50,7 +50,7 @@ class Finding:
             mark = translate_label("TO DO" if self.is_next_step else "WRONG" if self.cure else "ok")
         indent = " " * MARK_COLUMNS
         line = mark + indent[cell_len(mark) :]
-        line += f"{translate_label(self.name)}: {escape_controls(translate(self.detail))}"
+        line += join_label(translate_label(self.name), escape_controls(translate(self.detail)))
         cure = translate(f"next: {self.cure}" if self.is_next_step else f"cure: {self.cure}")
         return f"{line}\n{indent}{escape_controls(cure)}" if self.cure else line
 
@@ -62,7 +62,8 @@ class Finding:
 
 def convert_problem(problem: Problem) -> Finding:
     """Convert a problem with the settings to a finding."""
-    value = "" if problem.value is None else f"{problem.value!s:.100} "
+    shown = str(problem.value) if isinstance(problem.value, (str, Path)) else format_value(problem.value)
+    value = "" if problem.value is None else f"{shown:.100} "
     return Finding(
         problem.key, value + translate(problem.rule), problem.cure or "see docs/CONFIG.md", problem.is_next_step
     )

@@ -18,7 +18,8 @@ from sdxl_trainer.configs.load import iterate_keys
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "zh").glob("*.md")])
 CHINESE = {"README.md": "README.zh-CN.md"} | {
-    f"docs/{name}.md": f"docs/zh/{name}.md" for name in ("QUICKSTART", "DATA", "CACHE", "TRAINING")
+    f"docs/{name}.md": f"docs/zh/{name}.md"
+    for name in ("QUICKSTART", "DATA", "CACHE", "TRAINING", "FROM_KOHYA", "STRATEGY", "WATCH")
 }
 CODE = ("configs", "launch", "data", "cache", "train")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
@@ -35,6 +36,11 @@ def test_requirements_are_those_of_pyproject() -> None:
 def test_the_page_of_kohyas_options_is_current() -> None:
     page = (ROOT / "docs" / "FROM_KOHYA.md").read_text()
     assert page == document_kohya.build_page(), "python -m sdxl_trainer.configs.kohya.document > docs/FROM_KOHYA.md"
+    chinese = document_kohya.build_page("zh")
+    command = "python -m sdxl_trainer.configs.kohya.document --language zh > docs/zh/FROM_KOHYA.md"
+    assert (ROOT / "docs" / "zh" / "FROM_KOHYA.md").read_text() == chinese, command
+    prose = re.sub(r"^```.*?^```|`[^`]*`", "", chinese, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"[a-z]+ [a-z]+ [a-z]+", prose) == [], "a note that no message of the catalogue is"
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `") and not line.startswith("| `.")]
     assert [row[0].strip("| `") for row in rows] == [*KOHYA_OPTIONS, *FIRST_TRAINER_OPTIONS]
     # Every option has keys that there are, or a reason.
@@ -110,7 +116,7 @@ def test_english_and_chinese_pages_say_the_same(name: str) -> None:
     blocks = [
         [(kind, [] if kind == "text" else lines) for kind, lines in list_blocks(page)] for page in (english, chinese)
     ]
-    assert blocks[0] == blocks[1] and len(blocks[0]) >= 5
+    assert blocks[0] == blocks[1] and len(blocks[0]) >= 2
     assert re.findall(r"^#+", english, re.MULTILINE) == re.findall(r"^#+", chinese, re.MULTILINE)
     links = [list_targets(page) for page in pages]
     assert links[0] == links[1]

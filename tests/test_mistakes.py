@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -24,6 +25,7 @@ from single_file_samples import TINY as TINY_CONFIGS
 
 from sdxl_trainer.cache.models import encoders
 from sdxl_trainer.cache.models.source import fetch_from_hub
+from sdxl_trainer.configs.language.translate import load_translator
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import FailedError, UserInputError, raise_if_any
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
@@ -34,6 +36,15 @@ from sdxl_trainer.launch.folder_lock import lock_folder
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import find_bf16_fault
 from sdxl_trainer.train.run.checks import check_prediction, verify_run
+
+# Quoted values, file names and commands, which no language changes; three words of English in a row are a sentence.
+UNTRANSLATED = re.compile(
+    r"'[^']*'|`[^`]*`|\"[^\"]*\"|\S*[/.=_:]\S*|git lfs pull|pip install( -U)?( --no-deps)? \S+|hf auth login"
+    r"|docker run --shm-size=8g|apt-get install|unable to write to file|No space left|Connection closed by peer"
+    r"|access is restricted"
+)
+CSV_IN_GBK = "image_path,caption\na.png,红色的猫".encode("gb18030")
+ENGLISH = re.compile(r"\b[A-Za-z]?[a-z]+ [a-z]+ [a-z]+\b")
 
 RULE = BucketRule(resolution_px=64, min_px=64, max_px=64, step_px=64, no_upscale=False, fixed=())
 UNET = "model.diffusion_model."
@@ -60,6 +71,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide an installed open_clip_torch: a wrong model is one problem, with or without it."""
     monkeypatch.setattr(encoders, "find_installed_vocabulary", lambda: None)
+
+
+def find_english(message: str) -> list[str]:
+    """Return the English sentences that are left in the Chinese form of a message."""
+    translated = load_translator("zh").translate(message)
+    return [line for line in translated.splitlines() if ENGLISH.search(UNTRANSLATED.sub("", line))]
 
 
 def check(base: Path, folder: Path, words: list[str] | str) -> str:
@@ -181,7 +198,7 @@ def give_unusable_image(folder: Path) -> list[str]:
     for name in ("a.png", "a.txt", "b.png", "b.txt"):
         write_file(folder, f"images/{name}", name)
     file = folder / "images" / "b.png"
-    line = {"key": "b", "file": str(file), "reason": f"{file}: is not an image"}
+    line = {"key": "b", "file": str(file), "reason": f"{file}: not an image in a format that Pillow knows"}
     source = [file.stat().st_size, file.stat().st_mtime_ns, "rules"]
     write_file(folder, "images/logs/bad_samples.jsonl", json.dumps({**line, "source": source}) + "\n")
     return [words, "cache.on_missing=error"]
@@ -218,6 +235,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     "a pattern without quotes in a file": (
         give_yaml("data: {metadata: [s3://b/s-{0..2}.tar]}"),
         ("my.yaml", "line 1", "quotes around texts with braces", "['s3://bucket/set-{0..9}.tar']"),
+    ),
+    "settings in another encoding": (
+        lambda folder: [f"data.metadata={write_file(folder, 'm.csv', CSV_IN_GBK)}"],
+        ("m.csv", "probably gb18030", "iconv -f gb18030 -t UTF-8"),
+    ),
+    "a word processor's dash": (
+        give_words("sample.prompts=['a cat –n ugly']"),
+        ("sample.prompts.0", "flag –n", "word processor's dash", "write --n"),
     ),
     "a key twice": (give_yaml("train:\n  max_steps: 5\n  max_steps: 6\n"), ("max_steps", "twice", "line 3", "remove")),
     "a path of Windows": (give_words(r"model.path=D:\sd\x.safetensors"), ("model.path", "Windows", "/mnt/d/sd/x.safe")),
@@ -315,7 +340,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     ),
     "an image that cannot be cached": (
         give_unusable_image,
-        ("cache.on_missing", "1 of 2 samples have no latents", "b.png: is not an image", "repair or remove"),
+        ("cache.on_missing", "1 of 2 samples have no latents", "b.png: not an image", "repair or remove"),
     ),
     "a missing package of a store": (
         give_words("data.image_dirs=[]", "data.metadata=gs://bucket/a.jsonl", "cache.dir=runs"),
@@ -367,6 +392,7 @@ def test_a_mistake_in_settings_is_explained(base: Path, tmp_path: Path, mistake:
     message = check(base, tmp_path, make(tmp_path))
     assert [fragment for fragment in fragments if fragment not in message] == [], message
     assert message.count("\n  - ") == 1 and "\n      cure: " in message, message
+    assert find_english(message) == []
 
 
 def name_bad_image(folder: Path, content: bytes) -> str:
@@ -445,3 +471,4 @@ def test_another_mistake_is_explained(tmp_path: Path, mistake: str) -> None:
     make, fragments = OTHERS[mistake]
     message = make(tmp_path) or ""
     assert [fragment for fragment in fragments if fragment not in message] == [], message
+    assert find_english(message) == []

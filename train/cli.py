@@ -16,7 +16,7 @@ from typing import NoReturn
 from sdxl_trainer import __version__
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.commands import VARIABLE
-from sdxl_trainer.configs.language.translate import translate, translate_label
+from sdxl_trainer.configs.language.translate import join_label, translate, translate_label
 from sdxl_trainer.configs.problems import suggest_name
 from sdxl_trainer.launch.status import STATUS_DONE, STATUS_WRONG_INPUT
 
@@ -96,7 +96,10 @@ def build_parser() -> TranslatedParser:
     )
     parser.add_argument("--version", action="version", version=__version__, help="print the version")
     listed = {name: program.text for name, program in PROGRAMS.items()} | {"completion": COMPLETION_TEXT}
-    lines = [f"{translate_label('commands')}:", *(f"  {name:12}{translate(text)}" for name, text in listed.items())]
+    lines = [
+        join_label(translate_label("commands"), "").rstrip(),
+        *(f"  {name:12}{translate(text)}" for name, text in listed.items()),
+    ]
     presets = f"Presets to copy: {ROOT / 'configs'}/sdxl_*.yaml. Ranks: one per GPU, or as many as NPROC says."
     parser.epilog = "\n".join([*lines, "", translate(presets)])
     return parser

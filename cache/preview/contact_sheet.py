@@ -73,7 +73,9 @@ def draw_sheet(decoded: Sequence[tuple[PreviewSample, np.ndarray]]) -> Image.Ima
         scale = CELL_PX / max(image.size)
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         sheet.paste(image, (left + (CELL_PX - image.width) // 2, top + (CELL_PX - image.height) // 2))
-        text = f"bad: {sample.bad}" if sample.bad else sample.caption or translate_drawable("(empty)")
+        text = (
+            translate_drawable(f"bad: {sample.bad}") if sample.bad else sample.caption or translate_drawable("(empty)")
+        )
         lines = lettering.wrap(f"{place}: {translate_drawable(sample.note)}", CELL_PX, 2)
         lines += lettering.wrap(text, CELL_PX, NUM_LINES + 1 - len(lines))
         for number, line in enumerate(lines):

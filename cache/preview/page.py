@@ -18,7 +18,7 @@ from sdxl_trainer.cache.preview.contact_sheet import PreviewSample
 from sdxl_trainer.cache.preview.survey import Section, Survey
 from sdxl_trainer.cache.preview.tables import MAX_BUCKETS, DataTable, tabulate_survey
 from sdxl_trainer.configs.language.pages import fill_text
-from sdxl_trainer.configs.language.translate import get_language, translate, translate_label
+from sdxl_trainer.configs.language.translate import get_language, join_label, translate, translate_label
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image
 from sdxl_trainer.data.images.transforms import BadImageError, open_thumbnail, prepare_image
@@ -132,6 +132,7 @@ class PageWriter:
         page = _load_template().render(
             t=fill_text,
             show=translate_label,
+            join=join_label,
             language=get_language(),
             name=self.name,
             written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

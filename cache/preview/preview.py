@@ -29,7 +29,7 @@ from sdxl_trainer.cache.preview.tables import (
     tabulate_survey,
     tabulate_tags,
 )
-from sdxl_trainer.configs.language.translate import translate, translate_label
+from sdxl_trainer.configs.language.translate import join_label, translate, translate_label
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import count_unflipped
@@ -100,7 +100,7 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
         write_sheet(sheet, decode_samples(samples_shown, source, config.model))
         written[f"{len(samples_shown)} samples"] = sheet
     for name, file in written.items():
-        console.print(f"{translate_label(name)}: {file}", markup=False, highlight=False, soft_wrap=True)
+        console.print(join_label(translate_label(name), str(file)), markup=False, highlight=False, soft_wrap=True)
     if plan is None:
         console.print(translate("no latents yet: bash launch/cache.sh with the same settings encodes the images"))
 

@@ -35,12 +35,14 @@ class DataTable:
 
     Args:
         translated: columns that the console shows in the user's language. The others may hold the user's texts.
+        ending: line below the rows on the console, in English.
     """
 
     title: str
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     translated: tuple[int, ...] = ()
+    ending: str = ""
 
     def draw(self) -> Table:
         """Build the table for the console. Texts of the user's data are shown as they are, whatever they hold."""
@@ -50,6 +52,8 @@ class DataTable:
         for row in self.rows:
             cells = [translate_label(cell) if at in self.translated else cell for at, cell in enumerate(row)]
             table.add_row(*(escape(escape_controls(cell)) for cell in cells))
+        if self.ending:
+            table.add_row(escape(translate(self.ending)))
         return table
 
 
@@ -125,8 +129,8 @@ def tabulate_section(section: Section, names: Sequence[str]) -> DataTable:
         details = [(finding.detail,) if finding.detail else () for finding in section.findings]
         rows, num_rows = [(name, *detail) for name, detail in zip(names, details, strict=True)], section.num_found
     left = num_rows - NUM_NAMED
-    more = [(f"... and {left:,} more",)] if left > 0 else []
-    return DataTable(section.title, (), [*rows[:NUM_NAMED], *more], translated=(1,))
+    ending = f"... and {left:,} more" if left > 0 else ""
+    return DataTable(section.title, (), rows[:NUM_NAMED], translated=(1,), ending=ending)
 
 
 def tabulate_buckets(sizes: dict[str, int], title: str, per_batch: int) -> DataTable:
@@ -149,7 +153,9 @@ def tabulate_buckets(sizes: dict[str, int], title: str, per_batch: int) -> DataT
 def tabulate_lengths(counts: TokenCounts) -> DataTable:
     """Build the table of caption lengths for both tokenizers."""
     number, (num_cut, num_cut_2) = counts.num_captions, counts.num_cut
-    longer = f"{num_cut} and {num_cut_2} are longer than data.max_tokens = {counts.max_tokens}"
+    longer = (
+        f"longer than data.max_tokens = {counts.max_tokens}: {num_cut:,} for encoder 1, {num_cut_2:,} for encoder 2"
+    )
     rows = []
     # The empty captions of the data, apart from those that training drops by design.
     empty = [count - counts.num_dropped for count in counts.classes["0"]]

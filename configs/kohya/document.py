@@ -1,14 +1,19 @@
-"""Generate docs/FROM_KOHYA.md from the table that the import uses.
+"""Generate docs/FROM_KOHYA.md and its translations from the table that the import uses.
 
-python -m sdxl_trainer.configs.kohya.document > docs/FROM_KOHYA.md
+python -m sdxl_trainer.configs.kohya.document --language en > docs/FROM_KOHYA.md
+python -m sdxl_trainer.configs.kohya.document --language zh > docs/zh/FROM_KOHYA.md
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 
+from sdxl_trainer.configs.document import LANGUAGE_HELP, Translate
 from sdxl_trainer.configs.kohya.entries import Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS, TRAINER_NAME
 from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_GROUPS
 from sdxl_trainer.configs.kohya.values import TRAINER
+from sdxl_trainer.configs.language.arguments import TranslatedParser
+from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, load_translator
 
 HEADER = """# From kohya's scripts, kohya_ss and the first sdxl-trainer
 
@@ -93,34 +98,71 @@ python -m sdxl_trainer.configs.import_config config.py --out my.yaml
 The importer reads the settings that `get_config` assigns or returns, without executing the file. Names that are not in
 this table are those of kohya's options. Metadata may stay in waifuset's SQLite files
 ([DATA.md](DATA.md#sqlite-waifuset)), and latents that were cached beside the images are used (`--adopt`, as above).
-
-| setting | setting here | note |
-|---|---|---|
 """
+COLUMNS = "| option | setting here | note |"
+FIRST_COLUMNS = "| setting | setting here | note |"
+RULE = "|---|---|---|"
+ALWAYS = "always"
 
 
-def build_page() -> str:
-    """Return the whole page as Markdown."""
+def build_page(language: str = "en") -> str:
+    """Return the whole page as Markdown, in English or the language of a catalogue."""
+    return _build_page(load_translator(language).translate_label if language in CATALOGUES else str)
+
+
+def list_texts() -> Iterator[str]:
+    """Yield every text of the page that only the page has; the notes are messages of the importer."""
+    yield from (part.strip("\n") for part in f"{HEADER}\n{FIRST_TRAINER}".split("\n\n") if _is_translated(part))
+    yield from (*KOHYA_GROUPS, COLUMNS, FIRST_COLUMNS, ALWAYS)
+
+
+def _build_page(translate: Translate) -> str:
     defaults = ", ".join(
         f"`{name}` {value:g}" if isinstance(value, float) else f"`{name}` {value}"
         for name, value in KOHYA_DEFAULTS.items()
     )
-    parts = [HEADER.replace("DEFAULTS", defaults)]
+    parts = [_translate_text(HEADER, translate).replace("DEFAULTS", defaults)]
     for title, options in KOHYA_GROUPS.items():
-        parts.append(f"\n## {title}\n\n| option | setting here | note |\n|---|---|---|\n")
-        parts += [_build_row(name, option, "kohya's scripts") for name, option in options.items()]
-    parts.append(FIRST_TRAINER)
-    parts += [_build_row(name, ours, TRAINER_NAME) for name, ours in FIRST_TRAINER_OPTIONS.items()]
+        parts.append(f"\n## {translate(title)}\n\n{translate(COLUMNS)}\n{RULE}\n")
+        parts += [_build_row(name, option, "kohya's scripts", translate) for name, option in options.items()]
+    parts.append(f"{_translate_text(FIRST_TRAINER, translate)}\n{translate(FIRST_COLUMNS)}\n{RULE}\n")
+    parts += [_build_row(name, ours, TRAINER_NAME, translate) for name, ours in FIRST_TRAINER_OPTIONS.items()]
     return "".join(parts)
 
 
-def _build_row(name: str, option: Option | str, trainer: str) -> str:
+def _is_translated(paragraph: str) -> bool:
+    return bool(paragraph.strip()) and not paragraph.lstrip("\n").startswith("```")
+
+
+def _translate_text(text: str, translate: Translate) -> str:
+    """Translate each paragraph of a text, but no commands."""
+    paragraphs = [part if not _is_translated(part) else _keep_breaks(part, translate) for part in text.split("\n\n")]
+    return "\n\n".join(paragraphs)
+
+
+def _keep_breaks(paragraph: str, translate: Translate) -> str:
+    content = paragraph.strip("\n")
+    return paragraph.replace(content, translate(content))
+
+
+def _build_row(name: str, option: Option | str, trainer: str, translate: Translate) -> str:
     if isinstance(option, str):
-        return f"| `{name}` | as `{option}` | |\n"
-    keys = ", ".join(f"`{key}`" for key in option.keys) or ("always" if option.is_built_in else "–")
+        return f"| `{name}` | {translate(f'as `{option}`')} | |\n"
+    keys = ", ".join(f"`{key}`" for key in option.keys) or (translate(ALWAYS) if option.is_built_in else "–")
     note = "; ".join(filter(None, (option.note, option.difference))).replace(TRAINER, trainer)
-    return f"| `{name}` | {keys} | {note} |\n"
+    return f"| `{name}` | {keys} | {translate(note)} |\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the page in the language of the command line. Returns 0."""
+    parser = TranslatedParser(
+        prog="python -m sdxl_trainer.configs.kohya.document",
+        description="Print the page of all options that the importer knows.",
+    )
+    parser.add_argument("--language", choices=("en", *CATALOGUES), default=get_language(), help=LANGUAGE_HELP)
+    sys.stdout.write(build_page(parser.parse_args(arguments).language))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.write(build_page())
+    sys.exit(main())

@@ -299,7 +299,7 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
         "data.bucket_step_px",
         "data.no_upscale",
         note="the first trainer's 41 fixed buckets. Its successor: one size with `arb = False`, `predefined_buckets`, "
-        f"or all aspect ratios in steps of `bucket_reso_step` without enlarging. {STRETCHED[0].upper()}{STRETCHED[1:]}",
+        f"or all aspect ratios in steps of `bucket_reso_step` without enlarging; {STRETCHED}",
         expects=f"{SIZE}; sizes such as (832, 1216) in predefined_buckets",
     ),
     "arb": converted(constant(None), "data.buckets", note="see `resolution`"),
@@ -311,7 +311,9 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
     "max_area": converted(
         convert_largest_area, "data.buckets", note="leaves out images of larger buckets; without effect as a rule"
     ),
-    "max_aspect_ratio": unsupported("limits there how much of an image is cropped before it is stretched"),
+    "max_aspect_ratio": unsupported(
+        "limits how much of an image that trainer crops before it stretches the rest; nothing is stretched here"
+    ),
     "allow_crop": unsupported("images are always cropped to their bucket at the centre, and never stretched"),
     "max_dataset_n_workers": unsupported("metadata is read by one process, into an index"),
     "max_dataloader_n_workers": "max_data_loader_n_workers",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.importer import Imported, get_default_settings, nest_settings
 from sdxl_trainer.configs.kohya.subsets import Remark
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import Problem, format_value
 
 SIDE_PX = 32  # bucket sides are multiples of this
 
@@ -35,7 +35,7 @@ def fit_settings(imported: Imported, check: Check) -> Fitted:
     rejected = [_build_remark(imported, problem.key, problem, "") for problem in problems if _names_variable(problem)]
     while problem := next((problem for problem in problems if not _names_variable(problem)), None):
         key = _find_culprit(problem, settings, check)
-        ending = f"; left out, so the default applies here: {defaults[key]!r}"
+        ending = f"; left out, so the default applies here: {format_value(defaults[key])}"
         rejected.append(_build_remark(imported, key, problem, ending))
         del settings[key]
         problems = check(nest_settings(settings))
@@ -57,7 +57,10 @@ def _widen_limits(settings: dict[str, Any], imported: Imported, defaults: Mappin
         if isinstance(limit, int) and choose(limit, outermost) != limit:
             settings[key] = round_steps(outermost / SIDE_PX) * SIDE_PX
             option = imported.origins["data.resolution_px"]
-            reason = f"lies beyond the limit of bucket sides, {limit} px; {key} is {settings[key]}"
+            reason = (
+                f"is {'below' if choose is min else 'above'} the limit of {limit} px for bucket sides, "
+                f"so {key} is set to {settings[key]}"
+            )
             remarks.append(Remark(option, imported.values.get(option, sides), reason))
     return remarks
 

@@ -24,7 +24,7 @@ from sdxl_trainer.configs.kohya.subsets import (
     read_datasets,
 )
 from sdxl_trainer.configs.kohya.values import Given, NoEffectError, UnsupportedError, WrongValueError
-from sdxl_trainer.configs.problems import Problem, raise_if_any
+from sdxl_trainer.configs.problems import Problem, format_value, raise_if_any
 from sdxl_trainer.configs.schema import Config
 
 # Options that have no effect together with a dataset file.
@@ -197,7 +197,8 @@ def _convert_default(name: str, option: Option, given: Given, imported: Imported
     if found:
         imported.set_all(found, name)
         imported.changed += by_default.changed
-        written = _shorten(", ".join(f"{key}: {value}" for key, value in found.items()))
+        shown = {key: value if isinstance(value, str) else format_value(value) for key, value in found.items()}
+        written = _shorten(", ".join(f"{key}: {value}" for key, value in shown.items()))
         imported.defaults.append(Remark(name, given[name], written))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.values import read_literal
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, describe_encoding
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -156,6 +156,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         rule = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError:
-        rule = "is not UTF-8 text"
+    except UnicodeDecodeError as error:
+        rule = describe_encoding(error)
     raise UserInputError([Problem("FILE", path, rule, "check the path")])

@@ -9,8 +9,8 @@ from sdxl_trainer.configs.kohya.fit import Fitted
 from sdxl_trainer.configs.kohya.importer import Imported
 from sdxl_trainer.configs.kohya.subsets import Remark
 from sdxl_trainer.configs.kohya.values import TRAINER
-from sdxl_trainer.configs.language.translate import translate
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.language.translate import join_label, translate
+from sdxl_trainer.configs.problems import format_count, format_value
 
 SECRETS = ("wandb_api_key", "wandb_token", "huggingface_token")
 LINE_WIDTH = 116
@@ -74,10 +74,10 @@ def format_report(contents: FileContents, imported: Imported, fitted: Fitted) ->
         name = f"{names.get(option, option)}{dot}{entry}"
         # The value that the file has, such as 10 percent, if the option has another in kohya's scripts.
         value = values.get(name, remark.value) if name != remark.option else remark.value
-        value = "..." if remark.option in SECRETS else _shorten(value)
+        value = "..." if remark.option in SECRETS else "" if value is None else _shorten(value)
         # Each line of a reason is a message of its own.
         reason = "".join(map(translate, remark.reason.replace(TRAINER, contents.trainer).split("\n")))
-        return f"  {name} = {value}: {reason}"
+        return join_label(f"  {name} = {value}" if value else f"  {name}", reason)
 
     ignored = [Remark(key.name, key.value, key.note) for key in report.without_effect if key.note]
     changed, rejected = [*imported.changed, *fitted.changed], {remark.option for remark in fitted.rejected}
@@ -92,7 +92,7 @@ def format_report(contents: FileContents, imported: Imported, fitted: Fitted) ->
         "always on here, without a setting": imported.built_in,
         "without effect in that program either": imported.without_effect,
     }.items():
-        lines += [f"{translate(title)}:", *dict.fromkeys(map(show, remarks))] if remarks else []
+        lines += [join_label(translate(title), "").rstrip(), *dict.fromkeys(map(show, remarks))] if remarks else []
     by_note: dict[str, list[str]] = {}
     for remark in ignored:
         by_note.setdefault(remark.reason, []).append(remark.option)
@@ -126,9 +126,12 @@ def _list_names(title: str, names: list[str]) -> list[str]:
         return []
     text = ", ".join(dict.fromkeys(names))
     indent = "  "
-    return [f"{title}:", *textwrap.wrap(text, LINE_WIDTH, initial_indent=indent, subsequent_indent=indent)]
+    return [
+        join_label(title, "").rstrip(),
+        *textwrap.wrap(text, LINE_WIDTH, initial_indent=indent, subsequent_indent=indent),
+    ]
 
 
 def _shorten(value: Any, limit: int = 60) -> str:
-    text = repr(value)
+    text = format_value(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

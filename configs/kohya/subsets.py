@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 from sdxl_trainer.configs.paths import REPEATS_PREFIX
+from sdxl_trainer.configs.problems import format_value
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")  # that kohya's scripts read
 # Options that can differ between subsets here too.
@@ -214,9 +215,10 @@ def _explain_difference(name: str, values: list[Any]) -> str:
     if name == "resolution":
         return (
             "differs between datasets with different folders, but here every folder is trained at each resolution; "
-            f"{values[0]!r} is used; write data.resolution_px: [side, side] to train all folders at several"
+            f"{format_value(values[0])} is used; write data.resolution_px: [side, side] to train all folders at several"
         )
-    reason = f"differs between datasets or subsets, but applies to the whole training set here; {values[0]!r} is used"
+    used = format_value(values[0])
+    reason = f"differs between datasets or subsets, but applies to the whole training set here; {used} is used"
     return f"{reason}; a strategy can treat samples differently (docs/STRATEGY.md)"
 
 

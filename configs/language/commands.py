@@ -10,7 +10,7 @@ import re
 VARIABLE = "SDXL_TRAINER_COMMAND"
 SCRIPT = re.compile(r"bash (?:\S*/)?launch/(cache|train|doctor|preview|sample|watch|quickstart)\.sh\b")
 # A wheel does not hold the documents, but prints this one. A text that names the command already stays as it is.
-SETTINGS_PAGE = re.compile(r"docs/CONFIG\.md(?!.*`sdxl-trainer settings`)")
+SETTINGS_PAGE = re.compile(r"docs/(?:zh/)?CONFIG\.md(?!.*`sdxl-trainer settings)")
 MODULES = {
     "python train/convert.py": "sdxl-trainer convert",
     "python -m sdxl_trainer.configs.import_config": "sdxl-trainer import",

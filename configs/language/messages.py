@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sdxl_trainer.configs.language.foreign import FOREIGN
 from sdxl_trainer.configs.language.templates import Field, Part, format_template
 
 FOLDERS = ("configs", "launch", "data", "cache", "train")
@@ -35,7 +36,8 @@ PLACEHOLDER = re.compile(r"\{\w*(?::[^{}]*)?\}|\{\{.*\}\}")  # of a literal that
 # activities, learning rates and speeds on the console.
 COMPOSED = (
     *(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")),
-    *("update", "training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
+    *("training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
+    *("{seconds:,} s", "{days:,} d {hours:,} h"),
     *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
     " (host {host}, process {process}, started {started})",
     # Names in charts and above them.
@@ -43,57 +45,7 @@ COMPOSED = (
     # Help of configs/document.py, whose other texts are those of the page.
     *("Print the page of all settings: type, default, meaning.",),
     *("language of the page (default: the one that LANG names, or English)",),
-)
-# Messages of YAML, argparse and the system that are parts of messages here.
-FOREIGN = (
-    'in "{file}", line {line}, column {column}',
-    "while scanning for the next token",
-    "while scanning a simple key",
-    "while scanning a double-quoted scalar",
-    "while scanning a quoted scalar",
-    "while parsing a block mapping",
-    "while parsing a flow mapping",
-    "while parsing a flow sequence",
-    "found character {character} that cannot start any token",
-    "found unknown escape character {character}",
-    "found unexpected end of stream",
-    "could not find expected ':'",
-    "mapping values are not allowed here",
-    "expected <block end>, but found {token}",
-    "expected {expected}, but got {token}",
-    "{one} or {other}",
-    "the following arguments are required: {names}",
-    "unrecognized arguments: {words}",
-    "argument {name}: {reason}",
-    "argument {name}: expected one argument",
-    "argument {name}: expected at least one argument",
-    "argument {name}: invalid choice: {value} (choose from {choices})",
-    "argument {name}: not allowed with argument {other}",
-    "show this help message and exit",
-    "positional arguments",
-    "options",
-    "usage: ",
-    "examples:",
-    "error: ",
-    "No such file or directory",
-    "No space left on device",
-    "Disk quota exceeded",
-    "Read-only file system",
-    "Permission denied",
-    "Operation not permitted",
-    "File exists",
-    "Not a directory",
-    "Is a directory",
-    "File name too long",
-    "Too many levels of symbolic links",
-    "Too many open files",
-    "Too many open files in system",
-    "Stale file handle",
-    "Connection timed out",
-    "Transport endpoint is not connected",
-    "Host is down",
-    "No route to host",
-    "Cannot allocate memory",
+    *("Print the page of all options that the importer knows.", "as `{option}`"),
 )
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 WORD = re.compile(r"[A-Za-z]{2,}")
 HAN = re.compile(r"[\u3400-\u9fff]")
+WIDE = re.compile(r"[\u2026\u3001-\u3011\u3400-\u9fff\uff01-\uff5e]")  # Chinese letters and punctuation
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?%?|[-+]?(?:nan|inf)%?"
 NUMBER_TYPES = "bcdeEfFgGnxX%,"
 # Words that connect two values in too many texts to tell a message by them.
@@ -56,8 +57,27 @@ def list_fields(text: str) -> set[str]:
     return {part.name for part in parse_template(text) if isinstance(part, Field)}
 
 
+def is_wide(character: str) -> bool:
+    """Return whether a character is a Chinese letter or punctuation mark."""
+    return WIDE.fullmatch(character) is not None
+
+
+def count_characters(text: str) -> int:
+    """Return the number of characters of a text that are no spaces."""
+    return len(text) - text.count(" ")
+
+
 def join_parts(left: str, right: str) -> str:
-    """Join two parts of a text; a space separates Chinese from Latin letters and digits, as usual."""
+    """Join two parts of a text as usual in Chinese.
+
+    A space separates Chinese from Latin letters and digits. The space that a message has beside a field for these is
+    dropped where the field's value is Chinese.
+    """
+    if left.endswith(" ") and is_wide(left[-2:-1]) and is_wide(right[:1]):
+        return left[:-1] + right
+    follows_mark = is_wide(left[-1:]) and not HAN.fullmatch(left[-1:])
+    if right.startswith(" ") and (follows_mark or is_wide(left[-1:]) and is_wide(right[1:2])):
+        return left + right[1:]
     edges = left[-1:], right[:1]
     is_mixed = any(map(HAN.fullmatch, edges)) and any(edge.isascii() and edge.isalnum() for edge in edges)
     return f"{left} {right}" if is_mixed else left + right
@@ -87,6 +107,11 @@ class Template:
         return sum(map(len, self._literals))
 
     @cached_property
+    def coverage(self) -> int:
+        """Number of literal characters that are no spaces."""
+        return sum(map(count_characters, self._literals))
+
+    @cached_property
     def is_weak(self) -> bool:
         """True if the literal parts are found in many texts, such as ` of `; the fields must then be sound."""
         return all(word in CONNECTORS for part in self._literals for word in WORD.findall(part))
@@ -106,6 +131,12 @@ class Template:
     def names(self) -> list[str]:
         """Names of the fields, in the order of the English text."""
         return [part.name for part in self.parts if isinstance(part, Field)]
+
+    @cached_property
+    def wrapped(self) -> str:
+        """Name of the field that ends both the text and its translation, as in `cure: {cure}`; "" if none does."""
+        old, new = self.parts[-1], list(parse_template(self.translation))[-1]
+        return old.name if isinstance(old, Field) and isinstance(new, Field) and old.name == new.name else ""
 
     def fill(self, values: list[str]) -> str:
         """Return the translation with `values` in place of the fields, in the order of the English text."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_trainer.configs.language.commands import adapt_commands
+from sdxl_trainer.configs.language.templates import is_wide
 
 if TYPE_CHECKING:
     from sdxl_trainer.configs.language.translator import Translator
@@ -50,6 +51,11 @@ def translate_label(text: str) -> str:
     """Like `translate`, for headings and names of rows, which may be single words."""
     language = get_language()
     return load_translator(language).translate_label(text) if language in CATALOGUES else text
+
+
+def join_label(label: str, text: str) -> str:
+    """Return a text behind its label, both translated, with the colon that suits the language of the two."""
+    return f"{label}{'：' if is_wide(label[-1:]) or is_wide(text[:1]) else ': '}{text}"
 
 
 @lru_cache

@@ -30,7 +30,7 @@ def check_writable(key: str, folder: Path) -> Iterator[Problem]:
     elif not allowed:
         yield Problem(key, folder, f"cannot be written: this user may not write to {existing}", f"chmod u+w {existing}")
     elif (disk.f_blocks and not disk.f_bavail) or (disk.f_files and not disk.f_ffree):  # 0: the store has no such limit
-        lack = "space" if not disk.f_bavail else "place for more files (inodes)"
+        lack = "free space" if not disk.f_bavail else "place for more files (inodes)"
         yield Problem(
             key, folder, f"cannot be written: its disk has no {lack} left", "free some, or choose another disk"
         )

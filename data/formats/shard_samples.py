@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import orjson
 
-from sdxl_trainer.configs.problems import format_count, join_reasons
+from sdxl_trainer.configs.problems import describe_encoding, format_count, join_reasons
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import open_stream, write_atomic
 from sdxl_trainer.data.formats.latent_header import LatentHeader, parse_latent_header
@@ -204,6 +204,5 @@ def _build_record(name: str, key: str, parts: dict[str, Any]) -> dict[str, Any]:
         try:
             fields["caption"] = parts["txt"].decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            place = f"{error.reason} at byte {error.start}"
-            raise BadShardError(f"{name}: member {key}.txt is not UTF-8: {place}") from None
+            raise BadShardError(f"{name}: member {key}.txt {describe_encoding(error)}") from None
     return fields

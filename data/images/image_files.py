@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.problems import describe_encoding, format_count
 from sdxl_trainer.data.files import read_regular
 from sdxl_trainer.data.images.skipped_files import SkippedFiles
 
@@ -279,5 +279,5 @@ def read_caption_file(folder: ImageFolder, name: str) -> str | None:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{path}: {describe_encoding(error)}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()

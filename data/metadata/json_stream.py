@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.problems import describe_encoding, format_count
 from sdxl_trainer.data.files import open_text_stream
 
 BLOCK_BYTES = 4 << 20
@@ -44,15 +44,15 @@ class FilePosition:
         Args:
             prefix: bytes at the beginning of `text` that are not in the file.
         """
-        line, column, message = error.lineno, error.colno, error.msg
+        line, column, message = error.lineno, error.colno, f"malformed JSON: {error.msg}"
         try:
             text.decode("utf-8")
         except UnicodeDecodeError as decode_error:
             before = text[: decode_error.start]
-            line, message = before.count(b"\n") + 1, f"not UTF-8: {decode_error.reason}"
+            line, message = before.count(b"\n") + 1, describe_encoding(decode_error)
             column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
         column += self.column - prefix if line == 1 else 0
-        return ValueError(f"{self.file}:{self.line + line}:{column}: malformed JSON: {message}")
+        return ValueError(f"{self.file}:{self.line + line}:{column}: {message}")
 
 
 @dataclass(frozen=True)

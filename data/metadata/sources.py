@@ -20,6 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdxl_trainer.configs.problems import describe_encoding
 from sdxl_trainer.data.files import open_stream, open_text_stream
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, list_shard_samples, load_catalogue
 from sdxl_trainer.data.images.image_files import get_image_stem
@@ -192,7 +193,7 @@ def _read_csv(file: Path) -> Iterator[list[SourceRecord]]:
             while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
                 yield chunk
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is not UTF-8: {error.reason}") from None
+        raise ValueError(f"{file}: {describe_encoding(error)}") from None
     except csv.Error as error:  # in the line of names
         raise ValueError(f"{file}:1: malformed CSV: {error}") from None
 

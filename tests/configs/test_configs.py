@@ -24,7 +24,15 @@ from sdxl_trainer.configs.load import (
     suggest_key,
 )
 from sdxl_trainer.configs.paths import IS_PATH, parse_path
-from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, format_rate, parse_count
+from sdxl_trainer.configs.problems import (
+    Problem,
+    UserInputError,
+    describe_encoding,
+    format_count,
+    format_rate,
+    format_value,
+    parse_count,
+)
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.section import OwnCodeName, holds_type
 from sdxl_trainer.configs.yaml_file import dump_yaml, load_yaml
@@ -178,6 +186,11 @@ def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
         ("run: {name: a}\nrun: {name: b}", "key 'run' is given twice"),
         ("run:\n  name: a\n  seed: 1\n  name: b", "line 4"),
         ("run: [a", "line 1"),
+        (
+            "run:\n  name\n  seed: 1\ntrain: {}",
+            "is not valid YAML: line 3, column 7: mapping values are not allowed here",
+        ),
+        ("run:\n  name: a\n  seed 1\ntrain: {}", "is not valid YAML: line 3, column 3: could not find expected ':'"),
         ("run: {name: a}\n\tb: 3", "line 2"),
         ("[a, b]: 1", "a key must be a word"),
         ("- a", "must be a mapping"),
@@ -188,15 +201,39 @@ def test_a_file_that_is_not_a_mapping_is_rejected(tmp_path, text, message):
     with pytest.raises(UserInputError, match=message) as caught:
         load(tmp_path, text)
     assert [problem.key for problem in caught.value.problems] == ["--cfg"]
-    assert "unicode string" not in str(caught.value)
+    assert "unicode string" not in str(caught.value) and "\\n" not in str(caught.value)
 
 
 def test_missing_and_binary_files_are_rejected(tmp_path):
     with pytest.raises(UserInputError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
-    (tmp_path / "x.yaml").write_bytes(b"run: {name: \xff}")
-    with pytest.raises(UserInputError, match="not valid YAML"):
+    (tmp_path / "x.yaml").write_bytes("run: {name: 红色的猫}".encode("gb18030"))
+    with pytest.raises(UserInputError, match="is not UTF-8, but probably gb18030"):
         load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("一只猫，坐在垫子上", "gb18030"),
+        ("1girl, 长发", "gb18030"),
+        ("かわいい猫、座っている", "shift_jis"),
+        ("une café, près de la fenêtre", "latin1"),
+        ("a cat", "UTF-16"),
+    ],
+)
+def test_the_likely_encoding_of_a_text_is_named(text, encoding):
+    with pytest.raises(UnicodeDecodeError) as caught:
+        text.encode(encoding).decode("utf-8")
+    cure = f"iconv -f {encoding} -t UTF-8"
+    assert describe_encoding(caught.value) == f"is not UTF-8, but probably {encoding}; convert it: {cure}"
+
+
+def test_values_in_messages_are_those_of_yaml():
+    values = [None, True, 0.1, math.inf, "a b", ["a", None], {"b": False}, (1, 2), Path("/x")]
+    shown = ["null", "true", "0.1", ".inf", "'a b'", "['a', null]", "{b: false}", "[1, 2]", "'/x'"]
+    assert [format_value(value) for value in values] == shown
+    assert [load_yaml(text) for text in shown[:-2]] == values[:-2]
 
 
 def test_overrides_take_precedence_over_the_file(tmp_path):
@@ -463,6 +500,11 @@ JSON = st.recursive(
 def test_any_values_are_read_as_they_were_written_by_this_and_by_other_readers(content):
     text = dump_yaml({"a": content})
     assert load_yaml(text) == {"a": content} == yaml.safe_load(text)
+
+
+def test_a_full_width_colon_in_a_key_is_named(tmp_path):
+    [(key, _, cure)] = list_problems(tmp_path, "run： {name: x}")
+    assert key.startswith("run：") and cure == "write a colon of half width, and a space"
 
 
 def test_a_number_for_a_text_is_to_be_quoted(tmp_path):

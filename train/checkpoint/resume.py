@@ -10,7 +10,7 @@ import numpy as np
 from loguru import logger
 
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
-from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_value, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.index.index import Index
@@ -56,6 +56,10 @@ class SettingChange(NamedTuple):
     key: str
     old: Any
     new: Any
+
+    def __str__(self) -> str:
+        old, new = (value if isinstance(value, str) else format_value(value) for value in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}"
 
 
 def open_checkpoints(folder: Path, settings: CheckpointConfig, ranks: Ranks) -> tuple[Path | None, CheckpointWriter]:
@@ -149,7 +153,7 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
     """
     changes = list_changes(saved.config, fresh.config)
     if changes:
-        shown = "".join(f"\n  {change.key}: {change.old!r} -> {change.new!r}" for change in changes)
+        shown = "".join(f"\n  {change}" for change in changes)
         warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
     if edited := list_edited_code(saved, fresh):
         warn_once("the code of {} has changed since step {}", " and ".join(edited), saved.step)
@@ -192,7 +196,7 @@ def check_progress(saved: TrainState, fresh: TrainState, on_data_change: str) ->
 
 def describe_changes(saved: TrainState, fresh: TrainState) -> list[str]:
     """Describe the changes that alter training between the state of a checkpoint and that of the present start."""
-    changes = [f"{key}: {old} -> {new}" for key, old, new in list_changes(saved.config, fresh.config)]
+    changes = map(str, list_changes(saved.config, fresh.config))
     data = ["the data"] if saved.index_fingerprint != fresh.index_fingerprint else []
     return [*data, *changes, *(f"the code of {key}" for key in list_edited_code(saved, fresh))]
 

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator
 
 from sdxl_trainer.cache.models.source import is_local, resolve_model
-from sdxl_trainer.configs.language.translate import translate, translate_label
+from sdxl_trainer.configs.language.translate import join_label, translate, translate_label
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem, read_host_memory_bytes
@@ -82,7 +82,9 @@ def describe_memory(table: MemoryTable) -> str:
     peaks = [name for name in rows if name.endswith(", peak")]
     names = {name: translate_label(name.removeprefix("memory, ").replace(",", "")) for name in peaks}
     first = "; ".join(f"{shown} {translate(rows.pop(name))}" for name, shown in names.items())
-    return "\n".join([first, *(f"{INDENT}{translate_label(name)}: {translate(text)}" for name, text in rows.items())])
+    return "\n".join(
+        [first, *(INDENT + join_label(translate_label(name), translate(text)) for name, text in rows.items())]
+    )
 
 
 def describe_fits(config: Config, sizes: NetworkSizes, world_size: int, host: int | None) -> Iterator[str]:

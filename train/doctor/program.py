@@ -9,8 +9,8 @@ from sdxl_trainer.configs.problems import parse_count
 from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, run_program
 
 DESCRIPTION = (
-    "Examine the machine, your settings and your data before you train. Each line is ok or a note, names a fault and "
-    "its cure (WRONG), or the next step (TO DO). Without --cfg only the machine is examined."
+    "Examine the machine, your settings and your data before you train. Each line is ok or a note, or names a fault "
+    "(WRONG) or a doubt (WARN) with its cure, or the next step (TO DO). Without --cfg only the machine is examined."
 )
 EXAMPLES = ("%(prog)s", "%(prog)s --cfg my.yaml", "%(prog)s --gpu-gb 24", "%(prog)s --cfg my.yaml --ranks 4")
 

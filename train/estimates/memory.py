@@ -137,7 +137,7 @@ def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world
         waiting = bucket if world_size > 1 else largest * state.weight
         yield MemoryLine(component="gradients", device=waiting, phases=("backward pass",))
         return
-    phases: tuple[Phase, ...] = ("forward pass", "backward pass", "update")
+    phases: tuple[Phase, ...] = ("forward pass", "backward pass", "weight update")
     if engine.zero_stage == 3:
         phases = (*phases, "image generation")
     elif not state.keeps_gradients:
@@ -172,7 +172,7 @@ def list_optimizer(
         for name, number in zip(names, numbers, strict=True):
             yield MemoryLine(component=name, device=share * number)
         copies = count_update_copies(state, groups)
-        phases: tuple[Phase, ...] = ("update",)
+        phases: tuple[Phase, ...] = ("weight update",)
         if engine.gradient_release:
             copies = count_release_copies(engine, max(sizes.trained))
             phases = ("backward pass",)

@@ -27,6 +27,7 @@ from sdxl_trainer.configs.language.translate import (
     CATALOGUES,
     choose_language,
     get_language,
+    join_label,
     translate,
     translate_label,
 )
@@ -127,7 +128,7 @@ def describe_state(folder: Path, numbers: RunNumbers) -> str:
 def translate_state(text: str) -> str:
     """Return a state in words, in the language of this process."""
     state, separator, reason = text.partition(": ")
-    return f"{translate_label(state)}{separator}{translate(reason)}"
+    return join_label(translate_label(state), translate(reason)) if separator else translate_label(state)
 
 
 def load_template() -> jinja2.Template:
@@ -209,7 +210,9 @@ def read_generated_image(file: Path, step: int) -> tuple[EmbeddedImage | None, s
     except OSError:
         return None, ""
     uri, (width, height) = make_uri(buffer.getvalue(), "webp"), image.size
-    return EmbeddedImage(uri, width, height, f"{fill_text('step {step}', step=step)}: {prompt or file.name}"), prompt
+    return EmbeddedImage(
+        uri, width, height, join_label(fill_text("step {step}", step=step), prompt or file.name)
+    ), prompt
 
 
 def make_uri(content: bytes, kind: str) -> str:

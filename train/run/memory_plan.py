@@ -110,7 +110,7 @@ def check_room(table: MemoryTable, cure: str) -> Iterator[Problem]:
     Args:
         cure: what saves memory of the device.
     """
-    device = "smallest GPU" if table.limits.has_gpu else "host"
+    device = "smallest GPU" if table.limits.has_gpu else "smallest host"
     if not table.fits_device:
         assert table.limits.rank is not None, "an unknown size is large enough"
         room = f"{format_gb(table.limits.rank)}, of which {HEADROOM:.0%} should stay free"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.readers import read_toml
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
+from sdxl_trainer.configs.problems import Problem, UserInputError, describe_encoding, suggest_name
 from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
 from sdxl_trainer.data.text.captions import fix_text
 
@@ -289,7 +289,7 @@ def _read_file(file: Path) -> str:
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(describe_encoding(error)) from None
 
 
 def _parse_into(given: dict[str, Any], field: PromptField, label: str, value: Any) -> None:

@@ -297,7 +297,7 @@ def test_the_first_trainers_own_rules(tmp_path: Path) -> None:
     assert min(map(min, settings["data"]["buckets"])) == 512 and "resolution_px" not in settings["data"]
     assert settings["run"] == {"name": "train", "dir": "out"} and "another run.name starts anew" in comment
     assert settings["engine"] == {"zero_stage": 0, "precision": "bf16"} and "fp16': needs ZeRO 1 to 3" in comment
-    assert "full_bf16 = True: has no effect without" in comment
+    assert "full_bf16 = true: has no effect without" in comment
     assert settings["optim"]["warmup_steps"] == 25  # accelerate advances the schedule once for each of 4 processes
     assert settings["sample"] == {"prompt_file": "b.json", "num_inference_steps": 28}
     assert "batch_sise = 3: is not a known option; did you mean batch_size?" in comment
@@ -514,7 +514,7 @@ def test_the_same_images_at_several_resolutions(tmp_path: Path) -> None:
     settings, comment = import_files(tmp_path, {"d.toml": sets})
     assert settings["data"]["resolution_px"] == [512, 1024] and settings["data"]["image_dirs"] == ["/a"]
     assert settings["train"]["micro_batch_size"] == 8 and "batch_size = [8, 2]: differs" in comment
-    assert "enable_bucket = False" in comment  # one bucket per resolution in kohya's scripts
+    assert "enable_bucket = false" in comment  # one bucket per resolution in kohya's scripts
 
 
 def test_datasets_that_share_some_folders(tmp_path: Path) -> None:
@@ -679,10 +679,10 @@ def test_captions_are_shaped_as_kohyas_scripts_shape_them(tmp_path: Path) -> Non
         {"caption": "a;b ; c\nd; e"}, CaptionSettings(**caption.model_dump()), np.random.default_rng(0)
     )
     assert shaped == "a, b, c" and caption.fix_text
-    assert "shuffle_caption = True: empty tags" in comment and "docs/FROM_KOHYA.md lists differences" in comment
+    assert "shuffle_caption = true: empty tags" in comment and "docs/FROM_KOHYA.md lists differences" in comment
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --enable_wildcard --caption_suffix x"})
     assert settings["data"]["caption"] == {"suffix": "x", "wildcards": True}
-    assert "enable_wildcard = True: of metadata" in comment and "caption_suffix = 'x': follows" in comment
+    assert "enable_wildcard = true: of metadata" in comment and "caption_suffix = 'x': follows" in comment
 
 
 @pytest.mark.parametrize(

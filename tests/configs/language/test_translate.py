@@ -48,14 +48,25 @@ def translator() -> Translator:
         ("7 of 1,000 images are bad, first x of y.png", "1,000 张图片中有 7 张损坏，第一张是 x of y.png"),
         ("skipped: 3 images", "已跳过：3 张图片"),  # a message in a field
         ("skipped: is damaged; run bash launch/cache.sh", "已跳过：已损坏；运行 bash launch/cache.sh"),
-        ("/data/x.npz: is damaged", "/data/x.npz: 已损坏"),  # put together at run time
-        ("bucket: is damaged", "bucket: 已损坏"),
+        ("/data/x.npz: is damaged", "/data/x.npz：已损坏"),  # put together at run time
+        ("bucket: is damaged", "bucket：已损坏"),
         ("3 images, bucket", "3 张图片，桶"),
         ("is damaged; about 3 GB needed", "已损坏；约需 3 GB"),
-        ("x.npz; about 3 GB needed; is damaged", "x.npz；约需 3 GB; 已损坏"),
+        ("x.npz; about 3 GB needed; is damaged", "x.npz；约需 3 GB；已损坏"),
         ("is damaged\n  run bash launch/cache.sh\n\nx", "已损坏\n  运行 bash launch/cache.sh\n\nx"),
         ("needs {a|b}", "需要 {a|b}"),
         ("3 of 4", "4 的 3"),
+        # Messages of several clauses behind a place, before a hint, and beside each other.
+        (
+            "/data/x: skipped: no images in /data/a b; run bash launch/cache.sh",
+            "/data/x：已跳过：/data/a b 中没有图片；运行 bash launch/cache.sh",
+        ),
+        (
+            "x.txt:2: 7 of 9 images are bad, first a.png; is damaged",
+            "x.txt:2: 9 张图片中有 7 张损坏，第一张是 a.png；已损坏",
+        ),
+        ("lr: 0.1; 3 images", "lr: 0.1；3 张图片"),  # a name and its value keep the colon of YAML
+        ("no images in is damaged", "已损坏中没有图片"),  # no space between Chinese texts
         ("1.5 GB of 24 GB", "24 GB 的 1.5 GB"),
         # What is no message stays as it is: other sentences, names, single words, other forms of numbers.
         ("a library of the system cannot be read", "a library of the system cannot be read"),
@@ -81,16 +92,50 @@ def test_finished_texts(translator: Translator, text: str, expected: str) -> Non
         ("fits with 908 MB; largest micro batch 1941", "放得下，需要 908 MB；最大的微批为 1941"),
         ("300 steps; validation loss from 0.4 to 0.3", "300 步；验证损失从 0.4 到 0.3"),
         ("before: step 0", "训练前：第 0 步"),
+        ("at step 20, in 12 s", "第 20 步，12 秒后"),
+        ("in 3 h 2 min", "3 小时 2 分钟后"),
+        (
+            "estimated time: 12 s (images 3 s; decoding at the same time 2 d 4 h)",
+            "估计时间：12 秒（图片 3 秒；同时解码 2 天 4 小时）",
+        ),
+        (
+            "holds images, such as 0.jpg, and no latents (.npz)",
+            "含有图片（如 0.jpg），而没有潜变量（.npz）",
+        ),  # after a setting
+        ("12.6 MB, forward pass, weight update", "12.6 MB，前向传播，权重更新"),
+        ("after forward pass", "在前向传播之后"),
+        (
+            "p.txt:2: has the flag –n with a word processor's dash; write --n",
+            "p.txt:2：选项 –n 使用了文字处理软件的破折号；请写 --n",
+        ),
+        (
+            "is not valid YAML: line 46, column 3: found unexpected end of stream",
+            "不是有效的 YAML：第 46 行第 3 列：文件意外结束",
+        ),
+        (
+            "/a b.txt, entry 2: has the unknown key `k`; did you mean x?",
+            "/a b.txt，第 2 项：有未知的键 `k`；是否应为 x？",
+        ),
     ],
 )
 def test_messages_that_are_put_together(text: str, expected: str) -> None:
     assert load_translator("zh").translate(text) == expected
 
 
+def test_texts_of_any_length_and_nesting_are_translated_in_time() -> None:
+    """The number of readings does not explode, and no depth of nesting ends the program."""
+    translator = load_translator("zh")
+    names = ", ".join(f"name{number} of x" for number in range(1000))
+    assert translator.translate(names).count("name") == 1000
+    reasons = "; ".join(f"/data/{number}.png: cannot be decoded: x" for number in range(100))
+    assert translator.translate(reasons).count("无法解码") == 100
+    assert translator.translate("the of in x " * 400)
+
+
 def test_the_doctors_help_and_its_output_use_the_same_marks() -> None:
     translator = load_translator("zh")
     help_text = translator.translate(DOCTOR_HELP)
-    for mark in ("ok", "note", "WRONG", "TO DO"):
+    for mark in ("ok", "note", "WARN", "WRONG", "TO DO"):
         assert f"「{translator.translate_label(mark)}」" in help_text and mark not in help_text
 
 

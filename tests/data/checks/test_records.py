@@ -1,10 +1,12 @@
 """Checks of records before any network is loaded."""
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loguru import logger
 from PIL import Image
 
 from sdxl_trainer.configs.load import load_config
@@ -24,6 +26,15 @@ def settings(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """Return the log messages of a test."""
+    lines: list[str] = []
+    handler = logger.add(lambda message: lines.append(message.record["message"]), format="{message}")
+    yield lines
+    logger.remove(handler)
+
+
 def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -> None:
     config, _ = load_config(settings)
     index, problems = open_checked_records(config)
@@ -40,6 +51,28 @@ def test_missing_captions_are_a_problem_if_the_settings_say_so(settings: Path, m
     assert [problem.key for problem in problems] == keys
     if keys:
         assert "2 records have no caption: a, c" in problems[0].rule
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "mark"),
+    [
+        ("一只猫，坐着，垫子", ["data.caption.shuffle=true"], "，"),
+        ("一只猫、坐着、垫子", ["data.caption.shuffle=true", "data.caption.keep_tokens=1"], "、"),
+        ("一只猫，坐着", ["data.caption.shuffle=true", "data.caption.separator='，'"], ""),
+        ("一只猫，坐着", [], ""),  # no setting works on tags
+        ("1girl, 长发，坐着", ["data.caption.shuffle=true"], ""),
+    ],
+)
+def test_tags_behind_another_mark_than_the_separator_are_named(
+    settings: Path, messages: list[str], text: str, words: list[str], mark: str
+) -> None:
+    for name in "abc":
+        (settings.parent / "images" / f"{name}.txt").write_text(text if name != "c" else "a cat, a mat")
+    open_checked_records(load_config(settings, words)[0])
+    found = [message for message in messages if "data.caption.separator" in message]
+    names = ", ".join(word.partition("=")[0] for word in words)
+    rule = f"2 of 3 captions have '{mark}' between their tags and not ',', so {names} leaves them as they are"
+    assert found == ([f"{rule}; set data.caption.separator: '{mark}'"] if mark else [])
 
 
 def test_a_clash_of_keys_and_missing_captions_are_reported_together(tmp_path: Path) -> None:

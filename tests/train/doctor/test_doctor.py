@@ -237,6 +237,11 @@ def test_images_without_latents_are_opened_and_another_prediction_is_named(tmp_p
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.01})})
     images = {finding.name: finding for finding in examine_settings(allowed, world_size=1)}["data.image_dirs"]
     assert images.is_ok and "the job will skip such images" in images.detail
+    (data / "3.txt").write_bytes("红色的猫".encode("gb18030"))
+    found = [finding for finding in examine_settings(config, [], world_size=1) if finding.name == "data.image_dirs"]
+    assert "3.txt: is not UTF-8, but probably gb18030" in found[0].detail
+    assert "1 of 20 images that were opened" in found[1].detail and str(broken) in found[1].detail
+    (data / "3.txt").write_text("a")
     broken.unlink()
     Image.new("RGB", (64, 64)).save(broken)
     found = {finding.name: finding for finding in examine_settings(config, world_size=1)}

@@ -148,7 +148,7 @@ def test_an_update_takes_what_was_counted(stage: int, one_step: float, four_step
             config = build(f"train.global_batch_size={words}", f"engine.zero_stage={stage}", ranks=ranks)
             table = estimate_memory(config, sizes, ranks, MemoryLimits(device=80 * GIB, host=None))
             buffers = get_line(table, "buffers")[0] if stage == 3 else 0
-            found = (table.sum_device("update") - 0.8e9 - buffers) / sizes.num_trained
+            found = (table.sum_device("weight update") - 0.8e9 - buffers) / sizes.num_trained
             assert counted - 0.7 <= found <= counted + 0.1, (words, ranks)
 
 
@@ -159,7 +159,7 @@ def test_sdxl_on_a_gpu() -> None:
     fixed = 14 * SDXL.num_trained + 2 * SDXL.frozen_encoders + 0.8e9
     assert table.sum_device("forward pass") == pytest.approx(fixed + 4 * 6.889e9, rel=1e-4)
     assert table.sum_device("backward pass") == pytest.approx(fixed + 2 * SDXL.num_trained + 0.1e9, rel=1e-3)
-    assert table.sum_device("update") == pytest.approx(fixed + 2.6 * SDXL.num_trained, rel=1e-2)
+    assert table.sum_device("weight update") == pytest.approx(fixed + 2.6 * SDXL.num_trained, rel=1e-2)
     assert table.sum_device("image generation") == pytest.approx(fixed + 4 * 83_653_863 + 3.222e9, rel=1e-4)
     assert table.peak_phase == "forward pass" and table.fits_device
     assert table.find_largest_micro_batch() == 5

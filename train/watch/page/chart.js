@@ -33,7 +33,8 @@ export class Chart {
     this.isLogarithmic = isLogarithmic && curves.every((curve) => curve.mean.every((value) => value > 0));
     const lasts = this.curves.filter((curve) => curve.x.length).map((curve) => writeNumber(curve.smooth.at(-1)));
     setText(this.value, lasts.length ? `${lasts.slice(0, 3).join(" · ")} ${this.words.unit ?? ""}`.trim() : "");
-    this.canvas.setAttribute("aria-label", `${this.words.title}: ${lasts.length ? t("last {values}", { values: lasts.join(", ") }) : t("no values")}`);
+    const value = lasts.length ? t("last {values}", { values: lasts.join(", ") }) : t("no values");
+    this.canvas.setAttribute("aria-label", t("{name}: {value}", { name: this.words.title, value }));
     this.draw();
   }
 
@@ -55,9 +56,11 @@ export class Chart {
     if (this.tip.hidden) return;
     const [first, at] = values[0];
     const lines = values.map(([curve, place]) => {
-      const [low, high] = [curve.low?.[place], curve.high?.[place]], label = curve.label ? `${curve.label}: ` : "";
+      const [low, high] = [curve.low?.[place], curve.high?.[place]];
       const range = low === high ? "" : ` (${t("{low} to {high}", { low: writeNumber(low), high: writeNumber(high) })})`;
-      return build("div", {}, buildSwatch(curve.color), `${label}${writeNumber(curve.mean[place])}${range}`);
+      const value = `${writeNumber(curve.mean[place])}${range}`;
+      const text = curve.label ? t("{name}: {value}", { name: curve.label, value }) : value;
+      return build("div", {}, buildSwatch(curve.color), text);
     });
     const near = this.marks.filter((mark) => Math.abs(this.toPixel(mark.x) - this.toPixel(first.x[at])) < 6);
     const notes = near.map((mark) => build("div", { className: "text", textContent: mark.text }));
