@@ -12,8 +12,9 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sdxl_trainer.configs.language.arguments import TranslatedParser
-from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, load_translator
+from sdxl_trainer.configs.kohya import document as kohya
+from sdxl_trainer.configs.language.arguments import TranslatedParser, add_language
+from sdxl_trainer.configs.language.translate import CATALOGUES, load_translator
 from sdxl_trainer.configs.load import iterate_sections
 from sdxl_trainer.configs.renames import RENAMED
 from sdxl_trainer.configs.schema import Config
@@ -44,8 +45,6 @@ This version still accepts the old names, with a warning.
 """
 
 
-LANGUAGE_HELP = "language of the page (default: the one that LANG names, or English)"
-
 # Translates a text of the page, without line breaks.
 Translate = Callable[[str], str]
 
@@ -65,6 +64,11 @@ def list_texts() -> Iterator[str]:
 
     _build_page(note)
     yield from filter(None, texts)
+
+
+def list_pages() -> dict[str, Iterator[str]]:
+    """Return the texts of each generated page, by the page's path."""
+    return {"docs/CONFIG.md": list_texts(), "docs/FROM_KOHYA.md": kohya.list_texts()}
 
 
 def _build_page(translate: Translate) -> str:
@@ -142,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Print the page of all settings: type, default, meaning.",
         examples=["%(prog)s", "%(prog)s --language zh"],
     )
-    parser.add_argument("--language", choices=("en", *CATALOGUES), default=get_language(), help=LANGUAGE_HELP)
+    add_language(parser)
     sys.stdout.write(build_page(parser.parse_args(arguments).language))
     return 0
 

@@ -5,15 +5,14 @@ python -m sdxl_trainer.configs.kohya.document --language zh > docs/zh/FROM_KOHYA
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from sdxl_trainer.configs.document import LANGUAGE_HELP, Translate
 from sdxl_trainer.configs.kohya.entries import Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS, TRAINER_NAME
 from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_GROUPS
 from sdxl_trainer.configs.kohya.values import TRAINER
-from sdxl_trainer.configs.language.arguments import TranslatedParser
-from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, load_translator
+from sdxl_trainer.configs.language.arguments import TranslatedParser, add_language
+from sdxl_trainer.configs.language.translate import CATALOGUES, load_translator
 
 HEADER = """# From kohya's scripts, kohya_ss and the first sdxl-trainer
 
@@ -104,6 +103,9 @@ FIRST_COLUMNS = "| setting | setting here | note |"
 RULE = "|---|---|---|"
 ALWAYS = "always"
 
+# Translates a text of the page.
+Translate = Callable[[str], str]
+
 
 def build_page(language: str = "en") -> str:
     """Return the whole page as Markdown, in English or the language of a catalogue."""
@@ -159,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m sdxl_trainer.configs.kohya.document",
         description="Print the page of all options that the importer knows.",
     )
-    parser.add_argument("--language", choices=("en", *CATALOGUES), default=get_language(), help=LANGUAGE_HELP)
+    add_language(parser)
     sys.stdout.write(build_page(parser.parse_args(arguments).language))
     return 0
 

@@ -6,8 +6,7 @@ Edit the catalogue afterwards: translate new messages; correct fuzzy ones and re
 import sys
 from pathlib import Path
 
-from sdxl_trainer.configs import document
-from sdxl_trainer.configs.kohya import document as kohya_document
+from sdxl_trainer.configs.document import list_pages
 from sdxl_trainer.configs.language.catalogue import format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.messages import extract_messages
 from sdxl_trainer.configs.language.pages import extract_from_pages
@@ -20,8 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def list_messages() -> dict[str, tuple[str, ...]]:
     """Return the messages of the sources and the texts of pages and of generated documents, each with its sources."""
     messages = extract_messages(ROOT)
-    pages = {"docs/CONFIG.md": document.list_texts(), "docs/FROM_KOHYA.md": kohya_document.list_texts()}
-    for page, text in ((page, text) for page, texts in pages.items() for text in texts):
+    for page, text in ((page, text) for page, texts in list_pages().items() for text in texts):
         escaped = text.replace("{", "{{").replace("}", "}}")
         messages[escaped] = (*messages.get(escaped, ()), page)
     for text, page in extract_from_pages(ROOT):

@@ -8,10 +8,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from sdxl_trainer.configs.language.commands import name_program
-from sdxl_trainer.configs.language.translate import translate, translate_label
+from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, translate, translate_label
 
 USAGE = "usage: "
+LANGUAGE_HELP = "language of the page (default: the one that LANG names, or English)"
 HEADING = re.compile(r"^([\u3400-\u9fff]+):$", re.MULTILINE)
+
+
+def add_language(parser: argparse.ArgumentParser) -> None:
+    """Add `--language`, the language of a generated page."""
+    parser.add_argument("--language", choices=("en", *CATALOGUES), default=get_language(), help=LANGUAGE_HELP)
 
 
 class TranslatedParser(argparse.ArgumentParser):
