@@ -28,9 +28,10 @@ answer_first() {  # program, example, its arguments: help and mistakes are answe
         [ -z "${SDXL_TRAINER_COMMAND:-}" ] || example="${example/configs\/tiny.yaml/my.yaml}"
         say "$name needs to know what to work on:" "$name 需要知道处理什么：" >&2
         say "  bash $script $example" >&2
-        local settings="docs/CONFIG.md"
-        [ -z "${SDXL_TRAINER_COMMAND:-}" ] || settings="sdxl-trainer settings"
-        say "All options: bash $script --help; all settings: $settings" "全部选项：bash $script --help；全部设置：$settings" >&2
+        local settings="docs/CONFIG.md" in_chinese="docs/zh/CONFIG.md"
+        [ -z "${SDXL_TRAINER_COMMAND:-}" ] || settings="sdxl-trainer settings" in_chinese="sdxl-trainer settings"
+        say "All options: bash $script --help; all settings: $settings" \
+            "全部选项：bash $script --help；全部配置项：$in_chinese" >&2
         exit 2
     fi
     local word has_settings=""

@@ -55,7 +55,7 @@ def translate_label(text: str) -> str:
 
 def join_label(label: str, text: str) -> str:
     """Return a text behind its label, both translated, with the colon that suits the language of the two."""
-    return f"{label}{'：' if is_wide(label[-1:]) or is_wide(text[:1]) else ': '}{text}"
+    return f"{label}{'：' if any(map(is_wide, label)) or is_wide(text[:1]) else ': '}{text}"
 
 
 @lru_cache

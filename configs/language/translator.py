@@ -1,6 +1,7 @@
 """Look-up of finished texts in a catalogue."""
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,9 +16,10 @@ SEPARATORS = {"; ": "；", ": ": "：", ", ": "，"}
 ANY_SEPARATOR = re.compile("(; |: |, )")
 MAX_PARTS = 8  # of a text whose parts are tried in every grouping
 MAX_NESTED = 24  # of a text whose first and last part are tried by themselves; a longer one is a list
-MAX_DEPTH = 12  # of messages inside messages; a text that seems to hold more is a list of names
+MAX_DEPTH = 40  # of messages inside messages; a text that seems to hold more is a list of names
 NUM_KEPT = 4096  # readings of texts and of their parts
 PLACE = re.compile(r"(\{\w+\}): (?=[a-z])")  # the file that a message is about
+SETTING = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 SINGLE = re.compile(r"(?=\S*\w)\S{1,200}|[\d.,]+ (?:[kMGT]i?B|px|s)")  # a name or a number, with its unit
 LETTER = re.compile(r"[A-Za-z]")
 PLAIN = re.compile(r"[a-z]+")  # a word of any sentence
@@ -69,7 +71,7 @@ class Translator:
         for template in templates:
             rarest = min(template.words, key=lambda word: (frequency[word], -len(word)), default="")
             self._by_word.setdefault(rarest, []).append(template)
-        self._depth = 0
+        self._thread = threading.local()  # its attribute `depth`: texts inside texts that are being read
         self._find_best = lru_cache(NUM_KEPT)(self._compare_readings)
 
     def translate_label(self, text: str) -> str:
@@ -82,13 +84,14 @@ class Translator:
 
     def _read(self, text: str) -> Reading:
         """Return the best reading of a text."""
-        if self._depth >= MAX_DEPTH:
+        depth = getattr(self._thread, "depth", 0)
+        if depth >= MAX_DEPTH:
             return Reading(text)
-        self._depth += 1
+        self._thread.depth = depth + 1
         try:
             return self._find_best(text)
         finally:
-            self._depth -= 1
+            self._thread.depth = depth
 
     def _compare_readings(self, text: str) -> Reading:
         """Like `_read`, without a limit of depth."""
@@ -203,7 +206,8 @@ def _join_readings(readings: Sequence[Reading], between: str, separator: str = "
 def _choose_separator(separator: str, left: str, right: Reading) -> str:
     """Return the separator of two parts: of Chinese between messages, and of English between names and values."""
     first = right.translation[:1]
-    is_message = separator == ": " and right.coverage and not first.isdigit()  # a number is the value of a setting
+    is_value = SETTING.fullmatch(left) is not None and first.isdigit()
+    is_message = separator == ": " and right.coverage and not is_value
     is_chinese = separator == "; " or is_message or is_wide(left[-1:]) or is_wide(first)
     return SEPARATORS[separator] if is_chinese else separator
 
