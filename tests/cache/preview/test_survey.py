@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from cache_samples import write_settings
 from PIL import Image
+from rich.console import Console
 
 from sdxl_trainer.cache.preview import program
 from sdxl_trainer.cache.preview.page import RecordNames
-from sdxl_trainer.cache.preview.survey import Finding, find_folder_captions, place_images
-from sdxl_trainer.cache.preview.tables import tabulate_lengths
+from sdxl_trainer.cache.preview.survey import Finding, Section, find_folder_captions, place_images
+from sdxl_trainer.cache.preview.tables import tabulate_lengths, tabulate_section
 from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.images.bucket import BucketRule
@@ -97,6 +98,18 @@ def test_counts_of_tags_and_what_was_looked_at_are_printed(surveyed, tiny_folder
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
     assert ["a star", "6", "75.0%"] in rows and ["no caption", "1", "", "all 9 records"] in rows
     assert ["[bold]x", "1", "12.5%"] in rows  # not read as markup
+
+
+def test_a_table_ends_with_the_number_of_rows_that_it_leaves_out(capsys):
+    findings = [Finding(row) for row in range(16)]
+    section = Section(name="bad", title="cannot be used", num_found=16, looked_at="all 16 records", findings=findings)
+    choose_language("zh")
+    try:
+        Console(width=60).print(tabulate_section(section, [f"more {row}" for row in range(16)]).draw())
+    finally:
+        choose_language("en")
+    printed = capsys.readouterr().out
+    assert "无法使用" in printed and "…… 另有 6 个" in printed and "more 9" in printed and "more 10" not in printed
 
 
 def test_the_page_follows_the_language(surveyed):

@@ -12,7 +12,7 @@ from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.language.catalogue import Entry, format_catalogue, read_catalogue
 from sdxl_trainer.configs.language.commands import VARIABLE, adapt_commands
 from sdxl_trainer.configs.language.messages import extract_from_source
-from sdxl_trainer.configs.language.translate import choose_language, load_translator, translate
+from sdxl_trainer.configs.language.translate import choose_language, join_label, load_translator, translate
 from sdxl_trainer.configs.language.translator import Translator
 from sdxl_trainer.configs.language.update import list_faults, update_entries
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -137,6 +137,20 @@ def test_the_doctors_help_and_its_output_use_the_same_marks() -> None:
     help_text = translator.translate(DOCTOR_HELP)
     for mark in ("ok", "note", "WARN", "WRONG", "TO DO"):
         assert f"「{translator.translate_label(mark)}」" in help_text and mark not in help_text
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "expected"),
+    [
+        ("页面", "/a.html", "页面：/a.html"),
+        ("fp32 的 VAE", "3 MB", "fp32 的 VAE：3 MB"),
+        ("GPU", "没有", "GPU：没有"),
+        ("engine.zero_stage", "0，选择原因：x", "engine.zero_stage: 0，选择原因：x"),
+        ("page", "/a.html", "page: /a.html"),
+    ],
+)
+def test_a_colon_has_the_width_of_what_stands_beside_it(label: str, text: str, expected: str) -> None:
+    assert join_label(label, text) == expected
 
 
 def test_headings_may_be_single_words(translator: Translator) -> None:

@@ -16,7 +16,13 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import BrokenOff, Interrupted, exit_on_signals
 from sdxl_trainer.train.checkpoint.folder import verify_manifest
-from sdxl_trainer.train.checkpoint.resume import check_progress, describe_changes, list_changes, restore_progress
+from sdxl_trainer.train.checkpoint.resume import (
+    SettingChange,
+    check_progress,
+    describe_changes,
+    list_changes,
+    restore_progress,
+)
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run import interruption
@@ -141,6 +147,8 @@ def test_only_changes_that_alter_training_are_listed() -> None:
     saved, fresh = TrainState(config=old, index_fingerprint="a"), TrainState(config=new, index_fingerprint="b")
     assert describe_changes(saved, saved) == []
     assert describe_changes(saved, fresh)[:2] == ["the data", "run.seed: 0 -> 3"]
+    assert str(SettingChange("train.max_steps", 30, None)) == "train.max_steps: 30 -> null"
+    assert str(SettingChange("optim.schedule", "cosine", "wsd")) == "optim.schedule: cosine -> wsd"
     # A setting that did not exist when the checkpoint was saved.
     del old["optim"]["weight_decay"]
     assert list_changes(old, build_state().config) == []
