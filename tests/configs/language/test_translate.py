@@ -63,9 +63,9 @@ def translator() -> Translator:
         ),
         (
             "x.txt:2: 7 of 9 images are bad, first a.png; is damaged",
-            "x.txt:2: 9 张图片中有 7 张损坏，第一张是 a.png；已损坏",
+            "x.txt:2：9 张图片中有 7 张损坏，第一张是 a.png；已损坏",
         ),
-        ("lr: 0.1; 3 images", "lr: 0.1；3 张图片"),  # a name and its value keep the colon of YAML
+        ("optim.lr: 0.1; 3 images", "optim.lr: 0.1；3 张图片"),  # a name and its value keep the colon of YAML
         ("no images in is damaged", "已损坏中没有图片"),  # no space between Chinese texts
         ("1.5 GB of 24 GB", "24 GB 的 1.5 GB"),
         # What is no message stays as it is: other sentences, names, single words, other forms of numbers.
