@@ -417,7 +417,7 @@ def test_settings_of_kohya_ss_that_a_run_would_refuse_are_settled(tmp_path: Path
     settings, comment = import_files(tmp_path, {"gui.json": json.dumps({**GUI, **own})})
     assert settings["cache"] == {"dir": "/out/latents/123"} and settings["optim"]["text_encoder_lr"] == 5e-5
     assert (
-        "sdxl_cache_text_encoder_outputs = True: cannot be combined with optim.text_encoder_lr and "
+        "sdxl_cache_text_encoder_outputs = true: cannot be combined with optim.text_encoder_lr and "
         "optim.text_encoder_2_lr; captions are encoded in each step" in comment
     )
     assert f"train_data_dir = '10_dog': WARNING: {tmp_path}/img/10_dog holds no images" in comment
