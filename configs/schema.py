@@ -280,6 +280,10 @@ class EmaConfig(Section):
     divided among the ranks under ZeRO 1 to 3, and is exported beside the model."""
     warmup: bool = True
     """Limit the decay to (1 + n)/(10 + n) after n updates, so that the average soon forgets the first weights."""
+    on_host: bool = False
+    """Keep the averages in host memory and update them there while the next step runs, which takes no GPU memory. The
+    host keeps a copy of the weights for it, in their type. With `engine.offload_optimizer` the averages are in host
+    memory anyway."""
     sample: bool = True
     """Generate images with the first average instead of the current weights."""
 

@@ -6,10 +6,12 @@ from sdxl_trainer.cache.models.encoders import check_vocabulary
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, format_count
 from sdxl_trainer.configs.schema import Config, OptimConfig, TrainConfig
+from sdxl_trainer.train.engine.block_offload import check_block_offload
 from sdxl_trainer.train.engine.deepspeed_config import check_engine, compute_batch_sizes
 from sdxl_trainer.train.engine.gradient_release import check_gradient_release
 from sdxl_trainer.train.networks.adapters import check_adapters
 from sdxl_trainer.train.networks.fp8_linears import check_fp8
+from sdxl_trainer.train.networks.quantised_base import check_quantised_base
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders
 from sdxl_trainer.train.objective.own_formulas import check_own_formulas
 from sdxl_trainer.train.optim.optimizers import check_optimizer
@@ -25,6 +27,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
     if not of_model:  # the right model may bring a vocabulary
         yield from check_vocabulary(config.model)
     yield from check_engine(config.engine, config.optim)
+    yield from check_block_offload(config.engine, uses_adapters=config.lora.rank > 0)
     yield from check_fp8(config.engine, uses_adapters=config.lora.rank > 0)
     yield from check_optimizer(config.optim, config.engine)
     yield from check_own_schedule(config.optim)
@@ -33,6 +36,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
         yield from check_frozen_encoders(config.optim)
     yield from load_prompts(config.sample, config.objective, config.data.caption.fix_text)[1]
     yield from check_adapters(config.lora)
+    yield from check_quantised_base(config.lora, config.engine)
 
 
 def check_frozen_encoders(optim: OptimConfig) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from sdxl_trainer.configs.engine import WEIGHT_TYPES, EngineConfig
 from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import read_environment
+from sdxl_trainer.train.engine.block_offload import BlockOffload
 from sdxl_trainer.train.engine.deepspeed_config import (
     DTYPES,
     BatchSizes,
@@ -34,6 +35,7 @@ from sdxl_trainer.train.engine.patches import (
 from sdxl_trainer.train.engine.snapshot import capture_state, load_state
 from sdxl_trainer.train.engine.update_guard import UpdateGuard
 from sdxl_trainer.train.engine.weights import Weights, copy_fp32_share
+from sdxl_trainer.train.networks.blocks import choose_offloaded_blocks
 
 
 class Engine:
@@ -75,6 +77,7 @@ class Engine:
         else:
             self._engine = _build_deepspeed(model, optimizer, config, batch, max_grad_norm)
         self._updates_in_backward = config.gradient_release
+        self._offload = _offload_blocks(self._engine, config) if config.offload_blocks else None
         self._guard = UpdateGuard(self._engine.device)
         exact_weights = exact_weights if has_masters else ()
         self.weights = Weights(self._engine, copies, exact_weights, ema, self._guard.mark.record)
@@ -86,7 +89,7 @@ class Engine:
         # Set while no other thread reads the live state (see `capture_state`).
         self._state_is_free = threading.Event()
         self._state_is_free.set()
-        self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._guard.begin_writing())
+        self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._begin_writing())
         # DeepSpeed moves the momentum of Muon before the ranks agree on the norm.
         self._writes_early = uses_muon(optimizer)
 
@@ -112,8 +115,10 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over ranks; the engine divides it by the accumulation steps."""
         if self._updates_in_backward:
-            self._guard.begin_writing()
+            self._begin_writing()
         self._engine.backward(loss)
+        if self._offload is not None:
+            self._offload.end_backward()
 
     def step(self) -> bool:
         """Close a micro step; after the last one of a global batch, clip and update the weights.
@@ -128,12 +133,17 @@ class Engine:
         ACTIVITY.follow(self._state_is_free.wait)
         with self._guard.update():
             if self._writes_early:
-                self._guard.begin_writing()
+                self._begin_writing()
             # The ranks first agree on the gradients' norm. The hook of the optimizer marks the end of that.
             self._engine.step()
             if self._engine.was_step_applied():
                 self.weights.update_averages()
         return self._engine.was_step_applied()
+
+    def _begin_writing(self) -> None:
+        """Wait until nothing reads the weights, and keep saves from starting until the step ends."""
+        self.weights.finish_reading()
+        self._guard.begin_writing()
 
     def hold_updates(self, timeout_seconds: float) -> AbstractContextManager[int | None]:
         """Keep weights from being changed within the context; see `UpdateGuard.hold`."""
@@ -180,6 +190,16 @@ class Engine:
             ReshardingError: these ranks cannot load the checkpoint.
         """
         load_state(self._engine, self.weights, folder)
+
+
+def _offload_blocks(engine: Any, config: EngineConfig) -> BlockOffload:
+    """Let blocks of the U-Net wait in host memory: whole with gradient release, else their frozen weights alone."""
+    assert config.gradient_checkpointing == "full", "plan_memory chooses it"
+    unet = engine.module.unet
+    blocks = choose_offloaded_blocks(unet, config.offload_blocks)
+    if isinstance(engine, ReleasingEngine):
+        return BlockOffload(unet, blocks, engine.device, engine.optimizer, engine.finish_updates)
+    return BlockOffload(unet, blocks, engine.device, None)
 
 
 def _build_deepspeed(

@@ -85,8 +85,7 @@ class ReleasingEngine:
             return
         self._updates.begin_step()
         loss.backward()
-        self._send_waiting()
-        self._update_sent()
+        self.finish_updates()
         self._updates.end_step()
         self._grad_norm = float(torch.stack(self._norms).square().sum().sqrt())
         self._norms.clear()
@@ -100,6 +99,11 @@ class ReleasingEngine:
         """Count the step. The backward pass has updated the weights."""
         self.global_steps += 1
         self.skipped_steps += not self._is_finite
+
+    def finish_updates(self) -> None:
+        """Update every weight whose gradient is there. All ranks call it together."""
+        self._send_waiting()
+        self._update_sent()
 
     def _take_gradient(self, weight: torch.nn.Parameter) -> None:
         """Update a weight whose gradient is complete; called by autograd."""

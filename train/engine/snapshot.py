@@ -9,6 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.train.engine.averages import flatten
 from sdxl_trainer.train.engine.gradient_release import ReleasingEngine
 from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.layout import Layout
@@ -24,7 +25,7 @@ from sdxl_trainer.train.engine.saved_state import (
     load_state_file,
     map_state_file,
 )
-from sdxl_trainer.train.engine.weights import Weights, flatten
+from sdxl_trainer.train.engine.weights import Weights
 
 # DeepSpeed's own checkpoint converter, which users may run, requires this entry in checkpoints of ZeRO 1 and 2.
 UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}

@@ -1,15 +1,15 @@
 """The trained weights of a live engine, whole and in fp32, and their moving averages."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.distributed import broadcast_tensor, reduce_sum
+from sdxl_trainer.train.engine.averages import Ema
 from sdxl_trainer.train.engine.layout import Fragment, describe_layout
 from sdxl_trainer.train.engine.patches import abandon_gathers, deepspeed, get_local_part, read_master_weights
 
@@ -47,7 +47,7 @@ class Weights:
         if copies is not None:
             self._set_masters(self._exchange(copies))
         self._set_masters(exact_weights)
-        self.ema = Ema(ema.decays, ema.warmup, self.list_masters()) if ema and ema.decays else None
+        self.ema = Ema(ema, self.list_masters(), engine.device) if ema and ema.decays else None
         self._replaced: list[torch.Tensor] = []  # see use_average
         self._mark_written = mark_written
 
@@ -69,6 +69,11 @@ class Weights:
         """Move every average towards the weights, after an update of the weights."""
         if self.ema:
             self.ema.update(self.list_masters())
+
+    def finish_reading(self) -> None:
+        """Wait until the averages have read the weights, which may change then."""
+        if self.ema:
+            self.ema.finish_reading()
 
     def gather(self, name: str, average: str | None = None) -> torch.Tensor:
         """Return a whole parameter in fp32, from the masters, on the CPU. All ranks call it together with one name.
@@ -137,18 +142,18 @@ class Weights:
         return [(name, get_local_part(weight)) for name, weight in frozen]
 
     def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
-        """List this rank's part of the masters, or of a moving average, as flat fp32 tensors."""
+        """List this rank's part of the masters, or of a moving average."""
         if average is not None:
             assert self.ema is not None, "no averages are kept"
             return self.ema.averages[average]
-        return [flatten(master) for master in self.list_masters()]
+        return self.list_masters()
 
     def _assemble(self, name: str, flats: list[torch.Tensor]) -> torch.Tensor:
-        """Assemble a trained parameter from the fragments in every rank's flat tensors."""
+        """Assemble a trained parameter from the fragments in every rank's tensors."""
         shape = self.layout.shapes[name]
         whole = torch.zeros(torch.Size(shape).numel(), device=self._engine.device)
         for number, fragment in self._fragments[name]:
-            part = flats[number][fragment.offset : fragment.offset + fragment.numel]
+            part = flats[number].detach().reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
             whole[fragment.start : fragment.start + fragment.numel] = part.to(whole.device)
         return (reduce_sum(whole) if self._zero_stage else whole).view(shape)
 
@@ -186,46 +191,6 @@ class Weights:
             # The context gathers the parameter under ZeRO-3, and does nothing otherwise.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(whole)
-
-
-def name_average(decay: float) -> str:
-    """Return the name of a moving average, such as `"0.999"`."""
-    return f"{decay:g}"
-
-
-class Ema:
-    """Exponential moving averages of flat tensors, one set for each decay. Each rank averages its own masters only.
-
-    Args:
-        decays: one for each average, which has the name `name_average(decay)`.
-        warmup: see `compute_decay`.
-        masters: the tensors to average, of any shapes; the averages are flat, in fp32, and begin as copies.
-    """
-
-    def __init__(self, decays: Sequence[float], warmup: bool, masters: Sequence[torch.Tensor]):
-        self.warmup = warmup
-        self.num_updates = 0
-        self.averages = {name_average(decay): [flatten(master).clone() for master in masters] for decay in decays}
-        self._decays = dict(zip(self.averages, decays, strict=True))
-
-    @torch.no_grad()
-    def update(self, masters: Sequence[torch.Tensor]) -> None:
-        """Move every average towards the weights after they were updated."""
-        self.num_updates += 1
-        values = [flatten(master) for master in masters]
-        for key, averages in self.averages.items():
-            decay = compute_decay(self.num_updates, self._decays[key], self.warmup)
-            get_ema_multi_avg_fn(decay)(averages, values, self.num_updates)
-
-
-def compute_decay(num_updates: int, decay: float, warmup: bool) -> float:
-    """Return the decay of an average at its update number `num_updates` (from 1)."""
-    return min(decay, (1 + num_updates) / (10 + num_updates)) if warmup else decay
-
-
-def flatten(master: torch.Tensor) -> torch.Tensor:
-    """Return [N] fp32, in the order of the tensor's elements whatever its strides; shares memory where it can."""
-    return master.detach().float().reshape(-1)
 
 
 @dataclass(frozen=True)

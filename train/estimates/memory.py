@@ -7,7 +7,9 @@ PyTorch pins in host memory is counted as its allocator rounds it, up to a power
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.engine.deepspeed_config import (
     build_communication_settings,
@@ -24,6 +26,7 @@ from sdxl_trainer.train.estimates.optimizer_state import (
     count_release_copies,
 )
 from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing
+from sdxl_trainer.train.networks.quantised_base import VALUE_BYTES
 from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
@@ -31,8 +34,18 @@ AVERAGE_BYTES = 4
 # Assumptions, not yet measured on a GPU: the CUDA context with NCCL's buffers, and a process without its tensors.
 CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES, CPU_PROCESS_BYTES = 800_000_000, 3_000_000_000, 1_000_000_000
 ZERO_0_BUCKET_VALUES = 500_000_000  # that DeepSpeed sends at a time without ZeRO
+VISITORS = 2  # offloaded blocks on the device at a time: one that runs, and the next
 FROZEN_ENCODERS = "frozen text encoders"  # name of the component
 PASSES: tuple[Phase, ...] = ("forward pass", "backward pass")
+
+
+class OffloadedValues(NamedTuple):
+    """Numbers of values in blocks that wait on the host, and of those in the largest that visit the device at once."""
+
+    trained: int
+    frozen: int
+    visiting_trained: int
+    visiting_frozen: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,19 +125,33 @@ def list_weights(config: Config, sizes: NetworkSizes, state: StateBytes, has_gpu
     """Yield the lines of weights in the precision of training."""
     bytes_of_value = state.weight / state.weight_shares
     frozen = sizes.frozen * bytes_of_value
+    if config.lora.quantised_base != "none":
+        frozen -= sizes.base_linears * (bytes_of_value - VALUE_BYTES[config.lora.quantised_base])
     if config.engine.offload_param:
         trained = sum(round_pinned(numel * bytes_of_value, has_gpu) for numel in sizes.trained)
         yield MemoryLine(component="trained weights", host=trained)
         yield MemoryLine(component="frozen weights", host=frozen)
     else:
-        yield MemoryLine(component="trained weights", device=sizes.num_trained * bytes_of_value)
-        yield MemoryLine(component="frozen weights", device=frozen)
-    # With cached text the encoders are loaded for prompts alone.
-    phases: tuple[Phase, ...] = ("image generation",)
+        away = count_offloaded(config.engine, sizes)
+        yield MemoryLine(component="trained weights", device=(sizes.num_trained - away.trained) * bytes_of_value)
+        yield MemoryLine(component="frozen weights", device=frozen - away.frozen * bytes_of_value)
+        yield MemoryLine(component="offloaded blocks", host=(away.trained + away.frozen) * bytes_of_value)
+        visiting = (away.visiting_trained + away.visiting_frozen) * bytes_of_value
+        yield MemoryLine(component="visiting blocks", device=visiting, phases=(*PASSES, "image generation"))
+    # With cached text the encoders are loaded for prompts alone, and freed before images are generated.
+    phases: tuple[Phase, ...] = ("encoding of prompts",)
     if not config.cache.text:
         yield MemoryLine(component=FROZEN_ENCODERS, device=sizes.frozen_encoders * state.weight)
     elif sizes.generation:
         yield MemoryLine(component="text encoders", device=sizes.frozen_encoders * state.weight, phases=phases)
+
+
+def count_offloaded(engine: EngineConfig, sizes: NetworkSizes) -> OffloadedValues:
+    """Count what `engine.offload_blocks` keeps on the host: trained weights with gradient release alone."""
+    blocks = sizes.blocks[: engine.offload_blocks]
+    trained = [block.trained if engine.gradient_release else 0 for block in blocks]
+    frozen = [block.frozen for block in blocks]
+    return OffloadedValues(sum(trained), sum(frozen), sum(trained[:VISITORS]), sum(frozen[:VISITORS]))
 
 
 def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world_size: int) -> Iterator[MemoryLine]:
@@ -139,7 +166,7 @@ def list_gradients(config: Config, sizes: NetworkSizes, state: StateBytes, world
         return
     phases: tuple[Phase, ...] = ("forward pass", "backward pass", "weight update")
     if engine.zero_stage == 3:
-        phases = (*phases, "image generation")
+        phases = PHASES
     elif not state.keeps_gradients:
         phases = phases[1:]
     # With offload, ZeRO 2 and 3 keep gradients in the type of the weights on the host, and sums in fp32 on the GPU.
@@ -166,11 +193,20 @@ def list_optimizer(
 ) -> Iterator[MemoryLine]:
     """Yield the lines of masters, moments, moving averages, and copies that an update needs for a time."""
     engine, share = config.engine, sizes.num_trained / state.optimizer_shares
-    names = ("master weights", "moments of the optimizer", "moving averages")
-    numbers = (state.master, state.moments, state.averages)
+    if config.ema.decays and config.ema.on_host:
+        copied = share * (2 if engine.precision in PURE_BF16 else FP32_BYTES)
+        yield MemoryLine(component="copy of the weights for the averages", host=copied)
     if not engine.offload_optimizer:
-        for name, number in zip(names, numbers, strict=True):
-            yield MemoryLine(component=name, device=share * number)
+        away = count_offloaded(engine, sizes)
+        of_averages = share if config.ema.on_host else away.trained
+        for name, number, on_host in (
+            ("master weights", state.master, away.trained),
+            ("moments of the optimizer", state.moments, away.trained),
+            ("moving averages", state.averages, of_averages),
+        ):
+            yield MemoryLine(component=name, device=(share - on_host) * number, host=on_host * number)
+        visiting = away.visiting_trained * (state.master + state.moments)
+        yield MemoryLine(component="state of visiting blocks", device=visiting, phases=("backward pass",))
         copies = count_update_copies(state, groups)
         phases: tuple[Phase, ...] = ("weight update",)
         if engine.gradient_release:
@@ -224,11 +260,12 @@ def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> I
     if not sizes.generation:
         return
     phases: tuple[Phase, ...] = ("image generation",)
-    yield MemoryLine(component="VAE in fp32", device=sizes.vae * FP32_BYTES, phases=phases)
+    during: tuple[Phase, ...] = ("encoding of prompts", "image generation")
+    yield MemoryLine(component="VAE in fp32", device=sizes.vae * FP32_BYTES, phases=during)
     yield MemoryLine(component="activations of an image", device=sizes.generation, phases=phases)
     if config.ema.sample and config.ema.decays:
         kept = sizes.num_trained * state.weight / state.weight_shares
-        yield MemoryLine(component="weights while an average is used", device=kept, phases=phases)
+        yield MemoryLine(component="weights while an average is used", device=kept, phases=during)
 
 
 def list_checkpoint_copy(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:

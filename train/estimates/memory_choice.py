@@ -41,6 +41,10 @@ def plan_memory(
     asked = config.engine.gradient_checkpointing
     if asked != "auto":
         return MemoryPlan(config, estimate_memory(config, sizes, world_size, limits), "")
+    if config.engine.offload_blocks:
+        config = replace_settings(config, "engine", gradient_checkpointing="full")
+        table = estimate_memory(config, sizes, world_size, limits)
+        return MemoryPlan(config, table, "full, which engine.offload_blocks needs")
     plans: dict[str, MemoryPlan] = {}
     for policy in CHECKPOINTING:
         chosen = replace_settings(config, "engine", gradient_checkpointing=policy)
@@ -73,15 +77,19 @@ def list_savings(config: Config, sizes: NetworkSizes, world_size: int, limits: M
     """List the settings that lower the peak on the device, the largest saving first."""
     peak = estimate_memory(config, sizes, world_size, limits).device_peak
     savings = []
-    for setting, changed in iterate_changes(config, world_size):
+    for setting, changed in iterate_changes(config, world_size, len(sizes.blocks)):
         saved = peak - estimate_memory(changed, sizes, world_size, limits).device_peak
         if saved > SMALLEST_SAVING * peak:
             savings.append(Saving(setting, saved))
     return sorted(savings, key=lambda saving: -saving.saved_bytes)
 
 
-def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
-    """Yield single settings that may save memory, each with the settings of the run after that change."""
+def iterate_changes(config: Config, world_size: int, num_blocks: int) -> Iterator[tuple[str, Config]]:
+    """Yield single settings that may save memory, each with the settings of the run after that change.
+
+    Args:
+        num_blocks: of the U-Net, that may wait on the host.
+    """
     engine, micro_batch = config.engine, config.train.micro_batch_size
     if engine.gradient_checkpointing == "off":
         name = "engine.gradient_checkpointing: selective"
@@ -105,6 +113,16 @@ def iterate_changes(config: Config, world_size: int) -> Iterator[tuple[str, Conf
         yield "optim.name: adamw8bit", replace_settings(config, "optim", name="adamw8bit")
     if engine.gradient_release and config.optim.name != "adafactor":
         yield "optim.name: adafactor", replace_settings(config, "optim", name="adafactor")
+    has_plain_blocks = engine.zero_stage != 3 and engine.compile == "none" and not engine.offload_blocks
+    if has_plain_blocks and config.lora.quantised_base == "none":
+        if config.lora.rank:
+            yield "lora.quantised_base: nf4", replace_settings(config, "lora", quantised_base="nf4")
+        number = num_blocks * 2 // 3
+        if number and (config.lora.rank or engine.gradient_release):
+            values = {"offload_blocks": number, "gradient_checkpointing": "full"}
+            yield f"engine.offload_blocks: {number}", replace_settings(config, "engine", **values)
+    if config.ema.decays and not config.ema.on_host:
+        yield "ema.on_host: true", replace_settings(config, "ema", on_host=True)
     if config.ema.decays:
         yield "ema.decays: []", replace_settings(config, "ema", decays=[])
     if not config.cache.text:

@@ -20,6 +20,7 @@ from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.text.tokens import WINDOW
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES
+from sdxl_trainer.train.networks.blocks import BlockSize, measure_blocks
 from sdxl_trainer.train.networks.checkpointing import RunRegion, set_checkpointing
 from sdxl_trainer.train.networks.conditioning import TextInputs
 from sdxl_trainer.train.networks.empty_networks import (
@@ -27,6 +28,7 @@ from sdxl_trainer.train.networks.empty_networks import (
     build_empty_run_networks,
     build_empty_vae,
 )
+from sdxl_trainer.train.networks.quantised_base import find_base_linears
 from sdxl_trainer.train.networks.trained_networks import (
     ENCODERS,
     TrainedNetworks,
@@ -57,6 +59,8 @@ class NetworkSizes:
     bucket: Size  # for which the activations are counted
     activations: Mapping[Checkpointing, Activations]  # by gradient checkpointing
     generation: int  # bytes of the largest activations at a time while an image is generated; 0 without prompts
+    blocks: tuple[BlockSize, ...] = ()  # of the U-Net, the largest first
+    base_linears: int = 0  # frozen values that `lora.quantised_base` quantises
 
     @property
     def trained(self) -> list[int]:
@@ -94,6 +98,8 @@ def measure_networks(config: Config, source: ModelSource, bucket: Size) -> Netwo
         bucket=bucket,
         activations={policy: count_activations(networks, config, bucket, policy) for policy in CHECKPOINTING},
         generation=measure_generation(networks.unet, vae, config),
+        blocks=measure_blocks(networks.unet),
+        base_linears=sum(layer.weight.numel() for layer in find_base_linears(networks.unet).values()),
     )
 
 

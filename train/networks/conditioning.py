@@ -34,6 +34,9 @@ class TextConditioner:
             `TrainedNetworks`, so `encode_frozen` returns their token ids.
     """
 
+    # Prompts by their text, on the host; None if encoders stay loaded, or change in training.
+    kept_prompts: dict[str, TextEmbeddings] | None = None
+
     def __init__(self, encoders: TextEncoders, trained: Collection[str] = ()):
         self._encoders: TextEncoders | None = encoders
         self.trained = trained
@@ -80,6 +83,8 @@ class TextConditioner:
 class LazyTextConditioner(TextConditioner):
     """Text conditioning for runs with cached text, which need the encoders only for prompts and model files.
 
+    Prompts are encoded once in a run, because the encoders never change.
+
     Args:
         load: loads both encoders on their device.
     """
@@ -88,6 +93,7 @@ class LazyTextConditioner(TextConditioner):
         self._load = load
         self._encoders = None
         self.trained = ()
+        self.kept_prompts = {}
 
     @property
     def encoders(self) -> TextEncoders:

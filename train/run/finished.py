@@ -5,7 +5,7 @@ from pathlib import Path
 from sdxl_trainer.configs.schema import Config, TrainConfig
 from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
 from sdxl_trainer.train.checkpoint.state import TrainState
-from sdxl_trainer.train.engine.weights import name_average
+from sdxl_trainer.train.engine.averages import name_average
 from sdxl_trainer.train.export.export import get_model_path
 
 

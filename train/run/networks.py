@@ -22,10 +22,12 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES, compute_batch_sizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import add_adapters
+from sdxl_trainer.train.networks.blocks import choose_offloaded_blocks
 from sdxl_trainer.train.networks.compilation import compile_unet
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner, TextConditioner
 from sdxl_trainer.train.networks.empty_networks import build_empty_run_networks
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
+from sdxl_trainer.train.networks.quantised_base import quantise_base
 from sdxl_trainer.train.networks.trained_networks import (
     ENCODERS,
     TrainedNetworks,
@@ -54,6 +56,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     networks = TrainedNetworks(unet, **{name: encoders[name] for name in trained})
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
+        quantise_base(unet, config.lora.quantised_base)
     networks.compilation = compile_unet(unet, config.engine.compile)
     groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
     if not config.engine.gradient_release:
@@ -120,15 +123,18 @@ def hash_frozen_networks(engine: Engine, config: Config, source: ModelSource, ra
 
 
 def check_trained_parameters(config: Config) -> Iterator[Problem]:
-    """Yield patterns that match no parameter, adapters of layers that do not exist, and rates that train nothing.
+    """Yield patterns that match no parameter, layers and blocks that do not exist, and rates that train nothing.
 
     A model on the hub is not checked, because its configs are not available before the download.
     """
     optim = config.optim
-    if not (optim.groups or optim.block_lrs or config.lora.rank) or not is_local(config.model):
+    is_checked = optim.groups or optim.block_lrs or config.lora.rank or config.engine.offload_blocks
+    if not is_checked or not is_local(config.model):
         return
     try:
-        build_empty_run(config)
+        networks = build_empty_run(config)
+        if config.engine.offload_blocks:
+            choose_offloaded_blocks(networks.unet, config.engine.offload_blocks)
     except UserInputError as error:
         yield from error.problems
 

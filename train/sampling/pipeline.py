@@ -65,8 +65,20 @@ class ImageGenerator:
         pixels = decode_latents(self.vae, x0, self.latent_statistics)
         return pipeline.image_processor.postprocess(pixels)[0]
 
+    def encode_in_advance(self, prompts: Sequence[Prompt]) -> None:
+        """Encode prompts while nothing else of an image is in memory, if the encoders can be freed afterwards."""
+        kept = self.conditioner.kept_prompts
+        if kept is None:
+            return
+        for text in sorted({text for prompt in prompts for text in (prompt.text, prompt.negative)} - kept.keys()):
+            kept[text] = TextEmbeddings(*(states.cpu() for states in self._encode(text)))
+        self.conditioner.release()
+
     def _encode(self, text: str) -> TextEmbeddings:
         """Encode a prompt, [1, …], in as many windows of tokens as captions have in training."""
+        kept = (self.conditioner.kept_prompts or {}).get(text)
+        if kept is not None:
+            return TextEmbeddings(*(states.to(self.unet.device) for states in kept))
         device = next(self.conditioner.encoders.encoder.parameters()).device
         tokens = encode_captions(self.tokenizers, [text], self.max_tokens)
         hidden, pooled = self.conditioner.encode(*(torch.from_numpy(ids).to(device) for ids in tokens))
@@ -124,6 +136,7 @@ def generate_images(
     """
     numbers = assign_prompts(prompts, ranks.rank, ranks.world_size, in_lockstep)
     images: dict[int, Image.Image] | None = {}
+    generator.encode_in_advance([prompts[number] for number in numbers])
     try:
         for place, number in enumerate(numbers, 1):
             images[number] = generator.generate(prompts[number], break_off_if_stopped)

@@ -18,6 +18,7 @@ from sdxl_trainer.train.estimates.memory import estimate_memory, round_pinned
 from sdxl_trainer.train.estimates.memory_choice import list_savings, plan_memory
 from sdxl_trainer.train.estimates.memory_table import PHASES, MemoryLimits, MemoryTable
 from sdxl_trainer.train.estimates.networks import Activations, NetworkSizes
+from sdxl_trainer.train.networks.blocks import BlockSize
 from sdxl_trainer.train.optim.optimizers import build_optimizer
 from sdxl_trainer.train.run.memory_plan import RankMemory, check_device, check_room, find_smallest
 
@@ -26,7 +27,7 @@ CPU = MemoryLimits(device=None, host=None)
 NO_ACTIVATIONS = Activations(kept=0, recomputed=0)
 # As test_networks.py finds them.
 SDXL = NetworkSizes(
-    shapes=((2_567_463_684 // 1680,),) * 1680,
+    shapes=((4, 382_063),) * 1680,
     frozen=0,
     frozen_encoders=817_720_320,
     vae=83_653_863,
@@ -192,6 +193,31 @@ def test_host_memory_under_offload() -> None:
     rules = [problem.rule for problem in check_room(table, "")]
     assert len(rules) == 1 and "of host memory are needed" in rules[0] and "51.5 GB" in rules[0]
     assert round_pinned(3.0, is_pinned=True) == 4 and round_pinned(3.0, is_pinned=False) == 3
+
+
+def test_offloaded_blocks_leave_two_visitors_on_the_gpu() -> None:
+    """Adapters leave their frozen weights on the host alone, gradient release all of a block, with its state."""
+    gpu = MemoryLimits(device=12 * GIB, host=None)
+    release = ["engine.gradient_release=true", "engine.precision=bf16_stochastic", "ema.decays=[0.9]"]
+    sizes = replace(SDXL, blocks=(BlockSize(50_000_000, 1_000_000), *[BlockSize(30_000_000, 1_000_000)] * 60))
+    config = build("engine.offload_blocks=11", "engine.gradient_checkpointing=full", *release)
+    table = estimate_memory(config, sizes, 1, gpu)
+    values = 50_000_000 + 10 * 30_000_000
+    assert get_line(table, "offloaded blocks") == (0, 2 * (values + 11_000_000))
+    assert get_line(table, "visiting blocks") == (2 * 82_000_000, 0)
+    assert get_line(table, "trained weights") == (2 * (sizes.num_trained - values), 0)
+    assert get_line(table, "moments of the optimizer") == (4 * (sizes.num_trained - values), 4 * values)
+    assert get_line(table, "moving averages") == (4 * (sizes.num_trained - values), 4 * values)
+    assert get_line(table, "state of visiting blocks") == (4 * 80_000_000, 0)
+    sizes = replace(sizes, frozen=100_000_000)
+    adapters = build("engine.offload_blocks=11", "engine.gradient_checkpointing=full", "lora.rank=4")
+    table = estimate_memory(adapters, sizes, 1, gpu)
+    assert get_line(table, "offloaded blocks") == (0, 2 * 11_000_000)
+    assert get_line(table, "frozen weights") == (2 * 89_000_000, 0)
+    assert get_line(table, "moments of the optimizer") == (8 * sizes.num_trained, 0)
+    chosen = plan_memory(build("engine.offload_blocks=1", "engine.gradient_checkpointing=auto", *release), SDXL, 1, gpu)
+    assert chosen.config.engine.gradient_checkpointing == "full"
+    assert chosen.reason == "full, which engine.offload_blocks needs"
 
 
 def test_ranks_of_a_host_add_up() -> None:

@@ -69,6 +69,8 @@ def test_sdxl() -> None:
     assert kept == pytest.approx({"off": 6.889, "selective": 4.697, "full": 0.588}, rel=0.001)
     again = {policy: counted.recomputed / 1e9 for policy, counted in sizes.activations.items()}
     assert again == pytest.approx({"off": 0, "selective": 0.0944, "full": 0.148}, rel=0.01)
+    totals = [block.trained for block in sizes.blocks]
+    assert len(totals) == 86 and totals[0] == 49_164_800 and sum(totals) == 2_482_161_920
     assert sizes.generation == pytest.approx(3.22e9, rel=0.01)  # of the VAE in fp32; the U-Net needs 0.33 GB
 
 

@@ -13,8 +13,8 @@ def choose(gigabytes: int, ranks: int = 1):
 
 def test_each_card_gets_the_first_preset_that_fits() -> None:
     expected = {
-        12: ("sdxl_12gb", 7.65e9, 1),
-        24: ("sdxl_24gb", 12.1e9, 4),
+        12: ("sdxl_24gb", 10.47e9, 4),
+        24: ("sdxl_24gb", 10.47e9, 4),
         80: ("sdxl_full", 76.7e9, 4),
     }
     for gigabytes, (name, peak, micro_batch) in expected.items():
@@ -23,7 +23,7 @@ def test_each_card_gets_the_first_preset_that_fits() -> None:
         assert choice.peak_bytes == pytest.approx(peak, rel=0.01)
         assert choice.peak_bytes <= 0.92 * compute_usable_bytes(gigabytes)
         if gigabytes == 24:
-            assert choice.describe() == "sdxl_24gb, 12.1 GB, micro batch 4, because sdxl_full needs 58 GB"
+            assert choice.describe() == "sdxl_24gb, 10.5 GB, micro batch 4, because sdxl_full needs 58 GB"
     assert choose(4) is None
     shared = choose(48, ranks=8)  # ZeRO divides masters and moments among the ranks
     assert shared is not None and shared.name == "sdxl_full" and not shared.too_large

@@ -22,9 +22,13 @@ from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.text.cached_text import CachedText
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.variants import CaptionVariants
+from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.networks.conditioning import LazyTextConditioner
 from sdxl_trainer.train.report.metrics import read_metrics
 from sdxl_trainer.train.run.checks import verify_run
+from sdxl_trainer.train.sampling.job import load_image_generator
+from sdxl_trainer.train.sampling.pipeline import generate_images
+from sdxl_trainer.train.sampling.prompts import load_prompts
 
 TOKENIZERS = load_tiny_tokenizers()
 SHUFFLED = ("data.caption.shuffle=true", 'data.caption.separator=" "', "cache.text_variants=4")
@@ -91,6 +95,28 @@ def test_encoders_are_loaded_on_first_use():
     conditioner.release()
     conditioner.release()
     assert conditioner.encoders.encoder.in_features == 1 and len(loaded) == 2
+
+
+def test_prompts_are_encoded_once_and_without_the_encoders_beside_the_unet(cached_folder: Path):
+    words = ["sample.num_inference_steps=2", "sample.width_px=64", "sample.height_px=64"]
+    config, problems = load_config(cached_folder / "tiny.yaml", words)
+    assert problems == []
+    prompts, _ = load_prompts(config.sample.model_copy(update={"prompts": ["a cat", "a dog"]}), config.objective)
+    generator, loads = load_image_generator(config, None, torch.device("cpu")), []
+    encoders, ranks = generator.conditioner.encoders, Ranks(0, 0, 1, torch.device("cpu"))
+    expected = generate_images(generator, prompts, ranks)
+
+    def load() -> TextEncoders:
+        loads.append(1)
+        return encoders
+
+    conditioner = LazyTextConditioner(load)
+    generator.unet.register_forward_pre_hook(lambda *_: loads.append(conditioner._encoders))
+    lazy = replace(generator, conditioner=conditioner)
+    for _ in range(2):
+        images = generate_images(lazy, prompts, ranks)
+        assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+    assert loads == [1] + [None] * 8
 
 
 def test_variants_are_drawn_by_epoch_and_dropped_captions_are_empty(texted, tmp_path):

@@ -62,6 +62,10 @@ def test_a_run_is_the_same_on_any_engine_and_ranks_and_survives_a_death(
     printed = train("died", ranks=2, train__micro_batch_size=2, **release)
     assert "resumed at step 2" in printed
     np.testing.assert_allclose(read_losses(tmp_path / "died"), plain, rtol=0, atol=1e-5)
+    offload = {"engine__offload_blocks": 30}
+    printed = train("offloaded", ranks=2, train__micro_batch_size=2, **release, **offload)
+    assert "full, which engine.offload_blocks needs" in printed
+    assert read_losses(tmp_path / "offloaded") == read_losses(tmp_path / "died")
     # The ordinary engine continues a released run, and the other way round.
     (checkpoint,) = (tmp_path / "released" / "checkpoints").glob("step-*4")
     assert checkpoint.is_dir() and os.listdir(checkpoint / "state")
@@ -71,6 +75,7 @@ def test_a_run_is_the_same_on_any_engine_and_ranks_and_survives_a_death(
     ("changes", "expected"),
     [
         ({"optim__max_grad_norm": 1, "train__micro_batch_size": 4}, "optim.clipping: parameter, which limits"),
+        ({"train__micro_batch_size": 4, "engine__offload_blocks": 999}, "set it to at most"),
         ({"train__micro_batch_size": 2}, "leads to 2 micro steps a step, which engine.gradient_release cannot add up"),
     ],
 )
