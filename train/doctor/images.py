@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_trainer.cache.encode.decoder import WorkItem
@@ -13,6 +14,7 @@ from sdxl_trainer.cache.preview.survey import find_image_rows
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.checks.unusable_images import list_unusable_images
 from sdxl_trainer.data.images.image_files import walk_images
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
@@ -42,6 +44,11 @@ def examine_images(config: Config, can_train: bool) -> Iterator[Finding]:
     rows = find_unencoded_rows(records, samples)
     if len(samples) and selection.captioned_only:  # others may have latents, which are not among the samples
         rows = rows[records.column("captioned")[rows]]
+    if can_train and (known := list_unusable_images(get_cache_folder(config), records, samples)):
+        # The checks of training have named these.
+        options = pc.SetLookupOptions(pa.array([image.key for image in known], pa.string()))
+        is_known = pc.call_function("is_in", [records.arrow_column("key")], options).to_numpy()
+        rows = rows[~is_known[rows]]
     if not len(rows):
         return
     paths = records.arrow_column("image_path")

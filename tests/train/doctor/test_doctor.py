@@ -238,10 +238,18 @@ def test_images_without_latents_are_opened_and_another_prediction_is_named(tmp_p
     images = {finding.name: finding for finding in examine_settings(allowed, world_size=1)}["data.image_dirs"]
     assert images.is_ok and "the job will skip such images" in images.detail
     (data / "3.txt").write_bytes("红色的猫".encode("gb18030"))
-    found = [finding for finding in examine_settings(config, [], world_size=1) if finding.name == "data.image_dirs"]
+    found = [finding for finding in examine_settings(config, world_size=1) if finding.name == "data.image_dirs"]
     assert "3.txt: is not UTF-8, but probably gb18030" in found[0].detail
-    assert "1 of 20 images that were opened" in found[1].detail and str(broken) in found[1].detail
+    assert "1 image of 20 cannot be used" in found[1].detail and str(broken) in found[1].detail
     (data / "3.txt").write_text("a")
+    if has_latents:  # the cache job has listed it: the checks of training name it, and it is not named twice
+        status, reason = broken.stat(), f"{broken}: cannot be decoded"
+        line = {"key": "7", "file": str(broken), "reason": reason, "source": [status.st_size, status.st_mtime_ns, ""]}
+        write_file(data / "logs" / "bad_samples.jsonl", json.dumps(line))
+        details = [str(finding) for finding in examine_settings(allowed, world_size=1)]
+        assert [reason in detail for detail in details].count(True) == 1
+        assert any("repair or remove 1 image, which the cache job could not use" in detail for detail in details)
+        shutil.rmtree(data / "logs")
     broken.unlink()
     Image.new("RGB", (64, 64)).save(broken)
     found = {finding.name: finding for finding in examine_settings(config, world_size=1)}
