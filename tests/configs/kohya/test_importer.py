@@ -423,7 +423,7 @@ def test_settings_of_kohya_ss_that_a_run_would_refuse_are_settled(tmp_path: Path
     assert f"train_data_dir = '10_dog': WARNING: {tmp_path}/img/10_dog holds no images" in comment
     assert "stop_text_encoder_training = 20: text encoders with a learning rate are trained to the end" in comment
     assert "min_snr_gama = 5: is not a known option; did you mean min_snr_gamma?" in comment
-    assert "clever_training_mode = True: is not a known option; docs/FROM_KOHYA.md lists" in comment
+    assert "clever_training_mode = true: is not a known option; docs/FROM_KOHYA.md lists" in comment
     own |= {"text_encoder_lr": 0, "unet_lr": 1e-4}
     (tmp_path / "img" / "10_dog" / "a.png").touch()
     settings, comment = import_files(tmp_path, {"gui.json": json.dumps({**GUI, **own})})
