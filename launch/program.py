@@ -3,6 +3,7 @@
 import argparse
 import gc
 import io
+import logging
 import os
 import sys
 import time
@@ -112,6 +113,7 @@ def prepare_process() -> None:
     The launch scripts set PYTHONUTF8. Without it, files whose names are not ASCII cannot be found in another locale.
     """
     stop_with_launcher()
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     if sys.getfilesystemencoding() != "utf-8" and _is_rank_zero():
         encoding = sys.getfilesystemencoding()
         message = f"the locale's file names are {encoding}, those of data are UTF-8: export PYTHONUTF8=1"
@@ -125,6 +127,11 @@ def prepare_process() -> None:
     # Buckets of many sizes fragment the GPU memory that PyTorch reserves, unless its segments can grow.
     if not ALLOCATOR_VARIABLES & os.environ.keys():
         os.environ[min(ALLOCATOR_VARIABLES)] = "expandable_segments:True"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for DeepSpeed's warning that there is no GPU, which the programs say in the user's language."""
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def _run(work: Callable[[], None]) -> int:

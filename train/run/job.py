@@ -119,6 +119,8 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
         raise AlreadyTrained(f"{config.run.folder} is at step {finished_step} and {length}; raise {length.split()[0]}")
     set_tf32(config.engine.tf32)
     init_logger(rank, config.log.level, config.run.folder / "logs")
+    if ranks.is_main and ranks.device.type == "cpu":
+        logger.info("no GPU: training runs on the CPU, which is only good for trials")
     return Setup(config, Index(path), ranks)
 
 
