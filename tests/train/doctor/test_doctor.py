@@ -145,7 +145,7 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "80 GB: fits with" in fits[5] and "largest micro batch" in fits[5]
     wrong = [finding for finding in examine_memory(config, 1, [24 * 10**9]) if not finding.is_ok]
     assert len(wrong) == 1 and "engine.offload_optimizer: true saves" in wrong[0].cure
-    assert "or begin with configs/sdxl_24gb.yaml, which takes 12.1 GB with micro batch 4; or" in wrong[0].cure
+    assert "or begin with configs/sdxl_24gb.yaml, which takes 10.5 GB with micro batch 4; or" in wrong[0].cure
     absent = build_config({"model": {"path": "stabilityai/absent"}})[0]
     assert [finding.is_ok for finding in examine_memory(absent, 1, [])] == [True]
 
@@ -153,7 +153,7 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_preset_for_a_card_is_named_with_the_reason() -> None:
     [finding] = memory.examine_presets(1, [24 * 10**9])
     assert finding.is_ok and finding.name == "preset"
-    assert finding.detail == "this card: sdxl_24gb, 12.1 GB, micro batch 4, because sdxl_full needs 58 GB"
+    assert finding.detail == "this card: sdxl_24gb, 10.5 GB, micro batch 4, because sdxl_full needs 58 GB"
     [finding] = memory.examine_presets(1, [4 * 10**9])
     assert str(finding) == "note   preset: none fits this card of 4 GB"
     assert list(memory.examine_presets(1, [])) == []
