@@ -28,7 +28,7 @@ import yaml
 STAGES, RANKS = (0, 1, 2, 3), (1, 2, 4)
 # Optimizer → tolerance. AdamW's eps keeps gradients that are rounding errors small. Adafactor and Lion make whole
 # updates of these, whose sign depends on the number of ranks, and moments in 8 bit jump from one code to the next.
-RELEASED, RELEASED_RANKS = {"adamw": 1e-5, "adafactor": 1e-3, "adamw8bit": 1e-3, "lion": 1e-2}, (1, 2)
+RELEASED, RELEASED_RANKS = {"adamw": 1e-5, "adafactor": 1e-3, "adamw8bit": 1e-4, "lion": 1e-4}, (1, 2)
 Case = int | str  # a ZeRO stage, or the optimizer under gradient release
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = (
