@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sdxl_trainer.data.order.keyed_random import derive_seed
-from sdxl_trainer.train.optim.stochastic_rounding import CHUNK, StochasticOptimizer, build_key
-from sdxl_trainer.train.optim.wide_updates import NarrowWeight, restore_fp32
+from sdxl_trainer.train.optim.stochastic_rounding import StochasticOptimizer, build_key
+from sdxl_trainer.train.optim.wide_updates import NarrowWeight, restore_fp32, subtract
 
 SMALLEST_SQUARE = 1e-30  # added to squared gradients
 
@@ -63,10 +63,7 @@ class Adafactor(StochasticOptimizer):
             weight.mul_(kept).sub_(change.view_as(weight))
             return
         key = None if group["kahan_sum"] else build_key(derive_seed(self._seed, state["step"], number))
-        narrow, change = NarrowWeight(weight, state, key), change.view(-1)
-        for start in range(0, len(change), CHUNK):
-            part = change[start : start + CHUNK]
-            narrow.write(start, narrow.read(start, start + len(part)).mul_(kept).sub_(part))
+        NarrowWeight(weight, state, key).update(subtract, change.view(-1), [kept])
 
 
 def _scale_by_moment(gradient: torch.Tensor, state: dict[str, Any], decay: float) -> torch.Tensor:

@@ -42,16 +42,20 @@ def build_key(seed: int) -> tuple[int, int]:
     return seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF
 
 
-def draw_halves(num: int, start: Scalar, key: tuple[Scalar, Scalar], like: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Draw three random numbers below 2^16 for each of the positions [start, start + num), each [num] int32.
+def draw_halves(
+    num: int, start: Scalar, key: tuple[Scalar, Scalar], like: torch.Tensor, count: int = 3
+) -> Sequence[torch.Tensor]:
+    """Draw random numbers below 2^16 for each of the positions [start, start + num), each [num] int32.
 
     Args:
         key: two int32 numbers.
         like: a tensor on the device of the result.
+        count: numbers for each position, at most three; fewer are the first ones.
     """
     positions = torch.arange(num, dtype=torch.int32, device=like.device) + start
     first = hash_integers(hash_integers(positions ^ key[0]) + key[1])
-    return first & LOWER_HALF, _shift(first, 16), hash_integers(first + key[0]) & LOWER_HALF
+    halves = [first & LOWER_HALF, _shift(first, 16)][:count]
+    return halves if count < 3 else [*halves, hash_integers(first + key[0]) & LOWER_HALF]
 
 
 def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -85,8 +89,8 @@ def update_rounded(
         key: of the random numbers.
     """
     updated = compute(gradient.float(), [values.float() for values in stored], scalars)
-    halves = draw_halves(len(gradient), start, key, gradient)
-    for values, result, noise in zip(stored, updated, halves, strict=False):
+    halves = draw_halves(len(gradient), start, key, gradient, len(stored))
+    for values, result, noise in zip(stored, updated, halves, strict=True):
         values.copy_(round_stochastically(result, noise))
 
 
@@ -94,6 +98,27 @@ def update_rounded(
 def compile_update() -> Callable[..., None]:
     """Return `update_rounded`, compiled into one kernel for a whole tensor, which converts values in registers."""
     return torch.compile(update_rounded, fullgraph=True, dynamic=True)
+
+
+def update_whole(
+    compute: Compute,
+    gradient: torch.Tensor,
+    stored: Sequence[torch.Tensor],
+    scalars: Sequence[float],
+    key: tuple[int, int],
+) -> None:
+    """Update a weight tensor and its moments, [N] bf16 each, in place: by one kernel, or in chunks without a compiler.
+
+    Args:
+        compute: a function of a module, as `StochasticOptimizer.compute`; it is compiled once.
+        gradient: [N], or other values that `compute` takes in its place.
+    """
+    if gradient.is_cuda and has_triton():
+        compile_update()(compute, gradient, stored, *_copy_numbers(scalars, key, gradient.device))
+        return
+    for start in range(0, len(gradient), CHUNK):
+        part = slice(start, start + CHUNK)
+        update_rounded(compute, gradient[part], [values[part] for values in stored], scalars, start, key)
 
 
 class StochasticOptimizer(torch.optim.Optimizer):
@@ -136,14 +161,8 @@ class StochasticOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         key = build_key(derive_seed(self._seed, state["step"], number))
         scalars = self.list_scalars(group, state["step"])
-        gradient = gradients.reshape(-1)
         stored = [tensor.view(-1) for tensor in (parameter, *(state[name] for name in self.MOMENTS))]
-        if parameter.is_cuda and has_triton():
-            compile_update()(self.compute, gradient, stored, *_copy_numbers(scalars, key, parameter.device))
-            return
-        for start in range(0, len(gradient), CHUNK):
-            part = slice(start, start + CHUNK)
-            update_rounded(self.compute, gradient[part], [values[part] for values in stored], scalars, start, key)
+        update_whole(self.compute, gradients.reshape(-1), stored, scalars, key)
 
     @staticmethod
     def list_scalars(group: dict[str, Any], step: int) -> list[float]:

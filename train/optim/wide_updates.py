@@ -4,21 +4,21 @@ A weight is read as fp32, and what an update makes of it is rounded: at random, 
 kept in a second bf16 number and added when the weight is read again (Kahan summation).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, wraps
 from typing import Any
 
 import torch
 
 from sdxl_trainer.data.order.keyed_random import derive_seed
-from sdxl_trainer.train.optim.stochastic_rounding import CHUNK, build_key, draw_halves, round_stochastically
+from sdxl_trainer.train.optim.stochastic_rounding import CHUNK, Compute, Scalar, build_key, update_whole
 
 REMAINDER = "kahan_comp"  # optimi's name for the state of Kahan summation
 NUM_UPDATES = "num_rounded"  # of a weight that an optimizer of another library updates
 
 
 class NarrowWeight:
-    """A weight in bf16 that is read and written as [N] fp32.
+    """A weight in bf16 that is read and updated in fp32.
 
     Args:
         state: the optimizer's for this weight; keeps the remainder of Kahan summation.
@@ -32,19 +32,36 @@ class NarrowWeight:
                 state[REMAINDER] = torch.zeros_like(weight)
             self._remainder = state[REMAINDER].view(-1)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return values [start, stop) in fp32."""
-        values = self._flat[start:stop].float()
-        return values if self._remainder is None else values.add_(self._remainder[start:stop])
+    def read_into(self, wide: torch.Tensor) -> None:
+        """Copy the values into a tensor of the weight's size in fp32."""
+        flat = wide.view(-1).copy_(self._flat)
+        if self._remainder is not None:
+            flat.add_(self._remainder)
 
-    def write(self, start: int, values: torch.Tensor) -> None:
-        """Round fp32 values into the weight from `start` on."""
-        stored = self._flat[start : start + len(values)]
+    def update(self, compute: Compute, change: torch.Tensor, scalars: Sequence[float]) -> None:
+        """Round into the weight what `compute` makes of it and of `change`, [N] fp32; see `update_whole`."""
         if self._key is not None:
-            stored.copy_(round_stochastically(values, draw_halves(len(values), start, self._key, values)[0]))
+            update_whole(compute, change, [self._flat], scalars, self._key)
         elif self._remainder is not None:
-            stored.copy_(values)
-            self._remainder[start : start + len(values)].copy_(values - stored)
+            parts = zip(*(values.split(CHUNK) for values in (change, self._flat, self._remainder)), strict=True)
+            for part, stored, remainder in parts:
+                (values,) = compute(part, [stored.float().add_(remainder)], scalars)
+                stored.copy_(values)
+                remainder.copy_(values - stored)
+
+
+def subtract(
+    change: torch.Tensor, values: Sequence[torch.Tensor], scalars: Sequence[Scalar]
+) -> tuple[torch.Tensor, ...]:
+    """Return the weight times a share that is kept, the only scalar, minus the change."""
+    return (values[0] * scalars[0] - change,)
+
+
+def replace(
+    change: torch.Tensor, values: Sequence[torch.Tensor], scalars: Sequence[Scalar]
+) -> tuple[torch.Tensor, ...]:
+    """Return the change as the new weight."""
+    return (change,)
 
 
 def restore_fp32(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -90,9 +107,7 @@ def widen(kind: type[Any]) -> type[Any]:
             seed = derive_seed(self._seed, own[NUM_UPDATES], group.get("first_tensor", 0))
             narrow = NarrowWeight(weight, own, None if self._kahan_sum else build_key(seed))
             wide = torch.nn.Parameter(torch.empty_like(weight, dtype=torch.float32))
-            parts = list(enumerate(wide.view(-1).split(CHUNK)))
-            for number, part in parts:
-                part.copy_(narrow.read(number * CHUNK, number * CHUNK + len(part)))
+            narrow.read_into(wide.data)
             wide.grad = weight.grad.float()
             self.state[wide], group["params"] = state, [wide]
             try:
@@ -100,8 +115,7 @@ def widen(kind: type[Any]) -> type[Any]:
             finally:
                 wide.grad, group["params"] = None, [weight]
                 self.state[weight] = self.state.pop(wide) | own
-            for number, part in parts:
-                narrow.write(number * CHUNK, part)
+            narrow.update(replace, wide.data.view(-1), [])
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
             """Load a state dict without rounding state that is in fp32."""

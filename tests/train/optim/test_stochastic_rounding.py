@@ -1,6 +1,7 @@
 """Stochastic rounding: correct on average, in optimizers that otherwise equal the plain ones."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch._inductor.metrics
 from optimi import Lion
 
 from sdxl_trainer.train.optim import stochastic_rounding as stochastic
+from sdxl_trainer.train.optim.wide_updates import subtract
 
 
 def make_generator(seed: int = 0) -> torch.Generator:
@@ -122,11 +124,23 @@ def test_tensors_draw_different_numbers() -> None:
     assert not weights[0].equal(weights[1])
 
 
+class RoundedChange:
+    """What Adafactor rounds: a weight times the share that is kept, minus a change in fp32."""
+
+    MOMENTS = ()
+    compute = staticmethod(subtract)
+
+    @staticmethod
+    def list_scalars(group: dict[str, Any], step: int) -> list[float]:
+        """List the share that is kept."""
+        return [1 - group["lr"] * group["weight_decay"]]
+
+
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which inductor needs on a CPU")
-@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Adafactor"])
 def test_a_compiled_update_is_one_kernel_for_all_sizes_and_rates(name: str) -> None:
-    kind = getattr(stochastic, name)
+    kind = RoundedChange if name == "Adafactor" else getattr(stochastic, name)
     group = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.02}
     torch._inductor.metrics.reset()
     torch._dynamo.utils.counters.clear()
