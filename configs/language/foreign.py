@@ -55,7 +55,17 @@ FOREIGN = (
     "List should have at most {most} items after validation, not {number}",
     "String should have at least {least} character",
     "String should match pattern {pattern}",
+    # Pillow and zipfile
+    "image file is truncated",
+    "image file is truncated ({number} bytes not processed)",
+    "broken data stream when reading image file",
+    "unrecognized data stream contents when reading image file",
+    "Image size ({size} pixels) exceeds limit of {limit} pixels, could be decompression bomb DOS attack.",
+    "File is not a zip file",
     # Python and fsspec
+    "[Errno {number}] {reason}",
+    "[Errno {number}] {reason}: {file}",
+    "{reason}: line {line} column {column} (char {place})",
     "No module named {name}",
     "module {module} has no attribute {name}",
     "Please install {package} to access {store}",

@@ -37,7 +37,8 @@ PLACEHOLDER = re.compile(r"\{\w*(?::[^{}]*)?\}|\{\{.*\}\}")  # of a literal that
 COMPOSED = (
     *(f"{{count:,}} {state}" for state in ("valid", "new", "stale", "changed", "missing", "bad")),
     *("training, writing a checkpoint", "{network} {lowest:.2e} to {highest:.2e}"),
-    *("{seconds:,} s", "{days:,} d {hours:,} h"),
+    *("{seconds:,} s", "{days:,} d {hours:,} h", "text 1 {rate:.2e}", "text 2 {rate:.2e}"),
+    *("training ({stage})", "{rank:,} ({activity})"),
     *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
     " (host {host}, process {process}, started {started})",
     # Names in charts and above them.
