@@ -16,6 +16,7 @@ SEPARATORS = {"; ": "；", ": ": "：", ", ": "，"}
 ANY_SEPARATOR = re.compile("(; |: |, )")
 MAX_PARTS = 8  # of a text whose parts are tried in every grouping
 MAX_NESTED = 24  # of a text whose first and last part are tried by themselves; a longer one is a list
+MAX_PLACES = 3  # before a message of several lines
 MAX_DEPTH = 40  # of messages inside messages; a text that seems to hold more is a list of names
 NUM_KEPT = 4096  # readings of texts and of their parts
 PLACE = re.compile(r"(\{\w+\}): (?=[a-z])")  # the file that a message is about
@@ -102,7 +103,7 @@ class Translator:
             return whole
         readings = [] if whole is None else [whole]
         if "\n" in text:
-            readings.append(self._read_lines(text))
+            readings += [self._read_lines(text), *self._read_behind_places(text)]
         else:
             readings += self._read_parts(text)
         best = max(readings, key=attrgetter("rank"), default=Reading(text))
@@ -147,6 +148,14 @@ class Translator:
             indent, reading = line[: len(line) - len(line.lstrip())], self._read(content)
             readings.append(replace(reading, translation=f"{indent}{reading.translation}" if content else line))
         return _join_readings(readings, "\n")
+
+    def _read_behind_places(self, text: str) -> Iterator[Reading]:
+        """Yield readings of a message of several lines behind a place or a name in its first line."""
+        for place in list(ANY_SEPARATOR.finditer(text.partition("\n")[0]))[:MAX_PLACES]:
+            if right := self._read_whole(text[place.end() :]):
+                left = self._read(text[: place.start()])
+                between = _choose_separator(place[0], left.translation, right)
+                yield _join_readings([left, right], between, place[0])
 
     def _read_parts(self, text: str) -> Iterator[Reading]:
         """Yield readings of a text as two parts, whose separator may belong to one of them."""
