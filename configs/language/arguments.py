@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from sdxl_trainer.configs.language.commands import name_program
-from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, translate, translate_label
+from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, join_label, translate, translate_label
 
 USAGE = "usage: "
 LANGUAGE_HELP = "language of the page (default: the one that LANG names, or English)"
@@ -61,7 +61,7 @@ class TranslatedParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and the mistake, and exit with status 2."""
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {translate_label('error: ')}{translate(message)}\n")
+        self.exit(2, join_label(self.prog, f"{translate_label('error: ')}{translate(message)}\n"))
 
 
 class _TranslatedHelp(argparse.HelpFormatter):

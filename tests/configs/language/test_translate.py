@@ -269,7 +269,7 @@ def test_help_and_usage_in_chinese(capsys: pytest.CaptureFixture) -> None:
     finally:
         choose_language("en")
     assert (
-        "用法：main.py [-h] --cfg CFG [words ...]\nmain.py: 错误：缺少以下必需的参数：--cfg" in capsys.readouterr().err
+        "用法：main.py [-h] --cfg CFG [words ...]\nmain.py：错误：缺少以下必需的参数：--cfg" in capsys.readouterr().err
     )
     assert shown.startswith("用法：main.py") and "选项：" in shown and "检查第一步之前的一切" in shown
 
