@@ -21,7 +21,7 @@ ROOMS = {
     "cache": ("models", "encode", "upkeep", "preview"),
     "train": (
         *("objective", "networks", "optim", "engine", "checkpoint", "sampling"),
-        *("report", "export", "estimates", "tiny", "run", "doctor", "watch"),
+        *("report", "evidence", "export", "estimates", "tiny", "run", "doctor", "watch"),
     ),
     "configs": ("language", "kohya"),
     "launch": (),
@@ -32,7 +32,10 @@ SOURCES = {
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_ARGUMENTS, MAX_ENTRY_POINT = 500, 60, 4, 8, 60
 MAX_MODULES, MAX_IMPORTS = 18, 25
 TEXT_CALLS = {"read_text": 0, "write_text": 1}  # → arguments before the encoding
-LIGHT = ("train/cli.py", *(f"{room}/program.py" for room in ("cache/preview", "train/doctor", "train/watch")))
+LIGHT = (
+    "train/cli.py",
+    *(f"{room}/program.py" for room in ("cache/preview", "train/doctor", "train/watch")),
+)
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
 # Programs that people start by path or by `python -m`.
 PROGRAMS = (

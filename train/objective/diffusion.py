@@ -33,6 +33,13 @@ class Levels(NamedTuple):
     noise_level: torch.Tensor  # [B] float32
 
 
+class CommonErrors(NamedTuple):
+    """Errors of a prediction on scales that epsilon, v and flow share, [B] float32. NaN where one is undefined."""
+
+    x0: torch.Tensor
+    v: torch.Tensor
+
+
 class LatentStatistics(NamedTuple):
     """Per-channel statistics that convert latents of the VAE to x0 = (latent - mean)·scale and back."""
 
@@ -146,6 +153,34 @@ def target_flow(x0: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, noi
 
 
 TARGETS: dict[str, Target] = {"epsilon": target_epsilon, "v": target_v, "flow": target_flow}
+
+
+def convert_errors(
+    prediction: str, errors: torch.Tensor, signal: torch.Tensor, noise_level: torch.Tensor
+) -> CommonErrors:
+    """Convert mean squared errors of the U-Net's output to those of the x0 and the v that follow from it.
+
+    With x_t given, the output fixes x0, and a difference d in the output is a difference c·d in x0:
+
+        epsilon: x0 = (x_t - noise_level·n) / signal, so c = noise_level / signal
+        v:       x0 = signal·x_t - noise_level·v,     so c = noise_level
+        flow:    x0 = x_t - noise_level·(n - x0),     so c = noise_level
+
+    The v of every process is that of its x_t scaled to signal² + noise_level² = 1. A difference e in x0 is a difference
+    e / noise_level in v at the scaled levels, so the squared error of v is that of x0 times 1 + SNR.
+
+    Shapes: all [B]. Both errors of epsilon are NaN where signal is 0: such an x_t shows nothing of x0.
+    """
+    power = signal.square() + noise_level.square()
+    if prediction == "epsilon":
+        is_defined = signal > 0
+        errors = torch.where(is_defined, errors / torch.where(is_defined, signal, 1).square(), torch.nan)
+    return CommonErrors(x0=errors * noise_level.square(), v=errors * power)
+
+
+def compute_log_snr(signal: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+    """Return ln(signal² / noise_level²), [B]; -inf without a signal, inf without noise."""
+    return 2 * (signal.log() - noise_level.log())
 
 
 def normalize_latents(latents: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -114,12 +114,15 @@ class Objective:
         if self._drawn_noise is not None:
             self._drawn_noise.request(shape, keys.derive_seeds(RandomStream.NOISE))
 
+    def sample_plain_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
+        """Draw Gaussian noise with the shape of `x0` [B, C, h, w], whatever noise the settings ask for."""
+        shape, seeds = x0.shape[1:], keys.derive_seeds(RandomStream.NOISE)
+        noise = None if self._drawn_noise is None else self._drawn_noise.take(shape, seeds, self.device)
+        return draw_noise(shape, seeds, self.device, self._drawn_on) if noise is None else noise
+
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
         """Draw the noise n of the target, with the shape of `x0` [B, C, h, w]."""
-        config, shape, seeds = self.config, x0.shape[1:], keys.derive_seeds(RandomStream.NOISE)
-        noise = None if self._drawn_noise is None else self._drawn_noise.take(shape, seeds, self.device)
-        if noise is None:
-            noise = draw_noise(shape, seeds, self.device, self._drawn_on)
+        config, noise = self.config, self.sample_plain_noise(x0, keys)
         if config.noise_offset or config.adaptive_noise_scale:
             strength = self._draw_strength(
                 config.noise_offset, config.noise_offset_random_strength, RandomStream.NOISE_OFFSET, keys
@@ -146,6 +149,10 @@ class Objective:
             )
             seeds = keys.derive_seeds(RandomStream.INPUT_PERTURBATION)
             noise = perturb_noise(noise, strength, seeds, self._drawn_on)
+        return self.add_plain_noise(x0, noise, timesteps)
+
+    def add_plain_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return x_t = signal·x0 + noise_level·n, [B, C, h, w], without input perturbation."""
         return diffusion.add_noise(x0, noise, *self._process.compute_levels(timesteps))
 
     def sample_text_keep(self, keys: SampleKeys) -> torch.Tensor | None:
@@ -181,6 +188,20 @@ class Objective:
         c = HUBER_SCHEDULES[config.huber_schedule](config.huber_c, timesteps, snr)
         masks = copy_to_device(masks, self.device) if config.masked_loss and masks is not None else None
         return compute_sample_loss(prediction, target, self._loss, c, masks) * self._weigh(snr)
+
+    def compute_common_errors(
+        self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+    ) -> diffusion.CommonErrors:
+        """Return the mean squared errors of x0 and of v, [B] float32, without mask or weighting.
+
+        They can be compared between all objectives. Shapes as in `compute_losses`; x_t must be of plain noise.
+        """
+        errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        return diffusion.convert_errors(self.config.prediction, errors, *self._process.compute_levels(timesteps))
+
+    def compute_log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the logarithm of the SNR at each timestep, [B] float32."""
+        return diffusion.compute_log_snr(*self._process.compute_levels(timesteps))
 
     def _draw_strength(self, strength: float, is_random: bool, stream: RandomStream, keys: SampleKeys) -> torch.Tensor:
         """Return the strength for each sample, [B] float32: constant, or with `is_random` uniform in [0, strength)."""

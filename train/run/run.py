@@ -58,6 +58,11 @@ class Run:
         return LossCount(self.folder / "samples", "image")
 
     @cached_property
+    def lost_validations(self) -> LossCount:
+        """Files with the errors of validation samples that could not be written."""
+        return LossCount(self.folder / "logs" / "validation", "file")
+
+    @cached_property
     def rank_timer(self) -> RankTimer:
         """Measures this rank's own times. At ZeRO 3 the forward pass waits for weights of other ranks."""
         return RankTimer(self.ranks, sees_compute=self.engine.zero_stage < 3)

@@ -1,22 +1,24 @@
-"""The validation loss: the loss on held-out samples, equal for equal weights on any number of ranks.
+"""The validation: loss and errors on held-out samples, equal for equal weights on any number of ranks.
 
 A sample gets the same noise at the same timesteps in every validation, because its random numbers are keyed to its own
 key. Micro batches do not depend on the number of ranks: the ranks share them, and their losses are summed in order.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from loguru import logger
 
+from sdxl_trainer.configs.validation import ValidationConfig
 from sdxl_trainer.data.counted_warnings import CountedWarnings
-from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
+from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.launch.signals import BrokenOff
+from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
@@ -25,12 +27,17 @@ from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import ValidationSet
 
 
-class SampleLoss(NamedTuple):
-    """The loss of one sample at one timestep."""
+class BatchErrors(NamedTuple):
+    """Errors of a micro batch at one timestep of each sample, still on the device."""
 
-    timestep: float
-    bucket: Size
-    loss: float
+    number: int  # of the micro batch
+    turn: int
+    places: list[int]  # of the samples that could be read
+    values: torch.Tensor  # [len(VALUES), B] float32
+
+
+# Fields of SampleError that are computed on the device.
+VALUES = ("timestep", "log_snr", "x0_power", "loss", "x0_error", "v_error")
 
 
 def validate(run: Run) -> None:
@@ -42,14 +49,14 @@ def validate(run: Run) -> None:
         BrokenOff: a rank was asked to stop (raised on all ranks).
     """
     assert run.validation is not None, "nothing is held out to validate on"
-    values, averages = {}, run.engine.weights.average_names
+    values, averages, errors = {}, run.engine.weights.average_names, {}
     run.engine.model.eval()
     try:
         for average in (None, *averages):
             with run.engine.weights.use_average(average), torch.no_grad():
-                losses = compute_validation_losses(run, run.validation)
+                errors[average or WEIGHTS] = found = compute_validation_errors(run, run.validation)
             suffix = f"_ema_{average}" if average else ""
-            means = average_losses(losses, run.validation.config.num_bins)
+            means = average_losses(found, run.validation.config.num_bins)
             values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
     finally:
         run.engine.model.train()
@@ -58,10 +65,28 @@ def validate(run: Run) -> None:
         shown = [f"{values['validation/loss']:.5f}"]
         shown += [f"{values[f'validation/loss_ema_{name}']:.5f} with EMA {name}" for name in averages]
         logger.info("step {}: validation loss {}", run.state.step, ", ".join(shown))
+    if run.ranks.is_main:
+        store_errors(run, run.validation.config, errors)
 
 
-def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[SampleLoss]:
-    """Return every sample's loss at each of its timesteps, in the same order on every rank.
+def store_errors(run: Run, config: ValidationConfig, errors: dict[str, list[SampleError]]) -> None:
+    """Write the errors of each sample. A file that cannot be written, as on a full disk, is a warning."""
+    facts = Facts(
+        step=run.state.step,
+        samples_seen=run.state.samples_seen,
+        seed=config.seed,
+        timesteps_per_sample=config.timesteps_per_sample,
+        prediction=run.config.objective.prediction,
+    )
+    try:
+        write_sample_errors(run.folder, errors, facts)
+        run.lost_validations.end()
+    except OSError as error:
+        run.lost_validations.add(str(error))
+
+
+def compute_validation_errors(run: Run, held_out: ValidationSet) -> list[SampleError]:
+    """Return every sample's errors at each of its timesteps, in the same order on every rank.
 
     Raises:
         BrokenOff: a rank was asked to stop (raised on all ranks).
@@ -70,52 +95,85 @@ def compute_validation_losses(run: Run, held_out: ValidationSet) -> list[SampleL
     rounds = -(-len(batches) // ranks.world_size)
     # Under ZeRO-3 every forward pass needs all ranks, so in the last round some batches are computed twice.
     numbers = [(ranks.rank + turn * ranks.world_size) % len(batches) for turn in range(rounds)]
-    found: dict[int, list[SampleLoss]] | None = {}
+    computed: list[BatchErrors] = []
+    is_broken_off = False
     skipped = CountedWarnings("bad sample skipped in validation", "the log file", ranks.world_size)
     try:
         read = held_out.read([batches[number] for number in numbers])
         for place, (number, batch) in enumerate(zip(numbers, read, strict=True), 1):
             for _, reason in batch.bad:
                 skipped.add(reason)
-            found[number] = []
             for turn in range(held_out.config.timesteps_per_sample):
                 run.requests.break_off_if_stopped(in_lockstep=run.engine.zero_stage == 3)
-                found[number] += compute_batch_losses(run, held_out, batches[number], batch, turn)
+                computed.append(compute_batch_errors(run, held_out, number, batch, turn))
             ACTIVITY.note_piece(min(place * ranks.world_size, len(batches)), len(batches))
     except BrokenOff:
-        found = None
+        is_broken_off = True
     skipped.close()
-    parts = gather_objects(found)
+    parts = gather_objects(None if is_broken_off else move_to_host(held_out, computed))
     if None in parts:
         raise BrokenOff
-    of_all_ranks = {number: losses for part in parts for number, losses in part.items()}
-    return [loss for number in sorted(of_all_ranks) for loss in of_all_ranks[number]]
+    of_all_ranks = {number: errors for part in parts for number, errors in part.items()}
+    return [error for number in sorted(of_all_ranks) for error in of_all_ranks[number]]
 
 
-def compute_batch_losses(
-    run: Run, held_out: ValidationSet, spec: MicroSpec, batch: MicroBatch, turn: int
-) -> list[SampleLoss]:
-    """Return the unweighted loss of each readable sample of a micro batch at one of its timesteps.
+def compute_batch_errors(run: Run, held_out: ValidationSet, number: int, batch: MicroBatch, turn: int) -> BatchErrors:
+    """Return the errors of a micro batch at one timestep of each sample. No weights of samples count.
+
+    The noise is Gaussian whatever the objective's is, so that runs are measured on the same inputs.
 
     Args:
+        number: of the micro batch.
         turn: number of the timestep, from 0 to `validation.timesteps_per_sample` - 1.
     """
-    objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
-    ids = held_out.ids[spec.rows].tolist()
-    keys = SampleKeys(derive_seed(held_out.config.seed, RandomStream.VALIDATION), turn, ids)
+    objective, device, spec = run.objective, run.ranks.device, held_out.batches[number]
+    keys = SampleKeys(
+        derive_seed(held_out.config.seed, RandomStream.VALIDATION), turn, held_out.ids[spec.rows].tolist()
+    )
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
-    noise = objective.sample_noise(x0, keys)
+    noise = objective.sample_plain_noise(x0, keys)
     timesteps = spread_timesteps(objective, keys, held_out.config.timesteps_per_sample)
-    x_t = objective.add_noise(x0, noise, timesteps, keys)
+    x_t = objective.add_plain_noise(x0, noise, timesteps)
     text = run.conditioner.build_inputs(batch, device)
-    prediction = run.engine.model(x_t.to(dtype), timesteps, text, copy_to_device(batch.time_ids, device))
+    prediction = run.engine.model(x_t.to(run.engine.dtype), timesteps, text, copy_to_device(batch.time_ids, device))
     target = objective.compute_target(x0, noise, timesteps)
-    losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
+    common = objective.compute_common_errors(prediction, target, timesteps)
+    values = {
+        "timestep": timesteps.float(),
+        "log_snr": objective.compute_log_snr(timesteps),
+        "x0_power": x0.square().flatten(1).mean(1),
+        "loss": objective.compute_losses(prediction, target, timesteps, batch.masks),
+        "x0_error": common.x0,
+        "v_error": common.v,
+    }
     bad, row_keys = {key for key, _ in batch.bad}, held_out.dataset.index.arrow_column("key")
-    samples = zip(spec.rows.tolist(), timesteps.tolist(), losses.tolist(), strict=True)
-    return [
-        SampleLoss(timestep, spec.bucket, loss) for row, timestep, loss in samples if row_keys[row].as_py() not in bad
-    ]
+    places = [place for place, row in enumerate(spec.rows.tolist()) if row_keys[row].as_py() not in bad]
+    return BatchErrors(number, turn, places, torch.stack([values[name] for name in VALUES]))
+
+
+def move_to_host(held_out: ValidationSet, computed: Sequence[BatchErrors]) -> dict[int, list[SampleError]]:
+    """Move all errors of a rank to the host at once, and return them by the number of their micro batch."""
+    index, found = held_out.dataset.index, {part.number: [] for part in computed}
+    keys, sources = index.arrow_column("key"), index.column("source")
+    if not computed:
+        return found
+    moved = torch.cat([part.values for part in computed], 1).tolist()  # the only wait for the device
+    start = 0
+    for number, turn, places, values in computed:
+        spec = held_out.batches[number]
+        for place in places:
+            row = int(spec.rows[place])
+            found[number].append(
+                SampleError(
+                    key=keys[row].as_py(),
+                    bucket=spec.bucket,
+                    source=int(sources[row]),
+                    turn=turn,
+                    **{name: column[start + place] for name, column in zip(VALUES, moved, strict=True)},
+                )
+            )
+        start += values.shape[1]
+    return found
 
 
 def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> torch.Tensor:
@@ -128,15 +186,15 @@ def spread_timesteps(objective: Objective, keys: SampleKeys, num_turns: int) -> 
     return objective.convert_to_timesteps((keys.step + draws) / num_turns)
 
 
-def average_losses(losses: list[SampleLoss], num_bins: int) -> dict[str, float]:
+def average_losses(errors: Iterable[SampleError], num_bins: int) -> dict[str, float]:
     """Return the mean loss of all samples, of each bin of timesteps and of each bucket, by metric name.
 
     Bins and buckets without samples are missing from the result.
     """
     values: dict[str, list[float]] = {"loss": []}
-    for timestep, bucket, loss in losses:
-        bin_number = min(int(timestep * num_bins / NUM_TIMESTEPS), num_bins - 1)
+    for error in errors:
+        bin_number = min(int(error.timestep * num_bins / NUM_TIMESTEPS), num_bins - 1)
         first, end = (NUM_TIMESTEPS * edge // num_bins for edge in (bin_number, bin_number + 1))
-        for name in ("loss", f"loss_t{first:03d}-{end - 1:03d}", f"loss_{bucket}"):
-            values.setdefault(name, []).append(loss)
+        for name in ("loss", f"loss_t{first:03d}-{end - 1:03d}", f"loss_{error.bucket}"):
+            values.setdefault(name, []).append(error.loss)
     return {name: float(np.mean(values[name])) for name in sorted(values) if values[name]}

@@ -191,3 +191,49 @@ def test_every_weighting_with_a_gamma_has_a_default_gamma():
     with_gamma = {name for name, function in WEIGHTINGS.items() if "gamma" in function.__annotations__}
     assert with_gamma == set(USUAL_GAMMA)
     assert np.isfinite(list(USUAL_GAMMA.values())).all()
+
+
+def test_errors_of_every_prediction_convert_to_those_of_x0_and_v():
+    """By hand: a wrong output is turned into x0 and v as a sampler would, and those are compared with the true ones."""
+    signal, noise_level = torch.tensor([0.6]), torch.tensor([0.8])
+    errors = torch.tensor([0.09])
+    for prediction, x0_error, v_error in (
+        ("epsilon", 0.09 * 0.64 / 0.36, 0.09 / 0.36),  # x0 = (x_t - 0.8 n) / 0.6
+        ("v", 0.09 * 0.64, 0.09),  # x0 = 0.6 x_t - 0.8 v
+    ):
+        converted = diffusion.convert_errors(prediction, errors, signal, noise_level)
+        assert converted.x0.item() == pytest.approx(x0_error) and converted.v.item() == pytest.approx(v_error)
+    flow = diffusion.convert_errors("flow", errors, torch.tensor([0.75]), torch.tensor([0.25]))
+    assert flow.x0.item() == pytest.approx(0.09 / 16)  # x0 = x_t - 0.25 u
+    assert flow.v.item() == pytest.approx(0.09 / 16 * (1 + 9))  # an SNR of 9
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+def test_converted_errors_are_those_of_the_reconstructed_latents(prediction):
+    x0, noise = draw_pair(3)
+    is_flow = prediction == "flow"
+    process = diffusion.FlowProcess() if is_flow else diffusion.build_diffusion_process()
+    signal, noise_level = process.compute_levels(torch.tensor([50.0, 400.0, 950.0] if is_flow else [50, 400, 950]))
+    s, n = (diffusion.expand_like(level, x0).double() for level in (signal, noise_level))
+    x_t, target = s * x0 + n * noise, diffusion.compute_target(prediction, x0, noise, signal, noise_level)
+    output = target + 0.3 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
+    found = {"epsilon": (x_t - n * output) / s, "v": s * x_t - n * output, "flow": x_t - n * output}[prediction]
+    length = (s**2 + n**2).sqrt()
+    true_v = (s * noise - n * x0) / length
+    found_v = (s * (x_t - s * found) / n - n * found) / length
+    errors = (output - target).square().flatten(1).mean(1)
+    converted = diffusion.convert_errors(prediction, errors, signal, noise_level)
+    for error, got, wanted in ((converted.x0, found, x0), (converted.v, found_v, true_v)):
+        expected = (got - wanted).square().flatten(1).mean(1).float()
+        torch.testing.assert_close(error, expected, rtol=1e-4, atol=0)
+
+
+def test_errors_without_any_signal():
+    """At the last timestep with zero terminal SNR, x_t is the noise: v is minus x0, and epsilon says nothing of x0."""
+    levels = diffusion.build_diffusion_process(zero_terminal_snr=True).compute_levels(torch.tensor([999]))
+    converted = diffusion.convert_errors("v", torch.tensor([0.25]), *levels)
+    assert converted.x0.item() == converted.v.item() == 0.25
+    assert all(error.isnan() for error in diffusion.convert_errors("epsilon", torch.tensor([0.25]), *levels))
+    assert diffusion.convert_errors("flow", torch.tensor([0.25]), torch.zeros(1), torch.ones(1)).x0.item() == 0.25
+    assert diffusion.compute_log_snr(*levels).item() == -torch.inf
+    assert diffusion.compute_log_snr(torch.ones(1), torch.ones(1)).item() == 0

@@ -26,10 +26,11 @@ from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import BrokenOff
+from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, SampleError, get_file, list_files, read_sample_errors
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.validation import SampleLoss, average_losses, spread_timesteps
+from sdxl_trainer.train.run.validation import average_losses, spread_timesteps
 from sdxl_trainer.train.sampling.job import load_image_generator, run_sampling
 from sdxl_trainer.train.sampling.pipeline import generate_images
 from sdxl_trainer.train.sampling.prompts import load_prompts
@@ -62,6 +63,27 @@ def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -
     assert {f"{name}_ema_0.5" for name in names} == {name for name in first if "_ema_" in name} and len(names) > 8
     assert all(first[f"{name}_ema_0.5"] == first[name] for name in names)  # the average starts as a copy of the weights
     assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
+
+
+def test_errors_of_each_sample_are_the_same_on_any_number_of_ranks(validated: dict[int, Path]) -> None:
+    assert list(list_files(validated[1])) == [0, 1, 2] and list(list_files(validated[2])) == [0, 2]
+    for step in (0, 2):
+        (facts, one), (other_facts, two) = (read_sample_errors(get_file(validated[ranks], step)) for ranks in (1, 2))
+        assert facts == other_facts and (facts.step, facts.samples_seen) == (step, 4 * step)
+        assert len(one["key"]) == 7 * 2 * 2 and set(one["key"]) == {f"own_{number}" for number in range(7)}
+        for name, values in one.items():
+            if values.dtype.kind != "f":
+                assert values.tolist() == two[name].tolist(), name
+            else:  # trained weights agree only to rounding
+                np.testing.assert_allclose(values, two[name], rtol=1e-5 if step == 0 else 1e-4, err_msg=name)
+        is_average = one["average"] == "0.5"
+        assert set(one["average"]) == {WEIGHTS, "0.5"} and is_average.sum() == 14
+        assert (one["v_error"][is_average] == one["v_error"][~is_average]).all() == (step == 0)
+        metrics = next(line for line in read_numbers(validated[1], "validation/loss") if line["step"] == step)
+        assert one["loss"][~is_average].astype(float).mean() == pytest.approx(metrics["validation/loss"], rel=1e-6)
+        # An error e of epsilon is e/snr in x0 and e·(1 + 1/snr) in v.
+        snr = np.exp(one["log_snr"].astype(float))
+        np.testing.assert_allclose(one["v_error"], one["x0_error"] * (1 + snr), rtol=1e-4)
 
 
 def test_a_sample_file_asks_for_images_once(validated: dict[int, Path]) -> None:
@@ -176,10 +198,13 @@ def test_each_sample_meets_every_part_of_the_timesteps_at_the_same_places(predic
 
 
 def test_losses_are_averaged_by_timestep_and_by_bucket() -> None:
+    def build_error(timestep: float, bucket: Size, loss: float) -> SampleError:
+        return SampleError("a", bucket, 0, 0, timestep, 0.0, 1.0, loss, 0.0, 0.0)
+
     wide, tall = Size(64, 32), Size(32, 64)
-    losses = [SampleLoss(0.0, wide, 1.0), SampleLoss(499.9, wide, 2.0)]
-    losses += [SampleLoss(500, tall, 6.0), SampleLoss(1000, tall, 7.0)]
-    assert average_losses(losses, 2) == {
+    errors = [build_error(0.0, wide, 1.0), build_error(499.9, wide, 2.0)]
+    errors += [build_error(500, tall, 6.0), build_error(1000, tall, 7.0)]
+    assert average_losses(errors, 2) == {
         "loss": 4.0,
         "loss_32x64": 6.5,
         "loss_64x32": 1.5,
