@@ -27,6 +27,8 @@ ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
 MODULE = re.compile(r"python -m sdxl_trainer\.(\w+(?:\.\w+)+)")
 SCRIPT = re.compile(r"\b(?:bash|sbatch|python)(?: --\S+)* ((?:launch|tests|train|benchmarks)/[\w/]+\.\w+)")
 
+TEST = re.compile(r"`(test_\w+\.py)?(?:::(test_\w+))?`")
+
 
 def test_requirements_are_those_of_pyproject() -> None:
     content = (ROOT / "requirements.txt").read_text()
@@ -50,6 +52,15 @@ def test_the_page_of_kohyas_options_is_current() -> None:
         assert (
             row[1].startswith("as ") or (keys and set(keys) <= known) or (row[1] in ("–", "always") and len(row[2]) > 5)
         ), row
+
+
+def test_tests_that_pages_name_exist() -> None:
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {file.name for file in files} | {""}
+    for file in files:
+        known.update(re.findall(r"^ *def (test_\w+)", file.read_text(), re.MULTILINE))
+    named = {name for page in PAGES for pair in TEST.findall(page.read_text()) for name in pair}
+    assert len(named) > 100 and named - known == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
