@@ -36,6 +36,7 @@ CASES = {
 RELEASED = {"bf16_stochastic": ("adafactor", "adamw8bit", "lion", "adamw"), "bf16_kahan": ("adafactor", "adamw8bit")}
 RELEASED["fp32"] = ("adafactor",)
 AS_MATRICES = "optim.kwargs={factor_convolutions: true}"
+WITH_IMAGES = "U-Net, with generated images"  # in no other row
 # Preset and overrides → what is trained.
 COMBINATIONS = {
     ("sdxl_lora", ""): "adapters",
@@ -45,7 +46,7 @@ COMBINATIONS = {
         for precision, names in RELEASED.items()
         for name in names
     },
-    ("sdxl_24gb", ""): "U-Net, with generated images",
+    ("sdxl_24gb", ""): WITH_IMAGES,
     ("sdxl_full", ""): "U-Net",
 }
 MICRO_BATCHES = (1, 4)
@@ -86,7 +87,7 @@ def tabulate_combinations() -> str:
         config = load(preset, *changes, *(["sample.prompts=[]"] if trained == "U-Net" else []))
         config, _ = resolve_zero_stage(config, 1)
         sizes = measure(preset, config.engine.precision)
-        sizes = sizes if config.sample.prompts else replace(sizes, generation=0)
+        sizes = sizes if trained == WITH_IMAGES else replace(sizes, generation=0)
         for micro_batch in MICRO_BATCHES:
             chosen = set_micro_batch(config, micro_batch, 1)
             tables = {
