@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported
+from sdxl_trainer.configs.kohya.memory import convert_full_bf16
 from sdxl_trainer.configs.kohya.options import FREEZES, FROZEN_UNET, LOGS, RESUME, SAMPLERS, SIZE
 from sdxl_trainer.configs.kohya.values import (
     Given,
@@ -18,7 +19,6 @@ from sdxl_trainer.configs.kohya.values import (
     as_text,
     constant,
     convert_epochs,
-    convert_full_bf16,
     convert_steps,
     count_ranks,
     look_up,

@@ -7,6 +7,7 @@ table: a later option can override a setting of an earlier one.
 import math
 
 from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported, weighting
+from sdxl_trainer.configs.kohya.memory import RELEASING, convert_full_bf16, convert_precision, convert_release
 from sdxl_trainer.configs.kohya.networks import convert_alpha, convert_network, convert_rank, convert_text_encoder_lr
 from sdxl_trainer.configs.kohya.values import (
     TRAINER,
@@ -16,14 +17,12 @@ from sdxl_trainer.configs.kohya.values import (
     constant,
     convert_batch,
     convert_epochs,
-    convert_full_bf16,
     convert_log_with,
     convert_masked_loss,
     convert_max_steps,
     convert_numbers,
     convert_optimizer,
     convert_optimizer_args,
-    convert_precision,
     convert_prompts,
     convert_resolution,
     convert_steps,
@@ -315,10 +314,11 @@ OPTIMIZER = {
     "train_text_encoder": converted(convert_text_encoders, *ENCODERS, note="`learning_rate` by default"),
     "learning_rate_te1": converted(requires("train_text_encoder"), ENCODERS[0]),
     "learning_rate_te2": converted(requires("train_text_encoder"), ENCODERS[1]),
-    **{
-        name: unsupported(MEMORY)
-        for name in ("blocks_to_swap", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
-    },
+    **dict.fromkeys(
+        RELEASING,
+        converted(convert_release, "engine.gradient_release", "optim.clipping", note="Adafactor works too"),
+    ),
+    **dict.fromkeys(("blocks_to_swap", "blockwise_fused_optimizers"), unsupported(MEMORY)),
 }
 ADAPTERS = {
     "network_module": converted(

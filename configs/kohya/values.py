@@ -379,19 +379,6 @@ def convert_steps(value: Any, given: Given) -> int:
         ) from None
 
 
-def convert_precision(value: Any, given: Given) -> str:
-    """Convert the precision. fp16 needs ZeRO 1 to 3 here, which optimizers that need whole weights do not have.
-
-    Raises:
-        UnsupportedError: the precision is unknown, or fp16 is replaced by bf16.
-    """
-    precision = look_up({"no": "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16"})(value, given)
-    if precision == "fp16" and needs_whole_weights(str(given.get("optimizer_type"))):
-        reason = f"needs ZeRO 1 to 3 here, which {given['optimizer_type']} does not have; engine.precision is bf16"
-        raise UnsupportedError(reason, {"engine.precision": "bf16"})
-    return precision
-
-
 def needs_whole_weights(optimizer: str) -> bool:
     """Return whether an optimizer needs whole weights, which ZeRO would shard."""
     return optimizer.lower().startswith(WHOLE_WEIGHTS)
@@ -446,14 +433,6 @@ def convert_optimizer_args(value: Any, given: Given) -> dict[str, Any]:
         known = KOHYA_OPTIMIZERS.get(str(given.get("optimizer_type")).lower())
         settings["optim.kwargs"] = dict(known.kwargs if known else {}) | settings.get("optim.kwargs", {}) | kwargs
     return settings
-
-
-def convert_full_bf16(value: Any, given: Given) -> str:
-    """Convert weights and moments in bf16 only to `bf16_stochastic`, for the optimizers that support it."""
-    name = str(given.get("optimizer_type") or "adamw").lower()
-    if name not in ("adamw", "lion"):
-        raise UnsupportedError("needs adamw or lion here; engine.precision is bf16, with fp32 master weights")
-    return "bf16_stochastic"
 
 
 def convert_text_encoders(value: Any, given: Given) -> dict[str, Any]:
