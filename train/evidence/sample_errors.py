@@ -94,12 +94,12 @@ def find_bins(log_snr: np.ndarray) -> np.ndarray:
 
 
 def name_bin(number: int) -> str:
-    """Return the name of a bin, such as `-6 to -4`."""
+    """Return the name of a bin, such as `-6 … -4`, which needs no translation."""
     if number == 0:
-        return f"below {LOG_SNR_EDGES[0]}"
+        return f"< {LOG_SNR_EDGES[0]}"
     if number == len(LOG_SNR_EDGES):
-        return f"from {LOG_SNR_EDGES[-1]}"
-    return f"{LOG_SNR_EDGES[number - 1]} to {LOG_SNR_EDGES[number]}"
+        return f"≥ {LOG_SNR_EDGES[-1]}"
+    return f"{LOG_SNR_EDGES[number - 1]} … {LOG_SNR_EDGES[number]}"
 
 
 def write_sample_errors(run_folder: Path, errors: Mapping[str, Iterable[SampleError]], facts: Facts) -> None:

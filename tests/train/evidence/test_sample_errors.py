@@ -51,7 +51,7 @@ def test_files_of_steps_that_a_resume_repeats_are_dropped(tmp_path: Path) -> Non
 
 def test_bins_of_the_signal_to_noise_ratio() -> None:
     assert find_bins(np.array([-np.inf, -6.1, -6, 0, 5.9, 6, np.inf])).tolist() == [0, 0, 1, 4, 6, 7, 7]
-    assert [name_bin(number) for number in (0, 1, 4, 7)] == ["below -6", "-6 to -4", "0 to 2", "from 6"]
+    assert [name_bin(number) for number in (0, 1, 4, 7)] == ["< -6", "-6 … -4", "0 … 2", "≥ 6"]
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
