@@ -31,6 +31,7 @@ CASES = {
     "sdxl_lowmem_offload": (1,),
     "sdxl_full": (1, 4),
     "sdxl_vpred_ztsnr": (1, 4),
+    "sdxl_flow": (1, 4),
     "sdxl_8gpu_zero2": (8,),
 }
 RELEASED = {"bf16_stochastic": ("adafactor", "adamw8bit", "lion", "adamw"), "bf16_kahan": ("adafactor", "adamw8bit")}

@@ -36,9 +36,15 @@ SCHEDULERS: dict[SchedulerName, str] = {
     "deis": "DEISMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-# Schedulers that can start from pure noise (zero terminal SNR), and schedulers that support rectified flow.
+# Schedulers that can start from pure noise (zero terminal SNR).
 ZERO_SNR_SCHEDULERS = frozenset({"euler", "euler_a", "ddim", "ddpm", "dpmsolver++", "unipc"})
-FLOW_SCHEDULERS = frozenset({"euler", "dpmsolver++", "unipc"})
+# Schedulers that support rectified flow, with diffusers' class for it.
+FLOW_SCHEDULERS: dict[SchedulerName, str] = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 
 WITHOUT_PROMPTS = {"every_steps": 0, "at_start": False}
 
@@ -64,7 +70,8 @@ class SampleConfig(Section):
     """Also generate images before the first step, to see what the model generates before training."""
     scheduler: SchedulerName = "euler"
     """Scheduler of diffusers. With `objective.zero_terminal_snr` it must be `euler`, `euler_a`, `ddim`, `ddpm`,
-    `dpmsolver++` or `unipc`; with `objective.prediction: flow` it must be `euler`, `dpmsolver++` or `unipc`."""
+    `dpmsolver++` or `unipc`; with `objective.prediction: flow` it must be `euler`, `heun`, `dpmsolver++` or `unipc`,
+    which honour `objective.timestep_shift`."""
     num_inference_steps: int = Field(28, ge=1)
     """Denoising steps per image."""
     guidance_scale: float = Field(6.0, ge=0)

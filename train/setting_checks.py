@@ -76,9 +76,18 @@ def find_micro_batch(train: TrainConfig, world_size: int) -> int | None:
 
 
 def check_run_settings(config: Config) -> Iterator[Problem]:
-    """Yield problems of the settings of logs and exported models."""
+    """Yield problems of the settings of logs, exported models and the contrastive loss."""
     yield from check_wandb(config.log.wandb)
     yield from check_export_format(config)
+    yield from check_contrast(config)
+
+
+def check_contrast(config: Config) -> Iterator[Problem]:
+    """Yield a problem if the contrastive loss finds no other sample in the micro batch."""
+    if config.objective.contrastive_weight and config.train.micro_batch_size < 2:
+        rule = "needs another sample in each micro batch, but train.micro_batch_size is 1"
+        cure = "set train.micro_batch_size to 2 or more, or this to 0"
+        yield Problem("objective.contrastive_weight", config.objective.contrastive_weight, rule, cure)
 
 
 def check_export_format(config: Config) -> Iterator[Problem]:

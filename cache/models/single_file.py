@@ -31,6 +31,7 @@ from sdxl_trainer.cache.models.single_file_names import (
 from sdxl_trainer.cache.models.tensor_stream import TensorItem, TensorSource, write_safetensors
 
 HASH_KEY = "modelspec.hash_sha256"
+FLOW_SHIFT_KEY = "ss_discrete_flow_shift"
 MARKS = ("v_pred", "ztsnr")  # empty tensors by whose presence ComfyUI recognises the prediction type
 
 # OpenCLIP trains log(temperature) and clips it at log(100), the final value of bigG. Image generation never uses it,
@@ -215,6 +216,7 @@ def build_modelspec(
     date: datetime | str,
     *,
     timestep_range: tuple[int, int] = (0, 999),
+    flow_shift: float | None = None,
     about: Mapping[str, str | None] | None = None,
 ) -> dict[str, str]:
     """Build the metadata of Stability's model metadata standard 1.0.1, except the hash, which the writer adds.
@@ -224,6 +226,8 @@ def build_modelspec(
     Args:
         resolution: (width, height) in pixels.
         timestep_range: first and last trained timestep.
+        flow_shift: shift of the timesteps of a rectified flow, under the key that kohya's scripts use. The standard has
+            no key for it.
         about: author, description, license, tags, or other keys of the standard; empty values are left out.
     """
     if prediction_type not in ("epsilon", "v", "flow"):
@@ -239,4 +243,5 @@ def build_modelspec(
         "timestep_range": f"{timestep_range[0]},{timestep_range[1]}",
         **{key: value for key, value in (about or {}).items() if value},
     }
-    return {f"modelspec.{key}": value for key, value in fields.items()}
+    metadata = {f"modelspec.{key}": value for key, value in fields.items()}
+    return metadata if flow_shift is None else metadata | {FLOW_SHIFT_KEY: f"{flow_shift:.6g}"}

@@ -18,6 +18,11 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.width * self.height
+
 
 class CropBox(NamedTuple):
     """The edges of a crop, in pixels of the resized image."""

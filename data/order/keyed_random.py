@@ -33,6 +33,7 @@ class RandomStream(IntEnum):
     TEXT_VARIANT = 17
     ROUNDING = 18
     PREVIEW = 19
+    CONTRAST = 20
 
 
 def derive_seed(*keys: int) -> int:

@@ -1,6 +1,7 @@
 """The model that a command line names: a checkpoint, a run folder, or a model file or folder; and its settings."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 
+from sdxl_trainer.cache.models.single_file import FLOW_SHIFT_KEY
 from sdxl_trainer.cache.models.source import may_be_hub_id
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -26,10 +28,13 @@ class DeclaredPrediction(NamedTuple):
 
     prediction: str
     zero_terminal_snr: bool
+    timestep_shift: float = 1.0  # of a rectified flow
 
     def list_overrides(self) -> list[str]:
         """Return the settings that match the model, as `key.sub=value` words."""
         words = [f"objective.prediction={self.prediction}"]
+        if self.timestep_shift != 1:
+            words.append(f"objective.timestep_shift={self.timestep_shift:g}")
         return [*words, "objective.zero_terminal_snr=true"] if self.zero_terminal_snr else words
 
 
@@ -93,6 +98,7 @@ def read_declared_prediction(model: Path) -> DeclaredPrediction | None:
         is_flow = str(settings.get("_class_name", "")).startswith("FlowMatch")
         declared = "flow" if is_flow else settings.get("prediction_type")
         has_zero_snr = bool(settings.get("rescale_betas_zero_snr"))
+        shift = settings.get("shift" if is_flow else "flow_shift")
     elif model.suffix == ".safetensors" and model.is_file():
         try:
             with safe_open(model, "pt") as tensors:
@@ -100,11 +106,26 @@ def read_declared_prediction(model: Path) -> DeclaredPrediction | None:
         except SafetensorError:
             return None
         declared = "v" if "v_pred" in names else metadata.get("modelspec.prediction_type", "epsilon")
-        has_zero_snr = "ztsnr" in names
+        has_zero_snr, shift = "ztsnr" in names, metadata.get(FLOW_SHIFT_KEY)
     else:
         return None
     prediction = PREDICTIONS.get(str(declared))
-    return DeclaredPrediction(prediction, has_zero_snr and prediction == "v") if prediction else None
+    if prediction is None:
+        return None
+    return DeclaredPrediction(
+        prediction=prediction,
+        zero_terminal_snr=has_zero_snr and prediction == "v",
+        timestep_shift=_parse_shift(shift) if prediction == "flow" else 1.0,
+    )
+
+
+def _parse_shift(value: object) -> float:
+    """Return a positive number as it is, and 1, no shift, for anything else."""
+    try:
+        shift = float(str(value))
+    except ValueError:
+        return 1.0
+    return shift if 0 < shift < math.inf else 1.0
 
 
 def read_declared_size(model: Path) -> Size | None:

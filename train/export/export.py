@@ -24,10 +24,12 @@ from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, wait_for_ranks
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapters import write_adapters
+from sdxl_trainer.train.objective.timesteps import resolve_shift
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,7 +47,7 @@ class ExportSettings:
     lora: LoraConfig
     dtype: torch.dtype
     title: str
-    size_px: tuple[int, int]  # resolution that the metadata declares
+    size: Size  # resolution that the file declares
 
 
 def build_export_settings(config: Config, source: ModelSource) -> ExportSettings:
@@ -57,7 +59,7 @@ def build_export_settings(config: Config, source: ModelSource) -> ExportSettings
         lora=config.lora,
         dtype=EXPORT_DTYPES[config.checkpoint.export_dtype],
         title=config.run.name,
-        size_px=config.data.largest_size,
+        size=Size(*config.data.largest_size),
     )
 
 
@@ -159,12 +161,15 @@ def write_adapter_file(path: Path, weights: Mapping[str, torch.Tensor], settings
 
 def build_metadata(settings: ExportSettings) -> dict[str, str]:
     """Build the modelspec metadata of a file."""
+    objective = settings.objective
+    shift = resolve_shift(objective.timestep_shift, objective.timestep_shift_base_px, settings.size.pixels)
     return build_modelspec(
         settings.title,
-        settings.size_px,
-        settings.objective.prediction,
+        settings.size,
+        objective.prediction,
         datetime.now(timezone.utc),
-        timestep_range=(settings.objective.min_timestep, settings.objective.max_timestep - 1),
+        timestep_range=(objective.min_timestep, objective.max_timestep - 1),
+        flow_shift=shift if objective.prediction == "flow" else None,
     )
 
 
@@ -188,17 +193,14 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
     source, objective = settings.source, settings.objective
     configs = {name: source.read_config(name) for name in COMPONENTS}
     if path.suffix != ".safetensors":
-        from sdxl_trainer.train.sampling.samplers import build_scheduler
+        from sdxl_trainer.train.sampling.samplers import build_exported_scheduler
 
-        scheduler = dict(build_scheduler(source, objective).config)
-        if objective.prediction == "flow":
-            scheduler["_class_name"] = "FlowMatchEulerDiscreteScheduler"
         write_diffusers_folder(
             path,
             components,
             configs,
             dtype=settings.dtype,
-            scheduler=scheduler,
+            scheduler=build_exported_scheduler(source, objective, settings.size),
             origin=source.folder,
             vocabularies={name: find_vocabulary(source, settings.model, name) for name in PAD_TOKENS},
         )

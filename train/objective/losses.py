@@ -43,6 +43,21 @@ def compute_sample_loss(
     return errors.flatten(1).mean(1)
 
 
+def rotate_samples(weights: torch.Tensor, seed: int) -> torch.Tensor:
+    """Choose another sample of the micro batch for each sample, [B] int64 places: a random rotation.
+
+    Samples of weight 0, such as unreadable ones, are left out of the rotation and keep their own place. So does a
+    sample that is the only one with a weight.
+
+    Args:
+        weights: [B] on the CPU.
+    """
+    places, others = weights.nonzero().flatten(), torch.arange(len(weights))
+    if len(places) > 1:
+        others[places] = places.roll(-(1 + seed % (len(places) - 1)))
+    return others
+
+
 def resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize masks [B, H, W] to `size` = (h, w) by averaging the area of each cell, and return [B, 1, h, w]."""
     return interpolate(masks[:, None], size, mode="area")

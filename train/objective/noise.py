@@ -1,4 +1,4 @@
-"""Noise, as pure functions: plain, offset, pyramid and perturbed.
+"""Noise, as pure functions: plain, nearest of several, offset, pyramid and perturbed.
 
 Each sample is drawn from a seed of its own, so its noise does not depend on the rank, on the micro batch or on the
 other samples in the batch. Each kind of noise has its own seeds, so enabling one kind does not change the draws of the
@@ -15,6 +15,8 @@ from torch.nn.functional import interpolate
 
 from sdxl_trainer.train.objective.diffusion import expand_like
 
+CANDIDATES_AT_ONCE = 16  # 4 MiB for a latent of 4 x 128 x 128
+
 
 def draw_noise(
     shape: Sequence[int],
@@ -26,6 +28,38 @@ def draw_noise(
     source = device if drawn_on is None else drawn_on
     samples = [torch.randn(*shape, generator=build_generator(seed, source), device=source) for seed in seeds]
     return torch.stack(samples).to(device, non_blocking=True)
+
+
+def draw_nearest_noise(
+    x0: torch.Tensor, num_candidates: int, seeds: Sequence[int], drawn_on: torch.device | str | None = None
+) -> torch.Tensor:
+    """Draw several standard normal noises for each sample, and return the one with the smallest L2 distance to its x0.
+
+    Noise and latent are then paired less randomly (immiscible diffusion by k-nearest noise, arXiv 2505.18521). A
+    sample's candidates depend on its seed alone, and are drawn and compared CANDIDATES_AT_ONCE at a time, so the choice
+    does not depend on the batch.
+
+    Shapes: `x0` and the result [B, C, h, w] float32.
+    """
+    source = x0.device if drawn_on is None else drawn_on
+    pairs = zip(x0, seeds, strict=True)
+    return torch.stack([_draw_nearest(own, num_candidates, build_generator(seed, source)) for own, seed in pairs])
+
+
+def _draw_nearest(x0: torch.Tensor, num_candidates: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw the nearest of several noises for one sample, [C, h, w]."""
+    counts = [min(CANDIDATES_AT_ONCE, num_candidates - start) for start in range(0, num_candidates, CANDIDATES_AT_ONCE)]
+    nearest = [
+        _choose_nearest(torch.randn(count, *x0.shape, generator=generator, device=generator.device).to(x0.device), x0)
+        for count in counts
+    ]
+    return nearest[0] if len(nearest) == 1 else _choose_nearest(torch.stack(nearest), x0)
+
+
+def _choose_nearest(candidates: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+    """Return the candidate [C, h, w] of [N, C, h, w] that is nearest to x0, without a copy to the host."""
+    distances = torch.linalg.vector_norm(candidates - x0, dim=(1, 2, 3))
+    return candidates.index_select(0, distances.argmin(dim=0, keepdim=True))[0]
 
 
 def add_offset(

@@ -19,15 +19,18 @@ from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
-from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss
-from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_noise, perturb_noise
+from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss, rotate_samples
+from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_nearest_noise, draw_noise, perturb_noise
 from sdxl_trainer.train.objective.timesteps import (
     InverseCdf,
+    build_cosmap,
     build_histogram,
     build_logit_normal,
+    build_mode,
     build_uniform,
     draw_low_discrepancy,
     draw_uniform,
+    resolve_shift,
     scale_to_range,
     shift_draws,
 )
@@ -94,15 +97,20 @@ class Objective:
         latents = latents.to(self.device, non_blocking=True)
         return diffusion.normalize_latents(latents, *self._latent_statistics)
 
-    def sample_timesteps(self, keys: SampleKeys) -> torch.Tensor:
-        """Draw the timesteps that the U-Net receives, [B]: int64, or float32 values 1000·s for rectified flow."""
+    def sample_timesteps(self, keys: SampleKeys, num_pixels: int) -> torch.Tensor:
+        """Draw the timesteps that the U-Net receives, [B]: int64, or float32 values 1000·s for rectified flow.
+
+        Args:
+            num_pixels: width·height of the bucket, which the shift may depend on.
+        """
         config = self.config
         if config.low_discrepancy:
             seed = keys.derive_step_seed(RandomStream.TIMESTEP)
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
             draws = draw_uniform(keys.derive_seeds(RandomStream.TIMESTEP))
-        return self.convert_to_timesteps(shift_draws(self._invert_cdf(draws), config.timestep_shift))
+        shift = resolve_shift(config.timestep_shift, config.timestep_shift_base_px, num_pixels)
+        return self.convert_to_timesteps(shift_draws(self._invert_cdf(draws), shift))
 
     def convert_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
         """Map draws in [0, 1], [B] float64, to timesteps in the trained range, with the dtype of `sample_timesteps`."""
@@ -111,7 +119,7 @@ class Objective:
 
     def request_noise(self, shape: Sequence[int], keys: SampleKeys) -> None:
         """Draw the noise of a coming micro batch, [B, *shape], ahead of `sample_noise`, if it is drawn on the CPU."""
-        if self._drawn_noise is not None:
+        if self._drawn_noise is not None and self.config.noise_candidates == 1:  # the choice needs the latents
             self._drawn_noise.request(shape, keys.derive_seeds(RandomStream.NOISE))
 
     def sample_plain_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
@@ -122,7 +130,12 @@ class Objective:
 
     def sample_noise(self, x0: torch.Tensor, keys: SampleKeys) -> torch.Tensor:
         """Draw the noise n of the target, with the shape of `x0` [B, C, h, w]."""
-        config, noise = self.config, self.sample_plain_noise(x0, keys)
+        config = self.config
+        if config.noise_candidates > 1:
+            seeds = keys.derive_seeds(RandomStream.NOISE)
+            noise = draw_nearest_noise(x0, config.noise_candidates, seeds, self._drawn_on)
+        else:
+            noise = self.sample_plain_noise(x0, keys)
         if config.noise_offset or config.adaptive_noise_scale:
             strength = self._draw_strength(
                 config.noise_offset, config.noise_offset_random_strength, RandomStream.NOISE_OFFSET, keys
@@ -170,12 +183,27 @@ class Objective:
         levels = self._process.compute_levels(timesteps)
         return diffusion.compute_target(self.config.prediction, x0, noise, *levels)
 
+    def choose_negatives(self, target: torch.Tensor, keys: SampleKeys, weights: torch.Tensor) -> torch.Tensor | None:
+        """Return for each sample the target of another sample of the micro batch, [B, C, h, w].
+
+        Returns None without `objective.contrastive_weight`.
+
+        Args:
+            weights: [B] on the CPU; samples of weight 0 are nobody's negative (see `rotate_samples`).
+        """
+        if not self.config.contrastive_weight:
+            return None
+        # The first position names the micro batch, on whichever rank it is.
+        seed = derive_seed(keys.seed, RandomStream.CONTRAST, keys.step, keys.positions[0])
+        return target.index_select(0, copy_to_device(rotate_samples(weights, seed), self.device))
+
     def compute_losses(
         self,
         prediction: torch.Tensor,
         target: torch.Tensor,
         timesteps: torch.Tensor,
         masks: torch.Tensor | None = None,
+        negatives: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the loss of each sample, [B] float32, weighted by its timestep.
 
@@ -183,11 +211,18 @@ class Objective:
             prediction, target: [B, C, h, w].
             timesteps: [B], as drawn by `sample_timesteps`.
             masks: [B, H, W]; used only with `objective.masked_loss`.
+            negatives: [B, C, h, w] targets of other samples (`choose_negatives`). The error against them is masked and
+                weighted like that against the target, and subtracted `objective.contrastive_weight` times.
         """
         config, snr = self.config, self._process.compute_snr(timesteps)
         c = HUBER_SCHEDULES[config.huber_schedule](config.huber_c, timesteps, snr)
         masks = copy_to_device(masks, self.device) if config.masked_loss and masks is not None else None
-        return compute_sample_loss(prediction, target, self._loss, c, masks) * self._weigh(snr)
+        losses = compute_sample_loss(prediction, target, self._loss, c, masks)
+        if negatives is not None:
+            losses = losses - config.contrastive_weight * compute_sample_loss(
+                prediction, negatives, self._loss, c, masks
+            )
+        return losses * self._weigh(snr)
 
     def compute_common_errors(
         self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
@@ -216,6 +251,8 @@ def build_inverse_cdf(config: ObjectiveConfig) -> InverseCdf:
     builders: dict[str, Callable[[], InverseCdf]] = {
         "uniform": build_uniform,
         "logit_normal": partial(build_logit_normal, config.logit_mean, config.logit_std),
+        "mode": partial(build_mode, config.mode_scale),
+        "cosmap": build_cosmap,
     }
     return builders[config.timestep_density]()
 

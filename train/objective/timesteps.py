@@ -4,6 +4,7 @@ A density is given by its inverse CDF, a map from [0, 1) to [0, 1). Low-discrepa
 density.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,6 +44,23 @@ def build_logit_normal(mean: float, std: float) -> InverseCdf:
     return lambda draws: torch.sigmoid(mean + std * torch.special.ndtri(draws))
 
 
+def build_mode(scale: float) -> InverseCdf:
+    """Build the inverse CDF of the density with heavy tails or a raised middle: u - scale·(sin²(π·u/2) - u).
+
+    It is Esser et al.'s f(1 - u; scale) (arXiv 2403.03206, equation 20), which increases with u.
+
+    Args:
+        scale: from -1 to 2/(π - 2); outside of this range the map is not monotonic.
+    """
+    return lambda draws: draws - scale * (torch.sin(math.pi / 2 * draws).square() - draws)
+
+
+def build_cosmap() -> InverseCdf:
+    """Build the inverse CDF of the density 2/(π·(1 - 2s + 2s²)): s = 1 - 1/(tan(π·u/2) + 1) (arXiv 2403.03206,
+    equation 21)."""
+    return lambda draws: 1 - 1 / (torch.tan(math.pi / 2 * draws) + 1)
+
+
 def build_histogram(weights: Sequence[float]) -> InverseCdf:
     """Build the inverse CDF of a density that is constant on equal parts of [0, 1).
 
@@ -65,6 +83,16 @@ def shift_draws(draws: torch.Tensor, shift: float) -> torch.Tensor:
     """Return shift·s / (1 + (shift - 1)·s) for draws s: more noise for shift > 1, as SD3 uses for large images
     (Esser et al. 2024, arXiv 2403.03206)."""
     return shift * draws / (1 + (shift - 1) * draws)
+
+
+def resolve_shift(shift: float, base_px: int | None, num_pixels: float) -> float:
+    """Return the shift for an image of `num_pixels`: shift·sqrt(num_pixels)/base_px (arXiv 2403.03206, equation 23).
+
+    Args:
+        shift: the shift for a square image with a side of `base_px`.
+        base_px: None gives all images the same shift.
+    """
+    return shift if base_px is None else shift * math.sqrt(num_pixels) / base_px
 
 
 def scale_to_range(draws: torch.Tensor, minimum: int, maximum: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from sdxl_trainer.cache.encode.latent_encoder import HostCopy
 from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -165,13 +166,15 @@ def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
     keys = SampleKeys(run.config.run.seed, run.state.step, batch.positions.tolist())
     x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
-    noise, timesteps = objective.sample_noise(x0, keys), objective.sample_timesteps(keys)
+    num_pixels = x0.shape[2:].numel() * VAE_FACTOR**2
+    noise, timesteps = objective.sample_noise(x0, keys), objective.sample_timesteps(keys, num_pixels)
     x_t = objective.add_noise(x0, noise, timesteps, keys)
     text = run.conditioner.build_inputs(batch, device)
     text_keep = objective.sample_text_keep(keys)  # [B]
     prediction = run.engine(x_t.to(dtype), timesteps, text, copy_to_device(batch.time_ids, device), text_keep)
     target = objective.compute_target(x0, noise, timesteps)
-    losses = objective.compute_losses(prediction, target, timesteps, batch.masks)  # [B]
+    negatives = objective.choose_negatives(target, keys, batch.weights)
+    losses = objective.compute_losses(prediction, target, timesteps, batch.masks, negatives)  # [B]
     return losses * copy_to_device(batch.weights, device)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.text.tokens import Tokenizers, encode_captions
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
@@ -47,7 +48,9 @@ class ImageGenerator:
 
         from sdxl_trainer.train.sampling.samplers import build_scheduler
 
-        pipeline = build_pipeline(self.unet, self.vae, build_scheduler(self.source, self.objective, prompt.scheduler))
+        size = Size(prompt.width_px, prompt.height_px)
+        scheduler = build_scheduler(self.source, self.objective, prompt.scheduler, size)
+        pipeline = build_pipeline(self.unet, self.vae, scheduler)
         positive, negative = self._encode(prompt.text), self._encode(prompt.negative)
         x0 = pipeline(
             prompt_embeds=positive.hidden,

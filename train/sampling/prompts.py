@@ -91,7 +91,9 @@ def parse_prompt_text(value: Any) -> str:
 def parse_scheduler(value: Any) -> str:
     """Parse a scheduler: kohya's name, with or without `k_`, or diffusers' class name. Raises ValueError."""
     name = str(value).removeprefix("k_")
-    kohya_names = {class_name: kohya_name for kohya_name, class_name in SCHEDULERS.items()}
+    kohya_names = {
+        class_name: kohya_name for names in (SCHEDULERS, FLOW_SCHEDULERS) for kohya_name, class_name in names.items()
+    }
     if name not in SCHEDULERS and name not in kohya_names:
         near = suggest_name(name, [*SCHEDULERS, *kohya_names])
         hint = f"; did you mean {near}?" if near else ""

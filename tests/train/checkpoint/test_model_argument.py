@@ -25,6 +25,10 @@ from sdxl_trainer.train.checkpoint.state import TrainState
         ({"prediction_type": "epsilon"}, DeclaredPrediction("epsilon", False)),
         ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, DeclaredPrediction("v", True)),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, DeclaredPrediction("flow", False)),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 2.5}, DeclaredPrediction("flow", False, 2.5)),
+        ({"prediction_type": "flow_prediction", "flow_shift": 3.0}, DeclaredPrediction("flow", False, 3.0)),
+        ({"prediction_type": "epsilon", "flow_shift": 3.0}, DeclaredPrediction("epsilon", False)),
+        ({"prediction_type": "flow_prediction", "flow_shift": "x"}, DeclaredPrediction("flow", False)),
         ({"prediction_type": "sample"}, None),
         ({}, None),
     ],
@@ -42,6 +46,12 @@ def test_a_folder_declares_its_prediction_in_the_scheduler(tmp_path: Path, confi
         (["v_pred"], None, DeclaredPrediction("v", False)),
         (["v_pred", "ztsnr"], {"modelspec.prediction_type": "epsilon"}, DeclaredPrediction("v", True)),
         ([], {"modelspec.prediction_type": "flow"}, DeclaredPrediction("flow", False)),
+        (
+            [],
+            {"modelspec.prediction_type": "flow", "ss_discrete_flow_shift": "2.5"},
+            DeclaredPrediction("flow", False, 2.5),
+        ),
+        ([], {"modelspec.prediction_type": "flow", "ss_discrete_flow_shift": "nan"}, DeclaredPrediction("flow", False)),
         ([], {"modelspec.prediction_type": "x0"}, None),
     ],
 )

@@ -69,12 +69,17 @@ def test_the_cost_and_what_storing_takes(words: str, expected: str) -> None:
 def test_presets_store_text_with_variants_where_captions_are_random() -> None:
     presets = {path.stem: load_config(path)[0] for path in sorted((ROOT / "configs").glob("sdxl_*.yaml"))}
     variants = {name: config.cache.text_variants for name, config in presets.items() if config.cache.text}
-    plain = ("sdxl_12gb", "sdxl_24gb", "sdxl_full", "sdxl_lowmem_offload", "sdxl_vpred_ztsnr")
+    plain = ("sdxl_12gb", "sdxl_24gb", "sdxl_flow", "sdxl_full", "sdxl_lowmem_offload", "sdxl_vpred_ztsnr")
     assert variants == {"sdxl_lora": 16, **dict.fromkeys(plain, 1)}
     assert [name for name in variants if has_random_captions(presets[name])] == ["sdxl_lora"]
     # The comments name the bytes that an image takes.
     encoders = [json.loads((ROOT / "configs/sdxl" / name / "config.json").read_text()) for name in ENCODERS]
-    for name, comment in {"sdxl_full": "1.9 MB", "sdxl_vpred_ztsnr": "1.9 MB", "sdxl_lora": "10 MB"}.items():
+    for name, comment in {
+        "sdxl_full": "1.9 MB",
+        "sdxl_flow": "1.9 MB",
+        "sdxl_vpred_ztsnr": "1.9 MB",
+        "sdxl_lora": "10 MB",
+    }.items():
         config = presets[name]
         stored = config.cache.text_variants * compute_caption_bytes(encoders, config.data.max_tokens // 75, 4)
         assert f"{stored / 1e6:.2g} MB" == comment

@@ -90,9 +90,30 @@ def test_conversion_keeps_the_declared_prediction_type(converted: Path, tmp_path
     assert main([str(file), str(folder), config, tokenizer]) == 0
     assert main([str(folder), str(again)]) == 0
     assert read_declared_prediction(folder) == read_declared_prediction(again) == DeclaredPrediction("v", True)
-    (tmp_path / "flow.yaml").write_text("objective: {prediction: flow}")
+    (tmp_path / "flow.yaml").write_text(
+        "objective: {prediction: flow, timestep_shift: 3, timestep_shift_base_px: 1024}\ndata: {resolution_px: 512}"
+    )
     assert main([str(folder), str(again), "--cfg", str(tmp_path / "flow.yaml"), "--overwrite"]) == 0
-    assert read_declared_prediction(again) == DeclaredPrediction("flow", False)
+    assert read_declared_prediction(again) == DeclaredPrediction("flow", False, 1.5)  # the shift at 512 x 512
+
+
+def test_a_folder_of_a_flow_model_names_a_scheduler_that_diffusers_pipeline_can_use(
+    converted: Path, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = tmp_path / "flow"
+    words = ["--dtype", "fp32", "objective.prediction=flow", "objective.timestep_shift=3"]
+    assert main([str(converted / "model"), str(folder), *words]) == 0
+    assert read_declared_prediction(folder) == DeclaredPrediction("flow", False, 3.0)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline("a", width=64, height=64, num_inference_steps=2, generator=generator, output_type="pt").images
+    assert images.isfinite().all()
+    # Two steps from s = 1, evenly spaced up to 1/1000 before the shift: 0.5005 becomes 3·s/(1 + 2·s).
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 3 * 0.5005 / (1 + 2 * 0.5005), 0], abs=1e-5)
 
 
 class Malicious:

@@ -8,11 +8,19 @@ from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
-from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, build_generator, draw_noise, perturb_noise
+from sdxl_trainer.train.objective.noise import (
+    add_offset,
+    add_pyramid,
+    build_generator,
+    draw_nearest_noise,
+    draw_noise,
+    perturb_noise,
+)
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
 STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1))
 SHAPE = (4, 16, 24)
+PIXELS = 128 * 192
 SEEDS = [derive_seed(number) for number in range(6)]
 
 
@@ -29,6 +37,44 @@ def test_plain_noise_is_a_seeded_unit_gaussian():
     assert noise.shape == (6, 4, 64, 64) and noise.dtype == torch.float32
     assert noise.mean().abs() < 0.01 and (noise.std() - 1).abs() < 0.01
     assert noise[2].equal(torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(SEEDS[2])))
+
+
+@pytest.mark.parametrize("num_candidates", [2, 16, 40])
+def test_the_nearest_noise_is_that_found_by_hand(num_candidates):
+    x0 = draw_x0()
+    nearest = draw_nearest_noise(x0, num_candidates, SEEDS)
+    for own, seed, chosen in zip(x0, SEEDS, nearest, strict=True):
+        generator, parts = build_generator(seed), []
+        for start in range(0, num_candidates, 16):
+            parts.append(torch.randn(min(16, num_candidates - start), *SHAPE, generator=generator))
+        candidates = torch.cat(parts)
+        distances = [(candidate - own).double().square().sum().item() for candidate in candidates]
+        assert len(distances) == num_candidates and chosen.equal(candidates[distances.index(min(distances))])
+
+
+def test_one_candidate_is_the_plain_noise():
+    x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
+    plain = draw_noise(SHAPE, keys.derive_seeds(RandomStream.NOISE))
+    assert build(noise_candidates=1).sample_noise(x0, keys).equal(plain)
+    assert draw_nearest_noise(x0, 1, keys.derive_seeds(RandomStream.NOISE)).equal(plain)
+    chosen = draw_nearest_noise(x0, 16, keys.derive_seeds(RandomStream.NOISE))
+    assert build(noise_candidates=16).sample_noise(x0, keys).equal(chosen) and not chosen.equal(plain)
+    drawn = DrawnNoise()
+    on_cpu = Objective(ObjectiveConfig(noise_candidates=16), STATISTICS, 6, drawn_noise=drawn)
+    on_cpu.request_noise(SHAPE, keys)  # draws nothing ahead, because the choice needs x0
+    assert drawn.take(SHAPE, keys.derive_seeds(RandomStream.NOISE), torch.device("cpu")) is None
+    assert on_cpu.sample_noise(x0, keys).equal(chosen)
+
+
+def test_the_nearest_of_16_keeps_the_variance_of_a_gaussian():
+    """d values near an x0 of variance 1: |n|² falls by E·2d/sqrt(6d), with E = 1.766 the mean maximum of 16 normals."""
+    shape, seeds = (4, 64, 64), [derive_seed(5, number) for number in range(24)]
+    x0 = draw_noise(shape, [derive_seed(6, number) for number in range(24)])
+    chosen = draw_nearest_noise(x0, 16, seeds)
+    assert chosen.mean().abs() < 0.01
+    assert chosen.var().item() == pytest.approx(1 - 1.766 * 2 / (6 * 4 * 64 * 64) ** 0.5, abs=0.007)  # 0.989
+    gain = (draw_noise(shape, seeds) - x0).square().sum() - (chosen - x0).square().sum()
+    assert gain.item() / 24 == pytest.approx(1.766 * (6 * 4 * 64 * 64) ** 0.5, rel=0.35)
 
 
 def test_offset_adds_a_constant_to_each_channel():
@@ -84,8 +130,8 @@ def test_the_objective_draws_offset_and_pyramid_noise_from_separate_streams():
 def test_perturbation_changes_only_the_input():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain, perturbed = build(), build(ip_noise_gamma=0.1)
-    timesteps, noise = plain.sample_timesteps(keys), plain.sample_noise(x0, keys)
-    assert perturbed.sample_noise(x0, keys).equal(noise) and perturbed.sample_timesteps(keys).equal(timesteps)
+    timesteps, noise = plain.sample_timesteps(keys, PIXELS), plain.sample_noise(x0, keys)
+    assert perturbed.sample_noise(x0, keys).equal(noise) and perturbed.sample_timesteps(keys, PIXELS).equal(timesteps)
     assert perturbed.compute_target(x0, noise, timesteps).equal(noise)
     x_t, levels = plain.add_noise(x0, noise, timesteps, keys), plain._process.compute_levels(timesteps)
     added = (perturbed.add_noise(x0, noise, timesteps, keys) - x_t) / levels.noise_level.view(-1, 1, 1, 1)
@@ -122,13 +168,14 @@ def test_draws_of_a_sample_do_not_depend_on_its_batch(low_discrepancy):
         ip_noise_gamma=0.1,
         ip_noise_gamma_random_strength=True,
         text_dropout_rate=0.5,
+        noise_candidates=3,
         low_discrepancy=low_discrepancy,
     )
     x0 = draw_x0()
 
     def draw(positions: list[int]) -> list[torch.Tensor]:
         keys, own = SampleKeys(7, 3, positions), x0[positions]
-        noise, timesteps = objective.sample_noise(own, keys), objective.sample_timesteps(keys)
+        noise, timesteps = objective.sample_noise(own, keys), objective.sample_timesteps(keys, PIXELS)
         x_t = objective.add_noise(own, noise, timesteps, keys)
         return [noise, timesteps, x_t, objective.sample_text_keep(keys)]
 
@@ -154,12 +201,12 @@ def test_noise_drawn_ahead_is_that_of_the_cpu():
 def test_with_noise_of_the_cpu_no_draw_uses_a_generator_of_the_device():
     """The meta device has no generators, so each draw on the device would fail."""
     settings = {name: 0.1 for name in ("noise_offset", "adaptive_noise_scale", "ip_noise_gamma")}
-    config = ObjectiveConfig(**settings, multires_noise_iterations=3)
+    config = ObjectiveConfig(**settings, multires_noise_iterations=3, noise_candidates=20)
     objective = Objective(config, STATISTICS, 6, "meta", DrawnNoise())
     x0, keys = draw_x0().to("meta"), SampleKeys(0, 1, list(range(6)))
     noise = objective.sample_noise(x0, keys)
     assert noise.is_meta and noise.shape == x0.shape
-    x_t = objective.add_noise(x0, noise, objective.sample_timesteps(keys), keys)
+    x_t = objective.add_noise(x0, noise, objective.sample_timesteps(keys, PIXELS), keys)
     assert x_t.is_meta and x_t.shape == x0.shape
     with pytest.raises(RuntimeError):
         Objective(config, STATISTICS, 6, "meta").sample_noise(x0, keys)

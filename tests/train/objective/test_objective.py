@@ -13,11 +13,13 @@ from sdxl_trainer.configs.objective import USED_WITH, ObjectiveConfig
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents, write_latents
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroSpec
+from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.train.main import main
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
+from sdxl_trainer.train.objective.losses import rotate_samples
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 
 STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.tensor([0.5]))
@@ -38,7 +40,7 @@ def test_a_step_from_latents_to_losses(prediction):
     objective = build(prediction=prediction)
     x0 = objective.normalize_latents(draw_latents())
     assert x0.equal(0.5 * draw_latents())
-    noise, timesteps = objective.sample_noise(x0, KEYS), objective.sample_timesteps(KEYS)
+    noise, timesteps = objective.sample_noise(x0, KEYS), objective.sample_timesteps(KEYS, 48 * 64)
     x_t, target = objective.add_noise(x0, noise, timesteps, KEYS), objective.compute_target(x0, noise, timesteps)
     if prediction == "flow":
         share = (timesteps / 1000).view(3, 1, 1, 1)
@@ -70,6 +72,50 @@ def test_zero_terminal_snr_is_applied_before_the_snr_is_computed():
     )
     snr = diffusion.build_diffusion_process(zero_terminal_snr=True).snr[998].item()
     assert losses.tolist() == pytest.approx([snr / (snr + 1), 0])
+
+
+def test_the_contrastive_loss_is_that_computed_by_hand():
+    """|p - T|² - λ·|p - T of another sample|², both under the sample's own mask."""
+    objective = build(prediction="flow", contrastive_weight=0.05, masked_loss=True)
+    x0 = objective.normalize_latents(draw_latents())
+    timesteps = objective.sample_timesteps(KEYS, 48 * 64)
+    target = objective.compute_target(x0, objective.sample_noise(x0, KEYS), timesteps)
+    rotation = 1 + derive_seed(3, RandomStream.CONTRAST, 11, 4) % 2  # seed, step, first position; of 3 samples
+    others = [(number + rotation) % 3 for number in range(3)]
+    negatives = objective.choose_negatives(target, KEYS, torch.ones(3))
+    assert negatives is not None and negatives.equal(target[others])
+    masks = torch.ones(3, 48, 64)
+    masks[1, :, :32] = 0.5
+    prediction = target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+    losses = objective.compute_losses(prediction, target, timesteps, masks, negatives)
+    weights = torch.nn.functional.avg_pool2d(masks[:, None], 8)
+    errors = (prediction - target).square() - 0.05 * (prediction - target[others]).square()
+    torch.testing.assert_close(losses, (errors * weights).mean(dim=(1, 2, 3)))
+    assert build(prediction="flow").choose_negatives(target, KEYS, torch.ones(3)) is None
+
+
+def test_each_sample_of_a_micro_batch_is_another_ones_negative():
+    rotations = {tuple(rotate_samples(torch.ones(4), derive_seed(number)).tolist()) for number in range(50)}
+    assert rotations == {(1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2)}
+    # Unreadable samples, of weight 0, are nobody's negative.
+    assert rotate_samples(torch.tensor([1.0, 0.0, 0.5, 2.0]), 0).tolist() == [2, 1, 3, 0]
+    assert rotate_samples(torch.tensor([1.0, 0.0, 0.5, 2.0]), 1).tolist() == [3, 1, 0, 2]
+    assert rotate_samples(torch.tensor([0.0, 3.0]), 5).tolist() == [0, 1]
+
+
+def test_negatives_depend_on_the_step_and_the_place_of_the_micro_batch_alone():
+    objective, target = build(prediction="flow", contrastive_weight=0.05), torch.arange(16.0).view(16, 1, 1, 1)
+
+    def choose(step: int, first: int) -> tuple[float, ...]:
+        negatives = objective.choose_negatives(
+            target, SampleKeys(3, step, list(range(first, first + 16))), torch.ones(16)
+        )
+        assert negatives is not None
+        return tuple(negatives.flatten().tolist())
+
+    chosen = [choose(step, first) for step in range(4) for first in (0, 16, 32)]
+    assert chosen == [choose(step, first) for step in range(4) for first in (0, 16, 32)]
+    assert len(set(chosen)) > 5  # of 15 rotations
 
 
 def test_masks_count_only_with_masked_loss():
@@ -185,6 +231,16 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
         ("max_timestep: 1001", "max_timestep", "less than or equal to 1000"),
         ("logit_mean: 1", "logit_mean", "objective.timestep_density is uniform"),
         ("{timestep_density: [1, 2], logit_std: 2}", "logit_std", "set that to logit_normal"),
+        ("mode_scale: 1", "mode_scale", "set that to mode"),
+        ("{timestep_density: mode, mode_scale: 1.76}", "mode_scale", "less than or equal to 1.75"),
+        ("timestep_shift_base_px: 0", "timestep_shift_base_px", "greater than or equal to 64"),
+        ("noise_candidates: 0", "noise_candidates", "greater than or equal to 1"),
+        ("noise_candidates: -3", "noise_candidates", "greater than or equal to 1"),
+        ("noise_candidates: 1025", "noise_candidates", "less than or equal to 1024"),
+        ("contrastive_weight: 0.05", "contrastive_weight", "needs objective.prediction flow, but that is epsilon"),
+        ("{prediction: v, contrastive_weight: 0.05}", "contrastive_weight", "needs objective.prediction flow"),
+        ("{prediction: flow, loss: l1, contrastive_weight: 0.05}", "contrastive_weight", "needs objective.loss l2"),
+        ("{prediction: flow, contrastive_weight: 1}", "contrastive_weight", "less than 1"),
         ("timestep_density: [0, 0]", "timestep_density", "at least one of them above 0"),
         ("timestep_density: [2, -1]", "timestep_density", "0 or more"),
         ("timestep_density: []", "timestep_density", "at least one of them above 0"),
@@ -223,6 +279,8 @@ def test_latents_mean_and_latents_std_must_be_set_together(tmp_path):
     [
         "{prediction: v, zero_terminal_snr: true, weighting: min_snr, loss: huber, huber_schedule: snr, huber_c: 0.2}",
         "{prediction: flow, timestep_density: logit_normal, logit_mean: 1, timestep_shift: 2.5, low_discrepancy: true}",
+        "{prediction: flow, timestep_density: mode, mode_scale: -1, timestep_shift_base_px: 1024}",
+        "{prediction: flow, timestep_density: cosmap, contrastive_weight: 0.05, noise_candidates: 16}",
         "{weighting: soft_min_snr, weighting_gamma: 0.2, sigma_data: 0.5, timestep_density: [1, 2.5]}",
         "{noise_offset: 0.1, noise_offset_random_strength: true, adaptive_noise_scale: -0.1, ip_noise_gamma: 0.1}",
         "{adaptive_noise_scale: 0.1, multires_noise_iterations: 6, multires_noise_discount: 0.4, masked_loss: true}",
@@ -236,7 +294,7 @@ def test_compatible_settings_are_accepted_saved_and_loaded(tmp_path, settings):
     assert problems == []
     (tmp_path / "saved.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "saved.yaml") == (config, [])
-    Objective(config.objective, STATISTICS, 8).sample_timesteps(KEYS)
+    Objective(config.objective, STATISTICS, 8).sample_timesteps(KEYS, 1024**2)
 
 
 def test_settings_are_checked_after_those_they_depend_on():
@@ -248,5 +306,5 @@ def test_contradictory_settings_end_the_program_with_status_2(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("objective: {zero_terminal_snr: true, weighting: v_like_epsilon}")
     assert main(["--cfg", str(tmp_path / "x.yaml")]) == 2
     printed = capsys.readouterr().err
-    assert "objective.zero_terminal_snr = True" in printed and "objective.weighting = 'v_like_epsilon'" in printed
+    assert "objective.zero_terminal_snr = true" in printed and "objective.weighting = 'v_like_epsilon'" in printed
     assert "Traceback" not in printed

@@ -6,21 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.objective import MAX_MODE_SCALE, ObjectiveConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import (
+    build_cosmap,
     build_histogram,
     build_logit_normal,
+    build_mode,
     draw_low_discrepancy,
     draw_uniform,
+    resolve_shift,
     scale_to_range,
     shift_draws,
 )
 
 STATISTICS = LatentStatistics(mean=torch.zeros(1), scale=torch.ones(1))
 COUNT = 20_000
+PIXELS = 1024 * 1024
 KS_LIMIT = 1.95 / math.sqrt(COUNT)  # Kolmogorov-Smirnov at 0.1 %; the draws are seeded, so the result is fixed
 
 
@@ -31,7 +35,7 @@ def build(global_batch_size: int = 16, **settings) -> Objective:
 def draw(objective: Objective, steps: int, positions: int) -> np.ndarray:
     """Draw timesteps, [steps, positions]."""
     keys = (SampleKeys(3, step, list(range(positions))) for step in range(steps))
-    return np.stack([objective.sample_timesteps(step_keys).numpy() for step_keys in keys])
+    return np.stack([objective.sample_timesteps(step_keys, PIXELS).numpy() for step_keys in keys])
 
 
 def measure_distance(values: np.ndarray, cdf) -> float:
@@ -100,6 +104,32 @@ def test_logit_normal_matches_values_computed_by_hand():
     assert invert(draws).tolist() == pytest.approx(expected)
 
 
+def test_mode_matches_values_computed_by_hand():
+    """f(u; scale) = 1 - u - scale·(cos²(πu/2) - 1 + u), equation 20 of arXiv 2403.03206, at 1 - u."""
+    draws = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    cosines = [math.cos(math.pi / 2 * (1 - u)) ** 2 for u in draws.tolist()]
+    expected = [u - 1.29 * (cosine - u) for u, cosine in zip(draws.tolist(), cosines, strict=True)]
+    assert build_mode(1.29)(draws).tolist() == pytest.approx(expected, abs=1e-12)
+    assert expected[1] == pytest.approx(0.25 + 1.29 * (0.25 - (1 - math.sqrt(0.5)) / 2))
+    assert build_mode(0)(draws).equal(draws)
+    for scale in (-1.0, MAX_MODE_SCALE):  # the ends of the range in which an inverse CDF increases
+        assert (build_mode(scale)(torch.linspace(0, 1, 1001, dtype=torch.float64)).diff() > -1e-15).all()
+        assert (build_mode(scale * 1.01)(torch.linspace(0, 1, 1001, dtype=torch.float64)).diff() < 0).any()
+    values = draw(build(prediction="flow", timestep_density="mode"), COUNT // 16, 16) / 1000
+    middle = ((values > 0.25) & (values < 0.75)).mean()
+    assert middle == pytest.approx(0.733, abs=0.01)  # the u with f(u) = 1/4 and 3/4 are 0.1336 and 0.8664
+
+
+@pytest.mark.parametrize("low_discrepancy", [False, True])
+def test_cosmap_has_its_distribution(low_discrepancy):
+    """The density 2/(π(1 - 2s + 2s²)) has the CDF (2/π)·atan(s/(1 - s))."""
+    objective = build(prediction="flow", timestep_density="cosmap", low_discrepancy=low_discrepancy)
+    values = draw(objective, COUNT // 16, 16) / 1000
+    assert measure_distance(values, lambda s: 2 / math.pi * np.arctan(s / (1 - s))) < KS_LIMIT
+    draws = torch.tensor([0.0, 1 / 3, 0.5, 1.0], dtype=torch.float64)  # tan(π/6) = 1/sqrt(3)
+    assert build_cosmap()(draws).tolist() == pytest.approx([0, 1 - 1 / (1 + 3**-0.5), 0.5, 1])
+
+
 def test_a_histogram_gives_the_frequencies_of_its_parts():
     invert = build_histogram([1, 0, 3])
     draws = torch.tensor([0, 0.125, 0.2499999, 0.25, 0.625, 0.9999999], dtype=torch.float64)
@@ -115,9 +145,21 @@ def test_shift_moves_draws_towards_noise():
     draws = torch.tensor([0.0, 0.5, 1.0])
     assert shift_draws(draws, 3.0).tolist() == pytest.approx([0, 0.75, 1])
     assert shift_draws(draws, 1.0).equal(draws)
-    assert build(timestep_shift=3.0).sample_timesteps(SampleKeys(0, 0, [1])) > build().sample_timesteps(
-        SampleKeys(0, 0, [1])
+    assert build(timestep_shift=3.0).sample_timesteps(SampleKeys(0, 0, [1]), PIXELS) > build().sample_timesteps(
+        SampleKeys(0, 0, [1]), PIXELS
     )
+
+
+def test_the_shift_grows_with_the_square_root_of_the_pixels():
+    assert resolve_shift(3.0, None, 123) == 3
+    assert resolve_shift(3.0, 1024, 1024 * 1024) == 3
+    assert resolve_shift(3.0, 1024, 2048 * 2048) == 6
+    assert resolve_shift(2.0, 1024, 832 * 1216) == pytest.approx(2 * math.sqrt(832 * 1216) / 1024)
+    by_size = build(prediction="flow", timestep_shift=2.0, timestep_shift_base_px=512)
+    keys = SampleKeys(0, 0, [1])
+    for pixels, shift in ((512 * 512, 2.0), (1024 * 1024, 4.0), (256 * 256, 1.0)):
+        static = build(prediction="flow", timestep_shift=shift)
+        assert by_size.sample_timesteps(keys, pixels).equal(static.sample_timesteps(keys, pixels))
 
 
 def test_the_shift_is_applied_after_the_density():
@@ -150,7 +192,9 @@ def test_low_discrepancy_draws_are_evenly_spaced_on_any_number_of_ranks():
 def test_low_discrepancy_over_ranks_and_accumulation_through_the_objective():
     objective = build(global_batch_size=40, low_discrepancy=True)
     for step in range(20):
-        micro = [objective.sample_timesteps(SampleKeys(0, step, list(range(s, s + 5)))) for s in range(0, 40, 5)]
+        micro = [
+            objective.sample_timesteps(SampleKeys(0, step, list(range(s, s + 5))), PIXELS) for s in range(0, 40, 5)
+        ]
         counts = np.bincount(torch.cat(micro).numpy() // 25, minlength=40)
         assert (np.abs(counts - 1) <= 1).all()  # one in each fortieth of the schedule, up to its edges
         assert np.bincount(torch.cat(micro).numpy() // 250, minlength=4) == pytest.approx([10] * 4, abs=1)

@@ -9,11 +9,13 @@ from programs import TINY
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.samples import FLOW_SCHEDULERS
 from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.sampling.pipeline import build_pipeline, decode_latents
-from sdxl_trainer.train.sampling.samplers import build_scheduler
+from sdxl_trainer.train.sampling.samplers import FLOW_CLASSES, build_scheduler
 
 STEPS = 10
 
@@ -40,10 +42,10 @@ class PerfectPrediction:
         return (diffusion.compute_target(self.prediction, self.latent, noise, signal, level),)
 
 
-def build(objective: ObjectiveConfig):
+def build(objective: ObjectiveConfig, scheduler: str = "euler", size: Size = Size(64, 64)):  # noqa: B008
     unet = UNet2DConditionModel.from_config(json.loads((TINY / "unet" / "config.json").read_text()))
     vae = AutoencoderKL.from_config(json.loads((TINY / "vae" / "config.json").read_text()))
-    return build_pipeline(unet, vae, build_scheduler(ModelSource(TINY.parent / "sdxl"), objective))
+    return build_pipeline(unet, vae, build_scheduler(ModelSource(TINY.parent / "sdxl"), objective, scheduler, size))
 
 
 def generate(pipeline) -> torch.Tensor:
@@ -69,6 +71,7 @@ def generate(pipeline) -> torch.Tensor:
         ({"prediction": "v", "zero_terminal_snr": True}, 999, 99),
         ({"prediction": "flow"}, 1000, 100),
         ({"prediction": "flow", "timestep_shift": 3.0}, 1000, 250),  # 3·0.1/(1 + 2·0.1)
+        ({"prediction": "flow", "timestep_shift": 6.0, "timestep_shift_base_px": 128}, 1000, 250),  # of 64 x 64 px
     ],
     ids=str,
 )
@@ -85,6 +88,40 @@ def test_the_known_latent_is_generated(settings, first, last):
     signal, level = model.process.compute_levels(torch.tensor([last]))
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.inputs[-1], signal * latent + level * start, rtol=0, atol=0.05)
+
+
+def integrate(scheduler, steps: int, std: float) -> tuple[float, list[float]]:
+    """Generate from a perfect model of latents ~ N(0, std²), and return the largest error and the timesteps.
+
+    The model predicts E[n - x0 | x] = x·(s - (1 - s)·std²)/((1 - s)²·std² + s²), along which x shrinks to std·x.
+    """
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(steps, device="cpu")
+    x = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        s = timestep.double() / 1000
+        velocity = scheduler.scale_model_input(x, timestep) * (s - (1 - s) * std**2) / ((1 - s) ** 2 * std**2 + s**2)
+        x = scheduler.step(velocity.float(), timestep, x, return_dict=False)[0]
+    return (x - std * noise).abs().max().item(), scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", sorted(FLOW_SCHEDULERS))
+def test_every_scheduler_follows_a_curved_flow_with_its_shift(name, shift):
+    """With twice the steps the error is about half for methods of order 1, and less for those of order 2."""
+    objective = ObjectiveConfig(prediction="flow", timestep_shift=shift)
+    errors = {}
+    for steps in (20, 40):
+        scheduler = build_scheduler(ModelSource(TINY.parent / "sdxl"), objective, name, Size(64, 64))
+        errors[steps], timesteps = integrate(scheduler, steps, std=0.5)
+        assert len(timesteps) == {"heun": 2 * steps - 1}.get(name, steps)
+        assert timesteps[0] == pytest.approx(1000, abs=1) and timesteps == sorted(timesteps, reverse=True)
+        assert timesteps == pytest.approx((1000 * scheduler.sigmas[:-1]).tolist(), abs=1e-3)  # not rounded
+        middle = sorted(set(timesteps))[-(steps // 2) - 1]  # half of the way before the shift
+        assert middle == pytest.approx(1000 * shift * 0.5 / (1 + (shift - 1) * 0.5), abs=1.5)
+    # diffusers' DPM-Solver++ starts at 0.999 and ends with a step of order 1.
+    assert errors[20] < 0.3 and errors[40] < errors[20] / (2.2 if name in ("heun", "unipc") else 1.7), errors
+    assert set(FLOW_CLASSES) == set(FLOW_SCHEDULERS)
 
 
 def test_decoding_inverts_the_latent_statistics():
