@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.language.translate import CATALOGUES, choose_language
-from sdxl_trainer.configs.problems import Problem, UserInputError, describe_encoding, suggest_name
+from sdxl_trainer.configs.problems import Problem, UserInputError, choose_cure, describe_encoding, suggest_name
 from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.section import holds_type
@@ -151,7 +151,9 @@ def suggest_key(key: str) -> str:
     known = [*iterate_keys(), *RENAMED]
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
     near = next((name for name in known if "." in name and name.rsplit(".", 1)[-1] == last.lower()), "")
-    near = near or suggest_name(key, known) or leaves.get(suggest_name(last, leaves, cutoff=0.7), "")
+    # A key of a known section means another section only if their names are much alike.
+    cutoff = 0.85 if key.partition(".")[0] in Config.model_fields and "." in key else 0.7
+    near = near or suggest_name(key, known) or leaves.get(suggest_name(last, leaves, cutoff=cutoff), "")
     return rename_key(near)
 
 
@@ -373,7 +375,7 @@ def _build_value_problem(key: str, item: Mapping[str, Any]) -> Problem:
         return Problem(key, value, "must be a text", f'quote it: "{given}"')
     if kind in KINDS:
         rule, cure = KINDS[kind]
-        return Problem(key, value, rule, cure.format(value=given))
+        return Problem(key, value, rule, choose_cure(given, cure.format(value=given)))
     # The sentences of the project's own validators name the cure.
     rule = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return Problem(key, value, rule, SEE_ALSO if kind == "value_error" else f"change it; {SEE_ALSO}")

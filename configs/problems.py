@@ -19,6 +19,8 @@ MAX_PROBLEMS = 100  # shown in one message
 CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 ALL_CONTROLS, CONTROLS_WITHIN_LINES = re.compile(rf"[{CONTROLS}]|\n(?!  )"), re.compile(f"[{CONTROLS}]")
 
+WIDE_MARKS = re.compile("[［］【】，、“”‘’＂]")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -120,10 +122,16 @@ def format_value(value: Any) -> str:
     return repr(str(value)) if isinstance(value, (str, PurePath)) else str(value)
 
 
+def choose_cure(value: Any, cure: str) -> str:
+    """Return the cure of a wrong value, or what to write instead of a mark that an input method for Chinese gave."""
+    found = WIDE_MARKS.search(str(value))
+    return f"write brackets, commas and quotation marks of half width, not {found[0]}" if found else cure
+
+
 def describe_encoding(error: UnicodeDecodeError) -> str:
     """Return what is wrong with a text that is not UTF-8: its likely encoding, and what converts it."""
     encoding = guess_encoding(error.object)
-    return f"is not UTF-8, but probably {encoding}; convert it: iconv -f {encoding} -t UTF-8"
+    return f"is not UTF-8, but probably {encoding}; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW"
 
 
 def guess_encoding(content: bytes) -> str:

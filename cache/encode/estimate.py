@@ -150,8 +150,10 @@ def build_image_problem(data: DataConfig, opened: OpenedImages, num_images: int)
     reasons = join_reasons(opened.bad, MAX_NAMED)
     cure = "repair or remove these files, or correct their paths"
     if opened.would_fail(data.max_bad_fraction, num_images):
-        rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows"
-        rule = f"{rule}:\n      {reasons}" if reasons else rule
+        if reasons:
+            rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows:\n      {reasons}"
+        else:
+            rule = f"{rule}, more than data.max_bad_fraction = {data.max_bad_fraction:g} allows"
         cure = f"{cure}; or raise data.max_bad_fraction to {opened.choose_fraction(num_images):g}"
     else:
         rule = f"{rule}; the job will skip such images:\n      {reasons}"

@@ -94,8 +94,7 @@ def tabulate_repeats(index: Index, data: DataConfig) -> list[DataTable]:
         rows.append((f"{len(found) - MAX_SOURCES} others", f"{rest[0]:,}", "", f"{rest[1]:,.6g}"))
     num_samples, num_used = sum(each.num_samples for each in found), sum(each.num_used for each in found)
     title = f"repeats: {num_samples:,} samples, {num_used:,.6g} an epoch"
-    headings = ("folder or entry", "samples", "repeats", "samples an epoch")
-    return [DataTable(title, headings, rows)] if found else []
+    return [DataTable(title, ("folder or entry", "samples", "repeats", "samples an epoch"), rows)] if found else []
 
 
 def tabulate_survey(survey: Survey) -> DataTable:

@@ -139,14 +139,16 @@ def warn_of_separator(caption: CaptionConfig, index: Index) -> None:
     mark = max(counts, key=counts.__getitem__)
     if counts[mark] >= max(1, MIN_SHARE * len(texts)):
         logger.warning(
-            "{} of {} captions have '{}' between their tags and not '{}', so {} leaves them as they are; "
-            "set data.caption.separator: '{}'",
+            "{} of {} captions have '{}' between their tags and not '{}', so {} leaves them as they are; {}",
             counts[mark],
             len(texts),
             mark,
             caption.separator,
             ", ".join(used),
-            mark,
+            # The other captions would be single tags with the rarer mark.
+            f"set data.caption.separator: '{mark}'"
+            if counts[mark] > len(texts) - len(whole)
+            else f"write '{caption.separator}' in them",
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_trainer.configs.problems import Problem, format_count, join_reasons
+from sdxl_trainer.configs.problems import Problem, choose_cure, format_count, join_reasons
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.folder_keys import FolderKeys
 from sdxl_trainer.data.images.image_files import ImageFolder, get_image_stem, read_caption_file, walk_images
@@ -83,7 +83,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             )
             yield Problem(f"data.image_dirs.{number}", path, rule, cure)
         elif not path.is_dir():
-            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", path_cure)
+            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", choose_cure(path, path_cure))
 
 
 class _MissingFile(NamedTuple):

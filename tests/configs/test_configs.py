@@ -141,6 +141,18 @@ def test_file_urls_of_metadata_are_the_paths_they_name(tmp_path: Path) -> None:
         ("engine: {zero_stage: true}", "engine.zero_stage", True, SEE_ALSO),
         ("train: {max_steps: 0}", "train.max_steps", 0, f"change it; {SEE_ALSO}"),
         ("optim: {lr: .inf}", "optim.lr", math.inf, "write digits, such as 0.1 or 1e-5"),
+        (
+            "optim: {lr: “1e-4”}",
+            "optim.lr",
+            "“1e-4”",
+            "write brackets, commas and quotation marks of half width, not “",
+        ),
+        (
+            "lora: {dropout: 0.1}",
+            "lora.dropout",
+            0.1,
+            "see docs/CONFIG.md for the known keys",
+        ),  # no dropout of captions
         ("optim: {schedule: cosin}", "optim.schedule", "cosin", "did you mean cosine?"),
         ("engine: {zero_stage: 4}", "engine.zero_stage", 4, "choose one of them"),
         ("data: {metadata: 7.5}", "data.metadata", 7.5, "write it between brackets: [7.5]"),
@@ -225,7 +237,7 @@ def test_missing_and_binary_files_are_rejected(tmp_path):
 def test_the_likely_encoding_of_a_text_is_named(text, encoding):
     with pytest.raises(UnicodeDecodeError) as caught:
         text.encode(encoding).decode("utf-8")
-    cure = f"iconv -f {encoding} -t UTF-8"
+    cure = f"iconv -f {encoding} -t UTF-8 FILE > NEW"
     assert describe_encoding(caught.value) == f"is not UTF-8, but probably {encoding}; convert it: {cure}"
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from sdxl_trainer.cache.models.single_file import FLOW_SHIFT_KEY
 from sdxl_trainer.cache.models.source import may_be_hub_id
 from sdxl_trainer.configs.load import build_config, load_config
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.train.checkpoint.folder import MANIFEST, find_newest_checkpoint, verify_manifest
@@ -63,6 +64,24 @@ def find_model_checkpoint(path: Path, option: str) -> Path | None:
         rule = "is a run folder without a complete checkpoint"
         raise UserInputError([Problem(option, path, rule, "give another run folder or a model file")])
     return newest
+
+
+@contextmanager
+def explain_removal(checkpoint: Path | None) -> Iterator[None]:
+    """Name the cause if a checkpoint vanishes while it is read, because its run goes on.
+
+    Raises:
+        FailedError: an error came, and the checkpoint is not there any more.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or (checkpoint / MANIFEST).is_file():
+            raise
+        raise FailedError(
+            f"{checkpoint} was removed while it was read, because its run goes on and keeps its newest checkpoints; "
+            "run the same command again"
+        ) from error
 
 
 def load_model_config(checkpoint: Path | None, cfg: Path | None, words: Sequence[str]) -> tuple[Config, list[Problem]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 
-from sdxl_trainer.cache.models.source import is_local, resolve_model
+from sdxl_trainer.cache.models.source import is_local, may_be_hub_id, resolve_model
 from sdxl_trainer.configs.language.translate import join_label, translate, translate_label
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
@@ -30,6 +30,9 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Gen
     from sdxl_trainer.train.run.memory_plan import check_device, check_room, list_largest_bucket
 
     bucket = list_largest_bucket(config)
+    if not is_local(config.model) and not may_be_hub_id(config.model.path):
+        yield Finding("memory", "unknown as long as the settings or the model are wrong")
+        return config
     if not is_local(config.model) or bucket is None:
         yield Finding("memory", "the size of the model is not known before its download")
         return config

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sdxl_trainer.cache.models.source import check_hub_id, is_local
+from sdxl_trainer.cache.models.source import check_hub_id, is_local, may_be_hub_id
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem
@@ -15,7 +15,7 @@ def examine_hub_model(model: ModelConfig) -> Iterator[Finding]:
 
     A mistyped path such as `models/sdxl` looks like a hub id, so that only the hub shows the mistake.
     """
-    if not is_local(model):
+    if not is_local(model) and may_be_hub_id(model.path):
         announce_stage("looking for the model on the hub")
         yield from map(convert_problem, check_hub_id(model))
 

@@ -11,8 +11,10 @@ from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.problems import Problem, format_count, raise_if_any
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint.model_argument import (
+    explain_removal,
     find_model_checkpoint,
     load_model_config,
     read_declared_prediction,
@@ -68,6 +70,16 @@ def run_conversion(
     config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
     raise_if_any([*check_model(config.model), *check_average(checkpoint, average)])
+    with explain_removal(checkpoint):
+        convert_model(config, checkpoint, target, average, merge)
+
+
+def convert_model(config: Config, checkpoint: Path | None, target: Path, average: str | None, merge: bool) -> None:
+    """Write the model that the settings name to `target`, with the weights of a checkpoint if there is one.
+
+    Args:
+        average, merge: see `run_conversion`.
+    """
     settings = build_export_settings(config, resolve_model(config.model))
     trained = {} if checkpoint is None else open_weights(checkpoint, average)
     has_adapters = bool(trained and config.lora.rank)

@@ -8,6 +8,7 @@ from loguru import logger
 from PIL import Image
 
 from sdxl_trainer.cache.models.encoders import load_vae
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.sampling.image_grid import (
     build_before_and_after,
@@ -39,6 +40,8 @@ def write_generated_images(run: Run) -> None:
         config=run.config,
         dtype=engine.dtype,
     )
+    if run.ranks.is_main:
+        logger.info("generating {}", format_count(len(prompts), "image"))
     average = next(iter(engine.weights.average_names), None) if run.config.ema.sample else None
     in_lockstep = engine.zero_stage == 3
     engine.model.eval()

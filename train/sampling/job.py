@@ -18,6 +18,7 @@ from sdxl_trainer.launch.distributed import close_ranks, init_ranks, read_enviro
 from sdxl_trainer.launch.kernels import set_tf32, use_attention
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint.model_argument import (
+    explain_removal,
     find_model_checkpoint,
     load_model_config,
     read_declared_prediction,
@@ -66,7 +67,8 @@ def run_sampling(
     if ranks.is_main:
         sizes = sorted({f"{prompt.width_px}x{prompt.height_px}" for prompt in prompts})
         logger.info("generating {} at {} px", format_count(len(prompts), "image"), ", ".join(sizes))
-    generator = load_image_generator(config, checkpoint, ranks.device, average)
+    with explain_removal(checkpoint):
+        generator = load_image_generator(config, checkpoint, ranks.device, average)
     with ACTIVITY.during("generating images"), use_attention(config.engine.attention):
         images = generate_images(generator, prompts, ranks)
     if ranks.is_main:

@@ -75,6 +75,14 @@ def test_tags_behind_another_mark_than_the_separator_are_named(
     assert found == ([f"{rule}; set data.caption.separator: '{mark}'"] if mark else [])
 
 
+def test_the_rarer_of_two_separators_is_to_be_replaced(settings: Path, messages: list[str]) -> None:
+    for name, text in zip("abc", ("一只猫，坐着", "a cat, a mat", "a dog, a mat"), strict=True):
+        (settings.parent / "images" / f"{name}.txt").write_text(text)
+    open_checked_records(load_config(settings, ["data.caption.shuffle=true"])[0])
+    (found,) = (message for message in messages if "between their tags" in message)
+    assert found.startswith("1 of 3 captions have '，'") and found.endswith("; write ',' in them")
+
+
 def test_a_clash_of_keys_and_missing_captions_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text('{"a": {"image_path": "a.png"}, "64px/a": {"image_path": "b.png"}}')
     data = {"metadata": [tmp_path / "m.json"], "min_bucket_px": 32, "resolution_px": [64, 128]}

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_trainer.configs.problems import UserInputError
+from sdxl_trainer.configs.problems import FailedError, UserInputError
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.train.checkpoint.folder import MANIFEST
 from sdxl_trainer.train.checkpoint.model_argument import (
     DeclaredPrediction,
+    explain_removal,
     find_model_checkpoint,
     load_model_config,
     read_declared_prediction,
@@ -88,6 +90,18 @@ def test_an_absent_model_is_named_and_a_hub_id_is_left_to_the_hub(tmp_path: Path
             find_model_checkpoint(Path(name), "--model")
     assert find_model_checkpoint(Path("stabilityai/sdxl"), "--model") is None
     assert find_model_checkpoint(Path("https://huggingface.co/a/b"), "--model") is None  # the model's check explains it
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_named(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).touch()
+    with pytest.raises(KeyError), explain_removal(tmp_path):  # damaged, but there
+        raise KeyError("layout")
+    with pytest.raises(FileNotFoundError), explain_removal(None):  # a model without a run
+        raise FileNotFoundError("x")
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(FailedError, match="was removed while it was read.*run the same command again"):
+        with explain_removal(tmp_path):
+            raise KeyError("layout")
 
 
 def test_the_settings_of_a_checkpoint_are_used_and_unknown_ones_dropped(tmp_path: Path) -> None:
