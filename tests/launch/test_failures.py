@@ -98,7 +98,7 @@ def test_folders_that_cannot_be_written_are_problems(tmp_path: Path, monkeypatch
     disk = os.statvfs(tmp_path)
     fields = {name: getattr(disk, name) for name in dir(disk) if name.startswith("f_")}
     states = {
-        "no space": {"f_bavail": 0},
+        "no free space": {"f_bavail": 0},
         "inodes": {"f_files": 9, "f_ffree": 0},
         "read-only": {"f_flag": os.ST_RDONLY},
     }

@@ -395,5 +395,5 @@ def caption(self, record, rng):
     write_class(tmp_path, body.replace("return 2", "return 3"))
     printed = run_program(*words, "train.max_steps=9", expect=2)
     assert "run.on_data_change: continue" in printed and "Traceback" not in printed
-    printed = run_program(*words, "data.strategy=absent.py:Mine", "optim.lr=fast", "--dry-run", expect=2)
-    assert "absent.py is not a file" in printed and "optim.lr" in printed and "Traceback" not in printed
+    printed = run_program(*words, "data.strategy=absent.py:Mine", "model.path=/no/model", "--dry-run", expect=2)
+    assert "absent.py is not a file" in printed and "model.path" in printed and "Traceback" not in printed
