@@ -36,7 +36,8 @@ setup(
         "sdxl_trainer.configs": ["*.yaml", "**/*.po", "**/*.json", "**/*.txt", "**/*.safetensors"],
         "sdxl_trainer.launch": ["*.sh", "*.sbatch"],
         "sdxl_trainer.cache.preview": ["*.html"],
-        "sdxl_trainer.train.report": ["*.html"],
+        "sdxl_trainer.train.report": ["*.html", "*.css"],
+        "sdxl_trainer.train.evidence": ["*.html"],
         "sdxl_trainer.train.watch": ["page/*"],
     },
     # They install into a checkout and test it.

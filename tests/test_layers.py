@@ -34,7 +34,7 @@ MAX_MODULES, MAX_IMPORTS = 18, 25
 TEXT_CALLS = {"read_text": 0, "write_text": 1}  # → arguments before the encoding
 LIGHT = (
     "train/cli.py",
-    *(f"{room}/program.py" for room in ("cache/preview", "train/doctor", "train/watch")),
+    *(f"{room}/program.py" for room in ("cache/preview", "train/doctor", "train/evidence", "train/watch")),
 )
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
 # Programs that people start by path or by `python -m`.
@@ -43,6 +43,7 @@ PROGRAMS = (
         *ENTRY_POINTS,
         "train/convert.py",
         "train/cli.py",
+        "train/compare.py",
         "data/demo.py",
         "configs/document.py",
         "configs/import_config.py",

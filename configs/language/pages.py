@@ -13,7 +13,10 @@ from pathlib import Path
 from sdxl_trainer.configs.language.catalogue import read_catalogue
 from sdxl_trainer.configs.language.translate import CATALOGUES, get_language, translate_label
 
-PAGES = ("train/watch/page/*.html", "train/watch/page/*.js", "train/report/page.html", "cache/preview/page.html")
+PAGES = (
+    *("train/watch/page/*.html", "train/watch/page/*.js"),
+    *("train/report/*.html", "train/evidence/*.html", "cache/preview/page.html"),
+)
 CALL = re.compile(r"""\bt\(\s*("(?:[^"\\]|\\.)*")""")
 WORDS = re.compile(r"[A-Za-z]{2,}")
 ATTRIBUTES = ("placeholder", "aria-label")

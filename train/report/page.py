@@ -52,6 +52,7 @@ from sdxl_trainer.train.report.run_status import FINISHED, RUNNING, STATUS_FILE,
 from sdxl_trainer.train.report.settings import read_settings
 from sdxl_trainer.train.sampling.image_grid import read_prompt, select_step_folders
 
+PAGE = Path(__file__).with_name("page.html")
 NICENESS = 10  # of a report written during training, so that the loader's workers have priority
 THUMBNAIL_PX = 160  # longer side of a generated image on the page
 WEBP_QUALITY = 75
@@ -104,7 +105,7 @@ def write_report(folder: Path) -> Path:
         facts={translate_label(name): translate(value) for name, value in list_facts(numbers).items()},
         settings=read_settings(folder / "config.yaml"),
         charts=charts,
-        steps=steps,
+        headings=[fill_text("step {step}", step=step) for step in steps],
         strips=strips,
     )
     write_atomic(target / "report.html", page)
@@ -131,10 +132,11 @@ def translate_state(text: str) -> str:
     return join_label(translate_label(state), translate(reason)) if separator else translate_label(state)
 
 
-def load_template() -> jinja2.Template:
-    """Load the page's template, which escapes every value."""
+def load_template(file: Path = PAGE) -> jinja2.Template:
+    """Load a page's template, which escapes every value and may use the pieces and the style of the report."""
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Environment(**options).from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
+    loader = jinja2.FileSystemLoader([file.parent, PAGE.parent])
+    return jinja2.Environment(loader=loader, **options).get_template(file.name)
 
 
 def read_counts(file: Path) -> dict:

@@ -1,0 +1,171 @@
+"""Statistics of comparisons, as pure functions: bootstrap, Holm's correction, Student's t, and sizes of experiments.
+
+Symbols: N samples, K groups of errors, n runs of an arm.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 4000
+RESAMPLES_AT_ONCE = 100  # their counts of samples are held together, [100, N]
+BOOTSTRAP_SEED = 20231
+MAX_DEGREES = 1e6  # of freedom; Student's t is normal by then
+
+
+class Interval(NamedTuple):
+    """An estimate with its interval at CONFIDENCE, and the two-sided p-value of the hypothesis that it is 0."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+class Variance(NamedTuple):
+    """A part of the variance of an estimate, and the degrees of freedom that it was measured with."""
+
+    value: float
+    degrees: float
+
+
+def combine_degrees(parts: Sequence[Variance]) -> float:
+    """Return the degrees of freedom of a sum of variances (Satterthwaite 1946, and Welch 1947 for two)."""
+    total = sum(part.value for part in parts)
+    spread = sum(part.value**2 / part.degrees for part in parts)
+    return total**2 / spread if spread else MAX_DEGREES
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """The variance of an estimate.
+
+    Its degrees of freedom are those of the parts between few runs. Variance between many samples adds none: it would
+    make intervals too narrow whenever few runs happen to lie close together.
+    """
+
+    between_seeds: Sequence[Variance]
+    between_samples: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the estimate."""
+        return math.sqrt(sum(part.value for part in self.between_seeds) + self.between_samples)
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom."""
+        return combine_degrees(self.between_seeds)
+
+
+def bootstrap_means(values: np.ndarray, num_resamples: int = NUM_RESAMPLES) -> list[Interval | None]:
+    """Return the mean of each column with its interval by the bootstrap over rows (Efron & Tibshirani 1993).
+
+    All columns share the resamples. Deviations are scaled by sqrt(N / (N - 1)), because resamples of N rows vary less
+    than new samples would; percentiles of the deviations give the interval.
+
+    Args:
+        values: [N, K]; NaN where a sample has no value.
+
+    Returns:
+        For each column an interval, or None for a column with fewer than two values.
+    """
+    is_known = np.isfinite(values)
+    filled, random = np.where(is_known, values, 0.0), np.random.default_rng(BOOTSTRAP_SEED)
+    num_rows, parts = len(values), []
+    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, num_resamples - start)
+        counts = (
+            random.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size) if num_rows else np.zeros((size, 0))
+        )
+        with np.errstate(invalid="ignore"):  # a resample without any value of a column has no mean
+            parts.append((counts @ filled) / (counts @ is_known))
+    resampled = np.concatenate(parts)
+    intervals: list[Interval | None] = []
+    for column in range(values.shape[1]):
+        known = values[is_known[:, column], column]
+        means = resampled[np.isfinite(resampled[:, column]), column]
+        intervals.append(_summarize(float(known.mean()), means, len(known)) if len(known) > 1 else None)
+    return intervals
+
+
+def _summarize(mean: float, resampled: np.ndarray, num_values: int) -> Interval:
+    scaled = mean + (resampled - mean) * math.sqrt(num_values / (num_values - 1))
+    low, high = np.quantile(scaled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    tail = min(np.mean(scaled <= 0), np.mean(scaled >= 0))
+    # A p-value below that of a single resample cannot be measured.
+    p_value = min(1.0, max(2 * float(tail), 2 / len(scaled))) if scaled.any() else 1.0
+    return Interval(mean, float(low), float(high), p_value)
+
+
+def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values that stay valid when all hypotheses are tested at once (Holm 1979), in the same order."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, largest = [0.0] * len(order), 0.0
+    for place, number in enumerate(order.tolist()):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
+def compute_t_tail(t: float, degrees: float) -> float:
+    """Return the probability that Student's t with `degrees` of freedom is further from 0 than `t`.
+
+    With t = sqrt(degrees)·tan(a) the density is proportional to cos(a)^(degrees - 1), which is integrated by Simpson's
+    rule over the tail, so that small probabilities keep their precision.
+    """
+    degrees = min(degrees, MAX_DEGREES)
+    edge = math.atan(abs(t) / math.sqrt(degrees))
+    log_norm = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(math.pi) / 2
+    # Beyond 60 deviations of a nearly normal density nothing is left; a grid up to pi/2 would miss its peak.
+    end = min(math.pi / 2, edge + 60 / math.sqrt(degrees))
+    angles = np.linspace(edge, end, 4001)
+    density = np.cos(angles).clip(min=0) ** (degrees - 1)
+    weights = np.ones(4001)
+    weights[1:-1:2], weights[2:-1:2] = 4, 2
+    integral = float(density @ weights) * (end - edge) / 4000 / 3
+    return min(1.0, 2 * math.exp(log_norm) * integral)
+
+
+def compute_t_quantile(degrees: float) -> float:
+    """Return the t that Student's t with `degrees` of freedom exceeds, on either side, with 1 - CONFIDENCE."""
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if compute_t_tail(middle, degrees) > 1 - CONFIDENCE else (low, middle)
+    return high
+
+
+def compute_t_interval(mean: float, uncertainty: Uncertainty) -> Interval:
+    """Return the interval of an estimate."""
+    deviation, degrees = uncertainty.deviation, uncertainty.degrees
+    if not deviation:
+        return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    margin = compute_t_quantile(degrees) * deviation
+    return Interval(mean, mean - margin, mean + margin, compute_t_tail(mean / deviation, degrees))
+
+
+def count_needed(effect: float, uncertainty_of: Callable[[int], Uncertainty], start: int, most: int) -> int | None:
+    """Return the smallest count from `start` on with which an effect of this size is outside its interval.
+
+    Args:
+        uncertainty_of: count → uncertainty of the effect.
+        most: None is returned if more would be needed.
+    """
+
+    def decides(count: int) -> bool:
+        uncertainty = uncertainty_of(count)
+        deviation = uncertainty.deviation
+        return not deviation or compute_t_tail(effect / deviation, uncertainty.degrees) < 1 - CONFIDENCE
+
+    if not decides(most):
+        return None
+    low, high = start - 1, most  # more never hurts
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle, high)
+    return high
