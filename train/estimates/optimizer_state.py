@@ -17,7 +17,8 @@ NUM_MOMENTS = {"adamw": 2, "lion": 1, "prodigy": 4, "muon": 1}
 # Of a value in an update: weight, gradient and change in fp32; transformers' Adafactor, which updates weights in fp32,
 # makes four copies.
 COPIES_BYTES, COPIES_BYTES_IN_FP32 = 3 * FP32_BYTES, 4 * FP32_BYTES
-ROUNDING_BYTES = 48  # of a value while a part of a weight is rounded at random
+# Of a value while a part of a weight is rounded: at random, or to the nearest with Kahan's remainder.
+ROUNDING_BYTES = {"bf16_stochastic": 48, "bf16_kahan": 3 * FP32_BYTES}
 
 
 def count_master_bytes(engine: EngineConfig) -> int:
@@ -66,5 +67,5 @@ def count_release_copies(engine: EngineConfig, largest: int) -> int:
     """Count the bytes of copies while gradient release updates a weight of `largest` values."""
     if engine.precision == "fp32":
         return COPIES_BYTES_IN_FP32 * largest
-    rounding = ROUNDING_BYTES * min(largest, CHUNK) if engine.precision == "bf16_stochastic" else 0
+    rounding = ROUNDING_BYTES.get(engine.precision, 0) * min(largest, CHUNK)
     return max(COPIES_BYTES * largest, FP32_BYTES * largest + rounding)

@@ -71,21 +71,25 @@ def test_bytes_of_a_weight(optimizer: str, precision: str, shapes: Counter[tuple
     assert held == counted + count_moments(engine, optim, list(shapes.elements()))
     assert held / num_values <= LIMITS[optimizer] + MORE[precision]
     if precision != "bf16_stochastic" or name not in ("adamw", "lion"):  # one kernel on GPUs
-        assert copied <= count_release_copies(engine, max(map(math.prod, shapes)))
+        for shape, number in copied.items():
+            assert number <= 1.02 * count_release_copies(engine, math.prod(shape)), shape
 
 
-def update_twice(updates: SingleUpdates, weights: list[torch.nn.Parameter], state: Any) -> int:
-    """Update each weight on its own, and return the most bytes that a second update adds for a time."""
-    most = 0
+def update_twice(updates: SingleUpdates, weights: list[torch.nn.Parameter], state: Any) -> dict[torch.Size, int]:
+    """Update each weight on its own, and return the most bytes that the second update of each shape adds for a time.
+
+    Without shapes of a few values, where the scalars count.
+    """
+    most: dict[torch.Size, int] = {}
     for _ in range(2):
-        most = 0
         updates.begin_step()
         for weight in weights:
             weight.grad = torch.empty_like(weight)
             known = [weight, weight.grad, *list_tensors(state[weight])]
             with LiveBytes([values.untyped_storage() for values in known]) as live:
                 updates.update(weight)
-            most = max(most, live.peak)
+            if weight.numel() >= 1000:
+                most[weight.shape] = live.peak
             weight.grad = None
         updates.end_step()
     return most
