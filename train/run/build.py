@@ -7,7 +7,7 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
-from sdxl_trainer.cache.models.source import ModelSource, resolve_model
+from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
@@ -24,8 +24,7 @@ from sdxl_trainer.train.checkpoint.resume import (
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import compute_batch_sizes
 from sdxl_trainer.train.estimates.flops import build_mfu_reference
-from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
-from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
+from sdxl_trainer.train.objective.builder import build_objective
 from sdxl_trainer.train.report.metrics import MetricsLog, WandbLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.bad_samples import BadSamples
@@ -126,10 +125,3 @@ def open_wandb_for_ranks(config: Config, publish: bool) -> WandbLog | None:
         if publish and config.log.wandb is not None:
             folder, settings = config.run.folder / "logs", config.model_dump(mode="json")
             return open_wandb(config.log.wandb, config.run.name, folder, settings)
-
-
-def build_objective(config: Config, source: ModelSource, ranks: Ranks) -> Objective:
-    """Build the objective for the VAE of the model and this rank's device."""
-    statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
-    drawn_noise = DrawnNoise(pin_memory=ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
-    return Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise)
