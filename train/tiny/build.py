@@ -48,24 +48,28 @@ TEXT_ENCODER_GAINS = {
     "fc2": 0.5,
     "": 1.5,  # all other weights
 }
+TRAINED_CHANNELS, CHANNELS = 4, (4, 16, 32)  # of the latents
 COPIED_PARTS = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 
 
-def build_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+def build_tiny_sdxl(folder: Path, seed: int = 0, channels: int = 4) -> Path:
     """Write the tiny SDXL into a folder, in fp32 safetensors, and return the folder.
 
     `StableDiffusionXLPipeline.from_pretrained(folder)` loads it. A seed always gives the same weights, and torch's
     global random state does not change.
+
+    Args:
+        channels: of the latents, 4, 16 or 32 (see train/tiny/wide_vae.py).
     """
     import torch
 
     folder = _copy_parts(Path(folder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        build_tiny_unet().save_pretrained(folder / "unet")
+        build_tiny_unet(channels).save_pretrained(folder / "unet")
         for name, model in build_tiny_text_encoders().items():
             model.save_pretrained(folder / name)
-        load_tiny_vae().save_pretrained(folder / "vae")
+        load_wide_vae(channels).save_pretrained(folder / "vae")
     return folder
 
 
@@ -99,11 +103,11 @@ def _copy_parts(folder: Path) -> Path:
     return folder
 
 
-def build_tiny_unet() -> Any:
+def build_tiny_unet(channels: int = 4) -> Any:
     """Build the U-Net (UNet2DConditionModel), initialised from torch's global random state."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(_read_config("unet"))
+    return UNet2DConditionModel.from_config({**_read_config("unet"), "in_channels": channels, "out_channels": channels})
 
 
 def build_tiny_vae() -> Any:
@@ -134,6 +138,13 @@ def load_tiny_vae(weights: Path = VAE_WEIGHTS) -> Any:
     return vae.eval()
 
 
+def load_wide_vae(channels: int) -> Any:
+    """Load the trained VAE with 4 latent channels, or widened to 16 or 32, in fp32."""
+    from sdxl_trainer.train.tiny.wide_vae import widen_vae
+
+    return load_tiny_vae() if channels == TRAINED_CHANNELS else widen_vae(load_tiny_vae(), channels)
+
+
 def _read_config(name: str) -> dict[str, Any]:
     return json.loads((CONFIG_FOLDER / name / "config.json").read_text(encoding="utf-8"))
 
@@ -160,10 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random weights (0)")
     parser.add_argument("--pretrained", action="store_true", help="write the model that was pre-trained on four shapes")
+    parser.add_argument("--channels", type=int, choices=CHANNELS, default=4, help="channels of the latents (4)")
     options = parser.parse_args(arguments)
     quiet_libraries()
     if options.pretrained:
         message = f"pre-trained tiny SDXL in {build_pretrained_sdxl(options.out)}"
     else:
-        message = f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed)}"
+        message = f"tiny SDXL in {build_tiny_sdxl(options.out, options.seed, options.channels)}"
     sys.stdout.write(f"{translate(message)}\n")

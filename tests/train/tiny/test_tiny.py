@@ -20,7 +20,7 @@ from sdxl_trainer.data.images.demo_set import (
     nearest_colour,
     nearest_shape,
 )
-from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, VAE_WEIGHTS, build_tiny_sdxl, load_tiny_vae
+from sdxl_trainer.train.tiny.build import CONFIG_FOLDER, VAE_WEIGHTS, build_tiny_sdxl, load_tiny_vae, load_wide_vae
 from sdxl_trainer.train.tiny.tokenizer import build_vocabulary, learn_merges, list_byte_symbols, write_tokenizers
 
 SCALING_FACTOR = 0.13025
@@ -184,3 +184,29 @@ def test_nearest_shape_finds_the_shape_of_every_image_old_and_new(tmp_path):
     for record in json.loads(path.read_text()).values():
         image = np.asarray(Image.open(path.parent / record["image_path"]).convert("RGB"))
         assert nearest_shape(image) == record["caption"].split()[2], record
+
+
+@pytest.mark.parametrize(("channels", "scaling", "shift"), [(16, 0.3611, 0.1159), (32, 0.6043, 0.0760)])
+def test_wide_vaes_decode_like_the_trained_one(demo: tuple[Path, dict], channels: int, scaling: float, shift: float):
+    vae, wide = load_tiny_vae(), load_wide_vae(channels)
+    assert (wide.config.latent_channels, wide.config.scaling_factor, wide.config.shift_factor) == (
+        channels,
+        scaling,
+        shift,
+    )
+    pixels = torch.cat([_load_resized(path) for path in sorted(demo[0].parent.rglob("*.*g"))[:1]])
+    with torch.no_grad():
+        posterior, wide_posterior = vae.encode(pixels).latent_dist, wide.encode(pixels).latent_dist
+        assert wide_posterior.mean.shape[1] == channels
+        decoded, expected = (
+            model.decode(latents).sample for model, latents in ((wide, wide_posterior.mean), (vae, posterior.mean))
+        )
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
+    # Both give the U-Net the same energy on average over the channels, and the same noise.
+    x0, wide_x0 = posterior.mean * SCALING_FACTOR, (wide_posterior.mean - shift) * scaling
+    assert wide_x0.square().mean().item() == pytest.approx(x0.square().mean().item(), rel=1e-4)
+    log_std, wide_log_std = (
+        (std.log().mean() + math.log(factor)).item()
+        for std, factor in ((posterior.std, SCALING_FACTOR), (wide_posterior.std, scaling))
+    )
+    assert wide_log_std == pytest.approx(log_std, abs=1e-4)
