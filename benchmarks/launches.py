@@ -43,16 +43,19 @@ class Case(NamedTuple):
     zero_stage: int
     precision: str
     num_ranks: int
+    has_feedback: bool = False  # a learned weighting and adaptive timesteps
 
     @property
     def name(self) -> str:
         """Name of the case in figures."""
-        return f"zero{self.zero_stage}_{self.precision}_{self.num_ranks}_rank{'s' * (self.num_ranks > 1)}"
+        ranks = f"{self.num_ranks}_rank{'s' * (self.num_ranks > 1)}"
+        return f"zero{self.zero_stage}_{self.precision}_{ranks}{'_feedback' * self.has_feedback}"
 
 
 CASES = (
     *(Case(0, "fp32", 1), Case(0, "bf16", 1), Case(1, "bf16", 1), Case(2, "bf16", 1)),
     *(Case(0, "fp32", 2), Case(1, "bf16", 2), Case(2, "bf16", 2), Case(2, "fp32", 2)),
+    Case(1, "bf16", 1, has_feedback=True),
 )
 QUICK_CASES = (Case(1, "bf16", 1), Case(2, "bf16", 1))
 LARGEST_UPDATE = {0: 1500, 1: 600, 2: 600}  # launches, by ZeRO stage
@@ -142,6 +145,7 @@ def build_counted_run(work: Path, case: Case, scale: int, words: list[str] | Non
         "checkpoint": {"every_steps": 0},
         "sample": {"prompts": []},
         "log": {"level": "WARNING"},
+        "objective": {"learned_weighting": True, "adaptive_timestep_bins": 100} if case.has_feedback else {},
     }
     config, problems = build_config(settings, words or [])
     raise_if_any(problems)
@@ -220,7 +224,7 @@ def count_step(run: Any, batches: Iterator[Any], sizes: RealSizes) -> LaunchCoun
             counter.add_host(values, pinned=True)
         return values
 
-    def compute_losses(*arguments: Any) -> torch.Tensor:
+    def compute_losses(*arguments: Any) -> Any:
         with counter.phase("objective"):
             return compute(*arguments)
 

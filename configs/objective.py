@@ -16,7 +16,7 @@ USUAL_GAMMA = {"min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0, "v_pred_like": 1.
 
 
 class Dependency(NamedTuple):
-    """A setting that another setting depends on: it must have one of `values`, or be above 0 if there are none."""
+    """A setting that another setting depends on: it must have one of `values`; without any, be true or above 0."""
 
     setting: str
     values: tuple[str, ...] = ()
@@ -28,6 +28,7 @@ USED_WITH = {
     "huber_c": Dependency("loss", HUBER_LOSSES),
     "weighting_gamma": Dependency("weighting", tuple(USUAL_GAMMA)),
     "sigma_data": Dependency("weighting", ("soft_min_snr",)),
+    "learned_weighting_lr": Dependency("learned_weighting"),
     "logit_mean": Dependency("timestep_density", ("logit_normal",)),
     "logit_std": Dependency("timestep_density", ("logit_normal",)),
     "mode_scale": Dependency("timestep_density", ("mode",)),
@@ -86,6 +87,14 @@ class ObjectiveConfig(Section):
     SNR of `soft_min_snr` is never above 1/4, so with `epsilon` a larger gamma gives all timesteps the weight 1."""
     sigma_data: float = Field(1.0, gt=0)
     """Standard deviation s of the (scaled) latents, for `soft_min_snr`."""
+    learned_weighting: bool = False
+    """Learn the loss weight of each noise level (EDM2, arXiv 2312.02696): a sample's loss L becomes L/exp(u) + u, where
+    u is a linear layer over 128 Fourier features of ln(sigma)/4, trained by an Adam of its own. exp(u) approaches the
+    mean loss of the noise level, so all noise levels have an equal share. It starts at weight 1 everywhere, and is
+    saved in checkpoints. sigma is limited to 1/4096 .. 4096, as pure noise has an infinite one. The logged loss and
+    validation are unweighted. Not together with `weighting` or `contrastive_weight`."""
+    learned_weighting_lr: float = Field(0.01, gt=0, le=1)
+    """Learning rate of the learned weighting, constant over the run."""
 
     min_timestep: int = Field(0, ge=0, le=999)
     """First timestep to train."""
@@ -114,6 +123,12 @@ class ObjectiveConfig(Section):
     low_discrepancy: bool = False
     """Spread the timesteps of each global batch evenly over their distribution instead of drawing them independently.
     The loss and the gradient vary less; each single timestep is still random."""
+    adaptive_timestep_bins: int = Field(0, ge=0, le=1000)
+    """Draw timesteps with large losses more often (arXiv 2102.09672). This is the number of bins of equal probability
+    that the distribution of the other settings is cut into; 0 turns it off, and 50 to 100 is a good number. Once every
+    bin has 10 losses, a bin is drawn in proportion to the root of the mean of its last 10 squared losses, mixed with
+    1 % of the original distribution. A sample's loss is divided by its bin's probability times the number of bins, so
+    the objective stays the same. The losses are saved in checkpoints."""
 
     noise_candidates: int = Field(1, ge=1, le=1024)
     """Noises that are drawn for a sample; the one with the smallest L2 distance to its latent is used (immiscible
@@ -187,6 +202,17 @@ class ObjectiveConfig(Section):
             raise ValueError(f"needs objective.prediction {needed[weighting]}, but that is {prediction}")
         return weighting
 
+    @field_validator("learned_weighting")
+    @classmethod
+    def _reject_other_weights(cls, learned: bool, info: ValidationInfo) -> bool:
+        for name, off in (("weighting", "none"), ("contrastive_weight", 0)):
+            chosen = info.data.get(name, off)
+            if learned and chosen != off:
+                raise ValueError(
+                    f"cannot be used with objective.{name}, which is {chosen}; set that to {off}, or leave this out"
+                )
+        return learned
+
     @field_validator("max_timestep")
     @classmethod
     def _require_range(cls, maximum: int, info: ValidationInfo) -> int:
@@ -201,6 +227,16 @@ class ObjectiveConfig(Section):
             raise ValueError("must contain numbers of 0 or more, at least one of them above 0")
         return density
 
+    @field_validator("adaptive_timestep_bins")
+    @classmethod
+    def _require_bins(cls, number: int, info: ValidationInfo) -> int:
+        num_timesteps = info.data.get("max_timestep", 1000) - info.data.get("min_timestep", 0)
+        if number == 1:
+            raise ValueError("must be at least 2: a single bin is always as frequent; set it to 100, or to 0")
+        if number > num_timesteps and info.data.get("prediction", "flow") != "flow":
+            raise ValueError(f"is more than the {num_timesteps} timesteps to train; lower it, or set it to 0")
+        return number
+
     @field_validator(*USED_WITH)
     @classmethod
     def _require_effect(cls, value: Any, info: ValidationInfo) -> Any:
@@ -210,7 +246,7 @@ class ObjectiveConfig(Section):
         has_effect = chosen in values if values else bool(chosen)
         has_effect = has_effect or (other == "weighting" and is_own_code(chosen))  # which may take any of them
         if value != cls.model_fields[info.field_name].default and other in info.data and not has_effect:
-            needed = f"to {' or '.join(values)}" if values else "above 0"
+            needed = f"to {' or '.join(values)}" if values else "to true" if chosen is False else "above 0"
             raise ValueError(f"has no effect: objective.{other} is {chosen}; set that {needed}, or leave this out")
         return value
 

@@ -52,6 +52,7 @@ PROGRAMS = (
 )
 PURE = (
     *(f"train/objective/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),
+    *(f"train/objective/{name}.py" for name in ("adaptive_timesteps", "learned_weighting")),
     "data/images/bucket.py",
     "data/order/plan.py",
 )

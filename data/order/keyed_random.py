@@ -34,6 +34,7 @@ class RandomStream(IntEnum):
     ROUNDING = 18
     PREVIEW = 19
     CONTRAST = 20
+    FOURIER_FEATURES = 21
 
 
 def derive_seed(*keys: int) -> int:

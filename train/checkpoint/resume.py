@@ -30,6 +30,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.engine.saved_state import ReshardingError
+from sdxl_trainer.train.objective.loss_feedback import build_feedback_state
 
 # Settings that leave the weights unchanged except for rounding. A change of any other setting is reported. Settings
 # that name the data are harmless, because the fingerprint of the index identifies the data.
@@ -119,6 +120,7 @@ def build_initial_state(
     settings = config.model_dump(mode="json")
     return TrainState(
         epoch_batches=plan.num_batches(0),
+        feedback=build_feedback_state(config.objective),
         seed=config.run.seed,
         global_batch_size=config.train.global_batch_size,
         world_size=ranks.world_size,
@@ -174,6 +176,8 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
             saved.epoch_batches,
         )
     now = {name: getattr(fresh, name) for name in TrainState.MADE_WITH}
+    # Each part that the present settings ask for begins anew if the checkpoint has another.
+    now["feedback"] = saved.feedback.fit_to(fresh.feedback)
     return replace(saved, epoch=epoch, index=index, epoch_batches=plan.num_batches(epoch), **now)
 
 

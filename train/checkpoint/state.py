@@ -8,6 +8,7 @@ import orjson
 
 from sdxl_trainer.configs.renames import rename_settings
 from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.train.objective.loss_feedback import FeedbackState
 
 STATE_FILE = "trainer_state.json"
 
@@ -34,6 +35,8 @@ class TrainState:
     samples_seen: int = 0
     num_bad: int = 0  # samples skipped so far
     num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
+    # Replaced and never changed in place, because a checkpoint may be writing it.
+    feedback: FeedbackState = field(default_factory=FeedbackState)
     # Network → hash, of the base model's networks with frozen weights, which checkpoints do not hold.
     base_model: dict[str, str] = field(default_factory=dict)
     # The choice of `engine.gradient_checkpointing: auto`, which a resume keeps; "" in checkpoints before version 0.3.0
@@ -56,4 +59,6 @@ class TrainState:
         """Read `trainer_state.json`; settings that were saved with an old name get their current one."""
         state = orjson.loads((folder / STATE_FILE).read_bytes())
         rename_settings(state["config"])
+        if "feedback" in state:  # since version 0.3.0
+            state["feedback"] = FeedbackState.parse(state["feedback"])
         return TrainState(**state)

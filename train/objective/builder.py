@@ -4,11 +4,13 @@ from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
+from sdxl_trainer.train.objective.loss_feedback import FeedbackState
 from sdxl_trainer.train.objective.objective import Objective, resolve_latent_statistics
 
 
-def build_objective(config: Config, source: ModelSource, ranks: Ranks) -> Objective:
-    """Build the objective for the VAE of the model and this rank's device."""
+def build_objective(config: Config, source: ModelSource, ranks: Ranks, feedback: FeedbackState) -> Objective:
+    """Build the objective for the VAE of the model, this rank's device and the loss feedback of the run."""
     statistics = resolve_latent_statistics(config.model, source.read_config("vae"))
     drawn_noise = DrawnNoise(pin_memory=ranks.device.type == "cuda") if config.run.noise_device == "cpu" else None
-    return Objective(config.objective, statistics, config.train.global_batch_size, ranks.device, drawn_noise)
+    batch_size = config.train.global_batch_size
+    return Objective(config.objective, statistics, batch_size, ranks.device, drawn_noise, feedback)

@@ -6,7 +6,7 @@ The formulas themselves are pure functions in diffusion.py, timesteps.py, noise.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
+from sdxl_trainer.train.objective.loss_feedback import FeedbackState, LossFeedback, NoiseLevels, build_feedback_state
 from sdxl_trainer.train.objective.losses import HUBER_SCHEDULES, compute_sample_loss, rotate_samples
 from sdxl_trainer.train.objective.noise import add_offset, add_pyramid, draw_nearest_noise, draw_noise, perturb_noise
 from sdxl_trainer.train.objective.timesteps import (
@@ -37,6 +38,7 @@ from sdxl_trainer.train.objective.timesteps import (
 from sdxl_trainer.train.objective.weightings import WEIGHTINGS
 
 LOSS_KEY, WEIGHTING_KEY = "objective.loss", "objective.weighting"  # settings that may name the user's own code
+NUM_CURVE_POINTS = 201  # of the learned weights in the report
 SCALING_FACTOR = 0.13025  # of SDXL's VAE, for VAE configs without one
 
 
@@ -57,6 +59,13 @@ class SampleKeys:
         return derive_seed(self.seed, stream, self.step)
 
 
+class DrawnTimesteps(NamedTuple):
+    """Timesteps of a micro batch."""
+
+    values: torch.Tensor  # [B] on the device, as the U-Net receives them: int64, or float32 1000·s for rectified flow
+    levels: NoiseLevels | None = None  # None without loss feedback
+
+
 class Objective:
     """Noise, timesteps, inputs, targets and losses of a run.
 
@@ -66,6 +75,10 @@ class Objective:
         global_batch_size: number of samples that the low-discrepancy timesteps of a step are spread over.
         device: device of the tensors that the methods return.
         drawn_noise: noise drawn on the CPU ahead of time; None draws on `device`.
+        feedback_state: state of the loss feedback; None for a run that has not started.
+
+    Attributes:
+        feedback: adaptive timesteps and the learned weighting; None if both are off.
     """
 
     def __init__(
@@ -75,6 +88,7 @@ class Objective:
         global_batch_size: int,
         device: torch.device | str = "cpu",
         drawn_noise: DrawnNoise | None = None,
+        feedback_state: FeedbackState | None = None,
     ):
         self.config = config
         self.global_batch_size = global_batch_size
@@ -91,31 +105,66 @@ class Objective:
         self._invert_cdf = build_inverse_cdf(config)
         self._loss = load_own_function(LOSS_KEY, config.loss) if is_own_code(config.loss) else config.loss
         self._weigh = build_weighting(config)
+        has_feedback = config.learned_weighting or config.adaptive_timestep_bins > 0
+        state = feedback_state or build_feedback_state(config)
+        self.feedback = LossFeedback(config, state, global_batch_size) if has_feedback else None
 
     def normalize_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Return x0 for latents of the VAE, moved to the device. Shape [B, C, h, w] in and out."""
         latents = latents.to(self.device, non_blocking=True)
         return diffusion.normalize_latents(latents, *self._latent_statistics)
 
-    def sample_timesteps(self, keys: SampleKeys, num_pixels: int) -> torch.Tensor:
-        """Draw the timesteps that the U-Net receives, [B]: int64, or float32 values 1000·s for rectified flow.
+    def sample_timesteps(self, keys: SampleKeys, num_pixels: int) -> DrawnTimesteps:
+        """Draw the timesteps of a micro batch.
 
         Args:
             num_pixels: width·height of the bucket, which the shift may depend on.
         """
-        config = self.config
+        config, feedback = self.config, self.feedback
         if config.low_discrepancy:
             seed = keys.derive_step_seed(RandomStream.TIMESTEP)
             draws = draw_low_discrepancy(seed, keys.positions, self.global_batch_size)
         else:
             draws = draw_uniform(keys.derive_seeds(RandomStream.TIMESTEP))
         shift = resolve_shift(config.timestep_shift, config.timestep_shift_base_px, num_pixels)
-        return self.convert_to_timesteps(shift_draws(self._invert_cdf(draws), shift))
+        if feedback is None:
+            return DrawnTimesteps(copy_to_device(self._scale_draws(draws, shift), self.device))
+        changed = feedback.change_draws(draws)
+        timesteps = self._scale_draws(changed.draws, shift)
+        return DrawnTimesteps(copy_to_device(timesteps, self.device), feedback.weigh(timesteps, changed.bins))
+
+    def _scale_draws(self, draws: torch.Tensor, shift: float) -> torch.Tensor:
+        """Map uniform draws to timesteps of the density and the shift, [B] on the host."""
+        return self._round(shift_draws(self._invert_cdf(draws), shift))
+
+    def _round(self, draws: torch.Tensor) -> torch.Tensor:
+        """Scale draws of the density in [0, 1] to timesteps in the trained range, [B] on the host."""
+        values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
+        return values.float() if self._is_flow else values.long()
 
     def convert_to_timesteps(self, draws: torch.Tensor) -> torch.Tensor:
         """Map draws in [0, 1], [B] float64, to timesteps in the trained range, with the dtype of `sample_timesteps`."""
-        values = scale_to_range(draws, self.config.min_timestep, self.config.max_timestep)
-        return copy_to_device(values.float() if self._is_flow else values.long(), self.device)
+        return copy_to_device(self._round(draws), self.device)
+
+    def describe_noise_levels(self) -> dict[str, list[float]] | None:
+        """Return the curves of the loss feedback for the report; None without loss feedback.
+
+        They are the learned `weights` at `timesteps`, and the `frequencies` of bins between `edges`, relative to those
+        without adaptive timesteps. Empty for what is off.
+        """
+        if self.feedback is None:
+            return None
+        config, probabilities = self.config, self.feedback.probabilities
+        timesteps = self._round(torch.linspace(0, 1, NUM_CURVE_POINTS, dtype=torch.float64))
+        draws = self._invert_cdf(torch.linspace(0, 1, len(probabilities) + 1, dtype=torch.float64))
+        edges = scale_to_range(shift_draws(draws, config.timestep_shift), config.min_timestep, config.max_timestep)
+        is_learned = self.feedback.state.weighting is not None
+        return {
+            "timesteps": timesteps.tolist() if is_learned else [],
+            "weights": self.feedback.compute_weights(timesteps).tolist() if is_learned else [],
+            "edges": edges.tolist() if len(probabilities) else [],
+            "frequencies": (probabilities * len(probabilities)).tolist(),
+        }
 
     def request_noise(self, shape: Sequence[int], keys: SampleKeys) -> None:
         """Draw the noise of a coming micro batch, [B, *shape], ahead of `sample_noise`, if it is drawn on the CPU."""

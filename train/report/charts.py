@@ -16,6 +16,7 @@ from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.images.fonts import find_face, hint_at_fonts, translate_drawable
 from sdxl_trainer.train.report.metrics import read_all_metrics
+from sdxl_trainer.train.report.noise_levels import NoiseLevelCurves
 
 PALE, STRONG, OTHER, CHANGED = "#9db4c8", "#1f5c99", "#c2571a", "#7a4fa3"
 SIZE_INCHES, DOTS_PER_INCH = (7.2, 3.6), 110
@@ -55,6 +56,7 @@ class RunNumbers:
     series: dict[str, Series]  # by metric name
     counts: dict[str, Any]  # `buckets` and `tokens` of data/loading/counts.py; empty if they are not stored
     changes: dict[int, list[str]] = field(default_factory=dict)  # settings and data changed by a resume, by its step
+    noise_levels: NoiseLevelCurves | None = None  # None if the run learns nothing about noise levels
 
     def get(self, name: str) -> Series:
         """Return the series of a metric, empty if the run has none."""
@@ -191,6 +193,39 @@ def build_curve_chart(name: str, title: str, unit: str, scale: float = 1.0) -> C
     return draw
 
 
+def draw_learned_weighting(numbers: RunNumbers) -> Chart | None:
+    """Draw the weight that a learned weighting gives the loss at each timestep."""
+    curves = numbers.noise_levels
+    if curves is None or not curves.weights:
+        return None
+    figure, axes = build_figure("weight", "timestep")
+    axes.plot(curves.timesteps, curves.weights, color=STRONG, linewidth=2)
+    axes.set_ylim(bottom=0)
+    lowest, highest = (reduce(zip(curves.weights, curves.timesteps, strict=True)) for reduce in (min, max))
+    text = f"from {lowest[0]:.3g} at timestep {lowest[1]:.0f} to {highest[0]:.3g} at timestep {highest[1]:.0f}"
+    return Chart("learned_weighting", "Learned weight of the loss", text, figure)
+
+
+def draw_adaptive_timesteps(numbers: RunNumbers) -> Chart | None:
+    """Draw how often adaptive timesteps draw each bin."""
+    curves = numbers.noise_levels
+    if curves is None or not curves.frequencies:
+        return None
+    figure, axes = build_figure("frequency, relative", "timestep")
+    axes.stairs(curves.frequencies, curves.edges, color=STRONG, linewidth=2, baseline=None)
+    axes.axhline(1, color=PALE, linestyle="--", linewidth=1)
+    axes.set_ylim(bottom=0)
+    frequencies = np.array(curves.frequencies)
+    texts = [f"bins of timesteps: {len(frequencies)}", "not every bin has enough losses yet"]
+    if np.ptp(frequencies):
+        least, most = frequencies.argmin(), frequencies.argmax()
+        texts[1] = (
+            f"from {frequencies[least]:.3g} times as often at timestep {curves.edges[least]:.0f} "
+            f"to {frequencies[most]:.3g} times at timestep {curves.edges[most]:.0f}"
+        )
+    return Chart("adaptive_timesteps", "Adaptive timesteps", "; ".join(texts), figure)
+
+
 def draw_lr(numbers: RunNumbers) -> Chart | None:
     """Draw the learning rate, without an average."""
     series = numbers.get("lr").finite
@@ -323,6 +358,8 @@ def draw_smooth_curve(axes: Axes, series: Series, **style: Any) -> None:
 CHARTS: tuple[Callable[[RunNumbers], Chart | None], ...] = (
     draw_loss,
     draw_loss_by_timestep,
+    draw_learned_weighting,
+    draw_adaptive_timesteps,
     draw_lr,
     build_curve_chart("grad_norm", "Gradient norm", "norm before clipping"),
     build_curve_chart("samples_per_second", "Throughput", "samples per second"),

@@ -1,9 +1,9 @@
 """The report of a run as one page: `python -m sdxl_trainer.train.report RUN_FOLDER`.
 
 `report/report.html` embeds all its images and loads nothing else. It shows the metrics in `logs/metrics.jsonl`, the
-counts in `report/data.json`, the state in `logs/status.json`, the settings in `config.yaml` and the generated images in
-`samples/`. A run starts this program as a separate process (train/report/report_process.py), so training neither waits
-for it nor fails with it. Imports no torch.
+counts in `report/data.json`, the noise levels in `report/noise_levels.json`, the state in `logs/status.json`, the
+settings in `config.yaml` and the generated images in `samples/`. A run starts this program as a separate process
+(train/report/report_process.py), so training neither waits for it nor fails with it. Imports no torch.
 """
 
 import base64
@@ -47,6 +47,7 @@ from sdxl_trainer.train.report.charts import (
     translate_figure,
 )
 from sdxl_trainer.train.report.metrics import CHANGES_FILE, read_changes
+from sdxl_trainer.train.report.noise_levels import read_noise_levels
 from sdxl_trainer.train.report.run_state import read_holder, resolve_state
 from sdxl_trainer.train.report.run_status import FINISHED, RUNNING, STATUS_FILE, read_status
 from sdxl_trainer.train.report.settings import read_settings
@@ -90,6 +91,7 @@ def write_report(folder: Path) -> Path:
         series=read_series(logs / "metrics.jsonl"),
         counts=read_counts(target / "data.json"),
         changes=read_changes(logs / CHANGES_FILE),
+        noise_levels=read_noise_levels(target),
     )
     charts = [
         (chart, write_chart(chart, target / f"{chart.name}.png"))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.append_file import LossCount
+from sdxl_trainer.train.objective.objective import Objective
+from sdxl_trainer.train.report.noise_levels import NoiseLevelCurves, write_noise_levels
 
 SECONDS_BETWEEN = 180  # minimum interval between two reports during training
 MAX_SECONDS = 120  # time limit of a report
@@ -33,10 +36,17 @@ class ReportProcess:
         folder: the run folder.
         seconds_between: minimum interval between the run's start and the first report that `update` starts, and between
             two such reports.
+        describe_noise_levels: returns the curves of the loss feedback when a report starts; None without feedback.
     """
 
-    def __init__(self, folder: Path, seconds_between: float = SECONDS_BETWEEN):
+    def __init__(
+        self,
+        folder: Path,
+        seconds_between: float = SECONDS_BETWEEN,
+        describe_noise_levels: Callable[[], NoiseLevelCurves | None] = lambda: None,
+    ):
         self._folder, self._seconds_between = folder, seconds_between
+        self._describe_noise_levels = describe_noise_levels
         self._process: subprocess.Popen[bytes] | None = None
         # A file and not a pipe: nobody reads while the report is written, and a full pipe would stop it.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object lives
@@ -60,6 +70,10 @@ class ReportProcess:
         self._losses.end("is not up to date")
 
     def _start(self, *options: str) -> None:
+        try:
+            write_noise_levels(self._folder / "report", self._describe_noise_levels())
+        except OSError as error:
+            self._losses.add(str(error))
         self._start_program([sys.executable, "-m", "sdxl_trainer.train.report", str(self._folder), *options])
 
     def _start_program(self, command: list[str]) -> None:
@@ -103,7 +117,9 @@ class ReportProcess:
         return self._errors.read().decode(errors="replace").strip()
 
 
-def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers) -> ReportProcess:
+def open_report(
+    config: Config, index: Index, plan: Plan, tokenizers: Tokenizers, objective: Objective
+) -> ReportProcess:
     """Store the counts of the training set for the report, and return the process that writes the report."""
     # A separate instance of the strategy: training must call its own equally often on all ranks.
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
@@ -115,4 +131,9 @@ def open_report(config: Config, index: Index, plan: Plan, tokenizers: Tokenizers
         write_atomic(folder / "data.json", orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     except OSError as error:
         logger.warning("the counts of the training set cannot be stored for the report: {}", error)
-    return ReportProcess(config.run.folder)
+
+    def describe_noise_levels() -> NoiseLevelCurves | None:
+        described = objective.describe_noise_levels()
+        return None if described is None else NoiseLevelCurves(**described)
+
+    return ReportProcess(config.run.folder, describe_noise_levels=describe_noise_levels)

@@ -65,7 +65,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     num_steps = count_run_steps(config.train, split.plan, state)
     # Workers start and read ahead while the networks are loaded.
     dataset = build_dataset(config, index, tokenizers, strategy)
-    objective = build_objective(config, source, ranks)
+    objective = build_objective(config, source, ranks, state.feedback)
     batches = start_loader(config, dataset, split.plan, state, ranks, objective)
     missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
@@ -94,7 +94,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         progress=Progress(config, ranks, state, num_steps, checkpoints, requests, mfu_reference),
         metrics=MetricsLog(logs, state.step, wandb_log, changes) if ranks.is_main else None,
         validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
-        report=open_report(config, index, split.plan, tokenizers) if publish else None,
+        report=open_report(config, index, split.plan, tokenizers, objective) if publish else None,
         memory=memory,
         bad_samples=BadSamples(logs, ranks, len(index), config.data.max_bad_fraction),
     )

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from sdxl_trainer.cache.encode.latent_encoder import HostCopy
@@ -20,6 +22,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.estimates.slow_ranks import RankTimes, read_rank_times
 from sdxl_trainer.train.objective.device_copy import copy_to_device
+from sdxl_trainer.train.objective.loss_feedback import StepLosses
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
 from sdxl_trainer.train.run.generated_images import write_generated_images
@@ -117,19 +120,21 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
         wait_seconds += time.monotonic() - asked
         ACTIVITY.note("computing gradients")
         with run.rank_timer.measure_compute():
-            losses = compute_losses(run, batch)  # [B]
-        loss = losses.mean()
+            micro_step = compute_losses(run, batch)
+        loss = micro_step.losses.mean()
         run.engine.backward(propagate_non_finite(loss))
         loss_sum += loss.detach()
-        micro_steps.append(MicroStep(batch, losses.detach()))
+        micro_steps.append(micro_step.detach())
         if number == accumulation_steps:
             shared = share_sums(run, loss_sum, micro_steps, wait_seconds)
         ACTIVITY.note("updating the weights")
         updated = run.engine.step()
     assert shared is not None, "a step has a micro step"
     log_skipped_samples(run, micro_steps)
-    total_loss, num_bad, num_stop, num_save, num_sample, *time_sums = shared.wait()[0].tolist()
+    total_loss, num_bad, num_stop, num_save, num_sample, *time_sums = shared.read_notes()
     mean_loss = total_loss / (accumulation_steps * run.ranks.world_size)
+    if run.objective.feedback is not None:
+        mean_loss = shared.read_losses().mean
     return StepResult(
         loss=mean_loss,
         updated=updated,
@@ -144,11 +149,35 @@ def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult
     )
 
 
-def share_sums(run: Run, loss_sum: torch.Tensor, micro_steps: list[MicroStep], wait_seconds: float) -> HostCopy:
+class SharedSums:
+    """Sums over all ranks, on their way to the host.
+
+    Args:
+        num_notes: sums of the loss and the notes. With loss feedback, the losses of the global batch follow them.
+    """
+
+    def __init__(self, sums: torch.Tensor, num_notes: int):
+        self._copy, self._num_notes = HostCopy([reduce_sum(sums)]), num_notes
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        return self._copy.wait()[0]
+
+    def read_notes(self) -> list[float]:
+        """Wait for the sums, and return those of the loss and the notes."""
+        return self._sums[: self._num_notes].tolist()
+
+    def read_losses(self) -> StepLosses:
+        """Wait for the sums, and return the losses of the global batch."""
+        return StepLosses(*self._sums[self._num_notes :].reshape(len(StepLosses._fields), -1))
+
+
+def share_sums(run: Run, loss_sum: torch.Tensor, micro_steps: list[MicroStep], wait_seconds: float) -> SharedSums:
     """Start to add up the loss and the notes of this rank over all ranks: bad samples, requests, own times.
 
-    Before the update, in which the host waits for the norm of the gradients. The sums are there by then, so that
-    reading them does not make the host wait for the update itself.
+    With loss feedback, the loss of each sample of the global batch too. Before the update, in which the host waits for
+    the norm of the gradients. The sums are there by then, so that reading them does not make the host wait for the
+    update itself.
     """
     ACTIVITY.note("adding up the losses")
     stop, save, sample = run.requests.collect()
@@ -157,17 +186,23 @@ def share_sums(run: Run, loss_sum: torch.Tensor, micro_steps: list[MicroStep], w
     notes = torch.tensor(
         (num_bad, stop, save or run.checkpoints.take_repeat(), sample, *own_times), dtype=torch.float32
     )
-    sums = torch.cat((loss_sum[None], copy_to_device(notes, loss_sum.device)))
-    return HostCopy([reduce_sum(sums)])
+    feedback, device = run.objective.feedback, loss_sum.device
+    if feedback is None:
+        return SharedSums(torch.cat((loss_sum[None], copy_to_device(notes, device))), 1 + len(notes))
+    known, losses = feedback.collect([micro_step.list_losses() for micro_step in micro_steps], device)
+    sums = torch.cat((loss_sum[None], copy_to_device(torch.cat((notes, known)), device), losses))
+    shared = SharedSums(sums, 1 + len(notes))
+    feedback.expect(shared.read_losses)
+    return shared
 
 
-def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
-    """Compute each sample's weighted loss, [B]: noise and timestep → x_t → prediction → target → loss → weight."""
+def compute_losses(run: Run, batch: MicroBatch) -> MicroStep:
+    """Compute each sample's weighted loss: noise and timestep → x_t → prediction → target → loss → weight."""
     objective, device, dtype = run.objective, run.ranks.device, run.engine.dtype
     keys = SampleKeys(run.config.run.seed, run.state.step, batch.positions.tolist())
-    x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
+    x0 = objective.normalize_latents(batch.latents)  # [B, C, h, w]
     num_pixels = x0.shape[2:].numel() * VAE_FACTOR**2
-    noise, timesteps = objective.sample_noise(x0, keys), objective.sample_timesteps(keys, num_pixels)
+    noise, (timesteps, levels) = objective.sample_noise(x0, keys), objective.sample_timesteps(keys, num_pixels)
     x_t = objective.add_noise(x0, noise, timesteps, keys)
     text = run.conditioner.build_inputs(batch, device)
     text_keep = objective.sample_text_keep(keys)  # [B]
@@ -175,11 +210,14 @@ def compute_losses(run: Run, batch: MicroBatch) -> torch.Tensor:
     target = objective.compute_target(x0, noise, timesteps)
     negatives = objective.choose_negatives(target, keys, batch.weights)
     losses = objective.compute_losses(prediction, target, timesteps, batch.masks, negatives)  # [B]
-    return losses * copy_to_device(batch.weights, device)
+    weights = batch.weights if levels is None else levels.weigh(batch.weights)
+    return MicroStep(batch, losses * copy_to_device(weights, device), losses, levels)
 
 
 def record_step(run: Run, result: StepResult) -> None:
-    """Count a finished step in the state of the run."""
+    """Count a finished step in the state of the run, and learn from its losses."""
+    if run.objective.feedback is not None:
+        run.state.feedback = run.objective.feedback.finish_step()
     advance_position(run.state, run.plan)
     run.state.num_bad += result.num_bad
 
@@ -211,6 +249,8 @@ def advance_position(state: TrainState, plan: Plan) -> None:
 def copy_state_at(run: Run, step: int) -> TrainState:
     """Return a copy of the state at a step that the engine has completed, whether or not the loop has counted it."""
     state = replace(run.state)
+    if state.step < step and run.objective.feedback is not None:
+        state.feedback = run.objective.feedback.read_next_state()
     while state.step < step:
         advance_position(state, run.plan)
     return state

@@ -15,6 +15,7 @@ from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.distributed import gather_objects
+from sdxl_trainer.train.objective.loss_feedback import MicroLosses, NoiseLevels
 from sdxl_trainer.train.run.run import Run
 
 MAX_SHOWN = 8
@@ -25,10 +26,21 @@ class NonFiniteError(FailedError):
 
 
 class MicroStep(NamedTuple):
-    """A micro batch of this rank, and each sample's loss [B]."""
+    """A micro batch of this rank, and the loss of each sample."""
 
     batch: MicroBatch
-    losses: torch.Tensor
+    losses: torch.Tensor  # [B], weighted
+    plain_losses: torch.Tensor  # [B], without weights of samples and learned ones
+    levels: NoiseLevels | None  # None without loss feedback
+
+    def detach(self) -> "MicroStep":
+        """Return the micro step without the graph of its losses."""
+        return self._replace(losses=self.losses.detach(), plain_losses=self.plain_losses.detach())
+
+    def list_losses(self) -> MicroLosses:
+        """Return what the loss feedback needs."""
+        assert self.levels is not None, "the objective has loss feedback"
+        return MicroLosses(self.plain_losses, self.batch.positions, self.batch.weights, self.levels)
 
 
 class NonFiniteSample(NamedTuple):
@@ -55,8 +67,8 @@ def find_non_finite_samples(index: Index, micro_steps: Sequence[MicroStep], loss
         loss: mean loss of the optimizer step, over all ranks.
     """
     found = []
-    for batch, losses in micro_steps:
-        for row, value in zip(batch.rows.tolist(), losses.tolist(), strict=True):
+    for step in micro_steps:
+        for row, value in zip(step.batch.rows.tolist(), step.losses.tolist(), strict=True):
             sample = index.row(row)
             if not math.isfinite(value):
                 found.append(NonFiniteSample(sample["key"], sample["file"], f"its loss is {value}"))

@@ -130,8 +130,9 @@ def test_the_objective_draws_offset_and_pyramid_noise_from_separate_streams():
 def test_perturbation_changes_only_the_input():
     x0, keys = draw_x0(), SampleKeys(0, 1, list(range(6)))
     plain, perturbed = build(), build(ip_noise_gamma=0.1)
-    timesteps, noise = plain.sample_timesteps(keys, PIXELS), plain.sample_noise(x0, keys)
-    assert perturbed.sample_noise(x0, keys).equal(noise) and perturbed.sample_timesteps(keys, PIXELS).equal(timesteps)
+    timesteps, noise = plain.sample_timesteps(keys, PIXELS).values, plain.sample_noise(x0, keys)
+    assert perturbed.sample_noise(x0, keys).equal(noise)
+    assert perturbed.sample_timesteps(keys, PIXELS).values.equal(timesteps)
     assert perturbed.compute_target(x0, noise, timesteps).equal(noise)
     x_t, levels = plain.add_noise(x0, noise, timesteps, keys), plain._process.compute_levels(timesteps)
     added = (perturbed.add_noise(x0, noise, timesteps, keys) - x_t) / levels.noise_level.view(-1, 1, 1, 1)
@@ -175,7 +176,7 @@ def test_draws_of_a_sample_do_not_depend_on_its_batch(low_discrepancy):
 
     def draw(positions: list[int]) -> list[torch.Tensor]:
         keys, own = SampleKeys(7, 3, positions), x0[positions]
-        noise, timesteps = objective.sample_noise(own, keys), objective.sample_timesteps(keys, PIXELS)
+        noise, timesteps = objective.sample_noise(own, keys), objective.sample_timesteps(keys, PIXELS).values
         x_t = objective.add_noise(own, noise, timesteps, keys)
         return [noise, timesteps, x_t, objective.sample_text_keep(keys)]
 
@@ -206,7 +207,7 @@ def test_with_noise_of_the_cpu_no_draw_uses_a_generator_of_the_device():
     x0, keys = draw_x0().to("meta"), SampleKeys(0, 1, list(range(6)))
     noise = objective.sample_noise(x0, keys)
     assert noise.is_meta and noise.shape == x0.shape
-    x_t = objective.add_noise(x0, noise, objective.sample_timesteps(keys, PIXELS), keys)
+    x_t = objective.add_noise(x0, noise, objective.sample_timesteps(keys, PIXELS).values, keys)
     assert x_t.is_meta and x_t.shape == x0.shape
     with pytest.raises(RuntimeError):
         Objective(config, STATISTICS, 6, "meta").sample_noise(x0, keys)

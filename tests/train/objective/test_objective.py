@@ -40,7 +40,7 @@ def test_a_step_from_latents_to_losses(prediction):
     objective = build(prediction=prediction)
     x0 = objective.normalize_latents(draw_latents())
     assert x0.equal(0.5 * draw_latents())
-    noise, timesteps = objective.sample_noise(x0, KEYS), objective.sample_timesteps(KEYS, 48 * 64)
+    noise, timesteps = objective.sample_noise(x0, KEYS), objective.sample_timesteps(KEYS, 48 * 64).values
     x_t, target = objective.add_noise(x0, noise, timesteps, KEYS), objective.compute_target(x0, noise, timesteps)
     if prediction == "flow":
         share = (timesteps / 1000).view(3, 1, 1, 1)
@@ -78,7 +78,7 @@ def test_the_contrastive_loss_is_that_computed_by_hand():
     """|p - T|² - λ·|p - T of another sample|², both under the sample's own mask."""
     objective = build(prediction="flow", contrastive_weight=0.05, masked_loss=True)
     x0 = objective.normalize_latents(draw_latents())
-    timesteps = objective.sample_timesteps(KEYS, 48 * 64)
+    timesteps = objective.sample_timesteps(KEYS, 48 * 64).values
     target = objective.compute_target(x0, objective.sample_noise(x0, KEYS), timesteps)
     rotation = 1 + derive_seed(3, RandomStream.CONTRAST, 11, 4) % 2  # seed, step, first position; of 3 samples
     others = [(number + rotation) % 3 for number in range(3)]
@@ -241,6 +241,18 @@ def test_a_wrong_mask_is_a_bad_latent(mask):
         ("{prediction: v, contrastive_weight: 0.05}", "contrastive_weight", "needs objective.prediction flow"),
         ("{prediction: flow, loss: l1, contrastive_weight: 0.05}", "contrastive_weight", "needs objective.loss l2"),
         ("{prediction: flow, contrastive_weight: 1}", "contrastive_weight", "less than 1"),
+        ("{learned_weighting: true, weighting: min_snr}", "learned_weighting", "is min_snr; set that to none"),
+        (
+            "{prediction: flow, contrastive_weight: 0.05, learned_weighting: true}",
+            "learned_weighting",
+            "objective.contrastive_weight, which is 0.05; set that to 0",
+        ),
+        ("learned_weighting_lr: 0.1", "learned_weighting_lr", "learned_weighting is False; set that to true"),
+        ("{learned_weighting: true, learned_weighting_lr: 0}", "learned_weighting_lr", "greater than 0"),
+        ("adaptive_timestep_bins: 1", "adaptive_timestep_bins", "must be at least 2"),
+        ("adaptive_timestep_bins: 1001", "adaptive_timestep_bins", "less than or equal to 1000"),
+        ("adaptive_timestep_bins: -1", "adaptive_timestep_bins", "greater than or equal to 0"),
+        ("{min_timestep: 950, adaptive_timestep_bins: 51}", "adaptive_timestep_bins", "the 50 timesteps to train"),
         ("timestep_density: [0, 0]", "timestep_density", "at least one of them above 0"),
         ("timestep_density: [2, -1]", "timestep_density", "0 or more"),
         ("timestep_density: []", "timestep_density", "at least one of them above 0"),
@@ -283,6 +295,8 @@ def test_latents_mean_and_latents_std_must_be_set_together(tmp_path):
         "{prediction: flow, timestep_density: cosmap, contrastive_weight: 0.05, noise_candidates: 16}",
         "{weighting: soft_min_snr, weighting_gamma: 0.2, sigma_data: 0.5, timestep_density: [1, 2.5]}",
         "{noise_offset: 0.1, noise_offset_random_strength: true, adaptive_noise_scale: -0.1, ip_noise_gamma: 0.1}",
+        "{prediction: flow, learned_weighting: true, learned_weighting_lr: 0.1, adaptive_timestep_bins: 1000}",
+        "{prediction: flow, contrastive_weight: 0.05, min_timestep: 950, adaptive_timestep_bins: 100}",
         "{adaptive_noise_scale: 0.1, multires_noise_iterations: 6, multires_noise_discount: 0.4, masked_loss: true}",
     ],
 )

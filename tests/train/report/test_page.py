@@ -18,6 +18,7 @@ from PIL import Image
 from sdxl_trainer.configs.language.translate import choose_language
 from sdxl_trainer.data.images.fonts import find_face
 from sdxl_trainer.train.report.charts import RunNumbers, Series, draw_charts, read_series, smooth, translate_figure
+from sdxl_trainer.train.report.noise_levels import NoiseLevelCurves, read_noise_levels, write_noise_levels
 from sdxl_trainer.train.report.page import main, read_strips, write_report
 from sdxl_trainer.train.report.report_process import ReportProcess
 from sdxl_trainer.train.report.run_status import read_status
@@ -118,6 +119,30 @@ def test_a_report_in_chinese_has_no_english_words(validated: dict[int, Path], tm
     assert [text for text in texts if re.search("[A-Za-z]{3,}", text.replace("run", ""))] == []
     if find_face("损") is not None:  # without a font for Chinese, charts stay English
         assert chart.figure.axes[0].get_xlabel() == "步" and chart.figure.axes[0].get_ylabel() == "损失"
+
+
+def test_learned_weights_and_adaptive_timesteps_are_drawn(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path, [{"step": 1, "loss": 1.0}])
+    curves = NoiseLevelCurves([0, 500, 999], [2, 0.5, 1], [0, 250, 1000], [0.505, 1.495])
+    write_noise_levels(run / "report", curves)
+    assert write_and_list_charts(run) == ["adaptive_timesteps", "learned_weighting", "loss"]
+    page = (run / "report" / "report.html").read_text()
+    assert "from 0.5 at timestep 500 to 2 at timestep 0" in page
+    assert "bins of timesteps: 2; from 0.505 times as often at timestep 0 to 1.5 times at timestep 250" in page
+    weights, frequencies = draw_charts(RunNumbers({}, {}, {}, read_noise_levels(run / "report")))
+    assert weights.figure.axes[0].lines[0].get_ydata().tolist() == [2, 0.5, 1]  # pyright: ignore
+    assert frequencies.figure.axes[0].patches[0].get_data().values.tolist() == [0.505, 1.495]  # pyright: ignore
+    uniform = NoiseLevelCurves([], [], [0, 500, 1000], [1, 1])
+    (chart,) = draw_charts(RunNumbers({}, {}, {}, uniform))
+    assert chart.text == "bins of timesteps: 2; not every bin has enough losses yet"
+    file = run / "report" / "noise_levels.json"
+    content = file.read_bytes()
+    for damaged in (b"", b"[1]", b'{"edges": 1}', content.replace(b"0.505", b"null"), content.replace(b"[2,", b"[")):
+        file.write_bytes(damaged)
+        assert read_noise_levels(run / "report") is None
+        assert "noise_levels.json is damaged and left out" in capsys.readouterr().err
+    write_noise_levels(run / "report", None)  # of a run whose settings have changed
+    assert not file.exists() and read_noise_levels(run / "report") is None
 
 
 def test_the_last_line_of_a_step_is_used(tmp_path: Path) -> None:
