@@ -57,6 +57,11 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
         ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "set it to v"),
         ("objective.prediction=flow objective.weighting=min_snr", "objective.weighting", "set it to none"),
         ("objective.weighting=v_like_epsilon", "objective.weighting", "needs objective.prediction v"),
+        (
+            "objective.learned_weighting=true objective.weighting=min_snr",
+            "objective.learned_weighting",
+            "cannot be used with objective.weighting, which is min_snr; set that to none",
+        ),
         ("objective.masked_loss=true", "objective.masked_loss", "set data.masks, or cache.alpha_mask: true"),
         ("cache.text=true data.caption.shuffle=true", "cache.text_variants", "set cache.text_variants to 2 or more"),
         ("cache.text=true optim.text_encoder_lr=1e-6", "optim.text_encoder_lr", "set it to 0, or cache.text: false"),
