@@ -21,7 +21,7 @@ ROOMS = {
     "cache": ("models", "encode", "upkeep", "preview"),
     "train": (
         *("objective", "networks", "optim", "engine", "checkpoint", "sampling"),
-        *("report", "evidence", "export", "estimates", "tiny", "run", "doctor", "watch"),
+        *("report", "evidence", "export", "estimates", "tiny", "run", "doctor", "watch", "ablation"),
     ),
     "configs": ("language", "kohya"),
     "launch": (),
@@ -34,9 +34,13 @@ MAX_MODULES, MAX_IMPORTS = 18, 25
 TEXT_CALLS = {"read_text": 0, "write_text": 1}  # → arguments before the encoding
 LIGHT = (
     "train/cli.py",
-    *(f"{room}/program.py" for room in ("cache/preview", "train/doctor", "train/evidence", "train/watch")),
+    *(
+        f"{room}/program.py"
+        for room in ("cache/preview", "train/ablation", "train/doctor", "train/evidence", "train/watch")
+    ),
 )
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
+STARTED = ("ablation", "doctor", "report", "tiny", "watch")  # rooms of train/ that are programs
 # Programs that people start by path or by `python -m`.
 PROGRAMS = (
     *(
@@ -48,7 +52,7 @@ PROGRAMS = (
         "configs/document.py",
         "configs/import_config.py",
     ),
-    *(f"{room}/__main__.py" for room in ("cache/preview", "train/doctor", "train/report", "train/tiny", "train/watch")),
+    *(f"{room}/__main__.py" for room in ("cache/preview", *(f"train/{name}" for name in STARTED))),
 )
 PURE = (
     *(f"train/objective/{name}.py" for name in ("diffusion", "timesteps", "noise", "losses", "weightings")),

@@ -53,6 +53,7 @@ PROGRAMS = {
     "watch": Program("show runs in your browser while they go on", "watch.sh"),
     "report": Program("write the report of a run as one page", "sdxl_trainer.train.report"),
     "compare": Program("compare runs: which setting helps, by how much", "sdxl_trainer.train.compare"),
+    "ablate": Program("train a grid of settings, and compare them", "ablate.sh"),
     "sample": Program("generate the images of a prompt file", "sample.sh"),
     "convert": Program("convert a run or a model file for other programs", "sdxl_trainer.train.convert"),
 }

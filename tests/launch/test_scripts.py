@@ -16,6 +16,7 @@ STARTED_BY_OTHER_TESTS = {"watch.sh": "train/watch/test_server.py"}
 # Status of each script's program for settings that do not exist. The doctor reports them as a finding.
 STATUS_OF_WRONG_SETTINGS = {
     "cache.sh": 2,
+    "ablate.sh": 2,
     "train.sh": 2,
     "deepspeed.sh": 2,
     "preview.sh": 2,
@@ -23,7 +24,10 @@ STATUS_OF_WRONG_SETTINGS = {
     "slurm.sbatch": 2,
     "doctor.sh": 1,
 }
-SAMPLE_WORDS = ("--model", "no/model", "--prompts", "no/prompts.txt", "--out", "no/folder")
+NEEDED_WORDS = {
+    "ablate.sh": ("--vary", "optim.lr=1e-5,2e-5"),
+    "sample.sh": ("--model", "no/model", "--prompts", "no/prompts.txt", "--out", "no/folder"),
+}
 # Slurm's programs for a job on one node: this machine.
 SRUN = 'while [ "${1#--}" != "$1" ]; do echo "srun option $1"; shift; done; SLURM_NODEID=0 exec "$@"'
 SLURM_PROGRAMS = {"srun": SRUN, "scontrol": "echo 127.0.0.1", "scancel": "exit 1"}
@@ -54,7 +58,7 @@ def test_every_script_is_started_by_a_test_or_by_ci() -> None:
 def test_a_script_passes_its_words_and_returns_the_status_of_its_program(
     tmp_path: Path, script: str, status: int
 ) -> None:
-    words = ("--cfg", "no/such settings.yaml", *(SAMPLE_WORDS if script == "sample.sh" else ()))
+    words = ("--cfg", "no/such settings.yaml", *NEEDED_WORDS.get(script, ()))
     path = write_programs(tmp_path, SLURM_PROGRAMS)
     job = {"SUBMIT_DIR": str(ROOT), "JOB_NUM_NODES": "1", "JOB_NODELIST": "here", "JOB_ID": "7", "CPUS_ON_NODE": "2"}
     job = {f"SLURM_{name}": value for name, value in job.items()}

@@ -117,6 +117,11 @@ def share_errors(tables: Sequence[ErrorTable], names: Sequence[str], error: str,
     return SharedErrors(samples, _list_sources(tables[0], samples), errors[:, has_any], notes)
 
 
+def has_diverged(table: ErrorTable, average: str) -> bool:
+    """Return whether no loss of a validation is a finite number."""
+    return not np.isfinite(table.columns["loss"][table.columns["average"] == average]).any()
+
+
 def _read_cells(
     table: ErrorTable, name: str, error: str, average: str
 ) -> tuple[dict[tuple[Sample, int], float], dict[Sample, float]]:
@@ -126,6 +131,9 @@ def _read_cells(
     if not chosen.any():
         known = ", ".join(sorted(set(columns["average"].tolist())))
         raise _refuse("--average", average, f"is not among the weights that {name} was validated with: {known}")
+    if has_diverged(table, average):
+        rule = "has diverged: no error of its validation is a finite number"
+        raise UserInputError([Problem("RUN_FOLDER", name, rule, "leave it out")])
     fields = (*IDENTITY, "log_snr_bin", "x0_power", COLUMNS[error])
     cells: dict[tuple[Sample, int], list[float]] = {}
     powers: dict[Sample, float] = {}

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,14 +33,28 @@ def print_comparison(arguments: argparse.Namespace, page: Path) -> None:
         UserInputError: the runs cannot be compared, or a file of theirs is damaged.
         OSError: the page cannot be written.
     """
-    raise_if_any(check_runs(arguments.folders))
-    runs = open_runs(arguments.folders)
     options = Options(
         axis=arguments.at,
         error=arguments.error,
         average=arguments.average,
         groups=read_groups(arguments.groups) if arguments.groups else {},
     )
+    comparison = compare_folders(arguments.folders, options, page)
+    if arguments.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(comparison)).decode() + "\n")
+        return
+    sys.stdout.write("".join(f"{line}\n" for line in write_lines(comparison)) + f"\n{page}\n")
+
+
+def compare_folders(folders: Sequence[Path], options: Options, page: Path) -> Comparison:
+    """Compare the runs of folders, and write the page of the comparison.
+
+    Raises:
+        UserInputError: the runs cannot be compared, or a file of theirs is damaged.
+        OSError: the page cannot be written.
+    """
+    raise_if_any(check_runs(folders))
+    runs = open_runs(folders)
     try:
         comparison = compare_runs(runs, options)
     except ValueError as error:
@@ -48,10 +62,7 @@ def print_comparison(arguments: argparse.Namespace, page: Path) -> None:
             raise
         raise UserInputError([Problem("RUN_FOLDER", None, str(error), "delete the damaged file")]) from error
     write_page(comparison, runs, page)
-    if arguments.json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(comparison)).decode() + "\n")
-        return
-    sys.stdout.write("".join(f"{line}\n" for line in write_lines(comparison)) + f"\n{page}\n")
+    return comparison
 
 
 def read_groups(file: Path) -> dict[str, str]:
@@ -81,5 +92,10 @@ def write_lines(comparison: Comparison) -> Iterator[str]:
             yield f"\n{arm.arm}, {translate_label(title)}"
             rows = [[translate_label(heading) for heading in HEADINGS]]
             rows += [[line.name, *format_row(line), translate_label(line.verdict)] for line in lines]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            yield from ("  ".join(map(str.rjust, row, widths)) for row in rows)
+            yield from align_rows(rows)
+
+
+def align_rows(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the rows of a table as lines, with their columns aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield from ("  ".join(map(str.rjust, row, widths)) for row in rows)
