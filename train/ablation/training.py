@@ -135,7 +135,8 @@ class Training:
             return
         self.hopeless[job.run.arm.name] = verdict
         write_atomic(self._file, msgspec.json.encode(State(self.hopeless)))
-        announce(f"{job.run.arm.label} is hopeless: {describe_hopeless(verdict)}")
+        reason = describe_hopeless(verdict)
+        announce(f"{job.run.arm.label} is hopeless: {reason}")
 
     def _show_progress(self, job: Job) -> None:
         job.shown = time.monotonic()
