@@ -31,14 +31,14 @@ def build_ablation_parser() -> TranslatedParser:
         "--vary",
         action="append",
         required=True,
-        metavar="key.sub=A,B",
+        metavar="KEY=A,B",
         help="a setting and its values; several of them are combined with each other",
     )
     parser.add_argument(
         "--baseline",
         action="append",
         default=[],
-        metavar="key.sub=A",
+        metavar="KEY=A",
         help="value of a varied setting that the others are compared with (default: its first)",
     )
     parser.add_argument(
