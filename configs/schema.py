@@ -171,9 +171,9 @@ class DataConfig(Section):
     strategy: Annotated[str | None, IS_PATH] = None
     """Your own class, as `path/to/file.py:ClassName` or `module:ClassName`, that chooses the repeats, the caption and
     the loss weight of each sample. See docs/STRATEGY.md."""
-    max_tokens: Literal[75, 150, 225] = 75
-    """Maximum length of a caption, in tokens without the start and end tokens. Captions above 75 tokens are encoded in
-    windows of 75."""
+    max_tokens: int = Field(75, ge=75, multiple_of=75)
+    """Maximum length of a caption, in tokens without the start and end tokens: any multiple of 75. Captions above 75
+    tokens are encoded in windows of 75."""
     remote_shards: RemoteShardsConfig = RemoteShardsConfig()  # pyright: ignore[reportCallIssue]
     """Reading of shards on remote stores."""
     num_workers: int = Field(2, ge=0)

@@ -2,7 +2,7 @@
 
 | key | dtype, shape | meaning |
 |---|---|---|
-| `hidden_state1` | floats [L, 768] | penultimate layer of encoder 1, without the final norm; L = 77, 152 or 227 |
+| `hidden_state1` | floats [L, 768] | penultimate layer of encoder 1, without the final norm; L = 75·n + 2 |
 | `hidden_state2` | floats [L, 1280] | penultimate layer of encoder 2 |
 | `pool2` | floats [1280] | encoder 2's pooled output of the first 75 tokens |
 | `hidden_state1_v1`, `hidden_state2_v1`, `pool2_v1`, `..._v2` | like the first three | more variants of the caption |
@@ -26,7 +26,9 @@ from sdxl_trainer.data.formats.npz import READ_ERRORS, NpzError, SpanReader, loa
 from sdxl_trainer.data.formats.shards import locate_shard
 
 KEYS = ("hidden_state1", "hidden_state2", "pool2")
-MAX_ARRAY_BYTES = 227 * 8192 * 8  # far wider encoders than SDXL's, in float64
+# Of a compressed array: 225 tokens of far wider encoders than SDXL's, in float64. This project writes uncompressed
+# arrays, which cannot be larger than their file.
+MAX_PACKED_BYTES = 227 * 8192 * 8
 
 
 class BadTextError(ValueError):
@@ -71,7 +73,8 @@ def parse_text_outputs(content: bytes | memoryview, variants: int, check_crc: bo
         BadTextError: the file is torn or pickled, or an array is missing, has another type or shape, or is not finite.
     """
     keys = [key for number in range(variants) for key in _list_keys(number)]
-    limits = dict.fromkeys([*keys, *(key + BF16_SUFFIX for key in keys)], MAX_ARRAY_BYTES)
+    limit = max(MAX_PACKED_BYTES, len(content))
+    limits = dict.fromkeys([*keys, *(key + BF16_SUFFIX for key in keys)], limit)
     try:
         arrays = load_arrays(content, limits, check_crc)
     except NpzError as error:
@@ -101,7 +104,7 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
         try:
             if variants == 1:
                 return parse_text_outputs(os.pread(descriptor, size, offset or 0), 1)[0]
-            return _load_variant(SpanReader(descriptor, offset or 0, size), variant)
+            return _load_variant(SpanReader(descriptor, offset or 0, size), variant, max(MAX_PACKED_BYTES, size))
         finally:
             os.close(descriptor)
 
@@ -113,8 +116,8 @@ def read_text_variant(path: Path, offset: int | None, size: int, variant: int, v
         raise BadTextError(f"{path}: {error}") from None
 
 
-def _load_variant(file: SpanReader, variant: int) -> TextOutputs:
-    """Load the arrays of one variant.
+def _load_variant(file: SpanReader, variant: int, limit: int) -> TextOutputs:
+    """Load the arrays of one variant, each of at most `limit` bytes.
 
     Raises:
         OSError: the disk cannot be read.
@@ -124,7 +127,7 @@ def _load_variant(file: SpanReader, variant: int) -> TextOutputs:
         with zipfile.ZipFile(file) as archive:
             names = {key + suffix for key in _list_keys(variant) for suffix in ("", BF16_SUFFIX)}
             found = names.intersection(name.removesuffix(".npy") for name in archive.namelist())
-            return _build_outputs({key: load_member(archive, key, MAX_ARRAY_BYTES) for key in found}, variant)
+            return _build_outputs({key: load_member(archive, key, limit) for key in found}, variant)
     except (ValueError, *READ_ERRORS) as error:
         if file.disk_error is not None:
             raise file.disk_error from None

@@ -13,7 +13,6 @@ from sdxl_trainer.data.order.plan import Plan
 
 NUM_CAPTIONS = 2000  # captions to measure
 LENGTHS = (0, 20, 40, 60, 75, 150, 225)  # tokens, upper ends of the length classes; the last class is open
-CLASSES = ("0", *(f"{low + 1}-{high}" for low, high in pairwise(LENGTHS)), f"> {LENGTHS[-1]}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,10 @@ def measure_captions(dataset: LatentDataset, rows: np.ndarray) -> MeasuredCaptio
     drawn = zip(rows.tolist(), draw_captions(dataset, rows, epoch=0), strict=True)
     captions = {row: caption for row, caption in drawn if caption is not None}
     empty_rows = np.array([row for row, caption in captions.items() if not caption], np.int64)
-    lengths = [[tokenizer.count_tokens(text) for tokenizer in dataset.tokenizers] for text in captions.values()]
+    weighted = dataset.settings.caption.weighted
+    lengths = [
+        [tokenizer.count_tokens(text, weighted) for tokenizer in dataset.tokenizers] for text in captions.values()
+    ]
     return MeasuredCaptions(
         rows=np.array(list(captions), np.int64),
         lengths=np.array(lengths, np.int64).reshape(-1, 2),
@@ -64,13 +66,15 @@ def measure_captions(dataset: LatentDataset, rows: np.ndarray) -> MeasuredCaptio
 
 def count_lengths(measured: MeasuredCaptions, max_tokens: int) -> TokenCounts:
     """Count captions by their lengths in tokens."""
-    class_counts = [Counter(np.searchsorted(LENGTHS, column).tolist()) for column in measured.lengths.T]
+    ends = [*LENGTHS, *([max_tokens] if max_tokens > LENGTHS[-1] else [])]
+    names = ("0", *(f"{low + 1}-{high}" for low, high in pairwise(ends)), f"> {ends[-1]}")
+    class_counts = [Counter(np.searchsorted(ends, column).tolist()) for column in measured.lengths.T]
     return TokenCounts(
         num_captions=len(measured.rows),
         max_tokens=max_tokens,
         num_dropped=measured.num_dropped,
         num_cut=(measured.lengths > max_tokens).sum(0).tolist(),
-        classes={name: [counts[number] for counts in class_counts] for number, name in enumerate(CLASSES)},
+        classes={name: [counts[number] for counts in class_counts] for number, name in enumerate(names)},
     )
 
 

@@ -163,6 +163,8 @@ def test_file_urls_of_metadata_are_the_paths_they_name(tmp_path: Path) -> None:
             "write each on a line of its own, indented, with a colon (:) of half width and a space after it",
         ),
         ("1: 2", "1", 1, "docs/CONFIG.md lists the names"),
+        ("data: {max_tokens: 100}", "data.max_tokens", 100, f"change it; {SEE_ALSO}"),
+        ("data: {max_tokens: 0}", "data.max_tokens", 0, f"change it; {SEE_ALSO}"),
         ("data: {min_bucket_px: 1024, resolution_px: 512}", "data", None, SEE_ALSO),
     ],
 )
@@ -395,6 +397,7 @@ def test_the_settings_that_are_paths_are_known():
     assert {"run.dir", "model.path", "model.vae", "data.metadata", "data.masks", "data.strategy", "cache.dir"} <= {
         *PATHS
     }
+    assert {f"data.caption.{name}" for name in ("aliases", "implications", "protected_tags_file")} <= {*PATHS}
     assert {"model.vae", "model.config", "cache.dir", "log.wandb", "sample.prompt_file"} <= {*OPTIONAL_TEXTS}
 
 

@@ -46,6 +46,15 @@ def is_same(left: TextOutputs, right: TextOutputs, atol: float = 0) -> bool:
     return all(a.shape == b.shape and np.allclose(a, b, rtol=atol, atol=atol) for a, b in pairs)
 
 
+def test_outputs_of_very_long_captions_are_read(tmp_path):
+    """Arrays larger than a compressed one may be, in one file with a variant."""
+    outputs = TextOutputs(*(np.ones(shape, np.float32) for shape in ((7502, 500), (7502, 600), (600,))))
+    content = pack_text([outputs, outputs])
+    (tmp_path / "a.npz").write_bytes(content)
+    assert is_same(parse_text_outputs(content, 2)[1], outputs)
+    assert is_same(read_text_variant(tmp_path / "a.npz", None, len(content), 1, 2), outputs)
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 0), ("float16", 1e-3), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("variants", [1, 3])
 def test_each_variant_is_read_back_from_file_and_shard(tmp_path, dtype, atol, variants):

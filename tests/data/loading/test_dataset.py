@@ -97,6 +97,8 @@ def test_dropped_captions_are_told_from_empty_ones(cache):
     dataset.settings = replace(dataset.settings, caption=replace(dataset.settings.caption, replacements={"": ""}))
     counts = count_tokens(dataset)  # every caption is empty, whether or not it is dropped
     assert counts.num_dropped == 0 and counts.classes["0"][0] == NUM_SAMPLES
+    assert list(counts.classes)[-2:] == ["151-225", "> 225"]
+    assert list(count_tokens(build_dataset(cache, max_tokens=375)).classes)[-2:] == ["226-375", "> 375"]
 
 
 def test_a_micro_batch_holds_all_network_inputs(cache):

@@ -117,6 +117,8 @@ def test_a_short_caption_fills_one_window_with_each_encoders_padding():
         (225, 0, [0, 0, 0]),
         (225, 100, [75, 25, 0]),
         (225, 300, [75, 75, 75]),
+        (375, 230, [75, 75, 75, 5, 0]),
+        (1050, 300, [75] * 4 + [0] * 10),
     ],
 )
 def test_long_captions_are_cut_into_windows_of_75(max_tokens, num_words, lengths):
