@@ -173,7 +173,7 @@ def resolve_text_requirement(config: Config, folder: Path, ranks: Ranks) -> Text
     if not config.cache.text:
         return None
     model, data, cache = config.model, config.data, config.cache
-    own = compute_text_identity(model, data.max_tokens, cache.dtype, folder) if ranks.is_main else None
+    own = compute_text_identity(model, data, cache.dtype, folder) if ranks.is_main else None
     return build_text_requirement(model, data, cache, broadcast_object(own))
 
 

@@ -1,9 +1,10 @@
 """Settings of the caption pipeline, `data.caption`; the same fields as CaptionSettings in data/text/captions.py."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from sdxl_trainer.configs.paths import IS_PATH
 from sdxl_trainer.configs.section import Section
 
 
@@ -35,11 +36,22 @@ class CaptionConfig(Section):
     """Choose one line at random from captions with several lines, and replace `{a|b}` with one of its options.
     `{2$$a|b|c}` chooses two different options, and `{1-2$$ and $$a|b|c}` one or two, joined by ` and `. Options may
     contain groups; `{{` and `}}` are literal braces. When off, lines and braces reach the tokenizer unchanged."""
+    aliases: Annotated[str | None, IS_PATH] = None
+    """CSV file of tags to replace: `antecedent,consequent` in each row, or with a heading, as danbooru and e621 export
+    their aliases. Case, and underscores or spaces, make no difference. See docs/DATA.md."""
+    implications: Annotated[str | None, IS_PATH] = None
+    """CSV file of tags to add, in the same format: a caption with the antecedent gets the consequent too, at the end of
+    its tags, if it lacks it."""
     keep_tokens: int = Field(0, ge=0)
     """Number of tags at the front that warm-up, shuffling and tag dropout do not change. Tags of the prefix count."""
     keep_tokens_separator: str = ""
     """Mark in captions, such as `|||`, that sets the kept tags instead of `keep_tokens`: tags before the first mark
     stay in front, tags after the second mark stay at the end. Captions without the mark are unaffected."""
+    protected_tags: list[str] = []
+    """Tags that warm-up, shuffling and tag dropout leave in their place, wherever they stand in a caption. Case, and
+    underscores or spaces, make no difference. `dropout_rate` still replaces the whole caption."""
+    protected_tags_file: Annotated[str | None, IS_PATH] = None
+    """Text file of further protected tags, one in each line."""
     token_warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the number of tags in use grows from `token_warmup_min` to all. Kept tags are always
     used."""
@@ -59,7 +71,11 @@ class CaptionConfig(Section):
     replacements: dict[str, str | list[str]] = {}
     """Words to replace, each with a text or with a random text from a list. The key `""` replaces the whole caption.
     Dropped captions stay empty."""
-
+    weighted: bool = False
+    """Read brackets as weights of words, as kohya's `weighted_captions` does: `(word)` is 1.1, `(word:1.3)` is 1.3,
+    `[word]` is 1/1.1, and `\\(` is a bracket. The states of both text encoders are multiplied by the weights of their
+    tokens; the pooled state is not. Prompts of generated images are read in the same way. When off, brackets are
+    ordinary text."""
     fix_text: bool = True
     """Clean captions with ftfy, as the tokenizers of kohya's scripts and of diffusers' example do: straight quotes for
     curly ones, letters for ligatures and full-width letters, characters for HTML entities and for text that was decoded

@@ -32,7 +32,7 @@ from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.text.cached_text import CachedText
-from sdxl_trainer.data.text.captions import CaptionSettings, has_both_texts
+from sdxl_trainer.data.text.captions import build_caption_settings, has_both_texts
 from sdxl_trainer.data.text.strategy import StrategyError, load_strategy, supplies_captions
 from sdxl_trainer.data.text.tokens import CaptionTokenizer
 from sdxl_trainer.data.text.variants import CaptionVariants, is_choice_random, list_random_settings
@@ -69,7 +69,7 @@ def check_captioning(data: DataConfig, cache: CacheConfig, index: Index | None) 
 
 
 def _list_random_settings(data: DataConfig, index: Index | None) -> list[str]:
-    settings, both = CaptionSettings(**data.caption.model_dump()), False
+    settings, both = data.caption, False
     if index is not None and is_choice_random(settings) and not supplies_captions(data.strategy):
         rows = select_evenly(len(index), MAX_CHECKED_SAMPLES).tolist()
         both = any(has_both_texts(orjson.loads(index.row(row)["record"]), settings.separator) for row in rows)
@@ -104,7 +104,7 @@ def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
 
 def _describe_outdated(config: Config, folder: Path, index: Index) -> str | None:
     """Describe how many samples have no text, or text of other settings or captions; None if all text is current."""
-    identity = compute_text_identity(config.model, config.data.max_tokens, config.cache.dtype, folder)
+    identity = compute_text_identity(config.model, config.data, config.cache.dtype, folder)
     names = pc.call_function("struct_field", [index.arrow_column("text")], pc.StructFieldOptions(["identity"]))
     num_missing = names.null_count
     num_outdated = len(names) - num_missing - names.to_pylist().count(identity.name)
@@ -137,7 +137,7 @@ def _describe_change(folder: Path, identity: TextIdentity) -> str:
 def build_caption_variants(data: DataConfig, num_variants: int) -> CaptionVariants:
     """Build the caption variants that the settings describe."""
     strategy = load_strategy(data.strategy) if data.strategy else None
-    return CaptionVariants(CaptionSettings(**data.caption.model_dump()), num_variants, strategy)
+    return CaptionVariants(build_caption_settings(data.caption), num_variants, strategy)
 
 
 def compute_text_shapes(model: ModelConfig, max_tokens: int) -> TextShapes:
@@ -163,7 +163,7 @@ def build_text_requirement(
     )
 
 
-def compute_text_identity(model: ModelConfig, max_tokens: int, dtype: str, folder: Path) -> TextIdentity:
+def compute_text_identity(model: ModelConfig, data: DataConfig, dtype: str, folder: Path) -> TextIdentity:
     """Compute the identity of the text encoder outputs under these settings.
 
     The encoders are loaded and hashed, unless the cache in `folder` was made from the same unchanged files.
@@ -180,8 +180,9 @@ def compute_text_identity(model: ModelConfig, max_tokens: int, dtype: str, folde
         encoder_2_sha256=encoder_2,
         tokenizer_sha256=tokenizer,
         tokenizer_2_sha256=tokenizer_2,
-        max_tokens=max_tokens,
+        max_tokens=data.max_tokens,
         dtype=dtype,
+        weighted=data.caption.weighted,
     )
 
 
@@ -201,7 +202,7 @@ def load_text_job(
     encoders = load_text_encoders(source, model, device)
     networks = TextNetworks(encoders, load_tokenizers(source, model))
     variants = build_caption_variants(data, cache.text_variants)
-    return TextJob(CaptionEncoder(networks, data.max_tokens), variants, identity.name)
+    return TextJob(CaptionEncoder(networks, data.max_tokens, data.caption.weighted), variants, identity.name)
 
 
 def save_text_state(folder: Path, identity: TextIdentity, job: TextJob, model: ModelConfig) -> None:

@@ -36,7 +36,12 @@ from sdxl_trainer.data.loading.dataset import LatentDataset
 from sdxl_trainer.data.metadata.values import TAG_FIELDS
 from sdxl_trainer.data.order.even_selection import select_keyed
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
-from sdxl_trainer.data.text.captions import read_caption_fields
+from sdxl_trainer.data.text.captions import (
+    CaptionSettings,
+    build_caption_settings,
+    list_tags,
+    read_caption_fields,
+)
 
 LIKENESS_PX = 64  # longer side of the thumbnails that are compared
 NUM_COMPARED = 200_000  # files whose sizes are compared, to find equal ones
@@ -139,7 +144,7 @@ def survey_records(config: Config, records: Index, samples: Index, limits: Surve
             find_alike(chosen, opened, equal),
             *find_misfits(sizes, placements, limits),
         ],
-        tags=count_tags(records, config.data.caption.separator, limits.limit(NUM_TAGGED)),
+        tags=count_tags(records, build_caption_settings(config.data.caption), limits.limit(NUM_TAGGED)),
         sizes=sizes,
         buckets=placements.buckets,
         num_images=len(rows),
@@ -325,15 +330,16 @@ def find_cut_captions(dataset: LatentDataset, records: Index, limits: SurveyLimi
     return section, measured
 
 
-def count_tags(records: Index, separator: str, limit: int) -> TagCounts:
-    """Count the tags in the captions of at most `limit` records."""
+def count_tags(records: Index, settings: CaptionSettings, limit: int) -> TagCounts:
+    """Count the tags in the captions of at most `limit` records, with aliases and implications applied."""
+    separator = settings.separator
     counts: Counter[str] = Counter()
     rows = pa.array(select_keyed(len(records), limit, 0))
     num_captions = 0
     for chunk in records.arrow_column("record").take(rows).chunks:
         for content in chunk.to_pylist():
             caption = read_caption_fields(orjson.loads(content), TAG_FIELDS, separator)
-            tags = {tag.strip()[:MAX_TAG_LETTERS] for tag in caption.split(separator)} - {""}
+            tags = {tag[:MAX_TAG_LETTERS] for tag in list_tags(caption, settings)}
             num_captions += bool(tags)
             counts.update(tags)
     return TagCounts(num_captions=num_captions, counts=counts)

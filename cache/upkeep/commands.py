@@ -138,7 +138,7 @@ def list_refused(folder: Path, refusals: list[Refusal]) -> None:
 def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
     """Build the adopter of text encoder outputs, and write `text.json` if it is missing or out of date."""
     model, data, cache = config.model, config.data, config.cache
-    identity = compute_text_identity(model, data.max_tokens, cache.dtype, folder)
+    identity = compute_text_identity(model, data, cache.dtype, folder)
     if not is_text_state_valid(folder, identity):
         job = load_text_job(model, data, cache, identity, torch.device("cpu"))
         save_text_state(folder, identity, job, model)

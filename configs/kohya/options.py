@@ -231,7 +231,7 @@ CAPTIONS = {
     "token_warmup_min": copied("data.caption.token_warmup_min"),
     "token_warmup_step": converted(convert_steps, "data.caption.token_warmup_steps"),
     "max_token_length": copied("data.max_tokens"),
-    "weighted_captions": unsupported("brackets in captions reach the tokenizer unchanged"),
+    "weighted_captions": copied("data.caption.weighted", difference="shuffling keeps weights of groups with commas"),
 }
 OBJECTIVE = {
     "v_parameterization": converted(constant("v"), "objective.prediction", note="`v`"),

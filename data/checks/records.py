@@ -26,6 +26,7 @@ from sdxl_trainer.data.order.regularisation import check_regularisation
 from sdxl_trainer.data.order.source_weights import check_source_weights
 from sdxl_trainer.data.stores.remote import StoredObject, describe_objects, is_remote
 from sdxl_trainer.data.stores.remote_sources import SHARD_SUFFIX
+from sdxl_trainer.data.text.tag_rules import check_tag_rules
 
 WIDE_COMMAS = ("，", "、")  # marks between tags that input methods for Chinese and Japanese write
 NUM_LOOKED_AT = 1000  # captions whose separator is looked at
@@ -83,6 +84,7 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
     yield from check_regularisation(data)
     yield from check_source_weights(data)
     yield from check_kohya_folders(data)
+    yield from check_tag_rules(data.caption)
     if data.caption.fix_text and importlib.util.find_spec("ftfy") is None:
         cure = "pip install ftfy, or set it to false; other characters than ASCII may then be other tokens"
         yield Problem("data.caption.fix_text", True, "needs the package ftfy", cure)
@@ -129,7 +131,7 @@ def warn_of_kohya_folders(data: DataConfig) -> None:
 
 def warn_of_separator(caption: CaptionConfig, index: Index) -> None:
     """Name the separator to set if settings that work on tags do nothing, because another mark separates the tags."""
-    names = ("shuffle", "tag_dropout_rate", "keep_tokens", "token_warmup_steps")
+    names = ("shuffle", "tag_dropout_rate", "keep_tokens", "token_warmup_steps", "aliases", "implications")
     used = [f"data.caption.{name}" for name in names if getattr(caption, name)]
     if not used or not len(index):
         return

@@ -31,7 +31,7 @@ FIRST_NUMBER = 1 << 62
 LAST_NUMBER = (1 << 63) - 1  # of 64-bit columns
 TAIL_BYTES = 64 << 10  # at the end of a part, in which its highest number is searched
 SECONDS_BETWEEN_SYNCS = 2.0
-LATER_FIELDS = ("buckets", "alpha_mask")  # of an Identity, added after the first release
+LATER_FIELDS = ("buckets", "alpha_mask", "weighted")  # of identities, added after the first release
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Identity:
 
         LATER_FIELDS are left out unless they are set, so that the names of older caches stay valid.
         """
-        return {name: value for name, value in asdict(self).items() if name not in LATER_FIELDS or value}
+        return _list_fields(self)
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,16 @@ class TextIdentity:
     max_tokens: int
     dtype: str
     format_version: int = FORMAT_VERSION
+    weighted: bool = False  # brackets in captions are weights
 
     @property
     def name(self) -> str:
         """A short hash of all fields, stored with every item."""
-        return _hash_fields(asdict(self))
+        return _hash_fields(self.list_fields())
+
+    def list_fields(self) -> dict[str, Any]:
+        """Return the fields by name, like `Identity.list_fields`."""
+        return _list_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,10 @@ def verify_identity(folder: Path) -> str | None:
         return f"cache.json: damaged: {error}"
     is_whole = names_match and (folder / "cache.json").read_bytes() == _dump_identity(fields)
     return None if is_whole else "cache.json: damaged: its name is not the hash of its fields"
+
+
+def _list_fields(identity: Identity | TextIdentity) -> dict[str, Any]:
+    return {name: value for name, value in asdict(identity).items() if name not in LATER_FIELDS or value}
 
 
 def _hash_fields(fields: dict[str, Any]) -> str:

@@ -84,6 +84,6 @@ def describe_file(path: Path) -> list[Any]:
 
 
 def _dump(state: TextState) -> bytes:
-    fields = {"name": state.identity.name, **asdict(state)}
+    fields = {"name": state.identity.name, **asdict(state), "identity": state.identity.list_fields()}
     checksum = hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
     return orjson.dumps({**fields, "sha256": checksum}, option=orjson.OPT_INDENT_2)

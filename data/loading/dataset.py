@@ -125,6 +125,8 @@ class LatentDataset(torch.utils.data.Dataset):
             positions=torch.from_numpy(spec.positions),
             rows=torch.from_numpy(spec.rows),
             text=self._stack_texts(texts),
+            token_weights=None if token_ids.weights is None else torch.from_numpy(token_ids.weights),
+            token_weights_2=None if token_ids.weights_2 is None else torch.from_numpy(token_ids.weights_2),
             masks=stack_masks(drawn, spec.bucket),
             bad=list(filter(None, bad)),
             pending=[image for image in samples if isinstance(image, PendingImage) and bad[image.place] is None],
@@ -232,7 +234,8 @@ class LatentDataset(torch.utils.data.Dataset):
         if self.text is not None:
             empty = np.empty((len(captions), 0, WINDOW + 2), np.int64)
             return TokenIds(empty, empty)
-        return encode_captions(self.tokenizers, captions, self.settings.max_tokens)
+        settings = self.settings
+        return encode_captions(self.tokenizers, captions, settings.max_tokens, settings.caption.weighted)
 
     def _read_text(self, row: Row, epoch: int, row_number: int) -> TextOutputs | BadSample | None:
         """Read a sample's cached text encoder outputs; None if text is not cached."""

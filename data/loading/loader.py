@@ -1,5 +1,6 @@
 """The stream of one rank's micro batches from any position on, read ahead by worker processes."""
 
+import json
 import os
 import signal
 import threading
@@ -23,8 +24,9 @@ from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 from sdxl_trainer.data.stores.shard_copies import open_copies
 from sdxl_trainer.data.text.cached_text import CachedText
-from sdxl_trainer.data.text.captions import CaptionSettings
+from sdxl_trainer.data.text.captions import build_caption_settings
 from sdxl_trainer.data.text.strategy import Strategy
+from sdxl_trainer.data.text.tag_rules import RULES_VARIABLE
 from sdxl_trainer.data.text.tokens import SOURCES_VARIABLE, Tokenizers
 from sdxl_trainer.data.text.variants import CaptionVariants
 
@@ -64,7 +66,7 @@ def build_dataset(config: Config, index: Index, tokenizers: Tokenizers, strategy
     settings = SampleSettings(
         seed=config.run.seed,
         max_tokens=data.max_tokens,
-        caption=CaptionSettings(**data.caption.model_dump()),
+        caption=build_caption_settings(data.caption),
         flip_rate=data.flip_rate,
         prior_loss_weight=config.objective.prior_loss_weight,
     )
@@ -127,6 +129,8 @@ def iterate_batches(
         context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
         sources = dict.fromkeys(str(tokenizer.source) for tokenizer in dataset.tokenizers)
         os.environ[SOURCES_VARIABLE] = os.pathsep.join(sources)
+        if (rules := dataset.settings.caption.rules) is not None:
+            os.environ[RULES_VARIABLE] = json.dumps(rules.sources)
         context.set_forkserver_preload([PRELOADED_MODULE])
         worker_options = dict(
             multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_init_worker
@@ -145,7 +149,8 @@ def iterate_batches(
         batches = iter(loader)
     if num_workers and not pin_memory:
         fail_with_workers(batches)
-    os.environ.pop(SOURCES_VARIABLE, None)  # the server has read it by now
+    for variable in (SOURCES_VARIABLE, RULES_VARIABLE):  # the server has read them by now
+        os.environ.pop(variable, None)
     return batches
 
 

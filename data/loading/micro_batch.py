@@ -63,6 +63,8 @@ class MicroBatch:
     positions: torch.Tensor  # [B] int64
     rows: torch.Tensor  # [B] int64
     text: dict[str, torch.Tensor] | None = None  # cached: hidden [B, L, C1], hidden_2 [B, L, C2], pooled [B, C2]
+    token_weights: torch.Tensor | None = None  # [B, L] float32, L = 75·windows + 2, of encoder 1's states; None: 1
+    token_weights_2: torch.Tensor | None = None  # of encoder 2's
     masks: torch.Tensor | None = None  # [B, H, W] float32 in 0..1, weight of the loss; None: 1 everywhere
     bad: list[BadSample] = field(default_factory=list)
     pending: list[PendingImage] = field(default_factory=list)  # images that still need their latents

@@ -1,8 +1,8 @@
 """The caption pipeline: from a record to the text that a sample is trained with.
 
-Its steps, in the order of kohya-ss/sd-scripts: prefix and suffix, caption dropout, wildcards, kept tags, token warm-up,
-shuffle, tag dropout, secondary separator, replacements, ftfy. Every function is pure: its random choices come from the
-generator that is passed in.
+Its steps, in the order of kohya-ss/sd-scripts: prefix and suffix, caption dropout, wildcards, aliases and implications,
+kept tags, token warm-up, shuffle, tag dropout, secondary separator, replacements, ftfy. Every function is pure: its
+random choices come from the generator that is passed in.
 """
 
 import re
@@ -12,7 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.data.metadata.values import DESCRIPTION_FIELDS, TAG_FIELDS, join_texts
+from sdxl_trainer.data.text.tag_rules import TagRules, TagSources, load_tag_rules
+from sdxl_trainer.data.text.weights import divide_groups
 
 TAG_JOINER = ", "  # between the tags of a caption, whatever separator the record uses
 # `{2$$a|b|c}` takes two options, `{1-2$$ and $$a|b|c}` one or two, joined by " and ". The joiner has at most 32
@@ -41,7 +44,9 @@ class CaptionSettings:
     separator: str = ","
     secondary_separator: str = ""
     replacements: Mapping[str, str | list[str]] = field(default_factory=dict)
+    weighted: bool = False
     fix_text: bool = True
+    rules: TagRules | None = None  # of the settings `aliases`, `implications`, `protected_tags` and its file
 
 
 class CaptionTexts(NamedTuple):
@@ -49,6 +54,15 @@ class CaptionTexts(NamedTuple):
 
     tags: str
     description: str = ""
+
+
+def build_caption_settings(config: CaptionConfig) -> CaptionSettings:
+    """Build the settings of the caption pipeline, with the files of tags loaded.
+
+    Raises:
+        UserInputError: a file of tags cannot be used.
+    """
+    return CaptionSettings(**config.model_dump(exclude=set(TagSources._fields)), rules=load_tag_rules(config))
 
 
 def build_caption(
@@ -230,32 +244,56 @@ def _pick_line(text: str, rng: np.random.Generator) -> str:
 
 
 def _process_tags(text: str, settings: CaptionSettings, rng: np.random.Generator, step: int) -> str:
-    """Apply the steps that work on single tags: kept tags, warm-up, shuffle and dropout.
+    """Apply the steps that work on single tags: aliases and implications, kept tags, warm-up, shuffle and dropout.
 
     Without any of them the text is returned unchanged, spacing included.
     """
-    mark, warmup_steps = settings.keep_tokens_separator, settings.token_warmup_steps
+    mark, rules = settings.keep_tokens_separator, settings.rules
     marked = bool(mark) and mark in text
-    if not (marked or settings.shuffle or warmup_steps or settings.tag_dropout_rate):
+    is_rewritten = rules is not None and rules.has_changes
+    is_arranged = settings.shuffle or settings.token_warmup_steps or settings.tag_dropout_rate
+    if not (marked or is_rewritten or is_arranged):
         return text
-    ending = []
+    if settings.weighted:
+        text = divide_groups(text, settings.separator)
+    fixed, flexible, ending = [], _split_tags(text, settings), []
     if marked:
         head, middle, *tail = text.split(mark)
         fixed, flexible = _split_tags(head, settings), _split_tags(middle, settings)
         ending = [tag for part in tail for tag in _split_tags(part, settings)]
-    else:
-        tags = _split_tags(text, settings)
-        fixed, flexible = tags[: settings.keep_tokens], tags[settings.keep_tokens :]
+    if rules is not None and is_rewritten:
+        fixed, flexible, ending = rules.rewrite((fixed, flexible, ending), settings.weighted)
+    if not marked:
+        fixed, flexible = flexible[: settings.keep_tokens], flexible[settings.keep_tokens :]
+    return TAG_JOINER.join(fixed + _arrange_tags(flexible, settings, rng, step) + ending)
+
+
+def _arrange_tags(tags: list[str], settings: CaptionSettings, rng: np.random.Generator, step: int) -> list[str]:
+    """Apply warm-up, shuffle and dropout to the tags that are not protected; the others keep their place."""
+    rules, warmup_steps = settings.rules, settings.token_warmup_steps
+    free = [at for at, tag in enumerate(tags) if rules is None or not rules.is_protected(tag, settings.weighted)]
+    moved = [tags[at] for at in free]
     if step < warmup_steps:
         least = settings.token_warmup_min
         # kohya's formula in integers, so that rounding cannot lose a tag.
-        flexible = flexible[: step * (len(flexible) - least) // warmup_steps + least]
+        moved = moved[: step * (len(moved) - least) // warmup_steps + least]
     if settings.shuffle:
-        flexible = [flexible[i] for i in rng.permutation(len(flexible))]
+        moved = [moved[i] for i in rng.permutation(len(moved))]
+    kept = np.ones(len(moved), bool)
     if settings.tag_dropout_rate:
-        kept = rng.random(len(flexible)) >= settings.tag_dropout_rate
-        flexible = [tag for tag, keep in zip(flexible, kept, strict=True) if keep]
-    return TAG_JOINER.join(fixed + flexible + ending)
+        kept = rng.random(len(moved)) >= settings.tag_dropout_rate
+    if len(free) == len(tags):
+        return [tag for tag, keep in zip(moved, kept, strict=True) if keep]
+    arranged: list[str | None] = list(tags)
+    for place, at in enumerate(free):
+        arranged[at] = moved[place] if place < len(moved) and kept[place] else None
+    return [tag for tag in arranged if tag is not None]
+
+
+def list_tags(text: str, settings: CaptionSettings) -> list[str]:
+    """List the tags of a text, with aliases and implications applied."""
+    tags = _split_tags(text, settings)
+    return tags if settings.rules is None else sum(settings.rules.rewrite(([], tags), settings.weighted), [])
 
 
 def _split_tags(text: str, settings: CaptionSettings) -> list[str]:

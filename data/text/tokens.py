@@ -19,6 +19,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from sdxl_trainer.data.text.weights import parse_weights
+
 # Environment variable that names the vocabularies for the server of loader workers (data/loading/preload.py).
 SOURCES_VARIABLE = "SDXL_TRAINER_VOCABULARIES"
 WINDOW = 75  # tokens between the marks
@@ -87,9 +89,28 @@ class CaptionTokenizer:
             window[1 + len(part)] = self.end_id
         return windows
 
-    def count_tokens(self, caption: str) -> int:
+    def tokenize_weighted(self, caption: str) -> "WeightedIds":
+        """Return the token ids of a caption whose brackets are weights, and the weight of each.
+
+        A word ends where the weight changes, as in kohya-ss/sd-scripts.
+        """
+        ids: list[int] = []
+        weights: list[float] = []
+        for text, weight in parse_weights(caption):
+            ids += self.tokenize(text)
+            weights += [weight] * (len(ids) - len(weights))
+        return WeightedIds(ids, weights)
+
+    def count_tokens(self, caption: str, weighted: bool = False) -> int:
         """Return the number of a caption's tokens, without marks and padding."""
-        return len(self.tokenize(caption))
+        return len(self.tokenize_weighted(caption).ids if weighted else self.tokenize(caption))
+
+
+class WeightedIds(NamedTuple):
+    """Token ids of a caption, without marks and padding, and the weight of each token."""
+
+    ids: list[int]
+    weights: list[float]
 
 
 class Tokenizers(NamedTuple):
@@ -104,6 +125,9 @@ class TokenIds(NamedTuple):
 
     input_ids: np.ndarray  # [B, windows, 77] int64, encoder 1
     input_ids_2: np.ndarray  # [B, windows, 77] int64, encoder 2
+    # [B, 75·windows + 2] float32, of each state of an encoder; 1 for marks and padding. None: all weights are 1.
+    weights: np.ndarray | None = None
+    weights_2: np.ndarray | None = None
 
 
 def load_tokenizer(source: Path, pad_token: str) -> CaptionTokenizer:
@@ -172,13 +196,27 @@ def share_vocabulary(tokenizers: Tokenizers) -> Tokenizers:
     return Tokenizers(first, replace(second, tokenizer=first.tokenizer, source=first.source))
 
 
-def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens: int = WINDOW) -> TokenIds:
+def encode_captions(
+    tokenizers: Tokenizers, captions: Sequence[str], max_tokens: int = WINDOW, weighted: bool = False
+) -> TokenIds:
     """Tokenize captions for both encoders, into [B, max_tokens / 75, 77] ids each.
 
     Tokenizing takes most of the time of a sample, so captions are tokenized only once if both vocabularies are equal,
     as SDXL's are.
+
+    Args:
+        weighted: read brackets as weights (data/text/weights.py).
     """
     first, second = tokenizers
+    if weighted:
+        found = [[tokenizer.tokenize_weighted(caption) for caption in captions] for tokenizer in tokenizers]
+        return TokenIds(
+            *(
+                np.stack([tokenizer.cut_windows(each.ids, max_tokens) for each in of_encoder])
+                for tokenizer, of_encoder in zip(tokenizers, found, strict=True)
+            ),
+            *(np.stack([spread_weights(each.weights, max_tokens) for each in of_encoder]) for of_encoder in found),
+        )
     ids = [first.tokenize(caption) for caption in captions]
     are_equal = first.vocabulary == second.vocabulary
     ids_2 = ids if are_equal else [second.tokenize(caption) for caption in captions]
@@ -186,6 +224,16 @@ def encode_captions(tokenizers: Tokenizers, captions: Sequence[str], max_tokens:
         np.stack([first.cut_windows(caption_ids, max_tokens) for caption_ids in ids]),
         np.stack([second.cut_windows(caption_ids, max_tokens) for caption_ids in ids_2]),
     )
+
+
+def spread_weights(weights: Sequence[float], max_tokens: int) -> np.ndarray:
+    """Return the weights of an encoder's states, [max_tokens + 2] float32, from those of a caption's tokens.
+
+    The windows of a caption are joined without the marks between them, so its tokens follow the first mark.
+    """
+    spread = np.ones(max_tokens + 2, np.float32)
+    spread[1 : 1 + len(weights[:max_tokens])] = weights[:max_tokens]
+    return spread
 
 
 def has_vocabulary(folder: Path) -> bool:

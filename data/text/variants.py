@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.text.captions import CaptionSettings, CaptionTexts, build_caption, process_texts
 from sdxl_trainer.data.text.strategy import Strategy
@@ -54,12 +55,12 @@ def hash_captions(captions: tuple[str, ...]) -> str:
     return hashlib.sha256(orjson.dumps(captions)).hexdigest()
 
 
-def is_choice_random(settings: CaptionSettings) -> bool:
+def is_choice_random(settings: CaptionSettings | CaptionConfig) -> bool:
     """Return whether the text of a record with both tags and a description is chosen at random."""
     return settings.source == "pick" and 0 < settings.description_rate < 1
 
 
-def list_random_settings(settings: CaptionSettings, has_both_texts: bool = False) -> list[str]:
+def list_random_settings(settings: CaptionSettings | CaptionConfig, has_both_texts: bool = False) -> list[str]:
     """Return the names of the settings that make a caption differ each time it is built, except dropout.
 
     Args:

@@ -13,10 +13,12 @@ from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_value, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.configs.section import is_own_code
+from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.data.own_code import hash_own_code
 from sdxl_trainer.data.text.strategy import hash_repeats
+from sdxl_trainer.data.text.tag_rules import FILES
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object, share_problems
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.checkpoint.folder import (
@@ -45,7 +47,8 @@ HARMLESS_KEYS = frozenset(
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}
     | {"engine.channels_last", "engine.cudnn_benchmark", "engine.timeout_minutes", "ema.sample"}
 )
-# Settings that may name the user's own code, whose file is compared too.
+# Settings that may name the user's own code or a file of tags, which is compared too.
+TAG_FILE_KEYS = tuple(f"data.caption.{name}" for name in FILES)
 OWN_CODE_KEYS = ("data.strategy", "optim.name", "optim.schedule", "objective.loss", "objective.weighting")
 
 LENGTH_KEYS = ("train.max_steps", "train.max_epochs")
@@ -134,10 +137,11 @@ def build_initial_state(
 
 
 def hash_code_of_settings(settings: dict[str, Any]) -> dict[str, str]:
-    """Return the hash of each file of the user that the settings name as own code, by dotted key."""
+    """Return the hash of each file that the settings name as own code or as a list of tags, by dotted key."""
     values = dict(iterate_settings(settings))
     names = {key: str(values[key]) for key in OWN_CODE_KEYS if is_own_code(values.get(key))}
-    return {key: digest for key, name in names.items() if (digest := hash_own_code(name))}
+    lists = {key: hash_file(Path(values[key]))[:16] for key in TAG_FILE_KEYS if values.get(key)}
+    return {key: digest for key, name in names.items() if (digest := hash_own_code(name))} | lists
 
 
 def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_change: str) -> TrainState:
@@ -158,7 +162,7 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
         shown = "".join(f"\n  {change}" for change in changes)
         warn_once("settings that alter training have changed since step {}:{}", saved.step, shown)
     if edited := list_edited_code(saved, fresh):
-        warn_once("the code of {} has changed since step {}", " and ".join(edited), saved.step)
+        warn_once("the file of {} has changed since step {}", " and ".join(edited), saved.step)
     raise_if_any(check_progress(saved, fresh, on_data_change))
     new_data = saved.index_fingerprint != fresh.index_fingerprint
     epoch, index = saved.epoch, saved.index
@@ -202,11 +206,11 @@ def describe_changes(saved: TrainState, fresh: TrainState) -> list[str]:
     """Describe the changes that alter training between the state of a checkpoint and that of the present start."""
     changes = map(str, list_changes(saved.config, fresh.config))
     data = ["the data"] if saved.index_fingerprint != fresh.index_fingerprint else []
-    return [*data, *changes, *(f"the code of {key}" for key in list_edited_code(saved, fresh))]
+    return [*data, *changes, *(f"the file of {key}" for key in list_edited_code(saved, fresh))]
 
 
 def list_edited_code(saved: TrainState, fresh: TrainState) -> list[str]:
-    """List the settings whose own code is in a file that has changed. Older checkpoints hold no hashes of files."""
+    """List the settings that name a changed file of code or tags. Older checkpoints hold no hashes of files."""
     return [key for key, digest in fresh.own_code.items() if saved.own_code.get(key, digest) != digest]
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.text.captions import CaptionSettings
 from sdxl_trainer.data.text.strategy import supplies_captions
 from sdxl_trainer.data.text.tokens import WINDOW
 from sdxl_trainer.data.text.variants import list_random_settings
@@ -58,8 +57,7 @@ def describe_text_encoders(config: Config, source: ModelSource, table: MemoryTab
 
 def has_random_captions(config: Config) -> bool:
     """Return whether settings or the user's class build another caption each time, dropout aside."""
-    settings = CaptionSettings(**config.data.caption.model_dump())
-    return supplies_captions(config.data.strategy) or bool(list_random_settings(settings))
+    return supplies_captions(config.data.strategy) or bool(list_random_settings(config.data.caption))
 
 
 def count_encoder_flops(encoder: Mapping[str, Any]) -> float:

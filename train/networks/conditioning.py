@@ -14,7 +14,8 @@ from sdxl_trainer.data.loading.micro_batch import MicroBatch
 
 # The text inputs of `TrainedNetworks` for a micro batch. For a frozen encoder: its states `hidden` [B, L, C1], or
 # `hidden_2` [B, L, C2] and `pooled` [B, P]. For a trained encoder: its token ids `input_ids` or `input_ids_2`
-# [B, windows, 77]. L = 75·windows + 2.
+# [B, windows, 77] and, with weighted captions, the factors of its states, `weights` or `weights_2` [B, L].
+# L = 75·windows + 2.
 TextInputs = dict[str, torch.Tensor]
 
 
@@ -51,32 +52,52 @@ class TextConditioner:
         """Return the text inputs of a micro batch on the device, from its cached states or its token ids."""
         if batch.text is not None:
             return {name: states.to(device, non_blocking=True) for name, states in batch.text.items()}
+        weights, weights_2 = batch.token_weights, batch.token_weights_2
         return self.encode_frozen(
-            batch.input_ids.to(device, non_blocking=True), batch.input_ids_2.to(device, non_blocking=True)
+            batch.input_ids.to(device, non_blocking=True),
+            batch.input_ids_2.to(device, non_blocking=True),
+            None if weights is None else weights.to(device, non_blocking=True),
+            None if weights_2 is None else weights_2.to(device, non_blocking=True),
         )
 
     def release(self) -> None:
         """Do nothing: only `LazyTextConditioner` can load its encoders again."""
 
     @torch.no_grad()
-    def encode_frozen(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextInputs:
-        """Encode token ids [B, windows, 77] with the frozen encoders, and keep the ids for the trained encoders."""
+    def encode_frozen(
+        self,
+        input_ids: torch.Tensor,
+        input_ids_2: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        weights_2: torch.Tensor | None = None,
+    ) -> TextInputs:
+        """Encode token ids [B, windows, 77] with the frozen encoders, and keep the ids for the trained encoders.
+
+        Args:
+            weights, weights_2: factors of the states of weighted captions, [B, 75·windows + 2] float32.
+        """
         text: TextInputs = {}
         if "text_encoder" in self.trained:
-            text["input_ids"] = input_ids
+            text |= {"input_ids": input_ids} | ({} if weights is None else {"weights": weights})
         else:
-            text["hidden"] = encode_text(self.encoders.encoder, input_ids).hidden
+            text["hidden"] = encode_text(self.encoders.encoder, input_ids, weights).hidden
         if "text_encoder_2" in self.trained:
-            text["input_ids_2"] = input_ids_2
+            text |= {"input_ids_2": input_ids_2} | ({} if weights_2 is None else {"weights_2": weights_2})
         else:
-            text["hidden_2"], text["pooled"] = encode_text(self.encoders.encoder_2, input_ids_2)
+            text["hidden_2"], text["pooled"] = encode_text(self.encoders.encoder_2, input_ids_2, weights_2)
         return text
 
     @torch.no_grad()
-    def encode(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> TextEmbeddings:
-        """Encode token ids [B, windows, 77] with both encoders, trained or not."""
-        hidden = encode_text(self.encoders.encoder, input_ids).hidden
-        hidden_2, pooled = encode_text(self.encoders.encoder_2, input_ids_2)
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        input_ids_2: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        weights_2: torch.Tensor | None = None,
+    ) -> TextEmbeddings:
+        """Encode token ids [B, windows, 77] with both encoders, trained or not; arguments as of `encode_frozen`."""
+        hidden = encode_text(self.encoders.encoder, input_ids, weights).hidden
+        hidden_2, pooled = encode_text(self.encoders.encoder_2, input_ids_2, weights_2)
         return TextEmbeddings(torch.cat([hidden, hidden_2], dim=-1), pooled)
 
 

@@ -75,9 +75,9 @@ class TrainedNetworks(torch.nn.Module):
         """Return the U-Net's text conditioning. Trained encoders run here, with gradients."""
         hidden, hidden_2, pooled = (text.get(name) for name in ("hidden", "hidden_2", "pooled"))
         if self.text_encoder is not None:
-            hidden = encode_text(self.text_encoder, text["input_ids"]).hidden
+            hidden = encode_text(self.text_encoder, text["input_ids"], text.get("weights")).hidden
         if self.text_encoder_2 is not None:
-            hidden_2, pooled = encode_text(self.text_encoder_2, text["input_ids_2"])
+            hidden_2, pooled = encode_text(self.text_encoder_2, text["input_ids_2"], text.get("weights_2"))
         assert hidden is not None and hidden_2 is not None and pooled is not None, "text of both encoders is needed"
         return TextEmbeddings(torch.cat([hidden, hidden_2.to(hidden.dtype)], dim=-1), pooled)
 

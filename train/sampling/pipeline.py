@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sdxl_trainer.cache.encode.text_encoder import move_tokens
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config
@@ -33,6 +34,7 @@ class ImageGenerator:
     objective: ObjectiveConfig
     latent_statistics: LatentStatistics
     max_tokens: int  # longest prompt, as in training
+    weighted: bool  # brackets in prompts are weights, as in training
     dtype: torch.dtype  # of the U-Net
 
     def generate(self, prompt: Prompt, break_off_if_stopped: Callable[[], None] = lambda: None) -> Image.Image:
@@ -83,8 +85,8 @@ class ImageGenerator:
         if kept is not None:
             return TextEmbeddings(*(states.to(self.unet.device) for states in kept))
         device = next(self.conditioner.encoders.encoder.parameters()).device
-        tokens = encode_captions(self.tokenizers, [text], self.max_tokens)
-        hidden, pooled = self.conditioner.encode(*(torch.from_numpy(ids).to(device) for ids in tokens))
+        tokens = encode_captions(self.tokenizers, [text], self.max_tokens, self.weighted)
+        hidden, pooled = self.conditioner.encode(*move_tokens(tokens, device))
         return TextEmbeddings(hidden.to(self.dtype), pooled.to(self.dtype))
 
 
@@ -108,6 +110,7 @@ def build_image_generator(
         objective=config.objective,
         latent_statistics=resolve_latent_statistics(config.model, vae.config),
         max_tokens=config.data.max_tokens,
+        weighted=config.data.caption.weighted,
         dtype=dtype,
     )
 

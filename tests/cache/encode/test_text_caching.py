@@ -111,6 +111,41 @@ def test_outputs_equal_those_of_training(filled, model):
     assert members == ["json", "npz", "te.npz"] * 8
 
 
+def test_weighted_captions_of_an_own_class(filled, model, tmp_path, monkeypatch):
+    """Their states are those of the plain caption, times the weights; the weighting is part of the identity."""
+    (tmp_path / "own.py").write_text(
+        "class Own:\n    def caption(self, record, rng):\n        return '(a red circle:1.5), [kitty]'\n"
+    )
+    (tmp_path / "aliases.csv").write_text("kitty,cat\n")
+    words = [
+        f"cache.dir={tmp_path / 'latents'}",
+        f"data.strategy={tmp_path / 'own.py'}:Own",
+        f"data.caption.aliases={tmp_path / 'aliases.csv'}",
+        "data.caption.weighted=true",
+        "data.max_tokens=300",
+        TEXT,
+    ]
+    settings = filled / "settings.yaml"
+    assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 8
+    texts = read_texts(tmp_path / "latents")
+    plain = encode(model, "a red circle, cat", 300)
+    weights = np.ones((302, 1), np.float32)
+    weights[1:4], weights[5] = 1.5, 1 / 1.1  # after the start mark; the comma has a token of its own
+    expected = TextOutputs(plain.hidden_1 * weights, plain.hidden_2 * weights, plain.pooled)
+    for (outputs,) in texts.values():
+        assert outputs.hidden_1.shape[0] == 302
+        assert_near(outputs, expected)
+    # Without `weighted`, or with other aliases, all is made anew; the latents are kept.
+    latents = hash_items(tmp_path / "latents")
+    assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 0
+    (tmp_path / "aliases.csv").write_text("kitty,dog\n")
+    assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 8
+    words.remove("data.caption.weighted=true")
+    assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 8
+    assert hash_items(tmp_path / "latents") == latents
+    assert b"weighted" not in (tmp_path / "latents" / "text.json").read_bytes()  # as releases without it wrote
+
+
 def test_text_encoders_are_loaded_only_for_work(cache, monkeypatch):
     settings, words, folder = cache
 

@@ -91,12 +91,15 @@ def test_the_page_shows_images_of_every_bucket_and_escapes_texts(surveyed):
 def test_counts_of_tags_and_what_was_looked_at_are_printed(surveyed, tiny_folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = ["--cfg", str(surveyed / "settings.yaml"), "--out", str(surveyed / "part" / "x"), "--images", "0"]
-    assert program.main([*words, "--examine", "4", "--cropped", "80", "data.on_missing_caption=error"]) == 0
+    (surveyed / "aliases.csv").write_text("red,crimson\n")
+    words += [f"data.caption.aliases={surveyed / 'aliases.csv'}", "data.on_missing_caption=error"]
+    assert program.main([*words, "--examine", "4", "--cropped", "80"]) == 0
     printed = capsys.readouterr().out
     assert "opening 4 of 9 images (a sample; --examine 0 opens all)" in printed
     assert "more than 80% cropped away" in printed and "4 opened images" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
     assert ["a star", "6", "75.0%"] in rows and ["no caption", "1", "", "all 9 records"] in rows
+    assert ["crimson", "1", "12.5%"] in rows and not any("red" in row for row in rows)  # as training reads the tags
     assert ["[bold]x", "1", "12.5%"] in rows  # not read as markup
 
 

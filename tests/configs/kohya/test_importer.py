@@ -18,7 +18,7 @@ from sdxl_trainer.configs.kohya.readers import read_command
 from sdxl_trainer.configs.kohya.subsets import list_repeated_folders
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config
 from sdxl_trainer.configs.problems import UserInputError
-from sdxl_trainer.data.text.captions import CaptionSettings, build_caption
+from sdxl_trainer.data.text.captions import build_caption, build_caption_settings
 
 TRAINING = """
 [model_arguments]
@@ -39,6 +39,7 @@ train_batch_size = 4
 gradient_accumulation_steps = 8
 max_train_epochs = 10
 max_token_length = 225
+weighted_captions = true
 xformers = true
 sdpa = false
 seed = 42
@@ -171,7 +172,7 @@ def test_training_and_dataset_files_of_kohya(tmp_path: Path, capsys: pytest.Capt
             "max_bucket_px": 2048,
             "bucket_step_px": 64,
             "flip_rate": 0.5,
-            "caption": {"first_line": True, "keep_tokens": 1, "shuffle": True},
+            "caption": {"first_line": True, "keep_tokens": 1, "shuffle": True, "weighted": True},
             "max_tokens": 225,
         },
         "cache": {"dir": "/out/latents/123", "flip": True},
@@ -685,9 +686,7 @@ def test_captions_are_shaped_as_kohyas_scripts_shape_them(tmp_path: Path) -> Non
     command = "sdxl_train.py --seed 1 --caption_separator ';' --shuffle_caption --keep_tokens 3 ; x --seed 3"
     settings, comment = import_files(tmp_path, {"x.txt": command})
     caption = CaptionConfig(**settings["data"]["caption"])
-    shaped = build_caption(
-        {"caption": "a;b ; c\nd; e"}, CaptionSettings(**caption.model_dump()), np.random.default_rng(0)
-    )
+    shaped = build_caption({"caption": "a;b ; c\nd; e"}, build_caption_settings(caption), np.random.default_rng(0))
     assert shaped == "a, b, c" and caption.fix_text
     assert "shuffle_caption = true: empty tags" in comment and "docs/FROM_KOHYA.md lists differences" in comment
     settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --enable_wildcard --caption_suffix x"})

@@ -15,7 +15,14 @@ from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import iterate_keys, load_config
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.checks.records import check_data_settings
-from sdxl_trainer.data.text.captions import CaptionSettings, build_caption, expand_wildcards, fix_text
+from sdxl_trainer.data.text.captions import (
+    CaptionSettings,
+    build_caption,
+    build_caption_settings,
+    expand_wildcards,
+    fix_text,
+)
+from sdxl_trainer.data.text.tag_rules import TagSources
 
 TAGS = "a, b, c, d, e, f"
 
@@ -38,8 +45,10 @@ def test_without_options_a_caption_is_unchanged(text):
 
 
 def test_the_settings_are_those_of_the_schema():
-    assert {**CaptionConfig().model_dump()} == dataclasses.asdict(CaptionSettings())
-    assert CaptionSettings(**CaptionConfig(replacements={"a": ["b"]}, shuffle=True).model_dump()).shuffle
+    assert build_caption_settings(CaptionConfig()) == CaptionSettings()
+    fields = CaptionConfig.model_fields.keys() - set(TagSources._fields)
+    assert {field.name for field in dataclasses.fields(CaptionSettings)} == {*fields, "rules"}
+    assert build_caption_settings(CaptionConfig(replacements={"a": ["b"]}, shuffle=True)).shuffle
 
 
 def test_prefix_and_suffix():
@@ -279,7 +288,7 @@ def test_nested_caption_settings_are_loaded_and_documented(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("data:\n  caption:\n    shuffle: true\n")
     config, problems = load_config(file, ["data.caption.keep_tokens=2", "data.caption.replacements={a: [b, c]}"])
-    assert problems == [] and CaptionSettings(**config.data.caption.model_dump()) == CaptionSettings(
+    assert problems == [] and build_caption_settings(config.data.caption) == CaptionSettings(
         shuffle=True, keep_tokens=2, replacements={"a": ["b", "c"]}
     )
     file.write_text("data:\n  caption:\n    # shuffle: true\n")

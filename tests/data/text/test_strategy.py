@@ -13,6 +13,7 @@ import torch
 from programs import ROOT, run_program
 from tiny_tokenizers import load_tiny_tokenizers
 
+from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
@@ -33,6 +34,7 @@ from sdxl_trainer.data.text.strategy import (
     load_strategy,
     save_repeats,
 )
+from sdxl_trainer.data.text.tag_rules import load_tag_rules
 
 EXAMPLE = ROOT / "docs" / "examples" / "strategy.py"
 BUCKET = (64, 96)
@@ -198,24 +200,38 @@ def __init__(self):
 def caption(self, record, rng):
     if record["key"] == "s1":
         raise IndexError("no tags here")
-    return f"{record['key']} {rng.integers(1000)}"
+    return f"({record['key']} {rng.integers(1000)}, kitty:1.5), solo"
 def loss_weight(self, record):
     import os
     assert self.process == os.getpid()
     return 1 + int(record["key"][1])
 """,
     )
-    dataset = build_dataset(cache, index, load_strategy(spec), shuffle=True, dropout_rate=0.2)
+    (tmp_path / "aliases.csv").write_text("kitty,cat\n")
+    rules = load_tag_rules(CaptionConfig(aliases=str(tmp_path / "aliases.csv"), protected_tags=["solo"]))
+    dataset = build_dataset(
+        cache, index, load_strategy(spec), shuffle=True, dropout_rate=0.2, weighted=True, rules=rules
+    )
     plan = build_plan(index, 4, 0)
     in_process, in_worker = (
         list(islice(iterate_batches(dataset, iterate_specs(plan, Position(0, 0), 0, 1, 2), workers), 6))
         for workers in (0, 1)
     )
     for expected, found in zip(in_process, in_worker, strict=True):
-        assert found.input_ids.equal(expected.input_ids)
+        assert found.input_ids.equal(expected.input_ids) and found.token_weights.equal(expected.token_weights)
         assert found.weights.equal(expected.weights) and found.bad == expected.bad
         assert found.weights.tolist() == [0 if row == 1 else 1 + row for row in found.rows.tolist()]
     assert sum(len(batch.bad) for batch in in_worker) == 3  # once in each of 3 epochs
+    # `solo` keeps its place at the end; the group's weight is that of each of its tags, also of the alias.
+    ends = encode(dataset, ", cat, solo"), encode(dataset, ", solo")
+    cats = [ids for batch in in_worker for ids in batch.input_ids.tolist() if ends[0][0, 0, 2] in ids[0]]
+    ending = [token for token in ends[1][0, 0].tolist() if token not in (ends[1][0, 0, 0], ends[1][0, 0, -1])]
+    for ids in cats:
+        text = [token for token in ids[0] if token not in (ids[0][0], ids[0][-1])]
+        assert text[-len(ending) :] == ending
+    assert len(cats) >= 5
+    weights = {value for batch in in_worker for value in batch.token_weights.unique().tolist()}
+    assert weights == {1.0, 1.5}
 
 
 @pytest.mark.parametrize(

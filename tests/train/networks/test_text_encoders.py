@@ -9,6 +9,7 @@ import torch
 from programs import read_losses, run_program
 from safetensors.torch import load_file
 
+from sdxl_trainer.cache.encode.text_encoder import encode_text
 from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.train.convert import main
@@ -23,7 +24,12 @@ SETTINGS = (
     "optim.text_encoder_2_lr=5e-4",
     "optim.groups=[{match: 'unet.mid_block', lr: 0}]",
     "ema.decays=[0.9]",
-    "data.max_tokens=150",
+    # Weighted captions of five windows, whose tags are replaced, added, shuffled and protected.
+    "data.max_tokens=375",
+    "data.caption.weighted=true",
+    "data.caption.prefix='(sketch, drawing:1.4), (shape), '",
+    "data.caption.shuffle=true",
+    "data.caption.protected_tags=[shape]",
     "objective.text_dropout_rate=0.2",
     # All keyed parts of the objective of a flow, whose losses must not depend on the ranks either.
     "objective.prediction=flow",
@@ -35,6 +41,12 @@ SETTINGS = (
     "checkpoint.every_steps=2",
     "sample.num_inference_steps=1",
 )
+
+
+def list_words(folder: Path) -> tuple[str, ...]:
+    """Return the settings of the runs, with files of tags in a folder."""
+    files = (f"data.caption.{name}={folder / name}.csv" for name in ("aliases", "implications"))
+    return (*SETTINGS, *files)
 
 
 def make_text(windows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,10 +79,37 @@ def test_exactly_the_unfrozen_parameters_have_a_gradient(trained):
     assert live[0].equal(frozen[0]) and live[1].equal(frozen[1])
 
 
+@pytest.mark.parametrize("trained", [(), ("text_encoder", "text_encoder_2")])
+def test_weights_multiply_the_states_of_both_encoders_and_not_the_pooled_one(trained):
+    """As kohya's scripts do: the mean of the states is not restored."""
+    torch.manual_seed(0)
+    encoders = build_tiny_text_encoders()
+    ids, ids_2 = make_text()
+    weights = 1 + torch.rand(2, 152, generator=torch.Generator().manual_seed(2))
+    weights_2 = weights.flip(1)
+    conditioner = TextConditioner(TextEncoders(*encoders.values()), trained)
+    networks = TrainedNetworks(build_tiny_unet(), **{name: encoders[name] for name in trained})
+    with torch.no_grad():
+        plain, pooled = conditioner.encode(ids, ids_2)
+        found = networks.encode(conditioner.encode_frozen(ids, ids_2, weights, weights_2))
+        again = conditioner.encode(ids, ids_2, weights, weights_2)
+        half = encode_text(encoders["text_encoder"].to(torch.bfloat16), ids, weights).hidden
+    width = encoders["text_encoder"].config.hidden_size
+    expected = torch.cat([plain[..., :width] * weights[..., None], plain[..., width:] * weights_2[..., None]], -1)
+    assert found.hidden.equal(expected) and found.pooled.equal(pooled)
+    assert again.hidden.equal(expected) and again.pooled.equal(pooled)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected[..., :width], rtol=0.05, atol=0.05)
+
+
 @pytest.fixture(scope="module")
 def trained_run(cached_folder: Path) -> Path:
     """Train four steps on two ranks under ZeRO-2."""
-    run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te", *SETTINGS, ranks=2)
+    (cached_folder / "aliases.csv").write_text("drawing,line_drawing\n")
+    (cached_folder / "implications.csv").write_text("line_drawing,monochrome\n")
+    run_program(
+        "train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te", *list_words(cached_folder), ranks=2
+    )
     return cached_folder / "runs" / "te"
 
 
@@ -78,7 +117,7 @@ def test_resuming_on_another_stage_and_number_of_ranks(trained_run: Path, cached
     resumed = cached_folder / "runs" / "te-resumed"
     shutil.copytree(trained_run / "checkpoints" / "step-00000002", resumed / "checkpoints" / "step-00000002")
     shutil.copytree(trained_run / "logs", resumed / "logs", ignore=shutil.ignore_patterns("tensorboard"))
-    words = (*SETTINGS, "engine.zero_stage=1", "sample.prompts=[]")
+    words = (*list_words(cached_folder), "engine.zero_stage=1", "sample.prompts=[]", "data.num_workers=1")
     run_program("train/main.py", "--cfg", cached_folder / "tiny.yaml", "run.name=te-resumed", *words)
     losses, expected = read_losses(resumed), read_losses(trained_run)
     assert len(losses) == 4

@@ -169,6 +169,7 @@ def test_a_sample_whose_caption_or_text_is_another_is_left_out(texted, tmp_path)
         (SHUFFLED, "outdated in 24 of 24 checked samples"),
         (["data.caption.shuffle=true"], "would keep one random form of each caption"),
         (["data.max_tokens=150"], "24 have text made with max_tokens 75"),
+        (["data.caption.weighted=true"], "24 have text made with weighted False"),
         (["cache.dtype=float16"], "24 have text made with dtype float32"),
         (["cache.on_missing=encode"], "encodes latents without text"),
         (["optim.text_encoder_2_lr=1e-6"], "trains a text encoder, which does not run with cache.text"),

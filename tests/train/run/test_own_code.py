@@ -106,14 +106,20 @@ def test_a_module_and_a_missing_one(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_a_resume_names_own_code_that_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text("def fall(progress): return 1 - progress")
-    settings = build_config({}, [f"optim.schedule={tmp_path}/own.py:fall"])[0].model_dump(mode="json")
+    (tmp_path / "tags.csv").write_text("kitty,cat")
+    words = [f"optim.schedule={tmp_path}/own.py:fall", f"data.caption.aliases={tmp_path}/tags.csv"]
+    settings = build_config({}, words)[0].model_dump(mode="json")
     saved = TrainState(step=7, config=settings, own_code=hash_code_of_settings(settings))
-    assert list(saved.own_code) == ["optim.schedule"]
+    assert list(saved.own_code) == ["optim.schedule", "data.caption.aliases"]
     warnings: list[str] = []
     monkeypatch.setattr(resume, "warn_once", lambda text, *values: warnings.append(text.format(*values)))
     plan = Plan(torch.zeros(8).long().numpy(), 4, 0, None)
-    for code, expected in (("1 - progress", []), ("0.5", ["the code of optim.schedule has changed since step 7"])):
+    for code, expected in (("1 - progress", []), ("0.5", ["the file of optim.schedule has changed since step 7"])):
         (tmp_path / "own.py").write_text(f"def fall(progress): return {code}")
         fresh = TrainState(config=settings, own_code=hash_code_of_settings(settings))
         assert restore_progress(saved, fresh, plan, "stop").own_code == fresh.own_code
         assert warnings == expected
+    (tmp_path / "tags.csv").write_text("kitty,dog")
+    fresh = TrainState(config=settings, own_code=hash_code_of_settings(settings))
+    restore_progress(saved, fresh, plan, "stop")
+    assert warnings[-1] == "the file of optim.schedule and data.caption.aliases has changed since step 7"
