@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from typing import NamedTuple
 
 from sdxl_trainer.configs.captions import CaptionConfig
@@ -50,6 +51,8 @@ class TagPair(NamedTuple):
 
     antecedent: str
     consequent: str
+    key: str  # of the antecedent
+    target: str  # key of the consequent
     line: int
 
 
@@ -104,7 +107,7 @@ class TagRules:
                 name = self.aliases.get(key)
                 if name is not None:
                     weight = parse_weights(tag)[0].weight if weighted else 1.0
-                    tag, key = spell(name, weight), normalize_tag(name)
+                    tag, key = spell(name, weight), normalize_spelling(name)
                 if self.aliases and key in known:
                     continue
                 known[key] = None
@@ -112,7 +115,7 @@ class TagRules:
         waiting = list(known)
         for key in waiting:  # grows while it is read: an implied tag may imply further ones
             for name in self.implied.get(key, ()):
-                implied = normalize_tag(name)
+                implied = normalize_spelling(name)
                 if implied not in known:
                     known[implied] = None
                     waiting.append(implied)
@@ -122,9 +125,16 @@ class TagRules:
 
 @lru_cache(MAX_KEPT_KEYS)
 def normalize_tag(tag: str, weighted: bool = False) -> str:
-    """Return the key of a tag: lower case, spaces for underscores, without weights and escapes."""
-    if SPECIAL.search(tag):
-        tag = "".join(part.text for part in parse_weights(tag)) if weighted else ESCAPED.sub(r"\1", tag)
+    """Return the key of a tag in a caption: as `normalize_spelling`, without weights."""
+    if weighted and SPECIAL.search(tag):
+        return " ".join("".join(part.text for part in parse_weights(tag)).lower().replace("_", " ").split())
+    return normalize_spelling(tag)
+
+
+def normalize_spelling(tag: str) -> str:
+    """Return the key of a tag: lower case, spaces for underscores, without escapes."""
+    if "\\" in tag:
+        tag = ESCAPED.sub(r"\1", tag)
     return " ".join(tag.lower().replace("_", " ").split())
 
 
@@ -199,22 +209,21 @@ def parse_aliases(content: bytes) -> dict[str, str]:
     """
     pairs: dict[str, TagPair] = {}
     for pair in _parse_pairs(content):
-        key, target = normalize_tag(pair.antecedent), normalize_tag(pair.consequent)
-        known = pairs.setdefault(key, pair)
-        if normalize_tag(known.consequent) != target:
+        known = pairs.setdefault(pair.key, pair)
+        if known.target != pair.target:
             first, second, earlier = known.consequent, pair.consequent, known.line
             text = f"line {pair.line}: {pair.antecedent} is an alias of {second}, but of {first} in line {earlier}"
             raise TagFileError(text)
-        if key == target:
-            del pairs[key]  # another spelling of the same tag
-    targets = {key: normalize_tag(pair.consequent) for key, pair in pairs.items()}
+        if pair.key == pair.target:
+            del pairs[pair.key]  # another spelling of the same tag
+    targets = {key: pair.target for key, pair in pairs.items()}
     _refuse_cycles({key: [target] for key, target in targets.items()}, {key: pair.line for key, pair in pairs.items()})
     resolved: dict[str, str] = {}
     for key in pairs:
-        chain = [key]
-        while chain[-1] not in resolved and targets[chain[-1]] in targets:
-            chain.append(targets[chain[-1]])
-        resolved.update(dict.fromkeys(chain, resolved.get(chain[-1], pairs[chain[-1]].consequent)))
+        path = [key]
+        while path[-1] not in resolved and targets[path[-1]] in targets:
+            path.append(targets[path[-1]])
+        resolved.update(dict.fromkeys(path, resolved.get(path[-1], pairs[path[-1]].consequent)))
     return resolved
 
 
@@ -227,11 +236,13 @@ def parse_implications(content: bytes, aliases: Mapping[str, str]) -> dict[str, 
     implied: dict[str, dict[str, str]] = {}
     lines: dict[str, int] = {}
     for pair in _parse_pairs(content):
-        key, name = normalize_tag(pair.antecedent), pair.consequent
-        key = normalize_tag(aliases.get(key, key))
-        name = aliases.get(normalize_tag(name), name)
-        if key != normalize_tag(name):
-            implied.setdefault(key, {}).setdefault(normalize_tag(name), name)
+        key, target, name = pair.key, pair.target, pair.consequent
+        if key in aliases:
+            key = normalize_spelling(aliases[key])
+        if target in aliases:
+            name, target = aliases[target], normalize_spelling(aliases[target])
+        if key != target:
+            implied.setdefault(key, {}).setdefault(target, name)
             lines.setdefault(key, pair.line)
     _refuse_cycles(implied, lines)
     return {key: tuple(names.values()) for key, names in implied.items()}
@@ -245,8 +256,8 @@ def _refuse_cycles(graph: Mapping[str, Iterable[str]], lines: Mapping[str, int])
         tags = list(reversed(error.args[1]))
         start = min(range(len(tags) - 1), key=lambda place: lines[tags[place]])
         circle = [*tags[start:-1], *tags[: start + 1]]
-        line, chain = lines[circle[0]], " → ".join(circle)
-        raise TagFileError(f"line {line}: {chain} leads back to its start") from None
+        line, path = lines[circle[0]], " → ".join(circle)
+        raise TagFileError(f"line {line}: {path} leads back to its start") from None
 
 
 def _parse_contents(sources: TagSources, contents: Mapping[str, bytes], digest: str) -> TagRules:
@@ -262,8 +273,8 @@ def _parse_contents(sources: TagSources, contents: Mapping[str, bytes], digest: 
         implied = parse_implications(contents["implications"], aliases)
     if problems:
         raise UserInputError(problems)
-    keys = [normalize_tag(tag) for tag in protected]
-    keys += [normalize_tag(aliases[key]) for key in keys if key in aliases]
+    keys = [normalize_spelling(tag) for tag in protected]
+    keys += [normalize_spelling(aliases[key]) for key in keys if key in aliases]
     return TagRules(sources, digest, frozenset(keys) - {""}, aliases, implied)
 
 
@@ -301,13 +312,14 @@ def _parse_pairs(content: bytes) -> Iterator[TagPair]:
     rows = csv.reader(io.StringIO(_decode(content), newline=""), strict=True)
     columns, status, width = (0, 1), None, 2
     try:
-        for number, row in enumerate(rows):
-            names = [cell.strip().lower() for cell in row]
-            heading = next((heading for heading in HEADINGS if set(heading) <= set(names)), None)
-            if number == 0 and heading is not None:
-                columns, width = (names.index(heading[0]), names.index(heading[1])), len(names)
-                status = names.index("status") if "status" in names else None
-            elif row and (status is None or len(row) != width or names[status] == "active"):
+        first = next(rows, [])
+        names = [cell.strip().lower() for cell in first]
+        heading = next((heading for heading in HEADINGS if set(heading) <= set(names)), None)
+        if heading is not None:
+            columns, width = (names.index(heading[0]), names.index(heading[1])), len(names)
+            status = names.index("status") if "status" in names else None
+        for row in rows if heading else chain([first], rows):
+            if row and (status is None or len(row) != width or row[status] == "active"):
                 yield _read_pair(row, columns, width, rows.line_num)
     except csv.Error as error:
         raise TagFileError(f"line {rows.line_num}: {error}") from None
@@ -316,10 +328,11 @@ def _parse_pairs(content: bytes) -> Iterator[TagPair]:
 def _read_pair(row: Sequence[str], columns: tuple[int, int], width: int, line: int) -> TagPair:
     if len(row) != width:
         raise TagFileError(f"line {line}: has {len(row)} columns, not {width}; write antecedent,consequent")
-    antecedent, consequent = (row[column].strip() for column in columns)
-    if not normalize_tag(antecedent) or not normalize_tag(consequent):
+    antecedent, consequent = row[columns[0]].strip(), row[columns[1]].strip()
+    pair = TagPair(antecedent, consequent, normalize_spelling(antecedent), normalize_spelling(consequent), line)
+    if not pair.key or not pair.target:
         raise TagFileError(f"line {line}: has an empty tag; write antecedent,consequent")
-    return TagPair(antecedent, consequent, line)
+    return pair
 
 
 def _choose_spelling(tags: Sequence[str], weighted: bool) -> Callable[[str, float], str]:

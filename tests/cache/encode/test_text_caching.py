@@ -114,9 +114,9 @@ def test_outputs_equal_those_of_training(filled, model):
 def test_weighted_captions_of_an_own_class(filled, model, tmp_path, monkeypatch):
     """Their states are those of the plain caption, times the weights; the weighting is part of the identity."""
     (tmp_path / "own.py").write_text(
-        "class Own:\n    def caption(self, record, rng):\n        return '(a red circle:1.5), [kitty]'\n"
+        "class Own:\n    def caption(self, record, rng):\n        return '(a red circle:1.5), [azure]'\n"
     )
-    (tmp_path / "aliases.csv").write_text("kitty,cat\n")
+    (tmp_path / "aliases.csv").write_text("azure,blue\n")
     words = [
         f"cache.dir={tmp_path / 'latents'}",
         f"data.strategy={tmp_path / 'own.py'}:Own",
@@ -128,7 +128,7 @@ def test_weighted_captions_of_an_own_class(filled, model, tmp_path, monkeypatch)
     settings = filled / "settings.yaml"
     assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 8
     texts = read_texts(tmp_path / "latents")
-    plain = encode(model, "a red circle, cat", 300)
+    plain = encode(model, "a red circle, blue", 300)
     weights = np.ones((302, 1), np.float32)
     weights[1:4], weights[5] = 1.5, 1 / 1.1  # after the start mark; the comma has a token of its own
     expected = TextOutputs(plain.hidden_1 * weights, plain.hidden_2 * weights, plain.pooled)
@@ -138,7 +138,7 @@ def test_weighted_captions_of_an_own_class(filled, model, tmp_path, monkeypatch)
     # Without `weighted`, or with other aliases, all is made anew; the latents are kept.
     latents = hash_items(tmp_path / "latents")
     assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 0
-    (tmp_path / "aliases.csv").write_text("kitty,dog\n")
+    (tmp_path / "aliases.csv").write_text("azure,green\n")
     assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 8
     words.remove("data.caption.weighted=true")
     assert run_job(settings, *words) == 0 and get_report(tmp_path / "latents")["encoded"] == 8

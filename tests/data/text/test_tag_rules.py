@@ -154,12 +154,12 @@ def test_all_files_are_checked_and_harmless_rows_accepted(tmp_path):
 
 
 def test_large_files_are_parsed_once_and_shared(tmp_path):
-    """100,000 rows each, and chains far deeper than Python's recursion."""
-    (tmp_path / "a.csv").write_text("".join(f"old {n},new_{n}\n" for n in range(95_000)) + chain("old", 5000))
-    (tmp_path / "i.csv").write_text("".join(f"new {n},kind {n % 97}\n" for n in range(95_000)) + chain("up", 5000))
+    """Thousands of rows, and chains far deeper than Python's recursion."""
+    (tmp_path / "a.csv").write_text("".join(f"old {n},new_{n}\n" for n in range(15_000)) + chain("old", 5000))
+    (tmp_path / "i.csv").write_text("".join(f"new {n},kind {n % 97}\n" for n in range(15_000)) + chain("up", 5000))
     config = CaptionConfig(aliases=str(tmp_path / "a.csv"), implications=str(tmp_path / "i.csv"))
     settings = build_caption_settings(config)
-    assert settings.rules is not None and len(settings.rules.aliases) == 100_000
+    assert settings.rules is not None and len(settings.rules.aliases) == 20_000
     assert build_caption_settings(config).rules is settings.rules  # parsed once
     content = pickle.dumps(settings)
     assert len(content) < 2000 and pickle.loads(content).rules is settings.rules
