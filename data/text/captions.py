@@ -15,7 +15,7 @@ import numpy as np
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.data.metadata.values import DESCRIPTION_FIELDS, TAG_FIELDS, join_texts
 from sdxl_trainer.data.text.tag_rules import TagRules, TagSources, load_tag_rules
-from sdxl_trainer.data.text.weights import divide_groups
+from sdxl_trainer.data.text.weights import divide_groups, parse_weights
 
 TAG_JOINER = ", "  # between the tags of a caption, whatever separator the record uses
 # `{2$$a|b|c}` takes two options, `{1-2$$ and $$a|b|c}` one or two, joined by " and ". The joiner has at most 32
@@ -291,9 +291,12 @@ def _arrange_tags(tags: list[str], settings: CaptionSettings, rng: np.random.Gen
 
 
 def list_tags(text: str, settings: CaptionSettings) -> list[str]:
-    """List the tags of a text, with aliases and implications applied."""
-    tags = _split_tags(text, settings)
-    return tags if settings.rules is None else sum(settings.rules.rewrite(([], tags), settings.weighted), [])
+    """List the tags of a text, without weights, and with aliases and implications applied."""
+    weighted = settings.weighted
+    tags = _split_tags(divide_groups(text, settings.separator) if weighted else text, settings)
+    if settings.rules is not None:
+        _, tags = settings.rules.rewrite(([], tags), weighted)
+    return ["".join(part.text for part in parse_weights(tag)) for tag in tags] if weighted else tags
 
 
 def _split_tags(text: str, settings: CaptionSettings) -> list[str]:

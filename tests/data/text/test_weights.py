@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import load_tiny_tokenizers
 
-from sdxl_trainer.data.text.captions import CaptionSettings, build_caption
+from sdxl_trainer.data.text.captions import CaptionSettings, build_caption, list_tags
 from sdxl_trainer.data.text.tokens import encode_captions
 from sdxl_trainer.data.text.weights import MAX_WEIGHT, divide_groups, parse_weights
 
@@ -94,6 +94,7 @@ def test_a_group_with_a_comma_keeps_its_weights_when_tags_move():
     assert len(orders) > 10
     kept = CaptionSettings(keep_tokens=1, tag_dropout_rate=1.0, weighted=True)
     assert build_caption({"caption": "(a, b:1.2)"}, kept, np.random.default_rng(0)) == "(a:1.2)"
+    assert list_tags(r"(a, b:1.2), \(c\)", CaptionSettings(weighted=True)) == ["a", "b", "(c)"]
     # Brackets are text by default, and nothing moves without a step that works on tags.
     rng = np.random.default_rng(0)
     assert build_caption({"caption": "(a, b:1.2)"}, CaptionSettings(weighted=True), rng) == "(a, b:1.2)"
