@@ -38,7 +38,7 @@ LOADED: dict[str, "TagRules"] = {}
 
 
 class TagSources(NamedTuple):
-    """What the settings name as rules of tags."""
+    """Protected tags and files of tags, by the names of their settings."""
 
     protected_tags: tuple[str, ...] = ()
     protected_tags_file: str | None = None
