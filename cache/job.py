@@ -24,6 +24,7 @@ from sdxl_trainer.cache.encode.cache_setup import (
     open_checked_index,
     write_identities,
 )
+from sdxl_trainer.cache.encode.cache_vae import load_cache_vae
 from sdxl_trainer.cache.encode.encode_plan import (
     STATES,
     EncodePlan,
@@ -51,8 +52,6 @@ from sdxl_trainer.cache.encode.text_caching import (
     load_text_job,
     save_text_state,
 )
-from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
-from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import (
@@ -126,8 +125,8 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     stop = StopRequest("the work in hand", logger.warning)
     ranks = init_ranks(config.engine.timeout_minutes, stop.raise_if_received)
     index = Index(broadcast_object(path))
-    vae = load_vae(resolve_model(config.model), config.model)
-    identities = build_identities(config.cache, config.data, hash_weights(vae))
+    vae = load_cache_vae(config.model, folder, ranks, may_replace=repair)
+    identities = build_identities(config.cache, config.data, vae.own)
     text = resolve_text_requirement(config, folder, ranks)
     with nullcontext() if dry_run else lock_cache_for_ranks(folder, ranks):
         parts = [
@@ -149,14 +148,14 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             if ranks.is_main:
                 report_plan(config.data, folder, index, shares)
         ACTIVITY.enter("loading the networks")
-        encoder = build_vae_encoder(config.cache, vae, ranks.device)
+        encoder = build_vae_encoder(config.cache, vae.network, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
         num_trials = -(-IMAGES_OF_DRY_RUN // ranks.world_size) if dry_run else 0
         estimates = gather_objects(estimate_work(plans, encoder, text_job, config.cache, num_trials))
         report_estimate(estimates, ranks)
         if not dry_run:
             if ranks.is_main:
-                write_identities(folder, identities)
+                write_identities(folder, identities, vae.own)
             ACTIVITY.enter("encoding images")
             result = encode_plans(config, plans, encoder, text_job, ranks, stop, bad)
             results = gather_objects(result)

@@ -58,8 +58,18 @@ class ModelConfig(Section):
     """Folder with the component configs (diffusers layout) for a single file. The default is the configs of SDXL
     base."""
     vae: Annotated[str | None, IS_PATH] = None
-    """VAE to use instead of the model's own: a diffusers folder or a hub id. The cache must be filled with the same
-    VAE."""
+    """VAE to use instead of the model's own: a diffusers folder, a single `.safetensors` file in LDM (ComfyUI) names,
+    or a hub id. It decides the number of latent channels: 4 for SDXL's own VAE, 16 for Flux's and SD3's, 32 for
+    Flux2's. The cache must be filled with the same VAE."""
+    vae_padding: Literal["zeros", "reflect"] | None = None
+    """Padding of the VAE's convolutions: `zeros`, or `reflect` for VAEs that were trained with padding by reflection,
+    such as EQ-VAEs. Without it, the VAE's own config decides (its key `padding_mode`), or else it is zeros."""
+    vae_scaling_factor: PositiveFloat | None = None
+    """Factor of the VAE's latents, for a VAE whose config contains none, such as a single file: the U-Net works on
+    (latent - shift)·factor. A single file of 4 channels is taken as SDXL's (0.13025, unless the padding is `reflect`),
+    one of 32 as Flux2's (0.6043, shift 0.0760); for others the setting is required."""
+    vae_shift_factor: float | None = None
+    """Shift of the VAE's latents, for `model.vae_scaling_factor`."""
     tokenizer: Path | None = None
     """Folder with CLIP's `vocab.json` and `merges.txt`, or `tokenizer.json`. Single files contain no vocabulary, so
     they need this setting, or an installed open_clip_torch (`pip install --no-deps open_clip_torch`), which has
@@ -67,20 +77,25 @@ class ModelConfig(Section):
     text_projection: Literal["correct", "legacy"] = "correct"
     """Layout of text encoder 2's `text_projection` in single files. `legacy` reads and writes it untransposed; use it
     only to continue a model whose tool saved it that way."""
-    latents_mean: tuple[float, float, float, float] | None = None
+    latents_mean: tuple[float, ...] | None = None
     """Mean of each channel of the VAE's latents. With `model.latents_std`, the U-Net works on (latent - mean)/std
     instead of the latent times the VAE's scaling factor. Set both only for models that were trained this way, unless
     the VAE's own config contains them."""
-    latents_std: tuple[float, float, float, float] | None = None
+    latents_std: tuple[float, ...] | None = None
     """Standard deviation of each channel of the VAE's latents, for `model.latents_mean`."""
 
     @field_validator("latents_std")
     @classmethod
     def _require_both_statistics(cls, std: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
-        if std is not None and min(std) <= 0:
+        if std is not None and min(std, default=0) <= 0:
             raise ValueError("must be above 0")
-        if (std is None) != (info.data.get("latents_mean") is None):
+        mean = info.data.get("latents_mean")
+        if (std is None) != (mean is None):
             raise ValueError("needs model.latents_mean and model.latents_std together; set both or neither")
+        if std is not None and mean is not None and len(std) != len(mean):
+            raise ValueError(f"has {len(std)} values, and model.latents_mean {len(mean)}; give one for each channel")
+        if std is not None and (info.data.get("vae_scaling_factor") or info.data.get("vae_shift_factor")):
+            raise ValueError("does not go with model.vae_scaling_factor or model.vae_shift_factor; leave those out")
         return std
 
 

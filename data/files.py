@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 
@@ -327,6 +327,12 @@ class SeekableBytes(io.RawIOBase):
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._bytes}[whence]
         self._place = max(0, start + offset)
         return self._place
+
+
+def describe_file(path: Path) -> list[Any]:
+    """Return the path, size and modification time of a file, which reveal a change without reading the file."""
+    status = os.stat(path)
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
 def hash_file(path: Path) -> str:

@@ -295,12 +295,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
         ("checkpoints", "not an SDXL model in diffusers layout", "give the file itself", "sdxl.safetensors"),
     ),
     "pickled weights in a folder": (give_bin_weights, ("no safetensors weights in unet/", ".safetensors")),
-    "a VAE as one file": (
+    "an empty VAE file": (
         lambda folder: [f"model.vae={write_file(folder, 'vae.safetensors', '')}"],
-        ("model.vae", "a single file", "diffusers VAE folder"),
+        ("model.vae", "vae.safetensors is empty", "download or copy it again"),
     ),
     "the VAE of SD 1.5": (lambda folder: give_vae(folder, scaling_factor=0.18215), ("model.vae", "VAE of SD 1.5")),
-    "the VAE of Flux": (lambda folder: give_vae(folder, latent_channels=16), ("16 latent channels instead of 4",)),
+    "a VAE for video": (lambda folder: give_vae(folder, _class_name="AutoencoderKLWan"), ("a AutoencoderKLWan",)),
     # the data
     "no data": (give_words("data.image_dirs=[]"), ("data", "neither metadata nor", "data.image_dirs")),
     "a folder that is not there": (give_words("data.image_dirs=/no/images"), ("/no/images", "not a folder", "check")),

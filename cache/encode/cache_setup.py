@@ -7,6 +7,7 @@ from pathlib import Path
 import orjson
 from loguru import logger
 
+from sdxl_trainer.cache.encode.cache_vae import CacheVae
 from sdxl_trainer.cache.encode.text_caching import check_captioning
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, raise_if_any
@@ -46,11 +47,11 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     return index
 
 
-def build_identities(cache: CacheConfig, data: DataConfig, vae_sha256: str) -> dict[str, Identity]:
+def build_identities(cache: CacheConfig, data: DataConfig, vae: CacheVae) -> dict[str, Identity]:
     """Build the identity of each resolution's latents, by the prefix of their keys."""
     return {
         prefix: Identity(
-            vae_sha256=vae_sha256,
+            vae_sha256=vae.sha256,
             vae_precision=cache.vae_precision,
             dtype=cache.dtype,
             posterior=cache.posterior,
@@ -62,14 +63,17 @@ def build_identities(cache: CacheConfig, data: DataConfig, vae_sha256: str) -> d
             no_upscale=rule.no_upscale,
             buckets=rule.fixed,
             alpha_mask=cache.alpha_mask,
+            vae_padding=vae.padding,
+            latent_channels=vae.channels,
         )
         for prefix, rule in build_bucket_rules(data).items()
     }
 
 
-def write_identities(folder: Path, identities: Mapping[str, Identity]) -> None:
-    """Write the identities of all resolutions to the cache's `cache.json`."""
-    write_identity(folder, identities[""], {prefix: other for prefix, other in identities.items() if prefix})
+def write_identities(folder: Path, identities: Mapping[str, Identity], vae: CacheVae) -> None:
+    """Write the identities of all resolutions, and the files of the VAE, to the cache's `cache.json`."""
+    further = {prefix: other for prefix, other in identities.items() if prefix}
+    write_identity(folder, identities[""], further, vae.record)
 
 
 def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.pipeline import TextItem, choose_text_file
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.files import hash_file
-from sdxl_trainer.data.formats.latents import LATENT_CHANNELS, VAE_FACTOR
+from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextIdentity, TextPart
 from sdxl_trainer.data.formats.shards import get_partial_path
 from sdxl_trainer.data.images.bucket import BucketRule, Size, is_too_narrow, list_buckets, place_image
@@ -414,7 +414,7 @@ def find_mtime_if_unchanged(path: str, status: os.stat_result, size: int, mtime_
 def estimate_block_bytes(identity: Identity) -> int:
     """Return the bytes of latents for each 8x8 block of pixels."""
     num_arrays = (2 if identity.posterior == "moments" else 1) * (2 if identity.flip else 1)
-    return LATENT_CHANNELS * DTYPE_BYTES[identity.dtype] * num_arrays
+    return identity.latent_channels * DTYPE_BYTES[identity.dtype] * num_arrays
 
 
 class _FileLister:

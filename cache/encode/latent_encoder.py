@@ -22,7 +22,7 @@ Posterior = Literal["sample", "mean", "moments"]
 class EncodedBatch:
     """Arrays of a batch that are stored. `std` is set only for moments, the flipped arrays only with flip."""
 
-    latents: np.ndarray  # [B, 4, h, w] float32, not multiplied by the scaling factor
+    latents: np.ndarray  # [B, C, h, w] float32, not multiplied by the scaling factor
     std: np.ndarray | None = None
     flipped: np.ndarray | None = None
     flipped_std: np.ndarray | None = None
@@ -146,7 +146,7 @@ class _LaunchedBatch:
     """A batch that was launched whole."""
 
     def __init__(self, parts: list[torch.Tensor], moments: bool, flip: bool):
-        self._copy = HostCopy(parts)  # [B, 4, h, w] each
+        self._copy = HostCopy(parts)  # [B, C, h, w] each
         self._moments, self._flip = moments, flip
 
     def wait(self) -> EncodedBatch:

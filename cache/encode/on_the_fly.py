@@ -17,12 +17,13 @@ from sdxl_trainer.cache.encode.cache_setup import (
     lock_cache_for_ranks,
     write_identities,
 )
+from sdxl_trainer.cache.encode.cache_vae import check_cache_vae, identify_vae
 from sdxl_trainer.cache.encode.decoder import PreparedItem, WorkItem
 from sdxl_trainer.cache.encode.latent_encoder import Encoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import build_item
 from sdxl_trainer.cache.encode.storage import EncodedItem, NpzStorage
-from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.formats.latents import BadLatentError, pack_latents, parse_latents
@@ -128,12 +129,13 @@ def build_missing_latent_encoder(
     masks = {"cache.alpha_mask": cache.alpha_mask, "data.masks": config.data.masks}
     raise_if_any(Problem(key, value, rule, cure) for key, value in masks.items() if value)
     vae = load_vae(source, config.model)
-    identities = build_identities(cache, config.data, hash_weights(vae))
-    raise_if_any(check_identities(folder, identities))
+    own_vae = identify_vae(source, config.model, vae)
+    identities = build_identities(cache, config.data, own_vae)
+    raise_if_any([*check_cache_vae(folder, config.model, own_vae)] or check_identities(folder, identities))
     lock = ExitStack()
     lock.enter_context(lock_cache_for_ranks(folder, ranks))
     if ranks.is_main:
-        write_identities(folder, identities)
+        write_identities(folder, identities, own_vae)
     writer = BackgroundWriter(NpzStorage(folder, cache.dtype), ManifestWriter(folder, ranks.rank))
     return MissingLatentEncoder(
         encoder=build_vae_encoder(cache, vae, ranks.device),

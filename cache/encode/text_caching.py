@@ -18,10 +18,10 @@ from sdxl_trainer.cache.models.encoders import hash_weights, load_text_encoders,
 from sdxl_trainer.cache.models.source import ModelSource, resolve_model
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig, ModelConfig
+from sdxl_trainer.data.files import describe_file
 from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.text_cache import (
     STATE_FILE,
-    describe_file,
     read_text_state,
     verify_text_state,
     write_text_state,

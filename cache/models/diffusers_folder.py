@@ -57,12 +57,17 @@ def find_weights(folder: Path, component: str) -> list[Path]:
     Raises:
         FileNotFoundError: the component has no safetensors weights.
     """
-    files = sorted((folder / component).glob("*.safetensors"))
-    plain = [path for path in files if path.name == WEIGHTS[component]]
+    return choose_weights(folder / component, WEIGHTS[component])
+
+
+def choose_weights(folder: Path, name: str) -> list[Path]:
+    """Like `find_weights`, for the folder of the weights themselves, whose plain file has this name."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [path for path in files if path.name == name]
     parts = [path for path in files if "-of-" in path.name and path.suffixes == [".safetensors"]]
     chosen = plain or parts or files[:1]
     if not chosen:
-        raise FileNotFoundError(f"{folder / component} has no safetensors weights")
+        raise FileNotFoundError(f"{folder} has no safetensors weights")
     return chosen
 
 

@@ -1,15 +1,15 @@
-"""Loading of the frozen networks: the VAE, both text encoders, and their tokenizers, from a folder or a single file."""
+"""Loading of the frozen text encoders and their tokenizers, from a folder or a single file."""
 
 import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from sdxl_trainer.cache.models.components import build_component
-from sdxl_trainer.cache.models.source import ModelSource, fetch_from_hub, is_local, resolve_model
+from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.text.tokens import (
@@ -28,22 +28,6 @@ class TextEncoders(NamedTuple):
 
     encoder: torch.nn.Module
     encoder_2: torch.nn.Module
-
-
-def load_vae(source: ModelSource, config: ModelConfig) -> torch.nn.Module:
-    """Load the VAE in fp32, frozen: `model.vae` if it is set, else the model's own."""
-    from diffusers import AutoencoderKL
-
-    vae: Any  # diffusers' from_pretrained is typed as a union that is never returned
-    if config.vae:
-        folder = Path(config.vae) if Path(config.vae).is_dir() else fetch_from_hub("model.vae", config.vae)
-        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
-    elif source.file is None:
-        vae = AutoencoderKL.from_pretrained(source.folder, subfolder="vae", use_safetensors=True)
-    else:
-        settings = source.read_config("vae")
-        vae = build_component(lambda: AutoencoderKL.from_config(settings), source, "vae")
-    return vae.float().eval().requires_grad_(False)
 
 
 def load_text_encoders(

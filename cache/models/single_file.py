@@ -62,7 +62,7 @@ def read_single_file(
         foreign = guess_foreign_format(header.shapes)
         guess = f"it looks like {foreign}; " if foreign else ""
         raise ValueError(f"{path} cannot be read as SDXL {component}: {guess}{'; '.join(problems)}")
-    return _iterate_tensors(path, [row for row in rows if not row.carried])
+    return iterate_tensors(path, [row for row in rows if not row.carried])
 
 
 def open_single_file(
@@ -81,10 +81,11 @@ def open_single_file(
 
 def _read_tensor(path: str | os.PathLike[str], row: TableRow, name: str) -> torch.Tensor:
     """Read one source tensor, which may share its row, a tensor of the file, with others."""
-    return dict(_iterate_tensors(path, [row]))[name]
+    return dict(iterate_tensors(path, [row]))[name]
 
 
-def _iterate_tensors(path: str | os.PathLike[str], rows: Sequence[TableRow]) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_tensors(path: str | os.PathLike[str], rows: Sequence[TableRow]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (source name, tensor) of rows whose tensors a file holds, memory-mapped, in the file's dtype."""
     with safe_open(path, framework="pt") as file:
         for row in rows:
             tensor = file.get_tensor(row.file_name)

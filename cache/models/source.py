@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from sdxl_trainer.cache.models.single_file_check import (
     read_json_object,
     read_safetensors_header,
 )
+from sdxl_trainer.cache.models.vae_config import (
+    VAE_CURE,
+    BadVaeError,
+    check_vae_config,
+    read_file_config,
+    read_folder_config,
+)
 from sdxl_trainer.configs.problems import Problem, UserInputError, join_reasons
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.text.tokens import VOCABULARY_FILES, has_vocabulary
@@ -26,7 +34,6 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
 PATH_CURE = "give a diffusers folder, a single .safetensors file, or a hub id of an SDXL model"
 MAX_REASONS = 6  # of one model that a message lists
-LATENT_CHANNELS, SD1_SCALING_FACTOR = 4, 0.18215
 HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
 HUB_ADDRESS = re.compile(r"https?://huggingface\.co/([\w.\-]+/[\w.\-]+)")
 HUB_SCHEME = re.compile(r"https?:/")  # of an address, perhaps after it went through a path
@@ -50,19 +57,22 @@ class ModelSource:
     file: Path | None = None
 
     def read_config(self, component: str) -> dict:
-        """Read the `config.json` of a component.
+        """Read the `config.json` of a component. A single file's own header decides the config of its VAE.
 
         Raises:
-            ValueError: the file is not a JSON object.
+            ValueError: a file is not a JSON object, or the single file holds no VAE.
         """
+        if component == "vae" and self.file is not None:
+            return read_file_config(self.file, self.folder)
         return read_component_config(self.folder, component)
 
 
 def check_model(config: ModelConfig) -> Iterator[Problem]:
     """Yield the problems of the model settings that show in names, configs and headers, without loading the model."""
-    yield from _check_path(config)
-    if config.vae:
-        yield from _check_vae(config.vae)
+    of_path = list(_check_path(config))
+    yield from of_path
+    own = resolve_model(config).read_config("vae") if not of_path and is_local(config) else None
+    yield from _check_vae(config, own)
     if config.tokenizer and not has_vocabulary(config.tokenizer):
         yield Problem("model.tokenizer", config.tokenizer, f"has no {VOCABULARY_FILES}", "give a CLIP tokenizer folder")
 
@@ -80,34 +90,26 @@ def _check_path(config: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.path", config.path or None, join_reasons(problems, MAX_REASONS), cure)
 
 
-def _check_vae(vae: str) -> Iterator[Problem]:
-    path = Path(vae)
-    if path.is_file():
-        rule = "is a single file"
-    elif path.is_dir():
-        rule = _find_vae_fault(path)
-    else:
-        rule = "" if HUB_ID.fullmatch(vae) and not is_missing_path(vae) else "is neither a folder nor a hub id"
-    if rule:
-        cure = "give a diffusers VAE folder, with config.json and .safetensors weights, or its hub id; or leave it out"
-        yield Problem("model.vae", vae, rule, cure)
+def _check_vae(config: ModelConfig, own: dict[str, Any] | None) -> Iterator[Problem]:
+    """Check the VAE of the settings, unless it is on the hub.
 
-
-def _find_vae_fault(folder: Path) -> str:
-    """Return why a folder is no VAE of SDXL, or an empty string."""
-    if not (folder / "config.json").is_file():
-        return "has no config.json"
+    Args:
+        own: the config of the model's own VAE; None if it is unknown.
+    """
+    if config.vae is None:
+        yield from () if own is None else check_vae_config(own, config)
+        return
+    path = Path(config.vae)
+    if not path.exists():
+        if not HUB_ID.fullmatch(config.vae) or is_missing_path(config.vae):
+            yield Problem("model.vae", config.vae, "is neither a file, a folder nor a hub id", VAE_CURE)
+        return
     try:
-        config = read_json_object(folder / "config.json")
-    except ValueError as error:
-        return f"cannot be used: {error}"
-    if not list(folder.glob("*.safetensors")):
-        return "has no safetensors weights"
-    if config.get("latent_channels") != LATENT_CHANNELS:
-        return f"has {config.get('latent_channels')} latent channels instead of {LATENT_CHANNELS}"
-    if config.get("scaling_factor") == SD1_SCALING_FACTOR:
-        return f"has the scaling factor {SD1_SCALING_FACTOR}: it is the VAE of SD 1.5, not of SDXL"
-    return ""
+        chosen = read_file_config(path) if path.is_file() else read_folder_config(path)
+    except BadVaeError as error:
+        yield Problem("model.vae", config.vae, str(error), error.cure)
+        return
+    yield from check_vae_config(chosen, config)
 
 
 def _find_path_problems(path: str) -> list[str]:
@@ -139,6 +141,11 @@ def may_be_hub_id(name: str) -> bool:
 def is_local(config: ModelConfig) -> bool:
     """Return whether the model is on disk rather than on the hub."""
     return Path(config.path).exists()
+
+
+def is_vae_local(config: ModelConfig) -> bool:
+    """Return whether the VAE of the settings is on disk rather than on the hub."""
+    return Path(config.vae or config.path).exists()
 
 
 def resolve_model(config: ModelConfig) -> ModelSource:
@@ -221,6 +228,8 @@ def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:
     except NotSafetensorsError as error:
         yield Problem("model.path", config.path, str(error), error.cure)
         return
+    with suppress(BadVaeError):  # reported with the other networks
+        configs["vae"] = read_file_config(path, folder)
     problems = find_single_file_problems(path, configs)
     cure = PATH_CURE
     if guess_foreign_format(shapes):
@@ -270,15 +279,13 @@ def _find_folder_problems(folder: Path) -> list[str]:
         configs = _load_configs(folder)
     except ValueError as error:
         return [*problems, f"cannot be used: {error}"]
-    unet, vae = configs["unet"], configs["vae"]
+    unet = configs["unet"]
     if unet.get("addition_embed_type") != "text_time":
         problems.append("has a U-Net without SDXL's text_time conditioning (SD 1.5 or SD 2?)")
     if unet.get("in_channels") != 4:
         problems.append(
             f"has a U-Net with {unet.get('in_channels')} input channels instead of 4 (an inpainting model?)"
         )
-    if vae.get("latent_channels") != 4:
-        problems.append(f"has a VAE with {vae.get('latent_channels')} latent channels instead of 4")
     widths = [configs[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")]
     if unet.get("cross_attention_dim") != sum(widths):
         problems.append(

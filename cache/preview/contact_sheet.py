@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdxl_trainer.cache.models.encoders import load_vae
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.images.fonts import Lettering, translate_drawable
@@ -33,7 +33,7 @@ class PreviewSample:
     key: str
     caption: str
     note: str  # sizes and crop
-    latents: torch.Tensor | None  # [4, h, w] float32; None: not cached yet
+    latents: torch.Tensor | None  # [C, h, w] float32; None: not cached yet
     pixels: np.ndarray | None  # [H, W, 3] uint8 of an image without cached latents
     bad: str | None  # reason why training skips the sample
 

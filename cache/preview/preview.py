@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sdxl_trainer.cache.models.encoders import load_tokenizers
 from sdxl_trainer.cache.models.source import check_model, resolve_model
+from sdxl_trainer.cache.models.vae import read_vae_config
 from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples, iterate_samples, write_sheet
 from sdxl_trainer.cache.preview.limits import SurveyLimits
 from sdxl_trainer.cache.preview.page import PageWriter, RecordNames
@@ -69,7 +70,8 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
     # Captions are drawn from the records, so the preview needs no cached text.
     textless = config.model_copy(update={"cache": config.cache.model_copy(update={"text": False})})
     tokenizers = load_tokenizers(source, config.model)
-    dataset = build_dataset(textless, samples if plan else records, tokenizers, strategy)
+    channels = read_vae_config(source, config.model)["latent_channels"]
+    dataset = build_dataset(textless, samples if plan else records, tokenizers, strategy, channels)
     survey = survey_records(config, records, samples, limits, console)
     cut, measured = find_cut_captions(dataset, records, limits)
     survey = replace(survey, sections=[*survey.sections, cut])

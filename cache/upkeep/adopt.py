@@ -12,7 +12,13 @@ from sdxl_trainer.cache.encode.encode_plan import TextRequirement
 from sdxl_trainer.cache.encode.text_caching import TextShapes
 from sdxl_trainer.data.files import hash_file, read_regular
 from sdxl_trainer.data.formats.latent_header import read_latent_header
-from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, find_latent_file, parse_latents
+from sdxl_trainer.data.formats.latents import (
+    BadLatentError,
+    LatentSample,
+    describe_other_channels,
+    find_latent_file,
+    parse_latents,
+)
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
 from sdxl_trainer.data.formats.shards import MAX_SAMPLE_BYTES
 from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text_outputs
@@ -153,6 +159,8 @@ def _verify_fit(sample: LatentSample, image: Path, identity: Identity, rule: Buc
     """
     bucket = place_image(sample.original_size, rule, buckets).bucket
     has_moments = sample.std is not None
+    if len(sample.latents) != identity.latent_channels:
+        raise BadLatentError(describe_other_channels(len(sample.latents), identity.latent_channels))
     if bucket != sample.bucket:
         raise BadLatentError(f"was made for bucket {sample.bucket}, the settings give {bucket}")
     if identity.flip and sample.flipped is None:

@@ -8,6 +8,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.encode.cache_setup import build_identities, lock_cache, open_checked_index, write_identities
+from sdxl_trainer.cache.encode.cache_vae import check_cache_vae, identify_vae
 from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, recover_shards
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
@@ -17,8 +18,8 @@ from sdxl_trainer.cache.encode.text_caching import (
     load_text_job,
     save_text_state,
 )
-from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
@@ -96,11 +97,13 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     folder = get_cache_folder(config)
     init_logger(0, config.log.level, folder / "logs", "cache")
     index = open_checked_index(config, [])
-    vae = load_vae(resolve_model(config.model), config.model)
-    identities = build_identities(config.cache, config.data, hash_weights(vae))
+    source = resolve_model(config.model)
+    vae = identify_vae(source, config.model, load_vae(source, config.model))
+    identities = build_identities(config.cache, config.data, vae)
+    raise_if_any(check_cache_vae(folder, config.model, vae))
     rule = build_bucket_rules(config.data)[""]
     with lock_cache(folder):
-        write_identities(folder, identities)
+        write_identities(folder, identities, vae)
         text = build_text_adopter(config, folder) if config.cache.text else None
         manifest = ManifestWriter(folder, 0)
         known = rename_entries(read_latest(folder), index.table)

@@ -11,7 +11,6 @@ from sdxl_trainer.configs.kohya.memory import RELEASING, convert_full_bf16, conv
 from sdxl_trainer.configs.kohya.networks import convert_alpha, convert_network, convert_rank, convert_text_encoder_lr
 from sdxl_trainer.configs.kohya.values import (
     TRAINER,
-    VAE_CONVERSION,
     as_list,
     as_text,
     constant,
@@ -28,7 +27,6 @@ from sdxl_trainer.configs.kohya.values import (
     convert_steps,
     convert_text_encoders,
     convert_tracker_name,
-    convert_vae,
     convert_wandb_run,
     count_kept_checkpoints,
     keep_for_huber,
@@ -74,17 +72,16 @@ SAMPLERS = {
     **{f"k_{name}": name for name in ("euler", "euler_a", "dpm_2", "dpm_2_a")},
     "dpmsolver": "dpmsolver++",
 }
+SAFETENSORS_ONLY = refuse_suffixes(
+    ".ckpt", ".pt", reason="is not a safetensors file, the only format that is read; convert it"
+)
 
 MODEL = {
-    "pretrained_model_name_or_path": converted(
-        refuse_suffixes(".ckpt", ".pt", reason="is not a safetensors file, the only format that is read; convert it"),
-        "model.path",
-    ),
-    "vae": converted(
-        convert_vae,
-        "model.vae",
-        note=f"a diffusers folder or a hub id; convert a single file once: `{VAE_CONVERSION}`",
-    ),
+    "pretrained_model_name_or_path": converted(SAFETENSORS_ONLY, "model.path"),
+    "vae": converted(SAFETENSORS_ONLY, "model.vae", note="a diffusers folder, a single file or a hub id"),
+    "vae_reflection_padding": converted(constant("reflect"), "model.vae_padding", note="`reflect`"),
+    "vae_custom_scale": copied("model.vae_scaling_factor"),
+    "vae_custom_shift": copied("model.vae_shift_factor"),
     "no_half_vae": built_in("the VAE runs in fp32 unless `cache.vae_precision: bf16` is set"),
     "tokenizer_cache_dir": unsupported("CLIP's vocabulary is in the model folder or in `model.tokenizer`"),
     "sdxl": built_in(),

@@ -55,10 +55,6 @@ WEIGHTINGS = {
     "scale_v_pred_loss_like_noise_pred": "v_like_epsilon",
     "v_pred_like_loss": "v_pred_like",
 }
-VAE_CONVERSION = (
-    'python -c "from diffusers import AutoencoderKL as VAE; VAE.from_single_file('
-    "'x.safetensors', config='stabilityai/stable-diffusion-xl-base-1.0', subfolder='vae').save_pretrained('x-folder')\""
-)
 
 
 class UnsupportedError(ValueError):
@@ -155,20 +151,6 @@ def refuse_suffixes(*suffixes: str, reason: str) -> Convert:
         return str(value)
 
     return convert
-
-
-def convert_vae(value: Any, given: Given) -> str:
-    """Keep a folder or a hub id; reject a single file with the command that converts it to a folder.
-
-    Single files are rejected because diffusers would guess Stable Diffusion 1.5's config, which has another scaling
-    factor.
-    """
-    path = str(value).replace("\\", "/")
-    if not path.lower().endswith((".safetensors", ".ckpt", ".pt")):
-        return str(value)
-    folder = path.rpartition(".")[0]
-    command = VAE_CONVERSION.replace("x.safetensors", path).replace("x-folder", folder)
-    raise UnsupportedError(f"must be a diffusers folder or a hub id here: run {command} and set model.vae: {folder}")
 
 
 def _uses_wandb(given: Given) -> bool:

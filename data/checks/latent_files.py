@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
+from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.files import open_stream
 from sdxl_trainer.data.formats.latent_header import LatentHeader, read_latent_header
 from sdxl_trainer.data.formats.latents import BadLatentError, parse_latents
@@ -19,10 +20,12 @@ from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.stores.remote import RemoteSpan, is_remote, read_spans
+from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
 NUM_THREADS = 16
 ROWS_A_TASK = 512
 NUM_MASKS_SAMPLED = 10_000
+NUM_HEADERS = 64  # samples whose number of channels is looked at
 NUM_MEASURED = 16  # samples whose latents are read to estimate the standard deviation
 COLUMNS = ("file", "offset", "bytes", "bucket_width", "bucket_height", "sha256")
 
@@ -102,6 +105,32 @@ def has_masks(index: Index, folder: Path) -> bool | None:
     return any(header.masked for header in headers) if headers else None
 
 
+def check_latent_channels(index: Index, folder: Path, channels: int) -> Iterator[Problem]:
+    """Yield a problem if latents have another number of channels than the VAE.
+
+    The headers of NUM_HEADERS evenly spaced samples are read. Others that differ are bad samples when they are read.
+
+    Args:
+        folder: the cache folder.
+    """
+    rows = select_evenly(len(index), NUM_HEADERS).tolist()
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        headers = pool.map(lambda row: _read_any_header(index.row(row), folder, index.path.parent), rows)
+        others = [(row, header.channels) for row, header in zip(rows, headers, strict=True) if header]
+    others = [(row, found) for row, found in others if found != channels]
+    if others:
+        row, found = others[0]
+        rule = (
+            f"holds latents of {found} channels, and the VAE of the settings gives {channels} "
+            f"(first sample: {index.row(row)['key']}; {len(others)} of {len(rows)} that were looked at)"
+        )
+        cure = (
+            "set model.vae to the VAE that made them; or run bash launch/cache.sh with these settings and another "
+            "cache.dir"
+        )
+        yield Problem("cache.dir", folder, rule, cure)
+
+
 def measure_latent_std(index: Index, folder: Path) -> float | None:
     """Return the standard deviation of the latents of NUM_MEASURED evenly spaced samples; None if none can be read.
 
@@ -152,7 +181,7 @@ def verify_size(latents: IndexedLatents, file_sizes: dict[Path | str, int]) -> N
 
 
 def verify_header(latents: IndexedLatents) -> None:
-    """Verify that the latents' header describes SDXL latents of the sample's bucket.
+    """Verify that the latents' header describes latents of the sample's bucket.
 
     Remote shards pass: the index was built from their headers.
 
@@ -208,6 +237,16 @@ def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None
     try:
         span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])
         return read_latent_header(str(path if row["offset"] is None else locate_shard(path)), *span)
+    except BadLatentError:
+        return None
+
+
+def _read_any_header(row: dict[str, Any], folder: Path, index_folder: Path) -> LatentHeader | None:
+    """Read the header of latents, of remote ones from their shard's catalogue; None for bad and for missing latents."""
+    if row["bytes"] is None or not is_remote(row["file"]):
+        return _read_local_header(row, folder)
+    try:
+        return find_latent_header(index_folder, row["file"], row["offset"] or 0)
     except BadLatentError:
         return None
 

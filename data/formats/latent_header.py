@@ -12,7 +12,7 @@ from sdxl_trainer.data.files import open_regular, read_with_retries
 from sdxl_trainer.data.formats.latents import (
     ARRAY_KEYS,
     BF16_SUFFIX,
-    LATENT_CHANNELS,
+    SDXL_CHANNELS,
     BadLatentError,
     UnreadLatentError,
     compute_bucket,
@@ -44,6 +44,7 @@ class LatentHeader:
     bytes: int  # size of the file
     flipped: bool  # has latents of the mirrored image too
     masked: bool = False  # has an `alpha_mask`
+    channels: int = SDXL_CHANNELS  # of the latents; catalogues before 0.3.0 list only latents of SDXL's VAE
 
 
 def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> LatentHeader:
@@ -55,7 +56,7 @@ def read_latent_header(path: str, offset: int = 0, size: int | None = None) -> L
 
     Raises:
         UnreadLatentError: the file is missing, or the storage failed.
-        BadLatentError: the file is torn, or holds no SDXL latents. The message is the reason without the path.
+        BadLatentError: the file is torn, or holds no latents. The message is the reason without the path.
     """
 
     def read() -> LatentHeader:
@@ -99,6 +100,7 @@ def parse_latent_header(read: ReadBytes, offset: int, end: int) -> LatentHeader:
         bytes=end - offset,
         flipped=sample.flipped is not None,
         masked=sample.alpha_mask is not None,
+        channels=len(sample.latents),
     )
 
 
@@ -108,8 +110,8 @@ def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
         raise BadLatentError(describe_missing_array(members))
     header = parse_npy_header(key, members[key].head)
     dtype, shape = header.dtype, header.shape
-    if len(shape) != 3 or shape[0] != LATENT_CHANNELS or dtype.kind not in ("f" if key == "latents" else "u"):
-        raise BadLatentError(f"latents are {dtype}{list(shape)}, not floats [{LATENT_CHANNELS}, h, w]")
+    if len(shape) != 3 or 0 in shape or dtype.kind not in ("f" if key == "latents" else "u"):
+        raise BadLatentError(f"latents are {dtype}{list(shape)}, not floats [channels, h, w]")
     verify_num_bytes(key, header, members[key].end - members[key].start)
     vectors = {name: _read_vector(members[name], length) for name, length in VECTOR_LENGTHS.items() if name in members}
     width, height = (int(side) for side in vectors.get("original_size") or (0, 0))
@@ -120,6 +122,7 @@ def _build_header(members: dict[str, Member], size: int) -> LatentHeader:
         bytes=size,
         flipped=key.replace("latents", ARRAY_KEYS["flipped"]) in members,
         masked="alpha_mask" in members,
+        channels=shape[0],
     )
 
 

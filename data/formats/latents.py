@@ -2,12 +2,14 @@
 
 | key | dtype, shape | meaning |
 |---|---|---|
-| `latents` | float32 or float16 [4, h, w] | posterior sample or mean, not multiplied by the scaling factor |
+| `latents` | float32 or float16 [C, h, w] | posterior sample or mean, not multiplied by the scaling factor |
 | `latents_flipped` | like `latents` | of the mirrored image |
 | `latents_std`, `latents_flipped_std` | like `latents` | of the posterior; `latents` is then its mean |
 | `alpha_mask` | float32 [H, W] = bucket in pixels | optional: weight of the loss, 0 to 1 (unflipped) |
 | `original_size` | int64 [2] | (width, height) before any resize |
 | `crop_ltrb` | float64 [4] | left, top, right, bottom in the pixel grid of the resized image |
+
+C is the VAE's number of latent channels: 4 for SDXL's own, 16 for Flux's and SD3's, 32 for Flux2's.
 
 Recent versions of kohya's scripts end all keys in the latents' height and width, `latents_128x96`, so that a file may
 hold several resolutions. Of these the one of the sample's bucket is read, or else the largest.
@@ -33,7 +35,7 @@ from sdxl_trainer.data.formats.npz import NpzError, load_arrays
 from sdxl_trainer.data.formats.shards import OpenFile, locate_shard
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
-LATENT_CHANNELS = 4
+SDXL_CHANNELS = 4  # of the latents of SDXL's own VAE
 VAE_FACTOR = 8
 BF16_SUFFIX = "_bf16"
 ARRAY_KEYS = {
@@ -43,7 +45,8 @@ ARRAY_KEYS = {
     "flipped_std": "latents_flipped_std",
 }
 RESOLUTION = re.compile(r"_(\d+)x(\d+)$")  # end of a key: height and width of the latents
-# Enough for the latents of a 16384 x 16384 image in float64. A file that claims more is not a latent file.
+# Enough for 4 channels of a 16384 x 16384 image, or 32 of 5792 x 5792, in float64. A file that claims more is not a
+# latent file.
 MAX_BYTES = {
     **{key + suffix: 4 * 2048 * 2048 * 8 for key in ARRAY_KEYS.values() for suffix in ("", BF16_SUFFIX)},
     "alpha_mask": 4096 * 4096 * 8,
@@ -78,11 +81,11 @@ class UnreadLatentError(BadLatentError):
 class LatentSample:
     """The content of a latent file."""
 
-    latents: np.ndarray  # [4, h, w] floats
+    latents: np.ndarray  # [C, h, w] floats
     original_size: Size  # of the image
     crop_ltrb: CropBox  # in the resized image
-    std: np.ndarray | None = None  # [4, h, w]; if given, `latents` is the posterior's mean
-    flipped: np.ndarray | None = None  # [4, h, w] of the mirrored image
+    std: np.ndarray | None = None  # [C, h, w]; if given, `latents` is the posterior's mean
+    flipped: np.ndarray | None = None  # [C, h, w] of the mirrored image
     flipped_std: np.ndarray | None = None
     alpha_mask: np.ndarray | None = None  # [H, W] floats of 0 to 1, of the bucket's size
     dtype: str = "float32"  # of the arrays in a file that was read
@@ -149,15 +152,18 @@ def read_latents(path: Path, bucket: Size | None = None, span: Span | None = Non
 
 def describe_missing_array(arrays: Iterable[str]) -> str:
     """Return the reason why an npz without `latents` is bad: what it holds, and what it needs."""
-    needed = f"`latents`, floats [{LATENT_CHANNELS}, height / 8, width / 8] of SDXL's VAE"
+    needed = "`latents`, floats [channels, height / 8, width / 8] of a VAE"
     return f"holds {', '.join(arrays) or 'nothing'}, but no {needed}"
 
 
-def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check_crc: bool = True) -> LatentSample:
+def parse_latents(
+    content: bytes | memoryview, bucket: Size | None = None, check_crc: bool = True, channels: int | None = None
+) -> LatentSample:
     """Like `read_latents`, but for the bytes of a file. Arrays of uncompressed files are views of `content`.
 
     Args:
         check_crc: False skips the CRC-32, for callers that have checked the bytes' SHA-256.
+        channels: number of channels that the latents must have; None accepts any number.
     """
     try:
         arrays = select_resolution(load_arrays(content, LIMITS, check_crc), bucket)
@@ -167,6 +173,8 @@ def parse_latents(content: bytes | memoryview, bucket: Size | None = None, check
     latents = parts.pop("latents")
     if latents is None:
         raise BadLatentError(f"{describe_missing_array(arrays)}: not a latent file")
+    if channels is not None and len(latents) != channels:
+        raise BadLatentError(describe_other_channels(len(latents), channels))
     for name, part in parts.items():
         if part is not None and part.shape != latents.shape:
             raise BadLatentError(f"`{ARRAY_KEYS[name]}` is {list(part.shape)}, unlike latents {list(latents.shape)}")
@@ -195,19 +203,24 @@ def select_resolution(arrays: Mapping[str, T], bucket: Size | None = None) -> di
     sizes = {match[0]: (int(match[1]), int(match[2])) for match in found if match.string == f"latents{match[0]}"}
     if not sizes:
         return dict(arrays)
-    wanted = compute_shape(bucket)[1:] if bucket is not None else None
+    wanted = compute_shape(bucket, 1)[1:] if bucket is not None else None
     chosen = max(sizes, key=lambda suffix: (sizes[suffix] == wanted, math.prod(sizes[suffix])))
     shared = {key: array for key, array in arrays.items() if not RESOLUTION.search(key)}
     return shared | {key.removesuffix(chosen): array for key, array in arrays.items() if key.endswith(chosen)}
 
 
-def compute_shape(bucket: Size) -> tuple[int, int, int]:
-    """Return the shape [4, h, w] of the latents of a bucket."""
-    return (LATENT_CHANNELS, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
+def describe_other_channels(found: int, wanted: int) -> str:
+    """Return the reason why latents of another number of channels than the VAE's are bad."""
+    return f"has {found} latent channels, and the VAE of the settings gives {wanted}"
+
+
+def compute_shape(bucket: Size, channels: int) -> tuple[int, int, int]:
+    """Return the shape [C, h, w] of the latents of a bucket."""
+    return (channels, bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR)
 
 
 def compute_bucket(shape: Sequence[int]) -> Size:
-    """Return the bucket of latents of shape [4, h, w]."""
+    """Return the bucket of latents of shape [C, h, w]."""
     return Size(shape[2] * VAE_FACTOR, shape[1] * VAE_FACTOR)
 
 
@@ -229,7 +242,7 @@ def find_latent_file(image: Path, folder: Path) -> Path | None:
 
 
 def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: Size | None) -> np.ndarray | None:
-    """Check and return the array of floats [4, h, w] under `key`, or None if the file has none."""
+    """Check and return the array of floats [C, h, w] under `key`, or None if the file has none."""
     if key + BF16_SUFFIX in arrays:
         stored = arrays[key + BF16_SUFFIX]
         if stored.dtype != np.uint16:
@@ -239,9 +252,9 @@ def _read_array(arrays: dict[str, np.ndarray], key: str, bucket: Size | None) ->
         array = arrays[key]
     else:
         return None
-    if array.ndim != 3 or array.shape[0] != LATENT_CHANNELS or array.dtype.kind != "f" or array.size == 0:
-        raise BadLatentError(f"{key} are {array.dtype}{list(array.shape)}, not floats [{LATENT_CHANNELS}, h, w]")
-    if bucket is not None and array.shape != compute_shape(bucket):
+    if array.ndim != 3 or array.dtype.kind != "f" or array.size == 0:
+        raise BadLatentError(f"{key} are {array.dtype}{list(array.shape)}, not floats [channels, h, w]")
+    if bucket is not None and array.shape != compute_shape(bucket, len(array)):
         found = compute_bucket(array.shape)
         raise BadLatentError(f"was encoded at {found} px, not at its bucket's {Size(*bucket)} px")
     if not _is_finite(array):

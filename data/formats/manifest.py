@@ -20,6 +20,7 @@ from loguru import logger
 
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import HashedFile, create_folder, sync_folder, write_atomic
+from sdxl_trainer.data.formats.latents import SDXL_CHANNELS
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
 FORMAT_VERSION = 1
@@ -31,7 +32,15 @@ FIRST_NUMBER = 1 << 62
 LAST_NUMBER = (1 << 63) - 1  # of 64-bit columns
 TAIL_BYTES = 64 << 10  # at the end of a part, in which its highest number is searched
 SECONDS_BETWEEN_SYNCS = 2.0
-LATER_FIELDS = ("buckets", "alpha_mask", "weighted")  # of identities, added after the first release
+# Fields of identities that were added after the first release, with the values that older caches have.
+LATER_FIELDS = {
+    "buckets": (),
+    "alpha_mask": False,
+    "weighted": False,
+    "vae_padding": "zeros",
+    "latent_channels": SDXL_CHANNELS,
+}
+BESIDE_IDENTITY = ("name", "further", "vae")  # keys of `cache.json` that are no fields of an Identity
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Identity:
     format_version: int = FORMAT_VERSION
     buckets: tuple[Size, ...] = ()  # the user's own list; the numbers of the bucket rule are 0 then
     alpha_mask: bool = False
+    vae_padding: str = "zeros"
+    latent_channels: int = SDXL_CHANNELS
 
     @property
     def name(self) -> str:
@@ -61,7 +72,7 @@ class Identity:
     def list_fields(self) -> dict[str, Any]:
         """Return the fields by name.
 
-        LATER_FIELDS are left out unless they are set, so that the names of older caches stay valid.
+        LATER_FIELDS are left out where older caches have the same value, so that the names of these stay valid.
         """
         return _list_fields(self)
 
@@ -133,15 +144,23 @@ class ManifestEntry:
         return replace(self, identity=STALE)
 
 
-def write_identity(folder: Path, identity: Identity, further: Mapping[str, Identity] | None = None) -> None:
+def write_identity(
+    folder: Path,
+    identity: Identity,
+    further: Mapping[str, Identity] | None = None,
+    vae: Mapping[str, Any] | None = None,
+) -> None:
     """Write `cache.json`.
 
     Args:
         further: identities of further resolutions, by the prefix of their items' keys.
+        vae: the VAE's name and files, if they are known.
     """
     fields = {"name": identity.name, **identity.list_fields()}
     if further:
         fields["further"] = {prefix: other.name for prefix, other in further.items()}
+    if vae:
+        fields["vae"] = dict(vae)
     write_atomic(folder / "cache.json", _dump_identity(fields))
 
 
@@ -164,7 +183,7 @@ def verify_identity(folder: Path) -> str | None:
     """Return a message if `cache.json` is damaged, or None. Its name must be the hash of its fields."""
     try:
         fields = read_identity(folder) or {}
-        identity = Identity(**{name: value for name, value in fields.items() if name not in ("name", "further")})
+        identity = Identity(**{name: value for name, value in fields.items() if name not in BESIDE_IDENTITY})
         names = {
             prefix: replace(identity, resolution_px=int(prefix.removesuffix("px/"))).name
             for prefix in fields.get("further", {})
@@ -177,7 +196,7 @@ def verify_identity(folder: Path) -> str | None:
 
 
 def _list_fields(identity: Identity | TextIdentity) -> dict[str, Any]:
-    return {name: value for name, value in asdict(identity).items() if name not in LATER_FIELDS or value}
+    return {name: value for name, value in asdict(identity).items() if value != LATER_FIELDS.get(name, ...)}
 
 
 def _hash_fields(fields: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ A dropped caption uses the outputs of the empty caption, which are stored once.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,12 +74,6 @@ def verify_text_state(folder: Path) -> str | None:
     except BadTextError as error:
         return str(error)
     return None
-
-
-def describe_file(path: Path) -> list[Any]:
-    """Return the path, size and modification time of a file, which reveal a change without reading the file."""
-    status = os.stat(path)
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
 def _dump(state: TextState) -> bytes:

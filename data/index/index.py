@@ -52,7 +52,7 @@ from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.metadata.sqlite_file import list_changing_files
 from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
 
-VERSION = 16  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 17  # part of every fingerprint: raise it when the columns or their meaning change
 ROWS_PER_GROUP = 8192
 KEPT_FILES = 3  # indexes of each kind that are kept, besides those in use
 NS_BETWEEN_USES = 1_000_000_000  # modification times may have a resolution of a second

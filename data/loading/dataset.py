@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample
+from sdxl_trainer.data.formats.latents import SDXL_CHANNELS, BadLatentError, LatentSample
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs
 from sdxl_trainer.data.images.bucket import BucketRule, Size, list_buckets, place_image, split_key
 from sdxl_trainer.data.index.index import Index
@@ -49,6 +49,7 @@ class SampleSettings:
     max_tokens: int
     caption: CaptionSettings
     flip_rate: float = 0.0  # probability of the mirrored image's latents, for samples that have them
+    latent_channels: int = SDXL_CHANNELS  # of the VAE; latents of another number are bad samples
     prior_loss_weight: float = 1.0  # loss weight of samples whose record has a true `is_reg` (prior preservation)
 
 
@@ -87,7 +88,7 @@ class LatentDataset(torch.utils.data.Dataset):
     ):
         self.index = index
         self.cache_folder = cache_folder
-        self.store = LatentStore(cache_folder, copies)
+        self.store = LatentStore(cache_folder, copies, settings.latent_channels)
         self.tokenizers = share_vocabulary(tokenizers)
         self.settings = settings
         self.strategy = strategy
@@ -117,7 +118,7 @@ class LatentDataset(torch.utils.data.Dataset):
             for caption, reason in zip(captions, bad, strict=True)
         ]
         return MicroBatch(
-            latents=stack_latents(drawn, spec.bucket),
+            latents=stack_latents(drawn, spec.bucket, self.settings.latent_channels),
             input_ids=torch.from_numpy(token_ids.input_ids),
             input_ids_2=torch.from_numpy(token_ids.input_ids_2),
             time_ids=build_time_ids(rows, drawn, spec.bucket),

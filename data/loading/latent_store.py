@@ -28,11 +28,13 @@ class LatentStore:
     Args:
         folder: the cache folder, to which file names are relative.
         copies: local copies of remote samples and shards; None keeps no copies.
+        channels: number of latent channels of the VAE; None accepts any number.
     """
 
-    def __init__(self, folder: Path, copies: ShardCopies | None = None):
+    def __init__(self, folder: Path, copies: ShardCopies | None = None, channels: int | None = None):
         self._folder = str(folder)
         self._copies = copies
+        self._channels = channels
         self._shards = OpenShards()
         self._pool: ThreadPoolExecutor | None = None
         self._running: dict[str, Future[None]] = {}
@@ -41,7 +43,7 @@ class LatentStore:
 
     def __reduce__(self) -> tuple:
         # A worker opens its own files and starts its own threads.
-        return (LatentStore, (Path(self._folder), self._copies))
+        return (LatentStore, (Path(self._folder), self._copies, self._channels))
 
     def fetch(self, shards: Sequence[str]) -> None:
         """Start copying whole remote shards in the background, except shards that are local or being copied."""
@@ -77,7 +79,8 @@ class LatentStore:
             return OpenFile(path).read()
 
         try:
-            return parse_latents(read_with_retries(read, path, before_retry=lambda: self._shards.forget(path)), bucket)
+            content = read_with_retries(read, path, before_retry=lambda: self._shards.forget(path))
+            return parse_latents(content, bucket, channels=self._channels)
         except OSError as error:
             return BadLatentError(f"{path}: cannot be read: {error.strerror}")
         except BadLatentError as error:
@@ -88,7 +91,7 @@ class LatentStore:
         missing = [place for place, sample in enumerate(samples) if sample is None]
         spans = [_get_span(rows[place]) for place in missing]
         for place, span, content in zip(missing, spans, self._read_spans(spans), strict=True):
-            samples[place] = sample = _parse(span, content, bucket)
+            samples[place] = sample = _parse(span, content, bucket, self._channels)
             if self._copies is not None and isinstance(sample, LatentSample) and isinstance(content, bytes):
                 self._copies.keep(span.url, span.offset, content)
         return [sample for sample in samples if sample is not None]
@@ -105,7 +108,7 @@ class LatentStore:
     def _read_copy(self, row: Row, bucket: Size) -> LatentSample | None:
         """Read a sample from its local copy; None if there is no copy, or if the copy's checksums do not match."""
         content = None if self._copies is None else self._copies.read(*_get_span(row))
-        sample = None if content is None else _parse(_get_span(row), content, bucket)
+        sample = None if content is None else _parse(_get_span(row), content, bucket, self._channels)
         return sample if isinstance(sample, LatentSample) else None
 
 
@@ -121,7 +124,7 @@ def _read_whole(copies: ShardCopies, span: RemoteSpan) -> Content:
     return copies.read(*span) or b""
 
 
-def _parse(span: RemoteSpan, content: Content, bucket: Size) -> ReadResult:
+def _parse(span: RemoteSpan, content: Content, bucket: Size, channels: int | None) -> ReadResult:
     url, offset, size = span
     location = f"{url} at byte {offset}"
     if isinstance(content, FileNotFoundError):
@@ -129,6 +132,6 @@ def _parse(span: RemoteSpan, content: Content, bucket: Size) -> ReadResult:
     if len(content) != size:
         return BadLatentError(f"{location}: is truncated: has {len(content)} of {size} bytes")
     try:
-        return parse_latents(content, bucket)
+        return parse_latents(content, bucket, channels=channels)
     except BadLatentError as error:
         return BadLatentError(f"{location}: {error}")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.allocator import release_freed_memory
+from sdxl_trainer.data.formats.latents import SDXL_CHANNELS
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
@@ -60,8 +61,18 @@ def build_plan(
     )
 
 
-def build_dataset(config: Config, index: Index, tokenizers: Tokenizers, strategy: Strategy | None) -> LatentDataset:
-    """Build the dataset of an index of samples, with cached text if `cache.text` is set."""
+def build_dataset(
+    config: Config,
+    index: Index,
+    tokenizers: Tokenizers,
+    strategy: Strategy | None,
+    latent_channels: int = SDXL_CHANNELS,
+) -> LatentDataset:
+    """Build the dataset of an index of samples, with cached text if `cache.text` is set.
+
+    Args:
+        latent_channels: of the VAE; callers that read no latents need not know it.
+    """
     data, folder = config.data, get_cache_folder(config)
     settings = SampleSettings(
         seed=config.run.seed,
@@ -69,6 +80,7 @@ def build_dataset(config: Config, index: Index, tokenizers: Tokenizers, strategy
         caption=build_caption_settings(data.caption),
         flip_rate=data.flip_rate,
         prior_loss_weight=config.objective.prior_loss_weight,
+        latent_channels=latent_channels,
     )
     text = None
     if config.cache.text:

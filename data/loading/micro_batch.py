@@ -34,7 +34,7 @@ class MicroSpec:
 class DrawnLatents:
     """One sample's latents as the networks get them, after the random choices of flip and posterior."""
 
-    latents: np.ndarray  # [4, h, w] floats
+    latents: np.ndarray  # [C, h, w] floats
     crop_left: int  # px, in the resized image; in the mirrored one if the latents are flipped
     mask: np.ndarray | None  # [H, W] float32
 
@@ -55,7 +55,7 @@ class PendingImage:
 class MicroBatch:
     """The input of one forward pass on one rank. A bad sample keeps its place, with weight 0."""
 
-    latents: torch.Tensor  # [B, 4, h, w] float32, unscaled output of the VAE; zeros for bad and pending samples
+    latents: torch.Tensor  # [B, C, h, w] float32, unscaled output of the VAE; zeros for bad and pending samples
     input_ids: torch.Tensor  # [B, windows, 77] int64, encoder 1; [B, 0, 77] with cached text
     input_ids_2: torch.Tensor  # [B, windows, 77] int64, encoder 2
     time_ids: torch.Tensor  # [B, 6] float32: original h, w; crop top, left; target h, w
@@ -108,9 +108,9 @@ class MicroBatch:
         return self
 
 
-def stack_latents(samples: Sequence[DrawnLatents | None], bucket: Size) -> torch.Tensor:
-    """Stack latents to [B, 4, h, w] float32, with zeros for samples without latents."""
-    latents = np.zeros((len(samples), *compute_shape(bucket)), np.float32)
+def stack_latents(samples: Sequence[DrawnLatents | None], bucket: Size, channels: int) -> torch.Tensor:
+    """Stack latents to [B, C, h, w] float32, with zeros for samples without latents."""
+    latents = np.zeros((len(samples), *compute_shape(bucket, channels)), np.float32)
     for place, sample in zip(latents, samples, strict=True):
         if sample is not None:
             place[:] = sample.latents

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.models.diffusers_folder import open_folder_component, write_diffusers_folder
-from sdxl_trainer.cache.models.encoders import PAD_TOKENS, find_vocabulary, load_vae
+from sdxl_trainer.cache.models.encoders import PAD_TOKENS, find_vocabulary
 from sdxl_trainer.cache.models.single_file import (
     build_modelspec,
     list_prediction_marks,
@@ -21,6 +21,8 @@ from sdxl_trainer.cache.models.single_file import (
 from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, get_canonical_name, list_source_names
 from sdxl_trainer.cache.models.source import COMPONENTS, ModelSource
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
+from sdxl_trainer.cache.models.vae import load_vae, read_vae_config
+from sdxl_trainer.cache.models.vae_config import build_exported_vae_config, build_vae_metadata
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
@@ -191,7 +193,8 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
         UserInputError: a folder is to be written, and the model has no vocabulary.
     """
     source, objective = settings.source, settings.objective
-    configs = {name: source.read_config(name) for name in COMPONENTS}
+    vae_config = read_vae_config(source, settings.model)
+    configs = {name: source.read_config(name) for name in COMPONENTS} | {"vae": build_exported_vae_config(vae_config)}
     if path.suffix != ".safetensors":
         from sdxl_trainer.train.sampling.samplers import build_exported_scheduler
 
@@ -211,7 +214,7 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
         components,
         configs,
         dtype=settings.dtype,
-        metadata=build_metadata(settings),
+        metadata={**build_metadata(settings), **build_vae_metadata(vae_config)},
         text_projection=settings.model.text_projection,
         marks=list_prediction_marks(objective.prediction, objective.zero_terminal_snr),
         extra=read_carried_tensors(source.file) if source.file else None,

@@ -55,7 +55,7 @@ class TrainedNetworks(torch.nn.Module):
         time_ids: torch.Tensor,
         text_keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the U-Net's prediction, with the shape of `x_t` [B, 4, h, w].
+        """Return the U-Net's prediction, with the shape of `x_t` [B, C, h, w].
 
         Args:
             timesteps: [B].

@@ -3,7 +3,7 @@
 The formulas themselves are pure functions in diffusion.py, timesteps.py, noise.py, losses.py and weightings.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.own_code import bind_arguments, load_own_function
@@ -39,7 +38,6 @@ from sdxl_trainer.train.objective.weightings import WEIGHTINGS
 
 LOSS_KEY, WEIGHTING_KEY = "objective.loss", "objective.weighting"  # settings that may name the user's own code
 NUM_CURVE_POINTS = 201  # of the learned weights in the report
-SCALING_FACTOR = 0.13025  # of SDXL's VAE, for VAE configs without one
 
 
 @dataclass(frozen=True)
@@ -314,17 +312,17 @@ def build_weighting(config: ObjectiveConfig) -> Callable[[torch.Tensor], torch.T
     return bind_arguments(weigh, settings)
 
 
-def resolve_latent_statistics(model: ModelConfig, vae_config: dict[str, Any]) -> LatentStatistics:
+def resolve_latent_statistics(vae_config: Mapping[str, Any]) -> LatentStatistics:
     """Return the mean and scale, float32, of x0 = (latent - mean)·scale.
 
-    `model.latents_mean` and `model.latents_std` take precedence (scale = 1/std). Otherwise the VAE's config decides, as
-    in diffusers: scale = scaling_factor, or scaling_factor/latents_std with its `latents_mean` as the mean.
+    The mean is `latents_mean` of each channel, or else `shift_factor`, or 0. The scale is `scaling_factor`, divided by
+    `latents_std` of each channel if the config has it, as in diffusers.
+
+    Args:
+        vae_config: complete, as `read_vae_config` returns it or a loaded VAE holds it.
     """
-    if model.latents_mean and model.latents_std:
-        return LatentStatistics(torch.tensor(model.latents_mean), 1 / torch.tensor(model.latents_std))
-    factor = torch.tensor([vae_config.get("scaling_factor") or SCALING_FACTOR])
+    factor = torch.tensor([float(vae_config["scaling_factor"])])
     if vae_config.get("latents_mean") and vae_config.get("latents_std"):
-        return LatentStatistics(
-            torch.tensor(vae_config["latents_mean"]), factor / torch.tensor(vae_config["latents_std"])
-        )
-    return LatentStatistics(torch.zeros(1), factor)
+        mean, std = (torch.tensor(vae_config[name], dtype=torch.float32) for name in ("latents_mean", "latents_std"))
+        return LatentStatistics(mean, factor / std)
+    return LatentStatistics(torch.tensor([float(vae_config.get("shift_factor") or 0.0)]), factor)

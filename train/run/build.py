@@ -28,6 +28,7 @@ from sdxl_trainer.train.objective.builder import build_objective
 from sdxl_trainer.train.report.metrics import MetricsLog, WandbLog, open_wandb
 from sdxl_trainer.train.report.report_process import open_report
 from sdxl_trainer.train.run.bad_samples import BadSamples
+from sdxl_trainer.train.run.checks import read_checked_vae_config
 from sdxl_trainer.train.run.console import Progress
 from sdxl_trainer.train.run.interruption import Requests
 from sdxl_trainer.train.run.memory_plan import plan_run_memory
@@ -64,8 +65,9 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     state, changes = restore_state(checkpoint, fresh, split.plan, config.run.on_data_change)
     num_steps = count_run_steps(config.train, split.plan, state)
     # Workers start and read ahead while the networks are loaded.
-    dataset = build_dataset(config, index, tokenizers, strategy)
-    objective = build_objective(config, source, ranks, state.feedback)
+    vae_config = read_checked_vae_config(config, source, index, ranks)
+    dataset = build_dataset(config, index, tokenizers, strategy, vae_config["latent_channels"])
+    objective = build_objective(config, vae_config, ranks, state.feedback)
     batches = start_loader(config, dataset, split.plan, state, ranks, objective)
     missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
     if missing is not None:
@@ -93,7 +95,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
         requests=requests,
         progress=Progress(config, ranks, state, num_steps, checkpoints, requests, mfu_reference),
         metrics=MetricsLog(logs, state.step, wandb_log, changes) if ranks.is_main else None,
-        validation=build_validation_set(config, split, tokenizers, strategy, missing.fill if missing else None),
+        validation=build_validation_set(config, split, dataset, missing.fill if missing else None),
         report=open_report(config, index, split.plan, tokenizers, objective) if publish else None,
         memory=memory,
         bad_samples=BadSamples(logs, ranks, len(index), config.data.max_bad_fraction),

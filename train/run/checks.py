@@ -2,27 +2,34 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
+from sdxl_trainer.cache.encode.cache_vae import CacheVae, check_cache_vae, describe_vae
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
-from sdxl_trainer.cache.models.source import is_local, resolve_model
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.cache.models.source import ModelSource, is_vae_local, resolve_model
+from sdxl_trainer.cache.models.vae import read_local_vae_config, read_vae_config
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.checks.folders import check_writable
-from sdxl_trainer.data.checks.latent_files import has_masks, measure_latent_std
+from sdxl_trainer.data.checks.latent_files import check_latent_channels, has_masks, measure_latent_std
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.checks.validation_set import check_held_out, derive_validation_config, open_validation_set
+from sdxl_trainer.data.formats.latents import SDXL_CHANNELS
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.strategy import check_strategy, compute_repeats, load_strategy, save_repeats
+from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.train.checkpoint.folder import list_checkpoints
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
 from sdxl_trainer.train.run.memory_plan import check_shared_memory
 from sdxl_trainer.train.run.networks import check_trained_parameters
 from sdxl_trainer.train.setting_checks import check_model_settings, check_rank_settings, check_run_settings
+
+MIN_TELLING_FACTOR = 2.0  # scaling of a VAE by which latents that were multiplied by it can be told from others
 
 
 def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Problem]]:
@@ -37,8 +44,10 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
         FailedError: more latents are bad than `data.max_bad_fraction` allows.
     """
     problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
+    is_known = not problems and is_vae_local(config.model)
+    vae = describe_vae(resolve_model(config.model), config.model) if is_known else None
     problems += check_rank_settings(config, world_size)
-    problems += check_shared_memory(config)
+    problems += check_shared_memory(config, vae.channels if vae else SDXL_CHANNELS)
     problems += check_resume(config.run)
     problems += check_writable("run.dir", config.run.folder)
     index, found = open_training_set(config)
@@ -47,6 +56,10 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     if index is not None:
         leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
         problems += check_held_out(config.validation, index, validation_index)
+    if vae:
+        problems += check_latent_vae(config, index, vae)
+        if validation_index is not None:
+            problems += check_latent_vae(derive_validation_config(config), validation_index, vae)
     problems += prepare_strategy(config, index)
     problems += check_run_settings(config)
     problems += check_mask_use(config, index)
@@ -56,6 +69,28 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
         if validation_index:
             problems += check_cached_text(derive_validation_config(config), validation_index)
     return index, problems
+
+
+def check_latent_vae(config: Config, index: Index | None, vae: CacheVae) -> Iterator[Problem]:
+    """Yield a problem if the latents of a set are not of the VAE of the settings, as far as they tell."""
+    folder = get_cache_folder(config)
+    other = list(check_cache_vae(folder, config.model, vae))
+    yield from other
+    if index is not None and not other:
+        yield from check_latent_channels(index, folder, vae.channels)
+
+
+def read_checked_vae_config(config: Config, source: ModelSource, index: Index, ranks: Ranks) -> dict[str, Any]:
+    """Return the config of the VAE of the settings, which a hub may give only now. All ranks call this together.
+
+    Raises:
+        UserInputError: the VAE cannot be used, or the latents are of another one.
+    """
+    if not is_vae_local(config.model):  # verify_run has compared a local one
+        with share_problems():
+            vae = describe_vae(source, config.model) if ranks.is_main else None
+            raise_if_any(check_latent_vae(config, index, vae) if vae else [])
+    return read_vae_config(source, config.model)
 
 
 def check_resume(run: RunConfig) -> Iterator[Problem]:
@@ -142,12 +177,13 @@ def check_latent_scale(config: Config, index: Index) -> Iterator[Problem]:
     Raises:
         StoreError: a store cannot be read.
     """
-    is_known = config.model.vae is None and is_local(config.model)
-    vae_config = resolve_model(config.model).read_config("vae") if is_known else {}
-    factor = resolve_latent_statistics(config.model, vae_config).scale.mean().item()
+    vae_config = read_local_vae_config(config.model)
+    factor = resolve_latent_statistics(vae_config).scale.mean().item() if vae_config else 1.0
+    if 1 / MIN_TELLING_FACTOR < factor < MIN_TELLING_FACTOR:
+        return  # both would have about the same standard deviation
     std = measure_latent_std(index, get_cache_folder(config)) or 0.0
     # Latents times the factor have a standard deviation of about 1. Latents of a single value have none.
-    if 0 < std < factor**-0.5:
+    if 0 < std and (std < factor**-0.5) == (factor < 1):
         rule = f"have a standard deviation of {std:.2g}; those that this VAE gives have about {1 / factor:.2g}"
         cure = (
             f"store what the VAE gives, without its scaling factor: if they were multiplied by it, divide them by "

@@ -7,7 +7,7 @@ from pathlib import Path
 from loguru import logger
 from PIL import Image
 
-from sdxl_trainer.cache.models.encoders import load_vae
+from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.sampling.image_grid import (

@@ -123,11 +123,11 @@ def check_room(table: MemoryTable, cure: str) -> Iterator[Problem]:
         yield Problem("memory", format_gb(table.host_peak), rule, cure)
 
 
-def check_shared_memory(config: Config) -> Iterator[Problem]:
+def check_shared_memory(config: Config, latent_channels: int) -> Iterator[Problem]:
     """Yield a problem if the micro batches that this node's workers read ahead do not fit into shared memory."""
     if not (config.data.num_workers and SHARED_MEMORY.is_dir()):
         return
-    latent_bytes = FP32_BYTES * math.prod(compute_shape(Size(*config.data.largest_size)))
+    latent_bytes = FP32_BYTES * math.prod(compute_shape(Size(*config.data.largest_size), latent_channels))
     batch_bytes = config.train.micro_batch_size * latent_bytes
     needed = count_ranks_here() * config.data.num_workers * PREFETCH_PER_WORKER * batch_bytes
     free = shutil.disk_usage(SHARED_MEMORY).free

@@ -9,12 +9,10 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.models.components import hash_component
-from sdxl_trainer.cache.models.encoders import hash_weights, load_text_encoders, load_vae
+from sdxl_trainer.cache.models.encoders import load_text_encoders
 from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.formats.manifest import read_identity
-from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.checkpoint.resume import check_base_model, restore_engine
@@ -85,26 +83,12 @@ def load_engine(
         UserInputError: the checkpoint belongs to another base model, or these ranks cannot load it.
     """
     logger.info("loading the networks")
-    if ranks.is_main:
-        warn_of_other_vae(config, source)
     engine, conditioner = build_networks(config, source, ranks)
     state.base_model = hash_frozen_networks(engine, config, source, ranks)
     if checkpoint:
         raise_if_any(check_base_model(config.model, state.base_model, TrainState.load(checkpoint)))
         restore_engine(engine, checkpoint)
     return engine, conditioner
-
-
-def warn_of_other_vae(config: Config, source: ModelSource) -> None:
-    """Warn if the cache holds latents of another VAE than the model's, which cannot decode them well."""
-    folder = get_cache_folder(config)
-    try:
-        made_with = (read_identity(folder) or {}).get("vae_sha256")
-    except ValueError:
-        return  # reported by check_identity
-    if made_with and made_with != hash_weights(load_vae(source, config.model)):
-        cure = "run bash launch/cache.sh with these settings, or set model.vae to the VAE of the cache"
-        logger.warning("cache.dir {} holds latents of another VAE than this model's: {}", folder, cure)
 
 
 def hash_frozen_networks(engine: Engine, config: Config, source: ModelSource, ranks: Ranks) -> dict[str, str]:

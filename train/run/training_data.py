@@ -23,7 +23,6 @@ from sdxl_trainer.data.order.regularisation import balance_regularisation, find_
 from sdxl_trainer.data.order.source_weights import apply_data_repeats
 from sdxl_trainer.data.order.split import exclude_rows, hash_keys
 from sdxl_trainer.data.text.strategy import Strategy, load_repeats
-from sdxl_trainer.data.text.tokens import Tokenizers
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
@@ -133,14 +132,17 @@ def start_loader(
         config.train.micro_batch_size,
         state.step,
     )
-    specs = request_noise(specs, objective, config.run.seed)
+    specs = request_noise(specs, objective, config.run.seed, dataset.settings.latent_channels)
     return iterate_batches(dataset, specs, config.data.num_workers, pin_memory=ranks.device.type == "cuda")
 
 
-def request_noise(specs: Iterator[MicroSpec], objective: Objective, seed: int) -> Iterator[MicroSpec]:
+def request_noise(
+    specs: Iterator[MicroSpec], objective: Objective, seed: int, latent_channels: int
+) -> Iterator[MicroSpec]:
     """Yield the specs of micro batches, and request the noise that the objective will need for each."""
     for spec in specs:
-        objective.request_noise(compute_shape(spec.bucket), SampleKeys(seed, spec.step, spec.positions.tolist()))
+        shape = compute_shape(spec.bucket, latent_channels)
+        objective.request_noise(shape, SampleKeys(seed, spec.step, spec.positions.tolist()))
         yield spec
 
 
@@ -176,13 +178,15 @@ class ValidationSet:
 def build_validation_set(
     config: Config,
     split: DataSplit,
-    tokenizers: Tokenizers,
-    strategy: Strategy | None,
+    trained: LatentDataset,
     encode_missing: Callable[[MicroBatch], None] | None,
 ) -> ValidationSet | None:
     """Build the validation set from the first `validation.max_samples` rows of the split.
 
     If the split lists no rows, it takes all rows in the order of their keys' hashes.
+
+    Args:
+        trained: the dataset of the training set, whose tokenizers and strategy are used.
 
     Returns:
         The validation set, or None if nothing is held out.
@@ -190,7 +194,8 @@ def build_validation_set(
     rows, index = split.validation_rows, split.validation_index
     if rows is not None and len(rows) == 0:
         return None
-    dataset = build_dataset(derive_validation_config(config), index, tokenizers, strategy)
+    channels = trained.settings.latent_channels
+    dataset = build_dataset(derive_validation_config(config), index, trained.tokenizers, trained.strategy, channels)
     hashes = hash_keys(index.arrow_column("key"), config.validation.seed)
     ids = (hashes >> np.uint64(1)).astype(np.int64)
     rows = np.argsort(hashes, kind="stable") if rows is None else rows

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers, load_vae
+from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import check_model, resolve_model
+from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import format_count, raise_if_any

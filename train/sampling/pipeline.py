@@ -108,7 +108,7 @@ def build_image_generator(
         tokenizers=tokenizers,
         source=source,
         objective=config.objective,
-        latent_statistics=resolve_latent_statistics(config.model, vae.config),
+        latent_statistics=resolve_latent_statistics(vae.config),
         max_tokens=config.data.max_tokens,
         weighted=config.data.caption.weighted,
         dtype=dtype,
@@ -116,7 +116,7 @@ def build_image_generator(
 
 
 def decode_latents(vae: Any, x0: torch.Tensor, statistics: LatentStatistics) -> torch.Tensor:
-    """Decode latents x0 [B, 4, h, w] of a U-Net to pixels [B, 3, H, W] from -1 to 1, in the VAE's precision.
+    """Decode latents x0 [B, C, h, w] of a U-Net to pixels [B, 3, H, W] from -1 to 1, in the VAE's precision.
 
     diffusers' pipeline would pass latents in the U-Net's precision, such as bf16, to a VAE in fp32.
     """

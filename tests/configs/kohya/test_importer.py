@@ -562,11 +562,13 @@ def test_unset_options_are_compared_by_their_defaults(tmp_path: Path) -> None:
     assert settings["train"]["micro_batch_size"] == 4 and settings["data"]["caption"] == {"first_line": True}
 
 
-def test_a_vae_in_a_single_file_gets_a_conversion_command(tmp_path: Path) -> None:
-    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --vae /m/best.safetensors"})
-    assert "model" not in settings and "model.vae: /m/best" in comment
-    assert "from_single_file('/m/best.safetensors', config='stabilityai/" in comment
-    assert "save_pretrained('/m/best')" in comment
+def test_a_vae_in_a_single_file_and_the_forks_options_of_it(tmp_path: Path) -> None:
+    words = "--vae /m/eq.safetensors --vae_reflection_padding --vae_custom_scale 0.1406 --vae_custom_shift -0.4743"
+    settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --seed 1 {words}"})
+    factors = {"vae_scaling_factor": 0.1406, "vae_shift_factor": -0.4743}
+    assert settings["model"] == {"vae": "/m/eq.safetensors", "vae_padding": "reflect", **factors}
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --vae /m/best.ckpt"})
+    assert "model" not in settings and "is not a safetensors file" in comment
 
 
 def test_built_in_options_are_not_reported_as_unsupported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -19,6 +19,7 @@ from sdxl_trainer.data.formats.latents import (
     LatentSample,
     find_latent_file,
     pack_latents,
+    parse_latents,
     read_latents,
     write_latents,
 )
@@ -297,3 +298,15 @@ def test_a_header_with_numbers_that_are_not_finite_is_bad(tmp_path, key):
         np.savez(tmp_path / "x.npz", latents=np.ones((4, 8, 12), np.float32), **numbers)
         with pytest.raises(BadLatentError, match=f"`{key}` .* finite numbers"):
             read_latent_header(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("channels", [1, 16, 32])
+def test_latents_of_any_number_of_channels(tmp_path, channels):
+    latents = np.arange(channels * 6, dtype=np.float32).reshape(channels, 2, 3)
+    sample = LatentSample(latents=latents, original_size=(24, 16), crop_ltrb=(0, 0, 24, 16), flipped=-latents)
+    content = write_latents(tmp_path / "x.npz", sample, "float32")
+    header = read_latent_header(str(tmp_path / "x.npz"))
+    assert (header.channels, header.bucket, header.flipped) == (channels, (24, 16), True)
+    assert np.array_equal(parse_latents(content, (24, 16), channels=channels).latents, latents)
+    with pytest.raises(BadLatentError, match=f"has {channels} latent channels, and the VAE of the settings gives 4"):
+        parse_latents(content, channels=4)

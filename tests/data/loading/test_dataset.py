@@ -87,6 +87,17 @@ def read_batches(dataset: LatentDataset, num_workers: int, count: int) -> list[M
     return list(islice(iterate_batches(dataset, specs, num_workers), count))
 
 
+def test_latents_of_other_channels_than_the_vaes_are_bad_samples(cache):
+    dataset = build_dataset(cache)
+    wide = LatentDataset(dataset.index, cache, dataset.tokenizers, replace(dataset.settings, latent_channels=16))
+    spec = next(iter(iterate_specs(build_plan(dataset.index, 4, seed=3), Position(0, 0), 0, 1, 2)))
+    good, bad = dataset[spec], wide[spec]
+    assert good.bad == [] and good.latents.shape[1] == 4
+    assert bad.latents.shape == (2, 16, *good.latents.shape[2:]) and not bad.latents.any()
+    assert bad.weights.tolist() == [0, 0]
+    assert all("has 4 latent channels, and the VAE of the settings gives 16" in sample.reason for sample in bad.bad)
+
+
 def test_dropped_captions_are_told_from_empty_ones(cache):
     for rate in (0.0, 0.5):
         dataset = build_dataset(cache, rate)

@@ -1,20 +1,17 @@
 """The networks of a run are loaded in the precision of training, and masters begin as the values of the file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loguru import logger
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdxl_trainer.cache.models.encoders import hash_weights, load_vae
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.networks.trained_networks import read_trained_weights
-from sdxl_trainer.train.run.networks import build_networks, warn_of_other_vae
+from sdxl_trainer.train.run.networks import build_networks
 
 
 class LargestFp32(TorchDispatchMode):
@@ -60,16 +57,3 @@ def test_masters_are_the_values_of_the_file(tiny_folder: Path, stage: int) -> No
     for name, weight in found.items():
         assert engine.weights.gather(name).equal(weight), name
     assert any(not weight.equal(weight.bfloat16().float()) for weight in found.values())
-
-
-def test_latents_of_another_vae_are_named(tiny_folder: Path, tmp_path: Path) -> None:
-    config, _ = load_config(tiny_folder / "tiny.yaml", [f"cache.dir={tmp_path}"])
-    source = resolve_model(config.model)
-    messages: list[str] = []
-    sink = logger.add(messages.append, format="{message}", level="WARNING")
-    warn_of_other_vae(config, source)  # no cache.json: latents of another program
-    for vae in (hash_weights(load_vae(source, config.model)), "0" * 64):
-        (tmp_path / "cache.json").write_text(json.dumps({"name": "x", "vae_sha256": vae}))
-        warn_of_other_vae(config, source)
-    logger.remove(sink)
-    assert len(messages) == 1 and f"cache.dir {tmp_path} holds latents of another VAE" in messages[0]
