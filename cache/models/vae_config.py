@@ -256,12 +256,13 @@ def _find_bad_statistics(config: Mapping[str, Any], channels: int) -> Iterator[t
 def _check_statistics(config: Mapping[str, Any], model: ModelConfig) -> Iterator[Problem]:
     """Yield the problems of the settings that concern the statistics of latents."""
     channels = count_channels(config)
+    if model.latents_mean and len(model.latents_mean) != channels:  # latents_std is as long
+        rule = f"has {len(model.latents_mean)} values, and the VAE has {channels} latent channels"
+        yield Problem("model.latents_mean", list(model.latents_mean), rule, "give one value for each channel")
+        return
     for name in STATISTICS[2:]:
         given, own = getattr(model, name), config.get(name)
-        if given and len(given) != channels:
-            rule = f"has {len(given)} values, and the VAE has {channels} latent channels"
-            yield Problem(f"model.{name}", list(given), rule, "give one value for each channel")
-        elif given and own and not all(map(_is_close, given, own)):
+        if given and own and not all(map(_is_close, given, own)):
             rule = f"contradicts the VAE's own config, which has {list(own)}"
             yield Problem(f"model.{name}", list(given), rule, f"leave it out, or correct {name} in the VAE's config")
     for name in STATISTICS[:2]:

@@ -36,6 +36,7 @@ from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.checks.training_set import check_flip, warn_about_unflipped
+from sdxl_trainer.data.formats.latents import SDXL_CHANNELS
 from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
 from sdxl_trainer.data.loading.counts import count_buckets, count_lengths
@@ -70,7 +71,8 @@ def show_preview(config: Config, problems: list[Problem], options: argparse.Name
     # Captions are drawn from the records, so the preview needs no cached text.
     textless = config.model_copy(update={"cache": config.cache.model_copy(update={"text": False})})
     tokenizers = load_tokenizers(source, config.model)
-    channels = read_vae_config(source, config.model)["latent_channels"]
+    # Without latents no VAE is needed, which may have to be downloaded.
+    channels = read_vae_config(source, config.model)["latent_channels"] if plan else SDXL_CHANNELS
     dataset = build_dataset(textless, samples if plan else records, tokenizers, strategy, channels)
     survey = survey_records(config, records, samples, limits, console)
     cut, measured = find_cut_captions(dataset, records, limits)

@@ -54,9 +54,9 @@ def test_shared_memory_that_is_too_small_for_the_workers_is_a_problem(monkeypatc
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     free = 64 << 20  # docker's default
     monkeypatch.setattr(memory_plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
-    assert list(memory_plan.check_shared_memory(config)) == [], "8 workers x 4 x 8 x 256 KiB are 67 MB"
+    assert list(memory_plan.check_shared_memory(config, 4)) == [], "8 workers x 4 x 8 x 256 KiB are 67 MB"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    [problem] = memory_plan.check_shared_memory(config)
+    [problem] = memory_plan.check_shared_memory(config, 4)
     assert problem.key == "data.num_workers" and "need about 134 MB" in problem.rule and "has 67" in problem.rule
     none = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-    assert list(memory_plan.check_shared_memory(none)) == []
+    assert list(memory_plan.check_shared_memory(none, 4)) == []
