@@ -29,6 +29,7 @@ from sdxl_trainer.configs.language.translate import load_translator
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import FailedError, UserInputError, raise_if_any
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
+from sdxl_trainer.data.formats.manifest import Identity, write_identity
 from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError, prepare_image
 from sdxl_trainer.launch.failures import explain_failure
@@ -173,6 +174,35 @@ def give_images(folder: Path) -> list[str]:
     return [f"data.image_dirs=[{folder / 'images'}]"]
 
 
+def give_wide_latents(folder: Path) -> list[str]:
+    """Give latents of 16 channels for a model of 4."""
+    sample = LatentSample(
+        latents=np.zeros((16, 8, 8), np.float32), original_size=Size(64, 64), crop_ltrb=CropBox(0, 0, 64, 64)
+    )
+    (folder / "wide").mkdir()
+    write_latents(folder / "wide" / "a.npz", sample)
+    return [f"data.image_dirs=[{folder / 'wide'}]"]
+
+
+def give_cache_of_another_vae(folder: Path) -> list[str]:
+    """Give a cache whose latents are of a VAE with other weights."""
+    identity = Identity(
+        vae_sha256="0" * 64,
+        vae_precision="fp32",
+        dtype="float32",
+        posterior="sample",
+        flip=False,
+        resolution_px=64,
+        min_bucket_px=64,
+        max_bucket_px=2048,
+        bucket_step_px=64,
+        no_upscale=False,
+    )
+    write_file(folder, "cache/manifest/part-00000.jsonl", "{}\n")
+    write_identity(folder / "cache", identity, vae={"name": "my/eq-vae", "files": []})
+    return [f"cache.dir={folder / 'cache'}"]
+
+
 def pack_arrays(**arrays: np.ndarray) -> bytes:
     """Return the content of an npz file."""
     content = io.BytesIO()
@@ -301,6 +331,19 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     ),
     "the VAE of SD 1.5": (lambda folder: give_vae(folder, scaling_factor=0.18215), ("model.vae", "VAE of SD 1.5")),
     "a VAE for video": (lambda folder: give_vae(folder, _class_name="AutoencoderKLWan"), ("a AutoencoderKLWan",)),
+    "latents of another VAE": (
+        give_wide_latents,
+        (
+            "cache.dir",
+            "latents of 16 channels",
+            "gives 4 (first sample: a; 1 of 1",
+            "set model.vae to the VAE that made",
+        ),
+    ),
+    "a cache of another VAE": (
+        give_cache_of_another_vae,
+        ("cache.dir", "latents of the VAE my/eq-vae (4 channels", "set model.vae (and", "cache.sh --repair"),
+    ),
     # the data
     "no data": (give_words("data.image_dirs=[]"), ("data", "neither metadata nor", "data.image_dirs")),
     "a folder that is not there": (give_words("data.image_dirs=/no/images"), ("/no/images", "not a folder", "check")),
