@@ -236,11 +236,11 @@ def describe_files(path: Path) -> str:
 def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[str, TensorSource]]:
     """Open all four components of a model on disk: component → name → function that reads the tensor.
 
-    The VAE is `model.vae` if that is set.
+    The VAE is loaded, because it may come from elsewhere, and under other names (see `load_vae`).
     """
     components: dict[str, dict[str, TensorSource]] = {}
     for name in COMPONENTS:
-        if name == "vae" and config.vae:
+        if name == "vae":
             components[name] = dict(load_vae(source, config).state_dict())
         elif source.file is None:
             components[name] = open_folder_component(source.folder, name)
