@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sdxl_trainer.cache.models.encoders import hash_weights
-from sdxl_trainer.cache.models.source import ModelSource, resolve_model
-from sdxl_trainer.cache.models.vae import list_vae_files, load_vae, locate_vae
+from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.vae import list_vae_files, load_vae, locate_vae, resolve_vae_model
 from sdxl_trainer.cache.models.vae_config import PADDING, PADDINGS, resolve_vae_config
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import ModelConfig
@@ -45,7 +45,7 @@ class LoadedVae(NamedTuple):
     own: CacheVae
 
 
-def describe_vae(source: ModelSource, model: ModelConfig) -> CacheVae:
+def describe_vae(source: ModelSource | None, model: ModelConfig) -> CacheVae:
     """Describe the VAE of the settings without reading its weights.
 
     Raises:
@@ -62,7 +62,7 @@ def describe_vae(source: ModelSource, model: ModelConfig) -> CacheVae:
     )
 
 
-def identify_vae(source: ModelSource, model: ModelConfig, vae: torch.nn.Module) -> CacheVae:
+def identify_vae(source: ModelSource | None, model: ModelConfig, vae: torch.nn.Module) -> CacheVae:
     """Describe the VAE of the settings, which `load_vae` has loaded, with the hash of its weights."""
     described = describe_vae(source, model)
     return CacheVae(**{**vars(described), "sha256": hash_weights(vae)})
@@ -74,7 +74,7 @@ def load_cache_vae(model: ModelConfig, folder: Path, ranks: Ranks, may_replace: 
     Raises:
         UserInputError: the cache holds latents of another VAE, and `may_replace` is false.
     """
-    source = resolve_model(model)
+    source = resolve_vae_model(model)
     network = load_vae(source, model)
     own = identify_vae(source, model, network)
     with share_problems():
@@ -116,7 +116,7 @@ def _has_same_weights(known: dict[str, Any], vae: CacheVae, model: ModelConfig) 
     record = known.get("vae")
     if isinstance(record, dict) and record.get("files") == vae.files:
         return True
-    sha256 = vae.sha256 or hash_weights(load_vae(resolve_model(model), model))
+    sha256 = vae.sha256 or hash_weights(load_vae(resolve_vae_model(model), model))
     return known["vae_sha256"] == sha256
 
 

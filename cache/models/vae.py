@@ -41,14 +41,23 @@ class VaeLocation(NamedTuple):
     is_file: bool
 
 
-def locate_vae(source: ModelSource, model: ModelConfig) -> VaeLocation:
+def resolve_vae_model(model: ModelConfig) -> ModelSource | None:
+    """Return the model whose VAE is used, downloaded if it is on the hub; None if `model.vae` names another VAE."""
+    return None if model.vae else resolve_model(model)
+
+
+def locate_vae(source: ModelSource | None, model: ModelConfig) -> VaeLocation:
     """Find the VAE: `model.vae` if it is set, else the model's own. A hub id is downloaded.
+
+    Args:
+        source: the model; None is enough if `model.vae` is set.
 
     Raises:
         UserInputError: it is no VAE that can be used, or the hub does not have it.
     """
     try:
         if model.vae is None:
+            assert source is not None, "the model's own VAE needs the model"
             path = source.file or source.folder / "vae"
             return VaeLocation(source.read_config("vae"), path, source.file is not None)
         path = Path(model.vae)
@@ -61,7 +70,7 @@ def locate_vae(source: ModelSource, model: ModelConfig) -> VaeLocation:
         raise UserInputError([Problem(key, value, str(error), error.cure)]) from None
 
 
-def read_vae_config(source: ModelSource, model: ModelConfig) -> dict[str, Any]:
+def read_vae_config(source: ModelSource | None, model: ModelConfig) -> dict[str, Any]:
     """Return the config of the VAE as the run uses it (see `resolve_vae_config`); `latent_channels` is its count.
 
     Raises:
@@ -72,10 +81,10 @@ def read_vae_config(source: ModelSource, model: ModelConfig) -> dict[str, Any]:
 
 def read_local_vae_config(model: ModelConfig) -> dict[str, Any] | None:
     """Return what `read_vae_config` does for a VAE on disk; None for one on the hub, which is not asked."""
-    return read_vae_config(resolve_model(model), model) if is_vae_local(model) else None
+    return read_vae_config(resolve_vae_model(model), model) if is_vae_local(model) else None
 
 
-def load_vae(source: ModelSource, model: ModelConfig) -> torch.nn.Module:
+def load_vae(source: ModelSource | None, model: ModelConfig) -> torch.nn.Module:
     """Load the VAE in fp32, frozen, with the padding and the statistics of the settings.
 
     Raises:

@@ -8,8 +8,8 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.cache_vae import CacheVae, check_cache_vae, describe_vae
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
-from sdxl_trainer.cache.models.source import ModelSource, is_vae_local, resolve_model
-from sdxl_trainer.cache.models.vae import read_local_vae_config, read_vae_config
+from sdxl_trainer.cache.models.source import ModelSource, is_vae_local
+from sdxl_trainer.cache.models.vae import read_local_vae_config, read_vae_config, resolve_vae_model
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.checks.folders import check_writable
@@ -45,7 +45,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     """
     problems = list(check_model_settings(config)) or list(check_trained_parameters(config))
     is_known = not problems and is_vae_local(config.model)
-    vae = describe_vae(resolve_model(config.model), config.model) if is_known else None
+    vae = describe_vae(resolve_vae_model(config.model), config.model) if is_known else None
     problems += check_rank_settings(config, world_size)
     problems += check_shared_memory(config, vae.channels if vae else SDXL_CHANNELS)
     problems += check_resume(config.run)

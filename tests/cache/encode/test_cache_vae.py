@@ -15,7 +15,7 @@ from tiny_tokenizers import load_tiny_tokenizers
 
 from sdxl_trainer.cache.encode.cache_vae import check_cache_vae, describe_vae
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
-from sdxl_trainer.cache.models.source import ModelSource, resolve_model
+from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.cache.preview.contact_sheet import PreviewSample, decode_samples
 from sdxl_trainer.configs.load import load_config
@@ -62,7 +62,7 @@ def open_samples(folder: Path, *words: str) -> tuple[Index, ModelConfig]:
 
 
 def list_problems(cache: Path, model: ModelConfig) -> list[Problem]:
-    return list(check_cache_vae(cache, model, describe_vae(resolve_model(model), model)))
+    return list(check_cache_vae(cache, model, describe_vae(None, model)))
 
 
 def test_latents_of_sixteen_channels_are_the_vaes(wide):
