@@ -181,6 +181,7 @@ def give_wide_latents(folder: Path) -> list[str]:
     )
     (folder / "wide").mkdir()
     write_latents(folder / "wide" / "a.npz", sample)
+    (folder / "wide" / "a.txt").write_text("a b, c")
     return [f"data.image_dirs=[{folder / 'wide'}]"]
 
 
@@ -371,7 +372,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     ),
     "a tar without latents": (
         lambda folder: give_tar(folder, {"0.npz": pack_arrays(moments=np.zeros((4, 8, 8))), "0.txt": b"a"}),
-        ("set.tar", "holds moments, but no `latents`, floats [4, height / 8", "(sample 0)", "again with the program"),
+        (
+            "set.tar",
+            "holds moments, but no `latents`, floats [channels, height",
+            "(sample 0)",
+            "again with the program",
+        ),
     ),
     "a tar that is cut short": (
         lambda folder: give_tar(folder, {"0.npz": pack_arrays(latents=np.zeros((4, 8, 8)))}, num_bytes=1500),

@@ -22,7 +22,7 @@ from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, get_
 from sdxl_trainer.cache.models.source import COMPONENTS, ModelSource
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.cache.models.vae import load_vae, read_vae_config
-from sdxl_trainer.cache.models.vae_config import build_exported_vae_config, build_vae_metadata
+from sdxl_trainer.cache.models.vae_config import FLUX2_AUTOENCODER, build_exported_vae_config, build_vae_metadata
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config, ModelConfig
@@ -236,11 +236,12 @@ def describe_files(path: Path) -> str:
 def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[str, TensorSource]]:
     """Open all four components of a model on disk: component → name → function that reads the tensor.
 
-    The VAE is loaded, because it may come from elsewhere, and under other names (see `load_vae`).
+    The VAE is `model.vae` if that is set. That one, and one of Flux2's class, which has more tensors, is loaded.
     """
+    has_other_vae = config.vae or source.read_config("vae").get("_class_name") == FLUX2_AUTOENCODER
     components: dict[str, dict[str, TensorSource]] = {}
     for name in COMPONENTS:
-        if name == "vae":
+        if name == "vae" and has_other_vae:
             components[name] = dict(load_vae(source, config).state_dict())
         elif source.file is None:
             components[name] = open_folder_component(source.folder, name)
