@@ -77,6 +77,12 @@ class ModelConfig(Section):
     text_projection: Literal["correct", "legacy"] = "correct"
     """Layout of text encoder 2's `text_projection` in single files. `legacy` reads and writes it untransposed; use it
     only to continue a model whose tool saved it that way."""
+    adapt_channels: bool = False
+    """Allow a VAE with another number of channels than the U-Net's: the U-Net's first and last layer (`conv_in`,
+    `conv_out`) are replaced by untrained ones, drawn from `run.seed`, and all other weights are kept. Without it, such
+    a pair is an error. Has no effect on a U-Net that fits its VAE, so you can leave it on to resume the run, and to
+    continue from the exported model. Not with `lora.rank`, which would leave the new layers untrained. Train the new
+    layers alone first: docs/TRAINING.md has a recipe."""
     latents_mean: tuple[float, ...] | None = None
     """Mean of each channel of the VAE's latents. With `model.latents_std`, the U-Net works on (latent - mean)/std
     instead of the latent times the VAE's scaling factor. Set both only for models that were trained this way, unless

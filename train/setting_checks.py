@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from sdxl_trainer.cache.models.encoders import check_vocabulary
+from sdxl_trainer.cache.models.model_pair import check_pair
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, format_count
 from sdxl_trainer.configs.schema import Config, OptimConfig, TrainConfig
@@ -22,7 +23,7 @@ from sdxl_trainer.train.sampling.prompts import load_prompts
 
 def check_model_settings(config: Config) -> Iterator[Problem]:
     """Yield problems of the model, the optimizer, the engine, the objective, the adapters and the prompts."""
-    of_model = list(check_model(config.model))
+    of_model = list(check_model(config.model)) or list(check_pair(config))
     yield from of_model
     if not of_model:  # the right model may bring a vocabulary
         yield from check_vocabulary(config.model)

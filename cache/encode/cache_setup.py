@@ -9,6 +9,7 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.cache_vae import CacheVae
 from sdxl_trainer.cache.encode.text_caching import check_captioning
+from sdxl_trainer.cache.models.model_pair import check_pair
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
@@ -40,7 +41,8 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     raise_if_any([*problems, *unwritable] if unwritable else [])  # the index would be written there, too
     index, found = open_checked_records(config, need_captions=config.cache.text)
     caption_problems = check_captioning(config.data, config.cache, index)
-    raise_if_any([*problems, *found, *check_model(config.model), *caption_problems])
+    of_model = list(check_model(config.model)) or list(check_pair(config))
+    raise_if_any([*problems, *found, *of_model, *caption_problems])
     assert index is not None, "records without problems have an index"
     for setting, package in list_missing_packages(config).items():
         logger.warning("training with {} needs the package {}: pip install {}", setting, package, package)

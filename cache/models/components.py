@@ -9,10 +9,11 @@ import torch
 from isal.isal_zlib import crc32
 from torch.overrides import TorchFunctionMode
 
-from sdxl_trainer.cache.models.diffusers_folder import read_folder_component
-from sdxl_trainer.cache.models.single_file import read_single_file
+from sdxl_trainer.cache.models.diffusers_folder import open_folder_component, read_folder_component
+from sdxl_trainer.cache.models.single_file import open_single_file, read_single_file
 from sdxl_trainer.cache.models.single_file_names import TextProjection, get_canonical_name
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.data.files import read_with_retries
 
 
@@ -21,13 +22,34 @@ def read_component(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (source name, tensor) of a network, memory-mapped, in the precision of the file.
 
+    The new layers of an adapted U-Net (`ModelSource.adaptation`) are in fp32.
+
     Raises:
         FileNotFoundError: the model has no weights of that network.
         ValueError: a single file lacks tensors, or has unknown or misshapen ones.
     """
     if source.file is None:
-        return read_folder_component(source.folder, component)
-    return read_single_file(source.file, component, source.read_config(component), text_projection=text_projection)
+        tensors = read_folder_component(source.folder, component)
+    else:
+        config = source.read_stored_config(component)
+        tensors = read_single_file(source.file, component, config, text_projection=text_projection)
+    if source.adaptation is not None and component == "unet":
+        return source.adaptation.replace_tensors(tensors)
+    return tensors
+
+
+def open_component(
+    source: ModelSource, component: str, text_projection: TextProjection = "correct"
+) -> dict[str, TensorSource]:
+    """Map each source name of a network to a function that reads its tensor. Raises like `read_component`."""
+    config = source.read_stored_config(component)
+    if source.file is None:
+        sources = open_folder_component(source.folder, component)
+    else:
+        sources = open_single_file(source.file, component, config, text_projection=text_projection)
+    if source.adaptation is not None and component == "unet":
+        return source.adaptation.replace_sources(sources, config["block_out_channels"][0])
+    return sources
 
 
 def build_component(

@@ -189,11 +189,29 @@ def find_single_file_problems(
     problems = []
     for component, config in (load_component_configs() if configs is None else configs).items():
         try:
+            config = fit_unet_config(config, header.shapes) if component == "unet" else config
             problems += find_component_problems(header, component, build_name_table(component, config, text_projection))
         except ValueError as error:
             problems.append(str(error))
     foreign = guess_foreign_format(header.shapes) if problems else None
     return [f"it looks like {foreign}", *problems] if foreign else problems
+
+
+def fit_unet_config(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the config of a single file's U-Net, with the number of channels that the file's tensors have.
+
+    A file whose input and output differ, such as an inpainting model, keeps the config's number, which the checks
+    then find its shapes to contradict.
+
+    Args:
+        shapes: of the file's tensors, by name.
+    """
+    prefix = COMPONENT_PREFIXES["unet"]
+    in_channels = shapes.get(f"{prefix}input_blocks.0.0.weight", ())[1:2]
+    out_channels = shapes.get(f"{prefix}out.2.weight", ())[:1]
+    if not in_channels or in_channels != out_channels:
+        return dict(config)
+    return {**config, "in_channels": in_channels[0], "out_channels": out_channels[0]}
 
 
 def find_component_problems(header: SafetensorsHeader, component: str, rows: Sequence[TableRow]) -> list[str]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer.cache.models.adaptation import ChannelAdaptation
 from sdxl_trainer.cache.models.single_file_check import (
     SDXL_CONFIG_FOLDER,
     NotSafetensorsError,
     find_single_file_problems,
+    fit_unet_config,
     guess_foreign_format,
     has_all_components,
     load_component_configs,
@@ -51,20 +53,37 @@ HUB_FILES = [
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk: a single file if `file` is set, else a diffusers folder. `folder` always holds the configs."""
+    """A model on disk: a single file if `file` is set, else a diffusers folder. `folder` always holds the configs.
+
+    With `adaptation`, its U-Net has new first and last layers, for another number of channels than is stored.
+    """
 
     folder: Path
     file: Path | None = None
+    adaptation: ChannelAdaptation | None = None
 
-    def read_config(self, component: str) -> dict:
-        """Read the `config.json` of a component. A single file's own header decides the config of its VAE.
+    def read_config(self, component: str) -> dict[str, Any]:
+        """Return the config of a component, that of the U-Net with its adaptation.
 
         Raises:
             ValueError: a file is not a JSON object, or the single file holds no VAE.
         """
+        config = self.read_stored_config(component)
+        return self.adaptation.adapt_config(config) if self.adaptation and component == "unet" else config
+
+    def read_stored_config(self, component: str) -> dict[str, Any]:
+        """Return the config of a component as it is stored: `config.json`, corrected by what a single file holds.
+
+        Raises:
+            OSError: the single file cannot be opened.
+            ValueError: the config is not a JSON object, or the single file is not a model.
+        """
         if component == "vae" and self.file is not None:
             return read_file_config(self.file, self.folder)
-        return read_component_config(self.folder, component)
+        config = read_component_config(self.folder, component)
+        if component == "unet" and self.file is not None:
+            return fit_unet_config(config, read_safetensors_header(self.file).shapes)
+        return config
 
 
 def check_model(config: ModelConfig) -> Iterator[Problem]:
@@ -282,9 +301,10 @@ def _find_folder_problems(folder: Path) -> list[str]:
     unet = configs["unet"]
     if unet.get("addition_embed_type") != "text_time":
         problems.append("has a U-Net without SDXL's text_time conditioning (SD 1.5 or SD 2?)")
-    if unet.get("in_channels") != 4:
+    channels = [unet.get("in_channels"), unet.get("out_channels")]
+    if channels[0] != channels[1]:
         problems.append(
-            f"has a U-Net with {unet.get('in_channels')} input channels instead of 4 (an inpainting model?)"
+            f"has a U-Net with {channels[0]} input channels and {channels[1]} output channels (an inpainting model?)"
         )
     widths = [configs[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")]
     if unet.get("cross_attention_dim") != sum(widths):

@@ -335,11 +335,12 @@ def build_exported_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config of `resolve_vae_config` for an exported diffusers folder.
 
     diffusers' SDXL pipeline ignores `shift_factor`, so the shift is written as `latents_mean`, too: both give the same
-    x0. `padding_mode`, which diffusers does not know, is written only if it is not zeros.
+    x0. Not with other than 4 channels, with which that pipeline stops at a `latents_mean`. `padding_mode`, which
+    diffusers does not know, is written only if it is not zeros.
     """
     exported = {key: value for key, value in config.items() if (key, value) != (PADDING, PADDINGS[0])}
     shift, channels = config.get("shift_factor"), config["latent_channels"]
-    if shift and not config.get("latents_mean"):
+    if shift and channels == SDXL_CHANNELS and not config.get("latents_mean"):
         exported |= {"latents_mean": [shift] * channels, "latents_std": [1.0] * channels}
     return exported
 

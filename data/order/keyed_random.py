@@ -35,6 +35,7 @@ class RandomStream(IntEnum):
     PREVIEW = 19
     CONTRAST = 20
     FOURIER_FEATURES = 21
+    ADAPTED_LAYER = 22
 
 
 def derive_seed(*keys: int) -> int:

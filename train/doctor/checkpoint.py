@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from sdxl_trainer.cache.models.components import hash_component
-from sdxl_trainer.cache.models.source import is_local, resolve_model
+from sdxl_trainer.cache.models.model_pair import resolve_pair
+from sdxl_trainer.cache.models.source import is_local
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.index.index import Index
@@ -35,6 +36,6 @@ def check_newest_checkpoint(
     yield from check_progress(saved, fresh, run.on_data_change)
     # Reading the weights takes long, so only those of another path are compared here. The start compares all.
     if saved.config.get("model", {}).get("path") != config.model.path and is_local(config.model):
-        source, projection = resolve_model(config.model), config.model.text_projection
+        source, projection = resolve_pair(config), config.model.text_projection
         hashes = {name: hash_component(source, name, projection) for name in saved.base_model}
         yield from check_base_model(config.model, hashes, saved)

@@ -2,7 +2,8 @@
 
 from collections.abc import Generator, Iterator
 
-from sdxl_trainer.cache.models.source import is_local, may_be_hub_id, resolve_model
+from sdxl_trainer.cache.models.model_pair import resolve_pair
+from sdxl_trainer.cache.models.source import is_local, may_be_hub_id
 from sdxl_trainer.configs.language.translate import join_label, translate, translate_label
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import Config
@@ -38,7 +39,7 @@ def examine_memory(config: Config, world_size: int, gpu_bytes: list[int]) -> Gen
         return config
     announce_stage("estimating the memory of a rank")
     try:
-        source = resolve_model(config.model)
+        source = resolve_pair(config)
         sizes = measure_networks(config, source, bucket)
     except (UserInputError, OSError, ValueError, KeyError):
         yield Finding("memory", "unknown as long as the settings or the model are wrong")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_trainer.cache.models.source import is_local, resolve_model
+from sdxl_trainer.cache.models.model_pair import resolve_pair
+from sdxl_trainer.cache.models.source import is_local
 from sdxl_trainer.configs.problems import describe_seconds, format_rate
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.estimates.gpus import find_gpu
@@ -59,7 +60,7 @@ def estimate_first_step(config: Config, world_size: int, gpu_name: str) -> StepE
     if gpu is None or not is_local(config.model):
         return None
     try:
-        return estimate_step(config, resolve_model(config.model), world_size, gpu)
+        return estimate_step(config, resolve_pair(config), world_size, gpu)
     except (OSError, ValueError, KeyError):
         return None  # check_model reports the problem
 

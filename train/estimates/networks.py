@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.vae import read_vae_config
 from sdxl_trainer.configs.engine import CHECKPOINTING, Checkpointing
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
@@ -89,7 +90,7 @@ def measure_networks(config: Config, source: ModelSource, bucket: Size) -> Netwo
     networks = build_empty_run_networks(source, config, dtype)
     weights = list(networks.parameters())
     frozen_encoders = set(ENCODERS) - set(list_trained_encoders(config.optim))
-    vae = build_empty_vae(source)
+    vae = build_empty_vae(read_vae_config(source, config.model))
     return NetworkSizes(
         shapes=tuple(tuple(weight.shape) for weight in weights if weight.requires_grad),
         frozen=sum(weight.numel() for weight in weights if not weight.requires_grad),
@@ -205,12 +206,13 @@ def measure_generation(unet: Any, vae: Any, config: Config) -> int:
     largest = max((Size(prompt.width_px, prompt.height_px) for prompt in prompts), key=get_area)
     make = partial(torch.zeros, dtype=unet.dtype, device="meta")
     x_t = make(2, *get_latent_shape(unet, largest))
+    latent = torch.zeros(1, vae.config.latent_channels, *x_t.shape[2:], device="meta")
     hidden = make(2, config.data.max_tokens + 2, unet.config.cross_attention_dim)
     conditions = {"text_embeds": make(2, get_pooled_width(unet)), "time_ids": make(2, TIME_IDS)}
     timestep = torch.zeros((), device="meta")
     passes = {
         unet: lambda: unet(x_t, timestep, hidden, added_cond_kwargs=conditions),
-        vae: lambda: vae.decode(x_t[:1].float()),
+        vae: lambda: vae.decode(latent),
     }
     peaks = []
     for network, run in passes.items():

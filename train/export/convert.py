@@ -6,9 +6,10 @@ from pathlib import Path
 
 from loguru import logger
 
+from sdxl_trainer.cache.models.model_pair import check_pair, resolve_pair
 from sdxl_trainer.cache.models.pickled_file import convert_pickled_file, is_pickled_file
 from sdxl_trainer.cache.models.single_file_names import get_canonical_name
-from sdxl_trainer.cache.models.source import check_model, resolve_model
+from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.problems import Problem, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
@@ -69,7 +70,8 @@ def run_conversion(
         overrides = [*prediction, *overrides, f"model.path={json.dumps(str(source))}"]
     config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
-    raise_if_any([*check_model(config.model), *check_average(checkpoint, average)])
+    of_model = list(check_model(config.model)) or list(check_pair(config))
+    raise_if_any([*of_model, *check_average(checkpoint, average)])
     with explain_removal(checkpoint):
         convert_model(config, checkpoint, target, average, merge)
 
@@ -80,7 +82,7 @@ def convert_model(config: Config, checkpoint: Path | None, target: Path, average
     Args:
         average, merge: see `run_conversion`.
     """
-    settings = build_export_settings(config, resolve_model(config.model))
+    settings = build_export_settings(config, resolve_pair(config))
     trained = {} if checkpoint is None else open_weights(checkpoint, average)
     has_adapters = bool(trained and config.lora.rank)
     raise_if_any(check_adapter_target(target, has_adapters, merge))

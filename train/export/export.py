@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.models.diffusers_folder import open_folder_component, write_diffusers_folder
+from sdxl_trainer.cache.models.components import open_component
+from sdxl_trainer.cache.models.diffusers_folder import write_diffusers_folder
 from sdxl_trainer.cache.models.encoders import PAD_TOKENS, find_vocabulary
 from sdxl_trainer.cache.models.single_file import (
     build_modelspec,
     list_prediction_marks,
-    open_single_file,
     read_carried_tensors,
     write_single_file,
 )
@@ -243,9 +243,6 @@ def open_components(source: ModelSource, config: ModelConfig) -> dict[str, dict[
     for name in COMPONENTS:
         if name == "vae" and has_other_vae:
             components[name] = dict(load_vae(source, config).state_dict())
-        elif source.file is None:
-            components[name] = open_folder_component(source.folder, name)
         else:
-            settings, projection = source.read_config(name), config.text_projection
-            components[name] = open_single_file(source.file, name, settings, text_projection=projection)
+            components[name] = open_component(source, name, config.text_projection)
     return components

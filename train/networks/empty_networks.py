@@ -1,10 +1,12 @@
 """The trained networks without values, on PyTorch's meta device: parameters and activations have shapes only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.cache.models.vae_config import PADDING
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
@@ -46,12 +48,16 @@ def build_empty_encoder(source: ModelSource, name: str) -> Any:
         return kinds[name](CLIPTextConfig(**source.read_config(name)))
 
 
-def build_empty_vae(source: ModelSource) -> Any:
-    """Build the VAE on the meta device, in fp32 and frozen."""
+def build_empty_vae(config: Mapping[str, Any]) -> Any:
+    """Build a VAE on the meta device, in fp32 and frozen.
+
+    Args:
+        config: of the VAE, from `read_vae_config`.
+    """
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        vae: Any = AutoencoderKL.from_config(source.read_config("vae"))
+        vae: Any = AutoencoderKL.from_config({key: value for key, value in config.items() if key != PADDING})
     return vae.eval().requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder, fill_missing_latents
 from sdxl_trainer.cache.models.encoders import load_tokenizers
-from sdxl_trainer.cache.models.source import resolve_model
+from sdxl_trainer.cache.models.model_pair import resolve_pair
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
@@ -56,7 +56,7 @@ def build_run(config: Config, index: Index, ranks: Ranks, publish: bool = False)
     """
     publish, logs = publish and ranks.is_main, config.run.folder / "logs"
     wandb_log = open_wandb_for_ranks(config, publish)
-    source = resolve_model(config.model)
+    source = resolve_pair(config)
     tokenizers = load_tokenizers(source, config.model)
     strategy = load_strategy(config.data.strategy) if config.data.strategy else None
     split = split_data(config, index, strategy, ranks)

@@ -10,7 +10,8 @@ from loguru import logger
 
 from sdxl_trainer.cache.models.components import hash_component
 from sdxl_trainer.cache.models.encoders import load_text_encoders
-from sdxl_trainer.cache.models.source import ModelSource, is_local, resolve_model
+from sdxl_trainer.cache.models.model_pair import describe_adaptation, resolve_pair
+from sdxl_trainer.cache.models.source import ModelSource, is_local
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
@@ -83,6 +84,8 @@ def load_engine(
         UserInputError: the checkpoint belongs to another base model, or these ranks cannot load it.
     """
     logger.info("loading the networks")
+    if config.model.adapt_channels and checkpoint is None:
+        logger.info("model.adapt_channels: {}", describe_adaptation(config, source))
     engine, conditioner = build_networks(config, source, ranks)
     state.base_model = hash_frozen_networks(engine, config, source, ranks)
     if checkpoint:
@@ -141,4 +144,4 @@ def build_empty_run(config: Config) -> TrainedNetworks:
     Raises:
         UserInputError: a pattern or a target of adapters matches nothing, or every learning rate is 0.
     """
-    return build_empty_run_networks(resolve_model(config.model), config, torch.float32)
+    return build_empty_run_networks(resolve_pair(config), config, torch.float32)

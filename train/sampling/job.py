@@ -8,7 +8,8 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
-from sdxl_trainer.cache.models.source import check_model, resolve_model
+from sdxl_trainer.cache.models.model_pair import check_pair, resolve_pair
+from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -62,7 +63,8 @@ def run_sampling(
     prompts, prompt_problems = load_prompts(config.sample, config.objective, config.data.caption.fix_text)
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
         raise_if_any(problems)
-        raise_if_any([*prompt_problems, *check_model(config.model), *check_average(checkpoint, average)])
+        of_model = list(check_model(config.model)) or list(check_pair(config))
+        raise_if_any([*prompt_problems, *of_model, *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
     set_tf32(config.engine.tf32)
     if ranks.is_main:
@@ -99,7 +101,7 @@ def load_image_generator(
     config: Config, checkpoint: Path | None, device: torch.device, average: str | None = None
 ) -> ImageGenerator:
     """Load all networks on a device: the base model's weights, replaced with the checkpoint's where it has them."""
-    source, dtype = resolve_model(config.model), DTYPES[config.engine.precision]
+    source, dtype = resolve_pair(config), DTYPES[config.engine.precision]
     unet = load_unet(source, config.engine.model_copy(update={"fp8": "none"}), device, dtype)
     encoders = load_text_encoders(source, config.model, device, dtype)
     networks = {"unet": unet, "text_encoder": encoders.encoder, "text_encoder_2": encoders.encoder_2}

@@ -1,15 +1,18 @@
 """Activations that are counted without values are those that a real forward pass saves, to the byte."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from sdxl_trainer.cache.models.adaptation import ChannelAdaptation
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import CHECKPOINTING, Checkpointing
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.train.estimates.flops import count_training_flops
 from sdxl_trainer.train.estimates.networks import (
     FlashAttention,
     LiveBytes,
@@ -21,6 +24,7 @@ from sdxl_trainer.train.estimates.networks import (
     measure_networks,
 )
 from sdxl_trainer.train.networks.empty_networks import build_empty_run_networks
+from sdxl_trainer.train.tiny.build import load_wide_vae
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY, SDXL = ModelSource(CONFIGS / "tiny"), ModelSource(CONFIGS / "sdxl")
@@ -72,6 +76,24 @@ def test_sdxl() -> None:
     totals = [block.trained for block in sizes.blocks]
     assert len(totals) == 86 and totals[0] == 49_164_800 and sum(totals) == 2_482_161_920
     assert sizes.generation == pytest.approx(3.22e9, rel=0.01)  # of the VAE in fp32; the U-Net needs 0.33 GB
+
+
+def test_the_estimates_follow_the_channels_of_an_adapted_unet(tmp_path: Path) -> None:
+    load_wide_vae(32).save_pretrained(tmp_path)
+    config = build(f"model.vae={tmp_path} model.adapt_channels=true sample.prompts=[x] sample.width_px=128")
+    adapted = replace(TINY, adaptation=ChannelAdaptation(channels=32, seed=0))
+    sizes, plain = measure_networks(config, adapted, BUCKET), measure_networks(build(""), TINY, BUCKET)
+    width, more = TINY.read_config("unet")["block_out_channels"][0], 32 - 4
+    num_weights = more * (2 * 9 * width + 1)  # conv_in, conv_out, and the bias of conv_out
+    assert sizes.num_trained == plain.num_trained + num_weights
+    assert sizes.vae == sum(weight.numel() for weight in load_wide_vae(32).parameters()) > plain.vae
+    # The input of conv_in is saved in bf16 for the gradient of its weight; the prediction is not saved.
+    more_kept = [sizes.activations[name].kept - plain.activations[name].kept for name in CHECKPOINTING]
+    assert more_kept == [2 * more * (BUCKET.width // 8) * (BUCKET.height // 8)] * len(CHECKPOINTING)
+    assert sizes.generation > 0
+    flops, plain_flops = (count_training_flops(source.read_config("unet"), 77) for source in (adapted, TINY))
+    added = flops.compute(256) - plain_flops.compute(256)
+    assert added == pytest.approx(3 * 2 * more * 2 * 9 * width * 256)
 
 
 def test_live_bytes_are_counted_until_the_last_view_is_gone() -> None:

@@ -69,15 +69,14 @@ def test_the_cost_and_what_storing_takes(words: str, expected: str) -> None:
 def test_presets_store_text_with_variants_where_captions_are_random() -> None:
     presets = {path.stem: load_config(path)[0] for path in sorted((ROOT / "configs").glob("sdxl_*.yaml"))}
     variants = {name: config.cache.text_variants for name, config in presets.items() if config.cache.text}
-    plain = ("sdxl_12gb", "sdxl_24gb", "sdxl_flow", "sdxl_full", "sdxl_lowmem_offload", "sdxl_vpred_ztsnr")
+    whole = ("sdxl_full", "sdxl_vpred_ztsnr", "sdxl_flow", "sdxl_flux_vae")
+    plain = ("sdxl_12gb", "sdxl_24gb", "sdxl_lowmem_offload", *whole)
     assert variants == {"sdxl_lora": 16, **dict.fromkeys(plain, 1)}
     assert [name for name in variants if has_random_captions(presets[name])] == ["sdxl_lora"]
     # The comments name the bytes that an image takes.
     encoders = [json.loads((ROOT / "configs/sdxl" / name / "config.json").read_text()) for name in ENCODERS]
     for name, comment in {
-        "sdxl_full": "1.9 MB",
-        "sdxl_flow": "1.9 MB",
-        "sdxl_vpred_ztsnr": "1.9 MB",
+        **dict.fromkeys(whole, "1.9 MB"),
         "sdxl_lora": "10 MB",
     }.items():
         config = presets[name]
