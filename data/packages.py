@@ -7,8 +7,19 @@ from sdxl_trainer.configs.engine import PURE_BF16
 from sdxl_trainer.configs.schema import Config
 
 # Import name → name to install, where they differ.
-DISTRIBUTIONS = {"optimi": "torch-optimi"}
-OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "optimi", "prodigy": "prodigyopt"}
+DISTRIBUTIONS = {
+    "optimi": "torch-optimi",
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "pytorch_optimizer": "pytorch-optimizer",
+}
+OPTIMIZER_PACKAGES = {
+    "adamw8bit": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "adamw_schedule_free": "schedulefree",
+    "prodigy_plus_schedule_free": "prodigyplus",
+    **dict.fromkeys(("lion", "stable_adamw"), "optimi"),
+    **dict.fromkeys(("adopt", "ademamix", "came", "lamb", "soap"), "pytorch_optimizer"),
+}
 
 
 def list_missing_packages(config: Config) -> dict[str, str]:

@@ -30,7 +30,7 @@ def check_model_settings(config: Config) -> Iterator[Problem]:
     yield from check_engine(config.engine, config.optim)
     yield from check_block_offload(config.engine, uses_adapters=config.lora.rank > 0)
     yield from check_fp8(config.engine, uses_adapters=config.lora.rank > 0)
-    yield from check_optimizer(config.optim, config.engine)
+    yield from check_optimizer(config.optim, config.engine, config.ema)
     yield from check_own_schedule(config.optim)
     yield from check_own_formulas(config.objective)
     if config.cache.text:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from sdxl_trainer.configs.kohya.values import Given, UnsupportedError, look_up, needs_whole_weights, read_number
+from sdxl_trainer.configs.kohya.optimizers import needs_whole_weights
+from sdxl_trainer.configs.kohya.values import Given, UnsupportedError, look_up, read_number
 
 RELEASING = ("fused_backward_pass", "fused_optimizer_groups")
 

@@ -9,6 +9,12 @@ import math
 from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported, weighting
 from sdxl_trainer.configs.kohya.memory import RELEASING, convert_full_bf16, convert_precision, convert_release
 from sdxl_trainer.configs.kohya.networks import convert_alpha, convert_network, convert_rank, convert_text_encoder_lr
+from sdxl_trainer.configs.kohya.optimizers import (
+    convert_optimizer,
+    convert_optimizer_args,
+    convert_schedule,
+    needs_schedule,
+)
 from sdxl_trainer.configs.kohya.values import (
     TRAINER,
     as_list,
@@ -20,8 +26,6 @@ from sdxl_trainer.configs.kohya.values import (
     convert_masked_loss,
     convert_max_steps,
     convert_numbers,
-    convert_optimizer,
-    convert_optimizer_args,
     convert_prompts,
     convert_resolution,
     convert_steps,
@@ -284,22 +288,11 @@ OPTIMIZER = {
     ),
     "max_grad_norm": copied("optim.max_grad_norm"),
     "lr_scheduler": converted(
-        look_up(
-            {
-                "constant": "constant",
-                "constant_with_warmup": "constant",
-                "linear": "linear",
-                "cosine": "cosine",
-                "cosine_with_restarts": "cosine_with_restarts",
-                "polynomial": "polynomial",
-                "cosine_with_min_lr": "cosine",
-                "warmup_stable_decay": "wsd",
-            }
-        ),
+        convert_schedule,
         "optim.schedule",
         note="warm-up is set separately; `warmup_stable_decay` becomes `wsd`, with a linear fall",
     ),
-    "lr_warmup_steps": converted(convert_steps, "optim.warmup_steps"),
+    "lr_warmup_steps": converted(needs_schedule(convert_steps), "optim.warmup_steps"),
     "lr_decay_steps": converted(convert_steps, "optim.decay_steps"),
     "lr_scheduler_num_cycles": copied("optim.num_cycles"),
     "lr_scheduler_power": copied("optim.power"),

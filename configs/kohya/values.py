@@ -8,46 +8,12 @@ import ast
 import math
 import re
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 Given = Mapping[str, Any]
 Convert = Callable[[Any, Given], Any]
 
 
-class KnownOptimizer(NamedTuple):
-    """An optimizer of kohya's scripts: `optim.name` here, default weight decay, and fixed arguments."""
-
-    name: str
-    weight_decay: float
-    kwargs: Mapping[str, Any] = MappingProxyType({})
-
-
-KOHYA_OPTIMIZERS = {
-    "adamw": KnownOptimizer("adamw", 0.01),
-    "adamw8bit": KnownOptimizer("adamw8bit", 0.01),
-    "pagedadamw": KnownOptimizer("bitsandbytes.optim.PagedAdamW", 0.01),
-    "pagedadamw8bit": KnownOptimizer("bitsandbytes.optim.PagedAdamW8bit", 0.01),
-    "pagedadamw32bit": KnownOptimizer("bitsandbytes.optim.PagedAdamW32bit", 0.01),
-    "lion": KnownOptimizer("lion", 0.0),
-    "lion8bit": KnownOptimizer("bitsandbytes.optim.Lion8bit", 0.0),
-    "pagedlion8bit": KnownOptimizer("bitsandbytes.optim.PagedLion8bit", 0.0),
-    "adafactor": KnownOptimizer("adafactor", 0.0),
-    "prodigy": KnownOptimizer("prodigy", 0.0),
-    "dadaptation": KnownOptimizer("dadaptation.experimental.DAdaptAdamPreprint", 0.0),
-    "dadaptadampreprint": KnownOptimizer("dadaptation.experimental.DAdaptAdamPreprint", 0.0),
-    "dadaptadagrad": KnownOptimizer("dadaptation.DAdaptAdaGrad", 0.0),
-    "dadaptadam": KnownOptimizer("dadaptation.DAdaptAdam", 0.0),
-    "dadaptadan": KnownOptimizer("dadaptation.DAdaptAdan", 0.0),
-    "dadaptlion": KnownOptimizer("dadaptation.DAdaptLion", 0.0),
-    "dadaptsgd": KnownOptimizer("dadaptation.DAdaptSGD", 0.0),
-    "sgdnesterov": KnownOptimizer("torch.optim.SGD", 0.0, {"momentum": 0.9, "nesterov": True}),
-    "sgdnesterov8bit": KnownOptimizer("bitsandbytes.optim.SGD8bit", 0.0, {"momentum": 0.9, "nesterov": True}),
-}
-# Name prefixes of optimizers that need whole weights, which ZeRO would shard.
-WHOLE_WEIGHTS = ("adafactor", "prodigy", "dadapt")
-# Arguments of Adafactor that are not copied to `optim.kwargs`.
-ADAFACTOR_ARGUMENTS = ("relative_step", "warmup_init", "scale_parameter")
 TRAINER = "{trainer}"  # in a reason: the program that the files are of
 WEIGHTINGS = {
     "min_snr_gamma": "min_snr",
@@ -361,60 +327,12 @@ def convert_steps(value: Any, given: Given) -> int:
         ) from None
 
 
-def needs_whole_weights(optimizer: str) -> bool:
-    """Return whether an optimizer needs whole weights, which ZeRO would shard."""
-    return optimizer.lower().startswith(WHOLE_WEIGHTS)
-
-
 def convert_prompts(value: Any, given: Given) -> dict[str, Any]:
     """Convert the name of a prompt file, or the prompts themselves, which the GUI kohya_ss keeps in its settings."""
     text = str(value).strip()
     if "\n" not in text and text.lower().endswith((".txt", ".toml", ".json")):
         return {"sample.prompt_file": text}
     return {"sample.prompts": [line.strip() for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]}
-
-
-def convert_optimizer(value: Any, given: Given) -> dict[str, Any]:
-    """Convert an optimizer to its name, default weight decay, fixed arguments and a ZeRO stage that suits it."""
-    name = str(value)
-    if "schedulefree" in name.lower():
-        raise UnsupportedError("needs separate weights for sampling; use adamw with optim.schedule: wsd")
-    unknown = KnownOptimizer(name if "." in name else f"torch.optim.{name}", 0.01 if "adamw" in name.lower() else 0.0)
-    optimizer = KOHYA_OPTIMIZERS.get(name.lower(), unknown)
-    settings: dict[str, Any] = {"optim.name": optimizer.name, "optim.weight_decay": optimizer.weight_decay}
-    if optimizer.kwargs:
-        settings["optim.kwargs"] = dict(optimizer.kwargs)
-    if needs_whole_weights(name):
-        settings["engine.zero_stage"] = 0
-    if optimizer.name == "adafactor" and _has_relative_steps(read_pairs(given.get("optimizer_args") or {})):
-        reason = "uses relative steps unless relative_step=False; here optim.lr and optim.schedule apply"
-        raise UnsupportedError(reason, settings)
-    return settings
-
-
-def _has_relative_steps(kwargs: Mapping[str, Any]) -> bool:
-    return bool(kwargs.get("relative_step", True) or kwargs.get("warmup_init", False))
-
-
-def convert_optimizer_args(value: Any, given: Given) -> dict[str, Any]:
-    """Convert arguments to their own settings, and the others to `optim.kwargs`."""
-    kwargs = read_pairs(value)
-    settings: dict[str, Any] = {}
-    if "weight_decay" in kwargs:
-        settings["optim.weight_decay"] = kwargs.pop("weight_decay")
-    if "betas" in kwargs and len(read_numbers(kwargs["betas"])) == 2:  # Prodigy and CAME may have three betas
-        settings["optim.betas"] = read_numbers(kwargs.pop("betas"))
-    if isinstance(kwargs.get("eps"), (int, float)):  # Adafactor has two values
-        settings["optim.eps"] = kwargs.pop("eps")
-    if str(given.get("optimizer_type")).lower() == "adafactor":
-        if not _has_relative_steps(kwargs) and kwargs.get("scale_parameter", True):
-            settings["optim.kwargs"] = {"scale_parameter": True}  # the default of its class, which is off here
-        kwargs = {name: item for name, item in kwargs.items() if name not in ADAFACTOR_ARGUMENTS}
-    kwargs = {name: list(item) if isinstance(item, tuple) else item for name, item in kwargs.items()}
-    if kwargs:
-        known = KOHYA_OPTIMIZERS.get(str(given.get("optimizer_type")).lower())
-        settings["optim.kwargs"] = dict(known.kwargs if known else {}) | settings.get("optim.kwargs", {}) | kwargs
-    return settings
 
 
 def convert_text_encoders(value: Any, given: Given) -> dict[str, Any]:

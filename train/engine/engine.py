@@ -22,13 +22,15 @@ from sdxl_trainer.train.engine.deepspeed_config import (
     resolve_gradient_types,
     uses_muon,
 )
-from sdxl_trainer.train.engine.gradient_release import ReleasingEngine
+from sdxl_trainer.train.engine.gradient_release import ReleasingEngine, copy_tensors
 from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.kernel_patches import add_up_at_zero_0, start_fewer_kernels
 from sdxl_trainer.train.engine.patches import (
     deepspeed,
+    forget_first_update,
     guard_updates,
     replace_zero_grad,
+    skip_empty_groups,
     skip_gradient_allreduce,
     skip_overflow_scan,
 )
@@ -70,6 +72,7 @@ class Engine:
         self.dtype = DTYPES[config.precision]
         self._lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         rank, _, world_size = read_environment()
+        settings = [copy_tensors(group) for group in optimizer.param_groups]
         has_masters = config.precision in ("bf16", "fp16")
         copies = copy_fp32_share(model, rank, world_size) if has_masters else None
         if config.gradient_release:
@@ -82,8 +85,7 @@ class Engine:
         exact_weights = exact_weights if has_masters else ()
         self.weights = Weights(self._engine, copies, exact_weights, ema, self._guard.mark.record)
         if self.zero_stage == 0 and not config.gradient_release:
-            # DeepSpeed has updated once with gradients of zero, which Adam would count as its first step.
-            self._engine.basic_optimizer.state.clear()
+            forget_first_update(self._engine.basic_optimizer, settings)
         self._host_memory = HostMemory()
         self._lends_state = config.offload_optimizer
         # Set while no other thread reads the live state (see `capture_state`).
@@ -234,5 +236,7 @@ def _build_deepspeed(
         replace_zero_grad(engine)
     if config.zero_stage in (1, 2) and not config.offload_optimizer and engine.optimizer.compute_grad_norm:
         skip_overflow_scan(engine.optimizer)
+    if config.zero_stage == 3:
+        skip_empty_groups(engine.basic_optimizer)
     start_fewer_kernels(engine, DTYPES[types.accumulation], uses_muon(optimizer))
     return engine

@@ -220,7 +220,7 @@ class SingleUpdates:
         for group in self._optimizer.param_groups:
             settings = {name: value for name, value in group.items() if name != "params"}
             for weight in group["params"]:
-                self._singles[weight].param_groups[0].update(settings)
+                self._singles[weight].param_groups[0].update(copy_tensors(settings))
 
     def update(self, weight: torch.nn.Parameter) -> None:
         """Update one weight by its gradient."""
@@ -240,6 +240,12 @@ class SingleUpdates:
                 single = object.__new__(type(self._optimizer))
                 vars(single).update(vars(self._optimizer))
                 # Optimizers that draw random numbers draw others for each tensor.
-                single.param_groups = [{**group, "params": [weight], "first_tensor": number}]
+                settings = copy_tensors({name: value for name, value in group.items() if name != "params"})
+                single.param_groups = [{**settings, "params": [weight], "first_tensor": number}]
                 self._singles[weight] = single
                 number += 1
+
+
+def copy_tensors(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's settings with copies of its tensors, such as a counter of steps that updates count up."""
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}

@@ -10,7 +10,7 @@ Rooms below this one (train/networks, train/optim) use public parts only.
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -139,6 +139,45 @@ def guard_updates(optimizer: Any, max_grad_norm: float) -> None:
             update()
 
     optimizer.step = step
+
+
+def skip_empty_groups(optimizer: Any) -> None:
+    """Let each of ZeRO 3's updates see the one parameter group that it is for, as those of ZeRO 1 and 2 do.
+
+    Why: DeepSpeed calls the optimizer once for each group, with all groups in it, of which the others are empty. Many
+    optimizers count steps in their groups, and would count as many in one step as there are groups. Looked for: a
+    setting; there is none.
+
+    Args:
+        optimizer: torch's, which DeepSpeed calls.
+    """
+    update = optimizer.step
+
+    def step() -> None:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if group["params"]]
+        try:
+            update()
+        finally:
+            optimizer.param_groups = groups
+
+    optimizer.step = step
+
+
+def forget_first_update(optimizer: Any, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Clear an optimizer's state, and set its groups back.
+
+    Why: without ZeRO, DeepSpeed updates 16-bit weights once with gradients of zero, which an optimizer counts as its
+    first step: in its state, or in its groups. Looked for: a setting; there is none.
+
+    Args:
+        settings: of each group before DeepSpeed had it.
+    """
+    optimizer.state.clear()
+    for group, begun in zip(optimizer.param_groups, settings, strict=True):
+        parameters = group["params"]
+        group.clear()
+        group.update({**begun, "params": parameters})
 
 
 def skip_gradient_allreduce(engine: Any) -> None:

@@ -17,6 +17,7 @@ from loguru import logger
 from sdxl_trainer.train.engine.layout import FlatTensor
 from sdxl_trainer.train.engine.quantised import MIN_QUANTISED, QuantisedMoment, quantise, split_moment
 from sdxl_trainer.train.engine.saved_state import MASTER, ReshardingError, SavedState, Shard
+from sdxl_trainer.train.optim.schedule_free import Z
 
 # Entries of the optimizer's state dict that are progress of the run and not settings.
 LOSS_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "cur_scale", "cur_iter", "last_overflow_iter")
@@ -77,7 +78,9 @@ def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
     for key, value in shard.read_state(origin).items():
         is_tensor = isinstance(value, torch.Tensor)
         if isinstance(value, QuantisedMoment) or (is_tensor and value.dim() and value.numel() == numel):
-            state |= _gather_state(flat, key, saved, shape)
+            # A weight that was not trained before has no moments, but is a point z of its own.
+            begun = master.detach().reshape(-1)[: flat.numel] if key == Z else None
+            state |= _gather_state(flat, key, saved, shape, begun)
         elif not is_tensor:
             state[key] = value
         elif value.numel() == 1:
@@ -91,9 +94,15 @@ def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
     template.base["state"][number] = state
 
 
-def _gather_state(flat: FlatTensor, key: str, saved: SavedState, shape: torch.Size) -> dict[str, torch.Tensor]:
-    """Gather an optimizer state of one value per weight, in 8 bit if it was saved so and the tensor is large enough."""
-    values = None
+def _gather_state(
+    flat: FlatTensor, key: str, saved: SavedState, shape: torch.Size, begun: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Gather an optimizer state of one value per weight, in 8 bit if it was saved so and the tensor is large enough.
+
+    Args:
+        begun: values of weights that were not trained before; 0 if it is None.
+    """
+    values = None if begun is None else begun.clone()
     for fragment in flat.fragments:
         if saved.has(fragment.name):
             part = saved.read(fragment.name, key, fragment.start, fragment.numel)

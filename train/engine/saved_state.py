@@ -18,6 +18,7 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.train.engine.layout import Fragment, Layout
 from sdxl_trainer.train.engine.patches import SAFE_TYPES
 from sdxl_trainer.train.engine.quantised import QuantisedMoment, join_moments
+from sdxl_trainer.train.optim.schedule_free import Z, compute_average, find_average_share
 
 STATE_TAG = "state"  # name of DeepSpeed's folder within a checkpoint
 AVERAGE = "average "  # prefix of the keys of moving averages, which have a file of their own
@@ -174,6 +175,15 @@ class SavedState:
         """Return a parameter's master weight, or what else `key` names, in its own shape."""
         return self.read(name, key).reshape(self.shapes[name])
 
+    def read_model(self, name: str) -> torch.Tensor:
+        """Return a parameter of the trained model: its master weight, or the average of a schedule-free optimizer."""
+        rank, number, _ = self._places[name][0]
+        shard, whole = self.load_shard(rank), self.read_whole(name)
+        share = find_average_share(shard.base["param_groups"])
+        if share is None or Z not in shard.read_state(number):
+            return whole
+        return compute_average(whole, {Z: self.read_whole(name, Z)}, share)
+
     def count_values(self, name: str) -> int:
         """Return the number of elements of a whole parameter."""
         return torch.Size(self.shapes[name]).numel()
@@ -218,8 +228,9 @@ def open_weights(checkpoint: Path, average: str | None = None) -> dict[str, Call
         average: read the moving average of this decay; `check_average` finds one that is missing.
     """
     saved = SavedState(checkpoint / STATE_TAG, map_state_file)
-    key = AVERAGE + average if average else MASTER
-    return {name: partial(saved.read_whole, name, key) for name in saved.shapes}
+    if average:
+        return {name: partial(saved.read_whole, name, AVERAGE + average) for name in saved.shapes}
+    return {name: partial(saved.read_model, name) for name in saved.shapes}
 
 
 def check_average(checkpoint: Path | None, average: str | None) -> Iterator[Problem]:

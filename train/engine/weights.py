@@ -12,6 +12,9 @@ from sdxl_trainer.launch.distributed import broadcast_tensor, reduce_sum
 from sdxl_trainer.train.engine.averages import Ema
 from sdxl_trainer.train.engine.layout import Fragment, describe_layout
 from sdxl_trainer.train.engine.patches import abandon_gathers, deepspeed, get_local_part, read_master_weights
+from sdxl_trainer.train.optim.schedule_free import Z, compute_average, find_average_share
+
+ReadPart = Callable[[int, Fragment], torch.Tensor]  # number of a flat tensor, place in it → values
 
 
 class Weights:
@@ -50,6 +53,7 @@ class Weights:
         self.ema = Ema(ema, self.list_masters(), engine.device) if ema and ema.decays else None
         self._replaced: list[torch.Tensor] = []  # see use_average
         self._mark_written = mark_written
+        self._share = find_average_share(engine.basic_optimizer.param_groups)
 
     @property
     def trained_names(self) -> list[str]:
@@ -78,29 +82,33 @@ class Weights:
     def gather(self, name: str, average: str | None = None) -> torch.Tensor:
         """Return a whole parameter in fp32, from the masters, on the CPU. All ranks call it together with one name.
 
+        With a schedule-free optimizer, the weights of the model are its average (schedule_free.py).
+
         Args:
             average: return the moving average of this decay (a key of `ema.averages`) instead of the weight.
         """
         if name in self._fragments:
-            return self._assemble(name, self._list_flats(average)).cpu()
+            return self._assemble(name, self._open_parts(average)).cpu()
         # This parameter is frozen, and each rank holds a part of it under ZeRO-3.
         with deepspeed.zero.GatheredParameters([self._parameters[name]]):
             return self._parameters[name].detach().float().to("cpu", copy=True)
 
     @contextmanager
     def use_average(self, average: str | None) -> Iterator[None]:
-        """Replace the model's weights by a moving average within the context; None keeps them.
+        """Replace the model's weights by a moving average within the context.
+
+        None keeps the weights, or takes the average of a schedule-free optimizer.
 
         All ranks enter together. Each rank keeps its own part of the weights and puts it back alone, because other
         ranks may be dead by then.
         """
-        if average is None:
+        if average is None and self._share is None:
             yield
             return
         self._replaced = [weight.clone() for weight in self._list_local_weights()]
         self._mark_written()
         try:
-            self._set_weights(self._list_flats(average))
+            self._set_weights(self._open_parts(average))
             yield
         finally:
             self.restore_replaced()
@@ -141,20 +149,28 @@ class Weights:
         frozen = [(name, weight) for name, weight in self._parameters.items() if not weight.requires_grad]
         return [(name, get_local_part(weight)) for name, weight in frozen]
 
-    def _list_flats(self, average: str | None = None) -> list[torch.Tensor]:
-        """List this rank's part of the masters, or of a moving average."""
+    def _open_parts(self, average: str | None = None) -> ReadPart:
+        """Return a function that reads fragments of this rank: of the trained model, or of a moving average."""
         if average is not None:
             assert self.ema is not None, "no averages are kept"
-            return self.ema.averages[average]
-        return self.list_masters()
+            flats, state = self.ema.averages[average], {}
+        else:
+            flats, state = self.list_masters(), self._engine.basic_optimizer.state if self._share is not None else {}
 
-    def _assemble(self, name: str, flats: list[torch.Tensor]) -> torch.Tensor:
+        def read(number: int, fragment: Fragment) -> torch.Tensor:
+            place = slice(fragment.offset, fragment.offset + fragment.numel)
+            part = flats[number].detach().reshape(-1)[place]
+            found = state.get(flats[number], {})
+            return compute_average(part, {Z: found[Z].reshape(-1)[place]} if Z in found else {}, self._share)
+
+        return read
+
+    def _assemble(self, name: str, read: ReadPart) -> torch.Tensor:
         """Assemble a trained parameter from the fragments in every rank's tensors."""
         shape = self.layout.shapes[name]
         whole = torch.zeros(torch.Size(shape).numel(), device=self._engine.device)
         for number, fragment in self._fragments[name]:
-            part = flats[number].detach().reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
-            whole[fragment.start : fragment.start + fragment.numel] = part.to(whole.device)
+            whole[fragment.start : fragment.start + fragment.numel] = read(number, fragment).to(whole.device)
         return (reduce_sum(whole) if self._zero_stage else whole).view(shape)
 
     def _exchange(self, copies: "Fp32Share") -> Iterator[tuple[str, torch.Tensor]]:
@@ -185,9 +201,9 @@ class Weights:
                     master[fragment.offset : fragment.offset + fragment.numel] = part.to(master.device)
 
     @torch.no_grad()
-    def _set_weights(self, flats: list[torch.Tensor]) -> None:
+    def _set_weights(self, read: ReadPart) -> None:
         for name in self._fragments:
-            whole, parameter = self._assemble(name, flats), self._parameters[name]
+            whole, parameter = self._assemble(name, read), self._parameters[name]
             # The context gathers the parameter under ZeRO-3, and does nothing otherwise.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(whole)

@@ -1,7 +1,8 @@
 """Bytes of an optimizer's state and of its update, by the shapes of the weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from sdxl_trainer.configs.engine import PURE_BF16, EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
@@ -13,7 +14,7 @@ FP32_BYTES, BF16_BYTES = 4, 2
 # Bytes of the copy that the optimizer updates: fp32 masters, or DeepSpeed's bf16 copy (with Kahan's compensation).
 MASTER_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "bf16_kahan": 4, "bf16_stochastic": 2}
 # Values that an optimizer keeps for each weight. Other optimizers are assumed to keep two, as AdamW does.
-NUM_MOMENTS = {"adamw": 2, "lion": 1, "prodigy": 4, "muon": 1}
+NUM_MOMENTS = {"adamw": 2, "lion": 1, "prodigy": 4, "muon": 1, "ademamix": 3}
 # Of a value in an update: weight, gradient and change in fp32; transformers' Adafactor, which updates weights in fp32,
 # makes four copies.
 COPIES_BYTES, COPIES_BYTES_IN_FP32 = 3 * FP32_BYTES, 4 * FP32_BYTES
@@ -39,6 +40,8 @@ def count_moments(engine: EngineConfig, optim: OptimConfig, shapes: Iterable[Seq
         return FP32_BYTES * sum(count_factors(shape, as_matrices) for shape in shapes)
     if optim.name == "adamw8bit":
         return sum(count_eight_bit(math.prod(shape)) for shape in shapes)
+    if optim.name in FP32_VALUES:
+        return FP32_BYTES * sum(FP32_VALUES[optim.name](shape, optim.kwargs) for shape in shapes)
     in_bf16 = engine.precision in PURE_BF16 and not needs_fp32_copies(optim.name, engine)
     num_values = NUM_MOMENTS.get(optim.name, 2) * sum(math.prod(shape) for shape in shapes)
     return num_values * (BF16_BYTES if in_bf16 else FP32_BYTES)
@@ -56,6 +59,42 @@ def count_factors(shape: Sequence[int], as_matrices: bool) -> int:
     if as_matrices and len(shape) > 2:
         return shape[0] + numel // shape[0]
     return numel // shape[-1] + numel // shape[-2]
+
+
+def count_came(shape: Sequence[int], kwargs: Mapping[str, Any]) -> int:
+    """Count the values that CAME keeps for a weight: a first moment, and two others by rows and columns."""
+    return math.prod(shape) + (2 if len(shape) > 1 else 1) * count_factors(shape, as_matrices=False)
+
+
+def count_soap(shape: Sequence[int], kwargs: Mapping[str, Any]) -> int:
+    """Count the values that SOAP keeps for a weight: two moments, and two matrices for each side that is not too long.
+
+    Args:
+        kwargs: `optim.kwargs`.
+    """
+    longest = kwargs.get("max_precondition_dim", 10000)
+    sides = [side for side in shape if side <= longest] if len(shape) > 1 else []
+    return 2 * math.prod(shape) + 2 * sum(side**2 for side in sides)
+
+
+def count_prodigy_plus(shape: Sequence[int], kwargs: Mapping[str, Any]) -> int:
+    """Count the values that ProdigyPlusScheduleFree keeps for a weight, in units of fp32.
+
+    These are a point of the weights' size, a second moment by the two longest sides if one has 32 values or more, and
+    two numbers in bf16 for every 11th value.
+    """
+    numel, (shorter, longer) = math.prod(shape), sorted((1, *shape))[-2:]
+    is_factored = len(shape) > 1 and longer >= 32 and kwargs.get("factored", True)
+    moment = numel // longer + numel // shorter if is_factored else numel
+    return numel + moment + -(-numel // 11)
+
+
+# Optimizer → function that counts the values of fp32 that it keeps for a weight of a shape, by `optim.kwargs`.
+FP32_VALUES: dict[str, Callable[[Sequence[int], Mapping[str, Any]], int]] = {
+    "came": count_came,
+    "soap": count_soap,
+    "prodigy_plus_schedule_free": count_prodigy_plus,
+}
 
 
 def count_eight_bit(numel: int) -> int:

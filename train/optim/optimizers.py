@@ -14,12 +14,14 @@ import torch
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
+from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.configs.section import is_own_code
 from sdxl_trainer.data.own_code import UserCodeError, call_user_code, is_missing_module, load_own_code
 from sdxl_trainer.data.packages import DISTRIBUTIONS
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.networks.parameter_groups import split_groups
 from sdxl_trainer.train.optim.host_threads import choose_num_threads, use_threads
+from sdxl_trainer.train.optim.schedule_free import check_schedule_free, is_schedule_free
 from sdxl_trainer.train.optim.wide_updates import widen
 
 KEY = "optim.name"
@@ -38,6 +40,7 @@ class OptimizerEntry(NamedTuple):
     compiled_module: str = ""  # of an optimizer in C++: DeepSpeed compiles it at first use, unless it is installed
 
 
+DECOUPLED = {"weight_decouple": True}  # as `optim.weight_decay` is defined
 OPTIMIZERS = {
     "adamw": OptimizerEntry("torch.optim.AdamW", {"fused": True}),
     "adamw8bit": OptimizerEntry("bitsandbytes.optim.AdamW8bit"),
@@ -49,6 +52,15 @@ OPTIMIZERS = {
     "lion": OptimizerEntry("optimi.Lion", {"kahan_sum": False}),
     "prodigy": OptimizerEntry("prodigyopt.Prodigy"),
     "muon": OptimizerEntry("deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"),
+    "adamw_schedule_free": OptimizerEntry("schedulefree.AdamWScheduleFree"),
+    # One step size for all groups: weights that decay and those that do not are groups of their own here.
+    "prodigy_plus_schedule_free": OptimizerEntry("prodigyplus.ProdigyPlusScheduleFree", {"split_groups": False}),
+    "stable_adamw": OptimizerEntry("optimi.StableAdamW", {"kahan_sum": False}),
+    "adopt": OptimizerEntry("pytorch_optimizer.ADOPT", DECOUPLED),
+    "ademamix": OptimizerEntry("pytorch_optimizer.AdEMAMix", DECOUPLED),
+    "came": OptimizerEntry("pytorch_optimizer.CAME"),
+    "lamb": OptimizerEntry("pytorch_optimizer.Lamb"),
+    "soap": OptimizerEntry("pytorch_optimizer.SOAP"),
 }
 # Implementations for optimizer state in host memory while the weights are on a GPU.
 ON_HOST = {
@@ -72,17 +84,19 @@ LOW_PRECISION = {
         "adafactor": OptimizerEntry("sdxl_trainer.train.optim.adafactor.Adafactor"),
     },
 }
+SUMS = "finds its step size by sums over all weights"
+FACTORS = "factors each weight's second moment by rows and columns"
+PRECONDITIONS = "preconditions each weight by its rows and columns"
 # Class name → reason, for optimizers whose result on the flat shards of ZeRO 1 to 3 differs from that on whole tensors.
-NEEDS_ALL_GRADIENTS = ("muon", "Prodigy", "DAdaptAdam")  # names of `optim.name` or of classes; see gradient_release.py
 NEEDS_WHOLE_TENSORS = {
-    "Adafactor": "factors each weight's second moment by rows and columns",
-    "CAME": "factors each weight's second moment by rows and columns",
-    "Prodigy": "finds its step size by sums over all weights",
-    "DAdaptAdam": "finds its step size by sums over all weights",
-    "Lamb": "measures the norm of each weight",
-    "LARS": "measures the norm of each weight",
-    "Shampoo": "preconditions each weight by its rows and columns",
-    "SOAP": "preconditions each weight by its rows and columns",
+    **dict.fromkeys(("Adafactor", "AdaFactor", "CAME"), FACTORS),
+    **dict.fromkeys(("Prodigy", "ProdigyPlusScheduleFree"), SUMS),
+    **dict.fromkeys(
+        ("DAdaptAdam", "DAdaptAdamPreprint", "DAdaptAdan", "DAdaptAdaGrad", "DAdaptLion", "DAdaptSGD"), SUMS
+    ),
+    **dict.fromkeys(("Lamb", "LARS"), "measures the norm of each weight"),
+    **dict.fromkeys(("Shampoo", "ScalableShampoo", "SOAP", "Kron"), PRECONDITIONS),
+    "StableAdamW": "limits the update of each weight by its root mean square",
     "Muon": "orthogonalises each weight",
 }
 
@@ -110,8 +124,12 @@ def build_optimizer(
         kind, given["kahan_sum"] = widen(kind), engine.precision == "bf16_kahan"
     if engine.precision == "bf16_stochastic":
         given["seed"] = seed
-    pieces = split_groups(groups, MAX_GROUP_VALUES)
+    # With `split_groups`, ProdigyPlusScheduleFree finds a step size for each group, and not for its pieces.
+    pieces = groups if given.get("split_groups") else split_groups(groups, MAX_GROUP_VALUES)
     optimizer = kind(pieces, **entry.kwargs | given)
+    if is_schedule_free(kind, config):
+        optimizer.train()
+        optimizer.state.clear()  # reading what is not there has made empty entries, of weights that ZeRO replaces
     if entry.compiled_module:
         use_threads(choose_num_threads())  # after the module is loaded, and its OpenMP library with it
     return optimizer
@@ -176,8 +194,8 @@ def import_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Problem]:
-    """Yield a problem if the optimizer is not importable, has wrong arguments, or does not suit the engine."""
+def check_optimizer(config: OptimConfig, engine: EngineConfig, ema: EmaConfig | None = None) -> Iterator[Problem]:
+    """Yield a problem if the optimizer is not importable, has wrong arguments, or contradicts other settings."""
     entry = find_optimizer_entry(config.name, engine)
     if config.name not in OPTIMIZERS and not is_own_code(config.name) and "." not in config.name:
         near = suggest_name(config.name, OPTIMIZERS)
@@ -199,6 +217,7 @@ def check_optimizer(config: OptimConfig, engine: EngineConfig) -> Iterator[Probl
         return
     problems = [*check_engine_of_optimizer(config, engine, kind), *check_arguments(kind, config)]
     yield from problems
+    yield from check_schedule_free(kind, config, ema)
     if is_own_code(config.name) and not problems:
         yield from check_own_optimizer(kind, config)
 
@@ -244,7 +263,8 @@ def check_engine_of_optimizer(config: OptimConfig, engine: EngineConfig, kind: A
         if engine.precision in LOW_PRECISION:
             cure = "set engine.gradient_release: true, or another optim.name"
         yield Problem(KEY, config.name, rule, cure)
-    if engine.gradient_release and {config.name, kind.__name__} & set(NEEDS_ALL_GRADIENTS):
+    needs_all_gradients = config.name == "muon" or reason == SUMS
+    if engine.gradient_release and needs_all_gradients:
         rule = "needs the gradients of all weights at once, which engine.gradient_release never has"
         yield Problem(KEY, config.name, rule, "set it to adafactor, adamw, adamw8bit or lion")
     if needs_fp32_copies(config.name, engine) and not engine.gradient_release:
@@ -255,7 +275,7 @@ def check_engine_of_optimizer(config: OptimConfig, engine: EngineConfig, kind: A
     if config.name == "muon" and config.max_grad_norm:
         rule = "would scale down Muon's updates, whose size does not depend on the gradient's"
         yield Problem("optim.max_grad_norm", config.max_grad_norm, rule, "set it to 0")
-    if kind.__name__ == "Prodigy":
+    if kind.__name__.startswith("Prodigy"):
         yield from check_prodigy(config)
 
 
@@ -278,17 +298,32 @@ def check_arguments(kind: Any, config: OptimConfig) -> Iterator[Problem]:
         known = {"adam_lr", "momentum", "ns_method", "betas", "eps"}
     else:
         parameters = inspect.signature(kind.__init__).parameters.values()
-        if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+        if takes_any and config.name not in OPTIMIZERS:
             return
-        known = {parameter.name for parameter in parameters} - {"self", "params"}
+        known = {parameter.name for parameter in parameters} - {"self", "params", "kwargs"}
     for key in ("betas", "eps"):
         if getattr(config, key) is not None and key not in known:
             yield Problem(f"optim.{key}", getattr(config, key), f"is no argument of {config.name}", "leave it out")
+    yield from check_num_betas(kind, config)
     for key, value in config.kwargs.items():
         if key not in known:
             near = suggest_name(key, known)
             cure = f"did you mean {near}?" if near else f"it takes {', '.join(sorted(known))}"
             yield Problem(f"optim.kwargs.{key}", value, f"is no argument of {config.name}", cure)
+
+
+def check_num_betas(kind: Any, config: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem if the decay rates are more or fewer than those of the optimizer's class."""
+    parameter = inspect.signature(kind.__init__).parameters.get("betas")
+    given = config.kwargs.get("betas", config.betas)
+    if given is None or parameter is None or not isinstance(parameter.default, tuple):
+        return
+    number = len(parameter.default)
+    if not isinstance(given, (list, tuple)) or len(given) != number:
+        key = "optim.kwargs.betas" if "betas" in config.kwargs else "optim.betas"
+        cure = "set optim.kwargs.betas to such a list, or leave it out"
+        yield Problem(key, given, f"must be {number} decay rates for {config.name}", cure)
 
 
 def check_prodigy(config: OptimConfig) -> Iterator[Problem]:

@@ -75,9 +75,16 @@ def restore_fp32(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     for weight, number in zip(weights, numbers, strict=True):
         state = optimizer.state[weight]
         for name, value in saved["state"].get(number, {}).items():
-            # PyTorch has chosen the device of the others, such as counters.
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float32 != state[name].dtype:
-                state[name] = value.to(weight.device, copy=True)
+            state[name] = _choose_fp32(value, state[name], weight.device)
+
+
+def _choose_fp32(saved: Any, loaded: Any, device: torch.device) -> Any:
+    """Return what was loaded, or a copy of what was saved if that was rounded; of a list, each item."""
+    if isinstance(saved, list):
+        return [_choose_fp32(*items, device) for items in zip(saved, loaded, strict=True)]
+    # PyTorch has chosen the device of the others, such as counters.
+    is_rounded = isinstance(saved, torch.Tensor) and saved.dtype == torch.float32 != loaded.dtype
+    return saved.to(device, copy=True) if is_rounded else loaded
 
 
 @cache
