@@ -28,6 +28,7 @@ from sdxl_trainer.train.estimates.optimizer_state import (
 from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing
 from sdxl_trainer.train.networks.quantised_base import VALUE_BYTES
 from sdxl_trainer.train.optim.optimizers import MAX_GROUP_VALUES
+from sdxl_trainer.train.optim.schedule_free import has_own_average
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_kahan": 2, "bf16_stochastic": 2}
 AVERAGE_BYTES = 4
@@ -263,7 +264,7 @@ def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> I
     during: tuple[Phase, ...] = ("encoding of prompts", "image generation")
     yield MemoryLine(component="VAE in fp32", device=sizes.vae * FP32_BYTES, phases=during)
     yield MemoryLine(component="activations of an image", device=sizes.generation, phases=phases)
-    if config.ema.sample and config.ema.decays:
+    if (config.ema.sample and config.ema.decays) or has_own_average(config.optim):
         kept = sizes.num_trained * state.weight / state.weight_shares
         yield MemoryLine(component="weights while an average is used", device=kept, phases=during)
 

@@ -24,6 +24,12 @@ def is_schedule_free(kind: Any, config: OptimConfig) -> bool:
     return hasattr(kind, "train") and hasattr(kind, "eval") and bool(config.kwargs.get("use_schedulefree", True))
 
 
+def has_own_average(config: OptimConfig) -> bool:
+    """Return whether the settings name a schedule-free optimizer; `is_schedule_free` looks at the class instead."""
+    name = config.name.lower().replace("_", "")
+    return name.endswith("schedulefree") and bool(config.kwargs.get("use_schedulefree", True))
+
+
 def find_average_share(groups: list[dict[str, Any]]) -> float | None:
     """Return the share of the way from y to z at which x is; None if the optimizer is not schedule-free.
 
