@@ -21,7 +21,7 @@ from sdxl_trainer.data.packages import DISTRIBUTIONS
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.networks.parameter_groups import split_groups
 from sdxl_trainer.train.optim.host_threads import choose_num_threads, use_threads
-from sdxl_trainer.train.optim.schedule_free import check_schedule_free, is_schedule_free
+from sdxl_trainer.train.optim.schedule_free import check_schedule_free, find_average_share, is_schedule_free
 from sdxl_trainer.train.optim.wide_updates import widen
 
 KEY = "optim.name"
@@ -130,6 +130,8 @@ def build_optimizer(
     if is_schedule_free(kind, config):
         optimizer.train()
         optimizer.state.clear()  # reading what is not there has made empty entries, of weights that ZeRO replaces
+        if find_average_share(optimizer.param_groups) is None:
+            warn_once("optim.name: the model is the weights that {} trains; its average is not known", config.name)
     if entry.compiled_module:
         use_threads(choose_num_threads())  # after the module is loaded, and its OpenMP library with it
     return optimizer
