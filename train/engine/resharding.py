@@ -102,11 +102,13 @@ def _gather_state(
     Args:
         begun: values of weights that were not trained before; 0 if it is None.
     """
-    values = None if begun is None else begun.clone()
+    values = None
     for fragment in flat.fragments:
         if saved.has(fragment.name):
             part = saved.read(fragment.name, key, fragment.start, fragment.numel)
-            values = torch.zeros(flat.numel, dtype=part.dtype) if values is None else values
+            if values is None:
+                empty = torch.zeros(flat.numel) if begun is None else begun
+                values = empty.to(part.dtype, copy=True)
             values[fragment.offset : fragment.offset + fragment.numel] = part
     assert values is not None, "the state was found by one of the fragments"
     names = (fragment.name for fragment in flat.fragments)

@@ -227,6 +227,26 @@ def test_other_ranks_and_stages_continue(tmp_path: Path) -> None:
         assert train(engine, name, range(6, 8)) == pytest.approx(losses, abs=1e-6), name
 
 
+@pytest.mark.skipif(is_missing("adamw_schedule_free"), reason="needs schedulefree")
+def test_weights_that_were_not_trained_before_begin_as_they_are(tmp_path: Path) -> None:
+    """Their point z is the weight itself; 0 would pull their average to 0."""
+
+    def build(is_whole: bool) -> Engine:
+        net = build_net()
+        net[3].bias.requires_grad_(is_whole)  # pyright: ignore
+        trained = [weight for weight in net.parameters() if weight.requires_grad]
+        optim = OptimConfig(name="adamw_schedule_free", lr=0.01)
+        config = EngineConfig(zero_stage=2, precision="fp32")
+        groups = [{"params": trained, "lr": 0.01, "weight_decay": 0.0, "lr_scale": 1.0}]
+        return Engine(net, build_optimizer(groups, optim, config), config, BatchSizes(BATCH, BATCH, 1), 0.0)
+
+    part, whole = build(False), build(True)
+    train(part, "", range(3))
+    whole.load_state(save(part, tmp_path))
+    for name in ("0.weight", "3.bias", "5.bias"):
+        assert whole.weights.gather(name).equal(part.weights.gather(name)), name
+
+
 def list_problems(optim: dict[str, Any], engine: dict[str, Any] | None = None, **named: Any) -> list[tuple[str, str]]:
     problems = check_optimizer(OptimConfig(**optim), EngineConfig(**engine or {}), **named)
     return [(problem.key, problem.rule) for problem in problems]
