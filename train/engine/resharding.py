@@ -79,7 +79,7 @@ def _fill_state(template: Shard, number: int, saved: SavedState) -> None:
         is_tensor = isinstance(value, torch.Tensor)
         if isinstance(value, QuantisedMoment) or (is_tensor and value.dim() and value.numel() == numel):
             # A weight that was not trained before has no moments, but is a point z of its own.
-            begun = master.detach().reshape(-1)[: flat.numel] if key == Z else None
+            begun = master.detach().reshape(-1) if key == Z else None
             state |= _gather_state(flat, key, saved, shape, begun)
         elif not is_tensor:
             state[key] = value
@@ -100,15 +100,16 @@ def _gather_state(
     """Gather an optimizer state of one value per weight, in 8 bit if it was saved so and the tensor is large enough.
 
     Args:
-        begun: values of weights that were not trained before; 0 if it is None.
+        begun: values of weights that were not trained before, without the padding; 0 if it is None.
     """
     values = None
     for fragment in flat.fragments:
         if saved.has(fragment.name):
             part = saved.read(fragment.name, key, fragment.start, fragment.numel)
             if values is None:
-                empty = torch.zeros(flat.numel) if begun is None else begun
-                values = empty.to(part.dtype, copy=True)
+                values = torch.zeros(flat.numel, dtype=part.dtype)
+                if begun is not None:
+                    values[: len(begun)] = begun
             values[fragment.offset : fragment.offset + fragment.numel] = part
     assert values is not None, "the state was found by one of the fragments"
     names = (fragment.name for fragment in flat.fragments)

@@ -23,6 +23,7 @@ from sdxl_trainer.train.estimates.optimizer_state import (
     FP32_BYTES,
     count_master_bytes,
     count_moments,
+    count_own_copies,
     count_release_copies,
 )
 from sdxl_trainer.train.networks.checkpointing import resolve_checkpointing
@@ -209,9 +210,10 @@ def list_optimizer(
         visiting = away.visiting_trained * (state.master + state.moments)
         yield MemoryLine(component="state of visiting blocks", device=visiting, phases=("backward pass",))
         copies = count_update_copies(state, groups)
+        copies += count_own_copies(config.optim.name, max(groups) / state.optimizer_shares)
         phases: tuple[Phase, ...] = ("weight update",)
         if engine.gradient_release:
-            copies = count_release_copies(engine, max(sizes.trained))
+            copies = count_release_copies(engine, max(sizes.trained), config.optim.name)
             phases = ("backward pass",)
         yield MemoryLine(component="copies in an update", device=copies, phases=phases)
         return

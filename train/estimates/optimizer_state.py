@@ -15,9 +15,14 @@ FP32_BYTES, BF16_BYTES = 4, 2
 MASTER_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "bf16_kahan": 4, "bf16_stochastic": 2}
 # Values that an optimizer keeps for each weight. Other optimizers are assumed to keep two, as AdamW does.
 NUM_MOMENTS = {"adamw": 2, "lion": 1, "prodigy": 4, "muon": 1, "ademamix": 3}
-# Of a value in an update: weight, gradient and change in fp32; transformers' Adafactor, which updates weights in fp32,
-# makes four copies.
-COPIES_BYTES, COPIES_BYTES_IN_FP32 = 3 * FP32_BYTES, 4 * FP32_BYTES
+# Bytes of what an update makes for a value: the change in fp32, or more by other libraries (counted).
+UPDATE_BYTES = {
+    **{"adamw_schedule_free": 4, "lamb": 4, "adopt": 8, "ademamix": 8, "stable_adamw": 8, "came": 16},
+    "soap": 60,  # for the shape of SDXL's weights that needs most
+}
+UPDATES_GROUPS = ("adamw_schedule_free", "lamb", "adopt", "ademamix", "came")  # all weights of a group at a time
+# Of the weight and the gradient in fp32; transformers' Adafactor, which updates weights in fp32, makes four copies.
+WIDE_BYTES, COPIES_BYTES_IN_FP32 = 2 * FP32_BYTES, 4 * FP32_BYTES
 # Of a value while a part of a weight is rounded: at random, or to the nearest with Kahan's remainder.
 ROUNDING_BYTES = {"bf16_stochastic": 48, "bf16_kahan": 3 * FP32_BYTES}
 
@@ -102,9 +107,23 @@ def count_eight_bit(numel: int) -> int:
     return 2 * (numel + FP32_BYTES * -(-numel // BLOCK) if numel >= MIN_QUANTISED else FP32_BYTES * numel)
 
 
-def count_release_copies(engine: EngineConfig, largest: int) -> int:
-    """Count the bytes of copies while gradient release updates a weight of `largest` values."""
+def count_release_copies(engine: EngineConfig, largest: int, name: str = "adamw") -> int:
+    """Count the bytes of copies while gradient release updates a weight of `largest` values.
+
+    Args:
+        name: of the optimizer, as `optim.name`.
+    """
+    own = UPDATE_BYTES.get(name, FP32_BYTES)
     if engine.precision == "fp32":
-        return COPIES_BYTES_IN_FP32 * largest
+        return max(COPIES_BYTES_IN_FP32, own) * largest
     rounding = ROUNDING_BYTES.get(engine.precision, 0) * min(largest, CHUNK)
-    return max(COPIES_BYTES * largest, FP32_BYTES * largest + rounding)
+    return max((WIDE_BYTES + own) * largest, FP32_BYTES * largest + rounding)
+
+
+def count_own_copies(name: str, largest: float) -> float:
+    """Count the bytes that an optimizer of another library makes while it updates a group of `largest` values.
+
+    Args:
+        name: of the optimizer, as `optim.name`.
+    """
+    return UPDATE_BYTES[name] * largest if name in UPDATES_GROUPS else 0

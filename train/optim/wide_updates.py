@@ -75,7 +75,8 @@ def restore_fp32(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     for weight, number in zip(weights, numbers, strict=True):
         state = optimizer.state[weight]
         for name, value in saved["state"].get(number, {}).items():
-            state[name] = _choose_fp32(value, state[name], weight.device)
+            if isinstance(value, (torch.Tensor, list)):
+                state[name] = _choose_fp32(value, state[name], weight.device)
 
 
 def _choose_fp32(saved: Any, loaded: Any, device: torch.device) -> Any:
