@@ -16,12 +16,16 @@ except ImportError:
 DESCRIPTION = (
     "Convert a model: a run, a checkpoint, a .safetensors file or a diffusers folder into one .safetensors file, as "
     "ComfyUI and others read it, or into a diffusers folder. A run of adapters (LoRA) becomes a file of adapters or, "
-    "with --merge, a whole model. A pickled file (.ckpt) becomes a .safetensors file with the same tensors."
+    "with --merge, a whole model. --adapter merges files of adapters (LoRA, DoRA, LoHa, LoKr) into a model, and --base "
+    "writes the difference of two models as a LoRA. A pickled file (.ckpt) becomes a .safetensors file with the same "
+    "tensors."
 )
 EXAMPLES = (
     "%(prog)s runs/my my-model.safetensors",
     "%(prog)s runs/my/checkpoints/step-00005000 my-5000.safetensors --dtype fp16",
     "%(prog)s runs/my-lora my-model-with-lora.safetensors --merge",
+    "%(prog)s model.safetensors with-style.safetensors --adapter style.safetensors --strength 0.8",
+    "%(prog)s tuned.safetensors difference.safetensors --base sd_xl_base_1.0.safetensors --rank 64 --conv-rank 16",
     "%(prog)s old.ckpt new.safetensors",
 )
 
@@ -48,6 +52,36 @@ def build_convert_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapters of a LoRA run merged into it"
     )
+    parser.add_argument(
+        "--adapter",
+        type=parse_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="merge a file of adapters into the model; may be given several times",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        action="append",
+        default=[],
+        metavar="X",
+        help="of the adapters that are merged, one for each --adapter in their order (1)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="write the difference of the source and this model as a LoRA, by SVD; a file, a folder or a hub id",
+    )
+    parser.add_argument("--rank", "--dim", type=int, default=32, metavar="N", help="of that LoRA (32)")
+    parser.add_argument(
+        "--conv-rank",
+        "--conv-dim",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of that LoRA's convolutions, with all layers of the residual blocks (0: attention blocks only)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
@@ -59,11 +93,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_convert_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
-        from sdxl_trainer.train.export.convert import run_conversion
+        from sdxl_trainer.train.export.convert import Conversion, run_conversion
 
         words = [*options.overrides, *([f"checkpoint.export_dtype={options.dtype}"] if options.dtype else [])]
-        source, target, flags = options.source, options.target, {"merge": options.merge, "overwrite": options.overwrite}
-        run_conversion(source, target, options.cfg, words, options.ema, **flags)
+        conversion = Conversion(
+            average=options.ema,
+            merge=options.merge,
+            adapters=options.adapter,
+            strengths=options.strength,
+            base=options.base,
+            rank=options.rank,
+            conv_rank=options.conv_rank,
+            overwrite=options.overwrite,
+        )
+        run_conversion(options.source, options.target, options.cfg, words, conversion)
 
     return run_program(work)
 

@@ -253,7 +253,7 @@ def _check_single_file(config: ModelConfig, path: Path) -> Iterator[Problem]:
     cure = PATH_CURE
     if guess_foreign_format(shapes):
         problems = problems[:1]  # the tensors that it lacks say nothing more
-    elif config.config is None and has_all_components(shapes):
+    elif problems and config.config is None and has_all_components(shapes):
         problems = [f"has SDXL's networks in other sizes than SDXL base: {problems[0]}"]
         cure = "set model.config to the folder with this model's configs: the folder that its training started from"
     if problems:

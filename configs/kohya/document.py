@@ -48,7 +48,7 @@ The YAML passes the check of the settings. A value that breaks a rule here is le
 your file, the rule and the default that applies. A value that the other program could not read either, such as
 `resolution = "big"`, ends the import with the file, the key and the form that is looked for; nothing is written.
 Cached text is left out where text encoders are trained or captions change from step to step, which exclude it.
-Adapters of other kinds than LoRA (LoHa, LoKr, ...) become plain LoRA, with a warning at the top of the report.
+Adapters of other kinds than LoRA, DoRA, LoHa and LoKr become plain LoRA, with a warning at the top of the report.
 Files are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
 
 The tables below use two signs. `always` means that the option's effect is always on here, without a setting. A

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from sdxl_trainer.configs.kohya.values import WEIGHTINGS, Convert, choose_weighting
 
+WHOLE = "a whole number"
+ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
+FROZEN_UNET = {"match": r"^unet\.", "lr": 0}
+FREEZES = "a parameter group with learning rate 0 freezes the U-Net"
+MODEL_NOTES = (
+    "is not written; a model file contains title (`run.name`), date, resolution, prediction and timesteps, an adapter "
+    "file title, rank and alpha"
+)
+
 
 @dataclass(frozen=True)
 class Option:

@@ -7,9 +7,9 @@ import math
 import re
 from typing import Any
 
-from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported
+from sdxl_trainer.configs.kohya.entries import FREEZES, FROZEN_UNET, Option, built_in, converted, copied, unsupported
 from sdxl_trainer.configs.kohya.memory import convert_full_bf16
-from sdxl_trainer.configs.kohya.options import FREEZES, FROZEN_UNET, LOGS, RESUME, SAMPLERS, SIZE
+from sdxl_trainer.configs.kohya.options import LOGS, RESUME, SAMPLERS, SIZE
 from sdxl_trainer.configs.kohya.values import (
     Given,
     NoEffectError,

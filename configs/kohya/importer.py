@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.configs.kohya.contents import FileContents, expand_or_keep, is_unset
-from sdxl_trainer.configs.kohya.entries import Option
+from sdxl_trainer.configs.kohya.entries import WHOLE, Option
 from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_DEFAULTS, FIRST_TRAINER_OPTIONS
-from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS, WHOLE
+from sdxl_trainer.configs.kohya.options import KOHYA_DEFAULTS, KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.subsets import (
     Remark,
     count_samples,
@@ -278,7 +278,10 @@ def get_default_settings() -> Mapping[str, Any]:
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted key, without flattening the values of settings that are mappings."""
-    mappings = ("optim.kwargs", "engine.deepspeed", "data.caption.replacements")
+    mappings = (
+        *("optim.kwargs", "engine.deepspeed", "data.caption.replacements"),
+        *("lora.rank_pattern", "lora.alpha_pattern"),
+    )
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = prefix + name

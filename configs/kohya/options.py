@@ -6,9 +6,19 @@ table: a later option can override a setting of an earlier one.
 
 import math
 
-from sdxl_trainer.configs.kohya.entries import Option, built_in, converted, copied, unsupported, weighting
+from sdxl_trainer.configs.kohya.entries import (
+    ENCODERS,
+    MODEL_NOTES,
+    WHOLE,
+    Option,
+    built_in,
+    converted,
+    copied,
+    unsupported,
+    weighting,
+)
 from sdxl_trainer.configs.kohya.memory import RELEASING, convert_full_bf16, convert_precision, convert_release
-from sdxl_trainer.configs.kohya.networks import convert_alpha, convert_network, convert_rank, convert_text_encoder_lr
+from sdxl_trainer.configs.kohya.networks import ADAPTERS
 from sdxl_trainer.configs.kohya.optimizers import (
     convert_optimizer,
     convert_optimizer_args,
@@ -51,9 +61,7 @@ KOHYA_DEFAULTS = {
     "max_bucket_reso": 1024,
     "enable_wildcard": False,
 }
-WHOLE = "a whole number"
 SIZE = "a side in pixels, such as 1024, or width and height, such as 832,1216 or 832x1216"
-ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses those that are cached already"
 MEMORY = f"controls memory use in {TRAINER}; use ZeRO, offload and precision here (docs/TRAINING.md)"
@@ -61,12 +69,6 @@ PIXELS = "images are encoded before training, so their pixels cannot be changed 
 UPLOAD = "nothing is uploaded; upload the file afterwards"
 RESUME = f"starting the same command again resumes; states of {TRAINER} cannot be read"
 LOGS = "logs are in the run folder, as TensorBoard files and metrics.jsonl"
-FROZEN_UNET = {"match": r"^unet\.", "lr": 0}
-FREEZES = "a parameter group with learning rate 0 freezes the U-Net"
-MODEL_NOTES = (
-    "is not written; a model file contains title (`run.name`), date, resolution, prediction and timesteps, an adapter "
-    "file title, rank and alpha"
-)
 
 SAMPLERS = {
     **{
@@ -309,33 +311,6 @@ OPTIMIZER = {
         converted(convert_release, "engine.gradient_release", "optim.clipping", note="Adafactor works too"),
     ),
     **dict.fromkeys(("blocks_to_swap", "blockwise_fused_optimizers"), unsupported(MEMORY)),
-}
-ADAPTERS = {
-    "network_module": converted(
-        convert_network,
-        "lora.rank",
-        "lora.alpha",
-        *ENCODERS,
-        note="only `networks.lora`; rank 4 and alpha 1 by default, as in kohya's scripts",
-    ),
-    "network_dim": converted(convert_rank, "lora.rank", expects=WHOLE),
-    "network_alpha": converted(convert_alpha, "lora.alpha"),
-    "text_encoder_lr": converted(convert_text_encoder_lr, *ENCODERS, note="`learning_rate` by default"),
-    "network_train_unet_only": converted(
-        constant(None), *ENCODERS, note="text encoders keep learning rate 0, which freezes them"
-    ),
-    "network_train_text_encoder_only": converted(constant([FROZEN_UNET]), "optim.groups", note=FREEZES),
-    "stop_text_encoder_training": unsupported("text encoders with a learning rate are trained to the end"),
-    "network_args": unsupported("adapters cover linear layers only, without convolutions or learning rates by block"),
-    "network_weights": unsupported("adapters start at zero; resuming continues the run's own adapters"),
-    "network_dropout": unsupported("adapters have no dropout; use a lower rank or weight decay against overfitting"),
-    "dim_from_weights": unsupported("adapters start at zero"),
-    "scale_weight_norms": unsupported("the norms of adapters are not limited"),
-    "base_weights": unsupported("merge adapters into the model before training"),
-    "base_weights_multiplier": unsupported("merge adapters into the model before training"),
-    "network_multiplier": unsupported("adapters are always trained with multiplier 1"),
-    "training_comment": unsupported(MODEL_NOTES),
-    "no_metadata": unsupported("metadata is always written (see `training_comment`)"),
 }
 TRAINING = {
     "max_train_steps": converted(

@@ -51,6 +51,8 @@ HARMLESS_KEYS = frozenset(
 TAG_FILE_KEYS = tuple(f"data.caption.{name}" for name in FILES)
 OWN_CODE_KEYS = ("data.strategy", "optim.name", "optim.schedule", "objective.loss", "objective.weighting")
 
+# Settings of `lora` that decide which tensors adapters have.
+ADAPTER_SHAPES = ("kind", "rank", "conv_rank", "rank_pattern", "targets", "factor", "decompose_both")
 LENGTH_KEYS = ("train.max_steps", "train.max_epochs")
 
 
@@ -196,10 +198,19 @@ def check_progress(saved: TrainState, fresh: TrainState, on_data_change: str) ->
         cure = "set run.on_data_change: continue, or another run.name, or restore the data"
         rule = f"the data have changed since step {saved.step}, and with them the order of batches"
         yield Problem("run.on_data_change", on_data_change, rule, cure)
-    old, new = (state.config.get("lora", {}).get("rank", 0) for state in (saved, fresh))
-    if old and new and old != new:
-        rule = f"does not fit the adapters of step {saved.step}, which have rank {old}"
-        yield Problem("lora.rank", new, rule, f"set it to {old}, or set another run.name")
+    yield from check_adapter_shapes(saved, fresh)
+
+
+def check_adapter_shapes(saved: TrainState, fresh: TrainState) -> Iterator[Problem]:
+    """Yield a problem for each setting by which adapters have other tensors than those of the checkpoint."""
+    default = Config().lora.model_dump(mode="json")
+    before, now = ({**default, **state.config.get("lora", {})} for state in (saved, fresh))
+    if not (before["rank"] and now["rank"]):
+        return  # a run may go on with adapters on a model that was trained whole
+    for key in ADAPTER_SHAPES:
+        if before[key] != now[key]:
+            rule = f"does not fit the adapters of step {saved.step}, which have {key} {before[key]}"
+            yield Problem(f"lora.{key}", now[key], rule, f"set it to {before[key]}, or set another run.name")
 
 
 def describe_changes(saved: TrainState, fresh: TrainState) -> list[str]:

@@ -224,6 +224,8 @@ def _build_deepspeed(
     is_plain = config.zero_stage == 0 and config.precision == "fp32"
     if is_plain:
         settings["gradient_clipping"] = 0.0
+    if config.zero_stage == 3:
+        gather_adapters_with_layers(model)
     built: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     engine = built[0]
     if is_plain:
@@ -240,3 +242,15 @@ def _build_deepspeed(
         skip_empty_groups(engine.basic_optimizer)
     start_fewer_kernels(engine, DTYPES[types.accumulation], uses_muon(optimizer))
     return engine
+
+
+def gather_adapters_with_layers(model: torch.nn.Module) -> None:
+    """Let ZeRO 3 gather all weights of a layer with an adapter for that layer's passes.
+
+    ZeRO 3 gathers weights for the module that holds them, when it is called. PEFT computes DoRA, LoHa and LoKr from the
+    weights of modules that it does not call.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            for weight in layer.parameters():
+                deepspeed.zero.register_external_parameter(layer, weight)

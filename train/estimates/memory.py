@@ -256,6 +256,12 @@ def list_activations(config: Config, sizes: NetworkSizes) -> Iterator[MemoryLine
     yield MemoryLine(component=name, device=number * activations.kept, phases=("forward pass",), grows=True)
     again = "recomputed activations"
     yield MemoryLine(component=again, device=number * activations.recomputed, phases=PASSES, grows=True)
+    if activations.fixed_kept:
+        name = "weights that adapters compute"
+        yield MemoryLine(component=name, device=activations.fixed_kept, phases=("forward pass",))
+    if activations.fixed_recomputed:
+        name = "recomputed weights that adapters compute"
+        yield MemoryLine(component=name, device=activations.fixed_recomputed, phases=PASSES)
 
 
 def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:

@@ -115,7 +115,7 @@ def iterate_changes(config: Config, world_size: int, num_blocks: int) -> Iterato
         yield "optim.name: adafactor", replace_settings(config, "optim", name="adafactor")
     has_plain_blocks = engine.zero_stage != 3 and engine.compile == "none" and not engine.offload_blocks
     if has_plain_blocks and config.lora.quantised_base == "none":
-        if config.lora.rank:
+        if config.lora.rank and config.lora.kind == "lora":
             yield "lora.quantised_base: nf4", replace_settings(config, "lora", quantised_base="nf4")
         number = num_blocks * 2 // 3
         if number and (config.lora.rank or engine.gradient_release):

@@ -43,10 +43,15 @@ TIME_IDS = 6  # numbers of SDXL's size and crop conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes of activations of one image."""
+    """Bytes of activations: of one image, and those of a whole micro batch that do not grow with it.
+
+    The latter are weights that DoRA, LoHa and LoKr compute in each pass.
+    """
 
     kept: int  # saved by the forward pass for the backward pass
     recomputed: int  # of the largest checkpointed block, which exist only while its own backward pass runs
+    fixed_kept: int = 0
+    fixed_recomputed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +115,24 @@ def count_values(network: torch.nn.Module) -> int:
 
 
 def count_activations(networks: TrainedNetworks, config: Config, bucket: Size, policy: Checkpointing) -> Activations:
-    """Count the activations that the forward pass of one image saves for the backward pass.
+    """Count the activations that the forward pass saves for the backward pass.
 
     Args:
         networks: on the meta device; the text encoders stay checkpointed after `full`.
     """
+    one = count_saved(networks, config, bucket, policy, batch_size=1)
+    if config.lora.kind == "lora":
+        return one
+    two = count_saved(networks, config, bucket, policy, batch_size=2)
+    kept, recomputed = two.kept - one.kept, max(0, two.recomputed - one.recomputed)
+    fixed = {"fixed_kept": one.kept - kept, "fixed_recomputed": one.recomputed - recomputed}
+    return Activations(kept=kept, recomputed=recomputed, **fixed)
+
+
+def count_saved(
+    networks: TrainedNetworks, config: Config, bucket: Size, policy: Checkpointing, batch_size: int
+) -> Activations:
+    """Count the activations that the forward pass of so many images saves, all as if they grew with the images."""
     held = list_held_storages(networks)
     saved, units = SavedBytes(held), [0]
 
@@ -131,7 +149,7 @@ def count_activations(networks: TrainedNetworks, config: Config, bucket: Size, p
 
     checkpoint_networks(networks, policy, run_checkpointed)
     with saved.hooks(), FlashAttention():
-        networks(**build_inputs(networks, config, bucket))
+        networks(**build_inputs(networks, config, bucket, batch_size))
     return Activations(kept=saved.total, recomputed=max(units))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loguru import logger
@@ -9,7 +10,7 @@ from loguru import logger
 from sdxl_trainer.cache.models.model_pair import check_pair, resolve_pair
 from sdxl_trainer.cache.models.pickled_file import convert_pickled_file, is_pickled_file
 from sdxl_trainer.cache.models.single_file_names import get_canonical_name
-from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.cache.models.source import COMPONENTS, check_model, resolve_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.problems import Problem, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
@@ -21,25 +22,41 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     read_declared_prediction,
 )
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
+from sdxl_trainer.train.export.difference import ExtractedRanks, check_same_layers, write_difference
 from sdxl_trainer.train.export.export import (
+    ExportSettings,
     build_export_settings,
     describe_files,
     open_components,
     write_adapter_file,
     write_components,
 )
-from sdxl_trainer.train.networks.adapters import merge_adapters
+from sdxl_trainer.train.networks.adapter_files import (
+    LayerWeight,
+    build_file_layers,
+    check_layers,
+    map_adapted_weights,
+    merge_layers,
+    read_adapter_file,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion does besides changing the format. Names are those of the command line's options."""
+
+    average: str | None = None  # decay of the moving average to write instead of the checkpoint's weights
+    merge: bool = False  # write the whole model with the checkpoint's adapters in it, instead of the adapters
+    adapters: Sequence[Path] = ()  # files of adapters to merge into the model
+    strengths: Sequence[float] = ()  # of what is merged: one for each file, or none for 1
+    base: str | None = None  # write the difference to this model as a LoRA
+    rank: int = 32  # of that LoRA
+    conv_rank: int = 0
+    overwrite: bool = False  # replace a target that exists
 
 
 def run_conversion(
-    source: Path,
-    target: Path,
-    cfg: Path | None,
-    overrides: Sequence[str],
-    average: str | None = None,
-    *,
-    merge: bool = False,
-    overwrite: bool = False,
+    source: Path, target: Path, cfg: Path | None, overrides: Sequence[str], conversion: Conversion
 ) -> None:
     """Convert `source` to the format of `target`, tensor by tensor.
 
@@ -49,17 +66,15 @@ def run_conversion(
         cfg: file with settings. Default: the settings of the checkpoint, or for a model the prediction that it
             declares.
         overrides: `key.sub=value` words that override the other settings.
-        average: decay of the moving average to write instead of the checkpoint's weights.
-        merge: write the whole model with the checkpoint's adapters in it, instead of the adapters.
-        overwrite: replace a target that exists.
 
     Raises:
-        UserInputError: the source is not a model, the target exists, or the checkpoint does not contain that average,
-            or no adapters to merge.
+        UserInputError: the source is not a model, the target exists, the checkpoint does not contain that average, or
+            the adapters or the other model do not fit.
     """
     init_logger(rank=0)
-    raise_if_any(check_target(source, target, overwrite))
+    raise_if_any([*check_target(source, target, conversion.overwrite), *check_options(target, conversion)])
     if is_pickled_file(source):
+        raise_if_any(check_plain(source, conversion))
         number = convert_pickled_file(source, target)
         logger.info("{} written, with the {} of {}", describe_files(target), format_count(number, "tensor"), source)
         return
@@ -71,31 +86,92 @@ def run_conversion(
     config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
     of_model = list(check_model(config.model)) or list(check_pair(config))
-    raise_if_any([*of_model, *check_average(checkpoint, average)])
+    raise_if_any([*of_model, *check_average(checkpoint, conversion.average)])
     with explain_removal(checkpoint):
-        convert_model(config, checkpoint, target, average, merge)
+        convert_model(config, checkpoint, target, conversion)
 
 
-def convert_model(config: Config, checkpoint: Path | None, target: Path, average: str | None, merge: bool) -> None:
-    """Write the model that the settings name to `target`, with the weights of a checkpoint if there is one.
-
-    Args:
-        average, merge: see `run_conversion`.
-    """
+def convert_model(config: Config, checkpoint: Path | None, target: Path, conversion: Conversion) -> None:
+    """Write the model that the settings name to `target`, with the weights of a checkpoint if there is one."""
     settings = build_export_settings(config, resolve_pair(config))
-    trained = {} if checkpoint is None else open_weights(checkpoint, average)
+    trained = {} if checkpoint is None else open_weights(checkpoint, conversion.average)
     has_adapters = bool(trained and config.lora.rank)
-    raise_if_any(check_adapter_target(target, has_adapters, merge))
-    if has_adapters and not merge:
+    raise_if_any(check_adapter_target(target, has_adapters, conversion))
+    if has_adapters and not conversion.merge:
         write_adapter_file(target, {name: read() for name, read in trained.items()}, settings)
         logger.info("adapters written to {}", describe_files(target))
         return
     components = open_components(settings.source, settings.model)
+    weights = map_adapted_weights({name: settings.source.read_config(name) for name in COMPONENTS})
+    strengths = [*conversion.strengths] or [1.0] * max(1, len(conversion.adapters))
     if has_adapters:
-        merge_adapters(components, {name: read() for name, read in trained.items()}, settings.lora)
+        layers = build_file_layers({name: read() for name, read in trained.items()}, settings.source, config.lora)
+        merge_layers(components, layers, weights, strengths[0])
     else:
         replace_trained_weights(components, trained)
+    merge_files(components, conversion.adapters, strengths, weights)
+    if conversion.base is not None:
+        ranks = ExtractedRanks(linear=conversion.rank, convolution=conversion.conv_rank)
+        write_difference(target, components, open_base(conversion.base, config, settings), ranks, settings)
+        return
     write_components(target, components, settings)
+
+
+def merge_files(
+    components: Mapping[str, dict[str, TensorSource]],
+    paths: Sequence[Path],
+    strengths: Sequence[float],
+    weights: Mapping[str, LayerWeight],
+) -> None:
+    """Merge files of adapters into a model, in place, each with its strength.
+
+    Args:
+        weights: of the model, from `map_adapted_weights`.
+
+    Raises:
+        UserInputError: a file is none of adapters, or does not fit the model; the message lists every such file.
+    """
+    problems: list[Problem] = []
+    for path, strength in zip(paths, strengths, strict=False):
+        layers = read_adapter_file(path)
+        problems += check_layers(layers, weights, path, "--adapter")
+        if not problems:
+            merge_layers(components, layers, weights, strength)
+            count = format_count(len(layers), "layer")
+            logger.info("{}: adapters of {} merged with strength {:g}", path, count, strength)
+    raise_if_any(problems)
+
+
+def open_base(base: str, config: Config, settings: ExportSettings) -> dict[str, dict[str, TensorSource]]:
+    """Open the model that a difference is taken to.
+
+    Raises:
+        UserInputError: it is no SDXL model, or of another architecture than the source.
+    """
+    model = config.model.model_copy(update={"path": base, "vae": None, "tokenizer": None})
+    raise_if_any(replace(problem, key="--base") for problem in check_model(model))
+    source = resolve_model(model)
+    here, there = ({name: each.read_config(name) for name in COMPONENTS} for each in (settings.source, source))
+    raise_if_any(check_same_layers(here, there, base))
+    return open_components(source, model)
+
+
+def check_options(target: Path, conversion: Conversion) -> Iterator[Problem]:
+    """Yield problems of options that do not go together."""
+    number, files = len(conversion.strengths), len(conversion.adapters) + conversion.merge
+    if number and number != files:
+        rule = f"is given {number} times for {format_count(files, 'merged adapter')}"
+        yield Problem("--strength", None, rule, "give one for each --adapter, or one for --merge")
+    if conversion.merge and conversion.adapters:
+        cure = "merge the run first, then the files into the result"
+        yield Problem("--merge", None, "cannot be combined with --adapter", cure)
+    if conversion.base is None:
+        return
+    for key, rank, lowest in (("--rank", conversion.rank, 1), ("--conv-rank", conversion.conv_rank, 0)):
+        if rank < lowest:
+            yield Problem(key, rank, f"must be at least {lowest}", "give a rank such as 32")
+    if target.suffix != ".safetensors":
+        yield Problem("target", target, "is no name of a file for a LoRA", "give a name that ends in .safetensors")
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> Iterator[Problem]:
@@ -107,12 +183,24 @@ def check_target(source: Path, target: Path, overwrite: bool) -> Iterator[Proble
             yield Problem("target", target, "exists already", "give another name, or add --overwrite to replace it")
 
 
-def check_adapter_target(target: Path, has_adapters: bool, merge: bool) -> Iterator[Problem]:
-    """Yield a problem if there are no adapters to merge, or if adapters would be written as a folder."""
-    if merge and not has_adapters:
+def check_plain(source: Path, conversion: Conversion) -> Iterator[Problem]:
+    """Yield a problem if a pickled file is to be changed, whose names are not looked at."""
+    if conversion.adapters or conversion.base is not None:
+        rule = "is a pickled file, which only becomes a .safetensors file"
+        yield Problem("source", source, rule, "convert it without other options first, then convert the result")
+
+
+def check_adapter_target(target: Path, has_adapters: bool, conversion: Conversion) -> Iterator[Problem]:
+    """Yield a problem if there are no adapters to merge, or if adapters would be written as a folder or changed."""
+    if conversion.merge and not has_adapters:
         cure = "give a run or a checkpoint with lora.rank above 0 as source, or leave --merge out"
         yield Problem("--merge", None, "needs adapters, and the source has none", cure)
-    if has_adapters and not merge and target.suffix != ".safetensors":
+    if not has_adapters or conversion.merge:
+        return
+    if conversion.adapters or conversion.base is not None:
+        key = "--adapter" if conversion.adapters else "--base"
+        yield Problem(key, None, "needs a whole model, and the source is a run of adapters", "add --merge")
+    if target.suffix != ".safetensors":
         rule = "is no name of a file that adapters can be written to; they are one file in every layout"
         cure = "give a name that ends in .safetensors, or add --merge to write the whole model with the adapters in it"
         yield Problem("target", target, rule, cure)

@@ -30,7 +30,7 @@ from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, wait_for_ranks
 from sdxl_trainer.train.engine.engine import Engine
-from sdxl_trainer.train.networks.adapters import write_adapters
+from sdxl_trainer.train.networks.adapter_files import write_adapters
 from sdxl_trainer.train.objective.timesteps import resolve_shift
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -156,9 +156,14 @@ def get_model_path(config: Config, step: int, average: str | None = None) -> Pat
 
 def write_adapter_file(path: Path, weights: Mapping[str, torch.Tensor], settings: ExportSettings) -> None:
     """Write adapters as one file, with the run's name and prediction type in its metadata."""
-    name = {"ss_output_name": settings.title, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-    metadata = {**build_metadata(settings), **name}
+    metadata = build_adapter_file_metadata(settings)
     write_adapters(path, weights, settings.source, settings.lora, settings.dtype, metadata)
+
+
+def build_adapter_file_metadata(settings: ExportSettings) -> dict[str, str]:
+    """Build the metadata of a file of adapters, besides their kind and rank."""
+    name = {"ss_output_name": settings.title, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    return {**build_metadata(settings), **name}
 
 
 def build_metadata(settings: ExportSettings) -> dict[str, str]:

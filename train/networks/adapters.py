@@ -1,25 +1,30 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), added to the networks by PEFT and exported with kohya's tensor names."""
+"""Adapters of low rank, added to the networks by PEFT: LoRA, DoRA, LoHa and LoKr (formulas in adapter_formulas.py)."""
 
 import importlib.util
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 
-from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table, get_canonical_name
-from sdxl_trainer.cache.models.source import ModelSource
-from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.lora import LoraConfig
-from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.data.files import create_folder, write_atomic
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.data.order.keyed_random import derive_seed
 
-DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's suffixes of a layer's name
-KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+# A parameter's name in PEFT: the layer, then the part.
+PARAMETER_NAME = re.compile(r"(.*)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+)\.default(?:\.weight)?")
+MAGNITUDE = "lora_magnitude_vector"
+ZERO_PARTS = ("lora_B", "hada_w2_b", "lokr_w2", "lokr_w2_b")  # so that a new adapter changes nothing
+# Further layers of the U-Net that get adapters with `lora.conv_rank`, as kohya's scripts choose them for `conv_dim`.
+RESIDUAL_TARGETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+class LayerRank(NamedTuple):
+    """Rank and alpha of the adapter of one layer."""
+
+    rank: int
+    alpha: float
 
 
 def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0) -> None:
@@ -31,125 +36,164 @@ def add_adapters(networks: Mapping[str, Any], config: LoraConfig, seed: int = 0)
         networks: the networks to train, by name (`unet`, `text_encoder`, `text_encoder_2`).
 
     Raises:
-        UserInputError: a network has no target layer.
+        UserInputError: a network has no target layer, or a pattern matches none.
     """
-    from peft import LoraConfig as PeftConfig
-
-    alpha: Any = config.alpha or config.rank  # PEFT declares an integer and accepts any number
+    ranks = {name: choose_ranks(name, network, config) for name, network in networks.items()}
+    raise_if_any(check_rank_patterns(ranks, config))
     for number, (name, network) in enumerate(networks.items()):
-        key, targets = ("targets", config.targets) if name == "unet" else ("text_targets", config.text_targets)
-        layers = find_target_layers(network, targets)
-        if not layers:
-            rule = f"matches no trainable layer of the {name}"
-            cure = "leave it out: the default is the layers that kohya's scripts train"
-            raise UserInputError([Problem(f"lora.{key}", targets, rule, cure)])
         network.requires_grad_(False)
+        layers = {layer: rank for layer, rank in ranks[name].items() if rank.rank}
+        if not layers:
+            continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, number))
-            network.add_adapter(PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
+            network.add_adapter(build_peft_config(layers, config))
             initialize_adapters(network)
+        if config.kind == "lokr":
+            remove_scale_of_whole_matrices(network)
+
+
+def choose_ranks(name: str, network: torch.nn.Module, config: LoraConfig) -> dict[str, LayerRank]:
+    """Return rank and alpha of each target layer of a network, by the layer's name in it.
+
+    Raises:
+        UserInputError: the network has no target layer.
+    """
+    key, targets = ("targets", config.targets) if name == "unet" else ("text_targets", config.text_targets)
+    residual = RESIDUAL_TARGETS if name == "unet" and config.conv_rank else ()
+    layers = find_target_layers(network, [*targets, *residual])
+    if not layers or not find_target_layers(network, targets):
+        rule = f"matches no trainable layer of the {name}"
+        cure = "leave it out: the default is the layers that kohya's scripts train"
+        raise UserInputError([Problem(f"lora.{key}", targets, rule, cure)])
+    return {
+        layer: resolve_rank(f"{name}.{layer}", is_large_kernel(network.get_submodule(layer)), config)
+        for layer in layers
+    }
+
+
+def find_target_layers(network: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """List the linear layers and convolutions with trainable weights whose names end in one of the targets."""
+    endings = tuple(f".{target}" for target in targets)
+    return sorted(
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        and layer.weight.requires_grad
+        and f".{name}".endswith(endings)
+    )
+
+
+def is_large_kernel(layer: torch.nn.Module) -> bool:
+    """Return whether a layer is a convolution whose kernel is larger than 1×1."""
+    return isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
+def resolve_rank(name: str, has_large_kernel: bool, config: LoraConfig) -> LayerRank:
+    """Return rank and alpha of a layer: those of the first matching pattern, else those of its type.
+
+    Args:
+        name: of the layer, with the network's: `unet.down_blocks.…`.
+    """
+    rank, alpha = config.rank, config.alpha
+    if has_large_kernel and config.conv_rank:
+        rank, alpha = config.conv_rank, config.conv_alpha
+    rank = next((value for pattern, value in config.rank_pattern.items() if matches(pattern, name)), rank)
+    alpha = next((value for pattern, value in config.alpha_pattern.items() if matches(pattern, name)), alpha)
+    return LayerRank(rank, float(rank) if alpha is None else alpha)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a pattern matches the end of a layer's name from a dot on, as in PEFT's own patterns."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def check_rank_patterns(ranks: Mapping[str, Mapping[str, LayerRank]], config: LoraConfig) -> Iterator[Problem]:
+    """Yield a problem for each pattern that matches no layer, and if no layer has a rank above 0."""
+    names = [f"{network}.{layer}" for network, layers in ranks.items() for layer in layers]
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in names):
+                rule = f"matches none of the {len(names)} layers with adapters"
+                yield Problem(f"lora.{key}", pattern, rule, f"match the end of names such as {names[0]}")
+    if not any(rank.rank for layers in ranks.values() for rank in layers.values()):
+        yield Problem("lora.rank_pattern", config.rank_pattern, "gives every layer rank 0", "leave some layers out")
+
+
+def build_peft_config(layers: Mapping[str, LayerRank], config: LoraConfig) -> Any:
+    """Build PEFT's settings of the adapters of one network."""
+    from peft import LoHaConfig, LoKrConfig
+    from peft import LoraConfig as PeftConfig
+
+    rank, alpha = next(iter(layers.values()))
+    patterns = {
+        "r": rank,
+        "target_modules": list(layers),
+        "rank_pattern": group_layers({layer: given.rank for layer, given in layers.items() if given.rank != rank}),
+        "alpha_pattern": group_layers({layer: given.alpha for layer, given in layers.items() if given.alpha != alpha}),
+    }
+    # PEFT declares integers and accepts any number.
+    scale: Any = alpha
+    if config.kind == "loha":
+        return LoHaConfig(alpha=scale, **patterns)
+    if config.kind == "lokr":
+        factor, both = config.factor or -1, config.decompose_both
+        return LoKrConfig(alpha=scale, decompose_factor=factor, decompose_both=both, **patterns)
+    return PeftConfig(lora_alpha=scale, use_dora=config.kind == "dora", **patterns)
+
+
+def group_layers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one of PEFT's patterns for each value. PEFT tries every pattern with every layer, so few are faster."""
+    layers: dict[Any, list[str]] = defaultdict(list)
+    for layer, value in values.items():
+        layers[value].append(re.escape(layer))
+    return {"|".join(names): value for value, names in layers.items()}
 
 
 def initialize_adapters(network: torch.nn.Module) -> None:
-    """Draw the adapters' weights from PEFT's distributions, in fp32 on the host.
+    """Draw the adapters' weights in fp32 on the host, from PEFT's distributions (LoKr: those of LyCORIS).
 
     PEFT rounds its own draws to the type of the frozen layer.
     """
     for name, weight in network.named_parameters():
-        if weight.requires_grad and not weight.is_meta:
-            drawn = torch.zeros(weight.shape)
-            weight.data = (torch.nn.init.kaiming_uniform_(drawn, a=5**0.5) if name.endswith(DOWN) else drawn).to(
-                weight.device
-            )
+        if not weight.requires_grad or weight.is_meta:
+            continue
+        layer, part = split_parameter_name(name)
+        drawn = torch.zeros(weight.shape)
+        if part == MAGNITUDE:
+            base: Any = network.get_submodule(layer)
+            drawn = base.get_base_layer().weight.float().flatten(1).norm(dim=1).reshape(weight.shape)
+        elif part not in ZERO_PARTS:
+            torch.nn.init.kaiming_uniform_(drawn, a=5**0.5)
+        weight.data = drawn.to(weight.device)
 
 
-def find_target_layers(network: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """List the layers with trainable weights whose names end in one of the targets."""
-    trainable = {name.rpartition(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
-    endings = tuple(f".{target}" for target in targets)
-    return sorted(layer for layer in trainable if f".{layer}".endswith(endings))
+def remove_scale_of_whole_matrices(network: torch.nn.Module) -> None:
+    """Set the scale of LoKr's layers without a matrix of low rank to 1, as LyCORIS does whatever their alpha is."""
+    from peft.tuners.lokr import LoKrLayer
+
+    for layer in network.modules():
+        if isinstance(layer, LoKrLayer) and "default" in layer.lokr_w1 and "default" in layer.lokr_w2:
+            layer.scaling["default"] = 1.0
+
+
+def split_parameter_name(name: str) -> tuple[str, str]:
+    """Split a parameter's name in PEFT into layer and part, such as `unet.….to_q` and `lora_A`."""
+    match = PARAMETER_NAME.fullmatch(name)
+    assert match is not None, f"{name} is no weight of an adapter"
+    return match[1], match[2]
+
+
+def group_parameters(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the weights of adapters as layer → part → tensor."""
+    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, weight in weights.items():
+        layer, part = split_parameter_name(name)
+        layers[layer][part] = weight
+    return dict(layers)
 
 
 def check_adapters(config: LoraConfig) -> Iterator[Problem]:
     """Yield a problem if the settings ask for adapters and PEFT is not installed."""
     if config.rank and importlib.util.find_spec("peft") is None:
         yield Problem("lora.rank", config.rank, "needs peft, which is not installed", "pip install peft")
-
-
-def write_adapters(
-    path: Path,
-    weights: Mapping[str, torch.Tensor],
-    source: ModelSource,
-    config: LoraConfig,
-    dtype: torch.dtype,
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Write adapters as one safetensors file that kohya's scripts, ComfyUI and diffusers read.
-
-    Args:
-        weights: the adapters' weights by PEFT's names, such as `unet.….to_q.lora_A.default.weight`.
-        metadata: of the file, besides rank and alpha; see `build_modelspec`.
-    """
-    layers = map_layer_names(source.read_config("unet"))
-    alpha = torch.tensor(float(config.alpha or config.rank))
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        layer = name.removesuffix(DOWN).removesuffix(UP)
-        base = build_kohya_name(layer, layers)
-        tensors[f"{base}.{'lora_down' if name.endswith(DOWN) else 'lora_up'}.weight"] = weight.detach().to("cpu", dtype)
-        tensors[f"{base}.alpha"] = alpha.clone()  # safetensors refuses one tensor under two names
-    texts = {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.rank),
-        "ss_network_alpha": f"{alpha.item():g}",
-        **metadata,
-    }
-    create_folder(path.parent)
-    write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, texts))
-
-
-def merge_adapters(
-    components: Mapping[str, dict[str, TensorSource]], weights: Mapping[str, torch.Tensor], config: LoraConfig
-) -> None:
-    """Replace each weight of a base model that has an adapter by W + alpha/rank · up · down in fp32, in place.
-
-    Args:
-        components: component → name → tensor of the base model, or function that reads it.
-        weights: the adapters' weights by PEFT's names.
-    """
-    scale = float(config.alpha or config.rank) / config.rank
-
-    def add(base: TensorSource, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        weight = base if isinstance(base, torch.Tensor) else base()
-        return weight.float() + scale * (up.float() @ down.float()).reshape(weight.shape)
-
-    for name, down in weights.items():
-        if name.endswith(DOWN):
-            layer = name.removesuffix(DOWN)
-            component, _, inner = layer.partition(".")
-            tensors, base = components[component], get_canonical_name(component, f"{inner}.weight")
-            tensors[base] = partial(add, tensors[base], weights[layer + UP], down)
-
-
-def map_layer_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
-    """Map diffusers' names of the U-Net's layers to the LDM names that kohya's scripts use."""
-    prefix = COMPONENT_PREFIXES["unet"]
-    return {
-        row.sources[0].removesuffix(".weight"): row.file_name.removeprefix(prefix).removesuffix(".weight")
-        for row in build_name_table("unet", unet_config)
-        if row.file_name.endswith(".weight")
-    }
-
-
-def build_kohya_name(layer: str, layers: Mapping[str, str]) -> str:
-    """Return kohya's name of a layer: `lora_unet_middle_block_…_to_q` for `unet.mid_block.….to_q`.
-
-    Layers of text encoders keep transformers' names.
-
-    Args:
-        layers: names of the U-Net's layers, from `map_layer_names`.
-    """
-    component, _, inner = layer.partition(".")
-    inner = layers[inner] if component == "unet" else get_canonical_name(component, inner)
-    return f"{KOHYA_PREFIXES[component]}_{inner.replace('.', '_')}"

@@ -73,7 +73,7 @@ def build_empty_run_networks(source: ModelSource, config: Config, dtype: torch.d
     networks = build_empty_networks(source, list_trained_encoders(config.optim))
     if config.lora.rank:
         add_adapters(dict(networks.named_children()), config.lora)
-    build_parameter_groups(networks, config.optim, source.read_config("unet"))
+    build_parameter_groups(networks, config.optim, source.read_config("unet"), config.lora.b_lr_ratio)
     # Without its own `to`, in which diffusers warns of modules to keep in fp32.
     torch.nn.Module.to(networks, dtype)
     # xformers' attention would try its kernels on a GPU; it saves the same tensors as PyTorch's.

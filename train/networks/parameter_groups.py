@@ -17,7 +17,9 @@ from sdxl_trainer.configs.problems import Problem, raise_if_any
 BLOCK_STARTS = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 10, "output_blocks": 13, "out": 22}
 BLOCK_LISTS = ("input_blocks", "middle_block", "output_blocks")
 # The suffix that PEFT adds to a parameter's name when it wraps a layer.
-PEFT_SUFFIX = re.compile(r"\.(lora_\w+|base_layer)\..*$")
+PEFT_SUFFIX = re.compile(r"\.((?:lora|hada|lokr)_\w+|base_layer)\..*$")
+# Parts of adapters' names: the matrix B of a LoRA, and the norms of a DoRA, which do not decay, as those of layers.
+ADAPTER_B, ADAPTER_NORM = ".lora_B.", ".lora_magnitude_vector."
 
 
 class GroupSettings(NamedTuple):
@@ -28,12 +30,15 @@ class GroupSettings(NamedTuple):
 
 
 def build_parameter_groups(
-    networks: torch.nn.Module, config: OptimConfig, unet_config: Mapping[str, Any]
+    networks: torch.nn.Module, config: OptimConfig, unet_config: Mapping[str, Any], b_lr_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
     """Build parameter groups for an optimizer. Parameters with a learning rate of 0 are frozen and left out.
 
     Each group has `params`, `lr`, `weight_decay` and `lr_scale`, the ratio of its rate to `optim.lr`. The schedule
     keeps that ratio.
+
+    Args:
+        b_lr_ratio: factor of the learning rate of the matrices B of adapters, those that begin at zero (LoRA+).
 
     Raises:
         UserInputError: a pattern matches no parameter, or every learning rate is 0.
@@ -44,6 +49,8 @@ def build_parameter_groups(
     groups: dict[GroupSettings, list[torch.nn.Parameter]] = {}
     for name, parameter in trainable.items():
         settings = resolve_group_settings(name, parameter, config, blocks)
+        if ADAPTER_B in name:
+            settings = settings._replace(lr=settings.lr * b_lr_ratio)
         parameter.requires_grad_(settings.lr > 0)
         if settings.lr > 0:
             # DeepSpeed reads this attribute to choose between Muon and Adam.
@@ -99,7 +106,7 @@ def resolve_group_settings(
     lr = {"text_encoder": config.text_encoder_lr, "text_encoder_2": config.text_encoder_2_lr}.get(network, config.lr)
     if config.block_lrs and network == "unet":
         lr = config.block_lrs[blocks[get_layer_name(name)]]
-    weight_decay = config.weight_decay if parameter.dim() > 1 else 0.0
+    weight_decay = config.weight_decay if parameter.dim() > 1 and ADAPTER_NORM not in name else 0.0
     group = next((group for group in config.groups if re.search(group.match, name)), None)
     if group is not None:
         lr = lr if group.lr is None else group.lr

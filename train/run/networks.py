@@ -57,7 +57,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
         quantise_base(unet, config.lora.quantised_base)
     networks.compilation = compile_unet(unet, config.engine.compile)
-    groups = build_parameter_groups(networks, config.optim, source.read_config("unet"))
+    groups = build_parameter_groups(networks, config.optim, source.read_config("unet"), config.lora.b_lr_ratio)
     if not config.engine.gradient_release:
         logger.info("starting DeepSpeed on {}", format_count(ranks.world_size, "rank"))
     # With gradient release every rank updates all weights, and must round them alike.

@@ -58,9 +58,14 @@ def show_start(run: Run) -> None:
 
 
 def describe_adapters(lora: LoraConfig) -> str:
-    """Return rank and alpha of the adapters, and the factor by which alpha scales them."""
+    """Return kind, rank and alpha of the adapters, and the factor by which alpha scales them."""
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    return f"LoRA of rank {lora.rank}, alpha {alpha:g}: scaled by {alpha / lora.rank:.3g}"
+    described = f"{lora.kind} of rank {lora.rank}, alpha {alpha:g}: scaled by {alpha / lora.rank:.3g}"
+    if not lora.conv_rank:
+        return described
+    alpha = lora.conv_rank if lora.conv_alpha is None else lora.conv_alpha
+    scale = alpha / lora.conv_rank
+    return f"{described}; convolutions of rank {lora.conv_rank}, alpha {alpha:g}: scaled by {scale:.3g}"
 
 
 def show_end(run: Run, was_stopped: bool = False) -> None:

@@ -15,9 +15,11 @@ from sdxl_trainer.configs.kohya.first_trainer import FIRST_TRAINER_OPTIONS
 from sdxl_trainer.configs.kohya.fit import fit_settings
 from sdxl_trainer.configs.kohya.gui_file import IGNORED_FIELDS, LYCORIS_FIELDS, NETWORK_FIELDS, RENAMED_FIELDS
 from sdxl_trainer.configs.kohya.importer import convert, nest_settings
+from sdxl_trainer.configs.kohya.networks import convert_network, convert_network_args
 from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
 from sdxl_trainer.configs.kohya.readers import tomllib
 from sdxl_trainer.configs.kohya.report import Report, format_report, sort_keys
+from sdxl_trainer.configs.kohya.values import UnsupportedError
 from sdxl_trainer.configs.problems import UserInputError
 
 TOML = """
@@ -176,18 +178,62 @@ def test_what_became_of_the_keys_of_kohyas_scripts(tmp_path: Path) -> None:
     assert "mixed_precision = " not in text  # neither a default nor changed
 
 
-def test_other_adapters_than_lora_are_a_warning(tmp_path: Path) -> None:
+def test_other_adapters_than_those_here_are_a_warning(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(TOML)
     report, text, settings = report_on(tmp_path / "a.toml")
-    assert "network_module" in list_names(report.unsupported) and settings["lora.rank"] == settings["lora.alpha"] == 16
-    assert "another training than in your files:\n  network_module = 'lycoris.kohya': WARNING: trains LoHa" in text
+    assert "network_module" in list_names(report.exact) and settings["lora.rank"] == settings["lora.alpha"] == 16
+    assert settings["lora.kind"] == "loha" and settings["lora.conv_rank"] == 8 == settings["lora.conv_alpha"]
     assert "network_dim = 100000: stands for whole matrices in LyCORIS; lora.rank is 16" in text
+    (tmp_path / "a.toml").write_text(TOML.replace("algo=loha", "algo=boft"))
+    report, text, settings = report_on(tmp_path / "a.toml")
+    assert "network_module" in list_names(report.unsupported) and "lora.kind" not in settings
+    assert "another training than in your files:\n  network_module = 'lycoris.kohya': WARNING: trains BOFT" in text
     (tmp_path / "e.json").write_text(FILES["e.json"])
     _, text, settings = report_on(tmp_path / "e.json")
-    assert "  LoRA_type = 'LyCORIS/LoKr': WARNING: trains LoKr adapters" in text and settings["lora.rank"] == 32
+    assert "WARNING" not in text and settings["lora.rank"] == 32 and settings["lora.kind"] == "lokr"
+    assert settings["lora.conv_rank"] == 64 and settings["lora.alpha"] == settings["lora.conv_alpha"] == 1
     (tmp_path / "e.json").write_text(json.dumps({**GUI, "LoRA_type": "LyCORIS/Native Fine-Tuning"}))
     _, text, settings = report_on(tmp_path / "e.json")
     assert "WARNING: trains whole matrices" in text and not any(key.startswith("lora.") for key in settings)
+
+
+def test_arguments_of_networks() -> None:
+    """Defaults are those of LyCORIS, which trains convolutions, and of kohya's scripts, which need `conv_dim`."""
+    lycoris = {"network_module": "lycoris.kohya", "network_dim": 8, "network_alpha": 4, "learning_rate": 1e-4}
+    lora = {"lora.rank": 8, "lora.alpha": 4}
+    full = {"lora.conv_rank": 8, "lora.conv_alpha": 4}
+    text = {"optim.text_encoder_lr": 1e-4, "optim.text_encoder_2_lr": 1e-4}
+    attention = {"lora.targets": ["to_q", "to_k", "to_v", "to_out.0"]}
+    cases = (
+        ("networks.lora", "", lora, {}),
+        ("networks.lora", "conv_dim=4 loraplus_lr_ratio=16", {**lora, "lora.conv_rank": 4, "lora.conv_alpha": 1}, 16),
+        ("lycoris.kohya", "", {**lora, **full}, {}),
+        ("lycoris.kohya", "preset=attn-mlp dora_wd=True", {**lora, "lora.kind": "dora"}, {}),
+        ("lycoris.kohya", "preset=attn-only algo=loha", {**lora, **attention, "lora.kind": "loha"}, {}),
+        (
+            "lycoris.kohya",
+            "algo=lokr conv_dim=2 conv_alpha=1 factor=8 decompose_both=True",
+            {**lora, "lora.kind": "lokr", "lora.conv_rank": 2, "lora.conv_alpha": 1},
+            {"lora.factor": 8, "lora.decompose_both": True},
+        ),
+    )
+    for module, words, expected, further in cases:
+        given = {**lycoris, "network_module": module, "network_args": words}
+        found = convert_network(module, given)
+        found.pop("lora.text_targets", None)
+        assert found == {**expected, **text}, words
+        further = {"lora.b_lr_ratio": further} if isinstance(further, int) else further
+        assert convert_network_args(words, given) == further, words
+    given = {**lycoris, "network_args": "algo=lokr full_matrix=True"}
+    assert convert_network("", given)["lora.rank"] == convert_network("", given)["lora.conv_rank"] == 100_000
+    given = {**lycoris, "network_args": "algo=loha rank_dropout=0.1 use_tucker=False preset=full-lin"}
+    with pytest.raises(UnsupportedError, match="without rank_dropout=0.1, preset=full-lin, which have no setting"):
+        convert_network_args(given["network_args"], given)
+    given = {**lycoris, "network_args": "algo=loha dora_wd=True loraplus_lr_ratio=4"}
+    with pytest.raises(UnsupportedError, match="this YAML trains loha without them"):
+        convert_network("", given)
+    with pytest.raises(UnsupportedError, match="without loraplus_lr_ratio=4"):
+        convert_network_args(given["network_args"], given)
 
 
 def test_what_became_of_the_fields_of_kohya_ss(tmp_path: Path) -> None:

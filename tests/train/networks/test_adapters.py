@@ -21,13 +21,8 @@ from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.doctor.doctor import examine_settings
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
-from sdxl_trainer.train.networks.adapters import (
-    add_adapters,
-    build_kohya_name,
-    find_target_layers,
-    map_layer_names,
-    write_adapters,
-)
+from sdxl_trainer.train.networks.adapter_files import build_kohya_name, map_layer_names, write_adapters
+from sdxl_trainer.train.networks.adapters import add_adapters, find_target_layers
 from sdxl_trainer.train.networks.empty_networks import build_empty_networks
 from sdxl_trainer.train.networks.parameter_groups import build_parameter_groups
 from sdxl_trainer.train.networks.trained_networks import TrainedNetworks, unfreeze_text_encoder
