@@ -8,6 +8,8 @@ from single_file_samples import FULL, POSITION_IDS, TINY, fake_tensors, write_fa
 from sdxl_trainer.cache.models.single_file import read_single_file
 from sdxl_trainer.cache.models.single_file_check import find_single_file_problems
 from sdxl_trainer.cache.models.single_file_names import COMPONENT_PREFIXES, build_name_table
+from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.configs.schema import ModelConfig
 
 
 def test_the_full_size_header_is_recognised(tmp_path):
@@ -15,6 +17,7 @@ def test_the_full_size_header_is_recognised(tmp_path):
     path = write_fake(tmp_path / "sdxl.safetensors", tensors)
     assert path.stat().st_size > 6_900_000_000
     assert find_single_file_problems(path) == []
+    assert list(check_model(ModelConfig(path=str(path)))) == []  # without model.config, as everyone gives it
 
 
 UNET = COMPONENT_PREFIXES["unet"]
