@@ -43,7 +43,7 @@ from sdxl_trainer.train.networks.adapter_files import (
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion does besides changing the format. Names are those of the command line's options."""
+    """Changes that a conversion makes besides that of the format, named as the command line's options."""
 
     average: str | None = None  # decay of the moving average to write instead of the checkpoint's weights
     merge: bool = False  # write the whole model with the checkpoint's adapters in it, instead of the adapters
