@@ -240,6 +240,11 @@ def give_json(text: str) -> Callable[[Path], list[str]]:
     return lambda folder: ["data.image_dirs=[]", f"data.metadata={write_file(folder, 'meta.json', text)}"]
 
 
+def give_tags(setting: str, text: str) -> Callable[[Path], list[str]]:
+    """Return the mistake of a file of tags with this text."""
+    return lambda folder: [f"data.caption.{setting}={write_file(folder, 'tags.csv', text)}"]
+
+
 def give_finished_run(folder: Path) -> list[str]:
     """Start a run anew whose folder holds a checkpoint."""
     checkpoint = folder / "runs" / "run" / "checkpoints" / "step-00000005"
@@ -366,6 +371,15 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
         ("data.metadata", "meta.json:1:23", "trailing comma", "correct"),
     ),
     "empty metadata": (give_json(""), ("data.metadata", "meta.json")),
+    "a limit of tokens": (give_words("data.max_tokens=100"), ("data.max_tokens", "100", "a multiple of 75")),
+    "aliases in a circle": (
+        give_tags("aliases", "x,y\n\nkitty,cat\ncat,kitty\n"),
+        ("data.caption.aliases", "tags.csv", "line 3", "kitty → cat → kitty", "correct the file"),
+    ),
+    "implications without a column": (
+        give_tags("implications", "cat\n"),
+        ("data.caption.implications", "tags.csv", "line 1", "1 columns, not 2", "antecedent,consequent"),
+    ),
     "no latent cache": (
         give_json('{"a": {"image_path": "/x/a.png", "caption": "x"}}'),
         ("no latent", "launch/cache.sh"),

@@ -249,8 +249,10 @@ def parse_implications(content: bytes, aliases: Mapping[str, str]) -> dict[str, 
 
 
 def _refuse_cycles(graph: Mapping[str, Iterable[str]], lines: Mapping[str, int]) -> None:
+    # Of a hundred thousand implications few lead to a tag that implies another one, and only these can form a cycle.
+    linked = {key: inner for key, targets in graph.items() if (inner := [name for name in targets if name in graph])}
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(linked).prepare()
     except CycleError as error:
         # graphlib lists each tag after the one that leads to it.
         tags = list(reversed(error.args[1]))

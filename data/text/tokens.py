@@ -208,22 +208,19 @@ def encode_captions(
         weighted: read brackets as weights (data/text/weights.py).
     """
     first, second = tokenizers
-    if weighted:
-        found = [[tokenizer.tokenize_weighted(caption) for caption in captions] for tokenizer in tokenizers]
-        return TokenIds(
-            *(
-                np.stack([tokenizer.cut_windows(each.ids, max_tokens) for each in of_encoder])
-                for tokenizer, of_encoder in zip(tokenizers, found, strict=True)
-            ),
-            *(np.stack([spread_weights(each.weights, max_tokens) for each in of_encoder]) for of_encoder in found),
-        )
-    ids = [first.tokenize(caption) for caption in captions]
+    parts = [_tokenize(first, caption, weighted) for caption in captions]
     are_equal = first.vocabulary == second.vocabulary
-    ids_2 = ids if are_equal else [second.tokenize(caption) for caption in captions]
+    parts_2 = parts if are_equal else [_tokenize(second, caption, weighted) for caption in captions]
     return TokenIds(
-        np.stack([first.cut_windows(caption_ids, max_tokens) for caption_ids in ids]),
-        np.stack([second.cut_windows(caption_ids, max_tokens) for caption_ids in ids_2]),
+        np.stack([first.cut_windows(ids, max_tokens) for ids, _ in parts]),
+        np.stack([second.cut_windows(ids, max_tokens) for ids, _ in parts_2]),
+        np.stack([spread_weights(weights, max_tokens) for _, weights in parts]) if weighted else None,
+        np.stack([spread_weights(weights, max_tokens) for _, weights in parts_2]) if weighted else None,
     )
+
+
+def _tokenize(tokenizer: CaptionTokenizer, caption: str, weighted: bool) -> WeightedIds:
+    return tokenizer.tokenize_weighted(caption) if weighted else WeightedIds(tokenizer.tokenize(caption), [])
 
 
 def spread_weights(weights: Sequence[float], max_tokens: int) -> np.ndarray:
