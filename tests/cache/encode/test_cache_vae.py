@@ -50,6 +50,7 @@ def wide(tmp_path_factory, tiny_folder) -> Path:
         vae: Any = AutoencoderKL.from_config({**config, "latent_channels": CHANNELS, "shift_factor": 0.5})
     vae.save_pretrained(folder / "vae")
     settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", 6))
+    settings.write_text(settings.read_text().replace("model:\n", "model:\n  adapt_channels: true\n"))
     assert run_job(settings, f"model.vae={folder / 'vae'}", *JOB) == 0
     return folder
 
