@@ -32,7 +32,7 @@ from sdxl_trainer.data.index.selection import build_latent_selection
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.loading.micro_batch import MicroSpec
 from sdxl_trainer.launch.distributed import Ranks
-from sdxl_trainer.train.tiny.build import CONFIG_FOLDER
+from sdxl_trainer.train.tiny.build import load_wide_vae
 
 CHANNELS = 16
 JOB = ("cache.posterior=moments", "cache.flip=true", "cache.dtype=float32")
@@ -41,14 +41,8 @@ JOB = ("cache.posterior=moments", "cache.flip=true", "cache.dtype=float32")
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory, tiny_folder) -> Path:
     """Return a folder with six images, a VAE of 16 channels (`vae`), settings, and a cache filled with that VAE."""
-    from diffusers import AutoencoderKL
-
     folder = tmp_path_factory.mktemp("wide")
-    config = json.loads((CONFIG_FOLDER / "vae" / "config.json").read_text())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae: Any = AutoencoderKL.from_config({**config, "latent_channels": CHANNELS, "shift_factor": 0.5})
-    vae.save_pretrained(folder / "vae")
+    load_wide_vae(CHANNELS).save_pretrained(folder / "vae")
     settings = write_settings(folder, tiny_folder / "model", draw_demo_set(folder / "data", 6))
     settings.write_text(settings.read_text().replace("model:\n", "model:\n  adapt_channels: true\n"))
     assert run_job(settings, f"model.vae={folder / 'vae'}", *JOB) == 0

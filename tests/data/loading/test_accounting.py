@@ -67,7 +67,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "s10": (lambda content: save_arrays(latents=np.zeros(SHAPE, np.int32)), "not floats"),
     "s12": (lambda content: save_arrays(latents=np.array([{}] * 4)), "pickled"),
     "s14": (pack_bomb, "decompression bomb"),
-    "s16": (lambda content: save_arrays(latents_12x8=np.zeros((16, 12, 8), np.float32)), "float32[16, 12, 8]"),
+    "s16": (lambda content: save_arrays(latents_12x8=np.zeros((16, 12, 8), np.float32)), "has 16 latent channels"),
     "s18": (lambda content: b"<html>not found</html>" * 30, "not a readable npz file"),
 }
 REASONS = {
