@@ -132,6 +132,8 @@ def _format_type(annotation: Any) -> str:
         return " ".join(filter(None, [_format_type(inner), " and ".join(filter(None, map(_format_limit, limits)))]))
     if get_origin(annotation) is None:
         return {Path: "path", Any: "any"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    if Ellipsis in get_args(annotation):  # a tuple of any length, which YAML writes as a list
+        return f"list of {_format_type(get_args(annotation)[0])}"
     args = [_format_type(arg) if not isinstance(arg, (str, int)) else f"`{arg}`" for arg in get_args(annotation)]
     origin = getattr(get_origin(annotation), "__name__", "")
     if origin in ("list", "tuple", "dict"):
