@@ -153,7 +153,7 @@ def suggest_key(key: str) -> str:
     near = next((name for name in known if "." in name and name.rsplit(".", 1)[-1] == last.lower()), "")
     # A key of a known section means another section only if their names are much alike.
     cutoff = 0.85 if key.partition(".")[0] in Config.model_fields and "." in key else 0.7
-    near = near or suggest_name(key, known) or leaves.get(suggest_name(last, leaves, cutoff=cutoff), "")
+    near = near or suggest_name(key, known, cutoff=0.65) or leaves.get(suggest_name(last, leaves, cutoff=cutoff), "")
     return rename_key(near)
 
 
