@@ -90,19 +90,29 @@ class ModelConfig(Section):
     latents_std: tuple[float, ...] | None = None
     """Standard deviation of each channel of the VAE's latents, for `model.latents_mean`."""
 
-    @field_validator("latents_std")
+    @field_validator("latents_mean", "latents_std")
     @classmethod
-    def _require_both_statistics(cls, std: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
-        if std is not None and min(std, default=0) <= 0:
+    def _require_values(cls, values: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        if values is not None and not values:
+            raise ValueError("must not be empty; give one value for each channel")
+        if values is not None and info.field_name == "latents_std" and min(values) <= 0:
             raise ValueError("must be above 0")
-        mean = info.data.get("latents_mean")
+        return values
+
+    @model_validator(mode="after")
+    def _require_both_statistics(self) -> "ModelConfig":
+        mean, std = self.latents_mean, self.latents_std
         if (std is None) != (mean is None):
             raise ValueError("needs model.latents_mean and model.latents_std together; set both or neither")
         if std is not None and mean is not None and len(std) != len(mean):
-            raise ValueError(f"has {len(std)} values, and model.latents_mean {len(mean)}; give one for each channel")
-        if std is not None and (info.data.get("vae_scaling_factor") or info.data.get("vae_shift_factor")):
-            raise ValueError("does not go with model.vae_scaling_factor or model.vae_shift_factor; leave those out")
-        return std
+            counts = f"{len(mean)} and {len(std)}"
+            raise ValueError(f"needs as many values in model.latents_mean as in model.latents_std, not {counts}")
+        if std is not None and (self.vae_scaling_factor is not None or self.vae_shift_factor is not None):
+            raise ValueError(
+                "cannot combine model.latents_std with model.vae_scaling_factor or model.vae_shift_factor; "
+                "leave those out"
+            )
+        return self
 
 
 class RemoteShardsConfig(Section):

@@ -86,7 +86,7 @@ def load_cache_vae(model: ModelConfig, folder: Path, ranks: Ranks, may_replace: 
 def check_cache_vae(folder: Path, model: ModelConfig, vae: CacheVae) -> Iterator[Problem]:
     """Yield a problem if a cache holds latents of another VAE than the settings'.
 
-    Caches without `cache.json` are of other programs, which do not tell the VAE.
+    Caches without `cache.json` are of other programs, which do not name their VAE.
 
     Args:
         vae: the VAE of the settings. Without its hash, the weights are read unless its files are those of the cache.

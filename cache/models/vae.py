@@ -1,4 +1,4 @@
-"""The VAE of the settings: find it, read its config, load it, and tell its files.
+"""The VAE of the settings: find it, read its config, load it, and list its files.
 
 `model.vae` names it, as a diffusers folder, a single file or a hub id; without it, it is the model's own.
 """

@@ -181,7 +181,7 @@ def _derive_structure(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def build_vae_metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a single file that tell the statistics and the padding of its VAE."""
+    """Return the metadata of a single file with the statistics and the padding of its VAE."""
     return {VAE_KEY: json.dumps({key: config[key] for key in sorted(config) if not key.startswith("_")})}
 
 
@@ -270,8 +270,11 @@ def _check_statistics(config: Mapping[str, Any], model: ModelConfig) -> Iterator
         if given is not None and own is not None and not _is_close(given, own):
             rule = f"contradicts the VAE's own config, which has {own}"
             yield Problem(f"model.vae_{name}", given, rule, f"leave it out, or correct {name} in the VAE's config")
+    if model.vae_shift_factor is not None and config.get("latents_mean"):
+        rule = f"contradicts the VAE's own config, which has the latents_mean {list(config['latents_mean'])}"
+        yield Problem("model.vae_shift_factor", model.vae_shift_factor, rule, "leave it out")
     if not model.latents_mean and _find_pair(config, model) is None:
-        rule = f"must be set: the VAE, of {channels} channels, does not say by which number its latents are multiplied"
+        rule = f"must be set: the VAE, of {channels} channels, has no scaling_factor"
         yield Problem("model.vae_scaling_factor", None, rule, _describe_pairs(channels))
 
 
@@ -322,7 +325,8 @@ def resolve_vae_config(config: Mapping[str, Any], model: ModelConfig) -> dict[st
 def _find_pair(config: Mapping[str, Any], model: ModelConfig) -> KnownPair | None:
     """Return scaling and shift: of the settings, of the VAE's own config, or the only known ones; None if unknown."""
     channels, padding = count_channels(config), model.vae_padding or config.get(PADDING) or PADDINGS[0]
-    scaling = _first(model.vae_scaling_factor, config.get("scaling_factor"))
+    # Statistics of each channel take the place of a scaling factor, which diffusers divides them by if there is one.
+    scaling = _first(model.vae_scaling_factor, config.get("scaling_factor"), 1.0 if config.get("latents_std") else None)
     shift = _first(model.vae_shift_factor, config.get("shift_factor"))
     if scaling is not None:
         return KnownPair("", channels, scaling, shift or 0.0)

@@ -183,7 +183,9 @@ def restore_progress(saved: TrainState, fresh: TrainState, plan: Plan, on_data_c
         )
     now = {name: getattr(fresh, name) for name in TrainState.MADE_WITH}
     # Each part that the present settings ask for begins anew if the checkpoint has another.
-    now["feedback"] = saved.feedback.fit_to(fresh.feedback)
+    before, present = saved.config.get("objective", {}), fresh.config["objective"]
+    changed = {key for key, value in present.items() if before.get(key, value) != value}
+    now["feedback"] = saved.feedback.fit_to(fresh.feedback, changed)
     return replace(saved, epoch=epoch, index=index, epoch_batches=plan.num_batches(epoch), **now)
 
 

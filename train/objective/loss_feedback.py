@@ -4,7 +4,7 @@ The ranks share the loss of each sample once a step, in the sum that they share 
 whole global batch on the host, in the order of positions, so all ranks and any number of them learn the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,13 @@ from sdxl_trainer.train.objective.learned_weighting import (
 )
 from sdxl_trainer.train.objective.timesteps import build_histogram, build_uniform
 
+# Settings that decide on the size of a loss, and those that decide on the timesteps of each bin besides.
+LOSS_SETTINGS = {"prediction", "zero_terminal_snr", "loss", "huber_c", "huber_schedule", "masked_loss"}
+TABLE_SETTINGS = LOSS_SETTINGS | {
+    *("timestep_density", "logit_mean", "logit_std", "mode_scale", "min_timestep", "max_timestep"),
+    *("timestep_shift", "timestep_shift_base_px"),
+}
+
 
 @dataclass(frozen=True)
 class FeedbackState:
@@ -31,12 +38,19 @@ class FeedbackState:
     timestep_losses: LossTable = field(default_factory=list)  # by bin; empty without adaptive timesteps
     weighting: LearnedWeighting | None = None  # None if it is not learned
 
-    def fit_to(self, fresh: "FeedbackState") -> "FeedbackState":
-        """Return the parts that a fresh state of the present settings has too, and its own in place of the others."""
-        keeps_table = len(self.timestep_losses) == len(fresh.timestep_losses)
+    def fit_to(self, fresh: "FeedbackState", changed: Collection[str] = ()) -> "FeedbackState":
+        """Return the parts that a fresh state of the present settings has too, and its own in place of the others.
+
+        A part also begins anew if what it has learned is of other losses or of other timesteps.
+
+        Args:
+            changed: settings of `objective` that have changed.
+        """
+        keeps_table = len(self.timestep_losses) == len(fresh.timestep_losses) and not TABLE_SETTINGS & {*changed}
+        weighting = None if LOSS_SETTINGS & {*changed} else self.weighting
         return FeedbackState(
             timestep_losses=self.timestep_losses if keeps_table else fresh.timestep_losses,
-            weighting=fresh.weighting and (self.weighting or fresh.weighting),
+            weighting=fresh.weighting and (weighting or fresh.weighting),
         )
 
     @staticmethod
@@ -55,7 +69,7 @@ def build_feedback_state(config: ObjectiveConfig) -> FeedbackState:
 
 
 class ChangedDraws(NamedTuple):
-    """Draws of a micro batch in which bins are as frequent as their losses ask for; on the host."""
+    """Draws of a micro batch in which bins are as frequent as their probabilities; on the host."""
 
     draws: torch.Tensor  # [B] float64 in [0, 1)
     bins: torch.Tensor  # [B] int64; 0 without adaptive timesteps
@@ -116,7 +130,7 @@ class LossFeedback:
         self._adopt(state)
 
     def change_draws(self, draws: torch.Tensor) -> ChangedDraws:
-        """Map uniform draws, [B] float64 in [0, 1), to draws in which bins are as frequent as their losses ask for."""
+        """Map uniform draws, [B] float64 in [0, 1), to draws in which bins are as frequent as their probabilities."""
         num_bins = len(self.probabilities)
         draws = self._invert_cdf(draws)
         return ChangedDraws(draws, (draws * num_bins).long().clamp(0, max(num_bins - 1, 0)))

@@ -148,7 +148,7 @@ class Objective:
         """Return the curves of the loss feedback for the report; None without loss feedback.
 
         They are the learned `weights` at `timesteps`, and the `frequencies` of bins between `edges`, relative to those
-        without adaptive timesteps. Empty for what is off.
+        without adaptive timesteps; with `timestep_shift_base_px`, of an image of that size. Empty for what is off.
         """
         if self.feedback is None:
             return None

@@ -94,10 +94,12 @@ NEEDS_WHOLE_TENSORS = {
     **dict.fromkeys(
         ("DAdaptAdam", "DAdaptAdamPreprint", "DAdaptAdan", "DAdaptAdaGrad", "DAdaptLion", "DAdaptSGD"), SUMS
     ),
-    **dict.fromkeys(("Lamb", "LARS"), "measures the norm of each weight"),
+    **dict.fromkeys(("Lamb", "LARS", "Fromage", "Nero", "NovoGrad"), "measures the norm of each weight"),
     **dict.fromkeys(("Shampoo", "ScalableShampoo", "SOAP", "Kron"), PRECONDITIONS),
+    **dict.fromkeys(("GaLore", "APOLLO", "Fira", "Conda"), "projects each weight to a lower rank"),
+    **dict.fromkeys(("RACS", "SM3"), "scales the rows and columns of each weight"),
     "StableAdamW": "limits the update of each weight by its root mean square",
-    "Muon": "orthogonalises each weight",
+    **dict.fromkeys(("Muon", "AdaMuon", "DistributedMuon"), "orthogonalises each weight"),
 }
 
 
@@ -324,7 +326,7 @@ def check_num_betas(kind: Any, config: OptimConfig) -> Iterator[Problem]:
     number = len(parameter.default)
     if not isinstance(given, (list, tuple)) or len(given) != number:
         key = "optim.kwargs.betas" if "betas" in config.kwargs else "optim.betas"
-        cure = "set optim.kwargs.betas to such a list, or leave it out"
+        cure = f"leave {key} out, or set optim.kwargs.betas to a list of {number}"
         yield Problem(key, given, f"must be {number} decay rates for {config.name}", cure)
 
 

@@ -27,7 +27,7 @@ def is_schedule_free(kind: Any, config: OptimConfig) -> bool:
 def has_own_average(config: OptimConfig) -> bool:
     """Return whether the settings name a schedule-free optimizer; `is_schedule_free` looks at the class instead."""
     name = config.name.lower().replace("_", "")
-    return name.endswith("schedulefree") and bool(config.kwargs.get("use_schedulefree", True))
+    return "schedulefree" in name and bool(config.kwargs.get("use_schedulefree", True))
 
 
 def find_average_share(groups: list[dict[str, Any]]) -> float | None:
@@ -56,10 +56,24 @@ def compute_average(weights: torch.Tensor, state: Mapping[str, Any], share: floa
     return torch.lerp(weights.float(), state[Z].to(weights.device).float(), share)
 
 
+def check_beta(config: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem if y is z itself: x, which is found from both, would be unknown."""
+    betas = config.kwargs.get("betas", config.betas)
+    found = {
+        "optim.kwargs.betas" if "betas" in config.kwargs else "optim.betas": betas[0] if betas else None,
+        "optim.kwargs.momentum": config.kwargs.get("momentum"),
+    }
+    for key, beta in found.items():
+        if beta is not None and not beta > 0:
+            rule = f"must be above 0 for {config.name}, which averages by it"
+            yield Problem(key, beta, rule, "set it to 0.9")
+
+
 def check_schedule_free(kind: Any, config: OptimConfig, ema: EmaConfig | None) -> Iterator[Problem]:
     """Yield a problem for each setting that contradicts an optimizer with its own average."""
     if not is_schedule_free(kind, config):
         return
+    yield from check_beta(config)
     if config.schedule != "constant":
         rule = f"contradicts {config.name}, which averages the weights in place of a schedule"
         yield Problem("optim.schedule", config.schedule, rule, "set it to constant; optim.warmup_steps may stay")

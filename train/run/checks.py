@@ -88,8 +88,13 @@ def read_checked_vae_config(config: Config, source: ModelSource, index: Index, r
     """
     if not is_vae_local(config.model):  # verify_run has compared a local one
         with share_problems():
-            vae = describe_vae(source, config.model) if ranks.is_main else None
-            raise_if_any(check_latent_vae(config, index, vae) if vae else [])
+            if ranks.is_main:
+                vae = describe_vae(source, config.model)
+                problems = [*check_latent_vae(config, index, vae)]
+                if config.validation.has_own_set:
+                    validation_index, _ = open_validation_set(config)
+                    problems += check_latent_vae(derive_validation_config(config), validation_index, vae)
+                raise_if_any(problems)
     return read_vae_config(source, config.model)
 
 

@@ -130,7 +130,7 @@ def compute_batch_errors(run: Run, held_out: ValidationSet, number: int, batch: 
     keys = SampleKeys(
         derive_seed(held_out.config.seed, RandomStream.VALIDATION), turn, held_out.ids[spec.rows].tolist()
     )
-    x0 = objective.normalize_latents(batch.latents)  # [B, 4, h, w]
+    x0 = objective.normalize_latents(batch.latents)  # [B, C, h, w]
     noise = objective.sample_plain_noise(x0, keys)
     timesteps = spread_timesteps(objective, keys, held_out.config.timesteps_per_sample)
     x_t = objective.add_plain_noise(x0, noise, timesteps)

@@ -179,8 +179,8 @@ def build_prompt(given: dict[str, Any], config: SampleConfig, number: int) -> Pr
 def validate_scheduler(name: str, objective: ObjectiveConfig) -> None:
     """Raise ValueError if diffusers' scheduler of this name does not support the model's objective."""
     if objective.prediction == "flow" and name not in FLOW_SCHEDULERS:
-        supported = " or ".join(sorted(FLOW_SCHEDULERS))
-        raise ValueError(f"the scheduler {name} does not support rectified flow; choose {supported}")
+        supported = ", ".join(sorted(FLOW_SCHEDULERS))
+        raise ValueError(f"the scheduler {name} does not support rectified flow; choose one of {supported}")
     if objective.zero_terminal_snr and name not in ZERO_SNR_SCHEDULERS:
         supported = ", ".join(sorted(ZERO_SNR_SCHEDULERS))
         raise ValueError(f"the scheduler {name} does not support zero terminal SNR; choose one of {supported}")

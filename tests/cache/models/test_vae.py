@@ -106,10 +106,24 @@ def test_a_folder_of_fluxs_second_class_gives_its_unpatched_latents(tmp_path):
         (NO_SCALING, {"vae_padding": "reflect", "vae_scaling_factor": 0.1406, "vae_shift_factor": -0.4743}, 0.34788658),
         ({**NO_SCALING, "latent_channels": 16}, {"vae_scaling_factor": 0.5}, 1.0),
         ({**SDXL, "latents_mean": [1.0] * 4, "latents_std": [0.5] * 4}, {}, 0.2605),
+        ({**NO_SCALING, "latents_mean": [1.0] * 4, "latents_std": [0.5] * 4}, {}, 2.0),
         (SDXL, {"latents_mean": [1, 1, 1, 1], "latents_std": [4, 4, 4, 4]}, 0.25),
         ({**SDXL, "latent_channels": 2}, {"latents_mean": [1, 1], "latents_std": [4, 4]}, 0.25),
     ],
-    ids=["SDXL", "SDXL, bare", "SD3", "Flux", "Flux2", "Flux2's class", "EQ-VAE", "given", "own", "settings", "2"],
+    ids=[
+        "SDXL",
+        "SDXL, bare",
+        "SD3",
+        "Flux",
+        "Flux2",
+        "Flux2's class",
+        "EQ-VAE",
+        "given",
+        "own",
+        "own, bare",
+        "settings",
+        "2",
+    ],
 )
 def test_x0_of_known_and_given_statistics(config, settings, x0):
     """x0 = (z - shift)·scaling or (z - mean)/std, computed by hand for z = 2."""
@@ -140,6 +154,7 @@ def test_x0_of_known_and_given_statistics(config, settings, x0):
             "latents_mean",
             "contradicts",
         ),
+        ({"latents_mean": [1] * 4, "latents_std": [1] * 4}, {"vae_shift_factor": 3}, "vae_shift_factor", "contradicts"),
         ({"padding_mode": "zeros"}, {"vae_padding": "reflect"}, "vae_padding", "which has zeros"),
         ({"padding_mode": "circular"}, {}, "vae", "has the padding_mode 'circular'"),
         ({"block_out_channels": [32] * 5}, {}, "vae", "encodes 16x16 pixels as one latent, and SDXL needs 8x8"),

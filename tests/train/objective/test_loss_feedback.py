@@ -263,6 +263,9 @@ def test_the_state_is_saved_exactly_and_fits_the_present_settings(tmp_path: Path
     assert state.feedback.fit_to(build_feedback_state(build().config)) == FeedbackState()
     assert FeedbackState().fit_to(fresh) == fresh == FeedbackState([[], []], LearnedWeighting())
     assert state.feedback.fit_to(more) == FeedbackState([[], [], []], weighting)
+    assert state.feedback.fit_to(fresh, {"noise_offset"}) == state.feedback
+    assert state.feedback.fit_to(fresh, {"timestep_shift"}) == FeedbackState([[], []], weighting)
+    assert state.feedback.fit_to(fresh, {"prediction"}) == fresh
 
 
 def test_the_curves_of_the_report() -> None:

@@ -266,6 +266,8 @@ def test_optimizers_that_look_at_whole_weights_are_refused_on_shards(name: str) 
         ({"schedule": "cosine"}, [], "optim.schedule"),
         ({}, [0.999], "ema.decays"),
         ({"kwargs": {"rr": 1}}, [], "optim.kwargs.rr"),
+        ({"betas": (0, 0.99)}, [], "optim.betas"),
+        ({"kwargs": {"betas": [0, 0.99]}}, [], "optim.kwargs.betas"),
         ({"warmup_steps": 10}, [], None),
     ],
 )
