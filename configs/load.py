@@ -153,7 +153,12 @@ def suggest_key(key: str) -> str:
     near = next((name for name in known if "." in name and name.rsplit(".", 1)[-1] == last.lower()), "")
     # A key of a known section means another section only if their names are much alike.
     cutoff = 0.85 if key.partition(".")[0] in Config.model_fields and "." in key else 0.7
-    near = near or suggest_name(key, known, cutoff=0.65) or leaves.get(suggest_name(last, leaves, cutoff=cutoff), "")
+    section = key.rpartition(".")[0]
+    own = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
+    # Within a known section only the last part counts: the section's name would make any two keys much alike.
+    found = suggest_name(last, own) if own else suggest_name(key, known)
+    near = near or (f"{section}.{found}" if own and found else found)
+    near = near or leaves.get(suggest_name(last, leaves, cutoff=cutoff), "")
     return rename_key(near)
 
 
