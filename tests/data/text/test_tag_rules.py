@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import ROOT
 
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.checks.records import check_data_settings
 from sdxl_trainer.data.text.captions import build_caption, build_caption_settings, list_tags
-from sdxl_trainer.data.text.tag_rules import check_tag_rules, load_tag_rules
+from sdxl_trainer.data.text.tag_rules import check_tag_rules, load_tag_rules, parse_aliases
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
 ALIASES = "kitty,cat\npussycat,kitty\nfate,fate_(series)\nkaoface,^_^\n"
@@ -24,6 +25,11 @@ IMPLICATIONS = (
     "4,cat,fish,2020,deleted\n"
     "5,cat,cat_ears,2020,active\n"
 )
+
+
+def test_the_example_of_the_data_page_is_read() -> None:
+    example = (ROOT / "docs" / "DATA.md").read_text().split("```text tag_aliases.csv\n")[1].split("```")[0]
+    assert parse_aliases(example.encode()) == {"kitty": "cat", "fate": "fate_(series)"}
 
 
 @pytest.fixture
