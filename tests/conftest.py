@@ -17,21 +17,41 @@ import pytest
 import yaml
 from console_screen import run_in_terminal
 from filelock import FileLock
+from forked_ranks import PLACE_VARIABLE, REPORT_VARIABLE
 from programs import MIXED_PROMPTS, ROOT, run_program
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of tests inherit it; behind a shell's & it is ignored
 
+STARTERS = {"run_program", "run_forked", "start_forked"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start ranks come first: a long one begun last would leave the other worker with nothing to do."""
-    starting = {item.path for item in items if "tiny_folder" in getattr(item, "fixturenames", ())}
+    """Files that start ranks come first: a long one begun last would leave the other workers with nothing to do."""
+    starting = {item.path for item in items if starts_ranks(item)}
     items.sort(key=lambda item: item.path not in starting)
+
+
+def starts_ranks(item: pytest.Item) -> bool:
+    """Whether a test starts ranks, or belongs to a file that can."""
+    names = vars(getattr(item, "module", None) or object)
+    return "tiny_folder" in getattr(item, "fixturenames", ()) or not STARTERS.isdisjoint(names)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rank_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the workers of this session find the process that their ranks are forked from."""
+    os.environ[PLACE_VARIABLE] = str(find_common_folder(tmp_path_factory) / "rank-server.json")
+
+
+def find_common_folder(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder that the workers of the session share."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that the first worker to need it fills, and that all workers of the session then share."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder = find_common_folder(factory) / name
     done = folder.with_suffix(".done")
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
@@ -103,7 +123,8 @@ def one_rank(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     def make(_: Path) -> None:
         words = ("--cfg", cached_folder / "tiny.yaml", "run.name=one")
-        status, written = run_in_terminal(ROOT / "train" / "main.py", *words)
+        environment = {REPORT_VARIABLE: "1"}
+        status, written = run_in_terminal(ROOT / "train" / "main.py", *words, environment=environment)
         assert status == 0, written[-6000:]
         (cached_folder / "one.terminal").write_bytes(written.encode())
 
@@ -113,9 +134,9 @@ def one_rank(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def two_ranks(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same 20 steps on two ranks under torchrun."""
+    """The same 20 steps on two ranks."""
     words = ("--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]")
-    make_once(tmp_path_factory, "two", lambda _: run_program("train/main.py", *words, ranks=2, restarts=0))
+    make_once(tmp_path_factory, "two", lambda _: run_program("train/main.py", *words, ranks=2))
     return cached_folder / "runs" / "two"
 
 
@@ -147,7 +168,8 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "ema.decays=[0.5]",
             "ema.sample=false",
         )
-        run_program("train/main.py", *words, "run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
+        more = ("run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
+        run_program("train/main.py", *words, *more, writes_report=True)
         (folder / "ranks-2").mkdir()
         (folder / "ranks-2" / "sample").touch()  # asks for images after the first step
         run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)

@@ -2,13 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import call_each, start_forked
 from rank_port import find_rank_port
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
@@ -17,7 +19,7 @@ from sdxl_trainer.launch import distributed
 # Rank 0 joins later than the time-out. Then rank 1 waits in collectives that rank 0 does not call: in the first group,
 # and in a group that is made as DeepSpeed makes its own.
 LATE_AND_STUCK = """
-import sys
+import sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -26,35 +28,41 @@ from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.launch.distributed import gather_objects, init_ranks, read_environment, share_problems
 from sdxl_trainer.launch.program import end_program
 
-rank = read_environment().rank
-print("here", flush=True) if rank else sys.stdin.readline()
+rank, folder = read_environment().rank, Path(sys.argv[1])
+said = open(folder / f"said-{rank}", "w", buffering=1)
+
+def wait_for(name):
+    while not (folder / name).exists():
+        time.sleep(0.01)
+
+print("here", file=said) if rank else wait_for("go")
 ranks = init_ranks(timeout_minutes=4 / 60, collective_margin=timedelta(0))
 own = dist.new_group(ranks=range(2))
-print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), flush=True)
+print(gather_objects(rank), dist.distributed_c10d._get_default_store().timeout.total_seconds(), file=said)
 try:
     with share_problems():
         if rank == 0:
             raise UserInputError([Problem("cache.dir", Path("/x"), "is full")])
 except UserInputError as error:
-    print(error.problems, flush=True)
+    print(error.problems, file=said)
 if rank == 0:
-    sys.stdin.read()  # until rank 1 has ended
+    wait_for("end")
 for group in (None, own) if rank else ():
     try:
         dist.all_reduce(torch.zeros(1), group=group)
     except RuntimeError:
-        print("gave up", flush=True)
+        print("gave up", file=said)
 end_program(0)
 """
 
 
 # The store that torchrun's agent serves for its ranks.
 AGENT = """
-import os, sys
+import os, time
 import torch.distributed as dist
 
 store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
-sys.stdin.read()
+time.sleep(600)
 """
 
 
@@ -75,49 +83,59 @@ end_program(run_program(work))
 """
 
 
-def start_ranks(code: str, launcher_keeps_store: bool, *words: str, ranks: int = 2) -> list[subprocess.Popen]:
-    """Start the first `ranks` of two ranks that run `code`, and the launcher's store if it keeps one."""
+@contextmanager
+def start_ranks(
+    folder: Path, code: str, launcher_keeps_store: bool, *words: object, ranks: int = 2
+) -> Iterator[list[BaseProcess]]:
+    """Start the first `ranks` of two ranks that run `code`, and the launcher's store if it keeps one.
+
+    What they print is in `printed-RANK` of the folder. They are killed in the end.
+    """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
     if launcher_keeps_store:
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *words],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, program in enumerate([code] * ranks + [AGENT] * launcher_keeps_store)
-    ]
+    processes = []
+    for rank, program in enumerate([code] * ranks + [AGENT] * launcher_keeps_store):
+        (folder / f"program-{rank}.py").write_text(program)
+        (folder / f"printed-{rank}").touch()
+        environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes += start_forked(folder / f"program-{rank}.py", words, environment, folder / f"printed-{rank}")
+    try:
+        yield processes
+    finally:
+        call_each(processes, "kill")
+
+
+def wait_for_text(file: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists() or text not in file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("launcher_keeps_store", [False, True])
-def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(launcher_keeps_store: bool) -> None:
-    processes = start_ranks(LATE_AND_STUCK, launcher_keeps_store)
-    try:
-        assert processes[1].stdout.readline() == "here\n"
+def test_a_late_rank_0_is_waited_for_and_a_stuck_rank_is_not(tmp_path: Path, launcher_keeps_store: bool) -> None:
+    with start_ranks(tmp_path, LATE_AND_STUCK, launcher_keeps_store, tmp_path) as processes:
+        wait_for_text(tmp_path / "said-1", "here\n")
         time.sleep(5)  # longer than the time-out
-        processes[0].stdin.write("\n")
-        processes[0].stdin.flush()
-        shared = ["[0, 1] 4.0", str([Problem("cache.dir", Path("/x"), "is full")])]
-        assert processes[1].communicate(timeout=100)[0].splitlines() == [*shared, "gave up", "gave up"]
-        assert processes[0].communicate(timeout=100)[0].splitlines() == shared
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes[:2]] == [0, 0]
+        (tmp_path / "go").touch()
+        processes[1].join(100)
+        (tmp_path / "end").touch()
+        processes[0].join(100)
+        assert [process.exitcode for process in processes[:2]] == [0, 0]
+    shared = ["[0, 1] 4.0", str([Problem("cache.dir", Path("/x"), "is full")])]
+    said = [(tmp_path / f"said-{rank}").read_text().splitlines() for rank in range(2)]
+    assert said == [shared, ["here", *shared, "gave up", "gave up"]]
 
 
 @pytest.mark.parametrize(("launcher_keeps_store", "late_seconds"), [(False, 2), (True, 0)])
-def test_nobody_waits_for_a_rank_0_that_has_failed(launcher_keeps_store: bool, late_seconds: float) -> None:
-    processes = start_ranks(MISTAKEN, launcher_keeps_store, str(late_seconds))
-    try:
-        assert [process.wait(timeout=60) for process in processes[:2]] == [2, 2]
-    finally:
-        for process in processes:
-            process.kill()
+def test_nobody_waits_for_a_rank_0_that_has_failed(
+    tmp_path: Path, launcher_keeps_store: bool, late_seconds: float
+) -> None:
+    with start_ranks(tmp_path, MISTAKEN, launcher_keeps_store, late_seconds) as processes:
+        for process in processes[:2]:
+            process.join(60)
+        assert [process.exitcode for process in processes[:2]] == [2, 2]
 
 
 # Rank 0 of two; rank 1 never starts.
@@ -134,27 +152,23 @@ end_program(run_program(lambda: distributed.init_ranks(float(sys.argv[1]) / 60))
 
 
 @pytest.mark.parametrize("launcher_keeps_store", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_rank_0_names_the_ranks_it_waits_for_and_gives_up(launcher_keeps_store: bool) -> None:
-    process, *others = start_ranks(ALONE_OF_TWO, launcher_keeps_store, "1", ranks=1)
-    try:
-        printed = process.communicate(timeout=60)[1]
-    finally:
-        for other in others:
-            other.kill()
-    assert process.returncode == 1 and "waiting for 1 of 2 ranks: 1" in printed
+def test_rank_0_names_the_ranks_it_waits_for_and_gives_up(tmp_path: Path, launcher_keeps_store: bool) -> None:
+    with start_ranks(tmp_path, ALONE_OF_TWO, launcher_keeps_store, 1, ranks=1) as processes:
+        processes[0].join(60)
+        assert processes[0].exitcode == 1
+    printed = (tmp_path / "printed-0").read_text()
+    assert "waiting for 1 of 2 ranks: 1" in printed
     assert "ranks 1 of 2 did not connect to rank 0 at 127.0.0.1:" in printed
     assert "WORLD_SIZE=2 is set: if it is left over and you want one process, unset RANK WORLD_SIZE" in printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_rank_0_heeds_signals_while_it_waits(number: signal.Signals) -> None:
-    [process] = start_ranks(ALONE_OF_TWO, False, "600", ranks=1)
-    try:
-        assert "waiting for 1 of 2 ranks" in process.stderr.readline()
-        process.send_signal(number)
-        assert process.wait(timeout=20) == 128 + number
-    finally:
-        process.kill()
+def test_rank_0_heeds_signals_while_it_waits(tmp_path: Path, number: signal.Signals) -> None:
+    with start_ranks(tmp_path, ALONE_OF_TWO, False, 600, ranks=1) as [process]:
+        wait_for_text(tmp_path / "printed-0", "waiting for 1 of 2 ranks")
+        os.kill(process.pid or 0, number)
+        process.join(20)
+        assert process.exitcode == 128 + number
 
 
 def test_a_left_over_world_size_without_an_address_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:

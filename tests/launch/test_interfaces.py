@@ -1,11 +1,9 @@
 """Network interfaces that NCCL and gloo could not use are named before ranks try to connect."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import run_program
 
 from sdxl_trainer.launch.interfaces import check_host_address, check_interfaces
 
@@ -61,12 +59,10 @@ def test_a_host_name_that_leads_other_nodes_to_themselves(
         assert problems[0].key == "GLOO_SOCKET_IFNAME" and rule in problems[0].rule and "node7" in problems[0].rule
 
 
-def test_a_rank_with_a_missing_interface_ends_with_status_2() -> None:
+def test_a_rank_with_a_missing_interface_ends_with_status_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "from sdxl_trainer.launch.distributed import init_ranks\n"
     program += "from sdxl_trainer.launch.program import end_program, run_program\nend_program(run_program(init_ranks))"
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "no-such-interface"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "GLOO_SOCKET_IFNAME" in done.stderr and "no-such-interface" in done.stderr
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    printed = run_program(tmp_path / "program.py", expect=2)
+    assert "Traceback" not in printed and "GLOO_SOCKET_IFNAME" in printed and "no-such-interface" in printed

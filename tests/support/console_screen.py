@@ -12,6 +12,10 @@ import struct
 import sys
 import termios
 import time
+from multiprocessing import connection
+from pathlib import Path
+
+from forked_ranks import start_forked
 
 CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 # Variables that launchers or pytest set.
@@ -28,26 +32,49 @@ def run_in_terminal(
     """Run a Python program on a terminal of 24 rows; return its exit status and output.
 
     Args:
+        words: a file and its arguments, which are run in a fork of a process that has the libraries imported, or other
+            words for Python.
         then: (text, columns): once the program has written the text, the terminal gets so many columns; 0 closes it.
     """
+    kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
+    kept |= {"TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})}
+    if isinstance(words[0], Path):
+        terminal, other_end = pty.openpty()
+        set_columns(terminal, columns)
+        [process] = start_forked(words[0], words[1:], kept, os.ttyname(other_end))
+        written = read_terminal(terminal, then, process.sentinel)
+        os.close(other_end)
+        process.join()
+        return process.exitcode or 0, written
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for background jobs
-        kept = {key: value for key, value in os.environ.items() if key not in SET_BY_LAUNCHERS}
-        command = [sys.executable, *(str(word) for word in words)]
-        os.execve(sys.executable, command, {**kept, "TERM": "xterm", "OMP_NUM_THREADS": "1", **(environment or {})})
+        os.execve(sys.executable, [sys.executable, *(str(word) for word in words)], kept)
     set_columns(terminal, columns)
-    written = bytearray()
+    written = read_terminal(terminal, then)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written
+
+
+def read_terminal(terminal: int, then: tuple[str, int] | None, sentinel: int | None = None) -> str:
+    """Return what is written on a terminal, and close it.
+
+    Args:
+        then: as for `run_in_terminal`.
+        sentinel: becomes readable when the program has ended; without it, the terminal's other end is closed then.
+    """
+    written, places = bytearray(), [terminal, *([] if sentinel is None else [sentinel])]
     try:
-        while (then is None or then[1] or then[0].encode() not in written) and (read := os.read(terminal, 1 << 16)):
+        while then is None or then[1] or then[0].encode() not in written:
+            if terminal not in connection.wait(places) or not (read := os.read(terminal, 1 << 16)):
+                break
             written += read
             if then and then[0].encode() in read:
                 set_columns(terminal, then[1])
     except OSError:  # the other end is closed
         pass
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
+    return written.decode()
 
 
 def set_columns(terminal: int, columns: int) -> None:

@@ -1,8 +1,9 @@
 """Run by tests: the commands of the documents, one after the other, in one process, on the tiny SDXL.
 
-    python tests/support/document_commands.py STAGE < commands.json
+    python tests/support/document_commands.py STAGE
 
-STAGE is the folder that they are run in; it holds what the documents speak of (tests/test_commands.py lays it out).
+STAGE is the folder that they are run in; it holds commands.json, a list of them, and what the documents speak of
+(tests/test_commands.py lays it out).
 Programs are called by the arguments that the documents show, and what is plain shell is run by bash. Three things are
 not as a user has them: settings that a command leaves open are those of the tiny SDXL, training ends before its first
 step, and the doctor does not look at the machine.
@@ -151,7 +152,7 @@ class Trainings:
 
 
 def main() -> int:
-    """Run the commands of standard input; 1 if one of them fails."""
+    """Run the commands; 1 if one of them fails."""
     stage = Path(sys.argv[1])
     os.chdir(stage)
     trainings, failed = Trainings(stage), []
@@ -164,7 +165,7 @@ def main() -> int:
             failed.append(f"{command}: {status}")
 
     known = set()  # what is run once: all that changes nothing
-    for command in json.load(sys.stdin):
+    for command in json.loads(Path("commands.json").read_text()):
         program, words = split_command(command)
         key = (program, *words, Path("my.yaml").read_text())
         if program == "train.main":

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forked_ranks import run_forked
+from forked_ranks import REPORT_VARIABLE, run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
+FORKED_RANKS = Path(__file__).with_name("forked_ranks.py")
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ROOT / "configs" / "tiny"
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
@@ -19,22 +20,29 @@ a green square on a black background --ss euler_a --n a circle
 
 
 def run_program(
-    program: str | Path, *words: object, ranks: int = 1, expect: int = 0, restarts: int | None = None
+    program: str | Path,
+    *words: object,
+    ranks: int = 1,
+    expect: int = 0,
+    restarts: int | None = None,
+    writes_report: bool = False,
 ) -> str:
     """Run train/main.py or another program on `ranks` ranks and return what it printed.
 
     Args:
-        restarts: starts the ranks under torchrun, which restarts them so often; None forks them from a process that has
-            the libraries imported.
+        restarts: starts the ranks under torchrun, which restarts them so often. In any case they are forked from a
+            process that has the libraries imported.
+        writes_report: a training run writes its report page only then.
     """
     environment = {name: value for name, value in os.environ.items() if name not in PLACE}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", **({REPORT_VARIABLE: "1"} if writes_report else {})}
     arguments = [str(word) for word in words]
     if restarts is None:
         status, printed = run_forked(ROOT / program, arguments, ranks, environment, TIMEOUT_SECONDS)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *torchrun, f"--max-restarts={restarts}", str(ROOT / program), *arguments]
+        stand_in = [str(FORKED_RANKS), str(ROOT / program)]
+        command = [sys.executable, *torchrun, f"--max-restarts={restarts}", *stand_in, *arguments]
         done = subprocess.run(
             command,
             env=environment,
@@ -46,6 +54,24 @@ def run_program(
         status, printed = done.returncode, done.stdout
     assert status == expect, f"{program} {' '.join(arguments)} ended with {status}:\n{printed[-6000:]}"
     return printed
+
+
+STAND_IN = """
+import sys
+sys.path.insert(0, {folder!r})
+from forked_ranks import stand_in
+
+if __name__ == "__main__":
+    sys.exit(stand_in({program!r}, sys.argv[1:]))
+"""
+
+
+def lay_out_scripts(folder: Path, program: str) -> Path:
+    """Make `folder` a checkout whose launch scripts start a program in forked ranks; return the folder of scripts."""
+    (folder / program).parent.mkdir(parents=True)
+    (folder / program).write_text(STAND_IN.format(folder=str(FORKED_RANKS.parent), program=str(ROOT / program)))
+    (folder / "launch").symlink_to(ROOT / "launch")
+    return folder / "launch"
 
 
 def read_losses(run: Path) -> list[float]:

@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import pytest
 from cache_samples import hash_items, list_files, run_job, write_settings
 from campaigns.fault_cache import check_folder
 from descendants import get_variable, list_descendants
+from forked_ranks import start_forked
 from PIL import Image
-from programs import ROOT
+from programs import PLACE, ROOT, lay_out_scripts
 
 from sdxl_trainer.cache.encode.storage import list_shards
 from sdxl_trainer.cache.upkeep.verify import verify_entries
@@ -212,34 +214,54 @@ def hash_listed(folder: Path) -> dict[str, str]:
     return {key: entry.sha256 for key, entry in entries.items()}
 
 
-def start(settings: Path, *words: object, ranks: int = 1) -> subprocess.Popen:
-    """Start launch/cache.sh in a process group of its own."""
-    environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "launch" / "cache.sh"), "--cfg", str(settings), *(str(word) for word in words)]
+def start(scripts: Path, settings: Path, *words: object) -> subprocess.Popen:
+    """Start two ranks by cache.sh, in a process group of their own."""
+    environment = {**os.environ, "NPROC": "2", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(scripts / "cache.sh"), "--cfg", str(settings), *(str(word) for word in words)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for_lines(folder: Path, count: int, job: subprocess.Popen) -> None:
+def wait_for_lines(folder: Path, count: int, is_running: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while sum(part.read_bytes().count(b"\n") for part in folder.glob("manifest/part-*")) < count:
-        assert time.monotonic() < deadline and job.poll() is None, job.stderr.read()[-3000:]
+        assert time.monotonic() < deadline and is_running(), "the job did not get this far"
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "ranks", "form"), [("SIGTERM", 1, "shards"), ("SIGINT", 2, "npz")])
-def test_a_signal_ends_the_job_with_everything_saved(many, tmp_path, number, ranks, form):
-    settings, whole = many
+def stop_script(number: str, settings: Path, *words: object) -> tuple[int, str]:
+    """Send the signal to launch/cache.sh after ten images; return its status and what it wrote."""
+    scripts = settings.parent / "checkout" / "launch"
+    job = start(scripts if scripts.exists() else lay_out_scripts(scripts.parent, "cache/main.py"), settings, *words)
+    wait_for_lines(settings.parent / "latents", 10, lambda: job.poll() is None)
+    job.send_signal(getattr(signal, number))
+    _, printed = job.communicate(timeout=60)
+    return job.returncode, printed
+
+
+def stop_rank(number: str, settings: Path, *words: object) -> tuple[int, str]:
+    """Send the signal to a rank without a launcher."""
+    output = settings.parent / "printed"
+    output.write_text("")
+    environment = {name: value for name, value in os.environ.items() if name not in PLACE}
+    [job] = start_forked(ROOT / "cache" / "main.py", ["--cfg", settings, *words], environment, output)
+    wait_for_lines(settings.parent / "latents", 10, job.is_alive)
+    os.kill(job.pid or 0, getattr(signal, number))
+    job.join(60)
+    return job.exitcode or 0, output.read_text()
+
+
+@pytest.mark.parametrize(("number", "stop", "form"), [("SIGTERM", stop_rank, "shards"), ("SIGINT", stop_script, "npz")])
+def test_a_signal_ends_the_job_with_everything_saved(many, tmp_path, number, stop, form):
+    source, whole = many
+    settings = Path(shutil.copy(source, tmp_path))
     words = (f"cache.dir={tmp_path / 'latents'}", f"cache.format={form}")
     # On a busy machine the job may end before the signal is sent.
     for _ in range(5):
         shutil.rmtree(tmp_path / "latents", ignore_errors=True)
-        job = start(settings, *words, ranks=ranks)
-        wait_for_lines(tmp_path / "latents", 10, job)
-        job.send_signal(getattr(signal, number))
-        _, printed = job.communicate(timeout=60)
-        if job.returncode:
+        status, printed = stop(number, settings, *words)
+        if status:
             break
-    assert job.returncode == 128 + getattr(signal, number), printed[-3000:]
+    assert status == 128 + getattr(signal, number), printed[-3000:]
     assert f"stopped by {number}; everything done so far is saved" in printed and "Traceback" not in printed
     assert check_folder(tmp_path / "latents") == []
     listed = hash_items(tmp_path / "latents")  # every shard is finished
@@ -277,8 +299,8 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path):
 def test_a_dead_rank_ends_the_job_and_a_rerun_completes_it(many, tmp_path):
     settings, whole = many
     words = (f"cache.dir={tmp_path / 'latents'}", "cache.format=shards")
-    job = start(settings, *words, ranks=2)
-    wait_for_lines(tmp_path / "latents", 6, job)
+    job = start(ROOT / "launch", settings, *words)
+    wait_for_lines(tmp_path / "latents", 6, lambda: job.poll() is None)
     os.kill(find_rank(job, 1), signal.SIGKILL)
     _, printed = job.communicate(timeout=90)
     assert job.returncode == 1 and "ChildFailedError" not in printed, printed[-3000:]

@@ -1,14 +1,13 @@
 """A store that fails during a run: reads are retried, then an error names the object, and the state is saved."""
 
 import os
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import orjson
 import pytest
-from programs import ROOT
+from forked_ranks import start_forked
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -23,8 +22,6 @@ from sdxl_trainer.train.report.metrics import read_metrics  # noqa: E402
 
 # The training program, but retries of a store end after one second.
 PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
 from sdxl_trainer.data.stores import remote
 remote.FIRST_WAIT_SECONDS, remote.RETRY_LIMIT_SECONDS = 0.05, 1.0
 from sdxl_trainer.train.main import main
@@ -43,10 +40,10 @@ def make_shard(cached_folder: Path, path: Path) -> None:
     writer.close()
 
 
-def wait_for_steps(process: subprocess.Popen, run: Path, number: int) -> None:
+def wait_for_steps(process: BaseProcess, run: Path, number: int) -> None:
     """Wait until `number` steps are logged or the program has ended."""
     log = run / "logs" / "metrics.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < number):
+    while process.is_alive() and (not log.exists() or log.read_bytes().count(b"\n") < number):
         time.sleep(0.05)
 
 
@@ -73,19 +70,17 @@ def test_a_store_that_fails_ends_the_run_with_its_state_saved(cached_folder, tmp
         "sample.prompts=[]",
         "checkpoint.every_steps=0",
     )
-    command = [sys.executable, "-c", PROGRAM, str(ROOT / "train"), "--cfg", str(cached_folder / "tiny.yaml"), *words]
     environment = {**os.environ, **access, "AWS_ENDPOINT_URL": address, "OMP_NUM_THREADS": "1"}
-    run = tmp_path / "run"
-    with open(tmp_path / "printed", "wb") as printed:
-        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
-        wait_for_steps(process, run, 3)
-        server.stop()
-        try:
-            status = process.wait(120)
-        finally:
-            process.kill()
-    output = (tmp_path / "printed").read_text()
-    assert status == 1, output[-4000:]
+    run, program, printed = tmp_path / "run", tmp_path / "program.py", tmp_path / "printed"
+    program.write_text(PROGRAM)
+    printed.touch()
+    [process] = start_forked(program, ["--cfg", cached_folder / "tiny.yaml", *words], environment, printed)
+    wait_for_steps(process, run, 3)
+    server.stop()
+    process.join(120)
+    process.kill()
+    output = printed.read_text()
+    assert process.exitcode == 1, output[-4000:]
     assert "StoreError: s3://lost/a.tar at byte" in output and "shard of step" in output
     recover_partial_checkpoints(run / "checkpoints")
     [folder] = list_checkpoints(run / "checkpoints")

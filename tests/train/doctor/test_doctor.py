@@ -16,9 +16,10 @@ from PIL import Image
 from programs import ROOT
 
 from sdxl_trainer.cache.models import encoders
+from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.configs.schema import RunConfig
+from sdxl_trainer.configs.schema import Config, RunConfig
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.images.bucket import CropBox, Size
 from sdxl_trainer.data.stores.remote import StoreError
@@ -45,6 +46,7 @@ from sdxl_trainer.train.doctor.scratch import open_scratch_run
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
 from sdxl_trainer.train.estimates.memory_table import describe_micro_batch
+from sdxl_trainer.train.estimates.networks import NetworkSizes
 
 CONFIGS = ROOT / "configs"
 
@@ -128,6 +130,13 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "read_host_memory_bytes", lambda: 500 * 10**9)
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
+    sizes = memory.measure_networks(config, memory.resolve_model(config.model), Size(1024, 1024))  # takes seconds
+
+    def get_sizes(given: Config, source: ModelSource, bucket: Size) -> NetworkSizes:
+        assert (given, bucket) == (config, sizes.bucket)
+        return sizes
+
+    monkeypatch.setattr(memory, "measure_networks", get_sizes)
     found = {finding.name: finding for finding in examine_memory(config, 1, [80 * 10**9])}
     assert list(found) == ["engine.gradient_checkpointing", "memory", "text encoders"]
     cost = found["text encoders"]
@@ -148,15 +157,6 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "or begin with configs/sdxl_24gb.yaml, which takes 10.5 GB with micro batch 4; or" in wrong[0].cure
     absent = build_config({"model": {"path": "stabilityai/absent"}})[0]
     assert [finding.is_ok for finding in examine_memory(absent, 1, [])] == [True]
-
-
-def test_the_preset_for_a_card_is_named_with_the_reason() -> None:
-    [finding] = memory.examine_presets(1, [24 * 10**9])
-    assert finding.is_ok and finding.name == "preset"
-    assert finding.detail == "this card: sdxl_24gb, 10.5 GB, micro batch 4, because sdxl_full needs 58 GB"
-    [finding] = memory.examine_presets(1, [4 * 10**9])
-    assert str(finding) == "note   preset: none fits this card of 4 GB"
-    assert list(memory.examine_presets(1, [])) == []
 
 
 def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,13 +67,13 @@ def make_spec(dataset: LatentDataset, epoch: int) -> MicroSpec:
 
 
 def test_losses_are_those_without_cached_text(texted, one_rank):
-    run_program("train/main.py", "--cfg", texted, "run.name=cached", "sample.prompts=[]")
+    run_program("train/main.py", "--cfg", texted, "run.name=cached", "sample.prompts=[]", "train.max_steps=8")
     found, wanted = (
         [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
         for run in (texted.parent / "runs" / "cached", one_rank)
     )
-    assert len(found) == 20
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # with a tenth of the captions dropped
+    assert len(found) == 8
+    np.testing.assert_allclose(found, wanted[:8], rtol=0, atol=1e-5)  # with a tenth of the captions dropped
     exported = next((texted.parent / "runs" / "cached" / "models").iterdir())
     difference = exported.stat().st_size - next((one_rank / "models").iterdir()).stat().st_size
     assert abs(difference) < 100  # the text encoders are in both files; the metadata differ in the run's name

@@ -4,14 +4,13 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from console_screen import Terminal, run_in_terminal
+from forked_ranks import run_forked
 from programs import ROOT
 from rich.cells import cell_len
 from rich.console import Console
@@ -97,10 +96,10 @@ def test_no_colours_and_plain_letters_where_they_are_asked_for() -> None:
 
 def test_plain_lines_into_a_file() -> None:
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run([sys.executable, PROGRAM, "0", "end"], env=environment, capture_output=True, text=True)
-    assert "\x1b" not in done.stdout + done.stderr and "the title" not in done.stderr
-    assert "its cell" in done.stderr and "what the display shows" in done.stderr
-    assert "\\u" not in done.stderr, "the frame is not in this encoding"
+    status, printed = run_forked(PROGRAM, [0, "end"], 1, environment, timeout=60)
+    assert status == 0 and "\x1b" not in printed and "the title" not in printed, printed
+    assert "its cell" in printed and "what the display shows" in printed
+    assert "\\u" not in printed, "the frame is not in this encoding"
 
 
 def test_a_run_on_a_terminal_of_80_columns(one_rank: Path) -> None:

@@ -6,14 +6,14 @@ The losses of a resumed run equal those of an uninterrupted run.
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from descendants import get_variable, list_descendants
-from programs import ROOT, run_program
-from rank_port import find_rank_port
+from forked_ranks import start_forked
+from programs import PLACE, ROOT, lay_out_scripts, run_program
 
 from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint, list_checkpoints, recover_partial_checkpoints
 from sdxl_trainer.train.engine.saved_state import SavedState, map_state_file
@@ -66,28 +66,25 @@ def plant(folder: Path, name: str, **settings: object) -> list[str]:
     return ["--cfg", str(folder / "tiny.yaml"), *(f"{key}={value}" for key, value in given.items())]
 
 
-def start_job(command: list[object], **environment: str) -> subprocess.Popen:
-    variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return subprocess.Popen(
-        [str(word) for word in command],
-        env={**variables, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def build_environment(**variables: str) -> dict[str, str]:
+    """The environment of a job that no launcher has started."""
+    return {
+        **{key: value for key, value in os.environ.items() if key not in PLACE},
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
 
 
-def start_two_ranks(words: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Start two ranks without a launcher, which would end one rank when the other has ended."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_rank_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, ROOT / "train/main.py", *words]
-    return [start_job(command, **place, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+def start_ranks(words: list[str], printed: Path, ranks: int = 1, **variables: str) -> list[BaseProcess]:
+    """Start ranks without a launcher, which would end one rank when the other has ended."""
+    printed.touch()
+    return start_forked(ROOT / "train/main.py", words, build_environment(**variables), printed, ranks)
 
 
-def wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], bool], is_running: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not condition():
-        assert job.poll() is None and time.monotonic() < deadline, "the job did not get this far"
+        assert is_running() and time.monotonic() < deadline, "the job did not get this far"
         time.sleep(0.02)
 
 
@@ -114,15 +111,20 @@ def test_restarts_resume_after_a_killed_and_after_a_failed_rank(cached_folder: P
     assert read_losses(run) == read_losses(two_ranks)[:9]
 
 
-def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: Path, two_ranks: Path) -> None:
+def test_requests_to_save_and_to_stop_through_the_launch_script(
+    cached_folder: Path, two_ranks: Path, tmp_path: Path
+) -> None:
     """SIGUSR1 to one rank saves and continues; SIGTERM to train.sh finishes the step, saves, and exits with 143."""
     run = cached_folder / "runs" / "stopped"
     words = ["--cfg", cached_folder / "tiny.yaml", "run.name=stopped", "sample.prompts=[]", "checkpoint.every_steps=0"]
-    job = start_job(["bash", ROOT / "launch/train.sh", *words], NPROC="2")
-    wait_for(lambda: count_steps(run) >= 3, job)
+    scripts = lay_out_scripts(tmp_path, "train/main.py")
+    command = [str(word) for word in ("bash", scripts / "train.sh", *words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    job = subprocess.Popen(command, env=build_environment(NPROC="2"), text=True, **pipes)
+    wait_for(lambda: count_steps(run) >= 3, lambda: job.poll() is None)
     ranks = [pid for pid in list_descendants(job.pid) if get_variable(pid, "RANK") == "1"]
     os.kill(ranks[0], signal.SIGUSR1)
-    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 1, job)
+    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 1, lambda: job.poll() is None)
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 143 and "Traceback" not in printed and "leaked" not in printed, printed
@@ -140,18 +142,19 @@ def test_requests_to_save_and_to_stop_through_the_launch_script(cached_folder: P
     assert f"step-{done + 1:08d}" in [path.name for path in list_checkpoints(run / "checkpoints")], "the save file"
 
 
-def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None:
+def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path, tmp_path: Path) -> None:
     """SIGTERM while a step hangs: the emergency thread writes the state before the step and exits with 143."""
     run, hang = cached_folder / "runs" / "hung", cached_folder / "hang"
     words = plant(cached_folder, "hung", **{"checkpoint.every_steps": 0})
-    job = start_job([sys.executable, ROOT / "train/main.py", *words], HANG=str(hang))
-    wait_for(lambda: count_steps(run) >= 3, job)
+    [job] = start_ranks(words, tmp_path / "printed", HANG=str(hang))
+    wait_for(lambda: count_steps(run) >= 3, job.is_alive)
     hang.touch()
-    wait_for(lambda: not hang.exists(), job)
+    wait_for(lambda: not hang.exists(), job.is_alive)
     done = count_steps(run)
-    job.send_signal(signal.SIGTERM)
-    printed, _ = job.communicate(timeout=120)
-    assert job.returncode == 143 and f"shard of step {done} written" in printed, printed
+    job.terminate()
+    job.join(120)
+    printed = (tmp_path / "printed").read_text()
+    assert job.exitcode == 143 and f"shard of step {done} written" in printed, printed
     assert list_checkpoints(run / "checkpoints") == [] and count_steps(run) == done
     recover_partial_checkpoints(run / "checkpoints")  # as the next start does
     assert find_newest_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step-{done:08d}"
@@ -159,19 +162,21 @@ def test_a_step_that_never_ends_is_saved_without_it(cached_folder: Path) -> None
     assert trained.shapes and all(trained.read_whole(name).isfinite().all() for name in trained.shapes)
 
 
-def test_other_ranks_save_and_end_when_one_hangs(cached_folder: Path, two_ranks: Path) -> None:
+def test_other_ranks_save_and_end_when_one_hangs(cached_folder: Path, two_ranks: Path, tmp_path: Path) -> None:
     """Rank 1 is stopped in step 4, as on a node that hangs. Rank 0 waits until its timeout, saves its shard and the
     weights, and ends. When rank 1 continues, it finds rank 0 gone and saves its own shard: no step is lost."""
     run = cached_folder / "runs" / "hanging"
     words = plant(cached_folder, "hanging", **{"checkpoint.every_steps": 0, "engine.timeout_minutes": 0.15})
-    ranks = start_two_ranks(words, PLAN="hang:6")
-    printed, _ = ranks[0].communicate(timeout=120)
-    assert ranks[0].returncode == 1 and "shard of step 3 written" in printed, printed
+    printed = tmp_path / "printed"
+    ranks = start_ranks(words, printed, 2, PLAN="hang:6")
+    ranks[0].join(120)
+    assert ranks[0].exitcode == 1 and "shard of step 3 written" in printed.read_text(), printed.read_text()
     assert (run / "models" / "emergency-step-00000003.safetensors").is_file()
-    assert ranks[1].poll() is None
-    ranks[1].send_signal(signal.SIGCONT)
-    printed, _ = ranks[1].communicate(timeout=120)
-    assert ranks[1].returncode == 1 and "shard of step 3 written" in printed, printed
+    assert ranks[1].is_alive()
+    before = printed.stat().st_size
+    os.kill(ranks[1].pid or 0, signal.SIGCONT)
+    ranks[1].join(120)
+    assert ranks[1].exitcode == 1 and "shard of step 3 written" in printed.read_text()[before:], printed.read_text()
     recover_partial_checkpoints(run / "checkpoints")  # as the next start does
     assert find_newest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-00000003"
     assert read_losses(run) == read_losses(two_ranks)[:3]
