@@ -52,7 +52,8 @@ def measure(settings: dict[str, Any]) -> int:
     """Run all cases on this rank; rank 0 prints their figures.
 
     Args:
-        settings: `types` holds pairs of `engine.accumulation_dtype` and `engine.communication_dtype`.
+        settings: `types` holds pairs of `engine.accumulation_dtype` and `engine.communication_dtype`. Two more are for
+            less than all: `num_tensors` for the sums, and `peaks`, pairs of a stage and the number of micro steps.
     """
     from sdxl_trainer.launch.distributed import close_ranks, init_ranks
     from sdxl_trainer.launch.logger import init_logger
@@ -61,12 +62,13 @@ def measure(settings: dict[str, Any]) -> int:
     ranks = init_ranks()
     init_logger(ranks.rank, "WARNING")
     figures: dict[str, float] = {}
+    num_tensors = settings.get("num_tensors", NUM_TENSORS)
     for stage, (accumulation, communication) in product(STAGES, settings["types"]):
-        name = f"ranks{ranks.world_size}_zero{stage}_{accumulation}_{communication}"
-        figures[f"error_{name}"], counted = measure_sum(stage, accumulation, communication)
-        figures.update({f"bytes_{name}_{collective}": count / NUM_WEIGHTS for collective, count in counted.items()})
-        figures[f"sent_{name}"] = sum(TIMES_SENT[key] * count for key, count in counted.items()) / NUM_WEIGHTS
-    for stage, steps in product(STAGES, (1, STEPS)):
+        name, num_weights = f"ranks{ranks.world_size}_zero{stage}_{accumulation}_{communication}", num_tensors * SIDE**2
+        figures[f"error_{name}"], counted = measure_sum(stage, accumulation, communication, num_tensors)
+        figures.update({f"bytes_{name}_{collective}": count / num_weights for collective, count in counted.items()})
+        figures[f"sent_{name}"] = sum(TIMES_SENT[key] * count for key, count in counted.items()) / num_weights
+    for stage, steps in settings.get("peaks", product(STAGES, (1, STEPS))):
         figures[f"peak_ranks{ranks.world_size}_zero{stage}_steps{steps}"] = measure_peak(stage, steps) / NUM_WEIGHTS
     if ranks.is_main:
         print(json.dumps(figures), flush=True)
@@ -74,21 +76,23 @@ def measure(settings: dict[str, Any]) -> int:
     end_program(0)
 
 
-def measure_sum(stage: int, accumulation: str, communication: str, **more: Any) -> tuple[float, Counter[str]]:
+def measure_sum(
+    stage: int, accumulation: str, communication: str, num_tensors: int = NUM_TENSORS, **more: Any
+) -> tuple[float, Counter[str]]:
     """Return the relative error of the sum that one update used, and the bytes of each collective in a later step.
 
     Args:
         more: further settings of the engine.
     """
     types = {"accumulation_dtype": accumulation, "communication_dtype": communication, **more}
-    engine, rank, world_size = build_engine(stage, STEPS, torch.optim.SGD, types)
+    engine, rank, world_size = build_engine(stage, STEPS, torch.optim.SGD, types, num_tensors)
     train_step(engine, range(STEPS), rank)
     with CollectiveBytes() as counted:
         engine.set_lr(0.0)
         train_step(engine, range(STEPS), rank)
     pairs = list(product(range(world_size), range(STEPS)))
     wrong = total = 0.0
-    for number in range(NUM_TENSORS):
+    for number in range(num_tensors):
         expected = sum(draw_gradient(number, rank, step).double() for rank, step in pairs) / len(pairs)
         difference = engine.weights.gather(f"parts.{number}.weight").double() + expected
         wrong, total = wrong + difference.square().sum().item(), total + expected.square().sum().item()
@@ -108,7 +112,9 @@ def measure_peak(stage: int, steps: int) -> float:
     return held + counted.peak
 
 
-def build_engine(stage: int, steps: int, kind: Any, types: dict[str, Any]) -> tuple[Any, int, int]:
+def build_engine(
+    stage: int, steps: int, kind: Any, types: dict[str, Any], num_tensors: int = NUM_TENSORS
+) -> tuple[Any, int, int]:
     """Build an engine in bf16 over weights of zero; return it, this rank and the number of ranks."""
     from sdxl_trainer.configs.engine import EngineConfig
     from sdxl_trainer.launch.distributed import read_environment
@@ -116,10 +122,10 @@ def build_engine(stage: int, steps: int, kind: Any, types: dict[str, Any]) -> tu
     from sdxl_trainer.train.engine.engine import Engine
 
     rank, _, world_size = read_environment()
-    model = KnownGradients()
-    weights, size = list(model.parameters()), NUM_TENSORS // NUM_GROUPS
-    groups = [{"params": weights[start : start + size]} for start in range(0, NUM_TENSORS, size)]
-    bucket, live = (int(values * NUM_WEIGHTS / WEIGHTS) for values in (BUCKETS[world_size], MAX_LIVE))
+    model = KnownGradients(num_tensors)
+    weights, size = list(model.parameters()), num_tensors // NUM_GROUPS
+    groups = [{"params": weights[start : start + size]} for start in range(0, num_tensors, size)]
+    bucket, live = (int(values * num_tensors * SIDE**2 / WEIGHTS) for values in (BUCKETS[world_size], MAX_LIVE))
     zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
     zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
     zero |= {"stage3_param_persistence_threshold": 0}
@@ -138,9 +144,9 @@ def train_step(engine: Any, steps: range, rank: int) -> None:
 class KnownGradients(torch.nn.Module):
     """Weights whose gradients are `draw_gradient`, whatever their values."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tensors: int) -> None:
         super().__init__()
-        self.parts = torch.nn.ModuleList(KnownGradient(number) for number in range(NUM_TENSORS))
+        self.parts = torch.nn.ModuleList(KnownGradient(number) for number in range(num_tensors))
 
     def forward(self, rank: int, step: int) -> torch.Tensor:
         """Return a loss."""

@@ -14,8 +14,6 @@ fi
 ruff check .
 ruff format --check .
 pyright
-# Tests start Python hundreds of times. Without bytecode each start would compile the project anew.
-unset PYTHONDONTWRITEBYTECODE
 # Three workers for two cores, because ranks often wait for each other. A file stays on one worker, which shares fixtures between its tests.
 # -rs lists every skipped test with its reason.
 python -m pytest -rs --numprocesses 3 --dist loadfile --no-loadscope-reorder ${selected[@]+"${selected[@]}"} "$@"
