@@ -62,7 +62,10 @@ class RankServer(forkserver.ForkServer):
     def ensure_running(self) -> None:
         """Start the server, or join that of another worker."""
         if self._forkserver_alive_fd is not None:
-            return
+            if os.path.exists(self._forkserver_address):
+                return
+            os.close(self._forkserver_alive_fd)  # the worker that started it has ended, and its address with it
+            self._forkserver_alive_fd = self._forkserver_pid = None
         place = os.environ.get(PLACE_VARIABLE)
         with FileLock(f"{place}.lock") if place else nullcontext():
             if not (place and self._join(Path(place))):
@@ -74,11 +77,14 @@ class RankServer(forkserver.ForkServer):
     def _join(self, place: Path) -> bool:
         try:
             found = json.loads(place.read_text())
-            self._forkserver_alive_fd = os.open(f"/proc/{found['process']}/fd/{found['pipe']}", os.O_WRONLY)
+            pipe = os.open(f"/proc/{found['process']}/fd/{found['pipe']}", os.O_WRONLY)
         except OSError:
             return False
+        if not os.path.exists(found["address"]):
+            os.close(pipe)
+            return False
         resource_tracker.ensure_running()
-        self._forkserver_address = found["address"]
+        self._forkserver_alive_fd, self._forkserver_address = pipe, found["address"]
         return True
 
 
