@@ -20,6 +20,7 @@ from sdxl_trainer.configs.yaml_file import AmbiguousWord, dump_yaml, load_yaml
 if TYPE_CHECKING:
     from sdxl_trainer.configs.kohya.entries import Option
 
+MIN_BEGINNING = 4  # letters that a shortened name of a setting begins with
 # Files that configs/import_config.py converts, and a key that only those of other programs have.
 IMPORTED_SUFFIXES = (".toml", ".py", ".sh", ".bat", ".cmd", ".ps1")
 IMPORTED_KEY = "pretrained_model_name_or_path"
@@ -156,7 +157,8 @@ def suggest_key(key: str) -> str:
     section = key.rpartition(".")[0]
     own = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
     # Within a known section only the last part counts: the section's name would make any two keys much alike.
-    found = suggest_name(last, own) if own else suggest_name(key, known)
+    begun = (name for name in own if len(last) >= MIN_BEGINNING and name.startswith(last[:MIN_BEGINNING]))
+    found = suggest_name(last, own) or next(begun, "") if own else suggest_name(key, known)
     near = near or (f"{section}.{found}" if own and found else found)
     near = near or leaves.get(suggest_name(last, leaves, cutoff=cutoff), "")
     return rename_key(near)

@@ -18,6 +18,7 @@ from programs import ROOT, run_program
 from sdxl_trainer.configs.load import build_config, iterate_keys, load_config
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.train import convert
+from sdxl_trainer.train.tiny.build import build_tiny_sdxl, load_wide_vae
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -72,6 +73,10 @@ def fill_stage(stage: Path, tiny_folder: Path, run: Path) -> None:
     (models / "sdxl-diffusers").symlink_to(tiny_folder / "model")
     (models / "clip-tokenizer").symlink_to(tiny_folder / "model" / "tokenizer")
     assert convert.main([str(tiny_folder / "model"), str(models / "sd_xl_base_1.0.safetensors"), "--dtype=fp32"]) == 0
+    load_wide_vae(32).save_pretrained(models / "flux2-vae")
+    wide, first = build_tiny_sdxl(stage / "wide", channels=32), stage / "runs" / "first" / "models"
+    first.mkdir(parents=True)
+    assert convert.main([str(wide), str(first / "step-00002000.safetensors"), "--dtype=fp32"]) == 0
     metadata = json.loads(draw_demo_set(images, num_images=8).read_text())
     for record in metadata.values():
         (images / record["image_path"]).with_suffix(".txt").write_text(record["caption"])

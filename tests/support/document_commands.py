@@ -41,12 +41,17 @@ PROGRAMS = {
 }
 PYTHON = re.compile(r"python -m sdxl_trainer\.(\w+(?:\.\w+)+) ")
 SMALL = ["data.resolution_px=128", "data.min_bucket_px=64", "data.max_bucket_px=256", "data.bucket_step_px=32"]
+CACHED = {"model": {"path", "vae"}, "data": {"max_tokens", "caption", "strategy"}}  # decide on a cache
+FLUX_VAE = "models/flux2-vae"
 DRAWN = ["sample.width_px=64", "sample.height_px=64", "sample.num_inference_steps=2", "engine.precision=bf16"]
 
 
-def list_stand_ins(stage: Path) -> list[str]:
-    """The tiny SDXL as a single file, and eight images."""
+def list_stand_ins(stage: Path, settings: str) -> list[str]:
+    """The tiny SDXL as a single file, and eight images; where a YAML text names Flux 2's VAE, the tiny one of as many
+    channels."""
+    is_wide = FLUX_VAE in settings
     return [
+        *([f"model.vae={stage / FLUX_VAE}"] if is_wide else []),
         f"run.dir={stage / 'runs'}",
         f"model.path={stage / 'models/sd_xl_base_1.0.safetensors'}",
         f"model.config={stage / 'models/sdxl-diffusers'}",
@@ -54,7 +59,7 @@ def list_stand_ins(stage: Path) -> list[str]:
         f"data.image_dirs=[{stage / 'data/images'}]",
         *SMALL,
         "data.num_workers=0",
-        f"cache.dir={stage / 'data/latents'}",
+        f"cache.dir={stage / 'data' / ('latents-flux2' if is_wide else 'latents')}",
     ]
 
 
@@ -102,7 +107,7 @@ def run_command(command: str, stage: Path) -> int:
     if not program:
         return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=stage).returncode
     if "--cfg" in words:
-        words = stand_in(words, list_stand_ins(stage))
+        words = stand_in(words, list_stand_ins(stage, Path(words[words.index("--cfg") + 1]).read_text()))
     elif program == "train.convert":
         words = [*words, "--overwrite"]  # several pages convert to the same name
     elif program == "train.sample_main":
@@ -126,7 +131,7 @@ class Trainings:
             self.known.add((text, *options.overrides))
             copy = self.stage / f"settings-{len(self.commands)}.yaml"
             copy.write_text(text)
-            words = stand_in(options.overrides, list_stand_ins(self.stage))
+            words = stand_in(options.overrides, list_stand_ins(self.stage, text))
             cache, status = self.fill_cache(copy, words)
             words.append(f"cache.dir={cache}")  # of the words for one setting the last counts
             self.commands.append((command, copy, words))
@@ -137,7 +142,7 @@ class Trainings:
         """A cache folder that a job with these settings has filled from nothing, and the job's exit status."""
         config, _ = load_config(copy, words)
         kept = {*type(config.cache).model_fields} - {"dir"}
-        key = config.model_dump_json(include={"data": {"max_tokens", "caption", "strategy"}, "cache": kept})
+        key = config.model_dump_json(include={**CACHED, "cache": kept})
         if key in self.caches:
             return self.caches[key], 0
         folder = self.caches[key] = self.stage / "data" / f"latents-{len(self.caches)}"
@@ -156,7 +161,7 @@ def main() -> int:
     stage = Path(sys.argv[1])
     os.chdir(stage)
     trainings, failed = Trainings(stage), []
-    words = stand_in(["--cfg", "my.yaml"], list_stand_ins(stage))
+    words = stand_in(["--cfg", "my.yaml"], list_stand_ins(stage, Path("my.yaml").read_text()))
     assert call("cache.main", words) == 0
 
     def finish(command: str, run: Callable[..., int], *arguments: object) -> None:

@@ -40,7 +40,7 @@ def work() -> None:
     if case == "slow":
         if ranks.rank == 1:
             work_slowly(3 * TIMEOUT_SECONDS)
-        sys.stdout.write(f"{gather_objects(ranks.rank)}\n")
+        print(gather_objects(ranks.rank), flush=True)  # rank 2 is killed
         if ranks.rank == 2:
             time.sleep(600)
     elif case == "frozen":

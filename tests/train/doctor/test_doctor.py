@@ -130,7 +130,7 @@ def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "read_host_memory_bytes", lambda: 500 * 10**9)
     model = {"path": str(CONFIGS / "sdxl")}
     config, _ = resolve_zero_stage(build_config({"model": model}, ["train.global_batch_size=1"])[0], 1)
-    sizes = memory.measure_networks(config, memory.resolve_model(config.model), Size(1024, 1024))  # takes seconds
+    sizes = memory.measure_networks(config, memory.resolve_pair(config), Size(1024, 1024))  # takes seconds
 
     def get_sizes(given: Config, source: ModelSource, bucket: Size) -> NetworkSizes:
         assert (given, bucket) == (config, sizes.bucket)

@@ -20,15 +20,19 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from gradients import LARGEST_PEAK, RANKS, STAGES, STEPS, measure_sum  # noqa: E402
 from scale import compute_sent_bytes  # noqa: E402
 
-NUM_TENSORS = 30  # in sums; a step of ZeRO costs time by tensor
+NUM_TENSORS = 30  # in the sums of several ranks; a step of ZeRO costs time by tensor
 
 
 def measure(
-    types: list[tuple[str, str]], peaks: list[tuple[int, int]], ranks: int, monkeypatch: pytest.MonkeyPatch
+    types: list[tuple[str, str]],
+    peaks: list[tuple[int, int]],
+    ranks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    **more: int,
 ) -> dict[str, float]:
     """Return the figures of benchmarks/gradients.py for pairs of types (accumulation, communication), and for pairs of
     a stage and a number of micro steps."""
-    settings = {"types": types, "peaks": peaks, "num_tensors": NUM_TENSORS}
+    settings = {"types": types, "peaks": peaks, **more}
     monkeypatch.setenv("BENCHMARK_SETTINGS", json.dumps(settings))
     printed = run_program("benchmarks/gradients.py", ranks=ranks)
     return json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
@@ -36,7 +40,7 @@ def measure(
 
 def test_several_ranks_add_in_fp32_and_send_what_scale_md_says(monkeypatch: pytest.MonkeyPatch) -> None:
     types = [("auto", "auto"), ("fp32", "bf16"), ("bf16", "bf16")]
-    figures = measure(types, [(stage, STEPS) for stage in STAGES], RANKS, monkeypatch)
+    figures = measure(types, [(stage, STEPS) for stage in STAGES], RANKS, monkeypatch, num_tensors=NUM_TENSORS)
     for stage in STAGES:
         exact, sent_low, all_low = (figures[f"error_ranks{RANKS}_zero{stage}_{one}_{other}"] for one, other in types)
         # Two ranks in bf16 are one rounding more; 4 micro steps in bf16 are several.
@@ -66,9 +70,7 @@ def test_one_rank_takes_no_more_memory_without_accumulation(monkeypatch: pytest.
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_sums_are_in_fp32_too(stage: int) -> None:
     init_ranks()
-    exact, rounded = (
-        measure_sum(stage, kind, "auto", NUM_TENSORS, offload_optimizer=True)[0] for kind in ("auto", "bf16")
-    )
+    exact, rounded = (measure_sum(stage, kind, "auto", offload_optimizer=True)[0] for kind in ("auto", "bf16"))
     assert exact < 1e-6 < 1e-3 < rounded
 
 

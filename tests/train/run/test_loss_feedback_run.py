@@ -16,7 +16,7 @@ SETTINGS = ("objective.learned_weighting=true", "objective.adaptive_timestep_bin
 def train(settings: Path, name: str, ranks: int, steps: int, with_report: bool = False) -> None:
     words = (f"run.name={name}", f"train.max_steps={steps}", "optim.schedule=constant", *SETTINGS)
     program = ("train/main.py", "--cfg") if with_report else ("tests/support/several_runs.py", "train")
-    run_program(*program, settings, *words, ranks=ranks)
+    run_program(*program, settings, *words, ranks=ranks, writes_report=with_report)
 
 
 def load_state(run: Path, step: int) -> TrainState:
