@@ -113,6 +113,8 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> tuple[Co
             for problem in violations.contradictions:
                 if problem not in problems and not _names_any(problem, unset):
                     _add_value_problem(problems, problem)
+            # From here on these settings have their defaults, too.
+            unset += [problem.key for problem in violations.contradictions]
             if not violations.locations:
                 raise UserInputError(problems) from None
             for location in violations.locations:
@@ -349,8 +351,8 @@ def _list_violations(error: ValidationError, settings: dict) -> _Violations:
 
 def _names_any(problem: Problem, keys: Iterable[str]) -> bool:
     """Return whether the rule of a problem names a setting."""
-    names = {key.rpartition(".")[2] for key in keys if key and key != problem.key}
-    return any(re.search(rf"\b{re.escape(name)}\b", problem.rule) for name in names)
+    names = {key.rpartition(".")[2] if "." in key else f"{key}." for key in keys if key and key != problem.key}
+    return any(re.search(rf"\b{re.escape(name)}(?!\w)", problem.rule) for name in names)
 
 
 def _add_value_problem(problems: list[Problem], problem: Problem) -> None:

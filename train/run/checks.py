@@ -90,7 +90,7 @@ def read_checked_vae_config(config: Config, source: ModelSource, index: Index, r
         with share_problems():
             if ranks.is_main:
                 vae = describe_vae(source, config.model)
-                problems = [*check_latent_vae(config, index, vae)]
+                problems = [*check_shared_memory(config, vae.channels), *check_latent_vae(config, index, vae)]
                 if config.validation.has_own_set:
                     validation_index, _ = open_validation_set(config)
                     problems += check_latent_vae(derive_validation_config(config), validation_index, vae)
