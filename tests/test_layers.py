@@ -20,7 +20,7 @@ ROOMS = {
     "data": ("images", "formats", "stores", "metadata", "index", "order", "text", "checks", "loading"),
     "cache": ("models", "encode", "upkeep", "preview"),
     "train": (
-        *("objective", "networks", "optim", "engine", "checkpoint", "sampling"),
+        *("held_out", "objective", "networks", "optim", "engine", "checkpoint", "sampling"),
         *("report", "evidence", "export", "estimates", "tiny", "run", "doctor", "watch", "ablation"),
     ),
     "configs": ("language", "kohya"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.train.evidence.comparison import describe_differences
 from sdxl_trainer.train.evidence.pairing import has_diverged, share_errors
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, list_files, read_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, list_files, read_sample_errors
 
 FIRST_SHARE = 0.25  # of the steps, before which nothing is stopped: warm-up and early noise
 MARGIN = 0.1  # of the baseline's error

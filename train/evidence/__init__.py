@@ -1,1 +1,1 @@
-"""Evidence of which setting helps: errors of each validation sample, and the comparison of runs by them."""
+"""Evidence of which setting helps: the comparison of runs by their validations."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.train.evidence.inference import (
+from sdxl_trainer.train.evidence.pairing import NUM_BINS, SharedErrors, choose_steps, share_errors
+from sdxl_trainer.train.evidence.runs import Arm, Axis, EvidenceRun, form_arms, list_differences
+from sdxl_trainer.train.held_out.inference import (
     CONFIDENCE,
     Uncertainty,
     Variance,
@@ -19,9 +21,7 @@ from sdxl_trainer.train.evidence.inference import (
     compute_t_interval,
     count_needed,
 )
-from sdxl_trainer.train.evidence.pairing import NUM_BINS, SharedErrors, choose_steps, share_errors
-from sdxl_trainer.train.evidence.runs import Arm, Axis, EvidenceRun, form_arms, list_differences
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, name_bin
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, name_bin
 
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 MIN_SEEDS = 3  # of each arm

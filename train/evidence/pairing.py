@@ -8,7 +8,7 @@ import numpy as np
 
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.train.evidence.runs import Axis, EvidenceRun
-from sdxl_trainer.train.evidence.sample_errors import LOG_SNR_EDGES, ErrorTable
+from sdxl_trainer.train.held_out.sample_errors import LOG_SNR_EDGES, ErrorTable
 
 NUM_BINS = len(LOG_SNR_EDGES) + 1
 # Relative difference of a latent's mean square from which it counts as another latent: rounding is a thousandth of it.

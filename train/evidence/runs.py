@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.train.evidence.sample_errors import ErrorTable, list_files, read_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import ErrorTable, list_files, read_sample_errors
 from sdxl_trainer.train.report.charts import read_series
 from sdxl_trainer.train.report.settings import read_settings
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.train.evidence.comparison import UNDECIDED, ArmComparison, Comparison, Difference, SettingVerdict
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS
 
 ERROR_NAMES = {"x0": "x0 error", "v": "v error", "loss": "validation loss"}
 

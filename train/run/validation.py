@@ -18,7 +18,7 @@ from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import gather_objects
 from sdxl_trainer.launch.signals import BrokenOff
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys

@@ -13,7 +13,7 @@ from sdxl_trainer.train.ablation.grid import build_arms, parse_variations
 from sdxl_trainer.train.ablation.hopeless import find_hopeless
 from sdxl_trainer.train.ablation.plan import Request, plan_runs
 from sdxl_trainer.train.ablation.training import read_state
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
 
 PROGRAM = "train/ablation/__main__.py"
 

@@ -14,7 +14,7 @@ from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.train.evidence.comparison import BETTER, UNDECIDED, WORSE, Comparison, Options, compare_runs
 from sdxl_trainer.train.evidence.program import main
 from sdxl_trainer.train.evidence.runs import form_arms, open_runs
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
 from sdxl_trainer.train.sampling.image_grid import write_image
 
 LOG_SNRS = (-5.0, -1.0, 1.0, 5.0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdxl_trainer.train.evidence.comparison import BETTER, UNDECIDED, WORSE, judge_setting
-from sdxl_trainer.train.evidence.inference import (
+from sdxl_trainer.train.held_out.inference import (
     Uncertainty,
     Variance,
     adjust_by_holm,

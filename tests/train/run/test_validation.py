@@ -26,7 +26,7 @@ from sdxl_trainer.data.order.plan import Position
 from sdxl_trainer.data.order.split import exclude_rows
 from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.launch.signals import BrokenOff
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, SampleError, get_file, list_files, read_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, SampleError, get_file, list_files, read_sample_errors
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.report.metrics import read_metrics

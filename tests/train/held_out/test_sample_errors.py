@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.train.evidence.sample_errors import (
+from sdxl_trainer.train.held_out.sample_errors import (
     WEIGHTS,
     Facts,
     SampleError,
