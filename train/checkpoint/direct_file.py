@@ -17,7 +17,7 @@ class DirectFile:
     """New file that is written from front to back, bypassing the page cache where the file system supports it.
 
     The cache would hold a copy that nobody reads, and evict the latents that training reads. Writing through it costs
-    training CPU time (docs/RELIABILITY.md has the measurement).
+    training CPU time (docs/TRIALS.md has the measurement).
 
     `torch.save` accepts it as a file, because it calls `write` and `flush` only.
 

@@ -60,7 +60,7 @@ MOVED_FORWARD, MOVED_BACKWARD = 3.41, 6.45
 REPEATED_BY_SELECTIVE = 0.47  # share of the forward pass's moved bytes that selective checkpointing moves again
 TRAFFIC = "norms and activations"
 VALUE_BYTES = 2  # of bf16 and fp16
-# At ZeRO 2 in bf16 on one rank, as docs/PERFORMANCE.md has them. Of a micro step: the U-Net's passes, text encoders,
+# At ZeRO 2 in bf16 on one rank, as docs/BENCHMARKS.md has them. Of a micro step: the U-Net's passes, text encoders,
 # and the objective, sums and hooks beside them; of an update with one moving average.
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES, TEXT_LAUNCHES, OTHER_LAUNCHES = 1998, 3804, 577, 271
 UPDATE_LAUNCHES = 462

@@ -3,7 +3,7 @@
 `full` repeats every residual and transformer block. `selective` repeats the cheap operations alone: norms and
 activation functions that feed a convolution or a matrix product. PyTorch ends the repetition of a region as soon as all
 its saved tensors are there again, so the convolution or product at the end of a region is not repeated.
-docs/PERFORMANCE.md has the bytes and FLOPs of each.
+docs/BENCHMARKS.md has the bytes and FLOPs of each.
 """
 
 from collections.abc import Callable

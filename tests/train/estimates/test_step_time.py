@@ -76,7 +76,7 @@ def test_moved_bytes_are_those_of_the_meta_device(monkeypatch: pytest.MonkeyPatc
 
 
 def test_launches_are_those_that_the_document_has_counted() -> None:
-    page = (ROOT / "docs" / "PERFORMANCE.md").read_text()
+    page = (ROOT / "docs" / "BENCHMARKS.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| 2, bf16 | 1 |"))
     assert re.findall(r"\*\*(\d+)\*\*", row) == [str(step_time.OTHER_LAUNCHES), str(step_time.UPDATE_LAUNCHES)]
     passes = f"{step_time.FORWARD_LAUNCHES:,} kernels in bf16 and its backward pass {step_time.BACKWARD_LAUNCHES:,}"
@@ -126,7 +126,7 @@ def test_settings_change_the_parts_that_they_are_about() -> None:
     assert full.pop("gradient checkpointing") == pytest.approx(0.77 * sum(forward)) and full == plain
     selective = get_parts("engine.gradient_checkpointing=selective")
     assert selective.pop("gradient checkpointing") == pytest.approx(0.47 * forward[-1]) and selective == plain
-    # FLOPs again of a forward pass of 6.76 TFLOP (docs/PERFORMANCE.md).
+    # FLOPs again of a forward pass of 6.76 TFLOP (docs/BENCHMARKS.md).
     assert REPEATED_BY_FULL == pytest.approx(5.21 / 6.76, rel=0.01)
     text = get_parts("cache.text=false")
     # 111.2 GFLOP an image take less time than the host needs for the kernels.
