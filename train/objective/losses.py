@@ -25,7 +25,8 @@ def compute_sample_loss(
     """Return the mean error of each sample, [B] float32, computed in float32 for a prediction of any dtype.
 
     Args:
-        prediction, target: [B, C, h, w].
+        prediction: [B, C, h, w].
+        target: as `prediction`.
         loss: a name in `LOSSES`, or a function of the user.
         huber_c: [B], the c of `huber` and `smooth_l1`; None means 1.
         masks: [B, H, W] values from 0 to 1, at any resolution. They are resized to the latent and multiplied into the
