@@ -21,6 +21,7 @@ from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
 
 DEFAULT_STEPS = 1000  # of a run without train.max_steps and train.max_epochs
+MAX_EMA_LENGTH = 0.28  # that of equal weights for all steps is 1/sqrt(12), 0.289
 
 
 class RunConfig(Section):
@@ -303,8 +304,7 @@ class CacheConfig(Section):
 
 
 class EmaConfig(Section):
-    """Exponential moving averages (EMA) of the weights, kept in fp32 beside the master weights and sharded like
-    them."""
+    """Moving averages (EMA) of the weights, kept in fp32 beside the master weights and sharded like them."""
 
     decays: list[Annotated[float, Field(gt=0, lt=1)]] = []
     """Decay of each average, such as `[0.999, 0.9999]`; an empty list keeps no average. Each takes 4 bytes per weight,
@@ -317,13 +317,28 @@ class EmaConfig(Section):
     memory anyway."""
     sample: bool = True
     """Generate images with the first average instead of the current weights."""
+    lengths: list[Annotated[float, Field(gt=0, le=MAX_EMA_LENGTH)]] = []
+    """Lengths of power-function averages, such as `[0.05, 0.1]`, as shares of the training so far
+    ([arXiv 2312.02696](https://arxiv.org/abs/2312.02696), sigma_rel). Each takes as much memory as a decay. They are
+    stored in `snapshots/` in the run folder; `train/convert.py --ema-length` computes any other length from two."""
+    snapshot_every_steps: int = Field(1000, ge=1)
+    """How often the averages of `ema.lengths` are stored, besides at the last step. With `[0.05, 0.1]`, 20 times in a
+    run reach lengths from 0.02 to 0.25. Snapshots are never deleted."""
+    snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Data type of stored averages. `fp16` takes 5 GB for SDXL's U-Net, rounds as an exported model does, and is what
+    the paper uses. `fp32` doubles that and adds no rounding. `bf16` is 8 times coarser than `fp16`."""
 
-    @field_validator("decays")
+    @field_validator("decays", "lengths")
     @classmethod
-    def _require_distinct(cls, decays: list[float]) -> list[float]:
-        if len({f"{decay:g}" for decay in decays}) < len(decays):
-            raise ValueError("contains a decay twice (compared to six digits); remove one")
-        return decays
+    def _require_distinct(cls, numbers: list[float]) -> list[float]:
+        if len({f"{number:g}" for number in numbers}) < len(numbers):
+            raise ValueError("contains a value twice (compared to six digits); remove one")
+        return numbers
+
+    @property
+    def num_averages(self) -> int:
+        """The number of averages that are kept."""
+        return len(self.decays) + len(self.lengths)
 
 
 class TrainConfig(Section):

@@ -166,6 +166,9 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "train.max_steps=2",
             "checkpoint.every_steps=0",
             "ema.decays=[0.5]",
+            "ema.lengths=[0.1]",
+            "ema.snapshot_every_steps=1",
+            "ema.snapshot_dtype=fp32",
             "ema.sample=false",
         )
         more = ("run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")

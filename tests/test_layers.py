@@ -48,6 +48,7 @@ PROGRAMS = (
         "train/convert.py",
         "train/cli.py",
         "train/compare.py",
+        "train/validate.py",
         "data/demo.py",
         "configs/document.py",
         "configs/import_config.py",

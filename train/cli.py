@@ -52,6 +52,7 @@ PROGRAMS = {
     "train": Program("train, or resume", "train.sh"),
     "watch": Program("show runs in your browser while they go on", "watch.sh"),
     "report": Program("write the report of a run as one page", "sdxl_trainer.train.report"),
+    "validate": Program("validate a model file on the validation set of a run", "sdxl_trainer.train.validate"),
     "compare": Program("compare runs: which setting helps, by how much", "sdxl_trainer.train.compare"),
     "ablate": Program("train a grid of settings, and compare them", "ablate.sh"),
     "sample": Program("generate the images of a prompt file", "sample.sh"),

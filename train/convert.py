@@ -23,6 +23,7 @@ DESCRIPTION = (
 EXAMPLES = (
     "%(prog)s runs/my my-model.safetensors",
     "%(prog)s runs/my/checkpoints/step-00005000 my-5000.safetensors --dtype fp16",
+    "%(prog)s runs/my my-ema-0.13.safetensors --ema-length 0.13",
     "%(prog)s runs/my-lora my-model-with-lora.safetensors --merge",
     "%(prog)s model.safetensors with-style.safetensors --adapter style.safetensors --strength 0.8",
     "%(prog)s tuned.safetensors difference.safetensors --base sd_xl_base_1.0.safetensors --rank 64 --conv-rank 16",
@@ -48,7 +49,18 @@ def build_convert_parser() -> argparse.ArgumentParser:
         choices=("fp32", "fp16", "bf16"),
         help="of the weights (checkpoint.export_dtype of the settings, else fp16)",
     )
-    parser.add_argument("--ema", metavar="DECAY", help="convert the moving average of this decay, such as 0.999")
+    parser.add_argument(
+        "--ema", metavar="NAME", help="convert a moving average of the checkpoint, such as 0.999 or length-0.05"
+    )
+    parser.add_argument(
+        "--ema-length",
+        type=float,
+        metavar="X",
+        help="compute the average of this length, such as 0.13, from the snapshots of a run with ema.lengths",
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="step at which that average ends (that of the last snapshot)"
+    )
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapters of a LoRA run merged into it"
     )
@@ -98,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         words = [*options.overrides, *([f"checkpoint.export_dtype={options.dtype}"] if options.dtype else [])]
         conversion = Conversion(
             average=options.ema,
+            length=options.ema_length,
+            step=options.step,
             merge=options.merge,
             adapters=options.adapter,
             strengths=options.strength,

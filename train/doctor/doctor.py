@@ -32,7 +32,7 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.doctor.memory import examine_memory, examine_presets
 from sdxl_trainer.train.doctor.scratch import leave_no_index, open_scratch_run
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
-from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
+from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes, compute_snapshot_sizes
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.measured_memory import list_gpu_memory_bytes
 from sdxl_trainer.train.estimates.preset_choice import compute_usable_bytes
@@ -73,8 +73,12 @@ def examine_all(
     config = yield from examine_memory(config, world_size, gpu_bytes)
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, num_steps, world_size, gpu_names))
-    checkpoint_bytes = compute_checkpoint_bytes(config, list_shapes(config)) * (config.checkpoint.keep_last + 1)
-    yield examine_disk("run.dir", config.run.folder, checkpoint_bytes)
+    shapes = list_shapes(config)
+    checkpoint_bytes = compute_checkpoint_bytes(config, shapes) * (config.checkpoint.keep_last + 1)
+    snapshots = compute_snapshot_sizes(config, shapes, num_steps or 0)
+    if snapshots.number:
+        yield Finding("ema.lengths", snapshots.describe())
+    yield examine_disk("run.dir", config.run.folder, checkpoint_bytes + snapshots.total_bytes)
     yield examine_disk("cache.dir", get_cache_folder(config))
 
 

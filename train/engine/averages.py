@@ -1,27 +1,63 @@
 """Moving averages of the weights, on the device or, beside the steps, on the host."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.train.engine.host_memory import HostMemory
+from sdxl_trainer.train.engine.power_profiles import compute_gamma, compute_power_decay
 from sdxl_trainer.train.optim.host_threads import choose_num_threads, use_threads
 
-# Moves the averages towards masters, at the update of this number.
-Move = Callable[[Sequence[torch.Tensor], int], None]
+# Moves averages towards masters by the decay of each.
+Move = Callable[[Sequence[torch.Tensor], Mapping[str, float]], None]
 GROUP_VALUES = 2**24  # weights that are converted to fp32 at a time
 
 
+@dataclass
+class PowerClock:
+    """Time of the power-function averages, which a decay depends on. Checkpoints hold it.
+
+    It starts with the run, or with the checkpoint after which a run first keeps such averages. An average that is
+    added later begins as the weights of that moment.
+    """
+
+    first_step: int = 0  # step of the run at which the clock started
+    updates: int = 0  # since then
+    joined: dict[str, int] = field(default_factory=dict)  # average → `updates` when it was added
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the content of a checkpoint; see `from_plain`."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, saved: Mapping[str, Any] | None, names: Sequence[str], step: int) -> "PowerClock":
+        """Return the clock for averages that continue from a checkpoint.
+
+        Args:
+            saved: None if the checkpoint holds no power-function average.
+            names: of the averages.
+            step: of the checkpoint.
+        """
+        if not saved or not saved["joined"]:
+            return cls(first_step=step, joined=dict.fromkeys(names, 0))
+        updates = int(saved["updates"])
+        joined = {name: int(saved["joined"].get(name, updates)) for name in names}
+        return cls(first_step=int(saved["first_step"]), updates=updates, joined=joined)
+
+
 class Ema:
-    """Exponential moving averages of flat tensors, one set for each decay. Each rank averages its own masters only.
+    """Moving averages of flat tensors, one set for each decay or length. Each rank averages its own masters only.
 
     Args:
-        config: with a decay for each average, which has the name `name_average(decay)`.
+        config: with a decay for each exponential average, named `name_average(decay)`, and a length for each
+            power-function average (power_profiles.py), named `name_length(length)`.
         masters: the tensors to average, of any shapes; the averages are flat, in fp32, and begin as copies.
         device: of the model.
     """
@@ -29,14 +65,21 @@ class Ema:
     def __init__(self, config: EmaConfig, masters: Sequence[torch.Tensor], device: torch.device):
         self.warmup = config.warmup
         self.num_updates = 0
+        self._decays = {name_average(decay): decay for decay in config.decays}
+        self._gammas = {name_length(length): compute_gamma(length) for length in config.lengths}
+        self.clock = PowerClock(joined=dict.fromkeys(self._gammas, 0))
         self._beside = HostUpdates(device) if config.on_host else None
         places = ["cpu" if config.on_host else master.device for master in masters]
         copied = list(zip(masters, places, strict=True))
         self._averages = {
-            name_average(decay): [flatten(master).to(place, copy=True) for master, place in copied]
-            for decay in config.decays
+            name: [flatten(master).to(place, copy=True) for master, place in copied]
+            for name in (*self._decays, *self._gammas)
         }
-        self._decays = dict(zip(self._averages, config.decays, strict=True))
+
+    @property
+    def length_names(self) -> list[str]:
+        """Names of the power-function averages."""
+        return list(self._gammas)
 
     @property
     def averages(self) -> dict[str, list[torch.Tensor]]:
@@ -51,11 +94,14 @@ class Ema:
         On the host this begins here, when the last update has ended, and runs beside the caller.
         """
         self.num_updates += 1
+        self.clock.updates += 1
+        decays = {name: compute_decay(self.num_updates, decay, self.warmup) for name, decay in self._decays.items()}
+        decays |= {name: compute_power_decay(self.clock.updates, gamma) for name, gamma in self._gammas.items()}
         if self._beside is None:
-            self._move(masters, self.num_updates)
+            self._move(masters, decays)
         else:
             # The masters' present memory: a parameter may point elsewhere in a pass.
-            self._beside.start([master.detach() for master in masters], self._move, self.num_updates)
+            self._beside.start([master.detach() for master in masters], self._move, decays)
 
     def finish_reading(self) -> None:
         """Wait until an update beside the caller has read the masters, which may change then."""
@@ -63,12 +109,11 @@ class Ema:
             self._beside.finish_reading()
 
     @torch.no_grad()
-    def _move(self, masters: Sequence[torch.Tensor], num_updates: int) -> None:
+    def _move(self, masters: Sequence[torch.Tensor], decays: Mapping[str, float]) -> None:
         for part in divide_values(masters):
             values = [flatten(master) for master in masters[part]]
             for key, averages in self._averages.items():
-                decay = compute_decay(num_updates, self._decays[key], self.warmup)
-                get_ema_multi_avg_fn(decay)(averages[part], values, num_updates)
+                get_ema_multi_avg_fn(decays[key])(averages[part], values, 0)
 
 
 class HostUpdates:
@@ -88,13 +133,13 @@ class HostUpdates:
         self._has_read = threading.Event()
         self._has_read.set()
 
-    def start(self, masters: Sequence[torch.Tensor], move: Move, num_updates: int) -> None:
+    def start(self, masters: Sequence[torch.Tensor], move: Move, decays: Mapping[str, float]) -> None:
         """Start an update after the last one has ended."""
         self.finish()
         self._has_read.clear()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._running = self._thread.submit(self._run, masters, move, num_updates)
+        self._running = self._thread.submit(self._run, masters, move, decays)
 
     def finish_reading(self) -> None:
         """Wait until the masters are copied. Raises what the copy has raised."""
@@ -107,14 +152,14 @@ class HostUpdates:
         if self._running is not None:
             self._running.result()
 
-    def _run(self, masters: Sequence[torch.Tensor], move: Move, num_updates: int) -> None:
+    def _run(self, masters: Sequence[torch.Tensor], move: Move, decays: Mapping[str, float]) -> None:
         try:
             memory = self._memory.rewind()
             with torch.cuda.stream(self._stream):
                 copies = [memory.copy(master) for master in masters]
         finally:
             self._has_read.set()
-        move(copies, num_updates)
+        move(copies, decays)
 
 
 def divide_values(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
@@ -129,8 +174,13 @@ def divide_values(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
 
 
 def name_average(decay: float) -> str:
-    """Return the name of a moving average, such as `"0.999"`."""
+    """Return the name of an exponential average, such as `"0.999"`."""
     return f"{decay:g}"
+
+
+def name_length(length: float) -> str:
+    """Return the name of a power-function average, such as `"length-0.05"`."""
+    return f"length-{length:g}"
 
 
 def compute_decay(num_updates: int, decay: float, warmup: bool) -> float:

@@ -203,7 +203,7 @@ class SavedState:
         return next((state.table for state in states if isinstance(state, QuantisedMoment)), None)
 
     def read_averages(self, rank: int = 0) -> dict[str, Any]:
-        """Return `num_updates` and `averages`, by decay, of a rank's flat tensors; empty if none were kept."""
+        """Return a rank's `averages` by name, as flat tensors, and their counters; empty if none were kept."""
         path = self._folder / f"ema_rank_{rank:05d}.pt"
         return self._read_file(path) if path.is_file() else {"num_updates": 0, "averages": {}}
 
@@ -225,7 +225,7 @@ def open_weights(checkpoint: Path, average: str | None = None) -> dict[str, Call
     """Map the name of each trained parameter, such as `unet.conv_in.weight`, to a function that reads it in fp32.
 
     Args:
-        average: read the moving average of this decay; `check_average` finds one that is missing.
+        average: read the moving average of this name; `check_average` finds one that is missing.
     """
     saved = SavedState(checkpoint / STATE_TAG, map_state_file)
     if average:
@@ -243,7 +243,7 @@ def check_average(checkpoint: Path | None, average: str | None) -> Iterator[Prob
     kept = list(SavedState(checkpoint / STATE_TAG, map_state_file).read_averages()["averages"])
     if average not in kept:
         cure = f"give one of {', '.join(kept)}" if kept else "leave it out: the checkpoint holds no averages"
-        yield Problem("--ema", average, "is not the decay of an average in the checkpoint", cure)
+        yield Problem("--ema", average, "is not an average in the checkpoint", cure)
 
 
 def load_state_file(path: Path) -> Any:

@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 
 from sdxl_trainer.configs.problems import format_count
-from sdxl_trainer.train.engine.averages import flatten
+from sdxl_trainer.train.engine.averages import PowerClock, flatten
 from sdxl_trainer.train.engine.gradient_release import ReleasingEngine
 from sdxl_trainer.train.engine.host_memory import HostMemory
 from sdxl_trainer.train.engine.layout import Layout
@@ -97,7 +97,7 @@ def capture_state(
         weights.gather_persistent()
     files[f"{STATE_TAG}/layout_rank_{layout.rank:05d}.pt"] = layout.to_plain()
     if ema and (layout.zero_stage or layout.rank == 0):
-        averages = {"num_updates": ema.num_updates, "averages": ema.averages}
+        averages = {"num_updates": ema.num_updates, "averages": ema.averages, "power_clock": ema.clock.to_plain()}
         files[f"{STATE_TAG}/ema_rank_{layout.rank:05d}.pt"] = copy_optimizer(averages)
     return files
 
@@ -130,7 +130,7 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
     settings = [dict(group) for group in groups]
     _load_into_engine(engine, weights, shard, saved)
     _restore_settings(engine.optimizer.param_groups, settings, engine.basic_optimizer)
-    _load_averages(weights, saved)
+    _load_averages(weights, saved, engine.global_steps)
 
 
 def _find_matching_rank(saved: SavedState, layout: Layout, group_masters: list[int]) -> int | None:
@@ -194,13 +194,18 @@ def _restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any
         group.update({name: value for name, value in wanted.items() if name in names})
 
 
-def _load_averages(weights: Weights, saved: SavedState) -> None:
-    """Load the moving averages that the checkpoint holds; any other average starts from the checkpoint's weights."""
+def _load_averages(weights: Weights, saved: SavedState, step: int) -> None:
+    """Load the moving averages that the checkpoint holds; any other average starts from the checkpoint's weights.
+
+    Args:
+        step: of the checkpoint.
+    """
     ema = weights.ema
     if not ema:
         return
     kept = saved.read_averages()
     ema.num_updates = kept["num_updates"]
+    ema.clock = PowerClock.from_plain(kept.get("power_clock"), ema.length_names, step)
     for key, averages in ema.averages.items():
         for flat, average, master in zip(weights.layout.flats, averages, weights.list_masters(), strict=True):
             average.copy_(flatten(master))

@@ -50,7 +50,7 @@ class Weights:
         if copies is not None:
             self._set_masters(self._exchange(copies))
         self._set_masters(exact_weights)
-        self.ema = Ema(ema, self.list_masters(), engine.device) if ema and ema.decays else None
+        self.ema = Ema(ema, self.list_masters(), engine.device) if ema and ema.num_averages else None
         self._replaced: list[torch.Tensor] = []  # see use_average
         self._mark_written = mark_written
         self._share = find_average_share(engine.basic_optimizer.param_groups)
@@ -62,7 +62,7 @@ class Weights:
 
     @property
     def average_names(self) -> list[str]:
-        """Decays of the moving averages as text, such as `"0.999"`."""
+        """Names of the moving averages, such as `"0.999"` and `"length-0.05"`, those of decays first."""
         return list(self.ema.averages) if self.ema else []
 
     def list_masters(self) -> list[torch.Tensor]:
@@ -85,7 +85,7 @@ class Weights:
         With a schedule-free optimizer, the weights of the model are its average (schedule_free.py).
 
         Args:
-            average: return the moving average of this decay (a key of `ema.averages`) instead of the weight.
+            average: return the moving average of this name (a key of `ema.averages`) instead of the weight.
         """
         if name in self._fragments:
             return self._assemble(name, self._open_parts(average)).cpu()

@@ -1,8 +1,10 @@
-"""Size of a checkpoint on disk, estimated before a run."""
+"""Sizes of checkpoints and of snapshots of averages on disk, estimated before a run."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.estimates.memory import AVERAGE_BYTES, WEIGHT_BYTES
 from sdxl_trainer.train.estimates.optimizer_state import count_master_bytes, count_moments
@@ -19,5 +21,33 @@ def compute_checkpoint_bytes(config: Config, shapes: Sequence[Sequence[int]]) ->
     """
     num_trained = sum(math.prod(shape) for shape in shapes)
     bytes_per_weight = WEIGHT_BYTES[config.engine.precision] + count_master_bytes(config.engine)
-    bytes_per_weight += AVERAGE_BYTES * len(config.ema.decays)
+    bytes_per_weight += AVERAGE_BYTES * config.ema.num_averages
     return num_trained * bytes_per_weight + count_moments(config.engine, config.optim, shapes)
+
+
+class SnapshotSizes(NamedTuple):
+    """Number and size of the files of power-function averages that a run leaves."""
+
+    number: int
+    file_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return self.number * self.file_bytes
+
+    def describe(self) -> str:
+        """Describe the files and the space that they take."""
+        files, each = format_count(self.number, "file"), f"{self.file_bytes / 1e9:.2g} GB"
+        return f"{files} of averages in snapshots/, {each} each, {self.total_bytes / 1e9:.2g} GB at the end of the run"
+
+
+def compute_snapshot_sizes(config: Config, shapes: Sequence[Sequence[int]], num_steps: int) -> SnapshotSizes:
+    """Return the approximate sizes of the snapshots of `ema.lengths`.
+
+    Args:
+        shapes: of the trained weights, those of adapters if adapters are trained.
+    """
+    times = -(-num_steps // config.ema.snapshot_every_steps)
+    num_trained = sum(math.prod(shape) for shape in shapes)
+    return SnapshotSizes(times * len(config.ema.lengths), num_trained * WEIGHT_BYTES[config.ema.snapshot_dtype])

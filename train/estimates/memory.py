@@ -81,7 +81,7 @@ def resolve_state_bytes(config: Config, shapes: Sequence[Sequence[int]], world_s
         gradient=WEIGHT_BYTES[types.accumulation],
         master=count_master_bytes(engine),
         moments=count_moments(engine, config.optim, shapes) / max(1, sum(map(math.prod, shapes))),
-        averages=AVERAGE_BYTES * len(config.ema.decays),
+        averages=AVERAGE_BYTES * config.ema.num_averages,
         # ZeRO 3 keeps its buffer of gradients.
         keeps_gradients=steps > 1 or stage == 3,
         weight_shares=shares[3],
@@ -195,7 +195,7 @@ def list_optimizer(
 ) -> Iterator[MemoryLine]:
     """Yield the lines of masters, moments, moving averages, and copies that an update needs for a time."""
     engine, share = config.engine, sizes.num_trained / state.optimizer_shares
-    if config.ema.decays and config.ema.on_host:
+    if config.ema.num_averages and config.ema.on_host:
         copied = share * (2 if engine.precision in PURE_BF16 else FP32_BYTES)
         yield MemoryLine(component="copy of the weights for the averages", host=copied)
     if not engine.offload_optimizer:
@@ -272,7 +272,7 @@ def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> I
     during: tuple[Phase, ...] = ("encoding of prompts", "image generation")
     yield MemoryLine(component="VAE in fp32", device=sizes.vae * FP32_BYTES, phases=during)
     yield MemoryLine(component="activations of an image", device=sizes.generation, phases=phases)
-    if (config.ema.sample and config.ema.decays) or has_own_average(config.optim):
+    if (config.ema.sample and config.ema.num_averages) or has_own_average(config.optim):
         kept = sizes.num_trained * state.weight / state.weight_shares
         yield MemoryLine(component="weights while an average is used", device=kept, phases=during)
 

@@ -121,9 +121,11 @@ def iterate_changes(config: Config, world_size: int, num_blocks: int) -> Iterato
         if number and (config.lora.rank or engine.gradient_release):
             values = {"offload_blocks": number, "gradient_checkpointing": "full"}
             yield f"engine.offload_blocks: {number}", replace_settings(config, "engine", **values)
-    if config.ema.decays and not config.ema.on_host:
+    if config.ema.num_averages and not config.ema.on_host:
         yield "ema.on_host: true", replace_settings(config, "ema", on_host=True)
     if config.ema.decays:
         yield "ema.decays: []", replace_settings(config, "ema", decays=[])
+    if config.ema.lengths:
+        yield "ema.lengths: []", replace_settings(config, "ema", lengths=[])
     if not config.cache.text:
         yield "cache.text: true", replace_settings(config, "cache", text=True)

@@ -1,10 +1,12 @@
 """The conversion program: convert checkpoints, single files and diffusers folders to a single file or a folder."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from loguru import logger
 
 from sdxl_trainer.cache.models.model_pair import check_pair, resolve_pair
@@ -15,6 +17,7 @@ from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.problems import Problem, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.launch.logger import init_logger
+from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint
 from sdxl_trainer.train.checkpoint.model_argument import (
     explain_removal,
     find_model_checkpoint,
@@ -31,6 +34,7 @@ from sdxl_trainer.train.export.export import (
     write_adapter_file,
     write_components,
 )
+from sdxl_trainer.train.export.rebuilt_average import rebuild_average
 from sdxl_trainer.train.networks.adapter_files import (
     LayerWeight,
     build_file_layers,
@@ -45,7 +49,9 @@ from sdxl_trainer.train.networks.adapter_files import (
 class Conversion:
     """Changes that a conversion makes besides that of the format, named as the command line's options."""
 
-    average: str | None = None  # decay of the moving average to write instead of the checkpoint's weights
+    average: str | None = None  # name of the moving average to write instead of the checkpoint's weights
+    length: float | None = None  # of the average to compute from the run's snapshots instead
+    step: int | None = None  # of the training at which that average ends; the last snapshots by default
     merge: bool = False  # write the whole model with the checkpoint's adapters in it, instead of the adapters
     adapters: Sequence[Path] = ()  # files of adapters to merge into the model
     strengths: Sequence[float] = ()  # of what is merged: one for each file, or none for 1
@@ -78,6 +84,9 @@ def run_conversion(
         number = convert_pickled_file(source, target)
         logger.info("{} written, with the {} of {}", describe_files(target), format_count(number, "tensor"), source)
         return
+    if conversion.length is not None:
+        convert_rebuilt_average(source, target, cfg, overrides, conversion)
+        return
     checkpoint = find_model_checkpoint(source, "source")
     if checkpoint is None:
         declared = read_declared_prediction(source) if cfg is None else None
@@ -88,13 +97,46 @@ def run_conversion(
     of_model = list(check_model(config.model)) or list(check_pair(config))
     raise_if_any([*of_model, *check_average(checkpoint, conversion.average)])
     with explain_removal(checkpoint):
-        convert_model(config, checkpoint, target, conversion)
+        trained = {} if checkpoint is None else open_weights(checkpoint, conversion.average)
+        convert_model(config, trained, target, conversion)
 
 
-def convert_model(config: Config, checkpoint: Path | None, target: Path, conversion: Conversion) -> None:
-    """Write the model that the settings name to `target`, with the weights of a checkpoint if there is one."""
-    settings = build_export_settings(config, resolve_pair(config))
-    trained = {} if checkpoint is None else open_weights(checkpoint, conversion.average)
+def convert_rebuilt_average(
+    run_folder: Path, target: Path, cfg: Path | None, overrides: Sequence[str], conversion: Conversion
+) -> None:
+    """Write the model whose trained weights are an average of any length, computed from a run's snapshots.
+
+    The settings are those of the newest checkpoint, or of the run's `config.yaml` if no checkpoint is left.
+
+    Raises:
+        UserInputError: the snapshots at hand do not reach the length or the step; the message says what they reach.
+    """
+    assert conversion.length is not None
+    rebuilt = rebuild_average(run_folder, conversion.length, conversion.step)
+    checkpoint = find_newest_checkpoint(run_folder / "checkpoints")
+    if checkpoint is None and cfg is None:
+        cfg = run_folder / "config.yaml"
+    config, problems = load_model_config(checkpoint, cfg, overrides)
+    raise_if_any(problems)
+    raise_if_any(list(check_model(config.model)) or list(check_pair(config)))
+    logger.info(rebuilt.describe())
+    convert_model(config, rebuilt.open_weights(), target, conversion, rebuilt.metadata)
+
+
+def convert_model(
+    config: Config,
+    trained: Mapping[str, Callable[[], torch.Tensor]],
+    target: Path,
+    conversion: Conversion,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write the model that the settings name to `target`.
+
+    Args:
+        trained: weights of a run that replace the model's, by the engine's names; adapters if the run trained such.
+        metadata: of a single file, besides what it always declares.
+    """
+    settings = replace(build_export_settings(config, resolve_pair(config)), metadata=metadata)
     has_adapters = bool(trained and config.lora.rank)
     raise_if_any(check_adapter_target(target, has_adapters, conversion))
     if has_adapters and not conversion.merge:
@@ -165,6 +207,10 @@ def check_options(target: Path, conversion: Conversion) -> Iterator[Problem]:
     if conversion.merge and conversion.adapters:
         cure = "merge the run first, then the files into the result"
         yield Problem("--merge", None, "cannot be combined with --adapter", cure)
+    if conversion.step is not None and conversion.length is None:
+        yield Problem("--step", conversion.step, "needs --ema-length", "add it, or name a checkpoint as source")
+    if conversion.average is not None and conversion.length is not None:
+        yield Problem("--ema", conversion.average, "cannot be combined with --ema-length", "leave one of them out")
     if conversion.base is None:
         return
     for key, rank, lowest in (("--rank", conversion.rank, 1), ("--conv-rank", conversion.conv_rank, 0)):

@@ -1,7 +1,7 @@
 """Export of the trained model as a single file, a diffusers folder, or adapters."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ class ExportSettings:
     dtype: torch.dtype
     title: str
     size: Size  # resolution that the file declares
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a single file, besides what it always declares
 
 
 def build_export_settings(config: Config, source: ModelSource) -> ExportSettings:
@@ -80,7 +81,7 @@ def export_model(
 
     Args:
         path: a name that ends in .safetensors for a single file, else a folder.
-        average: decay of the moving average to write instead of the current weights.
+        average: name of the moving average to write instead of the current weights.
         break_off_if_stopped: called after each gathered weight, equally often on all ranks; raises to end the work
             without a file.
     """
@@ -170,7 +171,7 @@ def build_metadata(settings: ExportSettings) -> dict[str, str]:
     """Build the modelspec metadata of a file."""
     objective = settings.objective
     shift = resolve_shift(objective.timestep_shift, objective.timestep_shift_base_px, settings.size.pixels)
-    return build_modelspec(
+    modelspec = build_modelspec(
         settings.title,
         settings.size,
         objective.prediction,
@@ -178,6 +179,7 @@ def build_metadata(settings: ExportSettings) -> dict[str, str]:
         timestep_range=(objective.min_timestep, objective.max_timestep - 1),
         flow_shift=shift if objective.prediction == "flow" else None,
     )
+    return {**modelspec, **settings.metadata}
 
 
 def write_model(path: Path, weights: Weights, settings: ExportSettings) -> None:

@@ -77,6 +77,7 @@ def check_schedule_free(kind: Any, config: OptimConfig, ema: EmaConfig | None) -
     if config.schedule != "constant":
         rule = f"contradicts {config.name}, which averages the weights in place of a schedule"
         yield Problem("optim.schedule", config.schedule, rule, "set it to constant; optim.warmup_steps may stay")
-    if ema is not None and ema.decays:
-        rule = f"contradicts {config.name}, which keeps an average of its own and uses it for every model file"
-        yield Problem("ema.decays", ema.decays, rule, "set it to []")
+    for key, numbers in (("decays", ema.decays), ("lengths", ema.lengths)) if ema is not None else ():
+        if numbers:
+            rule = f"contradicts {config.name}, which keeps an average of its own and uses it for every model file"
+            yield Problem(f"ema.{key}", numbers, rule, "set it to []")

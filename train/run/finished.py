@@ -6,11 +6,12 @@ from sdxl_trainer.configs.schema import Config, TrainConfig
 from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.averages import name_average
+from sdxl_trainer.train.export.average_snapshots import get_snapshot_file
 from sdxl_trainer.train.export.export import get_model_path
 
 
 def find_finished_step(config: Config) -> int | None:
-    """Return the step of the newest checkpoint if it is the last one of the settings and its models are written.
+    """Return the step of the newest checkpoint if it is the last one of the settings and its files are written.
 
     Returns None if a start would have anything to do, or to report.
     """
@@ -18,8 +19,9 @@ def find_finished_step(config: Config) -> int | None:
     if not checkpoints or config.run.resume == "never":
         return None
     step = get_step(checkpoints[-1])
-    models = [get_model_path(config, step, name) for name in (None, *map(name_average, config.ema.decays))]
-    if not has_reached_end(config.train, checkpoints[-1]) or not all(model.exists() for model in models):
+    files = [get_model_path(config, step, name) for name in (None, *map(name_average, config.ema.decays))]
+    files += [get_snapshot_file(config.run.folder, step, length) for length in config.ema.lengths]
+    if not has_reached_end(config.train, checkpoints[-1]) or not all(file.exists() for file in files):
         return None
     return None if verify_manifest(checkpoints[-1]) else step
 

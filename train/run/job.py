@@ -31,6 +31,7 @@ from sdxl_trainer.launch.logger import init_logger, warn_once
 from sdxl_trainer.launch.signals import BrokenOff, Interrupted
 from sdxl_trainer.train.checkpoint.emergency import EmergencySaver
 from sdxl_trainer.train.checkpoint.state import TrainState
+from sdxl_trainer.train.engine.averages import name_average
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
@@ -163,7 +164,7 @@ def train(run: Run, batches: Iterator[MicroBatch]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Export the model and its moving averages, wait for the last checkpoint, and write the report.
+    """Export the model and its exponential averages, wait for the last checkpoint, and write the report.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved, and the next start exports the model.
@@ -171,7 +172,7 @@ def finish(run: Run) -> None:
     settings = build_export_settings(run.config, run.source)
     with run.progress.activity("writing the model"):
         break_off_if_stopped = partial(run.requests.break_off_if_stopped, in_lockstep=True)
-        for average in (None, *run.engine.weights.average_names):
+        for average in (None, *map(name_average, run.config.ema.decays)):
             path = get_model_path(run.config, run.state.step, average)
             try:
                 export_model(path, run.engine, settings, run.ranks, average, break_off_if_stopped)
@@ -190,6 +191,7 @@ def close_files(run: Run) -> None:
     """Close the files that are written in each step, and log how much a full disk has cost."""
     run.bad_samples.close()
     run.lost_images.end("is closed")
+    run.snapshots.close()
     if run.metrics is not None:
         run.metrics.close_files()
 

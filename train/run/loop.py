@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
     config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
     if state.step == 0:
         validate_and_sample(run)
+    store_averages(run)
     while state.step < run.num_steps:
         started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, run.num_steps)
@@ -90,6 +91,7 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
             update_report(run)
         if result.stop and not is_last:
             stop(run)
+        store_averages(run)
         validate_and_sample(run, is_last, result.sample)
 
 
@@ -102,6 +104,20 @@ def stop(run: Run) -> None:
     if run.state.step:
         run.checkpoints.save_whole(run.engine, run.state)
     run.requests.interrupt()
+
+
+def store_averages(run: Run) -> None:
+    """Write the snapshots of averages that are due after this step, unless they are there.
+
+    Raises:
+        Interrupted: a rank was asked to stop; the state is saved, and the next start writes the snapshots.
+    """
+    step = run.state.step
+    break_off_if_stopped = partial(run.requests.break_off_if_stopped, in_lockstep=True)
+    try:
+        run.snapshots.write_due(run.engine, step, step == run.num_steps, break_off_if_stopped)
+    except BrokenOff:
+        stop(run)
 
 
 def train_step(run: Run, batches: Iterator[MicroBatch], lr: float) -> StepResult:

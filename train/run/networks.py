@@ -75,6 +75,16 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
     return engine, TextConditioner(loaded, trained) if loaded else LazyTextConditioner(load_encoders)
 
 
+def load_frozen_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[TrainedNetworks, TextConditioner]:
+    """Load networks for passes without gradients: the U-Net, and the text encoders unless text is cached."""
+    dtype = DTYPES[config.engine.precision]
+    load_encoders = partial(load_text_encoders, source, config.model, ranks.device, dtype)
+    conditioner = LazyTextConditioner(load_encoders) if config.cache.text else TextConditioner(load_encoders())
+    networks = TrainedNetworks(load_unet(source, config.engine, ranks.device, dtype))
+    networks.to(ranks.device, dtype).eval().requires_grad_(False)
+    return networks, conditioner
+
+
 def load_engine(
     config: Config, source: ModelSource, state: TrainState, ranks: Ranks, checkpoint: Path | None
 ) -> tuple[Engine, TextConditioner]:

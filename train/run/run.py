@@ -17,6 +17,7 @@ from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.estimates.memory_table import MemoryTable
 from sdxl_trainer.train.estimates.slow_ranks import NUM_SLOW_STEPS, RankTimer, SlowRanks
+from sdxl_trainer.train.export.average_snapshots import SnapshotWriter
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.objective import Objective
 from sdxl_trainer.train.report.metrics import MetricsLog
@@ -61,6 +62,11 @@ class Run:
     def lost_validations(self) -> LossCount:
         """Files with the errors of validation samples that could not be written."""
         return LossCount(self.folder / "logs" / "validation", "file")
+
+    @cached_property
+    def snapshots(self) -> SnapshotWriter:
+        """Writes the averages of `ema.lengths`."""
+        return SnapshotWriter(self.folder, self.config.ema, self.ranks, self.state.step)
 
     @cached_property
     def rank_timer(self) -> RankTimer:

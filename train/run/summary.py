@@ -17,6 +17,7 @@ from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.loading.counts import count_buckets
 from sdxl_trainer.launch.distributed import count_ranks_here
 from sdxl_trainer.launch.logger import log_table
+from sdxl_trainer.train.estimates.checkpoint_size import compute_snapshot_sizes
 from sdxl_trainer.train.estimates.gpus import find_gpu_of
 from sdxl_trainer.train.estimates.memory_table import format_gb
 from sdxl_trainer.train.estimates.step_time import estimate_step
@@ -35,6 +36,7 @@ def show_start(run: Run) -> None:
     held_out = f", {sum(len(spec.rows) for spec in run.validation.batches)} for validation" if run.validation else ""
     resumed = f", resumed at step {state.step}" if state.step else ""
     text_cost = describe_text_encoders(config, run.source, run.memory)
+    snapshots = compute_snapshot_sizes(config, list(run.engine.weights.layout.shapes.values()), run.num_steps)
     rows = {
         "data": f"{format_count(len(run.index), 'sample')} in the index{held_out}; "
         f"{format_count(run.plan.num_batches(state.epoch), 'global batch', 'global batches')} in epoch {state.epoch}, "
@@ -51,6 +53,7 @@ def show_start(run: Run) -> None:
         "batch": f"{sizes.micro_batch_size} micro x {sizes.accumulation_steps} accumulation x "
         f"{format_count(sizes.world_size, 'rank')} = {sizes.global_batch_size} global",
         "steps": describe_length(run) + resumed,
+        **({"snapshots": snapshots.describe()} if snapshots.number else {}),
         "folder": str(run.folder),
     }
     log_summary(f"Training {config.run.name}", rows)

@@ -4,8 +4,9 @@ A sample gets the same noise at the same timesteps in every validation, because 
 key. Micro batches do not depend on the number of ranks: the ranks share them, and their losses are summed in order.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,29 @@ from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
-from sdxl_trainer.launch.distributed import gather_objects
+from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
+from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import draw_uniform
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import ValidationSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A model, and what its errors are computed with."""
+
+    model: Any  # TrainedNetworks, or DeepSpeed's engine around them
+    dtype: torch.dtype  # in which the model computes
+    conditioner: TextConditioner
+    objective: Objective
+    ranks: Ranks
+    in_lockstep: bool  # every forward pass needs all ranks, as under ZeRO-3
+    break_off_if_stopped: Callable[[bool], None]  # takes `in_lockstep`; raises BrokenOff
 
 
 class BatchErrors(NamedTuple):
@@ -54,7 +69,7 @@ def validate(run: Run) -> None:
     try:
         for average in (None, *averages):
             with run.engine.weights.use_average(average), torch.no_grad():
-                errors[average or WEIGHTS] = found = compute_validation_errors(run, run.validation)
+                errors[average or WEIGHTS] = found = compute_validation_errors(get_measured(run), run.validation)
             suffix = f"_ema_{average}" if average else ""
             means = average_losses(found, run.validation.config.num_bins)
             values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
@@ -67,6 +82,19 @@ def validate(run: Run) -> None:
         logger.info("step {}: validation loss {}", run.state.step, ", ".join(shown))
     if run.ranks.is_main:
         store_errors(run, run.validation.config, errors)
+
+
+def get_measured(run: Run) -> Measured:
+    """Return the live model of a run, to be measured."""
+    return Measured(
+        model=run.engine.model,
+        dtype=run.engine.dtype,
+        conditioner=run.conditioner,
+        objective=run.objective,
+        ranks=run.ranks,
+        in_lockstep=run.engine.zero_stage == 3,
+        break_off_if_stopped=run.requests.break_off_if_stopped,
+    )
 
 
 def store_errors(run: Run, config: ValidationConfig, errors: dict[str, list[SampleError]]) -> None:
@@ -85,13 +113,13 @@ def store_errors(run: Run, config: ValidationConfig, errors: dict[str, list[Samp
         run.lost_validations.add(str(error))
 
 
-def compute_validation_errors(run: Run, held_out: ValidationSet) -> list[SampleError]:
+def compute_validation_errors(measured: Measured, held_out: ValidationSet) -> list[SampleError]:
     """Return every sample's errors at each of its timesteps, in the same order on every rank.
 
     Raises:
         BrokenOff: a rank was asked to stop (raised on all ranks).
     """
-    batches, ranks = held_out.batches, run.ranks
+    batches, ranks = held_out.batches, measured.ranks
     rounds = -(-len(batches) // ranks.world_size)
     # Under ZeRO-3 every forward pass needs all ranks, so in the last round some batches are computed twice.
     numbers = [(ranks.rank + turn * ranks.world_size) % len(batches) for turn in range(rounds)]
@@ -104,8 +132,8 @@ def compute_validation_errors(run: Run, held_out: ValidationSet) -> list[SampleE
             for _, reason in batch.bad:
                 skipped.add(reason)
             for turn in range(held_out.config.timesteps_per_sample):
-                run.requests.break_off_if_stopped(in_lockstep=run.engine.zero_stage == 3)
-                computed.append(compute_batch_errors(run, held_out, number, batch, turn))
+                measured.break_off_if_stopped(measured.in_lockstep)
+                computed.append(compute_batch_errors(measured, held_out, number, batch, turn))
             ACTIVITY.note_piece(min(place * ranks.world_size, len(batches)), len(batches))
     except BrokenOff:
         is_broken_off = True
@@ -117,7 +145,9 @@ def compute_validation_errors(run: Run, held_out: ValidationSet) -> list[SampleE
     return [error for number in sorted(of_all_ranks) for error in of_all_ranks[number]]
 
 
-def compute_batch_errors(run: Run, held_out: ValidationSet, number: int, batch: MicroBatch, turn: int) -> BatchErrors:
+def compute_batch_errors(
+    measured: Measured, held_out: ValidationSet, number: int, batch: MicroBatch, turn: int
+) -> BatchErrors:
     """Return the errors of a micro batch at one timestep of each sample. No weights of samples count.
 
     The noise is Gaussian whatever the objective's is, so that runs are measured on the same inputs.
@@ -126,7 +156,7 @@ def compute_batch_errors(run: Run, held_out: ValidationSet, number: int, batch: 
         number: of the micro batch.
         turn: number of the timestep, from 0 to `validation.timesteps_per_sample` - 1.
     """
-    objective, device, spec = run.objective, run.ranks.device, held_out.batches[number]
+    objective, device, spec = measured.objective, measured.ranks.device, held_out.batches[number]
     keys = SampleKeys(
         derive_seed(held_out.config.seed, RandomStream.VALIDATION), turn, held_out.ids[spec.rows].tolist()
     )
@@ -134,8 +164,8 @@ def compute_batch_errors(run: Run, held_out: ValidationSet, number: int, batch: 
     noise = objective.sample_plain_noise(x0, keys)
     timesteps = spread_timesteps(objective, keys, held_out.config.timesteps_per_sample)
     x_t = objective.add_plain_noise(x0, noise, timesteps)
-    text = run.conditioner.build_inputs(batch, device)
-    prediction = run.engine.model(x_t.to(run.engine.dtype), timesteps, text, copy_to_device(batch.time_ids, device))
+    text = measured.conditioner.build_inputs(batch, device)
+    prediction = measured.model(x_t.to(measured.dtype), timesteps, text, copy_to_device(batch.time_ids, device))
     target = objective.compute_target(x0, noise, timesteps)
     common = objective.compute_common_errors(prediction, target, timesteps)
     values = {

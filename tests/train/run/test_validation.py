@@ -60,9 +60,13 @@ def test_the_validation_loss_is_the_same_on_any_number_of_ranks(validated: dict[
 def test_averages_are_validated_beside_the_weights(validated: dict[int, Path]) -> None:
     first, _, last = read_numbers(validated[1], "validation/loss")
     names = {name for name in first if name.startswith("validation/") and "_ema_" not in name}
-    assert {f"{name}_ema_0.5" for name in names} == {name for name in first if "_ema_" in name} and len(names) > 8
-    assert all(first[f"{name}_ema_0.5"] == first[name] for name in names)  # the average starts as a copy of the weights
-    assert all(last[f"{name}_ema_0.5"] != last[name] for name in names)
+    averages = ("0.5", "length-0.1")
+    assert len(names) > 8 and {name for name in first if "_ema_" in name} == {
+        f"{name}_ema_{average}" for name in names for average in averages
+    }
+    for average in averages:  # they start as copies of the weights
+        assert all(first[f"{name}_ema_{average}"] == first[name] for name in names)
+        assert all(last[f"{name}_ema_{average}"] != last[name] for name in names)
 
 
 def test_errors_of_each_sample_are_the_same_on_any_number_of_ranks(validated: dict[int, Path]) -> None:
@@ -70,17 +74,18 @@ def test_errors_of_each_sample_are_the_same_on_any_number_of_ranks(validated: di
     for step in (0, 2):
         (facts, one), (other_facts, two) = (read_sample_errors(get_file(validated[ranks], step)) for ranks in (1, 2))
         assert facts == other_facts and (facts.step, facts.samples_seen) == (step, 4 * step)
-        assert len(one["key"]) == 7 * 2 * 2 and set(one["key"]) == {f"own_{number}" for number in range(7)}
+        assert len(one["key"]) == 7 * 2 * 3 and set(one["key"]) == {f"own_{number}" for number in range(7)}
         for name, values in one.items():
             if values.dtype.kind != "f":
                 assert values.tolist() == two[name].tolist(), name
             else:  # trained weights agree only to rounding
                 np.testing.assert_allclose(values, two[name], rtol=1e-5 if step == 0 else 1e-4, err_msg=name)
         is_average = one["average"] == "0.5"
-        assert set(one["average"]) == {WEIGHTS, "0.5"} and is_average.sum() == 14
-        assert (one["v_error"][is_average] == one["v_error"][~is_average]).all() == (step == 0)
+        of_weights = one["average"] == WEIGHTS
+        assert set(one["average"]) == {WEIGHTS, "0.5", "length-0.1"} and is_average.sum() == of_weights.sum() == 14
+        assert (one["v_error"][is_average] == one["v_error"][of_weights]).all() == (step == 0)
         metrics = next(line for line in read_numbers(validated[1], "validation/loss") if line["step"] == step)
-        assert one["loss"][~is_average].astype(float).mean() == pytest.approx(metrics["validation/loss"], rel=1e-6)
+        assert one["loss"][of_weights].astype(float).mean() == pytest.approx(metrics["validation/loss"], rel=1e-6)
         # An error e of epsilon is e/snr in x0 and e·(1 + 1/snr) in v.
         snr = np.exp(one["log_snr"].astype(float))
         np.testing.assert_allclose(one["v_error"], one["x0_error"] * (1 + snr), rtol=1e-4)

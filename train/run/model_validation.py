@@ -1,0 +1,168 @@
+"""Validation of a model file on the validation set of a run, for comparisons (train/evidence/).
+
+The result is a folder that `sdxl-trainer compare` takes as a run: the run's settings with a mark, and the errors of
+each sample as the run itself stores them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder
+from sdxl_trainer.cache.models.encoders import load_tokenizers
+from sdxl_trainer.cache.models.model_pair import resolve_pair
+from sdxl_trainer.cache.models.single_file_check import NotSafetensorsError, read_safetensors_header
+from sdxl_trainer.cache.models.source import check_model, resolve_model
+from sdxl_trainer.configs.load import build_config, load_config
+from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.schema import Config, ModelConfig
+from sdxl_trainer.configs.yaml_file import dump_yaml
+from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.loading.loader import build_dataset
+from sdxl_trainer.data.text.strategy import load_strategy
+from sdxl_trainer.launch.distributed import Ranks, close_ranks
+from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
+from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
+from sdxl_trainer.train.objective.builder import build_objective
+from sdxl_trainer.train.objective.loss_feedback import build_feedback_state
+from sdxl_trainer.train.objective.objective import Objective
+from sdxl_trainer.train.report.settings import read_settings
+from sdxl_trainer.train.run.checks import read_checked_vae_config
+from sdxl_trainer.train.run.job import set_up
+from sdxl_trainer.train.run.networks import load_frozen_networks
+from sdxl_trainer.train.run.training_data import ValidationSet, build_validation_set, split_data
+from sdxl_trainer.train.run.validation import Measured, average_losses, compute_validation_errors
+
+MARK = "validated"  # section of the result's config.yaml that no run has
+# Settings of training that a model file needs no more.
+DROPPED = ("lora", "optim", "ema", "sample", "checkpoint")
+KEPT_OF_ENGINE = ("precision", "attention", "tf32", "channels_last", "timeout_minutes")
+
+
+def validate_model(model: str, run_folder: Path, out: Path, step: int | None, overrides: Sequence[str]) -> None:
+    """Validate a model on the validation set of a run, with the same noise at the same timesteps.
+
+    Args:
+        model: a single file, a diffusers folder or a hub id.
+        out: a new folder for the result.
+        step: to which the result belongs; by default that of the file's metadata, else the run's last validation.
+        overrides: `key.sub=value` words that override the run's settings.
+
+    Raises:
+        UserInputError: the settings, the data or the model are wrong, or do not fit each other.
+    """
+    raise_if_any(check_folders(run_folder, out))
+    config, problems = load_config(run_folder / "config.yaml", overrides)
+    metadata = read_metadata(Path(model))
+    step = resolve_step(step, metadata, run_folder)
+    label = f"EMA {length}" if (length := metadata.get("sdxl_trainer.ema_length")) else Path(model).stem
+    plain, more = build_plain_config(config, out)
+    measured = fit_model_config(config.model, model)
+    raise_if_any([*problems, *more, *check_fitting(config, model, measured)])
+    plain, index, ranks = set_up(plain, [])
+    held_out, objective = open_validation(plain, index, ranks)
+    if held_out is None:
+        rule, cure = "holds no samples out of training", "name a run with validation.share or a set of its own"
+        raise UserInputError([Problem("--run", run_folder, rule, cure)])
+    networks, conditioner = load_frozen_networks(plain, resolve_model(measured), ranks)
+    with torch.no_grad():
+        errors = compute_validation_errors(
+            Measured(
+                model=networks,
+                dtype=next(networks.parameters()).dtype,
+                conditioner=conditioner,
+                objective=objective,
+                ranks=ranks,
+                in_lockstep=False,
+                break_off_if_stopped=lambda _: None,
+            ),
+            held_out,
+        )
+    if ranks.is_main:
+        facts = Facts(
+            step=step,
+            samples_seen=step * plain.train.global_batch_size,
+            seed=plain.validation.seed,
+            timesteps_per_sample=plain.validation.timesteps_per_sample,
+            prediction=plain.objective.prediction,
+        )
+        write_result(out, config, label, {WEIGHTS: errors}, facts)
+        loss = average_losses(errors, plain.validation.num_bins)["loss"]
+        logger.info("step {}: validation loss {:.5f} of {}; written to {}", step, loss, model, out)
+    close_ranks()
+
+
+def open_validation(config: Config, index: Index, ranks: Ranks) -> tuple[ValidationSet | None, Objective]:
+    """Open the validation set of a run as the run does, and build its objective."""
+    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
+    source = resolve_pair(config)
+    vae_config = read_checked_vae_config(config, source, index, ranks)
+    tokenizers = load_tokenizers(source, config.model)
+    dataset = build_dataset(config, index, tokenizers, strategy, vae_config["latent_channels"])
+    missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
+    split = split_data(config, index, strategy, ranks)
+    held_out = build_validation_set(config, split, dataset, missing.fill if missing else None)
+    return held_out, build_objective(config, vae_config, ranks, build_feedback_state(config.objective))
+
+
+def check_folders(run_folder: Path, out: Path) -> Iterator[Problem]:
+    """Yield a problem if the run has no settings, or if the result's folder holds anything but such a result."""
+    if not (run_folder / "config.yaml").is_file():
+        yield Problem("--run", run_folder, "is not a run folder: it contains no config.yaml", "name a run's folder")
+    is_result = any(key.startswith(f"{MARK}.") for key in read_settings(out / "config.yaml"))
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_result):
+        yield Problem("--out", out, "exists already, and is no result of a validation", "name a new folder")
+
+
+def read_metadata(model: Path) -> dict[str, str]:
+    """Return the metadata of a single file; {} for anything else."""
+    try:
+        return read_safetensors_header(model).metadata if model.is_file() else {}
+    except (OSError, NotSafetensorsError):  # check_model reports that
+        return {}
+
+
+def resolve_step(step: int | None, metadata: Mapping[str, str], run_folder: Path) -> int:
+    """Return the step to which the result belongs."""
+    if step is not None:
+        return step
+    declared = metadata.get("sdxl_trainer.step", "")
+    return int(declared) if declared.isdecimal() else max(list_files(run_folder), default=0)
+
+
+def build_plain_config(config: Config, out: Path) -> tuple[Config, list[Problem]]:
+    """Return a run's settings without those of its training, for a folder of their own."""
+    raw = {name: value for name, value in config.model_dump(mode="json").items() if name not in DROPPED}
+    raw["engine"] = {name: raw["engine"][name] for name in KEPT_OF_ENGINE}
+    raw["run"] |= {"dir": str(out.absolute().parent), "name": out.absolute().name}
+    return build_config(raw)
+
+
+def fit_model_config(config: ModelConfig, model: str) -> ModelConfig:
+    """Return the `model` section for another model. A single file takes its configs from the run's model folder."""
+    changed = {"path": model}
+    if Path(model).is_file() and Path(config.path).is_dir():
+        changed |= {"config": config.config or Path(config.path)}
+    return config.model_copy(update=changed)
+
+
+def check_fitting(config: Config, model: str, measured: ModelConfig) -> Iterator[Problem]:
+    """Yield the problems of the model, or that it predicts something else than the run."""
+    found = [replace(problem, key="MODEL") for problem in check_model(measured)]
+    yield from found
+    declared = None if found else read_declared_prediction(Path(model))
+    if declared is not None and declared.prediction != config.objective.prediction:
+        rule = f"predicts {declared.prediction}, and the run {config.objective.prediction}"
+        yield Problem("MODEL", model, rule, "name a model of that run, or set objective.prediction")
+
+
+def write_result(
+    out: Path, config: Config, label: str, errors: Mapping[str, Sequence[SampleError]], facts: Facts
+) -> None:
+    """Write the errors, and the run's settings with a mark, by which runs of one arm differ from those of another."""
+    write_sample_errors(out, errors, facts)
+    write_atomic(out / "config.yaml", dump_yaml({**config.model_dump(mode="json"), MARK: {"model": label}}))
