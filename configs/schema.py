@@ -318,15 +318,15 @@ class EmaConfig(Section):
     sample: bool = True
     """Generate images with the first average instead of the current weights."""
     lengths: list[Annotated[float, Field(gt=0, le=MAX_EMA_LENGTH)]] = []
-    """Lengths of power-function averages, such as `[0.05, 0.1]`, as shares of the training so far
-    ([arXiv 2312.02696](https://arxiv.org/abs/2312.02696), sigma_rel). Each takes as much memory as a decay. They are
-    stored in `snapshots/` in the run folder; `train/convert.py --ema-length` computes any other length from two."""
+    """Lengths of power-function averages, such as `[0.05, 0.1]`, as shares of the training so far (sigma_rel of arXiv
+    2312.02696). Each takes as much memory as a decay. They are stored in `snapshots/` in the run folder, from which
+    `train/convert.py --ema-length` computes averages of other lengths."""
     snapshot_every_steps: int = Field(1000, ge=1)
     """How often the averages of `ema.lengths` are stored, besides at the last step. With `[0.05, 0.1]`, 20 times in a
     run reach lengths from 0.02 to 0.25. Snapshots are never deleted."""
     snapshot_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Data type of stored averages. `fp16` takes 5 GB for SDXL's U-Net, rounds as an exported model does, and is what
-    the paper uses. `fp32` doubles that and adds no rounding. `bf16` is 8 times coarser than `fp16`."""
+    """Data type of stored averages. `fp16` takes 5 GB for SDXL's U-Net and rounds as an exported model does. `fp32`
+    doubles that and adds no rounding. `bf16` is 8 times coarser than `fp16`."""
 
     @field_validator("decays", "lengths")
     @classmethod

@@ -26,7 +26,7 @@ from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.distributed import Ranks, close_ranks
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
-from sdxl_trainer.train.evidence.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
 from sdxl_trainer.train.objective.builder import build_objective
 from sdxl_trainer.train.objective.loss_feedback import build_feedback_state
 from sdxl_trainer.train.objective.objective import Objective

@@ -44,7 +44,7 @@ from sdxl_trainer.train.doctor.model import examine_hub_model
 from sdxl_trainer.train.doctor.program import read_num_ranks
 from sdxl_trainer.train.doctor.scratch import open_scratch_run
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
-from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
+from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes, compute_snapshot_sizes
 from sdxl_trainer.train.estimates.memory_table import describe_micro_batch
 from sdxl_trainer.train.estimates.networks import NetworkSizes
 
@@ -114,7 +114,7 @@ def test_free_space_and_write_speed_of_a_disk(tmp_path: Path) -> None:
         ("engine.precision=fp32", 12),
         ("engine.precision=fp32 engine.zero_stage=2", 16),  # ZeRO keeps separate masters in fp32 too
         ("optim.name=adamw8bit", 8 + 2 * 4 / 256),  # a scale of 256 values each
-        ("ema.decays=[0.9,0.99]", 22),
+        ("ema.decays=[0.9] ema.lengths=[0.1]", 22),
         ("lora.rank=4", 14),
     ],
 )
@@ -124,6 +124,15 @@ def test_bytes_of_a_checkpoint(words: str, expected: int) -> None:
     shapes = [(64, 128), (1280, 1280)]
     num_bytes = compute_checkpoint_bytes(resolve_zero_stage(config, 1)[0], shapes)
     assert num_bytes == (64 * 128 + 1280 * 1280) * expected
+
+
+def test_sizes_of_snapshots() -> None:
+    words = ["ema.lengths=[0.05,0.1]", "ema.snapshot_every_steps=400", "ema.snapshot_dtype=fp32"]
+    config, problems = build_config({}, words)
+    assert problems == []
+    sizes = compute_snapshot_sizes(config, [(1000, 500), (500_000,)], 1000)  # after steps 400, 800 and 1000
+    assert sizes == (6, 4_000_000) and "6 files" in sizes.describe() and "0.024 GB at the end" in sizes.describe()
+    assert compute_snapshot_sizes(build_config({})[0], [(1000, 500)], 1000).number == 0
 
 
 def test_memory_of_sdxl_by_components(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from sdxl_trainer.configs.engine import CHECKPOINTING
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.schema import Config, EmaConfig
+from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes, resolve_zero_stage
@@ -84,6 +84,7 @@ def get_line(table: MemoryTable, component: str) -> tuple[float, float]:
         ("engine.precision=bf16_stochastic engine.gradient_release=true optim.max_grad_norm=0", 1, 2, 1.2, 4),
         ("engine.precision=bf16_kahan engine.gradient_release=true optim.max_grad_norm=0", 1, 2, 1.2, 6),
         ("ema.decays=[0.9,0.99]", 2, 2, 2, 10),
+        ("ema.decays=[0.9] ema.lengths=[0.05,0.1]", 2, 2, 2, 12),
     ],
 )
 def test_bytes_of_a_weight(words: str, ranks: int, weights: float, gradients: float, state: float) -> None:
@@ -99,13 +100,14 @@ def test_bytes_of_a_weight(words: str, ranks: int, weights: float, gradients: fl
 def test_a_live_engine_holds_what_is_estimated(stage: int, precision: str) -> None:
     """Weights, masters, moments and averages between two steps, to the byte; 64 x 64 weights need no padding."""
     init_ranks()
-    config = build(f"engine.zero_stage={stage}", f"engine.precision={precision}", "ema.decays=[0.5]")
+    averages = ("ema.decays=[0.5]", "ema.lengths=[0.1]")
+    config = build(f"engine.zero_stage={stage}", f"engine.precision={precision}", *averages)
     gc.collect()
     before = list_storages()  # kept, because the id of one that is gone may be used again
     net = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(2)))
     groups = [{"params": list(net.parameters()), "lr": 0.1, "lr_scale": 1.0}]
     optimizer = build_optimizer(groups, OptimConfig(), config.engine)
-    engine = Engine(net, optimizer, config.engine, BatchSizes(2, 2, 1), 0.0, EmaConfig(decays=[0.5]))
+    engine = Engine(net, optimizer, config.engine, BatchSizes(2, 2, 1), 0.0, config.ema)
     engine.backward(engine(torch.ones(2, 64, dtype=engine.dtype)).float().square().mean())
     engine.step()
     gc.collect()
@@ -268,6 +270,9 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_saves_memory() -> None:
         1.64, abs=0.01
     )
     assert list(check_device(estimate_memory(config, SDXL, 1, MemoryLimits(device=80 * GIB, host=None)), "")) == []
+    stored = build("ema.lengths=[0.05,0.1]", "ema.sample=false")
+    savings = {saving.setting: saving.saved_bytes / 1e9 for saving in list_savings(stored, SDXL, 1, gpu)}
+    assert savings["ema.lengths: []"] == savings["ema.on_host: true"] == pytest.approx(20.5, abs=0.1)
     released = ["engine.gradient_release=true", "engine.precision=bf16_stochastic", "optim.max_grad_norm=0"]
     config = build(*released, "engine.gradient_checkpointing=full", "sample.prompts=[]", ranks=2)
     settings = [saving.setting for saving in list_savings(config, replace(SDXL, generation=0), 2, gpu)]

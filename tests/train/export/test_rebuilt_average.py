@@ -26,9 +26,9 @@ from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.engine.deepspeed_config import BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.engine.power_profiles import Profile, compute_gamma, compute_power_decay, multiply_profiles
-from sdxl_trainer.train.evidence.sample_errors import get_file, read_sample_errors
 from sdxl_trainer.train.export.average_snapshots import SnapshotWriter, get_snapshot_file, list_snapshots
 from sdxl_trainer.train.export.rebuilt_average import rebuild_average
+from sdxl_trainer.train.held_out.sample_errors import get_file, read_sample_errors
 from sdxl_trainer.train.optim.optimizers import build_optimizer
 from sdxl_trainer.train.validate import main as validate
 

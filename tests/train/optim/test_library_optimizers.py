@@ -265,6 +265,7 @@ def test_optimizers_that_look_at_whole_weights_are_refused_on_shards(name: str) 
     [
         ({"schedule": "cosine"}, [], "optim.schedule"),
         ({}, [0.999], "ema.decays"),
+        ({}, [0.1], "ema.lengths"),
         ({"kwargs": {"rr": 1}}, [], "optim.kwargs.rr"),
         ({"betas": (0, 0.99)}, [], "optim.betas"),
         ({"kwargs": {"betas": [0, 0.99]}}, [], "optim.kwargs.betas"),
@@ -272,7 +273,8 @@ def test_optimizers_that_look_at_whole_weights_are_refused_on_shards(name: str) 
     ],
 )
 def test_schedule_free_contradictions_are_refused(optim: dict, ema: list[float], key: str | None) -> None:
-    found = list_problems({"name": "adamw_schedule_free", **optim}, {"zero_stage": 2}, ema=EmaConfig(decays=ema))
+    kept = EmaConfig(lengths=ema) if key == "ema.lengths" else EmaConfig(decays=ema)
+    found = list_problems({"name": "adamw_schedule_free", **optim}, {"zero_stage": 2}, ema=kept)
     assert [problem[0] for problem in found] == ([key] if key else [])
 
 
