@@ -76,10 +76,10 @@ def run(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture
-def two_lengths(run: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def two_lengths(run: Path) -> Path:
     """The run without what it stored of the third length, and of every second step."""
-    folder = tmp_path / "run"
+    folder = run.parent / "two-lengths"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*-length-0.13.safetensors", "step-*[13579]-length*"))
     return folder
 
@@ -175,7 +175,7 @@ def test_snapshots_are_the_same_on_any_number_of_ranks(validated: dict[int, Path
         (["--ema-length", "0.4"], "must be above 0 and at most 0.28"),
         (["--ema-length", "0"], "must be above 0"),
         (["--ema-length", "nan"], "must be above 0"),
-        (["--ema-length", "0.1", "--step", "99"], "has no snapshot; give one of 2, 4, 6, 8, 10, 12"),
+        (["--ema-length", "0.1", "--step", "99"], "has no snapshot cure: give one of 2, 4, 6, 8, 10, 12"),
         (["--ema-length", "0.01"], "is out of reach of these snapshots"),
         (["--step", "2"], "needs --ema-length"),
         (["--ema-length", "0.1", "--ema", "0.9"], "cannot be combined"),
@@ -196,9 +196,25 @@ def test_the_nearest_lengths_within_reach_are_named_and_are_within(two_lengths: 
         assert rebuild_average(two_lengths, named).fit.residual < 0.11
 
 
-def test_a_run_without_snapshots_is_refused(one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main([str(one_rank), str(tmp_path / "m.safetensors"), "--ema-length", "0.1"]) == 2
-    assert "has none" in capsys.readouterr().err
+def test_a_run_without_snapshots_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for source in (tmp_path, tmp_path / "absent"):
+        assert main([str(source), str(tmp_path / "m.safetensors"), "--ema-length", "0.1"]) == 2
+        assert "has none" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_that_cannot_be_validated_is_refused(
+    run: Path, cached_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, model = ["--out", str(tmp_path / "out")], str(cached_folder / "model")
+    for words, expected in (
+        ([str(tmp_path / "m.safetensors"), "--run", str(run)], "m.safetensors does not exist"),
+        ([model, "--run", str(tmp_path)], "is not a run folder"),
+        ([model, "--run", str(run), "objective.prediction=v"], "predicts epsilon, and the run v"),
+        ([model, "--run", str(run), "validation.share=0"], "holds no samples out of training"),
+    ):
+        assert validate([*words, *out]) == 2
+        assert expected in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "config.yaml").exists()
 
 
 def test_a_torn_snapshot_is_skipped_and_a_full_disk_is_a_warning(

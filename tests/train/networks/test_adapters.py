@@ -21,6 +21,7 @@ from sdxl_trainer.train.convert import main
 from sdxl_trainer.train.doctor.doctor import examine_settings
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes
+from sdxl_trainer.train.export.average_snapshots import list_snapshots
 from sdxl_trainer.train.networks.adapter_files import build_kohya_name, map_layer_names, write_adapters
 from sdxl_trainer.train.networks.adapters import add_adapters, find_target_layers
 from sdxl_trainer.train.networks.empty_networks import build_empty_networks
@@ -152,7 +153,8 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
 def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: Path, tmp_path: Path):
     """The run resumes on its own base model, and is refused on another one, whose frozen weights it would need."""
     settings, other = cached_folder / "tiny.yaml", build_tiny_sdxl(tmp_path / "other", seed=1)
-    words = ("lora.rank=2", "optim.text_encoder_2_lr=1e-3", "ema.decays=[0.5]", "sample.prompts=[]")
+    ema = ("ema.decays=[0.5]", "ema.lengths=[0.1,0.2]", "ema.snapshot_every_steps=2", "ema.snapshot_dtype=fp32")
+    words = ("lora.rank=2", "optim.text_encoder_2_lr=1e-3", *ema, "sample.prompts=[]")
     whole = ("train", settings, "run.name=lora", "train.max_steps=6", *words)
     parts = [("train", settings, "run.name=lora-twice", f"train.max_steps={steps}", *words) for steps in (4, 6)]
     refused = ("train", settings, "run.name=lora", "train.max_steps=7", f"model.path={other}", *words)
@@ -173,6 +175,7 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
         straight, resumed = load_file(models / name), load_file(twice / name)
         assert straight.keys() == resumed.keys(), name
         assert all(straight[key].equal(resumed[key]) for key in straight), name
+    assert_equal_snapshots(models.parent, twice.parent, tmp_path)
     losses = [read_losses(folder.parent) for folder in (models, twice)]
     assert losses[0] == losses[1] and len(set(losses[0])) == 6
     tensors = load_file(models / names[1])
@@ -203,6 +206,23 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     layer = generator.unet.mid_block.attentions[0].proj_in
     up = layer.lora_B["default"].weight
     assert up.equal(tensors["lora_unet_middle_block_1_proj_in.lora_up.weight"]) and layer.scaling["default"] == 1
+
+
+def assert_equal_snapshots(straight: Path, resumed: Path, folder: Path) -> None:
+    """Assert that a resume changes no stored average, and that a file of adapters is summed up from them."""
+    one, two = (list_snapshots(run) for run in (straight, resumed))
+    assert [(s.facts.step, s.facts.length) for s in one] == [(n, length) for n in (2, 4, 6) for length in (0.1, 0.2)]
+    for first, second in zip(one, two, strict=True):
+        assert first.facts == second.facts and first.file.read_bytes() == second.file.read_bytes()
+    rebuilt, kept = folder / "rebuilt.safetensors", folder / "kept.safetensors"
+    assert main([str(straight), str(rebuilt), "--ema-length", "0.2"]) == 0
+    assert main([str(straight), str(kept), "--ema", "length-0.2"]) == 0
+    tensors, expected = load_file(rebuilt), load_file(kept)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-9)
+    with safe_open(rebuilt, "pt") as file:
+        assert file.metadata()["sdxl_trainer.ema_length"] == "0.2"
 
 
 def assert_merged(run: Path, base_folder: Path, adapters: dict[str, torch.Tensor], target: Path) -> None:
