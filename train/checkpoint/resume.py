@@ -46,6 +46,7 @@ HARMLESS_KEYS = frozenset(
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}
     | {"engine.channels_last", "engine.cudnn_benchmark", "engine.timeout_minutes", "ema.sample"}
+    | {"ema.snapshot_every_steps", "ema.snapshot_dtype"}
 )
 # Settings that may name the user's own code or a file of tags, which is compared too.
 TAG_FILE_KEYS = tuple(f"data.caption.{name}" for name in FILES)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.configs.schema import MAX_EMA_LENGTH
 from sdxl_trainer.train.engine.power_profiles import Fit, Profile, compute_gamma, fit_profile
-from sdxl_trainer.train.export.average_snapshots import Snapshot, list_snapshots
+from sdxl_trainer.train.export.average_snapshots import Snapshot, SnapshotFacts, list_snapshots
 
 # A sum whose profile differs by more is another average than the one that was asked for.
 MAX_RESIDUAL = 0.1
@@ -125,17 +125,24 @@ def choose_snapshots(snapshots: Sequence[Snapshot], step: int) -> list[Snapshot]
     """
     last = next(snapshot for snapshot in snapshots if snapshot.facts.step == step)
     chosen: dict[Profile, Snapshot] = {}
+    num_left = 0
     for snapshot in snapshots:
-        facts, is_alike = snapshot.facts, snapshot.shapes == last.shapes
-        if facts.step > step or facts.updates < 1 or facts.first_step != last.facts.first_step or not is_alike:
+        if snapshot.facts.step > step:
             continue
-        share = (facts.joined / facts.updates) ** (compute_gamma(facts.length) + 1)
-        if share <= MAX_JOINED_SHARE:
+        if snapshot.shapes == last.shapes and is_usable(snapshot.facts, last.facts.first_step):
             chosen[snapshot.profile] = snapshot
-    num_left = sum(snapshot.facts.step <= step for snapshot in snapshots) - len(chosen)
+        else:
+            num_left += 1
     if num_left:
         logger.info("{} left out: of averages that began later, or of other weights", format_count(num_left, "file"))
     return list(chosen.values())
+
+
+def is_usable(facts: SnapshotFacts, first_step: int) -> bool:
+    """Return whether a snapshot is of the clock that started at `first_step`, and nearly free of its first weights."""
+    if facts.updates < 1 or facts.first_step != first_step:
+        return False
+    return (facts.joined / facts.updates) ** (compute_gamma(facts.length) + 1) <= MAX_JOINED_SHARE
 
 
 def build_problem(profiles: Sequence[Profile], wanted: Profile, residual: float) -> Problem:
