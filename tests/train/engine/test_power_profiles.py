@@ -113,6 +113,22 @@ def test_more_snapshots_and_lengths_come_nearer() -> None:
     assert max(edges) < 0.1 < min(fit_profile(list_known(), Profile(STEPS, end)).residual for end in (0.015, 0.28))
 
 
+def test_no_other_sum_that_adds_up_to_1_is_nearer() -> None:
+    known, wanted = list_known(every=60), Profile(STEPS, 0.15)
+    products, with_wanted = multiply_profiles(known, known), multiply_profiles(known, [wanted])[:, 0]
+    square = multiply_profiles([wanted], [wanted])[0, 0]
+
+    def measure(coefficients: np.ndarray) -> float:
+        return math.sqrt(1 + (coefficients @ products @ coefficients - 2 * with_wanted @ coefficients) / square)
+
+    fit = fit_profile(known, wanted)
+    assert fit.residual == pytest.approx(measure(fit.coefficients), rel=1e-6)
+    divided = np.linalg.solve(products, with_wanted)
+    assert fit.residual < measure(divided / divided.sum())
+    for change in np.random.default_rng(0).normal(size=(20, len(known))) / 100:
+        assert fit.residual < measure(fit.coefficients + change - change.mean())
+
+
 def test_a_thousand_snapshots_are_still_solved() -> None:
     known = list_known(1_000_000, 2000)
     fit = fit_profile(known, Profile(1_000_000, 0.13))

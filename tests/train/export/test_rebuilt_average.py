@@ -207,7 +207,7 @@ def test_a_model_that_cannot_be_validated_is_refused(
 ) -> None:
     out, model = ["--out", str(tmp_path / "out")], str(cached_folder / "model")
     for words, expected in (
-        ([str(tmp_path / "m.safetensors"), "--run", str(run)], "m.safetensors does not exist"),
+        ([str(tmp_path / "m.safetensors"), "--run", str(run)], "is neither a file nor a folder"),
         ([model, "--run", str(tmp_path)], "is not a run folder"),
         ([model, "--run", str(run), "objective.prediction=v"], "predicts epsilon, and the run v"),
         ([model, "--run", str(run), "validation.share=0"], "holds no samples out of training"),
@@ -218,13 +218,16 @@ def test_a_model_that_cannot_be_validated_is_refused(
 
 
 def test_a_torn_snapshot_is_skipped_and_a_full_disk_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ema = EmaConfig(lengths=[0.1, 0.2], snapshot_every_steps=2)
     engine, writer = build_engine(ema), SnapshotWriter(tmp_path, ema, ONE_RANK, 0)
+    gathered, gather = [], engine.weights.gather
+    monkeypatch.setattr(engine.weights, "gather", lambda name, average: gathered.append(name) or gather(name, average))
     with limit_file_size(300):
         train(engine, range(1, 3), writer)
     assert not list((tmp_path / "snapshots").iterdir())
+    assert gathered == 2 * engine.weights.trained_names  # other ranks take part in every gather
     writer.write_due(engine, 2, is_last=False)  # as the next start at this step does
     train(engine, range(3, 6), writer)
     writer.write_due(engine, 5, is_last=True)
