@@ -21,7 +21,7 @@ ROOMS = {
     "cache": ("models", "encode", "upkeep", "preview"),
     "train": (
         *("held_out", "objective", "networks", "optim", "engine", "checkpoint", "sampling"),
-        *("report", "evidence", "export", "estimates", "tiny", "run", "doctor", "watch", "ablation"),
+        *("report", "evidence", "export", "estimates", "tiny", "run", "scoring", "doctor", "watch", "ablation"),
     ),
     "configs": ("language", "kohya"),
     "launch": (),

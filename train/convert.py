@@ -49,18 +49,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
         choices=("fp32", "fp16", "bf16"),
         help="of the weights (checkpoint.export_dtype of the settings, else fp16)",
     )
-    parser.add_argument(
-        "--ema", metavar="NAME", help="convert a moving average of the checkpoint, such as 0.999 or length-0.05"
-    )
-    parser.add_argument(
-        "--ema-length",
-        type=float,
-        metavar="X",
-        help="compute the average of this length, such as 0.13, from the snapshots of a run with ema.lengths",
-    )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="step at which that average ends (that of the last snapshot)"
-    )
+    add_average_options(parser)
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapters of a LoRA run merged into it"
     )
@@ -98,6 +87,20 @@ def build_convert_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
+
+
+def add_average_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a moving average."""
+    parser.add_argument("--ema", metavar="NAME", help="convert a moving average, such as 0.999 or length-0.05")
+    parser.add_argument(
+        "--ema-length",
+        type=float,
+        metavar="X",
+        help="compute the average of this length, such as 0.13, from the snapshots of a run with ema.lengths",
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="step at which that average ends (that of the last snapshot)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,9 +34,7 @@ def build_sample_parser() -> program.RankParser:
         "--prompts", type=parse_path, required=True, metavar="FILE", help=".txt, .json or .toml (docs/TRAINING.md)"
     )
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the images")
-    parser.add_argument(
-        "--ema", metavar="NAME", help="use a moving average of the checkpoint, such as 0.999 or length-0.05"
-    )
+    parser.add_argument("--ema", metavar="NAME", help="use a moving average, such as 0.999 or length-0.05")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=program.OVERRIDES_HELP)

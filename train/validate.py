@@ -5,7 +5,7 @@ import sys
 
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.launch.program import OVERRIDES_HELP, run_program
+from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, run_program
 
 DESCRIPTION = (
     "Validate a model on the validation set of a run: the same samples, with the same noise at the same timesteps. The "
@@ -17,7 +17,9 @@ EXAMPLES = ("%(prog)s my-ema-0.13.safetensors --run runs/my --out runs/my-ema-0.
 
 def build_validate_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = TranslatedParser(prog="python -m sdxl_trainer.train.validate", description=DESCRIPTION, examples=EXAMPLES)
+    parser = TranslatedParser(
+        prog="python -m sdxl_trainer.train.validate", description=DESCRIPTION, examples=EXAMPLES, epilog=SETTINGS_HELP
+    )
     parser.add_argument(
         "model",
         type=lambda text: str(parse_path(text)),
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_validate_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
-        from sdxl_trainer.train.run.model_validation import validate_model
+        from sdxl_trainer.train.scoring.model_validation import validate_model
 
         validate_model(options.model, options.run, options.out, options.step, options.overrides)
 
