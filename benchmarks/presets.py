@@ -1,7 +1,7 @@
-"""Tables of docs/TRAINING.md: which preset and which optimizer fit which GPU, by the memory estimate of a run's start.
+"""Tables of docs/LOW_MEMORY.md: which preset and optimizer fit which GPU, by the memory estimate of a run's start.
 
 Needs no GPU and no weights: the networks of configs/sdxl are counted on PyTorch's meta device, 5 s of CPU a preset.
-`--check` exits with status 1 if a table of docs/TRAINING.md differs.
+`--check` exits with status 1 if a table of docs/LOW_MEMORY.md differs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sdxl_trainer.train.estimates.networks import NetworkSizes, measure_networks
 from sdxl_trainer.train.estimates.preset_choice import SDXL_BUCKET, compute_usable_bytes, set_micro_batch
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "TRAINING.md"
+DOCUMENT = ROOT / "docs" / "LOW_MEMORY.md"
 CARDS = (12, 16, 24, 48, 80)  # GiB by name
 MORE_CARDS = (8, 12, 16, 24, 32, 48, 80)
 CASES = {
@@ -54,9 +54,9 @@ MICRO_BATCHES = (1, 4)
 
 
 def main() -> int:
-    """Print the table, or compare it with docs/TRAINING.md."""
+    """Print the table, or compare it with docs/LOW_MEMORY.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with docs/TRAINING.md instead of printing")
+    parser.add_argument("--check", action="store_true", help="compare with docs/LOW_MEMORY.md instead of printing")
     options = parser.parse_args()
     tables = tabulate_presets(), tabulate_combinations()
     if not options.check:

@@ -26,7 +26,7 @@ DOCUMENT = ROOT / "docs" / "SCALE.md"
 SDXL = ModelSource(ROOT / "configs" / "sdxl")
 GPU_COUNTS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
 H100 = "NVIDIA H100 80GB HBM3"
-# GPU → further settings of full fine-tuning and of adapters; None where the preset does not fit (docs/TRAINING.md).
+# GPU → further settings of full fine-tuning and of adapters; None where the preset does not fit (docs/LOW_MEMORY.md).
 SINGLE_GPUS: dict[str, tuple[list[str] | None, list[str]]] = {
     "NVIDIA H200": ([], []),
     H100: ([], []),

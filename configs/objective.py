@@ -134,7 +134,7 @@ class ObjectiveConfig(Section):
     """Noises that are drawn for a sample; the one with the smallest L2 distance to its latent is used (immiscible
     diffusion, arXiv 2505.18521). 1 is ordinary noise; 16 to 256 are usual. Noise of the other settings is added to the
     chosen one. Each sample draws and compares 16 candidates at a time, so memory does not grow, but time does:
-    docs/TRAINING.md has the measured cost. With `run.noise_device: cpu` the candidates are drawn during the step, not
+    docs/RECIPES.md has the measured cost. With `run.noise_device: cpu` the candidates are drawn during the step, not
     ahead of it."""
     noise_offset: float = Field(0.0, ge=0)
     """Strength of a random offset added to the noise, constant over the image and drawn for each channel. Helps

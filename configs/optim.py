@@ -41,7 +41,7 @@ class OptimConfig(Section):
     name: Annotated[str, IS_PATH] = "adamw"
     """Optimizer: `adamw`, `adamw8bit` (bitsandbytes), `adafactor`, `lion`, `prodigy`, `muon`, `adamw_schedule_free`,
     `prodigy_plus_schedule_free`, `stable_adamw`, `adopt`, `ademamix`, `came`, `soap`, `lamb`, or any class as
-    `module.Class` or `path/to/file.py:Class` (docs/OWN_CODE.md). docs/TRAINING.md lists the requirements of each."""
+    `module.Class` or `path/to/file.py:Class` (docs/OWN_CODE.md). docs/OPTIMIZERS.md lists the requirements of each."""
     kwargs: dict[str, Any] = {}
     """Further keyword arguments for the optimizer's class."""
     lr: float = Field(1e-5, gt=0)

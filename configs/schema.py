@@ -35,7 +35,7 @@ class RunConfig(Section):
     """Seed of all random choices: order of batches, captions, noise, timesteps, posterior samples."""
     noise_device: Literal["rank", "cpu"] = "rank"
     """Device that draws the noise: each `rank`'s own, or the `cpu`, whose noise is the same on every machine. The noise
-    of a GPU depends on its kind (docs/TRAINING.md). A thread draws the noise of the `cpu` ahead of the step."""
+    of a GPU depends on its kind (docs/OBJECTIVE.md). A thread draws the noise of the `cpu` ahead of the step."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` resumes from the newest valid checkpoint in the run folder, if there is one. `never` always starts from
     step 0, and is an error if the run folder already contains checkpoints."""
@@ -83,7 +83,7 @@ class ModelConfig(Section):
     `conv_out`) are replaced by untrained ones, drawn from `run.seed`, and all other weights are kept. Without it, such
     a pair is an error. Has no effect on a U-Net that fits its VAE, so you can leave it on to resume the run, and to
     continue from the exported model. Not with `lora.rank`, which would leave the new layers untrained. Train the new
-    layers alone first: docs/TRAINING.md has a recipe."""
+    layers alone first: docs/RECIPES.md has a recipe."""
     latents_mean: tuple[float, ...] | None = None
     """Mean of each channel of the VAE's latents. With `model.latents_std`, the U-Net works on (latent - mean)/std
     instead of the latent times the VAE's scaling factor. Set both only for models that were trained this way, unless

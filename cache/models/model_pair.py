@@ -71,6 +71,6 @@ def _compare(config: Config, source: ModelSource) -> Iterator[Problem]:
         rule = f"leaves untrained the new first and last layers that a U-Net of {of_unet} channels gets for this VAE"
         cure = (
             "train the whole U-Net first, with lora.rank: 0, and set model.path to the model that this exports "
-            "(docs/TRAINING.md)"
+            "(docs/RECIPES.md)"
         )
         yield Problem("lora.rank", config.lora.rank, rule, cure)

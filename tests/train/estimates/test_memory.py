@@ -144,7 +144,7 @@ def test_an_update_copies_the_gradients_of_one_group() -> None:
     [(0, 18.4, 18.4, None), (1, 16.6, None, None), (2, 16.6, 18.1, 10.6), (3, 16.6, 18.4, None)],
 )
 def test_an_update_takes_what_was_counted(stage: int, one_step: float, four_steps: float, two_ranks: float) -> None:
-    """Bytes a weight of benchmarks/gradients.py, in docs/TRAINING.md, without its buckets of some 0.4."""
+    """Bytes a weight of benchmarks/gradients.py, in docs/PRECISION.md, without its buckets of some 0.4."""
     sizes = replace(SDXL, frozen_encoders=0, generation=0)
     for words, ranks, counted in ((1, 1, one_step), (4, 1, four_steps), (8, 2, two_ranks)):
         if counted is not None:
