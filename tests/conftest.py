@@ -18,7 +18,7 @@ import yaml
 from console_screen import run_in_terminal
 from filelock import FileLock
 from forked_ranks import PLACE_VARIABLE, REPORT_VARIABLE
-from programs import MIXED_PROMPTS, ROOT, run_program
+from programs import IN_EACH_STEP, MIXED_PROMPTS, ROOT, list_validation_words, run_program
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of tests inherit it; behind a shell's & it is ignored
 
@@ -152,27 +152,8 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             shutil.copy(latents, own / f"own_{number}.npz")
             (own / f"own_{number}.txt").write_text("a " + latents.stem.replace("_", " ")[5:])
         (folder / "prompts.txt").write_text(MIXED_PROMPTS)
-        words = (
-            "--cfg",
-            cached_folder / "tiny.yaml",
-            f"run.dir={folder}",
-            f"validation.image_dirs=[{own}]",
-            f"validation.cache_dir={own}",
-            "validation.timesteps_per_sample=2",
-            "validation.at_start=true",
-            "sample.prompts=[]",
-            f"sample.prompt_file={folder / 'prompts.txt'}",
-            "sample.num_inference_steps=2",
-            "train.max_steps=2",
-            "checkpoint.every_steps=0",
-            "ema.decays=[0.5]",
-            "ema.lengths=[0.1]",
-            "ema.snapshot_every_steps=1",
-            "ema.snapshot_dtype=fp32",
-            "ema.sample=false",
-        )
-        more = ("run.name=ranks-1", "validation.every_steps=1", "sample.every_steps=1")
-        run_program("train/main.py", *words, *more, writes_report=True)
+        words = list_validation_words(cached_folder, folder)
+        run_program("train/main.py", *words, *IN_EACH_STEP, "run.name=ranks-1", writes_report=True)
         (folder / "ranks-2").mkdir()
         (folder / "ranks-2" / "sample").touch()  # asks for images after the first step
         run_program("train/main.py", *words, "run.name=ranks-2", "engine.zero_stage=3", ranks=2)

@@ -13,6 +13,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ROOT / "configs" / "tiny"
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 TIMEOUT_SECONDS = 600
+IN_EACH_STEP = ("validation.every_steps=1", "sample.every_steps=1")
 MIXED_PROMPTS = """a red circle on a white background
 a blue star on a grey background --w 64 --h 128 --s 3 --d 77
 a green square on a black background --ss euler_a --n a circle
@@ -79,3 +80,26 @@ def read_losses(run: Path) -> list[float]:
     from sdxl_trainer.train.report.metrics import read_metrics
 
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
+
+
+def list_validation_words(cached_folder: Path, folder: Path) -> list[str]:
+    """Settings of the runs in the folder of `validated`."""
+    return [
+        "--cfg",
+        str(cached_folder / "tiny.yaml"),
+        f"run.dir={folder}",
+        f"validation.image_dirs=[{folder / 'own'}]",
+        f"validation.cache_dir={folder / 'own'}",
+        "validation.timesteps_per_sample=2",
+        "validation.at_start=true",
+        "sample.prompts=[]",
+        f"sample.prompt_file={folder / 'prompts.txt'}",
+        "sample.num_inference_steps=2",
+        "train.max_steps=2",
+        "checkpoint.every_steps=0",
+        "ema.decays=[0.5]",
+        "ema.lengths=[0.1]",
+        "ema.snapshot_every_steps=1",
+        "ema.snapshot_dtype=fp32",
+        "ema.sample=false",
+    ]

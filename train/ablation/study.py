@@ -61,7 +61,7 @@ def list_devices(per_gpu: bool) -> list[str | None]:
     number = torch.cuda.device_count()
     if not number:
         raise UserInputError([Problem("--per-gpu", None, "finds no GPU", "leave it out")])
-    names = visible.split(",") if visible else [str(device) for device in range(number)]
+    names = [name.strip() for name in visible.split(",")] if visible else [str(device) for device in range(number)]
     return [*names[:number]]
 
 

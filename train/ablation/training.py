@@ -24,6 +24,7 @@ STATE_FILE, CONSOLE_FOLDER = "ablation.json", "console"  # in the ablation's fol
 MAX_STATE_BYTES = 1 << 24
 POLL_SECONDS, PROGRESS_SECONDS = 0.5, 60.0
 TAIL_LINES = 15  # of a failed run's console that are shown
+ONE_RANK = {"NPROC": "1", "NNODES": "1", "RDZV_ENDPOINT": ""}  # for launch/torchrun.sh
 
 
 class State(msgspec.Struct):
@@ -84,13 +85,13 @@ class Training:
                 for device, job in list(self._jobs.items()):
                     self._attend(device, job)
         finally:
-            self._end_all()
+            _end(list(self._jobs.values()))
 
     def _start(self, number: int, run: PlannedRun, device: str | None) -> None:
         console = self._plan.folder / CONSOLE_FOLDER / f"{run.folder.name}.txt"
         console.parent.mkdir(parents=True, exist_ok=True)
         command = ["bash", str(ROOT / "launch" / "train.sh"), "--cfg", str(self._plan.cfg), *run.words]
-        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device, "NPROC": "1"})
+        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device, **ONE_RANK})
         with open(console, "ab") as output:
             # In a session of its own, because Ctrl-C in the terminal would reach it besides the signal that it is sent.
             process = subprocess.Popen(
@@ -106,7 +107,7 @@ class Training:
             self._judge(job)
         if status is None:
             if job.run.arm.name in self.hopeless:
-                _end(job)
+                _end([job])
             elif time.monotonic() - job.shown > PROGRESS_SECONDS:
                 self._show_progress(job)
             return
@@ -144,11 +145,6 @@ class Training:
         if status is not None and status.max_steps:
             announce(f"run {job.number} of {len(self._plan.runs)}: step {status.step} of {status.max_steps}")
 
-    def _end_all(self) -> None:
-        """Ask all jobs to save and stop, and wait for them."""
-        for job in self._jobs.values():
-            _end(job)
-
 
 def read_state(file: Path) -> State:
     """Read what an ablation has kept; a missing or damaged file is an empty one."""
@@ -158,8 +154,10 @@ def read_state(file: Path) -> State:
         return State()
 
 
-def _end(job: Job) -> None:
-    """Ask a job to save and stop, and wait for it."""
-    if job.process.poll() is None:
-        job.process.send_signal(signal.SIGTERM)
+def _end(jobs: Sequence[Job]) -> None:
+    """Ask jobs to save and stop, all at once, and wait for them."""
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.send_signal(signal.SIGTERM)
+    for job in jobs:
         job.process.wait()

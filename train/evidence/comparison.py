@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.train.evidence.grid_contrasts import Contrast, find_contrasts
 from sdxl_trainer.train.evidence.pairing import NUM_BINS, SharedErrors, choose_steps, share_errors
 from sdxl_trainer.train.evidence.runs import Arm, Axis, EvidenceRun, form_arms, list_differences
 from sdxl_trainer.train.held_out.inference import (
@@ -91,6 +92,17 @@ class ArmComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effect:
+    """The effect of one setting, averaged over all combinations of the other settings that differ."""
+
+    setting: str  # with its value
+    against: str  # value of the baseline
+    num_combinations: int
+    baseline: float  # mean error with the baseline's value
+    verdict: SettingVerdict  # by Holm's correction over all effects
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunCurve:
     """The mean error of a run on the shared samples, by step."""
 
@@ -112,6 +124,7 @@ class Comparison:
     seeds: dict[str, str]
     num_samples: int
     arms: list[ArmComparison]
+    effects: list[Effect]  # empty unless the arms form a grid of two settings or more
     curves: list[RunCurve]
     settings: dict[str, dict[str, str]]  # that differ: key → run → value
     notes: list[str]
@@ -148,6 +161,7 @@ def compare_runs(runs: Sequence[EvidenceRun], options: Options) -> Comparison:
         seeds={run.name: run.seed for run in runs},
         num_samples=len(shared.samples),
         arms=correct_over_arms(compared),
+        effects=judge_effects(runs, find_contrasts(differing, [run.seed for run in runs]), shared),
         curves=draw_curves(runs, arms, moments, options),
         settings={key: dict(zip(names, values, strict=True)) for key, values in differing.items()},
         notes=notes,
@@ -178,6 +192,29 @@ def compare_arms(
         by_source=split([str(source) for source in shared.sources]),
         by_group=split(captions),
     )
+
+
+def judge_effects(runs: Sequence[EvidenceRun], contrasts: Sequence[Contrast], shared: SharedErrors) -> list[Effect]:
+    """Return the effect of each contrast. A seed is one piece of evidence, in however many combinations it was used."""
+    verdicts, baselines = [], []
+    for contrast in contrasts:
+        sides = [np.array(contrast.baseline), np.array(contrast.arm)]
+        arms = [Arm(label="", runs=[runs[number] for number in side]) for side in sides]
+        by_seed = [average_by_seed(arm, shared.means[side].mean(axis=1)) for arm, side in zip(arms, sides, strict=True)]
+        means = [shared.means[side].mean(axis=0) for side in sides]
+        verdicts.append(judge_setting(by_seed[0], by_seed[1], means[1] - means[0], is_paired=True))
+        baselines.append(float(means[0].mean()))
+    found = zip(contrasts, baselines, correct_verdicts(verdicts, "other settings are judged too"), strict=True)
+    return [
+        Effect(
+            setting=contrast.setting,
+            against=contrast.against,
+            num_combinations=contrast.num_combinations,
+            baseline=baseline,
+            verdict=verdict,
+        )
+        for contrast, baseline, verdict in found
+    ]
 
 
 def average_by_seed(arm: Arm, scores: np.ndarray) -> dict[str, float]:
@@ -287,17 +324,27 @@ def _count_needed(
 
 def correct_over_arms(arms: Sequence[ArmComparison]) -> list[ArmComparison]:
     """Apply Holm's correction to the verdicts of several arms."""
-    p_values = [arm.setting.p_value for arm in arms]
+    verdicts = correct_verdicts([arm.setting for arm in arms], "other arms are compared too")
+    return [replace(arm, setting=verdict) for arm, verdict in zip(arms, verdicts, strict=True)]
+
+
+def correct_verdicts(verdicts: Sequence[SettingVerdict], reason: str) -> list[SettingVerdict]:
+    """Apply Holm's correction to verdicts.
+
+    Args:
+        reason: of the verdicts that become undecided.
+    """
+    p_values = [verdict.p_value for verdict in verdicts]
     adjusted = iter(adjust_by_holm([value for value in p_values if value is not None]))
     corrected = []
-    for arm in arms:
-        setting = arm.setting
-        if setting.p_value is not None:
+    for found in verdicts:
+        if found.p_value is not None:
             p_value = next(adjusted)
-            verdict = decide(setting.difference, p_value)
-            reason = "other arms are compared too" if verdict != setting.verdict else setting.reason
-            setting = replace(setting, p_value=p_value, verdict=verdict, reason=reason)
-        corrected.append(replace(arm, setting=setting))
+            verdict = decide(found.difference, p_value)
+            found = replace(
+                found, p_value=p_value, verdict=verdict, reason=reason if verdict != found.verdict else found.reason
+            )
+        corrected.append(found)
     return corrected
 
 

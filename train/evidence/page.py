@@ -11,12 +11,15 @@ from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.train.evidence.comparison import ArmComparison, Comparison
 from sdxl_trainer.train.evidence.runs import EvidenceRun
 from sdxl_trainer.train.evidence.text import (
+    EFFECT_HEADINGS,
+    EFFECTS_TITLE,
     ERROR_NAMES,
     HEADINGS,
     describe_frame,
     describe_need,
     describe_setting,
     describe_weights,
+    format_effect,
     format_row,
     list_tables,
 )
@@ -55,6 +58,9 @@ def write_page(comparison: Comparison, runs: Sequence[EvidenceRun], file: Path) 
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         arms=[describe_arm(arm) for arm in comparison.arms],
         notes=[translate(note) for note in comparison.notes],
+        effects_title=translate_label(EFFECTS_TITLE),
+        effect_headings=[translate_label(heading) for heading in EFFECT_HEADINGS],
+        effects=[[*format_effect(effect), translate_label(effect.verdict.verdict)] for effect in comparison.effects],
         table_headings=[translate_label(heading) for heading in HEADINGS],
         charts=[(chart, embed_chart(chart)) for chart in map(translate_chart, charts)],
         headings=names,

@@ -14,11 +14,14 @@ from sdxl_trainer.train.evidence.comparison import Comparison, Options, compare_
 from sdxl_trainer.train.evidence.page import write_page
 from sdxl_trainer.train.evidence.runs import check_runs, open_runs
 from sdxl_trainer.train.evidence.text import (
+    EFFECT_HEADINGS,
+    EFFECTS_TITLE,
     HEADINGS,
     describe_frame,
     describe_need,
     describe_setting,
     describe_weights,
+    format_effect,
     format_row,
     list_tables,
 )
@@ -87,12 +90,21 @@ def write_lines(comparison: Comparison) -> Iterator[str]:
         yield f"  {translate(describe_weights(arm.weights))}"
     yield translate(describe_frame(comparison))
     yield from map(translate, comparison.notes)
+    if comparison.effects:
+        yield f"\n{translate_label(EFFECTS_TITLE)}"
+        yield from align_rows(list_effect_rows(comparison))
     for arm in comparison.arms:
         for title, lines in list_tables(arm):
             yield f"\n{arm.arm}, {translate_label(title)}"
             rows = [[translate_label(heading) for heading in HEADINGS]]
             rows += [[line.name, *format_row(line), translate_label(line.verdict)] for line in lines]
             yield from align_rows(rows)
+
+
+def list_effect_rows(comparison: Comparison) -> list[list[str]]:
+    """Return the headings and the line of each effect."""
+    rows = [[translate_label(heading) for heading in EFFECT_HEADINGS]]
+    return rows + [[*format_effect(effect), translate_label(effect.verdict.verdict)] for effect in comparison.effects]
 
 
 def align_rows(rows: Sequence[Sequence[str]]) -> Iterator[str]:

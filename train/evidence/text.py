@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from sdxl_trainer.configs.problems import format_count
-from sdxl_trainer.train.evidence.comparison import UNDECIDED, ArmComparison, Comparison, Difference, SettingVerdict
+from sdxl_trainer.train.evidence.comparison import (
+    UNDECIDED,
+    ArmComparison,
+    Comparison,
+    Difference,
+    Effect,
+    SettingVerdict,
+)
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS
 
 ERROR_NAMES = {"x0": "x0 error", "v": "v error", "loss": "validation loss"}
@@ -83,3 +90,15 @@ def format_row(line: Difference) -> list[str]:
 
 
 HEADINGS = ("group", "samples", "baseline", "arm", "difference", "low", "high", "p", "verdict")
+
+EFFECTS_TITLE = "Effect of each setting, averaged over the others"
+EFFECT_HEADINGS = ("setting", "against", "combinations", "difference", "low", "high", "p", "verdict")
+
+
+def format_effect(effect: Effect) -> list[str]:
+    """Return the cells of an effect's line, without its verdict."""
+    verdict = effect.verdict
+    values = (verdict.difference, verdict.low, verdict.high)
+    shares = ["" if value is None else format_share(value, effect.baseline) for value in values]
+    p_value = "" if verdict.p_value is None else f"{verdict.p_value:.2g}"
+    return [effect.setting, effect.against, str(effect.num_combinations), *shares, p_value]

@@ -55,10 +55,19 @@ def write_generated_images(run: Run) -> None:
         run.conditioner.release()
     if run.ranks.is_main:
         try:
-            write_images(folder, f"step-{run.state.step:08d}", prompts, images)
+            write_images(folder, _name_step(run), prompts, images)
             run.lost_images.end()
         except OSError as error:
             run.lost_images.add(str(error), len(images))
+
+
+def has_images(run: Run) -> bool:
+    """Return whether all images of the current step are written. Their grid is written after them."""
+    return (run.folder / "samples" / f"{_name_step(run)}.png").exists()
+
+
+def _name_step(run: Run) -> str:
+    return f"step-{run.state.step:08d}"
 
 
 def write_images(folder: Path, name: str, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> None:

@@ -14,7 +14,7 @@ from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
-from sdxl_trainer.launch.distributed import reduce_sum
+from sdxl_trainer.launch.distributed import broadcast_object, reduce_sum
 from sdxl_trainer.launch.folder_lock import renew_locks
 from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.launch.signals import BrokenOff
@@ -25,7 +25,7 @@ from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.loss_feedback import StepLosses
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr
-from sdxl_trainer.train.run.generated_images import write_generated_images
+from sdxl_trainer.train.run.generated_images import has_images, write_generated_images
 from sdxl_trainer.train.run.interruption import SAMPLE_FILE
 from sdxl_trainer.train.run.non_finite import (
     MicroStep,
@@ -35,7 +35,7 @@ from sdxl_trainer.train.run.non_finite import (
     propagate_non_finite,
 )
 from sdxl_trainer.train.run.run import Run
-from sdxl_trainer.train.run.validation import validate
+from sdxl_trainer.train.run.validation import has_errors, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,14 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
             taken the run folder, which was deleted.
     """
     config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
+<<<<<<< HEAD
     if state.step == 0:
         validate_and_sample(run)
     store_averages(run)
+=======
+    # A job that is asked to stop does so before the validation and the images of its last step.
+    validate_and_sample(run, state.step == run.num_steps, only_missing=state.step > 0)
+>>>>>>> 2e63492 (Effects of single settings in a grid, averaged over the others; campaign of runs that differ only in the seed; all runs at work are asked to stop at once)
     while state.step < run.num_steps:
         started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, run.num_steps)
@@ -305,28 +310,35 @@ def log_skipped_samples(run: Run, micro_steps: list[MicroStep]) -> None:
     run.bad_samples.skip(run.state.step, skipped)
 
 
-def validate_and_sample(run: Run, is_last: bool = False, is_sample_requested: bool = False) -> None:
+def validate_and_sample(run: Run, is_last: bool, is_sample_requested: bool = False, only_missing: bool = False) -> None:
     """Validate and generate images, each if the settings ask for it after this step, or images if the user does.
+
+    Args:
+        only_missing: leave out what an earlier job has stored for this step.
 
     Raises:
         Interrupted: a rank was asked to stop; the state is saved.
     """
+    stored = broadcast_object((has_errors(run), has_images(run))) if only_missing else (False, False)
     try:
-        _validate_and_sample(run, is_last, is_sample_requested)
+        _validate_and_sample(run, is_last, is_sample_requested, *stored)
     except BrokenOff:
         stop(run)
 
 
-def _validate_and_sample(run: Run, is_last: bool, is_sample_requested: bool) -> None:
+def _validate_and_sample(
+    run: Run, is_last: bool, is_sample_requested: bool, is_validated: bool, is_drawn: bool
+) -> None:
     step, validation, sample = run.state.step, run.config.validation, run.config.sample
-    if run.validation and (validation.at_start if step == 0 else is_last or _is_due(step, validation.every_steps)):
+    is_due = validation.at_start if step == 0 else is_last or _is_due(step, validation.every_steps)
+    if run.validation and is_due and not is_validated:
         with run.progress.activity("validating"):
             validate(run)
         update_report(run)
     if is_sample_requested and not sample.has_prompts:
         warn_once("the file {} has no effect, because there are no prompts; set sample.prompts", SAMPLE_FILE)
     is_due = is_sample_requested or (sample.at_start if step == 0 else is_last or _is_due(step, sample.every_steps))
-    if sample.has_prompts and is_due:
+    if sample.has_prompts and is_due and not is_drawn:
         with run.progress.activity("generating images"):
             write_generated_images(run)
         update_report(run)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import MIXED_PROMPTS, run_program
+from programs import IN_EACH_STEP, MIXED_PROMPTS, list_validation_words, run_program
 
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
@@ -89,6 +89,47 @@ def test_errors_of_each_sample_are_the_same_on_any_number_of_ranks(validated: di
         # An error e of epsilon is e/snr in x0 and e·(1 + 1/snr) in v.
         snr = np.exp(one["log_snr"].astype(float))
         np.testing.assert_allclose(one["v_error"], one["x0_error"] * (1 + snr), rtol=1e-4)
+
+
+STOPPING = """
+from pathlib import Path
+
+RUN = Path({run!r})
+
+
+def square(prediction, target):
+    if (RUN / "logs" / "validation" / "step-00000000.parquet").exists() and not (RUN / "asked").exists():
+        (RUN / "asked").touch()
+        (RUN / "stop").touch()
+    return (prediction - target) ** 2
+"""
+
+
+def test_a_run_that_was_stopped_stores_the_same_errors_and_images(
+    validated: dict[int, Path], cached_folder: Path, tmp_path: Path
+) -> None:
+    """A file asks it to stop in the first step, so it ends before the step's validation."""
+    whole, part = validated[1], validated[1].with_name("stopped")
+    (tmp_path / "stopping.py").write_text(STOPPING.format(run=str(part)))
+    words = [*list_validation_words(cached_folder, whole.parent), *IN_EACH_STEP, f"run.name={part.name}"]
+    words.append(f"objective.loss={tmp_path / 'stopping.py'}:square")
+    run_program("train/main.py", *words, expect=143)
+    assert list(list_files(part)) == [0] and [path.name for path in (part / "checkpoints").iterdir()] == [
+        "step-00000001"
+    ]
+    run_program("train/main.py", *words)
+    assert list(list_files(part)) == [0, 1, 2]
+    for step in (0, 1, 2):
+        tables = [read_sample_errors(get_file(run, step)) for run in (whole, part)]
+        assert tables[0].facts == tables[1].facts
+        for name, values in tables[0].columns.items():
+            np.testing.assert_array_equal(tables[1].columns[name], values, err_msg=f"{step} {name}")
+    for name in ("validation/loss", "loss"):
+        assert [line[name] for line in read_numbers(part, name)] == [line[name] for line in read_numbers(whole, name)]
+    images = sorted(path.relative_to(whole) for path in (whole / "samples").rglob("*.png"))
+    assert images == sorted(path.relative_to(part) for path in (part / "samples").rglob("*.png"))
+    for image in images:
+        assert (part / image).read_bytes() == (whole / image).read_bytes(), image
 
 
 def test_a_sample_file_asks_for_images_once(validated: dict[int, Path]) -> None:
