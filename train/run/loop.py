@@ -64,14 +64,9 @@ def fit(run: Run, batches: Iterator[MicroBatch]) -> None:
             taken the run folder, which was deleted.
     """
     config, state, memory = run.config, run.state, StepMemoryLogger(run.ranks.device)
-<<<<<<< HEAD
-    if state.step == 0:
-        validate_and_sample(run)
-    store_averages(run)
-=======
     # A job that is asked to stop does so before the validation and the images of its last step.
     validate_and_sample(run, state.step == run.num_steps, only_missing=state.step > 0)
->>>>>>> 2e63492 (Effects of single settings in a grid, averaged over the others; campaign of runs that differ only in the seed; all runs at work are asked to stop at once)
+    store_averages(run)
     while state.step < run.num_steps:
         started, epoch = time.monotonic(), state.epoch
         lr = compute_lr(state.step, config.optim, run.num_steps)

@@ -19,12 +19,8 @@ from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.launch.signals import BrokenOff
-<<<<<<< HEAD
-from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, write_sample_errors
-from sdxl_trainer.train.networks.conditioning import TextConditioner
-=======
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, get_file, write_sample_errors
->>>>>>> 2e63492 (Effects of single settings in a grid, averaged over the others; campaign of runs that differ only in the seed; all runs at work are asked to stop at once)
+from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
@@ -88,7 +84,6 @@ def validate(run: Run) -> None:
         store_errors(run, run.validation.config, errors)
 
 
-<<<<<<< HEAD
 def get_measured(run: Run) -> Measured:
     """Return the live model of a run, to be measured."""
     return Measured(
@@ -100,11 +95,11 @@ def get_measured(run: Run) -> Measured:
         in_lockstep=run.engine.zero_stage == 3,
         break_off_if_stopped=run.requests.break_off_if_stopped,
     )
-=======
+
+
 def has_errors(run: Run) -> bool:
     """Return whether the errors of the current step's validation are stored."""
     return get_file(run.folder, run.state.step).exists()
->>>>>>> 2e63492 (Effects of single settings in a grid, averaged over the others; campaign of runs that differ only in the seed; all runs at work are asked to stop at once)
 
 
 def store_errors(run: Run, config: ValidationConfig, errors: dict[str, list[SampleError]]) -> None:
