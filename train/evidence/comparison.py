@@ -291,7 +291,7 @@ def judge_setting(
 
     def measure(num_seeds: Sequence[int], num_samples: int) -> Uncertainty:
         parts = [Variance(spread / count, count - 1) for spread, count in zip(spreads, num_seeds, strict=False)]
-        return Uncertainty(parts, of_samples / num_samples)
+        return Uncertainty(parts, Variance(of_samples / num_samples, num_samples - 1))
 
     interval = compute_t_interval(effect, measure(seeds, num_samples))
     verdict = decide(effect, interval.p_value)

@@ -42,24 +42,39 @@ def combine_degrees(parts: Sequence[Variance]) -> float:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """The variance of an estimate.
+    """The variance of an estimate: parts between few runs, and a part between many samples.
 
-    Its degrees of freedom are those of the parts between few runs. Variance between many samples adds none: it would
-    make intervals too narrow whenever few runs happen to lie close together.
+    The tail of each is Student's, with its own degrees of freedom; that of the estimate is their mean, weighted by the
+    variances, as Cochran & Cox (1957) weight quantiles. The degrees of freedom of the sum (Satterthwaite) would be as
+    many as the samples' whenever few runs happen to lie close together, and those of the runs alone would make
+    intervals twice as wide as needed where samples vary most.
     """
 
     between_seeds: Sequence[Variance]
-    between_samples: float = 0.0
+    between_samples: Variance = Variance(0.0, 1)
 
     @property
     def deviation(self) -> float:
         """The standard deviation of the estimate."""
-        return math.sqrt(sum(part.value for part in self.between_seeds) + self.between_samples)
+        return math.sqrt(sum(part.value for part in self.between_seeds) + self.between_samples.value)
 
-    @property
-    def degrees(self) -> float:
-        """Degrees of freedom."""
-        return combine_degrees(self.between_seeds)
+    def compute_tail(self, t: float) -> float:
+        """Return the probability that the estimate is further from its expectation than `t` deviations."""
+        of_seeds, (of_samples, degrees) = sum(part.value for part in self.between_seeds), self.between_samples
+        tail = 0.0
+        if of_seeds:
+            tail += of_seeds * compute_t_tail(t, combine_degrees(self.between_seeds))
+        if of_samples:
+            tail += of_samples * compute_t_tail(t, degrees)
+        return tail / (of_seeds + of_samples)
+
+    def compute_quantile(self) -> float:
+        """Return the number of deviations that an estimate exceeds, on either side, with 1 - CONFIDENCE."""
+        low, high = 0.0, 1e3
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.compute_tail(middle) > 1 - CONFIDENCE else (low, middle)
+        return high
 
 
 def bootstrap_means(values: np.ndarray, num_resamples: int = NUM_RESAMPLES) -> list[Interval | None]:
@@ -131,22 +146,13 @@ def compute_t_tail(t: float, degrees: float) -> float:
     return min(1.0, 2 * math.exp(log_norm) * integral)
 
 
-def compute_t_quantile(degrees: float) -> float:
-    """Return the t that Student's t with `degrees` of freedom exceeds, on either side, with 1 - CONFIDENCE."""
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if compute_t_tail(middle, degrees) > 1 - CONFIDENCE else (low, middle)
-    return high
-
-
 def compute_t_interval(mean: float, uncertainty: Uncertainty) -> Interval:
     """Return the interval of an estimate."""
-    deviation, degrees = uncertainty.deviation, uncertainty.degrees
+    deviation = uncertainty.deviation
     if not deviation:
         return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    margin = compute_t_quantile(degrees) * deviation
-    return Interval(mean, mean - margin, mean + margin, compute_t_tail(mean / deviation, degrees))
+    margin = uncertainty.compute_quantile() * deviation
+    return Interval(mean, mean - margin, mean + margin, uncertainty.compute_tail(mean / deviation))
 
 
 def count_needed(effect: float, uncertainty_of: Callable[[int], Uncertainty], start: int, most: int) -> int | None:
@@ -160,7 +166,7 @@ def count_needed(effect: float, uncertainty_of: Callable[[int], Uncertainty], st
     def decides(count: int) -> bool:
         uncertainty = uncertainty_of(count)
         deviation = uncertainty.deviation
-        return not deviation or compute_t_tail(effect / deviation, uncertainty.degrees) < 1 - CONFIDENCE
+        return not deviation or uncertainty.compute_tail(effect / deviation) < 1 - CONFIDENCE
 
     if not decides(most):
         return None

@@ -11,7 +11,6 @@ from sdxl_trainer.train.held_out.inference import (
     bootstrap_means,
     combine_degrees,
     compute_t_interval,
-    compute_t_quantile,
     compute_t_tail,
     count_needed,
 )
@@ -25,7 +24,7 @@ from sdxl_trainer.train.held_out.inference import (
 def test_tails_of_students_t(t: float, degrees: float, tail: float) -> None:
     assert compute_t_tail(t, degrees) == pytest.approx(tail, rel=1e-3)
     if tail == 0.05:
-        assert compute_t_quantile(degrees) == pytest.approx(t, rel=1e-5)
+        assert Uncertainty([Variance(1.0, degrees)]).compute_quantile() == pytest.approx(t, rel=1e-5)
 
 
 def test_welchs_interval_by_hand() -> None:
@@ -36,9 +35,13 @@ def test_welchs_interval_by_hand() -> None:
     assert mean == 2 and (low + high) / 2 == pytest.approx(2)
     assert high - mean == pytest.approx(3.2187 * np.sqrt(5 / 3), rel=1e-3)  # between t of 2 and of 3 degrees
     assert 3.182 < (high - mean) / np.sqrt(5 / 3) < 4.303 and 0.2 < p_value < 0.24
-    # Variance between samples widens the interval and adds no degrees of freedom.
-    wider = compute_t_interval(2.0, Uncertainty(parts, 5 / 3))
-    assert wider.high - 2 == pytest.approx((high - 2) * np.sqrt(2))
+    # With as much variance between samples, the tail is the mean of both. At t = 3.169273 Student's with 10 degrees of
+    # freedom has 0.01, and with 2 it has 1 - t / sqrt(2 + t²) = 0.086791.
+    both = Uncertainty([Variance(2.0, 2)], Variance(2.0, 10))
+    assert both.deviation == 2 and both.compute_tail(3.169273) == pytest.approx((0.01 + 0.086791) / 2, rel=1e-4)
+    interval = compute_t_interval(1.0, both)
+    assert both.compute_tail((interval.high - 1) / 2) == pytest.approx(0.05) and interval.low == 2 - interval.high
+    assert interval.p_value == both.compute_tail(0.5)
     assert compute_t_interval(0.0, Uncertainty([Variance(0.0, 2)])) == (0, 0, 0, 1)
 
 
@@ -94,6 +97,21 @@ def test_seeds_alone_are_rarely_taken_for_an_effect(is_paired: bool) -> None:
         runs = draw_runs(random, 6)
         wrong += judge(runs[:3], runs[3:], is_paired) != UNDECIDED
     assert wrong <= 16  # 5 % of 200 are 10 ± 6.2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.95, 1.0])
+def test_the_level_holds_whatever_share_of_the_variance_is_between_seeds(share: float) -> None:
+    """Estimates with the variance 1, measured with 2 degrees of freedom between seeds and 99 between samples."""
+    random, found = np.random.default_rng(8), []
+    for _ in range(400):
+        of_seeds, of_samples = share * random.chisquare(2) / 2, (1 - share) * random.chisquare(99) / 99
+        uncertainty = Uncertainty([Variance(of_seeds, 2)], Variance(of_samples, 99))
+        deviation, estimate = uncertainty.deviation, random.standard_normal()
+        found.append([uncertainty.compute_tail((estimate + effect) / deviation) < 0.05 for effect in (0, 3.2)])
+    false, right = np.sum(found, axis=0)
+    assert 2 <= false <= 29  # 5 % of 400 are 20 ± 8.7
+    if share <= 0.05:  # between many samples an effect of 3.2 deviations is found
+        assert right >= 320
 
 
 def test_random_splits_of_twelve_runs_give_few_false_verdicts() -> None:
