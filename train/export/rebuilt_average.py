@@ -23,7 +23,6 @@ MAX_JOINED_SHARE = 1e-3
 SMALLEST_COEFFICIENT = 1e-9  # below the rounding of a sum in fp32
 TRIED_LENGTHS = np.geomspace(0.005, MAX_EMA_LENGTH, 81)
 MAX_NAMED = 6  # steps that a message lists
-KEY = "--ema-length"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def rebuild_average(run_folder: Path, length: float, step: int | None = None) ->
     chosen = choose_snapshots(snapshots, step)
     if not chosen:
         rule = f"cannot be computed at step {step}: its averages had only just been added to the run"
-        raise UserInputError([Problem(KEY, length, rule, "train on, or give another --step")])
+        raise UserInputError([Problem("--ema-length", length, rule, "train on, or give another --step")])
     profiles, wanted = [snapshot.profile for snapshot in chosen], Profile(updates, length)
     fit = fit_profile(profiles, wanted)
     if fit.residual > MAX_RESIDUAL:
@@ -106,11 +105,11 @@ def check_request(
     """Yield a problem if the run has no snapshots, or none at the step, or if no average has that length."""
     if not 0 < length <= MAX_EMA_LENGTH:
         rule = f"must be above 0 and at most {MAX_EMA_LENGTH:g}: a share of the training"
-        yield Problem(KEY, length, rule, "give a length such as 0.1")
+        yield Problem("--ema-length", length, rule, "give a length such as 0.1")
     steps = sorted({snapshot.facts.step for snapshot in snapshots})
     if not steps:
         rule = f"needs the snapshots of a run, and {run_folder}/snapshots has none"
-        yield Problem(KEY, length, rule, "give the folder of a run that was trained with ema.lengths")
+        yield Problem("--ema-length", length, rule, "give the folder of a run that was trained with ema.lengths")
     elif step is not None and step not in steps:
         shown = [str(number) for number in steps]
         if len(shown) > MAX_NAMED:
@@ -159,4 +158,4 @@ def build_problem(profiles: Sequence[Profile], wanted: Profile, residual: float)
     ]
     rule = f"is out of reach of these snapshots: the profile would differ by {residual:.0%}, and may by 10 %"
     cure = f"give {' or '.join(near)}" if near else "train with more snapshots (ema.snapshot_every_steps)"
-    return Problem(KEY, length, rule, cure)
+    return Problem("--ema-length", length, rule, cure)
