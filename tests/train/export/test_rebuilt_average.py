@@ -36,10 +36,10 @@ ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 STEPS, DIRECT = 12, 0.13
 
 
-def build_engine(ema: EmaConfig) -> Engine:
+def build_engine(ema: EmaConfig, width: int = 9) -> Engine:
     init_ranks()
     torch.manual_seed(1)
-    net = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 3))
+    net = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Linear(width, 3))
     config = EngineConfig.model_validate({"zero_stage": 1, "precision": "bf16"})
     groups = [{"params": list(net.parameters()), "lr_scale": 1.0}]
     return Engine(net, build_optimizer(groups, OptimConfig(), config), config, BatchSizes(4, 4, 1), 0.0, ema)
@@ -221,7 +221,7 @@ def test_a_torn_snapshot_is_skipped_and_a_full_disk_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ema = EmaConfig(lengths=[0.1, 0.2], snapshot_every_steps=2)
-    engine, writer = build_engine(ema), SnapshotWriter(tmp_path, ema, ONE_RANK, 0)
+    engine, writer = build_engine(ema, width=3000), SnapshotWriter(tmp_path, ema, ONE_RANK, 0)
     gathered, gather = [], engine.weights.gather
     monkeypatch.setattr(engine.weights, "gather", lambda name, average: gathered.append(name) or gather(name, average))
     with limit_file_size(300):
@@ -284,6 +284,7 @@ def test_a_length_that_is_added_later_counts_once_its_first_weights_do_not(tmp_p
     # (4/t)^17.97 is 1e-3 at t = 5.9.
     used = {(s.facts.step, s.facts.length) for s in rebuild_average(tmp_path, 0.07).snapshots}
     assert used == {(step, 0.1) for step in range(1, 9)} | {(step, 0.05) for step in (6, 7, 8)}
+    assert {s.facts.step for s in rebuild_average(tmp_path, 0.1, 6).snapshots} == set(range(1, 7))
     with pytest.raises(UserInputError, match="--ema-length"):
         rebuild_average(tmp_path, 0.03, 5)
 
