@@ -86,6 +86,10 @@ class SnapshotWriter:
         self._lost = LossCount(run_folder / FOLDER, "file")
         self._has_removed_later = False
 
+    def is_due(self, step: int, is_last: bool) -> bool:
+        """Return whether the averages are stored after a step."""
+        return step > 0 and bool(self._config.lengths) and (is_last or step % self._config.snapshot_every_steps == 0)
+
     def write_due(
         self, engine: Engine, step: int, is_last: bool, break_off_if_stopped: Callable[[], None] = lambda: None
     ) -> None:
@@ -96,12 +100,11 @@ class SnapshotWriter:
         Args:
             break_off_if_stopped: called after each gathered weight, equally often on all ranks; raises to end the work.
         """
-        config = self._config
-        if step == 0 or not config.lengths or not (is_last or step % config.snapshot_every_steps == 0):
+        if not self.is_due(step, is_last):
             return
         if self._ranks.is_main and not self._has_removed_later:
             self._remove_later()
-        files = {length: get_snapshot_file(self._run_folder, step, length) for length in config.lengths}
+        files = {length: get_snapshot_file(self._run_folder, step, length) for length in self._config.lengths}
         missing: list[float] = broadcast_object([length for length, file in files.items() if not file.is_file()])
         for length in missing:
             self._write(files[length], engine, step, length, break_off_if_stopped)

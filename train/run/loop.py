@@ -112,10 +112,13 @@ def store_averages(run: Run) -> None:
     Raises:
         Interrupted: a rank was asked to stop; the state is saved, and the next start writes the snapshots.
     """
-    step = run.state.step
+    step, is_last = run.state.step, run.state.step == run.num_steps
+    if not run.snapshots.is_due(step, is_last):
+        return
     break_off_if_stopped = partial(run.requests.break_off_if_stopped, in_lockstep=True)
     try:
-        run.snapshots.write_due(run.engine, step, step == run.num_steps, break_off_if_stopped)
+        with run.progress.activity("storing averages"):
+            run.snapshots.write_due(run.engine, step, is_last, break_off_if_stopped)
     except BrokenOff:
         stop(run)
 

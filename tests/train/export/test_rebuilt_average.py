@@ -33,7 +33,7 @@ from sdxl_trainer.train.optim.optimizers import build_optimizer
 from sdxl_trainer.train.validate import main as validate
 
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-STEPS, DIRECT = 12, 0.13
+STEPS, DIRECT = 10, 0.13
 
 
 def build_engine(ema: EmaConfig, width: int = 9) -> Engine:
@@ -117,7 +117,7 @@ def test_another_length_is_near_the_average_that_was_kept(run: Path, two_lengths
     wanted = Profile(STEPS, DIRECT)
     norm = rebuilt.fit.residual * math.sqrt(float(multiply_profiles([wanted], [wanted])[0, 0]))
     error = float((weights - averages[-1]).norm())
-    assert 0.005 < rebuilt.fit.residual < 0.05 and 0 < error <= norm * change
+    assert 0.005 < rebuilt.fit.residual < 0.1 and 0 < error <= norm * change
     between = float((read_all(get_snapshot_file(run, STEPS, 0.1), names) - averages[-1]).norm())
     assert error < between / 5
 
@@ -175,7 +175,7 @@ def test_snapshots_are_the_same_on_any_number_of_ranks(validated: dict[int, Path
         (["--ema-length", "0.4"], "must be above 0 and at most 0.28"),
         (["--ema-length", "0"], "must be above 0"),
         (["--ema-length", "nan"], "must be above 0"),
-        (["--ema-length", "0.1", "--step", "99"], "has no snapshot cure: give one of 2, 4, 6, 8, 10, 12"),
+        (["--ema-length", "0.1", "--step", "99"], "has no snapshot cure: give one of 2, 4, 6, 8, 10"),
         (["--ema-length", "0.01"], "is out of reach of these snapshots"),
         (["--step", "2"], "needs --ema-length"),
         (["--ema-length", "0.1", "--ema", "0.9"], "cannot be combined"),
