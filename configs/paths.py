@@ -14,12 +14,14 @@ VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})")
 
 
 def expand_path(path: str) -> str:
-    """Return a path or URL with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+    """Return a path or URL with `~`, `~user`, `$VAR` and `${VAR}` replaced. A command (`pipe:`) is left to its shell.
 
     Raises:
         ValueError: the path is empty, one of Windows, or names a variable without a value or a user that does not
             exist.
     """
+    if path.startswith("pipe:"):
+        return path
     if not path.strip():
         raise ValueError("is an empty path")
     if os.name == "posix" and (drive := WINDOWS_PATH.match(path)) and not os.path.lexists(path):

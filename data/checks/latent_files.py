@@ -19,7 +19,7 @@ from sdxl_trainer.data.formats.shards import locate_shard
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.order.even_selection import select_evenly
-from sdxl_trainer.data.stores.remote import RemoteSpan, is_remote, read_spans
+from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, is_remote, read_spans
 from sdxl_trainer.data.stores.remote_sources import find_latent_header
 
 NUM_THREADS = 16
@@ -145,7 +145,7 @@ def measure_latent_std(index: Index, folder: Path) -> float | None:
         [latents] = _list_latents(index, folder, row, 1)
         try:
             return None if latents.num_bytes is None else parse_latents(_read_content(latents)).latents.ravel()
-        except BadLatentError:
+        except (BadLatentError, NoRangesError):  # a whole shard for one sample would take too long
             return None
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:

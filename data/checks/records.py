@@ -24,8 +24,8 @@ from sdxl_trainer.data.metadata.sources import list_source_files
 from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.order.regularisation import check_regularisation
 from sdxl_trainer.data.order.source_weights import check_source_weights
-from sdxl_trainer.data.stores.remote import StoredObject, describe_objects, is_remote
-from sdxl_trainer.data.stores.remote_sources import SHARD_SUFFIX
+from sdxl_trainer.data.stores.remote import StoredObject, StoreError, describe_objects, is_remote, is_remote_shard
+from sdxl_trainer.data.stores.streams import StreamError, is_streamed
 from sdxl_trainer.data.text.tag_rules import check_tag_rules
 
 WIDE_COMMAS = ("，", "、")  # marks between tags that input methods for Chinese and Japanese write
@@ -49,7 +49,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
             if it caches no text.
     """
     data = config.data
-    problems = list(check_data_settings(data, config.cache.dir)) or list(check_copies(data))
+    problems = list(check_data_settings(data, config.cache.dir)) or [*check_streams(data), *check_copies(data)]
     if problems:
         return OpenedIndex(None, problems)
     try:
@@ -64,6 +64,11 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
         )
     except ValueError as error:
         return OpenedIndex(None, [build_source_problem(data, str(error), choose_source_cure(error, data.metadata))])
+    except StoreError as error:
+        if not isinstance(error.__cause__, StreamError):
+            raise
+        cure = "run the command in a shell: it must write the bytes of one tar to its standard output"
+        return OpenedIndex(None, [build_source_problem(data, str(error), cure)])
     if len(index) == 0:
         cure = "check the path and the file types"
         return OpenedIndex(None, [build_source_problem(data, "holds no images", cure)])
@@ -96,6 +101,25 @@ def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Pr
             yield Problem("data.resolution_px", rule.resolution_px, "gives no bucket", "raise it")
 
 
+def check_streams(data: DataConfig) -> Iterator[Problem]:
+    """Yield a problem for each setting that streams rule out. A stream is read from a local copy, and copied once.
+
+    Raises:
+        StoreError: a store cannot be listed.
+    """
+    settings = data.remote_shards
+    stream = next(filter(is_streamed, list_source_files(data.metadata)), None)
+    if stream is None:
+        return
+    if not settings.shuffle_shards and settings.copies_dir is None:
+        rule = f"must be set: {stream} is a stream, which is read from a local copy"
+        cure = "set it, or data.remote_shards.shuffle_shards, which also reads the shards one after the other"
+        yield Problem("data.remote_shards.copies_dir", None, rule, cure)
+    if data.verify_latents == "full":
+        cure = "set it to header: each sample's checksum is verified when training reads it"
+        yield Problem("data.verify_latents", "full", f"cannot read {stream}, which is a stream", cure)
+
+
 def check_copies(data: DataConfig) -> Iterator[Problem]:
     """Yield a problem if `copies_gb` is too small for two windows of shards, the current and the next one.
 
@@ -106,7 +130,7 @@ def check_copies(data: DataConfig) -> Iterator[Problem]:
     """
     settings = data.remote_shards
     names = map(str, list_source_files(data.metadata)) if settings.shuffle_shards else ()
-    shards = [name for name in names if is_remote(name) and name.partition("?")[0].endswith(SHARD_SUFFIX)]
+    shards = list(filter(is_remote_shard, names))
     sizes = [item.size for item in describe_objects(shards) if isinstance(item, StoredObject)]
     needed_gb = 2 * min(settings.shuffle_shards, len(sizes)) * max(sizes, default=0) / 1e9
     if needed_gb > settings.copies_gb:

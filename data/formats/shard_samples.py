@@ -27,7 +27,11 @@ from sdxl_trainer.data.formats.shards import (
 from sdxl_trainer.data.images.bucket import CropBox, Size
 from sdxl_trainer.data.images.image_files import IMAGE_SUFFIXES
 
-SAMPLE_SUFFIXES = {"npz", "json", "txt"}  # a sample has at least one of them
+# webdataset's names of members, those of records and captions in falling order.
+RECORD_SUFFIXES, CAPTION_SUFFIXES = ("json", "jsn"), ("txt", "text", "transcript")
+NUMBER_SUFFIXES = ("cls", "cls2", "index", "inx", "id")  # each is a field of the record, under the same name
+SAMPLE_SUFFIXES = {"npz", *RECORD_SUFFIXES, *CAPTION_SUFFIXES}  # a sample has at least one of them
+READ_SUFFIXES = {*RECORD_SUFFIXES, *CAPTION_SUFFIXES, *NUMBER_SUFFIXES}  # with their content
 MAX_RECORD_BYTES = 16 << 20
 MAX_SHOWN = 20  # members that a warning names
 _STRAYS = CountedWarnings(
@@ -71,15 +75,15 @@ def list_shard_samples(name: str, stream: IO[bytes], with_headers: bool = False)
     for key, written_suffix, offset, size in iterate_members(name, stream):
         suffix = written_suffix.lower()
         if _is_stray(key, suffix):
-            strays.append(f"{key}.{written_suffix}")
+            strays.append(f"{key}.{written_suffix}" if written_suffix else key)
             continue
         # A header is read with the next member's, because the end of an npz file lies in the same window.
         headers |= _read_header(stream, pending)
         pending = ShardMember(key, suffix, offset, size) if with_headers and suffix == "npz" else None
-        if suffix in members.setdefault(key, {}):
-            raise BadShardError(f"{name}: has two members '{key}.{suffix}'")
+        if suffix in members.setdefault(key, {}) and suffix in SAMPLE_SUFFIXES:
+            raise BadShardError(f"{name}: has two members '{key}.{suffix}'; give each sample a key of its own")
         members[key][suffix] = (offset, size)
-        if suffix in ("json", "txt"):
+        if suffix in READ_SUFFIXES:
             if size > MAX_RECORD_BYTES:
                 raise BadShardError(f"{name}: member {key}.{suffix} has {size} bytes, more than {MAX_RECORD_BYTES}")
             stream.seek(offset)
@@ -147,10 +151,13 @@ def _parse_sample(line: bytes) -> ShardSample:
 
 
 def _is_stray(key: str, suffix: str) -> bool:
-    """Return whether a member cannot be part of a sample: no key, a key with a dot, or a name that is not UTF-8."""
+    """Return whether a member cannot be part of a sample.
+
+    It has no key or no suffix, its key has a dot, or its name is not UTF-8.
+    """
     *others, last = suffix.split(".")
     has_dot = bool(others) and last in SAMPLE_SUFFIXES and f".{suffix}" != TEXT_SUFFIX
-    return has_dot or not key.rpartition("/")[2] or _escape(key + suffix) != key + suffix
+    return not suffix or has_dot or not key.rpartition("/")[2] or _escape(key + suffix) != key + suffix
 
 
 def _escape(name: str) -> str:
@@ -167,7 +174,8 @@ def _refuse_other_contents(name: str, members: Mapping[str, Collection[str]]) ->
     """Raise if a shard holds images or other files, and latents of no sample."""
     if any("npz" in parts for parts in members.values()):
         return
-    others = [(key, suffix) for key, parts in members.items() for suffix in parts if suffix not in SAMPLE_SUFFIXES]
+    known = {*SAMPLE_SUFFIXES, *NUMBER_SUFFIXES}
+    others = [(key, suffix) for key, parts in members.items() for suffix in parts if suffix not in known]
     images = [f"{key}.{suffix}" for key, suffix in others if f".{suffix}" in IMAGE_SUFFIXES]
     if images:
         raise ImageShardError(f"{name}: holds images, such as {images[0]}, and no latents (.npz)")
@@ -192,17 +200,36 @@ def _read_header(stream: IO[bytes], member: ShardMember | None) -> dict[str, Lat
 
 
 def _build_record(name: str, key: str, parts: dict[str, Any]) -> dict[str, Any]:
-    try:
-        fields = orjson.loads(parts["json"]) if "json" in parts else {}
-    except orjson.JSONDecodeError as error:
-        raise BadShardError(f"{name}: member {key}.json:{error.lineno}:{error.colno}: malformed: {error.msg}") from None
-    if not isinstance(fields, dict):
-        raise BadShardError(f"{name}: member {key}.json must be a JSON object, not a {type(fields).__name__}")
+    fields: dict[str, Any] = {}
+    for suffix in filter(parts.__contains__, NUMBER_SUFFIXES):
+        fields[suffix] = _read_number(parts[suffix])
+    for suffix in filter(parts.__contains__, reversed(RECORD_SUFFIXES)):
+        fields |= _parse_json(name, f"{key}.{suffix}", parts[suffix])
     caption = fields.get("caption")
     captions = caption if isinstance(caption, list) else [caption]
-    if "txt" in parts and all(text is None or (isinstance(text, str) and not text.strip()) for text in captions):
+    suffix = next(filter(parts.__contains__, CAPTION_SUFFIXES), None)
+    if suffix and all(text is None or (isinstance(text, str) and not text.strip()) for text in captions):
         try:
-            fields["caption"] = parts["txt"].decode("utf-8-sig").strip()
+            fields["caption"] = parts[suffix].decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise BadShardError(f"{name}: member {key}.txt {describe_encoding(error)}") from None
+            raise BadShardError(f"{name}: member {key}.{suffix} {describe_encoding(error)}") from None
     return fields
+
+
+def _parse_json(name: str, member: str, content: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise BadShardError(f"{name}: member {member}:{error.lineno}:{error.colno}: malformed: {error.msg}") from None
+    if not isinstance(fields, dict):
+        raise BadShardError(f"{name}: member {member} must be a JSON object, not a {type(fields).__name__}")
+    return fields
+
+
+def _read_number(content: bytes) -> int | str:
+    """Return a number as webdataset decodes it, or the member's text if it is no number of 64 bits."""
+    try:
+        number = int(content)
+    except ValueError:
+        number = None
+    return number if number is not None and -(1 << 63) <= number < 1 << 63 else content.decode(errors="replace").strip()

@@ -10,6 +10,7 @@ the manifest lists, closes it and renames it.
 
 import errno
 import os
+import re
 import tarfile
 import threading
 from collections import OrderedDict
@@ -29,6 +30,9 @@ END = bytes(2 * BLOCK)  # of a tar
 # makes checks and copies faster.
 NPZ_SHIFT = 3
 TEXT_SUFFIX = ".te.npz"
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Members that webdataset takes for metadata of the shard.
+META_NAME = re.compile(r"__[^/]*__(?:$|/)")
 MAX_SAMPLE_BYTES = 1 << 30  # of a sample's latents: four times those of 16384 x 16384 px in float64
 
 
@@ -296,25 +300,31 @@ def verify_shard_end(path: Path, end: int) -> str | None:
 
 
 def iterate_members(path: Path | str, stream: IO[bytes] | None = None) -> Iterator[ShardMember]:
-    """Yield every file of a tar, from its headers alone.
+    """Yield every file of a tar that webdataset reads, from its headers alone.
+
+    As in webdataset, folders, links and devices are skipped, and so are members named `__NAME__` and those below such a
+    folder. A member whose name has no key has its whole name for a key, and no suffix.
 
     Args:
         path: path of the tar, or its name for errors if a stream is given.
         stream: the tar; None opens `path`.
 
     Raises:
-        BadShardError: the tar is torn, the file is not a tar, or a member is a link or points outside the tar.
+        BadShardError: the tar is torn or compressed, the file is not a tar, or a member is sparse or points outside
+            the tar.
     """
+    from webdataset.tariterators import base_plus_ext  # imports torch, which few programs need before training
+
     try:
         with (
             nullcontext(stream) if stream else open_stream(path) as file,
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar,
+            _open_tar(path, file) as tar,
         ):
             for member in tar:
                 _check_member(path, member)
-                if member.isfile():
-                    key, suffix = _split_member_name(member.name)
-                    yield ShardMember(decode_key(key), suffix, member.offset_data, member.size)
+                if member.isfile() and not META_NAME.match(member.name):
+                    key, suffix = base_plus_ext(member.name)
+                    yield ShardMember(decode_key(key or member.name), suffix or "", member.offset_data, member.size)
             # tarfile treats a damaged header, and the end of the file, as the end of the tar.
             file.seek(tar.offset)
             following = file.read(BLOCK)
@@ -341,18 +351,24 @@ def decode_key(name: str) -> str:
     return name.replace("%00", "\0").replace("%2F", "/").replace("%2E", ".").replace("%25", "%")
 
 
+def _open_tar(path: Path | str, file: IO[bytes]) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+    except tarfile.ReadError:
+        file.seek(0)
+        start = file.read(max(map(len, COMPRESSIONS)))
+        for magic, program in COMPRESSIONS.items():
+            if start.startswith(magic):
+                cure = f"samples are read by position, so decompress it ({program} -d)"
+                raise BadShardError(f"{path}: is compressed; {cure}") from None
+        raise
+
+
 def _check_member(path: Path | str, member: tarfile.TarInfo) -> None:
     if member.name.startswith("/") or ".." in Path(member.name).parts:
         raise BadShardError(f"{path}: member '{member.name}' points outside the archive")
-    if not (member.isfile() or member.isdir()):
-        raise BadShardError(f"{path}: member '{member.name}' is a link or a device, not a plain file")
-
-
-def _split_member_name(name: str) -> tuple[str, str]:
-    """Split a member's name into (key, suffix) by webdataset's rule: the key ends at the first dot of the base name."""
-    folder, slash, base = name.rpartition("/")
-    key, _, suffix = base.partition(".")
-    return folder + slash + key, suffix
+    if member.sparse is not None:
+        raise BadShardError(f"{path}: member '{member.name}' is stored with holes; write the tar without --sparse")
 
 
 def _build_header(name: str, size: int) -> bytes:

@@ -13,6 +13,7 @@ from sdxl_trainer.data.formats.shards import OpenFile, OpenShards
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, is_remote, read_spans
 from sdxl_trainer.data.stores.shard_copies import ShardCopies
+from sdxl_trainer.data.stores.streams import is_streamed
 
 Row = Mapping[str, Any]  # of the index, as Index.row returns it
 ReadResult = LatentSample | BadLatentError
@@ -97,13 +98,15 @@ class LatentStore:
         return [sample for sample in samples if sample is not None]
 
     def _read_spans(self, spans: Sequence[RemoteSpan]) -> Sequence[Content]:
-        """Read spans from the store, or from copies of whole shards if the store sends only whole files."""
+        """Read spans from the store, or from copies of whole shards for streams and stores without ranges."""
+        ranged = [span for span in spans if self._copies is None or not is_streamed(span.url)]
         try:
-            return read_spans(spans) if spans else []
+            contents = dict(zip(ranged, read_spans(ranged) if ranged else [], strict=True))
         except NoRangesError:
             if self._copies is None:
                 raise
-        return [_read_whole(self._copies, span) for span in spans]
+            contents = {}
+        return [contents[span] if span in contents else _read_whole(self._copies, span) for span in spans]
 
     def _read_copy(self, row: Row, bucket: Size) -> LatentSample | None:
         """Read a sample from its local copy; None if there is no copy, or if the copy's checksums do not match."""
@@ -116,7 +119,8 @@ def _get_span(row: Row) -> RemoteSpan:
     return RemoteSpan(row["file"], row["offset"], row["bytes"])
 
 
-def _read_whole(copies: ShardCopies, span: RemoteSpan) -> Content:
+def _read_whole(copies: ShardCopies | None, span: RemoteSpan) -> Content:
+    assert copies is not None, "check_copies requires copies for streams"
     try:
         copies.fetch(span.url)
     except FileNotFoundError as error:

@@ -23,6 +23,7 @@ from sdxl_trainer.data.images.image_files import ImageFolder, get_image_stem, re
 from sdxl_trainer.data.images.image_lookup import FileChecker, ImageTable
 from sdxl_trainer.data.images.kohya_folders import find_kohya_folder
 from sdxl_trainer.data.metadata.blocks import RecordBlock
+from sdxl_trainer.data.metadata.shard_list import ShardListError
 from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_source_files
 from sdxl_trainer.data.metadata.sqlite_file import split_table
 from sdxl_trainer.data.metadata.values import (
@@ -62,6 +63,9 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
         cure = "check the bucket, the folder and the name in the URL" if is_remote(pattern) else path_cure
         try:
             missing = _list_missing_files(pattern)
+        except ShardListError as error:
+            yield Problem(f"data.metadata.{number}", pattern, str(error), error.cure)
+            continue
         except StoreError as error:
             cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
             rule = f"cannot be read: {str(error).removeprefix(f'{pattern}: ')}"
@@ -101,7 +105,7 @@ def _list_missing_files(pattern: Path | str) -> list[_MissingFile]:
     """
     files = list_source_files([pattern])
     missing = [
-        _MissingFile(str(file), "is not a file")
+        _MissingFile(str(file), "matches no file" if set("*?") & set(str(file)) else "is not a file")
         for file in files
         if not is_remote(file) and not split_table(file).file.is_file()
     ]
@@ -116,6 +120,8 @@ def _list_missing_files(pattern: Path | str) -> list[_MissingFile]:
 
 def _describe_absence(url: str, error: FileNotFoundError) -> str:
     """Return what a store says of a missing object. Some stores only repeat its path."""
+    if "*" in url:
+        return "no object matches the name"
     said = str(error).strip()
     return "it has no such object" if not said or said.strip("/") in url else said
 

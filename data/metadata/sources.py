@@ -25,6 +25,7 @@ from sdxl_trainer.data.files import open_stream, open_text_stream
 from sdxl_trainer.data.formats.shard_samples import CATALOGUE_SUFFIX, ShardSample, list_shard_samples, load_catalogue
 from sdxl_trainer.data.images.image_files import get_image_stem
 from sdxl_trainer.data.metadata.json_stream import JsonChunk, is_json_lines, iterate_chunks, iterate_lines
+from sdxl_trainer.data.metadata.shard_list import expand_shard_list
 from sdxl_trainer.data.metadata.sqlite_file import DATABASE_SUFFIXES, read_rows, split_table
 from sdxl_trainer.data.metadata.values import (
     PATH_FIELDS,
@@ -37,6 +38,7 @@ from sdxl_trainer.data.metadata.values import (
     show_value,
 )
 from sdxl_trainer.data.stores.remote import find_objects, is_remote
+from sdxl_trainer.data.stores.streams import is_streamed
 
 ROWS_AT_ONCE = 8192
 # pyarrow raises these on damaged files: texts that are not UTF-8, dates beyond Python's, unknown types, huge pages.
@@ -69,25 +71,28 @@ Reader = Callable[[Path], Iterator[list[SourceRecord]]]
 
 
 def list_source_files(patterns: Sequence[Path | str]) -> list[Path | str]:
-    """List the metadata files that settings name: expand `{000..012}` and `{a,b}`, and look up `*` and `?`.
+    """List the metadata files that settings name: expand shard lists as webdataset does, and look up `*` and `?`.
 
-    URLs stay strings, in which only braces and `*` are expanded. A pattern that matches no file is returned unchanged.
+    URLs and commands (`pipe:`) stay strings. Only `*` is looked up in a URL, and nothing in a command. A pattern that
+    matches no file is returned unchanged.
 
     Raises:
+        ShardListError: a shard list cannot be expanded, or names nothing.
         StoreError: a store cannot be listed.
     """
     files: list[Path | str] = []
-    for pattern in patterns:
-        text = str(pattern)
-        if is_remote(text):
-            for url in _expand_braces(text):
-                files += (find_objects(url) if "*" in url else []) or [url]
-        elif Path(text).exists():
-            files.append(Path(text))
-        else:
-            for path in _expand_braces(text):
-                found = sorted(glob(path)) if re.search(r"[*?]", path) else [path]
-                files += [Path(name) for name in found or [path]]
+    for pattern in map(str, patterns):
+        if not is_remote(pattern) and Path(pattern).exists():
+            files.append(Path(pattern))
+            continue
+        for name in expand_shard_list(pattern):
+            if is_streamed(name):
+                files.append(name)
+            elif is_remote(name):
+                files += (find_objects(name) if "*" in name else []) or [name]
+            else:
+                found = sorted(glob(name)) if re.search(r"[*?]", name) else []
+                files += map(Path, found or [name])
     return files
 
 
@@ -348,25 +353,6 @@ def _build_record(fields: dict[str, Any], place: str) -> SourceRecord:
     if names["key"] is not None:
         return SourceRecord(key=names["key"], fields=fields)
     raise ValueError(f"{place}: the record has no `image_path` (nor `file_name` or `key`)")
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """Expand `{000..012}` and `{a,b}` as a shell and webdataset do, leftmost first. A range may count down."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, words = match.groups()
-    options = words.split(",") if words is not None else _expand_range(first, last)
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [path for option in options for path in _expand_braces(head + option + tail)]
-
-
-def _expand_range(first: str, last: str) -> list[str]:
-    """Return the numbers from `first` to `last`, as wide as the wider end if one of the ends has leading zeros."""
-    is_padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
-    width = max(len(first), len(last)) if is_padded else 1
-    step = 1 if int(first) <= int(last) else -1
-    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
 
 
 READERS: dict[str, Reader] = {

@@ -24,12 +24,14 @@ from fsspec.registry import known_implementations
 from loguru import logger
 
 from sdxl_trainer.data.files import SeekableBytes, commit_file, open_temporary
+from sdxl_trainer.data.stores.streams import PIPE, UNKNOWN_BYTES, RefusedStreamError, copy_stream, is_streamed
 
 ATTEMPTS, DESCRIBE_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 REPORT_SECONDS = 10.0  # without an answer, after which the log says that a store is still waited for
 RETRY_LIMIT_SECONDS = 60.0  # retries end after this time, because the back ends' own retries take long, too
 NUM_THREADS = 32
+SHARD_SUFFIX = ".tar"
 MIN_OBJECTS_TO_LIST = 32  # for fewer objects, each one is described without a listing of its folder
 VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
 # Errors of libraries that may not be installed. A library that is not loaded cannot have raised an error.
@@ -38,6 +40,7 @@ FOREIGN_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("gcsfs.retry", "HttpError"),
     ("google.auth.exceptions", "GoogleAuthError"),
+    ("httpx", "HTTPError"),
     ("requests.exceptions", "RequestException"),
 )
 PERMANENT_ERRORS = {
@@ -72,13 +75,19 @@ class StoredObject:
     """An object, with its size and version."""
 
     url: str
-    size: int
+    size: int  # UNKNOWN_BYTES for a stream
     version: str  # differs from the version of an earlier object with this URL
 
 
 def is_remote(name: str | Path) -> bool:
     """Return whether a name is a URL and not a path."""
-    return "://" in str(name)
+    return "://" in str(name) or str(name).startswith(PIPE)
+
+
+def is_remote_shard(name: str | Path) -> bool:
+    """Return whether a name is the URL of a shard. The output of a command is always one."""
+    url = str(name)
+    return is_remote(url) and (url.startswith(PIPE) or url.partition("?")[0].lower().endswith(SHARD_SUFFIX))
 
 
 def open_store(url: str) -> tuple[Any, str]:
@@ -117,7 +126,8 @@ def describe_objects(urls: Sequence[str]) -> list[StoredObject | FileNotFoundErr
     Raises:
         StoreError: the store does not answer, or denies access.
     """
-    for folder in {url.rpartition("/")[0] for url in urls} if len(urls) >= MIN_OBJECTS_TO_LIST else ():
+    folders = {url.rpartition("/")[0] for url in urls if not is_streamed(url)}
+    for folder in folders if len(urls) >= MIN_OBJECTS_TO_LIST else ():
         _list_folder(folder)
     items: list[StoredObject | FileNotFoundError] = []
     with ThreadPoolExecutor(NUM_THREADS) as pool, report_silence(urls[0] if urls else "", lambda: len(items)):
@@ -196,6 +206,9 @@ def download(url: str, target: Path) -> None:
 
 def copy_object(url: str, file: Path) -> None:
     """Copy a whole object into a temporary file. Raises like `download`."""
+    if is_streamed(url):
+        _call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: copy_stream(url, file))
+        return
     [item] = describe_objects([url])
     if isinstance(item, FileNotFoundError):
         raise item
@@ -256,6 +269,10 @@ def _read_once(spans: Sequence[RemoteSpan]) -> list[Any]:
     by_store: dict[Any, list[int]] = {}
     paths = []
     for number, (url, _, _) in enumerate(spans):
+        if is_streamed(url):
+            results[number] = NoRangesError(f"{url}: a stream has no byte ranges; set data.remote_shards.copies_dir")
+            paths.append(url)
+            continue
         store, path = open_store(url)
         paths.append(path)
         by_store.setdefault(store, []).append(number)
@@ -281,6 +298,8 @@ def _verify_answer(result: Any, span: RemoteSpan) -> Any:
 
 
 def _describe_object(url: str) -> StoredObject | FileNotFoundError:
+    if is_streamed(url):
+        return StoredObject(url, UNKNOWN_BYTES, "stream")  # only reading the stream would tell
     store, path = open_store(url)
     try:
         fields = _call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: store.info(path))
@@ -340,6 +359,8 @@ def _is_transient(result: Any) -> bool:
     if not isinstance(result, Exception):
         return False
     if isinstance(result, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, StoreError)):
+        return False
+    if isinstance(result, RefusedStreamError):
         return False
     if any(base.__name__ in PERMANENT_ERRORS for base in type(result).__mro__):
         return False

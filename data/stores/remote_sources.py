@@ -20,6 +20,7 @@ from sdxl_trainer.data.formats.shard_samples import (
     CATALOGUE_SUFFIX,
     WINDOW_AFTER,
     WINDOW_BEFORE,
+    ShardSample,
     list_shard_samples,
     load_catalogue,
     save_catalogue,
@@ -32,11 +33,12 @@ from sdxl_trainer.data.stores.remote import (
     describe_objects,
     download,
     is_remote,
+    is_remote_shard,
 )
+from sdxl_trainer.data.stores.streams import UNKNOWN_BYTES, is_streamed
 
 FOLDER = "remote"
 NUM_THREADS = 16
-SHARD_SUFFIX = ".tar"
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def _fetch_source(item: StoredObject, target: Path) -> None:
 
 def _is_whole(target: Path, item: StoredObject) -> bool:
     """Return whether the local file of an object exists; a copy also has the object's size."""
-    return target.is_file() and (target.suffix == CATALOGUE_SUFFIX or target.stat().st_size == item.size)
+    has_size = target.suffix != CATALOGUE_SUFFIX and item.size != UNKNOWN_BYTES
+    return target.is_file() and (not has_size or target.stat().st_size == item.size)
 
 
 def _remove_outdated(folder: Path, targets: Mapping[str, Path]) -> None:
@@ -163,19 +166,28 @@ def _remove_outdated(folder: Path, targets: Mapping[str, Path]) -> None:
 
 def _write_catalogue(item: StoredObject, target: Path) -> None:
     try:
-        with RemoteFile(item, WINDOW_BEFORE, WINDOW_AFTER) as stream:
-            samples = list_shard_samples(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]
+        samples = _list_from_copy(item.url, target) if is_streamed(item.url) else _list_by_ranges(item)
     except NoRangesError:
-        with open_temporary(target) as whole:
-            copy_object(item.url, Path(whole.name))
-            with open(whole.name, "rb") as stream:
-                samples = list_shard_samples(item.url, stream, with_headers=True)
+        samples = _list_from_copy(item.url, target)
     save_catalogue(target, item.url, samples)
+
+
+def _list_by_ranges(item: StoredObject) -> list[ShardSample]:
+    with RemoteFile(item, WINDOW_BEFORE, WINDOW_AFTER) as stream:
+        return list_shard_samples(item.url, stream, with_headers=True)  # pyright: ignore[reportArgumentType]
+
+
+def _list_from_copy(url: str, target: Path) -> list[ShardSample]:
+    """List the samples of a shard from a copy beside `target`, which is deleted afterwards."""
+    with open_temporary(target) as whole:
+        copy_object(url, Path(whole.name))
+        with open(whole.name, "rb") as stream:
+            return list_shard_samples(url, stream, with_headers=True)
 
 
 def _build_file_name(item: StoredObject) -> str:
     suffix = Path(item.url.partition("?")[0]).suffix.lower()
-    suffix = CATALOGUE_SUFFIX if suffix == SHARD_SUFFIX else suffix
+    suffix = CATALOGUE_SUFFIX if is_remote_shard(item.url) else suffix
     return f"{_hash(item.url)}-{_hash(item.version)}{suffix}"
 
 
