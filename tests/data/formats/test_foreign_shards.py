@@ -79,7 +79,7 @@ def list_samples(path: Path) -> list[ShardSample]:
         return list_shard_samples(str(path), stream)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(members=[(name, tarfile.REGTYPE) for name in ("a.json", "b.json", "a.npz", "b.npz")], form=tarfile.PAX_FORMAT)
 @example(members=[(name, tarfile.REGTYPE) for name in ("a.npz", "b.npz", "a.NPZ")], form=tarfile.GNU_FORMAT)
 @example(members=[("a.npz", tarfile.REGTYPE), ("a.npz", tarfile.SYMTYPE)], form=tarfile.GNU_FORMAT)
@@ -96,9 +96,10 @@ def test_the_samples_are_webdatasets(tmp_path, members, form):
     if not images and any(name.lower().endswith((".jpg", ".te.npz", ".v2.npz", ".")) for name, _ in members):
         return  # a shard of images, or of files that are no latents, is refused as such
     samples = list_samples(path)
-    assert [sample.key for sample in samples] == list(expected)
+    assert sorted(sample.key for sample in samples) == sorted(expected)
     content = path.read_bytes()
-    for sample, parts in zip(samples, expected.values(), strict=True):
+    for sample in samples:
+        parts = expected[sample.key]
         place = None if sample.offset is None else content[sample.offset : sample.offset + sample.size]
         assert place == parts.get("npz")
         record = {suffix: decoders[suffix](parts[suffix]) for suffix in NUMBER_SUFFIXES if suffix in parts}
