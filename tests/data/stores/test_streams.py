@@ -122,7 +122,12 @@ def test_streams_need_local_copies(folder):
 def test_only_settings_start_commands(folder):
     """Metadata come from elsewhere: a command in them is a path like any other."""
     command = f"pipe:touch {folder}/started"
-    fields = [{"image_path": command}, {"file_name": command}, {"key": command}, {"image_path": command, "mask": command}]
+    fields = [
+        {"image_path": command},
+        {"file_name": command},
+        {"key": command},
+        {"image_path": command, "mask": command},
+    ]
     (folder / "m.jsonl").write_bytes(b"\n".join(orjson.dumps({**record, "caption": "c"}) for record in fields))
     (folder / "keyed.json").write_bytes(orjson.dumps({command: {"caption": "c"}}))
     for name in ("m.jsonl", "keyed.json"):
