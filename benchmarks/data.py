@@ -8,6 +8,8 @@ are shuffled and tokenised for both encoders. The vocabulary is an installed ope
 model's, which splits words into three times as many tokens. All files lie in the page cache. Measured in the same run:
 bare reads of the same bytes, `np.load`, and webdataset's reader.
 
+Catalogue: the time and memory to list the samples of 10 thousand shards of another program (14 GB).
+
 Checks: the time to check 200 thousand latent files at the start, and to plan as many images without latents.
 """
 
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data_catalogue import time_catalogues
 from data_checks import time_checks
 from data_start import make_set, start_process
 from harness import ROOT, Figure, print_result
@@ -44,6 +47,7 @@ MILLION = 1_000_000
 BUCKET = (1024, 1024)
 NUM_SAMPLES, QUICK_SAMPLES, SAMPLES_A_SHARD = 4000, 600, 500
 NUM_FILES, QUICK_FILES = 200_000, 5000
+NUM_SHARDS, QUICK_SHARDS = 10_000, 100
 MICRO_BATCH, GLOBAL_BATCH = 4, 64
 TURNS = 3  # of each measurement, of which the best counts
 WORDS = (
@@ -57,7 +61,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="end within a minute: 20 thousand records, 600 samples")
     parser.add_argument("--records", type=int, default=MILLION, help="number of records of the start (1 million)")
-    parser.add_argument("--only", choices=("start", "samples", "checks"), help="measure only this part")
+    parser.add_argument("--only", choices=("start", "samples", "checks", "catalogue"), help="measure only this part")
+    parser.add_argument("--shards", type=int, default=NUM_SHARDS, help="shards of the catalogue (10 thousand)")
     parser.add_argument(
         "--work",
         type=Path,
@@ -75,6 +80,9 @@ def main() -> int:
         if arguments.only in (None, "checks"):
             times = time_checks(work / "checks", QUICK_FILES if arguments.quick else NUM_FILES)
             figures |= {name: Figure(value, "<=") for name, value in times.items()}
+        if arguments.only in (None, "catalogue"):
+            number = QUICK_SHARDS if arguments.quick else arguments.shards
+            figures |= measure_catalogue(work / f"catalogue-{number}", number)
     return print_result("data", figures)
 
 
@@ -97,6 +105,14 @@ def measure_start(folder: Path, number: int) -> dict[str, Figure]:
         "later_start_peak_mb": Figure(later[1]["peak_mb"], "<="),
         "reference_loop_cpu_seconds": Figure(first["reference_seconds"], "<="),
     }
+
+
+def measure_catalogue(folder: Path, number: int) -> dict[str, Figure]:
+    """Measure the readers of foreign shards. The index's reader must be no slower than webdataset's pipeline."""
+    measured = time_catalogues(folder, number)
+    figures = {name: Figure(value, ">=" if "per_second" in name else "<=") for name, value in measured.items()}
+    ratio = measured["catalogue_shards_per_second"] / measured["catalogue_by_webdataset_shards_per_second"]
+    return figures | {"catalogue_over_webdataset": Figure(ratio, ">=", 1.0)}
 
 
 def measure_samples(folder: Path, number: int) -> dict[str, Figure]:
