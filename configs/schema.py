@@ -117,7 +117,7 @@ class ModelConfig(Section):
 
 
 class RemoteShardsConfig(Section):
-    """Reading of shards on a remote store (`s3://`, `gs://`, `https://`)."""
+    """Reading of shards on a remote store (`s3://`, `gs://`, `https://`), and of streams (`pipe:`)."""
 
     shuffle_shards: int = Field(0, ge=0)
     """With 0, samples are shuffled over the whole training set, and each is one ranged read. With n, whole shards are
@@ -140,8 +140,9 @@ class DataConfig(Section):
     metadata: list[Path | str] = []
     """Metadata files: JSON in the form of the first sdxl-trainer or of kohya's scripts, JSON Lines, CSV, Parquet,
     SQLite (waifuset), or webdataset shards of latents (examples in docs/DATA.md). Give paths, or URLs that fsspec opens
-    (`s3://`, `gs://`, `https://`). One entry can name many files by `{000..012}`, `{a,b}` or `*`. Records of later
-    entries update records of earlier entries key by key."""
+    (`s3://`, `gs://`, `https://`), or `pipe:COMMAND` for a shard that a shell command writes. One entry can name many
+    files by `{000..012}`, `{a,b}`, `*` or `::` between two names. Records of later entries update records of earlier
+    entries key by key."""
     image_dirs: list[Path] = []
     """Image folders. Without `data.metadata`, every image in these folders is a sample, with its caption in a `.txt` or
     `.caption` file beside it. With `data.metadata`, images whose `image_path` does not exist are searched for here. In

@@ -359,8 +359,9 @@ def _open_tar(path: Path | str, file: IO[bytes]) -> tarfile.TarFile:
         start = file.read(max(map(len, COMPRESSIONS)))
         for magic, program in COMPRESSIONS.items():
             if start.startswith(magic):
-                cure = f"samples are read by position, so decompress it ({program} -d)"
-                raise BadShardError(f"{path}: is compressed; {cure}") from None
+                raise BadShardError(
+                    f"{path}: is compressed; samples are read by position, so decompress it ({program} -d)"
+                ) from None
         raise
 
 

@@ -50,6 +50,5 @@ def _expand(pattern: str) -> list[str]:
         ) from None
     except (AssertionError, KeyError) as error:
         name = str(error).rpartition(" ")[2].strip("'").removeprefix("wds_")
-        raise ShardListError(
-            f"names {name}, which the environment lacks: ${{NAME}} is the variable WDS_NAME", f"export {name}=..."
-        ) from None
+        rule = f"names the variable {name}, which the environment lacks (webdataset puts WDS_ before its name)"
+        raise ShardListError(rule, f"export {name}=...") from None

@@ -153,7 +153,7 @@ def test_webdatasets_switch_against_commands_holds(folder, monkeypatch):
         ("pipe:", "names nothing", "`pipe:COMMAND`"),
         ("pipe: ::{folder}/s-0.tar", "has an empty entry", "`pipe:COMMAND`"),
         ("{folder}/s-{{0..2.tar", "has a brace without its partner", "close it"),
-        ("pipe:cat ${{SET}}-0.tar", "names WDS_SET, which the environment lacks", "export WDS_SET="),
+        ("pipe:cat ${{SET}}-0.tar", "names the variable WDS_SET, which the environment lacks", "export WDS_SET="),
     ],
 )
 def test_a_list_that_names_no_shard_is_refused(folder, pattern, rule, cure):
